@@ -1,0 +1,30 @@
+"""The `nemo-cpt` command: one module a group of commands; each parses, calls one function and prints."""
+
+import sys
+
+import typer
+
+from nemo_cpt.errors import CptError
+
+app = typer.Typer(
+    name="nemo-cpt",
+    help="Continual pretraining with NeMo 2.0: from text to an adapted model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Run the command line; a CptError becomes its message on stderr and exit code 2."""
+    from nemo_cpt.cli import checkpoint, corpus, launch  # noqa: F401  each registers its commands on `app`
+
+    try:
+        app()
+    except CptError as error:
+        print(f"nemo-cpt: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

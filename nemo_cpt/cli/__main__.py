@@ -1,0 +1,3 @@
+from nemo_cpt.cli import main
+
+main()
