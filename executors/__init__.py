@@ -1,0 +1,8 @@
+"""Where a recipe runs: each function returns an executor of NeMo-Run, for `run.run`, `run.Experiment` and `nemo ... --executor`.
+
+Importing this package imports neither torch nor NeMo nor NeMo-Run.
+"""
+
+from nemo_cpt.executors.local import local
+
+__all__ = ["local"]

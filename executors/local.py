@@ -1,0 +1,87 @@
+"""This machine: one process, or several under torchrun; several machines by hand."""
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemo_cpt.errors import CptError
+from nemo_cpt.executors.environment import checked_env
+
+if TYPE_CHECKING:
+    import nemo_run as run
+
+
+def local(
+    processes: int | None = None,
+    gpus: int | None = None,
+    env: Mapping[str, str] | None = None,
+    nodes: int = 1,
+) -> "run.LocalExecutor":
+    """Run on this machine, in one process without torchrun or in several with it.
+
+    The job inherits the whole environment, so HF_TOKEN and WANDB_API_KEY reach it without being written anywhere.
+    It runs in the current folder with the interpreter that calls this. A task that fails raises CptError with the
+    log's last lines when the experiment ends.
+
+    Args:
+        processes: processes on this machine; by default one a GPU, or one.
+        gpus: GPUs the job sees: the first `gpus` of those visible now, 0 for none; by default all stay visible.
+        env: further environment variables; no secrets, because NeMo-Run writes them to disk.
+        nodes: machines in the run. With more than one, start the same script on each of them with MASTER_ADDR,
+            MASTER_PORT and NODE_RANK set (MASTER_ADDR and MASTER_PORT alike, NODE_RANK from 0).
+
+    Returns:
+        NeMo-Run's LocalExecutor, with the torchrun launcher where more than one process takes part.
+
+    Raises:
+        CptError: a count is out of range, `env` holds a secret, or a run over several nodes lacks its variables.
+    """
+    import nemo_run as run
+
+    from nemo_cpt.executors import upstream
+
+    processes = processes if processes is not None else max(gpus or 1, 1)
+    _check_counts(processes, gpus, nodes)
+    upstream.apply()
+    return run.LocalExecutor(
+        ntasks_per_node=processes,
+        nodes=nodes,
+        launcher="torchrun" if processes * nodes > 1 else None,
+        env_vars=_quiet_torchrun() | _interpreter_first() | _visible_gpus(gpus) | checked_env(env),
+    )
+
+
+def _check_counts(processes: int, gpus: int | None, nodes: int) -> None:
+    if processes < 1:
+        raise CptError(f"local(processes={processes}): at least one process is needed")
+    if gpus is not None and gpus < 0:
+        raise CptError(f"local(gpus={gpus}): give 0 to hide all GPUs, or the number to use")
+    if nodes < 1:
+        raise CptError(f"local(nodes={nodes}): at least one node is needed")
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if nodes > 1 and not os.environ.get(name)]
+    if missing:
+        raise CptError(
+            f"local(nodes={nodes}) needs {', '.join(missing)} in the environment: start the script on every node with "
+            "the address and a free port of the first one, and NODE_RANK=0, 1, ..."
+        )
+
+
+def _interpreter_first() -> dict[str, str]:
+    """NeMo-Run starts plain `python` and `torchrun`: make them those of this interpreter, activated or not."""
+    return {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])}
+
+
+def _quiet_torchrun() -> dict[str, str]:
+    return {"LOGLEVEL": os.environ.get("LOGLEVEL", "WARNING")}  # NeMo-Run would set INFO
+
+
+def _visible_gpus(gpus: int | None) -> dict[str, str]:
+    if gpus is None:
+        return {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = visible.split(",") if visible else [str(index) for index in range(gpus)]
+    if len(devices) < gpus:
+        raise CptError(f"local(gpus={gpus}): CUDA_VISIBLE_DEVICES={visible} shows only {len(devices)}")
+    return {"CUDA_VISIBLE_DEVICES": ",".join(devices[:gpus])}

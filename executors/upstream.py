@@ -1,0 +1,73 @@
+"""Cures of NeMo-Run's defects, each a function named for what it cures; `apply` puts all of them in place.
+
+Seen in nemo_run 0.11.1. Each has a test that fails when NeMo-Run no longer needs it.
+"""
+
+from collections.abc import Callable
+from functools import cache, wraps
+from pathlib import Path
+from typing import Any
+
+from nemo_cpt.errors import CptError
+
+LOG_LINES = 25
+
+
+@cache
+def apply() -> None:
+    """Put every cure in place, once a process."""
+    raise_when_a_task_failed()
+
+
+def raise_when_a_task_failed() -> None:
+    """Make an experiment whose task failed raise CptError on exit.
+
+    NeMo-Run prints the state and goes on, so that scripts end with exit code 0
+    (https://github.com/NVIDIA-NeMo/Run/issues/289).
+    """
+    from nemo_run.run.experiment import Experiment
+
+    leave: Callable[..., Any] = Experiment.__exit__
+
+    @wraps(leave)
+    def leave_and_raise(experiment: Any, kind: Any, error: Any, trace: Any) -> None:
+        leave(experiment, kind, error, trace)
+        if kind is None and experiment._launched and not getattr(experiment, "detach", False):
+            raise_for_states(experiment)
+
+    Experiment.__exit__ = leave_and_raise
+
+
+def raise_for_states(experiment: Any) -> None:
+    """Raise CptError for the first task of a finished experiment that did not succeed, with its log's last lines."""
+    failed = [job for job in experiment.jobs if job.state.name != "SUCCEEDED"]
+    if failed:
+        report = "\n".join(f"task {job.id} ended as {job.state.name}. {log_tail(job.executor.job_dir)}" for job in failed)
+        raise CptError(report)
+
+
+def log_tail(job_dir: str, lines: int = LOG_LINES) -> str:
+    """Return the last lines of a job's newest log under `job_dir`, headed by its path."""
+    log = newest_log(Path(job_dir))
+    if log is None:
+        return f"It left no log in {job_dir}"
+    printed = log.read_text(errors="replace").rstrip().splitlines()
+    last = (_of_workers(printed) or printed)[-lines:]
+    return "\n".join([f"The last lines of {log}:", *(f"    {line}" for line in last)])
+
+
+def _of_workers(printed: list[str]) -> list[str]:
+    """The workers' own lines, which torchrun prefixes: its summary comes last and hides what they said."""
+    return [line for line in printed if line.startswith("[default")]
+
+
+def newest_log(job_dir: Path) -> Path | None:
+    """Return the log file of a job that was written last and is not empty, or None.
+
+    Local tasks leave `combined.log`, Slurm's `log-*.out` (the tasks) and `sbatch_*.out` (the batch script).
+    """
+    for pattern in ("**/combined.log", "**/log[-_]*.out", "**/sbatch_*.out", "**/std*.log"):
+        logs = [path for path in job_dir.glob(pattern) if path.stat().st_size]
+        if logs:
+            return max(logs, key=lambda path: path.stat().st_mtime)
+    return None
