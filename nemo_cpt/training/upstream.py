@@ -1,0 +1,189 @@
+"""Cures of defects in NeMo 2.7, Megatron Core 0.15 and Transformer Engine 2.11, in effect once `apply()` was called.
+
+A function each, named for what it cures. `tests/training/test_upstream.py` shows every defect without its cure, and so
+fails when upstream no longer needs one.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+ADAM_SLICE_ELEMENTS = 256 * 2**20  # 256 Mi elements: 2 GiB of temporaries for the two moments in fp32
+
+
+def apply() -> None:
+    """Put every cure into effect in this process; a second call changes nothing.
+
+    Call it inside the job, before the model is built.
+    """
+    fold_gradient_of_frozen_linear()
+    give_recomputed_layers_a_gradient()
+    add_lora_in_one_pass()
+    step_adam_in_slices()
+
+
+def _replace(owner: Any, name: str, cure: Callable[[Callable], Callable]) -> None:
+    """Replace `owner.name` by `cure(owner.name)`, once."""
+    original = getattr(owner, name)
+    if hasattr(original, "cures"):
+        return
+    cured: Any = functools.wraps(original)(cure(original))
+    cured.cures = original
+    setattr(owner, name, staticmethod(cured) if isinstance(vars(owner)[name], staticmethod) else cured)
+
+
+def fold_gradient_of_frozen_linear() -> None:
+    """Compute the input's gradient of a frozen linear layer as one matrix product.
+
+    `LinearWithFrozenWeight.backward` (megatron-core 0.15.3, `core/tensor_parallel/layers.py`) multiplies a [s, b, v]
+    gradient by a [v, h] weight. The loss hands the gradient over in [b, s, v] order, which PyTorch does not fold for a
+    weight that requires no gradient: it runs s products of b rows each. With LoRA that was 77 % of an H200's time.
+    """
+    from megatron.core.tensor_parallel import layers
+
+    _replace(layers.LinearWithFrozenWeight, "backward", lambda original: _folded_backward)
+
+
+@torch.amp.custom_bwd(device_type="cuda")
+def _folded_backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    (weight,) = ctx.saved_tensors
+    grad_input = torch.mm(grad_output.reshape(-1, grad_output.shape[-1]), weight)
+    grad_input = grad_input.view(*grad_output.shape[:-1], weight.shape[-1])
+    if ctx.allreduce_dgrad:
+        torch.distributed.all_reduce(grad_input, group=ctx.tp_group)
+    return grad_input, None, None, None, None
+
+
+def give_recomputed_layers_a_gradient() -> None:
+    """Let the embedding's output require a gradient where activations are recomputed.
+
+    Megatron Core 0.15.3 and Transformer Engine 2.11 recompute through reentrant autograd functions, which record
+    nothing when no input requires a gradient. Below a frozen embedding (LoRA) the recomputed layers, from the first
+    on, then get no gradients: they silently keep their initial adapters (80 of 128 with 20 of 32 layers recomputed).
+    """
+    from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+
+    _replace(LanguageModelEmbedding, "forward", _with_gradient)
+
+
+def _with_gradient(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def embed(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        embeddings = forward(self, *args, **kwargs)
+        recomputes = self.config.recompute_granularity is not None
+        return embeddings.requires_grad_() if recomputes and torch.is_grad_enabled() else embeddings
+
+    return embed
+
+
+def add_lora_in_one_pass() -> None:
+    """Add a LoRA adapter's output to its linear layer's in the adapter's last matrix product.
+
+    NeMo 2.7.3 (`LoRALinear.forward`, `ParallelLinearAdapter.forward`) writes the [s, b, out] output of the adapter,
+    scales it and adds it: six passes over it forward and four backward, where two and two do. The scale moves to the
+    [s, b, rank] side; the sum is the product's own (beta = 1).
+    """
+    from nemo.collections.llm.peft import lora
+
+    _replace(lora.LoRALinear, "forward", _with_fused_addition)
+
+
+def _with_fused_addition(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def fused(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if not _is_plain_adapter(self.adapter):
+            return forward(self, x, *args, **kwargs)
+        output, bias, layernorm_output = self.base_linear_forward(x, *args, **kwargs)
+        low_rank, _ = self.adapter.linear_in(layernorm_output.contiguous())
+        low_rank = low_rank * (self.adapter.alpha / self.adapter.dim)
+        return _AddProduct.apply(output, low_rank, self.adapter.linear_out.weight), bias
+
+    return fused
+
+
+def _is_plain_adapter(adapter: Any) -> bool:
+    from megatron.core import parallel_state
+    from nemo.collections.llm.peft.utils import ParallelLinearAdapter
+
+    return (
+        type(adapter) is ParallelLinearAdapter
+        and isinstance(adapter.activation, torch.nn.Identity)
+        and adapter.dropout is None
+        and not adapter.is_expert
+        and not adapter.config.cpu_offloading
+        and parallel_state.get_tensor_model_parallel_world_size() == 1
+    )
+
+
+class _AddProduct(torch.autograd.Function):
+    """output + low_rank @ weight.T, written over `output` [s, b, out]; low_rank [s, b, rank], weight [out, rank].
+
+    `output` is shared, not marked as changed: linear layers return views from their autograd functions, and PyTorch
+    refuses to change those in place. Its version counter still moves, so a layer that had saved it would fail loudly.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, low_rank: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(low_rank, weight)
+        summed = output.detach()
+        summed.view(-1, summed.shape[-1]).addmm_(low_rank.reshape(-1, low_rank.shape[-1]), weight.t())
+        return summed
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        low_rank, weight = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_low_rank = torch.mm(rows, weight).view_as(low_rank)
+        grad_weight = torch.mm(rows.t(), low_rank.reshape(-1, low_rank.shape[-1]))
+        return grad, grad_low_rank, grad_weight
+
+
+def step_adam_in_slices() -> None:
+    """Let Transformer Engine's Adam hold fp32 copies of a slice of its moments, not of all of them.
+
+    With bf16, fp16 or fp8 moments, `FusedAdam.step` (transformer_engine 2.11, `pytorch/optimizers/fused_adam.py`)
+    first widens the moments of a whole parameter group: 8 bytes a parameter, 60 GiB for 8 B of them, at every step.
+    """
+    if find_spec("transformer_engine") is None:
+        return
+    from transformer_engine.pytorch.optimizers import FusedAdam
+
+    _replace(FusedAdam, "step", functools.partial(in_slices, elements=ADAM_SLICE_ELEMENTS))
+
+
+def in_slices(step: Callable[..., Any], elements: int) -> Callable[..., Any]:
+    """Let an optimizer's `step` see its parameter groups in slices of at most `elements` elements.
+
+    A parameter larger than that is a slice of its own. For optimizers that count steps per group (`group["step"]`),
+    as Transformer Engine's do, or per parameter, as PyTorch's do.
+    """
+
+    def step_in_slices(self: Any, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        loss = closure() if closure is not None else None
+        groups = self.param_groups
+        try:
+            for group in groups:
+                steps_done = {"step": group["step"]} if "step" in group else {}
+                for parameters in _slices(group["params"], elements):
+                    self.param_groups = [group | steps_done | {"params": parameters}]
+                    step(self, **kwargs)
+                group |= {key: value for key, value in self.param_groups[0].items() if key == "step"}
+        finally:
+            self.param_groups = groups
+        return loss
+
+    return step_in_slices
+
+
+def _slices(parameters: list[torch.Tensor], elements: int) -> Iterator[list[torch.Tensor]]:
+    batch: list[torch.Tensor] = []
+    size = 0
+    for parameter in parameters:
+        if batch and size + parameter.numel() > elements:
+            yield batch
+            batch, size = [], 0
+        batch.append(parameter)
+        size += parameter.numel()
+    if batch:
+        yield batch

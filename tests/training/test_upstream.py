@@ -1,0 +1,256 @@
+"""Every cure, beside the defect that it cures, on Megatron's and NeMo's own layers (CPU, gloo)."""
+
+import types
+from unittest import mock
+
+import pytest
+import torch
+
+from nemo_cpt.errors import CptError
+from nemo_cpt.training import upstream
+from nemo_cpt.training.cpu import UNFUSED, cpu_stack
+from nemo_cpt.training.gradients import EveryTrainableParameterHasGradient
+
+SEQ, BATCH, VOCABULARY = 16, 2, 96
+FULL = {"recompute_granularity": "full"}
+RECOMPUTE = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective"},
+    "selective-mlp": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
+    "full-block": FULL | {"recompute_method": "block", "recompute_num_layers": 2},
+    "full-uniform": FULL | {"recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def megatron(tmp_path_factory):
+    """One gloo process as Megatron's world, on the CPU stack."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("gloo") / "store"), 1)
+    absent = types.SimpleNamespace(Linear=type(None), LayerNormLinear=type(None))
+    with cpu_stack(), mock.patch("nemo.collections.llm.peft.lora.te", absent):
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(1)
+        yield
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def uncured():
+    """Undo every cure for one test, and again after it."""
+    remove_cures()
+    yield
+    remove_cures()
+
+
+def remove_cures():
+    from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+    from megatron.core.tensor_parallel.layers import LinearWithFrozenWeight
+    from nemo.collections.llm.peft.lora import LoRALinear
+
+    for owner, name in [
+        (LinearWithFrozenWeight, "backward"),
+        (LanguageModelEmbedding, "forward"),
+        (LoRALinear, "forward"),
+    ]:
+        original = getattr(getattr(owner, name), "cures", None)
+        if original is not None:
+            setattr(owner, name, staticmethod(original) if name == "backward" else original)
+
+
+def small_model(recompute=None, dtype=torch.float32, **lora):
+    """A two-layer Llama of Megatron's layers with NeMo's LoRA, its adapters' second matrices not zero."""
+    from nemo.collections import llm
+
+    config = llm.Llama31Config8B(
+        num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2, kv_channels=8,
+        seq_length=SEQ, vocab_size=VOCABULARY, params_dtype=dtype, bf16=dtype == torch.bfloat16, **UNFUSED,
+        **RECOMPUTE[recompute or "none"],
+    )  # fmt: skip
+    torch.manual_seed(7)
+    model = config.configure_model(tokenizer=None, pre_process=True, post_process=True).to(dtype)
+    model = with_lora(model, **lora)
+    for name, parameter in model.named_parameters():
+        if name.endswith("linear_out.weight"):
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model.train()
+
+
+def with_lora(model, **options):
+    """What NeMo's PEFT does to a model when it trains: freeze it, then add the adapters."""
+    from nemo.collections import llm
+    from nemo.collections.llm import fn
+
+    model.requires_grad_(False)
+    lora = llm.peft.LoRA(**({"dim": 4, "alpha": 8} | options))
+    return fn.walk(model, lora.transform)
+
+
+def loss_of(model):
+    tokens = torch.arange(BATCH * SEQ).reshape(BATCH, SEQ) * 7 % VOCABULARY
+    positions = torch.arange(SEQ).expand(BATCH, SEQ)
+    mask = torch.ones(SEQ, SEQ).triu(1).bool()[None, None]
+    return model(tokens, positions, mask, labels=tokens.roll(-1, 1)).mean()
+
+
+def gradients_of(model):
+    loss_of(model).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.usefixtures("megatron")
+class TestRecompute:
+    @pytest.mark.parametrize("recompute", RECOMPUTE)
+    def test_every_adapter_gets_the_gradient_it_has_without_recompute(self, recompute):
+        upstream.apply()
+        expected = gradients_of(small_model())
+        found = gradients_of(small_model(recompute))
+        assert len(expected) == 16
+        for name, gradient in expected.items():
+            assert gradient.abs().max() > 0
+            torch.testing.assert_close(found[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
+
+    @pytest.mark.usefixtures("uncured")
+    @pytest.mark.parametrize("recompute", ["full-block", "full-uniform"])
+    def test_without_the_cure_the_recomputed_adapters_get_none(self, recompute):
+        model = small_model(recompute)
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            loss_of(model).backward()
+
+    @pytest.mark.usefixtures("uncured")
+    def test_without_the_cure_only_the_layer_that_is_not_recomputed_trains(self):
+        model = small_model("full-block")
+        model.decoder.config.recompute_num_layers = 1
+        gradients = gradients_of(model)
+        assert {name.split(".")[2] for name, gradient in gradients.items() if gradient is not None} == {"1"}
+
+    def test_a_trainable_embedding_and_inference_are_left_alone(self):
+        upstream.apply()
+        model = small_model("full-block")
+        with torch.no_grad():
+            assert not model.embedding(torch.zeros(1, 4, dtype=torch.int64), None).requires_grad
+
+
+@pytest.mark.usefixtures("megatron")
+class TestGuard:
+    @pytest.mark.usefixtures("uncured")
+    def test_it_names_the_parameters_without_gradient(self):
+        model = small_model("full-block")
+        model.decoder.config.recompute_num_layers = 1
+        guard = EveryTrainableParameterHasGradient()
+        guard.watch(model)
+        loss_of(model).backward()
+        with pytest.raises(CptError, match=r"8 trainable parameters received no gradient.*decoder\.layers\.0\."):
+            guard.check()
+
+    def test_it_is_silent_and_removes_its_hooks_when_all_have_one(self):
+        upstream.apply()
+        model = small_model("full-block")
+        guard = EveryTrainableParameterHasGradient()
+        guard.watch(model)
+        loss_of(model).backward()
+        guard.check()
+        assert not any(p._post_accumulate_grad_hooks for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.usefixtures("megatron")
+class TestFrozenLinear:
+    def gradient(self, folded):
+        from megatron.core.tensor_parallel.layers import LinearWithFrozenWeight
+
+        upstream.apply() if folded else remove_cures()
+        torch.manual_seed(3)
+        x = torch.randn(SEQ, BATCH, 8, requires_grad=True)
+        weight = torch.randn(VOCABULARY, 8)
+        out = LinearWithFrozenWeight.apply(x, weight, None, False, None)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            out.backward(torch.randn(BATCH, SEQ, VOCABULARY).transpose(0, 1))  # the loss's order
+        return x.grad, {event.key for event in profile.key_averages()}
+
+    def test_same_gradient_in_one_product(self):
+        plain, _ = self.gradient(folded=False)
+        folded, operations = self.gradient(folded=True)
+        torch.testing.assert_close(folded, plain)
+        assert "aten::mm" in operations
+        assert "aten::bmm" not in operations
+
+    def test_megatron_runs_a_batched_product_without_the_cure(self):
+        _, operations = self.gradient(folded=False)
+        assert "aten::bmm" in operations
+
+
+@pytest.mark.usefixtures("megatron")
+class TestLora:
+    def test_same_loss_and_gradients_through_the_fused_addition(self):
+        remove_cures()
+        plain = small_model()
+        expected_loss, expected = loss_of(plain), gradients_of(plain)
+        upstream.apply()
+        with mock.patch.object(upstream._AddProduct, "apply", side_effect=upstream._AddProduct.apply) as addition:
+            fused = small_model()
+            torch.testing.assert_close(loss_of(fused), expected_loss)
+            assert addition.call_count == 8
+            torch.testing.assert_close(gradients_of(fused), expected)
+
+    def test_dropout_keeps_nemos_own_path(self):
+        upstream.apply()
+        model = small_model(dropout=0.5)
+        torch.manual_seed(1)
+        first = loss_of(model)
+        torch.manual_seed(2)
+        assert loss_of(model) != first
+
+
+class TestSlices:
+    def train(self, slice_elements):
+        torch.manual_seed(5)
+        parameters = [torch.nn.Parameter(torch.randn(size)) for size in (3, 40, 5, 6, 7)]
+        groups = [{"params": parameters[:3], "lr": 0.1}, {"params": parameters[3:], "lr": 0.01}]
+        seen = []
+
+        class Adam(torch.optim.AdamW):
+            def step(self, closure=None):
+                seen.append(sum(p.numel() for group in self.param_groups for p in group["params"]))
+                return super().step(closure)
+
+        if slice_elements:
+            Adam.step = upstream.in_slices(Adam.step, slice_elements)
+        optimizer = Adam(groups)
+        for _ in range(3):
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape)
+            optimizer.step()
+        assert [len(group["params"]) for group in optimizer.param_groups] == [3, 2]
+        return parameters, seen
+
+    def test_same_values_with_bounded_slices(self):
+        whole, seen_whole = self.train(None)
+        sliced, seen = self.train(13)
+        assert all(torch.equal(a, b) for a, b in zip(whole, sliced, strict=True))
+        assert seen_whole == [61] * 3
+        assert seen == [3, 40, 5, 13] * 3
+
+    def test_a_step_count_of_the_group_rises_by_one(self):
+        class Counting(torch.optim.SGD):
+            def step(self, closure=None):
+                for group in self.param_groups:
+                    group["step"] = group.get("step", 0) + 1
+
+        step = upstream.in_slices(Counting.step, 2)
+        optimizer = Counting([torch.nn.Parameter(torch.ones(2)) for _ in range(3)], lr=1.0)
+        for expected in (1, 2):
+            step(optimizer)
+            assert optimizer.param_groups[0]["step"] == expected
+
+
+def test_apply_twice_wraps_once():
+    from nemo.collections.llm.peft.lora import LoRALinear
+
+    upstream.apply()
+    cured = LoRALinear.forward
+    upstream.apply()
+    assert LoRALinear.forward is cured
