@@ -1,4 +1,4 @@
-"""Where a recipe runs: each function returns an executor of NeMo-Run, for `run.run`, `run.Experiment` and `nemo ... --executor`.
+"""Where a recipe runs: each function returns an executor of NeMo-Run, for `run.run`, `run.Experiment` and `nemo`.
 
 Importing this package imports neither torch nor NeMo nor NeMo-Run.
 """
