@@ -4,5 +4,6 @@ Importing this package imports neither torch nor NeMo nor NeMo-Run.
 """
 
 from nemo_cpt.executors.local import local
+from nemo_cpt.executors.slurm import slurm, ssh
 
-__all__ = ["local"]
+__all__ = ["local", "slurm", "ssh"]

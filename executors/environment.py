@@ -1,7 +1,10 @@
 """Environment variables of a job: which may be written to disk, and which are secrets."""
 
+import os
 import re
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from nemo_cpt.errors import CptError
 
@@ -28,3 +31,40 @@ def checked_env(env: Mapping[str, str] | None) -> dict[str, str]:
                 f"export {name} in the shell that launches (and name it in secrets=... for executors that have it)"
             )
     return {name: str(value) for name, value in (env or {}).items()}
+
+
+def checked_secrets(names: Sequence[str] | None) -> list[str]:
+    """Return the names of the secrets to pass; by default those of `SECRETS` that are set.
+
+    Raises:
+        CptError: a name the caller gave is not set in this environment.
+    """
+    if names is None:
+        return [name for name in SECRETS if os.environ.get(name)]
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise CptError(f"secrets: give names of environment variables, not values; got {name[:4]!r}...")
+        if not os.environ.get(name):
+            raise CptError(f"secrets: {name} is not set in this environment; export it, or leave it out")
+    return list(names)
+
+
+def secrets_file(names: Sequence[str]) -> str:
+    """Return the text of a shell file that exports the named variables with their values here."""
+    return "".join(f"export {name}={shlex.quote(os.environ[name])}\n" for name in names)
+
+
+def existing_mounts(mounts: Sequence[str]) -> list[str]:
+    """Return mounts as "source:target", with every source made absolute.
+
+    Raises:
+        CptError: a source does not exist here.
+    """
+    complete = []
+    for mount in mounts:
+        source, _, target = str(mount).partition(":")
+        path = Path(source).expanduser().absolute()
+        if not path.exists():
+            raise CptError(f"mount {mount}: {path} does not exist")
+        complete.append(f"{path}:{target or path}")
+    return complete

@@ -17,6 +17,8 @@ LOG_LINES = 25
 def apply() -> None:
     """Put every cure in place, once a process."""
     raise_when_a_task_failed()
+    admit_slurm_job()
+    say_why_ssh_fails()
 
 
 def raise_when_a_task_failed() -> None:
@@ -38,11 +40,61 @@ def raise_when_a_task_failed() -> None:
     Experiment.__exit__ = leave_and_raise
 
 
+def admit_slurm_job() -> None:
+    """Let NeMo-Run run our extension of its SlurmExecutor, which it looks up by exact class, and fit tasks to it.
+
+    The extension cures: jobs cancelled on clusters without an accounting database, jobs that do not come back after
+    preemption, `--requeue` that cannot be turned off, secrets and unquoted values in the script.
+    """
+    from nemo_cpt.executors.slurm_job import SlurmJob, create_scheduler
+    from nemo_run.run.experiment import Experiment
+    from nemo_run.run.torchx_backend.schedulers import slurm as scheduler
+    from nemo_run.run.torchx_backend.schedulers.api import EXECUTOR_MAPPING
+
+    EXECUTOR_MAPPING[SlurmJob] = "slurm_tunnel"
+    scheduler.create_scheduler = create_scheduler
+    for kind in ("PARALLEL", "DETACH", "DEPENDENCY"):
+        name = f"_{kind}_SUPPORTED_EXECUTORS"
+        setattr(Experiment, name, (*getattr(Experiment, name), SlurmJob))
+    add: Callable[..., str] = Experiment._add_single_job
+
+    @wraps(add)
+    def fit_and_add(experiment: Any, task: Any, executor: Any, *args: Any, **kwargs: Any) -> str:
+        if isinstance(executor, SlurmJob) and hasattr(task, "clone"):
+            task, executor = task.clone(), executor.clone()
+            executor.fit(task)
+        return add(experiment, task, executor, *args, **kwargs)
+
+    Experiment._add_single_job = fit_and_add
+
+
+def say_why_ssh_fails() -> None:
+    """Raise CptError where NeMo-Run's SSH tunnel ends the process without a word, or with a traceback."""
+    import paramiko
+    from nemo_run.core.tunnel.client import SSHTunnel
+
+    authenticate: Callable[..., None] = SSHTunnel._authenticate
+
+    @wraps(authenticate)
+    def authenticate_or_say(tunnel: Any) -> None:
+        where = f"SSH to {tunnel.user}@{tunnel.host}, port {tunnel.port or 22}"
+        try:
+            authenticate(tunnel)
+        except SystemExit as error:
+            raise CptError(f"{where}: neither the key {tunnel.identity} nor a password was accepted") from error
+        except (OSError, paramiko.SSHException) as error:
+            raise CptError(f"{where}: {error}") from error
+
+    SSHTunnel._authenticate = authenticate_or_say
+
+
 def raise_for_states(experiment: Any) -> None:
     """Raise CptError for the first task of a finished experiment that did not succeed, with its log's last lines."""
     failed = [job for job in experiment.jobs if job.state.name != "SUCCEEDED"]
     if failed:
-        report = "\n".join(f"task {job.id} ended as {job.state.name}. {log_tail(job.executor.job_dir)}" for job in failed)
+        report = "\n".join(
+            f"task {job.id} ended as {job.state.name}. {log_tail(job.executor.job_dir)}" for job in failed
+        )
         raise CptError(report)
 
 

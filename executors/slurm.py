@@ -1,0 +1,238 @@
+"""A Slurm cluster, with Pyxis containers or without any, from its login node or over SSH."""
+
+import difflib
+import os
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from nemo_cpt.executors.environment import SECRETS, checked_env, checked_secrets, existing_mounts
+
+from nemo_cpt.errors import CptError
+
+if TYPE_CHECKING:
+    import nemo_run as run
+
+_TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class ssh:  # noqa: N801  reads as a function where it is used: tunnel=ssh(...)
+    """The way to a login node that is another machine; `rsync` and `ssh` must be installed on both.
+
+    Attributes:
+        host: the login node.
+        user: account there.
+        job_dir: folder there, on the cluster's shared file system, for scripts, code and logs.
+        identity: private key file; without one, the agent's keys and the default ones are tried.
+        port: SSH port.
+    """
+
+    host: str
+    user: str
+    job_dir: str
+    identity: str | None = None
+    port: int = 22
+
+
+def slurm(
+    account: str | None = None,
+    partition: str | None = None,
+    nodes: int = 1,
+    gpus_per_node: int | None = None,
+    time: str | timedelta | None = None,
+    *,
+    tasks_per_node: int | None = None,
+    container_image: str | None = None,
+    mounts: Sequence[str] | None = None,
+    setup: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    secrets: Sequence[str] | None = None,
+    mpi: str | None = None,
+    gres: str | None = None,
+    constraint: str | None = None,
+    dependency: str | None = None,
+    array: str | None = None,
+    requeue: bool = True,
+    preempt_seconds: int | None = 120,
+    max_restarts: int = 0,
+    chain: int = 1,
+    tunnel: Literal["local"] | ssh = "local",
+    workdir: str | None = None,
+    code: Literal["ship", "committed"] | None = "ship",
+    venv: str | None = None,
+    job_name_prefix: str = "cpt.",
+    srun_args: Sequence[str] = (),
+    **directives: Any,
+) -> "run.SlurmExecutor":
+    """Submit to Slurm: one srun of `nodes` x `tasks_per_node` tasks, one a GPU, without torchrun.
+
+    The job runs the code as it is on disk when it is submitted, from a copy. It goes on after preemption:
+    `preempt_seconds` before the time limit (and when Slurm preempts it) the tasks get SIGTERM, write a checkpoint, and
+    the job requeues itself. HF_TOKEN and WANDB_API_KEY travel in a file of mode 600 in the job's folder, never in a
+    script. W&B continues the same run. A task that fails raises CptError with the log's last lines, unless the
+    experiment is detached.
+
+    Args:
+        account: as sbatch; None where the cluster wants none.
+        partition: as sbatch; None for the cluster's default.
+        nodes: number of nodes.
+        gpus_per_node: GPUs of each node; by default what the recipe's trainer asks for.
+        time: limit, as sbatch writes it ("30", "4:00:00", "2-00") or a timedelta; None for the partition's default.
+        tasks_per_node: processes on each node; by default `gpus_per_node`, or as many as the recipe's trainer has.
+        container_image: an image for Pyxis; None runs in the virtual environment, on a shared file system.
+        mounts: "source:target[:flags]" for Pyxis; by default the current folder at its own path.
+        setup: shell lines to run before the tasks start, for example "module load cuda".
+        env: further variables, literal values; no secrets.
+        secrets: names of environment variables to pass; by default HF_TOKEN and WANDB_API_KEY where they are set.
+        mpi: srun's --mpi; by default pmix in a container, else the cluster's default. PyTorch needs neither.
+        gres: instead of --gpus-per-node, for example "gpu:h100:8".
+        constraint: as sbatch.
+        dependency: as sbatch, for example "afterok:123".
+        array: as sbatch.
+        requeue: go on after preemption, the time limit or a node's failure.
+        preempt_seconds: seconds before the time limit at which the tasks get SIGTERM; None for no signal. Slurm may
+            send it up to 60 s early.
+        max_restarts: restarts after a crash.
+        chain: jobs submitted one behind the other, each going on where the last stopped, for runs longer than the
+            limit where requeueing is not wanted. Those left over when the run is finished end at once.
+        tunnel: "local" on a login node, or `ssh(...)`.
+        workdir: folder the tasks run in, as they see it; by default the current folder, over SSH the shipped code's.
+        code: "ship" copies the git repository of the current folder as it is on disk, with uncommitted and untracked
+            files, but not ignored ones; "committed" refuses while there are any; None copies nothing.
+        venv: virtual environment on the nodes; by default this interpreter's, but over SSH and in containers what is
+            on PATH there.
+        job_name_prefix: before the task's name in squeue.
+        srun_args: further arguments of srun.
+        **directives: any other directive of sbatch, with _ for -: mem="0", qos="high", exclusive=True.
+
+    Returns:
+        NeMo-Run's SlurmExecutor, which `run.run`, `run.Experiment` and `nemo` submit.
+
+    Raises:
+        CptError: a value is out of range or malformed, a directive does not exist, a mount or a secret is missing.
+
+    Example:
+        >>> run.run(recipe, executor=slurm(account="llm", partition="gpu", nodes=2, gpus_per_node=8, time="4:00:00"))
+    """
+    _check_counts(nodes=nodes, gpus_per_node=gpus_per_node, tasks_per_node=tasks_per_node, chain=chain)
+    _check_directives(directives)
+    local_container = container_image is not None and tunnel == "local"
+    if mounts is None:
+        mounts = [f"{os.getcwd()}:{os.getcwd()}"] if local_container else []
+    if workdir is None and tunnel == "local":
+        workdir = os.getcwd()
+    _check_workdir(workdir)
+
+    import nemo_run as run
+    from nemo_cpt.executors import upstream
+    from nemo_cpt.executors.code import CodeSnapshot
+    from nemo_cpt.executors.slurm_job import RunLog, SlurmJob
+
+    upstream.apply()
+    return SlurmJob(
+        account=account,
+        partition=partition,
+        nodes=nodes,
+        ntasks_per_node=tasks_per_node or gpus_per_node or 1,
+        gpus_per_node=None if gres else gpus_per_node,
+        gres=gres,
+        time=_time(time),
+        constraint=constraint,
+        array=array,
+        signal=f"TERM@{preempt_seconds}" if preempt_seconds else None,
+        container_image=container_image,
+        container_mounts=existing_mounts(mounts) if tunnel == "local" else list(mounts),
+        srun_args=[
+            "--open-mode=append",
+            *_mpi_args(mpi, container_image),
+            *_workdir_args(workdir, container_image),
+            *srun_args,
+        ],
+        additional_parameters={"dependency": dependency} | directives if dependency else dict(directives),
+        env_vars=checked_env(env),
+        retries=max_restarts,
+        job_name_prefix=job_name_prefix,
+        job_details=RunLog(),
+        tunnel=_tunnel(tunnel),
+        packager=CodeSnapshot(refuse_uncommitted=code == "committed") if code else run.Packager(),
+        comes_back=requeue and chain == 1,
+        may_requeue=requeue,
+        chain=chain,
+        secrets=checked_secrets(secrets),
+        setup=list(setup),
+        python_folder=_python_folder(venv, tunnel, container_image),
+        takes_recipes_size=tasks_per_node is None and gpus_per_node is None and gres is None,
+    )
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            hint = "leave it out for a job without GPUs" if name == "gpus_per_node" else "at least 1 is needed"
+            raise CptError(f"slurm({name}={count}): {hint}")
+
+
+def _check_directives(directives: Mapping[str, Any]) -> None:
+    if not directives:
+        return
+    from nemo_run import SlurmExecutor
+
+    for name in directives:
+        if name not in SlurmExecutor.SBATCH_FLAGS:
+            near = difflib.get_close_matches(name, SlurmExecutor.SBATCH_FLAGS, n=3)
+            raise CptError(f"slurm({name}=...): sbatch has no such directive; near: {', '.join(near) or 'none'}")
+
+
+def _check_workdir(workdir: str | None) -> None:
+    if workdir and re.search(r"/nemo_run(/|$)", workdir):
+        raise CptError(f"workdir {workdir}: NeMo-Run rewrites every path through a folder named nemo_run; use another")
+
+
+def _time(limit: str | timedelta | None) -> str | None:
+    if isinstance(limit, timedelta):
+        return str(max(1, round(limit.total_seconds() / 60)))
+    if limit is not None and not _TIME.fullmatch(str(limit)):
+        raise CptError(f"slurm(time={limit!r}): write minutes, H:MM:SS, D-HH or D-HH:MM:SS, for example '4:00:00'")
+    return None if limit is None else str(limit)
+
+
+def _mpi_args(mpi: str | None, container_image: str | None) -> list[str]:
+    mpi = mpi or ("pmix" if container_image else None)
+    return [f"--mpi={mpi}"] if mpi else []
+
+
+def _workdir_args(workdir: str | None, container_image: str | None) -> list[str]:
+    """The last of two equal flags counts, and NeMo-Run's own comes first. It does not quote srun's arguments."""
+    if not workdir:
+        return []
+    return [f"--{'container-workdir' if container_image else 'chdir'}={shlex.quote(workdir)}"]
+
+
+def _python_folder(venv: str | None, tunnel: Literal["local"] | ssh, container_image: str | None) -> str:
+    if venv:
+        return str(Path(venv) / "bin")
+    return str(Path(sys.executable).parent) if tunnel == "local" and not container_image else ""
+
+
+def _tunnel(tunnel: Literal["local"] | ssh) -> Any:
+    import nemo_run as run
+
+    if tunnel == "local":
+        return run.LocalTunnel(job_dir="")
+    if not isinstance(tunnel, ssh):
+        raise CptError(f"slurm(tunnel={tunnel!r}): give 'local' or ssh(host=..., user=..., job_dir=...)")
+    if tunnel.identity and not Path(tunnel.identity).expanduser().is_file():
+        raise CptError(f"ssh(identity={tunnel.identity!r}): no such key file")
+    identity = str(Path(tunnel.identity).expanduser()) if tunnel.identity else None
+    return run.SSHTunnel(
+        host=tunnel.host, user=tunnel.user, port=tunnel.port, job_dir=tunnel.job_dir, identity=identity
+    )
+
+
+__all__ = ["SECRETS", "slurm", "ssh"]
