@@ -1,1 +1,1 @@
-
+"""What an exported model can do, measured with plain transformers."""

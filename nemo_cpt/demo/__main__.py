@@ -1,0 +1,234 @@
+"""`make demo`: the whole road of a continual pretraining on a CPU, through the public functions, in a few minutes."""
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from nemo_cpt.demo import report as reporting
+from nemo_cpt.errors import CptError
+
+FOLDER = Path("demo")
+BASE_STEPS, STEPS, STOP_AT = 150, 60, 30
+SEQ_LENGTH, VALIDATION_SAMPLES = 128, 16
+REPLAY = 0.25
+PROMPTS = ["The river rises in the hills and", "京都の古い町では、", "1 + 1 ="]
+console = Console()
+
+
+def main() -> None:
+    """Run every step, narrated, and write `demo/report.json`."""
+    started = time.monotonic()
+    os.environ.setdefault("NEMORUN_HOME", str(FOLDER.absolute() / "nemo_run"))
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir()
+    corpus = _split_corpus()
+    _pretrain_base(corpus)
+    _prepare()
+    _import_base()
+    _train("with_replay", {"ja": 1 - REPLAY, "en": REPLAY}, stop_at=STOP_AT, title="stopped half way")
+    resumed_from = _newest_step("with_replay")
+    _train("with_replay", {"ja": 1 - REPLAY, "en": REPLAY}, title="resumed from its checkpoint")
+    _train("without_replay", {"ja": 1.0}, title="the same without English")
+    report = _evaluate(resumed_from)
+    _show(report)
+    console.print(f"\n[green]Done in {time.monotonic() - started:.0f} s.[/] See {FOLDER}/report.json, {FOLDER}/losses.png")
+
+
+def _say(step: str) -> None:
+    console.print(f"\n[bold cyan]▸ {step}[/]")
+
+
+def _split_corpus() -> dict[str, list[str]]:
+    """Write each language's corpus as training and validation JSONL; return the training texts."""
+    from nemo_cpt.corpus import split
+
+    _say("The corpus that ships with the package: Japanese and English prose; a tenth of the documents is held out")
+    texts = {}
+    for language in reporting.LANGUAGES:
+        source = str(files("nemo_cpt.demo") / "corpus" / f"{language}.jsonl")
+        split(source, FOLDER / "text" / language, validation=0.1)
+        lines = (FOLDER / "text" / f"{language}_train.jsonl").read_text().splitlines()
+        texts[language] = [json.loads(line)["text"] for line in lines]
+    return texts
+
+
+def _pretrain_base(corpus: dict[str, list[str]]) -> None:
+    from nemo_cpt.demo import base
+
+    _say("A base to continue from: a small Llama-3.1-shaped model, pretrained on English alone with plain PyTorch")
+    tokenizer = base.train_tokenizer(corpus["ja"] + corpus["en"])
+    with _bar("pretraining", BASE_STEPS) as progress:
+        base.pretrain(corpus["en"], tokenizer, FOLDER / "base_hf", steps=BASE_STEPS, progress=progress)
+
+
+def _prepare() -> None:
+    from nemo_cpt.corpus import prepare
+
+    _say("Text to Megatron's .bin and .idx, with the base's tokenizer")
+    for part in ("train", "validation"):
+        for language in reporting.LANGUAGES:
+            source = FOLDER / "text" / f"{language}_{part}.jsonl"
+            made = prepare(source, FOLDER / "ds" / f"{language}_{part}", FOLDER / "base_hf", quiet=True)
+            console.print(f"  {language}_{part}: {made.documents} documents, {made.tokens:,} tokens ({made.encoder})")
+
+
+def _import_base() -> None:
+    from nemo_cpt.checkpoint import import_hf
+
+    _say("Hugging Face to NeMo")
+    import_hf(FOLDER / "base_hf", FOLDER / "base_nemo")
+    console.print(f"  {FOLDER}/base_nemo")
+
+
+def _train(name: str, weights: dict[str, float], title: str, stop_at: int | None = None) -> None:
+    """Run one job through NeMo-Run's local executor and follow its metrics."""
+    import nemo_run as run
+
+    from nemo_cpt.demo.train import continually_pretrain
+    from nemo_cpt.executors import local
+
+    shares = ", ".join(f"{share:.0%} {reporting.LANGUAGES[language]}" for language, share in weights.items())
+    _say(f"Continual pretraining on {shares}: {title}")
+    task = run.Partial(
+        continually_pretrain,
+        name=name,
+        folder=str(FOLDER.absolute()),
+        train={str(FOLDER.absolute() / "ds" / f"{language}_train"): share for language, share in weights.items()},
+        validation={
+            language: str(FOLDER.absolute() / "ds" / f"{language}_validation") for language in reporting.LANGUAGES
+        },
+        max_steps=STEPS,
+        stop_at=stop_at,
+        export=stop_at is None,
+    )
+    with _followed(FOLDER / "runs" / name, stop_at or STEPS), _quietly():
+        run.run(task, executor=local(), name=f"demo_{name}", tail_logs=False)
+
+
+@contextmanager
+def _bar(title: str, total: int) -> Iterator[Callable[[int, float], None]]:
+    """A progress bar on a terminal, ten plain lines elsewhere; yields a function of the step and its loss."""
+    columns = (TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title, total=total, state="")
+
+        def advance(step: int, loss: float) -> None:
+            progress.update(task, completed=step, state=f"step {step}/{total}, loss {loss:.3f}")
+            if not console.is_terminal and step % max(total // 10, 1) == 0:
+                console.print(f"  step {step}/{total}, loss {loss:.3f}")
+
+        yield advance
+
+
+@contextmanager
+def _followed(run_folder: Path, total: int) -> Iterator[None]:
+    """Show a run's steps from its metrics file while the block runs."""
+    done = Event()
+
+    def follow(progress: Callable[[int, float], None]) -> None:
+        shown = _last_step(run_folder)
+        while not done.wait(0.5):
+            for line in _metrics(run_folder):
+                if line["step"] > shown and "reduced_train_loss" in line:
+                    shown = int(line["step"])
+                    progress(shown, line["reduced_train_loss"])
+
+    with _bar("loading NeMo, then training", total) as progress:
+        follower = Thread(target=follow, args=(progress,), daemon=True)
+        follower.start()
+        try:
+            yield
+        finally:
+            time.sleep(0.6)  # one more look at the metrics
+            done.set()
+            follower.join()
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep NeMo-Run's own narration out of the demo's; a failed task still raises, with its log."""
+    from nemo_run.core.frontend.console.api import CONSOLE
+
+    CONSOLE.quiet = True
+    try:
+        yield
+    finally:
+        CONSOLE.quiet = False
+
+
+def _metrics(run_folder: Path) -> list[dict[str, float]]:
+    path = run_folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def _last_step(run_folder: Path) -> int:
+    return max((int(line["step"]) for line in _metrics(run_folder)), default=0)
+
+
+def _newest_step(name: str) -> int:
+    """The step of the newest checkpoint, from its name."""
+    names = [path.name for path in (FOLDER / "runs" / name / "checkpoints").glob("steps=*")]
+    return max(int(name.split("=")[1].split("-")[0]) for name in names)
+
+
+def _evaluate(resumed_from: int) -> dict[str, Any]:
+    from nemo_cpt.evaluation.loss import language_model_loss
+
+    _say("The exported models, loaded by plain transformers, on the held-out text")
+
+    def losses(model: str) -> dict[str, float]:
+        return {
+            language: language_model_loss(
+                FOLDER / model, str(FOLDER / "ds" / f"{language}_validation"), seq_length=SEQ_LENGTH,
+                samples=VALIDATION_SAMPLES,
+            )
+            for language in reporting.LANGUAGES
+        }
+
+    before, after, without = losses("base_hf"), losses("with_replay_hf"), losses("without_replay_hf")
+    at_step0 = _metrics(FOLDER / "runs" / "with_replay")[0]
+    verified = json.loads((FOLDER / "with_replay_verified.json").read_text())
+    return {
+        "steps": STEPS,
+        "loss": {language: {"before": before[language], "after": after[language]} for language in before},
+        "base_step0_matches_hf": max(abs(at_step0[f"val_loss_{language}"] - before[language]) for language in before),
+        "export_max_logit_difference": verified["max_logit_difference"],
+        "resumed_from_step": resumed_from,
+        "replay_share": REPLAY,
+        "without_replay": {
+            "loss": {language: {"before": before[language], "after": without[language]} for language in before}
+        },
+    }
+
+
+def _show(report: dict[str, Any]) -> None:
+    runs = {"25 % English replay": "with_replay", "no replay": "without_replay"}
+    reporting.plot({label: _metrics(FOLDER / "runs" / name) for label, name in runs.items()}, FOLDER / "losses.png")
+    reporting.write(report, FOLDER / "report.json")
+    reporting.table(report, console)
+    console.print(
+        f"NeMo's loss before the first step differs from transformers' by {report['base_step0_matches_hf']:.1e}; "
+        f"the export's logits from NeMo's by {report['export_max_logit_difference']:.1e}; "
+        f"resumed from step {report['resumed_from_step']} of {report['steps']}."
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except CptError as error:
+        console.print(f"[red]{error}[/]")
+        sys.exit(error.exit_code)

@@ -1,0 +1,57 @@
+"""One training job of the demo, as the executor starts it: compose the recipe, run it, export what came out."""
+
+import json
+from pathlib import Path
+
+
+def continually_pretrain(
+    name: str,
+    folder: str,
+    train: dict[str, float],
+    validation: dict[str, str],
+    max_steps: int,
+    stop_at: int | None = None,
+    export: bool = True,
+) -> None:
+    """Continue the base's pretraining with the recipe of `nemo_cpt.recipes.tiny`, in `folder`.
+
+    Args:
+        name: the run's name.
+        folder: where `base_nemo`, `base_hf` and `runs` are.
+        train: weight of each prepared prefix.
+        validation: prefix of each named validation set.
+        max_steps: steps of the whole run, and of its schedule.
+        stop_at: stop in good order after this step, as a time limit would.
+        export: write `NAME_hf` and the comparison with it, `NAME_verified.json`, at the end.
+    """
+    import nemo_run as run
+
+    from nemo_cpt.corpus import Blend
+    from nemo_cpt.recipes import tiny
+    from nemo_cpt.training import guards
+    from nemo_cpt.training.callbacks import StopAtStep
+
+    recipe = tiny.continual_pretrain(
+        base=f"{folder}/base_nemo",
+        data=Blend(train=train, validation=validation),
+        name=name,
+        directory=f"{folder}/runs",
+        max_steps=max_steps,
+        val_check_interval=max_steps // 6,
+    )
+    if stop_at:
+        recipe.trainer.callbacks.append(run.Config(StopAtStep, step=stop_at))
+    guards.check(recipe)
+    run.run(recipe, direct=True)
+    if export:
+        _export(Path(folder), name)
+
+
+def _export(folder: Path, name: str) -> None:
+    from nemo_cpt.checkpoint import export_hf, verify
+    from nemo_cpt.training.resume import newest_complete_checkpoint
+
+    checkpoint = newest_complete_checkpoint(folder / "runs" / name / "checkpoints")
+    export_hf(checkpoint, folder / f"{name}_hf", base=folder / "base_hf")
+    report = verify(checkpoint, folder / f"{name}_hf")
+    (folder / f"{name}_verified.json").write_text(json.dumps({"max_logit_difference": report.max_logit_difference}))

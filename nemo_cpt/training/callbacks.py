@@ -1,0 +1,96 @@
+"""What a run reports about itself."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from nemo.lightning._strategy_lib import _sync_from_last_pipeline_stage
+from nemo.utils import AppState
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class ValidationLossBySet(pl.Callback):
+    """Log each validation set's own loss as `val_loss_NAME`, in nats per token: the monitor of forgetting.
+
+    Needs a `BlendDataModule`, which validates one set after the other. With the trainer's `num_sanity_val_steps` set,
+    the first line is the base's own loss, before any training.
+    """
+
+    def __init__(self) -> None:
+        self._losses: list[torch.Tensor] = []
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget the last validation."""
+        self._losses = []
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *args) -> None:
+        """Keep the loss of one global batch."""
+        loss = outputs.detach().clone()
+        _sync_from_last_pipeline_stage(loss, broadcast=True)
+        self._losses.append(loss)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Average the losses of each set and log them."""
+        by_set = self.losses(trainer)
+        for name, loss in by_set.items():
+            pl_module.log(f"val_loss_{name}", loss, batch_size=1)
+        if by_set:
+            values = {f"val_loss_{name}": float(loss) for name, loss in by_set.items()}
+            _append_metrics(trainer, {"step": trainer.global_step, **values})
+
+    def losses(self, trainer: pl.Trainer) -> dict[str, torch.Tensor]:
+        """Mean loss of each set that the last validation went through whole."""
+        names = getattr(trainer.datamodule, "validation_names", [])
+        if not names or len(self._losses) % len(names):
+            return {}
+        batches = torch.stack([loss.reshape(()) for loss in self._losses]).reshape(len(names), -1)
+        return dict(zip(names, batches.mean(dim=1), strict=True))
+
+
+class MetricsFile(pl.Callback):
+    """Append one JSON line a logged step to `metrics.jsonl` in the run's folder: step, loss, lr, grad_norm, seconds.
+
+    Unlike a logger's file it is append-only, so a resumed run continues it.
+    """
+
+    NAMES = ("reduced_train_loss", "lr", "grad_norm", "consumed_samples", "train_step_timing in s")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        """Write the step's metrics if the trainer logs this step."""
+        pl_module.log("steps", float(trainer.global_step), batch_size=1)  # for checkpoints' names; NeMo's `step` is one less
+        if trainer.global_step % trainer.log_every_n_steps:
+            return
+        logged = trainer.callback_metrics
+        values = {name: float(logged[name]) for name in self.NAMES if name in logged}
+        _append_metrics(trainer, {"step": trainer.global_step, **values})
+
+
+class StopAtStep(pl.Callback):
+    """End the run in good order after `step`, as a time limit would: a checkpoint is written, nothing is finished."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Ask the trainer to stop once the step is reached."""
+        if trainer.global_step >= self.step:
+            trainer.should_stop = True
+
+
+def read_metrics(run_folder: str | Path) -> list[dict[str, float]]:
+    """The lines of a run's `metrics.jsonl`; a line that a killed run left unfinished is left out."""
+    path = Path(run_folder, METRICS_FILE)
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def _append_metrics(trainer: pl.Trainer, values: dict[str, float]) -> None:
+    if not trainer.is_global_zero:
+        return
+    finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    with open(Path(AppState().log_dir, METRICS_FILE), "a") as file:
+        file.write(json.dumps(finite) + "\n")

@@ -1,0 +1,171 @@
+"""NeMo 2.0 and Megatron Core on a machine without a GPU: the same code, tensors on the CPU, gloo between processes.
+
+`cpu_stack()` is entered for as long as Megatron runs and puts everything back when it is left. `CpuStrategy` enters it
+for the length of a job, and `on_cpu(recipe)` turns any recipe into one that uses it. Seen with nemo_toolkit 2.7.3,
+megatron-core 0.15.3 and torch 2.13.0, in fp32, with tensor, pipeline and data parallelism.
+"""
+
+import contextlib
+import types
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import fiddle as fdl
+import torch
+from nemo import lightning as nl
+from nemo.collections.llm.gpt.model.base import local_layer_spec
+from torch.overrides import TorchFunctionMode
+
+# Megatron's fused kernels need Transformer Engine or Apex; these are their plain equivalents, with the same values.
+UNFUSED = {
+    "apply_rope_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "persist_layer_norm": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "cross_entropy_loss_fusion": False,
+    "use_cpu_initialization": True,
+}
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Every request for a CUDA tensor is served from the CPU; Megatron's optimizers hard-code `device="cuda"`."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # Megatron sorts parameters by comparing with "torch.cuda.FloatTensor" and its kin.
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], "cpu", *args[2:])
+        return func(*args, **kwargs)
+
+
+def _is_cuda(device: Any) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+class _Stream:
+    """Stands for a CUDA stream: work on the CPU is done when the call returns."""
+
+    def __init__(self, *args, **kwargs): ...
+
+    def wait_stream(self, stream): ...
+
+    def synchronize(self): ...
+
+
+def _cuda_functions() -> dict[str, Any]:
+    """What `torch.cuda` offers, played by the CPU. The CPU's random generator plays the GPU's."""
+    return {
+        "Stream": _Stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "current_stream": lambda *args: _Stream(),
+        "current_device": lambda: torch.device("cpu"),
+        "device_count": lambda: 1,
+        "synchronize": lambda *args: None,
+        "empty_cache": lambda: None,
+        "manual_seed": torch.manual_seed,
+        "get_rng_state": lambda *args: torch.get_rng_state(),
+        "set_rng_state": lambda state, *args: torch.set_rng_state(state),
+    }
+
+
+def _patches() -> Iterator[Any]:
+    import megatron.core.tensor_parallel.random as megatron_random
+    import nemo.collections.llm.peft.lora as lora
+    import nemo.collections.llm.peft.utils as peft_utils
+    import nemo.lightning.io.pl as checkpoint_io
+    import nemo.lightning.pytorch.strategies.megatron_strategy as megatron_strategy
+
+    for name, function in _cuda_functions().items():
+        yield mock.patch.object(torch.cuda, name, function)
+    yield mock.patch.object(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
+    yield mock.patch.object(torch.nn.Module, "cuda", lambda self, *args, **kwargs: self)
+    yield mock.patch.object(megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
+    yield mock.patch.object(
+        megatron_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state)
+    )
+    yield mock.patch.object(checkpoint_io, "_fix_tensors_device", lambda checkpoint: checkpoint)
+    yield mock.patch.object(megatron_strategy, "_optimizer_to_device", lambda optimizer, device: None)
+    if not hasattr(lora, "te"):  # NeMo's LoRA asks for Transformer Engine's classes even where it is absent
+        absent = type("Absent", (), {})
+        yield mock.patch.object(
+            lora, "te", types.SimpleNamespace(Linear=absent, LayerNormLinear=absent), create=True
+        )
+    yield mock.patch.object(peft_utils, "HAVE_TE", False)
+
+
+@contextlib.contextmanager
+def cpu_stack() -> Iterator[None]:
+    """Let NeMo and Megatron run on the CPU inside the `with` block; everything is as before after it.
+
+    Nested entries are allowed: the inner one does nothing.
+
+    Example:
+        >>> with cpu_stack():
+        ...     model.configure_model()
+    """
+    if torch.cuda.current_stream.__module__ == __name__:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        for patch in _patches():
+            stack.enter_context(patch)
+        stack.enter_context(_CudaMeansCpu())
+        yield
+
+
+class CpuStrategy(nl.MegatronStrategy):
+    """NeMo's MegatronStrategy over gloo on the CPU: enters `cpu_stack()` for the length of the job."""
+
+    # No __init__: NeMo writes the arguments into each checkpoint's context by the signature that it finds.
+    _cpu_stack: contextlib.ExitStack
+
+    def setup_environment(self) -> None:
+        """Enter the CPU stack before the processes meet."""
+        self._cpu_stack = contextlib.ExitStack()
+        self._cpu_stack.enter_context(cpu_stack())
+        super().setup_environment()
+
+    def teardown(self) -> None:
+        """Leave the CPU stack, also after an error."""
+        try:
+            super().teardown()
+        finally:
+            self._cpu_stack.close()
+
+
+def on_cpu(recipe: Any, processes: int = 1) -> Any:
+    """Make a recipe run on the CPU, in fp32: the same model, data, schedule and checkpoints, without a GPU.
+
+    Args:
+        recipe: the run.Partial of a recipe function; it is changed in place.
+        processes: processes of the run; the recipe's parallel sizes are kept if there are several, else set to 1.
+
+    Returns:
+        The recipe.
+    """
+    trainer, strategy = recipe.trainer, recipe.trainer.strategy
+    trainer.accelerator, trainer.devices, trainer.num_nodes, trainer.plugins = "cpu", processes, 1, None
+    fdl.update_callable(strategy, CpuStrategy)
+    strategy.pipeline_dtype = torch.float32
+    strategy.ckpt_async_save = False
+    strategy.ddp.overlap_grad_reduce = strategy.ddp.overlap_param_gather = False
+    strategy.ddp.average_in_collective = False  # gloo has no average
+    if processes == 1:
+        strategy.tensor_model_parallel_size = strategy.pipeline_model_parallel_size = strategy.context_parallel_size = 1
+    recipe.optim.config.bf16 = recipe.optim.config.use_distributed_optimizer = False
+    recipe.data.num_workers, recipe.data.persistent_workers, recipe.data.pin_memory = 0, False, False
+    recipe.data.create_attention_mask = True  # Megatron's plain attention builds none itself
+    recipe.model.config.transformer_layer_spec = local_layer_spec
+    for field, value in UNFUSED.items():
+        setattr(recipe.model.config, field, value)
+    return recipe

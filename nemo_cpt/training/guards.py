@@ -1,0 +1,142 @@
+"""Checks that stop a run which cannot do what it was meant to: before the job where possible, at step 0 otherwise."""
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+
+from nemo_cpt import corpus
+from nemo_cpt.errors import CptError
+from nemo_cpt.training import resume, upstream
+
+MARGIN_TO_UNIFORM = 0.5
+NVTE_OF_BACKEND = {  # what Megatron Core sets for each attention_backend, and refuses to find otherwise
+    "flash": {"NVTE_FLASH_ATTN": "1", "NVTE_FUSED_ATTN": "0", "NVTE_UNFUSED_ATTN": "0"},
+    "fused": {"NVTE_FLASH_ATTN": "0", "NVTE_FUSED_ATTN": "1", "NVTE_UNFUSED_ATTN": "0"},
+    "unfused": {"NVTE_FLASH_ATTN": "0", "NVTE_FUSED_ATTN": "0", "NVTE_UNFUSED_ATTN": "1"},
+    "local": {"NVTE_FLASH_ATTN": "0", "NVTE_FUSED_ATTN": "0", "NVTE_UNFUSED_ATTN": "0"},
+    "auto": {"NVTE_FLASH_ATTN": "1", "NVTE_FUSED_ATTN": "1", "NVTE_UNFUSED_ATTN": "1"},
+}
+
+
+class Guards(pl.Callback):
+    """Check inside the job what can only be seen there; every recipe carries it.
+
+    At the start: base, data, vocabulary, schedule, batches, environment. At step 0: that the loss is not that of random
+    weights. It also puts the cures of `nemo_cpt.training.upstream` into effect before the model is built.
+    """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check everything that is known before the model is built."""
+        upstream.apply()
+        if not trainer.ckpt_path:
+            resume.check_base(getattr(trainer.strategy.restore_config, "path", None))
+        check_data(type(trainer.datamodule).__name__)
+        if (blend := getattr(trainer.datamodule, "blend", None)) is not None:
+            check_vocabulary(blend, pl_module.tokenizer.vocab_size)
+        optim = pl_module.optim
+        if optim.lr_scheduler is not None:
+            check_schedule(optim.config.lr, optim.lr_scheduler, trainer.max_steps)
+        check_environment(getattr(pl_module.config, "attention_backend", None), os.environ)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        """Check the first loss of a run that starts from its base."""
+        if trainer.global_step == 1 and "reduced_train_loss" in trainer.callback_metrics:
+            check_first_loss(float(trainer.callback_metrics["reduced_train_loss"]), pl_module.tokenizer.vocab_size)
+
+
+def check(recipe: Any) -> None:
+    """Check a recipe before it is launched, without building it.
+
+    Args:
+        recipe: the `run.Partial` of a recipe function, edited or not.
+
+    Raises:
+        CptError: the job would stop or train the wrong thing; the message says what to change.
+    """
+    restore = recipe.resume
+    resume.check_base(getattr(restore, "base", None))
+    check_data(recipe.data.__fn_or_cls__.__name__)
+    if recipe.data.__fn_or_cls__.__name__ == "BlendDataModule":
+        corpus.Blend(train=dict(recipe.data.train), validation=dict(recipe.data.validation or {})).check()
+    check_schedule(recipe.optim.config.lr, recipe.optim.lr_scheduler, recipe.trainer.max_steps)
+    strategy = recipe.trainer.strategy
+    check_batches(
+        recipe.data.global_batch_size,
+        recipe.data.micro_batch_size,
+        recipe.trainer.devices * recipe.trainer.num_nodes,
+        strategy.tensor_model_parallel_size * strategy.pipeline_model_parallel_size * strategy.context_parallel_size,
+    )
+    check_environment(getattr(recipe.model.config, "attention_backend", None), os.environ)
+
+
+def check_data(data_module: str) -> None:
+    """Refuse NeMo's mock data, which a recipe without data would train on without a word."""
+    if "Mock" in data_module:
+        raise CptError(
+            f"the run's data is {data_module}, made-up tokens: give the recipe data=Blend(train={{prefix: weight}}), "
+            "with prefixes that `nemo-cpt prepare` wrote"
+        )
+
+
+def check_vocabulary(blend: "corpus.Blend", vocab_size: int) -> None:
+    """Refuse a dataset with token ids that the model's vocabulary does not have."""
+    for prefix in [*blend.train, *blend.validation.values()]:
+        largest = corpus.max_token_id(prefix)
+        if largest >= vocab_size:
+            raise CptError(
+                f"{prefix} holds the token id {largest}, but the model's vocabulary has {vocab_size} tokens: it was "
+                "made with another tokenizer. Prepare it again with the base's own"
+            )
+
+
+def check_schedule(lr: float, scheduler: Any, max_steps: int) -> None:
+    """Refuse a schedule whose peak is never reached, or that NeMo would reject in the middle of the run."""
+    min_lr, warmup = getattr(scheduler, "min_lr", 0.0), getattr(scheduler, "warmup_steps", 0)
+    if min_lr >= lr:
+        raise CptError(f"min_lr {min_lr:g} is not below lr {lr:g}: set min_lr to a tenth of lr, {lr / 10:g}")
+    if warmup >= max_steps:
+        raise CptError(
+            f"warmup_steps {warmup} is not below max_steps {max_steps}: the learning rate would never reach {lr:g}. "
+            f"Set warmup_steps to a tenth of the steps, {max(max_steps // 10, 0)}"
+        )
+
+
+def check_batches(global_batch_size: int, micro_batch_size: int, processes: int, model_parallel: int) -> None:
+    """Refuse a global batch that cannot be cut into whole micro batches for every data-parallel rank."""
+    if processes % model_parallel:
+        raise CptError(
+            f"{processes} processes cannot be cut into groups of tensor x pipeline x context parallel = "
+            f"{model_parallel}: change the parallel sizes or the number of GPUs"
+        )
+    data_parallel = processes // model_parallel
+    if global_batch_size % (micro_batch_size * data_parallel):
+        step = micro_batch_size * data_parallel
+        raise CptError(
+            f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} x data "
+            f"parallel {data_parallel}: {max(global_batch_size // step, 1) * step} would be"
+        )
+
+
+def check_environment(attention_backend: Any, environ: Mapping[str, str]) -> None:
+    """Refuse NVTE_* variables that contradict the recipe's attention_backend."""
+    backend = getattr(attention_backend, "name", None)
+    for name, wanted in NVTE_OF_BACKEND.get(str(backend), {}).items():
+        if environ.get(name, wanted) != wanted:
+            raise CptError(
+                f"{name}={environ[name]} contradicts attention_backend={backend}, which wants {wanted}: unset "
+                "NVTE_FLASH_ATTN, NVTE_FUSED_ATTN and NVTE_UNFUSED_ATTN, and choose with model.config.attention_backend"
+            )
+
+
+def check_first_loss(loss: float, vocab_size: int) -> None:
+    """Refuse a first loss near ln(vocabulary), that of a model which knows nothing: no weights were restored."""
+    uniform = math.log(vocab_size)
+    if not math.isfinite(loss) or abs(loss - uniform) < MARGIN_TO_UNIFORM:
+        raise CptError(
+            f"the first training loss is {loss:.2f}, and random weights give ln({vocab_size}) = {uniform:.2f}: the "
+            "base's weights were not restored, or the data was made with another tokenizer. Check the recipe's base "
+            "and compare with `nemo-cpt verify`"
+        )

@@ -1,0 +1,67 @@
+"""Where a run starts: at its own newest complete checkpoint, else at the base's weights."""
+
+import os
+from pathlib import Path
+
+from nemo import lightning as nl
+from nemo.lightning.pytorch.callbacks import ModelCheckpoint
+from nemo.utils import AppState
+
+from nemo_cpt.errors import CptError
+
+
+class ResumeOrStartFromBase(nl.AutoResume):
+    """Resume the run from its newest complete checkpoint; without one, restore the base's weights and start afresh.
+
+    NeMo's AutoResume looks at `*-last` alone and gives up when that one is unfinished, although an older checkpoint is
+    whole; a run killed while it wrote could not come back. A start from the base restores no optimizer state and no
+    schedule; a resumption restores both, and the position in the data.
+
+    Args:
+        base: folder of the NeMo checkpoint to continue from.
+
+    Raises:
+        CptError: there is neither a checkpoint of this run nor a complete base.
+    """
+
+    def __init__(self, base: str | None = None):
+        restore = nl.RestoreConfig(path=str(base), load_artifacts=False) if base else None
+        super().__init__(
+            restore_config=restore, resume_if_exists=True, resume_past_end=True, resume_ignore_no_checkpoint=True
+        )
+
+    def _find_trainer_ckpt_path(self) -> Path | None:
+        newest = newest_complete_checkpoint(Path(AppState().log_dir, "checkpoints"))
+        if newest is None:
+            check_base(self.restore_config.path if self.restore_config else None)
+        return newest
+
+
+def newest_complete_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in `folder` that was written to its end, or None."""
+    complete = [path for path in folder.glob("*") if is_complete(path)]
+    return max(complete, key=lambda path: os.stat(path / "weights" / "metadata.json").st_mtime_ns, default=None)
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a training checkpoint was written to its end (NeMo marks one that is being written or removed)."""
+    weights = checkpoint / "weights"
+    return (weights / "metadata.json").exists() and not ModelCheckpoint.is_checkpoint_unfinished(checkpoint)
+
+
+def check_base(base: str | Path | None) -> None:
+    """Raise CptError unless `base` is a NeMo checkpoint to continue from."""
+    if base is None:
+        raise CptError(
+            "no base to continue from: the run has no restore path and would train from random weights. "
+            "Give the recipe base=, the folder that `nemo-cpt import` made of a Hugging Face model"
+        )
+    base = Path(base)
+    if not base.exists():
+        raise CptError(f"the base {base} is not there: import it first with `nemo-cpt import HF_MODEL {base}`")
+    if not (base / "weights" / "metadata.json").exists():
+        found = ", ".join(sorted(path.name for path in base.glob("*"))[:6]) or "nothing"
+        raise CptError(
+            f"the base {base} is not a NeMo 2.0 checkpoint (no weights/metadata.json; it holds {found}): "
+            f"import the Hugging Face model with `nemo-cpt import HF_MODEL DEST`"
+        )

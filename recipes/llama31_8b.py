@@ -1,0 +1,173 @@
+"""Continual pretraining of Llama-3.1-8B.
+
+The defaults are those of the recorded run that taught Llama-3.1-8B Japanese on one node of 8 H100 (NVIDIA's Japanese
+blog on continual pretraining with NeMo): 150 steps of 1024 x 8192 tokens = 1.26 B tokens in about 6 hours. Its learning
+rates are Swallow's for the same model too.
+"""
+
+import nemo_run as run
+from nemo.collections import llm
+
+from nemo_cpt.corpus import Blend
+from nemo_cpt.recipes import parts
+
+DEFAULT_BASE = "checkpoints/Llama-3.1-8B"
+LINEAR_LAYERS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+
+
+def model(seq_length: int = 8192) -> run.Config[llm.LlamaModel]:
+    """Llama-3.1-8B: 8.03 B parameters, rope base 500,000 with Llama 3.1's scaling, vocabulary 128,256."""
+    return run.Config(llm.LlamaModel, config=run.Config(llm.Llama31Config8B, seq_length=seq_length))
+
+
+def default_data() -> Blend:
+    """Japanese with a quarter of English replay, the share that Ibrahim et al. (arXiv 2403.08763) find best for a
+    strong shift, and a validation set of each language."""
+    return Blend.replay("ds/ja", "ds/en", share=0.25, validation={"ja": "ds/ja_validation", "en": "ds/en_validation"})
+
+
+@run.cli.factory(target=llm.pretrain, name="llama31_8b_cpt")
+def continual_pretrain(
+    base: str = DEFAULT_BASE,
+    data: Blend | None = None,
+    *,
+    model: run.Config | None = None,
+    tokenizer: str | None = None,
+    name: str = "llama31_8b_cpt",
+    directory: str = "results",
+    num_nodes: int = 1,
+    gpus_per_node: int = 8,
+    tensor_model_parallel_size: int = 2,
+    pipeline_model_parallel_size: int = 1,
+    context_parallel_size: int = 1,
+    seq_length: int = 8192,
+    global_batch_size: int = 1024,
+    micro_batch_size: int = 1,
+    max_steps: int = 150,
+    val_check_interval: int = 15,
+    lr: float = 2.5e-5,
+    min_lr: float | None = None,
+    warmup_steps: int | None = None,
+) -> run.Partial:
+    """Every parameter, on one node of 8 GPUs of 80 GB by default.
+
+    Args:
+        base: folder of the NeMo checkpoint to continue from, made by `nemo-cpt import`.
+        data: what to train and validate on; `default_data()` when None.
+        model: another model of the kin, as a run.Config; Llama-3.1-8B when None.
+        tokenizer: folder or hub name of a Hugging Face tokenizer; the base's own when None.
+        name: the run's name; its checkpoints and logs go to `directory/name`.
+        directory: where runs are kept.
+        num_nodes: machines.
+        gpus_per_node: GPUs of each.
+        tensor_model_parallel_size: GPUs that share each layer.
+        pipeline_model_parallel_size: groups of layers on different GPUs.
+        context_parallel_size: GPUs that share each sequence.
+        seq_length: tokens of a sequence.
+        global_batch_size: sequences of a step, over all GPUs.
+        micro_batch_size: sequences of one forward pass on one GPU.
+        max_steps: steps, and the length of the learning-rate schedule.
+        val_check_interval: steps between validations; each is followed by a checkpoint.
+        lr: peak learning rate.
+        min_lr: learning rate at the end; a tenth of `lr` when None.
+        warmup_steps: `parts.default_warmup(max_steps)` when None, 15 of 150.
+
+    Returns:
+        A run.Partial of `llm.pretrain`; every field stays editable.
+
+    Raises:
+        CptError: `data` is no Blend.
+
+    Example:
+        >>> recipe = continual_pretrain(data=Blend(train={"ds/ja": 0.75, "ds/en": 0.25}, validation={"ja": "ds/ja_val"}))
+        >>> run.run(recipe, executor=local(processes=8))
+    """
+    return run.Partial(
+        llm.pretrain,
+        model=model or _model(seq_length),
+        data=parts.data(
+            data or default_data(),
+            base=base,
+            tokenizer=tokenizer,
+            seq_length=seq_length,
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+        ),
+        trainer=parts.trainer(
+            max_steps=max_steps,
+            val_check_interval=val_check_interval,
+            num_nodes=num_nodes,
+            gpus_per_node=gpus_per_node,
+            tensor_model_parallel_size=tensor_model_parallel_size,
+            pipeline_model_parallel_size=pipeline_model_parallel_size,
+            context_parallel_size=context_parallel_size,
+        ),
+        optim=parts.adam(lr=lr, min_lr=min_lr, warmup_steps=warmup_steps, max_steps=max_steps),
+        log=parts.log(directory, name),
+        resume=parts.resume(base),
+    )
+
+
+_model = model  # the parameter `model` above hides the function
+
+
+@run.cli.factory(target=llm.finetune, name="llama31_8b_cpt_single_gpu")
+def continual_pretrain_single_gpu(
+    base: str = DEFAULT_BASE,
+    data: Blend | None = None,
+    *,
+    gpu_memory_gib: int = 48,
+    name: str = "llama31_8b_cpt_single_gpu",
+    rank: int = 128,
+    global_batch_size: int = 32,
+    lr: float = 1e-4,
+    **kwargs,
+) -> run.Partial:
+    """LoRA on every linear layer, on one GPU of 48 GB by default.
+
+    Rank 128 and alpha of twice the rank on all linear layers follow "LoRA Learns Less and Forgets Less" (arXiv
+    2405.09673, rank 256 and alpha 512 for continual pretraining), the learning rate its range's middle.
+
+    Args:
+        base: see `continual_pretrain`.
+        data: see `continual_pretrain`.
+        gpu_memory_gib: the card's memory; chooses what is recomputed.
+        name: see `continual_pretrain`.
+        rank: rank of the adapters.
+        global_batch_size: see `continual_pretrain`.
+        lr: peak learning rate.
+        **kwargs: see `continual_pretrain`.
+
+    Returns:
+        A run.Partial of `llm.finetune`; every field stays editable.
+
+    Raises:
+        CptError: see `continual_pretrain`.
+    """
+    recipe = continual_pretrain(
+        base,
+        data,
+        name=name,
+        gpus_per_node=1,
+        tensor_model_parallel_size=1,
+        global_batch_size=global_batch_size,
+        lr=lr,
+        **kwargs,
+    )
+    parts.full_recompute(recipe.model, layers=20)
+    return with_lora(recipe, rank)
+
+
+def with_lora(recipe: run.Partial, rank: int) -> run.Partial:
+    """The same run with the base frozen and LoRA adapters trained, through `llm.finetune` (llm.pretrain takes no peft)."""
+    return run.Partial(
+        llm.finetune,
+        model=recipe.model,
+        data=recipe.data,
+        trainer=recipe.trainer,
+        optim=recipe.optim,
+        log=recipe.log,
+        resume=recipe.resume,
+        peft=run.Config(llm.peft.LoRA, dim=rank, alpha=2 * rank, target_modules=LINEAR_LAYERS),
+        tokenizer="data",
+    )

@@ -1,0 +1,186 @@
+"""The parts that the recipes share: trainer, optimizer, data, log. Each returns an ordinary, editable run.Config."""
+
+import nemo_run as run
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from nemo import lightning as nl
+from nemo.collections import llm
+from nemo.collections.common.tokenizers import AutoTokenizer
+from nemo.collections.llm.recipes.log.default import tensorboard_logger
+from nemo.lightning.pytorch.callbacks import GarbageCollectionCallback
+from nemo.utils.exp_manager import TimingCallback
+
+from nemo_cpt.corpus import Blend
+from nemo_cpt.errors import CptError
+from nemo_cpt.training.callbacks import MetricsFile, ValidationLossBySet
+from nemo_cpt.training.data import BlendDataModule
+from nemo_cpt.training.gradients import EveryTrainableParameterHasGradient
+from nemo_cpt.training.guards import Guards
+from nemo_cpt.training.resume import ResumeOrStartFromBase
+
+
+def trainer(
+    *,
+    max_steps: int,
+    val_check_interval: int,
+    num_nodes: int,
+    gpus_per_node: int,
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    context_parallel_size: int = 1,
+    sequence_parallel: bool = False,
+) -> run.Config[nl.Trainer]:
+    """A bf16 trainer with Megatron's distributed optimizer; validates before the first step and then at an interval."""
+    strategy = run.Config(
+        nl.MegatronStrategy,
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        pipeline_model_parallel_size=pipeline_model_parallel_size,
+        pipeline_dtype=torch.bfloat16,
+        context_parallel_size=context_parallel_size,
+        sequence_parallel=sequence_parallel,
+        gradient_as_bucket_view=True,
+        ckpt_async_save=True,
+        ckpt_parallel_load=True,
+        ddp=run.Config(
+            DistributedDataParallelConfig,
+            check_for_nan_in_grad=True,
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=True,
+            overlap_param_gather=True,
+            average_in_collective=True,
+        ),
+    )
+    return run.Config(
+        nl.Trainer,
+        accelerator="gpu",
+        devices=gpus_per_node,
+        num_nodes=num_nodes,
+        strategy=strategy,
+        plugins=bf16(),
+        max_steps=max_steps,
+        val_check_interval=val_check_interval,
+        limit_val_batches=1,
+        num_sanity_val_steps=1,
+        log_every_n_steps=1,
+        use_distributed_sampler=False,
+        callbacks=callbacks(),
+    )
+
+
+def bf16() -> run.Config[nl.MegatronMixedPrecision]:
+    """Parameters and arithmetic in bf16, master weights and the reduction of gradients in fp32."""
+    return run.Config(
+        nl.MegatronMixedPrecision,
+        precision="bf16-mixed",
+        params_dtype=torch.bfloat16,
+        pipeline_dtype=torch.bfloat16,
+        autocast_enabled=False,
+        grad_reduce_in_fp32=True,
+    )
+
+
+def callbacks() -> list[run.Config]:
+    """What every run carries: the guards, the losses by validation set, the metrics file, timing."""
+    return [
+        run.Config(Guards),
+        run.Config(EveryTrainableParameterHasGradient),
+        run.Config(ValidationLossBySet),
+        run.Config(MetricsFile),
+        run.Config(TimingCallback),
+        run.Config(GarbageCollectionCallback, gc_interval_train=100, gc_interval_val=100),
+    ]
+
+
+def adam(
+    *, lr: float, min_lr: float | None, warmup_steps: int | None, max_steps: int, weight_decay: float = 0.1
+) -> run.Config[nl.MegatronOptimizerModule]:
+    """Adam (betas 0.9 and 0.95, clip 1.0) with linear warmup and a cosine to `min_lr` at the last step.
+
+    Args:
+        lr: the peak.
+        min_lr: the end; a tenth of `lr` when None, as in the recorded Japanese run and in Swallow.
+        warmup_steps: `default_warmup(max_steps)` when None.
+        max_steps: the schedule's length.
+        weight_decay: decoupled, on matrices only.
+    """
+    config = run.Config(
+        OptimizerConfig,
+        optimizer="adam",
+        lr=lr,
+        weight_decay=weight_decay,
+        bf16=True,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        adam_eps=1e-5,
+        use_distributed_optimizer=True,
+        clip_grad=1.0,
+    )
+    schedule = run.Config(
+        nl.lr_scheduler.CosineAnnealingScheduler,
+        max_steps=max_steps,
+        warmup_steps=default_warmup(max_steps) if warmup_steps is None else warmup_steps,
+        constant_steps=0,
+        min_lr=lr / 10 if min_lr is None else min_lr,
+    )
+    return run.Config(nl.MegatronOptimizerModule, config=config, lr_scheduler=schedule)
+
+
+def default_warmup(max_steps: int) -> int:
+    """A tenth of a run of less than 1000 steps; 1000 steps in a longer one, yet no more than 4 % of it.
+
+    The recorded 150-step run warms up for 15 steps, Swallow's 25,000-step runs for 1000. Ibrahim et al.
+    (arXiv 2403.08763) find the length uncritical.
+    """
+    return max_steps // 10 if max_steps < 1000 else min(1000, max(100, max_steps // 25))
+
+
+def data(
+    blend: Blend, *, base: str, tokenizer: str | None, seq_length: int, global_batch_size: int, micro_batch_size: int
+) -> run.Config[BlendDataModule]:
+    """The blend's data module, with the base's own tokenizer unless another folder or hub name is given."""
+    if not isinstance(blend, Blend):
+        raise CptError(f"data is {blend!r}: give a Blend, such as Blend(train={{'ds/ja': 0.75, 'ds/en': 0.25}})")
+    return run.Config(
+        BlendDataModule,
+        train=dict(blend.train),
+        validation=dict(blend.validation),
+        tokenizer=run.Config(AutoTokenizer, pretrained_model_name=tokenizer or f"{base}/hf"),
+        seq_length=seq_length,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        num_workers=2,
+        persistent_workers=True,
+    )
+
+
+def log(directory: str, name: str) -> run.Config[nl.NeMoLogger]:
+    """Log to `directory/name`; after each validation keep the three best checkpoints and the last."""
+    checkpoints = run.Config(
+        nl.ModelCheckpoint,
+        monitor="val_loss",
+        save_top_k=3,
+        save_last="link",
+        save_optim_on_train_end=True,
+        filename="{steps:.0f}-{val_loss:.4f}",
+    )
+    return run.Config(
+        nl.NeMoLogger,
+        log_dir=directory,
+        name=name,
+        use_datetime_version=False,
+        ckpt=checkpoints,
+        tensorboard=tensorboard_logger(name=name),
+    )
+
+
+def resume(base: str) -> run.Config[ResumeOrStartFromBase]:
+    """Resume the run's newest complete checkpoint, else start from the base's weights with a fresh schedule."""
+    return run.Config(ResumeOrStartFromBase, base=base)
+
+
+def full_recompute(model: run.Config[llm.GPTModel], layers: int) -> None:
+    """Recompute the activations of the first `layers` layers of each pipeline stage in the backward pass."""
+    model.config.recompute_granularity = "full"
+    model.config.recompute_method = "block"
+    model.config.recompute_num_layers = layers

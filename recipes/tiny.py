@@ -1,0 +1,74 @@
+"""A model of the Llama-3.1 shape small enough for a CPU: the demo's, the tests', and the first thing to try."""
+
+import nemo_run as run
+from nemo.collections import llm
+from nemo.collections.llm.gpt.model.llama import Llama31Config
+
+from nemo_cpt.corpus import Blend
+from nemo_cpt.recipes import llama31_8b
+from nemo_cpt.training.cpu import on_cpu
+
+
+def model(seq_length: int = 128) -> run.Config[llm.LlamaModel]:
+    """About a million parameters beside the embeddings: 4 layers of width 128, 4 heads in 2 query groups."""
+    config = run.Config(
+        Llama31Config,
+        num_layers=4,
+        hidden_size=128,
+        ffn_hidden_size=384,
+        num_attention_heads=4,
+        num_query_groups=2,
+        kv_channels=32,
+        rotary_base=500_000,
+        seq_length=seq_length,
+    )
+    return run.Config(llm.LlamaModel, config=config)
+
+
+def continual_pretrain(
+    base: str,
+    data: Blend,
+    *,
+    processes: int = 1,
+    name: str = "tiny_cpt",
+    seq_length: int = 128,
+    global_batch_size: int = 16,
+    micro_batch_size: int = 4,
+    max_steps: int = 60,
+    val_check_interval: int = 10,
+    lr: float = 1e-3,
+    **kwargs,
+) -> run.Partial:
+    """`llama31_8b.continual_pretrain` for the tiny model, on the CPU.
+
+    Args:
+        base: see `llama31_8b.continual_pretrain`.
+        data: see `llama31_8b.continual_pretrain`.
+        processes: processes of the run, over gloo.
+        name: see `llama31_8b.continual_pretrain`.
+        seq_length: see `llama31_8b.continual_pretrain`.
+        global_batch_size: see `llama31_8b.continual_pretrain`.
+        micro_batch_size: see `llama31_8b.continual_pretrain`.
+        max_steps: see `llama31_8b.continual_pretrain`.
+        val_check_interval: see `llama31_8b.continual_pretrain`.
+        lr: peak learning rate; a model this small wants a larger one.
+        **kwargs: see `llama31_8b.continual_pretrain`.
+
+    Returns:
+        A run.Partial of `llm.pretrain` that runs on the CPU.
+    """
+    recipe = llama31_8b.continual_pretrain(
+        base,
+        data,
+        model=model(seq_length),
+        name=name,
+        gpus_per_node=processes,
+        seq_length=seq_length,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        max_steps=max_steps,
+        val_check_interval=val_check_interval,
+        lr=lr,
+        **{"tensor_model_parallel_size": 1} | kwargs,
+    )
+    return on_cpu(recipe, processes)
