@@ -1,1 +1,36 @@
+"""Text to Megatron datasets, and blends of them. Names are loaded when they are first used."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nemo_cpt.corpus.blend import Blend as Blend
+    from nemo_cpt.corpus.index import Index as Index
+    from nemo_cpt.corpus.index import full_prefix as full_prefix
+    from nemo_cpt.corpus.index import max_token_id as max_token_id
+    from nemo_cpt.corpus.index import read_index as read_index
+    from nemo_cpt.corpus.manifest import read_manifest as read_manifest
+    from nemo_cpt.corpus.preparation import PrepareReport as PrepareReport
+    from nemo_cpt.corpus.preparation import prepare as prepare
+
+_HOMES = {
+    "Blend": "blend",
+    "Index": "index",
+    "PrepareReport": "preparation",
+    "full_prefix": "index",
+    "max_token_id": "index",
+    "prepare": "preparation",
+    "read_index": "index",
+    "read_manifest": "manifest",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,0 +1,259 @@
+"""The inputs cut into tasks, in order: byte ranges for the workers to read, or what only one process can read."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+from nemo_cpt.corpus.lines import cut_ranges
+from nemo_cpt.corpus.sources import HUB, Source
+from nemo_cpt.errors import CptError
+
+PIECE = 1 << 16  # compressed bytes taken at once: at most some 64 MiB come out of them
+ROWS = 1000
+
+
+class DamagedError(Exception):
+    """A compressed file ends or breaks at some byte; what came before it is good."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A stretch of one input.
+
+    Attributes:
+        index: Number of the task in this run.
+        source: Number of the input.
+        path: Its path.
+        start: First byte of the (decompressed) file, or first row.
+        stop: Where the next stretch begins.
+        data: The lines as bytes, or a column's values as a list; None for a range that the worker reads itself.
+        done: Bytes of the input on disk read so far, for the progress.
+        damage: Why the file ends here though it is not complete; empty for a sound one.
+        last: True for the last stretch of its input.
+    """
+
+    index: int
+    source: int
+    path: str
+    start: int
+    stop: int
+    data: bytes | list[Any] | None
+    done: int
+    damage: str = ""
+    last: bool = False
+
+
+@dataclass
+class Feed:
+    """An iterator of tasks that hashes the files on the way.
+
+    Attributes:
+        sources: The inputs in order.
+        json_key: Name of the text's column in Parquet files and datasets.
+        chunk_bytes: Size of a task.
+        cursor: Number of the input and the position in it where the first task begins.
+        hashes: xxh3-128 of each input's bytes as stored, by number, once it has been read to its end.
+    """
+
+    sources: list[Source]
+    json_key: str
+    chunk_bytes: int
+    cursor: tuple[int, int] = (0, 0)
+    hashes: dict[int, str] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Task]:
+        first, position = self.cursor
+        index = 0
+        for number in range(first, len(self.sources)):
+            start = position if number == first else 0
+            for stop, data, done, damage, last in self._stretches(number, start):
+                yield Task(index, number, self.sources[number].path, start, stop, data, done, damage, last)
+                index, start = index + 1, stop
+
+    def _stretches(self, number: int, start: int) -> Iterator[tuple[int, Any, int, str, bool]]:
+        """Yield (stop, data, bytes done, damage, last) for one input."""
+        source = self.sources[number]
+        readers: dict[str, Callable[[Source, int, int], Iterator[tuple[int, Any, int, str, bool]]]] = {
+            "plain": self._ranges,
+            "gzip": self._blocks,
+            "zstd": self._blocks,
+            "parquet": self._rows,
+            "dataset": self._rows,
+            "hub": self._rows,
+        }
+        yield from readers[source.kind](source, number, start)
+
+    def _ranges(self, source: Source, number: int, start: int) -> Iterator[tuple[int, Any, int, str, bool]]:
+        with HashingFile(source.path) as file:
+            file.skip(start)
+            for begin, stop in cut_ranges(start, source.size, self.chunk_bytes):
+                file.skip(stop - begin)
+                yield stop, None, stop, "", stop == source.size
+            self.hashes[number] = file.hexdigest()
+        if start >= source.size:
+            yield source.size, b"", source.size, "", True
+
+    def _blocks(self, source: Source, number: int, start: int) -> Iterator[tuple[int, Any, int, str, bool]]:
+        """Yield blocks of whole lines of a compressed file."""
+        with HashingFile(source.path) as file:
+            position, damage, rest = 0, "", b""
+            try:
+                for piece in _gzip(file, self.chunk_bytes) if source.kind == "gzip" else _zstd(file):
+                    rest += piece
+                    if len(rest) < self.chunk_bytes:
+                        continue
+                    cut = rest.rfind(b"\n") + 1
+                    if cut and position + cut > start:
+                        block = rest[max(start - position, 0) : cut]
+                        yield position + cut, block, file.position, "", False
+                    position, rest = position + cut, rest[cut:]
+            except DamagedError as error:
+                damage, rest = str(error), rest[: rest.rfind(b"\n") + 1]
+            self.hashes[number] = file.hexdigest()
+            stop = max(position + len(rest), start)
+            yield stop, rest[max(start - position, 0) :], source.size, damage, True
+
+    def _rows(self, source: Source, number: int, start: int) -> Iterator[tuple[int, Any, int, str, bool]]:
+        """Yield the values of the text column, `ROWS` rows at once."""
+        batches, total = _open_rows(source, self.json_key)
+        row = 0
+        for values in batches:
+            stop = row + len(values)
+            if stop > start:
+                share = source.size * stop // max(total, 1)
+                yield stop, values[max(start - row, 0) :], share, "", stop == total
+            row = stop
+        self.hashes[number] = _row_hash(source)
+        if total == 0 or start >= total:
+            yield total, [], source.size, "", True
+
+
+class HashingFile:
+    """A file read forward; what is read is hashed."""
+
+    def __init__(self, path: str) -> None:
+        import xxhash
+
+        self._file: BinaryIO = open(path, "rb", buffering=0)  # noqa: SIM115  closed by __exit__
+        self._hash = xxhash.xxh3_128()
+        self._buffer = memoryview(bytearray(PIECE * 4))
+        self.position = 0
+
+    def __enter__(self) -> "HashingFile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def read(self, count: int = -1) -> bytes:
+        """Read and hash up to `count` bytes."""
+        data = self._file.read(count)
+        self._hash.update(data)
+        self.position += len(data)
+        return data
+
+    def skip(self, count: int) -> None:
+        """Hash `count` bytes without keeping them; this also brings them into the page cache before a worker wants "
+        "them."""
+        while count > 0 and (got := self._file.readinto(self._buffer[:count])):  # type: ignore[attr-defined]
+            self._hash.update(self._buffer[:got])
+            self.position += got
+            count -= got
+
+    def hexdigest(self) -> str:
+        """Return the hash of the whole file; hashes what has not been read yet."""
+        self.skip(1 << 62)
+        return self._hash.hexdigest()
+
+
+def hash_file(path: str) -> str:
+    """Return the xxh3-128 of a file's bytes, in hexadecimal."""
+    with HashingFile(path) as file:
+        return file.hexdigest()
+
+
+def _gzip(file: HashingFile, step: int) -> Iterator[bytes]:
+    """Decompress a gzip file, also one of several members."""
+    import zlib
+
+    from isal import igzip
+
+    try:
+        with igzip.IGzipFile(fileobj=file, mode="rb") as stream:
+            while piece := stream.read(step):
+                yield piece
+    except (EOFError, OSError, zlib.error) as error:
+        raise DamagedError(f"the gzip file breaks near its byte {file.position}: {error}") from error
+
+
+def _zstd(file: HashingFile) -> Iterator[bytes]:
+    """Decompress a zstd file, also one of several frames; unlike zstandard's own reader, notice a missing end."""
+    import zstandard
+
+    context = zstandard.ZstdDecompressor(max_window_size=2**31)
+    frame = context.decompressobj()
+    rest, begun = b"", False
+    try:
+        while piece := rest or file.read(PIECE):
+            begun = True
+            yield frame.decompress(piece)
+            rest = frame.unused_data
+            if frame.eof:
+                frame, begun = context.decompressobj(), False
+    except zstandard.ZstdError as error:
+        raise DamagedError(f"the zstd file breaks near its byte {file.position}: {error}") from error
+    if begun:
+        raise DamagedError(f"the zstd file ends at byte {file.position} in the middle of a frame")
+
+
+def _open_rows(source: Source, key: str) -> tuple[Iterator[list[Any]], int]:
+    """Return batches of the text column's values, and the number of rows."""
+    if source.kind == "parquet":
+        return _open_parquet(source.path, key)
+    dataset = _open_dataset(source)
+    if key not in dataset.column_names:
+        raise CptError(f"{source.path} has no column {key!r}; it has {', '.join(dataset.column_names)}.")
+    tables = dataset.select_columns([key]).with_format("arrow").iter(batch_size=ROWS)
+    return (table.column(key).to_pylist() for table in tables), len(dataset)
+
+
+def _open_parquet(path: str, key: str) -> tuple[Iterator[list[Any]], int]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise CptError(f"{path} is not a whole Parquet file: {error}.") from error
+    if key not in file.schema_arrow.names:
+        raise CptError(f"{path} has no column {key!r}; it has {', '.join(file.schema_arrow.names)}.")
+    batches = file.iter_batches(batch_size=ROWS, columns=[key], use_threads=False)
+    return (batch.column(0).to_pylist() for batch in batches), file.metadata.num_rows
+
+
+def _open_dataset(source: Source) -> Any:
+    import datasets
+
+    try:
+        if source.kind == "dataset":
+            return datasets.load_from_disk(source.path)
+        name, _, split = source.path.removeprefix(HUB).partition(":")
+        name, _, config = name.partition("@")
+        return datasets.load_dataset(name, config or None, split=split or "train")
+    except Exception as error:  # the library has its own kinds, its dependencies have theirs
+        raise CptError(f"Cannot open the dataset {source.path}: {error}") from error
+
+
+def _row_hash(source: Source) -> str:
+    if source.kind == "parquet":
+        return hash_file(source.path)
+    return f"fingerprint:{_open_dataset(source)._fingerprint}" if source.kind == "hub" else _hash_folder(source.path)
+
+
+def _hash_folder(folder: str) -> str:
+    from pathlib import Path
+
+    import xxhash
+
+    hashes = "".join(hash_file(str(path)) for path in sorted(Path(folder).glob("*.arrow")))
+    return xxhash.xxh3_128(hashes.encode()).hexdigest()

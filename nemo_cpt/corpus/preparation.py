@@ -1,0 +1,335 @@
+"""Text files to a Megatron dataset, as fast as the tokenizer allows and resumable at any moment."""
+
+import os
+import time
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+import nemo_cpt
+from nemo_cpt.corpus.encode import Layout
+from nemo_cpt.corpus.files import sync_directory, write_whole
+from nemo_cpt.corpus.index import dtype_for, read_index, write_index
+from nemo_cpt.corpus.job import Job, first_texts
+from nemo_cpt.corpus.journal import Journal
+from nemo_cpt.corpus.manifest import (
+    FORMAT,
+    changed_input,
+    describe_inputs,
+    manifest_path,
+    read_manifest,
+    write_manifest,
+)
+from nemo_cpt.corpus.progress import ProgressBar
+from nemo_cpt.corpus.sources import Inputs, Source, list_sources
+from nemo_cpt.corpus.tokenizer import Tokenizer, choose_encoder, load_tokenizer
+from nemo_cpt.corpus.verify import verify_documents
+from nemo_cpt.errors import CptError
+
+LONG = 131072  # where tokenizers begin to warn, needlessly: Megatron cuts documents at seq_length itself
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """What `prepare` did.
+
+    Attributes:
+        prefix: Megatron's prefix of the dataset, without .bin or .idx.
+        status: `written`, `resumed` (written, the first part by an earlier run) or `unchanged` (it was there already).
+        documents: Documents in the dataset.
+        tokens: Tokens in it, end-of-document tokens included.
+        longest: Tokens of the longest document.
+        empty: Texts without tokens.
+        skipped: Lines left out, by reason.
+        special_tokens: How often the texts hold a special token literally, by its text.
+        dtype: `int32` or `uint16`.
+        encoder: What encoded, and why that.
+        tokenizer: `name`, `sha256`, `vocabulary_size`, `eos` and `bos` as [text, id].
+        seconds: Time spent reading, encoding and writing, over all runs.
+        rates: Of this run, by name: `documents_per_second`, `megabytes_per_second` (10^6 bytes of input),
+            `tokens_per_second`.
+        verified: Documents compared with the reference tokenizer.
+        warnings: Sentences for people.
+    """
+
+    prefix: str
+    status: str
+    documents: int
+    tokens: int
+    longest: int
+    empty: int
+    skipped: dict[str, int]
+    special_tokens: dict[str, int]
+    dtype: str
+    encoder: str
+    tokenizer: dict[str, Any]
+    seconds: float
+    rates: dict[str, float] = field(default_factory=dict)
+    verified: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+
+def prepare(
+    inputs: Inputs,
+    output_prefix: str | os.PathLike[str],
+    tokenizer: str | os.PathLike[str],
+    *,
+    json_key: str = "text",
+    append_eod: bool = True,
+    eod_token: str | None = None,
+    prepend_bos: bool = False,
+    workers: int | None = None,
+    on_error: str = "stop",
+    split_special_tokens: bool = False,
+    keep_empty_documents: bool = False,
+    verify: int = 0,
+    fast: bool = True,
+    overwrite: bool = False,
+    quiet: bool = False,
+    chunk_bytes: int = 2 << 20,
+    checkpoint_seconds: float = 15.0,
+) -> PrepareReport:
+    """Tokenize a corpus into a Megatron dataset, `OUTPUT_PREFIX_text_document.bin` and `.idx`.
+
+    The files are those that NeMo's `preprocess_data_for_megatron.py` and Megatron-LM's `tools/preprocess_data.py`
+    write, byte for byte. A run that is killed resumes when it is called again; one that is finished does nothing when
+    it is called again.
+
+    Args:
+        inputs: A file, folder, glob or list of them: JSON lines (plain, gzip, zstd), Parquet, a dataset saved by
+            `datasets`, or `hf:NAME[@CONFIG][:SPLIT]`.
+        output_prefix: Where the dataset goes; `_{json_key}_document.bin` and `.idx` are appended.
+        tokenizer: Folder or hub name of a Hugging Face tokenizer.
+        json_key: The field that holds the text.
+        append_eod: Put an end-of-document token after each document.
+        eod_token: That token's text; the tokenizer's EOS by default.
+        prepend_bos: Put the tokenizer's BOS before each document; the reference scripts do not.
+        workers: Processes; all CPUs that this process may use by default.
+        on_error: `stop` at a line that gives no text, or `skip` it, count it and list it in
+            `..._document.skipped.jsonl`.
+        split_special_tokens: Encode `<|end_of_text|>` and the like in a text as ordinary text; the reference scripts
+            make them control tokens.
+        keep_empty_documents: Give an empty text a document of no tokens, as Megatron-LM's script does; NeMo's leaves it
+            out.
+        verify: Documents of the finished file, chosen at random, to encode again with the reference tokenizer.
+        fast: Use fastokens where it agrees with the reference tokenizer; False takes the reference at once.
+        overwrite: Replace an existing dataset, and an unfinished one of another job.
+        quiet: Show no progress.
+        chunk_bytes: Size of a worker's portion; the output does not depend on it.
+        checkpoint_seconds: About so much work is lost when the run is killed.
+
+    Raises:
+        CptError: An input, the tokenizer or an option is unusable, the output exists, or the disk is full.
+    """
+    if on_error not in ("stop", "skip"):
+        raise CptError(f"on_error is {on_error!r}; it can be 'stop' or 'skip'.")
+    if workers is not None and workers < 1:
+        raise CptError(f"workers is {workers}; it must be at least 1.")
+    sources = list_sources(inputs)
+    loaded = load_tokenizer(tokenizer)
+    eod = _end_of_document(loaded, eod_token) if append_eod else None
+    layout = _layout(loaded, json_key, eod, prepend_bos, keep_empty_documents)
+    output = _Output(f"{output_prefix}_{json_key}_document", sources, loaded, layout, split_special_tokens)
+    status, rates = "unchanged", dict[str, float]()
+    if not output.is_there(overwrite):
+        run = _Run(
+            on_error == "skip", fast, workers or len(os.sched_getaffinity(0)), chunk_bytes, checkpoint_seconds, quiet
+        )
+        status, rates = output.make(run, overwrite)
+    verified = verify_documents(output.prefix, sources, loaded, layout, split_special_tokens, verify) if verify else 0
+    return _report(output.prefix, status, rates, verified)
+
+
+def _end_of_document(tokenizer: Tokenizer, token: str | None) -> int:
+    if token is not None:
+        return tokenizer.id_of(token)
+    if tokenizer.eos is None:
+        raise CptError(f"{tokenizer.name} has no EOS token: name one with eod_token, or use append_eod=False.")
+    return tokenizer.eos[1]
+
+
+def _layout(tokenizer: Tokenizer, json_key: str, eod: int | None, prepend_bos: bool, keep_empty: bool) -> Layout:
+    if prepend_bos and tokenizer.bos is None:
+        raise CptError(f"{tokenizer.name} has no BOS token; use prepend_bos=False.")
+    return Layout(
+        json_key=json_key,
+        dtype=dtype_for(tokenizer.vocabulary_size),
+        bos=tokenizer.bos[1] if prepend_bos and tokenizer.bos else None,
+        eod=eod,
+        keep_empty=keep_empty,
+        special=tuple(sorted(tokenizer.special.values())),
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The options that do not change the output."""
+
+    skip: bool
+    fast: bool
+    workers: int
+    chunk_bytes: int
+    checkpoint_seconds: float
+    quiet: bool
+
+
+class _Output:
+    """A dataset to be, and the files that it consists of."""
+
+    def __init__(self, prefix: str, sources: list[Source], tokenizer: Tokenizer, layout: Layout, split: bool) -> None:
+        self.prefix, self.sources, self.tokenizer, self.layout, self.split = prefix, sources, tokenizer, layout, split
+        self.bin, self.idx = Path(prefix + ".bin"), Path(prefix + ".idx")
+        self.options = {
+            "tokenizer_sha256": tokenizer.sha256,
+            "json_key": layout.json_key,
+            "eod": layout.eod,
+            "bos": layout.bos,
+            "split_special_tokens": split,
+            "keep_empty_documents": layout.keep_empty,
+        }
+        inputs = [[source.path, source.size, source.mtime_ns] for source in sources]
+        self.journal = Journal(prefix, self.options | {"inputs": inputs})
+
+    def is_there(self, overwrite: bool) -> bool:
+        """Say whether the finished dataset of this very job exists.
+
+        Raises:
+            CptError: Something else has its name, and may not be replaced.
+        """
+        if overwrite or self.journal.is_finished() or not (self.bin.exists() or self.idx.exists()):
+            return False
+        if not manifest_path(self.prefix).exists():
+            raise CptError(self._refusal("it has no manifest, so that nobody knows what it was made of"))
+        manifest = read_manifest(self.prefix)
+        for key, value in self.options.items():
+            if manifest["options"].get(key) != value:
+                raise CptError(self._refusal(f"its {key} is {manifest['options'].get(key)!r}, not {value!r}"))
+        if (change := changed_input(self.sources, manifest["inputs"])) is not None:
+            raise CptError(self._refusal(change))
+        read_index(self.prefix)
+        return True
+
+    def _refusal(self, reason: str) -> str:
+        return (
+            f"{self.prefix}.bin or .idx exists and is not what this job would write: {reason}. "
+            f"Take another output prefix, or replace it with overwrite=True (--overwrite)."
+        )
+
+    def make(self, run: _Run, overwrite: bool) -> tuple[str, dict[str, float]]:
+        """Write the dataset, or the rest of it; return the status and this run's rates."""
+        self.idx.parent.mkdir(parents=True, exist_ok=True)
+        journal, rates = self.journal, {}
+        resumed = journal.open(overwrite)
+        try:
+            if not journal.progress.finished:
+                rates = self._encode(run)
+            self._put_in_place()
+        except BaseException:
+            if journal.progress.source == journal.progress.position == 0:
+                journal.remove()  # nothing to resume
+            raise
+        finally:
+            journal.close()
+        return ("resumed" if resumed else "written"), rates
+
+    def _encode(self, run: _Run) -> dict[str, float]:
+        progress = self.journal.progress
+        samples = first_texts(self.sources, self.layout.json_key)
+        encoder, progress.encoder = choose_encoder(self.tokenizer, samples, self.split, run.fast)
+        before = (progress.entries, progress.read, progress.tokens)
+        begin = time.monotonic()
+        job = Job(self.sources, self.layout, self.journal, run.skip, run.chunk_bytes, run.checkpoint_seconds)
+        with ProgressBar(Path(self.prefix).name, sum(source.size for source in self.sources), run.quiet) as bar:
+            job.run(encoder, run.workers, bar)
+        seconds = max(time.monotonic() - begin, 1e-9)
+        documents, size, tokens = (now - was for now, was in zip(self._totals(), before, strict=True))
+        return {
+            "documents_per_second": documents / seconds,
+            "megabytes_per_second": size / 1e6 / seconds,
+            "tokens_per_second": tokens / seconds,
+        }
+
+    def _totals(self) -> tuple[int, int, int]:
+        progress = self.journal.progress
+        return progress.entries, progress.read, progress.tokens
+
+    def _put_in_place(self) -> None:
+        """Give the finished parts their names, the `.idx` last; each step may be repeated after a crash."""
+        journal = self.journal
+        if journal.progress.entries == 0:
+            journal.progress = type(journal.progress)()
+            raise CptError(f"The inputs hold no document (first input: {self.sources[0].path}); nothing was written.")
+        if journal.bin_path.exists():
+            self.idx.unlink(missing_ok=True)  # an old index beside the new tokens would be wrong
+            sync_directory(self.idx.parent)
+            journal.bin_path.rename(self.bin)
+        self._write_skipped()
+        write_manifest(self.prefix, self._manifest())
+        write_index(self.idx, journal.lens_path, self.layout.dtype)
+        journal.remove()
+
+    def _write_skipped(self) -> None:
+        path = Path(self.prefix + ".skipped.jsonl")
+        problems = self.journal.problems()
+        path.unlink(missing_ok=True)
+        if problems:
+            write_whole(path, b"".join(orjson.dumps(problem) + b"\n" for problem in problems))
+
+    def _manifest(self) -> dict[str, Any]:
+        progress, tokenizer = self.journal.progress, self.tokenizer
+        names = {str(number): text for text, number in tokenizer.special.items()}
+        return {
+            "format": FORMAT,
+            "made_by": f"nemo_cpt {nemo_cpt.__version__}",
+            "tokenizer": {
+                "name": tokenizer.name,
+                "sha256": tokenizer.sha256,
+                "vocabulary_size": tokenizer.vocabulary_size,
+                "eos": tokenizer.eos,
+                "bos": tokenizer.bos,
+            },
+            "options": self.options,
+            "encoder": progress.encoder,
+            "dtype": self.layout.dtype,
+            "documents": progress.entries,
+            "tokens": progress.tokens,
+            "longest": progress.longest,
+            "empty": progress.empty,
+            "blank_lines": progress.blank,
+            "skipped": progress.skipped,
+            "special_tokens": {names[number]: count for number, count in progress.special.items()},
+            "seconds": round(progress.seconds, 3),
+            "inputs": describe_inputs(self.sources, progress.hashes),
+        }
+
+
+def _report(prefix: str, status: str, rates: dict[str, float], verified: int) -> PrepareReport:
+    manifest = read_manifest(prefix)
+    same = {entry.name for entry in fields(PrepareReport)} & manifest.keys()
+    values = {name: manifest[name] for name in same}
+    return PrepareReport(
+        prefix=prefix, status=status, rates=rates, verified=verified, warnings=_warnings(prefix, manifest), **values
+    )
+
+
+def _warnings(prefix: str, manifest: dict[str, Any]) -> list[str]:
+    """Return what the user should know about a finished dataset."""
+    warnings = []
+    if skipped := sum(manifest["skipped"].values()):
+        warnings.append(f"{skipped} lines were left out; {prefix}.skipped.jsonl lists them.")
+    if special := manifest["special_tokens"]:
+        found = ", ".join(f"{text} {count} times" for text, count in special.items())
+        warnings.append(
+            f"The texts hold special tokens literally ({found}); they became control tokens, as with NeMo's and "
+            "Megatron's "
+            f"scripts. split_special_tokens=True (--split-special-tokens) makes them ordinary text."
+        )
+    if manifest["longest"] > LONG:
+        warnings.append(
+            f"The longest document has {manifest['longest']:,} tokens. It stays whole: Megatron cuts at seq_length "
+            "itself, "
+            f"and the tokenizer's warnings about {LONG:,} tokens do not matter here."
+        )
+    return warnings

@@ -1,0 +1,76 @@
+"""What a long command shows: a bar on a terminal, a line every few seconds elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+
+class ProgressBar:
+    """Progress over a known number of bytes, on stderr so that stdout stays machine-readable.
+
+    Args:
+        title: What is being done.
+        total: Bytes to go through; 0 where it is unknown.
+        quiet: Show nothing.
+        interval: Seconds between two lines where stderr is no terminal.
+    """
+
+    def __init__(self, title: str, total: int, quiet: bool = False, interval: float = 10.0) -> None:
+        self.title, self.total, self.quiet, self.interval = title, total, quiet, interval
+        self._begin = self._shown = time.monotonic()
+        self._start: int | None = None
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> "ProgressBar":
+        if not self.quiet and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[rates]}"),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=Console(stderr=True))
+            self._task = self._bar.add_task(self.title, total=self.total or None, rates="")
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, done: int, documents: int = 0, tokens: int = 0) -> None:
+        """Show how far it is.
+
+        Args:
+            done: Bytes gone through.
+            documents: Documents finished in this run.
+            tokens: Tokens written in this run.
+        """
+        now = time.monotonic()
+        if self._start is None:
+            self._start = done
+        if self.quiet or now - self._shown < (0.2 if self._bar else self.interval):
+            return
+        self._shown = now
+        seconds = max(now - self._begin, 1e-9)
+        rate = (done - self._start) / seconds
+        rates = f"{rate / 1e6:,.1f} MB/s"
+        if documents:
+            rates = f"{documents / seconds:,.0f} documents/s, {rates}, {tokens / 1e6:,.1f} M tokens"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, rates=rates)
+        else:
+            print(f"{self.title}: {self._plain(done, rate)}{rates}", file=sys.stderr, flush=True)
+
+    def _plain(self, done: int, rate: float) -> str:
+        if not self.total:
+            return f"{done / 1e6:,.0f} MB, "
+        left = f", {(self.total - done) / rate:,.0f} s left" if rate > 0 else ""
+        return f"{100 * done / self.total:.0f} % of {self.total / 1e6:,.0f} MB{left}, "

@@ -1,0 +1,328 @@
+"""Tokenizers: the reference (Hugging Face) and fastokens, which stands in for it where both give the same ids."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+from nemo_cpt.errors import CptError
+
+FILES = (
+    "added_tokens.json",
+    "merges.txt",
+    "spiece.model",
+    "special_tokens_map.json",
+    "tekken.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+VOCABULARY_FILES = tuple(name for name in FILES if name not in ("tokenizer_config.json", "special_tokens_map.json"))
+
+# What libraries get wrong: mixed scripts, joiners, combining marks, odd spaces, line ends, digits, long runs.
+PROBES = (
+    "",
+    " ",
+    "Hello, world!  I'm  here.\r\n\r\n\tTabs\tand   spaces   \n",
+    "東京都は、1943年（昭和18年）7月1日に設置された。人口は14,047,594人。",
+    "ｶﾀｶﾅとカタカナ、ＡＢＣとABC、㍻㌔①Ⅳ\u3000全角空白\u00a0nbsp\u200bzwsp",
+    "が が ﾊﾞ é é Å Å ﷺ",
+    "👩‍👩‍👧‍👦🏳️‍🌈👍🏽🇯🇵 emoji",
+    "def f(x):\n    return {'a': [1, 2.5e-3], \"b\": None}  # comment\n\n\n",
+    "1234567890 12 123 1234 0x1F 3.14159 １２３",
+    "Привет мир! 안녕하세요 你好，世界。 مرحبا שלום नमस्ते ไทย",
+    "a" * 300 + " " * 300 + "\n" * 50 + "漢字" * 150 + "。" * 100,
+    "\x00\x01\x7f\ufeff\ufffd\U0010ffff",
+    "word'S WORD'LL don't DON'T it’s",
+    "<s>[INST] <|begin_of_text|><|endoftext|> </s><pad>",
+)
+
+
+class Encoder(Protocol):
+    """Turns texts into ids without BOS or EOS."""
+
+    name: str
+
+    def encode(self, texts: list[str]) -> tuple[Any, Any]:
+        """Return all ids, uint32 of shape [tokens], and where each text's begin, of shape [texts + 1]."""
+
+
+class FastEncoder:
+    """fastokens: the same ids at 20 to 70 times the speed (docs/corpus.md)."""
+
+    def __init__(self, definition: str, split_special_tokens: bool) -> None:
+        # One thread a process: the pool makes the processes. fastokens reads this when it is imported.
+        os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")
+        import fastokens._native as native
+
+        self.name = f"fastokens {version('fastokens')}"
+        self._tokenizer = native.Tokenizer.from_json_str(definition)
+        self._tokenizer.no_truncation()
+        self._split = split_special_tokens
+
+    def encode(self, texts: list[str]) -> tuple[Any, Any]:
+        """Encode a batch; see `Encoder`."""
+        import numpy as np
+
+        ids, offsets = self._tokenizer.encode_batch_flat(texts, False, self._split)
+        return np.frombuffer(ids, np.uint32), np.frombuffer(offsets, np.uint64)
+
+
+class ReferenceEncoder:
+    """Hugging Face tokenizers' own batch encoder."""
+
+    def __init__(self, definition: str, split_special_tokens: bool) -> None:
+        import tokenizers
+
+        self.name = f"tokenizers {tokenizers.__version__}"
+        self._tokenizer = tokenizers.Tokenizer.from_str(definition)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = split_special_tokens
+
+    def encode(self, texts: list[str]) -> tuple[Any, Any]:
+        """Encode a batch; see `Encoder`."""
+        return _flatten([e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)])
+
+
+class SlowEncoder:
+    """A transformers tokenizer written in Python, called as NeMo's script calls it."""
+
+    def __init__(self, tokenizer: Any, split_special_tokens: bool) -> None:
+        self.name = f"transformers {version('transformers')} ({type(tokenizer).__name__})"
+        self._tokenizer = tokenizer
+        self._split = split_special_tokens
+
+    def encode(self, texts: list[str]) -> tuple[Any, Any]:
+        """Encode a batch; see `Encoder`."""
+        tokenize, to_ids = self._tokenizer.tokenize, self._tokenizer.convert_tokens_to_ids
+        return _flatten([to_ids(tokenize(text, split_special_tokens=self._split)) for text in texts])
+
+
+def _flatten(lists: list[list[int]]) -> tuple[Any, Any]:
+    import numpy as np
+
+    offsets = np.zeros(len(lists) + 1, np.uint64)
+    np.cumsum([len(ids) for ids in lists], out=offsets[1:])
+    return np.array([i for ids in lists for i in ids], np.uint32), offsets
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A Hugging Face tokenizer, described.
+
+    Attributes:
+        name: What the user gave.
+        folder: Where its files are.
+        sha256: Hash of its vocabulary files.
+        vocabulary_size: Ids including added tokens, `len(tokenizer)` in transformers.
+        eos: Text and id of its end-of-text token, None where it has none.
+        bos: Text and id of its begin-of-text token, None where it has none.
+        special: Ids of its special tokens by text.
+        definition: Its `tokenizer.json`, None for one that only Python can run.
+    """
+
+    name: str
+    folder: str
+    sha256: str
+    vocabulary_size: int
+    eos: tuple[str, int] | None
+    bos: tuple[str, int] | None
+    special: dict[str, int]
+    definition: str | None
+
+    def reference_encoder(self, split_special_tokens: bool = False) -> Encoder:
+        """Return the Hugging Face implementation."""
+        if self.definition is None:
+            return SlowEncoder(_transformers_tokenizer(self.folder), split_special_tokens)
+        return ReferenceEncoder(self.definition, split_special_tokens)
+
+    def id_of(self, token: str) -> int:
+        """Return the id of one token's text.
+
+        Raises:
+            CptError: The vocabulary has no such token.
+        """
+        if token in self.special:
+            return self.special[token]
+        ids, _ = self.reference_encoder().encode([token])
+        if len(ids) != 1:
+            raise CptError(f"{self.name} has no single token {token!r}: it encodes to {ids.tolist()}.")
+        return int(ids[0])
+
+
+def load_tokenizer(tokenizer: str | os.PathLike[str]) -> Tokenizer:
+    """Describe a Hugging Face tokenizer.
+
+    Args:
+        tokenizer: A folder, or a name on the hub (`meta-llama/Llama-3.1-8B`); only tokenizer files are downloaded.
+
+    Raises:
+        CptError: There is no such tokenizer, or it cannot be loaded.
+    """
+    folder = _folder_of(str(tokenizer))
+    config = _read_json(folder / "tokenizer_config.json")
+    # For this class tokenizer.json is the whole tokenizer; the others' constructors change it.
+    plain = config.get("tokenizer_class", "PreTrainedTokenizerFast") == "PreTrainedTokenizerFast"
+    direct = _describe_directly(folder, config) if plain and (folder / "tokenizer.json").exists() else None
+    described = direct or _describe_by_transformers(folder)
+    return Tokenizer(name=str(tokenizer), folder=str(folder), sha256=_hash(folder), **described)
+
+
+def _folder_of(tokenizer: str) -> Path:
+    folder = Path(tokenizer)
+    if folder.is_file():
+        folder = folder.parent
+    if folder.is_dir():
+        if not any((folder / name).exists() for name in VOCABULARY_FILES):
+            raise CptError(f"The folder {folder} holds no tokenizer (none of {', '.join(VOCABULARY_FILES)}).")
+        return folder.resolve()
+    if tokenizer.startswith(("/", ".", "~")) or tokenizer.count("/") > 1:
+        raise CptError(f"There is no tokenizer folder {tokenizer}.")
+    return _download(tokenizer)
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=[*FILES, "config.json"]))
+    except Exception as error:  # the hub's client has some twenty kinds
+        reason = str(error).splitlines()[0]
+        raise CptError(
+            f"Cannot get the tokenizer {name!r}: there is no such folder here, and the Hugging Face hub says: {reason} "
+            f"(gated models need HF_TOKEN and the licence accepted on their page)."
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise CptError(f"{path} is not JSON: {error}.") from error
+
+
+def _hash(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for name in VOCABULARY_FILES:
+        if (path := folder / name).exists():
+            digest.update(f"{name} {path.stat().st_size}\n".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _describe_directly(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """Read tokenizer.json without importing transformers; None where its configuration adds tokens to it."""
+    import tokenizers
+
+    definition = (folder / "tokenizer.json").read_text("utf-8")
+    try:
+        backend = tokenizers.Tokenizer.from_str(definition)
+    except Exception as error:  # a bare Exception is what the library raises
+        raise CptError(f"{folder}/tokenizer.json cannot be loaded: {error}.") from error
+    added_later = config.get("added_tokens_decoder", {}).items()
+    if any(backend.token_to_id(entry["content"]) != int(number) for number, entry in added_later):
+        return None
+    named = _read_json(folder / "special_tokens_map.json") | config
+
+    def token(kind: str) -> tuple[str, int] | None:
+        text = named.get(kind)
+        text = text.get("content") if isinstance(text, dict) else text
+        number = backend.token_to_id(text) if text else None
+        return None if text is None or number is None else (str(text), number)
+
+    added = backend.get_added_tokens_decoder()
+    special = {t.content: number for number, t in added.items() if t.special}
+    return {
+        "vocabulary_size": backend.get_vocab_size(with_added_tokens=True),
+        "eos": token("eos_token"),
+        "bos": token("bos_token"),
+        "special": special,
+        "definition": definition,
+    }
+
+
+def _transformers_tokenizer(folder: str | Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), use_fast=True)
+    except Exception as error:  # every tokenizer class fails in its own way
+        raise CptError(f"transformers cannot load the tokenizer in {folder}: {error}") from error
+
+
+def _describe_by_transformers(folder: Path) -> dict[str, Any]:
+    loaded = _transformers_tokenizer(folder)
+
+    def token(kind: str) -> tuple[str, int] | None:
+        text = getattr(loaded, f"{kind}_token")
+        return None if text is None else (str(text), int(getattr(loaded, f"{kind}_token_id")))
+
+    special = {t.content: number for number, t in loaded.added_tokens_decoder.items() if t.special}
+    return {
+        "vocabulary_size": len(loaded),
+        "eos": token("eos"),
+        "bos": token("bos"),
+        "special": special | dict(zip(loaded.all_special_tokens, loaded.all_special_ids, strict=True)),
+        "definition": loaded.backend_tokenizer.to_str() if loaded.is_fast else None,
+    }
+
+
+def choose_encoder(
+    tokenizer: Tokenizer, samples: Iterable[str], split_special_tokens: bool = False, fast: bool = True
+) -> tuple[Encoder, str]:
+    """Return fastokens where it loads and agrees with the reference on the probes and the samples, else the reference.
+
+    Args:
+        tokenizer: As `load_tokenizer` gives it.
+        samples: Texts of the corpus itself, the first documents.
+        split_special_tokens: Encode the special tokens' names in a text as ordinary text.
+        fast: False takes the reference at once.
+
+    Returns:
+        The encoder and one sentence that says which and why.
+    """
+    reference = tokenizer.reference_encoder(split_special_tokens)
+    if not fast or tokenizer.definition is None:
+        return reference, f"{reference.name}, as asked" if not fast else f"{reference.name}: it has no tokenizer.json"
+    try:
+        encoder = FastEncoder(tokenizer.definition, split_special_tokens)
+        texts = [*PROBES, *tokenizer.special, *samples]
+        wrong = first_difference(encoder, reference, texts)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # not installed, a kind it does not know, or a Rust panic, which is no Exception
+        return reference, f"{reference.name}: fastokens cannot run this tokenizer ({error})"
+    if wrong is not None:
+        return reference, f"{reference.name}: fastokens gives other ids for {texts[wrong][:80]!r}"
+    return encoder, f"{encoder.name}: same ids as {reference.name} on {len(texts)} texts"
+
+
+def strict_encoder(tokenizer: Tokenizer, split_special_tokens: bool = False) -> Encoder:
+    """Return transformers' own tokenizer, called as NeMo's script calls it: the judge of all other encoders."""
+    try:
+        return SlowEncoder(_transformers_tokenizer(tokenizer.folder), split_special_tokens)
+    except CptError:  # a folder that holds a tokenizer.json and nothing else
+        return tokenizer.reference_encoder(split_special_tokens)
+
+
+def first_difference(one: Encoder, other: Encoder, texts: list[str]) -> int | None:
+    """Return the number of the first text that two encoders encode differently, None if there is none."""
+    import numpy as np
+
+    (ids, starts), (other_ids, other_starts) = one.encode(texts), other.encode(texts)
+    if np.array_equal(ids, other_ids) and np.array_equal(starts, other_starts):
+        return None
+    for i in range(len(texts)):
+        a, b = (slice(int(s[i]), int(s[i + 1])) for s in (starts, other_starts))
+        if not np.array_equal(ids[a], other_ids[b]):
+            return i
+    return None
