@@ -1,1 +1,26 @@
+"""Hugging Face weights in and out of NeMo 2.0 checkpoints: exact, streaming, without Transformer Engine."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nemo_cpt.checkpoint.exporting import ExportReport, export_hf
+    from nemo_cpt.checkpoint.importing import ImportReport, import_hf
+    from nemo_cpt.checkpoint.verifying import VerifyReport, verify
+
+_HOMES = {
+    "import_hf": "importing",
+    "ImportReport": "importing",
+    "export_hf": "exporting",
+    "ExportReport": "exporting",
+    "verify": "verifying",
+    "VerifyReport": "verifying",
+}
+__all__ = ["ExportReport", "ImportReport", "VerifyReport", "export_hf", "import_hf", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use, so that the package itself needs neither torch nor NeMo."""
+    if name in _HOMES:
+        return getattr(import_module(f"nemo_cpt.checkpoint.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,45 @@
+"""Where the small files of a checkpoint's base model are: its config.json, generation settings and tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nemo_cpt.checkpoint.context import TOKENIZER_FOLDER
+from nemo_cpt.checkpoint.files import require_tokenizer
+from nemo_cpt.errors import CptError
+
+
+def nemo_folder(path: str | Path) -> Path:
+    """The folder of a NeMo checkpoint that holds `weights` and `context`, given it or its `weights`."""
+    path = Path(path)
+    folder = path.parent if path.name == "weights" else path
+    if not (folder / "weights").is_dir():
+        raise CptError(
+            f"{path} is no NeMo checkpoint: it has no folder `weights`. "
+            "Give the folder of one checkpoint, such as <run>/checkpoints/<name>-last."
+        )
+    return folder
+
+
+def base_files(nemo: Path, base: str | Path | None) -> Path:
+    """The folder with the base model's config.json and tokenizer.
+
+    Args:
+        nemo: the checkpoint to export.
+        base: the base's Hugging Face folder, or its imported NeMo checkpoint; None looks in `nemo` itself, whose
+            tokenizer folder carries the files when the base was imported with `import_hf`.
+
+    Raises:
+        CptError: there is no config.json or no tokenizer.
+    """
+    places = [Path(base), Path(base) / "context" / TOKENIZER_FOLDER] if base else []
+    places = places or [nemo / "context" / TOKENIZER_FOLDER]
+    for place in places:
+        if (place / "config.json").is_file():
+            require_tokenizer(place)
+            return place
+    looked = " nor ".join(str(place / "config.json") for place in places)
+    raise CptError(
+        f"The base model's files are not there: neither {looked} exists. "
+        "Give base=, the Hugging Face folder (or the imported checkpoint) that the training started from."
+    )

@@ -1,0 +1,98 @@
+"""Folders that are complete or absent, and the small files that a Hugging Face folder carries beside its weights."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nemo_cpt.errors import CptError
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz", ".index.json")
+_LEFT_BEHIND = ("README.md", ".gitattributes", ".gitignore")  # a model card describes the base, not what it became
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+
+
+@contextmanager
+def new_folder(dest: str | Path, needed_bytes: int) -> Iterator[Path]:
+    """Yield a folder to fill; it becomes `dest` when the block ends well, and disappears when it does not.
+
+    Args:
+        dest: where it shall be; has to be free.
+        needed_bytes: what will be written; checked against the disk's free space beforehand.
+
+    Raises:
+        CptError: `dest` exists, its parent cannot be written, or the disk is or becomes too full.
+    """
+    dest = Path(dest)
+    if dest.exists() or dest.is_symlink():
+        raise CptError(f"{dest} exists already. Give another destination, or remove it first.")
+    partial = dest.with_name(f".{dest.name}.partial-{uuid.uuid4().hex[:8]}")
+    try:
+        partial.mkdir(parents=True)
+        _check_free_space(partial, needed_bytes)
+        yield partial
+        _flush(partial)
+        partial.rename(dest)
+    except OSError as error:
+        raise CptError(
+            f"{dest} could not be written: {error}. Nothing is left of it; free the cause, rerun."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_free_space(folder: Path, needed_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise CptError(
+            f"{folder.parent} has {free / 1e9:.2f} GB free, {needed_bytes / 1e9:.2f} GB are needed. "
+            "Free some space or choose another destination."
+        )
+
+
+def _flush(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def small_files(folder: str | Path) -> list[Path]:
+    """The files of a Hugging Face folder that a derived model needs beside the weights.
+
+    config.json, generation_config.json, all of the tokenizer's, chat templates, licences; not the weights, the model
+    card or hidden files.
+    """
+    return [
+        path
+        for path in sorted(Path(folder).iterdir())
+        if path.is_file()
+        and not path.name.startswith(".")
+        and not path.name.endswith(_WEIGHTS)
+        and path.name not in _LEFT_BEHIND
+    ]
+
+
+def require_tokenizer(folder: str | Path) -> None:
+    """Raise CptError unless the folder holds a tokenizer."""
+    if not any((Path(folder) / name).is_file() for name in _TOKENIZERS):
+        raise CptError(
+            f"{folder} holds no tokenizer (looked for {', '.join(_TOKENIZERS)}). "
+            "Put the model's tokenizer files there; training and inference need them."
+        )
+
+
+def copy_small_files(source: str | Path, dest: Path) -> list[str]:
+    """Copy `small_files(source)` to `dest` (created if need be) and return their names."""
+    dest.mkdir(parents=True, exist_ok=True)
+    names = []
+    for path in small_files(source):
+        shutil.copyfile(path, dest / path.name)
+        names.append(path.name)
+    return names

@@ -1,0 +1,178 @@
+"""Hugging Face → NeMo, tensor by tensor."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from nemo_cpt.checkpoint import layout
+from nemo_cpt.checkpoint.architecture import Architecture, read_architecture
+from nemo_cpt.checkpoint.context import write_context
+from nemo_cpt.checkpoint.files import new_folder, require_tokenizer
+from nemo_cpt.checkpoint.safetensors_files import HFWeights, check_finite
+from nemo_cpt.errors import CptError
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What an import did: `parameters` counts values, `bytes_written` the weights', `seconds` is wall time."""
+
+    source: str
+    dest: str
+    model_type: str
+    dtype: str
+    tensors: int
+    parameters: int
+    bytes_written: int
+    seconds: float
+    dropped: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as a JSON-serialisable dict."""
+        return asdict(self)
+
+
+def import_hf(
+    source: str | Path,
+    dest: str | Path,
+    *,
+    ignore_fields: Collection[str] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> ImportReport:
+    """Turn a Hugging Face folder into a NeMo 2.0 checkpoint, without building the model.
+
+    The checkpoint is what `llm.import_ckpt` writes with Transformer Engine's layer spec: readable at any tensor and
+    pipeline parallel size, with Transformer Engine or without, by `AutoResume(restore_config=RestoreConfig(path))`.
+    Weights keep their bits. One tensor at a time is in memory.
+
+    Args:
+        source: folder with config.json, safetensors weights and a tokenizer; Llama 2 to 3.2, SmolLM2, Mistral, Qwen2
+            and Qwen2.5.
+        dest: the checkpoint's folder; must not exist.
+        ignore_fields: config fields to accept although they are unknown here.
+        progress: called with (bytes done, bytes in all) after each tensor.
+
+    Raises:
+        CptError: unsupported or inconsistent config, damaged, missing or non-finite weights, no tokenizer, `dest`
+            exists, not enough disk. Nothing is left at `dest` then.
+    """
+    start = time.monotonic()
+    source = Path(source)
+    arch = read_architecture(source, ignore_fields)
+    require_tokenizer(source)
+    weights = HFWeights(source)
+    slots = layout.slots(arch)
+    dropped = _check_tensors(weights, slots, arch)
+    arch = arch.with_dtype(arch.dtype or weights.infos[slots[0].name].dtype)
+    total = sum(weights.infos[slot.name].nbytes for slot in slots)
+    with new_folder(dest, total + 64 * 2**20) as folder:
+        _write_weights(folder / "weights", weights, slots, arch, progress or (lambda done, all_bytes: None))
+        write_context(folder / "context", arch, source)
+    sizes = [weights.infos[slot.name].nbytes for slot in slots]
+    counts = [_numel(slot.shape) for slot in slots]
+    return ImportReport(
+        str(source), str(dest), arch.model_type, str(arch.dtype), len(slots), sum(counts), sum(sizes),
+        round(time.monotonic() - start, 3), tuple(dropped),
+    )  # fmt: skip
+
+
+def _numel(shape: Sequence[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _check_tensors(weights: HFWeights, slots: Sequence[layout.Slot], arch: Architecture) -> list[str]:
+    for slot in slots:
+        info = weights.infos.get(slot.name)
+        if info is None:
+            raise CptError(
+                f"{weights.folder}: tensor {slot.name} is missing, which config.json asks for "
+                f"({arch.num_hidden_layers} layers, tie_word_embeddings={arch.tie_word_embeddings}). "
+                "config.json and the weights belong to different models, or a shard is missing."
+            )
+        if info.shape != slot.shape:
+            raise CptError(
+                f"{info.path}: tensor {slot.name} has shape {info.shape}, config.json asks for {slot.shape}. "
+                "config.json and the weights belong to different models."
+            )
+    return _droppable(weights, {slot.name for slot in slots}, arch)
+
+
+def _droppable(weights: HFWeights, known: set[str], arch: Architecture) -> list[str]:
+    dropped = []
+    for name in sorted(weights.infos.keys() - known):
+        tied_head = name == "lm_head.weight" and arch.tie_word_embeddings
+        # Old Llama 2 files hold the rotary frequencies, which follow from rope_theta; a tied head is the embedding.
+        if not name.endswith("rotary_emb.inv_freq") and not (tied_head and _same_as_embedding(weights)):
+            raise CptError(
+                f"{weights.infos[name].path}: tensor {name} has no place in a {arch.model_type} model of this config. "
+                "It would be lost; check config.json (tie_word_embeddings, num_hidden_layers, biases)."
+            )
+        dropped.append(name)
+    return dropped
+
+
+def _same_as_embedding(weights: HFWeights) -> bool:
+    import torch
+
+    return torch.equal(weights.read("lm_head.weight"), weights.read("model.embed_tokens.weight"))
+
+
+def _write_weights(
+    folder: Path,
+    weights: HFWeights,
+    slots: Sequence[layout.Slot],
+    arch: Architecture,
+    progress: Callable[[int, int], None],
+) -> None:
+    from nemo_cpt.checkpoint.distributed import DistributedWriter
+
+    total = sum(weights.infos[slot.name].nbytes for slot in slots)
+    done = 0
+    with DistributedWriter(folder) as writer:
+        ordered = sorted(slots, key=lambda slot: (slot.layer is not None, slot.layer or 0, slot.key))
+        for _, group in groupby(ordered, key=lambda slot: (slot.layer, slot.key)):
+            members = list(group)
+            _write_group(writer, weights, members, arch)
+            done += sum(weights.infos[slot.name].nbytes for slot in members)
+            progress(done, total)
+        _write_extra_states(writer, arch.num_hidden_layers)
+
+
+def _write_group(writer: Any, weights: HFWeights, slots: Sequence[layout.Slot], arch: Architecture) -> None:
+    first = slots[0]
+    if first.part == "q":
+        merged = layout.merge_qkv({slot.part: _read(weights, slot.name) for slot in slots}, arch)
+        _add(writer, first, merged, tuple(merged.shape), 0, arch)
+        return
+    rows = 0
+    shape = (sum(slot.shape[0] for slot in slots), *first.shape[1:])
+    for slot in slots:
+        _add(writer, slot, _read(weights, slot.name), shape, rows, arch)
+        rows += slot.shape[0]
+
+
+def _read(weights: HFWeights, name: str) -> Any:
+    tensor = weights.read(name)
+    check_finite(tensor, name, weights.infos[name].path)
+    return tensor
+
+
+def _add(writer: Any, slot: layout.Slot, tensor: Any, shape: tuple[int, ...], row: int, arch: Architecture) -> None:
+    offset = (row, *[0] * (len(shape) - 1))
+    if slot.layer is not None:
+        shape, offset = (arch.num_hidden_layers, *shape), (slot.layer, *offset)
+    writer.add(layout.PREFIX + slot.key, tensor, shape, offset)
+
+
+def _write_extra_states(writer: Any, num_layers: int) -> None:
+    for layer in range(num_layers):
+        for module in layout.EXTRA_STATE_MODULES:
+            writer.add_empty_state(f"{layout.PREFIX}{layout.LAYERS}{module}._extra_state/shard_{layer}_{num_layers}")
+    writer.add_empty_state(f"{layout.PREFIX}decoder.final_layernorm._extra_state/shard_0_1")

@@ -1,0 +1,112 @@
+"""Which Hugging Face tensor is which part of which Megatron tensor.
+
+Megatron stacks the layers' tensors along a leading layer axis, joins gate and up projection in `linear_fc1`, and joins
+query, key and value in `linear_qkv`, group by group: the query heads of the first key-value head, its key, its value,
+then the next group's. Same as NeMo's own importer (nemo/collections/llm/gpt/model/llama.py) and
+TransformerBlock.sharded_state_dict of megatron-core 0.15, with the names of the Transformer Engine layer spec, to which
+the local spec maps its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nemo_cpt.checkpoint.architecture import Architecture
+
+if TYPE_CHECKING:
+    import torch
+
+PREFIX = "module."  # NeMo saves the module that Megatron's DDP wraps
+LAYERS = "decoder.layers."
+EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT = "output_layer.weight"
+FINAL_NORM = "decoder.final_layernorm.weight"
+
+# Modules whose `_extra_state` (fp8 scales; empty otherwise) Transformer Engine's or the local spec's layers ask for.
+EXTRA_STATE_MODULES = (
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "self_attention.core_attention",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One Hugging Face tensor's place in the Megatron checkpoint.
+
+    Attributes:
+        name: the tensor's name in the Hugging Face files.
+        shape: its shape there.
+        key: the Megatron tensor's name, without NeMo's `module.` and without a layer's number.
+        layer: the index along Megatron's leading layer axis; None where there is none.
+        part: `whole`; `gate` or `up` of linear_fc1; `q`, `k` or `v` of linear_qkv; `vocab`, which may be padded.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    key: str
+    layer: int | None
+    part: str = "whole"
+
+
+def slots(arch: Architecture) -> list[Slot]:
+    """All tensors of a model, in the order in which transformers writes them."""
+    embedding_shape = (arch.vocab_size, arch.hidden_size)
+    found = [Slot("model.embed_tokens.weight", embedding_shape, EMBEDDING, None, "vocab")]
+    for layer in range(arch.num_hidden_layers):
+        found += _layer_slots(arch, layer)
+    found.append(Slot("model.norm.weight", (arch.hidden_size,), FINAL_NORM, None))
+    if not arch.tie_word_embeddings:
+        found.append(Slot("lm_head.weight", embedding_shape, OUTPUT, None, "vocab"))
+    return found
+
+
+def _layer_slots(arch: Architecture, layer: int) -> Iterator[Slot]:
+    hidden, ffn = arch.hidden_size, arch.intermediate_size
+    rows = {"q": arch.num_attention_heads * arch.head_dim, "k": arch.num_key_value_heads * arch.head_dim}
+    rows["v"] = rows["k"]
+    name, key = f"model.layers.{layer}.", LAYERS
+
+    for part, size in rows.items():
+        yield Slot(f"{name}self_attn.{part}_proj.weight", (size, hidden), f"{key}{QKV}.weight", layer, part)
+        if arch.qkv_bias:
+            yield Slot(f"{name}self_attn.{part}_proj.bias", (size,), f"{key}{QKV}.bias", layer, part)
+    yield Slot(f"{name}self_attn.o_proj.weight", (hidden, rows["q"]), f"{key}{PROJ}.weight", layer)
+    for part in ("gate", "up"):
+        yield Slot(f"{name}mlp.{part}_proj.weight", (ffn, hidden), f"{key}{FC1}.weight", layer, part)
+    yield Slot(f"{name}mlp.down_proj.weight", (hidden, ffn), f"{key}{FC2}.weight", layer)
+    yield Slot(f"{name}input_layernorm.weight", (hidden,), f"{key}{QKV}.layer_norm_weight", layer)
+    yield Slot(f"{name}post_attention_layernorm.weight", (hidden,), f"{key}{FC1}.layer_norm_weight", layer)
+
+
+QKV = "self_attention.linear_qkv"
+PROJ = "self_attention.linear_proj"
+FC1 = "mlp.linear_fc1"
+FC2 = "mlp.linear_fc2"
+
+
+def merge_qkv(parts: Mapping[str, torch.Tensor], arch: Architecture) -> torch.Tensor:
+    """Join `q` [heads * d, *], `k` and `v` [groups * d, *] into Megatron's [groups * (heads / group + 2) * d, *]."""
+    import torch
+
+    groups, dim = arch.num_key_value_heads, arch.head_dim
+    rest = parts["q"].shape[1:]
+    blocks = [
+        parts["q"].view(groups, arch.heads_per_group * dim, *rest),
+        parts["k"].view(groups, dim, *rest),
+        parts["v"].view(groups, dim, *rest),
+    ]
+    return torch.cat(blocks, dim=1).view(-1, *rest)
+
+
+def split_qkv(merged: torch.Tensor, arch: Architecture) -> dict[str, torch.Tensor]:
+    """The inverse of `merge_qkv`, for every tensor whose first axis is linear_qkv's output."""
+    groups, dim, queries = arch.num_key_value_heads, arch.head_dim, arch.heads_per_group * arch.head_dim
+    rest = merged.shape[1:]
+    by_group = merged.view(groups, queries + 2 * dim, *rest)
+    bounds = {"q": (0, queries), "k": (queries, queries + dim), "v": (queries + dim, queries + 2 * dim)}
+    return {part: by_group[:, start:stop].reshape(-1, *rest) for part, (start, stop) in bounds.items()}

@@ -1,0 +1,207 @@
+"""Hugging Face weights on disk: safetensors files read and written one tensor at a time. Nothing is unpickled."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError, safe_open
+
+from nemo_cpt.checkpoint.architecture import read_json
+from nemo_cpt.errors import CptError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+ITEM_SIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
+SHARD_BYTES = 5_000_000_000  # what transformers' save_pretrained uses
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies, its dtype ("bfloat16", "float16", "float32") and its shape."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor's data."""
+        size = ITEM_SIZE[self.dtype]
+        for length in self.shape:
+            size *= length
+        return size
+
+
+class HFWeights:
+    """The tensors of a Hugging Face folder: `infos` lists them, `read` maps one into memory.
+
+    Raises:
+        CptError: no safetensors files, a shard that is missing, truncated or unreadable, a tensor that the index names
+            and the shard lacks, or a dtype other than bfloat16, float16 and float32.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.infos: dict[str, TensorInfo] = {}
+        expected = _weight_map(self.folder)
+        for path in sorted(set(expected.values())):
+            self._read_header(path)
+        if missing := [name for name, path in expected.items() if name and name not in self.infos]:
+            raise CptError(
+                f"{self.folder / _INDEX} lists tensors that its shards lack, {missing[0]} first ({len(missing)} in "
+                "all). Download the folder again."
+            )
+
+    def _read_header(self, path: Path) -> None:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  a safe_open handle does not iterate
+                    view = file.get_slice(name)
+                    self.infos[name] = TensorInfo(path, _dtype(view.get_dtype(), name, path), tuple(view.get_shape()))
+        except FileNotFoundError:
+            raise CptError(f"{path} is missing though the index names it. Download the folder again.") from None
+        except (SafetensorError, OSError) as error:
+            raise CptError(f"{path} is not a whole safetensors file ({error}). Download it again.") from error
+
+    def read(self, name: str) -> torch.Tensor:
+        """Map one tensor into memory; its pages are given back when the tensor is freed."""
+        path = self.infos[name].path
+        try:  # Opened anew for each tensor, for an open file keeps all its pages in the resident set.
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CptError(f"{path}: tensor {name} cannot be read ({error}). Download the file again.") from error
+
+
+def _dtype(code: str, name: str, path: Path) -> str:
+    if code not in DTYPES:
+        raise CptError(
+            f"{path}: tensor {name} has dtype {code}; supported are bfloat16, float16 and float32. "
+            "Use the model's unquantized weights."
+        )
+    return DTYPES[code]
+
+
+def _weight_map(folder: Path) -> dict[str, Path]:
+    if (folder / _INDEX).is_file():
+        weight_map = read_json(folder / _INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or any("/" in str(name) for name in weight_map.values()):
+            raise CptError(f"{folder / _INDEX} has no usable weight_map. Download it again.")
+        return {name: folder / str(file) for name, file in weight_map.items()}
+    if (folder / _SINGLE).is_file():
+        return {"": folder / _SINGLE}
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
+        raise CptError(
+            f"{folder} holds pickled weights only (.bin or .pth), which can run code when read. "
+            "Get the model's safetensors files."
+        )
+    raise CptError(f"{folder} holds neither {_INDEX} nor {_SINGLE}. Give the folder of a Hugging Face model.")
+
+
+def check_finite(tensor: torch.Tensor, name: str, where: str | Path) -> None:
+    """Raise CptError when a weight is NaN or infinite.
+
+    The sum is NaN or infinite whenever an element is, and one pass over memory; only then are elements looked at.
+    """
+    import torch
+
+    if bool(torch.isfinite(tensor.sum())):
+        return
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        raise CptError(
+            f"{where}: tensor {name} has {bad} of {tensor.numel()} values that are NaN or infinite. "
+            "The weights are damaged, or the training that made them diverged."
+        )
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """A tensor to be written: its name, dtype and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor's data."""
+        return TensorInfo(Path(), self.dtype, self.shape).nbytes
+
+
+def write_weights(
+    folder: Path,
+    plans: Sequence[TensorPlan],
+    load: Callable[[str], torch.Tensor],
+    shard_bytes: int = SHARD_BYTES,
+) -> list[str]:
+    """Write tensors into safetensors shards of at most `shard_bytes`, with an index when there are several.
+
+    Args:
+        folder: where the files go.
+        plans: all tensors, in the order in which they shall lie.
+        load: gives a tensor by name; called once each, in order, so one tensor at a time is in memory.
+
+    Returns:
+        The names of the weights' files.
+    """
+    shards = _split(plans, shard_bytes)
+    count = len(shards)
+    names = [_SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    for file_name, shard in zip(names, shards, strict=True):
+        _write_shard(folder / file_name, shard, load)
+    if count > 1:
+        weight_map = {plan.name: file for file, shard in zip(names, shards, strict=True) for plan in shard}
+        index = {"metadata": {"total_size": sum(plan.nbytes for plan in plans)}, "weight_map": weight_map}
+        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        names.append(_INDEX)
+    return names
+
+
+def _split(plans: Sequence[TensorPlan], shard_bytes: int) -> list[list[TensorPlan]]:
+    shards: list[list[TensorPlan]] = [[]]
+    filled = 0
+    for plan in plans:
+        if shards[-1] and filled + plan.nbytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(plan)
+        filled += plan.nbytes
+    return shards
+
+
+def _write_shard(path: Path, plans: Sequence[TensorPlan], load: Callable[[str], torch.Tensor]) -> None:
+    import torch
+
+    with path.open("wb") as file:
+        file.write(_header(plans))
+        for plan in plans:
+            tensor = load(plan.name).to(getattr(torch, plan.dtype)).contiguous()
+            if tuple(tensor.shape) != plan.shape:
+                raise CptError(f"Tensor {plan.name} has shape {tuple(tensor.shape)}, config.json asks {plan.shape}.")
+            file.write(tensor.view(-1).view(torch.uint8).numpy().data)
+
+
+def _header(plans: Sequence[TensorPlan]) -> bytes:
+    codes = {name: code for code, name in DTYPES.items()}
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for plan in plans:
+        entries[plan.name] = {
+            "dtype": codes[plan.dtype],
+            "shape": list(plan.shape),
+            "data_offsets": [offset, offset + plan.nbytes],
+        }
+        offset += plan.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
