@@ -1,1 +1,183 @@
-"""Commands of `nemo-cpt`: launch."""
+"""Commands of `nemo-cpt`: recipes, and the jobs that run them."""
+
+import json as jsonlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nemo_cpt.cli import app
+from nemo_cpt.errors import CptError
+
+if TYPE_CHECKING:
+    from nemo_cpt.cli.catalog import Function
+
+PANEL = "Recipes and jobs"
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Recipe = Annotated[str, typer.Argument(help="module.function, or module for its continual_pretrain.")]
+Pairs = Annotated[
+    list[str] | None,
+    typer.Argument(help="key=value (the recipe's parameters), path.to.field=value (its config), executor.key=value."),
+]
+Experiment = Annotated[str | None, typer.Argument(help="The experiment's id, as run prints it; by default the latest.")]
+
+
+@app.command("recipes", rich_help_panel=PANEL)
+def recipes_command(
+    recipe: Annotated[str | None, typer.Argument(help="Show the parameters of one recipe.")] = None, json: Json = False
+) -> None:
+    """List the recipes, or one recipe's parameters."""
+    from nemo_cpt.cli import catalog
+
+    found = [catalog.recipe(recipe)] if recipe else list(catalog.recipes().values())
+    if json:
+        print(jsonlib.dumps({each.name: _as_dict(each) for each in found}, indent=2))
+    elif recipe:
+        _print_parameters(found[0])
+    else:
+        rows = [(each.name, str(each.gpus({}) or "CPU"), _required(each), each.summary) for each in found]
+        _print_table(("recipe", "GPUs", "needs", "what"), rows)
+
+
+@app.command(rich_help_panel=PANEL)
+def show(recipe: Recipe, overrides: Pairs = None) -> None:
+    """Print the resolved config of a recipe as YAML."""
+    from nemo_cpt.cli.task import build_recipe
+
+    function, arguments, fields, _ = _split(recipe, overrides or [])
+    partial = build_recipe(function.name, arguments, fields)
+    from nemo_run.core.serialization.yaml import YamlSerializer
+
+    print(YamlSerializer().serialize(partial))
+
+
+@app.command(rich_help_panel=PANEL)
+def copy(recipe: Recipe, file: Annotated[Path, typer.Argument(help="Where to write the script.")]) -> None:
+    """Copy a recipe into a script to edit and run."""
+    from nemo_cpt.cli import catalog
+    from nemo_cpt.cli.scripts import write_script
+
+    write_script(catalog.recipe(recipe), file)
+    print(f"wrote {file}; edit it, then: python {file}")
+
+
+@app.command(rich_help_panel=PANEL)
+def run(
+    recipe: Recipe,
+    overrides: Pairs = None,
+    executor: Annotated[str, typer.Option("--executor", "-e", help="local, slurm, ... or FILE.py:FUNCTION")] = "local",
+    detach: Annotated[bool, typer.Option("--detach", help="Return once the job is submitted.")] = False,
+    dryrun: Annotated[bool, typer.Option("--dryrun", help="Print what would be submitted.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Build the recipe here first; imports NeMo.")] = False,
+    json: Json = False,
+) -> None:
+    """Run a recipe on an executor; ends non-zero if the job fails.
+
+    Parameters are checked at once. Fields of the config (trainer.log_every_n_steps=5) are checked before submission to
+    another machine, which imports NeMo; so does --check.
+    """
+    from nemo_cpt.cli import jobs
+    from nemo_cpt.cli.task import build_recipe
+
+    function, arguments, fields, options = _split(recipe, overrides or [])
+    blend = arguments.get("data")
+    if blend is not None and executor == "local":
+        blend.check()
+    if check or (fields and executor != "local"):
+        build_recipe(function.name, arguments, fields)
+    result = jobs.submit(
+        function,
+        arguments,
+        fields,
+        jobs.make_executor(executor, options, function.processes(arguments)),
+        detach,
+        dryrun,
+    )
+    if json:
+        print(jsonlib.dumps(result))
+
+
+@app.command(rich_help_panel=PANEL)
+def status(experiment: Experiment = None, json: Json = False) -> None:
+    """Show the state of an experiment's tasks."""
+    from nemo_cpt.cli import jobs
+
+    found = jobs.status(experiment)
+    if json:
+        print(jsonlib.dumps(found))
+        return
+    rows = [
+        (found["experiment"], task["name"], task["status"], task["job_id"], task["folder"]) for task in found["tasks"]
+    ]
+    _print_table(("experiment", "task", "status", "job", "folder"), rows)
+
+
+@app.command(rich_help_panel=PANEL)
+def logs(
+    experiment: Experiment = None,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="Lines from the end.")] = 100,
+) -> None:
+    """Print the end of the logs of an experiment's tasks, headed by their paths."""
+    from nemo_cpt.cli import jobs
+
+    print(jobs.logs(experiment, lines))
+
+
+@app.command(rich_help_panel=PANEL)
+def cancel(experiment: Experiment = None, json: Json = False) -> None:
+    """Stop an experiment's tasks that are queued or running."""
+    from nemo_cpt.cli import jobs
+
+    cancelled = jobs.cancel(experiment)
+    print(jsonlib.dumps(cancelled) if json else f"cancelled {cancelled['experiment']}: {', '.join(cancelled['tasks'])}")
+
+
+def _split(recipe: str, pairs: list[str]) -> tuple["Function", dict[str, Any], list[str], list[str]]:
+    """Part the pairs into the recipe's arguments, fields of its config, and the executor's options."""
+    from nemo_cpt.cli import catalog
+
+    function = catalog.recipe(recipe)
+    options = [pair.removeprefix("executor.") for pair in pairs if pair.startswith("executor.")]
+    own = [pair for pair in pairs if not pair.startswith("executor.")]
+    fields = [pair for pair in own if "." in pair.partition("=")[0]]
+    arguments = catalog.parse(function, [pair for pair in own if pair not in fields])
+    missing = [name for name, each in function.parameters.items() if each.default is None and name not in arguments]
+    if missing and missing != ["**"]:
+        raise CptError(f"{function.name} needs {', '.join(f'{name}=...' for name in missing)}")
+    return function, arguments, fields, options
+
+
+def _required(function: "Function") -> str:
+    return ", ".join(name for name, each in function.parameters.items() if each.default is None) or "-"
+
+
+def _as_dict(function: "Function") -> dict[str, Any]:
+    parameters = {
+        name: {"type": each.annotation, "default": each.default, "help": each.help}
+        for name, each in function.parameters.items()
+    }
+    return {"summary": function.summary, "gpus": function.gpus({}), "parameters": parameters}
+
+
+def _print_parameters(function: "Function") -> None:
+    print(f"{function.name}: {function.summary}\n")
+    rows = [
+        (each.name, each.annotation, each.default or "required", each.help) for each in function.parameters.values()
+    ]
+    _print_table(("parameter", "type", "default", "what"), rows)
+
+
+def _print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """A table on a terminal; tab-separated lines elsewhere, which no terminal's width can cut."""
+    if not sys.stdout.isatty():
+        print("\n".join("\t".join(row) for row in [columns, *rows]))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

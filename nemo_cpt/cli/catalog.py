@@ -1,0 +1,299 @@
+"""Recipes and executors read from their source, without importing them: NeMo takes 20 s and more to import."""
+
+import ast
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nemo_cpt.errors import CptError
+
+TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+PREFERRED = "continual_pretrain"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a function, as its source shows it.
+
+    Attributes:
+        name: its name.
+        annotation: its annotation's source, empty if it has none.
+        default: its default's source; None if it must be given.
+        help: its line in the docstring.
+    """
+
+    name: str
+    annotation: str
+    default: str | None
+    help: str
+
+
+@dataclass(frozen=True)
+class Function:
+    """A recipe or an executor: a public function whose source was read.
+
+    Attributes:
+        name: `module.function`.
+        path: the module's file.
+        summary: the docstring's first sentence.
+        parameters: by name, with those that **kwargs passes on.
+    """
+
+    name: str
+    path: Path
+    summary: str
+    parameters: Mapping[str, Parameter]
+
+    def number(self, name: str, given: Mapping[str, Any]) -> int | None:
+        """Return an integer parameter's value: the given one, else its default; None if it has neither."""
+        if name in given:
+            return int(given[name])
+        default = self.parameters[name].default if name in self.parameters else None
+        return int(default) if default and default.isdigit() else None
+
+    def processes(self, given: Mapping[str, Any]) -> int:
+        """Return the processes on a node that the recipe is made for."""
+        return self.number("gpus_per_node", given) or self.number("processes", given) or 1
+
+    def gpus(self, given: Mapping[str, Any]) -> int:
+        """Return the GPUs the recipe takes in all; 0 for one that is made for processes on the CPU."""
+        if "processes" in self.parameters:
+            return 0
+        return self.processes(given) * (self.number("num_nodes", given) or 1)
+
+
+@cache
+def recipes() -> dict[str, Function]:
+    """Return the recipes of `nemo_cpt.recipes` by name: public functions that return a run.Partial they made."""
+    found = {}
+    for path in sorted(_folder("nemo_cpt.recipes").glob("[!_]*.py")):
+        for name, node in _functions(path).items():
+            makes = "Partial" in ast.unparse(node.returns or ast.Constant(None))
+            parameters = _parameters(path, node) if makes and not name.startswith("_") else {}
+            if makes and parameters and not any("Partial" in each.annotation for each in parameters.values()):
+                found[f"{path.stem}.{name}"] = Function(f"{path.stem}.{name}", path, _summary(node), parameters)
+    return found
+
+
+def recipe(name: str) -> Function:
+    """Return a recipe by `module.function`, or by `module` for the module's continual_pretrain.
+
+    Raises:
+        CptError: there is none; the message holds the nearest names.
+    """
+    known = recipes()
+    full = name if name in known else f"{name}.{PREFERRED}"
+    if full not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or list(known)
+        raise CptError(f"there is no recipe {name!r}; near: {', '.join(near)} (nemo-cpt recipes lists all)")
+    return known[full]
+
+
+@cache
+def executor(name: str) -> Function:
+    """Return an executor's function, for example `slurm`.
+
+    Raises:
+        CptError: there is none of that name.
+    """
+    exported = ast.literal_eval(_assigned(_folder("nemo_cpt.executors") / "__init__.py", "__all__"))
+    path = _folder("nemo_cpt.executors") / f"{name}.py"
+    if name not in exported or not path.is_file():
+        raise CptError(f"there is no executor {name!r}: {', '.join(exported)}, or FILE.py:FUNCTION of your own")
+    node = _functions(path)[name]
+    return Function(name, path, _summary(node), _parameters(path, node))
+
+
+def parse(function: Function, given: Sequence[str], prefix: str = "") -> dict[str, Any]:
+    """Parse `key=value` strings by the parameters' annotations.
+
+    Args:
+        function: whose parameters they are.
+        given: the strings; keys with a dot are not for this function.
+        prefix: before the keys in messages.
+
+    Raises:
+        CptError: a string has no `=`, a key is unknown (with the nearest names) or a value has the wrong type.
+    """
+    values = {}
+    for pair in given:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise CptError(f"{prefix}{pair}: write key=value")
+        parameter = function.parameters.get(key)
+        if parameter is None and "**" not in function.parameters:
+            raise CptError(f"{function.name} has no parameter {prefix}{key}; {nearest(key, function.parameters)}")
+        values[key] = parse_value(f"{prefix}{key}", text, parameter.annotation if parameter else "")
+    return values
+
+
+def nearest(key: str, known: Mapping[str, Any] | Sequence[str]) -> str:
+    """Return a phrase with the known names nearest to `key`."""
+    near = difflib.get_close_matches(key, list(known), n=3, cutoff=0.5)
+    return f"near: {', '.join(near)}" if near else f"it has: {', '.join(known)}"
+
+
+def parse_value(key: str, text: str, annotation: str) -> Any:
+    """Parse one value by an annotation's source such as `int | None`, `Sequence[str]` or `Blend | None`.
+
+    Raises:
+        CptError: the text is no value of that type.
+    """
+    kinds = [kind.strip() for kind in annotation.split("|")]
+    if text in ("None", "null") and ("None" in kinds or not annotation):
+        return None
+    for kind in kinds:
+        try:
+            return _PARSERS[kind.partition("[")[0]](text)
+        except (KeyError, ValueError, TypeError, yaml.YAMLError):
+            continue
+    if not annotation:
+        return yaml.safe_load(text)
+    if "str" in kinds or "Literal" in annotation:
+        return _literal(key, text, annotation)
+    raise CptError(f"{key}={text}: expected {annotation}")
+
+
+def _literal(key: str, text: str, annotation: str) -> Any:
+    """A string; of a Literal, one of its values; `ssh(host=..., ...)` where an executor takes it."""
+    if text.startswith("ssh(") and "ssh" in annotation:
+        from nemo_cpt.executors import ssh
+
+        call = ast.parse(text, mode="eval").body
+        return ssh(**{word.arg or "": ast.literal_eval(word.value) for word in getattr(call, "keywords", [])})
+    allowed = annotation[annotation.find("[") + 1 : annotation.find("]")] if "Literal" in annotation else ""
+    if allowed and text not in ast.literal_eval(f"[{allowed}]"):
+        raise CptError(f"{key}={text}: expected one of {allowed}")
+    return text
+
+
+def _bool(text: str) -> bool:
+    if text.lower() not in TRUE + FALSE:
+        raise ValueError(text)
+    return text.lower() in TRUE
+
+
+def _blend(text: str) -> Any:
+    """A Blend from a YAML or JSON file, or from the same written out: {train: {ds/ja: 0.75}, validation: {...}}."""
+    from nemo_cpt.corpus import Blend
+
+    fields = yaml.safe_load(Path(text).read_text() if text.endswith((".yaml", ".yml", ".json")) else text)
+    if not isinstance(fields, dict) or not set(fields) <= set(Blend.__dataclass_fields__):
+        raise ValueError(text)
+    return Blend(**fields)
+
+
+def _collection(kind: type) -> Any:
+    def parse_collection(text: str) -> Any:
+        value = yaml.safe_load(text) if text[:1] in "[{" else text.split(",")
+        if not isinstance(value, kind):
+            raise ValueError(text)
+        return value
+
+    return parse_collection
+
+
+_PARSERS = {
+    "int": lambda text: int(text.replace("_", "")),
+    "float": float,
+    "bool": _bool,
+    "Path": Path,
+    "Blend": _blend,
+    "Sequence": _collection(list),
+    "list": _collection(list),
+    "tuple": lambda text: tuple(_collection(list)(text)),
+    "Mapping": _collection(dict),
+    "dict": _collection(dict),
+}
+
+
+def _folder(package: str) -> Path:
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise CptError(f"{package} is not installed; run: pip install nemo_cpt")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+@cache
+def _module(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def _functions(path: Path) -> dict[str, ast.FunctionDef]:
+    return {node.name: node for node in _module(path).body if isinstance(node, ast.FunctionDef)}
+
+
+def _assigned(path: Path, name: str) -> ast.expr:
+    for node in _module(path).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+            return node.value
+    return ast.List([])
+
+
+def _summary(node: ast.FunctionDef) -> str:
+    return " ".join((ast.get_docstring(node) or "").partition("\n\n")[0].split())
+
+
+def _parameters(path: Path, node: ast.FunctionDef) -> dict[str, Parameter]:
+    """A function's own parameters, then those of the function that it passes **kwargs on to."""
+    arguments = node.args
+    positional = [*arguments.posonlyargs, *arguments.args]
+    defaults = [None] * (len(positional) - len(arguments.defaults)) + list(arguments.defaults)
+    pairs = [*zip(positional, defaults, strict=True), *zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
+    helps = {name: _seen(path, name, text) for name, text in _argument_helps(node).items()}
+    own = {
+        argument.arg: Parameter(
+            argument.arg,
+            ast.unparse(argument.annotation) if argument.annotation else "",
+            None if default is None else ast.unparse(default),
+            helps.get(argument.arg, ""),
+        )
+        for argument, default in pairs
+    }
+    if arguments.kwarg:
+        own |= {name: each for name, each in _passed_on(path, node).items() if name not in own}
+    return own
+
+
+def _passed_on(path: Path, node: ast.FunctionDef) -> dict[str, Parameter]:
+    keyword = node.args.kwarg
+    for call in ast.walk(node):
+        takes = isinstance(call, ast.Call) and [word for word in call.keywords if word.arg is None]
+        if not takes or not any(keyword and keyword.arg in ast.unparse(word.value) for word in takes):
+            continue
+        module, _, name = ast.unparse(call.func).rpartition(".")  # type: ignore[attr-defined]
+        target = path.with_name(f"{module}.py") if module else path
+        if target.is_file() and name in _functions(target):
+            fixed = {word.arg for word in call.keywords}  # type: ignore[attr-defined]
+            inherited = _parameters(target, _functions(target)[name])
+            return {each: value for each, value in inherited.items() if each not in fixed}
+    return {"**": Parameter("**", "", "", _argument_helps(node).get(f"**{keyword.arg}" if keyword else "", ""))}
+
+
+def _seen(path: Path, name: str, text: str) -> str:
+    """The line that "see `module.function`" points to, or the text itself."""
+    module, _, function = text.removeprefix("see `").partition("`")[0].rpartition(".")
+    target = path.with_name(f"{module}.py") if module else path
+    if not text.startswith("see `") or not target.is_file() or function not in _functions(target):
+        return text
+    return _argument_helps(_functions(target)[function]).get(name, text)
+
+
+def _argument_helps(node: ast.FunctionDef) -> dict[str, str]:
+    """The Args section of a Google-style docstring, by parameter."""
+    section = (ast.get_docstring(node) or "").partition("Args:\n")[2].partition("\n\n")[0]
+    helps: dict[str, str] = {}
+    name = ""
+    for line in section.splitlines():
+        if line.startswith("    ") and not line.startswith("     "):
+            name, _, text = line.strip().partition(": ")
+            helps[name] = text
+        elif name:
+            helps[name] += " " + line.strip()
+    return helps

@@ -1,0 +1,172 @@
+"""Jobs of `nemo-cpt run`: submitted through NeMo-Run, found again by the experiment's id."""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+from nemo_cpt.cli import catalog
+from nemo_cpt.errors import CptError
+
+
+def make_executor(name: str, options: Sequence[str], processes: int) -> Any:
+    """Return an executor by name, with `key=value` options, or the one a function of the user's makes.
+
+    Args:
+        name: `local`, `slurm`, ... or `FILE.py:FUNCTION`.
+        options: for an executor by name, its arguments.
+        processes: processes on a node that the recipe needs; the default of the executor's own count.
+
+    Raises:
+        CptError: there is no such executor, file or function, or an option is wrong.
+    """
+    file, _, function = name.partition(":")
+    if file.endswith(".py"):
+        return _from_file(Path(file), function)
+    from nemo_cpt import executors
+
+    described = catalog.executor(name)
+    given = catalog.parse(described, options, prefix="executor.")
+    count = next((each for each in ("processes", "tasks_per_node") if each in described.parameters), None)
+    if count and not {count, "gpus_per_node", "gpus"} & set(given):
+        given[count] = processes
+    return getattr(executors, name)(**given)
+
+
+def submit(
+    recipe: catalog.Function, arguments: Mapping[str, Any], fields: list[str], executor: Any, detach: bool, dryrun: bool
+) -> dict[str, Any]:
+    """Run a recipe on an executor and wait for it, unless detached.
+
+    Returns:
+        The experiment's id and its tasks' job ids.
+
+    Raises:
+        CptError: the job was refused, or failed; with the log's last lines.
+    """
+    import nemo_run as run
+
+    from nemo_cpt.cli.task import run_recipe
+
+    plain = {name: asdict(value) if name == "data" and value else value for name, value in arguments.items()}
+    task = run.Partial(run_recipe, recipe=recipe.name, arguments=plain, overrides=fields)
+    title = recipe.name.replace(".", "-")
+    with run.Experiment(title, executor=executor, enable_goodbye_message=False) as experiment:
+        experiment.add(task, name=title, tail_logs=True)
+        if dryrun:
+            experiment.dryrun()
+        else:
+            experiment.run(detach=detach)
+    print(f"experiment {experiment._id}: nemo-cpt status|logs|cancel {experiment._id}")
+    return {"experiment": experiment._id, "jobs": [job.handle for job in experiment.jobs]}
+
+
+def status(experiment_id: str | None) -> dict[str, Any]:
+    """Return an experiment's id and its tasks: name, status, job id, folder.
+
+    Raises:
+        CptError: there is no such experiment.
+    """
+    with _opened(experiment_id) as experiment:
+        found = experiment.status(return_dict=True) or {}
+    tasks = [
+        {
+            "name": name,
+            "status": _state(task),
+            "job_id": task["job_id"],
+            "folder": task.get("remote_dir") or task["local_dir"],
+        }
+        for name, task in found.items()
+    ]
+    return {"experiment": experiment._id, "tasks": tasks}
+
+
+def logs(experiment_id: str | None, lines: int) -> str:
+    """Return the last lines of the logs of an experiment's tasks, each headed by its path."""
+    from nemo_run.core.tunnel.client import SSHTunnel
+
+    from nemo_cpt.executors.upstream import log_tail
+
+    printed = []
+    with _opened(experiment_id) as experiment:
+        for job in experiment.jobs:
+            if isinstance(getattr(job.executor, "tunnel", None), SSHTunnel):
+                experiment.logs(job.id)
+            printed.append(log_tail(job.executor.job_dir, lines))
+    return "\n".join(printed)
+
+
+def cancel(experiment_id: str | None) -> dict[str, Any]:
+    """Cancel an experiment's tasks; local ones by ending their processes, which NeMo-Run cannot from outside."""
+    with _opened(experiment_id) as experiment:
+        for job in experiment.jobs:
+            if job.handle.startswith("local"):
+                _end_processes(job.executor.job_dir)
+            else:
+                experiment.cancel(job.id)
+        return {"experiment": experiment._id, "tasks": [job.id for job in experiment.jobs]}
+
+
+@contextlib.contextmanager
+def _opened(experiment_id: str | None) -> Iterator[Any]:
+    """An experiment of NeMo-Run's, the latest if no id is given."""
+    import nemo_run as run
+    from nemo_run.config import get_nemorun_home
+
+    from nemo_cpt.executors import upstream
+
+    upstream.apply()
+    home = Path(get_nemorun_home(), "experiments")
+    known = sorted(home.glob("*/*_*/_TASKS"), key=lambda path: path.stat().st_mtime)
+    if not known:
+        raise CptError(f"there are no experiments in {home}")
+    names = [path.parent.name for path in known]
+    chosen = experiment_id or names[-1]
+    if chosen not in names:
+        raise CptError(f"there is no experiment {chosen!r} in {home}; {catalog.nearest(chosen, names[-5:])}")
+    yield run.Experiment.from_id(chosen)
+
+
+def _state(task: Mapping[str, Any]) -> str:
+    """A local task whose processes are gone while it is noted as running died with its launcher."""
+    state = str(getattr(task["status"], "name", task["status"]))
+    if task["handle"].startswith("local") and state == "RUNNING" and not list(_processes(task["local_dir"])):
+        return "UNKNOWN"
+    return state
+
+
+def _processes(job_dir: str) -> Iterator[int]:
+    """Processes whose command line names a file in the job's folder, as NeMo-Run's runner does."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"{job_dir}/".encode() in (folder / "cmdline").read_bytes() and int(folder.name) != os.getpid():
+                yield int(folder.name)
+
+
+def _end_processes(job_dir: str, patience: float = 60) -> None:
+    deadline = time.time() + patience
+    for pid in _processes(job_dir):
+        os.kill(pid, signal.SIGTERM)
+    while remaining := list(_processes(job_dir)):
+        if time.time() > deadline:
+            for pid in remaining:
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.2)
+
+
+def _from_file(file: Path, function: str) -> Any:
+    if not file.is_file() or not function:
+        raise CptError(f"executor {file}:{function}: give FILE.py:FUNCTION of a file that exists")
+    spec = spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise CptError(f"executor {file}: not a Python file")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, function):
+        raise CptError(f"{file} has no {function}; {catalog.nearest(function, vars(module))}")
+    return getattr(module, function)()

@@ -1,0 +1,85 @@
+"""What `nemo-cpt run` submits: the recipe's name and arguments, so that only the job itself imports NeMo."""
+
+import difflib
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+from nemo_cpt.errors import CptError
+
+
+def build_recipe(recipe: str, arguments: Mapping[str, Any], overrides: Sequence[str] = ()) -> Any:
+    """Call a recipe function and change fields of what it returns.
+
+    Args:
+        recipe: `module.function` in nemo_cpt.recipes.
+        arguments: the function's; a mapping for `data` stands for a Blend's fields.
+        overrides: `path.to.field=value` on the run.Partial, type-checked by the field's annotation.
+
+    Returns:
+        The run.Partial.
+
+    Raises:
+        CptError: a field does not exist (with the nearest names), a value has the wrong type, or the recipe objects.
+    """
+    from nemo_cpt.corpus import Blend
+
+    module, _, function = recipe.rpartition(".")
+    given = dict(arguments)
+    if isinstance(given.get("data"), Mapping):
+        given["data"] = Blend(**given["data"])
+    partial = getattr(import_module(f"nemo_cpt.recipes.{module}"), function)(**given)
+    for override in overrides:
+        _override(partial, override)
+    return partial
+
+
+def run_recipe(recipe: str, arguments: dict[str, Any], overrides: list[str]) -> None:
+    """Build a recipe in the job and run it; under Slurm its trainer takes the job's nodes and listens to preemption."""
+    import fiddle as fdl
+
+    partial = build_recipe(recipe, arguments, overrides)
+    if "SLURM_NNODES" in os.environ and hasattr(partial, "trainer"):
+        partial.trainer.num_nodes = int(os.environ["SLURM_NNODES"])
+        save_on_sigterm(partial.trainer)
+    fdl.build(partial)()
+
+
+def save_on_sigterm(trainer: Any) -> None:
+    """Give a trainer's config NeMo's PreemptionCallback, unless it has it."""
+    import nemo_run as run
+    from nemo.lightning.pytorch.callbacks import PreemptionCallback
+
+    callbacks = trainer.callbacks or []
+    if all(callback.__fn_or_cls__ is not PreemptionCallback for callback in callbacks):
+        trainer.callbacks = [*callbacks, run.Config(PreemptionCallback)]
+
+
+def _override(partial: Any, override: str) -> None:
+    from nemo_run.cli.cli_parser import parse_value
+
+    path, _, text = override.partition("=")
+    *parents, name = path.split(".")
+    config = partial
+    for parent in parents:
+        _check_field(config, parent, path)
+        config = getattr(config, parent)
+    _check_field(config, name, path)
+    annotation = inspect.signature(config.__fn_or_cls__).parameters[name].annotation
+    try:
+        value = parse_value(text, None if annotation is inspect.Parameter.empty else annotation)
+    except Exception as error:
+        raise CptError(f"{override}: expected {annotation} ({error})") from error
+    setattr(config, name, value)
+
+
+def _check_field(config: Any, name: str, path: str) -> None:
+    function = getattr(config, "__fn_or_cls__", None)
+    if function is None:
+        raise CptError(f"{path}: {name} is a field of a plain value, {config!r}, which has none")
+    fields = list(inspect.signature(function).parameters)
+    if name not in fields:
+        near = difflib.get_close_matches(name, fields, n=3, cutoff=0.5) or fields
+        raise CptError(f"{path}: {function.__name__} has no field {name}; near: {', '.join(near)}")
