@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from nemo_cpt.corpus.manifest import read_manifest as read_manifest
     from nemo_cpt.corpus.preparation import PrepareReport as PrepareReport
     from nemo_cpt.corpus.preparation import prepare as prepare
+    from nemo_cpt.corpus.splits import SplitReport as SplitReport
+    from nemo_cpt.corpus.splits import split as split
 
 _HOMES = {
     "Blend": "blend",
@@ -22,6 +24,8 @@ _HOMES = {
     "prepare": "preparation",
     "read_index": "index",
     "read_manifest": "manifest",
+    "SplitReport": "splits",
+    "split": "splits",
 }
 __all__ = sorted(_HOMES)
 

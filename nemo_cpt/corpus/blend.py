@@ -27,6 +27,7 @@ class Blend:
         weighting: What a weight counts: `share` (of the training's tokens), `tokens` (a multiple of the dataset's
             tokens: 1.0 sees each dataset as often as any other) or `documents` (a multiple of its documents).
         note: What the shares rest on; presets put their source here.
+        caution: A warning that goes with the blend into its report.
     """
 
     train: Mapping[str, float]
@@ -34,6 +35,7 @@ class Blend:
     test: Mapping[str, str] = field(default_factory=dict)
     weighting: str = "share"
     note: str = ""
+    caution: str = ""
 
     @classmethod
     def replay(
@@ -219,6 +221,8 @@ def _blend_warnings(blend: Blend, sets: list[dict[str, Any]]) -> list[str]:
         warnings.append("The training sets differ in dtype: they were probably made with different tokenizers.")
     if not blend.validation:
         warnings.append("There is no validation set: nothing will show overfitting or forgetting.")
+    if blend.caution:
+        warnings.append(blend.caution)
     trained = {full_prefix(prefix) for prefix in blend.train}
     shared = [name for name, prefix in blend.validation.items() if full_prefix(prefix) in trained]
     if shared:

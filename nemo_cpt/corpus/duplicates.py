@@ -1,0 +1,53 @@
+"""Exact and near duplicates of a few held-out documents, looked for in many."""
+
+import unicodedata
+from typing import Any
+
+SHINGLE = 5  # characters, so that it also works for languages written without spaces
+PERMUTATIONS, BANDS, SEED = 128, 32, 42
+
+
+def fingerprint(text: str) -> int:
+    """Return a 64-bit hash of a text that ignores width, case and spacing; a fixed function, whatever the machine."""
+    import xxhash
+
+    plain = "".join(unicodedata.normalize("NFKC", text).split()).lower()
+    return xxhash.xxh3_64_intdigest(plain.encode("utf-8", "surrogatepass"))
+
+
+def sketch(text: str) -> Any:
+    """Return the MinHash of a text's character 5-grams (R-MinHash of the rensa library, 128 permutations)."""
+    from rensa import RMinHash
+
+    plain = "".join(text.split()).lower()
+    minhash = RMinHash(PERMUTATIONS, SEED)
+    minhash.update({plain[i : i + SHINGLE] for i in range(max(len(plain) - SHINGLE + 1, 1))})
+    return minhash
+
+
+class HeldOut:
+    """An index of held-out documents.
+
+    Args:
+        similarity: Jaccard similarity of character 5-grams from which two documents are near duplicates.
+    """
+
+    def __init__(self, similarity: float) -> None:
+        from rensa import RMinHashDeduplicator
+
+        self._prints: set[int] = set()
+        self._sketches = RMinHashDeduplicator(similarity, PERMUTATIONS, True, BANDS, SEED)
+
+    def add(self, text_print: int, minhash: Any) -> bool:
+        """Add a document; return False if it, or one up to width, case and spacing, is there already."""
+        if text_print in self._prints:
+            return False
+        self._prints.add(text_print)
+        self._sketches.add(str(len(self._prints)), minhash)
+        return True
+
+    def kinship(self, text: str) -> str:
+        """Return `exact` or `near` where a held-out document is a duplicate of this text, else an empty string."""
+        if fingerprint(text) in self._prints:
+            return "exact"
+        return "near" if self._sketches.get_duplicates(sketch(text)) else ""
