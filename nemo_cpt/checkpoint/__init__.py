@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nemo_cpt.checkpoint.exporting import ExportReport, export_hf
+    from nemo_cpt.checkpoint.hub import DownloadReport, download
     from nemo_cpt.checkpoint.importing import ImportReport, import_hf
     from nemo_cpt.checkpoint.verifying import VerifyReport, verify
 
@@ -13,10 +14,21 @@ _HOMES = {
     "ImportReport": "importing",
     "export_hf": "exporting",
     "ExportReport": "exporting",
+    "download": "hub",
+    "DownloadReport": "hub",
     "verify": "verifying",
     "VerifyReport": "verifying",
 }
-__all__ = ["ExportReport", "ImportReport", "VerifyReport", "export_hf", "import_hf", "verify"]
+__all__ = [
+    "DownloadReport",
+    "ExportReport",
+    "ImportReport",
+    "VerifyReport",
+    "download",
+    "export_hf",
+    "import_hf",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

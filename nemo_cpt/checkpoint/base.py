@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from nemo_cpt.checkpoint.architecture import Architecture
 from nemo_cpt.checkpoint.context import TOKENIZER_FOLDER
 from nemo_cpt.checkpoint.files import require_tokenizer
+from nemo_cpt.checkpoint.safetensors_files import HFWeights
 from nemo_cpt.errors import CptError
+
+if TYPE_CHECKING:
+    from nemo_cpt.checkpoint.nemo_weights import NemoWeights
 
 
 def nemo_folder(path: str | Path) -> Path:
@@ -19,6 +25,13 @@ def nemo_folder(path: str | Path) -> Path:
             "Give the folder of one checkpoint, such as <run>/checkpoints/<name>-last."
         )
     return folder
+
+
+def base_weights(base: Path, arch: Architecture) -> NemoWeights | HFWeights:
+    """The weights of a base, be it an imported NeMo checkpoint or a Hugging Face folder."""
+    from nemo_cpt.checkpoint.nemo_weights import NemoWeights
+
+    return NemoWeights(base, arch) if (base / "weights").is_dir() else HFWeights(base)
 
 
 def base_files(nemo: Path, base: str | Path | None) -> Path:

@@ -211,6 +211,13 @@ class DistributedReader:
         except Exception as error:
             raise CptError(f"{path} cannot be read ({error!r}). Copy the checkpoint again.") from error
 
+    def has(self, key: str, layer: int | None = None) -> bool:
+        """Whether a tensor is there, and in it this layer, of which a LoRA run may have adapted some only."""
+        if layer is None:
+            return key in self.shapes
+        chunks = self._chunks.get(key, ())
+        return any(chunk.offsets[0] <= layer < chunk.offsets[0] + chunk.sizes[0] for chunk in chunks)
+
     def read(self, key: str, layer: int | None = None, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """One tensor, or one layer's share of a stacked one.
 

@@ -6,12 +6,13 @@ import json
 import time
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_cpt.checkpoint import layout
-from nemo_cpt.checkpoint.architecture import read_architecture, read_json
-from nemo_cpt.checkpoint.base import base_files, nemo_folder
+from nemo_cpt.checkpoint.architecture import Architecture, read_architecture, read_json
+from nemo_cpt.checkpoint.base import base_files, base_weights, nemo_folder
 from nemo_cpt.checkpoint.files import copy_small_files, new_folder
 from nemo_cpt.checkpoint.safetensors_files import SHARD_BYTES, TensorPlan, check_finite, write_weights
 from nemo_cpt.errors import CptError
@@ -45,6 +46,7 @@ def export_hf(
     dest: str | Path,
     base: str | Path | None = None,
     *,
+    adapter: bool = False,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     ignore_fields: Collection[str] = (),
@@ -53,13 +55,16 @@ def export_hf(
     """Turn a NeMo checkpoint into a Hugging Face folder that transformers loads, without building the model.
 
     config.json, generation_config.json and every tokenizer file are the base model's, byte for byte. Weights go into
-    safetensors shards with an index. One tensor at a time is in memory.
+    safetensors shards with an index. One tensor at a time is in memory. A LoRA run's adapters are merged into the base
+    (in fp32), or written for peft.
 
     Args:
         source: an imported or a training checkpoint, from any tensor and pipeline parallel size.
         dest: the Hugging Face folder; must not exist.
-        base: the base's Hugging Face folder or imported checkpoint, for its small files; by default they are taken from
-            `source`, which carries them when the training used the tokenizer of an imported base.
+        base: the base's Hugging Face folder or imported checkpoint, for its small files and, after LoRA, its weights.
+            By default the files are taken from `source`, which carries them when the training used the tokenizer of an
+            imported base, and the weights from where a LoRA run recorded that it started.
+        adapter: write a LoRA run's adapters for `peft.PeftModel.from_pretrained` instead of the merged model.
         dtype: "bfloat16", "float16" or "float32"; by default what the base's config.json says. Another than that is
             written into config.json.
         shard_bytes: the most that one weights file holds.
@@ -70,48 +75,119 @@ def export_hf(
         CptError: the checkpoint is unfinished, damaged, non-finite or another model's; the base's files are missing;
             `dest` exists; not enough disk. Nothing is left at `dest` then.
     """
-    from nemo_cpt.checkpoint.nemo_weights import NemoWeights
+    from nemo_cpt.checkpoint.lora import is_lora, recorded_base
 
     start = time.monotonic()
     nemo = nemo_folder(source)
+    lora = is_lora(nemo)
+    if adapter and not lora:
+        raise CptError(f"{nemo} is no LoRA checkpoint (no weights/adapter_metadata.json): leave adapter=True away.")
+    base = Path(base) if base else recorded_base(nemo) if lora else None
     files = base_files(nemo, base)
     arch = read_architecture(files, ignore_fields)
+    if adapter:
+        written = _export_adapter(nemo, Path(dest), arch, str(base or files), _checked(dtype or "float32"))
+    else:
+        model = _open_lora(nemo, arch, base) if lora else _open_model(nemo, arch)
+        written = _export_model(
+            model, Path(dest), arch, files, _checked(dtype or arch.dtype or model.dtype), shard_bytes, progress
+        )
+    return ExportReport(
+        source=str(source),
+        dest=str(dest),
+        model_type=arch.model_type,
+        seconds=round(time.monotonic() - start, 3),
+        **written,
+    )
+
+
+@dataclass(frozen=True)
+class _Model:
+    """Something to export: where it is, how to read its tensors, their dtype and the embedding's padding rows."""
+
+    where: Path
+    read: Callable[[str], torch.Tensor]
+    dtype: str
+    padding: int
+
+
+def _open_model(nemo: Path, arch: Architecture) -> _Model:
+    from nemo_cpt.checkpoint.nemo_weights import NemoWeights
+
     weights = NemoWeights(nemo, arch)
-    stored = str(weights.dtype).removeprefix("torch.")
-    written = _written_dtype(dtype or arch.dtype or stored)
-    plans = [TensorPlan(slot.name, written, slot.shape) for slot in layout.slots(arch)]
+    return _Model(nemo, weights.read, weights.dtype, weights.vocab_rows - arch.vocab_size)
+
+
+def _open_lora(nemo: Path, arch: Architecture, base: Path | None) -> _Model:
+    from nemo_cpt.checkpoint.lora import Adapters
+
+    if base is None:
+        raise CptError(f"{nemo} holds adapters only and its base is gone. Give base=, the model it started from.")
+    weights = base_weights(base, arch)
+    return _Model(
+        nemo, partial(Adapters(nemo, arch).merged, base=weights), weights.dtype, weights.vocab_rows - arch.vocab_size
+    )
+
+
+def _export_model(
+    model: _Model,
+    dest: Path,
+    arch: Architecture,
+    files: Path,
+    dtype: str,
+    shard_bytes: int,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, Any]:
+    plans = [TensorPlan(slot.name, dtype, slot.shape) for slot in layout.slots(arch)]
     total = sum(plan.nbytes for plan in plans)
-    load = _counted(weights.read, plans, nemo, progress)
     with new_folder(dest, total + 64 * 2**20) as folder:
         names = copy_small_files(files, folder)
-        if written != (arch.dtype or written):
-            _set_dtype(folder / "config.json", written)
-        names += write_weights(folder, plans, load, shard_bytes)
-    return ExportReport(
-        str(source), str(dest), arch.model_type, written, stored if stored != written else None, len(plans),
-        weights.vocab_rows - arch.vocab_size, total, tuple(names), round(time.monotonic() - start, 3),
-    )  # fmt: skip
+        if dtype != (arch.dtype or dtype):
+            _set_dtype(folder / "config.json", dtype)
+        names += write_weights(folder, plans, _counted(model, plans, progress), shard_bytes)
+    return {
+        "dtype": dtype,
+        "cast_from": model.dtype if model.dtype != dtype else None,
+        "tensors": len(plans),
+        "padding_removed": model.padding,
+        "bytes_written": total,
+        "files": tuple(names),
+    }
 
 
-def _written_dtype(dtype: str) -> str:
+def _export_adapter(nemo: Path, dest: Path, arch: Architecture, base_name: str, dtype: str) -> dict[str, Any]:
+    from nemo_cpt.checkpoint.lora import Adapters, write_peft_adapter
+
+    adapters = Adapters(nemo, arch)
+    with new_folder(dest, 64 * 2**20) as folder:
+        names = write_peft_adapter(folder, adapters, base_name, dtype)
+        size = sum((folder / name).stat().st_size for name in names)
+    return {
+        "dtype": dtype,
+        "cast_from": None,
+        "tensors": 2 * len(adapters.adapted),
+        "padding_removed": 0,
+        "bytes_written": size,
+        "files": tuple(names),
+    }
+
+
+def _checked(dtype: str) -> str:
     if dtype not in ("bfloat16", "float16", "float32"):
         raise CptError(f"dtype {dtype!r} cannot be written; choose bfloat16, float16 or float32.")
     return dtype
 
 
 def _counted(
-    read: Callable[[str], torch.Tensor],
-    plans: list[TensorPlan],
-    where: Path,
-    progress: Callable[[int, int], None] | None,
+    model: _Model, plans: list[TensorPlan], progress: Callable[[int, int], None] | None
 ) -> Callable[[str], torch.Tensor]:
     sizes = {plan.name: plan.nbytes for plan in plans}
     total, done = sum(sizes.values()), 0
 
     def load(name: str) -> torch.Tensor:
         nonlocal done
-        tensor = read(name)
-        check_finite(tensor, name, where)
+        tensor = model.read(name)
+        check_finite(tensor, name, model.where)
         done += sizes[name]
         if progress:
             progress(done, total)

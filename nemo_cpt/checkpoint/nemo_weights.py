@@ -20,50 +20,55 @@ class NemoWeights:
     Works for imported and for training checkpoints (whose optimizer state is passed over), from any tensor and pipeline
     parallel size, with layers stacked into one tensor or kept apart.
 
+    Args:
+        nemo: the checkpoint's folder.
+        arch: the model whose tensors they are.
+        partial: whether tensors may be missing, as in a LoRA run's checkpoint, which holds what was trained.
+
     Raises:
         CptError: a tensor is missing, or has another shape than `arch` says.
     """
 
-    def __init__(self, nemo: Path, arch: Architecture) -> None:
+    def __init__(self, nemo: Path, arch: Architecture, partial: bool = False) -> None:
         self.folder = nemo
-        self._arch = arch
-        self._reader = DistributedReader(nemo / "weights")
+        self.arch = arch
+        self.reader = DistributedReader(nemo / "weights")
         self._slots = {slot.name: slot for slot in layout.slots(arch)}
         self._joined: tuple[str, dict[str, torch.Tensor]] = ("", {})
-        prefix = next((key.partition(layout.EMBEDDING)[0] for key in self._reader.shapes if _is_embedding(key)), None)
-        if prefix is None:
-            raise CptError(f"{nemo} holds no word embeddings: it is not a language model's checkpoint.")
-        self._prefix = prefix
+        self.prefix = _prefix(self.reader, nemo)
         for slot in self._slots.values():
-            self._check(slot)
+            if not partial or self.has(slot.name):
+                self._check(slot)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the embedding, and so of the model's parameters."""
-        return self._reader.dtypes[self._prefix + layout.EMBEDDING]
+    def dtype(self) -> str:
+        """The dtype of the embedding, and so of the model's parameters: "bfloat16", "float16" or "float32"."""
+        return str(self.reader.dtypes[self.prefix + layout.EMBEDDING]).removeprefix("torch.")
 
     @property
     def vocab_rows(self) -> int:
         """Rows of the embedding, Megatron's padding included."""
-        return self._reader.shapes[self._prefix + layout.EMBEDDING][0]
+        return self.reader.shapes[self.prefix + layout.EMBEDDING][0]
 
-    def slot(self, name: str) -> layout.Slot:
-        """Where the tensor of this Hugging Face name lies."""
-        return self._slots[name]
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint holds this Hugging Face tensor."""
+        slot = self._slots[name]
+        return self.reader.has(*self.locate(slot.key, slot.layer))
 
-    def _locate(self, slot: layout.Slot) -> tuple[str, int | None]:
-        key = self._prefix + slot.key
-        if slot.layer is None or key in self._reader.shapes:
-            return key, slot.layer
-        return key.replace(layout.LAYERS, f"{layout.LAYERS}{slot.layer}."), None
+    def locate(self, key: str, layer: int | None) -> tuple[str, int | None]:
+        """The full name of a Megatron tensor, and the index of the layer in it; None where layers are kept apart."""
+        full = self.prefix + key
+        if layer is None or full in self.reader.shapes:
+            return full, layer
+        return full.replace(layout.LAYERS, f"{layout.LAYERS}{layer}."), None
 
     def _check(self, slot: layout.Slot) -> None:
-        key, layer = self._locate(slot)
-        if key not in self._reader.shapes:
+        key, layer = self.locate(slot.key, slot.layer)
+        if key not in self.reader.shapes:
             raise CptError(f"{self.folder} lacks {key}. It is another model's checkpoint than config.json describes.")
-        shape = self._reader.shapes[key]
-        if layer is not None and shape[0] != self._arch.num_hidden_layers:
-            raise CptError(f"{self.folder}: {key} has {shape[0]} layers, config.json {self._arch.num_hidden_layers}.")
+        shape = self.reader.shapes[key]
+        if layer is not None and shape[0] != self.arch.num_hidden_layers:
+            raise CptError(f"{self.folder}: {key} has {shape[0]} layers, config.json {self.arch.num_hidden_layers}.")
         found = shape if layer is None else shape[1:]
         rows = self._rows(slot)
         enough = found[0] >= rows if slot.part == "vocab" else found[0] == rows
@@ -74,7 +79,7 @@ class NemoWeights:
             )
 
     def _rows(self, slot: layout.Slot) -> int:
-        arch = self._arch
+        arch = self.arch
         if slot.part in ("q", "k", "v"):
             return (arch.num_attention_heads + 2 * arch.num_key_value_heads) * arch.head_dim
         return slot.shape[0] * (2 if slot.part in ("gate", "up") else 1)
@@ -82,19 +87,23 @@ class NemoWeights:
     def read(self, name: str) -> torch.Tensor:
         """One tensor by its Hugging Face name, in the checkpoint's dtype, without padding."""
         slot = self._slots[name]
-        key, layer = self._locate(slot)
+        key, layer = self.locate(slot.key, slot.layer)
         rows = slot.shape[0]
         if slot.part in ("q", "k", "v"):
             return self._read_joined(key, layer).pop(slot.part)
         start = rows if slot.part == "up" else 0
-        return self._reader.read(key, layer, (start, start + rows))
+        return self.reader.read(key, layer, (start, start + rows))
 
     def _read_joined(self, key: str, layer: int | None) -> dict[str, torch.Tensor]:
         label = f"{key} {layer}"
         if self._joined[0] != label or not self._joined[1]:
-            self._joined = (label, layout.split_qkv(self._reader.read(key, layer), self._arch))
+            self._joined = (label, layout.split_qkv(self.reader.read(key, layer), self.arch))
         return self._joined[1]
 
 
-def _is_embedding(key: str) -> bool:
-    return key.endswith(layout.EMBEDDING) and not key.startswith("optimizer")
+def _prefix(reader: DistributedReader, nemo: Path) -> str:
+    prefixes = [key.partition(layout.LAYERS)[0] for key in reader.shapes if layout.LAYERS in key]
+    models = [prefix for prefix in prefixes if "optimizer" not in prefix]
+    if not models:
+        raise CptError(f"{nemo} holds no decoder layers: it is not a language model's checkpoint.")
+    return min(models, key=len)

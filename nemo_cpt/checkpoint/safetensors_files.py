@@ -22,6 +22,7 @@ ITEM_SIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 SHARD_BYTES = 5_000_000_000  # what transformers' save_pretrained uses
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,16 @@ class HFWeights:
             raise CptError(f"{path} is missing though the index names it. Download the folder again.") from None
         except (SafetensorError, OSError) as error:
             raise CptError(f"{path} is not a whole safetensors file ({error}). Download it again.") from error
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the embedding."""
+        return self.infos[_EMBEDDING].dtype
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the embedding."""
+        return self.infos[_EMBEDDING].shape[0]
 
     def read(self, name: str) -> torch.Tensor:
         """Map one tensor into memory; its pages are given back when the tensor is freed."""

@@ -1,1 +1,130 @@
 """Commands of `nemo-cpt`: checkpoint."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nemo_cpt.cli import app
+
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+_Ignore = Annotated[
+    list[str], typer.Option("--ignore-field", help="Accept this config.json field although it is unknown; repeatable.")
+]
+
+
+@app.command("import")
+def import_command(
+    source: Annotated[Path, typer.Argument(help="Hugging Face folder: config.json, safetensors, tokenizer.")],
+    dest: Annotated[Path, typer.Argument(help="NeMo checkpoint to make.")],
+    ignore_field: _Ignore = [],  # noqa: B006  typer copies it
+    as_json: _Json = False,
+) -> None:
+    """Turn a Hugging Face model into a NeMo checkpoint, tensor by tensor."""
+    from nemo_cpt.checkpoint import import_hf
+
+    with _progress("Importing") as progress:
+        report = import_hf(source, dest, ignore_fields=ignore_field, progress=progress)
+    _print(report.as_dict(), as_json)
+
+
+@app.command("export")
+def export_command(
+    source: Annotated[Path, typer.Argument(help="NeMo checkpoint, such as <run>/checkpoints/<name>-last.")],
+    dest: Annotated[Path, typer.Argument(help="Hugging Face folder to make.")],
+    base: Annotated[
+        Path | None, typer.Option(help="The base model: Hugging Face folder or imported checkpoint.")
+    ] = None,
+    adapter: Annotated[bool, typer.Option("--adapter", help="Write a LoRA run's adapter for peft, unmerged.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; default: the base's.")] = None,
+    ignore_field: _Ignore = [],  # noqa: B006
+    as_json: _Json = False,
+) -> None:
+    """Turn a NeMo checkpoint into a Hugging Face folder; LoRA is merged, or written as an adapter."""
+    from nemo_cpt.checkpoint import export_hf
+
+    with _progress("Exporting") as progress:
+        report = export_hf(
+            source, dest, base, adapter=adapter, dtype=dtype, ignore_fields=ignore_field, progress=progress
+        )
+    _print(report.as_dict(), as_json)
+
+
+@app.command("verify")
+def verify_command(
+    nemo: Annotated[Path, typer.Argument(help="NeMo checkpoint.")],
+    hf: Annotated[Path, typer.Argument(help="Hugging Face folder.")],
+    logits: Annotated[
+        bool | None, typer.Option("--logits/--no-logits", help="Compare logits; default: up to 2 billion parameters.")
+    ] = None,
+    ignore_field: _Ignore = [],  # noqa: B006
+    as_json: _Json = False,
+) -> None:
+    """Compare a NeMo checkpoint with a Hugging Face model, bit by bit and by logits; exit code 1 if they differ."""
+    from nemo_cpt.checkpoint import verify
+
+    report = verify(nemo, hf, logits=logits, ignore_fields=ignore_field)
+    _print(report.as_dict(), as_json)
+    if not report.identical:
+        raise typer.Exit(1)
+
+
+@app.command("download")
+def download_command(
+    repo_id: Annotated[str, typer.Argument(help="Repository on the hub, such as meta-llama/Llama-3.1-8B.")],
+    dest: Annotated[Path, typer.Argument(help="Folder to make.")],
+    revision: Annotated[str, typer.Option(help="Branch, tag or commit.")] = "main",
+    as_json: _Json = False,
+) -> None:
+    """Fetch a model from the Hugging Face hub, without the formats that nothing here uses; resumable."""
+    from nemo_cpt.checkpoint import download
+
+    _print(download(repo_id, dest, revision).as_dict(), as_json)
+
+
+def _print(report: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(report))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None)
+    for name, value in report.items():
+        shown = ", ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+        table.add_row(name.replace("_", " "), shown or "none")
+    Console().print(table)
+
+
+@contextmanager
+def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, a line every few seconds elsewhere; both on stderr."""
+    if not sys.stderr.isatty():
+        yield _line_printer(label)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (label, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(label)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _line_printer(label: str, every: float = 5.0) -> Callable[[int, int], None]:
+    last = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last >= every:
+            last = time.monotonic()
+            print(f"{label}: {done / 1e9:.2f} of {total / 1e9:.2f} GB", file=sys.stderr, flush=True)
+
+    return show
