@@ -1,1 +1,231 @@
-"""Commands of `nemo-cpt`: corpus."""
+"""Commands of `nemo-cpt`: corpora, from the network to Megatron datasets."""
+
+import json as jsonlib
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nemo_cpt.cli import app
+
+if TYPE_CHECKING:
+    from nemo_cpt.corpus.inspection import Inspection
+
+PANEL = "Corpora"
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Key = Annotated[str, typer.Option(help="The field that holds the text.")]
+OnError = Annotated[str, typer.Option(help="stop at a line that gives no text, or skip it.")]
+Workers = Annotated[int | None, typer.Option(help="Processes; all CPUs by default.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+Inputs = Annotated[
+    list[str], typer.Argument(help="Files, folders, globs (JSON lines, gzip, zstd, Parquet) or hf:NAME.")
+]
+
+
+@app.command(rich_help_panel=PANEL)
+def prepare(
+    inputs: Inputs,
+    output: Annotated[str, typer.Option("--output", "-o", help="Prefix; _text_document.bin and .idx are appended.")],
+    tokenizer: Annotated[str, typer.Option("--tokenizer", "-t", help="Folder or hub name.")],
+    json_key: Key = "text",
+    append_eod: Annotated[bool, typer.Option(help="End each document with the tokenizer's EOS.")] = True,
+    eod_token: Annotated[str | None, typer.Option(help="End documents with this token instead.")] = None,
+    prepend_bos: Annotated[bool, typer.Option(help="Begin each document with the tokenizer's BOS.")] = False,
+    workers: Workers = None,
+    on_error: OnError = "stop",
+    split_special_tokens: Annotated[
+        bool, typer.Option("--split-special-tokens", help="Encode special tokens' names in the text as text.")
+    ] = False,
+    keep_empty_documents: Annotated[
+        bool, typer.Option("--keep-empty-documents", help="As Megatron-LM's script; NeMo's drops them.")
+    ] = False,
+    verify: Annotated[int, typer.Option(help="Documents to encode again with the reference tokenizer.")] = 0,
+    fast: Annotated[bool, typer.Option(help="Use fastokens where it agrees with the reference.")] = True,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Tokenize text into a Megatron dataset; a killed run resumes when it is started again."""
+    from nemo_cpt.corpus import prepare as run
+
+    report = run(
+        inputs,
+        output,
+        tokenizer,
+        json_key=json_key,
+        append_eod=append_eod,
+        eod_token=eod_token,
+        prepend_bos=prepend_bos,
+        workers=workers,
+        on_error=on_error,
+        split_special_tokens=split_special_tokens,
+        keep_empty_documents=keep_empty_documents,
+        verify=verify,
+        fast=fast,
+        overwrite=overwrite,
+    )
+    if json:
+        return _print_json(asdict(report))
+    rows: dict[str, Any] = {
+        "dataset": f"{report.prefix} ({report.status})",
+        "documents": f"{report.documents:,}",
+        "tokens": f"{report.tokens:,} ({report.dtype}), longest document {report.longest:,}",
+        "encoder": report.encoder,
+        "tokenizer": f"{report.tokenizer['sha256'][:16]}, {report.tokenizer['vocabulary_size']:,} ids",
+        "document ends": _markers(report.markers),
+    }
+    if report.rates:
+        rates = report.rates
+        rows["speed"] = (
+            f"{rates['documents_per_second']:,.0f} documents/s, {rates['megabytes_per_second']:,.1f} MB/s, "
+            f"{rates['tokens_per_second'] / 1e6:,.2f} M tokens/s, {report.seconds:,.1f} s in all"
+        )
+    if report.skipped:
+        rows["skipped"] = ", ".join(f"{reason} {count}" for reason, count in report.skipped.items())
+    if report.empty:
+        rows["empty texts"] = f"{report.empty:,}"
+    if report.verified:
+        rows["verified"] = f"{report.verified:,} documents are what the reference tokenizer gives"
+    _print_rows(rows, report.warnings)
+
+
+def _markers(markers: dict[str, list[Any] | None]) -> str:
+    eod, bos = (f"{value[0]} ({value[1]})" if (value := markers.get(name)) else "nothing" for name in ("eod", "bos"))
+    return f"{eod}; begins with {bos}"
+
+
+@app.command(rich_help_panel=PANEL)
+def inspect(
+    prefix: Annotated[str, typer.Argument(help="ds/ja_text_document, or ds/ja.")],
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", "-t", help="Decode with it, and check against it.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Documents to show.")] = 3,
+    json: Json = False,
+) -> None:
+    """Describe a dataset: documents, tokens, lengths, samples; diagnose a damaged one."""
+    from nemo_cpt.corpus import inspect as run
+
+    report = run(prefix, tokenizer, samples)
+    if json:
+        return _print_json(asdict(report))
+    vocabulary = (
+        f"of {report.vocabulary_size:,}" if report.vocabulary_size else "of an unknown vocabulary (--tokenizer)"
+    )
+    rows = {
+        "dataset": report.prefix,
+        "documents": f"{report.documents:,}" + (f", {report.empty:,} of them empty" if report.empty else ""),
+        "tokens": f"{report.tokens:,} ({report.dtype}, {report.nbytes / 1e6:,.1f} MB)",
+        "largest id": f"{report.highest:,} {vocabulary}",
+        "lengths": ", ".join(f"{value:,} (p{percentile})" for percentile, value in report.percentiles.items()),
+        "last token": _end(report.end),
+    }
+    _print_rows(rows, report.warnings)
+    _print_histogram(report)
+    for sample in report.samples:
+        text = f": {sample['text']!r}" if sample["text"] is not None else f": {sample['ids']} …"
+        print(f"document {sample['document']}, {sample['tokens']:,} tokens{text}")
+
+
+def _end(end: dict[str, Any]) -> str:
+    if not end:
+        return "none"
+    text = f" {end['text']}" if end["text"] else ""
+    return f"{end['id']}{text} ends {100 * end['share']:.0f} % of the documents"
+
+
+def _print_histogram(report: "Inspection") -> None:
+    """Draw how many tokens lie in documents of which length."""
+    from rich.bar import Bar
+    from rich.console import Console
+    from rich.table import Table
+
+    most = max((entry[3] for entry in report.histogram), default=0) or 1
+    table = Table("tokens a document", "documents", "tokens", "share of the tokens", box=None)
+    for low, high, documents, tokens in report.histogram:
+        share = f"{100 * tokens / max(report.tokens, 1):.1f} %"
+        table.add_row(f"{low:,}-{high:,}", f"{documents:,}", share, Bar(most, 0, tokens, width=40))
+    Console().print(table)
+
+
+@app.command(rich_help_panel=PANEL)
+def split(
+    inputs: Inputs,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for train.jsonl and the held-out sets.")],
+    validation: Annotated[str, typer.Option(help="Share of the documents, or the files that are the set.")] = "0.01",
+    test: Annotated[str, typer.Option(help="Share of the documents, or the files that are the set.")] = "0",
+    json_key: Key = "text",
+    similarity: Annotated[float, typer.Option(help="Of 5-grams, from which documents are near duplicates.")] = 0.8,
+    drop: Annotated[str, typer.Option(help="Duplicates of held-out documents to drop: none, exact or near.")] = "none",
+    on_error: OnError = "stop",
+    workers: Workers = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Hold out validation and test documents by their hash; count duplicates between the sets."""
+    from nemo_cpt.corpus import split as run
+
+    report = run(
+        inputs,
+        output,
+        validation=_share_or_inputs(validation),
+        test=_share_or_inputs(test),
+        json_key=json_key,
+        similarity=similarity,
+        drop=drop,
+        on_error=on_error,
+        workers=workers,
+        overwrite=overwrite,
+    )
+    if json:
+        return _print_json(asdict(report))
+    rows = {name: f"{count:,} documents, {report.files.get(name, 'given')}" for name, count in report.documents.items()}
+    rows["duplicates"] = f"{report.exact:,} exact, {report.near:,} near; {report.dropped:,} dropped"
+    rows["status"] = report.status
+    _print_rows(rows, report.warnings)
+
+
+def _share_or_inputs(value: str) -> float | str:
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+@app.command(rich_help_panel=PANEL)
+def fetch(
+    corpus: Annotated[
+        str | None, typer.Argument(help="A name, an https:// address or hf:NAME; none lists the names.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder.")] = Path("data"),
+    json: Json = False,
+) -> None:
+    """Download a corpus; certificates are verified, checksums kept, interrupted downloads resumed."""
+    from nemo_cpt.corpus.catalogue import CORPORA
+
+    if corpus is None:
+        known = {name: asdict(entry) for name, entry in CORPORA.items()}
+        return _print_json(known) if json else _print_rows({name: entry.note for name, entry in CORPORA.items()}, [])
+    from nemo_cpt.corpus import fetch as run
+
+    files = run(corpus, output)
+    if json:
+        return _print_json({"files": [asdict(file) for file in files]})
+    _print_rows({file.path: f"{file.size:,} bytes, {file.status} {file.sha256[:16]}" for file in files}, [])
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(jsonlib.dumps(value, ensure_ascii=False, indent=2))
+
+
+def _print_rows(rows: dict[str, Any], warnings: list[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None)
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    Console().print(table, markup=False)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)

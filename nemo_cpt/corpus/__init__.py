@@ -5,10 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nemo_cpt.corpus.blend import Blend as Blend
+    from nemo_cpt.corpus.download import fetch as fetch
     from nemo_cpt.corpus.index import Index as Index
     from nemo_cpt.corpus.index import full_prefix as full_prefix
     from nemo_cpt.corpus.index import max_token_id as max_token_id
     from nemo_cpt.corpus.index import read_index as read_index
+    from nemo_cpt.corpus.inspection import Inspection as Inspection
+    from nemo_cpt.corpus.inspection import inspect as inspect
     from nemo_cpt.corpus.manifest import read_manifest as read_manifest
     from nemo_cpt.corpus.preparation import PrepareReport as PrepareReport
     from nemo_cpt.corpus.preparation import prepare as prepare
@@ -24,7 +27,10 @@ _HOMES = {
     "prepare": "preparation",
     "read_index": "index",
     "read_manifest": "manifest",
+    "Inspection": "inspection",
     "SplitReport": "splits",
+    "fetch": "download",
+    "inspect": "inspection",
     "split": "splits",
 }
 __all__ = sorted(_HOMES)

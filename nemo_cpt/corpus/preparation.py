@@ -47,6 +47,7 @@ class PrepareReport:
         dtype: `int32` or `uint16`.
         encoder: What encoded, and why that.
         tokenizer: `name`, `sha256`, `vocabulary_size`, `eos` and `bos` as [text, id].
+        markers: What stands after (`eod`) and before (`bos`) each document, as [text, id] or None.
         seconds: Time spent reading, encoding and writing, over all runs.
         rates: Of this run, by name: `documents_per_second`, `megabytes_per_second` (10^6 bytes of input),
             `tokens_per_second`.
@@ -66,6 +67,7 @@ class PrepareReport:
     encoder: str
     tokenizer: dict[str, Any]
     seconds: float
+    markers: dict[str, list[Any] | None] = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)
     verified: int = 0
     warnings: list[str] = field(default_factory=list)
@@ -277,6 +279,10 @@ class _Output:
         if problems:
             write_whole(path, b"".join(orjson.dumps(problem) + b"\n" for problem in problems))
 
+    def _marker(self, number: int | None) -> list[Any] | None:
+        names = {value: text for text, value in self.tokenizer.special.items()}
+        return None if number is None else [names.get(number, ""), number]
+
     def _manifest(self) -> dict[str, Any]:
         progress, tokenizer = self.journal.progress, self.tokenizer
         names = {str(number): text for text, number in tokenizer.special.items()}
@@ -290,6 +296,7 @@ class _Output:
                 "eos": tokenizer.eos,
                 "bos": tokenizer.bos,
             },
+            "markers": {"eod": self._marker(self.layout.eod), "bos": self._marker(self.layout.bos)},
             "options": self.options,
             "encoder": progress.encoder,
             "dtype": self.layout.dtype,

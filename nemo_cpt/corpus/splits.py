@@ -334,9 +334,8 @@ class _Split:
         left = report.exact + report.near - report.dropped
         if left:
             report.warnings.append(
-                f"{left} training documents are duplicates of held-out ones ({report.exact} exact, {report.near} "
-                "near): "
-                f"the validation loss will look too good. drop='near' (--drop near) leaves them out."
+                f"{left} of the training documents kept are duplicates of held-out ones: the validation loss will look "
+                f"too good. drop='near' (--drop near) leaves them out."
             )
         record = {"options": self.options, "inputs": describe_inputs(self.all_sources, {}), "report": asdict(report)}
         write_whole(folder / REPORT, orjson.dumps(record, option=orjson.OPT_INDENT_2) + b"\n")

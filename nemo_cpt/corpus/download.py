@@ -1,0 +1,218 @@
+"""Corpora from the network: resumed where they stopped, with certificates verified and checksums kept."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from nemo_cpt.corpus.catalogue import CORPORA
+from nemo_cpt.corpus.files import sync_directory, write_whole
+from nemo_cpt.corpus.progress import ProgressBar
+from nemo_cpt.corpus.sources import HUB
+from nemo_cpt.errors import CptError
+
+CHECKSUMS = "SHA256SUMS"
+PIECE = 1 << 20
+ATTEMPTS = 5
+TIMEOUT = (20, 60)  # seconds to connect, and between two pieces
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A file that `fetch` got.
+
+    Attributes:
+        path: Where it is.
+        url: Where it came from.
+        size: Its bytes.
+        sha256: Its checksum; empty for a dataset of the hub, whose own client keeps them.
+        status: `fetched`, `resumed` or `unchanged`.
+    """
+
+    path: str
+    url: str
+    size: int
+    sha256: str
+    status: str
+
+
+def fetch(corpus: str, folder: str | os.PathLike[str], *, quiet: bool = False, patience: float = 2.0) -> list[Fetched]:
+    """Download a corpus; what is there already is checked against `SHA256SUMS`, what is there in part is continued.
+
+    Args:
+        corpus: A name of the catalogue (`llm-jp/ja_wiki`, `wikinews-zhtw`, `wikimedia/enwiki`), a URL, or `hf:NAME`.
+        folder: Where its files go.
+        quiet: Show no progress.
+        patience: Seconds before the second attempt after a broken connection; doubled each time, five attempts in all.
+
+    Raises:
+        CptError: The corpus is unknown, the server refuses or its certificate is not valid, or the disk is full.
+    """
+    urls = _urls(corpus)
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    return [
+        _fetch_dataset(url, target) if url.startswith(HUB) else _Download(url, target, quiet, patience).run()
+        for url in urls
+    ]
+
+
+def _urls(corpus: str) -> tuple[str, ...]:
+    if corpus in CORPORA:
+        return CORPORA[corpus].urls
+    if corpus.startswith((HUB, "https://")):
+        return (corpus,)
+    if corpus.startswith("http://") and urlsplit(corpus).hostname in ("localhost", "127.0.0.1", "::1"):
+        return (corpus,)
+    if corpus.startswith("http://"):
+        raise CptError(f"{corpus} is not encrypted: nobody could tell whether it arrives unchanged. Use https.")
+    raise CptError(f"There is no corpus {corpus!r}. Known are {', '.join(CORPORA)}, https:// addresses and {HUB}NAME.")
+
+
+def _fetch_dataset(url: str, folder: Path) -> Fetched:
+    from huggingface_hub import snapshot_download
+
+    name = url.removeprefix(HUB)
+    try:
+        path = snapshot_download(name, repo_type="dataset", local_dir=folder)
+    except Exception as error:  # the hub's client has some twenty kinds
+        raise CptError(f"Cannot get the dataset {name!r} from the Hugging Face hub: {error}") from error
+    size = sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
+    return Fetched(str(path), url, size, "", "fetched")
+
+
+class _Download:
+    """One file on its way."""
+
+    def __init__(self, url: str, folder: Path, quiet: bool, patience: float) -> None:
+        self.url, self.folder, self.quiet, self.patience = url, folder, quiet, patience
+        self.name = Path(urlsplit(url).path).name
+        if not self.name:
+            raise CptError(f"{url} names no file.")
+        self.path = folder / self.name
+        self.part, self.state = folder / f"{self.name}.part", folder / f"{self.name}.part.json"
+        self.resumed = False
+
+    def run(self) -> Fetched:
+        """Get the file, or check the one that is there."""
+        known = read_checksums(self.folder).get(self.name)
+        if known and self.path.exists():
+            if hash_of(self.path) != known:
+                raise CptError(f"{self.path} is not what {CHECKSUMS} says; delete it to fetch it again.")
+            return self._fetched(known, "unchanged")
+        self._attempt_often()
+        checksum = hash_of(self.part)
+        self.part.rename(self.path)
+        self.state.unlink(missing_ok=True)
+        _keep_checksum(self.folder, self.name, checksum)
+        return self._fetched(checksum, "resumed" if self.resumed else "fetched")
+
+    def _fetched(self, checksum: str, status: str) -> Fetched:
+        return Fetched(str(self.path), self.url, self.path.stat().st_size, checksum, status)
+
+    def _attempt_often(self) -> None:
+        import requests
+
+        for attempt in range(ATTEMPTS):
+            try:
+                return self._attempt()
+            except requests.exceptions.SSLError as error:
+                raise CptError(
+                    f"The certificate of {urlsplit(self.url).hostname} cannot be verified: {error}. Behind a proxy "
+                    "with its "
+                    f"own certificate, set REQUESTS_CA_BUNDLE to it; there is no way to switch the check off."
+                ) from error
+            except requests.exceptions.RequestException as error:
+                if attempt == ATTEMPTS - 1:
+                    raise CptError(
+                        f"Cannot fetch {self.url}: {error}. What arrived is in {self.part}; the same command "
+                        "continues it."
+                    ) from error
+                time.sleep(self.patience * 2**attempt)
+            except OSError as error:
+                raise CptError(f"Cannot write {self.part}: {error.strerror}. Make room and run it again.") from error
+
+    def _attempt(self) -> None:
+        """Ask for what is missing and write it; an answer cut short raises requests' ConnectionError."""
+        import requests
+
+        have, state = self._state()
+        headers = {"Accept-Encoding": "identity"}
+        if have:
+            headers |= {"Range": f"bytes={have}-", "If-Range": state["validator"]}
+        with requests.get(self.url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
+            if answer.status_code == 416 and have == state.get("total"):
+                return
+            self._check(answer)
+            if answer.status_code != 206:
+                have = 0
+            self.resumed = self.resumed or have > 0
+            total = have + int(answer.headers.get("Content-Length", 0))
+            self._remember(answer, total)
+            with self.part.open("r+b" if have else "wb") as file, ProgressBar(self.name, total, self.quiet) as bar:
+                file.truncate(have)
+                file.seek(have)
+                for piece in answer.iter_content(PIECE):
+                    file.write(piece)
+                    have += len(piece)
+                    bar.update(have)
+                file.flush()
+                os.fsync(file.fileno())
+        if total and have != total:
+            raise requests.exceptions.ConnectionError(f"{have} of {total} bytes arrived")
+
+    def _check(self, answer: Any) -> None:
+        import requests
+
+        if answer.status_code >= 500 or answer.status_code == 429:
+            raise requests.exceptions.ConnectionError(f"the server answers {answer.status_code} {answer.reason}")
+        if answer.status_code not in (200, 206):
+            raise CptError(f"The server answers {answer.status_code} {answer.reason} for {self.url}.")
+        if answer.headers.get("Content-Type", "").startswith("text/html"):
+            raise CptError(f"{self.url} answers with a web page, not with data: it may want a login, or have moved.")
+
+    def _state(self) -> tuple[int, dict[str, Any]]:
+        """Return how much is here and what the server said about the file; nothing counts without a validator."""
+        try:
+            state = json.loads(self.state.read_text("utf-8"))
+            if state["url"] == self.url and state["validator"]:
+                return self.part.stat().st_size, state
+        except (OSError, ValueError, KeyError):
+            pass
+        return 0, {}
+
+    def _remember(self, answer: Any, total: int) -> None:
+        etag = answer.headers.get("ETag", "")
+        strong = "" if etag.startswith("W/") else etag
+        state = {"url": self.url, "total": total, "validator": strong or answer.headers.get("Last-Modified", "")}
+        write_whole(self.state, json.dumps(state).encode())
+
+
+def hash_of(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_checksums(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file that `fetch` brought into a folder, by name; `sha256sum -c` reads the file "
+    "too."""
+    path = folder / CHECKSUMS
+    return dict(_lines(path)) if path.exists() else {}
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    for line in path.read_text("utf-8").splitlines():
+        checksum, _, name = line.partition("  ")
+        yield name, checksum
+
+
+def _keep_checksum(folder: Path, name: str, checksum: str) -> None:
+    checksums = read_checksums(folder) | {name: checksum}
+    write_whole(folder / CHECKSUMS, "".join(f"{value}  {key}\n" for key, value in sorted(checksums.items())).encode())
+    sync_directory(folder)
