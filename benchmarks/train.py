@@ -1,0 +1,387 @@
+"""Tokens/s and memory of Llama-3.1-8B on one GPU (random weights, mock tokens), several settings after one import.
+
+usage: python benchmarks/train.py GROUP_OR_CASE [...]    (see CASES and GROUPS below; --list prints them)
+
+NeMo is imported once; every case then runs in a process of its own, forked from there.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+from unittest import mock
+
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # so that importing leaves CUDA alone and fork is safe
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+from nemo_cpt.training.single_gpu import SingleGpuSetting
+
+BF16_TFLOPS = 790.0  # an 8192 x 8192 x 8192 product of random bf16 numbers on the H200 used
+MATMUL_PARAMETERS = 7.505e9  # 8.030e9 less the input embedding
+LAYERS, HIDDEN, VOCABULARY = 32, 4096, 128_256
+LORA_WIDTHS = 4096 + 6144 + 4096 + 4096 + 4096 + 28672 + 14336 + 4096  # in + out of the four linear layers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    setting: SingleGpuSetting
+    global_batch_size: int = 8
+    steps: int = 10
+    warm_up: int = 2
+    cap_gib: float | None = None
+    cures: bool = True
+    stack: str = "nemo_cpt"
+    layers: int = LAYERS
+    profile: bool = False
+
+
+def lora(gpu_memory_gib: int, rank: int = 32, **fields) -> SingleGpuSetting:
+    return SingleGpuSetting(gpu_memory_gib=gpu_memory_gib, lora_rank=rank, **fields)
+
+
+def full(gpu_memory_gib: int, **fields) -> SingleGpuSetting:
+    return SingleGpuSetting(gpu_memory_gib=gpu_memory_gib, lora_rank=None, **fields)
+
+
+PUBLISHED = {"seq_length": 4096, "micro_batch_size": 2}  # the setting that NeMo Automodel publishes for LoRA
+CASES: dict[str, Case] = {}
+GROUPS: dict[str, list[str]] = {}
+
+
+def parse(argument: str) -> tuple[str, Case]:
+    """A case by name, or as JSON: {"name": ..., "setting": {...}, "global_batch_size": ...}."""
+    if not argument.startswith("{"):
+        return argument, CASES[argument]
+    fields = json.loads(argument)
+    name = fields.pop("name")
+    setting = fields.pop("setting")
+    if "host_states" in setting:
+        setting["host_states"] = tuple(setting["host_states"])
+    return name, Case(setting=SingleGpuSetting(**setting), **fields)
+
+
+def flops_per_token(setting: SingleGpuSetting) -> float:
+    """Model FLOPs a token: recomputation is not counted, nor weight gradients of frozen layers."""
+    attention = 3 * 2 * LAYERS * HIDDEN * setting.seq_length
+    if setting.lora_rank is None:
+        return 6 * MATMUL_PARAMETERS + attention
+    return 4 * MATMUL_PARAMETERS + attention + 6 * LAYERS * LORA_WIDTHS * setting.lora_rank
+
+
+def measure(case: Case) -> dict:
+    """Run one case in this process and return its figures."""
+    import torch
+
+    if case.cap_gib is not None:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(case.cap_gib * 2**30 / total)
+    record = {"step_s": [], "losses": [], "phases": {}}
+    try:
+        run_stack(case, record)
+        record["error"] = None
+    except Exception as error:
+        traceback.print_exc()
+        record["error"] = f"{type(error).__name__}: {error}"[:200]
+    return summary(case, record)
+
+
+def run_stack(case: Case, record: dict) -> None:
+    if case.stack == "nemo_stock":
+        train_stock(case, record)
+    else:
+        train(case, record)
+
+
+def summary(case: Case, record: dict) -> dict:
+    import torch
+
+    steps = record.pop("step_s")[case.warm_up :]
+    speed = case.global_batch_size * case.setting.seq_length / statistics.median(steps) if steps else 0.0
+    tflops = speed * flops_per_token(case.setting) / 1e12
+    return record | {
+        "tokens_per_s": round(speed),
+        "model_tflops": round(tflops, 1),
+        "share_of_bf16_product": round(tflops / BF16_TFLOPS, 3),
+        "measured_steps": len(steps),
+        "spread": round((max(steps) - min(steps)) / statistics.median(steps), 3) if steps else None,
+        "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
+    }
+
+
+def recorder(case: Case, record: dict):
+    """A callback that times steps and notes the memory peaks of the phases and adapters that did not move."""
+    import lightning.pytorch as pl
+    import torch
+
+    class Recorder(pl.Callback):
+        def on_train_start(self, trainer, module):
+            record["phases"]["built"] = torch.cuda.memory_allocated() / 2**30
+
+        def on_train_batch_start(self, trainer, module, batch, index):
+            if case.profile and index == case.steps - 1:
+                activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+                self.profile = torch.profiler.profile(activities=activities)
+                self.profile.__enter__()
+            torch.cuda.synchronize()
+            self.started = time.perf_counter()
+
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            record["phases"].setdefault("gradients", torch.cuda.max_memory_allocated() / 2**30)
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, index):
+            torch.cuda.synchronize()
+            record["step_s"].append(time.perf_counter() - self.started)
+            record["losses"].append(round(float(trainer.callback_metrics.get("reduced_train_loss", "nan")), 4))
+            record["phases"].setdefault("first_step", torch.cuda.max_memory_allocated() / 2**30)
+            if hasattr(self, "profile"):
+                self.profile.__exit__(None, None, None)
+                table = self.profile.key_averages()
+                print(table.table(sort_by="self_cuda_time_total", row_limit=32, max_name_column_width=90))
+                del self.profile
+
+    return Recorder()
+
+
+def train(case: Case, record: dict) -> None:
+    import torch
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig
+    from nemo import lightning as nl
+    from nemo.collections import llm
+    from nemo.collections.common.tokenizers.null_tokenizer import NullTokenizer
+
+    from nemo_cpt.training import upstream
+    from nemo_cpt.training.gradients import EveryTrainableParameterHasGradient
+    from nemo_cpt.training.optimizer import HostStateOptimizer
+
+    if case.cures:
+        upstream.apply()
+    setting = case.setting
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}
+    full_parameter = setting.lora_rank is None
+    recompute = {}
+    if setting.recompute_num_layers:
+        recompute = {
+            "recompute_granularity": "full",
+            "recompute_method": "block",
+            "recompute_num_layers": setting.recompute_num_layers,
+        }
+    config = llm.Llama31Config8B(
+        num_layers=case.layers,
+        seq_length=setting.seq_length,
+        vocab_size=VOCABULARY,
+        cross_entropy_fusion_impl=setting.cross_entropy_fusion_impl,
+        **recompute,
+    )
+    tokenizer = NullTokenizer(VOCABULARY - 1)
+    fp32_gradients = setting.grad_dtype == "fp32"
+    strategy = nl.MegatronStrategy(
+        ddp=DistributedDataParallelConfig(
+            grad_reduce_in_fp32=fp32_gradients, use_distributed_optimizer=True, check_for_nan_in_grad=True
+        ),
+        gradient_as_bucket_view=True,
+    )
+    fp8 = {}
+    if setting.fp8_recipe:
+        fp8 = {"fp8": "hybrid", "fp8_recipe": setting.fp8_recipe, "fp8_param_gather": setting.fp8_param}
+    precision = nl.MegatronMixedPrecision(
+        precision="bf16-mixed",
+        params_dtype=torch.bfloat16,
+        pipeline_dtype=torch.bfloat16,
+        autocast_enabled=False,
+        grad_reduce_in_fp32=fp32_gradients,
+        **fp8,
+    )
+    optimizer_config = OptimizerConfig(
+        optimizer="adam", lr=2.5e-5, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95, bf16=True,
+        use_distributed_optimizer=True, clip_grad=1.0,
+        use_precision_aware_optimizer=full_parameter,
+        exp_avg_dtype=dtypes[setting.exp_avg_dtype], exp_avg_sq_dtype=dtypes[setting.exp_avg_sq_dtype],
+        main_grads_dtype=dtypes[setting.grad_dtype],
+    )  # fmt: skip
+    if setting.host_states:
+        optim = HostStateOptimizer(optimizer_config, host_states=setting.host_states)
+    else:
+        optim = nl.MegatronOptimizerModule(optimizer_config)
+    trainer = nl.Trainer(
+        devices=1, accelerator="gpu", strategy=strategy, plugins=precision, max_steps=case.steps,
+        limit_val_batches=0, val_check_interval=None, log_every_n_steps=1, num_sanity_val_steps=0,
+        enable_checkpointing=False, logger=False, use_distributed_sampler=False, enable_progress_bar=False,
+        callbacks=[recorder(case, record)] + [EveryTrainableParameterHasGradient()] * case.cures,
+    )  # fmt: skip
+    peft = None if full_parameter else llm.peft.LoRA(dim=setting.lora_rank, alpha=2 * setting.lora_rank)
+    llm.train(
+        model=llm.LlamaModel(config, tokenizer=tokenizer),
+        data=llm.MockDataModule(
+            seq_length=setting.seq_length, micro_batch_size=setting.micro_batch_size,
+            global_batch_size=case.global_batch_size, num_workers=1, tokenizer=tokenizer,
+        ),
+        trainer=trainer,
+        optim=optim,
+        tokenizer="data",
+        log=nl.NeMoLogger(log_dir="/tmp/nemo_cpt_benchmark", use_datetime_version=False, ckpt=None),
+        model_transform=peft,
+    )  # fmt: skip
+
+
+def train_stock(case: Case, record: dict) -> None:
+    """NeMo's own recipe: `llama31_8b.finetune_recipe(peft_scheme="lora")` or `pretrain_recipe`, on mock tokens."""
+    import fiddle
+    import nemo_run as run
+    from nemo import lightning as nl
+    from nemo.collections import llm
+    from nemo.collections.common.tokenizers.null_tokenizer import NullTokenizer
+
+    setting = case.setting
+    tokenizer = run.Config(NullTokenizer, VOCABULARY - 1)
+    if setting.lora_rank is None:
+        recipe = llm.recipes.llama31_8b.pretrain_recipe(num_gpus_per_node=1)
+        recipe.trainer.strategy.context_parallel_size = 1
+        recipe.model.config.seq_length = setting.seq_length
+        transform = None
+    else:
+        recipe = llm.recipes.llama31_8b.finetune_recipe(
+            num_gpus_per_node=1, peft_scheme="lora", seq_length=setting.seq_length
+        )
+        recipe.peft.dim, recipe.peft.alpha = setting.lora_rank, 2 * setting.lora_rank
+        transform = recipe.peft
+    recipe.model.config.vocab_size = VOCABULARY
+    recipe.model.config.num_layers = case.layers
+    recipe.trainer.max_steps = case.steps
+    recipe.trainer.limit_val_batches = 0
+    recipe.trainer.val_check_interval = None
+    recipe.trainer.log_every_n_steps = 1
+    recipe.trainer.enable_checkpointing = False
+    recipe.trainer.logger = False
+    model, trainer, optim, transform = (
+        fiddle.build(each) if each is not None else None
+        for each in (recipe.model, recipe.trainer, recipe.optim, transform)
+    )
+    trainer.callbacks.append(recorder(case, record))
+    data = llm.MockDataModule(
+        seq_length=setting.seq_length, micro_batch_size=setting.micro_batch_size,
+        global_batch_size=case.global_batch_size, num_workers=1, tokenizer=fiddle.build(tokenizer),
+    )  # fmt: skip
+    log = nl.NeMoLogger(log_dir="/tmp/nemo_cpt_benchmark", use_datetime_version=False, ckpt=None)
+    llm.train(
+        model=model, data=data, trainer=trainer, optim=optim, tokenizer="data", log=log, model_transform=transform
+    )
+
+
+@contextlib.contextmanager
+def cuda_untouched():
+    """Let the imports inside ask for the GPU's compute capability without starting CUDA, which no fork survives."""
+    import torch
+
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    found = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0].split(".")
+    capability = (int(found[0]), int(found[1]))
+    with mock.patch.object(torch.cuda, "get_device_capability", return_value=capability):
+        yield
+
+
+def in_child(case: Case, log: Path, timeout_s: float, start_method: str = "fork") -> dict:
+    """Measure a case in a process of its own, its output going to `log`."""
+    context = multiprocessing.get_context(start_method)
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(case, log, send))
+    process.start()
+    send.close()
+    try:
+        result = receive.recv() if receive.poll(timeout_s) else {"error": f"no answer within {timeout_s:.0f} s"}
+    except EOFError:
+        process.join(10)
+        result = {"error": f"the process died with exit code {process.exitcode}"}
+    process.join(20)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    if "Cannot re-initialize CUDA" in str(result["error"]) and start_method == "fork":
+        print("an import started CUDA; importing again for every case", flush=True)
+        return in_child(case, log, timeout_s, "spawn")
+    return result
+
+
+def _child(case: Case, log: Path, send) -> None:
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        send.send(measure(case))
+        send.close()
+        sys.stdout.flush()
+        os._exit(0)
+
+
+def in_transformers(case: Case, log: Path, timeout_s: float, pythonpath: str | None) -> dict:
+    """Measure transformers + PEFT, a program of its own so that it can run with other versions of its libraries."""
+    script = Path(__file__).with_name("train_transformers.py")
+    environment = os.environ | ({} if pythonpath is None else {"PYTHONPATH": pythonpath})
+    command = [sys.executable, str(script), json.dumps(dataclasses.asdict(case))]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment)
+    except subprocess.TimeoutExpired:
+        return {"error": f"no answer within {timeout_s:.0f} s"}
+    log.write_text(done.stdout + done.stderr)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if not lines:
+        return {"error": (done.stderr or "no output").strip().splitlines()[-1][:200]}
+    record = json.loads(lines[-1])
+    flops = flops_per_token(case.setting) * record["tokens_per_s"] / 1e12
+    return record | {"model_tflops": round(flops, 1), "share_of_bf16_product": round(flops / BF16_TFLOPS, 3)}
+
+
+def table(results: dict[str, dict]) -> str:
+    columns = ["tokens_per_s", "model_tflops", "share_of_bf16_product", "peak_allocated_gib", "peak_reserved_gib"]
+    lines = ["| case | " + " | ".join(columns) + " | loss 0 | error |", "|---" * (len(columns) + 3) + "|"]
+    for name, result in results.items():
+        cells = [str(result.get(column, "")) for column in columns]
+        losses = result.get("losses") or [""]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {losses[0]} | {result.get('error') or ''} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", help="cases, groups of cases, or cases as JSON objects")
+    parser.add_argument("--list", action="store_true", help="print the known cases and groups")
+    parser.add_argument("--out", type=Path, default=Path("benchmark-train"), help="folder for logs and results.json")
+    parser.add_argument("--timeout", type=float, default=240, help="seconds for a case")
+    parser.add_argument("--peer-pythonpath", help="PYTHONPATH for the transformers + PEFT peer")
+    options = parser.parse_args()
+    if options.list:
+        print("\n".join([f"{name}: {case}" for name, case in CASES.items()]))
+        print("\n".join([f"{name} = {' '.join(members)}" for name, members in GROUPS.items()]))
+        return
+    names = [member for each in options.cases for member in GROUPS.get(each, [each])]
+    cases = dict(parse(name) for name in names)
+    options.out.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    if any(case.stack != "transformers" for case in cases.values()):
+        with cuda_untouched():
+            import nemo.collections.llm  # noqa: F401  once, for every child
+
+    print(f"imports: {time.perf_counter() - started:.1f} s", flush=True)
+    results = {}
+    for name, case in cases.items():
+        started = time.perf_counter()
+        log = options.out / f"{name}.log"
+        if case.stack == "transformers":
+            results[name] = in_transformers(case, log, options.timeout, options.peer_pythonpath)
+        else:
+            results[name] = in_child(case, log, options.timeout)
+        print(f"{name}: {time.perf_counter() - started:.0f} s {json.dumps(results[name])}", flush=True)
+        (options.out / "results.json").write_text(json.dumps(results, indent=1))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
