@@ -105,6 +105,8 @@ def log_tail(job_dir: str, lines: int = LOG_LINES) -> str:
         return f"It left no log in {job_dir}"
     printed = log.read_text(errors="replace").rstrip().splitlines()
     last = (_of_workers(printed) or printed)[-lines:]
+    if last and "nemo_cpt.errors.CptError: " in last[-1]:  # it says what is wrong; its traceback adds nothing
+        last = last[-1:]
     return "\n".join([f"The last lines of {log}:", *(f"    {line}" for line in last)])
 
 

@@ -1,0 +1,100 @@
+"""A project in a git repository, its tasks, and a real Slurm cluster to send them to."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # for slurm_cluster
+
+TASKS = '''
+import json, os, signal, sys, time
+from pathlib import Path
+
+def report(path):
+    """Write what the task sees, one file a rank."""
+    rank = os.environ.get("SLURM_PROCID", os.environ.get("RANK", "0"))
+    seen = {"rank": rank, "cwd": os.getcwd(), "env": dict(os.environ), "file": __file__, "argv": sys.argv}
+    Path(f"{path}.{rank}").write_text(json.dumps(seen))
+    print("reported rank", rank, flush=True)
+
+def fail(message):
+    raise ValueError(message)
+
+def count(path, until, pause=0.2):
+    """Count to `until` in a file, going on where it stands; on SIGTERM end as NeMo's PreemptionCallback does."""
+    stopped = []
+    signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+    file = Path(path)
+    reached = int(file.read_text()) if file.exists() else 0
+    print("starting at", reached, flush=True)
+    while reached < until:
+        time.sleep(pause)
+        reached += 1
+        file.write_text(str(reached))
+        if stopped:
+            print("stopped at", reached, flush=True)
+            sys.exit(0)
+    print("counted to", reached, flush=True)
+
+def crash_once(path):
+    if not os.path.exists(path):
+        Path(path).touch()
+        sys.exit(3)
+    print("second start", os.environ.get("SLURM_RESTART_COUNT"), flush=True)
+'''
+
+
+def git(folder: Path, *arguments: str) -> None:
+    identity = ("-c", "user.name=test", "-c", "user.email=test@example.com")
+    subprocess.run(["git", *identity, "-C", str(folder), *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A committed repository with tasks.py, as current folder; NeMo-Run's records go beside it."""
+    import nemo_run.config
+    from nemo_run.run.torchx_backend.schedulers import local as local_scheduler
+    from nemo_run.run.torchx_backend.schedulers import slurm as slurm_scheduler
+
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "tasks.py").write_text(TASKS)
+    git(folder, "init", "-q")
+    git(folder, "add", ".")
+    git(folder, "commit", "-qm", "first")
+    home = tmp_path / "home"
+    monkeypatch.setattr(nemo_run.config, "_NEMORUN_HOME", str(home))
+    monkeypatch.setattr(local_scheduler, "LOCAL_JOB_DIRS", str(home / ".local_jobs.json"))
+    monkeypatch.setattr(slurm_scheduler, "SLURM_JOB_DIRS", str(home / ".slurm_jobs"))
+    monkeypatch.setattr(sys, "stdin", open("/dev/null"))  # NeMo-Run's commands read it
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    sys.modules.pop("tasks", None)
+    yield folder
+    sys.modules.pop("tasks", None)
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    from slurm_cluster import SlurmCluster, missing
+
+    if reason := missing():
+        pytest.skip(reason)
+    cluster = SlurmCluster(tmp_path_factory.mktemp("slurm"))
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture
+def slurm_here(cluster, project, monkeypatch):
+    """The cluster as seen from its login node; no job is left behind by a test."""
+    for name, value in cluster.environ.items():
+        monkeypatch.setenv(name, value)
+    yield cluster
+    for job in cluster.jobs():
+        cluster.run("scancel", job, check=False)
