@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_cpt.checkpoint.architecture import Architecture
-from nemo_cpt.checkpoint.context import TOKENIZER_FOLDER
+from nemo_cpt.checkpoint.context import HF_FOLDER
 from nemo_cpt.checkpoint.files import require_tokenizer
 from nemo_cpt.checkpoint.safetensors_files import HFWeights
 from nemo_cpt.errors import CptError
@@ -27,6 +27,11 @@ def nemo_folder(path: str | Path) -> Path:
     return folder
 
 
+def _carried(nemo: Path) -> list[Path]:
+    """Where a checkpoint carries its base's files: beside the weights, or in the tokenizer's folder of its context."""
+    return [nemo / HF_FOLDER, *sorted(path for path in nemo.glob("context/*") if path.is_dir())]
+
+
 def base_weights(base: Path, arch: Architecture) -> NemoWeights | HFWeights:
     """The weights of a base, be it an imported NeMo checkpoint or a Hugging Face folder."""
     from nemo_cpt.checkpoint.nemo_weights import NemoWeights
@@ -45,14 +50,12 @@ def base_files(nemo: Path, base: str | Path | None) -> Path:
     Raises:
         CptError: there is no config.json or no tokenizer.
     """
-    places = [Path(base), Path(base) / "context" / TOKENIZER_FOLDER] if base else []
-    places = places or [nemo / "context" / TOKENIZER_FOLDER]
+    places = [Path(base), *_carried(Path(base))] if base else _carried(nemo)
     for place in places:
         if (place / "config.json").is_file():
             require_tokenizer(place)
             return place
-    looked = " nor ".join(str(place / "config.json") for place in places)
     raise CptError(
-        f"The base model's files are not there: neither {looked} exists. "
+        f"The base model's config.json is not in {base or nemo / 'context'}. "
         "Give base=, the Hugging Face folder (or the imported checkpoint) that the training started from."
     )

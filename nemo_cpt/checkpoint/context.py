@@ -18,7 +18,8 @@ from typing import Any
 from nemo_cpt.checkpoint.architecture import Architecture
 from nemo_cpt.checkpoint.files import copy_small_files
 
-TOKENIZER_FOLDER = "nemo_tokenizer"
+TOKENIZER_FOLDER = "nemo_tokenizer"  # in `context`, as NeMo's importer names it
+HF_FOLDER = "hf"  # beside `context`, the same files, for people and recipes
 _LLM = "nemo.collections.llm.gpt.model."
 _FIDDLE = "fiddle._src.config"
 
@@ -137,7 +138,7 @@ def config_arguments(arch: Architecture) -> dict[str, Any]:
     if arch.model_type == "mistral":
         # Megatron counts the keys to the left, transformers the position itself too.
         window = arch.sliding_window
-        arguments |= {"window_size": [window - 1, 0] if window else None, "cp_comm_type": "a2a" if window else None}
+        arguments |= {"window_size": (window - 1, 0) if window else None, "cp_comm_type": "a2a" if window else None}
     return arguments
 
 
@@ -151,7 +152,7 @@ def _as_yaml(value: Any) -> Any:
     if isinstance(value, Call):
         arguments = {name: _as_yaml(argument) for name, argument in value.arguments.items()}
         return {"_target_": f"{value.target.module}.{value.target.name}", **arguments}
-    return value
+    return list(value) if isinstance(value, tuple) else value
 
 
 def fiddle_json(root: Call) -> dict[str, Any]:
@@ -176,9 +177,9 @@ class _FiddleWriter:
             return {**_pyref(value.module, value.name), "paths": [path]}
         if isinstance(value, Call):
             return self._call(value, path)
-        if isinstance(value, list):
+        if isinstance(value, tuple):
             items = [[f"Index(index={i})", self.value(item, f"{path}[{i}]")] for i, item in enumerate(value)]
-            return self._object("list", _pyref("builtins", "list"), items, None, path)
+            return self._object("tuple", _pyref("builtins", "tuple"), items, None, path)
         return {"type": "leaf", "value": value, "paths": [path]}
 
     def _call(self, call: Call, path: str) -> dict[str, Any]:

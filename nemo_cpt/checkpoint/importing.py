@@ -11,8 +11,8 @@ from typing import Any
 
 from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import Architecture, read_architecture
-from nemo_cpt.checkpoint.context import write_context
-from nemo_cpt.checkpoint.files import new_folder, require_tokenizer
+from nemo_cpt.checkpoint.context import HF_FOLDER, write_context
+from nemo_cpt.checkpoint.files import copy_small_files, new_folder, require_tokenizer
 from nemo_cpt.checkpoint.safetensors_files import HFWeights, check_finite
 from nemo_cpt.errors import CptError
 
@@ -47,7 +47,8 @@ def import_hf(
 
     The checkpoint is what `llm.import_ckpt` writes with Transformer Engine's layer spec: readable at any tensor and
     pipeline parallel size, with Transformer Engine or without, by `AutoResume(restore_config=RestoreConfig(path))`.
-    Weights keep their bits. One tensor at a time is in memory.
+    Weights keep their bits. One tensor at a time is in memory. `dest/hf` holds the model's small files; a training that
+    takes its tokenizer from there carries them into its own checkpoints, where `export_hf` finds them.
 
     Args:
         source: folder with config.json, safetensors weights and a tokenizer; Llama 2 to 3.2, SmolLM2, Mistral, Qwen2
@@ -72,6 +73,7 @@ def import_hf(
     with new_folder(dest, total + 64 * 2**20) as folder:
         _write_weights(folder / "weights", weights, slots, arch, progress or (lambda done, all_bytes: None))
         write_context(folder / "context", arch, source)
+        copy_small_files(source, folder / HF_FOLDER)
     sizes = [weights.infos[slot.name].nbytes for slot in slots]
     counts = [_numel(slot.shape) for slot in slots]
     return ImportReport(

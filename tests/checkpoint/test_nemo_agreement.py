@@ -1,0 +1,72 @@
+"""What import_hf writes is what NeMo reads: its context, its loader, its model's logits, at any parallel size."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import small_models as models
+import torch
+from transformers import AutoModelForCausalLM
+
+from nemo_cpt.checkpoint import export_hf, import_hf, verify
+from nemo_cpt.checkpoint.nemo_model import nemo_logits
+
+HERE = Path(__file__).parent
+
+
+def _transformers_logits(hf: Path, ids: list[int]) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0]
+
+
+@pytest.mark.parametrize("shape", models.SHAPES)
+def test_logits_of_nemo_and_transformers_agree(shape: str, tmp_path: Path) -> None:
+    hf = models.make(shape, tmp_path / "hf")
+    import_hf(hf, tmp_path / "nemo")
+    torch.manual_seed(1)
+    ids = torch.randint(0, models.VOCAB, (200,)).tolist()
+    theirs = _transformers_logits(hf, ids)
+    ours = nemo_logits(tmp_path / "nemo", [ids])[0]
+    assert float((ours - theirs).abs().max()) <= 1e-5 * float(theirs.abs().max())
+
+
+def test_a_changed_weight_moves_the_logits(tmp_path: Path) -> None:
+    """The comparison above can fail."""
+    hf = models.make("llama31", tmp_path / "hf")
+    import_hf(hf, tmp_path / "nemo")
+    other = models.make("llama31", tmp_path / "other", rope_theta=400000.0)
+    ids = list(range(5, 205))
+    gap = (nemo_logits(tmp_path / "nemo", [ids])[0] - _transformers_logits(other, ids)).abs().max()
+    assert float(gap) > 1e-4
+
+
+def test_nemo_reads_the_context_and_what_it_says_is_config_json(tmp_path: Path) -> None:
+    from nemo.collections.llm import LlamaModel
+    from nemo.lightning import io
+
+    hf = models.make("llama31", tmp_path / "hf")
+    import_hf(hf, tmp_path / "nemo")
+    model = io.load_context(tmp_path / "nemo").model
+    assert isinstance(model, LlamaModel)
+    assert model.config.old_context_len == 64  # NeMo's own importer leaves Llama-3.1's 8192 in place
+    assert model.config.scale_factor == 8.0
+    assert model.config.params_dtype == torch.bfloat16
+    assert model.config.vocab_size == model.tokenizer.vocab_size == models.VOCAB
+    assert model.config.generation_config.eos_token_id == [2, 3, 4]
+
+
+def test_tensor_and_pipeline_parallel_two_by_two(tmp_path: Path) -> None:
+    """Four processes load the import at TP 2 x PP 2, with a padded vocabulary, and save; the export is the original."""
+    hf = models.make("llama31", tmp_path / "hf")
+    import_hf(hf, tmp_path / "nemo")
+    script = [sys.executable, HERE / "resave_parallel.py", tmp_path / "nemo", tmp_path / "parallel"]
+    with (tmp_path / "log").open("w") as log:
+        subprocess.run(script, check=True, timeout=200, stdout=log, stderr=log)
+
+    assert len(list((tmp_path / "parallel" / "weights").glob("__[0-3]_*.distcp"))) >= 4
+    report = export_hf(tmp_path / "parallel", tmp_path / "back", base=hf)
+    assert report.padding_removed == 256 - models.VOCAB
+    models.assert_same_weights(hf, tmp_path / "back")
+    assert verify(tmp_path / "parallel", hf, logits=True).identical
