@@ -95,6 +95,7 @@ class SlurmJob(SlurmExecutor):
         lines = [
             "{ set +vx; } 2>/dev/null",
             f"job={shlex.quote(self.folder)}",
+            'rm -f "$job/preempted-$SLURM_JOB_ID"',  # of a start that was killed before it could
             *self._chain_lines(),
             "export MASTER_ADDR=${head_node_ip%% *}",
             f'export {MARKER}={shlex.quote(job)}/preempted-"$SLURM_JOB_ID"',

@@ -68,7 +68,7 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setattr(nemo_run.config, "_NEMORUN_HOME", str(home))
     monkeypatch.setattr(local_scheduler, "LOCAL_JOB_DIRS", str(home / ".local_jobs.json"))
     monkeypatch.setattr(slurm_scheduler, "SLURM_JOB_DIRS", str(home / ".slurm_jobs"))
-    monkeypatch.setattr(sys, "stdin", open("/dev/null"))  # NeMo-Run's commands read it
+    monkeypatch.setattr(sys, "stdin", Path("/dev/null").open())  # NeMo-Run's commands read it
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
     sys.modules.pop("tasks", None)
