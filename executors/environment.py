@@ -68,3 +68,22 @@ def existing_mounts(mounts: Sequence[str]) -> list[str]:
             raise CptError(f"mount {mount}: {path} does not exist")
         complete.append(f"{path}:{target or path}")
     return complete
+
+
+def keep_secrets(executor: str, names: Sequence[str]) -> Path:
+    """Write the named variables to a file of mode 600 in NeMo-Run's home and return its path.
+
+    For executors that mount or copy a file before the job's own folder exists; each launch replaces it.
+    """
+    from nemo_run.config import get_nemorun_home
+
+    path = Path(get_nemorun_home()) / "secrets" / f"{executor}.env"
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.unlink(missing_ok=True)
+    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(secrets_file(names))
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+    return path

@@ -19,6 +19,7 @@ def apply() -> None:
     raise_when_a_task_failed()
     admit_slurm_job()
     say_why_ssh_fails()
+    find_configs_in_pods()
 
 
 def raise_when_a_task_failed() -> None:
@@ -86,6 +87,21 @@ def say_why_ssh_fails() -> None:
             raise CptError(f"{where}: {error}") from error
 
     SSHTunnel._authenticate = authenticate_or_say
+
+
+def find_configs_in_pods() -> None:
+    """Let a pod find a task's config: NeMo-Run copies the job's folder to the volume, but names the local path."""
+    from nemo_run.core.execution.kubeflow import KubeflowExecutor
+
+    assign: Callable[..., None] = KubeflowExecutor.assign
+
+    @wraps(assign)
+    def assign_and_map(executor: Any, *args: Any, **kwargs: Any) -> None:
+        assign(executor, *args, **kwargs)
+        if executor.workdir_pvc and not executor.workdir_local_path:
+            executor.workdir_local_path = executor.job_dir
+
+    KubeflowExecutor.assign = assign_and_map
 
 
 def raise_for_states(experiment: Any) -> None:

@@ -1,0 +1,96 @@
+"""A container of Docker's on this machine."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from nemo_cpt.executors.environment import checked_env, checked_secrets, existing_mounts, keep_secrets
+
+from nemo_cpt.errors import CptError
+
+if TYPE_CHECKING:
+    import nemo_run as run
+
+IMAGE = "nvcr.io/nvidia/nemo:25.07"
+SECRETS_IN_CONTAINER = "/run/secrets/nemo_cpt.env"
+
+
+def docker(
+    image: str = IMAGE,
+    gpus: int = -1,
+    mounts: Sequence[str] | None = None,
+    shm_size: str = "16g",
+    ulimits: Sequence[str] = ("memlock=-1", "stack=67108864"),
+    *,
+    processes: int | None = None,
+    network: str = "host",
+    ipc_mode: str | None = None,
+    env: Mapping[str, str] | None = None,
+    secrets: Sequence[str] | None = None,
+    workdir: str | None = None,
+    max_restarts: int = 0,
+) -> "run.DockerExecutor":
+    """Run in a container, as `docker run --gpus all --shm-size=16g --ulimit memlock=-1 --network=host` would.
+
+    NeMo's data loaders and NCCL need shared memory and locked pages beyond Docker's defaults; these are the flags of
+    NVIDIA's tutorials. The current folder is mounted at its own path, and the job runs there, on the code as it is.
+
+    Args:
+        image: the image.
+        gpus: GPUs the container sees; -1 for all, 0 for none.
+        mounts: "source:target[:ro]"; by default the current folder at its own path.
+        shm_size: size of /dev/shm.
+        ulimits: "name=soft[:hard]", as `docker run --ulimit`.
+        processes: processes, under torchrun if several; by default `gpus`, or one where that is -1.
+        network: Docker network.
+        ipc_mode: Docker's --ipc, for example "host".
+        env: further variables; no secrets.
+        secrets: names of variables to pass, in a file of mode 600 that is mounted read-only; by default HF_TOKEN and
+            WANDB_API_KEY where they are set.
+        workdir: folder in the container; by default the current one.
+        max_restarts: restarts after a crash.
+
+    Returns:
+        NeMo-Run's DockerExecutor.
+
+    Raises:
+        CptError: a mount does not exist, an ulimit is malformed, a count is out of range, a secret is not set.
+    """
+    import nemo_run as run
+    from nemo_cpt.executors import upstream
+
+    if gpus < -1 or (processes is not None and processes < 1):
+        raise CptError(f"docker(gpus={gpus}, processes={processes}): gpus is -1 or more, processes 1 or more")
+    processes = processes or max(gpus, 1)
+    folder = os.getcwd()
+    names = checked_secrets(secrets)
+    volumes = existing_mounts(mounts if mounts is not None else [f"{folder}:{folder}"])
+    variables = {"PYTHONUNBUFFERED": "1", **checked_env(env)}
+    if names:  # NeMo-Run starts the task by `bash -c`, which reads BASH_ENV first
+        volumes.append(f"{keep_secrets('docker', names)}:{SECRETS_IN_CONTAINER}:ro")
+        variables["BASH_ENV"] = SECRETS_IN_CONTAINER
+    upstream.apply()
+    return run.DockerExecutor(
+        container_image=image,
+        num_gpus=gpus or None,
+        ntasks_per_node=processes,
+        launcher="torchrun" if processes > 1 else None,
+        shm_size=shm_size,
+        ulimits=[_ulimit(each) for each in ulimits],
+        network=network,
+        ipc_mode=ipc_mode,
+        volumes=volumes,
+        env_vars=variables,
+        retries=max_restarts,
+        packager=run.Packager(),
+        additional_kwargs={"working_dir": workdir or folder},
+    )
+
+
+def _ulimit(text: str) -> str:
+    """Docker's "name=soft[:hard]" as NeMo-Run takes it apart, "name:soft:hard" (its docstring says otherwise)."""
+    name, equals, limits = text.partition("=")
+    soft, _, hard = limits.partition(":")
+    if not equals or not all(each.lstrip("-").isdigit() for each in (soft, hard or soft)):
+        raise CptError(f"docker(ulimits=[{text!r}]): write name=soft or name=soft:hard, for example 'memlock=-1'")
+    return f"{name}:{soft}:{hard or soft}"

@@ -1,0 +1,101 @@
+"""Kubernetes, through Kubeflow's Training Operator (TrainJob, v2)."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from nemo_cpt.executors.environment import SECRETS, checked_env
+
+from nemo_cpt.errors import CptError
+
+if TYPE_CHECKING:
+    from nemo_run.core.execution.kubeflow import KubeflowExecutor
+
+
+def kubernetes(
+    image: str,
+    gpus_per_node: int,
+    workdir_pvc: str,
+    nodes: int = 1,
+    *,
+    namespace: str = "default",
+    runtime: str = "torch-distributed",
+    claims: Mapping[str, str] | None = None,
+    shm_size: str = "16Gi",
+    cpus: str | None = None,
+    memory: str | None = None,
+    secret: str | None = None,
+    secrets: Sequence[str] = SECRETS,
+    env: Mapping[str, str] | None = None,
+    image_pull_secrets: Sequence[str] = (),
+    tolerations: Sequence[Mapping[str, Any]] = (),
+    max_restarts: int = 0,
+) -> "KubeflowExecutor":
+    """Submit a TrainJob, under torchrun. The image holds the code: nothing is shipped but the task's config.
+
+    Args:
+        image: with NeMo, nemo_cpt and your own code installed.
+        gpus_per_node: GPUs and processes of each pod.
+        workdir_pvc: a ReadWriteMany volume claim, which carries the task's config to the pods, at /nemo_run.
+        nodes: pods.
+        namespace: where the job lives.
+        runtime: the ClusterTrainingRuntime.
+        claims: further volume claims, by the path they are mounted at.
+        shm_size: size of /dev/shm.
+        cpus: CPUs of a pod, as Kubernetes writes them.
+        memory: memory of a pod, as Kubernetes writes it.
+        secret: a Kubernetes Secret, which holds `secrets` as its keys; secrets are not passed in any other way.
+        secrets: its keys, each an environment variable of the job.
+        env: further variables; no secrets.
+        image_pull_secrets: names of Secrets for the registry.
+        tolerations: as in a pod's spec.
+        max_restarts: restarts after a crash.
+
+    Returns:
+        NeMo-Run's KubeflowExecutor.
+
+    Raises:
+        CptError: a count is out of range, the kubernetes package or a configuration of kubectl is missing.
+
+    Example:
+        >>> # kubectl create secret generic tokens --from-literal=HF_TOKEN=...
+        >>> kubernetes("registry/nemo-cpt:1", gpus_per_node=8, nodes=2, workdir_pvc="work", secret="tokens")
+    """
+    if nodes < 1 or gpus_per_node < 1:
+        raise CptError(f"kubernetes(nodes={nodes}, gpus_per_node={gpus_per_node}): at least 1 of each")
+    from nemo_cpt.executors import upstream
+    from nemo_run.core.execution.kubeflow import KubeflowExecutor
+
+    upstream.apply()
+    mounted = {"/dev/shm": {"emptyDir": {"medium": "Memory", "sizeLimit": shm_size}}} | {
+        path: {"persistentVolumeClaim": {"claimName": claim}} for path, claim in (claims or {}).items()
+    }
+    try:
+        return KubeflowExecutor(
+            image=image,
+            num_nodes=nodes,
+            gpus_per_node=gpus_per_node,
+            launcher="torchrun",
+            namespace=namespace,
+            runtime_ref=runtime,
+            workdir_pvc=workdir_pvc,
+            volumes=[{"name": f"volume-{index}"} | source for index, source in enumerate(mounted.values())],
+            volume_mounts=[{"name": f"volume-{index}", "mountPath": path} for index, path in enumerate(mounted)],
+            cpu_requests=cpus,
+            memory_requests=memory,
+            memory_limits=memory,
+            env_list=[_from_secret(name, secret) for name in secrets] if secret else [],
+            env_vars=checked_env(env),
+            image_pull_secrets=list(image_pull_secrets),
+            tolerations=[dict(each) for each in tolerations],
+            retries=max_restarts,
+        )
+    except ImportError as error:
+        raise CptError("kubernetes(...) needs the kubernetes package: pip install kubernetes") from error
+    except Exception as error:
+        if type(error).__name__ != "ConfigException":
+            raise
+        raise CptError(f"kubernetes(...): no cluster is configured here ({error}); see `kubectl config`") from error
+
+
+def _from_secret(name: str, secret: str) -> dict[str, Any]:
+    return {"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": name, "optional": True}}}

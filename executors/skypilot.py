@@ -1,0 +1,93 @@
+"""Machines of a cloud or of Kubernetes, through SkyPilot."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from nemo_cpt.executors.environment import checked_env, checked_secrets, existing_mounts, keep_secrets
+
+from nemo_cpt.errors import CptError
+
+if TYPE_CHECKING:
+    import nemo_run as run
+
+SECRETS_THERE = "~/.nemo_cpt_secrets.env"
+
+
+def skypilot(
+    gpus: str,
+    gpus_per_node: int = 1,
+    nodes: int = 1,
+    *,
+    infra: str | None = None,
+    container_image: str | None = None,
+    cluster_name: str | None = None,
+    use_spot: bool = False,
+    disk_size: int | None = None,
+    mounts: Sequence[str] = (),
+    setup: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    secrets: Sequence[str] | None = None,
+    autodown: bool = True,
+    idle_minutes_to_autostop: int | None = 10,
+    max_restarts: int = 0,
+) -> "run.SkypilotExecutor":
+    """Bring up a SkyPilot cluster and run there, under torchrun. The committed code is shipped.
+
+    SkyPilot's executor takes code from git only, so that uncommitted changes are refused.
+
+    Args:
+        gpus: SkyPilot's name of the accelerator, for example "H100".
+        gpus_per_node: of each machine.
+        nodes: machines.
+        infra: "aws/us-east-1", "k8s/my-context", ...; by default SkyPilot's cheapest.
+        container_image: for example "docker:nvcr.io/nvidia/nemo:25.07".
+        cluster_name: to reuse a cluster; by default one for the experiment.
+        use_spot: spot machines.
+        disk_size: GiB.
+        mounts: "source:target" of files and folders to copy there.
+        setup: shell lines that prepare a machine, for example "pip install nemo_cpt".
+        env: further variables; no secrets.
+        secrets: names of variables to pass, in a file of mode 600; by default HF_TOKEN and WANDB_API_KEY where set.
+        autodown: remove the cluster when it has been idle.
+        idle_minutes_to_autostop: how long it may be idle; None keeps it.
+        max_restarts: restarts after a crash.
+
+    Returns:
+        NeMo-Run's SkypilotExecutor.
+
+    Raises:
+        CptError: a count is out of range, a mount or a secret is missing, SkyPilot is not installed.
+    """
+    if nodes < 1 or gpus_per_node < 1:
+        raise CptError(f"skypilot(nodes={nodes}, gpus_per_node={gpus_per_node}): at least 1 of each")
+    import nemo_run as run
+    from nemo_cpt.executors import upstream
+
+    names = checked_secrets(secrets)
+    copied = {target: source for source, _, target in (each.partition(":") for each in existing_mounts(mounts))}
+    lines = list(setup)
+    if names:  # SkyPilot's scripts read ~/.bashrc
+        copied[SECRETS_THERE] = str(keep_secrets("skypilot", names))
+        lines.append(f"chmod 600 {SECRETS_THERE}; echo '. {SECRETS_THERE}' >> ~/.bashrc")
+    upstream.apply()
+    try:
+        return run.SkypilotExecutor(
+            gpus=gpus,
+            gpus_per_node=gpus_per_node,
+            num_nodes=nodes,
+            launcher="torchrun",
+            infra=infra,
+            container_image=container_image,
+            cluster_name=cluster_name,
+            use_spot=use_spot,
+            disk_size=disk_size,
+            file_mounts=copied,
+            setup="\n".join(lines),
+            env_vars=checked_env(env),
+            autodown=autodown,
+            idle_minutes_to_autostop=idle_minutes_to_autostop,
+            retries=max_restarts,
+            packager=run.GitArchivePackager(check_uncommitted_changes=True, check_untracked_files=True),
+        )
+    except AssertionError as error:
+        raise CptError(f"skypilot(...): {error}") from error
