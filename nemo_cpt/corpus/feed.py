@@ -1,8 +1,10 @@
 """The inputs cut into tasks, in order: byte ranges for the workers to read, or what only one process can read."""
 
+import io
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any
 
 from nemo_cpt.corpus.lines import cut_ranges
 from nemo_cpt.corpus.sources import HUB, Source
@@ -98,15 +100,13 @@ class Feed:
         with HashingFile(source.path) as file:
             position, damage, rest = 0, "", b""
             try:
-                for piece in _gzip(file, self.chunk_bytes) if source.kind == "gzip" else _zstd(file):
+                for piece in _gather(_decompress(file, source.kind), self.chunk_bytes):
                     rest += piece
-                    if len(rest) < self.chunk_bytes:
-                        continue
-                    cut = rest.rfind(b"\n") + 1
-                    if cut and position + cut > start:
-                        block = rest[max(start - position, 0) : cut]
-                        yield position + cut, block, file.position, "", False
-                    position, rest = position + cut, rest[cut:]
+                    while cut := _whole_lines(rest, self.chunk_bytes):
+                        if position + cut > start:
+                            block = rest[max(start - position, 0) : cut]
+                            yield position + cut, block, file.position, "", False
+                        position, rest = position + cut, rest[cut:]
             except DamagedError as error:
                 damage, rest = str(error), rest[: rest.rfind(b"\n") + 1]
             self.hashes[number] = file.hexdigest()
@@ -128,41 +128,41 @@ class Feed:
             yield total, [], source.size, "", True
 
 
-class HashingFile:
+class HashingFile(io.RawIOBase):
     """A file read forward; what is read is hashed."""
 
     def __init__(self, path: str) -> None:
         import xxhash
 
-        self._file: BinaryIO = open(path, "rb", buffering=0)  # noqa: SIM115  closed by __exit__
+        self._file = io.FileIO(path)
         self._hash = xxhash.xxh3_128()
         self._buffer = memoryview(bytearray(PIECE * 4))
         self.position = 0
 
-    def __enter__(self) -> "HashingFile":
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
+        """Close the file."""
         self._file.close()
+        super().close()
 
-    def read(self, count: int = -1) -> bytes:
-        """Read and hash up to `count` bytes."""
-        data = self._file.read(count)
-        self._hash.update(data)
-        self.position += len(data)
-        return data
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read up to the buffer's size, and hash it."""
+        count = self._file.readinto(buffer) or 0
+        self._hash.update(memoryview(buffer)[:count])
+        self.position += count
+        return count
 
     def skip(self, count: int) -> None:
-        """Hash `count` bytes without keeping them; this also brings them into the page cache before a worker wants "
-        "them."""
-        while count > 0 and (got := self._file.readinto(self._buffer[:count])):  # type: ignore[attr-defined]
-            self._hash.update(self._buffer[:got])
-            self.position += got
+        """Hash `count` bytes without keeping them, which also brings them into the page cache for the workers."""
+        while count > 0 and (got := self.readinto(self._buffer[:count])):
             count -= got
 
     def hexdigest(self) -> str:
         """Return the hash of the whole file; hashes what has not been read yet."""
-        self.skip(1 << 62)
+        self.skip(sys.maxsize)
         return self._hash.hexdigest()
 
 
@@ -172,38 +172,59 @@ def hash_file(path: str) -> str:
         return file.hexdigest()
 
 
-def _gzip(file: HashingFile, step: int) -> Iterator[bytes]:
-    """Decompress a gzip file, also one of several members."""
+def _gather(pieces: Iterator[bytes], size: int) -> Iterator[bytes]:
+    """Join pieces to such of at least `size` bytes; what comes before an error is given before it."""
+    gathered: list[bytes] = []
+    try:
+        for piece in pieces:
+            gathered.append(piece)
+            if sum(map(len, gathered)) >= size:
+                yield b"".join(gathered)
+                gathered.clear()
+    except DamagedError:
+        yield b"".join(gathered)
+        raise
+    yield b"".join(gathered)
+
+
+def _whole_lines(block: bytes, size: int) -> int:
+    """Return how many bytes of a block to cut off: whole lines, about `size` bytes; 0 for a shorter block."""
+    if len(block) < size:
+        return 0
+    return block.rfind(b"\n", 0, size) + 1 or block.find(b"\n", size) + 1
+
+
+def _decompress(file: HashingFile, kind: str) -> Iterator[bytes]:
+    """Decompress a gzip or zstd file, also one of several members or frames, and notice a missing end."""
     import zlib
 
-    from isal import igzip
-
-    try:
-        with igzip.IGzipFile(fileobj=file, mode="rb") as stream:
-            while piece := stream.read(step):
-                yield piece
-    except (EOFError, OSError, zlib.error) as error:
-        raise DamagedError(f"the gzip file breaks near its byte {file.position}: {error}") from error
-
-
-def _zstd(file: HashingFile) -> Iterator[bytes]:
-    """Decompress a zstd file, also one of several frames; unlike zstandard's own reader, notice a missing end."""
     import zstandard
+    from isal import igzip_lib
 
-    context = zstandard.ZstdDecompressor(max_window_size=2**31)
-    frame = context.decompressobj()
+    stream = _decompressor(kind)
     rest, begun = b"", False
     try:
         while piece := rest or file.read(PIECE):
             begun = True
-            yield frame.decompress(piece)
-            rest = frame.unused_data
-            if frame.eof:
-                frame, begun = context.decompressobj(), False
-    except zstandard.ZstdError as error:
-        raise DamagedError(f"the zstd file breaks near its byte {file.position}: {error}") from error
+            yield stream.decompress(piece)
+            rest = stream.unused_data
+            if stream.eof:
+                rest = rest.lstrip(b"\0") if kind == "gzip" else rest  # gzip allows padding, which tapes had
+                stream, begun = _decompressor(kind), False
+    except (zlib.error, igzip_lib.IsalError, zstandard.ZstdError) as error:  # type: ignore[misc]
+        raise DamagedError(f"the {kind} file breaks near its byte {file.position}: {error}") from error
     if begun:
-        raise DamagedError(f"the zstd file ends at byte {file.position} in the middle of a frame")
+        raise DamagedError(f"the {kind} file ends at byte {file.position}, before the end of its data")
+
+
+def _decompressor(kind: str) -> Any:
+    if kind == "gzip":
+        from isal import isal_zlib
+
+        return isal_zlib.decompressobj(wbits=31)
+    import zstandard
+
+    return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
 
 
 def _open_rows(source: Source, key: str) -> tuple[Iterator[list[Any]], int]:

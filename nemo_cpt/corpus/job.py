@@ -16,11 +16,11 @@ from nemo_cpt.corpus.workers import Pool, Worker
 from nemo_cpt.errors import CptError
 
 CHECKPOINT_BYTES = 1 << 30
-SAMPLE_TEXTS, SAMPLE_BYTES = 200, 1 << 20
+SAMPLE_TEXTS, SAMPLE_BYTES = 100, 300_000
 
 
 def first_texts(sources: list[Source], json_key: str) -> list[str]:
-    """Return the corpus' first documents, to try tokenizers on: at most 200, 1 MB of them or a single one."""
+    """Return the corpus' first documents, to try tokenizers on: at most 100, 300 kB of them or a single one."""
     texts: list[str] = []
     size = 0
     for task in Feed(sources, json_key, 1 << 18):

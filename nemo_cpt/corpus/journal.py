@@ -69,16 +69,17 @@ class Journal:
         self._file: Any = None
         self.bin = self.lens = -1
 
-    def open(self, discard: bool = False) -> bool:
+    def open(self, discard: bool, patience: float) -> bool:
         """Take the lock and find the last checkpoint; return whether there is one to go on from.
 
         Args:
-            discard: Begin anew, whatever is there.
+            discard: Begin anew if what is there belongs to another job.
+            patience: Seconds to wait for the lock.
 
         Raises:
             CptError: Another process works on this output, or what is there belongs to another job.
         """
-        self._lock()
+        self._lock(patience)
         try:
             return self._take_up(discard)
         except BaseException:
@@ -86,9 +87,11 @@ class Journal:
             raise
 
     def _take_up(self, discard: bool) -> bool:
-        records = [] if discard else self._records()
-        if records and records[0].get("job") != self.job:
-            raise CptError(self._other_job(records[0].get("job") or {}))
+        records = self._records()
+        if records and (obstacle := self._obstacle(records)):
+            if not discard:
+                raise CptError(obstacle)
+            records = []
         if records:
             self._cut_torn_tail()
         else:
@@ -108,7 +111,7 @@ class Journal:
         self._file = None
         return len(records) > 1 and records[0]["job"] == self.job and records[-1]["progress"]["finished"]
 
-    def _lock(self, patience: float = 10.0) -> None:
+    def _lock(self, patience: float) -> None:
         """Lock the journal; workers share the lock, so that orphans of a killed run are waited for."""
         deadline = time.monotonic() + patience
         while True:
@@ -135,6 +138,20 @@ class Journal:
             self._sound += len(line)
         return records
 
+    def _obstacle(self, records: list[dict[str, Any]]) -> str:
+        """Return why one cannot go on from these records, an empty string if one can."""
+        if records[0].get("job") != self.job:
+            return self._other_job(records[0].get("job") or {})
+        last = Progress(**records[-1]["progress"]) if len(records) > 1 else Progress()
+        for path, size in ((self.bin_path, last.nbytes), (self.lens_path, last.entries * 4)):
+            have = path.stat().st_size if path.exists() else 0
+            if have < size and not last.finished:
+                return (
+                    f"{path} has {have} bytes, but its journal vouches for {size}: it was changed. Begin anew with "
+                    f"overwrite=True (--overwrite)."
+                )
+        return ""
+
     def _other_job(self, theirs: dict[str, Any]) -> str:
         changed = [key for key in self.job if theirs.get(key) != self.job[key]]
         return (
@@ -155,8 +172,6 @@ class Journal:
 
     def _open_part(self, path: Path, size: int) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        if os.fstat(descriptor).st_size < size:
-            raise CptError(f"{path} is shorter than its journal says; discard it with overwrite=True (--overwrite).")
         os.ftruncate(descriptor, size)
         os.lseek(descriptor, size, os.SEEK_SET)
         return descriptor

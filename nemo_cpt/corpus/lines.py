@@ -95,7 +95,7 @@ def _second_look(raw: bytes, offset: int, key: str, found: Texts) -> None:
     """Read a line that orjson refused with Python's json, which the references use: it may take it, or say why not."""
     reason, detail, at = "", "", 0
     try:
-        value = json.loads(raw.decode("utf-8"))
+        value = json.loads(raw.rstrip(b"\r\n").decode("utf-8"))
         reason, detail = _wrong(value, key)
     except UnicodeDecodeError as error:
         reason, detail, at = "invalid_utf8", f"byte 0x{raw[error.start]:02x} is not UTF-8 ({error.reason})", error.start

@@ -92,6 +92,7 @@ def prepare(
     quiet: bool = False,
     chunk_bytes: int = 2 << 20,
     checkpoint_seconds: float = 15.0,
+    patience: float = 10.0,
 ) -> PrepareReport:
     """Tokenize a corpus into a Megatron dataset, `OUTPUT_PREFIX_text_document.bin` and `.idx`.
 
@@ -121,6 +122,7 @@ def prepare(
         quiet: Show no progress.
         chunk_bytes: Size of a worker's portion; the output does not depend on it.
         checkpoint_seconds: About so much work is lost when the run is killed.
+        patience: Seconds to wait for another process that writes this output, such as the last workers of a killed run.
 
     Raises:
         CptError: An input, the tokenizer or an option is unusable, the output exists, or the disk is full.
@@ -136,9 +138,8 @@ def prepare(
     output = _Output(f"{output_prefix}_{json_key}_document", sources, loaded, layout, split_special_tokens)
     status, rates = "unchanged", dict[str, float]()
     if not output.is_there(overwrite):
-        run = _Run(
-            on_error == "skip", fast, workers or len(os.sched_getaffinity(0)), chunk_bytes, checkpoint_seconds, quiet
-        )
+        count = workers or len(os.sched_getaffinity(0))
+        run = _Run(on_error == "skip", fast, count, chunk_bytes, checkpoint_seconds, patience, quiet)
         status, rates = output.make(run, overwrite)
     verified = verify_documents(output.prefix, sources, loaded, layout, split_special_tokens, verify) if verify else 0
     return _report(output.prefix, status, rates, verified)
@@ -174,6 +175,7 @@ class _Run:
     workers: int
     chunk_bytes: int
     checkpoint_seconds: float
+    patience: float
     quiet: bool
 
 
@@ -223,7 +225,7 @@ class _Output:
         """Write the dataset, or the rest of it; return the status and this run's rates."""
         self.idx.parent.mkdir(parents=True, exist_ok=True)
         journal, rates = self.journal, {}
-        resumed = journal.open(overwrite)
+        resumed = journal.open(overwrite, run.patience)
         try:
             if not journal.progress.finished:
                 rates = self._encode(run)

@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
+import orjson
+
 from nemo_cpt.errors import CptError
 
 FILES = (
@@ -180,8 +182,8 @@ def _folder_of(tokenizer: str) -> Path:
     if folder.is_file():
         folder = folder.parent
     if folder.is_dir():
-        if not any((folder / name).exists() for name in VOCABULARY_FILES):
-            raise CptError(f"The folder {folder} holds no tokenizer (none of {', '.join(VOCABULARY_FILES)}).")
+        if not any((folder / name).exists() for name in FILES):
+            raise CptError(f"The folder {folder} holds no tokenizer (none of {', '.join(FILES)}).")
         return folder.resolve()
     if tokenizer.startswith(("/", ".", "~")) or tokenizer.count("/") > 1:
         raise CptError(f"There is no tokenizer folder {tokenizer}.")
@@ -212,7 +214,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _hash(folder: Path) -> str:
     digest = hashlib.sha256()
-    for name in VOCABULARY_FILES:
+    named = VOCABULARY_FILES if any((folder / name).exists() for name in VOCABULARY_FILES) else FILES
+    for name in named:
         if (path := folder / name).exists():
             digest.update(f"{name} {path.stat().st_size}\n".encode())
             digest.update(path.read_bytes())
@@ -220,32 +223,35 @@ def _hash(folder: Path) -> str:
 
 
 def _describe_directly(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """Read tokenizer.json without importing transformers; None where its configuration adds tokens to it."""
-    import tokenizers
+    """Read tokenizer.json as the JSON that it is; None where the configuration adds tokens, or its form is unknown.
 
+    Neither transformers nor the tokenizer itself is loaded, which takes seconds.
+    """
     definition = (folder / "tokenizer.json").read_text("utf-8")
     try:
-        backend = tokenizers.Tokenizer.from_str(definition)
-    except Exception as error:  # a bare Exception is what the library raises
-        raise CptError(f"{folder}/tokenizer.json cannot be loaded: {error}.") from error
-    added_later = config.get("added_tokens_decoder", {}).items()
-    if any(backend.token_to_id(entry["content"]) != int(number) for number, entry in added_later):
+        content = orjson.loads(definition)
+        vocabulary = content["model"]["vocab"]
+        added = {entry["content"]: entry for entry in content.get("added_tokens", [])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise CptError(f"{folder}/tokenizer.json cannot be loaded: {error!r}.") from error
+    added_later = config.get("added_tokens_decoder", {})
+    if any(added.get(entry["content"], {}).get("id") != int(number) for number, entry in added_later.items()):
+        return None
+    if not isinstance(vocabulary, dict):
         return None
     named = _read_json(folder / "special_tokens_map.json") | config
 
     def token(kind: str) -> tuple[str, int] | None:
         text = named.get(kind)
         text = text.get("content") if isinstance(text, dict) else text
-        number = backend.token_to_id(text) if text else None
-        return None if text is None or number is None else (str(text), number)
+        number = added[text]["id"] if text in added else vocabulary.get(text)
+        return None if text is None or number is None else (str(text), int(number))
 
-    added = backend.get_added_tokens_decoder()
-    special = {t.content: number for number, t in added.items() if t.special}
     return {
-        "vocabulary_size": backend.get_vocab_size(with_added_tokens=True),
+        "vocabulary_size": len(vocabulary.keys() | added.keys()),
         "eos": token("eos_token"),
         "bos": token("bos_token"),
-        "special": special,
+        "special": {text: int(entry["id"]) for text, entry in added.items() if entry.get("special")},
         "definition": definition,
     }
 

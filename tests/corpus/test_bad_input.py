@@ -1,0 +1,167 @@
+"""Bad input: located by file, line and byte, or left out, counted and listed."""
+
+import gzip
+import json
+import os
+import random
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import zstandard
+from corpus_helpers import write_jsonl
+
+from nemo_cpt.corpus import prepare
+from nemo_cpt.errors import CptError
+
+GOOD = b'{"text": "good"}\n'
+BAD = [
+    (b"{nonsense}\n", "not_json", "not JSON", 1),
+    (b'{"txt": "a"}\n', "missing_key", "no key 'text'; it has 'txt'", 0),
+    (b'{"text": 5}\n', "not_a_string", "'text' is a int, not a string", 0),
+    (b'{"text": "\xe3\x81"}\n', "invalid_utf8", "byte 0xe3 is not UTF-8", 10),
+    (b'{"text": "\\udc00"}\n', "lone_surrogate", r"lone surrogate U\+DC00", 0),
+]
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.startswith("out")]
+
+
+@pytest.mark.parametrize(("line", "reason", "message", "at"), BAD)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_bad_line_stops_with_its_place(
+    tmp_path: Path, small: Path, line: bytes, reason: str, message: str, at: int, packed: bool
+) -> None:
+    content = GOOD * 700 + line + GOOD * 500
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(gzip.compress(content) if packed else content)
+    offset = 700 * len(GOOD) + at
+    with pytest.raises(CptError, match=rf"bad.jsonl, line 701, byte offset {offset}: .*{message}"):
+        prepare(path, tmp_path / "out", small, chunk_bytes=1000, quiet=True)
+    assert not [name for name in leftovers(tmp_path) if name.endswith((".idx", ".bin"))]
+    # The same job goes on from where it stopped, once it may skip the line
+    report = prepare(path, tmp_path / "out", small, chunk_bytes=1000, on_error="skip", quiet=True)
+    assert (report.status, report.documents, report.skipped) == ("resumed", 1200, {reason: 1})
+
+
+def test_skipped_lines_are_counted_and_listed(tmp_path: Path, small: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b"".join(GOOD * 10 + line for line, *_ in BAD))
+    report = prepare(path, tmp_path / "out", small, on_error="skip", chunk_bytes=100, quiet=True)
+    assert report.skipped == {reason: 1 for _, reason, *_ in BAD}
+    listed = [json.loads(line) for line in Path(f"{report.prefix}.skipped.jsonl").read_text().splitlines()]
+    assert [(entry["reason"], entry["line"]) for entry in listed] == [
+        (reason, 11 * number) for number, (_, reason, *_) in enumerate(BAD, 1)
+    ]
+    assert all(entry["path"] == str(path) for entry in listed)
+    assert report.documents == 50
+    assert "5 lines were left out" in report.warnings[0]
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+@pytest.mark.parametrize("cut", [0.5, 0.9999])
+def test_a_truncated_file_is_noticed(tmp_path: Path, small: Path, suffix: str, cut: float) -> None:
+    noise = random.Random(1)
+    made = ["".join(chr(noise.randrange(0x4E00, 0x9FA0)) for _ in range(1000)) for _ in range(300)]
+    content = write_jsonl(tmp_path / "plain", made).read_bytes()
+    packed = gzip.compress(content) if suffix == "gz" else zstandard.compress(content)
+    path = tmp_path / f"cut.jsonl.{suffix}"
+    path.write_bytes(packed[: int(len(packed) * cut)])
+    with pytest.raises(CptError, match=rf"cut.jsonl.{suffix}, line \d+, byte offset \d+: the (gzip|zstd) file"):
+        prepare(path, tmp_path / "out", small, quiet=True)
+    report = prepare(path, tmp_path / "out", small, on_error="skip", quiet=True)
+    assert report.skipped == {"damaged": 1}
+    assert len(made) * cut * 0.6 < report.documents < len(made)
+
+
+def test_corrupt_bytes_in_a_compressed_file_are_noticed(tmp_path: Path, texts: list[str], small: Path) -> None:
+    packed = bytearray(gzip.compress(write_jsonl(tmp_path / "plain", texts).read_bytes()))
+    packed[len(packed) // 2] ^= 0xFF
+    (tmp_path / "corrupt.gz").write_bytes(packed)
+    with pytest.raises(CptError, match="the gzip file breaks"):
+        prepare(tmp_path / "corrupt.gz", tmp_path / "out", small, quiet=True)
+
+
+def test_nothing_to_do_is_an_error(tmp_path: Path, small: Path) -> None:
+    for inputs in ([], tmp_path / "none.jsonl", str(tmp_path / "*.jsonl"), tmp_path):
+        with pytest.raises(CptError, match=r"no input|no file"):
+            prepare(inputs, tmp_path / "out", small, quiet=True)
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(CptError, match=r"empty.jsonl, line 1, .*the file is empty"):
+        prepare(tmp_path / "empty.jsonl", tmp_path / "out", small, quiet=True)
+    with pytest.raises(CptError, match="hold no document"):
+        prepare(tmp_path / "empty.jsonl", tmp_path / "out", small, on_error="skip", quiet=True)
+    assert leftovers(tmp_path) == []
+
+
+def test_an_input_named_twice_is_refused(tmp_path: Path, jsonl: Path, small: Path) -> None:
+    with pytest.raises(CptError, match="twice"):
+        prepare([jsonl, tmp_path / "*.jsonl"], tmp_path / "out", small, quiet=True)
+
+
+def test_a_missing_column_names_the_others(tmp_path: Path, small: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    parquet.write_table(pa.table({"body": ["a"], "title": ["b"]}), tmp_path / "p.parquet")
+    with pytest.raises(CptError, match="no column 'text'; it has body, title"):
+        prepare(tmp_path / "p.parquet", tmp_path / "out", small, quiet=True)
+    report = prepare(tmp_path / "p.parquet", tmp_path / "out", small, json_key="body", quiet=True)
+    assert report.prefix == f"{tmp_path}/out_body_document"
+
+
+def test_a_null_in_a_column_has_its_row(tmp_path: Path, small: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    parquet.write_table(pa.table({"text": ["a"] * 1500 + [None] + ["b"] * 10}), tmp_path / "p.parquet")
+    with pytest.raises(CptError, match=r"p.parquet, line 1501, row 1500: 'text' is null"):
+        prepare(tmp_path / "p.parquet", tmp_path / "out", small, quiet=True)
+
+
+@pytest.mark.parametrize("change", ["grows", "shrinks"])
+def test_a_file_that_changes_while_being_read_is_noticed(
+    tmp_path: Path, texts: list[str], small: Path, change: str
+) -> None:
+    path = write_jsonl(tmp_path / "live.jsonl", texts * 20)
+    size = path.stat().st_size
+
+    def alter() -> None:
+        while not (tmp_path / "out_text_document.bin.part").exists():
+            time.sleep(0.001)
+        os.truncate(path, size // 3) if change == "shrinks" else os.truncate(path, size + 9)
+
+    thread = threading.Thread(target=alter)
+    thread.start()
+    with pytest.raises(CptError, match=r"live.jsonl.* (changed|shrank)"):
+        prepare(path, tmp_path / "out", small, fast=False, chunk_bytes=20_000, workers=1, quiet=True)
+    thread.join()
+    assert not (tmp_path / "out_text_document.idx").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"on_error": "ignore"}, "on_error is 'ignore'"),
+        ({"workers": 0}, "workers is 0"),
+        ({"eod_token": "<nope>"}, "no single token '<nope>'"),
+    ],
+)
+def test_bad_options(tmp_path: Path, jsonl: Path, small: Path, options: dict, message: str) -> None:
+    with pytest.raises(CptError, match=message):
+        prepare(jsonl, tmp_path / "out", small, quiet=True, **options)
+
+
+def test_bad_tokenizers(tmp_path: Path, jsonl: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "tokenizer.json").write_text('{"version": ')
+    for folder, message in [
+        ("empty", "holds no tokenizer"),
+        ("torn", "cannot be loaded"),
+        ("none/x", "no tokenizer folder"),
+    ]:
+        with pytest.raises(CptError, match=message):
+            prepare(jsonl, tmp_path / "out", tmp_path / folder, quiet=True)

@@ -1,0 +1,162 @@
+"""Killed at any moment: the next run goes on, and the bytes at the end are the same."""
+
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from corpus_helpers import same_files, write_jsonl
+
+from nemo_cpt.corpus import prepare, read_index
+from nemo_cpt.errors import CptError
+
+KILLS = 50
+fork = multiprocessing.get_context("fork")  # a started interpreter, so that the kills hit the work and not the imports
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
+    """Some 5 MB in three files, one of them compressed."""
+    import gzip
+
+    folder = tmp_path_factory.mktemp("corpus")
+    noise = random.Random(3)
+    for name in "abc":
+        made = [noise.choice(texts)[: noise.randrange(20, 2000)] for _ in range(600)]
+        write_jsonl(folder / f"{name}.jsonl", made)
+    packed = gzip.compress((folder / "b.jsonl").read_bytes())
+    (folder / "b.jsonl").unlink()
+    (folder / "b.jsonl.gz").write_bytes(packed)
+    return folder
+
+
+def run(corpus: Path, prefix: Path, tokenizer: Path) -> None:
+    # The reference tokenizer: slow enough for kills to find it at work; a checkpoint after every round
+    prepare(corpus, prefix, tokenizer, fast=False, workers=2, chunk_bytes=20_000, checkpoint_seconds=0, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory, corpus: Path, small: Path) -> tuple[str, float]:
+    """The dataset of an undisturbed run, and how long it took."""
+    prefix = tmp_path_factory.mktemp("expected") / "ds"
+    begin = time.monotonic()
+    run(corpus, prefix, small)
+    return f"{prefix}_text_document", time.monotonic() - begin
+
+
+def is_whole(prefix: str, expected: str) -> bool:
+    """Say whether there is an `.idx`; if there is, it and its `.bin` must be whole."""
+    if not os.path.exists(prefix + ".idx"):
+        return False
+    assert read_index(prefix).tokens == read_index(expected).tokens
+    assert same_files(prefix, expected)
+    return True
+
+
+def test_fifty_kills_at_random_moments(tmp_path: Path, corpus: Path, small: Path, expected: tuple[str, float]) -> None:
+    reference, seconds = expected
+    moments = random.Random(time.time_ns())
+    kills, finished = 0, 0
+    target = tmp_path / "ds"
+    while kills < KILLS:
+        prefix = f"{target}{finished}_text_document"
+        process = fork.Process(target=run, args=(corpus, Path(f"{target}{finished}"), small))
+        process.start()
+        process.join(moments.uniform(0, seconds / 4))
+        if process.exitcode is None:
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            kills += 1
+        assert process.exitcode in (0, -signal.SIGKILL)
+        finished += is_whole(prefix, reference)
+    report = prepare(corpus, f"{target}{finished}", small, quiet=True)  # fastokens may finish what the reference began
+    assert same_files(report.prefix, reference)
+    assert not list(tmp_path.glob("*.part")) + list(tmp_path.glob("*.journal"))
+
+
+def test_a_dead_worker_is_reported_and_the_next_run_resumes(
+    tmp_path: Path, corpus: Path, small: Path, expected: tuple[str, float]
+) -> None:
+    pipe, theirs = fork.Pipe()
+
+    def job() -> None:
+        try:
+            run(corpus, tmp_path / "ds", small)
+        except CptError as error:
+            theirs.send(str(error))
+
+    process = fork.Process(target=job)
+    process.start()
+    while not (children := psutil.Process(process.pid).children()):
+        time.sleep(0.005)
+    time.sleep(expected[1] / 3)
+    children[0].kill()
+    process.join()
+    assert pipe.poll()
+    assert "worker process died with signal 9 (SIGKILL)" in pipe.recv()
+    report = prepare(corpus, tmp_path / "ds", small, quiet=True)
+    assert report.status == "resumed"
+    assert same_files(report.prefix, expected[0])
+
+
+def test_a_full_disk_is_reported_and_the_next_run_resumes(
+    tmp_path: Path, corpus: Path, small: Path, expected: tuple[str, float]
+) -> None:
+    pipe, theirs = fork.Pipe()
+
+    def job() -> None:  # a limit on file sizes fails in the same call as a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+        try:
+            run(corpus, tmp_path / "ds", small)
+        except CptError as error:
+            theirs.send(str(error))
+
+    process = fork.Process(target=job)
+    process.start()
+    process.join()
+    assert pipe.poll()
+    assert "Cannot write the tokens: File too large" in pipe.recv()
+    assert not list(tmp_path.glob("*.idx"))
+    report = prepare(corpus, tmp_path / "ds", small, quiet=True)
+    assert report.status == "resumed"
+    assert same_files(report.prefix, expected[0])
+
+
+def test_an_unfinished_job_is_not_mistaken_for_another(tmp_path: Path, corpus: Path, small: Path) -> None:
+    process = fork.Process(target=run, args=(corpus, tmp_path / "ds", small))
+    process.start()
+    while not (tmp_path / "ds_text_document.lens.part").exists() or not os.path.getsize(
+        tmp_path / "ds_text_document.lens.part"
+    ):
+        time.sleep(0.005)
+    with pytest.raises(CptError, match="Another process is writing this output"):
+        prepare(corpus, tmp_path / "ds", small, quiet=True, patience=0.1)
+    process.kill()
+    process.join()
+    with pytest.raises(CptError, match="unfinished job that differs in eod"):
+        prepare(corpus, tmp_path / "ds", small, append_eod=False, quiet=True)
+    report = prepare(corpus, tmp_path / "ds", small, append_eod=False, overwrite=True, quiet=True)
+    assert report.status == "written"
+
+
+@pytest.mark.parametrize("torn", [b"", b"1234abcd {", b"00000000 {}\n", b"\x00" * 300])
+def test_a_torn_journal_counts_up_to_its_last_whole_record(
+    tmp_path: Path, corpus: Path, small: Path, expected: tuple[str, float], torn: bytes
+) -> None:
+    process = fork.Process(target=run, args=(corpus, tmp_path / "ds", small))
+    process.start()
+    process.join(expected[1] / 2)
+    process.kill()
+    process.join()
+    with open(tmp_path / "ds_text_document.journal", "ab") as journal:
+        journal.write(torn)
+    with open(tmp_path / "ds_text_document.bin.part", "ab") as tokens:
+        tokens.write(b"written, but not vouched for")
+    report = prepare(corpus, tmp_path / "ds", small, quiet=True)
+    assert report.status == "resumed"
+    assert same_files(report.prefix, expected[0])
