@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import nemo_run as run
 
 IMAGE = "nvcr.io/nvidia/nemo:25.07"
+WORKDIR = "/nemo_run/code"  # NeMo-Run starts tasks there
 SECRETS_IN_CONTAINER = "/run/secrets/nemo_cpt.env"
 
 
@@ -27,18 +28,17 @@ def docker(
     ipc_mode: str | None = None,
     env: Mapping[str, str] | None = None,
     secrets: Sequence[str] | None = None,
-    workdir: str | None = None,
     max_restarts: int = 0,
 ) -> "run.DockerExecutor":
     """Run in a container, as `docker run --gpus all --shm-size=16g --ulimit memlock=-1 --network=host` would.
 
     NeMo's data loaders and NCCL need shared memory and locked pages beyond Docker's defaults; these are the flags of
-    NVIDIA's tutorials. The current folder is mounted at its own path, and the job runs there, on the code as it is.
+    NVIDIA's tutorials. The job runs in the current folder, mounted where NeMo-Run starts tasks, on the code as it is.
 
     Args:
         image: the image.
         gpus: GPUs the container sees; -1 for all, 0 for none.
-        mounts: "source:target[:ro]"; by default the current folder at its own path.
+        mounts: "source:target[:ro]"; by default the current folder, also at its own path.
         shm_size: size of /dev/shm.
         ulimits: "name=soft[:hard]", as `docker run --ulimit`.
         processes: processes, under torchrun if several; by default `gpus`, or one where that is -1.
@@ -47,7 +47,6 @@ def docker(
         env: further variables; no secrets.
         secrets: names of variables to pass, in a file of mode 600 that is mounted read-only; by default HF_TOKEN and
             WANDB_API_KEY where they are set.
-        workdir: folder in the container; by default the current one.
         max_restarts: restarts after a crash.
 
     Returns:
@@ -65,6 +64,7 @@ def docker(
     folder = os.getcwd()
     names = checked_secrets(secrets)
     volumes = existing_mounts(mounts if mounts is not None else [f"{folder}:{folder}"])
+    volumes.append(f"{folder}:{WORKDIR}")
     variables = {"PYTHONUNBUFFERED": "1", **checked_env(env)}
     if names:  # NeMo-Run starts the task by `bash -c`, which reads BASH_ENV first
         volumes.append(f"{keep_secrets('docker', names)}:{SECRETS_IN_CONTAINER}:ro")
@@ -83,7 +83,6 @@ def docker(
         env_vars=variables,
         retries=max_restarts,
         packager=run.Packager(),
-        additional_kwargs={"working_dir": workdir or folder},
     )
 
 

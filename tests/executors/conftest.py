@@ -1,5 +1,6 @@
 """A project in a git repository, its tasks, and a real Slurm cluster to send them to."""
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -68,7 +69,7 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setattr(nemo_run.config, "_NEMORUN_HOME", str(home))
     monkeypatch.setattr(local_scheduler, "LOCAL_JOB_DIRS", str(home / ".local_jobs.json"))
     monkeypatch.setattr(slurm_scheduler, "SLURM_JOB_DIRS", str(home / ".slurm_jobs"))
-    monkeypatch.setattr(sys, "stdin", Path("/dev/null").open())  # NeMo-Run's commands read it
+    monkeypatch.setattr(sys, "stdin", io.StringIO())  # NeMo-Run's commands read it
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
     sys.modules.pop("tasks", None)

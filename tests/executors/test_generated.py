@@ -1,0 +1,218 @@
+"""Executors whose engine is not here: what they would ask for, compared word by word."""
+
+from pathlib import Path
+
+import nemo_run as run
+import pytest
+import yaml
+from docker.models.containers import _create_container_args
+from nemo_cpt.executors import docker, kubernetes, skypilot, slurm
+
+from nemo_cpt import CptError
+
+
+def prepared(executor, name="t"):
+    """What the executor's scheduler made of a task, before it is sent."""
+    import tasks
+
+    with run.Experiment("t", executor=executor, enable_goodbye_message=False) as experiment:
+        experiment.add(run.Partial(tasks.report, path="seen"), name=name)
+        experiment.dryrun(log=False, delete_exp_dir=False)
+    return experiment, experiment.jobs[0]._dryrun_info.request
+
+
+class Engine:
+    """Takes what NeMo-Run would send to Docker's engine."""
+
+    def __init__(self):
+        self.containers = self
+
+    def run(self, image, command, **kwargs):
+        kwargs.pop("remove")
+        self.created = _create_container_args({"image": image, "command": command, "version": "1.43", **kwargs})
+
+
+def test_docker_has_the_tutorials_flags(project, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "planted-secret")
+    _, request = prepared(docker(gpus=2, mounts=[".:/work:ro"], env={"A": "b c"}))
+    engine = Engine()
+    request.containers[0].run(engine, id="1")
+    created = engine.created
+    host = created["host_config"]
+    assert created["image"] == "nvcr.io/nvidia/nemo:25.07"
+    assert created["working_dir"] == "/nemo_run/code"
+    assert host["ShmSize"] == 16 * 2**30
+    assert [dict(limit) for limit in host["Ulimits"]] == [
+        {"Name": "memlock", "Soft": -1, "Hard": -1},
+        {"Name": "stack", "Soft": 67108864, "Hard": 67108864},
+    ]
+    assert host["NetworkMode"] == "host"
+    assert host["DeviceRequests"][0]["Count"] == 2
+    secrets = project.parent / "home" / "secrets" / "docker.env"
+    assert host["Binds"] == [
+        f"{project}:/work:ro", f"{project}:/nemo_run/code", f"{secrets}:/run/secrets/nemo_cpt.env:ro"
+    ]  # fmt: skip
+    assert "A=b c" in created["environment"]
+    assert "BASH_ENV=/run/secrets/nemo_cpt.env" in created["environment"]
+    command = created["command"]
+    assert command.startswith('bash -c "torchrun --rdzv-backend c10d --rdzv-endpoint localhost:0 --rdzv-id ')
+    assert "--nnodes 1 --nproc-per-node 2 --node-rank 0" in command
+    assert "-m nemo_run.core.runners.fdl_runner -n t /nemo_run/configs/t_fn_or_script" in command
+    assert "planted-secret" not in str(created)
+    assert secrets.read_text() == "export HF_TOKEN=planted-secret\n"
+    assert secrets.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_shell_that_docker_starts_gets_the_secret(project, monkeypatch):
+    import subprocess
+
+    monkeypatch.setenv("HF_TOKEN", "planted 'secret'")
+    docker()
+    file = project.parent / "home" / "secrets" / "docker.env"
+    shell = ["bash", "-c", "python3 -c 'import os; print(os.environ[\"HF_TOKEN\"])'"]
+    environ = {"BASH_ENV": str(file), "PATH": "/usr/bin:/bin"}
+    assert subprocess.run(shell, env=environ, capture_output=True, text=True).stdout.strip() == "planted 'secret'"
+
+
+def test_slurm_with_a_container(project, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "planted-secret")
+    executor = slurm(
+        "llm", "gpu", nodes=2, gpus_per_node=8, time="4:00:00", container_image="nvcr.io#nvidia/nemo:25.07",
+        requeue=False, mem="0", exclusive=True, dependency="afterok:7", max_restarts=2,
+    )  # fmt: skip
+    experiment, request = prepared(executor)
+    script = request.materialize()
+    directives = {line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")}
+    assert {
+        "account=llm", "partition=gpu", "nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "time=4:00:00",
+        "signal=TERM@120", "mem=0", "exclusive", "dependency=afterok:7", "job-name=cpt.t",
+    } <= directives  # fmt: skip
+    assert "export TORCHX_MAX_RETRIES=2" in script
+    assert "planted-secret" not in script
+    (srun,) = [line for line in script.splitlines() if line.startswith("srun --output")]
+    job = f"{experiment._exp_dir}/t"
+    assert f"--container-mounts {project}:{project},{job}:/nemo_run " in srun
+    assert "--container-image nvcr.io#nvidia/nemo:25.07" in srun
+    assert f"--mpi=pmix --container-workdir={project} python -m nemo_cpt.executors.runner -n t" in srun
+    assert "export PYTHONSAFEPATH=1 PYTHONPATH=/nemo_run/code:/nemo_run/code/src:$PYTHONPATH" in script
+    assert '. "$job/secrets.env"' in script
+    assert f"job={job}\n" in script
+
+
+def test_slurm_without_an_account_gpus_or_time_names_none(project):
+    _, request = prepared(slurm(tasks_per_node=1))
+    script = request.materialize()
+    assert not [word for word in ("account", "gpu", "time=", "partition", "mpi") if f"--{word}" in script]
+
+
+def test_slurm_gres_stands_for_the_gpus(project):
+    _, request = prepared(slurm(gpus_per_node=8, gres="gpu:h100:8"))
+    script = request.materialize()
+    assert "#SBATCH --gres=gpu:h100:8" in script
+    assert "#SBATCH --ntasks-per-node=8" in script
+    assert "--gpus-per-node" not in script
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"nodes": 0}, r"slurm\(nodes=0\)"),
+        ({"gpus_per_node": 0}, "leave it out"),
+        ({"time": "four hours"}, "write minutes"),
+        ({"time": "4:0"}, "write minutes"),
+        ({"chain": 0}, "chain"),
+        ({"partitoin": "gpu"}, "no such directive; near: partition"),
+        ({"container_image": "x", "mounts": ["/no/such:/data"]}, "/no/such does not exist"),
+        ({"secrets": ["NOT_SET_ANYWHERE"]}, "NOT_SET_ANYWHERE is not set"),
+        ({"env": {"WANDB_API_KEY": "x"}}, "looks like a secret"),
+        ({"tunnel": "login1"}, "give 'local' or ssh"),
+        ({"workdir": "/home/me/nemo_run/x"}, "folder named nemo_run"),
+    ],
+)
+def test_slurm_refuses(arguments, says):
+    with pytest.raises(CptError, match=says):
+        slurm(**arguments)
+
+
+def test_uncommitted_changes_are_refused_on_demand(project):
+    (project / "tasks.py").write_text((project / "tasks.py").read_text() + "\n")
+    with pytest.raises(CptError, match=r"not committed(.|\n)*M tasks.py"):
+        prepared(slurm(tasks_per_node=1, code="committed"))
+
+
+def test_large_untracked_files_are_not_shipped_unseen(project):
+    with (project / "data.bin").open("wb") as file:
+        file.truncate(60 * 2**20)
+    with pytest.raises(CptError, match="60 MiB"):
+        prepared(slurm(tasks_per_node=1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"ulimits": ["memlock"]}, "name=soft"),
+        ({"mounts": ["/no/such"]}, "does not exist"),
+        ({"gpus": -2}, "-1 or more"),
+        ({"processes": 0}, "1 or more"),
+    ],
+)
+def test_docker_refuses(arguments, says):
+    with pytest.raises(CptError, match=says):
+        docker(**arguments)
+
+
+@pytest.fixture
+def kube_config(tmp_path, monkeypatch):
+    pytest.importorskip("kubernetes", reason="the kubernetes package is not installed")
+    cluster = {"name": "c", "cluster": {"server": "https://127.0.0.1:1"}}
+    context = {"name": "c", "context": {"cluster": "c", "user": "u"}}
+    file = tmp_path / "kubeconfig"
+    parts = {"clusters": [cluster], "contexts": [context], "users": [{"name": "u", "user": {}}], "current-context": "c"}
+    file.write_text(yaml.safe_dump(parts))
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(file))
+
+
+def test_kubernetes_train_job(project, kube_config):
+    executor = kubernetes("img", 8, "work", nodes=2, secret="tokens", claims={"/data": "corpus"}, memory="900Gi")
+    _, request = prepared(executor)
+    executor = request.executor
+    body = executor.get_job_body("t-1", request.cmd)
+    trainer = body["spec"]["trainer"]
+    assert (trainer["numNodes"], trainer["numProcPerNode"], trainer["image"]) == (2, 8, "img")
+    assert trainer["resourcesPerNode"]["limits"] == {"nvidia.com/gpu": "8", "memory": "900Gi"}
+    assert trainer["env"][0] == {
+        "name": "HF_TOKEN",
+        "valueFrom": {"secretKeyRef": {"name": "tokens", "key": "HF_TOKEN", "optional": True}},
+    }
+    pod = body["spec"]["podTemplateOverrides"][0]["spec"]
+    assert {mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]} == {"/dev/shm", "/data"}
+    script = (project.parent / "home").rglob("launch.sh")
+    launched = next(script).read_text()
+    assert f"{executor.code_dir}/configs/t_fn_or_script" in launched  # not the path on this machine
+    assert "--nproc-per-node 8" in launched
+
+
+def test_kubernetes_says_what_is_missing(monkeypatch):
+    with pytest.raises(CptError, match="at least 1"):
+        kubernetes("img", 0, "work")
+    try:
+        import kubernetes as package  # noqa: F401
+    except ImportError:
+        with pytest.raises(CptError, match="pip install kubernetes"):
+            kubernetes("img", 8, "work")
+
+
+def test_skypilot(project, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "planted-secret")
+    try:
+        import sky  # noqa: F401
+    except ImportError:
+        with pytest.raises(CptError, match="Skypilot is not installed"):
+            skypilot("H100")
+        return
+    executor = skypilot("H100", 8, nodes=2, infra="aws", setup=["pip install nemo_cpt"])
+    assert executor.packager.check_uncommitted_changes
+    assert executor.setup.endswith(">> ~/.bashrc")
+    assert "planted-secret" not in str(executor)
+    (secrets,) = executor.file_mounts.values()
+    assert "planted-secret" in Path(secrets).read_text()
