@@ -58,8 +58,8 @@ def _split_corpus() -> dict[str, list[str]]:
     texts = {}
     for language in reporting.LANGUAGES:
         source = str(files("nemo_cpt.demo") / "corpus" / f"{language}.jsonl")
-        split(source, FOLDER / "text" / language, validation=0.1)
-        lines = (FOLDER / "text" / f"{language}_train.jsonl").read_text().splitlines()
+        split(source, FOLDER / "text" / language, validation=0.1, quiet=True)
+        lines = (FOLDER / "text" / language / "train.jsonl").read_text().splitlines()
         texts[language] = [json.loads(line)["text"] for line in lines]
     return texts
 
@@ -79,7 +79,7 @@ def _prepare() -> None:
     _say("Text to Megatron's .bin and .idx, with the base's tokenizer")
     for part in ("train", "validation"):
         for language in reporting.LANGUAGES:
-            source = FOLDER / "text" / f"{language}_{part}.jsonl"
+            source = FOLDER / "text" / language / f"{part}.jsonl"
             made = prepare(source, FOLDER / "ds" / f"{language}_{part}", FOLDER / "base_hf", quiet=True)
             console.print(f"  {language}_{part}: {made.documents} documents, {made.tokens:,} tokens ({made.encoder})")
 
@@ -169,7 +169,7 @@ def _quietly() -> Iterator[None]:
 
 
 def _metrics(run_folder: Path) -> list[dict[str, float]]:
-    path = run_folder / "metrics.jsonl"
+    path = run_folder / "metrics" / "steps.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
 

@@ -54,4 +54,4 @@ def _export(folder: Path, name: str) -> None:
     checkpoint = newest_complete_checkpoint(folder / "runs" / name / "checkpoints")
     export_hf(checkpoint, folder / f"{name}_hf", base=folder / "base_hf")
     report = verify(checkpoint, folder / f"{name}_hf")
-    (folder / f"{name}_verified.json").write_text(json.dumps({"max_logit_difference": report.max_logit_difference}))
+    (folder / f"{name}_verified.json").write_text(json.dumps({"max_logit_difference": report.logits_difference}))

@@ -10,7 +10,7 @@ import torch
 from nemo.lightning._strategy_lib import _sync_from_last_pipeline_stage
 from nemo.utils import AppState
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE = "metrics/steps.jsonl"  # in a folder: NeMo moves plain files away when a run is resumed
 
 
 class ValidationLossBySet(pl.Callback):
@@ -39,6 +39,8 @@ class ValidationLossBySet(pl.Callback):
         for name, loss in by_set.items():
             pl_module.log(f"val_loss_{name}", loss, batch_size=1)
         if by_set:
+            # NeMo's own val_loss weighs the first batch of a validation as one sequence, the others by their size.
+            pl_module.log("val_loss", torch.stack(list(by_set.values())).mean(), batch_size=1)
             values = {f"val_loss_{name}": float(loss) for name, loss in by_set.items()}
             _append_metrics(trainer, {"step": trainer.global_step, **values})
 
@@ -52,7 +54,7 @@ class ValidationLossBySet(pl.Callback):
 
 
 class MetricsFile(pl.Callback):
-    """Append one JSON line a logged step to `metrics.jsonl` in the run's folder: step, loss, lr, grad_norm, seconds.
+    """Append one JSON line a logged step to `metrics/steps.jsonl` in the run's folder: step, loss, lr, grad_norm, seconds.
 
     Unlike a logger's file it is append-only, so a resumed run continues it.
     """
@@ -82,7 +84,7 @@ class StopAtStep(pl.Callback):
 
 
 def read_metrics(run_folder: str | Path) -> list[dict[str, float]]:
-    """The lines of a run's `metrics.jsonl`; a line that a killed run left unfinished is left out."""
+    """The lines of a run's `metrics/steps.jsonl`; a line that a killed run left unfinished is left out."""
     path = Path(run_folder, METRICS_FILE)
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
@@ -92,5 +94,7 @@ def _append_metrics(trainer: pl.Trainer, values: dict[str, float]) -> None:
     if not trainer.is_global_zero:
         return
     finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-    with open(Path(AppState().log_dir, METRICS_FILE), "a") as file:
+    path = Path(AppState().log_dir, METRICS_FILE)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
         file.write(json.dumps(finite) + "\n")

@@ -84,6 +84,7 @@ def _patches() -> Iterator[Any]:
     import nemo.collections.llm.peft.utils as peft_utils
     import nemo.lightning.io.pl as checkpoint_io
     import nemo.lightning.pytorch.strategies.megatron_strategy as megatron_strategy
+    from nemo.lightning.pytorch.callbacks.progress_printer import ProgressPrinter
 
     for name, function in _cuda_functions().items():
         yield mock.patch.object(torch.cuda, name, function)
@@ -93,6 +94,8 @@ def _patches() -> Iterator[Any]:
     yield mock.patch.object(
         megatron_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state)
     )
+    # Called on rank 0 alone it gathers nothing from all ranks, which gloo counts and then waits for ever.
+    yield mock.patch.object(ProgressPrinter, "log_megatron_timers", lambda printer, timers: "")
     yield mock.patch.object(checkpoint_io, "_fix_tensors_device", lambda checkpoint: checkpoint)
     yield mock.patch.object(megatron_strategy, "_optimizer_to_device", lambda optimizer, device: None)
     if not hasattr(lora, "te"):  # NeMo's LoRA asks for Transformer Engine's classes even where it is absent
