@@ -122,6 +122,10 @@ def _save_without_checksum(value: object, file: BinaryIO) -> None:
     set_crc32_options(False)  # three times as fast, and torch.load does not look at it
     try:
         torch.save(value, file)
+    except RuntimeError as error:  # closing its archive fails too, and hides why
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
     finally:
         set_crc32_options(before)
 

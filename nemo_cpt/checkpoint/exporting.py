@@ -82,11 +82,11 @@ def export_hf(
     lora = is_lora(nemo)
     if adapter and not lora:
         raise CptError(f"{nemo} is no LoRA checkpoint (no weights/adapter_metadata.json): leave adapter=True away.")
-    base = Path(base) if base else recorded_base(nemo) if lora else None
     files = base_files(nemo, base)
+    base = Path(base) if base else recorded_base(nemo) if lora else None
     arch = read_architecture(files, ignore_fields)
     if adapter:
-        written = _export_adapter(nemo, Path(dest), arch, str(base or files), _checked(dtype or "float32"))
+        written = _export_adapter(nemo, Path(dest), arch, files, _checked(dtype or "float32"))
     else:
         model = _open_lora(nemo, arch, base) if lora else _open_model(nemo, arch)
         written = _export_model(
@@ -155,12 +155,12 @@ def _export_model(
     }
 
 
-def _export_adapter(nemo: Path, dest: Path, arch: Architecture, base_name: str, dtype: str) -> dict[str, Any]:
+def _export_adapter(nemo: Path, dest: Path, arch: Architecture, files: Path, dtype: str) -> dict[str, Any]:
     from nemo_cpt.checkpoint.lora import Adapters, write_peft_adapter
 
     adapters = Adapters(nemo, arch)
     with new_folder(dest, 64 * 2**20) as folder:
-        names = write_peft_adapter(folder, adapters, base_name, dtype)
+        names = write_peft_adapter(folder, adapters, _base_name(files), dtype)
         size = sum((folder / name).stat().st_size for name in names)
     return {
         "dtype": dtype,
@@ -170,6 +170,11 @@ def _export_adapter(nemo: Path, dest: Path, arch: Architecture, base_name: str, 
         "bytes_written": size,
         "files": tuple(names),
     }
+
+
+def _base_name(files: Path) -> str:
+    """What an adapter names as its base: the repository that config.json remembers, else the folder of the files."""
+    return str(read_json(files / "config.json").get("_name_or_path") or files.resolve())
 
 
 def _checked(dtype: str) -> str:

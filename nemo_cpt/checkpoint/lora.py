@@ -45,8 +45,8 @@ class Pair:
     scale: float
 
     def merged_into(self, weight: torch.Tensor) -> torch.Tensor:
-        """weight + scale * b @ a, computed in fp32 and returned in the weight's dtype."""
-        return (weight.float() + self.scale * (self.b.float() @ self.a.float())).to(weight.dtype)
+        """weight + scale * b @ a, in fp32."""
+        return weight.float() + self.scale * (self.b.float() @ self.a.float())
 
 
 class Adapters:

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-import small_models as models
 import pytest
+import small_models as models
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

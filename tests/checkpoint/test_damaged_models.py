@@ -1,0 +1,278 @@
+"""Bad input: a CptError that says what is wrong, nothing left that looks finished, the source untouched."""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import small_models as models
+import torch
+from safetensors.torch import load_file, save_file
+
+from nemo_cpt.checkpoint import export_hf, import_hf
+from nemo_cpt.errors import CptError
+
+
+@pytest.fixture
+def hf(tmp_path: Path) -> Path:
+    return models.make("llama31", tmp_path / "hf")
+
+
+def _digest(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}
+
+
+def _refused(action: Callable[[], object], message: str, dest: Path) -> None:
+    with pytest.raises(CptError, match=message):
+        action()
+    assert not dest.exists()
+    assert not list(dest.parent.glob(".*partial*"))
+
+
+def _refuse_import(hf: Path, message: str) -> None:
+    before = _digest(hf)
+    dest = hf.parent / "nemo"
+    _refused(lambda: import_hf(hf, dest), message, dest)
+    assert _digest(hf) == before
+
+
+def _shards(hf: Path) -> list[Path]:
+    return sorted(hf.glob("*.safetensors"))
+
+
+def _edit(hf: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    path = next(path for path in _shards(hf) if name in load_file(path))
+    every = load_file(path)
+    every[name] = change(every[name])
+    save_file(every, path, metadata={"format": "pt"})
+
+
+def _set(hf: Path, **fields: object) -> None:
+    config = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps(config | fields))
+
+
+@pytest.mark.parametrize("keep", [0, 5, 60, 0.5, -1])
+def test_truncated_shard(hf: Path, keep: float) -> None:
+    path = _shards(hf)[1]
+    size = path.stat().st_size
+    os.truncate(path, int(size * keep) if isinstance(keep, float) else keep % size)
+    _refuse_import(hf, re.escape(f"{path} is not a whole safetensors file"))
+
+
+def test_garbage_in_the_header(hf: Path) -> None:
+    data = bytearray(_shards(hf)[0].read_bytes())
+    data[8:40] = b"x" * 32
+    _shards(hf)[0].write_bytes(data)
+    _refuse_import(hf, "not a whole safetensors file")
+
+
+def test_missing_shard(hf: Path) -> None:
+    path = _shards(hf)[2]
+    path.unlink()
+    _refuse_import(hf, re.escape(f"{path} is missing though the index names it"))
+
+
+def test_index_names_a_tensor_that_no_shard_holds(hf: Path) -> None:
+    index = json.loads((hf / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.layers.9.mlp.up_proj.weight"] = _shards(hf)[0].name
+    (hf / "model.safetensors.index.json").write_text(json.dumps(index))
+    _refuse_import(hf, r"shards lack, model\.layers\.9\.mlp\.up_proj")
+
+
+def test_index_that_points_outside_the_folder(hf: Path) -> None:
+    index = json.loads((hf / "model.safetensors.index.json").read_text())
+    index["weight_map"]["lm_head.weight"] = "../elsewhere.safetensors"
+    (hf / "model.safetensors.index.json").write_text(json.dumps(index))
+    _refuse_import(hf, "no usable weight_map")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.3.self_attn.v_proj.weight"])
+def test_a_weight_that_is_no_number(hf: Path, name: str, value: float) -> None:
+    def spoil(tensor: torch.Tensor) -> torch.Tensor:
+        tensor[-1, -1] = value
+        return tensor
+
+    _edit(hf, name, spoil)
+    _refuse_import(hf, rf"{re.escape(name)} has 1 of \d+ values that are NaN or infinite")
+
+
+def test_large_weights_whose_sum_overflows_are_no_damage(tmp_path: Path) -> None:
+    hf = models.make("llama2", tmp_path / "hf")  # float16: 250 x 48 x 1000 is beyond its range
+    _edit(hf, "model.embed_tokens.weight", lambda tensor: torch.full_like(tensor, 1000.0))
+    assert import_hf(hf, tmp_path / "nemo").dtype == "float16"
+
+
+def test_config_that_does_not_match_the_shapes(hf: Path) -> None:
+    _set(hf, intermediate_size=96)
+    _refuse_import(hf, r"shape \(80, 48\), config\.json asks for \(96, 48\)")
+
+
+def test_config_with_too_many_and_too_few_layers(hf: Path) -> None:
+    _set(hf, num_hidden_layers=5)
+    _refuse_import(hf, r"model\.layers\.4\.self_attn\.q_proj\.weight is missing")
+    _set(hf, num_hidden_layers=3)
+    _refuse_import(hf, r"model\.layers\.3\.\S+ has no place")
+
+
+def test_untied_head_in_a_config_that_ties(hf: Path) -> None:
+    _set(hf, tie_word_embeddings=True)
+    _refuse_import(hf, r"lm_head\.weight has no place")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_act", "gelu"),
+        ("attention_bias", True),
+        ("mlp_bias", True),
+        ("partial_rotary_factor", 0.5),
+        ("quantization_config", {"quant_method": "gptq"}),
+        ("use_sliding_window", True),
+        ("layer_types", ["full_attention", "sliding_attention"] * 2),
+        ("final_logit_softcapping", 30.0),
+        ("embedding_multiplier", 12.0),
+    ],
+)
+def test_a_field_that_changes_the_forward_pass(hf: Path, field: str, value: object) -> None:
+    _set(hf, **{field: value})
+    _refuse_import(hf, rf"field '{field}' with value .* is refused")
+
+
+def test_an_unknown_field_can_be_allowed_by_name(hf: Path, tmp_path: Path) -> None:
+    _set(hf, made_with="someone's tool")
+    _refuse_import(hf, "field 'made_with'")
+    import_hf(hf, tmp_path / "nemo", ignore_fields=["made_with"])
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "yarn", "factor": 4.0}, {"type": "dynamic", "factor": 2.0}])
+def test_rope_scaling_that_megatron_lacks(hf: Path, rope: dict[str, object]) -> None:
+    _set(hf, rope_scaling=rope)
+    _refuse_import(hf, "rope scaling of type")
+
+
+def test_other_architectures_and_no_config(hf: Path) -> None:
+    _set(hf, model_type="gemma2")
+    _refuse_import(hf, "model_type 'gemma2' is not supported")
+    (hf / "config.json").unlink()
+    _refuse_import(hf, r"config\.json does not exist")
+
+
+def test_no_tokenizer(hf: Path) -> None:
+    (hf / "tokenizer.json").unlink()
+    _refuse_import(hf, "holds no tokenizer")
+
+
+class _Bomb:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("touch /tmp/nemo_cpt_pickle_ran",)
+
+
+def test_pickled_weights_are_not_opened(hf: Path) -> None:
+    for path in hf.glob("model*"):
+        path.unlink()
+    (hf / "pytorch_model.bin").write_bytes(pickle.dumps(_Bomb()))
+    _refuse_import(hf, "pickled weights only")
+
+
+def test_a_checkpoint_whose_metadata_would_run_code(hf: Path, tmp_path: Path) -> None:
+    import_hf(hf, tmp_path / "nemo")
+    Path("/tmp/nemo_cpt_pickle_ran").unlink(missing_ok=True)
+    (tmp_path / "nemo" / "weights" / ".metadata").write_bytes(pickle.dumps(_Bomb()))
+    out = tmp_path / "out"
+    _refused(lambda: export_hf(tmp_path / "nemo", out), r"refers to posix\.system", out)
+    assert not Path("/tmp/nemo_cpt_pickle_ran").exists()
+
+
+def test_existing_destination(hf: Path, tmp_path: Path) -> None:
+    (tmp_path / "nemo").mkdir()
+    with pytest.raises(CptError, match="exists already"):
+        import_hf(hf, tmp_path / "nemo")
+    assert not list((tmp_path / "nemo").iterdir())
+
+
+@pytest.fixture
+def imported(hf: Path, tmp_path: Path) -> Path:
+    import_hf(hf, tmp_path / "nemo")
+    return tmp_path / "nemo"
+
+
+def test_unfinished_checkpoint(imported: Path, tmp_path: Path) -> None:
+    (imported / "weights" / "metadata.json").unlink()
+    _refused(lambda: export_hf(imported, tmp_path / "out"), "no finished checkpoint", tmp_path / "out")
+
+
+@pytest.mark.parametrize("change", ["truncate", "remove"])
+def test_damaged_checkpoint(imported: Path, tmp_path: Path, change: str) -> None:
+    path = imported / "weights" / "__0_0.distcp"
+    if change == "truncate":
+        os.truncate(path, path.stat().st_size // 2)
+    else:
+        path.unlink()
+    _refused(lambda: export_hf(imported, tmp_path / "out"), "cannot be read", tmp_path / "out")
+
+
+def test_checkpoint_without_the_files_of_its_base(imported: Path, tmp_path: Path) -> None:
+    shutil.rmtree(imported / "hf")
+    shutil.rmtree(imported / "context" / "nemo_tokenizer")
+    _refused(lambda: export_hf(imported, tmp_path / "out"), "Give base=", tmp_path / "out")
+    export_hf(imported, tmp_path / "out", base=tmp_path / "hf")
+
+
+def test_checkpoint_that_diverged(imported: Path, tmp_path: Path) -> None:
+    """A NaN in the Megatron weights, as a diverged training leaves it."""
+    path = imported / "weights" / "__0_0.distcp"
+    embedding = models.tensors(tmp_path / "hf")["model.embed_tokens.weight"].view(torch.uint8).numpy().tobytes()
+    data = path.read_bytes()
+    at = data.index(embedding)
+    path.write_bytes(data[:at] + b"\xc0\x7f" + data[at + 2 :])  # bfloat16's quiet NaN
+    _refused(lambda: export_hf(imported, tmp_path / "out"), "1 of 12000 values that are NaN", tmp_path / "out")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=96m", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_without_room_is_refused_before_writing(hf: Path, small_disk: Path) -> None:
+    (small_disk / "ballast").write_bytes(bytes(60 * 2**20))
+    _refused(lambda: import_hf(hf, small_disk / "nemo"), "are needed", small_disk / "nemo")
+
+
+def test_a_disk_that_fills_half_way(tmp_path: Path, small_disk: Path) -> None:
+    """Another process takes the room after the check."""
+    hf = models.make("llama31", tmp_path / "wide", hidden_size=512, intermediate_size=2048)
+    room: list[Path] = []
+
+    def take_the_rest(done: int, total: int) -> None:
+        if not room:
+            room.append(small_disk / "other")
+            free = shutil.disk_usage(small_disk).free
+            room[0].write_bytes(bytes(free - 2 * 2**20))
+
+    dest = small_disk / "nemo"
+    _refused(lambda: import_hf(hf, dest, progress=take_the_rest), "No space left on device", dest)
+
+
+def test_exit_code_2_and_one_line_on_stderr(hf: Path, tmp_path: Path) -> None:
+    _set(hf, hidden_act="gelu")
+    command = [sys.executable, "-W", "ignore", "-m", "nemo_cpt.cli", "import", str(hf), str(tmp_path / "nemo")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("nemo-cpt: ")
+    assert "Traceback" not in done.stderr
