@@ -23,6 +23,7 @@ from torchx.specs import AppDef, AppDryRunInfo, AppState, Role
 from nemo_cpt.errors import CptError
 
 STOPPED_EARLY = 75  # EX_TEMPFAIL of sysexits.h: try again later
+SBATCH = "sbatch"
 UNDERWAY = (AppState.PENDING, AppState.RUNNING, AppState.SUBMITTED)
 
 
@@ -217,7 +218,7 @@ def _with_our_runner(argument: str) -> str:
 
 
 def _sbatch(tunnel: Tunnel, script: str, after: str, may_requeue: bool) -> str:
-    command = ["sbatch", "--parsable", "--requeue" if may_requeue else "--no-requeue"]
+    command = [SBATCH, "--parsable", "--requeue" if may_requeue else "--no-requeue"]
     command += [f"--dependency={after}"] if after else []
     try:
         return str(tunnel.run(shlex.join([*command, script])).stdout).strip().partition(";")[0]

@@ -52,8 +52,8 @@ def test_docker_has_the_tutorials_flags(project, monkeypatch):
     assert host["Binds"] == [
         f"{project}:/work:ro", f"{project}:/nemo_run/code", f"{secrets}:/run/secrets/nemo_cpt.env:ro"
     ]  # fmt: skip
-    assert "A=b c" in created["environment"]
-    assert "BASH_ENV=/run/secrets/nemo_cpt.env" in created["environment"]
+    assert created["environment"]["A"] == "b c"
+    assert created["environment"]["BASH_ENV"] == "/run/secrets/nemo_cpt.env"
     command = created["command"]
     assert command.startswith('bash -c "torchrun --rdzv-backend c10d --rdzv-endpoint localhost:0 --rdzv-id ')
     assert "--nnodes 1 --nproc-per-node 2 --node-rank 0" in command

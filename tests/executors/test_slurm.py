@@ -9,7 +9,10 @@ import zlib
 from pathlib import Path
 
 import nemo_run as run
+import pytest
 from nemo_cpt.executors import slurm
+
+from nemo_cpt import CptError
 
 
 def submit(task, executor):
@@ -91,7 +94,7 @@ def test_a_preempted_job_comes_back_and_goes_on(slurm_here, project, tmp_path):
 
     counter = tmp_path / "counter"
     experiment, job = submit(
-        run.Partial(tasks.count, path=str(counter), until=60), slurm(tasks_per_node=1, time="5", preempt_seconds=60)
+        run.Partial(tasks.count, path=str(counter), until=30), slurm(tasks_per_node=1, time="5", preempt_seconds=60)
     )
     wait_until(lambda: counter.exists() and int(counter.read_text()) > 3)
     slurm_here.run("scancel", "--signal=TERM", job)
@@ -104,4 +107,97 @@ def test_a_preempted_job_comes_back_and_goes_on(slurm_here, project, tmp_path):
     starts = [int(line.rpartition(" ")[2]) for line in log.splitlines() if line.startswith("starting at")]
     stops = [int(line.rpartition(" ")[2]) for line in log.splitlines() if line.startswith("stopped at")]
     assert starts == [0, *stops]
-    assert "counted to 60" in log
+    assert "counted to 30" in log
+
+
+def test_a_failed_task_raises_and_ends_its_chain(slurm_here, project):
+    """Two jobs, one behind the other: the first fails, the second does not repeat it."""
+    import tasks
+
+    task = run.Partial(tasks.fail, message="planted failure")
+    with pytest.raises(CptError, match=r"ended as FAILED(.|\n)*planted failure") as raised:
+        run.run(task, executor=slurm(tasks_per_node=1, time="5", chain=2), name="t")
+    path = str(raised.value).partition("last lines of ")[2].partition(":\n")[0]
+    assert Path(path).read_text().count("planted failure") <= 3  # in one traceback, once started
+    assert "an earlier job of the chain failed" in "".join(
+        log.read_text() for log in Path(path).parent.glob("sbatch_*.out")
+    )
+
+
+def test_a_chain_goes_on_where_the_first_job_stopped(slurm_here, project, tmp_path):
+    """The first of three is stopped as at its limit, the second finishes, the third ends at once."""
+    import tasks
+
+    counter = tmp_path / "counter"
+    executor = slurm(tasks_per_node=1, time="5", chain=3)
+    experiment, last = submit(run.Partial(tasks.count, path=str(counter), until=25), executor)
+    first = str(int(last) - 2)
+    assert len(slurm_here.jobs()) == 3
+    wait_until(lambda: counter.exists() and int(counter.read_text()) > 3)
+    slurm_here.run("scancel", "--signal=TERM", first)
+    assert slurm_here.wait_for(first, "FAILED", "COMPLETED") == "FAILED"  # it stopped early, which is no success
+    assert slurm_here.wait_for(last, "COMPLETED", timeout=90) == "COMPLETED"
+    log = log_of(experiment)
+    assert log.count("starting at") == 2
+    assert "counted to 25" in log
+    assert run.Experiment.from_id(experiment._id).status(return_dict=True)["t"]["status"].name == "SUCCEEDED"
+
+
+def test_cancel_ends_every_job_of_a_chain(slurm_here, project, tmp_path):
+    import tasks
+
+    task = run.Partial(tasks.count, path=str(tmp_path / "counter"), until=1000)
+    experiment, _ = submit(task, slurm(tasks_per_node=1, time="5", chain=3))
+    run.Experiment.from_id(experiment._id).cancel("t")
+    wait_until(lambda: slurm_here.jobs() == [])
+
+
+def test_a_crash_is_restarted_and_a_dependent_task_waits(slurm_here, project, tmp_path):
+    import tasks
+
+    executor = slurm(tasks_per_node=1, time="5", max_restarts=1)
+    with run.Experiment("t", executor=executor, enable_goodbye_message=False) as experiment:
+        first = experiment.add(run.Partial(tasks.crash_once, path=str(tmp_path / "mark")), name="first")
+        experiment.add(run.Partial(tasks.report, path=str(tmp_path / "seen")), name="second", dependencies=[first])
+        experiment.run(detach=True)
+    ids = [job.handle.rpartition("/")[2] for job in experiment.jobs]
+    assert "Dependency=afterok:" + ids[0] in slurm_here.run("scontrol", "show", "job", ids[1])
+    assert slurm_here.wait_for(ids[1], "COMPLETED", timeout=90) == "COMPLETED"
+    (log,) = Path(experiment._exp_dir).glob("first/log-*.out")
+    assert "second start 1" in log.read_text()
+    assert (tmp_path / "seen.0").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"partition": "nope"}, "invalid partition specified: nope"),
+        ({"gpus_per_node": 8}, "Requested node configuration is not available"),
+        ({"qos": "x", "dependency": "afterok:999999"}, "(?i)dependency"),
+    ],
+)
+def test_slurms_own_words_and_no_job_left_behind(slurm_here, project, arguments, says):
+    import tasks
+
+    before = slurm_here.jobs()
+    with pytest.raises(CptError, match=says):
+        submit(run.Partial(tasks.report, path="seen"), slurm(time="5", **arguments))
+    assert slurm_here.jobs() == before
+
+
+def test_sbatch_missing(project, monkeypatch):
+    import tasks
+
+    monkeypatch.setattr("nemo_cpt.executors.slurm_job.SBATCH", "sbatch-that-is-not-here")
+    with pytest.raises(CptError, match="submit from a login node"):
+        submit(run.Partial(tasks.report, path="seen"), slurm(tasks_per_node=1))
+
+
+def test_upstream_still_needs_an_accounting_database(slurm_here, project):
+    """The cure in SlurmJobScheduler.describe can go once this fails."""
+    assert "accounting storage is disabled" in subprocess.run(["sacct"], capture_output=True, text=True).stderr
+    import inspect
+
+    from nemo_run.run.torchx_backend.schedulers.slurm import SlurmTunnelScheduler
+
+    assert "scontrol" not in inspect.getsource(SlurmTunnelScheduler.describe)
