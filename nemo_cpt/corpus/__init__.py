@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nemo_cpt.corpus import presets as presets
     from nemo_cpt.corpus.blend import Blend as Blend
     from nemo_cpt.corpus.download import fetch as fetch
     from nemo_cpt.corpus.index import Index as Index
@@ -33,10 +34,12 @@ _HOMES = {
     "inspect": "inspection",
     "split": "splits",
 }
-__all__ = sorted(_HOMES)
+__all__ = [*sorted(_HOMES), "presets"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "presets":
+        return import_module(f"{__name__}.presets")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

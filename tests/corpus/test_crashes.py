@@ -40,6 +40,15 @@ def run(corpus: Path, prefix: Path, tokenizer: Path) -> None:
     prepare(corpus, prefix, tokenizer, fast=False, workers=2, chunk_bytes=20_000, checkpoint_seconds=0, quiet=True)
 
 
+def start_and_wait_for_a_checkpoint(corpus: Path, prefix: Path, tokenizer: Path) -> multiprocessing.process.BaseProcess:
+    process = fork.Process(target=run, args=(corpus, prefix, tokenizer))
+    process.start()
+    lengths = Path(f"{prefix}_text_document.lens.part")
+    while not (lengths.exists() and lengths.stat().st_size):
+        time.sleep(0.002)
+    return process
+
+
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory, corpus: Path, small: Path) -> tuple[str, float]:
     """The dataset of an undisturbed run, and how long it took."""
@@ -128,12 +137,7 @@ def test_a_full_disk_is_reported_and_the_next_run_resumes(
 
 
 def test_an_unfinished_job_is_not_mistaken_for_another(tmp_path: Path, corpus: Path, small: Path) -> None:
-    process = fork.Process(target=run, args=(corpus, tmp_path / "ds", small))
-    process.start()
-    while not (tmp_path / "ds_text_document.lens.part").exists() or not os.path.getsize(
-        tmp_path / "ds_text_document.lens.part"
-    ):
-        time.sleep(0.005)
+    process = start_and_wait_for_a_checkpoint(corpus, tmp_path / "ds", small)
     with pytest.raises(CptError, match="Another process is writing this output"):
         prepare(corpus, tmp_path / "ds", small, quiet=True, patience=0.1)
     process.kill()
@@ -148,9 +152,7 @@ def test_an_unfinished_job_is_not_mistaken_for_another(tmp_path: Path, corpus: P
 def test_a_torn_journal_counts_up_to_its_last_whole_record(
     tmp_path: Path, corpus: Path, small: Path, expected: tuple[str, float], torn: bytes
 ) -> None:
-    process = fork.Process(target=run, args=(corpus, tmp_path / "ds", small))
-    process.start()
-    process.join(expected[1] / 2)
+    process = start_and_wait_for_a_checkpoint(corpus, tmp_path / "ds", small)
     process.kill()
     process.join()
     with open(tmp_path / "ds_text_document.journal", "ab") as journal:

@@ -1,0 +1,128 @@
+"""Blends: their form, their arithmetic, and what Megatron makes of them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from corpus_helpers import write_reference
+
+from nemo_cpt.corpus import Blend, presets, read_index
+from nemo_cpt.errors import CptError
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory, texts: list[str], small: Path) -> dict[str, str]:
+    """Datasets `ja` (twice the documents), `en` and `val`, by the prefix that `prepare` would have been given."""
+    folder = tmp_path_factory.mktemp("sets")
+    parts = {"ja": texts[:60], "en": texts[60:90], "val": texts[90:95]}
+    for name, part in parts.items():
+        write_reference(folder / f"{name}_text_document", part, small)
+    return {name: str(folder / name) for name in parts}
+
+
+def test_paths_are_what_megatron_reads(sets: dict[str, str]) -> None:
+    from megatron.core.datasets.utils import get_blend_from_list
+
+    blend = Blend.replay(sets["ja"], sets["en"] + "_text_document", share=0.25, validation={"ja": sets["val"]})
+    blend.check()
+    prefixes, weights = get_blend_from_list([str(item) for item in blend.paths()])
+    assert prefixes == [sets["ja"] + "_text_document", sets["en"] + "_text_document"]
+    assert weights == [0.75, 0.25]
+    assert blend.validation_paths() == {"ja": sets["val"] + "_text_document"}
+
+
+def test_weights_by_tokens_and_documents(sets: dict[str, str]) -> None:
+    tokens = {name: read_index(prefix).tokens for name, prefix in sets.items()}
+    train = {sets["ja"]: 1.0, sets["en"]: 2.0}
+    by_tokens = Blend(train=train, weighting="tokens").shares()[sets["en"] + "_text_document"]
+    assert by_tokens == pytest.approx(2 * tokens["en"] / (tokens["ja"] + 2 * tokens["en"]))
+    assert list(Blend(train=train, weighting="documents").shares().values()) == pytest.approx([0.5, 0.5])
+    assert list(Blend(train=train).shares().values()) == pytest.approx([1 / 3, 2 / 3])
+
+
+def test_report_counts_epochs_and_steps(sets: dict[str, str]) -> None:
+    blend = Blend.replay(sets["ja"], sets["en"], share=0.5, validation={"ja": sets["val"]})
+    tokens = blend.tokens()
+    smallest = min(tokens.values())
+    steps = blend.steps(global_batch_size=4, seq_length=64)
+    assert steps == 2 * smallest // (4 * 64)
+    report = blend.report(4, 64)
+    assert (report.steps, report.train_tokens) == (steps, steps * 4 * 64)
+    assert max(entry["epochs"] for entry in report.sets) == pytest.approx(1, abs=0.02)
+    assert {entry["dtype"] for entry in report.sets} == {"uint16"}
+    assert report.warnings == []
+    many = blend.report(4, 64, steps=5 * steps)
+    assert [warning for warning in many.warnings if "times; beyond 4 epochs" in warning]
+    with pytest.raises(CptError, match="less than one step of 4096 x 8192"):
+        blend.steps(4096, 8192)
+
+
+@pytest.mark.parametrize(
+    ("blend", "message"),
+    [
+        (
+            Blend(train="{train:[1.0,ds/ja],validation:[ds/val]}"),
+            r"a dictionary written as a string.*Blend\(train=\{'ds/ja'",
+        ),  # type: ignore[arg-type]
+        (Blend(train="ds/ja"), "train is a string, 'ds/ja'"),  # type: ignore[arg-type]
+        (Blend(train=["ds/ja"]), r"train is a list, "),  # type: ignore[arg-type]
+        (Blend(train={}), "no training data"),
+        (Blend(train={"ds/ja": 0}), "weight of 'ds/ja' in the blend is 0; it must be a positive"),
+        (Blend(train={"ds/ja": float("nan")}), "is nan"),
+        (Blend(train={"ds/ja": "0.5"}), "is '0.5'"),  # type: ignore[dict-item]
+        (Blend(train={"ds/ja": True}), "is True"),
+        (Blend(train={"ds/ja": 1.0}, weighting="size"), "weighting is 'size'"),
+        (Blend(train={"ds/ja": 1.0, "ds/ja_text_document": 1.0}), "names one dataset twice"),
+        (Blend(train={"ds/ja": 1.0}, validation={"ja": 0.5}), "validation maps 'ja' to 0.5"),  # type: ignore[dict-item]
+        (Blend(train={"ds/ja": 1.0}), "There is no ds/ja_text_document.idx"),
+    ],
+)
+def test_slips_are_explained(blend: Blend, message: str) -> None:
+    with pytest.raises(CptError, match=message):
+        blend.check()
+
+
+def test_a_missing_bin_is_named(sets: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "x_text_document.idx").write_bytes(Path(sets["ja"] + "_text_document.idx").read_bytes())
+    with pytest.raises(CptError, match=r"no .*x_text_document\.bin"):
+        Blend(train={str(tmp_path / "x"): 1.0}).check()
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.1, 25])
+def test_a_replay_share_lies_between_0_and_1(share: float) -> None:
+    with pytest.raises(CptError, match=f"share is {share}"):
+        Blend.replay("ja", "en", share=share)
+
+
+def test_presets_name_their_source(sets: dict[str, str]) -> None:
+    v1 = presets.swallow_v0_1("ja", "en", "code", parallel="ja-en")
+    assert v1.shares()["ja_text_document"] == pytest.approx(0.54, abs=0.001)
+    assert sum(v1.shares().values()) == pytest.approx(1)
+    assert presets.swallow_v0_2("ja", "en", "code").shares()["ja_text_document"] == pytest.approx(0.689, abs=0.001)
+    assert presets.ibrahim_weak("ja", "en").shares()["en_text_document"] == pytest.approx(0.05)
+    assert presets.ibrahim_strong("ja", "en").shares()["en_text_document"] == pytest.approx(0.25)
+    assert all("Swallow" in blend.note for blend in (v1, presets.swallow_v0_2("a", "b", "c")))
+    alone = presets.japanese_wikipedia_alone(sets["ja"], validation={"ja": sets["val"]})
+    assert [warning for warning in alone.report(1, 64).warnings if "forget English" in warning]
+
+
+def test_a_blend_stands_in_a_config() -> None:
+    import nemo_run as run
+    from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
+
+    config = run.Config(Blend, train={"ds/ja": 0.75, "ds/en": 0.25}, validation={"ja": "ds/val"})
+    serializer = ZlibJSONSerializer()
+    from fiddle import build
+
+    again = build(serializer.deserialize(serializer.serialize(config)))
+    assert again == Blend(train={"ds/ja": 0.75, "ds/en": 0.25}, validation={"ja": "ds/val"})
+
+
+def test_importing_is_light() -> None:
+    code = (
+        "import sys; from nemo_cpt.corpus import Blend, prepare, split, fetch, inspect, presets; b = Blend({'a': 1.0})"
+    )
+    heavy = "torch numpy transformers tokenizers nemo megatron pyarrow datasets"
+    check = f"{code}; print([m for m in {heavy.split()} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", check], capture_output=True, text=True).stdout.strip() == "[]"

@@ -1,0 +1,72 @@
+"""The commands prepare, inspect, split and fetch, run as a user runs them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from nemo_cpt.corpus.catalogue import CORPORA
+
+
+def nemo_cpt(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "nemo_cpt.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_split_prepare_and_inspect(tmp_path: Path, jsonl: Path, small: Path, texts: list[str]) -> None:
+    held_out = nemo_cpt("split", jsonl, "-o", tmp_path / "sets", "--validation", "0.1", "--json")
+    documents = json.loads(held_out.stdout)["documents"]
+    assert sum(documents.values()) == len(texts)
+
+    arguments = ("prepare", tmp_path / "sets" / "train.jsonl", "-o", tmp_path / "ds", "-t", small)
+    first = nemo_cpt(*arguments)
+    assert (first.returncode, "(written)" in first.stdout) == (0, True)
+    again = json.loads(nemo_cpt(*arguments, "--json").stdout)
+    assert (again["status"], again["documents"]) == ("unchanged", documents["train"])
+
+    shown = nemo_cpt("inspect", tmp_path / "ds", "-t", small)
+    assert f"{documents['train']:,}" in shown.stdout
+    assert "█" in shown.stdout
+    as_json = json.loads(nemo_cpt("inspect", tmp_path / "ds", "--json").stdout)
+    assert as_json["tokens"] == again["tokens"]
+
+
+def test_errors_end_with_code_2_and_no_traceback(tmp_path: Path, small: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{bad\n')
+    result = nemo_cpt("prepare", tmp_path / "bad.jsonl", "-o", tmp_path / "ds", "-t", small)
+    assert result.returncode == 2
+    assert "bad.jsonl, line 2, byte offset 15: not JSON" in result.stderr
+    assert "Traceback" not in result.stderr
+    skipped = nemo_cpt(
+        "prepare", tmp_path / "bad.jsonl", "-o", tmp_path / "ds", "-t", small, "--on-error", "skip", "--json"
+    )
+    assert json.loads(skipped.stdout)["skipped"] == {"not_json": 1}
+
+
+def test_fetch_lists_what_it_knows() -> None:
+    assert json.loads(nemo_cpt("fetch", "--json").stdout).keys() == CORPORA.keys()
+    unknown = nemo_cpt("fetch", "nix")
+    assert (unknown.returncode, "no corpus 'nix'" in unknown.stderr) == (2, True)
+
+
+def test_help_and_preparing_import_neither_torch_nor_nemo(tmp_path: Path, jsonl: Path, small: Path) -> None:
+    code = (
+        "import sys; from nemo_cpt.corpus import prepare; "
+        f"prepare({str(jsonl)!r}, {str(tmp_path / 'ds')!r}, {str(small)!r}, quiet=True); "
+        "print([m for m in ('torch', 'nemo', 'megatron', 'transformers', 'datasets') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+def test_progress_is_plain_lines_where_there_is_no_terminal(tmp_path: Path, jsonl: Path, small: Path) -> None:
+    code = (
+        "from nemo_cpt.corpus.progress import ProgressBar\n"
+        "with ProgressBar('ds', 10_000_000, interval=0) as bar:\n"
+        "    bar.update(0)\n    bar.update(5_000_000, 100, 2_000_000)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == ""
+    assert "ds: 50 % of 10 MB" in done.stderr.splitlines()[-1]
+    assert "documents/s" in done.stderr
+    assert "\x1b" not in done.stderr

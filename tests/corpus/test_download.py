@@ -1,0 +1,160 @@
+"""Downloads from a real server on this machine: resumed, verified, refused."""
+
+import ssl
+import subprocess
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from nemo_cpt.corpus import fetch
+from nemo_cpt.corpus.catalogue import CORPORA
+from nemo_cpt.corpus.download import CHECKSUMS
+from nemo_cpt.errors import CptError
+
+CONTENT = bytes(range(256)) * 20_000
+
+
+class Server(ThreadingHTTPServer):
+    """Serves CONTENT with ranges; can break off, forget ranges, change the file, or fail."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.content, self.etag = CONTENT, '"one"'
+        self.break_after: list[int] = []  # bytes after which the next answers break off
+        self.ranges, self.status, self.kind = True, 200, "application/gzip"
+        self.asked: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/data/corpus.jsonl.gz?ref_type=heads"
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.0"
+    server: Server
+
+    def do_GET(self) -> None:
+        server = self.server
+        server.asked.append(self.headers.get("Range", "all"))
+        if server.status != 200:
+            return self.send_error(server.status)
+        asked = self.headers.get("Range") if server.ranges and self.headers.get("If-Range") == server.etag else None
+        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
+        if start >= len(server.content):
+            return self.send_error(416)
+        body = server.content[start:]
+        self.send_response(206 if asked else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Type", server.kind)
+        self.send_header("ETag", server.etag)
+        self.end_headers()
+        self.wfile.write(body[: server.break_after.pop(0)] if server.break_after else body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield running
+        running.shutdown()
+
+
+def get(server: Server, folder: Path) -> tuple[str, Path]:
+    [fetched] = fetch(server.url, folder, quiet=True, patience=0.01)
+    path = Path(fetched.path)
+    assert path.read_bytes() == server.content
+    assert (path.name, fetched.size) == ("corpus.jsonl.gz", len(server.content))
+    assert sorted(p.name for p in folder.iterdir()) == [CHECKSUMS, "corpus.jsonl.gz"]
+    return fetched.status, path
+
+
+def test_a_file_is_fetched_once_and_its_checksum_kept(tmp_path: Path, server: Server) -> None:
+    status, path = get(server, tmp_path)
+    assert status == "fetched"
+    assert subprocess.run(["sha256sum", "-c", CHECKSUMS], cwd=tmp_path, capture_output=True).returncode == 0
+    assert get(server, tmp_path)[0] == "unchanged"
+    assert server.asked == ["all"]
+    path.write_bytes(b"damaged")
+    with pytest.raises(CptError, match="not what SHA256SUMS says"):
+        get(server, tmp_path)
+
+
+def test_broken_connections_are_continued(tmp_path: Path, server: Server) -> None:
+    server.break_after = [1_000_000, 50_000, 0]
+    assert get(server, tmp_path)[0] == "resumed"
+    assert server.asked == ["all", "bytes=1000000-", "bytes=1050000-", "bytes=1050000-"]
+
+
+def test_a_later_run_continues(tmp_path: Path, server: Server) -> None:
+    server.break_after = [300_000, 0, 0, 0, 0]
+    with pytest.raises(CptError, match="the same command continues it"):
+        fetch(server.url, tmp_path, quiet=True, patience=0.01)
+    assert (tmp_path / "corpus.jsonl.gz.part").stat().st_size == 300_000
+    assert get(server, tmp_path)[0] == "resumed"
+    assert server.asked[-1] == "bytes=300000-"
+
+
+@pytest.mark.parametrize("change", ["etag", "no ranges"])
+def test_a_part_of_another_file_is_not_continued(tmp_path: Path, server: Server, change: str) -> None:
+    server.break_after = [300_000, 0, 0, 0, 0]
+    with pytest.raises(CptError):
+        fetch(server.url, tmp_path, quiet=True, patience=0.01)
+    if change == "etag":
+        server.etag, server.content = '"two"', CONTENT[::-1]
+    else:
+        server.ranges = False
+    assert get(server, tmp_path)[0] == "fetched"
+
+
+def test_refusals(tmp_path: Path, server: Server) -> None:
+    server.status = 404
+    with pytest.raises(CptError, match="answers 404"):
+        fetch(server.url, tmp_path, quiet=True)
+    server.status = 503
+    with pytest.raises(CptError, match="503"):
+        fetch(server.url, tmp_path, quiet=True, patience=0.01)
+    assert len(server.asked) == 1 + 5
+    server.status, server.kind = 200, "text/html; charset=utf-8"
+    with pytest.raises(CptError, match="a web page, not with data"):
+        fetch(server.url, tmp_path, quiet=True)
+    assert not list(tmp_path.glob("corpus*"))
+
+
+def test_certificates_are_verified(tmp_path: Path, server: Server) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subject = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    files = ["-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", *files, *subject], check=True, capture_output=True
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    secure = server.url.replace("http:", "https:")
+    with pytest.raises(CptError, match=r"certificate of 127.0.0.1 cannot be verified"):
+        fetch(secure, tmp_path / "out", quiet=True)
+    assert server.asked == []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+        [fetched] = fetch(secure, tmp_path / "out", quiet=True)
+    assert Path(fetched.path).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("corpus", "message"), [("nix", "no corpus 'nix'.*llm-jp/ja_wiki"), ("http://example.com/a", "Use https")]
+)
+def test_unknown_corpora(tmp_path: Path, corpus: str, message: str) -> None:
+    with pytest.raises(CptError, match=message):
+        fetch(corpus, tmp_path)
+
+
+def test_the_catalogue_has_the_files_of_the_japanese_wikipedia() -> None:
+    urls = CORPORA["llm-jp/ja_wiki"].urls
+    assert len(urls) == len(set(urls)) == 15
+    assert all(url.startswith("https://") for url in urls)

@@ -1,0 +1,133 @@
+"""Held-out sets: stable under more data, free of duplicates where asked."""
+
+import json
+import random
+from pathlib import Path
+
+import orjson
+import pytest
+from corpus_helpers import write_jsonl
+
+from nemo_cpt.corpus import split
+from nemo_cpt.corpus.duplicates import fingerprint, sketch
+from nemo_cpt.errors import CptError
+
+
+@pytest.fixture(scope="module")
+def documents(texts: list[str]) -> list[str]:
+    """2,000 documents, no two alike."""
+    noise = random.Random(5)
+    return ["".join(chr(noise.randrange(0x4E00, 0x9FA0)) for _ in range(120)) for _ in range(2000)]
+
+
+def read(path: str) -> list[str]:
+    return [json.loads(line)["text"] for line in Path(path).read_text("utf-8").splitlines()]
+
+
+def test_more_data_moves_no_document(tmp_path: Path, documents: list[str]) -> None:
+    few = split(
+        write_jsonl(tmp_path / "few.jsonl", documents[:1000]), tmp_path / "few", validation=0.05, test=0.03, quiet=True
+    )
+    shuffled = random.Random(1).sample(documents, len(documents))
+    many = split(
+        write_jsonl(tmp_path / "many.jsonl", shuffled), tmp_path / "many", validation=0.05, test=0.03, quiet=True
+    )
+    for name in ("train", "validation", "test"):
+        assert set(read(few.files[name])) <= set(read(many.files[name]))
+    everything = [text for name in many.files for text in read(many.files[name])]
+    assert sorted(everything) == sorted(documents)
+    assert 60 <= many.documents["validation"] <= 140  # 100 expected, 4 standard deviations
+    assert 31 <= many.documents["test"] <= 89
+
+
+def test_lines_keep_their_other_fields(tmp_path: Path, documents: list[str]) -> None:
+    source = write_jsonl(tmp_path / "all.jsonl", documents[:200])
+    report = split(source, tmp_path / "out", validation=0.1, quiet=True)
+    lines = [line for path in report.files.values() for line in Path(path).read_bytes().splitlines()]
+    assert sorted(lines) == sorted(source.read_bytes().splitlines())
+
+
+def test_near_duplicates_are_counted_and_dropped(tmp_path: Path, documents: list[str]) -> None:
+    source = write_jsonl(tmp_path / "all.jsonl", documents)
+    held = read(split(source, tmp_path / "first", validation=0.05, quiet=True).files["validation"])
+    kin = [text[:-4] + "後日追記" for text in held]
+    extended = write_jsonl(tmp_path / "extended.jsonl", documents + kin)
+    kept = split(extended, tmp_path / "kept", validation=0.05, quiet=True)
+    in_training = sum(text in set(read(kept.files["train"])) for text in kin)
+    assert in_training * 0.95 <= kept.near <= in_training  # MinHash estimates
+    assert (kept.exact, kept.dropped) == (0, 0)
+    assert f"{kept.near} of the training documents kept are duplicates" in kept.warnings[0]
+    dropped = split(extended, tmp_path / "dropped", validation=0.05, drop="near", quiet=True)
+    assert dropped.dropped == kept.near == dropped.near
+    assert dropped.documents["train"] == kept.documents["train"] - kept.near
+    assert dropped.warnings == []
+
+
+def test_equal_documents_stay_together(tmp_path: Path, documents: list[str]) -> None:
+    variants = [text + tail for text in documents[:300] for tail in ("", " \n", "\u3000")]
+    report = split(write_jsonl(tmp_path / "all.jsonl", variants), tmp_path / "out", validation=0.1, quiet=True)
+    assert report.exact == 0
+    assert report.repeated == 2 * report.documents["validation"]
+    assert fingerprint("ＡＢＣ  d\n") == fingerprint("abcD") != fingerprint("abce")
+
+
+def test_given_validation_sets(tmp_path: Path, documents: list[str]) -> None:
+    train = write_jsonl(tmp_path / "train.jsonl", documents[:500])
+    held = write_jsonl(tmp_path / "held.jsonl", documents[490:520])
+    report = split([train, held], tmp_path / "out", validation=held, drop="exact", quiet=True)
+    assert (report.exact, report.near, report.dropped) == (10, 0, 10)
+    assert read(report.files["train"]) == documents[:490]
+    assert list(report.files) == ["train"]
+
+
+def test_a_finished_split_is_not_repeated(tmp_path: Path, documents: list[str]) -> None:
+    source = write_jsonl(tmp_path / "all.jsonl", documents[:300])
+    first = split(source, tmp_path / "out", validation=0.1, quiet=True)
+    again = split(source, tmp_path / "out", validation=0.1, quiet=True)
+    assert (again.status, again.documents, again.files) == ("unchanged", first.documents, first.files)
+    with pytest.raises(CptError, match="holds another split"):
+        split(source, tmp_path / "out", validation=0.2, quiet=True)
+    write_jsonl(source, documents[:301])
+    with pytest.raises(CptError, match="holds another split"):
+        split(source, tmp_path / "out", validation=0.1, quiet=True)
+    assert split(source, tmp_path / "out", validation=0.1, overwrite=True, quiet=True).status == "written"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "split.json",
+        "train.jsonl",
+        "validation.jsonl",
+    ]
+
+
+def test_bad_lines(tmp_path: Path, documents: list[str]) -> None:
+    source = write_jsonl(tmp_path / "all.jsonl", documents[:300])
+    with source.open("a") as file:
+        file.write('{"txt": 1}\n')
+    with pytest.raises(CptError, match=r"all.jsonl, line 301, .*no key 'text'"):
+        split(source, tmp_path / "out", validation=0.1, quiet=True)
+    assert list((tmp_path / "out").iterdir()) == []
+    report = split(source, tmp_path / "out", validation=0.1, on_error="skip", quiet=True)
+    assert report.skipped == {"missing_key": 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"validation": 1.5}, "shares lie between 0 and 1"),
+        ({"validation": 0.6, "test": 0.4}, "together below 1"),
+        ({"validation": 0}, "Nothing is held out"),
+        ({"similarity": 0}, "similarity is 0"),
+        ({"drop": "all"}, "drop is 'all'"),
+        ({"validation": 1e-9}, "validation set is empty"),
+    ],
+)
+def test_bad_options(tmp_path: Path, documents: list[str], options: dict, message: str) -> None:
+    with pytest.raises(CptError, match=message):
+        split(write_jsonl(tmp_path / "all.jsonl", documents[:50]), tmp_path / "out", quiet=True, **options)
+
+
+def test_minhash_estimates_jaccard(documents: list[str]) -> None:
+    one, other = documents[0], documents[0][:80] + documents[1][:40]
+    grams = [{text[i : i + 5] for i in range(len(text) - 4)} for text in (one, other)]
+    exact = len(grams[0] & grams[1]) / len(grams[0] | grams[1])
+    assert sketch(one).jaccard(sketch(other)) == pytest.approx(exact, abs=0.15)
+    assert orjson.dumps(sketch(one).digest()) == orjson.dumps(sketch(one + " ").digest())
