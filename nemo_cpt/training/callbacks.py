@@ -63,7 +63,9 @@ class MetricsFile(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Write the step's metrics if the trainer logs this step."""
-        pl_module.log("steps", float(trainer.global_step), batch_size=1)  # for checkpoints' names; NeMo's `step` is one less
+        pl_module.log(
+            "steps", float(trainer.global_step), batch_size=1
+        )  # for checkpoints' names; NeMo's `step` is one less
         if trainer.global_step % trainer.log_every_n_steps:
             return
         logged = trainer.callback_metrics

@@ -13,6 +13,8 @@ from unittest import mock
 
 import fiddle as fdl
 import torch
+from megatron.core import parallel_state
+from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 from nemo import lightning as nl
 from nemo.collections.llm.gpt.model.base import local_layer_spec
 from torch.overrides import TorchFunctionMode
@@ -100,9 +102,7 @@ def _patches() -> Iterator[Any]:
     yield mock.patch.object(megatron_strategy, "_optimizer_to_device", lambda optimizer, device: None)
     if not hasattr(lora, "te"):  # NeMo's LoRA asks for Transformer Engine's classes even where it is absent
         absent = type("Absent", (), {})
-        yield mock.patch.object(
-            lora, "te", types.SimpleNamespace(Linear=absent, LayerNormLinear=absent), create=True
-        )
+        yield mock.patch.object(lora, "te", types.SimpleNamespace(Linear=absent, LayerNormLinear=absent), create=True)
     yield mock.patch.object(peft_utils, "HAVE_TE", False)
 
 
@@ -139,11 +139,20 @@ class CpuStrategy(nl.MegatronStrategy):
         super().setup_environment()
 
     def teardown(self) -> None:
-        """Leave the CPU stack, also after an error."""
+        """Close the process groups and leave the CPU stack, also after an error: another run may follow."""
         try:
             super().teardown()
+            _close_process_groups()
         finally:
             self._cpu_stack.close()
+
+
+def _close_process_groups() -> None:
+    if not torch.distributed.is_initialized():
+        return
+    parallel_state.destroy_model_parallel()
+    unset_num_microbatches_calculator()
+    torch.distributed.destroy_process_group()
 
 
 def on_cpu(recipe: Any, processes: int = 1) -> Any:

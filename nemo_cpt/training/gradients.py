@@ -25,14 +25,17 @@ class EveryTrainableParameterHasGradient(pl.Callback):
     def __init__(self) -> None:
         self._waiting: dict[str, torch.nn.Parameter] = {}
         self._hooks: list[Any] = []
+        self._done = False
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Watch every trainable parameter of this rank's part of the model."""
-        self.watch(getattr(trainer.strategy, "megatron_parallel", None) or pl_module)
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        """Watch every trainable parameter of this rank's part of the model: NeMo has added the adapters by now."""
+        if not self._done:
+            self.watch(getattr(trainer.strategy, "megatron_parallel", None) or pl_module)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Check once, after the first step, which parameters are still waiting."""
-        if self._hooks:
+        if not self._done:
+            self._done = True
             self.check()
 
     def watch(self, model: torch.nn.Module) -> None:

@@ -19,6 +19,7 @@ from nemo_cpt.errors import CptError
 STATES = ("exp_avg", "exp_avg_sq", "master_param")
 SLAB_BYTES = 2**30
 ALIGNMENT = 512
+_KEPT: list["PinnedMemory"] = []
 
 
 class HostStateOptimizer(nl.MegatronOptimizerModule):
@@ -43,9 +44,15 @@ class HostStateOptimizer(nl.MegatronOptimizerModule):
     def optimizers(self, model: Any) -> list[torch.optim.Optimizer]:
         """Set up the optimizer as NeMo does; its states will be allocated in host memory when they first appear."""
         optimizers = super().optimizers(model)
-        for adam in _inner_optimizers(optimizers[0].mcore_optimizer):
+        self._adams = _inner_optimizers(optimizers[0].mcore_optimizer)
+        for adam in self._adams:
             keep_states_on_host(adam, self.host_states)
         return optimizers
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Drop the states: Lightning's teardown would copy them to the host, where they are, a second time."""
+        for adam in self._adams:
+            adam.state.clear()
 
 
 def _check(config: OptimizerConfig, host_states: tuple[str, ...]) -> None:
@@ -70,6 +77,7 @@ def _inner_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
 def keep_states_on_host(adam: Any, names: Iterable[str]) -> None:
     """Let a Transformer Engine FusedAdam without states yet allocate the named ones in pinned host memory."""
     memory = PinnedMemory()
+    _KEPT.append(memory)
     adam._initialize_state = functools.partial(_initialize, adam, adam._initialize_state, frozenset(names), memory)
 
 
@@ -96,11 +104,12 @@ def _initialize(
 class PinnedMemory:
     """Tensors in pinned host memory that the GPU addresses as its own (CUDA's unified virtual addresses).
 
-    Memory is taken in slabs of 1 GiB, because PyTorch rounds each pinned allocation up to a power of two.
+    Memory is taken in slabs of 1 GiB, because PyTorch rounds each pinned allocation up to a power of two. It is kept
+    until the process ends: freed but still registered, its addresses would break the copies to whatever comes there.
     """
 
     def __init__(self) -> None:
-        self._slab = torch.empty(0, dtype=torch.uint8)
+        self._slabs = [torch.empty(0, dtype=torch.uint8)]
         self._used = 0
 
     def zeros(self, shape: Iterable[int], dtype: torch.dtype) -> torch.Tensor:
@@ -117,16 +126,18 @@ class PinnedMemory:
 
     def _take(self, size: int) -> torch.Tensor:
         if size > SLAB_BYTES // 4:
-            return _pinned(size)
-        if self._used + size > self._slab.numel():
-            self._slab, self._used = _pinned(SLAB_BYTES), 0
+            self._slabs.insert(0, _pinned(size))
+            return self._slabs[0]
+        if self._used + size > self._slabs[-1].numel():
+            self._slabs.append(_pinned(SLAB_BYTES))
+            self._used = 0
         start = self._used
         self._used += -(-size // ALIGNMENT) * ALIGNMENT
-        return self._slab[start : start + size]
+        return self._slabs[-1][start : start + size]
 
 
 def _pinned(size: int) -> torch.Tensor:
-    """Page-locked bytes, exactly `size` of them, also for the GPU's own accesses; released with the process."""
+    """Page-locked bytes, exactly `size` of them, also for the GPU's own accesses."""
     host = torch.empty(size, dtype=torch.uint8)
     code = torch.cuda.cudart().cudaHostRegister(host.data_ptr(), size, 0)
     if int(code) != 0:

@@ -1,0 +1,49 @@
+"""A tokenized corpus and a small base model, made once for the session from the demo's own parts."""
+
+import json
+import random
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `base_hf`, `base` (NeMo) and `ds/{ja,en}_{train,validation}`; the base has random weights of its own."""
+    import torch
+
+    from nemo_cpt.checkpoint import import_hf
+    from nemo_cpt.corpus import prepare
+    from nemo_cpt.demo import base
+
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("world")
+    texts = {language: _texts(language) for language in ("ja", "en")}
+    tokenizer = base.train_tokenizer(texts["ja"] + texts["en"], vocab_size=512)
+    base.pretrain(texts["en"], tokenizer, folder / "base_hf", steps=40, progress=lambda step, loss: None, lr=5e-3)
+    import_hf(folder / "base_hf", folder / "base")
+    for language, documents in texts.items():
+        for part, chosen in (("train", documents[8:]), ("validation", documents[:8])):
+            lines = folder / f"{language}_{part}.jsonl"
+            lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in chosen))
+            prepare(lines, folder / "ds" / f"{language}_{part}", folder / "base_hf", workers=1, quiet=True)
+    return folder
+
+
+def _texts(language: str) -> list[str]:
+    lines = (files("nemo_cpt.demo") / "corpus" / f"{language}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["text"] for line in random.Random(0).sample(lines, 40)]
+
+
+@pytest.fixture(scope="session")
+def blend(world: Path) -> Any:
+    from nemo_cpt.corpus import Blend
+
+    return Blend.replay(
+        str(world / "ds/ja_train"),
+        str(world / "ds/en_train"),
+        share=0.25,
+        validation={language: str(world / f"ds/{language}_validation") for language in ("ja", "en")},
+    )

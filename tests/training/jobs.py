@@ -1,0 +1,57 @@
+"""Training jobs for the tests: forked from this process, so that NeMo is imported once, yet each a process of its own."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+FORK = multiprocessing.get_context("fork")
+
+
+def launch(job: Callable[[], Any], processes: int = 1, log: Path | None = None) -> list[Any]:
+    """Start `job` in forked processes that find each other as torchrun's do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [FORK.Process(target=_enter, args=(job, rank, processes, port, log)) for rank in range(processes)]
+    for process in started:
+        process.start()
+    return started
+
+
+def run(job: Callable[[], Any], processes: int = 1, log: Path | None = None, timeout: float = 240) -> int:
+    """Run `job` to its end and return the first exit code that is not 0."""
+    started = launch(job, processes, log)
+    end = time.monotonic() + timeout
+    for process in started:
+        process.join(max(end - time.monotonic(), 0))
+    late = [process for process in started if process.is_alive()]
+    for process in late:
+        process.kill()
+    assert not late, f"the job took more than {timeout} s: {log and log.read_text()[-3000:]}"
+    return next((code for process in started if (code := process.exitcode)), 0)
+
+
+def kill(started: list[Any]) -> None:
+    """SIGKILL every process of a job."""
+    for process in started:
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+
+
+def _enter(job: Callable[[], Any], rank: int, processes: int, port: int, log: Path | None) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if processes > 1:
+        os.environ.update(
+            TORCHELASTIC_RUN_ID="test", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
+            LOCAL_WORLD_SIZE=str(processes), GROUP_RANK="0", ROLE_RANK=str(rank),
+        )  # fmt: skip
+    if log:
+        output = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+    job()

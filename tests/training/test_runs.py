@@ -1,0 +1,109 @@
+"""Whole runs on the CPU through llm.pretrain: parallel layouts, resumption, kills."""
+
+import functools
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import nemo_run as run
+import pytest
+
+from nemo_cpt.recipes import tiny
+from nemo_cpt.training.callbacks import StopAtStep, read_metrics
+from nemo_cpt.training.resume import is_complete, newest_complete_checkpoint
+from tests.training import jobs
+
+STEPS = 6
+
+
+def train(world: Path, blend: Any, name: str, stop_at: int | None = None, **changes: Any) -> None:
+    settings = {"seq_length": 64, "global_batch_size": 8, "max_steps": STEPS, "val_check_interval": 2} | changes
+    recipe = tiny.continual_pretrain(str(world / "base"), blend, name=name, directory=str(world / "runs"), **settings)
+    if stop_at:
+        recipe.trainer.callbacks.append(run.Config(StopAtStep, step=stop_at))
+    run.run(recipe, direct=True)
+
+
+def start(world: Path, blend: Any, name: str, processes: int = 1, **changes: Any) -> int:
+    job = functools.partial(train, world, blend, name, processes=processes, **changes)
+    return jobs.run(job, processes, log=world / f"{name}.log")
+
+
+def metrics(world: Path, name: str, key: str = "reduced_train_loss") -> dict[int, float]:
+    return {line["step"]: line[key] for line in read_metrics(world / "runs" / name) if key in line}
+
+
+@pytest.fixture(scope="module")
+def reference(world: Path, blend: Any) -> str:
+    """One uninterrupted run in one process."""
+    assert start(world, blend, "reference") == 0, (world / "reference.log").read_text()[-3000:]
+    return "reference"
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("data_parallel", {}),
+        ("tensor_parallel", {"tensor_model_parallel_size": 2}),
+        ("pipeline_parallel", {"pipeline_model_parallel_size": 2}),
+    ],
+)
+def test_two_processes_reproduce_one(world: Path, blend: Any, reference: str, name: str, layout: dict) -> None:
+    assert start(world, blend, name, processes=2, **layout) == 0, (world / f"{name}.log").read_text()[-3000:]
+    one, two = metrics(world, reference), metrics(world, name)
+    assert list(two) == list(range(1, STEPS + 1))
+    for step in range(1, STEPS):
+        assert two[step] == pytest.approx(one[step], abs=1e-4)
+    assert metrics(world, name, "val_loss_en")[STEPS] == pytest.approx(
+        metrics(world, reference, "val_loss_en")[STEPS], abs=1e-4
+    )
+
+
+def test_clipping_is_in_effect(world: Path, blend: Any, reference: str) -> None:
+    norms = metrics(world, reference, "grad_norm")
+    assert max(norms.values()) > 1.0  # so clip_grad=1.0 had something to do
+
+
+def test_three_resumptions_equal_an_uninterrupted_run(world: Path, blend: Any, reference: str) -> None:
+    for stop_at in (1, 3, 4, None):
+        assert start(world, blend, "resumed", stop_at=stop_at) == 0, (world / "resumed.log").read_text()[-3000:]
+    assert metrics(world, "resumed") == metrics(world, reference)
+    assert metrics(world, "resumed", "lr") == metrics(world, reference, "lr")  # the old schedule goes on
+
+
+def test_a_new_run_from_a_training_checkpoint_starts_a_fresh_schedule(world: Path, blend: Any, reference: str) -> None:
+    checkpoint = newest_complete_checkpoint(world / "runs" / reference / "checkpoints")
+    assert checkpoint is not None
+    job = functools.partial(continue_from, world, blend, checkpoint)
+    assert jobs.run(job, log=world / "fresh.log") == 0, (world / "fresh.log").read_text()[-3000:]
+    assert metrics(world, "fresh", "lr") == metrics(world, reference, "lr")
+    trained = metrics(world, reference, "val_loss_ja")[STEPS]
+    assert metrics(world, "fresh", "val_loss_ja")[0] == pytest.approx(trained, abs=1e-5)
+
+
+def continue_from(world: Path, blend: Any, checkpoint: Path) -> None:
+    recipe = tiny.continual_pretrain(
+        str(checkpoint), blend, tokenizer=str(world / "base/hf"), name="fresh", directory=str(world / "runs"),
+        seq_length=64, global_batch_size=8, max_steps=STEPS, val_check_interval=2,
+    )  # fmt: skip
+    run.run(recipe, direct=True)
+
+
+def test_a_killed_run_comes_back(world: Path, blend: Any, reference: str) -> None:
+    chance = random.Random(7)
+    for _ in range(3):
+        started = jobs.launch(functools.partial(train, world, blend, "killed"), log=world / "killed.log")
+        time.sleep(chance.uniform(2.0, 8.0))
+        jobs.kill(started)
+    assert start(world, blend, "killed") == 0, (world / "killed.log").read_text()[-3000:]
+    assert metrics(world, "killed") == metrics(world, reference)
+
+
+def test_an_unfinished_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    for name in ("steps=2", "steps=4"):
+        (tmp_path / name / "weights").mkdir(parents=True)
+        (tmp_path / name / "weights" / "metadata.json").write_text("{}")
+    (tmp_path / "steps=4-unfinished").touch()
+    assert not is_complete(tmp_path / "steps=4")
+    assert newest_complete_checkpoint(tmp_path) == tmp_path / "steps=2"
