@@ -12,6 +12,7 @@ import nemo_run as run
 from nemo_cpt.errors import CptError
 
 LARGEST_MIB = 50
+MOST_FILES = 1000
 
 
 @dataclass(kw_only=True)
@@ -71,6 +72,11 @@ def _python_files(folder: Path) -> list[Path]:
     for here, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name[0] != "." and not (Path(here) / name / "pyvenv.cfg").exists()]
         found += [Path(here) / name for name in names if name.endswith(".py")]
+        if len(found) > MOST_FILES:
+            raise CptError(
+                f"{folder} is in no git repository and holds more than {MOST_FILES} Python files; submit from your "
+                "project's folder, `git init` it, or use code=None to ship nothing"
+            )
     return found
 
 

@@ -220,6 +220,7 @@ def _with_our_runner(argument: str) -> str:
 def _sbatch(tunnel: Tunnel, script: str, after: str, may_requeue: bool) -> str:
     command = [SBATCH, "--parsable", "--requeue" if may_requeue else "--no-requeue"]
     command += [f"--dependency={after}"] if after else []
+    _check_that_it_can_ever_run(tunnel, script)
     try:
         return str(tunnel.run(shlex.join([*command, script])).stdout).strip().partition(";")[0]
     except invoke.exceptions.UnexpectedExit as error:
@@ -227,6 +228,13 @@ def _sbatch(tunnel: Tunnel, script: str, after: str, may_requeue: bool) -> str:
         if error.result.return_code == 127:
             said = f"sbatch not found on {tunnel.host}: submit from a login node, or give slurm(tunnel=ssh(...))"
         raise CptError(f"Slurm did not take the job. {said}") from error
+
+
+def _check_that_it_can_ever_run(tunnel: Tunnel, script: str) -> None:
+    """Slurm queues a job that no node can ever hold, unless the cluster sets EnforcePartLimits."""
+    said = tunnel.run(shlex.join([SBATCH, "--test-only", script]), warn=True).stderr.strip()
+    if "node configuration is not available" in said:
+        raise CptError(f"Slurm could never run the job: more nodes, tasks, GPUs or memory than there are. {said}")
 
 
 def _write_secrets(tunnel: Tunnel, job: SlurmJob) -> None:

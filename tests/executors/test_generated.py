@@ -147,6 +147,16 @@ def test_large_untracked_files_are_not_shipped_unseen(project):
         prepared(slurm(tasks_per_node=1))
 
 
+def test_outside_git_a_folder_of_many_python_files_is_refused(project, tmp_path, monkeypatch):
+    many = tmp_path / "many"
+    many.mkdir()
+    for number in range(1001):
+        (many / f"m{number}.py").touch()
+    monkeypatch.chdir(many)
+    with pytest.raises(CptError, match="in no git repository"):
+        prepared(slurm(tasks_per_node=1))
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -173,7 +173,8 @@ def test_a_crash_is_restarted_and_a_dependent_task_waits(slurm_here, project, tm
     [
         ({"partition": "nope"}, "invalid partition specified: nope"),
         ({"gpus_per_node": 8}, "Requested node configuration is not available"),
-        ({"qos": "x", "dependency": "afterok:999999"}, "(?i)dependency"),
+        ({"nodes": 5, "tasks_per_node": 1}, "more nodes, tasks, GPUs or memory than there are"),
+        ({"tasks_per_node": 1, "mem": "plenty"}, "(?i)invalid --mem"),
     ],
 )
 def test_slurms_own_words_and_no_job_left_behind(slurm_here, project, arguments, says):
