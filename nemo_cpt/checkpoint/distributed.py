@@ -11,6 +11,7 @@ import io
 import json
 import pickle
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, ClassVar
@@ -68,7 +69,8 @@ class DistributedWriter:
 
         Args:
             key: the tensor's name.
-            tensor: the piece, of as many axes as `global_shape` or fewer; missing leading axes are taken as 1.
+            tensor: the piece, with storage of its own (torch.save writes a view's whole storage), of as many axes as
+                `global_shape` or fewer; missing leading axes are taken as 1.
             global_shape: the whole tensor's shape.
             offset: where in it the piece begins.
         """
@@ -77,13 +79,11 @@ class DistributedWriter:
             key, TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), torch.Size(global_shape), [])
         )
         assert isinstance(entry, TensorStorageMetadata)
-        axis = next((axis for axis, length in enumerate(tensor.shape) if length > 1), 0)
-        rows = max(1, _CHUNK_BYTES * tensor.shape[axis] // max(tensor.nbytes, 1))
-        for start in range(0, tensor.shape[axis], rows):
-            piece = tensor.narrow(axis, start, min(rows, tensor.shape[axis] - start))
-            where = torch.Size(o + (start if i == axis else 0) for i, o in enumerate(offset))
-            entry.chunks.append(ChunkStorageMetadata(where, piece.shape))
-            self._places[MetadataIndex(key, where)] = self._append(piece)
+        where = torch.Size(offset)
+        entry.chunks.append(ChunkStorageMetadata(where, tensor.shape))
+        start = self._file.tell()
+        _save_without_checksum(tensor, self._file)
+        self._places[MetadataIndex(key, where)] = _StorageInfo(_DATA_FILE, start, self._file.tell() - start)
 
     def add_empty_state(self, key: str) -> None:
         """Write an object that holds nothing, such as a module's `_extra_state` outside fp8 training."""
@@ -91,13 +91,6 @@ class DistributedWriter:
         start = self._file.tell()
         self._file.write(self._empty_state)
         self._places[MetadataIndex(key)] = _StorageInfo(_DATA_FILE, start, self._file.tell() - start)
-
-    def _append(self, piece: torch.Tensor) -> _StorageInfo:
-        if piece.untyped_storage().nbytes() != piece.nbytes:
-            piece = piece.clone(memory_format=torch.contiguous_format)  # torch.save writes a view's whole storage
-        start = self._file.tell()
-        _save_without_checksum(piece, self._file)
-        return _StorageInfo(_DATA_FILE, start, self._file.tell() - start)
 
     def _write_metadata(self) -> None:
         metadata = Metadata(self._entries, storage_data=self._places, storage_meta=StorageMeta())
@@ -238,13 +231,29 @@ class DistributedReader:
         bounds = [*lead, *((0, size) for size in shape[len(lead) :])]
         if rows is not None:
             bounds[len(lead)] = rows
-        result = torch.empty([stop - start for start, stop in bounds], dtype=self.dtypes[key])
-        covered = 0
+        lengths = [stop - start for start, stop in bounds]
         for chunk in self._chunks[key]:
-            covered += self._copy_overlap(key, chunk, bounds, result)
+            if list(chunk.sizes) == lengths and list(chunk.offsets) == [start for start, _ in bounds]:
+                whole = self._load(key, chunk)
+                return whole if layer is None else whole[0]
+        result = torch.empty(lengths, dtype=self.dtypes[key])
+        covered = sum(self._copy_overlap(key, chunk, bounds, result) for chunk in self._chunks[key])
         if covered != result.numel():
             raise CptError(f"{self.folder}: {key} covers {covered} of {result.numel()} values. Copy it again.")
         return result if layer is None else result[0]
+
+    def row_blocks(self, key: str, layer: int | None, start: int, stop: int) -> list[tuple[int, int]]:
+        """The rows from `start` to `stop` of a tensor (or a layer of it), cut where its chunks are.
+
+        A chunk is read as a whole, so reading along these cuts reads nothing twice.
+        """
+        axis = 0 if layer is None else 1
+        cuts = {start, stop}
+        for chunk in self._chunks[key]:
+            if layer is None or chunk.offsets[0] <= layer < chunk.offsets[0] + chunk.sizes[0]:
+                cuts |= {chunk.offsets[axis], chunk.offsets[axis] + chunk.sizes[axis]}
+        inside = sorted(cut for cut in cuts if start <= cut <= stop)
+        return list(pairwise(inside))
 
     def _copy_overlap(
         self, key: str, chunk: ChunkStorageMetadata, bounds: Sequence[tuple[int, int]], result: torch.Tensor
@@ -256,12 +265,12 @@ class DistributedReader:
                 return 0
             inside.append(slice(low - offset, high - offset))
             target.append(slice(low - start, high - start))
-        piece = self._load(key, tuple(chunk.offsets))[tuple(inside)]
+        piece = self._load(key, chunk)[tuple(inside)]
         result[tuple(target)] = piece
         return piece.numel()
 
-    def _load(self, key: str, offset: tuple[int, ...]) -> torch.Tensor:
-        place = self._places[key, offset]
+    def _load(self, key: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
+        place = self._places[key, tuple(chunk.offsets)]
         path = self.folder / Path(place.relative_path).name
         try:
             with path.open("rb") as file:

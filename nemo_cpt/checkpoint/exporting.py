@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -103,10 +103,10 @@ def export_hf(
 
 @dataclass(frozen=True)
 class _Model:
-    """Something to export: where it is, how to read its tensors, their dtype and the embedding's padding rows."""
+    """Something to export: where it is, its tensors in blocks of rows, their dtype and the embedding's padding."""
 
     where: Path
-    read: Callable[[str], torch.Tensor]
+    blocks: Callable[[str], Iterable[torch.Tensor]]
     dtype: str
     padding: int
 
@@ -115,7 +115,7 @@ def _open_model(nemo: Path, arch: Architecture) -> _Model:
     from nemo_cpt.checkpoint.nemo_weights import NemoWeights
 
     weights = NemoWeights(nemo, arch)
-    return _Model(nemo, weights.read, weights.dtype, weights.vocab_rows - arch.vocab_size)
+    return _Model(nemo, weights.blocks, weights.dtype, weights.vocab_rows - arch.vocab_size)
 
 
 def _open_lora(nemo: Path, arch: Architecture, base: Path | None) -> _Model:
@@ -185,18 +185,18 @@ def _checked(dtype: str) -> str:
 
 def _counted(
     model: _Model, plans: list[TensorPlan], progress: Callable[[int, int], None] | None
-) -> Callable[[str], torch.Tensor]:
+) -> Callable[[str], Iterator[torch.Tensor]]:
     sizes = {plan.name: plan.nbytes for plan in plans}
     total, done = sum(sizes.values()), 0
 
-    def load(name: str) -> torch.Tensor:
+    def load(name: str) -> Iterator[torch.Tensor]:
         nonlocal done
-        tensor = model.read(name)
-        check_finite(tensor, name, model.where)
+        for block in model.blocks(name):
+            check_finite(block, name, model.where)
+            yield block
         done += sizes[name]
         if progress:
             progress(done, total)
-        return tensor
 
     return load
 

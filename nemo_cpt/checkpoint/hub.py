@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -117,7 +118,7 @@ def _fetch(api: Any, repo_id: str, commit: str, dest: Path, wanted: list[RepoSib
     try:
         partial.mkdir(parents=True, exist_ok=True)
         _check_space(partial, wanted, repo_id)
-        with _explained(repo_id, commit, api.endpoint):
+        with _explained(repo_id, commit, api.endpoint), _bars_on_terminals_only():
             snapshot_download(
                 repo_id,
                 revision=commit,
@@ -132,6 +133,20 @@ def _fetch(api: Any, repo_id: str, commit: str, dest: Path, wanted: list[RepoSib
         partial.rename(dest)
     except OSError as error:
         raise CptError(f"{dest} could not be written: {error}. What arrived is kept in {partial}; rerun.") from error
+
+
+@contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if sys.stderr.isatty() or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def _check_space(partial: Path, wanted: list[RepoSibling], repo_id: str) -> None:

@@ -150,20 +150,23 @@ def _write_weights(
 def _write_group(writer: Any, weights: HFWeights, slots: Sequence[layout.Slot], arch: Architecture) -> None:
     first = slots[0]
     if first.part == "q":
-        merged = layout.merge_qkv({slot.part: _read(weights, slot.name) for slot in slots}, arch)
+        parts = {slot.part: weights.read(slot.name) for slot in slots}
+        for slot in slots:
+            _check(weights, slot.name, parts[slot.part])
+        merged = layout.merge_qkv(parts, arch)
         _add(writer, first, merged, tuple(merged.shape), 0, arch)
         return
-    rows = 0
+    row = 0
     shape = (sum(slot.shape[0] for slot in slots), *first.shape[1:])
     for slot in slots:
-        _add(writer, slot, _read(weights, slot.name), shape, rows, arch)
-        rows += slot.shape[0]
+        for block in weights.blocks(slot.name):
+            _check(weights, slot.name, block)
+            _add(writer, slot, block, shape, row, arch)
+            row += block.shape[0]
 
 
-def _read(weights: HFWeights, name: str) -> Any:
-    tensor = weights.read(name)
+def _check(weights: HFWeights, name: str, tensor: Any) -> None:
     check_finite(tensor, name, weights.infos[name].path)
-    return tensor
 
 
 def _add(writer: Any, slot: layout.Slot, tensor: Any, shape: tuple[int, ...], row: int, arch: Architecture) -> None:

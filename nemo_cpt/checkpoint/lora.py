@@ -7,6 +7,7 @@ up) alike and its `linear_out` [out, rank] is laid out like the layer's weight (
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,10 +93,13 @@ class Adapters:
         start = slot.shape[0] if slot.part == "up" else 0
         return joined[start : start + slot.shape[0]].contiguous()
 
-    def merged(self, name: str, base: NemoWeights | HFWeights) -> torch.Tensor:
-        """One tensor of the adapted model: what the run trained, or the base's, with the adapter's update."""
-        weight = self._weights.read(name) if name in self.trained_whole else base.read(name)
-        return self.pair(name).merged_into(weight) if self._has(name) else weight
+    def merged(self, name: str, base: NemoWeights | HFWeights) -> Iterator[torch.Tensor]:
+        """One tensor of the adapted model, in blocks: what the run trained, or the base's, with its update."""
+        source = self._weights if name in self.trained_whole else base
+        if self._has(name):
+            yield self.pair(name).merged_into(source.read(name))
+        else:
+            yield from source.blocks(name)
 
 
 def _adapter_key(slot: layout.Slot, side: str) -> str:
@@ -153,11 +157,11 @@ def write_peft_adapter(folder: Path, adapters: Adapters, base_name: str, dtype: 
             plans.append(TensorPlan(full, dtype, tuple(tensor.shape)))
             loads[full] = (name, "a" if side == "lora_A" else "b")
 
-    def load(full: str) -> torch.Tensor:
+    def load(full: str) -> Iterator[torch.Tensor]:
         name, side = loads[full]
         tensor: torch.Tensor = getattr(adapters.pair(name), side)
         check_finite(tensor, full, folder)
-        return tensor
+        yield tensor
 
     write_weights(folder, plans, load, shard_bytes=2**62)
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,13 +87,21 @@ class NemoWeights:
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor by its Hugging Face name, in the checkpoint's dtype, without padding."""
+        import torch
+
+        blocks = list(self.blocks(name))
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """The same tensor in blocks of rows, as the checkpoint's chunks have them."""
         slot = self._slots[name]
         key, layer = self.locate(slot.key, slot.layer)
-        rows = slot.shape[0]
         if slot.part in ("q", "k", "v"):
-            return self._read_joined(key, layer).pop(slot.part)
-        start = rows if slot.part == "up" else 0
-        return self.reader.read(key, layer, (start, start + rows))
+            yield self._read_joined(key, layer).pop(slot.part)
+            return
+        start = slot.shape[0] if slot.part == "up" else 0
+        for rows in self.reader.row_blocks(key, layer, start, start + slot.shape[0]):
+            yield self.reader.read(key, layer, rows)
 
     def _read_joined(self, key: str, layer: int | None) -> dict[str, torch.Tensor]:
         label = f"{key} {layer}"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 ITEM_SIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
+BLOCK_BYTES = 64 * 2**20
 SHARD_BYTES = 5_000_000_000  # what transformers' save_pretrained uses
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -27,11 +28,12 @@ _EMBEDDING = "model.embed_tokens.weight"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies, its dtype ("bfloat16", "float16", "float32") and its shape."""
+    """Where a tensor's data begins, its dtype ("bfloat16", "float16", "float32") and its shape."""
 
     path: Path
     dtype: str
     shape: tuple[int, ...]
+    start: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -53,6 +55,7 @@ class HFWeights:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.infos: dict[str, TensorInfo] = {}
+        self._buffers: dict[tuple[tuple[int, ...], str], torch.Tensor] = {}
         expected = _weight_map(self.folder)
         for path in sorted(set(expected.values())):
             self._read_header(path)
@@ -64,14 +67,15 @@ class HFWeights:
 
     def _read_header(self, path: Path) -> None:
         try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  a safe_open handle does not iterate
-                    view = file.get_slice(name)
-                    self.infos[name] = TensorInfo(path, _dtype(view.get_dtype(), name, path), tuple(view.get_shape()))
+            with safe_open(path, framework="pt"):  # checks the header against the file's length
+                header, data = _parse_header(path)
         except FileNotFoundError:
             raise CptError(f"{path} is missing though the index names it. Download the folder again.") from None
         except (SafetensorError, OSError) as error:
             raise CptError(f"{path} is not a whole safetensors file ({error}). Download it again.") from error
+        for name, entry in header.items():
+            start = data + entry["data_offsets"][0]
+            self.infos[name] = TensorInfo(path, _dtype(entry["dtype"], name, path), tuple(entry["shape"]), start)
 
     @property
     def dtype(self) -> str:
@@ -84,13 +88,56 @@ class HFWeights:
         return self.infos[_EMBEDDING].shape[0]
 
     def read(self, name: str) -> torch.Tensor:
-        """Map one tensor into memory; its pages are given back when the tensor is freed."""
-        path = self.infos[name].path
-        try:  # Opened anew for each tensor, for an open file keeps all its pages in the resident set.
-            with safe_open(path, framework="pt") as file:
-                return file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CptError(f"{path}: tensor {name} cannot be read ({error}). Download the file again.") from error
+        """One tensor, whole."""
+        import torch
+
+        info = self.infos[name]
+        return self._fill(torch.empty(info.shape, dtype=getattr(torch, info.dtype)), name, 0)
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """One tensor in blocks of rows, of at most 64 MiB each where a row is smaller than that.
+
+        A block is overwritten by the next one: its memory is used again, since new memory costs as much as the reading.
+        """
+        info = self.infos[name]
+        step = max(1, BLOCK_BYTES * info.shape[0] // max(info.nbytes, 1))
+        for start in range(0, info.shape[0], step):
+            rows = min(step, info.shape[0] - start)
+            yield self._fill(self._buffer((rows, *info.shape[1:]), info.dtype), name, start)
+
+    def _buffer(self, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+        import torch
+
+        if (shape, dtype) not in self._buffers:
+            if len(self._buffers) >= 4:
+                self._buffers.pop(next(iter(self._buffers)))
+            self._buffers[shape, dtype] = torch.empty(shape, dtype=getattr(torch, dtype))
+        return self._buffers[shape, dtype]
+
+    def _fill(self, tensor: torch.Tensor, name: str, row: int) -> torch.Tensor:
+        import torch
+
+        info = self.infos[name]
+        # Read, not mapped: a mapped file's pages count as resident memory, and faulting them in takes longer.
+        rest = tensor.view(-1).view(torch.uint8).numpy().data
+        try:
+            with info.path.open("rb", buffering=0) as file:
+                file.seek(info.start + row * (info.nbytes // info.shape[0]))
+                while rest and (count := file.readinto(rest)):  # the kernel reads no more than 2 GiB at once
+                    rest = rest[count:]
+        except OSError as error:
+            raise CptError(f"{info.path}: tensor {name} cannot be read ({error}). Download it again.") from error
+        if rest:
+            raise CptError(f"{info.path} ends within tensor {name}. Download it again.")
+        return tensor
+
+
+def _parse_header(path: Path) -> tuple[dict[str, Any], int]:
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length
 
 
 def _dtype(code: str, name: str, path: Path) -> str:
@@ -152,7 +199,7 @@ class TensorPlan:
 def write_weights(
     folder: Path,
     plans: Sequence[TensorPlan],
-    load: Callable[[str], torch.Tensor],
+    load: Callable[[str], Iterable[torch.Tensor]],
     shard_bytes: int = SHARD_BYTES,
 ) -> list[str]:
     """Write tensors into safetensors shards of at most `shard_bytes`, with an index when there are several.
@@ -160,7 +207,7 @@ def write_weights(
     Args:
         folder: where the files go.
         plans: all tensors, in the order in which they shall lie.
-        load: gives a tensor by name; called once each, in order, so one tensor at a time is in memory.
+        load: gives a tensor by name, in blocks of rows; called once each, in order, so one block is in memory.
 
     Returns:
         The names of the weights' files.
@@ -190,16 +237,26 @@ def _split(plans: Sequence[TensorPlan], shard_bytes: int) -> list[list[TensorPla
     return shards
 
 
-def _write_shard(path: Path, plans: Sequence[TensorPlan], load: Callable[[str], torch.Tensor]) -> None:
+def _write_shard(path: Path, plans: Sequence[TensorPlan], load: Callable[[str], Iterable[torch.Tensor]]) -> None:
     import torch
 
-    with path.open("wb") as file:
+    with path.open("wb", buffering=0) as file:
         file.write(_header(plans))
         for plan in plans:
-            tensor = load(plan.name).to(getattr(torch, plan.dtype)).contiguous()
-            if tuple(tensor.shape) != plan.shape:
-                raise CptError(f"Tensor {plan.name} has shape {tuple(tensor.shape)}, config.json asks {plan.shape}.")
-            file.write(tensor.view(-1).view(torch.uint8).numpy().data)
+            rows = 0
+            for block in load(plan.name):
+                if tuple(block.shape[1:]) != plan.shape[1:]:
+                    raise CptError(f"{plan.name} has rows of shape {tuple(block.shape[1:])}, not {plan.shape[1:]}.")
+                data = block.to(getattr(torch, plan.dtype)).contiguous().view(-1).view(torch.uint8).numpy().data
+                _write_all(file, data)
+                rows += block.shape[0]
+            if rows != plan.shape[0]:
+                raise CptError(f"{plan.name} has {rows} rows, config.json asks for {plan.shape[0]}.")
+
+
+def _write_all(file: IO[bytes], data: memoryview) -> None:
+    while data:  # the kernel writes no more than 2 GiB at once
+        data = data[file.write(data) :]
 
 
 def _header(plans: Sequence[TensorPlan]) -> bytes:
