@@ -1,8 +1,8 @@
-"""Tokens/s and memory of Llama-3.1-8B on one GPU (random weights, mock tokens), several settings after one import.
+"""Tokens/s and memory of Llama-3.1-8B on one GPU (random weights, mock tokens), several settings in one run.
 
 usage: python benchmarks/train.py GROUP_OR_CASE [...]    (see CASES and GROUPS below; --list prints them)
 
-NeMo is imported once; every case then runs in a process of its own, forked from there.
+Every case has a process of its own; all of them import NeMo at the same time, then they run one after the other.
 """
 
 import argparse
@@ -17,9 +17,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from unittest import mock
 
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # so that importing leaves CUDA alone and fork is safe
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 from nemo_cpt.training.single_gpu import SingleGpuSetting
@@ -76,34 +74,34 @@ def flops_per_token(setting: SingleGpuSetting) -> float:
     return 4 * MATMUL_PARAMETERS + attention + 6 * LAYERS * LORA_WIDTHS * setting.lora_rank
 
 
-def measure(case: Case) -> dict:
-    """Run one case in this process and return its figures."""
+def measure(case: Case, send) -> None:
+    """Run one case in this process and send its figures, at the end of its last step or when it fails."""
     import torch
 
     if case.cap_gib is not None:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(case.cap_gib * 2**30 / total)
-    record = {"step_s": [], "losses": [], "phases": {}}
+    record = {"step_s": [], "losses": [], "phases": {}, "error": None, "send": send}
     try:
-        run_stack(case, record)
-        record["error"] = None
+        (train_stock if case.stack == "nemo_stock" else train)(case, record)
     except Exception as error:
         traceback.print_exc()
-        record["error"] = f"{type(error).__name__}: {error}"[:200]
-    return summary(case, record)
+        record["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    finish(case, record)
 
 
-def run_stack(case: Case, record: dict) -> None:
-    if case.stack == "nemo_stock":
-        train_stock(case, record)
-    else:
-        train(case, record)
+def finish(case: Case, record: dict) -> None:
+    """Send the figures and end the process: Lightning's teardown copies the whole model to the host first."""
+    record.pop("send").send(summary(case, record))
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def summary(case: Case, record: dict) -> dict:
     import torch
 
-    steps = record.pop("step_s")[case.warm_up :]
+    steps = record["step_s"][case.warm_up : case.steps]
+    record["step_s"] = [round(each, 3) for each in record["step_s"]]
     speed = case.global_batch_size * case.setting.seq_length / statistics.median(steps) if steps else 0.0
     tflops = speed * flops_per_token(case.setting) / 1e12
     return record | {
@@ -118,16 +116,13 @@ def summary(case: Case, record: dict) -> dict:
 
 
 def recorder(case: Case, record: dict):
-    """A callback that times steps and notes the memory peaks of the phases and adapters that did not move."""
+    """A callback that times the steps; a profile is taken of one more step, which is not timed."""
     import lightning.pytorch as pl
     import torch
 
     class Recorder(pl.Callback):
-        def on_train_start(self, trainer, module):
-            record["phases"]["built"] = torch.cuda.memory_allocated() / 2**30
-
         def on_train_batch_start(self, trainer, module, batch, index):
-            if case.profile and index == case.steps - 1:
+            if case.profile and len(record["step_s"]) == case.steps:
                 activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
                 self.profile = torch.profiler.profile(activities=activities)
                 self.profile.__enter__()
@@ -135,20 +130,33 @@ def recorder(case: Case, record: dict):
             self.started = time.perf_counter()
 
         def on_before_optimizer_step(self, trainer, module, optimizer):
-            record["phases"].setdefault("gradients", torch.cuda.max_memory_allocated() / 2**30)
+            torch.cuda.synchronize()
+            self.gradients_ready = time.perf_counter()
+            record["phases"].setdefault("gradients_gib", round(torch.cuda.max_memory_allocated() / 2**30, 2))
 
         def on_train_batch_end(self, trainer, module, outputs, batch, index):
             torch.cuda.synchronize()
-            record["step_s"].append(time.perf_counter() - self.started)
-            record["losses"].append(round(float(trainer.callback_metrics.get("reduced_train_loss", "nan")), 4))
-            record["phases"].setdefault("first_step", torch.cuda.max_memory_allocated() / 2**30)
-            if hasattr(self, "profile"):
+            ended = time.perf_counter()
+            if case.profile and len(record["step_s"]) == case.steps:
                 self.profile.__exit__(None, None, None)
                 table = self.profile.key_averages()
                 print(table.table(sort_by="self_cuda_time_total", row_limit=32, max_name_column_width=90))
-                del self.profile
+                finish(case, record)
+            record["step_s"].append(ended - self.started)
+            record["phases"]["optimizer_s"] = round(ended - self.gradients_ready, 3)
+            record["losses"].append(round(float(trainer.callback_metrics.get("reduced_train_loss", "nan")), 4))
+            if len(record["step_s"]) == 2:
+                record["adapters_unmoved"] = unmoved_adapters(module)
+            if len(record["step_s"]) == case.steps and not case.profile:
+                finish(case, record)
 
     return Recorder()
+
+
+def unmoved_adapters(module) -> int:
+    """How many LoRA adapters still have the zeros that their second matrix started with."""
+    named = [(name, weight) for name, weight in module.named_parameters() if name.endswith("linear_out.weight")]
+    return sum(not bool(weight.detach().any()) for _, weight in named)
 
 
 def train(case: Case, record: dict) -> None:
@@ -213,17 +221,17 @@ def train(case: Case, record: dict) -> None:
     else:
         optim = nl.MegatronOptimizerModule(optimizer_config)
     trainer = nl.Trainer(
-        devices=1, accelerator="gpu", strategy=strategy, plugins=precision, max_steps=case.steps,
+        devices=1, accelerator="gpu", strategy=strategy, plugins=precision, max_steps=case.steps + case.profile,
         limit_val_batches=0, val_check_interval=None, log_every_n_steps=1, num_sanity_val_steps=0,
         enable_checkpointing=False, logger=False, use_distributed_sampler=False, enable_progress_bar=False,
-        callbacks=[recorder(case, record)] + [EveryTrainableParameterHasGradient()] * case.cures,
+        callbacks=[EveryTrainableParameterHasGradient()] * case.cures + [recorder(case, record)],
     )  # fmt: skip
     peft = None if full_parameter else llm.peft.LoRA(dim=setting.lora_rank, alpha=2 * setting.lora_rank)
     llm.train(
         model=llm.LlamaModel(config, tokenizer=tokenizer),
         data=llm.MockDataModule(
             seq_length=setting.seq_length, micro_batch_size=setting.micro_batch_size,
-            global_batch_size=case.global_batch_size, num_workers=1, tokenizer=tokenizer,
+            global_batch_size=case.global_batch_size, num_workers=0, tokenizer=tokenizer,
         ),
         trainer=trainer,
         optim=optim,
@@ -256,12 +264,13 @@ def train_stock(case: Case, record: dict) -> None:
         transform = recipe.peft
     recipe.model.config.vocab_size = VOCABULARY
     recipe.model.config.num_layers = case.layers
-    recipe.trainer.max_steps = case.steps
+    recipe.trainer.max_steps = case.steps + case.profile
     recipe.trainer.limit_val_batches = 0
     recipe.trainer.val_check_interval = None
     recipe.trainer.log_every_n_steps = 1
     recipe.trainer.enable_checkpointing = False
     recipe.trainer.logger = False
+    recipe.optim.lr_scheduler = None  # its warm-up is longer than the benchmark
     model, trainer, optim, transform = (
         fiddle.build(each) if each is not None else None
         for each in (recipe.model, recipe.trainer, recipe.optim, transform)
@@ -269,7 +278,7 @@ def train_stock(case: Case, record: dict) -> None:
     trainer.callbacks.append(recorder(case, record))
     data = llm.MockDataModule(
         seq_length=setting.seq_length, micro_batch_size=setting.micro_batch_size,
-        global_batch_size=case.global_batch_size, num_workers=1, tokenizer=fiddle.build(tokenizer),
+        global_batch_size=case.global_batch_size, num_workers=0, tokenizer=fiddle.build(tokenizer),
     )  # fmt: skip
     log = nl.NeMoLogger(log_dir="/tmp/nemo_cpt_benchmark", use_datetime_version=False, ckpt=None)
     llm.train(
@@ -277,48 +286,43 @@ def train_stock(case: Case, record: dict) -> None:
     )
 
 
-@contextlib.contextmanager
-def cuda_untouched():
-    """Let the imports inside ask for the GPU's compute capability without starting CUDA, which no fork survives."""
-    import torch
+class Worker:
+    """A process that has imported NeMo and waits to measure one case, so that the imports of all cases overlap."""
 
-    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    found = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0].split(".")
-    capability = (int(found[0]), int(found[1]))
-    with mock.patch.object(torch.cuda, "get_device_capability", return_value=capability):
-        yield
+    def __init__(self, case: Case, log: Path):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, child_end = context.Pipe()
+        self.process = context.Process(target=_work, args=(case, log, child_end))
+        self.process.start()
+        child_end.close()
 
+    def ready(self) -> None:
+        with contextlib.suppress(EOFError):  # a worker that died is reported by measure()
+            self.pipe.recv()
 
-def in_child(case: Case, log: Path, timeout_s: float, start_method: str = "fork") -> dict:
-    """Measure a case in a process of its own, its output going to `log`."""
-    context = multiprocessing.get_context(start_method)
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(case, log, send))
-    process.start()
-    send.close()
-    try:
-        result = receive.recv() if receive.poll(timeout_s) else {"error": f"no answer within {timeout_s:.0f} s"}
-    except EOFError:
-        process.join(10)
-        result = {"error": f"the process died with exit code {process.exitcode}"}
-    process.join(20)
-    if process.is_alive():
-        process.kill()
-        process.join()
-    if "Cannot re-initialize CUDA" in str(result["error"]) and start_method == "fork":
-        print("an import started CUDA; importing again for every case", flush=True)
-        return in_child(case, log, timeout_s, "spawn")
-    return result
+    def measure(self, timeout_s: float) -> dict:
+        try:
+            self.pipe.send("go")
+            result = self.pipe.recv() if self.pipe.poll(timeout_s) else {"error": f"no answer within {timeout_s:.0f} s"}
+        except (EOFError, OSError):
+            self.process.join(10)
+            result = {"error": f"the process died with exit code {self.process.exitcode}"}
+        self.process.join(20)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        return result
 
 
-def _child(case: Case, log: Path, send) -> None:
+def _work(case: Case, log: Path, pipe) -> None:
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-        send.send(measure(case))
-        send.close()
-        sys.stdout.flush()
-        os._exit(0)
+        import nemo.collections.llm  # noqa: F401
+
+        pipe.send("ready")
+        pipe.recv()
+        measure(case, pipe)
 
 
 def in_transformers(case: Case, log: Path, timeout_s: float, pythonpath: str | None) -> dict:
@@ -365,19 +369,18 @@ def main() -> None:
     cases = dict(parse(name) for name in names)
     options.out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    if any(case.stack != "transformers" for case in cases.values()):
-        with cuda_untouched():
-            import nemo.collections.llm  # noqa: F401  once, for every child
-
+    logs = {name: options.out / f"{name}.log" for name in cases}
+    workers = {name: Worker(case, logs[name]) for name, case in cases.items() if case.stack != "transformers"}
+    for worker in workers.values():
+        worker.ready()
     print(f"imports: {time.perf_counter() - started:.1f} s", flush=True)
     results = {}
     for name, case in cases.items():
         started = time.perf_counter()
-        log = options.out / f"{name}.log"
         if case.stack == "transformers":
-            results[name] = in_transformers(case, log, options.timeout, options.peer_pythonpath)
+            results[name] = in_transformers(case, logs[name], options.timeout, options.peer_pythonpath)
         else:
-            results[name] = in_child(case, log, options.timeout)
+            results[name] = workers[name].measure(options.timeout)
         print(f"{name}: {time.perf_counter() - started:.0f} s {json.dumps(results[name])}", flush=True)
         (options.out / "results.json").write_text(json.dumps(results, indent=1))
     print(table(results))

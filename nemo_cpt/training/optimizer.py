@@ -49,10 +49,17 @@ class HostStateOptimizer(nl.MegatronOptimizerModule):
             keep_states_on_host(adam, self.host_states)
         return optimizers
 
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Drop the states: Lightning's teardown would copy them to the host, where they are, a second time."""
-        for adam in self._adams:
-            adam.state.clear()
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Drop the states before Lightning's teardown, which would copy them to the host, where they are, again."""
+        super().on_fit_start(trainer, pl_module)
+        teardown = trainer.strategy.teardown
+
+        def teardown_without_states() -> None:
+            for adam in self._adams:
+                adam.state.clear()
+            teardown()
+
+        trainer.strategy.teardown = teardown_without_states
 
 
 def _check(config: OptimizerConfig, host_states: tuple[str, ...]) -> None:
