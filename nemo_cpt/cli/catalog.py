@@ -90,7 +90,9 @@ def recipe(name: str) -> Function:
     known = recipes()
     full = name if name in known else f"{name}.{PREFERRED}"
     if full not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or list(known)
+        full_names = {each: each for each in known} | {each.partition(".")[0]: each for each in known}
+        close = difflib.get_close_matches(name, full_names, n=3)
+        near = dict.fromkeys(full_names[each] if each in known else f"{each}.{PREFERRED}" for each in close) or known
         raise CptError(f"there is no recipe {name!r}; near: {', '.join(near)} (nemo-cpt recipes lists all)")
     return known[full]
 

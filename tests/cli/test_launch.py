@@ -24,7 +24,8 @@ def nemo_cpt(*arguments, **environ):
 def test_help_imports_neither_torch_nor_nemo():
     code = (
         "import sys; sys.argv = ['nemo-cpt', '--help']\n"
-        "import atexit; atexit.register(lambda: print([m for m in ('torch', 'nemo', 'nemo_run') if m in sys.modules]))\n"
+        "import atexit\n"
+        "atexit.register(lambda: print([m for m in ('torch', 'nemo', 'nemo_run') if m in sys.modules]))\n"
         "from nemo_cpt.cli import main; main()"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
@@ -113,21 +114,6 @@ def test_fields_are_checked_and_set(tmp_path):
             build_recipe("tiny.continual_pretrain", given, [field])
 
 
-def test_a_failed_run_ends_non_zero_and_is_found_again(tmp_path):
-    """The base does not exist: the job says so, run ends with 2, and status and logs find it."""
-    recipe = ["run", "llama31_8b", "base=no/such/base", "gpus_per_node=1", "--json"]
-    done = nemo_cpt(*recipe, NEMORUN_HOME=str(tmp_path))
-    assert done.returncode == 2
-    assert "ended as FAILED" in done.stderr
-    status = json.loads(nemo_cpt("status", "--json", NEMORUN_HOME=str(tmp_path)).stdout.splitlines()[-1])
-    assert [task["status"] for task in status["tasks"]] == ["FAILED"]
-    logs = nemo_cpt("logs", status["experiment"], NEMORUN_HOME=str(tmp_path)).stdout
-    assert "The last lines of" in logs
-    unknown = nemo_cpt("logs", "no-such-id", NEMORUN_HOME=str(tmp_path))
-    assert unknown.returncode == 2
-    assert "no experiment 'no-such-id'" in unknown.stderr
-
-
 def test_cancel_ends_a_local_job_from_another_shell(tmp_path):
     from nemo_cpt.cli.jobs import _end_processes, _processes
 
@@ -148,4 +134,3 @@ def test_nemo_cpt_is_a_plugin_of_nemo():
     nemo = Path(sys.executable).with_name("nemo")
     done = subprocess.run([nemo, "cpt", "recipes", "--json"], capture_output=True, text=True)
     assert "tiny.continual_pretrain" in json.loads(done.stdout)
-    assert subprocess.run([nemo, "cpt", "recipes", "nope"], capture_output=True).returncode == 2
