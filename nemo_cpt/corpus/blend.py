@@ -100,8 +100,7 @@ class Blend:
         return float(index.tokens if self.weighting == "tokens" else index.documents)
 
     def paths(self) -> list[Any]:
-        """Return Megatron's flat list for training, [weight, prefix, weight, prefix, …] with full prefixes and "
-        "shares as weights."""
+        """Return Megatron's flat list for training, [share, full prefix, share, full prefix, …]."""
         return [item for prefix, share in self.shares().items() for item in (share, prefix)]
 
     def validation_paths(self) -> dict[str, str]:

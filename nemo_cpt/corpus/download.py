@@ -200,8 +200,7 @@ def hash_of(path: Path) -> str:
 
 
 def read_checksums(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file that `fetch` brought into a folder, by name; `sha256sum -c` reads the file "
-    "too."""
+    """Return the SHA-256 of each file that `fetch` brought into a folder, by name."""
     path = folder / CHECKSUMS
     return dict(_lines(path)) if path.exists() else {}
 

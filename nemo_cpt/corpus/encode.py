@@ -119,8 +119,7 @@ def lay_out(ids: Any, offsets: Any, layout: Layout) -> tuple[bytes, Any]:
 
 
 def _count_special(ids: Any, special: tuple[int, ...], counts: dict[int, int]) -> None:
-    """Count special tokens; the two comparisons leave few ids to look at, for they stand at an end of the "
-    "vocabulary."""
+    """Count special tokens; they stand at an end of the vocabulary, so that two comparisons leave few ids to see."""
     import numpy as np
 
     if not special:

@@ -123,7 +123,7 @@ class Feed:
                 share = source.size * stop // max(total, 1)
                 yield stop, values[max(start - row, 0) :], share, "", stop == total
             row = stop
-        self.hashes[number] = _row_hash(source)
+        self.hashes[number] = hash_source(source)
         if total == 0 or start >= total:
             yield total, [], source.size, "", True
 
@@ -265,10 +265,11 @@ def _open_dataset(source: Source) -> Any:
         raise CptError(f"Cannot open the dataset {source.path}: {error}") from error
 
 
-def _row_hash(source: Source) -> str:
-    if source.kind == "parquet":
-        return hash_file(source.path)
-    return f"fingerprint:{_open_dataset(source)._fingerprint}" if source.kind == "hub" else _hash_folder(source.path)
+def hash_source(source: Source) -> str:
+    """Return the hash of an input's bytes; of a dataset of the hub, its fingerprint."""
+    if source.kind == "hub":
+        return f"fingerprint:{_open_dataset(source)._fingerprint}"
+    return _hash_folder(source.path) if source.kind == "dataset" else hash_file(source.path)
 
 
 def _hash_folder(folder: str) -> str:

@@ -3,6 +3,7 @@
 import os
 import random
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from nemo_cpt.corpus.index import BLOCK, Index, max_token_id, read_index, read_tokens
@@ -177,7 +178,8 @@ def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
         return str(AutoTokenizer.from_pretrained(tokenizer.folder).decode(ids))
     import tokenizers
 
-    return tokenizers.Tokenizer.from_str(tokenizer.definition).decode(ids, skip_special_tokens=False)
+    load = tokenizers.Tokenizer.from_file if isinstance(tokenizer.definition, Path) else tokenizers.Tokenizer.from_str
+    return load(str(tokenizer.definition)).decode(ids, skip_special_tokens=False)
 
 
 def _warnings(manifest: dict[str, Any], tokenizer: Tokenizer | None) -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from nemo_cpt.corpus.encode import Encoded, Layout, texts_of
-from nemo_cpt.corpus.feed import Feed, Task
+from nemo_cpt.corpus.feed import Feed, Task, hash_source
 from nemo_cpt.corpus.journal import Journal
 from nemo_cpt.corpus.lines import Problem
 from nemo_cpt.corpus.progress import ProgressBar
@@ -79,11 +79,17 @@ class Job:
         try:
             for _ in self._turns(pool):
                 bar.update(self.progress.read, self.progress.entries - begun[0], self.progress.tokens - begun[1])
-            self.progress.hashes.update({str(number): value for number, value in self.feed.hashes.items()})
+            self._complete_hashes()
             self.progress.finished = True
         finally:
             pool.stop()
             self._checkpoint()
+
+    def _complete_hashes(self) -> None:
+        """Hash what the feed has not: inputs that an earlier run had finished when it was killed."""
+        for number, source in enumerate(self.sources):
+            known = self.feed.hashes.get(number) or self.progress.hashes.get(str(number))
+            self.progress.hashes[str(number)] = known or hash_source(source)
 
     def _turns(self, pool: Pool) -> Any:
         """Keep the workers busy until nothing is left; yield after each round."""
@@ -124,8 +130,7 @@ class Job:
             self._absorb(task, encoded)
 
     def _absorb(self, task: Task, encoded: Encoded) -> None:
-        """Count a written task in; tasks come here in the input's order, so that the first error is the one "
-        "reported."""
+        """Count a written task in; tasks come in the input's order, so that the first error is the one reported."""
         for problem in self._problems_of(task, encoded):
             self._complain(task, problem)
         progress = self.progress
@@ -170,6 +175,7 @@ class Job:
             self._checkpoint()
 
     def _checkpoint(self) -> None:
+        self.progress.hashes.update({str(number): value for number, value in self.feed.hashes.items()})
         self.progress.seconds = self.before + time.monotonic() - self.begin
         self.journal.checkpoint(b"".join(self.lengths), self.problems)
         self.lengths, self.problems = [], []

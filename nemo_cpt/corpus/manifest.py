@@ -6,7 +6,7 @@ from typing import Any
 
 import orjson
 
-from nemo_cpt.corpus.feed import hash_file
+from nemo_cpt.corpus.feed import hash_source
 from nemo_cpt.corpus.files import write_whole
 from nemo_cpt.corpus.index import full_prefix
 from nemo_cpt.corpus.sources import Source
@@ -67,6 +67,6 @@ def changed_input(sources: list[Source], recorded: list[dict[str, Any]]) -> str 
             continue
         if source.size != was["size"] or source.kind != was["kind"]:
             return f"{source.path} is not the {was['path']} of {was['size']} bytes that it was made of"
-        if source.kind in ("dataset", "hub") or hash_file(source.path) != was["hash"]:
+        if hash_source(source) != was["hash"]:
             return f"the content of {source.path} changed"
     return None

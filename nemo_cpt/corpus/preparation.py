@@ -262,7 +262,7 @@ class _Output:
     def _put_in_place(self) -> None:
         """Give the finished parts their names, the `.idx` last; each step may be repeated after a crash."""
         journal = self.journal
-        if journal.progress.entries == 0:
+        if journal.progress.tokens == 0:
             journal.progress = type(journal.progress)()
             raise CptError(f"The inputs hold no document (first input: {self.sources[0].path}); nothing was written.")
         if journal.bin_path.exists():
@@ -271,7 +271,8 @@ class _Output:
             journal.bin_path.rename(self.bin)
         self._write_skipped()
         write_manifest(self.prefix, self._manifest())
-        write_index(self.idx, journal.lens_path, self.layout.dtype)
+        if journal.lens_path.exists():  # else the run was killed after this step
+            write_index(self.idx, journal.lens_path, self.layout.dtype)
         journal.remove()
 
     def _write_skipped(self) -> None:

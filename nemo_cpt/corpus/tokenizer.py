@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -58,13 +59,13 @@ class Encoder(Protocol):
 class FastEncoder:
     """fastokens: the same ids at 20 to 70 times the speed (docs/corpus.md)."""
 
-    def __init__(self, definition: str, split_special_tokens: bool) -> None:
+    def __init__(self, definition: str | Path, split_special_tokens: bool) -> None:
         # One thread a process: the pool makes the processes. fastokens reads this when it is imported.
         os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")
-        import fastokens._native as native
+        from fastokens._native import Tokenizer as Native
 
         self.name = f"fastokens {version('fastokens')}"
-        self._tokenizer = native.Tokenizer.from_json_str(definition)
+        self._tokenizer = (Native.from_file if isinstance(definition, Path) else Native.from_json_str)(str(definition))
         self._tokenizer.no_truncation()
         self._split = split_special_tokens
 
@@ -79,11 +80,15 @@ class FastEncoder:
 class ReferenceEncoder:
     """Hugging Face tokenizers' own batch encoder."""
 
-    def __init__(self, definition: str, split_special_tokens: bool) -> None:
+    def __init__(self, definition: str | Path, split_special_tokens: bool) -> None:
         import tokenizers
 
         self.name = f"tokenizers {tokenizers.__version__}"
-        self._tokenizer = tokenizers.Tokenizer.from_str(definition)
+        try:
+            load = tokenizers.Tokenizer.from_file if isinstance(definition, Path) else tokenizers.Tokenizer.from_str
+            self._tokenizer = load(str(definition))
+        except Exception as error:  # a bare Exception is what the library raises
+            raise CptError(f"tokenizer.json cannot be loaded: {error}.") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = split_special_tokens
@@ -127,7 +132,7 @@ class Tokenizer:
         eos: Text and id of its end-of-text token, None where it has none.
         bos: Text and id of its begin-of-text token, None where it has none.
         special: Ids of its special tokens by text.
-        definition: Its `tokenizer.json`, None for one that only Python can run.
+        definition: Its `tokenizer.json`, a path or the content; None for one that only Python can run.
     """
 
     name: str
@@ -137,7 +142,7 @@ class Tokenizer:
     eos: tuple[str, int] | None
     bos: tuple[str, int] | None
     special: dict[str, int]
-    definition: str | None
+    definition: str | Path | None
 
     def reference_encoder(self, split_special_tokens: bool = False) -> Encoder:
         """Return the Hugging Face implementation."""
@@ -227,13 +232,13 @@ def _describe_directly(folder: Path, config: dict[str, Any]) -> dict[str, Any] |
 
     Neither transformers nor the tokenizer itself is loaded, which takes seconds.
     """
-    definition = (folder / "tokenizer.json").read_text("utf-8")
+    path = folder / "tokenizer.json"
     try:
-        content = orjson.loads(definition)
+        content = orjson.loads(path.read_bytes())
         vocabulary = content["model"]["vocab"]
         added = {entry["content"]: entry for entry in content.get("added_tokens", [])}
     except (ValueError, KeyError, TypeError) as error:
-        raise CptError(f"{folder}/tokenizer.json cannot be loaded: {error!r}.") from error
+        raise CptError(f"{path} cannot be loaded: {error!r}.") from error
     added_later = config.get("added_tokens_decoder", {})
     if any(added.get(entry["content"], {}).get("id") != int(number) for number, entry in added_later.items()):
         return None
@@ -252,7 +257,7 @@ def _describe_directly(folder: Path, config: dict[str, Any]) -> dict[str, Any] |
         "eos": token("eos_token"),
         "bos": token("bos_token"),
         "special": {text: int(entry["id"]) for text, entry in added.items() if entry.get("special")},
-        "definition": definition,
+        "definition": path,
     }
 
 
@@ -296,20 +301,59 @@ def choose_encoder(
     Returns:
         The encoder and one sentence that says which and why.
     """
-    reference = tokenizer.reference_encoder(split_special_tokens)
     if not fast or tokenizer.definition is None:
+        reference = tokenizer.reference_encoder(split_special_tokens)
         return reference, f"{reference.name}, as asked" if not fast else f"{reference.name}: it has no tokenizer.json"
+    texts = [*PROBES, *tokenizer.special, *samples]
+    receive = _encode_elsewhere(tokenizer, split_special_tokens, texts)
+    encoder, problem, ours = None, "", None
     try:
         encoder = FastEncoder(tokenizer.definition, split_special_tokens)
-        texts = [*PROBES, *tokenizer.special, *samples]
-        wrong = first_difference(encoder, reference, texts)
+        ours = encoder.encode(texts)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # not installed, a kind it does not know, or a Rust panic, which is no Exception
-        return reference, f"{reference.name}: fastokens cannot run this tokenizer ({error})"
-    if wrong is not None:
-        return reference, f"{reference.name}: fastokens gives other ids for {texts[wrong][:80]!r}"
-    return encoder, f"{encoder.name}: same ids as {reference.name} on {len(texts)} texts"
+        problem = f"fastokens cannot run this tokenizer ({error})"
+    name, theirs = receive()
+    if ours is not None and (wrong := first_difference(ours, theirs)) is not None:
+        problem = f"fastokens gives other ids for {texts[wrong][:80]!r}"
+    if problem or encoder is None:
+        return tokenizer.reference_encoder(split_special_tokens), f"{name}: {problem}"
+    return encoder, f"{encoder.name}: same ids as {name} on {len(texts)} texts"
+
+
+def _encode_elsewhere(
+    tokenizer: Tokenizer, split_special_tokens: bool, texts: list[str]
+) -> Callable[[], tuple[str, tuple[Any, Any]]]:
+    """Start to encode with the reference in another process; return a function that waits for its name and result.
+
+    The reference's tables then never count among the memory of this process and its workers, and both load at once.
+    """
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+
+    def work() -> None:
+        try:
+            encoder = tokenizer.reference_encoder(split_special_tokens)
+            theirs.send((encoder.name, encoder.encode(texts)))
+        except CptError as error:
+            theirs.send(error)
+
+    process = context.Process(target=work, daemon=True)
+    process.start()
+    theirs.close()
+
+    def receive() -> tuple[str, tuple[Any, Any]]:
+        try:
+            answer = ours.recv()
+        except EOFError:
+            raise CptError(f"The reference tokenizer of {tokenizer.name} died while it was loaded.") from None
+        process.join()
+        if isinstance(answer, CptError):
+            raise answer
+        return answer
+
+    return receive
 
 
 def strict_encoder(tokenizer: Tokenizer, split_special_tokens: bool = False) -> Encoder:
@@ -320,14 +364,14 @@ def strict_encoder(tokenizer: Tokenizer, split_special_tokens: bool = False) -> 
         return tokenizer.reference_encoder(split_special_tokens)
 
 
-def first_difference(one: Encoder, other: Encoder, texts: list[str]) -> int | None:
-    """Return the number of the first text that two encoders encode differently, None if there is none."""
+def first_difference(one: tuple[Any, Any], other: tuple[Any, Any]) -> int | None:
+    """Return the number of the first text whose ids differ between two results of `encode`, None if there is none."""
     import numpy as np
 
-    (ids, starts), (other_ids, other_starts) = one.encode(texts), other.encode(texts)
+    (ids, starts), (other_ids, other_starts) = one, other
     if np.array_equal(ids, other_ids) and np.array_equal(starts, other_starts):
         return None
-    for i in range(len(texts)):
+    for i in range(len(starts) - 1):
         a, b = (slice(int(s[i]), int(s[i + 1])) for s in (starts, other_starts))
         if not np.array_equal(ids[a], other_ids[b]):
             return i
