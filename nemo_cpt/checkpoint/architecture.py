@@ -19,9 +19,9 @@ _TRANSLATED = {
 
 # No effect on the forward pass: bookkeeping, special tokens' ids, settings of generation, of the cache and of outputs.
 _NEUTRAL = {
-    "architectures", "transformers_version", "_name_or_path", "name_or_path", "auto_map", "use_cache",
+    "architectures", "transformers_version", "name_or_path", "auto_map", "use_cache",
     "cache_implementation", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id",
-    "pretraining_tp", "is_llama_config", "transformers.js_config", "_attn_implementation", "attn_implementation",
+    "pretraining_tp", "is_llama_config", "transformers.js_config", "attn_implementation",
     "return_dict", "return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores",
     "torchscript", "use_bfloat16", "problem_type", "id2label", "label2id", "num_labels", "finetuning_task",
     "task_specific_params", "prefix", "tokenizer_class", "begin_suppress_tokens", "suppress_tokens",
@@ -150,7 +150,8 @@ def parse_config(config: Mapping[str, Any], where: str, ignore_fields: Collectio
 
 def _refuse_unknown(config: Mapping[str, Any], where: str, ignore_fields: Collection[str]) -> None:
     for name, value in config.items():
-        if name in _TRANSLATED or name in _NEUTRAL or name in ignore_fields or value is None:
+        known = name in _TRANSLATED or name in _NEUTRAL or name.startswith("_")  # _ is transformers' own bookkeeping
+        if known or name in ignore_fields or value is None:
             continue
         if name == "layer_types":
             if set(value) <= {"full_attention"} or config.get("model_type") == "mistral":

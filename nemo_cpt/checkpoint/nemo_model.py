@@ -28,7 +28,7 @@ def nemo_logits(nemo: str | Path, prompts: list[list[int]]) -> list[torch.Tensor
 
     from nemo_cpt.training.cpu import cpu_stack
 
-    with cpu_stack(), _one_process(), torch.no_grad():
+    with cpu_stack(), one_process(), torch.no_grad():
         model = _build(Path(nemo), max(map(len, prompts)))
         return [_forward(model, torch.tensor([prompt])) for prompt in prompts]
 
@@ -94,7 +94,7 @@ def _load(model: Any, weights: Path) -> None:
 
 
 @contextlib.contextmanager
-def _one_process() -> Iterator[None]:
+def one_process(backend: str = "gloo") -> Iterator[None]:
     """Megatron's process groups for one process; torn down again unless they were there before."""
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -102,7 +102,7 @@ def _one_process() -> Iterator[None]:
 
     if dist.is_initialized():
         raise CptError("A process group is open already; compare checkpoints in a process of its own.")
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
     try:
         parallel_state.initialize_model_parallel()
         model_parallel_cuda_manual_seed(0)
