@@ -1,5 +1,6 @@
 """Submitting over SSH: a real sshd on this machine's loopback stands for the login node."""
 
+import dataclasses
 import getpass
 import os
 import shutil
@@ -66,33 +67,24 @@ def test_over_ssh_code_and_secret_travel_and_the_log_comes_back(project, reach, 
     assert not [path for path in (tmp_path / "remote").rglob("*") if path.is_file() and b"planted" in path.read_bytes()]
 
 
+def submit(tunnel):
+    import tasks
+
+    with run.Experiment("t", executor=slurm(tasks_per_node=1, tunnel=tunnel)) as experiment:
+        experiment.add(run.Partial(tasks.report, path="x"), name="t")
+        experiment.run(detach=True)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [({"port": 1}, "SSH to .*port 1: .*(refused|Unable to connect)"), ({"identity": "/no/key"}, "no such key file")],
 )
 def test_ssh_refused(project, reach, change, says):
-    import dataclasses
-
-    import tasks
-
-    with (
-        pytest.raises(CptError, match=says),
-        run.Experiment(
-            "t", executor=slurm(tasks_per_node=1, tunnel=dataclasses.replace(reach, **change))
-        ) as experiment,
-    ):
-        experiment.add(run.Partial(tasks.report, path="x"), name="t")
-        experiment.run(detach=True)
+    with pytest.raises(CptError, match=says):
+        submit(dataclasses.replace(reach, **change))
 
 
 def test_a_key_that_is_not_taken(project, reach, tmp_path):
-    import dataclasses
-
-    import tasks
-
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / "other")], check=True)
-    executor = slurm(tasks_per_node=1, tunnel=dataclasses.replace(reach, identity=str(tmp_path / "other")))
-    with run.Experiment("t", executor=executor) as experiment:
-        experiment.add(run.Partial(tasks.report, path="x"), name="t")
-        with pytest.raises(CptError, match="neither the key"):
-            experiment.run(detach=True)
+    with pytest.raises(CptError, match="neither the key"):
+        submit(dataclasses.replace(reach, identity=str(tmp_path / "other")))

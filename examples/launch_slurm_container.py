@@ -1,0 +1,31 @@
+"""Llama-3.1-8B over Slurm from another machine, over SSH, in a container of NVIDIA's (the cluster needs Pyxis).
+
+python examples/launch_slurm_container.py
+"""
+
+import nemo_run as run
+from nemo_cpt.executors import slurm, ssh
+from nemo_cpt.recipes import llama31_8b
+
+from nemo_cpt.corpus import Blend
+
+if __name__ == "__main__":
+    recipe = llama31_8b.continual_pretrain(
+        base="/data/checkpoints/Llama-3.1-8B",
+        data=Blend(train={"/data/ds/ja": 0.75, "/data/ds/en": 0.25}, validation={"ja": "/data/ds/ja_val"}),
+        directory="/data/results",
+        gpus_per_node=8,
+    )
+    cluster = slurm(
+        "llm",
+        "gpu",
+        gpus_per_node=8,
+        time="4:00:00",
+        container_image="nvcr.io#nvidia/nemo:25.07",
+        mounts=["/lustre/me/data:/data"],
+        setup=["export NCCL_IB_TIMEOUT=22"],
+        mem="0",
+        exclusive=True,
+        tunnel=ssh("login.cluster.example", "me", "/lustre/me/jobs"),
+    )
+    run.run(recipe, executor=cluster, detach=True)
