@@ -58,6 +58,7 @@ class Adapters:
     """
 
     def __init__(self, nemo: Path, arch: Architecture) -> None:
+        self.arch = arch
         self._weights = NemoWeights(nemo, arch, partial=True)
         self._slots = {slot.name: slot for slot in layout.slots(arch)}
         self.alpha = _alpha(nemo)
@@ -89,7 +90,7 @@ class Adapters:
 
     def _part(self, slot: layout.Slot, joined: torch.Tensor) -> torch.Tensor:
         if slot.part in ("q", "k", "v"):
-            return layout.split_qkv(joined, self._weights.arch)[slot.part].contiguous()
+            return layout.split_qkv(joined, self.arch)[slot.part].contiguous()
         start = slot.shape[0] if slot.part == "up" else 0
         return joined[start : start + slot.shape[0]].contiguous()
 
@@ -176,7 +177,7 @@ def _peft_config(adapters: Adapters, base_name: str) -> dict[str, Any]:
     modules = sorted({path.rpartition(".")[2] for path in paths})
     if len(paths) != len(layers) * len(modules):
         modules = sorted("layers." + path for path in paths)  # peft matches these as the ends of module names
-    everywhere = len(layers) == adapters._weights.arch.num_hidden_layers
+    everywhere = len(layers) == adapters.arch.num_hidden_layers
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

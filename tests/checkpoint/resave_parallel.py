@@ -1,14 +1,8 @@
 """Load an imported checkpoint into Megatron's model at TP 2 x PP 2, four gloo processes, and save it from there.
 
-    python resave_parallel.py IMPORTED DEST
-
-The processes are forked after the imports, which would otherwise be paid four times. The imports are inside functions
-because Megatron's saving spawns helpers that import this file again.
+Run by nemo_jobs.py.
 """
 
-import multiprocessing
-import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,23 +50,3 @@ def build(source: Path) -> Any:
         setattr(description, name, value)
     description.transformer_layer_spec = local_layer_spec
     return fdl.build(description).configure_model(tokenizer=None).bfloat16()
-
-
-def main() -> None:
-    source, dest = Path(sys.argv[1]), Path(sys.argv[2])
-    (dest / "weights").mkdir(parents=True)
-    import nemo.collections.llm  # noqa: F401  before the fork
-
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=resave, args=(rank, source, dest)) for rank in range(TENSOR * PIPELINE)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    if any(process.exitcode for process in processes):
-        sys.exit(f"processes ended with {[process.exitcode for process in processes]}")
-    shutil.copytree(source / "context", dest / "context")
-
-
-if __name__ == "__main__":
-    main()

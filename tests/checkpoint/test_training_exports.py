@@ -1,8 +1,6 @@
 """Checkpoints of NeMo's own training, with optimizer state and with LoRA, leave as the model that was trained."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,23 +8,10 @@ import small_models as models
 import torch
 from transformers import AutoModelForCausalLM
 
-from nemo_cpt.checkpoint import export_hf, import_hf, verify
+from nemo_cpt.checkpoint import export_hf, verify
 from nemo_cpt.errors import CptError
 
-HERE = Path(__file__).parent
 TOKENS = torch.arange(5, 45)[None]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `hf`, the imported `nemo`, and `runs`, in which NeMo trained it with LoRA and in full."""
-    folder = tmp_path_factory.mktemp("trained")
-    models.make("llama31", folder / "hf")
-    import_hf(folder / "hf", folder / "nemo")
-    with (folder / "log").open("w") as log:
-        script = [sys.executable, HERE / "train_small.py", folder / "nemo", folder / "runs"]
-        subprocess.run(script, check=True, timeout=300, stdout=log, stderr=log)
-    return folder
 
 
 def _checkpoint(folder: Path, run: str) -> Path:
@@ -47,47 +32,47 @@ def _agree(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     return float((ours - theirs).abs().max()) <= 1e-5 * float(theirs.abs().max())
 
 
-def test_a_full_training_exports_as_trained_without_being_told_the_base(trained: Path, tmp_path: Path) -> None:
-    report = export_hf(_checkpoint(trained, "full"), tmp_path / "out", dtype="float32")
+def test_a_full_training_exports_as_trained_without_being_told_the_base(nemo_jobs: Path, tmp_path: Path) -> None:
+    report = export_hf(_checkpoint(nemo_jobs, "full"), tmp_path / "out", dtype="float32")
     assert report.cast_from is None
-    assert _agree(_logits(_load(tmp_path / "out")), torch.load(trained / "runs" / "full_logits.pt"))
+    assert _agree(_logits(_load(tmp_path / "out")), torch.load(nemo_jobs / "runs" / "full_logits.pt"))
     for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (trained / "hf" / name).read_bytes()
+        assert (tmp_path / "out" / name).read_bytes() == (nemo_jobs / "hf" / name).read_bytes()
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["max_position_embeddings"] == 512  # not the training's sequence length of 32
     assert config["eos_token_id"] == [2, 3, 4]
 
 
-def test_the_training_moved_the_weights(trained: Path) -> None:
-    report = verify(_checkpoint(trained, "full"), trained / "hf", logits=False)
+def test_the_training_moved_the_weights(nemo_jobs: Path) -> None:
+    report = verify(_checkpoint(nemo_jobs, "full"), nemo_jobs / "hf", logits=False)
     assert len(report.differences) == report.tensors
 
 
-def test_lora_merged_is_what_nemo_trained(trained: Path, tmp_path: Path) -> None:
-    export_hf(_checkpoint(trained, "lora"), tmp_path / "merged", dtype="float32")
-    assert _agree(_logits(_load(tmp_path / "merged")), torch.load(trained / "runs" / "lora_logits.pt"))
-    export_hf(_checkpoint(trained, "lora"), tmp_path / "from_hf", base=trained / "hf", dtype="float32")
+def test_lora_merged_is_what_nemo_trained(nemo_jobs: Path, tmp_path: Path) -> None:
+    export_hf(_checkpoint(nemo_jobs, "lora"), tmp_path / "merged", dtype="float32")
+    assert _agree(_logits(_load(tmp_path / "merged")), torch.load(nemo_jobs / "runs" / "lora_logits.pt"))
+    export_hf(_checkpoint(nemo_jobs, "lora"), tmp_path / "from_hf", base=nemo_jobs / "hf", dtype="float32")
     models.assert_same_weights(tmp_path / "merged", tmp_path / "from_hf")
 
 
-def test_the_peft_adapter_on_the_original_base_gives_the_same_logits(trained: Path, tmp_path: Path) -> None:
+def test_the_peft_adapter_on_the_original_base_gives_the_same_logits(nemo_jobs: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 
-    export_hf(_checkpoint(trained, "lora"), tmp_path / "adapter", adapter=True)
-    base = _load(trained / "hf")
+    export_hf(_checkpoint(nemo_jobs, "lora"), tmp_path / "adapter", adapter=True)
+    base = _load(nemo_jobs / "hf")
     before = _logits(base)
     adapted = _logits(PeftModel.from_pretrained(base, tmp_path / "adapter"))
-    assert _agree(adapted, torch.load(trained / "runs" / "lora_logits.pt"))
+    assert _agree(adapted, torch.load(nemo_jobs / "runs" / "lora_logits.pt"))
     assert not _agree(adapted, before)
 
 
-def test_an_adapter_asked_of_a_full_training_is_refused(trained: Path, tmp_path: Path) -> None:
+def test_an_adapter_asked_of_a_full_training_is_refused(nemo_jobs: Path, tmp_path: Path) -> None:
     with pytest.raises(CptError, match="no LoRA checkpoint"):
-        export_hf(_checkpoint(trained, "full"), tmp_path / "adapter", adapter=True)
+        export_hf(_checkpoint(nemo_jobs, "full"), tmp_path / "adapter", adapter=True)
 
 
-def test_another_base_is_refused(trained: Path, tmp_path: Path) -> None:
+def test_another_base_is_refused(nemo_jobs: Path, tmp_path: Path) -> None:
     other = models.make("smollm2", tmp_path / "other")
     with pytest.raises(CptError, match=r"shape .* config\.json asks for"):
-        export_hf(_checkpoint(trained, "full"), tmp_path / "out", base=other)
+        export_hf(_checkpoint(nemo_jobs, "full"), tmp_path / "out", base=other)
     assert not (tmp_path / "out").exists()

@@ -1,12 +1,5 @@
-"""Train an imported checkpoint for some steps with NeMo, on the CPU, once with LoRA and once in full.
+"""Train an imported checkpoint for some steps with NeMo, on the CPU, with LoRA or in full; run by nemo_jobs.py."""
 
-    python train_small.py BASE DEST
-
-DEST/lora and DEST/full are the runs. They are forked after the imports, which would otherwise be paid twice.
-"""
-
-import multiprocessing
-import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -33,8 +26,9 @@ def train(base: Path, dest: Path, lora: bool) -> None:
         persistent_workers=False, tokenizer=tokenizer, split="90,5,5", create_attention_mask=True,
         num_dataset_builder_threads=1,
     )  # fmt: skip
+    strategy = CpuStrategy(ckpt_async_save=False)
     trainer = nl.Trainer(
-        devices=1, accelerator="cpu", strategy=CpuStrategy(), max_steps=3, val_check_interval=3, limit_val_batches=1,
+        devices=1, accelerator="cpu", strategy=strategy, max_steps=3, val_check_interval=3, limit_val_batches=1,
         num_sanity_val_steps=0, log_every_n_steps=1,
     )  # fmt: skip
     trainer.callbacks.append(save_logits_at_end(dest / f"{name}_logits.pt"))
@@ -94,21 +88,3 @@ def model(base: Path) -> Any:
     for name, value in overrides.items():
         setattr(description.config, name, value)
     return fdl.build(description)
-
-
-def main() -> None:
-
-    base, dest = Path(sys.argv[1]), Path(sys.argv[2])
-    dest.mkdir(parents=True)
-    write_text(dest / "text")
-    fork = multiprocessing.get_context("fork")
-    runs = [fork.Process(target=train, args=(base, dest, lora)) for lora in (True, False)]
-    for run in runs:
-        run.start()
-        run.join()
-    if any(run.exitcode for run in runs):
-        sys.exit(f"runs ended with {[run.exitcode for run in runs]}")
-
-
-if __name__ == "__main__":
-    main()
