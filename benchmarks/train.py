@@ -20,7 +20,7 @@ from pathlib import Path
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
-from nemo_cpt.training.single_gpu import SingleGpuSetting
+from nemo_cpt.training.single_gpu import ADAM_STATES, FULL_PARAMETER, LORA, SingleGpuSetting
 
 BF16_TFLOPS = 790.0  # an 8192 x 8192 x 8192 product of random bf16 numbers on the H200 used
 MATMUL_PARAMETERS = 7.505e9  # 8.030e9 less the input embedding
@@ -50,8 +50,34 @@ def full(gpu_memory_gib: int, **fields) -> SingleGpuSetting:
 
 
 PUBLISHED = {"seq_length": 4096, "micro_batch_size": 2}  # the setting that NeMo Automodel publishes for LoRA
-CASES: dict[str, Case] = {}
-GROUPS: dict[str, list[str]] = {}
+SINGLE = {"seq_length": 4096}
+BF16_STATES = {"grad_dtype": "bf16", "exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}
+HOST = {"host_states": ADAM_STATES}
+CASES: dict[str, Case] = {
+    "lora": Case(setting=lora(141, **PUBLISHED)),
+    "lora_fp8": Case(setting=lora(141, fp8_recipe="tensorwise", **PUBLISHED)),
+    "lora_native_loss": Case(setting=lora(141, cross_entropy_fusion_impl="native", **PUBLISHED)),
+    "stock_lora": Case(setting=lora(141, **PUBLISHED), stack="nemo_stock"),
+    "transformers_peft": Case(setting=lora(141, **PUBLISHED), stack="transformers"),
+    "lora_mbs1": Case(setting=lora(141, **SINGLE), steps=6),
+    "uncured_mbs1": Case(setting=lora(141, cross_entropy_fusion_impl="native", **SINGLE), steps=6, cures=False),
+    "stock_lora_mbs1": Case(setting=lora(141, **SINGLE), stack="nemo_stock", steps=6),
+    "stock_pretrain": Case(setting=full(141), stack="nemo_stock", steps=4),
+    "full_bf16_states": Case(setting=full(141, **BF16_STATES), steps=6),
+    "full_bf16_gradients": Case(setting=full(141, grad_dtype="bf16", **HOST), steps=6),
+} | {
+    f"{kind}{row.gpu_memory_gib}": Case(
+        setting=row, cap_gib=row.gpu_memory_gib - 1.0 if row.gpu_memory_gib < 141 else None
+    )
+    for kind, rows in (("lora", LORA), ("full", FULL_PARAMETER))
+    for row in rows
+}
+GROUPS: dict[str, list[str]] = {
+    "published": ["lora", "lora_fp8", "stock_lora", "transformers_peft"],
+    "defect": ["lora_mbs1", "uncured_mbs1", "stock_lora_mbs1"],
+    "budgets": ["lora24", "lora48", "lora80", "full48", "full80", "full141"],
+    "ladder": ["full_bf16_states", "full_bf16_gradients", "full141", "full80", "full48"],
+}
 
 
 def parse(argument: str) -> tuple[str, Case]:

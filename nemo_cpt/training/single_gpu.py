@@ -1,6 +1,13 @@
-"""Settings with which Llama-3.1-8B trains on one GPU, a row for each memory budget, all measured."""
+"""Settings with which Llama-3.1-8B trains on one GPU, a row for each memory budget.
+
+`benchmarks/train.py budgets` measures every row under its cap; docs/performance.md has the figures.
+"""
 
 import dataclasses
+
+from nemo_cpt.errors import CptError
+
+ADAM_STATES = ("exp_avg", "exp_avg_sq", "master_param")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -8,7 +15,7 @@ class SingleGpuSetting:
     """What to set for one GPU; names and values are those of Megatron's and NeMo's configurations.
 
     Attributes:
-        gpu_memory_gib: The card's memory as sold (GiB).
+        gpu_memory_gib: The card's memory as sold. PyTorch may use 1 GiB less, and 5 % of that are left free.
         lora_rank: LoRA's `dim`; None trains every parameter.
         seq_length: Tokens a sample.
         micro_batch_size: Samples a forward pass.
@@ -34,3 +41,67 @@ class SingleGpuSetting:
     exp_avg_dtype: str = "fp32"
     exp_avg_sq_dtype: str = "fp32"
     host_states: tuple[str, ...] = ()
+
+
+LORA = (
+    SingleGpuSetting(gpu_memory_gib=24, lora_rank=32, seq_length=4096, recompute_num_layers=30),
+    SingleGpuSetting(gpu_memory_gib=48, lora_rank=128, recompute_num_layers=12),
+    SingleGpuSetting(gpu_memory_gib=80, lora_rank=128),
+)
+"""LoRA on all linear layers, bf16, fp32 gradients and states of the adapters: the stock arithmetic."""
+
+FULL_PARAMETER = (
+    SingleGpuSetting(
+        gpu_memory_gib=48, lora_rank=None, recompute_num_layers=27, grad_dtype="bf16", host_states=ADAM_STATES
+    ),
+    SingleGpuSetting(gpu_memory_gib=80, lora_rank=None, recompute_num_layers=11, host_states=ADAM_STATES),
+    SingleGpuSetting(gpu_memory_gib=141, lora_rank=None, host_states=ADAM_STATES),
+)
+"""Every parameter, Adam's fp32 states in 75 GiB of pinned host memory; 80 and 141 GB keep fp32 gradients too, which is
+the stock arithmetic. The states cross the bus in 3.2 s a step: use a global batch of at least half a million tokens."""
+
+HOST_MEMORY_GIB = 100
+"""Host memory to ask for with `host_states`: 75 GiB pinned, the rest for the process, its data and checkpoints."""
+
+
+def lora_setting(gpu_memory_gib: float) -> SingleGpuSetting:
+    """The LoRA row for a GPU with `gpu_memory_gib` GiB: the largest budget that it holds.
+
+    Raises:
+        CptError: No row fits.
+    """
+    return _largest_that_fits(LORA, gpu_memory_gib, "LoRA")
+
+
+def full_parameter_setting(gpu_memory_gib: float) -> SingleGpuSetting:
+    """The full-parameter row for a GPU with `gpu_memory_gib` GiB: the largest budget that it holds.
+
+    Raises:
+        CptError: No row fits.
+    """
+    return _largest_that_fits(FULL_PARAMETER, gpu_memory_gib, "Full-parameter training")
+
+
+def _largest_that_fits(rows: tuple[SingleGpuSetting, ...], gpu_memory_gib: float, what: str) -> SingleGpuSetting:
+    fitting = [row for row in rows if row.gpu_memory_gib <= gpu_memory_gib]
+    if not fitting:
+        smallest = min(row.gpu_memory_gib for row in rows)
+        raise CptError(
+            f"{what} of Llama-3.1-8B on one GPU needs at least {smallest} GB of GPU memory, not {gpu_memory_gib:g}. "
+            f"Use gpu_memory_gib={smallest} or more, several GPUs, or a smaller model."
+        )
+    return max(fitting, key=lambda row: row.gpu_memory_gib)
+
+
+def check_fp8(compute_capability: tuple[int, int]) -> None:
+    """Check that a GPU of this compute capability has fp8 matrix products.
+
+    Raises:
+        CptError: It is older than Ada (8.9) and Hopper (9.0).
+    """
+    if compute_capability < (8, 9):
+        major, minor = compute_capability
+        raise CptError(
+            f"fp8 needs a GPU of compute capability 8.9 (Ada), 9.0 (Hopper) or later; this one has {major}.{minor}. "
+            "Train in bf16: fp8=False."
+        )

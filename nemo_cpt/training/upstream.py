@@ -39,8 +39,9 @@ def fold_gradient_of_frozen_linear() -> None:
     """Compute the input's gradient of a frozen linear layer as one matrix product.
 
     `LinearWithFrozenWeight.backward` (megatron-core 0.15.3, `core/tensor_parallel/layers.py`) multiplies a [s, b, v]
-    gradient by a [v, h] weight. The loss hands the gradient over in [b, s, v] order, which PyTorch does not fold for a
-    weight that requires no gradient: it runs s products of b rows each. With LoRA that was 77 % of an H200's time.
+    gradient by a [v, h] weight. With a micro batch of 1 the fused cross-entropy, NeMo's default, hands it over with the
+    strides of [b, s, v], which PyTorch does not fold for a weight that needs no gradient: it runs s products of one row
+    each. With LoRA on Llama-3.1-8B that was 77 % of an H200's time (3,600 against 13,744 tokens/s).
     """
     from megatron.core.tensor_parallel import layers
 

@@ -168,7 +168,7 @@ class TestFrozenLinear:
         weight = torch.randn(VOCABULARY, 8)
         out = LinearWithFrozenWeight.apply(x, weight, None, False, None)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            out.backward(torch.randn(BATCH, SEQ, VOCABULARY).transpose(0, 1))  # the loss's order
+            out.backward(torch.randn(BATCH, SEQ, VOCABULARY).transpose(0, 1))  # as the fused loss does
         return x.grad, {event.key for event in profile.key_averages()}
 
     def test_same_gradient_in_one_product(self):
@@ -181,6 +181,19 @@ class TestFrozenLinear:
     def test_megatron_runs_a_batched_product_without_the_cure(self):
         _, operations = self.gradient(folded=False)
         assert "aten::bmm" in operations
+
+
+class TestGuardInTheTrainer:
+    def test_it_looks_once_and_after_the_adapters_are_there(self):
+        guard = EveryTrainableParameterHasGradient()
+        model = torch.nn.ModuleDict({"used": torch.nn.Linear(2, 2), "forgotten": torch.nn.Linear(2, 2)})
+        trainer = types.SimpleNamespace(strategy=None)
+        guard.on_train_batch_start(trainer, model, None, 0)
+        model["used"](torch.ones(1, 2)).sum().backward()
+        with pytest.raises(CptError, match=r"2 trainable parameters.*forgotten\.weight, forgotten\.bias"):
+            guard.on_train_batch_end(trainer, model, None, None, 0)
+        guard.on_train_batch_start(trainer, model, None, 1)
+        guard.on_train_batch_end(trainer, model, None, None, 1)
 
 
 @pytest.mark.usefixtures("megatron")

@@ -1,0 +1,34 @@
+"""What to change when the GPU's memory does not suffice."""
+
+import lightning.pytorch as pl
+import torch
+
+from nemo_cpt.errors import CptError
+
+
+class OutOfMemoryAdvice(pl.Callback):
+    """Ends a job that ran out of GPU memory with what to change, instead of with the allocator's message alone.
+
+    Raises:
+        CptError: From the `torch.OutOfMemoryError` of a step, with the settings to change, the cheapest first.
+    """
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Turn an out-of-memory error into advice; leave every other exception alone."""
+        if isinstance(exception, torch.OutOfMemoryError):
+            raise CptError(advice(getattr(pl_module, "config", None), str(exception))) from exception
+
+
+def advice(config: object | None, message: str) -> str:
+    """What to change, cheapest first, in a run with Megatron's transformer `config` that failed with `message`."""
+    layers = getattr(config, "num_layers", None)
+    recomputed = getattr(config, "recompute_num_layers", None) or 0
+    changes = ["micro_batch_size=1 with the same global_batch_size, if it is larger"]
+    if getattr(config, "cross_entropy_fusion_impl", "te") != "te":
+        changes.append('cross_entropy_fusion_impl="te" (the loss in place, without fp32 logits)')
+    if layers is not None and recomputed < layers:
+        changes.append(f"more recomputed layers (recompute_num_layers={recomputed} of {layers} now)")
+    changes += ["a shorter seq_length", "a lower LoRA rank, or LoRA if every parameter is trained", "more GPUs"]
+    return (
+        "The GPU's memory did not suffice. Change, the cheapest first: " + "; ".join(changes) + f". ({message[:300]})"
+    )
