@@ -8,8 +8,8 @@ github.com/NVIDIA/Megatron-LM at core_v0.15.3; their scripts run unmodified, and
 given. NeMo's also wants `pip install --target EXTRA --no-deps ftfy nltk wcwidth regex` and --extra EXTRA.
 
 Every contestant is a process of its own, and is run twice a round: on the whole text, and on its first 20 documents.
-The second is start-up (imports, tokenizer, processes); "steady" speeds are over the difference of the two. With --slow N the
-slow contestants get only the first N documents: shuffle the text before. Their whole time is then projected.
+The second is start-up (imports, tokenizer, processes); "steady" speeds are over the difference of the two. With
+--slow N the slow contestants get only the first N documents: shuffle the text before. Their whole time is projected.
 """
 
 import argparse
