@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 PROMPTS = ("The capital of France is", "def add(a, b):\n    return", "日本の首都は")
 _LOGITS_TOLERANCE = 1e-5  # fp32, relative to the largest logit
+_COMPARED_AT_ONCE = 2**24  # values of a tensor that differs, for their fp32 copies
 _LOGITS_UP_TO = 2_000_000_000  # parameters; above, two fp32 copies of the model do not fit into ordinary memory
 
 
@@ -104,9 +105,16 @@ def _compare(slot: layout.Slot, ours: Any, theirs: HFWeights) -> Difference | No
         raise CptError(f"{slot.name} has shape {tuple(other.shape)}, config.json asks for {slot.shape}.")
     if mine.dtype == other.dtype and _bits(mine).equal(_bits(other)):
         return None
-    gap = (mine.double() - other.double()).abs()
-    unequal = int((_bits(mine) != _bits(other)).sum()) if mine.dtype == other.dtype else gap.numel()
-    return Difference(slot.name, unequal, gap.numel(), float(gap.max()))
+    rows = max(1, _COMPARED_AT_ONCE * mine.shape[0] // mine.numel())
+    counts, gaps = zip(*map(_differ, mine.split(rows), other.split(rows)), strict=True)
+    return Difference(slot.name, sum(counts), mine.numel(), max(gaps))
+
+
+def _differ(mine: torch.Tensor, other: torch.Tensor) -> tuple[int, float]:
+    """How many values differ, in bits where the dtypes are the same, and by how much at most."""
+    values = mine.float(), other.float()
+    unequal = _bits(mine) != _bits(other) if mine.dtype == other.dtype else values[0] != values[1]
+    return int(unequal.sum()), float((values[0] - values[1]).abs().max())
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
