@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+from typing import Any
 
 from nemo_cpt.errors import CptError
 
@@ -91,6 +92,52 @@ def _largest_that_fits(rows: tuple[SingleGpuSetting, ...], gpu_memory_gib: float
             f"Use gpu_memory_gib={smallest} or more, several GPUs, or a smaller model."
         )
     return max(fitting, key=lambda row: row.gpu_memory_gib)
+
+
+def configure(recipe: Any, setting: SingleGpuSetting) -> None:
+    """Put a setting into a recipe: its model, data, precision, gradients and optimizer; LoRA itself is the recipe's.
+
+    Args:
+        recipe: A `run.Partial` of `llm.pretrain` or `llm.finetune` with one GPU; changed in place.
+        setting: A row of `LORA` or `FULL_PARAMETER`, or one of your own.
+    """
+    model = recipe.model.config
+    model.seq_length = recipe.data.seq_length = setting.seq_length
+    recipe.data.micro_batch_size = setting.micro_batch_size
+    model.cross_entropy_fusion_impl = setting.cross_entropy_fusion_impl
+    if setting.recompute_num_layers:
+        model.recompute_granularity, model.recompute_method = "full", "block"
+        model.recompute_num_layers = setting.recompute_num_layers
+    precision = recipe.trainer.plugins
+    precision.grad_reduce_in_fp32 = setting.grad_dtype == "fp32"
+    recipe.trainer.strategy.ddp.grad_reduce_in_fp32 = setting.grad_dtype == "fp32"
+    if setting.fp8_recipe:
+        precision.fp8, precision.fp8_recipe = "hybrid", setting.fp8_recipe
+        precision.fp8_param_gather = setting.fp8_param
+    if setting.lora_rank is None:
+        _configure_states(recipe, setting)
+
+
+def _configure_states(recipe: Any, setting: SingleGpuSetting) -> None:
+    import nemo_run as run
+    import torch
+
+    from nemo_cpt.training.optimizer import HostStateOptimizer
+
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    optimizer = recipe.optim.config
+    optimizer.use_precision_aware_optimizer = optimizer.use_distributed_optimizer = True
+    optimizer.main_grads_dtype = dtypes[setting.grad_dtype]
+    optimizer.exp_avg_dtype = dtypes[setting.exp_avg_dtype]
+    optimizer.exp_avg_sq_dtype = dtypes[setting.exp_avg_sq_dtype]
+    if setting.host_states:
+        recipe.trainer.strategy.ckpt_async_save = False  # it would keep a second copy of the states in host memory
+        recipe.optim = run.Config(
+            HostStateOptimizer,
+            config=optimizer,
+            lr_scheduler=recipe.optim.lr_scheduler,
+            host_states=list(setting.host_states),
+        )
 
 
 def check_fp8(compute_capability: tuple[int, int]) -> None:
