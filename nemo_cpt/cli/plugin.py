@@ -5,8 +5,10 @@ functions of key=value, so `nemo cpt` hands over to nemo-cpt here.
 """
 
 import sys
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
+
+from nemo_cpt.cli import catalog
 
 
 def main() -> None:
@@ -17,8 +19,9 @@ def main() -> None:
         sys.argv[:2] = ["nemo cpt"]
         nemo_cpt()
         sys.exit(0)
-    if find_spec("nemo_cpt.recipes.factories"):
-        import nemo_cpt.recipes.factories  # noqa: F401
+    if sys.argv[1:2] == ["llm"]:  # it imports NeMo in any case
+        for module in {name.rpartition(".")[0] for name in catalog.recipes()}:
+            import_module(f"nemo_cpt.recipes.{module}")
     _register_executors()
 
 
