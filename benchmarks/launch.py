@@ -1,6 +1,6 @@
 """What launching costs: help, listing, from `nemo-cpt run tiny` to the first step, and submission to Slurm.
 
-    python benchmarks/launch.py [--folder FOLDER] [--repeats 5]
+    python benchmarks/launch.py [--folder FOLDER] [--repeats 3]
 
 The peer's figures come from the same run: `nemo --help` and `nemo llm pretrain --help` of NeMo-Run. The Slurm part
 needs slurm-wlm and munge, and root; it is left out, with the reason, where they are not installed.
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from datetime import datetime
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -26,16 +27,15 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "executors"))
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("--folder", type=Path, default=None, help="reused if it holds an earlier run's base")
-    options.add_argument("--repeats", type=int, default=5)
+    options.add_argument("--repeats", type=int, default=3, help="of the commands for help")
     given = options.parse_args()
     folder = given.folder or Path(tempfile.mkdtemp(prefix="launch_"))
     os.environ["NEMORUN_HOME"] = str(folder / "nemo_run")
     results = {"load": os.getloadavg()[0], "cores": os.cpu_count()}
-    results |= _help(given.repeats)
     recipe = _material(folder)
-    results |= _first_step(folder, recipe)
-    results |= _slurm(folder, recipe)
-    print(json.dumps(results, indent=2))
+    for part in (partial(_help, given.repeats), partial(_first_step, folder, recipe), partial(_slurm, folder, recipe)):
+        results |= part()
+        print(json.dumps(results, indent=2), flush=True)
 
 
 def _help(repeats: int) -> dict[str, float]:
@@ -118,8 +118,7 @@ def _slurm(folder: Path, recipe: list[str]) -> dict[str, float | str]:
         os.environ |= cluster.environ
         command = [BIN / "nemo-cpt", "run", *recipe, "--executor", "slurm", "executor.time=5", "--detach"]
         took = _seconds(command)
-        (job,) = cluster.jobs()
-        submitted = cluster.run("scontrol", "show", "job", job).partition("SubmitTime=")[2].split()[0]
+        submitted = cluster.run("scontrol", "show", "job").partition("SubmitTime=")[2].split()[0]
         accepted = datetime.fromisoformat(submitted).timestamp() - (time.time() - took)
         return {"slurm: submitted after": round(accepted, 1), "slurm: run --detach returned after": round(took, 1)}
     finally:

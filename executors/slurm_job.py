@@ -70,8 +70,6 @@ class SlurmJob(SlurmExecutor):
         trainer = getattr(task, "trainer", None)
         if not isinstance(trainer, run.Config) or not isinstance(getattr(trainer, "devices", None), int):
             return
-        from nemo.lightning.pytorch.callbacks import PreemptionCallback
-
         trainer.num_nodes = self.nodes
         if self.takes_recipes_size:
             gpus = trainer.devices if trainer.accelerator == "gpu" else None
@@ -81,9 +79,7 @@ class SlurmJob(SlurmExecutor):
                 f"the recipe's trainer has devices={trainer.devices}, and the job {self.ntasks_per_node} tasks on each "
                 "node: give the recipe's gpus_per_node and slurm(gpus_per_node=...) the same number"
             )
-        callbacks = trainer.callbacks or []
-        if all(callback.__fn_or_cls__ is not PreemptionCallback for callback in callbacks):
-            trainer.callbacks = [*callbacks, run.Config(PreemptionCallback)]
+        save_on_sigterm(trainer)
 
     @property
     def folder(self) -> str:
@@ -211,6 +207,15 @@ class SlurmJobScheduler(SlurmTunnelScheduler):
 def create_scheduler(session_name: str, **kwargs: Any) -> SlurmJobScheduler:
     """TorchX's factory of the scheduler."""
     return SlurmJobScheduler(session_name=session_name, experiment=kwargs.pop("experiment", None))
+
+
+def save_on_sigterm(trainer: Any) -> None:
+    """Give a trainer's config NeMo's PreemptionCallback, unless it has it."""
+    from nemo.lightning.pytorch.callbacks import PreemptionCallback
+
+    callbacks = getattr(trainer, "callbacks", None) or []
+    if all(callback.__fn_or_cls__ is not PreemptionCallback for callback in callbacks):
+        trainer.callbacks = [*callbacks, run.Config(PreemptionCallback)]
 
 
 def _with_our_runner(argument: str) -> str:

@@ -5,6 +5,7 @@ functions of key=value, so `nemo cpt` hands over to nemo-cpt here.
 """
 
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def main() -> None:
 
 
 def _register_executors() -> None:
-    """Let `nemo llm pretrain --executor cpt_slurm executor.partition=...` find ours."""
+    """Let `nemo llm pretrain run.executor=cpt_slurm run.executor.partition=...` find ours, with typed arguments."""
     import nemo_run as run
 
     from nemo_cpt import executors
@@ -34,7 +35,9 @@ def _register_executors() -> None:
     for name in executors.__all__:
         function = getattr(executors, name)
         if not isinstance(function, type):
-            run.cli.factory(target=run.Executor, name=f"cpt_{name}")(function)
+            factory = partial(run.Config, function)
+            factory.__name__ = name  # type: ignore[attr-defined]
+            run.cli.factory(target=run.Executor, name=f"cpt_{name}")(factory)
 
 
 main()

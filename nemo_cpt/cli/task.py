@@ -40,21 +40,13 @@ def run_recipe(recipe: str, arguments: dict[str, Any], overrides: list[str]) -> 
     """Build a recipe in the job and run it; under Slurm its trainer takes the job's nodes and listens to preemption."""
     import fiddle as fdl
 
+    from nemo_cpt.executors.slurm_job import save_on_sigterm
+
     partial = build_recipe(recipe, arguments, overrides)
     if "SLURM_NNODES" in os.environ and hasattr(partial, "trainer"):
         partial.trainer.num_nodes = int(os.environ["SLURM_NNODES"])
         save_on_sigterm(partial.trainer)
     fdl.build(partial)()
-
-
-def save_on_sigterm(trainer: Any) -> None:
-    """Give a trainer's config NeMo's PreemptionCallback, unless it has it."""
-    import nemo_run as run
-    from nemo.lightning.pytorch.callbacks import PreemptionCallback
-
-    callbacks = trainer.callbacks or []
-    if all(callback.__fn_or_cls__ is not PreemptionCallback for callback in callbacks):
-        trainer.callbacks = [*callbacks, run.Config(PreemptionCallback)]
 
 
 def _override(partial: Any, override: str) -> None:

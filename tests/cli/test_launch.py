@@ -114,6 +114,23 @@ def test_fields_are_checked_and_set(tmp_path):
             build_recipe("tiny.continual_pretrain", given, [field])
 
 
+def test_a_slurm_job_and_the_recipes_trainer_agree():
+    from nemo.lightning.pytorch.callbacks import PreemptionCallback
+    from nemo_cpt.executors import slurm
+
+    from nemo_cpt.cli.task import build_recipe
+
+    recipe = build_recipe("llama31_8b.continual_pretrain", {"gpus_per_node": 4})
+    job = slurm(nodes=2)
+    for _ in range(2):  # the second time changes nothing
+        job.fit(recipe)
+    assert (recipe.trainer.num_nodes, job.ntasks_per_node, job.gpus_per_node) == (2, 4, 4)
+    kinds = [callback.__fn_or_cls__ for callback in recipe.trainer.callbacks]
+    assert kinds.count(PreemptionCallback) == 1
+    with pytest.raises(CptError, match="devices=4, and the job 8 tasks"):
+        slurm(gpus_per_node=8).fit(recipe)
+
+
 def test_cancel_ends_a_local_job_from_another_shell(tmp_path):
     from nemo_cpt.cli.jobs import _end_processes, _processes
 
