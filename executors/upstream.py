@@ -104,6 +104,15 @@ def find_configs_in_pods() -> None:
     KubeflowExecutor.assign = assign_and_map
 
 
+def parse_new_unions() -> None:
+    """Let NeMo-Run's command line take values for parameters annotated as `str | None`; it knows Optional[str] only."""
+    from types import UnionType
+
+    from nemo_run.cli.cli_parser import type_parser
+
+    type_parser.parsers[UnionType] = type_parser.parse_union
+
+
 def raise_for_states(experiment: Any) -> None:
     """Raise CptError for the first task of a finished experiment that did not succeed, with its log's last lines."""
     failed = [job for job in experiment.jobs if job.state.name != "SUCCEEDED"]

@@ -31,7 +31,9 @@ def _register_executors() -> None:
     import nemo_run as run
 
     from nemo_cpt import executors
+    from nemo_cpt.executors import upstream
 
+    upstream.parse_new_unions()
     for name in executors.__all__:
         function = getattr(executors, name)
         if not isinstance(function, type):

@@ -52,6 +52,9 @@ def run_recipe(recipe: str, arguments: dict[str, Any], overrides: list[str]) -> 
 def _override(partial: Any, override: str) -> None:
     from nemo_run.cli.cli_parser import parse_value
 
+    from nemo_cpt.executors import upstream
+
+    upstream.parse_new_unions()
     path, _, text = override.partition("=")
     *parents, name = path.split(".")
     config = partial
