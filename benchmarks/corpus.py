@@ -191,13 +191,13 @@ def commands(options: argparse.Namespace) -> dict[str, Callable[[Job], tuple[lis
     return found | {"prepare": prepare, "prepare, gzip": prepare, "fastokens alone": own("pure")}
 
 
-def measure(command: list[str], environment: dict[str, str], log: Path) -> Run:
+def measure(command: list[str], environment: dict[str, str], log: Path, workers: int) -> Run:
     """Run a command to its end."""
     begin = time.monotonic()
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | environment)
         peaks = [0.0, 0.0]
-        watcher = threading.Thread(target=watch, args=(psutil.Process(process.pid), peaks), daemon=True)
+        watcher = threading.Thread(target=watch, args=(psutil.Process(process.pid), peaks, workers), daemon=True)
         watcher.start()
         _, status, usage = os.wait4(process.pid, 0)
     if status:
@@ -205,23 +205,20 @@ def measure(command: list[str], environment: dict[str, str], log: Path) -> Run:
     return Run(time.monotonic() - begin, usage.ru_utime + usage.ru_stime, *peaks)
 
 
-def watch(process: psutil.Process, peaks: list[float]) -> None:
-    """Keep the peaks, in MB, of the process' own resident memory and of the private memory of its lasting children.
+def watch(process: psutil.Process, peaks: list[float], workers: int) -> None:
+    """Keep the peaks, in MB, of the process' own resident memory and of its workers' private memory.
 
-    A child that is seen less than half as often as the one seen most, such as `prepare`'s check of the tokenizer, is no
-    worker.
+    Children count while there are as many as workers: `prepare`'s check of the tokenizer, before, is a child alone.
     """
-    children: dict[int, list[float]] = {}
     try:
         while True:
             peaks[0] = max(peaks[0], process.memory_info().rss / 1e6)
-            for child in process.children(recursive=True):
+            children = process.children(recursive=True)
+            for child in children if len(children) >= max(workers, 2) else ():
                 try:
-                    children.setdefault(child.pid, []).append(child.memory_full_info().uss / 1e6)
+                    peaks[1] = max(peaks[1], child.memory_full_info().uss / 1e6)
                 except psutil.Error:
                     continue
-            most = max(map(len, children.values()), default=0)
-            peaks[1] = max((max(sizes) for sizes in children.values() if 2 * len(sizes) > most), default=0.0)
             time.sleep(0.5)  # looking costs CPU time, which the contestants share
     except psutil.Error:
         return
@@ -246,7 +243,7 @@ def compete(options: argparse.Namespace, folder: Path) -> dict[str, list[tuple[R
             for path in (first, some if options.slow and name in SLOW else whole):
                 text = packed[path] if "gzip" in name else path
                 job = Job(text, options.tokenizer, options.workers, folder / name.replace(" ", "_").replace(",", ""))
-                pair.append(measure(*contestants[name](job), folder / "log"))
+                pair.append(measure(*contestants[name](job), folder / "log", options.workers))
             runs[name].append((pair[0], pair[1]))
             print(f"round {number + 1}: {name}: {pair[1].wall:.2f} s, start-up {pair[0].wall:.2f} s", file=sys.stderr)
         print(table(options, {name: pairs for name, pairs in runs.items() if pairs}, folder), file=sys.stderr)
