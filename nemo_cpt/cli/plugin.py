@@ -5,9 +5,10 @@ functions of key=value, so `nemo cpt` hands over to nemo-cpt here.
 """
 
 import sys
-from functools import partial
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from nemo_cpt.cli import catalog
 
@@ -37,9 +38,18 @@ def _register_executors() -> None:
     for name in executors.__all__:
         function = getattr(executors, name)
         if not isinstance(function, type):
-            factory = partial(run.Config, function)
-            factory.__name__ = name  # type: ignore[attr-defined]
-            run.cli.factory(target=run.Executor, name=f"cpt_{name}")(factory)
+            run.cli.factory(target=run.Executor, name=f"cpt_{name}")(_config_of(function))
+
+
+def _config_of(function: Callable[..., Any]) -> Callable[[], Any]:
+    """A factory of the executor's config; NeMo-Run's help wants a function with a source and a docstring."""
+    import nemo_run as run
+
+    def executor() -> Any:
+        return run.Config(function)
+
+    executor.__doc__ = function.__doc__
+    return executor
 
 
 main()
