@@ -19,7 +19,7 @@ from nemo_cpt.errors import CptError
 STATES = ("exp_avg", "exp_avg_sq", "master_param")
 SLAB_BYTES = 2**30
 ALIGNMENT = 512
-_KEPT: list["PinnedMemory"] = []
+_KEPT: list["PinnedMemory"] = []  # for the life of the process, see PinnedMemory
 
 
 class HostStateOptimizer(nl.MegatronOptimizerModule):
@@ -39,6 +39,7 @@ class HostStateOptimizer(nl.MegatronOptimizerModule):
     def __init__(self, config: OptimizerConfig, host_states: Iterable[str] = STATES, **kwargs: Any):
         super().__init__(config, **kwargs)
         self.host_states = tuple(host_states)
+        self._adams: list[Any] = []
         _check(config, self.host_states)
 
     def optimizers(self, model: Any) -> list[torch.optim.Optimizer]:
@@ -102,7 +103,8 @@ def _initialize(
         on_device(param, state_name, zero_buffer, store_param_remainders)
         return
     dtype = torch.int16 if store_param_remainders else adam.name_to_dtype_map[state_name]
-    adam.state[param][state_name] = memory.zeros(param.shape, dtype)
+    state = memory.of(param, state_name, dtype)
+    adam.state[param][state_name] = state.zero_() if zero_buffer else state
     if adam.name_to_dtype_map[state_name] != torch.float32:
         scale = torch.ones(1, dtype=torch.float32, device=param.device)
         adam._scales.setdefault(param, {})[state_name] = scale
@@ -118,6 +120,13 @@ class PinnedMemory:
     def __init__(self) -> None:
         self._slabs = [torch.empty(0, dtype=torch.uint8)]
         self._used = 0
+        self._states: dict[tuple[torch.Tensor, str], torch.Tensor] = {}
+
+    def of(self, param: torch.Tensor, state_name: str, dtype: torch.dtype) -> torch.Tensor:
+        """The tensor for one state of one parameter: zeros at first, later (loading a checkpoint) the same memory."""
+        if (param, state_name) not in self._states:
+            self._states[param, state_name] = self.zeros(param.shape, dtype)
+        return self._states[param, state_name]
 
     def zeros(self, shape: Iterable[int], dtype: torch.dtype) -> torch.Tensor:
         """A CUDA tensor of zeros whose memory is the host's.

@@ -71,6 +71,46 @@ class TestPinnedMemory:
             optimizer._pinned(4096)
 
 
+class TestInitialization:
+    """Transformer Engine's FusedAdam asks for each state by name, once when it first steps and once when it loads."""
+
+    @pytest.fixture
+    def adam(self, monkeypatch):
+        on_device = []
+        adam = types.SimpleNamespace(state={}, _scales={}, on_device=on_device)
+        adam.name_to_dtype_map = dict.fromkeys(optimizer.STATES, torch.float32) | {"exp_avg": torch.bfloat16}
+        adam._initialize_state = lambda *arguments: on_device.append(arguments[1])
+        monkeypatch.setattr(optimizer.PinnedMemory, "zeros", lambda self, shape, dtype: torch.zeros(shape, dtype=dtype))
+        return adam
+
+    def test_only_the_named_states_leave_the_device(self, adam):
+        param = torch.ones(3, 2)
+        adam.state[param] = {}
+        optimizer.keep_states_on_host(adam, ["exp_avg", "master_param"])
+        adam._initialize_state(param, "exp_avg", True)
+        adam._initialize_state(param, "exp_avg_sq", True)
+        adam._initialize_state(param, "master_param", False, True)
+        assert adam.on_device == ["exp_avg_sq"]
+        assert {name: state.dtype for name, state in adam.state[param].items()} == {
+            "exp_avg": torch.bfloat16,
+            "master_param": torch.int16,
+        }
+        assert adam._scales[param].keys() == {"exp_avg"}
+
+    def test_loading_reuses_the_memory_and_keeps_its_values_until_they_are_overwritten(self, adam):
+        param = torch.ones(3, 2)
+        adam.state[param] = {}
+        optimizer.keep_states_on_host(adam, ["exp_avg_sq"])
+        adam._initialize_state(param, "exp_avg_sq", True)
+        first = adam.state[param]["exp_avg_sq"].fill_(7.0)
+        adam.state[param] = {}
+        adam._initialize_state(param, "exp_avg_sq", False)
+        assert adam.state[param]["exp_avg_sq"] is first
+        assert (first == 7.0).all()
+        adam._initialize_state(param, "exp_avg_sq", True)
+        assert (first == 0.0).all()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="needs an NVIDIA GPU with Transformer Engine")
 class TestOnTheGpu:
