@@ -1,10 +1,26 @@
 """The one exception for what the user can mend."""
 
+import sys
+from types import TracebackType
+
 
 class CptError(Exception):
     """Something the user gave cannot work; the message says what, with the value, and what to do about it.
 
-    Command lines turn it into its message on stderr and exit code 2, without a traceback.
+    Command lines and training jobs turn it into its message on stderr and exit code 2, without a traceback.
     """
 
     exit_code = 2
+
+
+def exit_with_the_message() -> None:
+    """Let an uncaught CptError end this process with its message and its exit code instead of a traceback and 1."""
+    others = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not isinstance(error, CptError):
+            return others(kind, error, trace)
+        print(f"nemo_cpt: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+
+    sys.excepthook = hook

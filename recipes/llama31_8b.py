@@ -10,6 +10,7 @@ from nemo.collections import llm
 
 from nemo_cpt.corpus import Blend
 from nemo_cpt.recipes import parts
+from nemo_cpt.training import single_gpu
 
 DEFAULT_BASE = "checkpoints/Llama-3.1-8B"
 LINEAR_LAYERS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
@@ -118,22 +119,24 @@ def continual_pretrain_single_gpu(
     *,
     gpu_memory_gib: int = 48,
     name: str = "llama31_8b_cpt_single_gpu",
-    rank: int = 128,
+    rank: int | None = None,
     global_batch_size: int = 32,
     lr: float = 1e-4,
     **kwargs,
 ) -> run.Partial:
-    """LoRA on every linear layer, on one GPU of 48 GB by default.
+    """LoRA on every linear layer, on one GPU of 48 GB by default (24 and 80 GB too).
 
-    Rank 128 and alpha of twice the rank on all linear layers follow "LoRA Learns Less and Forgets Less" (arXiv
-    2405.09673, rank 256 and alpha 512 for continual pretraining), the learning rate its range's middle.
+    The base is frozen; adapters of rank 128 (32 on 24 GB) and alpha of twice the rank are trained on all linear layers,
+    after "LoRA Learns Less and Forgets Less" (arXiv 2405.09673: alpha 2 x rank, all linear layers, learning rates of
+    1e-5 to 5e-4). Sequence length, micro batch and recomputation are those measured for the card in docs/performance.md:
+    11,998 tokens/s on one H200 capped at 47 GiB.
 
     Args:
         base: see `continual_pretrain`.
         data: see `continual_pretrain`.
-        gpu_memory_gib: the card's memory; chooses what is recomputed.
+        gpu_memory_gib: the card's memory as sold; chooses sequence length and recomputation.
         name: see `continual_pretrain`.
-        rank: rank of the adapters.
+        rank: rank of the adapters; the card's setting when None.
         global_batch_size: see `continual_pretrain`.
         lr: peak learning rate.
         **kwargs: see `continual_pretrain`.
@@ -142,24 +145,55 @@ def continual_pretrain_single_gpu(
         A run.Partial of `llm.finetune`; every field stays editable.
 
     Raises:
-        CptError: see `continual_pretrain`.
+        CptError: no setting fits the card; `data` is no Blend.
     """
-    recipe = continual_pretrain(
-        base,
-        data,
-        name=name,
-        gpus_per_node=1,
-        tensor_model_parallel_size=1,
-        global_batch_size=global_batch_size,
-        lr=lr,
-        **kwargs,
-    )
-    parts.full_recompute(recipe.model, layers=20)
-    return with_lora(recipe, rank)
+    setting = single_gpu.lora_setting(gpu_memory_gib)
+    recipe = _on_one_gpu(setting, base, data, name=name, global_batch_size=global_batch_size, lr=lr, **kwargs)
+    return with_lora(recipe, rank or setting.lora_rank)
 
 
-def with_lora(recipe: run.Partial, rank: int) -> run.Partial:
-    """The same run with the base frozen and LoRA adapters trained, through `llm.finetune` (llm.pretrain takes no peft)."""
+@run.cli.factory(target=llm.pretrain, name="llama31_8b_cpt_full_single_gpu")
+def continual_pretrain_full_single_gpu(
+    base: str = DEFAULT_BASE,
+    data: Blend | None = None,
+    *,
+    gpu_memory_gib: int = 80,
+    name: str = "llama31_8b_cpt_full_single_gpu",
+    global_batch_size: int = 128,
+    **kwargs,
+) -> run.Partial:
+    """Every parameter on one GPU, of 80 GB by default (48 and 141 GB too), with 100 GiB of host memory.
+
+    Adam's fp32 states stay in pinned host memory, where the GPU updates them across the bus in 3.2 s a step: the global
+    batch is large to make up for it. Measured in docs/performance.md.
+
+    Args:
+        base: see `continual_pretrain`.
+        data: see `continual_pretrain`.
+        gpu_memory_gib: the card's memory as sold; chooses recomputation and the gradients' dtype.
+        name: see `continual_pretrain`.
+        global_batch_size: see `continual_pretrain`.
+        **kwargs: see `continual_pretrain`.
+
+    Returns:
+        A run.Partial of `llm.pretrain`; every field stays editable.
+
+    Raises:
+        CptError: no setting fits the card; `data` is no Blend.
+    """
+    setting = single_gpu.full_parameter_setting(gpu_memory_gib)
+    return _on_one_gpu(setting, base, data, name=name, global_batch_size=global_batch_size, **kwargs)
+
+
+def _on_one_gpu(setting: single_gpu.SingleGpuSetting, base: str, data: Blend | None, **kwargs) -> run.Partial:
+    recipe = continual_pretrain(base, data, gpus_per_node=1, tensor_model_parallel_size=1, **kwargs)
+    single_gpu.configure(recipe, setting)
+    return recipe
+
+
+def with_lora(recipe: run.Partial, rank: int | None = 128) -> run.Partial:
+    """The same run with the base frozen and LoRA trained, through `llm.finetune`: llm.pretrain takes no adapters."""
+    rank = rank or 128
     return run.Partial(
         llm.finetune,
         model=recipe.model,

@@ -5,7 +5,6 @@ import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
-from nemo.collections import llm
 from nemo.collections.common.tokenizers import AutoTokenizer
 from nemo.collections.llm.recipes.log.default import tensorboard_logger
 from nemo.lightning.pytorch.callbacks import GarbageCollectionCallback
@@ -17,6 +16,7 @@ from nemo_cpt.training.callbacks import MetricsFile, ValidationLossBySet
 from nemo_cpt.training.data import BlendDataModule
 from nemo_cpt.training.gradients import EveryTrainableParameterHasGradient
 from nemo_cpt.training.guards import Guards
+from nemo_cpt.training.memory import OutOfMemoryAdvice
 from nemo_cpt.training.resume import ResumeOrStartFromBase
 
 
@@ -85,6 +85,7 @@ def callbacks() -> list[run.Config]:
     return [
         run.Config(Guards),
         run.Config(EveryTrainableParameterHasGradient),
+        run.Config(OutOfMemoryAdvice),
         run.Config(ValidationLossBySet),
         run.Config(MetricsFile),
         run.Config(TimingCallback),
@@ -143,8 +144,9 @@ def data(
         raise CptError(f"data is {blend!r}: give a Blend, such as Blend(train={{'ds/ja': 0.75, 'ds/en': 0.25}})")
     return run.Config(
         BlendDataModule,
-        train=dict(blend.train),
+        paths=[item for prefix, weight in blend.train.items() for item in (weight, prefix)],
         validation=dict(blend.validation),
+        weighting=blend.weighting,
         tokenizer=run.Config(AutoTokenizer, pretrained_model_name=tokenizer or f"{base}/hf"),
         seq_length=seq_length,
         global_batch_size=global_batch_size,
@@ -177,10 +179,3 @@ def log(directory: str, name: str) -> run.Config[nl.NeMoLogger]:
 def resume(base: str) -> run.Config[ResumeOrStartFromBase]:
     """Resume the run's newest complete checkpoint, else start from the base's weights with a fresh schedule."""
     return run.Config(ResumeOrStartFromBase, base=base)
-
-
-def full_recompute(model: run.Config[llm.GPTModel], layers: int) -> None:
-    """Recompute the activations of the first `layers` layers of each pipeline stage in the backward pass."""
-    model.config.recompute_granularity = "full"
-    model.config.recompute_method = "block"
-    model.config.recompute_num_layers = layers

@@ -24,7 +24,22 @@ def main() -> None:
     if sys.argv[1:2] == ["llm"]:  # it imports NeMo in any case
         for module in {name.rpartition(".")[0] for name in catalog.recipes()}:
             import_module(f"nemo_cpt.recipes.{module}")
+        _offer_yaml_as_a_factory()
     _register_executors()
+
+
+def _offer_yaml_as_a_factory() -> None:
+    """Turn `--yaml FILE` into `--factory`, because NeMo-Run cannot read back the YAML that it writes."""
+    if "--yaml" not in sys.argv[:-1]:
+        return
+    import nemo_run as run
+
+    from nemo_cpt.cli import yaml_file
+
+    at = sys.argv.index("--yaml")
+    recipe = yaml_file.load(sys.argv[at + 1])
+    run.cli.factory(target=recipe.__fn_or_cls__, name="cpt_from_yaml")(lambda: recipe)
+    sys.argv[at : at + 2] = ["--factory", "cpt_from_yaml"]
 
 
 def _register_executors() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import fiddle as fdl
+import nemo_run as run
 import torch
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
@@ -174,10 +175,21 @@ def on_cpu(recipe: Any, processes: int = 1) -> Any:
     strategy.ddp.average_in_collective = False  # gloo has no average
     if processes == 1:
         strategy.tensor_model_parallel_size = strategy.pipeline_model_parallel_size = strategy.context_parallel_size = 1
-    recipe.optim.config.bf16 = recipe.optim.config.use_distributed_optimizer = False
+    _plain_adam(recipe)
     recipe.data.num_workers, recipe.data.persistent_workers, recipe.data.pin_memory = 0, False, False
     recipe.data.create_attention_mask = True  # Megatron's plain attention builds none itself
     recipe.model.config.transformer_layer_spec = local_layer_spec
     for field, value in UNFUSED.items():
         setattr(recipe.model.config, field, value)
     return recipe
+
+
+def _plain_adam(recipe: Any) -> None:
+    """Megatron's own Adam with fp32 states, whatever a GPU's memory made of it."""
+    recipe.optim = run.Config(
+        nl.MegatronOptimizerModule, config=recipe.optim.config, lr_scheduler=recipe.optim.lr_scheduler
+    )
+    for field in ("bf16", "use_distributed_optimizer", "use_precision_aware_optimizer"):
+        setattr(recipe.optim.config, field, False)
+    for field in ("main_grads_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
+        setattr(recipe.optim.config, field, torch.float32)

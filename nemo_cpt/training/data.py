@@ -1,11 +1,11 @@
 """The data module of a run: a weighted blend to train on, and named validation sets that are watched one by one."""
 
-from typing import Any
+from typing import Any, Optional
 
 from nemo.collections import llm
 from nemo.collections.llm.gpt.data.utils import _reconfigure_limit_batches
 
-from nemo_cpt.corpus import Blend, full_prefix
+from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
 from nemo_cpt.training.datasets import TRAIN, VALIDATION, FirstSamples, gpt_dataset
 
@@ -18,16 +18,24 @@ class BlendDataModule(llm.PreTrainingDataModule):
     number, in which forgetting the old language hides behind learning the new one.
 
     Args:
-        train: weight of each Megatron prefix, as in `Blend.train`.
-        validation: Megatron prefix of each named validation set, as in `Blend.validation`; may be empty.
+        paths: weights and prefixes of the training sets in turn, Megatron's form: `[0.75, "ds/ja", 0.25, "ds/en"]`.
+            A list, because NeMo-Run's YAML and command line take the slash in a mapping's key for syntax.
+        validation: prefix of each named validation set, as in `Blend.validation`; may be empty.
+        weighting: what a weight counts, as in `Blend.weighting`.
         **kwargs: see NeMo's `PreTrainingDataModule` (seq_length, micro_batch_size, global_batch_size, tokenizer, …).
 
     Raises:
         CptError: a file of the blend is missing, a weight is not positive, or a prefix is a dict in a string.
     """
 
-    def __init__(self, train: dict[str, float], validation: dict[str, str] | None = None, **kwargs: Any):
-        self.blend = Blend(train=dict(train), validation=dict(validation or {}))
+    def __init__(
+        self,
+        paths: list[Any],
+        validation: Optional[dict[str, str]] = None,  # noqa: UP045  NeMo-Run cannot parse `| None`
+        weighting: str = "share",
+        **kwargs: Any,
+    ):
+        self.blend = blend_of(paths, validation, weighting)
         self.blend.check()
         super().__init__(paths=self.blend.paths(), **kwargs)
 
@@ -45,9 +53,8 @@ class BlendDataModule(llm.PreTrainingDataModule):
     ) -> None:
         """Build the training blend for `max_steps` global batches, and every validation set for one validation."""
         del trainer_val_check_interval, trainer_limit_test_batches
-        weights = {full_prefix(prefix): weight for prefix, weight in self.blend.train.items()}
         samples = self.num_train_samples or trainer_max_steps * self.global_batch_size
-        self._train_ds = gpt_dataset(weights, samples, TRAIN, **self._dataset_config())
+        self._train_ds = gpt_dataset(self.blend.shares(), samples, TRAIN, **self._dataset_config())
         self._validation_ds = self._build_validation(trainer_limit_val_batches)
         self._test_ds = None
 
@@ -61,8 +68,8 @@ class BlendDataModule(llm.PreTrainingDataModule):
         if not count or not self.blend.validation:
             return None
         sets = [
-            gpt_dataset({full_prefix(prefix): 1.0}, count, VALIDATION, **self._dataset_config())
-            for prefix in self.blend.validation.values()
+            gpt_dataset({prefix: 1.0}, count, VALIDATION, **self._dataset_config())
+            for prefix in self.blend.validation_paths().values()
         ]
         return FirstSamples(sets, count)
 
@@ -94,3 +101,21 @@ class BlendDataModule(llm.PreTrainingDataModule):
         trainer.limit_val_batches = _reconfigure_limit_batches(trainer.limit_val_batches, self._validation_ds) * sets
         if trainer.num_sanity_val_steps:  # the losses before training: the same validation as all later ones
             trainer.num_sanity_val_steps = trainer.limit_val_batches
+
+
+def blend_of(paths: Any, validation: dict[str, str] | None = None, weighting: str = "share") -> Blend:
+    """The `Blend` of a recipe's `data` fields.
+
+    Raises:
+        CptError: `paths` is no list of a weight and a prefix in turn.
+    """
+    if isinstance(paths, str) or not isinstance(paths, list | tuple) or len(paths) % 2:
+        raise CptError(
+            f"data.paths is {paths!r}: give weights and prefixes in turn, such as [0.75, 'ds/ja', 0.25, 'ds/en'], or "
+            "give the recipe data=Blend(train={'ds/ja': 0.75, 'ds/en': 0.25})"
+        )
+    try:
+        train = {str(prefix): float(weight) for weight, prefix in zip(paths[::2], paths[1::2], strict=True)}
+    except ValueError as error:
+        raise CptError(f"data.paths is {paths!r}: each prefix needs a number before it ({error})") from None
+    return Blend(train=train, validation=dict(validation or {}), weighting=weighting)

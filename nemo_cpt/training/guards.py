@@ -8,8 +8,9 @@ from typing import Any
 import lightning.pytorch as pl
 
 from nemo_cpt import corpus
-from nemo_cpt.errors import CptError
+from nemo_cpt.errors import CptError, exit_with_the_message
 from nemo_cpt.training import resume, upstream
+from nemo_cpt.training.data import blend_of
 
 MARGIN_TO_UNIFORM = 0.5
 NVTE_OF_BACKEND = {  # what Megatron Core sets for each attention_backend, and refuses to find otherwise
@@ -30,6 +31,7 @@ class Guards(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check everything that is known before the model is built."""
+        exit_with_the_message()
         upstream.apply()
         if not trainer.ckpt_path:
             resume.check_base(getattr(trainer.strategy.restore_config, "path", None))
@@ -60,7 +62,7 @@ def check(recipe: Any) -> None:
     resume.check_base(getattr(restore, "base", None))
     check_data(recipe.data.__fn_or_cls__.__name__)
     if recipe.data.__fn_or_cls__.__name__ == "BlendDataModule":
-        corpus.Blend(train=dict(recipe.data.train), validation=dict(recipe.data.validation or {})).check()
+        blend_of(recipe.data.paths, recipe.data.validation, recipe.data.weighting).check()
     check_schedule(recipe.optim.config.lr, recipe.optim.lr_scheduler, recipe.trainer.max_steps)
     strategy = recipe.trainer.strategy
     check_batches(

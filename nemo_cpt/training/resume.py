@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Optional
 
 from nemo import lightning as nl
 from nemo.lightning.pytorch.callbacks import ModelCheckpoint
@@ -24,7 +25,7 @@ class ResumeOrStartFromBase(nl.AutoResume):
         CptError: there is neither a checkpoint of this run nor a complete base.
     """
 
-    def __init__(self, base: str | None = None):
+    def __init__(self, base: Optional[str] = None):  # noqa: UP045  NeMo-Run cannot parse `| None`
         restore = nl.RestoreConfig(path=str(base), load_artifacts=False) if base else None
         super().__init__(
             restore_config=restore, resume_if_exists=True, resume_past_end=True, resume_ignore_no_checkpoint=True

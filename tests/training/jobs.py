@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,20 +31,20 @@ def run(job: Callable[[], Any], processes: int = 1, log: Path | None = None, tim
     for process in started:
         process.join(max(end - time.monotonic(), 0))
     late = [process for process in started if process.is_alive()]
-    for process in late:
-        process.kill()
+    kill(late)
     assert not late, f"the job took more than {timeout} s: {log and log.read_text()[-3000:]}"
     return next((code for process in started if (code := process.exitcode)), 0)
 
 
 def kill(started: list[Any]) -> None:
-    """SIGKILL every process of a job."""
+    """SIGKILL every process of a job, with the helpers that Megatron starts for its checkpoints."""
     for process in started:
-        os.kill(process.pid, signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)
         process.join()
 
 
 def _enter(job: Callable[[], Any], rank: int, processes: int, port: int, log: Path | None) -> None:
+    os.setsid()
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if processes > 1:
         os.environ.update(
@@ -54,4 +55,8 @@ def _enter(job: Callable[[], Any], rank: int, processes: int, port: int, log: Pa
         output = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
         os.dup2(output, 1)
         os.dup2(output, 2)
-    job()
+    try:
+        job()
+    except BaseException:  # as the interpreter does at the end of a script; multiprocessing would not ask the hook
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)

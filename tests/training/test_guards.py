@@ -1,0 +1,130 @@
+"""Each guard stops what it is there for, and says what to do."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import nemo_run as run
+import pytest
+from nemo.collections import llm
+
+from nemo_cpt.corpus import Blend
+from nemo_cpt.errors import CptError
+from nemo_cpt.recipes import tiny
+from nemo_cpt.training import guards
+from nemo_cpt.training.data import BlendDataModule, blend_of
+from nemo_cpt.training.resume import check_base
+from tests.training import jobs
+
+
+def recipe(world: Path, blend: Any, **changes: Any) -> Any:
+    return tiny.continual_pretrain(str(world / "base"), blend, directory=str(world / "runs"), seq_length=64, **changes)
+
+
+def test_a_sound_recipe_passes(world: Path, blend: Any) -> None:
+    guards.check(recipe(world, blend))
+
+
+def test_no_base(world: Path, blend: Any) -> None:
+    made = recipe(world, blend)
+    made.resume.base = None
+    with pytest.raises(CptError, match="no base to continue from"):
+        guards.check(made)
+
+
+def test_a_base_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(CptError, match=r"is not there: import it first with `nemo-cpt import"):
+        check_base(tmp_path / "nothing")
+
+
+def test_a_base_that_is_a_hugging_face_folder(world: Path) -> None:
+    with pytest.raises(CptError, match="not a NeMo 2.0 checkpoint"):
+        check_base(world / "base_hf")
+
+
+def test_mock_data(world: Path, blend: Any) -> None:
+    made = recipe(world, blend)
+    made.data = run.Config(llm.MockDataModule, seq_length=64)
+    with pytest.raises(CptError, match="made-up tokens"):
+        guards.check(made)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_a_missing_file_is_named(world: Path, tmp_path: Path, suffix: str) -> None:
+    for end in {".bin", ".idx"} - {suffix}:
+        (tmp_path / f"ja_text_document{end}").write_bytes((world / f"ds/ja_train_text_document{end}").read_bytes())
+    with pytest.raises(CptError, match=rf"ja_text_document\{suffix}"):
+        BlendDataModule(paths=[1.0, str(tmp_path / "ja")])
+
+
+@pytest.mark.parametrize("paths", ["{train:[1.0,ds/ja],validation:[ds/ja]}", ["1.0"], ["ds/ja", 1.0], None])
+def test_paths_that_parse_wrongly_are_explained(paths: Any) -> None:
+    with pytest.raises(CptError, match=r"data\.paths is .*(weights and prefixes in turn|needs a number)"):
+        blend_of(paths)
+
+
+def test_a_dict_in_a_string_as_a_prefix_is_explained() -> None:
+    with pytest.raises(CptError, match="train"):
+        Blend(train={"{train:[1.0,ds/ja]}": 1.0}).check()
+
+
+def test_another_vocabulary(world: Path, blend: Any) -> None:
+    with pytest.raises(CptError, match=r"the model's vocabulary has 300 tokens"):
+        guards.check_vocabulary(blend, vocab_size=300)
+    guards.check_vocabulary(blend, vocab_size=512)
+
+
+@pytest.mark.parametrize(
+    ("lr", "min_lr", "warmup", "steps", "message"),
+    [
+        (1e-5, 3e-5, 10, 100, "min_lr 3e-05 is not below lr 1e-05"),  # the stock recipe with lr changed alone
+        (1e-5, 1e-5, 10, 100, "is not below lr"),
+        (2.5e-5, 2.5e-6, 2000, 100, "warmup_steps 2000 is not below max_steps 100"),
+    ],
+)
+def test_a_schedule_that_never_peaks(lr: float, min_lr: float, warmup: int, steps: int, message: str) -> None:
+    with pytest.raises(CptError, match=message):
+        guards.check_schedule(lr, SimpleNamespace(min_lr=min_lr, warmup_steps=warmup), steps)
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [((10, 4, 1, 1), "global_batch_size 10 .* 8 would be"), ((8, 1, 3, 2), "3 processes cannot be cut into groups")],
+)
+def test_batches_that_do_not_divide(batches: tuple[int, int, int, int], message: str) -> None:
+    with pytest.raises(CptError, match=message):
+        guards.check_batches(*batches)
+
+
+def test_nvte_variables_that_contradict_the_backend() -> None:
+    flash = SimpleNamespace(name="flash")
+    with pytest.raises(CptError, match="NVTE_FUSED_ATTN=1 contradicts attention_backend=flash"):
+        guards.check_environment(flash, {"NVTE_FUSED_ATTN": "1"})
+    guards.check_environment(flash, {"NVTE_FLASH_ATTN": "1", "NVTE_FUSED_ATTN": "0"})
+
+
+@pytest.mark.parametrize("loss", [math.log(128256), math.log(128256) - 0.4, float("nan")])
+def test_a_first_loss_of_random_weights(loss: float) -> None:
+    with pytest.raises(CptError, match="weights were not restored"):
+        guards.check_first_loss(loss, 128256)
+    guards.check_first_loss(2.3, 128256)
+
+
+def test_the_job_itself_refuses_random_weights(world: Path, blend: Any) -> None:
+    log = world / "random.log"
+    assert jobs.run(lambda: _train_from_random_weights(world, blend), log=log) == 2
+    printed = log.read_text()
+    assert "the first training loss is" in printed
+    assert "Traceback" not in printed.split("the first training loss is")[-1]
+    assert not list((world / "runs" / "random" / "checkpoints").glob("*"))
+
+
+def _train_from_random_weights(world: Path, blend: Any) -> None:
+    made = recipe(world, blend, name="random", max_steps=4, val_check_interval=2, global_batch_size=8)
+    made.resume.base = str(world / "base")
+    made.trainer.strategy.ckpt_load_strictness = None
+    from nemo_cpt.training.cpu import CpuStrategy
+
+    CpuStrategy.selective_restore = lambda self: None  # what a run that silently restored nothing does
+    run.run(made, direct=True)
