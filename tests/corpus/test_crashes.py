@@ -12,7 +12,7 @@ import psutil
 import pytest
 from corpus_helpers import same_files, write_jsonl
 
-from nemo_cpt.corpus import prepare, read_index
+from nemo_cpt.corpus import prepare, read_index, read_manifest
 from nemo_cpt.errors import CptError
 
 KILLS = 50
@@ -86,6 +86,26 @@ def test_fifty_kills_at_random_moments(tmp_path: Path, corpus: Path, small: Path
     report = prepare(corpus, f"{target}{finished}", small, quiet=True)  # fastokens may finish what the reference began
     assert same_files(report.prefix, reference)
     assert not list(tmp_path.glob("*.part")) + list(tmp_path.glob("*.journal"))
+    assert read_manifest(report.prefix)["inputs"] == read_manifest(reference)["inputs"]
+
+
+def test_a_run_killed_while_it_tidied_up_is_finished(
+    tmp_path: Path, corpus: Path, small: Path, expected: tuple[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nemo_cpt.corpus.journal import Journal
+
+    def die(journal: Journal) -> None:
+        journal.lens_path.unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "remove", die)
+        with pytest.raises(KeyboardInterrupt):
+            run(corpus, tmp_path / "ds", small)
+    report = prepare(corpus, tmp_path / "ds", small, quiet=True)
+    assert report.status == "resumed"
+    assert same_files(report.prefix, expected[0])
+    assert not list(tmp_path.glob("*.journal"))
 
 
 def test_a_dead_worker_is_reported_and_the_next_run_resumes(
