@@ -101,7 +101,7 @@ def _patches() -> Iterator[Any]:
     yield mock.patch.object(ProgressPrinter, "log_megatron_timers", lambda printer, timers: "")
     yield mock.patch.object(checkpoint_io, "_fix_tensors_device", lambda checkpoint: checkpoint)
     yield mock.patch.object(megatron_strategy, "_optimizer_to_device", lambda optimizer, device: None)
-    if not hasattr(lora, "te"):  # NeMo's LoRA asks for Transformer Engine's classes even where it is absent
+    if not lora.HAVE_TE:  # NeMo's LoRA asks for Transformer Engine's classes even where it is absent
         absent = type("Absent", (), {})
         yield mock.patch.object(lora, "te", types.SimpleNamespace(Linear=absent, LayerNormLinear=absent), create=True)
     yield mock.patch.object(peft_utils, "HAVE_TE", False)

@@ -55,6 +55,7 @@ def _enter(job: Callable[[], Any], rank: int, processes: int, port: int, log: Pa
         output = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # not pytest's
     try:
         job()
     except BaseException:  # as the interpreter does at the end of a script; multiprocessing would not ask the hook
