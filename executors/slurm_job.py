@@ -165,6 +165,7 @@ class SlurmJobScheduler(SlurmTunnelScheduler):
         script = os.path.join(tunnel.job_dir, f"{job.job_name}_sbatch.sh")
         _write_secrets(tunnel, job)
         after = f"{job.dependency_type}:{':'.join(job.parse_deps())}" if job.dependencies else ""
+        _check_that_it_can_ever_run(tunnel, script)
         ids: list[str] = []
         try:
             for _ in range(job.chain):
@@ -225,7 +226,6 @@ def _with_our_runner(argument: str) -> str:
 def _sbatch(tunnel: Tunnel, script: str, after: str, may_requeue: bool) -> str:
     command = [SBATCH, "--parsable", "--requeue" if may_requeue else "--no-requeue"]
     command += [f"--dependency={after}"] if after else []
-    _check_that_it_can_ever_run(tunnel, script)
     try:
         return str(tunnel.run(shlex.join([*command, script])).stdout).strip().partition(";")[0]
     except invoke.exceptions.UnexpectedExit as error:
