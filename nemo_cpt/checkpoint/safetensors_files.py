@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 ITEM_SIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
-BLOCK_BYTES = 64 * 2**20
+BLOCK_BYTES = 32 * 2**20
 SHARD_BYTES = 5_000_000_000  # what transformers' save_pretrained uses
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -95,7 +95,7 @@ class HFWeights:
         return self._fill(torch.empty(info.shape, dtype=getattr(torch, info.dtype)), name, 0)
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
-        """One tensor in blocks of rows, of at most 64 MiB each where a row is smaller than that.
+        """One tensor in blocks of rows, of at most 32 MiB each where a row is smaller than that.
 
         A block is overwritten by the next one: its memory is used again, since new memory costs as much as the reading.
         """
