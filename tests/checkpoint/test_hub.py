@@ -127,6 +127,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[_Hub]:
     (folder / "LICENSE").write_text("terms")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # other tests go offline in this process
     server = _Hub(folder)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
