@@ -23,6 +23,7 @@ def apply() -> None:
     give_recomputed_layers_a_gradient()
     add_lora_in_one_pass()
     step_adam_in_slices()
+    load_checkpoints_written_without_transformer_engine()
 
 
 def _replace(owner: Any, name: str, cure: Callable[[Callable], Callable]) -> None:
@@ -188,3 +189,36 @@ def _slices(parameters: list[torch.Tensor], elements: int) -> Iterator[list[torc
         size += parameter.numel()
     if batch:
         yield batch
+
+
+def load_checkpoints_written_without_transformer_engine() -> None:
+    """Load a checkpoint that lacks Transformer Engine's `_extra_state` objects, such as one that was trained on a CPU.
+
+    NeMo 2.7.3 (`lightning/io/pl.py`) asks for every object of the model; without fp8 scaling factors these are empty,
+    yet a missing one ends the load with "Missing key in checkpoint state_dict". Other missing keys still end it.
+    """
+    from nemo.lightning.io.pl import MegatronCheckpointIO
+
+    _replace(MegatronCheckpointIO, "load_checkpoint", _without_missing_extra_states)
+
+
+def _without_missing_extra_states(load: Callable) -> Callable:
+    def load_checkpoint(self: Any, path: Any, sharded_state_dict: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if sharded_state_dict is not None:
+            sharded_state_dict = _drop_missing_extra_states(self._preprocess_checkpoint_load_path(path), sharded_state_dict)
+        return load(self, path, sharded_state_dict, *args, **kwargs)
+
+    return load_checkpoint
+
+
+def _drop_missing_extra_states(path: Any, sharded_state_dict: Any) -> Any:
+    from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+
+    written = {item.key for item in load_sharded_metadata(str(path)).values()}
+
+    def missing(item: Any) -> bool:
+        return isinstance(item, ShardedObject) and item.key.endswith("_extra_state") and item.key not in written
+
+    return extract_matching_values(sharded_state_dict, missing)[1]

@@ -1,0 +1,44 @@
+"""Checkpoints of a machine without Transformer Engine load on one with it."""
+
+import functools
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import nemo_run as run
+import pytest
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from nemo.lightning.megatron_parallel import MegatronParallel
+
+from nemo_cpt.recipes import tiny
+from nemo_cpt.training import upstream
+from nemo_cpt.training.callbacks import read_metrics
+from tests.training import jobs
+
+
+def train_asking_for_extra_states(world: Path, blend: Any, name: str, cured: bool) -> None:
+    recipe = tiny.continual_pretrain(
+        str(world / "base"), blend, name=name, directory=str(world / "runs"), seq_length=64, global_batch_size=4,
+        max_steps=1, val_check_interval=1,
+    )  # fmt: skip
+    ask = MegatronParallel.sharded_state_dict
+
+    def with_extra_state(model: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        key = "module.decoder.unwritten._extra_state"
+        return ask(model, *args, **kwargs) | {key: ShardedObject(key, torch.empty(0), (1,), (0,))}
+
+    cure = None if cured else mock.patch.object(upstream, "load_checkpoints_written_without_transformer_engine")
+    with mock.patch.object(MegatronParallel, "sharded_state_dict", with_extra_state), cure or mock.MagicMock():
+        run.run(recipe, direct=True)
+
+
+@pytest.mark.parametrize("cured", [True, False])
+def test_a_missing_extra_state_does_not_end_the_load(world: Path, blend: Any, cured: bool) -> None:
+    name = f"extra_state_{cured}"
+    code = jobs.run(functools.partial(train_asking_for_extra_states, world, blend, name, cured), log=world / f"{name}.log")
+    assert (code == 0) is cured, (world / f"{name}.log").read_text()[-3000:]
+    if cured:
+        assert read_metrics(world / "runs" / name)[0]["val_loss_en"] < 6
+    else:
+        assert "unwritten._extra_state" in (world / f"{name}.log").read_text()
