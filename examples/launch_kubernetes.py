@@ -5,10 +5,10 @@ python examples/launch_kubernetes.py
 """
 
 import nemo_run as run
-from nemo_cpt.executors import kubernetes
-from nemo_cpt.recipes import llama31_8b
 
 from nemo_cpt.corpus import Blend
+from nemo_cpt.executors import kubernetes
+from nemo_cpt.recipes import llama31_8b
 
 if __name__ == "__main__":
     recipe = llama31_8b.continual_pretrain(

@@ -4,10 +4,10 @@ python examples/launch_local.py
 """
 
 import nemo_run as run
-from nemo_cpt.executors import local
-from nemo_cpt.recipes import llama31_8b
 
 from nemo_cpt.corpus import Blend
+from nemo_cpt.executors import local
+from nemo_cpt.recipes import llama31_8b
 
 if __name__ == "__main__":
     recipe = llama31_8b.continual_pretrain(

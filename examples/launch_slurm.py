@@ -7,10 +7,10 @@ itself ahead of its time limit and after preemption, and goes on where it stoppe
 """
 
 import nemo_run as run
-from nemo_cpt.executors import slurm
-from nemo_cpt.recipes import llama31_8b
 
 from nemo_cpt.corpus import Blend
+from nemo_cpt.executors import slurm
+from nemo_cpt.recipes import llama31_8b
 
 if __name__ == "__main__":
     recipe = llama31_8b.continual_pretrain(

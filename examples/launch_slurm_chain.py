@@ -4,6 +4,7 @@ python examples/launch_slurm_chain.py
 """
 
 import nemo_run as run
+
 from nemo_cpt.executors import slurm
 from nemo_cpt.recipes import llama31_8b
 

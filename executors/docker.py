@@ -4,9 +4,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from nemo_cpt.executors.environment import checked_env, checked_secrets, existing_mounts, keep_secrets
-
 from nemo_cpt.errors import CptError
+from nemo_cpt.executors.environment import checked_env, checked_secrets, existing_mounts, keep_secrets
 
 if TYPE_CHECKING:
     import nemo_run as run
@@ -56,6 +55,7 @@ def docker(
         CptError: a mount does not exist, an ulimit is malformed, a count is out of range, a secret is not set.
     """
     import nemo_run as run
+
     from nemo_cpt.executors import upstream
 
     if gpus < -1 or (processes is not None and processes < 1):

@@ -3,9 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from nemo_cpt.executors.environment import SECRETS, checked_env
-
 from nemo_cpt.errors import CptError
+from nemo_cpt.executors.environment import SECRETS, checked_env
 
 if TYPE_CHECKING:
     from nemo_run.core.execution.kubeflow import KubeflowExecutor
@@ -62,8 +61,9 @@ def kubernetes(
     """
     if nodes < 1 or gpus_per_node < 1:
         raise CptError(f"kubernetes(nodes={nodes}, gpus_per_node={gpus_per_node}): at least 1 of each")
-    from nemo_cpt.executors import upstream
     from nemo_run.core.execution.kubeflow import KubeflowExecutor
+
+    from nemo_cpt.executors import upstream
 
     upstream.apply()
     mounted = {"/dev/shm": {"emptyDir": {"medium": "Memory", "sizeLimit": shm_size}}} | {

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_cpt.executors.environment import checked_env
-
 from nemo_cpt.errors import CptError
+from nemo_cpt.executors.environment import checked_env
 
 if TYPE_CHECKING:
     import nemo_run as run
@@ -40,6 +39,7 @@ def local(
         CptError: a count is out of range, `env` holds a secret, or a run over several nodes lacks its variables.
     """
     import nemo_run as run
+
     from nemo_cpt.executors import upstream
 
     processes = processes if processes is not None else max(gpus or 1, 1)

@@ -3,9 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from nemo_cpt.executors.environment import checked_env, checked_secrets, existing_mounts, keep_secrets
-
 from nemo_cpt.errors import CptError
+from nemo_cpt.executors.environment import checked_env, checked_secrets, existing_mounts, keep_secrets
 
 if TYPE_CHECKING:
     import nemo_run as run
@@ -61,6 +60,7 @@ def skypilot(
     if nodes < 1 or gpus_per_node < 1:
         raise CptError(f"skypilot(nodes={nodes}, gpus_per_node={gpus_per_node}): at least 1 of each")
     import nemo_run as run
+
     from nemo_cpt.executors import upstream
 
     names = checked_secrets(secrets)

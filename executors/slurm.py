@@ -11,9 +11,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from nemo_cpt.executors.environment import SECRETS, checked_env, checked_secrets, existing_mounts
-
 from nemo_cpt.errors import CptError
+from nemo_cpt.executors.environment import SECRETS, checked_env, checked_secrets, existing_mounts
 
 if TYPE_CHECKING:
     import nemo_run as run
@@ -130,6 +129,7 @@ def slurm(
     _check_workdir(workdir)
 
     import nemo_run as run
+
     from nemo_cpt.executors import upstream
     from nemo_cpt.executors.code import CodeSnapshot
     from nemo_cpt.executors.slurm_job import RunLog, SlurmJob

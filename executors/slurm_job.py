@@ -10,8 +10,6 @@ from typing import Any
 
 import invoke
 import nemo_run as run
-from nemo_cpt.executors.environment import secrets_file
-from nemo_cpt.executors.runner import MARKER
 from nemo_run.config import RUNDIR_NAME
 from nemo_run.core.execution.slurm import SlurmExecutor, SlurmJobDetails
 from nemo_run.core.tunnel.client import SSHTunnel, Tunnel
@@ -21,6 +19,8 @@ from torchx.schedulers.slurm_scheduler import SLURM_STATES
 from torchx.specs import AppDef, AppDryRunInfo, AppState, Role
 
 from nemo_cpt.errors import CptError
+from nemo_cpt.executors.environment import secrets_file
+from nemo_cpt.executors.runner import MARKER
 
 STOPPED_EARLY = 75  # EX_TEMPFAIL of sysexits.h: try again later
 SBATCH = "sbatch"

@@ -47,10 +47,11 @@ def admit_slurm_job() -> None:
     The extension cures: jobs cancelled on clusters without an accounting database, jobs that do not come back after
     preemption, `--requeue` that cannot be turned off, secrets and unquoted values in the script.
     """
-    from nemo_cpt.executors.slurm_job import SlurmJob, create_scheduler
     from nemo_run.run.experiment import Experiment
     from nemo_run.run.torchx_backend.schedulers import slurm as scheduler
     from nemo_run.run.torchx_backend.schedulers.api import EXECUTOR_MAPPING
+
+    from nemo_cpt.executors.slurm_job import SlurmJob, create_scheduler
 
     EXECUTOR_MAPPING[SlurmJob] = "slurm_tunnel"
     scheduler.create_scheduler = create_scheduler

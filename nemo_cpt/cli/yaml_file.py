@@ -33,7 +33,9 @@ def _build(node: Any, path: str) -> Any:
         return [_build(item, path) for item in node]
     if not isinstance(node, dict):
         return node
-    arguments = {key: _build(value, path) for key, value in node.items() if key not in ("_target_", "_partial_", "_call_")}
+    arguments = {
+        key: _build(value, path) for key, value in node.items() if key not in ("_target_", "_partial_", "_call_")
+    }
     if "_target_" not in node:
         return arguments
     target = pydoc.locate(node["_target_"])

@@ -45,7 +45,9 @@ def main() -> None:
     _train("without_replay", {"ja": 1.0}, title="the same without English")
     report = _evaluate(resumed_from)
     _show(report)
-    console.print(f"\n[green]Done in {time.monotonic() - started:.0f} s.[/] See {FOLDER}/report.json, {FOLDER}/losses.png")
+    console.print(
+        f"\n[green]Done in {time.monotonic() - started:.0f} s.[/] See {FOLDER}/report.json, {FOLDER}/losses.png"
+    )
 
 
 def _say(step: str) -> None:
@@ -194,7 +196,9 @@ def _evaluate(resumed_from: int) -> dict[str, Any]:
     def losses(model: str) -> dict[str, float]:
         return {
             language: language_model_loss(
-                FOLDER / model, str(FOLDER / "ds" / f"{language}_validation"), seq_length=SEQ_LENGTH,
+                FOLDER / model,
+                str(FOLDER / "ds" / f"{language}_validation"),
+                seq_length=SEQ_LENGTH,
                 samples=VALIDATION_SAMPLES,
             )
             for language in reporting.LANGUAGES

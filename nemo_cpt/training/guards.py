@@ -84,14 +84,26 @@ def check_data(data_module: str) -> None:
 
 
 def check_vocabulary(blend: "corpus.Blend", vocab_size: int) -> None:
-    """Refuse a dataset with token ids that the model's vocabulary does not have."""
+    """Refuse a dataset made with another vocabulary than the model's.
+
+    What `prepare` wrote says so itself; of any other dataset the largest token id is looked for, in its whole `.bin`.
+    """
     for prefix in [*blend.train, *blend.validation.values()]:
-        largest = corpus.max_token_id(prefix)
-        if largest >= vocab_size:
+        made_for = _prepared_vocabulary(prefix)
+        largest = corpus.max_token_id(prefix) if made_for is None else made_for - 1
+        if largest >= vocab_size or (made_for or vocab_size) != vocab_size:
+            found = f"holds the token id {largest}" if made_for is None else f"was made for {made_for} tokens"
             raise CptError(
-                f"{prefix} holds the token id {largest}, but the model's vocabulary has {vocab_size} tokens: it was "
-                "made with another tokenizer. Prepare it again with the base's own"
+                f"{prefix} {found}, but the model's vocabulary has {vocab_size} tokens: it was made with another "
+                "tokenizer. Prepare it again with the base's own"
             )
+
+
+def _prepared_vocabulary(prefix: str) -> int | None:
+    try:
+        return corpus.read_manifest(prefix)["tokenizer"]["vocabulary_size"]
+    except CptError:
+        return None
 
 
 def check_schedule(lr: float, scheduler: Any, max_steps: int) -> None:

@@ -204,14 +204,19 @@ def load_checkpoints_written_without_transformer_engine() -> None:
 
 def _without_missing_extra_states(load: Callable) -> Callable:
     def load_checkpoint(self: Any, path: Any, sharded_state_dict: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if sharded_state_dict is not None:
-            sharded_state_dict = _drop_missing_extra_states(self._preprocess_checkpoint_load_path(path), sharded_state_dict)
-        return load(self, path, sharded_state_dict, *args, **kwargs)
+        from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, merge
+
+        if sharded_state_dict is None:
+            return load(self, path, sharded_state_dict, *args, **kwargs)
+        missing, written = _part_extra_states(self._preprocess_checkpoint_load_path(path), sharded_state_dict)
+        loaded = load(self, path, written, *args, **kwargs)
+        return merge(loaded, dict_list_map_outplace(lambda item: item.data, missing))  # the model's own, untouched
 
     return load_checkpoint
 
 
-def _drop_missing_extra_states(path: Any, sharded_state_dict: Any) -> Any:
+def _part_extra_states(path: Any, sharded_state_dict: Any) -> tuple[Any, Any]:
+    """The extra states that the checkpoint lacks, and everything else."""
     from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
     from megatron.core.dist_checkpointing.mapping import ShardedObject
     from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
@@ -221,4 +226,4 @@ def _drop_missing_extra_states(path: Any, sharded_state_dict: Any) -> Any:
     def missing(item: Any) -> bool:
         return isinstance(item, ShardedObject) and item.key.endswith("_extra_state") and item.key not in written
 
-    return extract_matching_values(sharded_state_dict, missing)[1]
+    return extract_matching_values(sharded_state_dict, missing)

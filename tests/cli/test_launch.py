@@ -116,9 +116,9 @@ def test_fields_are_checked_and_set(tmp_path):
 
 def test_a_slurm_job_and_the_recipes_trainer_agree():
     from nemo.lightning.pytorch.callbacks import PreemptionCallback
-    from nemo_cpt.executors import slurm
 
     from nemo_cpt.cli.task import build_recipe
+    from nemo_cpt.executors import slurm
 
     recipe = build_recipe("llama31_8b.continual_pretrain", {"gpus_per_node": 4})
     job = slurm(nodes=2)

@@ -6,9 +6,9 @@ import nemo_run as run
 import pytest
 import yaml
 from docker.models.containers import _create_container_args
-from nemo_cpt.executors import docker, kubernetes, skypilot, slurm
 
 from nemo_cpt import CptError
+from nemo_cpt.executors import docker, kubernetes, skypilot, slurm
 
 
 def prepared(executor, name="t"):

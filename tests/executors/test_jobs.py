@@ -2,10 +2,10 @@ import json
 
 import nemo_run as run
 import pytest
-from nemo_cpt.executors import local
 
 from nemo_cpt import CptError
 from nemo_cpt.cli import jobs
+from nemo_cpt.executors import local
 
 
 def test_a_failed_experiment_is_found_again(project):

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import nemo_run as run
 import pytest
-from nemo_cpt.executors import local
 
 from nemo_cpt import CptError
+from nemo_cpt.executors import local
 
 
 def test_import_takes_neither_torch_nor_nemo():

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import nemo_run as run
 import pytest
+
 from nemo_cpt.executors import slurm
 
 DOCUMENTS = 60

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import nemo_run as run
 import pytest
-from nemo_cpt.executors import slurm, ssh
 
 from nemo_cpt import CptError
+from nemo_cpt.executors import slurm, ssh
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Training jobs for the tests: forked from this process, so that NeMo is imported once, yet each a process of its own."""
+"""Training jobs for the tests: forked, so that NeMo is imported once, yet each a process of its own."""
 
 import multiprocessing
 import os

@@ -8,8 +8,8 @@ from typing import Any
 
 import nemo_run as run
 import pytest
-from nemo_cpt.recipes import tiny
 
+from nemo_cpt.recipes import tiny
 from nemo_cpt.training.callbacks import StopAtStep, read_metrics
 from nemo_cpt.training.resume import is_complete, newest_complete_checkpoint
 from tests.training import jobs
