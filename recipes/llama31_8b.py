@@ -80,7 +80,7 @@ def continual_pretrain(
         CptError: `data` is no Blend.
 
     Example:
-        >>> recipe = continual_pretrain(data=Blend(train={"ds/ja": 0.75, "ds/en": 0.25}, validation={"ja": "ds/ja_val"}))
+        >>> recipe = continual_pretrain(data=Blend.replay("ds/ja", "ds/en", share=0.25))
         >>> run.run(recipe, executor=local(processes=8))
     """
     return run.Partial(
@@ -128,8 +128,8 @@ def continual_pretrain_single_gpu(
 
     The base is frozen; adapters of rank 128 (32 on 24 GB) and alpha of twice the rank are trained on all linear layers,
     after "LoRA Learns Less and Forgets Less" (arXiv 2405.09673: alpha 2 x rank, all linear layers, learning rates of
-    1e-5 to 5e-4). Sequence length, micro batch and recomputation are those measured for the card in docs/performance.md:
-    11,998 tokens/s on one H200 capped at 47 GiB.
+    1e-5 to 5e-4). Sequence length, micro batch and recomputation are those measured for the card in
+    docs/performance.md: 11,915 tokens/s with 48 GB, on one H200 capped at 47 GiB.
 
     Args:
         base: see `continual_pretrain`.

@@ -1,4 +1,4 @@
-"""The demo's base model: a tokenizer of both languages, and a small Llama-3.1-shaped model that has read English only."""
+"""The demo's base: a tokenizer of both languages, and a small Llama-3.1-shaped model that has read English only."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -108,7 +108,7 @@ def _batches(
     texts: list[str], tokenizer: PreTrainedTokenizerFast, seq_length: int, batch_size: int, seed: int
 ) -> Iterator[torch.Tensor]:
     """Batches [batch_size, seq_length] of token ids from random places of the documents, laid end to end."""
-    ids = [tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id] for text in texts]
+    ids = [[*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id] for text in texts]
     stream = torch.tensor([token for document in ids for token in document])
     generator = torch.Generator().manual_seed(seed)
     while True:

@@ -54,7 +54,7 @@ class ValidationLossBySet(pl.Callback):
 
 
 class MetricsFile(pl.Callback):
-    """Append one JSON line a logged step to `metrics/steps.jsonl` in the run's folder: step, loss, lr, grad_norm, seconds.
+    """Append one JSON line a logged step to `metrics/steps.jsonl` in the run's folder: step, loss, lr, grad_norm, time.
 
     Unlike a logger's file it is append-only, so a resumed run continues it.
     """

@@ -11,7 +11,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `base_hf`, `base` (NeMo) and `ds/{ja,en}_{train,validation}`; the base has random weights of its own."""
+    """A folder with `base_hf`, `base` (NeMo) and `ds/{ja,en}_{train,validation}`."""
     import torch
 
     from nemo_cpt.checkpoint import import_hf
