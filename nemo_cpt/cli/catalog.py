@@ -272,8 +272,9 @@ def _passed_on(path: Path, node: ast.FunctionDef) -> dict[str, Parameter]:
         module, _, name = ast.unparse(call.func).rpartition(".")  # type: ignore[attr-defined]
         target = path.with_name(f"{module}.py") if module else path
         if target.is_file() and name in _functions(target):
-            fixed = {word.arg for word in call.keywords}  # type: ignore[attr-defined]
             inherited = _parameters(target, _functions(target)[name])
+            by_place = list(inherited)[: len(call.args)]  # type: ignore[attr-defined]
+            fixed = {*by_place, *(word.arg for word in call.keywords)}  # type: ignore[attr-defined]
             return {each: value for each, value in inherited.items() if each not in fixed}
     return {"**": Parameter("**", "", "", _argument_helps(node).get(f"**{keyword.arg}" if keyword else "", ""))}
 

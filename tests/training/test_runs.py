@@ -9,7 +9,7 @@ from typing import Any
 import nemo_run as run
 import pytest
 
-from nemo_cpt.recipes import tiny
+from nemo_cpt.recipes import llama31_8b, tiny
 from nemo_cpt.training.callbacks import StopAtStep, read_metrics
 from nemo_cpt.training.resume import is_complete, newest_complete_checkpoint
 from tests.training import jobs
@@ -107,3 +107,24 @@ def test_an_unfinished_checkpoint_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "steps=4-unfinished").touch()
     assert not is_complete(tmp_path / "steps=4")
     assert newest_complete_checkpoint(tmp_path) == tmp_path / "steps=2"
+
+
+def train_adapters(world: Path, blend: Any, stop_at: int | None) -> None:
+    recipe = tiny.continual_pretrain(
+        str(world / "base"), blend, name="lora", directory=str(world / "runs"), seq_length=64, global_batch_size=8,
+        max_steps=STEPS, val_check_interval=2, lr=1e-2,
+    )  # fmt: skip
+    recipe.model.config.recompute_granularity, recipe.model.config.recompute_method = "full", "block"
+    recipe.model.config.recompute_num_layers = 3
+    if stop_at:
+        recipe.trainer.callbacks.append(run.Config(StopAtStep, step=stop_at))
+    run.run(llama31_8b.with_lora(recipe, rank=8), direct=True)
+
+
+def test_adapters_train_under_recompute_and_resume(world: Path, blend: Any) -> None:
+    for stop_at in (3, None):
+        log = world / "lora.log"
+        assert jobs.run(functools.partial(train_adapters, world, blend, stop_at), log=log) == 0, log.read_text()[-3000:]
+    losses = metrics(world, "lora")
+    assert list(losses) == list(range(1, STEPS + 1))
+    assert losses[STEPS] < losses[1] - 0.5
