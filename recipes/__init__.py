@@ -1,0 +1,1 @@
+"""Recipes: one module a model; each public function returns a complete, editable run.Partial."""

@@ -131,7 +131,7 @@ class CpuStrategy(nl.MegatronStrategy):
     """NeMo's MegatronStrategy over gloo on the CPU: enters `cpu_stack()` for the length of the job."""
 
     # No __init__: NeMo writes the arguments into each checkpoint's context by the signature that it finds.
-    _cpu_stack: contextlib.ExitStack
+    _cpu_stack: contextlib.ExitStack | None = None
 
     def setup_environment(self) -> None:
         """Enter the CPU stack before the processes meet."""
@@ -145,7 +145,8 @@ class CpuStrategy(nl.MegatronStrategy):
             super().teardown()
             _close_process_groups()
         finally:
-            self._cpu_stack.close()
+            if self._cpu_stack is not None:
+                self._cpu_stack.close()
 
 
 def _close_process_groups() -> None:

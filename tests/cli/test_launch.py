@@ -151,3 +151,12 @@ def test_nemo_cpt_is_a_plugin_of_nemo():
     nemo = Path(sys.executable).with_name("nemo")
     done = subprocess.run([nemo, "cpt", "recipes", "--json"], capture_output=True, text=True)
     assert "tiny.continual_pretrain" in json.loads(done.stdout)
+
+
+def test_what_a_recipe_needs_leaves_out_what_it_passes_on():
+    needs = {
+        name: [parameter.name for parameter in recipe.parameters.values() if parameter.default is None]
+        for name, recipe in catalog.recipes().items()
+    }
+    assert needs["tiny.continual_pretrain"] == ["base", "data"]
+    assert needs["llama31_8b.continual_pretrain_single_gpu"] == []

@@ -1,0 +1,58 @@
+"""The CPU stack plays a GPU while it is entered, and leaves nothing behind."""
+
+import pytest
+import torch
+from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+from nemo_cpt.training.cpu import cpu_stack
+
+WATCHED = [
+    (torch.cuda, "current_device"),
+    (torch.cuda, "Stream"),
+    (torch.cuda, "manual_seed"),
+    (torch.Tensor, "cuda"),
+    (torch.nn.Module, "cuda"),
+    (megatron_random, "_get_cuda_rng_state"),
+]
+
+
+def test_everything_is_as_before_after_it() -> None:
+    before = [getattr(owner, name) for owner, name in WATCHED]
+    with cpu_stack(), cpu_stack():
+        assert all(getattr(owner, name) is not old for (owner, name), old in zip(WATCHED, before, strict=True))
+    assert [getattr(owner, name) for owner, name in WATCHED] == before
+
+
+def test_it_is_left_after_an_error_too() -> None:
+    before = torch.cuda.current_device
+    with pytest.raises(ValueError, match="boom"), cpu_stack():
+        raise ValueError("boom")
+    assert torch.cuda.current_device is before
+
+
+def test_cuda_tensors_are_cpu_tensors_inside() -> None:
+    with cpu_stack():
+        made = [
+            torch.zeros(2, device="cuda"),
+            torch.tensor([1.0], device=torch.device("cuda:0"), pin_memory=True),
+            torch.ones(1).to("cuda", non_blocking=True),
+            torch.ones(1).cuda(),
+        ]
+        assert {tensor.device.type for tensor in made} == {"cpu"}
+        assert made[0].type() == "torch.cuda.FloatTensor"
+        assert made[0].bfloat16().type() == "torch.cuda.BFloat16Tensor"
+    assert made[0].type() == "torch.FloatTensor"
+
+
+def test_megatrons_generators_fork_as_on_a_gpu() -> None:
+    with cpu_stack():
+        tracker = CudaRNGStatesTracker()
+        tracker.add("model-parallel", 7)
+        torch.manual_seed(1)
+        plain = torch.rand(3)
+        torch.manual_seed(1)
+        with tracker.fork("model-parallel"):
+            forked = torch.rand(3)
+        assert torch.equal(torch.rand(3), plain)  # the fork used another generator
+        assert torch.equal(forked, torch.rand(3, generator=torch.Generator().manual_seed(7)))
