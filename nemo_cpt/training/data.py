@@ -86,6 +86,11 @@ class BlendDataModule(llm.PreTrainingDataModule):
             "num_dataset_builder_threads": self.num_dataset_builder_threads,
         }
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume the position in the data; of a finished run one batch short of its end, which the sampler refuses."""
+        last = max(len(self._train_ds) - self.global_batch_size, 0)
+        super().load_state_dict({**state_dict, "consumed_samples": min(state_dict["consumed_samples"], last)})
+
     def val_dataloader(self) -> Any:
         """The validation sets, one after the other; nothing to validate on gives an empty list."""
         return self._create_dataloader(self._validation_ds, mode="validation") if self._validation_ds else []

@@ -1,4 +1,7 @@
-"""Training jobs for the tests: forked, so that NeMo is imported once, yet each a process of its own."""
+"""Training jobs for the tests: forked from a server that has imported NeMo once, yet each a process of its own.
+
+Not from the tests' own process: gloo does not survive a fork of a process that has used it.
+"""
 
 import multiprocessing
 import os
@@ -10,15 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-FORK = multiprocessing.get_context("fork")
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["nemo_cpt.recipes.tiny"])
 
 
 def launch(job: Callable[[], Any], processes: int = 1, log: Path | None = None) -> list[Any]:
-    """Start `job` in forked processes that find each other as torchrun's do."""
+    """Start `job`, which must be picklable, in processes that find each other as torchrun's do."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    started = [FORK.Process(target=_enter, args=(job, rank, processes, port, log)) for rank in range(processes)]
+    started = [SERVER.Process(target=_enter, args=(job, rank, processes, port, log)) for rank in range(processes)]
     for process in started:
         process.start()
     return started

@@ -1,5 +1,6 @@
 """Each guard stops what it is there for, and says what to do."""
 
+import functools
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -123,7 +124,7 @@ def test_a_first_loss_of_random_weights(loss: float) -> None:
 
 def test_the_job_itself_refuses_random_weights(world: Path, blend: Any) -> None:
     log = world / "random.log"
-    assert jobs.run(lambda: _train_from_random_weights(world, blend), log=log) == 2
+    assert jobs.run(functools.partial(_train_from_random_weights, world, blend), log=log) == 2
     printed = log.read_text()
     assert "the first training loss is" in printed
     assert "Traceback" not in printed.split("the first training loss is")[-1]

@@ -94,10 +94,16 @@ def test_a_killed_run_comes_back(world: Path, blend: Any, reference: str) -> Non
     chance = random.Random(7)
     for _ in range(3):
         started = jobs.launch(functools.partial(train, world, blend, "killed"), log=world / "killed.log")
-        time.sleep(chance.uniform(2.0, 8.0))
+        time.sleep(chance.uniform(1.0, 6.0))
         jobs.kill(started)
     assert start(world, blend, "killed") == 0, (world / "killed.log").read_text()[-3000:]
     assert metrics(world, "killed") == metrics(world, reference)
+
+
+def test_a_finished_run_started_again_does_nothing(world: Path, blend: Any, reference: str) -> None:
+    before = (world / "runs" / reference / "metrics" / "steps.jsonl").read_text()
+    assert start(world, blend, reference) == 0, (world / "reference.log").read_text()[-3000:]
+    assert (world / "runs" / reference / "metrics" / "steps.jsonl").read_text() == before
 
 
 def test_an_unfinished_checkpoint_is_passed_over(tmp_path: Path) -> None:
