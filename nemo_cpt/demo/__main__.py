@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from nemo_cpt.demo import report as reporting
 from nemo_cpt.errors import CptError
+from nemo_cpt.training.metrics import read_metrics
 
 FOLDER = Path("demo")
 BASE_STEPS, STEPS, STOP_AT = 120, 60, 30
@@ -149,7 +150,7 @@ def _followed(run_folder: Path, total: int) -> Iterator[None]:
     def follow(progress: Callable[[int, float], None]) -> None:
         shown = _last_step(run_folder)
         while not done.wait(0.5):
-            for line in _metrics(run_folder):
+            for line in read_metrics(run_folder):
                 if line["step"] > shown and "reduced_train_loss" in line:
                     shown = int(line["step"])
                     progress(shown, line["reduced_train_loss"])
@@ -177,14 +178,8 @@ def _quietly() -> Iterator[None]:
         CONSOLE.quiet = False
 
 
-def _metrics(run_folder: Path) -> list[dict[str, float]]:
-    path = run_folder / "metrics" / "steps.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
-
 def _last_step(run_folder: Path) -> int:
-    return max((int(line["step"]) for line in _metrics(run_folder)), default=0)
+    return max((int(line["step"]) for line in read_metrics(run_folder)), default=0)
 
 
 def _newest_step(name: str) -> int:
@@ -210,7 +205,7 @@ def _evaluate(resumed_from: int) -> dict[str, Any]:
         }
 
     before, after, without = losses("base_hf"), losses("with_replay_hf"), losses("without_replay_hf")
-    at_step0 = _metrics(FOLDER / "runs" / "with_replay")[0]
+    at_step0 = read_metrics(FOLDER / "runs" / "with_replay")[0]
     verified = json.loads((FOLDER / "with_replay_verified.json").read_text())
     return {
         "steps": STEPS,
@@ -227,7 +222,7 @@ def _evaluate(resumed_from: int) -> dict[str, Any]:
 
 def _show(report: dict[str, Any]) -> None:
     runs = {"25 % English replay": "with_replay", "no replay": "without_replay"}
-    reporting.plot({label: _metrics(FOLDER / "runs" / name) for label, name in runs.items()}, FOLDER / "losses.png")
+    reporting.plot({label: read_metrics(FOLDER / "runs" / name) for label, name in runs.items()}, FOLDER / "losses.png")
     reporting.write(report, FOLDER / "report.json")
     reporting.table(report, console)
     console.print(

@@ -49,16 +49,3 @@ def language_model_loss(
         labels = torch.stack([sample["labels"] for sample in batch])
         losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none"))
     return torch.cat(losses).mean().item()
-
-
-@torch.inference_mode()
-def max_logit_difference(first: str | os.PathLike[str], second: str | os.PathLike[str], prompts: list[str]) -> float:
-    """Largest absolute difference between two models' logits on the same prompts, both in fp32."""
-    tokenizer = AutoTokenizer.from_pretrained(first)
-    models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (first, second)]
-    largest = 0.0
-    for prompt in prompts:
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
-        one, other = (model(input_ids=ids).logits for model in models)
-        largest = max(largest, (one - other).abs().max().item())
-    return largest

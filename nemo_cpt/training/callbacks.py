@@ -10,7 +10,7 @@ import torch
 from nemo.lightning._strategy_lib import _sync_from_last_pipeline_stage
 from nemo.utils import AppState
 
-METRICS_FILE = "metrics/steps.jsonl"  # in a folder: NeMo moves plain files away when a run is resumed
+from nemo_cpt.training.metrics import METRICS_FILE
 
 
 class ValidationLossBySet(pl.Callback):
@@ -63,9 +63,8 @@ class MetricsFile(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Write the step's metrics if the trainer logs this step."""
-        pl_module.log(
-            "steps", float(trainer.global_step), batch_size=1
-        )  # for checkpoints' names; NeMo's `step` is one less
+        # For the checkpoints' names: NeMo's own `step` is one less.
+        pl_module.log("steps", float(trainer.global_step), batch_size=1)
         if trainer.global_step % trainer.log_every_n_steps:
             return
         logged = trainer.callback_metrics
@@ -83,13 +82,6 @@ class StopAtStep(pl.Callback):
         """Ask the trainer to stop once the step is reached."""
         if trainer.global_step >= self.step:
             trainer.should_stop = True
-
-
-def read_metrics(run_folder: str | Path) -> list[dict[str, float]]:
-    """The lines of a run's `metrics/steps.jsonl`; a line that a killed run left unfinished is left out."""
-    path = Path(run_folder, METRICS_FILE)
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def _append_metrics(trainer: pl.Trainer, values: dict[str, float]) -> None:

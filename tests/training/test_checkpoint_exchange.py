@@ -14,7 +14,7 @@ from nemo.lightning.megatron_parallel import MegatronParallel
 
 from nemo_cpt.recipes import tiny
 from nemo_cpt.training import upstream
-from nemo_cpt.training.callbacks import read_metrics
+from nemo_cpt.training.metrics import read_metrics
 from tests.training import jobs
 
 

@@ -10,7 +10,8 @@ import nemo_run as run
 import pytest
 
 from nemo_cpt.recipes import llama31_8b, tiny
-from nemo_cpt.training.callbacks import StopAtStep, read_metrics
+from nemo_cpt.training.callbacks import StopAtStep
+from nemo_cpt.training.metrics import read_metrics
 from nemo_cpt.training.resume import is_complete, newest_complete_checkpoint
 from tests.training import jobs
 
