@@ -1,0 +1,83 @@
+"""Continual pretraining of SmolLM2-135M: a real pretrained model that one GPU teaches a language in minutes."""
+
+import nemo_run as run
+from nemo.collections import llm
+
+from nemo_cpt.corpus import Blend
+from nemo_cpt.recipes import llama31_8b
+
+DEFAULT_BASE = "checkpoints/SmolLM2-135M"
+
+
+def model(seq_length: int = 1024) -> run.Config[llm.LlamaModel]:
+    """SmolLM2-135M: 134.5 M parameters, the embedding also the head, rope base 100,000, vocabulary 49,152."""
+    config = run.Config(
+        llm.LlamaConfig,
+        num_layers=30,
+        hidden_size=576,
+        ffn_hidden_size=1536,
+        num_attention_heads=9,
+        num_query_groups=3,
+        kv_channels=64,
+        rotary_base=100_000,
+        layernorm_epsilon=1e-5,
+        share_embeddings_and_output_weights=True,
+        seq_length=seq_length,
+    )
+    return run.Config(llm.LlamaModel, config=config)
+
+
+@run.cli.factory(target=llm.pretrain, name="smollm2_cpt")
+def continual_pretrain(
+    base: str = DEFAULT_BASE,
+    data: Blend | None = None,
+    *,
+    name: str = "smollm2_cpt",
+    gpus_per_node: int = 1,
+    seq_length: int = 1024,
+    global_batch_size: int = 16,
+    micro_batch_size: int = 8,
+    max_steps: int = 300,
+    val_check_interval: int = 50,
+    limit_val_batches: int = 4,
+    lr: float = 3e-4,
+    **kwargs,
+) -> run.Partial:
+    """`llama31_8b.continual_pretrain` for SmolLM2-135M, every parameter, on one GPU.
+
+    Args:
+        base: see `llama31_8b.continual_pretrain`.
+        data: see `llama31_8b.continual_pretrain`.
+        name: see `llama31_8b.continual_pretrain`.
+        gpus_per_node: see `llama31_8b.continual_pretrain`.
+        seq_length: see `llama31_8b.continual_pretrain`.
+        global_batch_size: see `llama31_8b.continual_pretrain`.
+        micro_batch_size: see `llama31_8b.continual_pretrain`.
+        max_steps: see `llama31_8b.continual_pretrain`.
+        val_check_interval: see `llama31_8b.continual_pretrain`.
+        limit_val_batches: global batches to validate on from each validation set.
+        lr: peak learning rate: a tenth of the 3e-3 at which SmolLM's model of this shape was pretrained
+            (config_smollm1_135M.yaml in huggingface/smollm), for batches of a sixtieth of its tokens.
+        **kwargs: see `llama31_8b.continual_pretrain`.
+
+    Returns:
+        A run.Partial of `llm.pretrain`; every field stays editable.
+
+    Raises:
+        CptError: `data` is no Blend.
+    """
+    recipe = llama31_8b.continual_pretrain(
+        base,
+        data,
+        name=name,
+        gpus_per_node=gpus_per_node,
+        seq_length=seq_length,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        max_steps=max_steps,
+        val_check_interval=val_check_interval,
+        lr=lr,
+        **{"model": model(seq_length), "tensor_model_parallel_size": 1} | kwargs,
+    )
+    recipe.trainer.limit_val_batches = limit_val_batches
+    return recipe
