@@ -7,11 +7,12 @@ MODEL: a folder with a Hugging Face model, or a .gguf file (SmolLM2-135M: the pa
 
 Weights are bf16 with fp32 masters, as in Megatron. A step adds its micro batches' bf16 gradients up in a buffer of the
 variant's dtype (Megatron's fused products round once less); Adam computes in fp32 on states kept in the variant's
-dtypes, as Transformer Engine does. "reordered" is fp32 with each step's micro batches in another order: what rounding
-alone does. All variants run at once, in a process each.
+dtypes, as Transformer Engine does. All variants run at once, in a process each.
 
-A variant trains as well as fp32, within noise, if its smoothed curve leaves that of fp32 no further than twice what the
-reordered ones do.
+Two measures of noise, both fp32: "reordered" adds up each step's micro batches in another order, which is what rounding
+alone does to the curve; "shuffled" sees the same text in another order, which is what chance does to the model that
+comes out. A variant is judged by its smoothed curve against the first, and by its loss on held-out text against the
+second.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 
 LEARNING_RATE, WARM_UP, WEIGHT_DECAY, BETAS, EPSILON = 1e-4, 30, 0.1, (0.9, 0.95), 1e-8
-SEQUENCE, MICRO_BATCHES = 1024, 8
+SEQUENCE, MICRO_BATCHES, HELD_OUT = 1024, 8, 64
 WINDOW = 20  # steps of the moving average in which curves are compared
 
 
@@ -33,13 +34,15 @@ class Variant:
     gradient: torch.dtype
     exp_avg: torch.dtype
     exp_avg_sq: torch.dtype
-    order: int = 0  # of a step's micro batches: 0 as they come, else the seed of a permutation
+    reorder: bool = False  # a step's micro batches, last first
+    shuffle: int = 0  # the seed of an order of all micro batches; 0: as they come
 
 
 VARIANTS = {
     "fp32": Variant(torch.float32, torch.float32, torch.float32),
-    "reordered": Variant(torch.float32, torch.float32, torch.float32, order=1),
-    "reordered otherwise": Variant(torch.float32, torch.float32, torch.float32, order=2),
+    "reordered": Variant(torch.float32, torch.float32, torch.float32, reorder=True),
+    "shuffled": Variant(torch.float32, torch.float32, torch.float32, shuffle=1),
+    "shuffled otherwise": Variant(torch.float32, torch.float32, torch.float32, shuffle=2),
     "bf16 gradients": Variant(torch.bfloat16, torch.float32, torch.float32),
     "bf16 gradients and moments": Variant(torch.bfloat16, torch.bfloat16, torch.bfloat16),
 }
@@ -100,36 +103,45 @@ class Adam:
             self.gradient[i].zero_()
 
 
-def batches(tokens: Path, steps: int, length: int) -> np.ndarray:
-    """Token ids [steps, MICRO_BATCHES, 1, length]."""
-    samples = np.load(tokens).astype(np.int64)
-    wanted = steps * MICRO_BATCHES * length
-    if len(samples) < wanted:
-        raise SystemExit(f"{tokens} has {len(samples)} tokens, {steps} steps take {wanted}: make it with --tokenize")
-    return samples[:wanted].reshape(steps, MICRO_BATCHES, 1, length)
+def read(tokens: Path, steps: int, length: int) -> np.ndarray:
+    """Token ids [steps * MICRO_BATCHES + HELD_OUT, 1, length]; the last HELD_OUT are not trained on."""
+    ids = np.load(tokens).astype(np.int64)
+    wanted = (steps * MICRO_BATCHES + HELD_OUT) * length
+    if len(ids) < wanted:
+        raise SystemExit(f"{tokens} has {len(ids)} tokens, {steps} steps take {wanted}: make it with --tokenize")
+    return ids[:wanted].reshape(-1, 1, length)
+
+
+def arrange(samples: torch.Tensor, variant: Variant) -> torch.Tensor:
+    """The training's micro batches in a variant's order, [steps, MICRO_BATCHES, 1, length]."""
+    if variant.shuffle:
+        samples = samples[torch.randperm(len(samples), generator=torch.Generator().manual_seed(variant.shuffle))]
+    steps = samples.unflatten(0, (-1, MICRO_BATCHES))
+    return steps.flip(1) if variant.reorder else steps
 
 
 def train(variant: Variant, model: str, samples: np.ndarray, pipe) -> None:
+    """Send the loss of every step and the loss on the held-out samples after the last."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = AutoModelForCausalLM.from_pretrained(**location(model), dtype=torch.bfloat16).to(device).train()
     adam = Adam([p for p in network.parameters() if p.requires_grad], variant)
-    order = torch.arange(MICRO_BATCHES)
-    if variant.order:
-        order = torch.randperm(MICRO_BATCHES, generator=torch.Generator().manual_seed(variant.order))
+    ids = torch.from_numpy(samples)
     losses = []
-    for step, batch in enumerate(torch.from_numpy(samples).to(device)):
-        total = 0.0
-        for micro in batch[order]:
+    for step, batch in enumerate(arrange(ids[:-HELD_OUT], variant).to(device)):
+        total = torch.zeros((), device=device)
+        for micro in batch:
             loss = network(input_ids=micro, labels=micro, use_cache=False).loss / MICRO_BATCHES
             loss.backward()
             adam.accumulate()
             total += loss.detach()
         adam.step(LEARNING_RATE * min(1.0, (step + 1) / WARM_UP))
         losses.append(total)
-    pipe.send([round(float(loss), 5) for loss in losses])
+    with torch.no_grad():
+        held_out = [network(input_ids=x, labels=x, use_cache=False).loss for x in ids[-HELD_OUT:].to(device)]
+    pipe.send(([round(float(loss), 5) for loss in losses], float(torch.stack(held_out).mean())))
 
 
 def smooth(curve: list[float]) -> np.ndarray:
@@ -138,22 +150,24 @@ def smooth(curve: list[float]) -> np.ndarray:
     return np.convolve(curve, np.full(window, 1 / window), mode="valid")
 
 
-def report(curves: dict[str, list[float]], out: Path) -> str:
-    """A table of each smoothed curve's distance from fp32 with a verdict, and the curves as JSON and PNG in `out`."""
-    reference = smooth(curves["fp32"])
-    apart = {name: smooth(curve) - reference for name, curve in curves.items() if name != "fp32"}
-    noise = max((np.abs(apart[name]).max() for name in apart if name.startswith("reordered")), default=np.nan)
-    lines = ["| states | loss of the last 50 steps | mean difference | largest difference | |", "|---|---|---|---|---|"]
-    lines.append(f"| fp32 | {np.mean(curves['fp32'][-50:]):.4f} | | | |")
+def report(curves: dict[str, list[float]], held_out: dict[str, float]) -> str:
+    """A table of each variant's distance from fp32, by smoothed curve and by held-out loss, and a verdict on each."""
+    curve_of_fp32 = smooth(curves["fp32"])
+    apart = {name: smooth(curve) - curve_of_fp32 for name, curve in curves.items()}
+    rounding = np.abs(apart["reordered"]).max()
+    chance = max(abs(held_out[name] - held_out["fp32"]) for name in held_out if name.startswith("shuffled"))
+    lines = [
+        f"| states | smoothed curve: mean, largest difference (rounding: {rounding:.5f}) | held-out loss | "
+        f"difference (chance: {chance:.5f}) | within rounding x 2 | within chance |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, difference in apart.items():
-        largest = np.abs(difference).max()
-        verdict = "within noise" if largest <= 2 * noise else "NOT within noise"
-        verdict = "the noise" if name.startswith("reordered") else verdict
-        last = np.mean(curves[name][-50:])
-        lines.append(f"| {name} | {last:.4f} | {difference.mean():+.5f} | {largest:.5f} | {verdict} |")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "state_precision.json").write_text(json.dumps(curves))
-    draw(curves, out / "state_precision.png")
+        largest, further = np.abs(difference).max(), held_out[name] - held_out["fp32"]
+        curve = "" if name.startswith("shuffled") else f"{difference.mean():+.5f}, {largest:.5f}"
+        judged = name.startswith("bf16")
+        verdicts = ("yes" if largest <= 2 * rounding else "no", "yes" if further <= chance else "no")
+        verdict = " | ".join(verdicts if judged else ("", ""))
+        lines.append(f"| {name} | {curve} | {held_out[name]:.4f} | {further:+.5f} | {verdict} |")
     return "\n".join(lines)
 
 
@@ -166,8 +180,9 @@ def draw(curves: dict[str, list[float]], path: Path) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     reference = smooth(curves["fp32"])
     for name, curve in curves.items():
-        axes[0].plot(curve, label=name, linewidth=1)
-        axes[1].plot(smooth(curve) - reference, label=name, linewidth=1)
+        if not name.startswith("shuffled"):  # other batches, so not comparable step by step
+            axes[0].plot(curve, label=name, linewidth=1)
+            axes[1].plot(smooth(curve) - reference, label=name, linewidth=1)
     axes[0].set(xlabel="step", ylabel="loss")
     axes[1].set(xlabel="step", ylabel="smoothed loss less that of fp32")
     axes[0].legend()
@@ -182,23 +197,26 @@ def main() -> None:
     parser.add_argument("--tokenize", type=Path, help="JSONL with a field `text`; writes TOKENS.npy and stops")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seq-length", type=int, default=SEQUENCE)
-    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--out", type=Path, default=Path("state-precision"))
     options = parser.parse_args()
     if options.tokenize:
-        wanted = options.steps * MICRO_BATCHES * options.seq_length
+        wanted = (options.steps * MICRO_BATCHES + HELD_OUT) * options.seq_length
         tokenize(options.model, options.tokenize, options.tokens, wanted)
         return
-    samples = batches(options.tokens, options.steps, options.seq_length)
+    samples = read(options.tokens, options.steps, options.seq_length)
     context = multiprocessing.get_context("spawn")
     running = {}
-    for name in dict.fromkeys(["fp32", *options.variants]):
+    for name, variant in VARIANTS.items():
         receive, send = context.Pipe(duplex=False)
-        job = (VARIANTS[name], options.model, samples, send)
-        context.Process(target=train, args=job).start()
+        context.Process(target=train, args=(variant, options.model, samples, send)).start()
         send.close()
         running[name] = receive
-    print(report({name: pipe.recv() for name, pipe in running.items()}, options.out))
+    results = {name: pipe.recv() for name, pipe in running.items()}
+    curves, held_out = ({name: result[part] for name, result in results.items()} for part in (0, 1))
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "state_precision.json").write_text(json.dumps({"curves": curves, "held_out": held_out}))
+    draw(curves, options.out / "state_precision.png")
+    print(report(curves, held_out))
 
 
 if __name__ == "__main__":
