@@ -40,7 +40,7 @@ def get_model(folder: Path) -> None:
 def get_data(texts: dict[str, str], folder: Path) -> Blend:
     """Hold out a tenth of each language's documents, tokenize, and blend three parts Japanese with one part English."""
     for language, text in texts.items():
-        split(text, folder / "text" / language, validation=0.1)
+        split(text, folder / "text" / language, validation=0.1, drop="near")
         for part in ("train", "validation"):
             prepare(folder / "text" / language / f"{part}.jsonl", folder / "ds" / f"{language}_{part}", folder / "hf")
     return Blend.replay(
