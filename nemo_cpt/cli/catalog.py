@@ -281,9 +281,11 @@ def _passed_on(path: Path, node: ast.FunctionDef) -> dict[str, Parameter]:
 
 def _seen(path: Path, name: str, text: str) -> str:
     """The line that "see `module.function`" points to, or the text itself."""
+    if not text.startswith("see `"):
+        return text
     module, _, function = text.removeprefix("see `").partition("`")[0].rpartition(".")
     target = path.with_name(f"{module}.py") if module else path
-    if not text.startswith("see `") or not target.is_file() or function not in _functions(target):
+    if not target.is_file() or function not in _functions(target):
         return text
     return _argument_helps(_functions(target)[function]).get(name, text)
 

@@ -71,20 +71,21 @@ def run(
     detach: Annotated[bool, typer.Option("--detach", help="Return once the job is submitted.")] = False,
     dryrun: Annotated[bool, typer.Option("--dryrun", help="Print what would be submitted.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Build the recipe here first; imports NeMo.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Launch although the doctor finds it red.")] = False,
     json: Json = False,
 ) -> None:
     """Run a recipe on an executor; ends non-zero if the job fails.
 
-    Parameters are checked at once. Fields of the config (trainer.log_every_n_steps=5) are checked before submission to
-    another machine, which imports NeMo; so does --check.
+    Parameters are checked at once, and so is what `nemo-cpt doctor` finds without importing anything: a job that could
+    not start is refused. Fields of the config (trainer.log_every_n_steps=5) are checked before submission to another
+    machine, which imports NeMo; so does --check.
     """
     from nemo_cpt.cli import jobs
+    from nemo_cpt.cli.doctor import describe, preflight
     from nemo_cpt.cli.task import build_recipe
 
     function, arguments, fields, options = _split(recipe, overrides or [])
-    blend = arguments.get("data")
-    if blend is not None and executor == "local":
-        blend.check()
+    preflight(describe(function, arguments, fields, executor, options), force=force or dryrun)
     if check or (fields and executor != "local"):
         build_recipe(function.name, arguments, fields)
     result = jobs.submit(

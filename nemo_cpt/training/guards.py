@@ -2,24 +2,17 @@
 
 import math
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 
 from nemo_cpt import corpus
 from nemo_cpt.errors import CptError, exit_with_the_message
-from nemo_cpt.training import resume, upstream
+from nemo_cpt.training import upstream
 from nemo_cpt.training.data import blend_of
+from nemo_cpt.training.preconditions import check_base, check_environment
 
 MARGIN_TO_UNIFORM = 0.5
-NVTE_OF_BACKEND = {  # what Megatron Core sets for each attention_backend, and refuses to find otherwise
-    "flash": {"NVTE_FLASH_ATTN": "1", "NVTE_FUSED_ATTN": "0", "NVTE_UNFUSED_ATTN": "0"},
-    "fused": {"NVTE_FLASH_ATTN": "0", "NVTE_FUSED_ATTN": "1", "NVTE_UNFUSED_ATTN": "0"},
-    "unfused": {"NVTE_FLASH_ATTN": "0", "NVTE_FUSED_ATTN": "0", "NVTE_UNFUSED_ATTN": "1"},
-    "local": {"NVTE_FLASH_ATTN": "0", "NVTE_FUSED_ATTN": "0", "NVTE_UNFUSED_ATTN": "0"},
-    "auto": {"NVTE_FLASH_ATTN": "1", "NVTE_FUSED_ATTN": "1", "NVTE_UNFUSED_ATTN": "1"},
-}
 
 
 class Guards(pl.Callback):
@@ -34,7 +27,7 @@ class Guards(pl.Callback):
         exit_with_the_message()
         upstream.apply()
         if not trainer.ckpt_path:
-            resume.check_base(getattr(trainer.strategy.restore_config, "path", None))
+            check_base(getattr(trainer.strategy.restore_config, "path", None))
         check_data(type(trainer.datamodule).__name__)
         if (blend := getattr(trainer.datamodule, "blend", None)) is not None:
             check_vocabulary(blend, pl_module.tokenizer.vocab_size)
@@ -59,7 +52,7 @@ def check(recipe: Any) -> None:
         CptError: the job would stop or train the wrong thing; the message says what to change.
     """
     restore = recipe.resume
-    resume.check_base(getattr(restore, "base", None))
+    check_base(getattr(restore, "base", None))
     check_data(recipe.data.__fn_or_cls__.__name__)
     if recipe.data.__fn_or_cls__.__name__ == "BlendDataModule":
         blend_of(recipe.data.paths, recipe.data.validation, recipe.data.weighting).check()
@@ -132,17 +125,6 @@ def check_batches(global_batch_size: int, micro_batch_size: int, processes: int,
             f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} x data "
             f"parallel {data_parallel}: {max(global_batch_size // step, 1) * step} would be"
         )
-
-
-def check_environment(attention_backend: Any, environ: Mapping[str, str]) -> None:
-    """Refuse NVTE_* variables that contradict the recipe's attention_backend."""
-    backend = getattr(attention_backend, "name", None)
-    for name, wanted in NVTE_OF_BACKEND.get(str(backend), {}).items():
-        if environ.get(name, wanted) != wanted:
-            raise CptError(
-                f"{name}={environ[name]} contradicts attention_backend={backend}, which wants {wanted}: unset "
-                "NVTE_FLASH_ATTN, NVTE_FUSED_ATTN and NVTE_UNFUSED_ATTN, and choose with model.config.attention_backend"
-            )
 
 
 def check_first_loss(loss: float, vocab_size: int) -> None:

@@ -8,7 +8,7 @@ from nemo import lightning as nl
 from nemo.lightning.pytorch.callbacks import ModelCheckpoint
 from nemo.utils import AppState
 
-from nemo_cpt.errors import CptError
+from nemo_cpt.training.preconditions import check_base
 
 
 class ResumeOrStartFromBase(nl.AutoResume):
@@ -48,21 +48,3 @@ def is_complete(checkpoint: Path) -> bool:
     """Whether a training checkpoint was written to its end (NeMo marks one that is being written or removed)."""
     weights = checkpoint / "weights"
     return (weights / "metadata.json").exists() and not ModelCheckpoint.is_checkpoint_unfinished(checkpoint)
-
-
-def check_base(base: str | Path | None) -> None:
-    """Raise CptError unless `base` is a NeMo checkpoint to continue from."""
-    if base is None:
-        raise CptError(
-            "no base to continue from: the run has no restore path and would train from random weights. "
-            "Give the recipe base=, the folder that `nemo-cpt import` made of a Hugging Face model"
-        )
-    base = Path(base)
-    if not base.exists():
-        raise CptError(f"the base {base} is not there: import it first with `nemo-cpt import HF_MODEL {base}`")
-    if not (base / "weights" / "metadata.json").exists():
-        found = ", ".join(sorted(path.name for path in base.glob("*"))[:6]) or "nothing"
-        raise CptError(
-            f"the base {base} is not a NeMo 2.0 checkpoint (no weights/metadata.json; it holds {found}): "
-            f"import the Hugging Face model with `nemo-cpt import HF_MODEL DEST`"
-        )

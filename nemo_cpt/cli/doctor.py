@@ -1,0 +1,257 @@
+"""Command of `nemo-cpt`: what would stop a job, and the same looked at before each launch."""
+
+import ast
+import json as jsonlib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nemo_cpt.cli import app
+from nemo_cpt.cli.launch import PANEL, Json, Pairs
+from nemo_cpt.errors import CptError
+
+if TYPE_CHECKING:
+    from nemo_cpt.cli.catalog import Function
+    from nemo_cpt.doctor import Finding, Job, Place
+
+EXIT_RED = 3
+MARKS = {"ok": ("✔", "green"), "warning": ("!", "yellow"), "error": ("✘", "red"), "skipped": ("–", "dim")}
+# Fields of a recipe's config that say the same as one of its arguments.
+FIELDS = {
+    "resume.base": "base",
+    "data.tokenizer.pretrained_model_name": "tokenizer",
+    "log.log_dir": "directory",
+    "log.name": "name",
+    "log.ckpt.save_top_k": "save_top_k",
+    "trainer.devices": "gpus_per_node",
+    "trainer.num_nodes": "num_nodes",
+    "trainer.max_steps": "max_steps",
+    "trainer.val_check_interval": "val_check_interval",
+    "trainer.strategy.tensor_model_parallel_size": "tensor_model_parallel_size",
+    "peft.dim": "rank",
+    "model.config.attention_backend": "attention_backend",
+}
+
+
+@app.command(rich_help_panel=PANEL)
+def doctor(
+    recipe: Annotated[str | None, typer.Argument(help="The recipe to be run; none looks at the machine alone.")] = None,
+    overrides: Pairs = None,
+    executor: Annotated[str, typer.Option("--executor", "-e", help="local, slurm, ... where it is to run.")] = "local",
+    ranks: Annotated[int | None, typer.Option(min=1, help="Join so many processes of this machine.")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes that do so, each with MASTER_* and NODE_RANK set.")] = 1,
+    hub: Annotated[str | None, typer.Option(help="Ask the hub for access to OWNER/NAME.")] = None,
+    json: Json = False,
+) -> None:
+    """Look at what would stop a job: versions, driver, GPUs, memory, network, base, data, disk, access, Slurm.
+
+    Ends with 0 where nothing is red, with 3 where something is, with 2 where the command itself is wrong.
+    """
+    from nemo_cpt.cli.launch import _split
+    from nemo_cpt.doctor import CHECKS, JOB_CHECKS, Examination, examine, worst
+
+    job = None
+    if recipe is not None:
+        function, arguments, fields, options = _split(recipe, overrides or [])
+        job = describe(function, arguments, fields, executor, options)
+    findings = examine(CHECKS + JOB_CHECKS * (job is not None), Examination(job, ranks, nodes, hub))
+    if json:
+        verdict = {"verdict": worst(findings), "recipe": job.recipe if job else None}
+        print(jsonlib.dumps(verdict | {"checks": [each.as_dict() for each in findings]}, ensure_ascii=False))
+    else:
+        print_findings(findings)
+    if worst(findings) == "error":
+        raise typer.Exit(EXIT_RED)
+
+
+def preflight(job: "Job", force: bool) -> None:
+    """Examine a job before its launch: warnings are printed, errors refuse it.
+
+    Args:
+        job: as `describe` gives it.
+        force: launch it all the same; its errors are printed as warnings are.
+
+    Raises:
+        CptError: something would stop the job; the message holds everything found, with its cure.
+    """
+    from nemo_cpt.doctor import PREFLIGHT, Examination, examine
+
+    findings = examine(PREFLIGHT, Examination(job), seconds=20)
+    errors = [each for each in findings if each.state == "error"]
+    for each in findings:
+        if each.state == "warning" or (force and each.state == "error"):
+            print(f"nemo-cpt: {each.state}: {_sentence(each)}", file=sys.stderr)
+    if errors and not force:
+        listed = "\n".join(f"  {_sentence(each)}" for each in errors)
+        raise CptError(f"{job.recipe} is not launched (--force launches it all the same):\n{listed}")
+
+
+def describe(
+    function: "Function", arguments: Mapping[str, Any], fields: Sequence[str], executor: str, options: Sequence[str]
+) -> "Job":
+    """What a recipe's source and its arguments say of the job, without importing NeMo.
+
+    Args:
+        function: the recipe, as the catalog reads it.
+        arguments: those given.
+        fields: `path.to.field=value` on its config.
+        executor: its name, or FILE.py:FUNCTION.
+        options: `key=value` of the executor.
+
+    Raises:
+        CptError: there is no such executor, or an option is wrong.
+    """
+    from nemo_cpt.doctor import Job
+
+    given = {name: _default(function, name) for name in function.parameters} | dict(arguments)
+    pairs = (field.partition("=") for field in fields)
+    given |= {FIELDS[path]: _parsed(text) for path, _, text in pairs if path in FIELDS}
+    on_cpu = "processes" in function.parameters
+    data = given.get("data")
+    return Job(
+        recipe=function.name,
+        arguments=dict(arguments),
+        fields=tuple(fields),
+        place=place(executor, options),
+        base=None if given.get("base") is None else str(given["base"]),
+        data=_default_data(function) if data is None else data,
+        tokenizer=given.get("tokenizer"),
+        directory=Path(str(given.get("directory") or "results"), str(given.get("name") or "")),
+        gpus_per_node=0 if on_cpu else int(given.get("gpus_per_node") or 1),
+        num_nodes=int(given.get("num_nodes") or 1),
+        tensor_model_parallel_size=int(given.get("tensor_model_parallel_size") or 1),
+        lora_rank=_lora_rank(function, given),
+        gpu_memory_gib=given.get("gpu_memory_gib"),
+        checkpoints=_checkpoints(given),
+        attention_backend=str(given.get("attention_backend") or "auto").rpartition(".")[2],
+    )
+
+
+def place(executor: str, options: Sequence[str]) -> "Place":
+    """Where an executor runs a job, from its name and options alone.
+
+    Raises:
+        CptError: there is no such executor, or an option is wrong.
+    """
+    from nemo_cpt.cli import catalog, jobs
+    from nemo_cpt.doctor import Place
+
+    if executor.partition(":")[0].endswith(".py"):
+        return Place(executor, here=False, same_packages=False, same_files=False)
+    described = catalog.executor(executor)
+    given = catalog.parse(described, options, prefix="executor.")
+    if set(given) - set(described.parameters):
+        jobs.make_executor(executor, options, 1)  # it alone knows sbatch's directives, and takes seconds to say so
+    container, tunnelled = given.get("container_image"), given.get("tunnel", "local") != "local"
+    submits = executor == "slurm" and not tunnelled
+    return Place(
+        executor,
+        here=executor in ("local", "docker"),
+        same_packages=executor == "local" or (submits and not container and not given.get("venv")),
+        same_files=executor == "local" or (submits and not container),
+        slurm=submits,
+        partition=given.get("partition"),
+        nodes=given.get("nodes"),
+        environ=_shown_gpus(executor, given) | {name: str(value) for name, value in (given.get("env") or {}).items()},
+    )
+
+
+def _shown_gpus(executor: str, given: Mapping[str, Any]) -> dict[str, str]:
+    """What `executors.local(gpus=N)` makes of CUDA_VISIBLE_DEVICES: the first N of those visible now."""
+    if executor != "local" or given.get("gpus") is None:
+        return {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(given["gpus"])))
+    return {"CUDA_VISIBLE_DEVICES": ",".join(visible.split(",")[: given["gpus"]])}
+
+
+def _default(function: "Function", name: str) -> Any:
+    """A parameter's default where its source is a literal, or a constant of the recipe's module; else None."""
+    source = function.parameters[name].default
+    if source is None:
+        return None
+    if source.isidentifier():
+        source = next((ast.unparse(value) for value in _assigned(function.path, source)), source)
+    return _parsed(source)
+
+
+def _assigned(path: Path, name: str) -> list[ast.expr]:
+    tree = ast.parse(path.read_text())
+    assignments = [node for node in tree.body if isinstance(node, ast.Assign)]
+    return [node.value for node in assignments if ast.unparse(node.targets[0]) == name]
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text if text.replace("/", "").replace("-", "").replace(".", "").replace("_", "").isalnum() else None
+
+
+def _default_data(function: "Function") -> Any:
+    """The blend that the module's `default_data()` returns, where it is made of literals; else None."""
+    from nemo_cpt.corpus import Blend
+
+    for node in ast.parse(function.path.read_text()).body:
+        if isinstance(node, ast.FunctionDef) and node.name == "default_data" and isinstance(node.body[-1], ast.Return):
+            call = node.body[-1].value
+            if isinstance(call, ast.Call) and ast.unparse(call.func) in ("Blend", "Blend.replay"):
+                return _called(Blend.replay if "." in ast.unparse(call.func) else Blend, call)
+    return None
+
+
+def _called(make: Any, call: ast.Call) -> Any:
+    try:
+        positional = [ast.literal_eval(each) for each in call.args]
+        return make(*positional, **{str(word.arg): ast.literal_eval(word.value) for word in call.keywords})
+    except (ValueError, TypeError):
+        return None
+
+
+def _lora_rank(function: "Function", given: Mapping[str, Any]) -> int | None:
+    """The adapters' rank: as given, or that of the card's setting; None for a recipe that has none."""
+    from nemo_cpt.training.single_gpu import lora_setting
+
+    if "rank" not in given:
+        return None
+    return int(given["rank"]) if given["rank"] else lora_setting(given.get("gpu_memory_gib") or 48).lora_rank
+
+
+def _checkpoints(given: Mapping[str, Any]) -> int:
+    """Checkpoints on the disk at once: the best ones, and the one that is written before the worst is removed."""
+    steps, interval = int(given.get("max_steps") or 1), int(given.get("val_check_interval") or 1)
+    written, kept = max(-(-steps // max(interval, 1)), 1), given.get("save_top_k", 3)
+    return written if int(kept) < 0 else min(written, int(kept) + 1)
+
+
+def print_findings(findings: Sequence["Finding"]) -> None:
+    """One screen on a terminal; tab-separated lines elsewhere: state, check, what was found, the cure."""
+    if not sys.stdout.isatty():
+        print("\n".join("\t".join((each.state, each.name, each.found, each.cure)).rstrip() for each in findings))
+        print(f"verdict\t{_verdict(findings)}")
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_header=False, box=None, padding=(0, 1))
+    for each in findings:
+        mark, colour = MARKS[each.state]
+        found = Text(each.found, style="dim" if each.state == "skipped" else "")
+        found.append(f"\n→ {each.cure}" if each.cure else "", style=colour)
+        table.add_row(Text(mark, style=colour), Text(each.name, style="bold" if each.cure else ""), found)
+    console = Console()
+    console.print(table)
+    console.print(Text(_verdict(findings), style="bold"))
+
+
+def _verdict(findings: Sequence["Finding"]) -> str:
+    counts = {state: sum(each.state == state for each in findings) for state in MARKS}
+    return f"{counts['error']} red, {counts['warning']} yellow, {counts['ok']} green, {counts['skipped']} not looked at"
+
+
+def _sentence(finding: "Finding") -> str:
+    return f"{finding.name}: {finding.found}" + (f"; {finding.cure}" if finding.cure else "")

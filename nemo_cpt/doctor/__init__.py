@@ -1,0 +1,58 @@
+"""The doctor: what stands between this machine and a job, found before the job, without importing torch or NeMo.
+
+A check is a function that takes an `Examination` and returns a `Finding`, or several; `CHECKS` and `JOB_CHECKS`
+are the whole examination, `PREFLIGHT` what `nemo-cpt run` looks at before each launch. A check that is added to one of
+these lists takes part.
+"""
+
+from nemo_cpt.doctor import access, gpus, host, material, network, slurm, software
+from nemo_cpt.doctor.examination import Check, Examination, examine
+from nemo_cpt.doctor.finding import Finding, worst
+from nemo_cpt.doctor.job import Job, Place
+
+PREFLIGHT: tuple[Check, ...] = (
+    software.python,
+    software.packages,
+    software.driver,
+    gpus.gpus,
+    gpus.gpu_memory,
+    host.shared_memory,
+    host.attention_variables,
+    host.device_connections,
+    network.interfaces,
+    network.rendezvous,
+    material.base,
+    material.data,
+    material.vocabulary,
+    material.disk,
+    slurm.slurm,
+)
+"""Quick ones: no process is started but nvidia-smi and sinfo."""
+
+CHECKS: tuple[Check, ...] = (
+    software.python,
+    software.packages,
+    software.combination,
+    software.driver,
+    software.torch_import,
+    software.transformer_engine_import,
+    gpus.gpus,
+    gpus.gpu_memory,
+    host.shared_memory,
+    host.locked_memory,
+    host.attention_variables,
+    host.device_connections,
+    network.interfaces,
+    network.rendezvous,
+    network.ranks,
+    material.disk,
+    access.hugging_face,
+    access.weights_and_biases,
+    slurm.slurm,
+)
+"""The whole examination of a machine."""
+
+JOB_CHECKS: tuple[Check, ...] = (material.base, material.data, material.vocabulary)
+"""What is looked at besides, where a recipe is named."""
+
+__all__ = ["CHECKS", "JOB_CHECKS", "PREFLIGHT", "Check", "Examination", "Finding", "Job", "Place", "examine", "worst"]

@@ -1,0 +1,98 @@
+"""One examination: what is examined, what its checks share, and running them side by side."""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from nemo_cpt.doctor.finding import Finding, from_error
+from nemo_cpt.doctor.job import Job, Place
+from nemo_cpt.doctor.nvidia import Gpu, Nvidia, read, visible
+from nemo_cpt.errors import CptError
+
+Check = Callable[["Examination"], Finding | Iterable[Finding]]
+
+
+class Examination:
+    """What the checks are given.
+
+    Args:
+        job: the recipe and where it is to run; None looks at the machine alone.
+        ranks: processes of this machine that shall reach each other; None for the job's GPUs.
+        nodes: machines that take part in that.
+        hub: repository whose access is asked for; None for the default, where it is needed.
+        environ: the environment; by default this process's, with what the executor adds.
+    """
+
+    def __init__(
+        self,
+        job: Job | None = None,
+        ranks: int | None = None,
+        nodes: int = 1,
+        hub: str | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        self.job, self.ranks, self.nodes, self.hub = job, ranks, nodes, hub
+        self.place = job.place if job else Place()
+        self.environ = dict(os.environ if environ is None else environ) | dict(self.place.environ)
+        self._lock = threading.Lock()
+        self._nvidia: Nvidia | None = None
+
+    @property
+    def nvidia(self) -> Nvidia:
+        """What the driver says; asked once."""
+        with self._lock:
+            if self._nvidia is None:
+                self._nvidia = read()
+            return self._nvidia
+
+    @property
+    def visible_gpus(self) -> list[Gpu]:
+        """The GPUs that a process started now would see."""
+        return visible(self.nvidia.gpus, self.environ.get("CUDA_VISIBLE_DEVICES"))
+
+    @property
+    def has_gpus(self) -> bool:
+        """Whether this machine has a GPU, visible or not."""
+        return bool(self.nvidia.gpus)
+
+
+def examine(checks: Sequence[Check], examination: Examination, seconds: float = 180) -> list[Finding]:
+    """Run checks side by side, each in a thread; their findings come in the checks' order.
+
+    Args:
+        checks: functions of the examination.
+        examination: what they look at.
+        seconds: how long they may take together; one that has not answered by then is reported as that.
+    """
+    found: dict[int, list[Finding]] = {}
+
+    def run(number: int, check: Check) -> None:
+        found[number] = _findings(check, examination)
+
+    # Daemons: a check that hangs in the driver or in a name server must not keep the doctor from ending.
+    threads = [threading.Thread(target=run, args=item, daemon=True) for item in enumerate(checks)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + seconds
+    for thread in threads:
+        thread.join(max(deadline - time.monotonic(), 0))
+    return [each for number, check in enumerate(checks) for each in found.get(number, [_silent(check, seconds)])]
+
+
+def _findings(check: Check, examination: Examination) -> list[Finding]:
+    try:
+        result = check(examination)
+        return [result] if isinstance(result, Finding) else list(result)
+    except CptError as error:
+        return [from_error(_name(check), error)]
+    except Exception as error:  # a doctor that falls ill reports that, too
+        return [Finding(_name(check), "warning", f"could not be checked: {type(error).__name__}: {error}")]
+
+
+def _silent(check: Check, seconds: float) -> Finding:
+    return Finding(_name(check), "warning", f"no answer in {seconds:g} s", "look at this one by hand")
+
+
+def _name(check: Check) -> str:
+    return getattr(check, "__name__", "check").replace("_", " ")

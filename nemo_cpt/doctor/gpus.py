@@ -1,0 +1,85 @@
+"""The GPUs that a job takes here: how many, how large, how free."""
+
+from collections.abc import Sequence
+
+from nemo_cpt.doctor.examination import Examination
+from nemo_cpt.doctor.finding import Finding, State
+from nemo_cpt.doctor.nvidia import Gpu, GpuProcess
+
+USED_MIB = 1024  # a display or a monitor takes less
+AS_SOLD = 0.9  # a card of 48 GB shows 44.99 GiB with ECC on
+
+
+def gpus(examination: Examination) -> Finding:
+    """Whether this machine shows a process as many GPUs as the job takes, each as large as its settings want."""
+    if not examination.place.here:
+        return Finding("GPUs", "skipped", "this machine's are not the job's")
+    job, seen = examination.job, examination.visible_gpus
+    wanted = job.gpus_here if job else 0
+    if not examination.has_gpus:
+        found = "none" if wanted == 0 else f"none, and {job.recipe if job else ''} takes {wanted}"
+        return Finding("GPUs", "error" if wanted else "skipped", found, _elsewhere() if wanted else "")
+    found = _described(seen) if seen else f"none of {len(examination.nvidia.gpus)} is visible"
+    if len(seen) < max(wanted, 1):
+        visible = examination.environ.get("CUDA_VISIBLE_DEVICES")
+        hidden = visible is not None and len(examination.nvidia.gpus) >= wanted
+        cure = f"CUDA_VISIBLE_DEVICES={visible!r} hides them: unset it" if hidden else _elsewhere()
+        state: State = "error" if wanted else "skipped"
+        return Finding("GPUs", state, f"{found}; the job takes {wanted}" if wanted else found, cure if wanted else "")
+    small = [gpu for gpu in seen[:wanted] if job and job.gpu_memory_gib and _gib(gpu.total_mib) < _enough(job)]
+    if small and job:
+        cure = f"give the recipe gpu_memory_gib={_gib(small[0].total_mib):.0f}, or a larger card"
+        return Finding("GPUs", "error", f"{found}; the recipe is set for {job.gpu_memory_gib:g} GiB", cure)
+    if any(gpu.mig for gpu in seen):
+        return Finding("GPUs", "warning", f"{found}; in MIG mode", "a process sees one slice; NCCL joins no slices")
+    return Finding("GPUs", "ok", found)
+
+
+def gpu_memory(examination: Examination) -> Finding:
+    """Whether the GPUs that a job would take are free, and who is on those that are not."""
+    job = examination.job
+    chosen = examination.visible_gpus[: job.gpus_here if job else None]
+    if not chosen:
+        return Finding("GPU memory", "skipped", "no GPU is looked at")
+    busy = [gpu for gpu in chosen if (gpu.used_mib or 0) > USED_MIB]
+    if not busy:
+        free = min((gpu.free_mib for gpu in chosen if gpu.free_mib is not None), default=None)
+        known = f"{_gib(free):.1f} GiB free" if free is not None else "the driver does not tell"
+        return Finding("GPU memory", "ok", known + (" on each" if len(chosen) > 1 else ""))
+    found = "; ".join(_busy(gpu, examination.nvidia.processes) for gpu in busy)
+    cure = "end those processes, or choose other GPUs with CUDA_VISIBLE_DEVICES"
+    # Half a card gone: none of the recipes' settings, which fill it, can fit.
+    hopeless = [gpu for gpu in busy if job and (gpu.used_mib or 0) > (gpu.total_mib or 0) / 2]
+    return Finding("GPU memory", "error" if hopeless else "warning", found, cure)
+
+
+def _busy(gpu: Gpu, processes: Sequence[GpuProcess]) -> str:
+    own = sorted((each for each in processes if each.gpu_uuid == gpu.uuid), key=lambda each: -(each.used_mib or 0))
+    who = ", ".join(_who(process) for process in own[:3]) or "no process is shown (another container's, or another's)"
+    more = f", and {len(own) - 3} more" if len(own) > 3 else ""
+    return f"GPU {gpu.index}: {_gib(gpu.used_mib):.1f} of {_gib(gpu.total_mib):.1f} GiB in use by {who}{more}"
+
+
+def _who(process: GpuProcess) -> str:
+    memory = f" {_gib(process.used_mib):.1f} GiB" if process.used_mib is not None else ""
+    return f"{process.name.split('/')[-1] or 'process'} (pid {process.pid}{memory})"
+
+
+def _described(gpus: Sequence[Gpu]) -> str:
+    kinds: dict[str, int] = {}
+    for gpu in gpus:
+        memory = f" {_gib(gpu.total_mib):.1f} GiB" if gpu.total_mib is not None else ""
+        kinds[gpu.name + memory] = kinds.get(gpu.name + memory, 0) + 1
+    return ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+
+
+def _enough(job: object) -> float:
+    return getattr(job, "gpu_memory_gib", 0) * AS_SOLD
+
+
+def _gib(mib: int | None) -> float:
+    return float("inf") if mib is None else mib / 1024
+
+
+def _elsewhere() -> str:
+    return "take fewer (gpus_per_node=), run it elsewhere (--executor), or try tiny.continual_pretrain on the CPU"

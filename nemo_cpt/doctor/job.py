@@ -1,0 +1,82 @@
+"""What the doctor knows of a job: from a recipe's arguments and an executor's options, with nothing imported."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nemo_cpt.corpus import Blend
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a job runs.
+
+    Attributes:
+        executor: `local`, `slurm`, ... or `FILE.py:FUNCTION`.
+        here: the job's processes are this machine's: its GPUs, memory and environment count.
+        same_packages: the job uses this Python environment.
+        same_files: paths mean the same to the job as here.
+        slurm: jobs are submitted by this machine's sbatch.
+        partition: Slurm's; None for the default one.
+        nodes: machines; None for what the recipe says.
+        environ: variables the executor adds.
+    """
+
+    executor: str = "local"
+    here: bool = True
+    same_packages: bool = True
+    same_files: bool = True
+    slurm: bool = False
+    partition: str | None = None
+    nodes: int | None = None
+    environ: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe with its arguments, and where it is to run.
+
+    Attributes:
+        recipe: `module.function`.
+        arguments: the recipe's arguments as parsed.
+        fields: `path.to.field=value` on the recipe's config.
+        place: where it runs.
+        base: folder of the NeMo checkpoint to start from; None where the recipe names none.
+        data: what it trains on; None where that cannot be known without building the recipe.
+        tokenizer: folder or hub name; None for the base's own.
+        directory: folder that the run writes to.
+        gpus_per_node: GPUs of each machine; 0 for a recipe of CPU processes.
+        num_nodes: machines.
+        tensor_model_parallel_size: GPUs that share each layer.
+        lora_rank: rank of the adapters; None where every parameter is trained.
+        gpu_memory_gib: memory of the card that the recipe is made for, as sold; None where it does not say.
+        checkpoints: how many checkpoints lie on the disk at once, at most.
+        attention_backend: Megatron's.
+    """
+
+    recipe: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    fields: Sequence[str] = ()
+    place: Place = field(default_factory=Place)
+    base: str | None = None
+    data: Blend | None = None
+    tokenizer: str | None = None
+    directory: Path = Path("results")
+    gpus_per_node: int = 0
+    num_nodes: int = 1
+    tensor_model_parallel_size: int = 1
+    lora_rank: int | None = None
+    gpu_memory_gib: float | None = None
+    checkpoints: int = 4
+    attention_backend: str = "auto"
+
+    @property
+    def gpus_here(self) -> int:
+        """GPUs that the job takes of this machine."""
+        return self.gpus_per_node if self.place.here else 0
+
+    @property
+    def nodes(self) -> int:
+        """Machines of the job: the executor's word before the recipe's."""
+        return self.place.nodes or self.num_nodes

@@ -1,0 +1,87 @@
+"""Which versions work together: the table that the doctor compares an environment with. Data only."""
+
+from dataclasses import dataclass
+
+PYTHONS = ((3, 11), (3, 12))
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package of the stack.
+
+    Attributes:
+        name: the distribution's.
+        works: versions that work, as pip writes them.
+        otherwise: what happens with others.
+        optional: whether runs without a GPU do without it.
+        install: what to install, where that is not the name with `works`.
+    """
+
+    name: str
+    works: str
+    otherwise: str = ""
+    optional: bool = False
+    install: str = ""
+
+    @property
+    def cure(self) -> str:
+        """The command that installs a version that works."""
+        return f"pip install '{self.install or self.name}{self.works}'"
+
+
+STACK = (
+    Package("torch", ">=2.6", "NeMo 2.7 uses what older ones lack"),
+    Package(
+        "transformer_engine",
+        ">=2.11,<3",
+        "recipes for GPUs use its layers",
+        optional=True,
+        install="transformer_engine[pytorch]",
+    ),
+    Package("megatron-core", ">=0.15.3,<0.16", "0.16 dropped dist_checkpointing.strategies.tensorstore (NeMo uses it)"),
+    Package("nemo_toolkit", ">=2.7.3,<3", "3.0 has no nemo.collections.llm"),
+    Package("nemo_run", ">=0.11.1,<0.12", "its executors are subclassed here"),
+    Package("lightning", ">=2.4,<2.5", "NeMo 2.7 pins it"),
+    Package("transformers", ">=4.57,<5", "NeMo 2.7 imports names that 5 dropped"),
+    Package("huggingface_hub", ">=0.36,<1", "transformers 4 refuses 1.0"),
+    Package("numpy", ">=1.26"),
+)
+"""Each has a line of its own in the report."""
+
+OTHERS = (
+    Package("leptonai", "<0.28", "`import nemo_run` fails with later ones"),
+    Package("nvidia-resiliency-ext", "<0.5", "NeMoLogger(ckpt=...) fails with later ones"),
+    Package("pyarrow", "<22", "`datasets` of NeMo's range fails with later ones"),
+    Package("pandas", "<3"),
+    Package("zarr", "<3", "megatron-core reads checkpoints with zarr 2"),
+    Package("sentencepiece", "<0.2.3", "it wants protobuf 7, the rest of the stack has 5"),
+    Package("einops", ">=0"),
+    Package("datasets", ">=0"),
+    Package("tiktoken", ">=0"),
+    Package("tensorstore", ">=0"),
+    Package("nvidia-modelopt", ">=0"),
+    Package("defusedxml", ">=0"),
+    Package("safetensors", ">=0.5"),
+    Package("tokenizers", ">=0.22"),
+)
+"""Imported by NeMo or NeMo-Run, which do not declare them or not their limits; one line for all."""
+
+_COMMON = {
+    "megatron-core": "0.15.3",
+    "nemo_toolkit": "2.7.3",
+    "nemo_run": "0.11.1",
+    "lightning": "2.4.0",
+    "transformers": "4.57.6",
+    "huggingface_hub": "0.36.2",
+}
+MEASURED = {
+    "CPU": {**_COMMON, "torch": "2.13.0", "numpy": "1.26.4"},
+    "GPU": {**_COMMON, "torch": "2.11.0", "transformer_engine": "2.11.0", "numpy": "2.5"},
+}
+"""Combinations that the project's tests and figures come from; "2.5" stands for any 2.5.x."""
+
+OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
+"""The driver branch that a CUDA major version needs at least (NVIDIA, "CUDA Compatibility", minor version table)."""
+
+SHM_GIB = 16
+"""What NCCL and data loaders of a node's ranks are given in NVIDIA's containers' documentation and in our executors."""

@@ -1,0 +1,53 @@
+"""What a run needs before it starts, checked without importing torch or NeMo: the guards and the doctor share it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_cpt.errors import CptError
+
+UNFINISHED = "-unfinished"  # NeMo's marker beside a checkpoint that is being written or removed
+NVTE_OF_BACKEND = {  # what Megatron Core sets for each attention_backend, and refuses to find otherwise
+    "flash": {"NVTE_FLASH_ATTN": "1", "NVTE_FUSED_ATTN": "0", "NVTE_UNFUSED_ATTN": "0"},
+    "fused": {"NVTE_FLASH_ATTN": "0", "NVTE_FUSED_ATTN": "1", "NVTE_UNFUSED_ATTN": "0"},
+    "unfused": {"NVTE_FLASH_ATTN": "0", "NVTE_FUSED_ATTN": "0", "NVTE_UNFUSED_ATTN": "1"},
+    "local": {"NVTE_FLASH_ATTN": "0", "NVTE_FUSED_ATTN": "0", "NVTE_UNFUSED_ATTN": "0"},
+    "auto": {"NVTE_FLASH_ATTN": "1", "NVTE_FUSED_ATTN": "1", "NVTE_UNFUSED_ATTN": "1"},
+}
+
+
+def check_base(base: str | Path | None) -> None:
+    """Raise CptError unless `base` is a NeMo checkpoint to continue from."""
+    if base is None:
+        raise CptError(
+            "no base to continue from: the run has no restore path and would train from random weights. "
+            "Give the recipe base=, the folder that `nemo-cpt import` made of a Hugging Face model"
+        )
+    base = Path(base)
+    if not base.exists():
+        raise CptError(f"the base {base} is not there: import it first with `nemo-cpt import HF_MODEL {base}`")
+    if not (base / "weights" / "metadata.json").exists():
+        found = ", ".join(sorted(path.name for path in base.glob("*"))[:6]) or "nothing"
+        raise CptError(
+            f"the base {base} is not a NeMo 2.0 checkpoint (no weights/metadata.json; it holds {found}): "
+            f"import the Hugging Face model with `nemo-cpt import HF_MODEL DEST`"
+        )
+
+
+def check_environment(attention_backend: Any, environ: Mapping[str, str]) -> None:
+    """Refuse NVTE_* variables that contradict the recipe's attention_backend.
+
+    Args:
+        attention_backend: Megatron's AttnBackend, or its name; None checks nothing.
+        environ: the job's environment.
+
+    Raises:
+        CptError: a variable is set to what Megatron Core refuses to find.
+    """
+    backend = getattr(attention_backend, "name", attention_backend)
+    for name, wanted in NVTE_OF_BACKEND.get(str(backend), {}).items():
+        if environ.get(name, wanted) != wanted:
+            raise CptError(
+                f"{name}={environ[name]} contradicts attention_backend={backend}, which wants {wanted}: unset "
+                "NVTE_FLASH_ATTN, NVTE_FUSED_ATTN and NVTE_UNFUSED_ATTN, and choose with model.config.attention_backend"
+            )

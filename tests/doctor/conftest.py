@@ -1,0 +1,57 @@
+"""A small base, datasets of its vocabulary and of another, and machines with GPUs that nvidia-smi only tells of."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+sys.path.insert(0, str(TESTS / "checkpoint"))  # for small_models
+sys.path.insert(0, str(TESTS / "executors"))  # for slurm_cluster
+
+H100 = "0, GPU-11111111-aaaa, 81559, 81079, Disabled, 550.54.15, NVIDIA H100 80GB HBM3"
+TABLE = "| NVIDIA-SMI 550.54.15    Driver Version: 550.54.15    CUDA Version: 12.4     |"
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `hf`, `base` (NeMo), `ds/ja` and `ds/en` of its vocabulary, and `ds/other` of another's."""
+    import small_models
+
+    from nemo_cpt.checkpoint import import_hf
+    from nemo_cpt.corpus import prepare
+
+    folder = tmp_path_factory.mktemp("doctor")
+    import_hf(small_models.make("llama31", folder / "hf"), folder / "base")
+    small_models.make("llama31", folder / "other_hf")
+    content = json.loads((folder / "other_hf" / "tokenizer.json").read_text())
+    content["model"]["vocab"]["one_more"] = len(content["model"]["vocab"])
+    (folder / "other_hf" / "tokenizer.json").write_text(json.dumps(content))
+    words = list(content["model"]["vocab"])[5:60]
+    (folder / "text.jsonl").write_text(json.dumps({"text": " ".join(words)}) + "\n")
+    for name, tokenizer in {"ja": "hf", "en": "hf", "other": "other_hf"}.items():
+        prepare(folder / "text.jsonl", folder / "ds" / name, folder / tokenizer, workers=1, quiet=True)
+    return folder
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Call it with what nvidia-smi shall print: GPUs, processes, its table; or with an error and its exit code."""
+    folder = tmp_path / "nvidia"
+    folder.mkdir()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+    def make(gpus: str = H100, processes: str = "", table: str = TABLE, error: str = "", code: int = 0) -> None:
+        for name, text in {"gpus": gpus, "processes": processes, "table": table, "error": error}.items():
+            (folder / name).write_text(text + "\n" if text else "")
+        script = folder / "nvidia-smi"
+        script.write_text(
+            f'#!/bin/sh\ncd {folder}\n[ -s error ] && cat error && exit {code}\ncase "$1" in\n'
+            "--query-gpu*) cat gpus ;;\n--query-compute-apps*) cat processes ;;\n*) cat table ;;\nesac\n"
+        )
+        script.chmod(0o755)
+
+    return make

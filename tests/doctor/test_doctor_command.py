@@ -1,0 +1,207 @@
+"""`nemo-cpt doctor`, and what `nemo-cpt run` refuses."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nemo_cpt.cli import catalog
+from nemo_cpt.cli.doctor import describe, place
+from nemo_cpt.cli.launch import _split
+from nemo_cpt.errors import CptError
+
+SECRET = "planted0123456789abcdef0123456789abcdef0"
+QUIET = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "WANDB_API_KEY": SECRET, "HF_TOKEN": SECRET}
+
+
+def nemo_cpt(*arguments, **environ):
+    done = subprocess.run(
+        [sys.executable, "-m", "nemo_cpt.cli", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | QUIET | environ,
+        stdin=subprocess.DEVNULL,
+    )
+    assert SECRET not in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def material(world: Path, *train: str) -> list[str]:
+    data = {"train": {str(world / "ds" / name): 1.0 for name in train or ("ja", "en")}}
+    return [f"base={world / 'base'}", f"data={json.dumps(data)}", f"directory={world / 'runs'}"]
+
+
+def described(recipe: str, *pairs: str, executor: str = "local"):
+    function, arguments, fields, options = _split(recipe, list(pairs))
+    return describe(function, arguments, fields, executor, options)
+
+
+def test_the_machine_alone():
+    start = time.monotonic()
+    done = nemo_cpt("doctor", "--json")
+    assert time.monotonic() - start < 20  # 3 s where the machine has nothing else to do
+    report = json.loads(done.stdout)
+    states = {each["name"]: each["state"] for each in report["checks"]}
+    assert (done.returncode, report["verdict"], report["recipe"]) == (0, "warning", None)
+    assert states["Python"] == states["torch"] == states["import torch"] == states["wandb"] == "ok"
+    assert states["Hugging Face hub"] == "warning"
+    assert "base" not in states
+    assert all(set(each) == {"name", "state", "found", "cure"} for each in report["checks"])
+    assert all(each["cure"] for each in report["checks"] if each["state"] in ("error", "warning"))
+
+
+def test_the_doctor_imports_nothing_heavy(world):
+    code = (
+        f"import sys; sys.argv = ['nemo-cpt', 'doctor', 'tiny', *{material(world)!r}]\n"
+        "import atexit\n"
+        "heavy = ('torch', 'nemo', 'nemo_run', 'transformers', 'lightning')\n"
+        "atexit.register(lambda: print([name for name in heavy if name in sys.modules]))\n"
+        "from nemo_cpt.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | QUIET)
+    assert done.stdout.rstrip().endswith("[]"), done.stdout + done.stderr
+    assert "ok\tvocabulary\t250 tokens" in done.stdout
+
+
+def test_a_torch_that_does_not_import_is_diagnosed(tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('libcudart.so.12: cannot open shared object')\n")
+    done = nemo_cpt("doctor", "--json", PYTHONPATH=str(tmp_path))
+    found = {each["name"]: each for each in json.loads(done.stdout)["checks"]}
+    assert done.returncode == 3
+    assert found["import torch"]["state"] == "error"
+    assert found["import torch"]["found"] == "ImportError: libcudart.so.12: cannot open shared object"
+    assert f"{tmp_path}/torch" in found["import torch"]["cure"]
+
+
+def test_plain_lines_and_the_verdict(world):
+    done = nemo_cpt("doctor", "tiny", *material(world, "ja", "other"))
+    assert done.returncode == 3
+    (red,) = [line for line in done.stdout.splitlines() if line.startswith("error")]
+    assert red.split("\t")[1] == "vocabulary"
+    assert done.stdout.splitlines()[-1].startswith("verdict\t1 red, 0 yellow, ")
+
+
+def test_one_screen_on_a_terminal(world):
+    controller, terminal = pty.openpty()
+    command = [sys.executable, "-m", "nemo_cpt.cli", "doctor", "tiny", *material(world, "ja", "other")]
+    running = subprocess.Popen(command, stdout=terminal, env=os.environ | {"COLUMNS": "120", "LINES": "60"})
+    os.close(terminal)
+    printed = b""
+    while True:
+        try:
+            block = os.read(controller, 65536)
+        except OSError:  # the terminal is closed
+            break
+        if not block:
+            break
+        printed += block
+    assert running.wait() == 3
+    text = printed.decode()
+    assert "✘" in text
+    assert "→ prepare it again" in text
+    assert len(text.splitlines()) < 60
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["tinny"], "no recipe 'tinny'; near"),
+        (["tiny"], "needs base=..., data=..."),
+        (["llama31_8b", "--executor", "slrum"], "no executor 'slrum'"),
+        (["llama31_8b", "-e", "slurm", "executor.partitoin=gpu"], "near: partition"),
+        (["llama31_8b", "-e", "slurm", "executor.code=all"], "expected one of 'ship', 'committed'"),
+    ],
+)
+def test_bad_input_ends_with_2(arguments, says):
+    done = nemo_cpt("doctor", *arguments)
+    assert (done.returncode, says in done.stderr) == (2, True)
+
+
+def test_what_the_recipes_source_says():
+    job = described("llama31_8b")
+    assert (job.base, job.gpus_per_node, job.tensor_model_parallel_size) == ("checkpoints/Llama-3.1-8B", 8, 2)
+    assert job.data is not None
+    assert job.data.train == {"ds/ja": 0.75, "ds/en": 0.25}
+    assert job.directory == Path("results/llama31_8b_cpt")
+    assert (job.checkpoints, job.lora_rank, job.gpu_memory_gib) == (4, None, None)
+    single = described("llama31_8b.continual_pretrain_single_gpu", "gpu_memory_gib=24")
+    assert (single.gpus_per_node, single.tensor_model_parallel_size) == (1, 1)
+    assert (single.lora_rank, single.gpu_memory_gib) == (32, 24)
+    assert described("llama31_8b.continual_pretrain_single_gpu", "rank=8").lora_rank == 8
+    assert described("tiny", "base=b", "data={train: {a: 1}}").gpus_per_node == 0
+
+
+def test_fields_of_the_config_count():
+    fields = ["trainer.devices=4", "resume.base=other/base", "log.ckpt.save_top_k=1", "log.log_dir=/scratch"]
+    job = described("llama31_8b", *fields, "model.config.attention_backend=flash")
+    assert (job.gpus_per_node, job.base, job.checkpoints) == (4, "other/base", 2)
+    assert (job.directory, job.attention_backend) == (Path("/scratch/llama31_8b_cpt"), "flash")
+    assert described("llama31_8b", "max_steps=30").checkpoints == 2
+    assert described("llama31_8b", "log.ckpt.save_top_k=-1").checkpoints == 10
+
+
+def test_every_recipe_can_be_described():
+    for name, function in catalog.recipes().items():
+        missing = [each for each, parameter in function.parameters.items() if parameter.default is None]
+        given = {"base": "base=b", "data": "data={train: {a: 1}}"}
+        assert described(name, *[given[each] for each in missing if each in given]).recipe == name
+
+
+def test_where_a_job_runs(monkeypatch, tmp_path):
+    assert place("local", []).same_packages
+    docker = place("docker", ["gpus=2"])
+    assert (docker.here, docker.same_packages, docker.same_files) == (True, False, False)
+    slurm = place("slurm", ["partition=gpu", "nodes=2", "env={A: 1}"])
+    assert (slurm.here, slurm.slurm, slurm.same_files) == (False, True, True)
+    assert (slurm.partition, slurm.nodes, slurm.environ) == ("gpu", 2, {"A": "1"})
+    assert not place("slurm", ["container_image=nvcr.io/nvidia/nemo:25.07"]).same_files
+    over_ssh = place("slurm", ["tunnel=ssh(host='h', user='u', job_dir='/j')"])
+    assert (over_ssh.slurm, over_ssh.same_files, over_ssh.same_packages) == (False, False, False)
+    assert not place("mine.py:cluster", []).here
+    with pytest.raises(CptError, match="no executor"):
+        place("slrum", [])
+
+
+def test_run_refuses_on_red_at_once_and_says_everything(world, tmp_path):
+    start = time.monotonic()
+    done = nemo_cpt(
+        "run", "tiny", *material(world, "ja", "other")[1:], "base=nowhere", NEMORUN_HOME=str(tmp_path / "home")
+    )
+    assert time.monotonic() - start < 5  # 0.4 s on a quiet machine
+    assert done.returncode == 2
+    assert "is not launched (--force launches it all the same)" in done.stderr
+    assert "base: the base nowhere is not there; import it first" in done.stderr
+    assert not (tmp_path / "home").exists()
+
+
+def test_run_on_gpus_that_are_not_here_is_refused(world):
+    done = nemo_cpt("run", "llama31_8b", *material(world))
+    assert done.returncode == 2
+    assert "GPUs: none, and llama31_8b.continual_pretrain takes 8" in done.stderr
+
+
+def test_warnings_are_printed_and_go_on(world, tmp_path):
+    fields = ["max_steps=1", "val_check_interval=1", "nonsense.field=1"]
+    given = [*material(world), *fields, f"tokenizer={tmp_path / 'hf'}"]
+    import shutil
+
+    shutil.copytree(world / "hf", tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").write_text((world / "hf" / "tokenizer.json").read_text() + "\n")
+    done = nemo_cpt("run", "tiny", *given, "--dryrun", NEMORUN_HOME=str(tmp_path / "home"))
+    assert "nemo-cpt: warning: vocabulary: " in done.stderr
+    assert (done.returncode, "experiment" in done.stdout) == (0, True)
+
+
+def test_force_launches_what_is_red(world, tmp_path):
+    """The job itself then fails at the base, in its own guard."""
+    given = [*material(world)[1:], "base=nowhere", f"tokenizer={world / 'hf'}", "max_steps=1"]
+    done = nemo_cpt("run", "tiny", *given, "--force", "--dryrun", NEMORUN_HOME=str(tmp_path / "home"))
+    assert "nemo-cpt: error: base: the base nowhere is not there" in done.stderr
+    assert (done.returncode, "experiment" in done.stdout) == (0, True)

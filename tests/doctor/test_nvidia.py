@@ -1,0 +1,194 @@
+"""nvidia-smi's answers: as recorded, in trouble, and of any form at all."""
+
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nemo_cpt.doctor import Examination, Job, gpus, nvidia, software
+
+IN_USE = "0, GPU-11111111-aaaa, 81559, 30079, Disabled, 550.54.15, NVIDIA H100 80GB HBM3"
+HOG = "GPU-11111111-aaaa, 4242, 51200, /usr/bin/python3, with a comma"
+TWO = (
+    "1, GPU-22222222-bbbb, 81559, 81079, Disabled, 550.54.15, NVIDIA H100 80GB HBM3\n"
+    "0, GPU-11111111-aaaa, 81559, 81079, Disabled, 550.54.15, NVIDIA H100 80GB HBM3"
+)
+SPARK = "0, GPU-33333333-cccc, [N/A], [N/A], [N/A], 580.95.05, NVIDIA GB10"
+SLICED = "0, GPU-44444444-dddd, 81920, 81000, Enabled, 580.65.06, NVIDIA A100-SXM4-80GB"
+
+
+def job(**changes) -> Job:
+    return Job("llama31_8b.continual_pretrain", **{"gpus_per_node": 1} | changes)
+
+
+def state(finding):
+    return finding.state, finding.found
+
+
+def test_no_gpu_is_no_fault_of_a_machine_and_one_of_a_job(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpus.gpus(Examination()).state == "skipped"
+    found = gpus.gpus(Examination(job(gpus_per_node=8)))
+    assert state(found) == ("error", "none, and llama31_8b.continual_pretrain takes 8")
+    assert "--executor" in found.cure
+    assert software.driver(Examination(job())).state == "error"
+    assert gpus.gpu_memory(Examination(job())).state == "skipped"
+
+
+def test_a_free_gpu(machine):
+    machine()
+    examination = Examination(job())
+    assert state(gpus.gpus(examination)) == ("ok", "1 x NVIDIA H100 80GB HBM3 79.6 GiB")
+    assert state(gpus.gpu_memory(examination)) == ("ok", "79.2 GiB free")
+    assert examination.nvidia.cuda == "12.4"
+
+
+def test_a_hog_is_named_and_stops_a_job(machine):
+    machine(IN_USE, HOG)
+    alone, launched = gpus.gpu_memory(Examination()), gpus.gpu_memory(Examination(job()))
+    assert (alone.state, launched.state) == ("warning", "error")
+    assert alone.found == ("GPU 0: 50.3 of 79.6 GiB in use by python3, with a comma (pid 4242 50.0 GiB)")
+    assert "CUDA_VISIBLE_DEVICES" in launched.cure
+
+
+def test_memory_in_use_by_nobody_visible(machine):
+    machine(IN_USE.replace("30079", "71559"), "")
+    found = gpus.gpu_memory(Examination(job()))
+    assert found.state == "warning"
+    assert "no process is shown" in found.found
+
+
+def test_what_the_driver_does_not_tell_is_no_error(machine):
+    machine(SPARK, "GPU-33333333-cccc, 77, [N/A], python", table="CUDA Version: N/A")
+    examination = Examination(job())
+    assert state(gpus.gpus(examination)) == ("ok", "1 x NVIDIA GB10")
+    assert state(gpus.gpu_memory(examination)) == ("ok", "the driver does not tell")
+    assert examination.nvidia.processes[0].used_mib is None
+
+
+def test_slices_are_warned_of(machine):
+    machine(SLICED)
+    found = gpus.gpus(Examination(job()))
+    assert found.state == "warning"
+    assert "MIG" in found.found
+
+
+def test_too_few_hidden_and_too_small(machine, monkeypatch):
+    machine(TWO)
+    assert gpus.gpus(Examination(job(gpus_per_node=2))).state == "ok"
+    few = gpus.gpus(Examination(job(gpus_per_node=8)))
+    assert state(few) == ("error", "2 x NVIDIA H100 80GB HBM3 79.6 GiB; the job takes 8")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    hidden = gpus.gpus(Examination(job(gpus_per_node=2)))
+    assert hidden.state == "error"
+    assert "CUDA_VISIBLE_DEVICES='1' hides them" in hidden.cure
+    small = gpus.gpus(Examination(job(gpu_memory_gib=141)))
+    assert small.state == "error"
+    assert "gpu_memory_gib=80" in small.cure
+    assert gpus.gpus(Examination(job(gpu_memory_gib=80))).state == "ok"
+
+
+@pytest.mark.parametrize(
+    ("devices", "chosen"),
+    [(None, [0, 1]), ("", []), ("-1", []), ("1", [1]), ("1,0", [1, 0]), ("0,7,1", [0]), ("GPU-2222", [1])],
+)
+def test_visible_devices_are_cudas(devices, chosen):
+    assert [gpu.index for gpu in nvidia.visible(nvidia.parse_gpus(TWO), devices)] == chosen
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "cure"),
+    [
+        ("Failed to initialize NVML: Driver/library version mismatch", 18, "reboot"),
+        ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", 9, "modprobe nvidia"),
+        ("No devices were found", 6, "--gpus all"),
+    ],
+)
+def test_a_driver_in_trouble_is_quoted(machine, said, code, cure):
+    machine(error=said, code=code)
+    found = software.driver(Examination(job()))
+    assert state(found) == ("error", said)
+    assert cure in found.cure
+
+
+def test_an_nvidia_smi_that_hangs(machine, tmp_path, monkeypatch):
+    machine()
+    (tmp_path / "nvidia" / "nvidia-smi").write_text("#!/bin/sh\nexec sleep 60\n")
+    monkeypatch.setattr(nvidia, "SECONDS", 0.2)
+    assert nvidia.read().problem == "nvidia-smi gave no answer in 0.2 s"
+
+
+@pytest.mark.parametrize(
+    ("built", "driver", "cuda", "expected"),
+    [
+        ("13.0", "550.54.15", "12.4", "error"),
+        ("13.0", "535.183.01", "", "error"),
+        ("13.0", "535.183.01", "13.0", "ok"),  # forward compatibility
+        ("12.8", "550.54.15", "12.4", "warning"),
+        ("12.4", "580.65.06", "13.0", "ok"),
+        ("12.4", "580.65.06", "", "ok"),
+        ("11.8", "470.42.01", "", "ok"),
+        (None, "550.54.15", "12.4", "error"),
+    ],
+)
+def test_driver_against_torchs_cuda(machine, monkeypatch, built, driver, cuda, expected):
+    machine(f"0, GPU-1, 81559, 81079, Disabled, {driver}, H100", table=f"CUDA Version: {cuda}" if cuda else "none")
+    monkeypatch.setattr(software, "torch_cuda", lambda: built)
+    found = software.driver(Examination(job()))
+    assert found.state == expected
+    assert bool(found.cure) == (expected != "ok")
+
+
+def test_the_build_is_read_from_torchs_own_file(tmp_path, monkeypatch):
+    import torch
+
+    assert software.torch_cuda() == torch.version.cuda
+    package = tmp_path / "torch"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    monkeypatch.setattr(software, "find_spec", lambda name: type("Spec", (), {"origin": str(package / "__init__.py")}))
+    for text, version in {
+        "cuda: Optional[str] = '13.0'\nhip = None": "13.0",
+        "cuda = '12.4'": "12.4",
+        "cuda = None\nhip = '6.2'": None,
+    }.items():
+        (package / "version.py").write_text(f"from typing import Optional\n{text}\n")
+        assert software.torch_cuda() == version
+
+
+text = st.text(st.characters(exclude_characters=",\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"), max_size=20)
+memory = st.one_of(st.none(), st.integers(0, 10**7))
+
+
+def shown(mib):
+    return "[N/A]" if mib is None else str(mib)
+
+
+@given(st.lists(st.builds(nvidia.Gpu, st.integers(0, 99), text, text, memory, memory, st.booleans(), text), max_size=4))
+def test_what_is_printed_is_read(listed):
+    lines = [
+        f"{g.index}, {g.uuid}, {shown(g.total_mib)}, {shown(g.free_mib)}, {'Enabled' if g.mig else '[N/A]'}, "
+        f"{g.driver}, {g.name}"
+        for g in listed
+    ]
+    read = nvidia.parse_gpus("\n".join(lines))
+    assert [(g.index, g.total_mib, g.free_mib, g.mig) for g in read] == sorted(
+        ((g.index, g.total_mib, g.free_mib, g.mig) for g in listed), key=lambda item: item[0]
+    )
+    assert {g.name for g in read} == {g.name.strip() for g in listed}
+
+
+@given(st.text(max_size=300))
+def test_any_text_is_survived(printed):
+    found = nvidia.parse_gpus(printed), nvidia.parse_processes(printed), nvidia.parse_cuda(printed)
+    assert nvidia.visible(found[0], printed) is not None
+
+
+def test_the_executors_gpus_count(monkeypatch):
+    from nemo_cpt.cli.doctor import place
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7")
+    assert place("local", ["gpus=2"]).environ == {"CUDA_VISIBLE_DEVICES": "3,5"}
+    assert place("local", ["gpus=0"]).environ == {"CUDA_VISIBLE_DEVICES": ""}
+    assert "CUDA_VISIBLE_DEVICES" in os.environ
