@@ -5,6 +5,7 @@ fails when upstream no longer needs one.
 """
 
 import functools
+import types
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -24,6 +25,8 @@ def apply() -> None:
     add_lora_in_one_pass()
     step_adam_in_slices()
     load_checkpoints_written_without_transformer_engine()
+    free_gradients_at_once()
+    accumulate_gradients_without_apex()
 
 
 def _replace(owner: Any, name: str, cure: Callable[[Callable], Callable]) -> None:
@@ -227,3 +230,51 @@ def _part_extra_states(path: Any, sharded_state_dict: Any) -> tuple[Any, Any]:
         return isinstance(item, ShardedObject) and item.key.endswith("_extra_state") and item.key not in written
 
     return extract_matching_values(sharded_state_dict, missing)
+
+
+def free_gradients_at_once() -> None:
+    """Let a weight's gradient give its memory back as soon as it was added to Megatron's buffer.
+
+    NeMo 2.7.3 (`lightning/megatron_parallel.py`) wraps the model for data parallelism on a CUDA stream of its own, for
+    the capture of whole iterations as CUDA graphs. The nodes that accumulate gradients stay on that stream, so PyTorch
+    frees a gradient only when the GPU has reached it there: 2 to 8 GiB of reserved memory more than allocated when
+    every parameter is trained (benchmarks/planner.py). Without such a capture, training's own stream does.
+    """
+    from nemo.lightning.megatron_parallel import MegatronParallel
+
+    _replace(MegatronParallel, "init_ddp", _on_the_stream_of_training)
+
+
+def _on_the_stream_of_training(init_ddp: Callable[[Any], None]) -> Callable[[Any], None]:
+    def init(self: Any) -> None:
+        config = getattr(self[0], "config", None)
+        if not torch.cuda.is_available() or getattr(config, "enable_cuda_graph", False):
+            return init_ddp(self)
+        with torch.cuda.stream(torch.cuda.default_stream()):
+            return init_ddp(self)
+
+    return init
+
+
+def accumulate_gradients_without_apex() -> None:
+    """Let `gradient_accumulation_fusion=True` work with Transformer Engine alone.
+
+    Megatron Core 0.15.3 (`core/tensor_parallel/layers.py`) adds the output layer's gradient to its buffer within the
+    matrix product by a CUDA extension of Apex, and refuses the setting without it, for Transformer Engine's layers too,
+    which need no Apex. Transformer Engine's own product does the same for the output layer.
+    """
+    from megatron.core.tensor_parallel import layers
+
+    if find_spec("transformer_engine") is None or layers._grad_accum_fusion_available:
+        return
+    layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(
+        wgrad_gemm_accum_fp32=_add_weight_gradient, wgrad_gemm_accum_fp16=_add_weight_gradient
+    )
+    layers._grad_accum_fusion_available = True
+
+
+def _add_weight_gradient(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
+    """main_grad [out, in] += grad_output [n, out] transposed @ inputs [n, in], summed in main_grad's dtype."""
+    from transformer_engine.pytorch.cpp_extensions import general_gemm
+
+    general_gemm(inputs, grad_output, out_dtype=main_grad.dtype, accumulate=True, layout="NT", out=main_grad, grad=True)

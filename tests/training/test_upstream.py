@@ -267,3 +267,31 @@ def test_apply_twice_wraps_once():
     cured = LoRALinear.forward
     upstream.apply()
     assert LoRALinear.forward is cured
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU with Transformer Engine")
+class TestOnGpu:
+    def test_gradients_are_accumulated_on_the_stream_of_training(self):
+        class Chunks(list):
+            def init_ddp(self):
+                self.stream = torch.cuda.current_stream()
+
+        def stream_of(init_ddp):
+            chunks = Chunks([torch.nn.Identity()])
+            with torch.cuda.stream(torch.cuda.Stream()):
+                init_ddp(chunks)
+            return chunks.stream
+
+        assert stream_of(Chunks.init_ddp) != torch.cuda.default_stream()
+        cured = upstream._on_the_stream_of_training(Chunks.init_ddp)
+        assert stream_of(cured) == torch.cuda.default_stream()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_the_output_layers_gradient_is_added_within_the_product(self, dtype):
+        torch.manual_seed(0)
+        inputs, grad = (torch.randn(512, n, device="cuda", dtype=torch.bfloat16) for n in (256, 1024))
+        main_grad = torch.randn(1024, 256, device="cuda").to(dtype)
+        expected = main_grad.double() + grad.double().t() @ inputs.double()
+        upstream._add_weight_gradient(inputs, grad, main_grad)
+        assert (main_grad.double() - expected).norm() / expected.norm() < (1e-5 if dtype == torch.float32 else 5e-3)
