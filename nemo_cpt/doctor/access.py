@@ -1,64 +1,63 @@
 """Whether the Hugging Face hub and Weights & Biases let this user in; tokens and keys are never printed."""
 
+import json
 import netrc
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
-from nemo_cpt.doctor.examination import Examination
+from nemo_cpt.doctor.examination import Examination, alongside
 from nemo_cpt.doctor.finding import Finding
 
 GATED = "meta-llama/Llama-3.1-8B"
-HUB_SECONDS = 5
+PROCESS_SECONDS = 15  # a name server that does not answer holds longer than the request's own limit
+NETWORK_CURE = "check network and proxy (HTTPS_PROXY), or set HF_ENDPOINT; a base on disk needs no hub"
 TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 TRUE = ("1", "true", "yes", "on")
 
 
+@alongside
 def hugging_face(examination: Examination) -> Finding:
     """Whether the hub hands out a gated model's files to the token of this environment or of the hub's store."""
     name = "Hugging Face hub"
     if examination.hub is None and (reason := _not_needed(examination)):
         return Finding(name, "skipped", reason)
-    from huggingface_hub import constants, get_token
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
-    from requests.exceptions import RequestException
-
     repository = examination.hub or GATED
-    with_token = "with the token found" if get_token() else "without a token"
+    command = [sys.executable, "-m", "nemo_cpt.doctor.ask_hub", repository]
     try:
-        validate_repo_id(repository)
-        # The listing of a gated model is open to anybody; a file is not.
-        url = f"{constants.ENDPOINT}/{repository}/resolve/main/config.json"
-        answer = get_session().head(url, headers=build_hf_headers(), timeout=HUB_SECONDS, allow_redirects=True)
-        hf_raise_for_status(answer)
-    except HFValidationError as error:
-        return Finding(name, "error", f"{repository!r} is no repository's name ({error})", "give --hub OWNER/NAME")
-    except HfHubHTTPError as error:
-        return _refused(name, repository, error, with_token, constants.ENDPOINT)
-    except OfflineModeIsEnabled:
-        return Finding(name, "warning", "HF_HUB_OFFLINE is set: nothing can be fetched", "unset HF_HUB_OFFLINE")
-    except (RequestException, OSError) as error:
-        found = f"{constants.ENDPOINT} does not answer ({type(error).__name__})"
-        cure = "check network and proxy (HTTPS_PROXY), or set HF_ENDPOINT; a base on disk needs no hub"
-        return Finding(name, "warning", found, cure)
-    return Finding(name, "ok", f"{repository} is readable {with_token}")
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=PROCESS_SECONDS, env=examination.environ, check=True
+        )
+    except subprocess.TimeoutExpired:
+        return Finding(name, "warning", f"no answer in {PROCESS_SECONDS} s", NETWORK_CURE)
+    except subprocess.CalledProcessError as error:
+        last = (error.stderr.strip().splitlines() or [f"exit code {error.returncode}"])[-1]
+        return Finding(name, "warning", f"could not be asked: {last}", "pip install huggingface_hub")
+    return _judged(name, repository, json.loads(done.stdout.splitlines()[-1]))
 
 
-def _refused(name: str, repository: str, error: Exception, with_token: str, endpoint: str) -> Finding:
-    response = getattr(error, "response", None)
-    status = getattr(response, "status_code", None)
-    code = response.headers.get("X-Error-Code", "") if response is not None else ""
+def _judged(name: str, repository: str, answer: dict[str, Any]) -> Finding:
+    endpoint, status, code = answer["endpoint"], answer.get("status"), answer.get("code", "")
+    token = "with the token found" if answer["token"] else "without a token"
     page = f"{endpoint}/{repository}"
+    if status in (200, 404) and code in ("", "EntryNotFound"):
+        return Finding(name, "ok", f"{repository} is readable {token}")
     if status in (401, 403):
-        found = f"{repository} is refused {with_token} (HTTP {status}{', ' + code if code else ''})"
+        found = f"{repository} is refused {token} (HTTP {status}{', ' + code if code else ''})"
         cure = f"open {page}, accept its conditions, then run `hf auth login` or set HF_TOKEN ({TOKEN_PAGE})"
         return Finding(name, "error", found, cure)
-    if status == 404 and code != "EntryNotFound":
-        return Finding(name, "error", f"there is no {repository} at {endpoint} ({with_token})", f"look at {page}")
     if status == 404:
-        return Finding(name, "ok", f"{repository} answers {with_token}; it has no config.json")
-    return Finding(name, "warning", f"{endpoint} answered HTTP {status}", "try again later")
+        return Finding(name, "error", f"there is no {repository} at {endpoint} ({token})", f"look at {page}")
+    if status:
+        return Finding(name, "warning", f"{endpoint} answered HTTP {status}", "try again later")
+    if answer["error"] == "HFValidationError":
+        return Finding(name, "error", f"{repository!r} is no repository's name", "give --hub OWNER/NAME")
+    if answer["error"] == "OfflineModeIsEnabled":
+        return Finding(name, "warning", "HF_HUB_OFFLINE is set: nothing can be fetched", "unset HF_HUB_OFFLINE")
+    return Finding(name, "warning", f"{endpoint} does not answer ({answer['error']})", NETWORK_CURE)
 
 
 def _not_needed(examination: Examination) -> str:
@@ -88,7 +87,7 @@ def weights_and_biases(examination: Examination) -> Finding:
     cure = "run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline"
     if wants:
         return Finding("wandb", "error", f"the recipe logs to it, and there is no key for {host}", cure)
-    return Finding("wandb", "skipped", f"no key for {host}; recipes log to TensorBoard and metrics/ ({cure} to use it)")
+    return Finding("wandb", "skipped", f"no key for {host}; recipes log to TensorBoard and metrics/")
 
 
 def _has_entry(path: Path, host: str) -> bool:

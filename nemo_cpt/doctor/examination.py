@@ -57,8 +57,18 @@ class Examination:
         return bool(self.nvidia.gpus)
 
 
+def alongside(check: Check) -> Check:
+    """Mark a check that waits for a process: it gets a thread of its own, beside the others.
+
+    It must import nothing while it runs: Python's import locks deadlock now and then where two threads import modules
+    that need each other (seen with `email` and `http.client`), so that one thread alone may import.
+    """
+    check.alongside = True  # type: ignore[attr-defined]
+    return check
+
+
 def examine(checks: Sequence[Check], examination: Examination, seconds: float = 180) -> list[Finding]:
-    """Run checks side by side, each in a thread; their findings come in the checks' order.
+    """Run checks: those marked `alongside` side by side, the others one after the other; findings in checks' order.
 
     Args:
         checks: functions of the examination.
@@ -67,11 +77,14 @@ def examine(checks: Sequence[Check], examination: Examination, seconds: float = 
     """
     found: dict[int, list[Finding]] = {}
 
-    def run(number: int, check: Check) -> None:
-        found[number] = _findings(check, examination)
+    def run(*numbers: int) -> None:
+        for number in numbers:
+            found[number] = _findings(checks[number], examination)
 
-    # Daemons: a check that hangs in the driver or in a name server must not keep the doctor from ending.
-    threads = [threading.Thread(target=run, args=item, daemon=True) for item in enumerate(checks)]
+    slow = [number for number, check in enumerate(checks) if hasattr(check, "alongside")]
+    quick = [number for number in range(len(checks)) if number not in slow]
+    # Daemons: a check that hangs in the driver or in a file system must not keep the doctor from ending.
+    threads = [threading.Thread(target=run, args=each, daemon=True) for each in (quick, *((one,) for one in slow))]
     for thread in threads:
         thread.start()
     deadline = time.monotonic() + seconds
@@ -86,6 +99,9 @@ def _findings(check: Check, examination: Examination) -> list[Finding]:
         return [result] if isinstance(result, Finding) else list(result)
     except CptError as error:
         return [from_error(_name(check), error)]
+    except ImportError as error:  # in an environment of which a part is missing, the other checks go on
+        cure = f"pip install --constraint constraints.txt {error.name or 'nemo_cpt'}"
+        return [Finding(_name(check), "error", f"could not be checked: {error}", cure)]
     except Exception as error:  # a doctor that falls ill reports that, too
         return [Finding(_name(check), "warning", f"could not be checked: {type(error).__name__}: {error}")]
 

@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nemo_cpt.corpus import Blend
+if TYPE_CHECKING:
+    from nemo_cpt.corpus import Blend
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Job:
     fields: Sequence[str] = ()
     place: Place = field(default_factory=Place)
     base: str | None = None
-    data: Blend | None = None
+    data: "Blend | None" = None
     tokenizer: str | None = None
     directory: Path = Path("results")
     gpus_per_node: int = 0

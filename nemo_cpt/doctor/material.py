@@ -1,17 +1,14 @@
 """What a run reads and what it writes: base checkpoint, datasets and their vocabulary, room for its checkpoints."""
 
-import math
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from nemo_cpt import corpus
 from nemo_cpt.checkpoint.architecture import Architecture, read_architecture
-from nemo_cpt.corpus import tokenizer
 from nemo_cpt.doctor import sizes
 from nemo_cpt.doctor.examination import Examination
 from nemo_cpt.doctor.finding import Finding, from_error
@@ -19,6 +16,7 @@ from nemo_cpt.doctor.job import Job
 from nemo_cpt.errors import CptError
 from nemo_cpt.training.preconditions import UNFINISHED, check_base
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 LOOKED_AT = 4_000_000  # tokens of a dataset without a manifest whose largest id is looked for
 BYTES_OF_DTYPE = {"float32": 4}  # bf16 and fp16 have 2
 
@@ -68,8 +66,10 @@ def vocabulary(examination: Examination) -> Finding:
     folder = Path(job.tokenizer or f"{job.base}/hf")
     if not has_tokenizer(folder):
         return Finding(name, "skipped", f"{folder} holds no tokenizer to compare with")
+    from nemo_cpt.corpus.tokenizer import _hash  # the manifest's sha256 is this one's
+
     made_with = {prefix: _made_with(prefix) for prefix in _prefixes(job)}
-    if made_with and all(each.get("sha256") == tokenizer._hash(folder) for each in made_with.values()):
+    if made_with and all(each.get("sha256") == _hash(folder) for each in made_with.values()):
         size = next(iter(made_with.values()))["vocabulary_size"]
         return Finding(name, "ok", f"{size:,} tokens, in every dataset as in {folder}")
     size, sure = _vocabulary_size(folder)
@@ -118,7 +118,7 @@ def base_architecture(folder: Path) -> Architecture | None:
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder holds a tokenizer's files."""
-    return any((folder / name).is_file() for name in tokenizer.VOCABULARY_FILES)
+    return any((folder / name).is_file() for name in TOKENIZERS)
 
 
 def _check_whole(folder: Path) -> None:
@@ -142,9 +142,9 @@ def _vocabulary_size(folder: Path) -> tuple[int, bool]:
     The tokenizer itself is not loaded: transformers would import torch.
     """
     try:
-        content = orjson.loads((folder / "tokenizer.json").read_bytes())
+        content = json.loads((folder / "tokenizer.json").read_bytes())
         tokens = {*content["model"]["vocab"], *(entry["content"] for entry in content.get("added_tokens", []))}
-        config = orjson.loads((folder / "tokenizer_config.json").read_bytes())
+        config = json.loads((folder / "tokenizer_config.json").read_bytes())
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CptError(f"{folder}/tokenizer.json cannot be read ({error!r}): compare vocabularies by hand") from None
     return len(tokens), config.get("tokenizer_class") == "PreTrainedTokenizerFast"
@@ -186,7 +186,7 @@ def _prefixes(job: Job) -> list[str]:
 def _already_there(job: Job, checkpoint: float) -> int:
     """Checkpoints that this run has on the disk already; they make room for its next ones."""
     folders = [path for path in job.directory.glob("checkpoints/*") if path.is_dir() and not path.is_symlink()]
-    return min(len(folders), math.floor(job.checkpoints)) if checkpoint else 0
+    return min(len(folders), job.checkpoints) if checkpoint else 0
 
 
 def _short(prefix: str) -> str:

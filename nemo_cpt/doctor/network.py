@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_cpt.doctor.allreduce import MARK
-from nemo_cpt.doctor.examination import Examination
+from nemo_cpt.doctor.examination import Examination, alongside
 from nemo_cpt.doctor.finding import Finding
 
 RANK_SECONDS = 90  # importing torch on several ranks of a slow file system takes most of it
@@ -101,6 +101,7 @@ def _family(address: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
+@alongside
 def ranks(examination: Examination) -> Finding:
     """Whether the ranks join and add up: an all-reduce over NCCL, or over gloo where there are no GPUs."""
     name, job = "ranks", examination.job

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from packaging.specifiers import SpecifierSet
-from packaging.version import InvalidVersion, Version
-
-from nemo_cpt.doctor.examination import Examination
+from nemo_cpt.doctor.examination import Examination, alongside
 from nemo_cpt.doctor.finding import Finding, State
 from nemo_cpt.doctor.versions import MEASURED, OLDEST_DRIVER, OTHERS, PYTHONS, STACK, Package
+
+if TYPE_CHECKING:
+    from packaging.version import Version
 
 IMPORT_SECONDS = 120
 TORCH = "import json, torch; print('DOCTOR' + json.dumps([torch.cuda.is_available(), torch.cuda.device_count()]))"
@@ -39,7 +40,7 @@ def packages(examination: Examination) -> Iterator[Finding]:
         yield _of_package(package, examination)
     others = [_of_package(package, examination) for package in OTHERS]
     wrong = [each for each in others if each.state != "ok"]
-    yield from wrong or [Finding("other packages", "ok", f"{len(others)} that NeMo imports, all in range")]
+    yield from wrong or [Finding("other packages", "ok", f"{len(others)} more that runs import, all in range")]
 
 
 def combination(examination: Examination) -> Finding:
@@ -55,11 +56,12 @@ def combination(examination: Examination) -> Finding:
     return Finding("combination", "warning", found, "if something fails, install with `--constraint constraints.txt`")
 
 
+@alongside
 def torch_import(examination: Examination) -> Finding:
     """Whether torch imports, in a process of its own, and whether it sees the GPUs that the driver shows."""
     if not _this_environment(examination):
         return Finding("import torch", "skipped", f"the job on {examination.place.executor} uses its own")
-    if _installed("torch") is None and find_spec("torch") is None:
+    if find_spec("torch") is None:
         return Finding("import torch", "error", "torch is not installed", "pip install torch")
     answer, problem = _imported(TORCH)
     if answer is None:
@@ -71,12 +73,13 @@ def torch_import(examination: Examination) -> Finding:
     return Finding("import torch", "ok", f"imports; sees {count} GPU{'s' * (count != 1)}")
 
 
+@alongside
 def transformer_engine_import(examination: Examination) -> Finding:
     """Whether Transformer Engine imports: its wheels fit one torch and one CUDA."""
     name, job = "import transformer_engine", examination.job
     if not _this_environment(examination):
         return Finding(name, "skipped", f"the job on {examination.place.executor} uses its own")
-    if _installed("transformer_engine") is None:
+    if find_spec("transformer_engine") is None:
         return Finding(name, "skipped", "not installed")
     answer, problem = _imported(TRANSFORMER_ENGINE)
     if answer is not None:
@@ -150,7 +153,9 @@ def _this_environment(examination: Examination) -> bool:
     return examination.place.same_packages
 
 
-def _installed(name: str) -> Version | None:
+def _installed(name: str) -> "Version | None":
+    from packaging.version import InvalidVersion, Version
+
     try:
         return Version(version(name))
     except (PackageNotFoundError, InvalidVersion, TypeError):  # TypeError: metadata without a version
@@ -158,6 +163,8 @@ def _installed(name: str) -> Version | None:
 
 
 def _of_package(package: Package, examination: Examination) -> Finding:
+    from packaging.specifiers import SpecifierSet
+
     installed = _installed(package.name)
     job = examination.job
     if installed is None:
@@ -173,6 +180,8 @@ def _of_package(package: Package, examination: Examination) -> Finding:
 
 
 def _differences(wanted: dict[str, str]) -> Iterator[str]:
+    from packaging.version import Version
+
     for name, seen in wanted.items():
         installed, known = _installed(name), Version(seen)
         if installed is None or installed.release[: len(known.release)] != known.release:

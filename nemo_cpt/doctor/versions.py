@@ -55,16 +55,23 @@ OTHERS = (
     Package("pandas", "<3"),
     Package("zarr", "<3", "megatron-core reads checkpoints with zarr 2"),
     Package("sentencepiece", "<0.2.3", "it wants protobuf 7, the rest of the stack has 5"),
-    Package("einops", ">=0"),
-    Package("datasets", ">=0"),
-    Package("tiktoken", ">=0"),
-    Package("tensorstore", ">=0"),
-    Package("nvidia-modelopt", ">=0"),
-    Package("defusedxml", ">=0"),
     Package("safetensors", ">=0.5"),
     Package("tokenizers", ">=0.22"),
+    Package("requests", ">=2.32"),
+    Package("pyyaml", ">=6"),
+    Package("rich", ">=13"),
+    Package("typer", ">=0.15"),
+    Package("matplotlib", ">=3.9"),
+    Package("orjson", ">=3.10"),
+    Package("zstandard", ">=0.23"),
+    Package("isal", ">=1.7"),
+    Package("rensa", ">=0.5,<0.6"),
+    Package("xxhash", ">=3.5"),
+    Package("fastokens", ">=0.3.5,<0.4"),
+    *(Package(name, ">=0") for name in ("einops", "datasets", "tiktoken", "tensorstore", "nvidia-modelopt")),
+    *(Package(name, ">=0") for name in ("defusedxml", "packaging")),
 )
-"""Imported by NeMo or NeMo-Run, which do not declare them or not their limits; one line for all."""
+"""What else a run or this command line imports, some of it undeclared by NeMo and NeMo-Run; one line for all."""
 
 _COMMON = {
     "megatron-core": "0.15.3",

@@ -1,5 +1,6 @@
 """The hub's answers from a local server, and where wandb's key may be."""
 
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,21 +29,15 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
-    from huggingface_hub import constants
-
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     server.answer, server.asked = (200, ""), []
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    from huggingface_hub.utils import reset_sessions
-
-    reset_sessions()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
-    reset_sessions()
 
 
 def ask(hub: str | None = "meta-llama/Llama-3.1-8B", job: Job | None = None):
@@ -68,10 +63,8 @@ def test_a_gated_model(hub, status):
 
 
 def test_without_a_token(hub, monkeypatch, tmp_path):
-    from huggingface_hub import constants
-
     monkeypatch.delenv("HF_TOKEN")
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
     hub.answer = (401, "")
     assert "is refused without a token" in ask().found
     assert hub.asked[0][1] is None
@@ -98,12 +91,16 @@ def test_no_network_is_a_warning(hub):
     assert "does not answer" in found.found
 
 
-def test_offline_is_a_warning(hub, monkeypatch):
-    from huggingface_hub import constants
-    from huggingface_hub.utils import reset_sessions
+def test_a_hub_that_never_answers(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        monkeypatch.setattr(access, "PROCESS_SECONDS", 2)
+        assert ask().found == "no answer in 2 s"
 
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    reset_sessions()
+
+def test_offline_is_a_warning(hub, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert ask().found.startswith("HF_HUB_OFFLINE is set")
 
 

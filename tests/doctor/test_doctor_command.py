@@ -80,6 +80,40 @@ def test_a_torch_that_does_not_import_is_diagnosed(tmp_path):
     assert f"{tmp_path}/torch" in found["import torch"]["cure"]
 
 
+def test_one_thread_alone_imports(world):
+    """Python deadlocks now and then where two threads import; once in a dozen runs it did."""
+    code = (
+        "import sys, threading\n"
+        "from nemo_cpt.cli import doctor, launch\n"
+        "from nemo_cpt.doctor import CHECKS, JOB_CHECKS, Examination, examine\n"
+        "importing = set()\n"
+        "class Spy:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name not in ('torch', 'transformer_engine'):  # looked for, not imported\n"
+        "            importing.add(threading.current_thread().name)\n"
+        f"function, arguments, fields, options = launch._split('tiny', {material(world)!r})\n"
+        "job = doctor.describe(function, arguments, fields, 'local', options)\n"
+        "sys.meta_path.insert(0, Spy())\n"
+        "examine(CHECKS + JOB_CHECKS, Examination(job, ranks=2, hub='a/b'))\n"
+        "print(len(importing))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | QUIET)
+    assert done.stdout.split() == ["1"], done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("missing", ["orjson", "packaging", "numpy"])
+def test_an_environment_of_which_a_part_is_missing(tmp_path, world, missing):
+    """Every check says for itself what it lacks; none takes the doctor down."""
+    (tmp_path / f"{missing}.py").write_text(f"raise ModuleNotFoundError('No module named {missing}', name='{missing}')")
+    done = nemo_cpt("doctor", "tiny", *material(world), "--hub", "a/b", "--json", PYTHONPATH=str(tmp_path))
+    found = json.loads(done.stdout)["checks"]
+    assert done.returncode == 3
+    hit = [each for each in found if each["found"] == f"could not be checked: No module named {missing}"]
+    assert hit
+    assert {each["cure"] for each in hit} == {f"pip install --constraint constraints.txt {missing}"}
+    assert "ok" in {each["state"] for each in found}
+
+
 def test_plain_lines_and_the_verdict(world):
     done = nemo_cpt("doctor", "tiny", *material(world, "ja", "other"))
     assert done.returncode == 3

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from nemo_cpt.doctor import Examination, Finding, Job, Place, examine, host, worst
+from nemo_cpt.doctor.examination import alongside
 from nemo_cpt.errors import CptError
 
 EIGHT = Job("r", gpus_per_node=8, tensor_model_parallel_size=2)
@@ -69,6 +70,7 @@ def test_device_connections(job, value, state):
 
 
 def test_checks_run_side_by_side_and_none_can_stop_the_others():
+    @alongside
     def hangs(examination):
         time.sleep(30)
 
@@ -78,10 +80,10 @@ def test_checks_run_side_by_side_and_none_can_stop_the_others():
     def is_explained(examination):
         raise CptError("the key is 7: give 8")
 
+    @alongside
     def waits(examination):
-        time.sleep(0.4)
-        yield Finding("first", "ok", "1")
-        yield Finding("second", "ok", "2")
+        time.sleep(0.6)
+        return [Finding("first", "ok", "1"), Finding("second", "ok", "2")]
 
     start = time.monotonic()
     findings = examine((waits, hangs, falls_ill, is_explained, waits), Examination(), seconds=1)

@@ -44,6 +44,19 @@ def test_a_free_gpu(machine):
     assert examination.nvidia.cuda == "12.4"
 
 
+def test_what_an_h200_said(machine):
+    """Recorded there, while a process held 90 GiB."""
+    gpu = "0, GPU-d6db2b2c-f5fb-9bd4-536e-bbdf371e7ca6, 143771, 143156, Disabled, 580.159.04, NVIDIA H200"
+    table = "| NVIDIA-SMI 580.159.04             Driver Version: 580.159.04     CUDA Version: 13.0     |"
+    machine(gpu, table=table)
+    assert gpus.gpu_memory(Examination(job())).found == "139.8 GiB free"
+    machine(gpu.replace("143156", "50478"), "GPU-d6db2b2c-f5fb-9bd4-536e-bbdf371e7ca6, 430, 92678, python3", table)
+    found = gpus.gpu_memory(Examination(job()))
+    assert state(found) == ("error", "GPU 0: 91.1 of 140.4 GiB in use by python3 (pid 430 90.5 GiB)")
+    assert (examination := Examination()).nvidia.driver == "580.159.04"
+    assert examination.nvidia.cuda == "13.0"
+
+
 def test_a_hog_is_named_and_stops_a_job(machine):
     machine(IN_USE, HOG)
     alone, launched = gpus.gpu_memory(Examination()), gpus.gpu_memory(Examination(job()))

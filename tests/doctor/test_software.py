@@ -37,6 +37,7 @@ def test_the_table_says_what_pyproject_says():
     for package in (*STACK, *OTHERS):
         wanted = ranges[canonicalize_name(package.name)]
         assert Requirement(f"x{package.works}").specifier == wanted or (not wanted and package.works == ">=0"), package
+    assert set(ranges) == {canonicalize_name(package.name) for package in (*STACK, *OTHERS)}
 
 
 def test_the_measured_versions_are_those_that_are_pinned():
