@@ -1,0 +1,373 @@
+"""The peak memory of each pipeline stage's GPU, as parts that add up, and of each node's host.
+
+The activations are those that Megatron Core 0.15.3 with Transformer Engine 2.11 keeps, read from records of PyTorch's
+allocator (`python benchmarks/planner.py measure tune --trace`), byte for byte; Korthikanti et al. (arXiv 2205.05198)
+derive the same sum for an older layer. What cannot be derived, Transformer Engine's workspaces and CUDA's context, is
+the measured constant. docs/planning.md compares predictions with measurements.
+"""
+
+import dataclasses
+from math import inf, lcm
+
+from nemo_cpt.planning.hardware import GIB
+from nemo_cpt.planning.workload import Workload
+
+WORKSPACES = 99 * 2**20  # of cuBLAS, PyTorch's and Transformer Engine's, on one H200
+CONTEXT = int(2.055 * GIB)  # CUDA's context and the kernels loaded, beside what PyTorch reserves
+COMPILED_LOSS = int(0.39 * GIB)  # more of them where the loss is compiled by torch.compile ("native")
+PINNED_SHARE = 0.0016  # of pinned host memory, for the GPU's page tables
+FRAGMENTATION = 0.02  # of what is allocated; measured 0.1 to 1 % without, 0.5 to 5 % with recomputation
+ADAM_SLICE = 256 * 2**20  # elements: training.upstream.ADAM_SLICE_ELEMENTS, which would import torch
+ALIGNMENT = 64  # elements: where Megatron's buffers let a parameter start
+PROCESS_HOST = int(6.0 * GIB)  # of a training process on the host: libraries, CUDA's share, two data workers
+
+
+@dataclasses.dataclass(frozen=True)
+class StageMemory:
+    """One GPU of a pipeline stage, at the moment of its peak.
+
+    Attributes:
+        stage: of the pipeline, from 0.
+        moment: when the peak is: "loss", "backward", "optimizer step" or "initialisation".
+        parts: bytes by what they are for; they add up to `total`.
+    """
+
+    stage: int
+    moment: str
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes on the card, with CUDA's context."""
+        return sum(self.parts.values())
+
+    @property
+    def allocated(self) -> int:
+        """Bytes that PyTorch has allocated: without fragmentation and CUDA's context."""
+        return self.total - self.parts["fragmentation"] - self.parts["CUDA context"]
+
+
+@dataclasses.dataclass(frozen=True)
+class HostMemory:
+    """A node's memory.
+
+    Attributes:
+        parts: bytes by what they are for.
+    """
+
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return sum(self.parts.values())
+
+
+def stages(work: Workload, room: float = inf) -> list[StageMemory]:
+    """Return the peak of every pipeline stage; GPUs of one stage are alike. `room`: see `stage_memory`."""
+    return [stage_memory(work, stage, room) for stage in range(work.pipeline_model_parallel_size)]
+
+
+def stage_memory(work: Workload, stage: int, room: float = inf) -> StageMemory:
+    """Return the peak of one stage: the largest of its four moments.
+
+    The loss (activations of all micro batches in flight, and the logits), the backward pass of one layer (after its
+    recomputation, where it is recomputed), the optimizer's step, and the initialisation (weights and their copies in
+    Megatron's buffers at once, where `room`, the bytes on the card, holds them: else the weights wait on the host, see
+    `upstream.wrap_without_room_for_two_copies`).
+    """
+    resident = resident_bytes(work, stage)
+    moments = {
+        "loss": resident | _loss(work, stage),
+        "backward": resident | _backward(work, stage),
+        "optimizer step": resident | {"optimizer's temporaries": _optimizer_temporaries(work, stage)},
+        "initialisation": _initialisation(work, stage, room),
+    }
+    moment, parts = max(moments.items(), key=lambda item: sum(item[1].values()))
+    parts = {name: size for name, size in parts.items() if size}
+    fragmentation = int(FRAGMENTATION * sum(parts.values()))
+    return StageMemory(stage, moment, parts | {"fragmentation": fragmentation, "CUDA context": _context(work, stage)})
+
+
+def resident_bytes(work: Workload, stage: int) -> dict[str, int]:
+    """Return what stays on the GPU from step to step: weights, gradients, states, adapters, workspaces."""
+    frozen = work.lora_rank is not None
+    elements = stage_parameters(work, stage)
+    adapters = adapter_parameters(work, stage)
+    per_adapter = work.weight_bytes + work.grad_bytes
+    weights = elements if frozen else buffer_elements(work, stage)
+    return {
+        "weights": _weight_bytes(work, stage, weights),
+        "fp8 copies of weights": 2 * _linear_elements(work, stage) if work.fp8 and not work.fp8_param else 0,
+        "gradients": 0 if frozen else weights * work.grad_bytes,
+        "optimizer": 0 if frozen else elements * state_bytes(work) // work.optimizer_shards,
+        "adapters": adapters * per_adapter + adapters * state_bytes(work) // work.optimizer_shards,
+        "unused gradients": _dummy_gradients(work, stage),
+        "workspaces": WORKSPACES,
+    }
+
+
+def stage_parameters(work: Workload, stage: int) -> int:
+    """Return the parameters on one GPU of a stage, without adapters: linear layers cut by tensor parallelism.
+
+    The embedding is on the first stage, the output layer on the last: tied, it is the embedding's copy there.
+    """
+    return sum(_parameter_sizes(work, stage))
+
+
+def _parameter_sizes(work: Workload, stage: int) -> list[int]:
+    """Elements of each parameter of a stage's GPU."""
+    tensor, hidden = work.tensor_model_parallel_size, work.hidden_size
+    layer = [size_in * size_out // tensor for size_in, size_out in work.widths.values()] + [hidden, hidden]
+    if work.qkv_bias:
+        layer.append(work.widths["linear_qkv"][1] // tensor)
+    sizes = layer * (work.num_layers // work.pipeline_model_parallel_size)
+    vocabulary = work.vocab_size * hidden // tensor
+    first, last = stage == 0, stage == work.pipeline_model_parallel_size - 1
+    if first:
+        sizes.append(vocabulary)
+    if last:
+        sizes.append(hidden)
+    if last and not (work.tied and first):
+        sizes.append(vocabulary)
+    return sizes
+
+
+def buffer_elements(work: Workload, stage: int) -> int:
+    """Return the elements of Megatron's buffers for weights and for gradients, with their padding.
+
+    `_ParamAndGradBuffer` (megatron-core 0.15.3) starts each parameter at a multiple of 64 elements and ends a bucket
+    at a multiple of 128 and of the ranks; without the distributed optimizer nothing is padded.
+    """
+    sizes = _parameter_sizes(work, stage)
+    if not work.distributed_optimizer:
+        return sum(sizes)
+    divisor = lcm(128, work.optimizer_shards)
+    return _up(sum(_up(size, ALIGNMENT) for size in sizes), divisor)
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def adapter_parameters(work: Workload, stage: int) -> int:
+    """Return the adapters' parameters on one GPU of a stage: both of an adapter's matrices are cut."""
+    share = work.tensor_model_parallel_size * work.pipeline_model_parallel_size
+    return work.adapter_parameters // share
+
+
+def state_bytes(work: Workload) -> int:
+    """Return the optimizer's bytes a parameter on the GPU: master weight and two moments, less those on the host."""
+    sizes = {"exp_avg": work.exp_avg_bytes, "exp_avg_sq": work.exp_avg_sq_bytes, "master_param": work.master_bytes}
+    on_gpu = sum(size for name, size in sizes.items() if name not in work.host_states)
+    return round(on_gpu * (1 - work.optimizer_offload_fraction))
+
+
+def _weight_bytes(work: Workload, stage: int, elements: int) -> int:
+    """Weights; in fp8 those of linear layers take a byte, and another for the transpose that Hopper multiplies by."""
+    if not work.fp8_param:
+        return elements * work.weight_bytes
+    linear = _linear_elements(work, stage)
+    return (elements - linear) * work.weight_bytes + 2 * linear
+
+
+def _linear_elements(work: Workload, stage: int) -> int:
+    """Elements of the layers' linear weights, which Transformer Engine multiplies in fp8; not the output layer."""
+    layers = work.num_layers // work.pipeline_model_parallel_size
+    return layers * sum(i * o for i, o in work.widths.values()) // work.tensor_model_parallel_size
+
+
+def _dummy_gradients(work: Workload, stage: int) -> int:
+    """Fused accumulation hands autograd a gradient that nobody reads: one for each shape of a weight, for good."""
+    if not work.fused_gradients or work.lora_rank is not None:
+        return 0
+    shapes = [i * o for i, o in work.widths.values()]
+    if stage == work.pipeline_model_parallel_size - 1:
+        shapes.append(work.vocab_size * work.hidden_size)
+    return sum(shapes) // work.tensor_model_parallel_size * work.weight_bytes
+
+
+def layer_bytes_per_token(work: Workload) -> float:
+    """Return what one layer keeps for its backward pass, in bytes a token, without recomputation.
+
+    For hidden size h, queries q, keys and values k, MLP f, over t tensor-parallel GPUs, in bf16: both norms' outputs
+    and both sums with the residual 2(2h + 2h), rotated queries and keys, values, attention's output 2(2q + 2k)/t, the
+    MLP's first output and its activation 2(2f + f)/t; attention's log-sum-exp 4/t a head and the norms' 8 in fp32.
+    """
+    dtype, tensor = work.weight_bytes, work.tensor_model_parallel_size
+    hidden, attention, wide = work.hidden_size, work.query_size + work.kv_size, work.widths["linear_fc1"][1]
+    residual = hidden / (tensor if work.sequence_parallel else 1)
+    kept = 2 * residual * dtype + 2 * attention / tensor * dtype + wide / tensor * dtype
+    kept += 4 * work.num_attention_heads / tensor + 8
+    return kept + _inputs_of_linear(work, residual) + _adapters_keep(work) + _selective(work)
+
+
+def _inputs_of_linear(work: Workload, residual: float) -> float:
+    """Norms' outputs and the activation, as the linear layers keep them: for the weight's gradient, or an adapter's."""
+    tensor, dtype = work.tensor_model_parallel_size, work.weight_bytes
+    activation = work.ffn_hidden_size / tensor
+    if work.lora_rank is None:
+        return (2 * residual + activation) * (1 if work.fp8 else dtype)
+    kept: float = sum(work.hidden_size for name in ("linear_qkv", "linear_fc1") if name in work.lora_targets) * dtype
+    kept += activation * dtype if "linear_fc2" in work.lora_targets else 0
+    return kept + (2 * residual if work.fp8 else 0)
+
+
+def _adapters_keep(work: Workload) -> float:
+    """The low-rank side of each adapter; DoRA's outputs before its scale; a dropout's result and mask."""
+    if work.lora_rank is None:
+        return 0.0
+    dtype, tensor = work.weight_bytes, work.tensor_model_parallel_size
+    widths = [work.widths[name] for name in work.lora_targets]
+    kept: float = len(widths) * work.lora_rank * dtype
+    if work.dora:
+        kept += sum(size_out for _, size_out in widths) / tensor * dtype
+    if work.lora_dropout:
+        kept += sum(size_in for size_in, _ in widths) * (dtype + 1)
+    return kept
+
+
+def _selective(work: Workload) -> float:
+    """What selective recompute adds or saves: attention's inputs are kept before the rotation's copies, its LSE not."""
+    if work.recompute != "selective":
+        return 0.0
+    dtype, tensor = work.weight_bytes, work.tensor_model_parallel_size
+    change = 0.0
+    if "core_attn" in work.recompute_modules:
+        change += (work.query_size + work.kv_size) / tensor * dtype - 4 * work.num_attention_heads / tensor
+    if "mlp" in work.recompute_modules:
+        change -= (work.widths["linear_fc1"][1] + work.ffn_hidden_size) / tensor * dtype + work.hidden_size * dtype
+    return change
+
+
+def in_flight(work: Workload, stage: int) -> float:
+    """Return the micro batches whose activations a stage holds at once, in units of the whole stage.
+
+    One forward, one backward: pipeline stages - stage. Interleaved (Narayanan et al., arXiv 2104.04473): a stage's v
+    chunks warm up 2 (stages - stage - 1) + (v - 1) stages, and one more is running.
+    """
+    stages_, chunks = work.pipeline_model_parallel_size, work.virtual_pipeline_model_parallel_size
+    if chunks == 1:
+        return min(stages_ - stage, work.micro_batches)
+    warm_up = 2 * (stages_ - stage - 1) + (chunks - 1) * stages_
+    return min(warm_up + 1, work.micro_batches * chunks) / chunks
+
+
+def activation_bytes(work: Workload, stage: int) -> int:
+    """Return what a stage keeps of one micro batch: its layers, the inputs of recomputed ones, its own input."""
+    layers = work.num_layers // work.pipeline_model_parallel_size
+    recomputed = work.recomputed(layers)
+    hidden = _hidden_bytes(work)
+    kept = (layers - recomputed) * layer_bytes_per_token(work) * work.tokens + recomputed * hidden
+    ends = 2 if stage == work.pipeline_model_parallel_size - 1 else 1  # the stage's input; the last norm's output
+    if stage == 0 and work.lora_rank is not None and work.recompute != "none":
+        ends += 2  # the embedding's output requires a gradient (upstream.give_recomputed_layers_a_gradient)
+    return int(kept + ends * hidden)
+
+
+def _hidden_bytes(work: Workload) -> int:
+    """One [tokens, hidden] tensor."""
+    shards = work.tensor_model_parallel_size if work.sequence_parallel else 1
+    return work.tokens * work.hidden_size * work.weight_bytes // shards
+
+
+def _loss(work: Workload, stage: int) -> dict[str, int]:
+    activations = int(in_flight(work, stage) * activation_bytes(work, stage))
+    last = stage == work.pipeline_model_parallel_size - 1
+    return {"activations": activations, "logits and loss": logit_bytes(work) if last else 0}
+
+
+def logit_bytes(work: Workload) -> int:
+    """Return the logits and what is alive beside them at the loss's worst moment.
+
+    Transformer Engine's loss works in place on the bf16 logits; the others hold two fp32 copies beside them. In the
+    backward pass, with a trainable output layer, its gradient [vocabulary, hidden] and that of its input come instead.
+    """
+    elements = work.tokens * work.vocab_size // work.tensor_model_parallel_size
+    loss = 0 if work.loss == "te" else 8 * elements
+    backward = 0
+    if work.lora_rank is None:
+        backward = work.tokens * work.hidden_size * work.weight_bytes
+        if not work.fused_gradients:
+            backward += work.vocab_size * work.hidden_size // work.tensor_model_parallel_size * work.weight_bytes
+    return elements * work.weight_bytes + max(loss, backward)
+
+
+def _backward(work: Workload, stage: int) -> dict[str, int]:
+    """The backward pass of one layer, the first to be recomputed where there is recomputation.
+
+    Beside the layer's own activations: the gradients of its output, of the residual and of the MLP's activation, and
+    the gradient of its widest weight.
+    """
+    dtype, tensor = work.weight_bytes, work.tensor_model_parallel_size
+    layers = work.num_layers // work.pipeline_model_parallel_size
+    recomputed = work.recomputed(layers)
+    activations = in_flight(work, stage) * activation_bytes(work, stage)
+    if recomputed:
+        activations -= (layers - recomputed) * layer_bytes_per_token(work) * work.tokens
+        activations += layer_bytes_per_token(work) * work.tokens
+    gradients = 2 * _hidden_bytes(work) + work.tokens * work.ffn_hidden_size // tensor * dtype
+    if work.lora_rank is None and not work.fused_gradients:
+        gradients += work.widths["linear_fc1"][0] * work.widths["linear_fc1"][1] // tensor * dtype
+    return {"activations": int(activations), "gradients of activations": gradients}
+
+
+def _optimizer_temporaries(work: Workload, stage: int) -> int:
+    """Adam's copies in fp32: of a slice's moments (upstream.step_adam_in_slices), or of all bf16 gradients."""
+    trainable = adapter_parameters(work, stage) or stage_parameters(work, stage)
+    share = trainable // work.optimizer_shards
+    if not work.precision_aware:
+        return 4 * share if work.grad_bytes < 4 else 0
+    if work.exp_avg_bytes == work.exp_avg_sq_bytes == 4 or {"exp_avg", "exp_avg_sq"} <= set(work.host_states):
+        return 0
+    largest = max(_parameter_sizes(work, stage)) // work.optimizer_shards
+    return min(share, max(largest, ADAM_SLICE)) * (8 if work.fp8_moments else 10)
+
+
+def _initialisation(work: Workload, stage: int, room: float) -> dict[str, int]:
+    """Weights and their copies in Megatron's buffer at once, or the fp32 master weights being made."""
+    resident = resident_bytes(work, stage)
+    if work.lora_rank is not None:
+        return {"weights": resident["weights"], "adapters": resident["adapters"]}
+    kept = {"weights": resident["weights"], "gradients": resident["gradients"]}
+    with_copies = (sum(kept.values()) + resident["weights"]) * (1 + FRAGMENTATION) + _context(work, stage)
+    copies = resident["weights"] if work.distributed_optimizer and with_copies <= room else 0
+    masters = 0
+    if not work.precision_aware and work.master_bytes:
+        masters = stage_parameters(work, stage) * work.master_bytes // work.optimizer_shards
+        masters += max(_parameter_sizes(work, stage)) * work.weight_bytes
+    return kept | {"initialisation": max(copies, masters)}
+
+
+def _context(work: Workload, stage: int) -> int:
+    compiled = COMPILED_LOSS if work.loss == "native" and stage == work.pipeline_model_parallel_size - 1 else 0
+    return CONTEXT + compiled + int(PINNED_SHARE * _pinned_bytes(work))
+
+
+def _pinned_bytes(work: Workload) -> int:
+    """Adam's states of one GPU in pinned host memory."""
+    if work.lora_rank is not None:
+        return 0
+    sizes = {"exp_avg": work.exp_avg_bytes, "exp_avg_sq": work.exp_avg_sq_bytes, "master_param": work.master_bytes}
+    a_parameter: float = sum(size for name, size in sizes.items() if name in work.host_states)
+    a_parameter += 16 * work.optimizer_offload_fraction  # fp32 weights, gradients and two moments
+    return int(max(stage_parameters(work, s) for s in range(work.pipeline_model_parallel_size)) * a_parameter)
+
+
+def host_memory(work: Workload) -> HostMemory:
+    """Return a node's host memory: its processes, states kept there, and the copy that a checkpoint is written from.
+
+    Megatron writes checkpoints from a copy in host memory, asynchronously or not: weights, master weights and moments,
+    shared by the ranks; of LoRA the adapters alone.
+    """
+    processes = min(work.gpus, work.gpus_per_node)
+    trained = work.adapter_parameters or work.parameters
+    states = 4 + work.exp_avg_bytes + work.exp_avg_sq_bytes
+    checkpoint = trained * (work.weight_bytes + states) * processes // work.gpus
+    return HostMemory(
+        {
+            "processes": PROCESS_HOST * processes,
+            "optimizer states": _pinned_bytes(work) * processes // work.optimizer_shards,
+            "checkpoint being written": checkpoint,
+        }
+    )

@@ -1,0 +1,255 @@
+"""The fastest setting that fits: searched over what a recipe may change without training something else."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_cpt.errors import CptError
+from nemo_cpt.planning import hardware, memory, throughput
+from nemo_cpt.planning.applying import apply
+from nemo_cpt.planning.hardware import GIB, Gpu
+from nemo_cpt.planning.plans import Plan, plan_workload
+from nemo_cpt.planning.reading import read
+from nemo_cpt.planning.workload import Workload
+
+ALLOWED = ("recompute", "micro_batch", "loss", "host_states", "layout")
+FALLBACKS = ("gradients", "rank", "seq_length")
+MARGIN = 0.05
+MICRO_BATCHES = (1, 2, 4, 8)
+SHORTEST, LOWEST_RANK = 1024, 8
+STATES = ("exp_avg", "exp_avg_sq", "master_param")
+
+
+@dataclass(frozen=True)
+class Change:
+    """One knob that was turned, and what that bought on top of those before it.
+
+    Attributes:
+        knob: its name in the recipe.
+        before: its value there.
+        after: its value now.
+        memory_gib: GiB less on the fullest GPU; negative for more.
+        tokens_per_second: gained; negative for lost.
+    """
+
+    knob: str
+    before: Any
+    after: Any
+    memory_gib: float
+    tokens_per_second: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.knob} {self.before} -> {self.after}: {-self.memory_gib:+.1f} GiB, "
+            f"{self.tokens_per_second:+,.0f} tokens/s"
+        )
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The fastest setting that fits.
+
+    Attributes:
+        recipe: the given recipe, changed; None if a workload was given.
+        plan: of the setting.
+        changes: what was changed, in the order in which it was applied.
+    """
+
+    recipe: Any
+    plan: Plan
+    changes: list[Change]
+
+
+def fit(
+    recipe: Any,
+    gpu_memory_gib: float | None = None,
+    gpu: str | None = None,
+    *,
+    margin: float = MARGIN,
+    allow: Sequence[str] = ALLOWED,
+) -> Fit:
+    """Change a recipe so that it fits and runs as fast as it can.
+
+    Args:
+        recipe: the run.Partial of a recipe function; it is changed in place.
+        gpu_memory_gib: the card's memory as sold, in GiB; the kind's own when None.
+        gpu: the kind of GPU, a key of `GPUS`; an H200 when None.
+        margin: share of the memory that stays free.
+        allow: what may be changed: "recompute", "micro_batch" (at the same global batch), "loss" (Transformer Engine's,
+            in place), "host_states" (Adam's states in pinned host memory) and "layout" (tensor and pipeline
+            parallelism). None of these changes what is learned. Where nothing fits otherwise, in this order, and not
+            unless named: "gradients" (Megatron's buffer in bf16), "rank" and "seq_length" (halved until it fits).
+
+    Returns:
+        The recipe, its plan and the changes, with what each bought.
+
+    Raises:
+        CptError: nothing fits; the message names the smallest memory that would do.
+    """
+    before = read(recipe)
+    found = fit_workload(before, gpu_memory_gib, gpu, margin=margin, allow=allow)
+    apply(recipe, before, found.plan.workload)
+    return Fit(recipe, found.plan, found.changes)
+
+
+def fit_workload(
+    work: Workload,
+    gpu_memory_gib: float | None = None,
+    gpu: str | None = None,
+    *,
+    margin: float = MARGIN,
+    allow: Sequence[str] = ALLOWED,
+) -> Fit:
+    """Find the fastest setting of a workload that fits; see `fit`."""
+    unknown = set(allow) - {*ALLOWED, *FALLBACKS}
+    if unknown:
+        raise CptError(f"allow names {sorted(unknown)}: {', '.join([*ALLOWED, *FALLBACKS])} can be allowed")
+    kind = hardware.gpu(gpu)
+    usable = kind.memory_gib if gpu_memory_gib is None else hardware.usable_gib(gpu_memory_gib)
+    budget = usable * (1 - margin) * GIB
+    for tier in _tiers(work, allow):
+        fitting = [each for each in _candidates(tier, allow, budget) if _peak(each, budget) <= budget]
+        if fitting:
+            best = min(fitting, key=lambda each: (_seconds_a_token(each, kind), _peak(each, budget)))
+            return Fit(None, plan_workload(best, gpu_memory_gib, gpu), changes(work, best, kind, budget))
+    raise CptError(_nothing_fits(work, allow, usable, margin))
+
+
+def changes(before: Workload, after: Workload, gpu: Gpu, room: float) -> list[Change]:
+    """Return the steps from one workload to another, a knob at a time, with what each bought."""
+    steps, current = [], before
+    for knob, fields in _KNOBS.items():
+        values = {name: getattr(after, name) for name in (*fields, *_TOGETHER.get(knob, ()))}
+        if all(getattr(current, name) == values[name] for name in fields):
+            continue
+        try:
+            changed = current.replace(**values)
+        except CptError:  # half of a new layout
+            continue
+        memory_gib = (_peak(current, room) - _peak(changed, room)) / GIB
+        gained = _tokens_per_second(changed, gpu) - _tokens_per_second(current, gpu)
+        steps.append(Change(knob, _shown(current, knob), _shown(changed, knob), memory_gib, gained))
+        current = changed
+    return steps
+
+
+_KNOBS = {
+    "seq_length": ("seq_length",),
+    "rank": ("lora_rank",),
+    "loss": ("loss",),
+    "host_states": ("host_states",),
+    "gradients": ("grad_bytes",),
+    "layout": ("tensor_model_parallel_size", "pipeline_model_parallel_size"),
+    "micro_batch_size": ("micro_batch_size",),
+    "recompute": ("recompute", "recompute_num_layers"),
+}
+_TOGETHER = {
+    "host_states": ("precision_aware", "master_bytes", "distributed_optimizer"),
+    "layout": ("sequence_parallel", "micro_batch_size"),
+}
+
+
+def _shown(work: Workload, knob: str) -> Any:
+    if knob == "recompute":
+        return f"{work.recompute} {work.recompute_num_layers}" if work.recompute == "block" else work.recompute
+    if knob == "layout":
+        return f"tensor {work.tensor_model_parallel_size} x pipeline {work.pipeline_model_parallel_size}"
+    if knob == "gradients":
+        return {4: "fp32", 2: "bf16"}[work.grad_bytes]
+    value = getattr(work, _KNOBS[knob][0])
+    return (", ".join(value) or "none") if isinstance(value, tuple) else value
+
+
+def _tiers(work: Workload, allow: Sequence[str]) -> Iterator[Workload]:
+    """The workload as it is, then with more and more of what was allowed to be given up."""
+    gradients = [work.grad_bytes, 2] if "gradients" in allow and work.grad_bytes > 2 else [work.grad_bytes]
+    ranks = [work.lora_rank]
+    if "rank" in allow and work.lora_rank:
+        ranks += _halved(work.lora_rank, LOWEST_RANK)
+    lengths = [work.seq_length] + (_halved(work.seq_length, SHORTEST) if "seq_length" in allow else [])
+    for length, rank, grad_bytes in itertools.product(lengths, ranks, gradients):
+        yield work.replace(seq_length=length, lora_rank=rank, grad_bytes=grad_bytes)
+
+
+def _halved(value: int, least: int) -> list[int]:
+    halves = []
+    while (value := value // 2) >= least:
+        halves.append(value)
+    return halves
+
+
+def _candidates(work: Workload, allow: Sequence[str], budget: float) -> Iterator[Workload]:
+    """Every setting of the other knobs; of recomputation only the least that fits."""
+    loss = ["te"] if "loss" in allow else [work.loss]
+    sizes = MICRO_BATCHES if "micro_batch" in allow else (work.micro_batch_size,)
+    for layout, size, loss_ in itertools.product(_layouts(work, allow), sizes, loss):
+        for states in _states(work, allow):
+            try:
+                each = work.replace(**layout, micro_batch_size=size, loss=loss_, **states)
+            except CptError:  # sizes that do not divide each other
+                continue
+            yield _least_recompute(each, budget) if "recompute" in allow else each
+
+
+def _states(work: Workload, allow: Sequence[str]) -> list[dict[str, Any]]:
+    """Where Adam's states may be: as they are, or on the host."""
+    as_they_are: dict[str, Any] = {}
+    if "host_states" not in allow or work.lora_rank is not None or work.host_states or work.weight_bytes != 2:
+        return [as_they_are]
+    return [
+        as_they_are,
+        {"host_states": STATES, "precision_aware": True, "master_bytes": 2, "distributed_optimizer": True},
+    ]
+
+
+def _layouts(work: Workload, allow: Sequence[str]) -> list[dict[str, Any]]:
+    if "layout" not in allow or work.gpus == 1:
+        return [{}]
+    tensor = [size for size in (1, 2, 4, 8) if size <= work.gpus_per_node and work.num_query_groups % size == 0]
+    pipeline = [size for size in (1, 2, 4, 8, 16) if size <= work.gpus and work.num_layers % size == 0]
+    return [
+        {"tensor_model_parallel_size": t, "pipeline_model_parallel_size": p, "sequence_parallel": t > 1}
+        for t, p in itertools.product(tensor, pipeline)
+        if t * p * work.context_parallel_size <= work.gpus
+    ]
+
+
+def _least_recompute(work: Workload, budget: float) -> Workload:
+    """The fewest recomputed layers that fit, by bisection: memory falls with each; all of them where none fits."""
+    plain = work.replace(recompute="none", recompute_num_layers=0)
+    if _peak(plain, budget) <= budget:
+        return plain
+    low, high = 0, work.num_layers // work.pipeline_model_parallel_size
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _peak(work.replace(recompute="block", recompute_num_layers=middle), budget) <= budget:
+            high = middle
+        else:
+            low = middle
+    return work.replace(recompute="block", recompute_num_layers=high)
+
+
+def _peak(work: Workload, room: float) -> int:
+    return max(stage.total for stage in memory.stages(work, room))
+
+
+def _tokens_per_second(work: Workload, gpu: Gpu) -> float:
+    return throughput.speed(work, gpu).tokens_per_second
+
+
+def _seconds_a_token(work: Workload, gpu: Gpu) -> float:
+    return 1 / _tokens_per_second(work, gpu)
+
+
+def _nothing_fits(work: Workload, allow: Sequence[str], usable: float, margin: float) -> str:
+    settings = (each for tier in _tiers(work, allow) for each in _candidates(tier, allow, 0))
+    least = min(_peak(each, 0) for each in settings) / GIB / (1 - margin)
+    left = [name for name in (*ALLOWED, *FALLBACKS) if name not in allow]
+    kind = "LoRA" if work.lora_rank else "training every parameter"
+    advice = f"; allow more to be changed ({', '.join(left)})" if left else ""
+    more = "" if work.lora_rank else ", or LoRA"
+    return (
+        f"nothing fits in {usable:.1f} GiB: {kind} takes at least {least:.1f} GiB a GPU with {margin:.0%} to spare. "
+        f"Take a GPU of that size, or more GPUs{more}{advice}"
+    )

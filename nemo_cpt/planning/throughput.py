@@ -1,0 +1,172 @@
+"""Tokens a second and wall time: operations over measured rates, plus what crosses memory, host and links.
+
+The rates were fitted to the settings named TUNE in benchmarks/planner.py, on one H200, and tested on those named
+HELD_OUT (docs/planning.md: mean error 3 %, worst 9 %). Other GPUs are scaled by their data sheets' ceilings and were
+not measured. Links between GPUs enter by volume and data-sheet bandwidth.
+"""
+
+from dataclasses import dataclass
+
+from nemo_cpt.planning.hardware import DEFAULT, Gpu
+from nemo_cpt.planning.memory import adapter_parameters, layer_bytes_per_token, stage_parameters
+from nemo_cpt.planning.workload import Workload
+
+BF16_RATE = 677e12  # operations a second of the linear layers' products on one H200
+FP8_RATE = 791e12  # the same with tensorwise scaling, with the casts
+ATTENTION_RATE = 505e12  # of causal attention, of which half the square is counted
+ACTIVATION_RATE = 1.39e12  # bytes of kept activations a second: norms, rotation, SwiGLU, residuals, both ways
+GRADIENT_RATE = 3.43e12  # bytes a second of weights' gradients, added to Megatron's buffer
+LAYER_SECONDS = 1.77e-3  # a layer and micro batch: launches, and small work
+RECOMPUTED = 0.4  # of a layer's work beside products that its second forward pass repeats
+ADAM_SECONDS = {4: 14.2e-12, 2: 25.6e-12}  # a parameter, by the bytes of its first moment, on the GPU
+ADAM_FP8_SECONDS = 240e-12
+ADAM_HOST_SECONDS = 33.1e-12  # a byte of pinned state, which is read and written across the bus
+STEP_SECONDS = 10e-3  # a step's fixed part
+NODE_LINK_GB_S = 50.0  # a GPU's share of the links between nodes: 400 Gb/s each
+ERROR = {True: "mean error 3 %, worst 9 % (measured, one H200)", False: "scaled from an H200, not measured"}
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How long a step takes.
+
+    Attributes:
+        seconds: of a step, by what they are for; they add up.
+        tokens_per_step: of the global batch.
+        gpus: over all of which the step runs.
+        model_tflops: 1e12 model operations a second and GPU: recomputation and frozen weights' gradients not counted.
+        error: how far to trust it.
+    """
+
+    seconds: dict[str, float]
+    tokens_per_step: int
+    gpus: int
+    model_tflops: float
+    error: str
+
+    @property
+    def step_seconds(self) -> float:
+        """Seconds a step."""
+        return sum(self.seconds.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens a second, over all GPUs."""
+        return self.tokens_per_step / self.step_seconds
+
+    def hours(self, tokens: float) -> float:
+        """Hours for a number of tokens, without start-up, validation and checkpoints."""
+        return tokens / self.tokens_per_second / 3600
+
+
+def speed(work: Workload, gpu: Gpu = DEFAULT) -> Speed:
+    """Return the speed of a workload on GPUs of one kind."""
+    micro_batch = _micro_batch_seconds(work, gpu)
+    bubble = (work.pipeline_model_parallel_size - 1) / work.virtual_pipeline_model_parallel_size
+    seconds = {
+        "forward and backward": work.micro_batches * micro_batch,
+        "pipeline bubble": bubble * micro_batch,
+        "tensor parallel": work.micro_batches * _tensor_parallel_seconds(work, gpu),
+        "data parallel": _data_parallel_seconds(work, gpu),
+        "optimizer": _optimizer_seconds(work, gpu),
+    }
+    seconds = {name: each for name, each in seconds.items() if each}
+    step = sum(seconds.values())
+    tflops = work.tokens_per_step * model_flops_per_token(work) / step / work.gpus / 1e12
+    return Speed(seconds, work.tokens_per_step, work.gpus, tflops, ERROR[gpu.measured])
+
+
+def model_flops_per_token(work: Workload) -> float:
+    """Return the model's operations a token, forward and backward, as papers count them (arXiv 2204.02311, app. B).
+
+    Recomputation is not counted, nor the gradients of frozen weights; of attention half the square.
+    """
+    linear = work.num_layers * sum(i * o for i, o in work.widths.values()) + work.vocab_size * work.hidden_size
+    attention = 3 * 2 * work.num_layers * work.seq_length * work.query_size
+    return (4 if work.lora_rank else 6) * linear + attention + 6 * work.adapter_parameters
+
+
+def _micro_batch_seconds(work: Workload, gpu: Gpu) -> float:
+    """Forward and backward of one micro batch on the slowest stage: the last, which has the output layer too."""
+    compute, memory = DEFAULT.bf16_tflops / gpu.bf16_tflops, DEFAULT.bandwidth_tb_s / gpu.bandwidth_tb_s
+    layers, head, attention = _operations(work)
+    fp8 = work.fp8 and gpu.fp8
+    seconds = compute * (layers / (FP8_RATE if fp8 else BF16_RATE) + head / BF16_RATE + attention / ATTENTION_RATE)
+    seconds += memory * _activation_traffic(work) / ACTIVATION_RATE
+    seconds += memory * _gradient_traffic(work) / GRADIENT_RATE
+    stage_layers = work.num_layers // work.pipeline_model_parallel_size
+    return seconds + LAYER_SECONDS * (stage_layers + RECOMPUTED * work.recomputed(stage_layers))
+
+
+def _operations(work: Workload) -> tuple[float, float, float]:
+    """Operations of a micro batch on one GPU: linear layers; output layer and adapters; attention."""
+    layers = work.num_layers // work.pipeline_model_parallel_size
+    again, passes = work.recomputed(layers), 2 if work.lora_rank else 3
+    tokens = work.tokens / work.tensor_model_parallel_size
+    linear = sum(i * o for i, o in work.widths.values())
+    products = 2 * linear * tokens * (layers * passes + again)
+    adapters = work.adapter_parameters / work.num_layers * 2 * tokens * (3 * layers + again)
+    if work.dora:  # the norm of weight + product of the adapter's matrices, each time
+        adapters += 2 * (work.lora_rank or 0) * linear * layers * 2
+    head = 2 * work.vocab_size * work.hidden_size * tokens * passes
+    attention_again = layers if work.recompute == "selective" and "core_attn" in work.recompute_modules else again
+    attention = 2 * tokens * work.seq_length * work.query_size * (3.5 * layers + attention_again)
+    return products, head + adapters, attention
+
+
+def _activation_traffic(work: Workload) -> float:
+    """Bytes of activations of a micro batch, by the count of what is kept, and of the logits."""
+    layers = work.num_layers // work.pipeline_model_parallel_size
+    kept = layer_bytes_per_token(work.replace(recompute="none")) * work.tokens
+    traffic = kept * (layers + RECOMPUTED * work.recomputed(layers))
+    if work.dora:
+        linear = sum(i * o for i, o in work.widths.values()) / work.tensor_model_parallel_size
+        traffic += 12 * layers * linear
+    logits = work.tokens * work.vocab_size / work.tensor_model_parallel_size
+    return traffic + logits * (6 if work.loss == "te" else 20)
+
+
+def _gradient_traffic(work: Workload) -> float:
+    """Bytes of the weights' gradients of a micro batch: added within the product, or written, read and added."""
+    if work.lora_rank is not None:
+        return 0.0
+    added = 2 * work.grad_bytes
+    return stage_parameters(work, work.pipeline_model_parallel_size - 1) * (
+        added if work.fused_gradients else added + 2 * work.weight_bytes
+    )
+
+
+def _tensor_parallel_seconds(work: Workload, gpu: Gpu) -> float:
+    """Four all-reduces a layer and micro batch (two forward, two backward; Shoeybi et al., arXiv 1909.08053)."""
+    size, layers = work.tensor_model_parallel_size, work.num_layers // work.pipeline_model_parallel_size
+    volume = 2 * (size - 1) / size * work.tokens * work.hidden_size * work.weight_bytes
+    count = 4 * layers + 2 * work.recomputed(layers)
+    return count * volume / _link(work, gpu, size)
+
+
+def _data_parallel_seconds(work: Workload, gpu: Gpu) -> float:
+    """Gradients reduced and weights gathered once a step; half of it is hidden behind the backward pass."""
+    shards = work.data_parallel * work.context_parallel_size
+    if shards == 1:
+        return 0.0
+    trained = adapter_parameters(work, 0) or stage_parameters(work, 0)
+    volume = (shards - 1) / shards * trained * (work.grad_bytes + work.weight_bytes)
+    exposed = 0.5 if work.overlap_grad_reduce else 1.0
+    return exposed * volume / _link(work, gpu, work.gpus)
+
+
+def _link(work: Workload, gpu: Gpu, span: int) -> float:
+    """Bytes a second each way between GPUs of a group that spans `span` of them: within the node, or between nodes."""
+    return (gpu.link_gb_s if span <= work.gpus_per_node else NODE_LINK_GB_S) * 1e9
+
+
+def _optimizer_seconds(work: Workload, gpu: Gpu) -> float:
+    trained = (adapter_parameters(work, 0) or stage_parameters(work, 0)) / work.optimizer_shards
+    states = {"exp_avg": work.exp_avg_bytes, "exp_avg_sq": work.exp_avg_sq_bytes, "master_param": work.master_bytes}
+    on_host = sum(size for name, size in states.items() if name in work.host_states)
+    if on_host:
+        return trained * on_host * ADAM_HOST_SECONDS + STEP_SECONDS
+    memory = DEFAULT.bandwidth_tb_s / gpu.bandwidth_tb_s
+    fp8_moments = work.precision_aware and work.fp8_moments
+    a_parameter = ADAM_FP8_SECONDS if fp8_moments else ADAM_SECONDS[work.exp_avg_bytes]
+    return trained * a_parameter * memory + STEP_SECONDS
