@@ -4,11 +4,13 @@ import os
 import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import orjson
 
 import nemo_cpt
+from nemo_cpt.corpus.choice import Rivals, choose_encoder
 from nemo_cpt.corpus.encode import Layout
 from nemo_cpt.corpus.files import sync_directory, write_whole
 from nemo_cpt.corpus.index import dtype_for, read_index, write_index
@@ -24,7 +26,7 @@ from nemo_cpt.corpus.manifest import (
 )
 from nemo_cpt.corpus.progress import ProgressBar
 from nemo_cpt.corpus.sources import Inputs, Source, list_sources
-from nemo_cpt.corpus.tokenizer import Tokenizer, choose_encoder, load_tokenizer
+from nemo_cpt.corpus.tokenizer import Tokenizer, load_tokenizer
 from nemo_cpt.corpus.verify import verify_documents
 from nemo_cpt.errors import CptError
 
@@ -132,15 +134,18 @@ def prepare(
     if workers is not None and workers < 1:
         raise CptError(f"workers is {workers}; it must be at least 1.")
     sources = list_sources(inputs)
-    loaded = load_tokenizer(tokenizer)
-    eod = _end_of_document(loaded, eod_token) if append_eod else None
-    layout = _layout(loaded, json_key, eod, prepend_bos, keep_empty_documents)
-    output = _Output(f"{output_prefix}_{json_key}_document", sources, loaded, layout, split_special_tokens)
-    status, rates = "unchanged", dict[str, float]()
-    if not output.is_there(overwrite):
-        count = workers or len(os.sched_getaffinity(0))
-        run = _Run(on_error == "skip", fast, count, chunk_bytes, checkpoint_seconds, patience, quiet)
-        status, rates = output.make(run, overwrite)
+    prefix = f"{output_prefix}_{json_key}_document"
+    head_start = _HeadStart(fast and (overwrite or not Path(prefix + ".idx").exists()), split_special_tokens)
+    with head_start:
+        loaded = load_tokenizer(tokenizer, head_start.begin)
+        eod = _end_of_document(loaded, eod_token) if append_eod else None
+        layout = _layout(loaded, json_key, eod, prepend_bos, keep_empty_documents)
+        output = _Output(prefix, sources, loaded, layout, split_special_tokens)
+        status, rates = "unchanged", dict[str, float]()
+        if not output.is_there(overwrite):
+            count = workers or len(os.sched_getaffinity(0))
+            run = _Run(on_error == "skip", fast, count, chunk_bytes, checkpoint_seconds, patience, quiet, head_start)
+            status, rates = output.make(run, overwrite)
     verified = verify_documents(output.prefix, sources, loaded, layout, split_special_tokens, verify) if verify else 0
     return _report(output.prefix, status, rates, verified)
 
@@ -166,6 +171,28 @@ def _layout(tokenizer: Tokenizer, json_key: str, eod: int | None, prepend_bos: b
     )
 
 
+class _HeadStart:
+    """The encoders' loading, begun as soon as the tokenizer's file is known: it takes most of a short run's time."""
+
+    def __init__(self, wanted: bool, split_special_tokens: bool) -> None:
+        self._wanted, self._split = wanted, split_special_tokens
+        self.rivals: Rivals | None = None
+
+    def begin(self, definition: Path) -> None:
+        """Begin to load, where there will be something to encode."""
+        if self._wanted:
+            self.rivals = Rivals(definition, self._split)
+
+    def __enter__(self) -> "_HeadStart":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.rivals is not None:
+            self.rivals.close()
+
+
 @dataclass(frozen=True)
 class _Run:
     """The options that do not change the output."""
@@ -177,6 +204,7 @@ class _Run:
     checkpoint_seconds: float
     patience: float
     quiet: bool
+    head_start: _HeadStart
 
 
 class _Output:
@@ -241,7 +269,7 @@ class _Output:
     def _encode(self, run: _Run) -> dict[str, float]:
         progress = self.journal.progress
         samples = first_texts(self.sources, self.layout.json_key)
-        encoder, progress.encoder = choose_encoder(self.tokenizer, samples, self.split, run.fast)
+        encoder, progress.encoder = choose_encoder(self.tokenizer, samples, self.split, run.fast, run.head_start.rivals)
         before = (progress.entries, progress.read, progress.tokens)
         begin = time.monotonic()
         job = Job(self.sources, self.layout, self.journal, run.skip, run.chunk_bytes, run.checkpoint_seconds)

@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-import multiprocessing
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -27,24 +26,6 @@ FILES = (
     "vocab.txt",
 )
 VOCABULARY_FILES = tuple(name for name in FILES if name not in ("tokenizer_config.json", "special_tokens_map.json"))
-
-# What libraries get wrong: mixed scripts, joiners, combining marks, odd spaces, line ends, digits, long runs.
-PROBES = (
-    "",
-    " ",
-    "Hello, world!  I'm  here.\r\n\r\n\tTabs\tand   spaces   \n",
-    "東京都は、1943年（昭和18年）7月1日に設置された。人口は14,047,594人。",
-    "ｶﾀｶﾅとカタカナ、ＡＢＣとABC、㍻㌔①Ⅳ\u3000全角空白\u00a0nbsp\u200bzwsp",
-    "が が ﾊﾞ é é Å Å ﷺ",
-    "👩‍👩‍👧‍👦🏳️‍🌈👍🏽🇯🇵 emoji",
-    "def f(x):\n    return {'a': [1, 2.5e-3], \"b\": None}  # comment\n\n\n",
-    "1234567890 12 123 1234 0x1F 3.14159 １２３",
-    "Привет мир! 안녕하세요 你好，世界。 مرحبا שלום नमस्ते ไทย",
-    "a" * 300 + " " * 300 + "\n" * 50 + "漢字" * 150 + "。" * 100,
-    "\x00\x01\x7f\ufeff\ufffd\U0010ffff",
-    "word'S WORD'LL don't DON'T it’s",
-    "<s>[INST] <|begin_of_text|><|endoftext|> </s><pad>",
-)
 
 
 class Encoder(Protocol):
@@ -164,11 +145,14 @@ class Tokenizer:
         return int(ids[0])
 
 
-def load_tokenizer(tokenizer: str | os.PathLike[str]) -> Tokenizer:
+def load_tokenizer(
+    tokenizer: str | os.PathLike[str], found: Callable[[Path], object] = lambda definition: None
+) -> Tokenizer:
     """Describe a Hugging Face tokenizer.
 
     Args:
         tokenizer: A folder, or a name on the hub (`meta-llama/Llama-3.1-8B`); only tokenizer files are downloaded.
+        found: Called with the path of a tokenizer.json that is the whole tokenizer, before the rest is read.
 
     Raises:
         CptError: There is no such tokenizer, or it cannot be loaded.
@@ -177,7 +161,10 @@ def load_tokenizer(tokenizer: str | os.PathLike[str]) -> Tokenizer:
     config = _read_json(folder / "tokenizer_config.json")
     # For this class tokenizer.json is the whole tokenizer; the others' constructors change it.
     plain = config.get("tokenizer_class", "PreTrainedTokenizerFast") == "PreTrainedTokenizerFast"
-    direct = _describe_directly(folder, config) if plain and (folder / "tokenizer.json").exists() else None
+    direct = None
+    if plain and (folder / "tokenizer.json").exists():
+        found(folder / "tokenizer.json")
+        direct = _describe_directly(folder, config)
     described = direct or _describe_by_transformers(folder)
     return Tokenizer(name=str(tokenizer), folder=str(folder), sha256=_hash(folder), **described)
 
@@ -287,92 +274,9 @@ def _describe_by_transformers(folder: Path) -> dict[str, Any]:
     }
 
 
-def choose_encoder(
-    tokenizer: Tokenizer, samples: Iterable[str], split_special_tokens: bool = False, fast: bool = True
-) -> tuple[Encoder, str]:
-    """Return fastokens where it loads and agrees with the reference on the probes and the samples, else the reference.
-
-    Args:
-        tokenizer: As `load_tokenizer` gives it.
-        samples: Texts of the corpus itself, the first documents.
-        split_special_tokens: Encode the special tokens' names in a text as ordinary text.
-        fast: False takes the reference at once.
-
-    Returns:
-        The encoder and one sentence that says which and why.
-    """
-    if not fast or tokenizer.definition is None:
-        reference = tokenizer.reference_encoder(split_special_tokens)
-        return reference, f"{reference.name}, as asked" if not fast else f"{reference.name}: it has no tokenizer.json"
-    texts = [*PROBES, *tokenizer.special, *samples]
-    receive = _encode_elsewhere(tokenizer, split_special_tokens, texts)
-    encoder, problem, ours = None, "", None
-    try:
-        encoder = FastEncoder(tokenizer.definition, split_special_tokens)
-        ours = encoder.encode(texts)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # not installed, a kind it does not know, or a Rust panic, which is no Exception
-        problem = f"fastokens cannot run this tokenizer ({error})"
-    name, theirs = receive()
-    if ours is not None and (wrong := first_difference(ours, theirs)) is not None:
-        problem = f"fastokens gives other ids for {texts[wrong][:80]!r}"
-    if problem or encoder is None:
-        return tokenizer.reference_encoder(split_special_tokens), f"{name}: {problem}"
-    return encoder, f"{encoder.name}: same ids as {name} on {len(texts)} texts"
-
-
-def _encode_elsewhere(
-    tokenizer: Tokenizer, split_special_tokens: bool, texts: list[str]
-) -> Callable[[], tuple[str, tuple[Any, Any]]]:
-    """Start to encode with the reference in another process; return a function that waits for its name and result.
-
-    The reference's tables then never count among the memory of this process and its workers, and both load at once.
-    """
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-
-    def work() -> None:
-        try:
-            encoder = tokenizer.reference_encoder(split_special_tokens)
-            theirs.send((encoder.name, encoder.encode(texts)))
-        except CptError as error:
-            theirs.send(error)
-
-    process = context.Process(target=work, daemon=True)
-    process.start()
-    theirs.close()
-
-    def receive() -> tuple[str, tuple[Any, Any]]:
-        try:
-            answer = ours.recv()
-        except EOFError:
-            raise CptError(f"The reference tokenizer of {tokenizer.name} died while it was loaded.") from None
-        process.join()
-        if isinstance(answer, CptError):
-            raise answer
-        return answer
-
-    return receive
-
-
 def strict_encoder(tokenizer: Tokenizer, split_special_tokens: bool = False) -> Encoder:
     """Return transformers' own tokenizer, called as NeMo's script calls it: the judge of all other encoders."""
     try:
         return SlowEncoder(_transformers_tokenizer(tokenizer.folder), split_special_tokens)
     except CptError:  # a folder that holds a tokenizer.json and nothing else
         return tokenizer.reference_encoder(split_special_tokens)
-
-
-def first_difference(one: tuple[Any, Any], other: tuple[Any, Any]) -> int | None:
-    """Return the number of the first text whose ids differ between two results of `encode`, None if there is none."""
-    import numpy as np
-
-    (ids, starts), (other_ids, other_starts) = one, other
-    if np.array_equal(ids, other_ids) and np.array_equal(starts, other_starts):
-        return None
-    for i in range(len(starts) - 1):
-        a, b = (slice(int(s[i]), int(s[i + 1])) for s in (starts, other_starts))
-        if not np.array_equal(ids[a], other_ids[b]):
-            return i
-    return None
