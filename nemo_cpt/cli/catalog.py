@@ -3,7 +3,7 @@
 import ast
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -275,8 +275,24 @@ def _passed_on(path: Path, node: ast.FunctionDef) -> dict[str, Parameter]:
             inherited = _parameters(target, _functions(target)[name])
             by_place = list(inherited)[: len(call.args)]  # type: ignore[attr-defined]
             fixed = {*by_place, *(word.arg for word in call.keywords)}  # type: ignore[attr-defined]
-            return {each: value for each, value in inherited.items() if each not in fixed}
+            preset = {name: source for word in takes for name, source in _preset(path, word.value).items()}
+            return {
+                each: replace(value, default=preset.get(each, value.default))
+                for each, value in inherited.items()
+                if each not in fixed
+            }
     return {"**": Parameter("**", "", "", _argument_helps(node).get(f"**{keyword.arg}" if keyword else "", ""))}
+
+
+def _preset(path: Path, passed: ast.expr) -> dict[str, str]:
+    """The defaults that `**{"a": 1} | CONSTANT | kwargs` gives the function called, as source by name."""
+    if isinstance(passed, ast.BinOp) and isinstance(passed.op, ast.BitOr):
+        return _preset(path, passed.left) | _preset(path, passed.right)
+    value = _assigned(path, passed.id) if isinstance(passed, ast.Name) else passed
+    if not isinstance(value, ast.Dict):
+        return {}
+    pairs = zip(value.keys, value.values, strict=True)
+    return {key.value: ast.unparse(each) for key, each in pairs if isinstance(key, ast.Constant)}
 
 
 def _seen(path: Path, name: str, text: str) -> str:

@@ -212,12 +212,8 @@ def _called(make: Any, call: ast.Call) -> Any:
 
 
 def _lora_rank(function: "Function", given: Mapping[str, Any]) -> int | None:
-    """The adapters' rank: as given, or that of the card's setting; None for a recipe that has none."""
-    from nemo_cpt.training.single_gpu import lora_setting
-
-    if "rank" not in given:
-        return None
-    return int(given["rank"]) if given["rank"] else lora_setting(given.get("gpu_memory_gib") or 48).lora_rank
+    """The adapters' rank: as given, or the recipes' own; None for a recipe that has none."""
+    return int(given["rank"] or 128) if "rank" in given else None
 
 
 def _checkpoints(given: Mapping[str, Any]) -> int:

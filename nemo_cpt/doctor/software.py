@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from nemo_cpt.doctor.examination import Examination, alongside
 from nemo_cpt.doctor.finding import Finding, State
-from nemo_cpt.doctor.versions import MEASURED, OLDEST_DRIVER, OTHERS, PYTHONS, STACK, Package
+from nemo_cpt.doctor.versions import IMPORTED, MEASURED, OLDEST_DRIVER, OTHERS, PYTHONS, STACK, Package
 
 if TYPE_CHECKING:
     from packaging.version import Version
@@ -38,9 +38,15 @@ def packages(examination: Examination) -> Iterator[Finding]:
         return
     for package in STACK:
         yield _of_package(package, examination)
-    others = [_of_package(package, examination) for package in OTHERS]
-    wrong = [each for each in others if each.state != "ok"]
-    yield from wrong or [Finding("other packages", "ok", f"{len(others)} more that runs import, all in range")]
+    yield from (each for package in IMPORTED if (each := _of_package(package, examination)).state != "ok")
+    others = [(package, _of_package(package, examination)) for package in OTHERS]
+    wrong = {package: each for package, each in others if each.state != "ok"}
+    if wrong:
+        found = "; ".join(f"{each.name} {each.found}" for each in wrong.values())
+        names = " ".join(f"'{package.name}{package.works}'" for package in wrong)
+        yield Finding("other packages", "warning", found, f"pip install {names}")
+    else:
+        yield Finding("other packages", "ok", f"{len(IMPORTED) + len(OTHERS)}, each in its range")
 
 
 def combination(examination: Examination) -> Finding:

@@ -30,7 +30,7 @@ class Package:
 
 
 STACK = (
-    Package("torch", ">=2.6", "NeMo 2.7 uses what older ones lack"),
+    Package("torch", ">=2.6"),
     Package(
         "transformer_engine",
         ">=2.11,<3",
@@ -40,27 +40,33 @@ STACK = (
     ),
     Package("megatron-core", ">=0.15.3,<0.16", "0.16 dropped dist_checkpointing.strategies.tensorstore (NeMo uses it)"),
     Package("nemo_toolkit", ">=2.7.3,<3", "3.0 has no nemo.collections.llm"),
-    Package("nemo_run", ">=0.11.1,<0.12", "its executors are subclassed here"),
+    Package("nemo_run", ">=0.11.1,<0.12", "the executors here build on its inner parts"),
     Package("lightning", ">=2.4,<2.5", "NeMo 2.7 pins it"),
-    Package("transformers", ">=4.57,<5", "NeMo 2.7 imports names that 5 dropped"),
+    Package("transformers", ">=4.57,<5", "NeMo 2.7 was written for 4"),
     Package("huggingface_hub", ">=0.36,<1", "transformers 4 refuses 1.0"),
     Package("numpy", ">=1.26"),
 )
 """Each has a line of its own in the report."""
 
-OTHERS = (
+IMPORTED = (
     Package("leptonai", "<0.28", "`import nemo_run` fails with later ones"),
     Package("nvidia-resiliency-ext", "<0.5", "NeMoLogger(ckpt=...) fails with later ones"),
-    Package("pyarrow", "<22", "`datasets` of NeMo's range fails with later ones"),
-    Package("pandas", "<3"),
-    Package("zarr", "<3", "megatron-core reads checkpoints with zarr 2"),
-    Package("sentencepiece", "<0.2.3", "it wants protobuf 7, the rest of the stack has 5"),
+    *(Package(name, ">=0") for name in ("einops", "datasets", "tiktoken", "tensorstore", "nvidia-modelopt")),
+    *(Package(name, ">=0") for name in ("defusedxml", "packaging")),
     Package("safetensors", ">=0.5"),
     Package("tokenizers", ">=0.22"),
     Package("requests", ">=2.32"),
     Package("pyyaml", ">=6"),
     Package("rich", ">=13"),
     Package("typer", ">=0.15"),
+)
+"""Imported by every run or by the command line, some of them undeclared by NeMo; no run goes without."""
+
+OTHERS = (
+    Package("pyarrow", "<22"),
+    Package("pandas", "<3"),
+    Package("zarr", "<3"),
+    Package("sentencepiece", "<0.2.3", "it wants protobuf 7, the rest of the stack has 5"),
     Package("matplotlib", ">=3.9"),
     Package("orjson", ">=3.10"),
     Package("zstandard", ">=0.23"),
@@ -68,10 +74,8 @@ OTHERS = (
     Package("rensa", ">=0.5,<0.6"),
     Package("xxhash", ">=3.5"),
     Package("fastokens", ">=0.3.5,<0.4"),
-    *(Package(name, ">=0") for name in ("einops", "datasets", "tiktoken", "tensorstore", "nvidia-modelopt")),
-    *(Package(name, ">=0") for name in ("defusedxml", "packaging")),
 )
-"""What else a run or this command line imports, some of it undeclared by NeMo and NeMo-Run; one line for all."""
+"""For corpora, plots and old checkpoints: a training ran on the GPU without them, or with later ones."""
 
 _COMMON = {
     "megatron-core": "0.15.3",

@@ -167,11 +167,12 @@ def test_what_the_recipes_source_says():
     assert job.data.train == {"ds/ja": 0.75, "ds/en": 0.25}
     assert job.directory == Path("results/llama31_8b_cpt")
     assert (job.checkpoints, job.lora_rank, job.gpu_memory_gib) == (4, None, None)
-    single = described("llama31_8b.continual_pretrain_single_gpu", "gpu_memory_gib=24")
+    single = described("llama31_8b.continual_pretrain_single_gpu", "gpu_memory_gib=80")
     assert (single.gpus_per_node, single.tensor_model_parallel_size) == (1, 1)
-    assert (single.lora_rank, single.gpu_memory_gib) == (32, 24)
+    assert (single.lora_rank, single.gpu_memory_gib) == (128, 80)
     assert described("llama31_8b.continual_pretrain_single_gpu", "rank=8").lora_rank == 8
-    assert described("tiny", "base=b", "data={train: {a: 1}}").gpus_per_node == 0
+    tiny = described("tiny", "base=b", "data={train: {a: 1}}")
+    assert (tiny.gpus_per_node, tiny.tensor_model_parallel_size) == (0, 1)  # through **{...} | kwargs
 
 
 def test_fields_of_the_config_count():

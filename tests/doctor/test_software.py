@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from nemo_cpt.doctor import Examination, Job, Place, software
-from nemo_cpt.doctor.versions import MEASURED, OTHERS, STACK, Package
+from nemo_cpt.doctor.versions import IMPORTED, MEASURED, OTHERS, STACK, Package
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,10 +34,10 @@ def test_the_table_says_what_pyproject_says():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = [*project["dependencies"], *project["optional-dependencies"]["gpu"]]
     ranges = {canonicalize_name(each.name): each.specifier for each in map(Requirement, declared)}
-    for package in (*STACK, *OTHERS):
+    for package in (*STACK, *IMPORTED, *OTHERS):
         wanted = ranges[canonicalize_name(package.name)]
         assert Requirement(f"x{package.works}").specifier == wanted or (not wanted and package.works == ">=0"), package
-    assert set(ranges) == {canonicalize_name(package.name) for package in (*STACK, *OTHERS)}
+    assert set(ranges) == {canonicalize_name(package.name) for package in (*STACK, *IMPORTED, *OTHERS)}
 
 
 def test_the_measured_versions_are_those_that_are_pinned():
@@ -53,7 +53,7 @@ def test_the_measured_versions_are_those_that_are_pinned():
         ("nemo_toolkit", "3.0.0", "3.0 has no nemo.collections.llm"),
         ("leptonai", "0.28.0", "import nemo_run"),
         ("nvidia-resiliency-ext", "0.5.0", "NeMoLogger"),
-        ("transformers", "5.0.0", "NeMo 2.7 imports names"),
+        ("transformers", "5.0.0", "NeMo 2.7 was written for 4"),
     ],
 )
 def test_known_bad_versions_are_red(tmp_path, monkeypatch, name, planted, says):
@@ -65,6 +65,16 @@ def test_known_bad_versions_are_red(tmp_path, monkeypatch, name, planted, says):
     assert says in found.found
     assert found.cure.startswith(f"pip install '{name}")
     assert software.combination(Examination()).state == ("warning" if name in MEASURED["CPU"] else "ok")
+
+
+def test_what_a_training_goes_without_is_a_warning(tmp_path, monkeypatch):
+    plant(tmp_path, "pandas", "", "3.0.6")
+    plant(tmp_path, "pyarrow", "", "25.0.1")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (found,) = [each for each in software.packages(Examination()) if each.state not in ("ok", "skipped")]
+    assert (found.name, found.state) == ("other packages", "warning")
+    assert found.found == "pyarrow 25.0.1, and <22 works; pandas 3.0.6, and <3 works"
+    assert found.cure == "pip install 'pyarrow<22' 'pandas<3'"
 
 
 def test_a_package_that_is_missing():
