@@ -292,7 +292,7 @@ def _preset(path: Path, passed: ast.expr) -> dict[str, str]:
     if not isinstance(value, ast.Dict):
         return {}
     pairs = zip(value.keys, value.values, strict=True)
-    return {key.value: ast.unparse(each) for key, each in pairs if isinstance(key, ast.Constant)}
+    return {str(key.value): ast.unparse(each) for key, each in pairs if isinstance(key, ast.Constant)}
 
 
 def _seen(path: Path, name: str, text: str) -> str:

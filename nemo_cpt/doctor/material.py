@@ -68,8 +68,8 @@ def vocabulary(examination: Examination) -> Finding:
         return Finding(name, "skipped", f"{folder} holds no tokenizer to compare with")
     from nemo_cpt.corpus.tokenizer import _hash  # the manifest's sha256 is this one's
 
-    made_with = {prefix: _made_with(prefix) for prefix in _prefixes(job)}
-    if made_with and all(each.get("sha256") == _hash(folder) for each in made_with.values()):
+    made_with, own = {prefix: _made_with(prefix) for prefix in _prefixes(job)}, _hash(folder)
+    if made_with and all(each.get("sha256") == own for each in made_with.values()):
         size = next(iter(made_with.values()))["vocabulary_size"]
         return Finding(name, "ok", f"{size:,} tokens, in every dataset as in {folder}")
     size, sure = _vocabulary_size(folder)

@@ -99,17 +99,17 @@ def driver(examination: Examination) -> Finding:
     if not examination.place.here:
         return Finding("NVIDIA driver", "skipped", "this machine's is not the job's")
     nvidia, needed = examination.nvidia, bool(examination.job and examination.job.gpus_here)
+    red: State = "error" if needed or examination.job is None else "skipped"  # a job on the CPU does without
     if nvidia.problem:
-        return Finding("NVIDIA driver", "error", nvidia.problem, _driver_cure(nvidia.problem))
+        return Finding("NVIDIA driver", red, nvidia.problem, _driver_cure(nvidia.problem))
     if not nvidia.driver:
         cure = "install NVIDIA's driver; in a container, start it with `--gpus all`"
         return Finding("NVIDIA driver", "error" if needed else "skipped", "none: nvidia-smi is not here", cure * needed)
     found = f"{nvidia.driver}" + (f", for CUDA up to {nvidia.cuda}" if nvidia.cuda else "")
     built = torch_cuda() if _this_environment(examination) else None
     if built is None and _this_environment(examination) and _installed("torch") is not None:
-        state: State = "error" if needed or examination.job is None else "warning"
         cure = "install a CUDA build of torch: pip install torch (from pypi.org, not its cpu index)"
-        return Finding("NVIDIA driver", state, f"{found}; torch is a CPU build", cure)
+        return Finding("NVIDIA driver", red, f"{found}; torch is a CPU build", cure)
     if built is None:
         return Finding("NVIDIA driver", "ok", found)
     return _compared(found, nvidia.driver, nvidia.cuda, built)

@@ -123,6 +123,8 @@ def test_a_driver_in_trouble_is_quoted(machine, said, code, cure):
     found = software.driver(Examination(job()))
     assert state(found) == ("error", said)
     assert cure in found.cure
+    assert software.driver(Examination()).state == "error"
+    assert software.driver(Examination(job(gpus_per_node=0))).state == "skipped"
 
 
 def test_an_nvidia_smi_that_hangs(machine, tmp_path, monkeypatch):
