@@ -11,9 +11,12 @@ planner was written; the others (HELD_OUT) were named beforehand and only predic
 import argparse
 import contextlib
 import dataclasses
+import datetime
+import importlib.metadata
 import json
 import multiprocessing
 import os
+import resource
 import statistics
 import sys
 import time
@@ -52,7 +55,7 @@ class Setting:
     cp: int = 1
     gpus: int = 1
     sequence_parallel: bool = False
-    cap_gib: float | None = None
+    card: int | None = None
 
 
 def block(layers: int) -> dict:
@@ -112,11 +115,33 @@ SEVERAL_GPUS = {
     "8B x 8, full, 4096, DP 2": Setting(layers=8, gpus=2, micro_batches=4),
     "8B, LoRA 128, 8192, TP 2": Setting(rank=128, seq=8192, tp=2, gpus=2),
 }
-SETTINGS = TUNE | HELD_OUT | SEVERAL_GPUS
+CARDS = {
+    "LoRA recipe for 24 GB": Setting(card=24, rank=128),
+    "LoRA recipe for 48 GB": Setting(card=48, rank=128),
+    "LoRA recipe for 80 GB": Setting(card=80, rank=128),
+    "full recipe for 48 GB": Setting(card=48),
+    "full recipe for 80 GB": Setting(card=80),
+}
+SETTINGS = TUNE | HELD_OUT | SEVERAL_GPUS | CARDS
+GROUPS = {"tune": TUNE, "held_out": HELD_OUT, "several_gpus": SEVERAL_GPUS, "cards": CARDS}
+
+
+def card_recipe(setting: Setting) -> Any:
+    """The recipe for one GPU of a size, as a user gets it, with a step of two micro batches."""
+    from nemo_cpt.corpus import Blend
+    from nemo_cpt.recipes import llama31_8b
+
+    make = llama31_8b.continual_pretrain_single_gpu if setting.rank else llama31_8b.continual_pretrain_full_single_gpu
+    partial = make("none", Blend(train={"mock": 1.0}), gpu_memory_gib=setting.card, max_steps=STEPS)
+    partial.model.config.vocab_size = VOCABULARY
+    partial.data.global_batch_size = 2 * partial.data.micro_batch_size
+    return partial
 
 
 def recipe(setting: Setting) -> Any:
     """The library's recipe for a setting: what the planner reads, and what is measured."""
+    if setting.card:
+        return card_recipe(setting)
     import nemo_run as run
     import torch
     from nemo.collections import llm
@@ -134,7 +159,7 @@ def recipe(setting: Setting) -> Any:
         context_parallel_size=setting.cp, seq_length=setting.seq, micro_batch_size=setting.mbs,
         global_batch_size=setting.mbs * setting.micro_batches * data_parallel, max_steps=STEPS,
     )  # fmt: skip
-    config.cross_entropy_fusion_impl = "te"
+    config.cross_entropy_fusion_impl, config.gradient_accumulation_fusion = "te", False
     for name, value in setting.config.items():
         setattr(config, name, value)
     if setting.rank:
@@ -183,6 +208,11 @@ def measure(name: str, rank: int, port: int, log: str, pipe: Any, trace: bool = 
     torch.cuda.set_device(rank)
     free, total = torch.cuda.mem_get_info()
     record["context_gib"] = round((total - free) / GIB, 4)
+    if setting.card:  # what PyTorch finds on such a card, beside CUDA's context
+        from nemo_cpt.planning import hardware, memory
+
+        share = hardware.usable_gib(setting.card) - memory.CONTEXT / GIB
+        torch.cuda.set_per_process_memory_fraction(share * GIB / total)
     try:
         _train(setting, _Recorder(record, pipe, trace))
     except BaseException as error:
@@ -206,9 +236,10 @@ def _train(setting: Setting, recorder: Any) -> None:
 
     upstream.apply()
     partial = recipe(setting)
+    data = partial.data
     partial.data = run.Config(
-        llm.MockDataModule, seq_length=setting.seq, micro_batch_size=setting.mbs, num_workers=0,
-        global_batch_size=partial.data.global_batch_size, tokenizer=run.Config(NullTokenizer, VOCABULARY - 1),
+        llm.MockDataModule, seq_length=data.seq_length, micro_batch_size=data.micro_batch_size, num_workers=0,
+        global_batch_size=data.global_batch_size, tokenizer=run.Config(NullTokenizer, VOCABULARY - 1),
     )  # fmt: skip
     partial.resume = None
     partial.log = run.Config(nl.NeMoLogger, log_dir="/tmp/planner", use_datetime_version=False, ckpt=None)
@@ -291,6 +322,7 @@ class _Phases:
         record = self.record
         record["reserved_gib"] = round(self.cuda.max_memory_reserved() / GIB, 4)
         record["used_gib"] = round((self.cuda.mem_get_info()[1] - self.cuda.mem_get_info()[0]) / GIB, 4)
+        record["host_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
         record["device"] = self.cuda.get_device_name()
         record["allocated_gib"] = max(record[f"{each}_peak_gib"] for each in ("init", "gradients", "optimizer"))
         record["median_step_s"] = statistics.median(record["step_s"][2:])
@@ -369,12 +401,116 @@ def measure_all(names: list[str], out: Path, timeout_s: float, trace: bool) -> N
     workers = {name: Worker(name, logs[name], 29500 + number, trace) for number, name in enumerate(names)}
     for worker in workers.values():
         worker.ready()
-    results = json.loads(out.read_text()) if out.exists() else {}
+    results = measured(out) if out.exists() else {}
     for name in names:
         started = time.perf_counter()
         results[name] = workers[name].measure(timeout_s)
         print(f"{name} ({time.perf_counter() - started:.0f} s): {json.dumps(results[name])}", flush=True)
-        out.write_text(json.dumps(results, indent=1))
+        out.write_text(json.dumps({"date": str(datetime.date.today()), "versions": versions(), "settings": results}))
+
+
+def measured(path: Path) -> dict[str, list[dict]]:
+    """The records of each setting, one a GPU."""
+    return json.loads(path.read_text())["settings"]
+
+
+def versions() -> dict[str, str]:
+    """What was measured with."""
+    names = ("torch", "transformer_engine", "megatron-core", "nemo_toolkit")
+    found = {name: [each.version for each in importlib.metadata.distributions(name=name)] for name in names}
+    return {name: each[0] for name, each in found.items() if each}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A setting's prediction beside its measurement: GiB on the fullest GPU, seconds a step."""
+
+    name: str
+    half: str
+    allocated: tuple[float, float]
+    used: tuple[float, float]
+    step: tuple[float, float]
+
+    def error(self, what: str) -> float:
+        predicted, found = getattr(self, what)
+        return predicted / found - 1
+
+
+def compare(path: Path) -> list[Row]:
+    """Predict every measured setting from its recipe."""
+    from nemo_cpt.planning import plan
+
+    rows = []
+    for name, records in measured(path).items():
+        half = next(half for half, group in GROUPS.items() if name in group)
+        if any(record.get("error") for record in records):
+            continue
+        planned = plan(recipe(SETTINGS[name]))
+        largest = max(records, key=lambda record: record["used_gib"])
+        rows.append(
+            Row(
+                name,
+                half,
+                (max(stage.allocated for stage in planned.stages) / GIB, max(r["allocated_gib"] for r in records)),
+                (planned.peak_gib, largest["used_gib"]),
+                (planned.speed.step_seconds, largest["median_step_s"]),
+            )
+        )
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    lines = [
+        "| setting | allocated, GiB: predicted / measured | on the card, GiB | error | a step, s | error |",
+        "|---|---|---|---|---|---|",
+    ]
+    for half in GROUPS:
+        for row in (row for row in rows if row.half == half):
+            cells = [f"{a:.2f} / {b:.2f}" for a, b in (row.allocated, row.used)]
+            step = f"{row.step[0]:.3f} / {row.step[1]:.3f}"
+            errors = [f"{100 * row.error(what):+.1f} %" for what in ("used", "step")]
+            lines.append(f"| {row.name} | {cells[0]} | {cells[1]} | {errors[0]} | {step} | {errors[1]} |")
+    return "\n".join(lines)
+
+
+def summary(rows: list[Row]) -> str:
+    """Mean and worst errors, of each half by itself."""
+    lines = [
+        "| settings | allocated: mean, worst error | on the card: mean, worst, lowest | a step: mean, worst |",
+        "|---|---|---|---|",
+    ]
+    for half in GROUPS:
+        each = [row for row in rows if row.half == half]
+        if not each:
+            continue
+        cells = []
+        for what in ("allocated", "used", "step"):
+            errors = [100 * row.error(what) for row in each]
+            worst = max(errors, key=abs)
+            text = f"{statistics.fmean(map(abs, errors)):.2f} %, {worst:+.1f} %"
+            cells.append(text + (f", {min(errors):+.1f} %" if what == "used" else ""))
+        lines.append(f"| {half.replace('_', ' ')} ({len(each)}) | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 5), layout="constrained")
+    for axis, what, unit in ((axes[0], "used", "GiB on the card"), (axes[1], "step", "seconds a step")):
+        for half, marker in zip(GROUPS, "osd^", strict=True):
+            points = [getattr(row, what) for row in rows if row.half == half]
+            axis.plot([b for _, b in points], [a for a, _ in points], marker, label=half.replace("_", " "), alpha=0.8)
+        values = [value for row in rows for value in getattr(row, what)]
+        limits = [0.9 * min(values), 1.1 * max(values)]
+        axis.plot(limits, limits, color="black", linewidth=0.8)
+        axis.set(xlabel=f"measured {unit}", ylabel=f"predicted {unit}", xscale="log", yscale="log")
+        axis.grid(alpha=0.3, which="both")
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
@@ -382,14 +518,18 @@ def main() -> None:
     parser.add_argument("command", choices=["measure", "report"])
     parser.add_argument("settings", nargs="*", help="names of settings; all of one GPU by default")
     parser.add_argument("--out", type=Path, default=MEASURED)
+    parser.add_argument("--plot", type=Path, default=Path("planner.png"), help="report: the picture")
     parser.add_argument("--timeout", type=float, default=90, help="seconds for a setting")
     parser.add_argument("--trace", action="store_true", help="log what is alive at the peak of the second step")
     options = parser.parse_args()
     if options.command == "measure":
-        groups = {"tune": TUNE, "held_out": HELD_OUT, "several_gpus": SEVERAL_GPUS}
         wanted = options.settings or ["tune", "held_out"]
-        names = [name for each in wanted for name in groups.get(each, [each])]
+        names = [name for each in wanted for name in GROUPS.get(each, [each])]
         measure_all(names, options.out, options.timeout, options.trace)
+        return
+    rows = compare(options.out)
+    print(f"{table(rows)}\n\n{summary(rows)}")
+    draw(rows, options.plot)
 
 
 if __name__ == "__main__":

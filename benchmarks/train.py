@@ -20,12 +20,51 @@ from pathlib import Path
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
-from nemo_cpt.training.single_gpu import ADAM_STATES, FULL_PARAMETER, LORA, SingleGpuSetting
+from nemo_cpt.planning import ALLOWED, Workload, fit_workload
 
+ADAM_STATES = ("exp_avg", "exp_avg_sq", "master_param")
 BF16_TFLOPS = 790.0  # an 8192 x 8192 x 8192 product of random bf16 numbers on the H200 used
 MATMUL_PARAMETERS = 7.505e9  # 8.030e9 less the input embedding
 LAYERS, HIDDEN, VOCABULARY = 32, 4096, 128_256
 LORA_WIDTHS = 4096 + 6144 + 4096 + 4096 + 4096 + 28672 + 14336 + 4096  # in + out of the four linear layers
+
+
+LLAMA31_8B = Workload(
+    num_layers=LAYERS, hidden_size=HIDDEN, ffn_hidden_size=14336, num_attention_heads=32, num_query_groups=8,
+    kv_channels=128, vocab_size=VOCABULARY,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SingleGpuSetting:
+    """What to set for one GPU; names and values are those of Megatron's and NeMo's configurations."""
+
+    gpu_memory_gib: int
+    lora_rank: int | None
+    seq_length: int = 8192
+    micro_batch_size: int = 1
+    recompute_num_layers: int = 0
+    cross_entropy_fusion_impl: str = "te"
+    gradient_accumulation_fusion: bool = False
+    fp8_recipe: str | None = None
+    fp8_param: bool = False
+    grad_dtype: str = "fp32"
+    exp_avg_dtype: str = "fp32"
+    exp_avg_sq_dtype: str = "fp32"
+    host_states: tuple[str, ...] = ()
+
+
+def recipes_setting(gpu_memory_gib: int, lora_rank: int | None) -> SingleGpuSetting:
+    """What the single-GPU recipes set for a card: the planner's choice."""
+    work = LLAMA31_8B.replace(lora_rank=lora_rank, global_batch_size=128, fused_gradients=lora_rank is None)
+    given_up = ["gradients"] if lora_rank is None else ["rank", "seq_length"]
+    chosen = fit_workload(work, gpu_memory_gib, allow=[*ALLOWED, *given_up]).plan.workload
+    return SingleGpuSetting(
+        gpu_memory_gib=gpu_memory_gib, lora_rank=chosen.lora_rank, seq_length=chosen.seq_length,
+        micro_batch_size=chosen.micro_batch_size, recompute_num_layers=chosen.recompute_num_layers,
+        gradient_accumulation_fusion=chosen.fused_gradients, host_states=chosen.host_states,
+        grad_dtype="fp32" if chosen.grad_bytes == 4 else "bf16",
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,11 +105,11 @@ CASES: dict[str, Case] = {
     "full_bf16_states": Case(setting=full(141, **BF16_STATES), steps=6),
     "full_bf16_gradients": Case(setting=full(141, grad_dtype="bf16", **HOST), steps=6),
 } | {
-    f"{kind}{row.gpu_memory_gib}": Case(
-        setting=row, cap_gib=row.gpu_memory_gib - 1.0 if row.gpu_memory_gib < 141 else None
+    f"{kind}{gpu_memory_gib}": Case(
+        setting=recipes_setting(gpu_memory_gib, rank), cap_gib=gpu_memory_gib - 1.0 if gpu_memory_gib < 141 else None
     )
-    for kind, rows in (("lora", LORA), ("full", FULL_PARAMETER))
-    for row in rows
+    for kind, rank, cards in (("lora", 128, (24, 48, 80)), ("full", None, (48, 80, 141)))
+    for gpu_memory_gib in cards
 }
 GROUPS: dict[str, list[str]] = {
     "published": ["lora", "lora_fp8", "stock_lora", "transformers_peft"],
@@ -214,6 +253,7 @@ def train(case: Case, record: dict) -> None:
         seq_length=setting.seq_length,
         vocab_size=VOCABULARY,
         cross_entropy_fusion_impl=setting.cross_entropy_fusion_impl,
+        gradient_accumulation_fusion=setting.gradient_accumulation_fusion,
         **recompute,
     )
     tokenizer = NullTokenizer(VOCABULARY - 1)

@@ -9,11 +9,12 @@ import nemo_run as run
 from nemo.collections import llm
 
 from nemo_cpt.corpus import Blend
+from nemo_cpt.planning import ALLOWED, fit
 from nemo_cpt.recipes import parts
-from nemo_cpt.training import single_gpu
 
 DEFAULT_BASE = "checkpoints/Llama-3.1-8B"
 LINEAR_LAYERS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+ONE_GPU = {"gpus_per_node": 1, "tensor_model_parallel_size": 1}
 
 
 def model(seq_length: int = 8192) -> run.Config[llm.LlamaModel]:
@@ -85,7 +86,7 @@ def continual_pretrain(
     """
     return run.Partial(
         llm.pretrain,
-        model=model or _model(seq_length),
+        model=parts.fused(model or _model(seq_length)),
         data=parts.data(
             data or default_data(),
             base=base,
@@ -102,6 +103,7 @@ def continual_pretrain(
             tensor_model_parallel_size=tensor_model_parallel_size,
             pipeline_model_parallel_size=pipeline_model_parallel_size,
             context_parallel_size=context_parallel_size,
+            sequence_parallel=tensor_model_parallel_size > 1,
         ),
         optim=parts.adam(lr=lr, min_lr=min_lr, warmup_steps=warmup_steps, max_steps=max_steps),
         log=parts.log(directory, name),
@@ -120,23 +122,25 @@ def continual_pretrain_single_gpu(
     gpu_memory_gib: int = 48,
     name: str = "llama31_8b_cpt_single_gpu",
     rank: int | None = None,
+    seq_length: int | None = None,
     global_batch_size: int = 32,
     lr: float = 1e-4,
     **kwargs,
 ) -> run.Partial:
-    """LoRA on every linear layer, on one GPU of 48 GB by default (24 and 80 GB too).
+    """LoRA on every linear layer, on one GPU of 48 GB by default; of 24 GB with a lower rank.
 
-    The base is frozen; adapters of rank 128 (32 on 24 GB) and alpha of twice the rank are trained on all linear layers,
-    after "LoRA Learns Less and Forgets Less" (arXiv 2405.09673: alpha 2 x rank, all linear layers, learning rates of
-    1e-5 to 5e-4). Sequence length, micro batch and recomputation are those measured for the card in
-    docs/performance.md: 11,915 tokens/s with 48 GB, on one H200 capped at 47 GiB.
+    The base is frozen; adapters of rank 128 and alpha of twice the rank are trained on all linear layers, after "LoRA
+    Learns Less and Forgets Less" (arXiv 2405.09673: alpha 2 x rank, all linear layers, learning rates of 1e-5 to 5e-4).
+    Micro batch and recomputation are what `planning.fit` finds fastest for the card with 5 % to spare; where rank 128
+    does not fit, the rank is halved until it does, then the sequence. docs/performance.md has measurements.
 
     Args:
         base: see `continual_pretrain`.
         data: see `continual_pretrain`.
-        gpu_memory_gib: the card's memory as sold; chooses sequence length and recomputation.
+        gpu_memory_gib: the card's memory as sold.
         name: see `continual_pretrain`.
-        rank: rank of the adapters; the card's setting when None.
+        rank: rank of the adapters; 128, or the largest half of it that fits, when None.
+        seq_length: see `continual_pretrain`; 8192, or the largest half of it that fits, when None.
         global_batch_size: see `continual_pretrain`.
         lr: peak learning rate.
         **kwargs: see `continual_pretrain`.
@@ -145,11 +149,12 @@ def continual_pretrain_single_gpu(
         A run.Partial of `llm.finetune`; every field stays editable.
 
     Raises:
-        CptError: no setting fits the card; `data` is no Blend.
+        CptError: nothing fits the card; `data` is no Blend.
     """
-    setting = single_gpu.lora_setting(gpu_memory_gib)
-    recipe = _on_one_gpu(setting, base, data, name=name, global_batch_size=global_batch_size, lr=lr, **kwargs)
-    return with_lora(recipe, rank or setting.lora_rank)
+    sizes = {"seq_length": seq_length or 8192, "global_batch_size": global_batch_size}
+    recipe = continual_pretrain(base, data, name=name, lr=lr, **ONE_GPU | sizes | kwargs)
+    given_up = [knob for knob, value in (("rank", rank), ("seq_length", seq_length)) if value is None]
+    return fit(with_lora(recipe, rank), gpu_memory_gib, allow=[*ALLOWED, *given_up]).recipe
 
 
 @run.cli.factory(target=llm.pretrain, name="llama31_8b_cpt_full_single_gpu")
@@ -159,19 +164,22 @@ def continual_pretrain_full_single_gpu(
     *,
     gpu_memory_gib: int = 80,
     name: str = "llama31_8b_cpt_full_single_gpu",
+    seq_length: int | None = None,
     global_batch_size: int = 128,
     **kwargs,
 ) -> run.Partial:
-    """Every parameter on one GPU, of 80 GB by default (48 and 141 GB too), with 100 GiB of host memory.
+    """Every parameter on one GPU, of 80 GB by default; of 48 GB with Megatron's gradient buffer in bf16.
 
-    Adam's fp32 states stay in pinned host memory, where the GPU updates them across the bus in 3.2 s a step: the global
-    batch is large to make up for it. Measured in docs/performance.md.
+    Adam's fp32 states stay in 75 GiB of pinned host memory, where the GPU updates them across the bus in 3.2 s a step:
+    the global batch is large to make up for it. Micro batch and recomputation are what `planning.fit` finds fastest
+    for the card with 5 % to spare. docs/performance.md has measurements.
 
     Args:
         base: see `continual_pretrain`.
         data: see `continual_pretrain`.
-        gpu_memory_gib: the card's memory as sold; chooses recomputation and the gradients' dtype.
+        gpu_memory_gib: the card's memory as sold.
         name: see `continual_pretrain`.
+        seq_length: see `continual_pretrain`; 8192, or the largest half of it that fits, when None.
         global_batch_size: see `continual_pretrain`.
         **kwargs: see `continual_pretrain`.
 
@@ -179,21 +187,18 @@ def continual_pretrain_full_single_gpu(
         A run.Partial of `llm.pretrain`; every field stays editable.
 
     Raises:
-        CptError: no setting fits the card; `data` is no Blend.
+        CptError: nothing fits the card; `data` is no Blend.
     """
-    setting = single_gpu.full_parameter_setting(gpu_memory_gib)
-    return _on_one_gpu(setting, base, data, name=name, global_batch_size=global_batch_size, **kwargs)
-
-
-def _on_one_gpu(setting: single_gpu.SingleGpuSetting, base: str, data: Blend | None, **kwargs) -> run.Partial:
-    recipe = continual_pretrain(base, data, gpus_per_node=1, tensor_model_parallel_size=1, **kwargs)
-    single_gpu.configure(recipe, setting)
-    return recipe
+    sizes = {"seq_length": seq_length or 8192, "global_batch_size": global_batch_size}
+    recipe = continual_pretrain(base, data, name=name, **ONE_GPU | sizes | kwargs)
+    given_up = ["gradients"] + ["seq_length"] * (seq_length is None)
+    return fit(recipe, gpu_memory_gib, allow=[*ALLOWED, *given_up]).recipe
 
 
 def with_lora(recipe: run.Partial, rank: int | None = 128) -> run.Partial:
     """The same run with the base frozen and LoRA trained, through `llm.finetune`: llm.pretrain takes no adapters."""
     rank = rank or 128
+    recipe.model.config.gradient_accumulation_fusion = False  # the adapters' gradients are small
     return run.Partial(
         llm.finetune,
         model=recipe.model,

@@ -68,6 +68,17 @@ def trainer(
     )
 
 
+def fused(model: run.Config) -> run.Config:
+    """A model whose loss works in place on bf16 logits, and whose gradients are added up within the matrix products.
+
+    Measured on one H200 (docs/performance.md): 8 bytes a logit less (8.4 GiB at 8192 tokens of Llama-3.1's vocabulary),
+    and 10 % more tokens a second.
+    """
+    model.config.cross_entropy_loss_fusion, model.config.cross_entropy_fusion_impl = True, "te"
+    model.config.gradient_accumulation_fusion = True
+    return model
+
+
 def bf16() -> run.Config[nl.MegatronMixedPrecision]:
     """Parameters and arithmetic in bf16, master weights and the reduction of gradients in fp32."""
     return run.Config(

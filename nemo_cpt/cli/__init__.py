@@ -17,7 +17,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line; a CptError becomes its message on stderr and exit code 2."""
-    from nemo_cpt.cli import checkpoint, corpus, doctor, launch  # noqa: F401  each registers its commands on `app`
+    from nemo_cpt.cli import checkpoint, corpus, doctor, launch, planning  # noqa: F401  each registers its commands on `app`
 
     try:
         app()

@@ -15,11 +15,14 @@ from nemo_cpt.planning.workload import Workload
 WORKSPACES = 99 * 2**20  # of cuBLAS, PyTorch's and Transformer Engine's, on one H200
 CONTEXT = int(2.055 * GIB)  # CUDA's context and the kernels loaded, beside what PyTorch reserves
 COMPILED_LOSS = int(0.39 * GIB)  # more of them where the loss is compiled by torch.compile ("native")
+NCCL = {"data": int(0.47 * GIB), "tensor": int(0.85 * GIB), "pipeline": int(1.38 * GIB), "context": int(1.1 * GIB)}
+"""NCCL's buffers, beside the context, by the kind of parallelism (two H200 of one host)."""
 PINNED_SHARE = 0.0016  # of pinned host memory, for the GPU's page tables
 FRAGMENTATION = 0.02  # of what is allocated; measured 0.1 to 1 % without, 0.5 to 5 % with recomputation
 ADAM_SLICE = 256 * 2**20  # elements: training.upstream.ADAM_SLICE_ELEMENTS, which would import torch
 ALIGNMENT = 64  # elements: where Megatron's buffers let a parameter start
-PROCESS_HOST = int(6.0 * GIB)  # of a training process on the host: libraries, CUDA's share, two data workers
+PROCESS_HOST = int(2.5 * GIB)  # of a training process on the host (measured peak: 2.3 to 2.5 GiB)
+WORKER_HOST = int(0.8 * GIB)  # of each of its two data workers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,7 +344,17 @@ def _initialisation(work: Workload, stage: int, room: float) -> dict[str, int]:
 
 def _context(work: Workload, stage: int) -> int:
     compiled = COMPILED_LOSS if work.loss == "native" and stage == work.pipeline_model_parallel_size - 1 else 0
-    return CONTEXT + compiled + int(PINNED_SHARE * _pinned_bytes(work))
+    return CONTEXT + _nccl_bytes(work) + compiled + int(PINNED_SHARE * _pinned_bytes(work))
+
+
+def _nccl_bytes(work: Workload) -> int:
+    sizes = {
+        "data": work.data_parallel,
+        "tensor": work.tensor_model_parallel_size,
+        "pipeline": work.pipeline_model_parallel_size,
+        "context": work.context_parallel_size,
+    }
+    return sum(NCCL[kind] for kind, size in sizes.items() if size > 1)
 
 
 def _pinned_bytes(work: Workload) -> int:
@@ -366,7 +379,7 @@ def host_memory(work: Workload) -> HostMemory:
     checkpoint = trained * (work.weight_bytes + states) * processes // work.gpus
     return HostMemory(
         {
-            "processes": PROCESS_HOST * processes,
+            "processes": (PROCESS_HOST + 2 * WORKER_HOST) * processes,
             "optimizer states": _pinned_bytes(work) * processes // work.optimizer_shards,
             "checkpoint being written": checkpoint,
         }

@@ -20,7 +20,7 @@ LAYER_SECONDS = 1.77e-3  # a layer and micro batch: launches, and small work
 RECOMPUTED = 0.4  # of a layer's work beside products that its second forward pass repeats
 ADAM_SECONDS = {4: 14.2e-12, 2: 25.6e-12}  # a parameter, by the bytes of its first moment, on the GPU
 ADAM_FP8_SECONDS = 240e-12
-ADAM_HOST_SECONDS = 33.1e-12  # a byte of pinned state, which is read and written across the bus
+ADAM_HOST_SECONDS = 39.7e-12  # a byte of pinned state, which is read and written across the bus
 STEP_SECONDS = 10e-3  # a step's fixed part
 NODE_LINK_GB_S = 50.0  # a GPU's share of the links between nodes: 400 Gb/s each
 ERROR = {True: "mean error 3 %, worst 9 % (measured, one H200)", False: "scaled from an H200, not measured"}
@@ -122,6 +122,9 @@ def _activation_traffic(work: Workload) -> float:
     if work.dora:
         linear = sum(i * o for i, o in work.widths.values()) / work.tensor_model_parallel_size
         traffic += 12 * layers * linear
+    if work.lora_rank and work.tensor_model_parallel_size > 1:  # upstream.add_lora_in_one_pass leaves these alone
+        outputs = sum(work.widths[name][1] for name in work.lora_targets) / work.tensor_model_parallel_size
+        traffic += 8 * layers * outputs * work.tokens * work.weight_bytes
     logits = work.tokens * work.vocab_size / work.tensor_model_parallel_size
     return traffic + logits * (6 if work.loss == "te" else 20)
 

@@ -171,7 +171,7 @@ def on_cpu(recipe: Any, processes: int = 1) -> Any:
     trainer.accelerator, trainer.devices, trainer.num_nodes, trainer.plugins = "cpu", processes, 1, None
     fdl.update_callable(strategy, CpuStrategy)
     strategy.pipeline_dtype = torch.float32
-    strategy.ckpt_async_save = False
+    strategy.ckpt_async_save = strategy.sequence_parallel = False  # gloo does not reduce and scatter
     strategy.ddp.overlap_grad_reduce = strategy.ddp.overlap_param_gather = False
     strategy.ddp.average_in_collective = False  # gloo has no average
     if processes == 1:

@@ -5,6 +5,7 @@ import os
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
 from nemo_cpt import corpus
 from nemo_cpt.errors import CptError, exit_with_the_message
@@ -35,6 +36,9 @@ class Guards(pl.Callback):
         if optim.lr_scheduler is not None:
             check_schedule(optim.config.lr, optim.lr_scheduler, trainer.max_steps)
         check_environment(getattr(pl_module.config, "attention_backend", None), os.environ)
+        precision = getattr(trainer.precision_plugin, "dtype_config", None)
+        if getattr(precision, "fp8", None) and torch.cuda.is_available():
+            check_fp8(torch.cuda.get_device_capability())
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Check the first loss of a run that starts from its base."""
@@ -124,6 +128,16 @@ def check_batches(global_batch_size: int, micro_batch_size: int, processes: int,
         raise CptError(
             f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} x data "
             f"parallel {data_parallel}: {max(global_batch_size // step, 1) * step} would be"
+        )
+
+
+def check_fp8(compute_capability: tuple[int, int]) -> None:
+    """Refuse fp8 on a GPU older than Ada (8.9) and Hopper (9.0), which have no fp8 matrix products."""
+    if compute_capability < (8, 9):
+        major, minor = compute_capability
+        raise CptError(
+            f"fp8 needs a GPU of compute capability 8.9 (Ada), 9.0 (Hopper) or later; this one has {major}.{minor}. "
+            "Train in bf16: trainer.plugins.fp8=None"
         )
 
 

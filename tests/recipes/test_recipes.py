@@ -4,15 +4,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fiddle
 import nemo_run as run
 import pytest
+import torch
+from megatron.core.optimizer import OptimizerConfig
 from nemo.collections import llm
 from nemo_run.core.serialization.yaml import YamlSerializer
 
 from nemo_cpt.cli import yaml_file
 from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
+from nemo_cpt.planning import plan
 from nemo_cpt.recipes import llama31_8b, parts, tiny
+from nemo_cpt.training.optimizer import STATES, HostStateOptimizer
 
 RECIPES = [
     llama31_8b.continual_pretrain,
@@ -51,20 +56,50 @@ def test_warmup_follows_the_runs_length(steps: int, warmup: int) -> None:
     assert parts.default_warmup(steps) == warmup
 
 
-@pytest.mark.parametrize("gpu_memory_gib", [24, 48, 80])
-def test_lora_trains_all_linear_layers_at_twice_the_rank(gpu_memory_gib: int) -> None:
-    recipe = llama31_8b.continual_pretrain_single_gpu(gpu_memory_gib=gpu_memory_gib)
-    assert recipe.__fn_or_cls__ is llm.finetune
-    assert recipe.peft.alpha == 2 * recipe.peft.dim
-    assert set(recipe.peft.target_modules) == {"linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"}
-    assert recipe.trainer.devices == recipe.trainer.strategy.tensor_model_parallel_size == 1
+class TestOneGpu:
+    @pytest.mark.parametrize("gpu_memory_gib", [24, 48, 80])
+    def test_lora_trains_all_linear_layers_at_twice_the_rank(self, gpu_memory_gib: int) -> None:
+        recipe = llama31_8b.continual_pretrain_single_gpu(gpu_memory_gib=gpu_memory_gib)
+        assert recipe.__fn_or_cls__ is llm.finetune
+        assert recipe.peft.alpha == 2 * recipe.peft.dim
+        assert set(recipe.peft.target_modules) == {"linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"}
+        assert recipe.trainer.devices == recipe.trainer.strategy.tensor_model_parallel_size == 1
+        planned = plan(recipe, gpu_memory_gib)
+        assert planned.peak_gib <= 0.95 * planned.memory_gib
 
+    def test_the_planner_finds_recompute_and_rank_for_the_card(self) -> None:
+        cards = {gib: llama31_8b.continual_pretrain_single_gpu(gpu_memory_gib=gib) for gib in (24, 48, 80)}
+        assert [cards[gib].peft.dim for gib in (48, 80)] == [128, 128]
+        assert cards[24].peft.dim < 128
+        assert 0 < cards[48].model.config.recompute_num_layers < cards[24].model.config.recompute_num_layers
+        assert cards[80].model.config.recompute_granularity is None
+        assert {recipe.model.config.seq_length for recipe in cards.values()} == {8192}
 
-def test_a_card_too_small_is_refused_with_the_smallest_that_fits() -> None:
-    with pytest.raises(CptError, match="at least 24 GB"):
-        llama31_8b.continual_pretrain_single_gpu(gpu_memory_gib=12)
-    with pytest.raises(CptError, match="at least 48 GB"):
-        llama31_8b.continual_pretrain_full_single_gpu(gpu_memory_gib=24)
+    def test_a_given_rank_is_kept_and_the_sequence_shortened(self) -> None:
+        recipe = llama31_8b.continual_pretrain_single_gpu(gpu_memory_gib=24, rank=64)
+        assert recipe.peft.dim == 64
+        assert recipe.data.seq_length == recipe.model.config.seq_length < 8192
+
+    def test_every_parameter_on_one_gpu_keeps_the_states_on_the_host(self) -> None:
+        for gpu_memory_gib, gradients in ((48, torch.bfloat16), (80, torch.float32)):
+            recipe = llama31_8b.continual_pretrain_full_single_gpu(gpu_memory_gib=gpu_memory_gib)
+            assert recipe.optim.__fn_or_cls__ is HostStateOptimizer
+            assert recipe.optim.config.main_grads_dtype == gradients
+            assert recipe.trainer.strategy.ddp.grad_reduce_in_fp32 is (gradients == torch.float32)
+            assert plan(recipe, gpu_memory_gib).fits
+
+    def test_it_builds_the_optimizer_module_that_keeps_the_states_on_the_host(self, monkeypatch) -> None:
+        monkeypatch.setattr(OptimizerConfig, "__post_init__", lambda self: None)  # it asks for Transformer Engine
+        module = fiddle.build(llama31_8b.continual_pretrain_full_single_gpu().optim)
+        assert isinstance(module, HostStateOptimizer)
+        assert module.host_states == STATES
+        assert module.config.exp_avg_dtype == module.config.main_grads_dtype == torch.float32
+
+    def test_a_card_too_small_is_refused_with_the_smallest_that_fits(self) -> None:
+        with pytest.raises(CptError, match=r"nothing fits in 11\.8 GiB: LoRA takes at least 1\d\.\d GiB"):
+            llama31_8b.continual_pretrain_single_gpu(gpu_memory_gib=12)
+        with pytest.raises(CptError, match=r"every parameter takes at least 3\d\.\d GiB .* or LoRA"):
+            llama31_8b.continual_pretrain_full_single_gpu(gpu_memory_gib=24)
 
 
 def test_data_must_be_a_blend() -> None:

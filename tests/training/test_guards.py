@@ -139,3 +139,10 @@ def _train_from_random_weights(world: Path, blend: Any) -> None:
 
     CpuStrategy.selective_restore = lambda self: None  # what a run that silently restored nothing does
     run.run(made, direct=True)
+
+
+def test_fp8_needs_ada_or_later() -> None:
+    guards.check_fp8((8, 9))
+    guards.check_fp8((9, 0))
+    with pytest.raises(CptError, match=r"this one has 8\.0.*bf16"):
+        guards.check_fp8((8, 0))
