@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ class Fetched:
         path: Where it is.
         url: Where it came from.
         size: Its bytes.
-        sha256: Its checksum; empty for a dataset of the hub, whose own client keeps them.
+        sha256: Its checksum.
         status: `fetched`, `resumed` or `unchanged`.
     """
 
@@ -56,10 +58,13 @@ def fetch(corpus: str, folder: str | os.PathLike[str], *, quiet: bool = False, p
     urls = _urls(corpus)
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    return [
-        _fetch_dataset(url, target) if url.startswith(HUB) else _Download(url, target, quiet, patience).run()
-        for url in urls
-    ]
+    found: list[Fetched] = []
+    for url in urls:
+        if url.startswith(HUB):
+            found += _fetch_dataset(url, target, quiet)
+        else:
+            found.append(_Download(url, target, quiet, patience).run())
+    return found
 
 
 def _urls(corpus: str) -> tuple[str, ...]:
@@ -74,16 +79,59 @@ def _urls(corpus: str) -> tuple[str, ...]:
     raise CptError(f"There is no corpus {corpus!r}. Known are {', '.join(CORPORA)}, https:// addresses and {HUB}NAME.")
 
 
-def _fetch_dataset(url: str, folder: Path) -> Fetched:
-    from huggingface_hub import snapshot_download
+def _fetch_dataset(url: str, folder: Path, quiet: bool) -> list[Fetched]:
+    """Get a dataset of the hub; its own client resumes and leaves alone what is there."""
+    from huggingface_hub import HfApi, snapshot_download
 
-    name = url.removeprefix(HUB)
+    name, known = url.removeprefix(HUB), read_checksums(folder)
+    with _explained(name), _bars(not quiet and sys.stderr.isatty()):
+        info = HfApi().dataset_info(name)
+        names = sorted(file.rfilename for file in info.siblings or [] if not file.rfilename.startswith("."))
+        snapshot_download(name, repo_type="dataset", revision=info.sha, local_dir=folder, allow_patterns=names)
+    found = []
+    for file in names:
+        path, checksum = folder / file, hash_of(folder / file)
+        status = "unchanged" if known.get(file) == checksum else "fetched"
+        found.append(Fetched(str(path), url, path.stat().st_size, checksum, status))
+    _keep_checksums(folder, dict(zip(names, (file.sha256 for file in found), strict=True)))
+    return found
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn the hub's errors into CptErrors that say what to do; none of them holds the token."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    from requests.exceptions import RequestException
+
+    page = f"{constants.ENDPOINT}/datasets/{name}"
+    token = "set the environment variable HF_TOKEN to a token from https://huggingface.co/settings/tokens"
     try:
-        path = snapshot_download(name, repo_type="dataset", local_dir=folder)
-    except Exception as error:  # the hub's client has some twenty kinds
-        raise CptError(f"Cannot get the dataset {name!r} from the Hugging Face hub: {error}") from error
-    size = sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
-    return Fetched(str(path), url, size, "", "fetched")
+        yield
+    except GatedRepoError:
+        raise CptError(f"The dataset {name} is gated. Open {page}, accept its conditions, then {token}.") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise CptError(f"There is no dataset {name} at {page}, or it is private; if it is, {token}.") from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "an error"
+        raise CptError(f"The hub answers {status} for {page}. Try again later; a rerun goes on.") from None
+    except (OSError, RequestException) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CptError(f"Cannot get {page}: {reason}. A rerun goes on where this one stopped.") from None
+
+
+@contextmanager
+def _bars(shown: bool) -> Iterator[None]:
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if shown or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 class _Download:
@@ -109,7 +157,7 @@ class _Download:
         checksum = hash_of(self.part)
         self.part.rename(self.path)
         self.state.unlink(missing_ok=True)
-        _keep_checksum(self.folder, self.name, checksum)
+        _keep_checksums(self.folder, {self.name: checksum})
         return self._fetched(checksum, "resumed" if self.resumed else "fetched")
 
     def _fetched(self, checksum: str, status: str) -> Fetched:
@@ -211,7 +259,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
         yield name, checksum
 
 
-def _keep_checksum(folder: Path, name: str, checksum: str) -> None:
-    checksums = read_checksums(folder) | {name: checksum}
+def _keep_checksums(folder: Path, new: dict[str, str]) -> None:
+    checksums = read_checksums(folder) | new
     write_whole(folder / CHECKSUMS, "".join(f"{value}  {key}\n" for key, value in sorted(checksums.items())).encode())
     sync_directory(folder)

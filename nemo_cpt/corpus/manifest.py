@@ -58,12 +58,14 @@ def describe_inputs(sources: list[Source], hashes: dict[str, str]) -> list[dict[
 def changed_input(sources: list[Source], recorded: list[dict[str, Any]]) -> str | None:
     """Return what differs between the inputs and those of a manifest, None if they hold the same bytes.
 
-    A file whose size and time are as recorded counts as unchanged; one that was moved or touched is hashed.
+    A file whose size and time are as recorded counts as unchanged; one that was moved or touched is hashed, and a
+    dataset of the hub is asked for its fingerprint.
     """
     if len(sources) != len(recorded):
         return f"there were {len(recorded)} inputs, now there are {len(sources)}"
     for source, was in zip(sources, recorded, strict=True):
-        if (source.path, source.size, source.mtime_ns) == (was["path"], was["size"], was["mtime_ns"]):
+        as_listed = (source.path, source.size, source.mtime_ns) == (was["path"], was["size"], was["mtime_ns"])
+        if as_listed and source.kind != "hub":
             continue
         if source.size != was["size"] or source.kind != was["kind"]:
             return f"{source.path} is not the {was['path']} of {was['size']} bytes that it was made of"
