@@ -78,9 +78,12 @@ def preflight(job: "Job", force: bool) -> None:
     Raises:
         CptError: something would stop the job; the message holds everything found, with its cure.
     """
-    from nemo_cpt.doctor import PREFLIGHT, Examination, examine
+    from nemo_cpt.doctor import FITTING, PREFLIGHT, Examination, examine, worst
 
-    findings = examine(PREFLIGHT, Examination(job), seconds=20)
+    examination = Examination(job)
+    findings = examine(PREFLIGHT, examination, seconds=20)
+    if worst(findings) != "error":
+        findings += examine(FITTING, examination, seconds=300)
     errors = [each for each in findings if each.state == "error"]
     for each in findings:
         if each.state == "warning" or (force and each.state == "error"):

@@ -11,7 +11,7 @@ from nemo_cpt.cli.launch import PANEL, Json, Pairs, Recipe
 from nemo_cpt.errors import CptError
 
 if TYPE_CHECKING:
-    from nemo_cpt.planning import Fit, Workload
+    from nemo_cpt.planning import Fit, Plan, Workload
 
 EXIT_DOES_NOT_FIT = 3
 
@@ -32,6 +32,7 @@ def plan(
     Ends with 0 if it fits, with 3 if not, with 2 where the command itself is wrong.
     """
     from nemo_cpt.planning import picture, plan_workload
+    from nemo_cpt.planning.search import nearest_that_fits
 
     work = read(recipe, overrides, gpus)
     planned = plan_workload(work, gpu_memory, gpu)
@@ -41,26 +42,23 @@ def plan(
     if json:
         print(jsonlib.dumps(planned.as_dict(tokens) | {"nearest": _as_dict(nearest)}))
     else:
-        if nearest is not None:
-            print(f"what would fit: {_sentence(nearest)}")
-        elif not planned.fits:
-            print("nothing near it fits: take a larger GPU, more of them, LoRA, or a smaller model")
         picture.print_plan(planned, tokens)
+        print_nearest(planned, nearest)
     if not planned.fits:
         raise typer.Exit(EXIT_DOES_NOT_FIT)
 
 
 def read(recipe: str, overrides: list[str] | None, gpus: int | None) -> "Workload":
-    """Build a recipe, which imports NeMo, and read its workload, for another number of GPUs if given."""
+    """Read a recipe's workload, for another number of GPUs if given."""
     from nemo_cpt.cli.launch import _split
-    from nemo_cpt.cli.task import build_recipe
-    from nemo_cpt.planning import read as read_recipe
+    from nemo_cpt.planning.named import workload
 
     function, arguments, fields, _ = _split(recipe, overrides or [])
-    partial = build_recipe(function.name, arguments, fields)
-    if gpus is not None:
-        partial.trainer.devices, partial.trainer.num_nodes = spread(gpus, partial.trainer.devices)
-    return read_recipe(partial)
+    work = workload(function.name, arguments, fields)
+    if gpus is None:
+        return work
+    per_node, nodes = spread(gpus, work.gpus_per_node)
+    return work.replace(gpus=per_node * nodes, gpus_per_node=per_node)
 
 
 def spread(gpus: int, per_node: int) -> tuple[int, int]:
@@ -77,19 +75,6 @@ def spread(gpus: int, per_node: int) -> tuple[int, int]:
     return min(gpus, per_node), -(-gpus // per_node)
 
 
-def nearest_that_fits(work: "Workload", gpu_memory: float | None, gpu: str | None) -> "Fit | None":
-    """The fastest setting that fits with what does not change the training; else with more given up; else None."""
-    from nemo_cpt.planning import ALLOWED, fit_workload
-    from nemo_cpt.planning.search import FALLBACKS
-
-    for allowed in (ALLOWED, (*ALLOWED, *FALLBACKS)):
-        try:
-            return fit_workload(work, gpu_memory, gpu, allow=allowed)
-        except CptError:
-            continue
-    return None
-
-
 def write_plot(planned: Any, path: Path) -> None:
     """Write a plan's picture.
 
@@ -103,8 +88,17 @@ def write_plot(planned: Any, path: Path) -> None:
     picture.plot(planned, path)
 
 
-def _sentence(found: "Fit") -> str:
-    return "; ".join(map(str, found.changes)) + f" -> {found.plan.verdict}"
+def print_nearest(planned: "Plan", nearest: "Fit | None") -> None:
+    """Print what would fit, a line a change; nothing for a plan that fits."""
+    if planned.fits:
+        return
+    if nearest is None:
+        print("nothing near it fits: take a larger GPU, more of them, LoRA, or a smaller model")
+        return
+    print("what would fit:")
+    for change in nearest.changes:
+        print(f"  {change}")
+    print(f"  -> {nearest.plan.speed.tokens_per_second:,.0f} tokens/s; {nearest.plan.verdict}")
 
 
 def _as_dict(found: "Fit | None") -> dict[str, Any] | None:

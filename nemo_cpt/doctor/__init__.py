@@ -5,7 +5,7 @@ are the whole examination, `PREFLIGHT` what `nemo-cpt run` looks at before each 
 these lists takes part.
 """
 
-from nemo_cpt.doctor import access, gpus, host, material, network, slurm, software
+from nemo_cpt.doctor import access, fitting, gpus, host, material, network, slurm, software
 from nemo_cpt.doctor.examination import Check, Examination, examine
 from nemo_cpt.doctor.finding import Finding, worst
 from nemo_cpt.doctor.job import Job, Place
@@ -28,6 +28,9 @@ PREFLIGHT: tuple[Check, ...] = (
     slurm.slurm,
 )
 """Quick ones: no process is started but nvidia-smi and sinfo."""
+
+FITTING: tuple[Check, ...] = (fitting.fit,)
+"""Looked at before a launch where nothing else is red: the first time it takes as long as NeMo's import."""
 
 CHECKS: tuple[Check, ...] = (
     software.python,
@@ -52,7 +55,19 @@ CHECKS: tuple[Check, ...] = (
 )
 """The whole examination of a machine."""
 
-JOB_CHECKS: tuple[Check, ...] = (material.base, material.data, material.vocabulary)
+JOB_CHECKS: tuple[Check, ...] = (material.base, material.data, material.vocabulary, fitting.fit)
 """What is looked at besides, where a recipe is named."""
 
-__all__ = ["CHECKS", "JOB_CHECKS", "PREFLIGHT", "Check", "Examination", "Finding", "Job", "Place", "examine", "worst"]
+__all__ = [
+    "CHECKS",
+    "FITTING",
+    "JOB_CHECKS",
+    "PREFLIGHT",
+    "Check",
+    "Examination",
+    "Finding",
+    "Job",
+    "Place",
+    "examine",
+    "worst",
+]

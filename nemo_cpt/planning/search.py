@@ -77,9 +77,10 @@ def fit(
         gpu: the kind of GPU, a key of `GPUS`; an H200 when None.
         margin: share of the memory that stays free.
         allow: what may be changed: "recompute", "micro_batch" (at the same global batch), "loss" (Transformer Engine's,
-            in place), "host_states" (Adam's states in pinned host memory) and "layout" (tensor and pipeline
-            parallelism). None of these changes what is learned. Where nothing fits otherwise, in this order, and not
-            unless named: "gradients" (Megatron's buffer in bf16), "rank" and "seq_length" (halved until it fits).
+            in place), "layout" (tensor and pipeline parallelism), and, where nothing fits otherwise, "host_states"
+            (Adam's states in pinned host memory). None of these changes what is learned. Where still nothing fits, in
+            this order, and not unless named: "gradients" (Megatron's buffer in bf16), "rank" and "seq_length" (halved
+            until it fits).
 
     Returns:
         The recipe, its plan and the changes, with what each bought.
@@ -114,6 +115,16 @@ def fit_workload(
             best = min(fitting, key=lambda each: (_seconds_a_token(each, kind), _peak(each, budget)))
             return Fit(None, plan_workload(best, gpu_memory_gib, gpu), changes(work, best, kind, budget))
     raise CptError(_nothing_fits(work, allow, usable, margin))
+
+
+def nearest_that_fits(work: Workload, gpu_memory_gib: float | None, gpu: str | None) -> Fit | None:
+    """Find the fastest setting that fits and trains the same; else one with more given up; None if there is none."""
+    for allowed in (ALLOWED, (*ALLOWED, *FALLBACKS)):
+        try:
+            return fit_workload(work, gpu_memory_gib, gpu, allow=allowed)
+        except CptError:
+            continue
+    return None
 
 
 def changes(before: Workload, after: Workload, gpu: Gpu, room: float) -> list[Change]:
@@ -168,8 +179,8 @@ def _tiers(work: Workload, allow: Sequence[str]) -> Iterator[Workload]:
     if "rank" in allow and work.lora_rank:
         ranks += _halved(work.lora_rank, LOWEST_RANK)
     lengths = [work.seq_length] + (_halved(work.seq_length, SHORTEST) if "seq_length" in allow else [])
-    for length, rank, grad_bytes in itertools.product(lengths, ranks, gradients):
-        yield work.replace(seq_length=length, lora_rank=rank, grad_bytes=grad_bytes)
+    for length, rank, grad_bytes, states in itertools.product(lengths, ranks, gradients, _states(work, allow)):
+        yield work.replace(seq_length=length, lora_rank=rank, grad_bytes=grad_bytes, **states)
 
 
 def _halved(value: int, least: int) -> list[int]:
@@ -184,16 +195,15 @@ def _candidates(work: Workload, allow: Sequence[str], budget: float) -> Iterator
     loss = ["te"] if "loss" in allow else [work.loss]
     sizes = MICRO_BATCHES if "micro_batch" in allow else (work.micro_batch_size,)
     for layout, size, loss_ in itertools.product(_layouts(work, allow), sizes, loss):
-        for states in _states(work, allow):
-            try:
-                each = work.replace(**layout, micro_batch_size=size, loss=loss_, **states)
-            except CptError:  # sizes that do not divide each other
-                continue
-            yield _least_recompute(each, budget) if "recompute" in allow else each
+        try:
+            each = work.replace(**layout, micro_batch_size=size, loss=loss_)
+        except CptError:  # sizes that do not divide each other
+            continue
+        yield _least_recompute(each, budget) if "recompute" in allow else each
 
 
 def _states(work: Workload, allow: Sequence[str]) -> list[dict[str, Any]]:
-    """Where Adam's states may be: as they are, or on the host."""
+    """Where Adam's states may be: as they are, else on the host, whose memory the planner is not told."""
     as_they_are: dict[str, Any] = {}
     if "host_states" not in allow or work.lora_rank is not None or work.host_states or work.weight_bytes != 2:
         return [as_they_are]

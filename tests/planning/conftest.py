@@ -1,0 +1,3 @@
+from tests.training.conftest import blend, world
+
+__all__ = ["blend", "world"]

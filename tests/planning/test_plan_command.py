@@ -1,0 +1,78 @@
+"""`nemo-cpt plan`, and the doctor's use of it."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+LORA = "llama31_8b.continual_pretrain_single_gpu"
+
+
+@pytest.fixture(scope="module")
+def nemo_cpt(tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+
+    def command(*arguments: str):
+        return subprocess.run(
+            [sys.executable, "-m", "nemo_cpt.cli", "plan", *arguments],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"XDG_CACHE_HOME": str(cache)},
+        )
+
+    return command
+
+
+def test_a_recipe_that_fits_ends_with_0_and_the_second_answer_comes_at_once(nemo_cpt) -> None:
+    first = nemo_cpt(LORA, "--gpu-memory", "48", "--json")
+    assert first.returncode == 0, first.stderr
+    started = time.monotonic()
+    again = nemo_cpt(LORA, "--gpu-memory", "48", "--json")
+    assert time.monotonic() - started < 4  # 0.5 s where the machine has nothing else to do
+    assert json.loads(first.stdout) == json.loads(again.stdout)
+    answer = json.loads(again.stdout)
+    assert answer["fits"]
+    assert answer["nearest"] is None
+    assert sum(answer["stages"][0]["bytes"].values()) == answer["stages"][0]["total_bytes"]
+
+
+def test_one_that_does_not_fit_ends_with_3_and_what_would(nemo_cpt) -> None:
+    done = nemo_cpt(LORA, "--gpu-memory", "24")
+    assert done.returncode == 3
+    verdict, *would = done.stdout.partition("does not fit")[2].splitlines()
+    assert "too much" in verdict
+    assert would[0] == "what would fit:"
+    assert any("rank 128 -> 16" in line for line in would)
+    assert "fits: " in would[-1]
+
+
+def test_more_gpus_and_a_picture(nemo_cpt, tmp_path) -> None:
+    picture = tmp_path / "plan.png"
+    done = nemo_cpt("llama31_8b.continual_pretrain", "--gpus", "16", "--gpu", "H100", "--tokens", "1.26e9",
+                    "--json", "--plot", str(picture))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    answer = json.loads(done.stdout)
+    assert answer["tokens"] == 1.26e9
+    assert answer["hours"] == pytest.approx(1.26e9 / answer["tokens_per_second"] / 3600, rel=0.01)
+    assert answer["tokens_per_second_per_gpu"] == pytest.approx(answer["tokens_per_second"] / 16, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["llama"], "there is no recipe 'llama'"),
+        ([LORA, "--gpu", "TPU"], "the planner knows no GPU 'TPU'"),
+        ([LORA, "--plot", "/nowhere/plan.png"], "a folder that exists"),
+        (["llama31_8b.continual_pretrain", "--gpus", "12"], "does not fill nodes of 8"),
+        (["llama31_8b.continual_pretrain", "data.nothing=1"], "no field nothing"),
+    ],
+)
+def test_what_is_wrong_ends_with_2(nemo_cpt, arguments, message) -> None:
+    done = nemo_cpt(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

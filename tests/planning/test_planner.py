@@ -1,0 +1,137 @@
+"""The planner by itself, without NeMo."""
+
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemo_cpt.errors import CptError
+from nemo_cpt.planning import ALLOWED, Workload, fit_workload, plan_workload
+from nemo_cpt.planning.hardware import gpu, usable_gib
+
+LLAMA = {
+    "num_layers": 32, "hidden_size": 4096, "ffn_hidden_size": 14336, "num_attention_heads": 32, "num_query_groups": 8,
+    "kv_channels": 128, "vocab_size": 128_256,
+}  # fmt: skip
+
+
+def llama(**changes) -> Workload:
+    return Workload(**LLAMA | {"global_batch_size": 32} | changes)
+
+
+def test_parameters_are_llama_31_8bs() -> None:
+    assert llama().parameters == 8_030_261_248
+    assert llama(lora_rank=32).adapter_parameters == 32 * 32 * 69_632
+
+
+workloads = st.builds(
+    llama,
+    num_layers=st.sampled_from([4, 16, 32]),
+    seq_length=st.sampled_from([512, 4096, 16384]),
+    micro_batch_size=st.sampled_from([1, 2, 4]),
+    lora_rank=st.sampled_from([None, 8, 128]),
+    dora=st.booleans(),
+    recompute=st.sampled_from(["none", "selective", "block", "uniform"]),
+    recompute_num_layers=st.integers(0, 40),
+    loss=st.sampled_from(["te", "native", "plain"]),
+    fp8=st.booleans(),
+    fused_gradients=st.booleans(),
+    grad_bytes=st.sampled_from([2, 4]),
+    tensor_model_parallel_size=st.sampled_from([1, 2]),
+    pipeline_model_parallel_size=st.sampled_from([1, 2]),
+    context_parallel_size=st.sampled_from([1, 2]),
+    sequence_parallel=st.booleans(),
+    gpus=st.sampled_from([8, 16]),
+    global_batch_size=st.just(256),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(workloads)
+def test_parts_add_up_and_are_never_negative(work: Workload) -> None:
+    planned = plan_workload(work)
+    for stage in planned.stages:
+        assert stage.total == sum(stage.parts.values())
+        assert min(stage.parts.values()) >= 0
+        assert stage.parts["weights"] > 0
+    speed = planned.speed
+    assert min(speed.seconds.values()) > 0
+    assert speed.step_seconds * speed.tokens_per_second == pytest.approx(work.tokens_per_step)
+
+
+@settings(max_examples=100, deadline=None)
+@given(workloads)
+def test_more_of_anything_takes_no_less(work: Workload) -> None:
+    peak = plan_workload(work).peak_gib
+    assert plan_workload(work.replace(micro_batch_size=2 * work.micro_batch_size)).peak_gib >= peak
+    assert plan_workload(work.replace(seq_length=2 * work.seq_length)).peak_gib >= peak
+    if work.recompute == "none":
+        assert plan_workload(work.replace(recompute="uniform")).peak_gib <= peak * 1.05  # a layer's transient
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tensor_model_parallel_size": 3}, "num_attention_heads 32 cannot be cut over 3"),
+        ({"pipeline_model_parallel_size": 5, "gpus": 5}, "32 layers cannot be cut into 5"),
+        ({"context_parallel_size": 3, "gpus": 3}, "seq_length 8192 cannot be cut over 3"),
+        ({"tensor_model_parallel_size": 4, "gpus": 6}, "6 GPUs cannot be cut into groups"),
+        ({"gpus": 8, "global_batch_size": 12}, "global_batch_size 12 is not a multiple"),
+    ],
+)
+def test_sizes_that_do_not_go_together_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(CptError, match=message):
+        llama(**changes)
+
+
+class TestFit:
+    def test_it_is_fast_and_says_what_each_change_bought(self) -> None:
+        started = time.perf_counter()
+        found = fit_workload(llama(lora_rank=128, loss="native"), 48)
+        assert time.perf_counter() - started < 2
+        assert [change.knob for change in found.changes] == ["loss", "recompute"]
+        assert found.changes[0].memory_gib > 8
+        assert found.changes[1].tokens_per_second < 0 < found.changes[1].memory_gib
+        before = plan_workload(llama(lora_rank=128, loss="native"), 48)
+        bought = sum(change.memory_gib for change in found.changes)
+        assert before.peak_gib - found.plan.peak_gib == pytest.approx(bought, abs=0.01)
+
+    def test_it_recomputes_no_layer_more_than_it_must(self) -> None:
+        work = fit_workload(llama(lora_rank=128), 48).plan.workload
+        one_less = work.replace(recompute_num_layers=work.recompute_num_layers - 1)
+        budget = 0.95 * 47.4
+        assert plan_workload(work, 48).peak_gib <= budget < plan_workload(one_less, 48).peak_gib
+
+    def test_eight_gpus_get_a_layout_in_time(self) -> None:
+        started = time.perf_counter()
+        work = fit_workload(llama(gpus=8, global_batch_size=1024), 80).plan.workload
+        assert time.perf_counter() - started < 2
+        assert work.tensor_model_parallel_size > 1
+        assert not work.host_states
+
+    def test_nothing_is_given_up_unless_allowed(self) -> None:
+        with pytest.raises(CptError, match=r"nothing fits in 23\.5 GiB: LoRA takes at least"):
+            fit_workload(llama(lora_rank=128), 24)
+        work = fit_workload(llama(lora_rank=128), 24, allow=[*ALLOWED, "rank"]).plan.workload
+        assert (work.lora_rank, work.seq_length) == (16, 8192)
+
+    def test_the_smallest_memory_that_is_named_does_fit(self) -> None:
+        with pytest.raises(CptError) as caught:
+            fit_workload(llama(), 24)
+        least = float(str(caught.value).split("at least ")[1].split(" GiB")[0])
+        assert fit_workload(llama(), (least + 0.2) / 0.98).plan.fits
+
+    def test_an_unknown_knob_is_refused(self) -> None:
+        with pytest.raises(CptError, match=r"allow names \['speed'\]"):
+            fit_workload(llama(), 48, allow=["speed"])
+
+
+def test_cards_are_known_by_size_and_by_name() -> None:
+    assert usable_gib(48) == 47.4
+    assert usable_gib(100) == 98
+    assert gpu("nvidia rtx 6000 ada").memory_gib == 47.4
+    with pytest.raises(CptError, match="knows no GPU 'TPU'"):
+        gpu("TPU")
+    with pytest.raises(CptError, match="-1 GiB"):
+        usable_gib(-1)
