@@ -498,6 +498,7 @@ def draw(rows: list[Row], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import NullFormatter
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 5), layout="constrained")
     for axis, what, unit in ((axes[0], "used", "GiB on the card"), (axes[1], "step", "seconds a step")):
@@ -508,6 +509,11 @@ def draw(rows: list[Row], path: Path) -> None:
         limits = [0.9 * min(values), 1.1 * max(values)]
         axis.plot(limits, limits, color="black", linewidth=0.8)
         axis.set(xlabel=f"measured {unit}", ylabel=f"predicted {unit}", xscale="log", yscale="log")
+        ticks = [tick for tick in (0.2, 0.5, 1, 2, 4, 10, 20, 40, 60, 100) if limits[0] < tick < limits[1]]
+        for ruler in (axis.xaxis, axis.yaxis):
+            ruler.set_major_locator(pyplot.FixedLocator(ticks))
+            ruler.set_major_formatter("{x:g}")
+            ruler.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3, which="both")
     axes[0].legend()
     figure.savefig(path, dpi=120)

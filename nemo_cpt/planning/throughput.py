@@ -23,7 +23,8 @@ ADAM_FP8_SECONDS = 240e-12
 ADAM_HOST_SECONDS = 39.7e-12  # a byte of pinned state, which is read and written across the bus
 STEP_SECONDS = 10e-3  # a step's fixed part
 NODE_LINK_GB_S = 50.0  # a GPU's share of the links between nodes: 400 Gb/s each
-ERROR = {True: "mean error 3 %, worst 9 % (measured, one H200)", False: "scaled from an H200, not measured"}
+ERRORS = {1: "mean error 3 %, worst 9 % on one H200", 2: "mean error 5 %, worst 13 % on two H200"}
+NOT_MEASURED = "scaled from an H200, not measured"
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def speed(work: Workload, gpu: Gpu = DEFAULT) -> Speed:
     seconds = {name: each for name, each in seconds.items() if each}
     step = sum(seconds.values())
     tflops = work.tokens_per_step * model_flops_per_token(work) / step / work.gpus / 1e12
-    return Speed(seconds, work.tokens_per_step, work.gpus, tflops, ERROR[gpu.measured])
+    error = ERRORS.get(work.gpus, "more than two GPUs were not measured")
+    return Speed(seconds, work.tokens_per_step, work.gpus, tflops, error if gpu.measured else NOT_MEASURED)
 
 
 def model_flops_per_token(work: Workload) -> float:
