@@ -4,6 +4,7 @@ import io
 import multiprocessing
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -351,6 +352,15 @@ _take: Callable[[Task], _Portion] | None = (
 )
 
 
+def _end_with(parent: int) -> None:
+    """Let the kernel end this worker when its parent is killed; it would wait for tasks for ever."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 def _call(task: Task) -> _Portion:
     assert _take is not None
     return _take(task)
@@ -361,7 +371,8 @@ def _in_order(take: Callable[[Task], _Portion], feed: Feed, workers: int) -> Ite
     global _take
     _take = take
     tasks = iter(feed)
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(workers, mp_context=fork, initializer=_end_with, initargs=(os.getpid(),)) as pool:
         try:
             while batch := list(islice(tasks, 4 * workers)):
                 yield from zip(batch, pool.map(_call, batch), strict=True)

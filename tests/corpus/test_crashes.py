@@ -12,7 +12,7 @@ import psutil
 import pytest
 from corpus_helpers import same_files, write_jsonl
 
-from nemo_cpt.corpus import prepare, read_index, read_manifest
+from nemo_cpt.corpus import prepare, read_index, read_manifest, split
 from nemo_cpt.errors import CptError
 
 KILLS = 50
@@ -182,3 +182,35 @@ def test_a_torn_journal_counts_up_to_its_last_whole_record(
     report = prepare(corpus, tmp_path / "ds", small, quiet=True)
     assert report.status == "resumed"
     assert same_files(report.prefix, expected[0])
+
+
+def run_split(corpus: Path, folder: Path) -> None:
+    split(corpus, folder, validation=0.1, test=0.05, drop="near", workers=2, quiet=True)
+
+
+def test_a_killed_split_leaves_nothing_half_written_and_a_rerun_gives_the_same(tmp_path: Path, corpus: Path) -> None:
+    begin = time.monotonic()
+    run_split(corpus, tmp_path / "undisturbed")
+    duration = time.monotonic() - begin
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "undisturbed").glob("*.jsonl")}
+    assert sorted(expected) == ["test.jsonl", "train.jsonl", "validation.jsonl"]
+    found_at_work, folder, noise = 0, tmp_path / "killed", random.Random(7)
+    for _ in range(15):
+        process = fork.Process(target=run_split, args=(corpus, folder))
+        process.start()
+        time.sleep(noise.uniform(0, duration))
+        children = psutil.Process(process.pid).children()
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        alive = psutil.wait_procs(children, timeout=10)[1]
+        for child in alive:
+            child.kill()
+        assert alive == []  # workers do not outlive their parent
+        found_at_work += bool(children)
+        whole = {path.name: path.read_bytes() for path in folder.glob("*.jsonl")}
+        assert whole.items() <= expected.items()
+        assert whole == expected or not (folder / "split.json").exists()
+    assert found_at_work >= 3
+    run_split(corpus, folder)
+    assert {path.name: path.read_bytes() for path in folder.glob("*.jsonl")} == expected
+    assert sorted(path.name for path in folder.iterdir()) == [*sorted(["split.json", *expected])]
