@@ -261,7 +261,8 @@ def activation_bytes(work: Workload, stage: int) -> int:
     layers = work.num_layers // work.pipeline_model_parallel_size
     recomputed = work.recomputed(layers)
     hidden = _hidden_bytes(work)
-    kept = (layers - recomputed) * layer_bytes_per_token(work) * work.tokens + recomputed * hidden
+    inputs = -(-recomputed // work.recomputed_at_once)
+    kept = (layers - recomputed) * layer_bytes_per_token(work) * work.tokens + inputs * hidden
     ends = 2 if stage == work.pipeline_model_parallel_size - 1 else 1  # the stage's input; the last norm's output
     if stage == 0 and work.lora_rank is not None and work.recompute != "none":
         ends += 2  # the embedding's output requires a gradient (upstream.give_recomputed_layers_a_gradient)
@@ -297,7 +298,7 @@ def logit_bytes(work: Workload) -> int:
 
 
 def _backward(work: Workload, stage: int) -> dict[str, int]:
-    """The backward pass of one layer, the first to be recomputed where there is recomputation.
+    """The backward pass of one layer, or of the layers that are recomputed at once.
 
     Beside the layer's own activations: the gradients of its output, of the residual and of the MLP's activation, and
     the gradient of its widest weight.
@@ -308,7 +309,7 @@ def _backward(work: Workload, stage: int) -> dict[str, int]:
     activations = in_flight(work, stage) * activation_bytes(work, stage)
     if recomputed:
         activations -= (layers - recomputed) * layer_bytes_per_token(work) * work.tokens
-        activations += layer_bytes_per_token(work) * work.tokens
+        activations += min(recomputed, work.recomputed_at_once) * layer_bytes_per_token(work) * work.tokens
     gradients = 2 * _hidden_bytes(work) + work.tokens * work.ffn_hidden_size // tensor * dtype
     if work.lora_rank is None and not work.fused_gradients:
         gradients += work.widths["linear_fc1"][0] * work.widths["linear_fc1"][1] // tensor * dtype

@@ -116,7 +116,7 @@ def _adapters(peft: Any) -> dict[str, Any]:
         return {"lora_rank": None}
     return {
         "lora_rank": _get(peft, "dim", 32),
-        "lora_targets": tuple(_get(peft, "target_modules", LINEAR)),
+        "lora_targets": tuple(name for name in _get(peft, "target_modules", LINEAR) if name in LINEAR),
         "lora_dropout": _get(peft, "dropout", 0.0),
         "dora": _name(peft) == "DoRA",
     }
@@ -173,6 +173,11 @@ def _left_out(recipe: Any, config: Any) -> Iterator[str]:
         yield f"strategy {_name(recipe.trainer.strategy)}"
     if (peft := getattr(recipe, "peft", None)) is not None and _name(peft) not in ("LoRA", "DoRA"):
         yield f"peft {_name(peft)}"
+    for target in _get(peft, "target_modules", LINEAR):
+        if target not in LINEAR:
+            yield f"adapters on {target}"
+    if _get(config, "num_layers_in_first_pipeline_stage", 0) or _get(config, "num_layers_in_last_pipeline_stage", 0):
+        yield "pipeline stages of unequal length"
     for module in sorted(set(_get(config, "recompute_modules", ())) - {"core_attn", "mlp"}):
         yield f"selective recompute of {module}"
     if _get(config, "num_moe_experts", 0):

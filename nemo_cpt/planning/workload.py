@@ -18,6 +18,7 @@ class Workload:
         vocab_size: padded as Megatron pads it, of the whole model.
         tied: whether the embedding is the output layer too.
         gated: SwiGLU, whose first layer is twice as wide; else a plain MLP.
+        recompute_num_layers: of "block" how many of a stage's (chunk's) layers, of "uniform" how many at once.
         recompute_modules: what "selective" recomputes: "core_attn", "mlp".
         lora_rank: LoRA's or DoRA's `dim`; None trains every parameter.
         lora_targets: the linear layers that have an adapter.
@@ -174,6 +175,11 @@ class Workload:
             return 0
         widths = [self.widths[name] for name in self.lora_targets]
         return self.num_layers * sum(self.lora_rank * (i + o) + (o if self.dora else 0) for i, o in widths)
+
+    @property
+    def recomputed_at_once(self) -> int:
+        """Layers that are recomputed from one kept input: "uniform" groups them, "block" takes each by itself."""
+        return max(1, self.recompute_num_layers) if self.recompute == "uniform" else 1
 
     def recomputed(self, layers: int) -> int:
         """How many of a pipeline stage's `layers` (of one model chunk) are recomputed whole."""

@@ -35,6 +35,7 @@ class Guards(pl.Callback):
         optim = pl_module.optim
         if optim.lr_scheduler is not None:
             check_schedule(optim.config.lr, optim.lr_scheduler, trainer.max_steps)
+        check_sequence(pl_module.config.seq_length, trainer.strategy.context_parallel_size)
         check_environment(getattr(pl_module.config, "attention_backend", None), os.environ)
         precision = getattr(trainer.precision_plugin, "dtype_config", None)
         if getattr(precision, "fp8", None) and torch.cuda.is_available():
@@ -68,6 +69,7 @@ def check(recipe: Any) -> None:
         recipe.trainer.devices * recipe.trainer.num_nodes,
         strategy.tensor_model_parallel_size * strategy.pipeline_model_parallel_size * strategy.context_parallel_size,
     )
+    check_sequence(recipe.data.seq_length, strategy.context_parallel_size)
     check_environment(getattr(recipe.model.config, "attention_backend", None), os.environ)
 
 
@@ -128,6 +130,16 @@ def check_batches(global_batch_size: int, micro_batch_size: int, processes: int,
         raise CptError(
             f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} x data "
             f"parallel {data_parallel}: {max(global_batch_size // step, 1) * step} would be"
+        )
+
+
+def check_sequence(seq_length: int, context_parallel_size: int) -> None:
+    """Refuse a sequence that context parallelism cannot cut: each GPU takes two pieces, from both ends."""
+    pieces = 2 * context_parallel_size
+    if context_parallel_size > 1 and seq_length % pieces:
+        raise CptError(
+            f"seq_length {seq_length} cannot be cut into 2 x context_parallel_size = {pieces} equal pieces: "
+            f"{max(seq_length // pieces, 1) * pieces} could be"
         )
 
 

@@ -30,5 +30,6 @@ def advice(config: object | None, message: str) -> str:
         changes.append(f"more recomputed layers (recompute_num_layers={recomputed} of {layers} now)")
     changes += ["a shorter seq_length", "a lower LoRA rank, or LoRA if every parameter is trained", "more GPUs"]
     return (
-        "The GPU's memory did not suffice. Change, the cheapest first: " + "; ".join(changes) + f". ({message[:300]})"
+        "The GPU's memory did not suffice. `nemo-cpt plan RECIPE` finds the fastest setting that fits. Change, the "
+        f"cheapest first: {'; '.join(changes)}. ({message[:300]})"
     )

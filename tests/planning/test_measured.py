@@ -110,3 +110,11 @@ def test_what_is_not_modelled_makes_a_lower_bound() -> None:
     assert planned.lower_bound
     assert planned.workload.unmodelled == ("callback LoRA",)
     assert "at least" in planned.verdict
+
+
+def test_adapters_on_other_names_are_left_out() -> None:
+    recipe = llama31_8b.with_lora(attempt(), 32)
+    recipe.peft.target_modules = ["linear_qkv", "*.layers.0.*.linear_proj"]
+    planned = plan(recipe, 48)
+    assert planned.workload.lora_targets == ("linear_qkv",)
+    assert planned.workload.unmodelled == ("adapters on *.layers.0.*.linear_proj",)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_cpt.errors import CptError
-from nemo_cpt.planning import ALLOWED, Workload, fit_workload, plan_workload
+from nemo_cpt.planning import ALLOWED, Workload, fit_workload, memory, plan_workload
 from nemo_cpt.planning.hardware import gpu, usable_gib
 
 LLAMA = {
@@ -83,6 +83,16 @@ def test_more_of_anything_takes_no_less(work: Workload) -> None:
 def test_sizes_that_do_not_go_together_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(CptError, match=message):
         llama(**changes)
+
+
+def test_layers_recomputed_at_once_keep_fewer_inputs_and_take_more_in_the_backward_pass() -> None:
+    one, four = (
+        memory.stage_memory(llama(lora_rank=8, recompute="uniform", recompute_num_layers=count), 0) for count in (1, 4)
+    )
+    assert (one.moment, four.moment) == ("loss", "backward")
+    layer = memory.layer_bytes_per_token(llama(lora_rank=8)) * 8192
+    assert four.parts["activations"] > 4 * layer
+    assert memory.activation_bytes(llama(recompute="uniform", recompute_num_layers=4), 0) == (8 + 2) * 8192 * 4096 * 2
 
 
 class TestFit:

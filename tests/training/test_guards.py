@@ -146,3 +146,13 @@ def test_fp8_needs_ada_or_later() -> None:
     guards.check_fp8((9, 0))
     with pytest.raises(CptError, match=r"this one has 8\.0.*bf16"):
         guards.check_fp8((8, 0))
+
+
+def test_a_sequence_that_context_parallelism_cannot_cut(world: Path, blend: Any) -> None:
+    guards.check_sequence(63, 1)
+    guards.check_sequence(64, 4)
+    made = recipe(world, blend, processes=4, context_parallel_size=4)
+    made.trainer.devices = 4
+    made.data.seq_length = 60
+    with pytest.raises(CptError, match=r"seq_length 60 cannot be cut into 2 x context_parallel_size = 8 .*56 could be"):
+        guards.check(made)
