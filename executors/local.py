@@ -18,12 +18,14 @@ def local(
     gpus: int | None = None,
     env: Mapping[str, str] | None = None,
     nodes: int = 1,
+    max_restarts: int = 0,
 ) -> "run.LocalExecutor":
     """Run on this machine, in one process without torchrun or in several with it.
 
     The job inherits the whole environment, so HF_TOKEN and WANDB_API_KEY reach it without being written anywhere.
     It runs in the current folder with the interpreter that calls this. A task that fails raises CptError with the
-    log's last lines when the experiment ends.
+    log's last lines when the experiment ends. On SIGTERM, SIGUSR1 or Ctrl-C a recipe saves a checkpoint first; the run
+    then counts as failed (exit code 75 of its process), and the same command goes on from there.
 
     Args:
         processes: processes on this machine; by default one a GPU, or one.
@@ -31,6 +33,7 @@ def local(
         env: further environment variables; no secrets, because NeMo-Run writes them to disk.
         nodes: machines in the run. With more than one, start the same script on each of them with MASTER_ADDR,
             MASTER_PORT and NODE_RANK set (MASTER_ADDR and MASTER_PORT alike, NODE_RANK from 0).
+        max_restarts: restarts of all processes after a crash; what a CptError ended is not tried again.
 
     Returns:
         NeMo-Run's LocalExecutor, with the torchrun launcher where more than one process takes part.
@@ -43,23 +46,26 @@ def local(
     from nemo_cpt.executors import upstream
 
     processes = processes if processes is not None else max(gpus or 1, 1)
-    _check_counts(processes, gpus, nodes)
+    _check_counts(processes, gpus, nodes, max_restarts)
     upstream.apply()
     return run.LocalExecutor(
         ntasks_per_node=processes,
         nodes=nodes,
         launcher="torchrun" if processes * nodes > 1 else None,
         env_vars=_quiet_torchrun() | _interpreter_first() | _visible_gpus(gpus) | checked_env(env),
+        retries=max_restarts,
     )
 
 
-def _check_counts(processes: int, gpus: int | None, nodes: int) -> None:
+def _check_counts(processes: int, gpus: int | None, nodes: int, max_restarts: int) -> None:
     if processes < 1:
         raise CptError(f"local(processes={processes}): at least one process is needed")
     if gpus is not None and gpus < 0:
         raise CptError(f"local(gpus={gpus}): give 0 to hide all GPUs, or the number to use")
     if nodes < 1:
         raise CptError(f"local(nodes={nodes}): at least one node is needed")
+    if max_restarts < 0:
+        raise CptError(f"local(max_restarts={max_restarts}): 0 or more")
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if nodes > 1 and not os.environ.get(name)]
     if missing:
         raise CptError(

@@ -9,13 +9,23 @@ import signal
 from pathlib import Path
 from typing import Any
 
+from nemo_cpt.executors.tracking import continue_wandb_run
+
 MARKER = "NEMO_CPT_PREEMPTED"
 
 
 def main() -> None:
     """Run the task that the command line names."""
+    import fiddle
     from nemo_run.core.runners.fdl_runner import fdl_runner_app
 
+    build = fiddle.build
+
+    def prepare_and_build(task: Any) -> Any:
+        continue_wandb_run(task)
+        return build(task)
+
+    fiddle.build = prepare_and_build
     signal.signal(signal.SIGUSR1, _as_sigterm)
     try:
         fdl_runner_app(standalone_mode=False)

@@ -21,8 +21,10 @@ from torchx.specs import AppDef, AppDryRunInfo, AppState, Role
 from nemo_cpt.errors import CptError
 from nemo_cpt.executors.environment import secrets_file
 from nemo_cpt.executors.runner import MARKER
+from nemo_cpt.executors.stopping import with_our_runner
+from nemo_cpt.executors.supervisor import STOPPED_EARLY
+from nemo_cpt.executors.tracking import EXPERIMENT
 
-STOPPED_EARLY = 75  # EX_TEMPFAIL of sysexits.h: try again later
 SBATCH = "sbatch"
 UNDERWAY = (AppState.PENDING, AppState.RUNNING, AppState.SUBMITTED)
 
@@ -62,7 +64,7 @@ class SlurmJob(SlurmExecutor):
         """Make a task's trainer and this job agree, before either is fixed.
 
         The trainer gets this job's number of nodes; a job that was given neither GPUs nor tasks gets the trainer's
-        devices. The trainer also gets NeMo's PreemptionCallback, without which SIGTERM ends it unsaved.
+        devices.
 
         Raises:
             CptError: the trainer's devices differ from the tasks on a node.
@@ -79,7 +81,6 @@ class SlurmJob(SlurmExecutor):
                 f"the recipe's trainer has devices={trainer.devices}, and the job {self.ntasks_per_node} tasks on each "
                 "node: give the recipe's gpus_per_node and slurm(gpus_per_node=...) the same number"
             )
-        save_on_sigterm(trainer)
 
     @property
     def folder(self) -> str:
@@ -98,7 +99,8 @@ class SlurmJob(SlurmExecutor):
             f'export {MARKER}={shlex.quote(job)}/preempted-"$SLURM_JOB_ID"',
             f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(job)}/code:{shlex.quote(job)}/code/src:$PYTHONPATH",
             *([f"export PATH={shlex.quote(self.python_folder)}:$PATH"] if self.python_folder else []),
-            f"export WANDB_RESUME=allow WANDB_RUN_ID=${{WANDB_RUN_ID:-{self.experiment_id}}}",
+            f"export {EXPERIMENT}={self.experiment_id} WANDB_RESUME=allow",
+            f"export WANDB_RUN_ID=${{WANDB_RUN_ID:-{self.experiment_id}}}",
             *(['. "$job/secrets.env"'] if self.secrets else []),
             *self.setup,
             self._on_exit(),
@@ -148,7 +150,7 @@ class SlurmJobScheduler(SlurmTunnelScheduler):
             cfg.env_vars = {name: shlex.quote(value) for name, value in cfg.env_vars.items()}
             for role in app.roles:
                 role.env = {name: shlex.quote(value) for name, value in role.env.items()}
-                role.args = [_with_our_runner(argument) for argument in role.args]
+                role.args = [with_our_runner(argument) for argument in role.args]
         return super()._submit_dryrun(app, cfg)
 
     def schedule(self, dryrun_info: AppDryRunInfo) -> str:
@@ -208,19 +210,6 @@ class SlurmJobScheduler(SlurmTunnelScheduler):
 def create_scheduler(session_name: str, **kwargs: Any) -> SlurmJobScheduler:
     """TorchX's factory of the scheduler."""
     return SlurmJobScheduler(session_name=session_name, experiment=kwargs.pop("experiment", None))
-
-
-def save_on_sigterm(trainer: Any) -> None:
-    """Give a trainer's config NeMo's PreemptionCallback, unless it has it."""
-    from nemo.lightning.pytorch.callbacks import PreemptionCallback
-
-    callbacks = getattr(trainer, "callbacks", None) or []
-    if all(callback.__fn_or_cls__ is not PreemptionCallback for callback in callbacks):
-        trainer.callbacks = [*callbacks, run.Config(PreemptionCallback)]
-
-
-def _with_our_runner(argument: str) -> str:
-    return "nemo_cpt.executors.runner" if argument == "nemo_run.core.runners.fdl_runner" else argument
 
 
 def _sbatch(tunnel: Tunnel, script: str, after: str, may_requeue: bool) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_cpt.errors import CptError
+from nemo_cpt.executors import stopping
 
 LOG_LINES = 25
 
@@ -16,6 +17,10 @@ LOG_LINES = 25
 @cache
 def apply() -> None:
     """Put every cure in place, once a process."""
+    stopping.supervise_local_jobs()
+    stopping.supervise_containers()
+    stopping.pass_signals_on()
+    stopping.wait_until_saved()
     raise_when_a_task_failed()
     admit_slurm_job()
     say_why_ssh_fails()
@@ -62,8 +67,10 @@ def admit_slurm_job() -> None:
 
     @wraps(add)
     def fit_and_add(experiment: Any, task: Any, executor: Any, *args: Any, **kwargs: Any) -> str:
-        if isinstance(executor, SlurmJob) and hasattr(task, "clone"):
+        if hasattr(task, "clone"):
             task, executor = task.clone(), executor.clone()
+            stopping.save_on_sigterm(task)
+        if isinstance(executor, SlurmJob):
             executor.fit(task)
         return add(experiment, task, executor, *args, **kwargs)
 
@@ -137,8 +144,10 @@ def log_tail(job_dir: str, lines: int = LOG_LINES) -> str:
 
 
 def _of_workers(printed: list[str]) -> list[str]:
-    """The workers' own lines, which torchrun prefixes: its summary comes last and hides what they said."""
-    return [line for line in printed if line.startswith("[default")]
+    """The workers' lines, which torchrun prefixes, and ours: its summary comes last and hides what they said."""
+    if not any(line.startswith("[default") for line in printed):
+        return []
+    return [line for line in printed if line.startswith(("[default", "nemo_cpt:"))]
 
 
 def newest_log(job_dir: Path) -> Path | None:

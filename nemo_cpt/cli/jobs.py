@@ -12,6 +12,7 @@ from typing import Any
 
 from nemo_cpt.cli import catalog
 from nemo_cpt.errors import CptError
+from nemo_cpt.executors.supervisor import children
 
 
 def make_executor(name: str, options: Sequence[str], processes: int) -> Any:
@@ -148,9 +149,11 @@ def _processes(job_dir: str) -> Iterator[int]:
                 yield int(folder.name)
 
 
-def _end_processes(job_dir: str, patience: float = 60) -> None:
+def _end_processes(job_dir: str, patience: float = 600) -> None:
+    """Stop a job through its supervisor, the one process that no other of the job's started, so that it may save."""
     deadline = time.time() + patience
-    for pid in _processes(job_dir):
+    every = set(_processes(job_dir))
+    for pid in every - {child for parent in every for child in children(parent)}:
         os.kill(pid, signal.SIGTERM)
     while remaining := list(_processes(job_dir)):
         if time.time() > deadline:

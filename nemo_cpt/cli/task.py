@@ -37,15 +37,15 @@ def build_recipe(recipe: str, arguments: Mapping[str, Any], overrides: Sequence[
 
 
 def run_recipe(recipe: str, arguments: dict[str, Any], overrides: list[str]) -> None:
-    """Build a recipe in the job and run it; under Slurm its trainer takes the job's nodes and listens to preemption."""
+    """Build a recipe in the job and run it: it saves on SIGTERM, and under Slurm its trainer takes the job's nodes."""
     import fiddle as fdl
 
-    from nemo_cpt.executors.slurm_job import save_on_sigterm
+    from nemo_cpt.executors.stopping import save_on_sigterm
 
     partial = build_recipe(recipe, arguments, overrides)
     if "SLURM_NNODES" in os.environ and hasattr(partial, "trainer"):
         partial.trainer.num_nodes = int(os.environ["SLURM_NNODES"])
-        save_on_sigterm(partial.trainer)
+    save_on_sigterm(partial)
     fdl.build(partial)()
 
 

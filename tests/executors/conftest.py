@@ -7,16 +7,18 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # for slurm_cluster
+sys.path.insert(0, str(Path(__file__).parent))  # for slurm_cluster and helpers
 
 TASKS = '''
-import json, os, signal, sys, time
+import json, os, signal, subprocess, sys, time
 from pathlib import Path
 
-def report(path):
+def report(path, commands=False):
     """Write what the task sees, one file a rank."""
     rank = os.environ.get("SLURM_PROCID", os.environ.get("RANK", "0"))
     seen = {"rank": rank, "cwd": os.getcwd(), "env": dict(os.environ), "file": __file__, "argv": sys.argv}
+    if commands:
+        seen["commands"] = subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True).stdout
     Path(f"{path}.{rank}").write_text(json.dumps(seen))
     print("reported rank", rank, flush=True)
 

@@ -1,11 +1,18 @@
 """Executors whose engine is not here: what they would ask for, compared word by word."""
 
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import nemo_run as run
 import pytest
 import yaml
 from docker.models.containers import _create_container_args
+from helpers import wait_until
 
 from nemo_cpt import CptError
 from nemo_cpt.executors import docker, kubernetes, skypilot, slurm
@@ -34,7 +41,7 @@ class Engine:
 
 def test_docker_has_the_tutorials_flags(project, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "planted-secret")
-    _, request = prepared(docker(gpus=2, mounts=[".:/work:ro"], env={"A": "b c"}))
+    _, request = prepared(docker(gpus=2, mounts=[".:/work:ro"], env={"A": "b c"}, max_restarts=3))
     engine = Engine()
     request.containers[0].run(engine, id="1")
     created = engine.created
@@ -55,17 +62,44 @@ def test_docker_has_the_tutorials_flags(project, monkeypatch):
     assert created["environment"]["A"] == "b c"
     assert created["environment"]["BASH_ENV"] == "/run/secrets/nemo_cpt.env"
     command = created["command"]
-    assert command.startswith('bash -c "torchrun --rdzv-backend c10d --rdzv-endpoint localhost:0 --rdzv-id ')
+    assert command.startswith(
+        "bash -c \"trap '' TERM; python -m nemo_cpt.executors.supervisor --marker /nemo_run/preempted-t "
+        "--max-restarts 3 -- torchrun --rdzv-backend c10d --rdzv-endpoint localhost:0 --rdzv-id "
+    )
     assert "--nnodes 1 --nproc-per-node 2 --node-rank 0" in command
-    assert "-m nemo_run.core.runners.fdl_runner -n t /nemo_run/configs/t_fn_or_script" in command
+    assert "-m nemo_cpt.executors.runner -n t /nemo_run/configs/t_fn_or_script 2>&1 | tee" in command
+    assert host["Init"]
+    assert "RestartPolicy" not in host  # Docker refuses one beside AutoRemove
+    assert created["environment"]["TINI_KILL_PROCESS_GROUP"] == "1"
     assert "planted-secret" not in str(created)
     assert secrets.read_text() == "export HF_TOKEN=planted-secret\n"
     assert secrets.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_shell_that_docker_starts_gets_the_secret(project, monkeypatch):
-    import subprocess
+def test_a_container_that_is_stopped_saves(project, tmp_path):
+    """What the container would start, in a process group of its own, as Docker's init signals it on `docker stop`."""
+    import tasks
 
+    with run.Experiment("t", executor=docker(gpus=2), enable_goodbye_message=False) as experiment:
+        experiment.add(run.Partial(tasks.count, path=str(tmp_path / "counter"), until=100), name="t")
+        experiment.dryrun(log=False, delete_exp_dir=False)
+    job = Path(experiment._exp_dir, "t")
+    engine = Engine()
+    experiment.jobs[0]._dryrun_info.request.containers[0].run(engine, id="1")
+    command = [word.replace("/nemo_run/", f"{job}/") for word in shlex.split(engine.created["command"])]
+    environ = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
+    container = subprocess.Popen(command, env=environ, start_new_session=True)
+    wait_until(lambda: (tmp_path / "counter").exists())
+    os.killpg(container.pid, signal.SIGTERM)
+    assert container.wait(60) == 75
+    (log,) = job.glob("log_*.out")
+    assert log.read_text().count("stopped at") == 2
+    assert "nemo_cpt: stopped ahead of the end, saved" in log.read_text()
+    (status,) = job.glob("status_*.out")
+    assert json.loads(status.read_text())["exit_code"] == "75"
+
+
+def test_a_shell_that_docker_starts_gets_the_secret(project, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "planted 'secret'")
     docker()
     file = project.parent / "home" / "secrets" / "docker.env"

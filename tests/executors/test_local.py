@@ -1,10 +1,14 @@
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nemo_run as run
 import pytest
+from helpers import assert_no_secret, wait_until
 
 from nemo_cpt import CptError
 from nemo_cpt.executors import local
@@ -28,6 +32,110 @@ def test_one_process_inherits_the_secret_and_the_interpreter(project, tmp_path, 
     assert seen["env"]["PATH"].startswith(str(Path(sys.executable).parent))
     assert "LOCAL_RANK" not in seen["env"]
     assert seen["cwd"] == str(project)
+
+
+def test_a_secret_is_in_no_file_and_in_no_command_line(project, tmp_path, monkeypatch):
+    import tasks
+
+    monkeypatch.setenv("WANDB_API_KEY", "planted-secret")
+    task = run.Partial(tasks.report, path=str(tmp_path / "seen"), commands=True)
+    run.run(task, executor=local(), name="t")
+    seen = json.loads((tmp_path / "seen.0").read_text())
+    assert seen["env"]["WANDB_API_KEY"] == "planted-secret"
+    assert "nemo_cpt.executors.supervisor" in seen["commands"]
+    assert "planted" not in seen["commands"]
+    assert_no_secret(tmp_path, b"planted-secret", allowed="seen.")
+
+
+def test_a_crash_is_restarted_as_often_as_asked(project, tmp_path):
+    import tasks
+
+    run.run(run.Partial(tasks.crash_once, path=str(tmp_path / "mark")), executor=local(max_restarts=1), name="t")
+    (log,) = (tmp_path / "home").rglob("combined.log")
+    assert "nemo_cpt: exit code 3; restart 1 of 1" in log.read_text()
+
+
+def supervised(marker, code, *options):
+    supervisor = [sys.executable, "-m", "nemo_cpt.executors.supervisor", "--marker", str(marker), *options, "--"]
+    return subprocess.Popen([*supervisor, sys.executable, "-uc", code], stdout=subprocess.PIPE, text=True)
+
+
+def test_the_exit_code_is_the_last_tries(tmp_path):
+    job = supervised(tmp_path / "m", "import os; print('tried'); os.kill(os.getpid(), 11)", "--max-restarts", "2")
+    assert job.communicate()[0].count("tried") == 3
+    assert job.returncode == 128 + signal.SIGSEGV
+
+
+def test_what_the_user_must_change_is_not_tried_again(tmp_path):
+    job = supervised(tmp_path / "m", "import sys; print('tried'); sys.exit(2)", "--max-restarts", "3")
+    assert (job.communicate()[0], job.returncode) == ("tried\n", 2)
+
+
+SAVES = """
+import signal, sys, time
+from pathlib import Path
+signal.signal(signal.SIGTERM, lambda *_: (Path({marker!r}).touch(), sys.exit(0)))
+print("started")
+time.sleep(30)
+"""
+STUBBORN = 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print("started"); time.sleep(30)'
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_job_that_saved_is_neither_finished_nor_restarted(tmp_path, number):
+    marker = tmp_path / "marker"
+    job = supervised(marker, SAVES.format(marker=str(marker)), "--max-restarts", "1")
+    assert job.stdout.readline() == "started\n"
+    job.send_signal(number)
+    assert job.communicate(timeout=10)[0].startswith("nemo_cpt: stopped ahead of the end, saved")
+    assert job.returncode == 75
+    assert not marker.exists()
+
+
+def test_a_second_signal_ends_a_job_that_does_not_listen(tmp_path):
+    job = supervised(tmp_path / "m", STUBBORN, "--max-restarts", "1")
+    assert job.stdout.readline() == "started\n"
+    job.terminate()
+    time.sleep(0.5)
+    assert job.poll() is None
+    job.terminate()
+    assert job.wait(10) == 128 + signal.SIGKILL
+
+
+LAUNCHER = """
+import nemo_run as run, tasks
+from nemo_cpt.executors import local
+if __name__ == "__main__":
+    run.run(run.Partial(tasks.count, path="counter", until=20), executor=local(processes=2), name="t", tail_logs=True)
+"""
+
+
+def test_a_launcher_that_is_stopped_lets_its_job_save_and_goes_on_when_started_again(project, tmp_path):
+    """torchrun is between: by itself it would end the workers, and NeMo-Run would leave them behind."""
+    (project / "launch.py").write_text(LAUNCHER)
+    start = {
+        "args": [sys.executable, "launch.py"],
+        "env": os.environ | {"NEMORUN_HOME": str(tmp_path / "home")},
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "stdin": subprocess.DEVNULL,
+        "text": True,
+    }
+    first = subprocess.Popen(**start)
+    counter = project / "counter"
+    wait_until(lambda: counter.exists() and counter.read_text())
+    first.terminate()
+    printed, _ = first.communicate(timeout=60)
+    assert first.returncode == 1
+    assert "nemo_cpt.errors.CptError: task t ended as FAILED" in printed
+    assert "nemo_cpt: stopped ahead of the end, saved" in printed
+    stopped = int(counter.read_text())
+    assert 0 < stopped < 20
+    assert str(tmp_path) not in subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True).stdout
+    again = subprocess.run(**start, timeout=60)
+    assert again.returncode == 0
+    assert f"starting at {stopped}" in again.stdout
+    assert "counted to 20" in again.stdout
 
 
 def test_two_processes_under_torchrun(project, tmp_path):
@@ -86,6 +194,7 @@ def test_two_nodes_by_hand_meet_at_the_master(project, monkeypatch):
         ({"processes": 0}, "at least one process"),
         ({"nodes": 0}, "at least one node"),
         ({"gpus": -1}, "0 to hide"),
+        ({"max_restarts": -1}, "0 or more"),
         ({"env": {"HF_TOKEN": "x"}}, "HF_TOKEN looks like a secret"),
         ({"env": {"MY_API_KEY": "x"}}, "looks like a secret"),
         ({"env": {"A B": "x"}}, "not the name"),

@@ -1,15 +1,13 @@
 """Against a real cluster of two nodes; skipped, with the reason, where Slurm is not installed."""
 
-import base64
 import json
-import re
 import subprocess
 import time
-import zlib
 from pathlib import Path
 
 import nemo_run as run
 import pytest
+from helpers import assert_no_secret, wait_until
 
 from nemo_cpt import CptError
 from nemo_cpt.executors import slurm
@@ -48,20 +46,6 @@ def test_two_nodes_run_the_code_on_disk_and_the_log_is_followed(slurm_here, proj
     assert_no_secret(tmp_path, b"planted-secret", allowed="seen.")
 
 
-def assert_no_secret(folder, secret, allowed):
-    """Look into every file, and into what NeMo-Run stores compressed."""
-    for file in folder.rglob("*"):
-        if not file.is_file() or file.name.startswith(allowed):
-            continue
-        content = file.read_bytes()
-        for packed in re.findall(rb"[A-Za-z0-9_=-]{60,}", content):
-            try:
-                content += zlib.decompress(base64.urlsafe_b64decode(packed))
-            except (ValueError, zlib.error):
-                continue
-        assert secret not in content, file
-
-
 def test_secret_stands_in_one_file_of_mode_600_while_the_job_runs(slurm_here, project, tmp_path, monkeypatch):
     import tasks
 
@@ -79,13 +63,6 @@ def test_secret_stands_in_one_file_of_mode_600_while_the_job_runs(slurm_here, pr
     assert slurm_here.wait_for(job, "CANCELLED") == "CANCELLED"
     time.sleep(2)
     assert slurm_here.jobs() == []  # it saved on SIGTERM, and must not come back
-
-
-def wait_until(true, timeout=60):
-    deadline = time.time() + timeout
-    while not true():
-        assert time.time() < deadline
-        time.sleep(0.3)
 
 
 def test_a_preempted_job_comes_back_and_goes_on(slurm_here, project, tmp_path):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import nemo_run as run
 import pytest
+from helpers import wait_until
 
 from nemo_cpt.executors import slurm
 
@@ -65,7 +66,7 @@ def losses(directory):
 @pytest.mark.timeout(900)
 def test_preempted_it_reaches_the_unbroken_runs_loss(slurm_here, project, material, tmp_path):
     """The unbroken run is two nodes of one task, the preempted one node of two: data parallel over gloo both."""
-    from test_slurm import log_of, wait_until
+    from test_slurm import log_of
 
     _, unbroken = submit(task(material, tmp_path / "unbroken", 1), slurm(nodes=2, tasks_per_node=1, time="20"))
     assert slurm_here.wait_for(unbroken, "COMPLETED", "FAILED", timeout=240) == "COMPLETED"

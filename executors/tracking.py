@@ -1,0 +1,48 @@
+"""One W&B run for one training, over requeues, restarts and new submissions."""
+
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+EXPERIMENT = "NEMO_CPT_EXPERIMENT"
+
+
+def continue_wandb_run(recipe: Any) -> str | None:
+    """Set WANDB_RUN_ID to the id noted beside the recipe's checkpoints, and note it there at the first start.
+
+    A run that resumes its checkpoints thus resumes its W&B run, however it was started again; one whose results folder
+    was removed starts a new one. An id that the user set, in the environment or on the logger, stands.
+
+    Args:
+        recipe: the run.Partial of a recipe; one without a W&B logger is left alone.
+
+    Returns:
+        The id, or None where it is not ours to choose.
+    """
+    log = getattr(recipe, "log", None)
+    wandb = getattr(log, "wandb", None)
+    given, experiment = os.environ.get("WANDB_RUN_ID"), os.environ.get(EXPERIMENT)
+    if not wandb or getattr(wandb, "id", None) or getattr(wandb, "version", None) or (given and given != experiment):
+        return None
+    note = _results(log) / "wandb" / "run_id"  # NeMo moves files, but not folders, away when it resumes
+    known = note.read_text().strip() if note.is_file() else ""
+    run_id = known or given or uuid.uuid4().hex[:12]
+    if not known and _is_first_process():
+        note.parent.mkdir(parents=True, exist_ok=True)
+        partial = note.with_suffix(f".{os.getpid()}")
+        partial.write_text(run_id)
+        partial.rename(note)
+    os.environ.update(WANDB_RUN_ID=run_id, WANDB_RESUME="allow")
+    return run_id
+
+
+def _results(log: Any) -> Path:
+    """The folder that NeMoLogger writes to, by its rules."""
+    explicit = getattr(log, "explicit_log_dir", None)
+    folder = getattr(log, "log_dir", None) or "nemo_experiments"
+    return Path(explicit or Path(folder) / (getattr(log, "name", None) or "default"))
+
+
+def _is_first_process() -> bool:
+    return not any(int(os.environ.get(name, 0)) for name in ("RANK", "SLURM_PROCID"))
