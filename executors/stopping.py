@@ -94,7 +94,7 @@ def pass_signals_on() -> None:
     @wraps(enter)
     def enter_and_listen(experiment: Any) -> Any:
         if threading.current_thread() is threading.main_thread():
-            before = {number: signal.getsignal(number) for number in SIGNALS}
+            before: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
             experiment._handlers_before = before
             for number in SIGNALS:
                 signal.signal(number, lambda number, frame: _pass_on(experiment, number, before[number]))

@@ -1,4 +1,5 @@
 import ast
+import io
 import json
 import os
 import subprocess
@@ -119,16 +120,57 @@ def test_a_slurm_job_and_the_recipes_trainer_agree():
 
     from nemo_cpt.cli.task import build_recipe
     from nemo_cpt.executors import slurm
+    from nemo_cpt.executors.stopping import save_on_sigterm
 
     recipe = build_recipe("llama31_8b.continual_pretrain", {"gpus_per_node": 4})
     job = slurm(nodes=2)
+    job.fit(recipe)
     for _ in range(2):  # the second time changes nothing
-        job.fit(recipe)
+        save_on_sigterm(recipe)
     assert (recipe.trainer.num_nodes, job.ntasks_per_node, job.gpus_per_node) == (2, 4, 4)
     kinds = [callback.__fn_or_cls__ for callback in recipe.trainer.callbacks]
     assert kinds.count(PreemptionCallback) == 1
     with pytest.raises(CptError, match="devices=4, and the job 8 tasks"):
         slurm(gpus_per_node=8).fit(recipe)
+
+
+@pytest.mark.parametrize("example", sorted(Path("examples").glob("launch_*.py")), ids=lambda path: path.stem)
+def test_each_example_builds_its_recipe_and_what_would_be_submitted(example, tmp_path, monkeypatch):
+    """Up to where NeMo-Run would ask for an engine, a cluster or a login node that is not here."""
+    import nemo_run as run
+
+    (tmp_path / "data").mkdir()
+    source = example.read_text().replace("/lustre/me/data", str(tmp_path / "data"))
+    source = source.replace('ssh("login.cluster.example", "me", "/lustre/me/jobs")', '"local"')  # which would connect
+    monkeypatch.setattr(sys, "stdin", io.StringIO())  # NeMo-Run's commands read it
+    launched = []
+    monkeypatch.setattr(run, "run", lambda recipe, executor, **how: launched.append((recipe, executor, how)))
+    monkeypatch.chdir(tmp_path)
+    _with_a_cluster_configured(example.stem, tmp_path, monkeypatch)
+    exec(compile(source, str(example), "exec"), {"__name__": "__main__"})
+    ((recipe, executor, how),) = launched
+    assert set(how) <= {"detach"}
+    with run.Experiment("t", executor=executor, base_dir=str(tmp_path), enable_goodbye_message=False) as experiment:
+        experiment.add(recipe, name="t")
+        experiment.dryrun(log=False, delete_exp_dir=False)
+    (job,) = experiment.jobs
+    assert job._dryrun_info.request
+    assert job.executor.nproc_per_node() == recipe.trainer.devices
+    assert job.executor.nnodes() == job.task.trainer.num_nodes
+    assert "PreemptionCallback" in str(job.task.trainer.callbacks)
+
+
+def _with_a_cluster_configured(example, folder, monkeypatch):
+    if example == "launch_kubernetes":
+        cluster = {"name": "c", "cluster": {"server": "https://127.0.0.1:1"}}
+        context = {"name": "c", "context": {"cluster": "c", "user": "u"}}
+        parts = {"clusters": [cluster], "contexts": [context], "users": [{"name": "u", "user": {}}]}
+        (folder / "config").write_text(json.dumps(parts | {"current-context": "c"}))
+        monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(folder / "config"))
+    if example == "launch_skypilot":
+        pytest.importorskip("sky", reason="skypilot is not installed")
+        for name in ("checkpoints", "ds"):
+            (folder / name).mkdir()
 
 
 def test_cancel_ends_a_local_job_from_another_shell(tmp_path):

@@ -1,13 +1,17 @@
 """A project in a git repository, its tasks, and a real Slurm cluster to send them to."""
 
 import io
+import json
 import subprocess
 import sys
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # for slurm_cluster and helpers
+
+DOCUMENTS = 60
 
 TASKS = '''
 import json, os, signal, subprocess, sys, time
@@ -77,6 +81,25 @@ def project(tmp_path, monkeypatch):
     sys.modules.pop("tasks", None)
     yield folder
     sys.modules.pop("tasks", None)
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory):
+    """A briefly trained base of the tiny shape, imported, and a dataset made with its tokenizer."""
+    from nemo_cpt.checkpoint import import_hf
+    from nemo_cpt.corpus import prepare
+    from nemo_cpt.demo import base
+
+    folder = tmp_path_factory.mktemp("material")
+    lines = (files("nemo_cpt.demo") / "corpus" / "en.jsonl").read_text().splitlines()[:DOCUMENTS]
+    (folder / "en.jsonl").write_text("\n".join(lines) + "\n")
+    texts = [json.loads(line)["text"] for line in lines]
+    base.pretrain(
+        texts, base.train_tokenizer(texts, 512), folder / "hf", steps=60, progress=lambda step, loss: None, batch_size=4
+    )
+    prepare(folder / "en.jsonl", folder / "en", folder / "hf", quiet=True)
+    import_hf(folder / "hf", folder / "base")
+    return folder
 
 
 @pytest.fixture(scope="session")

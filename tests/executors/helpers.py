@@ -1,9 +1,11 @@
 """What the tests of several executors share."""
 
 import base64
+import json
 import re
 import time
 import zlib
+from pathlib import Path
 
 
 def assert_no_secret(folder, secret, allowed):
@@ -25,3 +27,24 @@ def wait_until(true, timeout=60):
     while not true():
         assert time.time() < deadline
         time.sleep(0.3)
+
+
+def recipe_arguments(material, directory, processes):
+    """The tiny recipe's, for thirty quick steps."""
+    return {
+        "base": str(material / "base"),
+        "tokenizer": str(material / "hf"),
+        "data": {"train": {str(material / "en"): 1.0}, "validation": {"en": str(material / "en")}},
+        "processes": processes,
+        "directory": str(directory),
+        "max_steps": 30,
+        "val_check_interval": 15,
+        "global_batch_size": 4,
+        "micro_batch_size": 2,
+    }
+
+
+def losses(directory):
+    """Training losses by step, the last start's last."""
+    lines = [json.loads(line) for line in next(Path(directory).rglob("steps.jsonl")).read_text().splitlines()]
+    return [(line["step"], line["reduced_train_loss"]) for line in lines if "reduced_train_loss" in line]

@@ -1,52 +1,16 @@
 """The tiny recipe over the real cluster: preempted, it comes back at its step and reaches the unbroken run's loss."""
 
-import json
-from pathlib import Path
-
 import nemo_run as run
 import pytest
-from helpers import wait_until
+from helpers import losses, recipe_arguments, wait_until
 
 from nemo_cpt.executors import slurm
-
-DOCUMENTS = 60
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory):
-    """A briefly trained base of the tiny shape, imported, and a dataset made with its tokenizer."""
-    from importlib.resources import files
-
-    from nemo_cpt.checkpoint import import_hf
-    from nemo_cpt.corpus import prepare
-    from nemo_cpt.demo import base
-
-    folder = tmp_path_factory.mktemp("material")
-    lines = (files("nemo_cpt.demo") / "corpus" / "en.jsonl").read_text().splitlines()[:DOCUMENTS]
-    (folder / "en.jsonl").write_text("\n".join(lines) + "\n")
-    texts = [json.loads(line)["text"] for line in lines]
-    base.pretrain(
-        texts, base.train_tokenizer(texts, 512), folder / "hf", steps=60, progress=lambda step, loss: None, batch_size=4
-    )
-    prepare(folder / "en.jsonl", folder / "en", folder / "hf", quiet=True)
-    import_hf(folder / "hf", folder / "base")
-    return folder
 
 
 def task(material, directory, processes):
     from nemo_cpt.cli.task import run_recipe
 
-    arguments = {
-        "base": str(material / "base"),
-        "tokenizer": str(material / "hf"),
-        "data": {"train": {str(material / "en"): 1.0}, "validation": {"en": str(material / "en")}},
-        "processes": processes,
-        "directory": str(directory),
-        "max_steps": 30,
-        "val_check_interval": 15,
-        "global_batch_size": 4,
-        "micro_batch_size": 2,
-    }
+    arguments = recipe_arguments(material, directory, processes)
     return run.Partial(run_recipe, recipe="tiny.continual_pretrain", arguments=arguments, overrides=[])
 
 
@@ -55,12 +19,6 @@ def submit(task, executor):
         experiment.add(task, name="t")
         experiment.run(detach=True)
     return experiment, experiment.jobs[0].handle.rpartition("/")[2]
-
-
-def losses(directory):
-    """Training losses by step, the last start's last."""
-    lines = [json.loads(line) for line in next(Path(directory).rglob("steps.jsonl")).read_text().splitlines()]
-    return [(line["step"], line["reduced_train_loss"]) for line in lines if "reduced_train_loss" in line]
 
 
 @pytest.mark.timeout(900)

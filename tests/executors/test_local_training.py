@@ -1,0 +1,78 @@
+"""The tiny recipe on this machine: stopped, it saves; started again, it goes on at its step, in the same W&B run."""
+
+import os
+import signal
+import threading
+
+import nemo_run as run
+import pytest
+from helpers import losses, recipe_arguments, wait_until
+
+from nemo_cpt import CptError
+from nemo_cpt.executors import local
+from nemo_cpt.executors.tracking import EXPERIMENT, continue_wandb_run
+
+
+@pytest.mark.timeout(400)
+def test_stopped_it_goes_on_at_its_step_and_in_its_wandb_run(project, material, tmp_path, monkeypatch):
+    from lightning.pytorch.loggers import WandbLogger
+
+    from nemo_cpt.cli.task import build_recipe
+
+    for name in ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    results = tmp_path / "results"
+    recipe = build_recipe("tiny.continual_pretrain", recipe_arguments(material, results, 1))
+    recipe.log.wandb = run.Config(WandbLogger, project="cpt", save_dir=str(tmp_path))
+    stopped = threading.Thread(target=stop_this_process_at_step, args=(3, results), daemon=True)
+    stopped.start()
+    with pytest.raises(CptError, match="nemo_cpt: stopped ahead of the end, saved"):
+        run.run(recipe, executor=local(), name="t")
+    stopped.join()
+    reached = losses(results)[-1][0]
+    run.run(recipe, executor=local(), name="t")
+    assert [step for step, _ in losses(results)] == list(range(1, 31))
+    assert 3 < reached < 30
+    ids = [folder.name.rpartition("-")[2] for folder in (tmp_path / "wandb").glob("offline-run-*")]
+    assert len(ids) == 2
+    assert set(ids) == {(results / "tiny_cpt" / "wandb" / "run_id").read_text()}
+
+
+def stop_this_process_at_step(step, results):
+    """As Ctrl-C or a machine that is taken away does, to the launcher."""
+    wait_until(lambda: list(results.rglob("steps.jsonl")) and len(losses(results)) > step, 200)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture
+def logged(tmp_path, monkeypatch):
+    """A config as far as it matters here, and an environment without W&B's variables."""
+    for name in ("WANDB_RUN_ID", "WANDB_RESUME", EXPERIMENT):
+        monkeypatch.setenv(name, "")  # so that it is taken back after the test
+        monkeypatch.delenv(name)
+    from nemo import lightning as nl
+
+    log = run.Config(nl.NeMoLogger, log_dir=str(tmp_path), name="n", wandb=run.Config(dict))
+    return run.Partial(lambda log: None, log=log)
+
+
+def test_under_slurm_the_first_experiment_names_the_run_and_a_later_one_continues_it(logged, monkeypatch):
+    for experiment in ("t_1", "t_2"):
+        monkeypatch.setenv("WANDB_RUN_ID", experiment)
+        monkeypatch.setenv(EXPERIMENT, experiment)
+        assert continue_wandb_run(logged) == "t_1"
+        assert os.environ["WANDB_RUN_ID"] == "t_1"
+
+
+def test_an_id_that_the_user_set_stands(logged, monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    assert continue_wandb_run(logged) is None
+    assert os.environ["WANDB_RUN_ID"] == "mine"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_processes_than_the_first_write_nothing(logged, monkeypatch, tmp_path):
+    monkeypatch.setenv("RANK", "1")
+    assert continue_wandb_run(logged)
+    assert list(tmp_path.iterdir()) == []
