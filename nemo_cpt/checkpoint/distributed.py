@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, ClassVar
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, ClassVar
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -29,7 +29,11 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.serialization import get_crc32_options, set_crc32_options
 
+from nemo_cpt.checkpoint.files import write_pieces
 from nemo_cpt.errors import CptError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 _CHUNK_BYTES = (
     256 * 2**20
@@ -49,7 +53,7 @@ class DistributedWriter:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True)
         self._folder = folder
-        self._file: BinaryIO = (folder / _DATA_FILE).open("wb")
+        self._file = _InPieces((folder / _DATA_FILE).open("wb", buffering=0))
         self._entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
         self._empty_state = _saved([None])
@@ -110,7 +114,25 @@ _CONTENT = {
 }
 
 
-def _save_without_checksum(value: object, file: BinaryIO) -> None:
+class _InPieces(io.RawIOBase):
+    """A file that writes a little at a time, see `write_pieces`."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__()
+        self._file = file
+
+    def write(self, data: Buffer) -> int:
+        return write_pieces(self._file, data)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _save_without_checksum(value: object, file: Any) -> None:
     before = get_crc32_options()
     set_crc32_options(False)  # three times as fast, and torch.load does not look at it
     try:

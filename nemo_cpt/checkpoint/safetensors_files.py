@@ -7,11 +7,12 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
 from nemo_cpt.checkpoint.architecture import read_json
+from nemo_cpt.checkpoint.files import write_pieces
 from nemo_cpt.errors import CptError
 
 if TYPE_CHECKING:
@@ -248,15 +249,10 @@ def _write_shard(path: Path, plans: Sequence[TensorPlan], load: Callable[[str], 
                 if tuple(block.shape[1:]) != plan.shape[1:]:
                     raise CptError(f"{plan.name} has rows of shape {tuple(block.shape[1:])}, not {plan.shape[1:]}.")
                 data = block.to(getattr(torch, plan.dtype)).contiguous().view(-1).view(torch.uint8).numpy().data
-                _write_all(file, data)
+                write_pieces(file, data)
                 rows += block.shape[0]
             if rows != plan.shape[0]:
                 raise CptError(f"{plan.name} has {rows} rows, config.json asks for {plan.shape[0]}.")
-
-
-def _write_all(file: IO[bytes], data: memoryview) -> None:
-    while data:  # the kernel writes no more than 2 GiB at once
-        data = data[file.write(data) :]
 
 
 def _header(plans: Sequence[TensorPlan]) -> bytes:
