@@ -69,6 +69,21 @@ def supervise_containers() -> None:
     PersistentDockerScheduler._submit_dryrun = prepare_supervised
 
 
+def supervise_cloud_jobs() -> None:
+    """Start SkyPilot's jobs under `supervisor`: NeMo-Run ignores `retries` there."""
+    from nemo_run.run.torchx_backend.schedulers.skypilot import SkypilotScheduler
+
+    prepare: Callable[..., Any] = SkypilotScheduler._submit_dryrun
+
+    @wraps(prepare)
+    def prepare_supervised(scheduler: Any, app: Any, cfg: Any) -> Any:
+        for role in app.roles:
+            supervise(role, "python", f"/tmp/preempted-{role.name}", cfg.retries)
+        return prepare(scheduler, app, cfg)
+
+    SkypilotScheduler._submit_dryrun = prepare_supervised
+
+
 def supervise(role: Any, python: str, marker: str, max_restarts: int) -> None:
     """Put `supervisor` before a role's command, and `runner` in place of NeMo-Run's."""
     own = ["-m", "nemo_cpt.executors.supervisor", "--marker", marker, "--max-restarts", str(max_restarts), "--"]

@@ -19,6 +19,7 @@ def apply() -> None:
     """Put every cure in place, once a process."""
     stopping.supervise_local_jobs()
     stopping.supervise_containers()
+    stopping.supervise_cloud_jobs()
     stopping.pass_signals_on()
     stopping.wait_until_saved()
     raise_when_a_task_failed()

@@ -254,9 +254,26 @@ def test_skypilot(project, monkeypatch):
         with pytest.raises(CptError, match="Skypilot is not installed"):
             skypilot("H100")
         return
-    executor = skypilot("H100", 8, nodes=2, infra="aws", setup=["pip install nemo_cpt"])
+    executor = skypilot("H100", 8, nodes=2, infra="aws", setup=["pip install nemo_cpt"], max_restarts=2)
     assert executor.packager.check_uncommitted_changes
-    assert executor.setup.endswith(">> ~/.bashrc")
-    assert "planted-secret" not in str(executor)
-    (secrets,) = executor.file_mounts.values()
-    assert "planted-secret" in Path(secrets).read_text()
+    _, request = prepared(executor)
+    task = request.task.to_yaml_config()
+    assert task["num_nodes"] == 2
+    assert task["resources"]["accelerators"] == {"H100": 8}
+    assert task["setup"].startswith("pip install nemo_cpt\n")
+    assert task["setup"].endswith(">> ~/.bashrc")
+    assert "python -m nemo_cpt.executors.supervisor" in task["run"]
+    assert "--max-restarts 2 -- torchrun" in task["run"]
+    assert "--nnodes 2 --nproc-per-node 8 --node-rank $SKYPILOT_NODE_RANK" in task["run"]
+    assert "-m nemo_cpt.executors.runner -n t /nemo_run/configs/t_fn_or_script" in task["run"]
+    assert "planted-secret" not in str(task)
+    assert "planted-secret" in Path(task["file_mounts"]["~/.nemo_cpt_secrets.env"]).read_text()
+
+
+def test_skypilot_refuses_uncommitted_changes(project):
+    pytest.importorskip("sky", reason="skypilot is not installed")
+    (project / "tasks.py").write_text((project / "tasks.py").read_text() + "\n")
+    executor = skypilot("H100")
+    executor.assign("t_1", str(project.parent), "t", "t")
+    with pytest.raises(RuntimeError, match="uncommitted changes"):
+        executor.package(executor.packager, "t")
