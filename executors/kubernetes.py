@@ -1,7 +1,7 @@
 """Kubernetes, through Kubeflow's Training Operator (TrainJob, v2)."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from nemo_cpt.errors import CptError
 from nemo_cpt.executors.environment import SECRETS, checked_env
@@ -28,13 +28,15 @@ def kubernetes(
     image_pull_secrets: Sequence[str] = (),
     tolerations: Sequence[Mapping[str, Any]] = (),
     max_restarts: int = 0,
+    code: Literal["ship", "committed"] | None = "ship",
+    seconds_to_save: int = 600,
 ) -> "KubeflowExecutor":
-    """Submit a TrainJob, under torchrun. The image holds the code: nothing is shipped but the task's config.
+    """Submit a TrainJob, under torchrun. The code travels with the task's config, over the volume `workdir_pvc`.
 
     Args:
-        image: with NeMo, nemo_cpt and your own code installed.
+        image: with NeMo and nemo_cpt installed.
         gpus_per_node: GPUs and processes of each pod.
-        workdir_pvc: a ReadWriteMany volume claim, which carries the task's config to the pods, at /nemo_run.
+        workdir_pvc: a ReadWriteMany volume claim, which carries code and config to the pods, at /nemo_run.
         nodes: pods.
         namespace: where the job lives.
         runtime: the ClusterTrainingRuntime.
@@ -48,6 +50,9 @@ def kubernetes(
         image_pull_secrets: names of Secrets for the registry.
         tolerations: as in a pod's spec.
         max_restarts: restarts after a crash.
+        code: "ship" copies the git repository of the current folder as it is on disk, "committed" refuses while
+            anything is uncommitted, None takes the image's.
+        seconds_to_save: how long a pod that is told to go may save its checkpoint (Kubernetes gives 30 s).
 
     Returns:
         NeMo-Run's KubeflowExecutor.
@@ -61,9 +66,11 @@ def kubernetes(
     """
     if nodes < 1 or gpus_per_node < 1:
         raise CptError(f"kubernetes(nodes={nodes}, gpus_per_node={gpus_per_node}): at least 1 of each")
+    from nemo_run import Packager
     from nemo_run.core.execution.kubeflow import KubeflowExecutor
 
     from nemo_cpt.executors import upstream
+    from nemo_cpt.executors.code import CodeSnapshot
 
     upstream.apply()
     mounted = {"/dev/shm": {"emptyDir": {"medium": "Memory", "sizeLimit": shm_size}}} | {
@@ -88,6 +95,8 @@ def kubernetes(
             image_pull_secrets=list(image_pull_secrets),
             tolerations=[dict(each) for each in tolerations],
             retries=max_restarts,
+            packager=CodeSnapshot(refuse_uncommitted=code == "committed") if code else Packager(),
+            pod_spec_overrides={"terminationGracePeriodSeconds": seconds_to_save},
         )
     except ImportError as error:
         raise CptError("kubernetes(...) needs the kubernetes package: pip install kubernetes") from error

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_cpt.errors import CptError
-from nemo_cpt.executors import stopping
+from nemo_cpt.executors import pods, stopping
 
 LOG_LINES = 25
 
@@ -25,7 +25,9 @@ def apply() -> None:
     raise_when_a_task_failed()
     admit_slurm_job()
     say_why_ssh_fails()
-    find_configs_in_pods()
+    pods.find_configs()
+    pods.ship_code()
+    pods.supervise_jobs()
 
 
 def raise_when_a_task_failed() -> None:
@@ -96,21 +98,6 @@ def say_why_ssh_fails() -> None:
             raise CptError(f"{where}: {error}") from error
 
     SSHTunnel._authenticate = authenticate_or_say
-
-
-def find_configs_in_pods() -> None:
-    """Let a pod find a task's config: NeMo-Run copies the job's folder to the volume, but names the local path."""
-    from nemo_run.core.execution.kubeflow import KubeflowExecutor
-
-    assign: Callable[..., None] = KubeflowExecutor.assign
-
-    @wraps(assign)
-    def assign_and_map(executor: Any, *args: Any, **kwargs: Any) -> None:
-        assign(executor, *args, **kwargs)
-        if executor.workdir_pvc and not executor.workdir_local_path:
-            executor.workdir_local_path = executor.job_dir
-
-    KubeflowExecutor.assign = assign_and_map
 
 
 def parse_new_unions() -> None:

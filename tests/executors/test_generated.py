@@ -217,7 +217,9 @@ def kube_config(tmp_path, monkeypatch):
 
 
 def test_kubernetes_train_job(project, kube_config):
-    executor = kubernetes("img", 8, "work", nodes=2, secret="tokens", claims={"/data": "corpus"}, memory="900Gi")
+    executor = kubernetes(
+        "img", 8, "work", nodes=2, secret="tokens", claims={"/data": "corpus"}, memory="900Gi", max_restarts=2
+    )
     _, request = prepared(executor)
     executor = request.executor
     body = executor.get_job_body("t-1", request.cmd)
@@ -234,6 +236,27 @@ def test_kubernetes_train_job(project, kube_config):
     launched = next(script).read_text()
     assert f"{executor.code_dir}/configs/t_fn_or_script" in launched  # not the path on this machine
     assert "--nproc-per-node 8" in launched
+    assert pod["terminationGracePeriodSeconds"] == 600
+    assert f"PYTHONPATH={executor.code_dir}/code:" in launched
+    assert "; exec python -m nemo_cpt.executors.supervisor" in launched  # the first process is signalled
+    assert "--max-restarts 2 -- torchrun" in launched
+
+
+def test_kubernetes_ships_what_is_not_committed(project, kube_config, monkeypatch):
+    from nemo_run.core.execution.kubeflow import KubeflowExecutor
+
+    sent = []
+    monkeypatch.setattr(
+        KubeflowExecutor, "copy_to_workspace", lambda executor, folder, *args, **how: sent.append(folder)
+    )
+    (project / "tasks.py").write_text((project / "tasks.py").read_text() + "\n# changed\n")
+    _, request = prepared(kubernetes("img", 8, "work"))
+    request.executor.package(request.executor.packager, job_name="t")
+    assert Path(sent[0], "code", "tasks.py").read_text().endswith("# changed\n")
+    _, request = prepared(kubernetes("img", 8, "work", code="committed"))
+    with pytest.raises(CptError, match="not committed"):
+        request.executor.package(request.executor.packager, job_name="t")
+    assert len(sent) == 1
 
 
 def test_kubernetes_says_what_is_missing(monkeypatch):
