@@ -7,10 +7,12 @@ rates are Swallow's for the same model too.
 
 import nemo_run as run
 from nemo.collections import llm
+from nemo.collections.llm.peft import LoRA
 
 from nemo_cpt.corpus import Blend
 from nemo_cpt.planning import ALLOWED, fit
 from nemo_cpt.recipes import parts
+from nemo_cpt.training.adapters import LoRAWithEmbeddings
 
 DEFAULT_BASE = "checkpoints/Llama-3.1-8B"
 LINEAR_LAYERS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
@@ -125,6 +127,7 @@ def continual_pretrain_single_gpu(
     seq_length: int | None = None,
     global_batch_size: int = 32,
     lr: float = 1e-4,
+    embeddings_lr: float | None = None,
     **kwargs,
 ) -> run.Partial:
     """LoRA on every linear layer, on one GPU of 48 GB by default; of 24 GB with a lower rank.
@@ -142,7 +145,9 @@ def continual_pretrain_single_gpu(
         rank: rank of the adapters; 128, or the largest half of it that fits, when None.
         seq_length: see `continual_pretrain`; 8192, or the largest half of it that fits, when None.
         global_batch_size: see `continual_pretrain`.
-        lr: peak learning rate.
+        lr: peak learning rate of the adapters.
+        embeddings_lr: peak learning rate of the embedding and the output layer, trained whole beside the adapters
+            (16 GiB more); frozen when None. See `with_lora`.
         **kwargs: see `continual_pretrain`.
 
     Returns:
@@ -154,7 +159,7 @@ def continual_pretrain_single_gpu(
     sizes = {"seq_length": seq_length or 8192, "global_batch_size": global_batch_size}
     recipe = continual_pretrain(base, data, name=name, lr=lr, **ONE_GPU | sizes | kwargs)
     given_up = [knob for knob, value in (("rank", rank), ("seq_length", seq_length)) if value is None]
-    return fit(with_lora(recipe, rank), gpu_memory_gib, allow=[*ALLOWED, *given_up]).recipe
+    return fit(with_lora(recipe, rank, embeddings_lr), gpu_memory_gib, allow=[*ALLOWED, *given_up]).recipe
 
 
 @run.cli.factory(target=llm.pretrain, name="llama31_8b_cpt_full_single_gpu")
@@ -195,18 +200,30 @@ def continual_pretrain_full_single_gpu(
     return fit(recipe, gpu_memory_gib, allow=[*ALLOWED, *given_up]).recipe
 
 
-def with_lora(recipe: run.Partial, rank: int | None = 128) -> run.Partial:
-    """The same run with the base frozen and LoRA trained, through `llm.finetune`: llm.pretrain takes no adapters."""
+def with_lora(recipe: run.Partial, rank: int | None = 128, embeddings_lr: float | None = None) -> run.Partial:
+    """The same run with the base frozen and LoRA trained, through `llm.finetune`: llm.pretrain takes no adapters.
+
+    Args:
+        recipe: a full-parameter recipe; its parts are reused.
+        rank: of the adapters; alpha is twice that.
+        embeddings_lr: peak learning rate of the embedding and the output layer, which are then trained whole; both
+            stay frozen when None. Lower than the adapters' rate: a fifth to a tenth of it is usual (Unsloth,
+            "Continued LLM Pretraining", 2024).
+
+    Raises:
+        CptError: `embeddings_lr` is below the schedule's min_lr.
+    """
     rank = rank or 128
     recipe.model.config.gradient_accumulation_fusion = False  # the adapters' gradients are small
+    adapters = LoRA if embeddings_lr is None else LoRAWithEmbeddings
     return run.Partial(
         llm.finetune,
         model=recipe.model,
         data=recipe.data,
         trainer=recipe.trainer,
-        optim=recipe.optim,
+        optim=recipe.optim if embeddings_lr is None else parts.with_embeddings_rate(recipe.optim, embeddings_lr),
         log=recipe.log,
         resume=recipe.resume,
-        peft=run.Config(llm.peft.LoRA, dim=rank, alpha=2 * rank, target_modules=LINEAR_LAYERS),
+        peft=run.Config(adapters, dim=rank, alpha=2 * rank, target_modules=LINEAR_LAYERS),
         tokenizer="data",
     )

@@ -12,6 +12,7 @@ from nemo.utils.exp_manager import TimingCallback
 
 from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
+from nemo_cpt.training.adapters import EmbeddingRateOptimizer
 from nemo_cpt.training.callbacks import MetricsFile, ValidationLossBySet
 from nemo_cpt.training.data import BlendDataModule
 from nemo_cpt.training.gradients import EveryTrainableParameterHasGradient
@@ -136,6 +137,22 @@ def adam(
         min_lr=lr / 10 if min_lr is None else min_lr,
     )
     return run.Config(nl.MegatronOptimizerModule, config=config, lr_scheduler=schedule)
+
+
+def with_embeddings_rate(optim: run.Config, embeddings_lr: float) -> run.Config[EmbeddingRateOptimizer]:
+    """The same optimizer and schedule, with a peak of its own for the embedding and the output layer.
+
+    Raises:
+        CptError: it is below the schedule's `min_lr`, which both rates end at.
+    """
+    if embeddings_lr < optim.lr_scheduler.min_lr:
+        raise CptError(
+            f"embeddings_lr {embeddings_lr:g} is below the schedule's min_lr {optim.lr_scheduler.min_lr:g}: "
+            "give a larger one, or a smaller min_lr"
+        )
+    return run.Config(
+        EmbeddingRateOptimizer, config=optim.config, lr_scheduler=optim.lr_scheduler, embeddings_lr=embeddings_lr
+    )
 
 
 def default_warmup(max_steps: int) -> int:

@@ -97,14 +97,15 @@ def resident_bytes(work: Workload, stage: int) -> dict[str, int]:
     frozen = work.lora_rank is not None
     elements = stage_parameters(work, stage)
     adapters = adapter_parameters(work, stage)
-    per_adapter = work.weight_bytes + work.grad_bytes
+    whole = whole_parameters(work, stage)
+    trained_bytes = adapters * work.weight_bytes + (adapters + whole) * work.grad_bytes
     weights = elements if frozen else buffer_elements(work, stage)
     return {
         "weights": _weight_bytes(work, stage, weights),
         "fp8 copies of weights": 2 * _linear_elements(work, stage) if work.fp8 and not work.fp8_param else 0,
         "gradients": 0 if frozen else weights * work.grad_bytes,
         "optimizer": 0 if frozen else elements * state_bytes(work) // work.optimizer_shards,
-        "adapters": adapters * per_adapter + adapters * state_bytes(work) // work.optimizer_shards,
+        "adapters": trained_bytes + (adapters + whole) * state_bytes(work) // work.optimizer_shards,
         "unused gradients": _dummy_gradients(work, stage),
         "workspaces": WORKSPACES,
     }
@@ -157,6 +158,22 @@ def adapter_parameters(work: Workload, stage: int) -> int:
     """Return the adapters' parameters on one GPU of a stage: both of an adapter's matrices are cut."""
     share = work.tensor_model_parallel_size * work.pipeline_model_parallel_size
     return work.adapter_parameters // share
+
+
+def whole_parameters(work: Workload, stage: int) -> int:
+    """Return the elements of the embedding and the output layer on one GPU, where they are trained beside adapters."""
+    if not work.trained_embeddings:
+        return 0
+    first, last = stage == 0, stage == work.pipeline_model_parallel_size - 1
+    count = first + (last and not (work.tied and first))
+    return count * work.vocab_size * work.hidden_size // work.tensor_model_parallel_size
+
+
+def trained_parameters(work: Workload, stage: int) -> int:
+    """Return the parameters on one GPU of a stage that the optimizer steps."""
+    if work.lora_rank is None:
+        return stage_parameters(work, stage)
+    return adapter_parameters(work, stage) + whole_parameters(work, stage)
 
 
 def state_bytes(work: Workload) -> int:
@@ -290,7 +307,7 @@ def logit_bytes(work: Workload) -> int:
     elements = work.tokens * work.vocab_size // work.tensor_model_parallel_size
     loss = 0 if work.loss == "te" else 8 * elements
     backward = 0
-    if work.lora_rank is None:
+    if work.trains_head:
         backward = work.tokens * work.hidden_size * work.weight_bytes
         if not work.fused_gradients:
             backward += work.vocab_size * work.hidden_size // work.tensor_model_parallel_size * work.weight_bytes
@@ -318,8 +335,7 @@ def _backward(work: Workload, stage: int) -> dict[str, int]:
 
 def _optimizer_temporaries(work: Workload, stage: int) -> int:
     """Adam's copies in fp32: of a slice's moments (upstream.step_adam_in_slices), or of all bf16 gradients."""
-    trainable = adapter_parameters(work, stage) or stage_parameters(work, stage)
-    share = trainable // work.optimizer_shards
+    share = trained_parameters(work, stage) // work.optimizer_shards
     if not work.precision_aware:
         return 4 * share if work.grad_bytes < 4 else 0
     if work.exp_avg_bytes == work.exp_avg_sq_bytes == 4 or {"exp_avg", "exp_avg_sq"} <= set(work.host_states):

@@ -14,6 +14,7 @@ MODELLED_CALLBACKS = {
     "TimingCallback", "GarbageCollectionCallback", "PreemptionCallback", "StopAtStep", "MegatronCommOverlapCallback",
 }  # fmt: skip
 MOMENTS = ("exp_avg_dtype", "exp_avg_sq_dtype")
+ADAPTERS = {"LoRA", "DoRA", "LoRAWithEmbeddings"}
 STRATEGIES = {"MegatronStrategy", "CpuStrategy"}
 
 
@@ -119,6 +120,7 @@ def _adapters(peft: Any) -> dict[str, Any]:
         "lora_targets": tuple(name for name in _get(peft, "target_modules", LINEAR) if name in LINEAR),
         "lora_dropout": _get(peft, "dropout", 0.0),
         "dora": _name(peft) == "DoRA",
+        "trained_embeddings": _name(peft) == "LoRAWithEmbeddings",
     }
 
 
@@ -171,7 +173,7 @@ def _left_out(recipe: Any, config: Any) -> Iterator[str]:
             yield f"callback {_name(callback)}"
     if _name(recipe.trainer.strategy) not in STRATEGIES:
         yield f"strategy {_name(recipe.trainer.strategy)}"
-    if (peft := getattr(recipe, "peft", None)) is not None and _name(peft) not in ("LoRA", "DoRA"):
+    if (peft := getattr(recipe, "peft", None)) is not None and _name(peft) not in ADAPTERS:
         yield f"peft {_name(peft)}"
     for target in _get(peft, "target_modules", LINEAR):
         if target not in LINEAR:

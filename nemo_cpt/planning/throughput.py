@@ -8,7 +8,7 @@ not measured. Links between GPUs enter by volume and data-sheet bandwidth.
 from dataclasses import dataclass
 
 from nemo_cpt.planning.hardware import DEFAULT, Gpu
-from nemo_cpt.planning.memory import adapter_parameters, layer_bytes_per_token, stage_parameters
+from nemo_cpt.planning.memory import layer_bytes_per_token, stage_parameters, trained_parameters, whole_parameters
 from nemo_cpt.planning.workload import Workload
 
 BF16_RATE = 677e12  # operations a second of the linear layers' products on one H200
@@ -110,7 +110,7 @@ def _operations(work: Workload) -> tuple[float, float, float]:
     adapters = work.adapter_parameters / work.num_layers * 2 * tokens * (3 * layers + again)
     if work.dora:  # the norm of weight + product of the adapter's matrices, each time
         adapters += 2 * (work.lora_rank or 0) * linear * layers * 2
-    head = 2 * work.vocab_size * work.hidden_size * tokens * passes
+    head = 2 * work.vocab_size * work.hidden_size * tokens * (3 if work.trains_head else 2)
     attention_again = layers if work.recompute == "selective" and "core_attn" in work.recompute_modules else again
     attention = 2 * tokens * work.seq_length * work.query_size * (3.5 * layers + attention_again)
     return products, head + adapters, attention
@@ -133,12 +133,10 @@ def _activation_traffic(work: Workload) -> float:
 
 def _gradient_traffic(work: Workload) -> float:
     """Bytes of the weights' gradients of a micro batch: added within the product, or written, read and added."""
-    if work.lora_rank is not None:
-        return 0.0
-    added = 2 * work.grad_bytes
-    return stage_parameters(work, work.pipeline_model_parallel_size - 1) * (
-        added if work.fused_gradients else added + 2 * work.weight_bytes
-    )
+    last = work.pipeline_model_parallel_size - 1
+    summed = stage_parameters(work, last) if work.lora_rank is None else whole_parameters(work, last)
+    written = 0 if work.fused_gradients else 2 * work.weight_bytes
+    return summed * (2 * work.grad_bytes + written)
 
 
 def _tensor_parallel_seconds(work: Workload, gpu: Gpu) -> float:
@@ -154,7 +152,7 @@ def _data_parallel_seconds(work: Workload, gpu: Gpu) -> float:
     shards = work.data_parallel * work.context_parallel_size
     if shards == 1:
         return 0.0
-    trained = adapter_parameters(work, 0) or stage_parameters(work, 0)
+    trained = trained_parameters(work, 0)
     volume = (shards - 1) / shards * trained * (work.grad_bytes + work.weight_bytes)
     exposed = 0.5 if work.overlap_grad_reduce else 1.0
     return exposed * volume / _link(work, gpu, work.gpus)
@@ -166,7 +164,7 @@ def _link(work: Workload, gpu: Gpu, span: int) -> float:
 
 
 def _optimizer_seconds(work: Workload, gpu: Gpu) -> float:
-    trained = (adapter_parameters(work, 0) or stage_parameters(work, 0)) / work.optimizer_shards
+    trained = trained_parameters(work, 0) / work.optimizer_shards
     states = {"exp_avg": work.exp_avg_bytes, "exp_avg_sq": work.exp_avg_sq_bytes, "master_param": work.master_bytes}
     on_host = sum(size for name, size in states.items() if name in work.host_states)
     if on_host:

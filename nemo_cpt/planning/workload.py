@@ -23,6 +23,7 @@ class Workload:
         lora_rank: LoRA's or DoRA's `dim`; None trains every parameter.
         lora_targets: the linear layers that have an adapter.
         lora_dropout: the adapters' dropout.
+        trained_embeddings: whether the embedding and the output layer are trained whole beside the adapters.
         weight_bytes: of a weight (bf16 2, fp32 4).
         grad_bytes: of an element of Megatron's gradient buffer.
         exp_avg_bytes: of Adam's first moment; 2 in fp8 too, of which Transformer Engine keeps the transpose.
@@ -68,6 +69,7 @@ class Workload:
     lora_targets: tuple[str, ...] = LINEAR
     lora_dropout: float = 0.0
     dora: bool = False
+    trained_embeddings: bool = False
     weight_bytes: int = 2
     grad_bytes: int = 4
     exp_avg_bytes: int = 4
@@ -175,6 +177,11 @@ class Workload:
             return 0
         widths = [self.widths[name] for name in self.lora_targets]
         return self.num_layers * sum(self.lora_rank * (i + o) + (o if self.dora else 0) for i, o in widths)
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether the output layer's weight gets a gradient."""
+        return self.lora_rank is None or self.trained_embeddings
 
     @property
     def recomputed_at_once(self) -> int:

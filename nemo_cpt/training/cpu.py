@@ -20,6 +20,8 @@ from nemo import lightning as nl
 from nemo.collections.llm.gpt.model.base import local_layer_spec
 from torch.overrides import TorchFunctionMode
 
+from nemo_cpt.training.optimizer import HostStateOptimizer
+
 # Megatron's fused kernels need Transformer Engine or Apex; these are their plain equivalents, with the same values.
 UNFUSED = {
     "apply_rope_fusion": False,
@@ -187,9 +189,10 @@ def on_cpu(recipe: Any, processes: int = 1) -> Any:
 
 def _plain_adam(recipe: Any) -> None:
     """Megatron's own Adam with fp32 states, whatever a GPU's memory made of it."""
-    recipe.optim = run.Config(
-        nl.MegatronOptimizerModule, config=recipe.optim.config, lr_scheduler=recipe.optim.lr_scheduler
-    )
+    if recipe.optim.__fn_or_cls__ is HostStateOptimizer:
+        recipe.optim = run.Config(
+            nl.MegatronOptimizerModule, config=recipe.optim.config, lr_scheduler=recipe.optim.lr_scheduler
+        )
     for field in ("bf16", "use_distributed_optimizer", "use_precision_aware_optimizer"):
         setattr(recipe.optim.config, field, False)
     for field in ("main_grads_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):

@@ -56,44 +56,44 @@ def _bytes(tensors: list[torch.Tensor]) -> int:
     return sum(each.numel() * each.element_size() for each in tensors)
 
 
-def make(
-    world: Path, blend: Any, folder: Path, processes: int, rank: int | None, layout: dict[str, int]
-) -> run.Partial:
+def make(world: Path, blend: Any, folder: Path, processes: int, lora: dict, layout: dict[str, int]) -> run.Partial:
     recipe = tiny.continual_pretrain(
         str(world / "base"), blend, processes=processes, name=folder.name, directory=str(folder), seq_length=64,
         global_batch_size=8, max_steps=1, val_check_interval=1, **layout,
     )  # fmt: skip
     recipe.trainer.callbacks.append(run.Config(CountBytes, folder))
     recipe.trainer.enable_checkpointing, recipe.log.ckpt = False, None
-    return llama31_8b.with_lora(recipe, rank) if rank else recipe
+    return llama31_8b.with_lora(recipe, **lora) if lora else recipe
 
 
-def count(world: Path, blend: Any, folder: Path, processes: int, rank: int | None, layout: dict[str, int]) -> None:
-    run.run(make(world, blend, folder, processes, rank, layout), direct=True)
+def count(world: Path, blend: Any, folder: Path, processes: int, lora: dict, layout: dict[str, int]) -> None:
+    run.run(make(world, blend, folder, processes, lora, layout), direct=True)
 
 
 @pytest.mark.parametrize(
-    ("processes", "rank", "layout"),
+    ("processes", "lora", "layout"),
     [
-        (1, None, {}),
-        (1, 8, {}),
-        (2, None, {"tensor_model_parallel_size": 2}),
-        (2, None, {"pipeline_model_parallel_size": 2}),
+        (1, {}, {}),
+        (1, {"rank": 8}, {}),
+        (1, {"rank": 8, "embeddings_lr": 5e-4}, {}),
+        (2, {}, {"tensor_model_parallel_size": 2}),
+        (2, {}, {"pipeline_model_parallel_size": 2}),
     ],
-    ids=["full", "LoRA", "tensor parallel", "pipeline parallel"],
+    ids=["full", "LoRA", "LoRA and embeddings", "tensor parallel", "pipeline parallel"],
 )
-def test_predicted_bytes_are_the_counted_ones(world, blend, tmp_path, processes, rank, layout) -> None:
-    job = functools.partial(count, world, blend, tmp_path, processes, rank, layout)
+def test_predicted_bytes_are_the_counted_ones(world, blend, tmp_path, processes, lora, layout) -> None:
+    job = functools.partial(count, world, blend, tmp_path, processes, lora, layout)
     assert jobs.run(job, processes, log=tmp_path / "log") == 0, (tmp_path / "log").read_text()[-3000:]
-    work = read(make(world, blend, tmp_path, processes, rank, layout))
+    work = read(make(world, blend, tmp_path, processes, lora, layout))
     for process in range(processes):
         counted = json.loads((tmp_path / f"{process}.json").read_text())
         stage = process if work.pipeline_model_parallel_size > 1 else 0
         predicted = memory.resident_bytes(work, stage)
         assert predicted["weights"] == counted["weights"]
-        adapters = memory.adapter_parameters(work, stage)
+        adapters, whole = memory.adapter_parameters(work, stage), memory.whole_parameters(work, stage)
         assert adapters * work.weight_bytes == counted["adapter weights"]
-        assert (predicted["gradients"] or adapters * work.grad_bytes) == counted["gradients"]
-        assert (predicted["optimizer"] or adapters * memory.state_bytes(work)) == counted["optimizer"]
-        if rank:
+        trained = (adapters + whole) if lora else 0
+        assert (predicted["gradients"] or trained * work.grad_bytes) == counted["gradients"]
+        assert (predicted["optimizer"] or trained * memory.state_bytes(work)) == counted["optimizer"]
+        if lora:
             assert predicted["adapters"] == sum(counted[k] for k in ("adapter weights", "gradients", "optimizer"))

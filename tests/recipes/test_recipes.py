@@ -80,6 +80,15 @@ class TestOneGpu:
         assert recipe.peft.dim == 64
         assert recipe.data.seq_length == recipe.model.config.seq_length < 8192
 
+    def test_embeddings_trained_beside_the_adapters_are_planned_and_survive_yaml(self, tmp_path: Path) -> None:
+        recipe = llama31_8b.continual_pretrain_single_gpu(gpu_memory_gib=80, embeddings_lr=2e-5)
+        assert recipe.optim.embeddings_lr == 2e-5
+        frozen = llama31_8b.continual_pretrain_single_gpu(gpu_memory_gib=80)
+        more = plan(recipe, 80).worst.parts["adapters"] - plan(frozen, 80).worst.parts["adapters"]
+        assert more == 2 * 128_256 * 4096 * (4 + 12)  # fp32 gradients; master weights and two moments
+        (tmp_path / "recipe.yaml").write_text(YamlSerializer().serialize(recipe))
+        assert yaml_file.load(tmp_path / "recipe.yaml") == recipe
+
     def test_every_parameter_on_one_gpu_keeps_the_states_on_the_host(self) -> None:
         for gpu_memory_gib, gradients in ((48, torch.bfloat16), (80, torch.float32)):
             recipe = llama31_8b.continual_pretrain_full_single_gpu(gpu_memory_gib=gpu_memory_gib)

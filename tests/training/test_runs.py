@@ -8,7 +8,11 @@ from typing import Any
 
 import nemo_run as run
 import pytest
+from safetensors.torch import load_file
 
+from nemo_cpt.checkpoint import export_hf
+from nemo_cpt.errors import CptError
+from nemo_cpt.evaluation.loss import language_model_loss
 from nemo_cpt.recipes import llama31_8b, tiny
 from nemo_cpt.training.callbacks import StopAtStep
 from nemo_cpt.training.metrics import read_metrics
@@ -116,16 +120,18 @@ def test_an_unfinished_checkpoint_is_passed_over(tmp_path: Path) -> None:
     assert newest_complete_checkpoint(tmp_path) == tmp_path / "steps=2"
 
 
-def train_adapters(world: Path, blend: Any, stop_at: int | None) -> None:
+def train_adapters(
+    world: Path, blend: Any, stop_at: int | None, name: str = "lora", embeddings_lr: float | None = None
+) -> None:
     recipe = tiny.continual_pretrain(
-        str(world / "base"), blend, name="lora", directory=str(world / "runs"), seq_length=64, global_batch_size=8,
+        str(world / "base"), blend, name=name, directory=str(world / "runs"), seq_length=64, global_batch_size=8,
         max_steps=STEPS, val_check_interval=2, lr=1e-2,
     )  # fmt: skip
     recipe.model.config.recompute_granularity, recipe.model.config.recompute_method = "full", "block"
     recipe.model.config.recompute_num_layers = 3
     if stop_at:
         recipe.trainer.callbacks.append(run.Config(StopAtStep, step=stop_at))
-    run.run(llama31_8b.with_lora(recipe, rank=8), direct=True)
+    run.run(llama31_8b.with_lora(recipe, rank=8, embeddings_lr=embeddings_lr), direct=True)
 
 
 def test_adapters_train_under_recompute_and_resume(world: Path, blend: Any) -> None:
@@ -135,3 +141,27 @@ def test_adapters_train_under_recompute_and_resume(world: Path, blend: Any) -> N
     losses = metrics(world, "lora")
     assert list(losses) == list(range(1, STEPS + 1))
     assert losses[STEPS] < losses[1] - 0.5
+
+
+def test_embeddings_train_beside_adapters_at_their_own_rate_resume_and_are_exported(world: Path, blend: Any) -> None:
+    for stop_at in (3, None):
+        log = world / "embeddings.log"
+        job = functools.partial(train_adapters, world, blend, stop_at, "embeddings", 5e-3)
+        assert jobs.run(job, log=log) == 0, log.read_text()[-3000:]
+    assert metrics(world, "embeddings")[STEPS] < metrics(world, "embeddings")[1] - 0.5
+    checkpoint = newest_complete_checkpoint(world / "runs/embeddings/checkpoints")
+    export_hf(checkpoint, world / "embeddings_hf")
+    loss = language_model_loss(world / "embeddings_hf", str(world / "ds/ja_validation"), seq_length=64, samples=8)
+    assert loss == pytest.approx(metrics(world, "embeddings", "val_loss_ja")[STEPS], abs=1e-4)
+    before, after = (load_file(world / folder / "model.safetensors") for folder in ("base_hf", "embeddings_hf"))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert not before[name].equal(after[name])
+    assert before["model.norm.weight"].equal(after["model.norm.weight"])
+    with pytest.raises(CptError, match="which an adapter cannot hold"):
+        export_hf(checkpoint, world / "embeddings_adapter", adapter=True)
+
+
+def test_a_rate_below_the_schedules_end_is_refused(world: Path, blend: Any) -> None:
+    recipe = tiny.continual_pretrain(str(world / "base"), blend, lr=1e-2)
+    with pytest.raises(CptError, match=r"embeddings_lr 0\.0001 is below the schedule's min_lr 0\.001"):
+        llama31_8b.with_lora(recipe, rank=8, embeddings_lr=1e-4)
