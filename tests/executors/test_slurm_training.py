@@ -27,11 +27,11 @@ def test_preempted_it_reaches_the_unbroken_runs_loss(slurm_here, project, materi
     from test_slurm import log_of
 
     _, unbroken = submit(task(material, tmp_path / "unbroken", 1), slurm(nodes=2, tasks_per_node=1, time="20"))
-    assert slurm_here.wait_for(unbroken, "COMPLETED", "FAILED", timeout=240) == "COMPLETED"
     broken, job = submit(task(material, tmp_path / "broken", 2), slurm(nodes=1, tasks_per_node=2, time="20"))
     wait_until(lambda: list((tmp_path / "broken").rglob("steps.jsonl")) and len(losses(tmp_path / "broken")) > 3, 240)
     slurm_here.run("scontrol", "requeue", job)
-    assert slurm_here.wait_for(job, "COMPLETED", "FAILED", timeout=300) == "COMPLETED"
+    for each in (unbroken, job):
+        assert slurm_here.wait_for(each, "COMPLETED", "FAILED", timeout=300) == "COMPLETED"
     log = log_of(broken)
     assert "Preemption detected, saving checkpoint and exiting" in log
     steps = [step for step, _ in losses(tmp_path / "broken")]
