@@ -15,4 +15,4 @@ if __name__ == "__main__":
         data=Blend(train={"ds/ja": 0.75, "ds/en": 0.25}, validation={"ja": "ds/ja_val", "en": "ds/en_val"}),
         gpus_per_node=8,
     )
-    run.run(recipe, executor=local(gpus=8))
+    run.run(recipe, executor=local(gpus=8, max_restarts=2))
