@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from nemo_cpt.errors import CptError
-from nemo_cpt.executors.environment import checked_env, checked_secrets, existing_mounts, keep_secrets
+from nemo_cpt.executors.environment import checked_secrets, existing_mounts, job_env, keep_secrets
 
 if TYPE_CHECKING:
     import nemo_run as run
@@ -32,7 +32,8 @@ def docker(
     """Run in a container, as `docker run --gpus all --shm-size=16g --ulimit memlock=-1 --network=host` would.
 
     NeMo's data loaders and NCCL need shared memory and locked pages beyond Docker's defaults; these are the flags of
-    NVIDIA's tutorials. The job runs in the current folder, mounted where NeMo-Run starts tasks, on the code as it is.
+    NVIDIA's tutorials. The job runs in the current folder, mounted where NeMo-Run starts tasks, on the code as it is;
+    nemo_cpt must be there or in the image. `docker stop -t 600 NAME` lets a recipe save a checkpoint first.
 
     Args:
         image: the image.
@@ -65,7 +66,7 @@ def docker(
     names = checked_secrets(secrets)
     volumes = existing_mounts(mounts if mounts is not None else [f"{folder}:{folder}"])
     volumes.append(f"{folder}:{WORKDIR}")
-    variables = {"PYTHONUNBUFFERED": "1", **checked_env(env)}
+    variables = {"PYTHONUNBUFFERED": "1", **job_env(env)}
     if names:  # NeMo-Run starts the task by `bash -c`, which reads BASH_ENV first
         volumes.append(f"{keep_secrets('docker', names)}:{SECRETS_IN_CONTAINER}:ro")
         variables["BASH_ENV"] = SECRETS_IN_CONTAINER
