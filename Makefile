@@ -8,7 +8,7 @@ demo: .venv/installed
 	$(BIN)/python -m nemo_cpt.demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2
 
 lint: .venv/installed
 	$(BIN)/ruff check .

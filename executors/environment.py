@@ -9,6 +9,9 @@ from pathlib import Path
 from nemo_cpt.errors import CptError
 
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY")
+GPU_VARIABLES = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+"""What every job gets unless the shell or `env` says otherwise: the allocator that docs/performance.md was measured
+with, which wastes 1 % of a GPU's memory, and the single queue that Megatron's tensor parallelism counts on."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECRET_NAME = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS)$", re.IGNORECASE)
 
@@ -31,6 +34,15 @@ def checked_env(env: Mapping[str, str] | None) -> dict[str, str]:
                 f"export {name} in the shell that launches (and name it in secrets=... for executors that have it)"
             )
     return {name: str(value) for name, value in (env or {}).items()}
+
+
+def job_env(env: Mapping[str, str] | None) -> dict[str, str]:
+    """Return the variables of a job: `GPU_VARIABLES`, as this environment has them if it does, and `env`.
+
+    Raises:
+        CptError: see `checked_env`.
+    """
+    return {name: os.environ.get(name, value) for name, value in GPU_VARIABLES.items()} | checked_env(env)
 
 
 def checked_secrets(names: Sequence[str] | None) -> list[str]:

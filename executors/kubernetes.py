@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from nemo_cpt.errors import CptError
-from nemo_cpt.executors.environment import SECRETS, checked_env
+from nemo_cpt.executors.environment import SECRETS, job_env
 
 if TYPE_CHECKING:
     from nemo_run.core.execution.kubeflow import KubeflowExecutor
@@ -91,7 +91,7 @@ def kubernetes(
             memory_requests=memory,
             memory_limits=memory,
             env_list=[_from_secret(name, secret) for name in secrets] if secret else [],
-            env_vars=checked_env(env),
+            env_vars=job_env(env),
             image_pull_secrets=list(image_pull_secrets),
             tolerations=[dict(each) for each in tolerations],
             retries=max_restarts,

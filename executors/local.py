@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_cpt.errors import CptError
-from nemo_cpt.executors.environment import checked_env
+from nemo_cpt.executors.environment import job_env
 
 if TYPE_CHECKING:
     import nemo_run as run
@@ -52,7 +52,7 @@ def local(
         ntasks_per_node=processes,
         nodes=nodes,
         launcher="torchrun" if processes * nodes > 1 else None,
-        env_vars=_quiet_torchrun() | _interpreter_first() | _visible_gpus(gpus) | checked_env(env),
+        env_vars=_quiet_torchrun() | _interpreter_first() | _visible_gpus(gpus) | job_env(env),
         retries=max_restarts,
     )
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from nemo_cpt.errors import CptError
-from nemo_cpt.executors.environment import checked_env, checked_secrets, existing_mounts, keep_secrets
+from nemo_cpt.executors.environment import checked_secrets, existing_mounts, job_env, keep_secrets
 
 if TYPE_CHECKING:
     import nemo_run as run
@@ -83,7 +83,7 @@ def skypilot(
             disk_size=disk_size,
             file_mounts=copied,
             setup="\n".join(lines),
-            env_vars=checked_env(env),
+            env_vars=job_env(env),
             autodown=autodown,
             idle_minutes_to_autostop=idle_minutes_to_autostop,
             retries=max_restarts,

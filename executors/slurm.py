@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nemo_cpt.errors import CptError
-from nemo_cpt.executors.environment import SECRETS, checked_env, checked_secrets, existing_mounts
+from nemo_cpt.executors.environment import SECRETS, checked_secrets, existing_mounts, job_env
 
 if TYPE_CHECKING:
     import nemo_run as run
@@ -155,7 +155,7 @@ def slurm(
             *srun_args,
         ],
         additional_parameters={"dependency": dependency} | directives if dependency else dict(directives),
-        env_vars=checked_env(env),
+        env_vars=job_env(env),
         retries=max_restarts,
         job_name_prefix=job_name_prefix,
         job_details=RunLog(),

@@ -142,6 +142,7 @@ def place(executor: str, options: Sequence[str]) -> "Place":
     """
     from nemo_cpt.cli import catalog, jobs
     from nemo_cpt.doctor import Place
+    from nemo_cpt.executors.environment import job_env
 
     if executor.partition(":")[0].endswith(".py"):
         return Place(executor, here=False, same_packages=False, same_files=False)
@@ -159,7 +160,7 @@ def place(executor: str, options: Sequence[str]) -> "Place":
         slurm=submits,
         partition=given.get("partition"),
         nodes=given.get("nodes"),
-        environ=_shown_gpus(executor, given) | {name: str(value) for name, value in (given.get("env") or {}).items()},
+        environ=_shown_gpus(executor, given) | job_env(given.get("env")),
     )
 
 

@@ -197,7 +197,7 @@ def test_where_a_job_runs(monkeypatch, tmp_path):
     assert (docker.here, docker.same_packages, docker.same_files) == (True, False, False)
     slurm = place("slurm", ["partition=gpu", "nodes=2", "env={A: 1}"])
     assert (slurm.here, slurm.slurm, slurm.same_files) == (False, True, True)
-    assert (slurm.partition, slurm.nodes, slurm.environ) == ("gpu", 2, {"A": "1"})
+    assert (slurm.partition, slurm.nodes, slurm.environ["A"]) == ("gpu", 2, "1")
     assert not place("slurm", ["container_image=nvcr.io/nvidia/nemo:25.07"]).same_files
     over_ssh = place("slurm", ["tunnel=ssh(host='h', user='u', job_dir='/j')"])
     assert (over_ssh.slurm, over_ssh.same_files, over_ssh.same_packages) == (False, False, False)

@@ -71,6 +71,7 @@ def test_docker_has_the_tutorials_flags(project, monkeypatch):
     assert host["Init"]
     assert "RestartPolicy" not in host  # Docker refuses one beside AutoRemove
     assert created["environment"]["TINI_KILL_PROCESS_GROUP"] == "1"
+    assert created["environment"]["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
     assert "planted-secret" not in str(created)
     assert secrets.read_text() == "export HF_TOKEN=planted-secret\n"
     assert secrets.stat().st_mode & 0o777 == 0o600
@@ -226,10 +227,10 @@ def test_kubernetes_train_job(project, kube_config):
     trainer = body["spec"]["trainer"]
     assert (trainer["numNodes"], trainer["numProcPerNode"], trainer["image"]) == (2, 8, "img")
     assert trainer["resourcesPerNode"]["limits"] == {"nvidia.com/gpu": "8", "memory": "900Gi"}
-    assert trainer["env"][0] == {
-        "name": "HF_TOKEN",
-        "valueFrom": {"secretKeyRef": {"name": "tokens", "key": "HF_TOKEN", "optional": True}},
-    }
+    variables = {variable.pop("name"): variable for variable in trainer["env"]}
+    secret = {"secretKeyRef": {"name": "tokens", "key": "HF_TOKEN", "optional": True}}
+    assert variables["HF_TOKEN"] == {"valueFrom": secret}
+    assert variables["PYTORCH_CUDA_ALLOC_CONF"] == {"value": "expandable_segments:True"}
     pod = body["spec"]["podTemplateOverrides"][0]["spec"]
     assert {mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]} == {"/dev/shm", "/data"}
     script = (project.parent / "home").rglob("launch.sh")

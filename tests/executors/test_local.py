@@ -12,6 +12,7 @@ from helpers import assert_no_secret, wait_until
 
 from nemo_cpt import CptError
 from nemo_cpt.executors import local
+from nemo_cpt.executors.environment import GPU_VARIABLES
 
 
 def test_import_takes_neither_torch_nor_nemo():
@@ -162,6 +163,15 @@ def test_upstream_still_ends_quietly_after_a_failure(project, monkeypatch):
     executor = local()
     monkeypatch.setattr(run.Experiment, "__exit__", run.Experiment.__exit__.__wrapped__)
     run.run(run.Partial(tasks.fail, message="x"), executor=executor, name="t")
+
+
+def test_gpu_variables_are_the_measured_ones_unless_set(monkeypatch):
+    for name in GPU_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert GPU_VARIABLES.items() <= local().env_vars.items()
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "garbage_collection_threshold:0.8")
+    assert local().env_vars["PYTORCH_CUDA_ALLOC_CONF"] == "garbage_collection_threshold:0.8"
+    assert local(env={"CUDA_DEVICE_MAX_CONNECTIONS": "32"}).env_vars["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
 
 
 def test_gpus_are_the_first_of_the_visible_ones(monkeypatch):
