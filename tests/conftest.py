@@ -26,5 +26,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _group(path: Path) -> str:
     """A file's tests stay in one process, which shares their fixtures; those with a Slurm cluster share the one."""
-    cluster = path.stem in ("test_slurm", "test_slurm_training", "test_ssh")
+    cluster = path.stem in ("test_slurm", "test_slurm_training", "test_ssh", "test_doctor_slurm")
     return "slurm" if cluster else f"{path.parent.name}/{path.stem}"
