@@ -101,6 +101,10 @@ def _patches() -> Iterator[Any]:
     )
     # Called on rank 0 alone it gathers nothing from all ranks, which gloo counts and then waits for ever.
     yield mock.patch.object(ProgressPrinter, "log_megatron_timers", lambda printer, timers: "")
+    # A CUDA build of PyTorch asks the driver whether a graph is captured, at each optimizer's step.
+    yield mock.patch.object(
+        torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda self: None, create=True
+    )
     yield mock.patch.object(checkpoint_io, "_fix_tensors_device", lambda checkpoint: checkpoint)
     yield mock.patch.object(megatron_strategy, "_optimizer_to_device", lambda optimizer, device: None)
     if not lora.HAVE_TE:  # NeMo's LoRA asks for Transformer Engine's classes even where it is absent

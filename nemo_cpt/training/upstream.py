@@ -249,12 +249,17 @@ def free_gradients_at_once() -> None:
 def _on_the_stream_of_training(init_ddp: Callable[[Any], None]) -> Callable[[Any], None]:
     def init(self: Any) -> None:
         config = getattr(self[0], "config", None)
-        if not torch.cuda.is_available() or getattr(config, "enable_cuda_graph", False):
+        if not _on_gpu(self[0]) or getattr(config, "enable_cuda_graph", False):
             return init_ddp(self)
         with torch.cuda.stream(torch.cuda.default_stream()):
             return init_ddp(self)
 
     return init
+
+
+def _on_gpu(module: torch.nn.Module) -> bool:
+    """By the weights: the CPU stack lets `torch.cuda.is_available` say what Megatron wants to hear."""
+    return any(each.is_cuda for each in module.parameters())
 
 
 def wrap_without_room_for_two_copies() -> None:
@@ -270,7 +275,7 @@ def wrap_without_room_for_two_copies() -> None:
 
 def _with_room(init: Callable[..., None]) -> Callable[..., None]:
     def wrap(self: Any, config: Any, ddp_config: Any, module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        if torch.cuda.is_available() and ddp_config.use_distributed_optimizer:
+        if _on_gpu(module) and ddp_config.use_distributed_optimizer:
             move_to_host_without_room(module, 4 if ddp_config.grad_reduce_in_fp32 else 2, _free_gpu_bytes())
         init(self, config, ddp_config, module, *args, **kwargs)
 

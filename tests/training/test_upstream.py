@@ -278,7 +278,7 @@ class TestOnGpu:
                 self.stream = torch.cuda.current_stream()
 
         def stream_of(init_ddp):
-            chunks = Chunks([torch.nn.Identity()])
+            chunks = Chunks([torch.nn.Linear(2, 2, device="cuda")])
             with torch.cuda.stream(torch.cuda.Stream()):
                 init_ddp(chunks)
             return chunks.stream
