@@ -21,8 +21,8 @@ from pathlib import Path
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 from nemo_cpt.planning import ALLOWED, Workload, fit_workload
+from nemo_cpt.training.adam import STATES as ADAM_STATES
 
-ADAM_STATES = ("exp_avg", "exp_avg_sq", "master_param")
 BF16_TFLOPS = 790.0  # an 8192 x 8192 x 8192 product of random bf16 numbers on the H200 used
 MATMUL_PARAMETERS = 7.505e9  # 8.030e9 less the input embedding
 LAYERS, HIDDEN, VOCABULARY = 32, 4096, 128_256

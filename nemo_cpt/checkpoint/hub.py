@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_cpt.errors import CptError
+from nemo_cpt.hub import SET_A_TOKEN, progress_bars
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
 _UNUSED_SUFFIXES = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".tflite", ".mlmodel")
 _UNUSED_FOLDERS = ("original", "onnx", "openvino", "coreml", "flax")
-_TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _fetch(api: Any, repo_id: str, commit: str, dest: Path, wanted: list[RepoSib
     try:
         partial.mkdir(parents=True, exist_ok=True)
         _check_space(partial, wanted, repo_id)
-        with _explained(repo_id, commit, api.endpoint), _bars_on_terminals_only():
+        with _explained(repo_id, commit, api.endpoint), progress_bars(sys.stderr.isatty()):
             snapshot_download(
                 repo_id,
                 revision=commit,
@@ -133,20 +133,6 @@ def _fetch(api: Any, repo_id: str, commit: str, dest: Path, wanted: list[RepoSib
         partial.rename(dest)
     except OSError as error:
         raise CptError(f"{dest} could not be written: {error}. What arrived is kept in {partial}; rerun.") from error
-
-
-@contextmanager
-def _bars_on_terminals_only() -> Iterator[None]:
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    if sys.stderr.isatty() or are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
 
 
 def _check_space(partial: Path, wanted: list[RepoSibling], repo_id: str) -> None:
@@ -188,7 +174,7 @@ def _explained(repo_id: str, revision: str, endpoint: str) -> Iterator[None]:
     from requests.exceptions import RequestException
 
     page = f"{endpoint}/{repo_id}"
-    token = f"set the environment variable HF_TOKEN to a token from {_TOKEN_PAGE}"
+    token = SET_A_TOKEN
     try:
         yield
     except GatedRepoError:

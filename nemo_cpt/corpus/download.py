@@ -17,6 +17,7 @@ from nemo_cpt.corpus.files import sync_directory, write_whole
 from nemo_cpt.corpus.progress import ProgressBar
 from nemo_cpt.corpus.sources import HUB
 from nemo_cpt.errors import CptError
+from nemo_cpt.hub import SET_A_TOKEN, progress_bars
 
 CHECKSUMS = "SHA256SUMS"
 PIECE = 1 << 20
@@ -84,7 +85,7 @@ def _fetch_dataset(url: str, folder: Path, quiet: bool) -> list[Fetched]:
     from huggingface_hub import HfApi, snapshot_download
 
     name, known = url.removeprefix(HUB), read_checksums(folder)
-    with _explained(name), _bars(not quiet and sys.stderr.isatty()):
+    with _explained(name), progress_bars(not quiet and sys.stderr.isatty()):
         info = HfApi().dataset_info(name)
         names = sorted(file.rfilename for file in info.siblings or [] if not file.rfilename.startswith("."))
         snapshot_download(name, repo_type="dataset", revision=info.sha, local_dir=folder, allow_patterns=names)
@@ -105,33 +106,20 @@ def _explained(name: str) -> Iterator[None]:
     from requests.exceptions import RequestException
 
     page = f"{constants.ENDPOINT}/datasets/{name}"
-    token = "set the environment variable HF_TOKEN to a token from https://huggingface.co/settings/tokens"
     try:
         yield
     except GatedRepoError:
-        raise CptError(f"The dataset {name} is gated. Open {page}, accept its conditions, then {token}.") from None
+        raise CptError(
+            f"The dataset {name} is gated. Open {page}, accept its conditions, then {SET_A_TOKEN}."
+        ) from None
     except (RepositoryNotFoundError, HFValidationError):
-        raise CptError(f"There is no dataset {name} at {page}, or it is private; if it is, {token}.") from None
+        raise CptError(f"There is no dataset {name} at {page}, or it is private; if it is, {SET_A_TOKEN}.") from None
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "an error"
         raise CptError(f"The hub answers {status} for {page}. Try again later; a rerun goes on.") from None
     except (OSError, RequestException) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CptError(f"Cannot get {page}: {reason}. A rerun goes on where this one stopped.") from None
-
-
-@contextmanager
-def _bars(shown: bool) -> Iterator[None]:
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    if shown or are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
 
 
 class _Download:

@@ -11,11 +11,11 @@ from urllib.parse import urlsplit
 
 from nemo_cpt.doctor.examination import Examination, alongside
 from nemo_cpt.doctor.finding import Finding
+from nemo_cpt.hub import TOKEN_PAGE
 
 GATED = "meta-llama/Llama-3.1-8B"
 PROCESS_SECONDS = 15  # a name server that does not answer holds longer than the request's own limit
 NETWORK_CURE = "check network and proxy (HTTPS_PROXY), or set HF_ENDPOINT; a base on disk needs no hub"
-TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 TRUE = ("1", "true", "yes", "on")
 
 

@@ -1,6 +1,7 @@
 """Bytes on disk, from a model's shape alone."""
 
 from nemo_cpt.checkpoint.architecture import Architecture
+from nemo_cpt.planning import Workload
 
 WEIGHTS = 2  # bf16
 OPTIMIZER = 12  # Adam in fp32: master copy, first and second moment
@@ -9,12 +10,7 @@ ON_CPU = 12  # fp32 throughout: weights and two moments, no master copy
 
 def parameters(arch: Architecture) -> int:
     """A decoder's parameters, embeddings counted once where they are tied."""
-    attention = arch.num_attention_heads * arch.head_dim
-    groups = arch.num_key_value_heads * arch.head_dim
-    qkv = attention + 2 * groups
-    layer = arch.hidden_size * (qkv + attention + 3 * arch.intermediate_size + 2) + arch.qkv_bias * qkv
-    embeddings = arch.vocab_size * arch.hidden_size * (1 if arch.tie_word_embeddings else 2)
-    return embeddings + arch.num_hidden_layers * layer + arch.hidden_size
+    return _workload(arch).parameters
 
 
 def adapter_parameters(arch: Architecture, rank: int) -> int:
@@ -24,11 +20,21 @@ def adapter_parameters(arch: Architecture, rank: int) -> int:
         arch: the model.
         rank: columns of A and rows of B; a layer of shape [out, in] gets rank * (in + out) parameters.
     """
-    attention = arch.num_attention_heads * arch.head_dim
-    qkv = attention + 2 * arch.num_key_value_heads * arch.head_dim
-    ends = (arch.hidden_size + qkv) + (attention + arch.hidden_size)
-    ends += (arch.hidden_size + 2 * arch.intermediate_size) + (arch.intermediate_size + arch.hidden_size)
-    return arch.num_hidden_layers * rank * ends
+    return _workload(arch).replace(lora_rank=rank).adapter_parameters
+
+
+def _workload(arch: Architecture) -> Workload:
+    return Workload(
+        num_layers=arch.num_hidden_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.intermediate_size,
+        num_attention_heads=arch.num_attention_heads,
+        num_query_groups=arch.num_key_value_heads,
+        kv_channels=arch.head_dim,
+        vocab_size=arch.vocab_size,
+        tied=arch.tie_word_embeddings,
+        qkv_bias=arch.qkv_bias,
+    )
 
 
 def checkpoint_bytes(arch: Architecture, lora_rank: int | None, on_cpu: bool = False) -> int:

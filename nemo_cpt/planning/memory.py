@@ -11,6 +11,7 @@ from math import inf, lcm
 
 from nemo_cpt.planning.hardware import GIB
 from nemo_cpt.planning.workload import Workload
+from nemo_cpt.training.adam import SLICE_ELEMENTS
 
 WORKSPACES = 99 * 2**20  # of cuBLAS, PyTorch's and Transformer Engine's, on one H200
 CONTEXT = int(2.055 * GIB)  # CUDA's context and the kernels loaded, beside what PyTorch reserves
@@ -19,7 +20,6 @@ NCCL = {"data": int(0.47 * GIB), "tensor": int(0.85 * GIB), "pipeline": int(1.38
 """NCCL's buffers, beside the context, by the kind of parallelism (two H200 of one host)."""
 PINNED_SHARE = 0.0016  # of pinned host memory, for the GPU's page tables
 FRAGMENTATION = 0.02  # of what is allocated; measured 0.1 to 1 % without, 0.5 to 5 % with recomputation
-ADAM_SLICE = 256 * 2**20  # elements: training.upstream.ADAM_SLICE_ELEMENTS, which would import torch
 ALIGNMENT = 64  # elements: where Megatron's buffers let a parameter start
 PROCESS_HOST = int(2.5 * GIB)  # of a training process on the host (measured peak: 2.3 to 2.5 GiB)
 WORKER_HOST = int(0.8 * GIB)  # of each of its two data workers
@@ -125,9 +125,9 @@ def _parameter_sizes(work: Workload, stage: int) -> list[int]:
     layer = [size_in * size_out // tensor for size_in, size_out in work.widths.values()] + [hidden, hidden]
     if work.qkv_bias:
         layer.append(work.widths["linear_qkv"][1] // tensor)
-    sizes = layer * (work.num_layers // work.pipeline_model_parallel_size)
+    sizes = layer * work.stage_layers
     vocabulary = work.vocab_size * hidden // tensor
-    first, last = stage == 0, stage == work.pipeline_model_parallel_size - 1
+    first, last = stage == 0, stage == work.last_stage
     if first:
         sizes.append(vocabulary)
     if last:
@@ -164,7 +164,7 @@ def whole_parameters(work: Workload, stage: int) -> int:
     """Return the elements of the embedding and the output layer on one GPU, where they are trained beside adapters."""
     if not work.trained_embeddings:
         return 0
-    first, last = stage == 0, stage == work.pipeline_model_parallel_size - 1
+    first, last = stage == 0, stage == work.last_stage
     count = first + (last and not (work.tied and first))
     return count * work.vocab_size * work.hidden_size // work.tensor_model_parallel_size
 
@@ -178,8 +178,7 @@ def trained_parameters(work: Workload, stage: int) -> int:
 
 def state_bytes(work: Workload) -> int:
     """Return the optimizer's bytes a parameter on the GPU: master weight and two moments, less those on the host."""
-    sizes = {"exp_avg": work.exp_avg_bytes, "exp_avg_sq": work.exp_avg_sq_bytes, "master_param": work.master_bytes}
-    on_gpu = sum(size for name, size in sizes.items() if name not in work.host_states)
+    on_gpu = sum(work.states.values()) - work.host_state_bytes
     return round(on_gpu * (1 - work.optimizer_offload_fraction))
 
 
@@ -193,8 +192,7 @@ def _weight_bytes(work: Workload, stage: int, elements: int) -> int:
 
 def _linear_elements(work: Workload, stage: int) -> int:
     """Elements of the layers' linear weights, which Transformer Engine multiplies in fp8; not the output layer."""
-    layers = work.num_layers // work.pipeline_model_parallel_size
-    return layers * sum(i * o for i, o in work.widths.values()) // work.tensor_model_parallel_size
+    return work.stage_layers * work.linear_parameters // work.tensor_model_parallel_size
 
 
 def _dummy_gradients(work: Workload, stage: int) -> int:
@@ -202,7 +200,7 @@ def _dummy_gradients(work: Workload, stage: int) -> int:
     if not work.fused_gradients or work.lora_rank is not None:
         return 0
     shapes = [i * o for i, o in work.widths.values()]
-    if stage == work.pipeline_model_parallel_size - 1:
+    if stage == work.last_stage:
         shapes.append(work.vocab_size * work.hidden_size)
     return sum(shapes) // work.tensor_model_parallel_size * work.weight_bytes
 
@@ -275,12 +273,12 @@ def in_flight(work: Workload, stage: int) -> float:
 
 def activation_bytes(work: Workload, stage: int) -> int:
     """Return what a stage keeps of one micro batch: its layers, the inputs of recomputed ones, its own input."""
-    layers = work.num_layers // work.pipeline_model_parallel_size
+    layers = work.stage_layers
     recomputed = work.recomputed(layers)
     hidden = _hidden_bytes(work)
     inputs = -(-recomputed // work.recomputed_at_once)
     kept = (layers - recomputed) * layer_bytes_per_token(work) * work.tokens + inputs * hidden
-    ends = 2 if stage == work.pipeline_model_parallel_size - 1 else 1  # the stage's input; the last norm's output
+    ends = 2 if stage == work.last_stage else 1  # the stage's input; the last norm's output
     if stage == 0 and work.lora_rank is not None and work.recompute != "none":
         ends += 2  # the embedding's output requires a gradient (upstream.give_recomputed_layers_a_gradient)
     return int(kept + ends * hidden)
@@ -294,7 +292,7 @@ def _hidden_bytes(work: Workload) -> int:
 
 def _loss(work: Workload, stage: int) -> dict[str, int]:
     activations = int(in_flight(work, stage) * activation_bytes(work, stage))
-    last = stage == work.pipeline_model_parallel_size - 1
+    last = stage == work.last_stage
     return {"activations": activations, "logits and loss": logit_bytes(work) if last else 0}
 
 
@@ -321,7 +319,7 @@ def _backward(work: Workload, stage: int) -> dict[str, int]:
     the gradient of its widest weight.
     """
     dtype, tensor = work.weight_bytes, work.tensor_model_parallel_size
-    layers = work.num_layers // work.pipeline_model_parallel_size
+    layers = work.stage_layers
     recomputed = work.recomputed(layers)
     activations = in_flight(work, stage) * activation_bytes(work, stage)
     if recomputed:
@@ -341,7 +339,7 @@ def _optimizer_temporaries(work: Workload, stage: int) -> int:
     if work.exp_avg_bytes == work.exp_avg_sq_bytes == 4 or {"exp_avg", "exp_avg_sq"} <= set(work.host_states):
         return 0
     largest = max(_parameter_sizes(work, stage)) // work.optimizer_shards
-    return min(share, max(largest, ADAM_SLICE)) * (8 if work.fp8_moments else 10)
+    return min(share, max(largest, SLICE_ELEMENTS)) * (8 if work.fp8_moments else 10)
 
 
 def _initialisation(work: Workload, stage: int, room: float) -> dict[str, int]:
@@ -360,7 +358,7 @@ def _initialisation(work: Workload, stage: int, room: float) -> dict[str, int]:
 
 
 def _context(work: Workload, stage: int) -> int:
-    compiled = COMPILED_LOSS if work.loss == "native" and stage == work.pipeline_model_parallel_size - 1 else 0
+    compiled = COMPILED_LOSS if work.loss == "native" and stage == work.last_stage else 0
     return CONTEXT + _nccl_bytes(work) + compiled + int(PINNED_SHARE * _pinned_bytes(work))
 
 
@@ -378,9 +376,9 @@ def _pinned_bytes(work: Workload) -> int:
     """Adam's states of one GPU in pinned host memory."""
     if work.lora_rank is not None:
         return 0
-    sizes = {"exp_avg": work.exp_avg_bytes, "exp_avg_sq": work.exp_avg_sq_bytes, "master_param": work.master_bytes}
-    a_parameter: float = sum(size for name, size in sizes.items() if name in work.host_states)
-    a_parameter += 16 * work.optimizer_offload_fraction  # fp32 weights, gradients and two moments
+    a_parameter = (
+        work.host_state_bytes + 16 * work.optimizer_offload_fraction
+    )  # fp32 weights, gradients and two moments
     return int(max(stage_parameters(work, s) for s in range(work.pipeline_model_parallel_size)) * a_parameter)
 
 

@@ -146,7 +146,6 @@ def _precision(recipe: Any, config: Any, strategy: Any, optimizer: Any) -> dict[
         "overlap_grad_reduce": _get(ddp, "overlap_grad_reduce", False),
         "fp8": _get(plugin, "fp8", None) is not None,
         "fp8_param": bool(_get(plugin, "fp8_param_gather", False)),
-        "async_checkpoint": _get(strategy, "ckpt_async_save", False),
     }
 
 

@@ -12,13 +12,13 @@ from nemo_cpt.planning.hardware import GIB, Gpu
 from nemo_cpt.planning.plans import Plan, plan_workload
 from nemo_cpt.planning.reading import read
 from nemo_cpt.planning.workload import Workload
+from nemo_cpt.training.adam import STATES
 
 ALLOWED = ("recompute", "micro_batch", "loss", "host_states", "layout")
 FALLBACKS = ("gradients", "rank", "seq_length")
 MARGIN = 0.05
 MICRO_BATCHES = (1, 2, 4, 8)
 SHORTEST, LOWEST_RANK = 1024, 8
-STATES = ("exp_avg", "exp_avg_sq", "master_param")
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def fit_workload(
     for tier in _tiers(work, allow):
         fitting = [each for each in _candidates(tier, allow, budget) if _peak(each, budget) <= budget]
         if fitting:
-            best = min(fitting, key=lambda each: (_seconds_a_token(each, kind), _peak(each, budget)))
+            best = max(fitting, key=lambda each: (_tokens_per_second(each, kind), -_peak(each, budget)))
             return Fit(None, plan_workload(best, gpu_memory_gib, gpu), changes(work, best, kind, budget))
     raise CptError(_nothing_fits(work, allow, usable, margin))
 
@@ -192,11 +192,12 @@ def _halved(value: int, least: int) -> list[int]:
 
 def _candidates(work: Workload, allow: Sequence[str], budget: float) -> Iterator[Workload]:
     """Every setting of the other knobs; of recomputation only the least that fits."""
-    loss = ["te"] if "loss" in allow else [work.loss]
+    if "loss" in allow:
+        work = work.replace(loss="te")
     sizes = MICRO_BATCHES if "micro_batch" in allow else (work.micro_batch_size,)
-    for layout, size, loss_ in itertools.product(_layouts(work, allow), sizes, loss):
+    for layout, size in itertools.product(_layouts(work, allow), sizes):
         try:
-            each = work.replace(**layout, micro_batch_size=size, loss=loss_)
+            each = work.replace(**layout, micro_batch_size=size)
         except CptError:  # sizes that do not divide each other
             continue
         yield _least_recompute(each, budget) if "recompute" in allow else each
@@ -230,7 +231,7 @@ def _least_recompute(work: Workload, budget: float) -> Workload:
     plain = work.replace(recompute="none", recompute_num_layers=0)
     if _peak(plain, budget) <= budget:
         return plain
-    low, high = 0, work.num_layers // work.pipeline_model_parallel_size
+    low, high = 0, work.stage_layers
     while high - low > 1:
         middle = (low + high) // 2
         if _peak(work.replace(recompute="block", recompute_num_layers=middle), budget) <= budget:
@@ -246,10 +247,6 @@ def _peak(work: Workload, room: float) -> int:
 
 def _tokens_per_second(work: Workload, gpu: Gpu) -> float:
     return throughput.speed(work, gpu).tokens_per_second
-
-
-def _seconds_a_token(work: Workload, gpu: Gpu) -> float:
-    return 1 / _tokens_per_second(work, gpu)
 
 
 def _nothing_fits(work: Workload, allow: Sequence[str], usable: float, margin: float) -> str:

@@ -83,7 +83,7 @@ def model_flops_per_token(work: Workload) -> float:
 
     Recomputation is not counted, nor the gradients of frozen weights; of attention half the square.
     """
-    linear = work.num_layers * sum(i * o for i, o in work.widths.values()) + work.vocab_size * work.hidden_size
+    linear = work.num_layers * work.linear_parameters + work.vocab_size * work.hidden_size
     attention = 3 * 2 * work.num_layers * work.seq_length * work.query_size
     return (4 if work.lora_rank else 6) * linear + attention + 6 * work.adapter_parameters
 
@@ -96,20 +96,18 @@ def _micro_batch_seconds(work: Workload, gpu: Gpu) -> float:
     seconds = compute * (layers / (FP8_RATE if fp8 else BF16_RATE) + head / BF16_RATE + attention / ATTENTION_RATE)
     seconds += memory * _activation_traffic(work) / ACTIVATION_RATE
     seconds += memory * _gradient_traffic(work) / GRADIENT_RATE
-    stage_layers = work.num_layers // work.pipeline_model_parallel_size
-    return seconds + LAYER_SECONDS * (stage_layers + RECOMPUTED * work.recomputed(stage_layers))
+    return seconds + LAYER_SECONDS * (work.stage_layers + RECOMPUTED * work.recomputed(work.stage_layers))
 
 
 def _operations(work: Workload) -> tuple[float, float, float]:
     """Operations of a micro batch on one GPU: linear layers; output layer and adapters; attention."""
-    layers = work.num_layers // work.pipeline_model_parallel_size
+    layers = work.stage_layers
     again, passes = work.recomputed(layers), 2 if work.lora_rank else 3
     tokens = work.tokens / work.tensor_model_parallel_size
-    linear = sum(i * o for i, o in work.widths.values())
-    products = 2 * linear * tokens * (layers * passes + again)
+    products = 2 * work.linear_parameters * tokens * (layers * passes + again)
     adapters = work.adapter_parameters / work.num_layers * 2 * tokens * (3 * layers + again)
     if work.dora:  # the norm of weight + product of the adapter's matrices, each time
-        adapters += 2 * (work.lora_rank or 0) * linear * layers * 2
+        adapters += 2 * (work.lora_rank or 0) * work.linear_parameters * layers * 2
     head = 2 * work.vocab_size * work.hidden_size * tokens * (3 if work.trains_head else 2)
     attention_again = layers if work.recompute == "selective" and "core_attn" in work.recompute_modules else again
     attention = 2 * tokens * work.seq_length * work.query_size * (3.5 * layers + attention_again)
@@ -118,12 +116,11 @@ def _operations(work: Workload) -> tuple[float, float, float]:
 
 def _activation_traffic(work: Workload) -> float:
     """Bytes of activations of a micro batch, by the count of what is kept, and of the logits."""
-    layers = work.num_layers // work.pipeline_model_parallel_size
+    layers = work.stage_layers
     kept = layer_bytes_per_token(work.replace(recompute="none")) * work.tokens
     traffic = kept * (layers + RECOMPUTED * work.recomputed(layers))
     if work.dora:
-        linear = sum(i * o for i, o in work.widths.values()) / work.tensor_model_parallel_size
-        traffic += 12 * layers * linear
+        traffic += 12 * layers * work.linear_parameters / work.tensor_model_parallel_size
     if work.lora_rank and work.tensor_model_parallel_size > 1:  # upstream.add_lora_in_one_pass leaves these alone
         outputs = sum(work.widths[name][1] for name in work.lora_targets) / work.tensor_model_parallel_size
         traffic += 8 * layers * outputs * work.tokens * work.weight_bytes
@@ -133,15 +130,16 @@ def _activation_traffic(work: Workload) -> float:
 
 def _gradient_traffic(work: Workload) -> float:
     """Bytes of the weights' gradients of a micro batch: added within the product, or written, read and added."""
-    last = work.pipeline_model_parallel_size - 1
-    summed = stage_parameters(work, last) if work.lora_rank is None else whole_parameters(work, last)
+    summed = (
+        stage_parameters(work, work.last_stage) if work.lora_rank is None else whole_parameters(work, work.last_stage)
+    )
     written = 0 if work.fused_gradients else 2 * work.weight_bytes
     return summed * (2 * work.grad_bytes + written)
 
 
 def _tensor_parallel_seconds(work: Workload, gpu: Gpu) -> float:
     """Four all-reduces a layer and micro batch (two forward, two backward; Shoeybi et al., arXiv 1909.08053)."""
-    size, layers = work.tensor_model_parallel_size, work.num_layers // work.pipeline_model_parallel_size
+    size, layers = work.tensor_model_parallel_size, work.stage_layers
     volume = 2 * (size - 1) / size * work.tokens * work.hidden_size * work.weight_bytes
     count = 4 * layers + 2 * work.recomputed(layers)
     return count * volume / _link(work, gpu, size)
@@ -165,10 +163,8 @@ def _link(work: Workload, gpu: Gpu, span: int) -> float:
 
 def _optimizer_seconds(work: Workload, gpu: Gpu) -> float:
     trained = trained_parameters(work, 0) / work.optimizer_shards
-    states = {"exp_avg": work.exp_avg_bytes, "exp_avg_sq": work.exp_avg_sq_bytes, "master_param": work.master_bytes}
-    on_host = sum(size for name, size in states.items() if name in work.host_states)
-    if on_host:
-        return trained * on_host * ADAM_HOST_SECONDS + STEP_SECONDS
+    if work.host_states:
+        return trained * work.host_state_bytes * ADAM_HOST_SECONDS + STEP_SECONDS
     memory = DEFAULT.bandwidth_tb_s / gpu.bandwidth_tb_s
     fp8_moments = work.precision_aware and work.fp8_moments
     a_parameter = ADAM_FP8_SECONDS if fp8_moments else ADAM_SECONDS[work.exp_avg_bytes]

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, Literal
 
 from nemo_cpt.errors import CptError
+from nemo_cpt.training.adam import STATES
 
 LINEAR = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
@@ -84,7 +85,6 @@ class Workload:
     fp8: bool = False
     fp8_param: bool = False
     fused_gradients: bool = False
-    async_checkpoint: bool = True
     unmodelled: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -163,11 +163,35 @@ class Workload:
         }
 
     @property
+    def linear_parameters(self) -> int:
+        """Parameters of one layer's linear layers."""
+        return sum(size_in * size_out for size_in, size_out in self.widths.values())
+
+    @property
+    def stage_layers(self) -> int:
+        """Layers of a pipeline stage."""
+        return self.num_layers // self.pipeline_model_parallel_size
+
+    @property
+    def last_stage(self) -> int:
+        """The pipeline stage that has the output layer."""
+        return self.pipeline_model_parallel_size - 1
+
+    @property
+    def states(self) -> dict[str, int]:
+        """Bytes a parameter of Adam's states, by name."""
+        return dict(zip(STATES, (self.exp_avg_bytes, self.exp_avg_sq_bytes, self.master_bytes), strict=True))
+
+    @property
+    def host_state_bytes(self) -> int:
+        """Bytes a parameter of the states in pinned host memory."""
+        return sum(size for name, size in self.states.items() if name in self.host_states)
+
+    @property
     def parameters(self) -> int:
         """Parameters of the whole model, without adapters."""
-        linear = sum(each_in * each_out for each_in, each_out in self.widths.values())
         bias = self.widths["linear_qkv"][1] if self.qkv_bias else 0
-        layers = self.num_layers * (linear + bias + 2 * self.hidden_size)
+        layers = self.num_layers * (self.linear_parameters + bias + 2 * self.hidden_size)
         return layers + self.hidden_size + self.vocab_size * self.hidden_size * (1 if self.tied else 2)
 
     @property

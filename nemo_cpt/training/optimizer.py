@@ -15,8 +15,8 @@ from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
 
 from nemo_cpt.errors import CptError
+from nemo_cpt.training.adam import STATES
 
-STATES = ("exp_avg", "exp_avg_sq", "master_param")
 SLAB_BYTES = 2**30
 ALIGNMENT = 512
 _KEPT: list["PinnedMemory"] = []  # for the life of the process, see PinnedMemory

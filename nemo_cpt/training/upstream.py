@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-ADAM_SLICE_ELEMENTS = 256 * 2**20  # 256 Mi elements: 2 GiB of temporaries for the two moments in fp32
+from nemo_cpt.training.adam import SLICE_ELEMENTS
 
 
 def apply() -> None:
@@ -155,7 +155,7 @@ def step_adam_in_slices() -> None:
         return
     from transformer_engine.pytorch.optimizers import FusedAdam
 
-    _replace(FusedAdam, "step", functools.partial(in_slices, elements=ADAM_SLICE_ELEMENTS))
+    _replace(FusedAdam, "step", functools.partial(in_slices, elements=SLICE_ELEMENTS))
 
 
 def in_slices(step: Callable[..., Any], elements: int) -> Callable[..., Any]:
