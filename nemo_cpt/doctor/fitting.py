@@ -1,7 +1,5 @@
 """Whether a job fits into the memory of the GPUs that it takes, by the planner."""
 
-from dataclasses import replace
-
 from nemo_cpt.doctor.examination import Examination
 from nemo_cpt.doctor.finding import Finding
 from nemo_cpt.doctor.job import Job
@@ -23,14 +21,14 @@ def fit(examination: Examination) -> Finding:
     if room is None:
         return Finding("fit", "skipped", "the card is not known here: nemo-cpt plan RECIPE --gpu-memory 80")
     work = workload(job.recipe, job.arguments, job.fields)
-    planned = replace(plan_workload(work, room), memory_gib=room)
+    planned = plan_workload(work, room)
     if planned.fits:
         return Finding("fit", "ok", planned.verdict)
     return Finding("fit", "error", planned.verdict, _cure(planned, room))
 
 
 def _room_gib(examination: Examination, job: Job) -> float | None:
-    """What a process finds on the smallest GPU that the job takes: all of an empty card here, else as sold."""
+    """The total of the smallest GPU that the job takes: of those here, else of the one that the recipe is made for."""
     sizes = [gpu.total_mib for gpu in examination.visible_gpus[: job.gpus_here] if gpu.total_mib]
     return min(sizes) / 1024 if sizes else job.gpu_memory_gib
 

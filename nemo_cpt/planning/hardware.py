@@ -49,14 +49,18 @@ USABLE_GIB = {24: 23.5, 40: 39.4, 48: 47.4, 80: 79.1, 141: 139.8}
 
 
 def usable_gib(gpu_memory_gib: float) -> float:
-    """Return the memory that a process finds on a card sold with `gpu_memory_gib` GB; of a rare size, 98 % of it.
+    """Return the memory that a process finds on a card; of a rare size, 98 % of it.
+
+    Args:
+        gpu_memory_gib: as the card is sold (48, 80, 141), or its total as nvidia-smi has it (47.99, 79.6, 140.4).
 
     Raises:
         CptError: the size is not positive.
     """
     if gpu_memory_gib <= 0:
         raise CptError(f"a GPU's memory of {gpu_memory_gib:g} GiB: give the size of the card, such as 48 or 80")
-    return USABLE_GIB.get(round(gpu_memory_gib), 0.98 * gpu_memory_gib)
+    sold = min(USABLE_GIB, key=lambda size: abs(size - gpu_memory_gib))
+    return USABLE_GIB[sold] if abs(sold - gpu_memory_gib) < 0.7 else 0.98 * gpu_memory_gib
 
 
 def gpu(name: str | None) -> Gpu:
