@@ -55,7 +55,8 @@ class Setting:
     cp: int = 1
     gpus: int = 1
     sequence_parallel: bool = False
-    card: int | None = None
+    card: int | None = None  # the single-GPU recipe for such a card, capped at its memory
+    cap: int | None = None  # a card of that size
 
 
 def block(layers: int) -> dict:
@@ -121,6 +122,12 @@ CARDS = {
     "LoRA recipe for 80 GB": Setting(card=80, rank=128),
     "full recipe for 48 GB": Setting(card=48),
     "full recipe for 80 GB": Setting(card=80),
+    "8B, full, 8192, block 11, host states, capped at 80 GB": Setting(
+        seq=8192, config=block(11) | FUSED, optimizer=AWARE, host_states=True, cap=80
+    ),
+    "8B, full, 8192 x 2, block 31, host states, capped at 48 GB": Setting(
+        seq=8192, mbs=2, config=block(31) | FUSED, optimizer=AWARE, bf16_gradients=True, host_states=True, cap=48
+    ),
 }
 SETTINGS = TUNE | HELD_OUT | SEVERAL_GPUS | CARDS
 GROUPS = {"tune": TUNE, "held_out": HELD_OUT, "several_gpus": SEVERAL_GPUS, "cards": CARDS}
@@ -181,6 +188,7 @@ def recipe(setting: Setting) -> Any:
             HostStateOptimizer, config=partial.optim.config, lr_scheduler=partial.optim.lr_scheduler,
             host_states=list(STATES),
         )  # fmt: skip
+        partial.trainer.strategy.ckpt_async_save = False
     if setting.fp8:
         precision.fp8, precision.fp8_recipe, precision.fp8_param_gather = "hybrid", setting.fp8, setting.fp8_param
     return partial
@@ -208,10 +216,10 @@ def measure(name: str, rank: int, port: int, log: str, pipe: Any, trace: bool = 
     torch.cuda.set_device(rank)
     free, total = torch.cuda.mem_get_info()
     record["context_gib"] = round((total - free) / GIB, 4)
-    if setting.card:  # what PyTorch finds on such a card, beside CUDA's context
+    if size := setting.card or setting.cap:  # what PyTorch finds on such a card, beside CUDA's context
         from nemo_cpt.planning import hardware, memory
 
-        share = hardware.usable_gib(setting.card) - memory.CONTEXT / GIB
+        share = hardware.usable_gib(size) - memory.CONTEXT / GIB
         torch.cuda.set_per_process_memory_fraction(share * GIB / total)
     try:
         _train(setting, _Recorder(record, pipe, trace))
@@ -445,7 +453,7 @@ def compare(path: Path) -> list[Row]:
         half = next(half for half, group in GROUPS.items() if name in group)
         if any(record.get("error") for record in records):
             continue
-        planned = plan(recipe(SETTINGS[name]))
+        planned = plan(recipe(SETTINGS[name]), SETTINGS[name].card or SETTINGS[name].cap)
         largest = max(records, key=lambda record: record["used_gib"])
         rows.append(
             Row(

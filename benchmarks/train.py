@@ -263,6 +263,7 @@ def train(case: Case, record: dict) -> None:
             grad_reduce_in_fp32=fp32_gradients, use_distributed_optimizer=True, check_for_nan_in_grad=True
         ),
         gradient_as_bucket_view=True,
+        ckpt_async_save=False,
     )
     fp8 = {}
     if setting.fp8_recipe:

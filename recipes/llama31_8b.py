@@ -175,7 +175,7 @@ def continual_pretrain_full_single_gpu(
 ) -> run.Partial:
     """Every parameter on one GPU, of 80 GB by default; of 48 GB with Megatron's gradient buffer in bf16.
 
-    Adam's fp32 states stay in 75 GiB of pinned host memory, where the GPU updates them across the bus in 3.2 s a step:
+    Adam's fp32 states stay in 75 GiB of pinned host memory, where the GPU updates them across the bus in 2.1 s a step:
     the global batch is large to make up for it. Micro batch and recomputation are what `planning.fit` finds fastest
     for the card with 5 % to spare. docs/performance.md has measurements.
 

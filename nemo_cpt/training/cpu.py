@@ -95,6 +95,7 @@ def _patches() -> Iterator[Any]:
         yield mock.patch.object(torch.cuda, name, function)
     yield mock.patch.object(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
     yield mock.patch.object(torch.nn.Module, "cuda", lambda self, *args, **kwargs: self)
+    yield mock.patch.object(torch.Tensor, "pin_memory", lambda self, *args, **kwargs: self)
     yield mock.patch.object(megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
     yield mock.patch.object(
         megatron_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state)

@@ -28,15 +28,18 @@ def apply() -> None:
     free_gradients_at_once()
     wrap_without_room_for_two_copies()
     accumulate_gradients_without_apex()
+    allocate_unread_gradients_first()
+    resume_with_precision_aware_states()
 
 
 def _replace(owner: Any, name: str, cure: Callable[[Callable], Callable]) -> None:
-    """Replace `owner.name` by `cure(owner.name)`, once."""
+    """Replace `owner.name` by `cure(owner.name)`, once; other cures of it stay in effect."""
     original = getattr(owner, name)
-    if hasattr(original, "cures"):
+    applied, key = getattr(original, "applied", ()), getattr(cure, "func", cure).__qualname__
+    if key in applied:
         return
     cured: Any = functools.wraps(original)(cure(original))
-    cured.cures = original
+    cured.cures, cured.applied = original, (*applied, key)
     setattr(owner, name, staticmethod(cured) if isinstance(vars(owner)[name], staticmethod) else cured)
 
 
@@ -296,12 +299,15 @@ def move_to_host_without_room(module: torch.nn.Module, grad_bytes: int, free: in
     return True
 
 
-def _free_gpu_bytes() -> int:
-    """What PyTorch may still allocate: of the card, and of the share that the process was given."""
+def _free_gpu_bytes(spared: float = 0.05) -> int:
+    """What PyTorch may still allocate: of the card, and of the share that the process was given, less what is spared.
+
+    5 % of all is spared as by `planning.fit`, so that the wrapping is not the peak that another process would feel.
+    """
     free, total = torch.cuda.mem_get_info()
     free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    share = total * torch.cuda.get_per_process_memory_fraction() - torch.cuda.memory_allocated()
-    return int(min(free, share))
+    allowed = total * torch.cuda.get_per_process_memory_fraction()
+    return int(min(free, allowed - torch.cuda.memory_allocated()) - spared * allowed)
 
 
 def accumulate_gradients_without_apex() -> None:
@@ -326,3 +332,47 @@ def _add_weight_gradient(inputs: torch.Tensor, grad_output: torch.Tensor, main_g
     from transformer_engine.pytorch.cpp_extensions import general_gemm
 
     general_gemm(inputs, grad_output, out_dtype=main_grad.dtype, accumulate=True, layout="NT", out=main_grad, grad=True)
+
+
+def allocate_unread_gradients_first() -> None:
+    """Allocate what fused gradient accumulation hands to autograd before the first activations, not among them.
+
+    Transformer Engine 2.11 (`module/base.py`) makes a tensor for each shape of a weight, which nobody reads, at its
+    first backward pass and keeps it. The output layer's then lies where the logits were, and the next logits find no
+    room: 1.6 GiB of the 80 GB recipe and 3.5 GiB of the 48 GB recipe were reserved beyond what was allocated.
+    """
+    from megatron.core.distributed import DistributedDataParallel
+
+    if find_spec("transformer_engine") is not None:
+        _replace(DistributedDataParallel, "__init__", _with_unread_gradients)
+
+
+def _with_unread_gradients(init: Callable[..., None]) -> Callable[..., None]:
+    def wrap(self: Any, config: Any, ddp_config: Any, module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        from transformer_engine.pytorch.module.base import get_dummy_wgrad
+
+        init(self, config, ddp_config, module, *args, **kwargs)
+        if config.gradient_accumulation_fusion and _on_gpu(module):
+            for weight in module.parameters():
+                if weight.requires_grad and weight.ndim == 2:
+                    get_dummy_wgrad(list(weight.main_grad.shape), weight.dtype)
+
+    return wrap
+
+
+def resume_with_precision_aware_states() -> None:
+    """Let a training with `use_precision_aware_optimizer=True` go on from its checkpoint.
+
+    `DistributedOptimizer` (megatron-core 0.15.3) marks what it reads as padding or not, and hands that mark to
+    Transformer Engine's Adam as if it were a state: "'bool' object has no attribute 'dtype'".
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    _replace(DistributedOptimizer, "_set_main_param_and_optimizer_states", _without_padding)
+
+
+def _without_padding(set_states: Callable[..., None]) -> Callable[..., None]:
+    def set_tensors(self: Any, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
+        set_states(self, model_param, {name: value for name, value in tensors.items() if name != "padding"})
+
+    return set_tensors

@@ -1,6 +1,7 @@
 """Training jobs for the tests: forked from a server that has imported NeMo once, yet each a process of its own.
 
-Not from the tests' own process: gloo does not survive a fork of a process that has used it.
+Not from the tests' own process: gloo does not survive a fork of a process that has used it. With a GPU each job imports
+NeMo itself: that import touches CUDA, which does not survive a fork.
 """
 
 import multiprocessing
@@ -13,7 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SERVER = multiprocessing.get_context("forkserver")
+import torch
+
+SERVER = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 SERVER.set_forkserver_preload(["nemo_cpt.recipes.tiny"])
 
 
@@ -30,7 +33,11 @@ def launch(job: Callable[[], Any], processes: int = 1, log: Path | None = None) 
 
 def run(job: Callable[[], Any], processes: int = 1, log: Path | None = None, timeout: float = 240) -> int:
     """Run `job` to its end and return the first exit code that is not 0."""
-    started = launch(job, processes, log)
+    return wait(launch(job, processes, log), log, timeout)
+
+
+def wait(started: list[Any], log: Path | None = None, timeout: float = 240) -> int:
+    """Wait for a job's end and return the first exit code that is not 0."""
     end = time.monotonic() + timeout
     for process in started:
         process.join(max(end - time.monotonic(), 0))

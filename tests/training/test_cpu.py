@@ -38,6 +38,7 @@ def test_cuda_tensors_are_cpu_tensors_inside() -> None:
             torch.tensor([1.0], device=torch.device("cuda:0"), pin_memory=True),
             torch.ones(1).to("cuda", non_blocking=True),
             torch.ones(1).cuda(),
+            torch.ones(1).pin_memory(),
         ]
         assert {tensor.device.type for tensor in made} == {"cpu"}
         assert made[0].type() == "torch.cuda.FloatTensor"

@@ -1,5 +1,6 @@
 """Every cure, beside the defect that it cures, on Megatron's and NeMo's own layers (CPU, gloo)."""
 
+import sys
 import types
 from unittest import mock
 
@@ -49,10 +50,12 @@ def uncured():
 
 def remove_cures():
     from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.tensor_parallel.layers import LinearWithFrozenWeight
     from nemo.collections.llm.peft.lora import LoRALinear
 
     for owner, name in [
+        (DistributedOptimizer, "_set_main_param_and_optimizer_states"),
         (LinearWithFrozenWeight, "backward"),
         (LanguageModelEmbedding, "forward"),
         (LoRALinear, "forward"),
@@ -267,6 +270,79 @@ def test_apply_twice_wraps_once():
     cured = LoRALinear.forward
     upstream.apply()
     assert LoRALinear.forward is cured
+
+
+class TestRoomForTwoCopies:
+    def test_weights_wait_on_the_host_only_without_room(self):
+        module = torch.nn.Linear(10, 10, bias=False)
+        module.frozen = torch.nn.Parameter(torch.ones(1000), requires_grad=False)
+        weight = module.weight.data
+        assert not upstream.move_to_host_without_room(module, grad_bytes=4, free=100 * (4 + 4))
+        assert module.weight.data_ptr() == weight.data_ptr()
+        assert upstream.move_to_host_without_room(module, grad_bytes=4, free=100 * (4 + 4) - 1)
+        assert module.weight.data_ptr() != weight.data_ptr()
+        assert torch.equal(module.weight, weight)
+
+
+class TestUnreadGradients:
+    @pytest.mark.parametrize("fused", [True, False])
+    def test_they_are_there_when_the_model_is_wrapped(self, monkeypatch, fused):
+        made = []
+        base = types.ModuleType("transformer_engine.pytorch.module.base")
+        base.get_dummy_wgrad = lambda shape, dtype: made.append((shape, dtype))
+        monkeypatch.setitem(sys.modules, base.__name__, base)
+        monkeypatch.setattr(upstream, "_on_gpu", lambda module: True)
+        module = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.LayerNorm(5), torch.nn.Linear(5, 2)).bfloat16()
+        module[2].requires_grad_(False)
+
+        def init(self, config, ddp_config, module):
+            for weight in module.parameters():
+                weight.main_grad = torch.zeros(weight.shape)
+
+        wrap = upstream._with_unread_gradients(init)
+        wrap(None, types.SimpleNamespace(gradient_accumulation_fusion=fused), None, module)
+        assert made == ([([5, 3], torch.bfloat16)] if fused else [])
+
+
+def test_two_cures_of_one_function_are_both_in_effect_once():
+    class Owner:
+        def name(self):
+            return "name"
+
+    def quoted(original):
+        return lambda self: f"<{original(self)}>"
+
+    def doubled(original):
+        return lambda self: 2 * original(self)
+
+    for cure in (quoted, doubled, quoted, doubled):
+        upstream._replace(Owner, "name", cure)
+    assert Owner().name() == "<name><name>"
+
+
+class TestPrecisionAwareStates:
+    def set(self):
+        from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+        given = {}
+        adam = types.SimpleNamespace(
+            param_groups=[{"params": ["parameter"]}],
+            set_scaled_state=lambda param, name, value: given.update({name: value.dtype}),
+        )
+        config = types.SimpleNamespace(use_precision_aware_optimizer_no_fp8_or_ds_fp8=True)
+        megatron = types.SimpleNamespace(config=config, optimizer=adam, model_param_group_index_map={"model": (0, 0)})
+        read = {name: torch.ones(1) for name in ("param", "exp_avg", "exp_avg_sq")} | {"padding": False}
+        DistributedOptimizer._set_main_param_and_optimizer_states(megatron, "model", read)
+        return given
+
+    def test_what_a_checkpoint_says_of_padding_is_no_state(self):
+        upstream.resume_with_precision_aware_states()
+        assert self.set() == dict.fromkeys(("master_param", "exp_avg", "exp_avg_sq"), torch.float32)
+
+    @pytest.mark.usefixtures("uncured")
+    def test_megatron_takes_it_for_one(self):
+        with pytest.raises(AttributeError, match="'bool' object has no attribute 'dtype'"):
+            self.set()
 
 
 @pytest.mark.gpu
