@@ -18,11 +18,10 @@ from torchx.schedulers.api import DescribeAppResponse
 from torchx.schedulers.slurm_scheduler import SLURM_STATES
 from torchx.specs import AppDef, AppDryRunInfo, AppState, Role
 
-from nemo_cpt.errors import CptError
+from nemo_cpt.errors import CptError, StoppedEarlyError
 from nemo_cpt.executors.environment import secrets_file
 from nemo_cpt.executors.runner import MARKER
 from nemo_cpt.executors.stopping import with_our_runner
-from nemo_cpt.executors.supervisor import STOPPED_EARLY
 from nemo_cpt.executors.tracking import EXPERIMENT
 
 SBATCH = "sbatch"
@@ -93,7 +92,7 @@ class SlurmJob(SlurmExecutor):
         lines = [
             "{ set +vx; } 2>/dev/null",
             f"job={shlex.quote(self.folder)}",
-            'rm -f "$job/preempted-$SLURM_JOB_ID"',  # of a start that was killed before it could
+            'rm -f "$job/preempted-$SLURM_JOB_ID"',  # of an earlier start
             *self._chain_lines(),
             "export MASTER_ADDR=${head_node_ip%% *}",
             f'export {MARKER}={shlex.quote(job)}/preempted-"$SLURM_JOB_ID"',
@@ -120,11 +119,10 @@ class SlurmJob(SlurmExecutor):
 
         A cancelled job is not RUNNING any more when its tasks have saved and ended, and must not come back.
         """
-        come_back = 'scontrol requeue "$SLURM_JOB_ID"' if self.comes_back else f"exit {STOPPED_EARLY}"
+        come_back = 'scontrol requeue "$SLURM_JOB_ID"' if self.comes_back else f"exit {StoppedEarlyError.exit_code}"
         return f"""leave() {{
     code=$?
     if [ -e "$job/preempted-$SLURM_JOB_ID" ]; then
-        rm -f "$job/preempted-$SLURM_JOB_ID"
         echo "stopped ahead of the end, with a checkpoint"
         if scontrol show job -o "$SLURM_JOB_ID" | grep -q JobState=RUNNING; then
             {come_back}

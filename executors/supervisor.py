@@ -4,7 +4,7 @@
 
 torchrun, on SIGTERM, kills its workers after 30 s, which is too short for the checkpoint of a large model; here the
 workers themselves are signalled and torchrun is left to wait for them. The exit code is the command's own; after a
-stop that left a checkpoint it is `STOPPED_EARLY`, because an unfinished run must not look finished.
+stop that left a checkpoint it is `StoppedEarlyError`'s, because an unfinished run must not look finished.
 """
 
 import argparse
@@ -15,10 +15,10 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from nemo_cpt.errors import CptError
+from nemo_cpt.errors import CptError, StoppedEarlyError
 from nemo_cpt.executors.runner import MARKER
 
-STOPPED_EARLY = 75  # EX_TEMPFAIL of sysexits.h: try again later
+MARKERS = "preempted-*"  # files of this name in a job's folder: it was told to stop, and saved
 
 
 class Supervisor:
@@ -45,9 +45,8 @@ class Supervisor:
         for restart in range(self.max_restarts + 1):
             code = self._run_once()
             if self.marker.exists():
-                self.marker.unlink()
                 print("nemo_cpt: stopped ahead of the end, saved; the same command goes on from there", flush=True)
-                return STOPPED_EARLY
+                return StoppedEarlyError.exit_code
             if code in (0, CptError.exit_code) or self.stops:
                 break
             if restart < self.max_restarts:

@@ -8,8 +8,9 @@ from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
-from nemo_cpt.errors import CptError
+from nemo_cpt.errors import CptError, StoppedEarlyError
 from nemo_cpt.executors import pods, stopping
+from nemo_cpt.executors.supervisor import MARKERS
 
 LOG_LINES = 25
 
@@ -110,13 +111,21 @@ def parse_new_unions() -> None:
 
 
 def raise_for_states(experiment: Any) -> None:
-    """Raise CptError for the first task of a finished experiment that did not succeed, with its log's last lines."""
+    """Raise CptError for the tasks of a finished experiment that did not succeed, with their logs' last lines.
+
+    StoppedEarlyError where all of them were told to stop, and saved.
+    """
     failed = [job for job in experiment.jobs if job.state.name != "SUCCEEDED"]
     if failed:
         report = "\n".join(
             f"task {job.id} ended as {job.state.name}. {log_tail(job.executor.job_dir)}" for job in failed
         )
-        raise CptError(report)
+        raise (StoppedEarlyError if all(stopped_early(job.executor.job_dir) for job in failed) else CptError)(report)
+
+
+def stopped_early(job_dir: str) -> bool:
+    """Return whether a job was told to stop, and saved, by what its supervisor left in its folder."""
+    return any(Path(job_dir).rglob(MARKERS))
 
 
 def log_tail(job_dir: str, lines: int = LOG_LINES) -> str:

@@ -1,4 +1,4 @@
-"""The one exception for what the user can mend."""
+"""The one exception for what the user can mend, and a kind of it for what only has to be started again."""
 
 import sys
 from types import TracebackType
@@ -11,6 +11,12 @@ class CptError(Exception):
     """
 
     exit_code = 2
+
+
+class StoppedEarlyError(CptError):
+    """A job was told to stop, and saved: nothing is wrong, and the run is not finished."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 def exit_with_the_message() -> None:

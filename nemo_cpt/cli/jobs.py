@@ -134,10 +134,14 @@ def _opened(experiment_id: str | None) -> Iterator[Any]:
 
 
 def _state(task: Mapping[str, Any]) -> str:
-    """A local task whose processes are gone while it is noted as running died with its launcher."""
+    """A task's state: NeMo-Run's, but for local tasks that were stopped and saved, or that died with their launcher."""
+    from nemo_cpt.executors.upstream import stopped_early
+
     state = str(getattr(task["status"], "name", task["status"]))
     if task["handle"].startswith("local") and state == "RUNNING" and not list(_processes(task["local_dir"])):
-        return "UNKNOWN"
+        return "STOPPED" if stopped_early(task["local_dir"]) else "UNKNOWN"
+    if state == "FAILED" and stopped_early(task["local_dir"]):
+        return "STOPPED"
     return state
 
 

@@ -90,7 +90,7 @@ def test_a_job_that_saved_is_neither_finished_nor_restarted(tmp_path, number):
     job.send_signal(number)
     assert job.communicate(timeout=10)[0].startswith("nemo_cpt: stopped ahead of the end, saved")
     assert job.returncode == 75
-    assert not marker.exists()
+    assert marker.exists()
 
 
 def test_a_second_signal_ends_a_job_that_does_not_listen(tmp_path):
@@ -128,7 +128,7 @@ def test_a_launcher_that_is_stopped_lets_its_job_save_and_goes_on_when_started_a
     first.terminate()
     printed, _ = first.communicate(timeout=60)
     assert first.returncode == 1
-    assert "nemo_cpt.errors.CptError: task t ended as FAILED" in printed
+    assert "nemo_cpt.errors.StoppedEarlyError: task t ended as FAILED" in printed
     assert "nemo_cpt: stopped ahead of the end, saved" in printed
     stopped = int(counter.read_text())
     assert 0 < stopped < 20

@@ -8,7 +8,8 @@ import nemo_run as run
 import pytest
 from helpers import losses, recipe_arguments, wait_until
 
-from nemo_cpt import CptError
+from nemo_cpt.cli import jobs
+from nemo_cpt.errors import StoppedEarlyError
 from nemo_cpt.executors import local
 from nemo_cpt.executors.tracking import EXPERIMENT, continue_wandb_run
 
@@ -27,9 +28,10 @@ def test_stopped_it_goes_on_at_its_step_and_in_its_wandb_run(project, material, 
     recipe.log.wandb = run.Config(WandbLogger, project="cpt", save_dir=str(tmp_path))
     stopped = threading.Thread(target=stop_this_process_at_step, args=(3, results), daemon=True)
     stopped.start()
-    with pytest.raises(CptError, match="nemo_cpt: stopped ahead of the end, saved"):
+    with pytest.raises(StoppedEarlyError, match="nemo_cpt: stopped ahead of the end, saved"):
         run.run(recipe, executor=local(), name="t")
     stopped.join()
+    assert [task["status"] for task in jobs.status(None)["tasks"]] == ["STOPPED"]
     reached = losses(results)[-1][0]
     run.run(recipe, executor=local(), name="t")
     assert [step for step, _ in losses(results)] == list(range(1, 31))

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 from helpers import assert_no_secret, wait_until
 
 from nemo_cpt import CptError
+from nemo_cpt.cli import jobs
+from nemo_cpt.errors import StoppedEarlyError
 from nemo_cpt.executors import slurm
 
 
@@ -85,6 +88,29 @@ def test_a_preempted_job_comes_back_and_goes_on(slurm_here, project, tmp_path):
     stops = [int(line.rpartition(" ")[2]) for line in log.splitlines() if line.startswith("stopped at")]
     assert starts == [0, *stops]
     assert "counted to 30" in log
+
+
+def test_stopped_without_requeueing_it_is_neither_finished_nor_failed(slurm_here, project, tmp_path):
+    """As at the limit; the launcher, which waits for the job, ends as the job does."""
+    import tasks
+
+    counter = tmp_path / "counter"
+    stop = threading.Thread(target=stop_the_job, args=(slurm_here, counter), daemon=True)
+    stop.start()
+    with pytest.raises(StoppedEarlyError, match="stopped at"):
+        run.run(
+            run.Partial(tasks.count, path=str(counter), until=1000),
+            executor=slurm(tasks_per_node=1, time="5", requeue=False),
+            name="t",
+        )
+    stop.join()
+    assert [task["status"] for task in jobs.status(None)["tasks"]] == ["STOPPED"]
+
+
+def stop_the_job(cluster, counter):
+    wait_until(lambda: counter.exists() and int(counter.read_text() or 0) > 3)
+    (job,) = cluster.jobs()
+    cluster.run("scancel", "--signal=TERM", job)
 
 
 def test_a_failed_task_raises_and_ends_its_chain(slurm_here, project):
