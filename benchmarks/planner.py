@@ -182,13 +182,9 @@ def recipe(setting: Setting) -> Any:
         partial.trainer.strategy.ddp.grad_reduce_in_fp32 = precision.grad_reduce_in_fp32 = False
         partial.optim.config.main_grads_dtype = torch.bfloat16
     if setting.host_states:
-        from nemo_cpt.training.optimizer import STATES, HostStateOptimizer
+        from nemo_cpt.planning.applying import keep_states_on_host
 
-        partial.optim = run.Config(
-            HostStateOptimizer, config=partial.optim.config, lr_scheduler=partial.optim.lr_scheduler,
-            host_states=list(STATES),
-        )  # fmt: skip
-        partial.trainer.strategy.ckpt_async_save = False
+        keep_states_on_host(partial)
     if setting.fp8:
         precision.fp8, precision.fp8_recipe, precision.fp8_param_gather = "hybrid", setting.fp8, setting.fp8_param
     return partial

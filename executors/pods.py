@@ -55,7 +55,7 @@ def supervise_jobs() -> None:
         code = f"{cfg.code_dir}/code"
         paths = f"export PYTHONSAFEPATH=1 PYTHONPATH={code}:{code}/src:$PYTHONPATH; "
         for role in app.roles:
-            supervise(role, f"{paths}exec python", f"/tmp/preempted-{role.name}", cfg.retries)
+            supervise(role, f"{paths}exec python", "/tmp", cfg.retries)
         return prepare(scheduler, app, cfg)
 
     KubeflowScheduler._submit_dryrun = prepare_supervised

@@ -22,6 +22,7 @@ from nemo_cpt.errors import CptError, StoppedEarlyError
 from nemo_cpt.executors.environment import secrets_file
 from nemo_cpt.executors.runner import MARKER
 from nemo_cpt.executors.stopping import with_our_runner
+from nemo_cpt.executors.supervisor import MARKER_PREFIX
 from nemo_cpt.executors.tracking import EXPERIMENT
 
 SBATCH = "sbatch"
@@ -92,10 +93,10 @@ class SlurmJob(SlurmExecutor):
         lines = [
             "{ set +vx; } 2>/dev/null",
             f"job={shlex.quote(self.folder)}",
-            'rm -f "$job/preempted-$SLURM_JOB_ID"',  # of an earlier start
+            f'rm -f "$job/{MARKER_PREFIX}$SLURM_JOB_ID"',  # of an earlier start
             *self._chain_lines(),
             "export MASTER_ADDR=${head_node_ip%% *}",
-            f'export {MARKER}={shlex.quote(job)}/preempted-"$SLURM_JOB_ID"',
+            f'export {MARKER}={shlex.quote(job)}/{MARKER_PREFIX}"$SLURM_JOB_ID"',
             f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(job)}/code:{shlex.quote(job)}/code/src:$PYTHONPATH",
             *([f"export PATH={shlex.quote(self.python_folder)}:$PATH"] if self.python_folder else []),
             f"export {EXPERIMENT}={self.experiment_id} WANDB_RESUME=allow",
@@ -122,7 +123,7 @@ class SlurmJob(SlurmExecutor):
         come_back = 'scontrol requeue "$SLURM_JOB_ID"' if self.comes_back else f"exit {StoppedEarlyError.exit_code}"
         return f"""leave() {{
     code=$?
-    if [ -e "$job/preempted-$SLURM_JOB_ID" ]; then
+    if [ -e "$job/{MARKER_PREFIX}$SLURM_JOB_ID" ]; then
         echo "stopped ahead of the end, with a checkpoint"
         if scontrol show job -o "$SLURM_JOB_ID" | grep -q JobState=RUNNING; then
             {come_back}

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any
 
+from nemo_cpt.executors.supervisor import MARKER_PREFIX
+
 SECONDS_TO_SAVE = 600
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -41,7 +43,7 @@ def supervise_local_jobs() -> None:
     @wraps(request)
     def request_supervised(scheduler: Any, app: Any, cfg: Any) -> Any:
         for role in app.roles:
-            supervise(role, sys.executable, f"{cfg['log_dir']}/preempted-{role.name}", cfg["retries"])
+            supervise(role, sys.executable, cfg["log_dir"], cfg["retries"])
         return request(scheduler, app, cfg)
 
     PersistentLocalScheduler._to_popen_request = request_supervised
@@ -60,7 +62,7 @@ def supervise_containers() -> None:
     @wraps(prepare)
     def prepare_supervised(scheduler: Any, app: Any, cfg: Any) -> Any:
         for role in app.roles:
-            supervise(role, "trap '' TERM; python", f"/nemo_run/preempted-{role.name}", cfg.retries)
+            supervise(role, "trap '' TERM; python", "/nemo_run", cfg.retries)
         cfg.retries = 0
         cfg.additional_kwargs = {"init": True} | cfg.additional_kwargs
         cfg.env_vars = {"TINI_KILL_PROCESS_GROUP": "1"} | cfg.env_vars
@@ -78,14 +80,15 @@ def supervise_cloud_jobs() -> None:
     @wraps(prepare)
     def prepare_supervised(scheduler: Any, app: Any, cfg: Any) -> Any:
         for role in app.roles:
-            supervise(role, "python", f"/tmp/preempted-{role.name}", cfg.retries)
+            supervise(role, "python", "/tmp", cfg.retries)
         return prepare(scheduler, app, cfg)
 
     SkypilotScheduler._submit_dryrun = prepare_supervised
 
 
-def supervise(role: Any, python: str, marker: str, max_restarts: int) -> None:
-    """Put `supervisor` before a role's command, and `runner` in place of NeMo-Run's."""
+def supervise(role: Any, python: str, folder: str, max_restarts: int) -> None:
+    """Put `supervisor` before a role's command, with its marker in `folder`, and `runner` in place of NeMo-Run's."""
+    marker = f"{folder}/{MARKER_PREFIX}{role.name}"
     own = ["-m", "nemo_cpt.executors.supervisor", "--marker", marker, "--max-restarts", str(max_restarts), "--"]
     role.args = [*own, role.entrypoint, *(with_our_runner(argument) for argument in role.args)]
     role.entrypoint = python

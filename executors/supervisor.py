@@ -18,7 +18,7 @@ from types import FrameType
 from nemo_cpt.errors import CptError, StoppedEarlyError
 from nemo_cpt.executors.runner import MARKER
 
-MARKERS = "preempted-*"  # files of this name in a job's folder: it was told to stop, and saved
+MARKER_PREFIX = "preempted-"  # of the file in a job's folder that says: it was told to stop, and saved
 
 
 class Supervisor:

@@ -10,7 +10,7 @@ from typing import Any
 
 from nemo_cpt.errors import CptError, StoppedEarlyError
 from nemo_cpt.executors import pods, stopping
-from nemo_cpt.executors.supervisor import MARKERS
+from nemo_cpt.executors.supervisor import MARKER_PREFIX
 
 LOG_LINES = 25
 
@@ -125,7 +125,7 @@ def raise_for_states(experiment: Any) -> None:
 
 def stopped_early(job_dir: str) -> bool:
     """Return whether a job was told to stop, and saved, by what its supervisor left in its folder."""
-    return any(Path(job_dir).rglob(MARKERS))
+    return any(Path(job_dir).rglob(f"{MARKER_PREFIX}*"))
 
 
 def log_tail(job_dir: str, lines: int = LOG_LINES) -> str:

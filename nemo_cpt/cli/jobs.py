@@ -139,10 +139,8 @@ def _state(task: Mapping[str, Any]) -> str:
 
     state = str(getattr(task["status"], "name", task["status"]))
     if task["handle"].startswith("local") and state == "RUNNING" and not list(_processes(task["local_dir"])):
-        return "STOPPED" if stopped_early(task["local_dir"]) else "UNKNOWN"
-    if state == "FAILED" and stopped_early(task["local_dir"]):
-        return "STOPPED"
-    return state
+        state = "UNKNOWN"
+    return "STOPPED" if state in ("FAILED", "UNKNOWN") and stopped_early(task["local_dir"]) else state
 
 
 def _processes(job_dir: str) -> Iterator[int]:

@@ -1,8 +1,10 @@
 """Puts a workload's settings into a recipe."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from nemo_cpt.planning.workload import Workload
+from nemo_cpt.training.adam import STATES
 
 
 def apply(recipe: Any, before: Workload, after: Workload) -> None:
@@ -42,22 +44,29 @@ def _recompute(config: Any, work: Workload) -> None:
 
 def _states(recipe: Any, work: Workload) -> None:
     """The gradients' dtype, and Adam's states on the host."""
-    import nemo_run as run
     import torch
-
-    from nemo_cpt.training.optimizer import HostStateOptimizer
 
     fp32 = work.grad_bytes == 4
     recipe.trainer.plugins.grad_reduce_in_fp32 = recipe.trainer.strategy.ddp.grad_reduce_in_fp32 = fp32
+    recipe.optim.config.main_grads_dtype = torch.float32 if fp32 else torch.bfloat16
+    if work.host_states:
+        keep_states_on_host(recipe, work.host_states)
+
+
+def keep_states_on_host(recipe: Any, states: Iterable[str] = STATES) -> None:
+    """Let a recipe keep some of Adam's states in pinned host memory (training/host_states.py).
+
+    Args:
+        recipe: a run.Partial of a full-parameter recipe; changed in place.
+        states: any of `adam.STATES`.
+    """
+    import nemo_run as run
+
+    from nemo_cpt.training.optimizer import HostStateOptimizer
+
     optimizer = recipe.optim.config
-    optimizer.main_grads_dtype = torch.float32 if fp32 else torch.bfloat16
-    if not work.host_states:
-        return
     optimizer.use_precision_aware_optimizer = optimizer.use_distributed_optimizer = True
-    recipe.trainer.strategy.ckpt_async_save = False  # it would keep a second copy of the states in host memory
+    recipe.trainer.strategy.ckpt_async_save = False  # another process does not see the states
     recipe.optim = run.Config(
-        HostStateOptimizer,
-        config=optimizer,
-        lr_scheduler=recipe.optim.lr_scheduler,
-        host_states=list(work.host_states),
+        HostStateOptimizer, config=optimizer, lr_scheduler=recipe.optim.lr_scheduler, host_states=list(states)
     )

@@ -100,8 +100,8 @@ def _fragmentation(work: Workload, stage: int, allocated: int) -> int:
     `upstream.allocate_unread_gradients_first` prevents it has not been measured.
     """
     hole = 0
-    if work.fused_gradients and work.lora_rank is None and work.recompute != "none" and stage == work.last_stage:
-        hole = work.tokens * work.vocab_size // work.tensor_model_parallel_size * work.weight_bytes
+    if _dummy_gradients(work, stage) and work.recompute != "none" and stage == work.last_stage:
+        hole = work.logits * work.weight_bytes
     return max(int(FRAGMENTATION * allocated), hole)
 
 
@@ -315,14 +315,13 @@ def logit_bytes(work: Workload) -> int:
     Transformer Engine's loss works in place on the bf16 logits; the others hold two fp32 copies beside them. In the
     backward pass, with a trainable output layer, its gradient [vocabulary, hidden] and that of its input come instead.
     """
-    elements = work.tokens * work.vocab_size // work.tensor_model_parallel_size
-    loss = 0 if work.loss == "te" else 8 * elements
+    loss = 0 if work.loss == "te" else 8 * work.logits
     backward = 0
     if work.trains_head:
         backward = work.tokens * work.hidden_size * work.weight_bytes
         if not work.fused_gradients:
             backward += work.vocab_size * work.hidden_size // work.tensor_model_parallel_size * work.weight_bytes
-    return elements * work.weight_bytes + max(loss, backward)
+    return work.logits * work.weight_bytes + max(loss, backward)
 
 
 def _backward(work: Workload, stage: int) -> dict[str, int]:

@@ -124,8 +124,7 @@ def _activation_traffic(work: Workload) -> float:
     if work.lora_rank and work.tensor_model_parallel_size > 1:  # upstream.add_lora_in_one_pass leaves these alone
         outputs = sum(work.widths[name][1] for name in work.lora_targets) / work.tensor_model_parallel_size
         traffic += 8 * layers * outputs * work.tokens * work.weight_bytes
-    logits = work.tokens * work.vocab_size / work.tensor_model_parallel_size
-    return traffic + logits * (6 if work.loss == "te" else 20)
+    return traffic + work.logits * (6 if work.loss == "te" else 20)
 
 
 def _gradient_traffic(work: Workload) -> float:

@@ -137,6 +137,11 @@ class Workload:
         return self.seq_length * self.micro_batch_size // self.context_parallel_size
 
     @property
+    def logits(self) -> int:
+        """Elements of a micro batch's logits on one GPU."""
+        return self.tokens * self.vocab_size // self.tensor_model_parallel_size
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens of a global batch."""
         return self.global_batch_size * self.seq_length

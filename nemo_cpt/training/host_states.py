@@ -188,11 +188,11 @@ def _write_in_threads(transforms: list[Any], use_msc: bool, rank: int, buckets: 
     done: queue.Queue[tuple[int, Any]] = queue.Queue()
     waiting: queue.Queue[int] = queue.Queue()
     options = {"use_fsync": True} | ({"use_msc": True} if use_msc else {})
+    write = FileSystemWriterAsync.write_preloaded_data
     with ThreadPoolExecutor(len(buckets)) as pool:
         writers = []
         for index, bucket in enumerate(buckets):
             waiting.put(index)
-            write = FileSystemWriterAsync.write_preloaded_data
             writers.append(pool.submit(write, transforms, index, bucket, done, waiting, **options))
     for writer in writers:
         writer.result()

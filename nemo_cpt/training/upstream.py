@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from nemo_cpt.planning.search import MARGIN
 from nemo_cpt.training.adam import SLICE_ELEMENTS
 
 
@@ -299,15 +300,15 @@ def move_to_host_without_room(module: torch.nn.Module, grad_bytes: int, free: in
     return True
 
 
-def _free_gpu_bytes(spared: float = 0.05) -> int:
+def _free_gpu_bytes() -> int:
     """What PyTorch may still allocate: of the card, and of the share that the process was given, less what is spared.
 
-    5 % of all is spared as by `planning.fit`, so that the wrapping is not the peak that another process would feel.
+    As much is spared as by `planning.fit`, so that the wrapping is not the peak that another process would feel.
     """
     free, total = torch.cuda.mem_get_info()
     free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     allowed = total * torch.cuda.get_per_process_memory_fraction()
-    return int(min(free, allowed - torch.cuda.memory_allocated()) - spared * allowed)
+    return int(min(free, allowed - torch.cuda.memory_allocated()) - MARGIN * allowed)
 
 
 def accumulate_gradients_without_apex() -> None:

@@ -7,10 +7,8 @@ from typing import Any
 import nemo_run as run
 import pytest
 
-from nemo_cpt.planning.applying import apply
-from nemo_cpt.planning.reading import read
+from nemo_cpt.planning.applying import keep_states_on_host
 from nemo_cpt.recipes import llama31_8b, tiny
-from nemo_cpt.training.adam import STATES
 from nemo_cpt.training.callbacks import StopAtStep
 from nemo_cpt.training.metrics import read_metrics
 from tests.training import jobs
@@ -25,9 +23,7 @@ def train(world: Path, blend: Any, name: str, on_host: bool = True, stop_at: int
         global_batch_size=8, micro_batch_size=4, max_steps=STEPS, val_check_interval=3, lr=1e-3, **llama31_8b.ONE_GPU,
     )  # fmt: skip
     if on_host:
-        work = read(recipe)
-        states = {"host_states": STATES, "precision_aware": True, "master_bytes": 2, "distributed_optimizer": True}
-        apply(recipe, work, work.replace(**states))
+        keep_states_on_host(recipe)
     if stop_at:
         recipe.trainer.callbacks.append(run.Config(StopAtStep, step=stop_at))
     run.run(recipe, direct=True)

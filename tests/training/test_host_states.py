@@ -129,6 +129,18 @@ class TestStates:
         }
         assert adam._scales[param].keys() == {"exp_avg"}
 
+    def test_loading_reuses_the_memory_and_keeps_its_values_until_they_are_overwritten(self, adam):
+        host_states.HostStates(adam, ["exp_avg_sq"])
+        param = adam.param_groups[0]["params"][0]
+        adam._initialize_state(param, "exp_avg_sq", True)
+        first = adam.state[param]["exp_avg_sq"].fill_(7.0)
+        adam.state[param] = {}
+        adam._initialize_state(param, "exp_avg_sq", False)
+        assert adam.state[param]["exp_avg_sq"].data_ptr() == first.data_ptr()
+        assert (first == 7.0).all()
+        adam._initialize_state(param, "exp_avg_sq", True)
+        assert (first == 0.0).all()
+
     def test_states_that_are_there_are_not_made_again(self, adam):
         states = host_states.HostStates(adam, STATES)
         states.allocate()
