@@ -122,11 +122,12 @@ CARDS = {
     "LoRA recipe for 80 GB": Setting(card=80, rank=128),
     "full recipe for 48 GB": Setting(card=48),
     "full recipe for 80 GB": Setting(card=80),
-    "8B, full, 8192, block 11, host states, capped at 80 GB": Setting(
-        seq=8192, config=block(11) | FUSED, optimizer=AWARE, host_states=True, cap=80
+    "full recipe for 141 GB": Setting(card=141),
+    "8B, full, 8192, block 12, host states, capped at 80 GB": Setting(
+        seq=8192, config=block(12) | FUSED, optimizer=AWARE, host_states=True, cap=80
     ),
-    "8B, full, 8192 x 2, block 31, host states, capped at 48 GB": Setting(
-        seq=8192, mbs=2, config=block(31) | FUSED, optimizer=AWARE, bf16_gradients=True, host_states=True, cap=48
+    "8B, full, 8192, block 27, host states, capped at 48 GB": Setting(
+        seq=8192, config=block(27) | FUSED, optimizer=AWARE, bf16_gradients=True, host_states=True, cap=48
     ),
 }
 SETTINGS = TUNE | HELD_OUT | SEVERAL_GPUS | CARDS
@@ -528,7 +529,7 @@ def main() -> None:
     parser.add_argument("command", choices=["measure", "report"])
     parser.add_argument("settings", nargs="*", help="names of settings; all of one GPU by default")
     parser.add_argument("--out", type=Path, default=MEASURED)
-    parser.add_argument("--plot", type=Path, default=Path("planner.png"), help="report: the picture")
+    parser.add_argument("--plot", type=Path, help="report: a picture")
     parser.add_argument("--timeout", type=float, default=90, help="seconds for a setting")
     parser.add_argument("--trace", action="store_true", help="log what is alive at the peak of the second step")
     options = parser.parse_args()
@@ -539,7 +540,8 @@ def main() -> None:
         return
     rows = compare(options.out)
     print(f"{table(rows)}\n\n{summary(rows)}")
-    draw(rows, options.plot)
+    if options.plot:
+        draw(rows, options.plot)
 
 
 if __name__ == "__main__":

@@ -95,6 +95,8 @@ HOST = {"host_states": ADAM_STATES}
 CASES: dict[str, Case] = {
     "lora": Case(setting=lora(141, **PUBLISHED)),
     "lora_fp8": Case(setting=lora(141, fp8_recipe="tensorwise", **PUBLISHED)),
+    "lora_batch32": Case(setting=lora(141, **PUBLISHED), global_batch_size=32),
+    "lora_fp8_batch32": Case(setting=lora(141, fp8_recipe="tensorwise", **PUBLISHED), global_batch_size=32),
     "lora_native_loss": Case(setting=lora(141, cross_entropy_fusion_impl="native", **PUBLISHED)),
     "stock_lora": Case(setting=lora(141, **PUBLISHED), stack="nemo_stock"),
     "transformers_peft": Case(setting=lora(141, **PUBLISHED), stack="transformers"),
@@ -111,8 +113,10 @@ CASES: dict[str, Case] = {
     for kind, rank, cards in (("lora", 128, (24, 48, 80)), ("full", None, (48, 80, 141)))
     for gpu_memory_gib in cards
 }
+CASES["full141_batch128"] = dataclasses.replace(CASES["full141"], global_batch_size=128, steps=2, warm_up=1)
 GROUPS: dict[str, list[str]] = {
     "published": ["lora", "lora_fp8", "stock_lora", "transformers_peft"],
+    "batches": ["lora_batch32", "lora_fp8_batch32", "lora48", "full141_batch128"],
     "defect": ["lora_mbs1", "uncured_mbs1", "stock_lora_mbs1"],
     "budgets": ["lora24", "lora48", "lora80", "full48", "full80", "full141"],
     "ladder": ["full_bf16_states", "full_bf16_gradients", "full141", "full80", "full48"],

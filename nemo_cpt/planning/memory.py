@@ -88,21 +88,8 @@ def stage_memory(work: Workload, stage: int, room: float = inf) -> StageMemory:
     }
     moment, parts = max(moments.items(), key=lambda item: sum(item[1].values()))
     parts = {name: size for name, size in parts.items() if size}
-    fragmentation = _fragmentation(work, stage, sum(parts.values()))
+    fragmentation = int(FRAGMENTATION * sum(parts.values()))
     return StageMemory(stage, moment, parts | {"fragmentation": fragmentation, "CUDA context": _context(work, stage)})
-
-
-def _fragmentation(work: Workload, stage: int, allocated: int) -> int:
-    """A share of what is allocated; with fused gradients and recomputation at least the logits' place.
-
-    In that place the first backward pass puts the output layer's unread gradient, and the next logits need another:
-    1.6 GiB of the 80 GB recipe, 3.5 of the 48 GB recipe at a micro batch of 2 (docs/performance.md). That
-    `upstream.allocate_unread_gradients_first` prevents it has not been measured.
-    """
-    hole = 0
-    if _dummy_gradients(work, stage) and work.recompute != "none" and stage == work.last_stage:
-        hole = work.logits * work.weight_bytes
-    return max(int(FRAGMENTATION * allocated), hole)
 
 
 def resident_bytes(work: Workload, stage: int) -> dict[str, int]:
@@ -399,7 +386,7 @@ def host_memory(work: Workload) -> HostMemory:
 
     Megatron writes checkpoints from a copy in host memory, asynchronously or not: weights, master weights and moments,
     shared by the ranks; of LoRA the adapters alone. States that are kept in host memory are written from there
-    (`training/host_states.py`); benchmarks/host_states.py: 35.0 GiB of a process with 2.8 B parameters, 33.8 here.
+    (`training/host_states.py`); benchmarks/host_states.py: 34.9 GiB of a process with 2.8 B parameters, 33.8 here.
     """
     processes = min(work.gpus, work.gpus_per_node)
     trained = work.adapter_parameters or work.parameters
