@@ -52,7 +52,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def make_model(folder: Path, shape: str) -> None:
     """Write a random model with this package's streaming writer: no more than one tensor is in memory."""
-    import torch
+    import numpy as np
     from tokenizers import Tokenizer, models
     from transformers import GenerationConfig, PreTrainedTokenizerFast
 
@@ -69,7 +69,8 @@ def make_model(folder: Path, shape: str) -> None:
     PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="t1", eos_token="t2").save_pretrained(folder)
     plans = [TensorPlan(slot.name, "bfloat16", slot.shape) for slot in slots(parse_config(config, "benchmark"))]
     shapes = {plan.name: plan.shape for plan in plans}
-    write_weights(folder, plans, lambda name: [torch.empty(shapes[name], dtype=torch.bfloat16).normal_(0, 0.02)])
+    random = np.random.default_rng(0)
+    write_weights(folder, plans, lambda name: [0.02 * random.standard_normal(shapes[name], np.float32)])
 
 
 def ours_import(source: Path, dest: Path) -> None:

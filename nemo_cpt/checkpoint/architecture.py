@@ -58,6 +58,12 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {"max_position_embeddings": 131072, "sliding_window": 4096},
     "qwen2": {"max_position_embeddings": 32768},
 }
+_WHOLE, _NUMBER = (int,), (int, float)
+_TYPES: dict[str, tuple[type, ...]] = {  # of fields that may be left out
+    "num_key_value_heads": _WHOLE, "head_dim": _WHOLE, "max_position_embeddings": _WHOLE, "sliding_window": _WHOLE,
+    "rms_norm_eps": _NUMBER, "rope_theta": _NUMBER, "initializer_range": _NUMBER, "rope_scaling": (dict,),
+    "rope_parameters": (dict,), "layer_types": (list,),
+}  # fmt: skip
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
@@ -134,15 +140,18 @@ def read_architecture(folder: str | Path, ignore_fields: Collection[str] = ()) -
 
 def parse_config(config: Mapping[str, Any], where: str, ignore_fields: Collection[str] = ()) -> Architecture:
     """Like `read_architecture`, from the parsed config; `where` names it in messages."""
+    config = {name: value for name, value in config.items() if value is not None}
     model_type = str(config.get("model_type"))
     if model_type not in _DEFAULTS:
         raise CptError(
             f"{where}: model_type {model_type!r} is not supported; supported are {', '.join(_DEFAULTS)} "
             "(Llama 2 to 3.2, SmolLM2, Mistral, Qwen2 and Qwen2.5)."
         )
-    _refuse_unknown(config, where, ignore_fields)
     if missing := [name for name in _REQUIRED if not isinstance(config.get(name), int)]:
         raise CptError(f"{where}: no whole number for {', '.join(missing)}. Download the file again.")
+    if wrong := [name for name, types in _TYPES.items() if name in config and not isinstance(config[name], types)]:
+        raise CptError(f"{where}: {wrong[0]} cannot be {config[wrong[0]]!r}. Download the file again.")
+    _refuse_unknown(config, where, ignore_fields)
     architecture = _translate({**_DEFAULTS[model_type], **config}, where)
     _check_shape(architecture, where)
     return architecture
@@ -151,7 +160,7 @@ def parse_config(config: Mapping[str, Any], where: str, ignore_fields: Collectio
 def _refuse_unknown(config: Mapping[str, Any], where: str, ignore_fields: Collection[str]) -> None:
     for name, value in config.items():
         known = name in _TRANSLATED or name in _NEUTRAL or name.startswith("_")  # _ is transformers' own bookkeeping
-        if known or name in ignore_fields or value is None:
+        if known or name in ignore_fields:
             continue
         if name == "layer_types":
             if set(value) <= {"full_attention"} or config.get("model_type") == "mistral":
@@ -205,6 +214,8 @@ def _rope_scaling(scaling: Mapping[str, Any], where: str) -> RopeScaling | None:
         names += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
     if missing := [name for name in names if name not in scaling]:
         raise CptError(f"{where}: rope_scaling of type {kind!r} lacks {', '.join(missing)}.")
+    if wrong := [name for name in names if not isinstance(scaling[name], _NUMBER)]:
+        raise CptError(f"{where}: rope_scaling's {wrong[0]} cannot be {scaling[wrong[0]]!r}. Download the file again.")
     return RopeScaling(kind, **{name: scaling[name] for name in names})
 
 

@@ -8,17 +8,17 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import Architecture, read_architecture, read_json
+from nemo_cpt.checkpoint.arrays import DTYPES, check_finite
 from nemo_cpt.checkpoint.base import base_files, base_weights, nemo_folder
 from nemo_cpt.checkpoint.files import copy_small_files, new_folder
-from nemo_cpt.checkpoint.safetensors_files import SHARD_BYTES, TensorPlan, check_finite, write_weights
+from nemo_cpt.checkpoint.safetensors_files import SHARD_BYTES, TensorPlan, write_weights
 from nemo_cpt.errors import CptError
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def export_hf(
         CptError: the checkpoint is unfinished, damaged, non-finite or another model's; the base's files are missing;
             `dest` exists; not enough disk. Nothing is left at `dest` then.
     """
-    from nemo_cpt.checkpoint.lora import is_lora, recorded_base
+    from nemo_cpt.checkpoint.lora import is_lora
 
     start = time.monotonic()
     nemo = nemo_folder(source)
@@ -83,7 +83,6 @@ def export_hf(
     if adapter and not lora:
         raise CptError(f"{nemo} is no LoRA checkpoint (no weights/adapter_metadata.json): leave adapter=True away.")
     files = base_files(nemo, base)
-    base = Path(base) if base else recorded_base(nemo) if lora else None
     arch = read_architecture(files, ignore_fields)
     if adapter:
         written = _export_adapter(nemo, Path(dest), arch, files, _checked(dtype or "float32"))
@@ -106,7 +105,7 @@ class _Model:
     """Something to export: where it is, its tensors in blocks of rows, their dtype and the embedding's padding."""
 
     where: Path
-    blocks: Callable[[str], Iterable[torch.Tensor]]
+    blocks: Callable[[str], Iterable[np.ndarray]]
     dtype: str
     padding: int
 
@@ -118,12 +117,10 @@ def _open_model(nemo: Path, arch: Architecture) -> _Model:
     return _Model(nemo, weights.blocks, weights.dtype, weights.vocab_rows - arch.vocab_size)
 
 
-def _open_lora(nemo: Path, arch: Architecture, base: Path | None) -> _Model:
-    from nemo_cpt.checkpoint.lora import Adapters
+def _open_lora(nemo: Path, arch: Architecture, base: str | Path | None) -> _Model:
+    from nemo_cpt.checkpoint.lora import Adapters, base_of
 
-    if base is None:
-        raise CptError(f"{nemo} holds adapters only and its base is gone. Give base=, the model it started from.")
-    weights = base_weights(base, arch)
+    weights = base_weights(base_of(nemo, base), arch)
     return _Model(
         nemo, partial(Adapters(nemo, arch).merged, base=weights), weights.dtype, weights.vocab_rows - arch.vocab_size
     )
@@ -178,18 +175,18 @@ def _base_name(files: Path) -> str:
 
 
 def _checked(dtype: str) -> str:
-    if dtype not in ("bfloat16", "float16", "float32"):
-        raise CptError(f"dtype {dtype!r} cannot be written; choose bfloat16, float16 or float32.")
+    if dtype not in DTYPES:
+        raise CptError(f"dtype {dtype!r} cannot be written; choose {', '.join(DTYPES)}.")
     return dtype
 
 
 def _counted(
     model: _Model, plans: list[TensorPlan], progress: Callable[[int, int], None] | None
-) -> Callable[[str], Iterator[torch.Tensor]]:
+) -> Callable[[str], Iterator[np.ndarray]]:
     sizes = {plan.name: plan.nbytes for plan in plans}
     total, done = sum(sizes.values()), 0
 
-    def load(name: str) -> Iterator[torch.Tensor]:
+    def load(name: str) -> Iterator[np.ndarray]:
         nonlocal done
         for block in model.blocks(name):
             check_finite(block, name, model.where)

@@ -7,14 +7,20 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import Architecture, read_architecture
+from nemo_cpt.checkpoint.arrays import bits, check_finite
 from nemo_cpt.checkpoint.context import HF_FOLDER, write_context
 from nemo_cpt.checkpoint.files import copy_small_files, new_folder, require_tokenizer
-from nemo_cpt.checkpoint.safetensors_files import HFWeights, check_finite
+from nemo_cpt.checkpoint.safetensors_files import HFWeights
 from nemo_cpt.errors import CptError
+
+if TYPE_CHECKING:
+    from nemo_cpt.checkpoint.distributed_writer import DistributedWriter
 
 
 @dataclass(frozen=True)
@@ -121,9 +127,8 @@ def _droppable(weights: HFWeights, known: set[str], arch: Architecture) -> list[
 
 
 def _same_as_embedding(weights: HFWeights) -> bool:
-    import torch
-
-    return torch.equal(weights.read("lm_head.weight"), weights.read("model.embed_tokens.weight"))
+    head, embedding = weights.read("lm_head.weight"), weights.read("model.embed_tokens.weight")
+    return head.dtype == embedding.dtype and np.array_equal(bits(head), bits(embedding))
 
 
 def _write_weights(
@@ -133,7 +138,7 @@ def _write_weights(
     arch: Architecture,
     progress: Callable[[int, int], None],
 ) -> None:
-    from nemo_cpt.checkpoint.distributed import DistributedWriter
+    from nemo_cpt.checkpoint.distributed_writer import DistributedWriter
 
     total = sum(weights.infos[slot.name].nbytes for slot in slots)
     done = 0
@@ -147,14 +152,16 @@ def _write_weights(
         _write_extra_states(writer, arch.num_hidden_layers)
 
 
-def _write_group(writer: Any, weights: HFWeights, slots: Sequence[layout.Slot], arch: Architecture) -> None:
+def _write_group(
+    writer: DistributedWriter, weights: HFWeights, slots: Sequence[layout.Slot], arch: Architecture
+) -> None:
     first = slots[0]
     if first.part == "q":
         parts = {slot.part: weights.read(slot.name) for slot in slots}
         for slot in slots:
             _check(weights, slot.name, parts[slot.part])
         merged = layout.merge_qkv(parts, arch)
-        _add(writer, first, merged, tuple(merged.shape), 0, arch)
+        _add(writer, first, merged, merged.shape, 0, arch)
         return
     row = 0
     shape = (sum(slot.shape[0] for slot in slots), *first.shape[1:])
@@ -165,18 +172,25 @@ def _write_group(writer: Any, weights: HFWeights, slots: Sequence[layout.Slot], 
             row += block.shape[0]
 
 
-def _check(weights: HFWeights, name: str, tensor: Any) -> None:
+def _check(weights: HFWeights, name: str, tensor: np.ndarray) -> None:
     check_finite(tensor, name, weights.infos[name].path)
 
 
-def _add(writer: Any, slot: layout.Slot, tensor: Any, shape: tuple[int, ...], row: int, arch: Architecture) -> None:
+def _add(
+    writer: DistributedWriter,
+    slot: layout.Slot,
+    tensor: np.ndarray,
+    shape: tuple[int, ...],
+    row: int,
+    arch: Architecture,
+) -> None:
     offset = (row, *[0] * (len(shape) - 1))
     if slot.layer is not None:
         shape, offset = (arch.num_hidden_layers, *shape), (slot.layer, *offset)
     writer.add(layout.PREFIX + slot.key, tensor, shape, offset)
 
 
-def _write_extra_states(writer: Any, num_layers: int) -> None:
+def _write_extra_states(writer: DistributedWriter, num_layers: int) -> None:
     for layer in range(num_layers):
         for module in layout.EXTRA_STATE_MODULES:
             writer.add_empty_state(f"{layout.PREFIX}{layout.LAYERS}{module}._extra_state/shard_{layer}_{num_layers}")

@@ -11,12 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from nemo_cpt.checkpoint.architecture import Architecture
-
-if TYPE_CHECKING:
-    import torch
 
 PREFIX = "module."  # NeMo saves the module that Megatron's DDP wraps
 LAYERS = "decoder.layers."
@@ -89,24 +87,17 @@ FC1 = "mlp.linear_fc1"
 FC2 = "mlp.linear_fc2"
 
 
-def merge_qkv(parts: Mapping[str, torch.Tensor], arch: Architecture) -> torch.Tensor:
+def merge_qkv(parts: Mapping[str, np.ndarray], arch: Architecture) -> np.ndarray:
     """Join `q` [heads * d, *], `k` and `v` [groups * d, *] into Megatron's [groups * (heads / group + 2) * d, *]."""
-    import torch
-
-    groups, dim = arch.num_key_value_heads, arch.head_dim
-    rest = parts["q"].shape[1:]
-    blocks = [
-        parts["q"].view(groups, arch.heads_per_group * dim, *rest),
-        parts["k"].view(groups, dim, *rest),
-        parts["v"].view(groups, dim, *rest),
-    ]
-    return torch.cat(blocks, dim=1).view(-1, *rest)
+    groups, rest = arch.num_key_value_heads, parts["q"].shape[1:]
+    by_group = [parts[part].reshape(groups, -1, *rest) for part in ("q", "k", "v")]
+    return np.concatenate(by_group, axis=1).reshape(-1, *rest)
 
 
-def split_qkv(merged: torch.Tensor, arch: Architecture) -> dict[str, torch.Tensor]:
+def split_qkv(merged: np.ndarray, arch: Architecture) -> dict[str, np.ndarray]:
     """The inverse of `merge_qkv`, for every tensor whose first axis is linear_qkv's output."""
     groups, dim, queries = arch.num_key_value_heads, arch.head_dim, arch.heads_per_group * arch.head_dim
     rest = merged.shape[1:]
-    by_group = merged.view(groups, queries + 2 * dim, *rest)
+    by_group = merged.reshape(groups, queries + 2 * dim, *rest)
     bounds = {"q": (0, queries), "k": (queries, queries + dim), "v": (queries + dim, queries + 2 * dim)}
     return {part: by_group[:, start:stop].reshape(-1, *rest) for part, (start, stop) in bounds.items()}

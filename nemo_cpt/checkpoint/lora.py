@@ -10,16 +10,16 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import Architecture, read_json
+from nemo_cpt.checkpoint.arrays import check_finite
 from nemo_cpt.checkpoint.nemo_weights import NemoWeights
-from nemo_cpt.checkpoint.safetensors_files import HFWeights, TensorPlan, check_finite, write_weights
+from nemo_cpt.checkpoint.safetensors_files import HFWeights, TensorPlan, write_weights
 from nemo_cpt.errors import CptError
-
-if TYPE_CHECKING:
-    import torch
 
 ADAPTER_METADATA = "adapter_metadata.json"
 _NEMO_DEFAULT_ALPHA = 32  # nemo.collections.llm.peft.LoRA; a context records only what differs from the defaults
@@ -37,17 +37,28 @@ def recorded_base(nemo: Path) -> Path | None:
     return folder if (folder / "weights").is_dir() else None
 
 
+def base_of(nemo: Path, base: str | Path | None) -> Path:
+    """The base that is given, or the one that a LoRA run recorded; CptError where that is gone."""
+    found = Path(base) if base else recorded_base(nemo)
+    if found is None:
+        raise CptError(f"{nemo} holds adapters only and its base is gone. Give base=, the model it started from.")
+    return found
+
+
 @dataclass(frozen=True)
 class Pair:
     """A tensor's low-rank update, scale * b @ a: `a` is [rank, in], `b` is [out, rank]."""
 
-    a: torch.Tensor
-    b: torch.Tensor
+    a: np.ndarray
+    b: np.ndarray
     scale: float
 
-    def merged_into(self, weight: torch.Tensor) -> torch.Tensor:
+    def merged_into(self, weight: np.ndarray) -> np.ndarray:
         """weight + scale * b @ a, in fp32."""
-        return weight.float() + self.scale * (self.b.float() @ self.a.float())
+        a, b = self.a.astype(np.float32), self.b.astype(np.float32)
+        merged = weight.astype(np.float32)
+        merged += np.float32(self.scale) * (b @ a)
+        return merged
 
 
 class Adapters:
@@ -88,19 +99,26 @@ class Adapters:
         )
         return Pair(a, self._part(slot, b), self.alpha / a.shape[0])
 
-    def _part(self, slot: layout.Slot, joined: torch.Tensor) -> torch.Tensor:
+    def _part(self, slot: layout.Slot, joined: np.ndarray) -> np.ndarray:
         if slot.part in ("q", "k", "v"):
-            return layout.split_qkv(joined, self.arch)[slot.part].contiguous()
+            return layout.split_qkv(joined, self.arch)[slot.part]
         start = slot.shape[0] if slot.part == "up" else 0
-        return joined[start : start + slot.shape[0]].contiguous()
+        return joined[start : start + slot.shape[0]]
 
-    def merged(self, name: str, base: NemoWeights | HFWeights) -> Iterator[torch.Tensor]:
-        """One tensor of the adapted model, in blocks: what the run trained, or the base's, with its update."""
-        source = self._weights if name in self.trained_whole else base
+    def read_merged(self, name: str, base: NemoWeights | HFWeights) -> np.ndarray:
+        """One tensor of the adapted model: what the run trained, or the base's, with its update."""
+        weight = self._source(name, base).read(name)
+        return self.pair(name).merged_into(weight) if self._has(name) else weight
+
+    def merged(self, name: str, base: NemoWeights | HFWeights) -> Iterator[np.ndarray]:
+        """The same in blocks of rows; a block is overwritten by the next one."""
         if self._has(name):
-            yield self.pair(name).merged_into(source.read(name))
+            yield self.read_merged(name, base)
         else:
-            yield from source.blocks(name)
+            yield from self._source(name, base).blocks(name)
+
+    def _source(self, name: str, base: NemoWeights | HFWeights) -> NemoWeights | HFWeights:
+        return self._weights if name in self.trained_whole else base
 
 
 def _adapter_key(slot: layout.Slot, side: str) -> str:
@@ -155,12 +173,12 @@ def write_peft_adapter(folder: Path, adapters: Adapters, base_name: str, dtype: 
         pair = adapters.pair(name)
         for side, tensor in (("lora_A", pair.a), ("lora_B", pair.b)):
             full = f"base_model.model.{name.removesuffix('.weight')}.{side}.weight"
-            plans.append(TensorPlan(full, dtype, tuple(tensor.shape)))
+            plans.append(TensorPlan(full, dtype, tensor.shape))
             loads[full] = (name, "a" if side == "lora_A" else "b")
 
-    def load(full: str) -> Iterator[torch.Tensor]:
+    def load(full: str) -> Iterator[np.ndarray]:
         name, side = loads[full]
-        tensor: torch.Tensor = getattr(adapters.pair(name), side)
+        tensor: np.ndarray = getattr(adapters.pair(name), side)
         check_finite(tensor, full, folder)
         yield tensor
 

@@ -74,7 +74,7 @@ def _build(nemo: Path, length: int) -> Any:
 
 
 def _padded_vocab(nemo: Path) -> int:
-    from nemo_cpt.checkpoint.distributed import DistributedReader
+    from nemo_cpt.checkpoint.distributed_reader import DistributedReader
     from nemo_cpt.checkpoint.layout import EMBEDDING
 
     return DistributedReader(nemo / "weights").shapes[PREFIX + EMBEDDING][0]

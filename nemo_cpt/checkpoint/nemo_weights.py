@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import Architecture
-from nemo_cpt.checkpoint.distributed import DistributedReader
+from nemo_cpt.checkpoint.distributed_reader import DistributedReader
 from nemo_cpt.errors import CptError
-
-if TYPE_CHECKING:
-    import torch
 
 
 class NemoWeights:
@@ -35,7 +33,8 @@ class NemoWeights:
         self.arch = arch
         self.reader = DistributedReader(nemo / "weights")
         self._slots = {slot.name: slot for slot in layout.slots(arch)}
-        self._joined: tuple[str, dict[str, torch.Tensor]] = ("", {})
+        self._layer: int | None = None
+        self._parts: dict[tuple[str, str], np.ndarray] = {}  # of this layer's joined tensors, those not asked for yet
         self.prefix = _prefix(self.reader, nemo)
         for slot in self._slots.values():
             if not partial or self.has(slot.name):
@@ -44,7 +43,7 @@ class NemoWeights:
     @property
     def dtype(self) -> str:
         """The dtype of the embedding, and so of the model's parameters: "bfloat16", "float16" or "float32"."""
-        return str(self.reader.dtypes[self.prefix + layout.EMBEDDING]).removeprefix("torch.")
+        return self.reader.dtypes[self.prefix + layout.EMBEDDING].name
 
     @property
     def vocab_rows(self) -> int:
@@ -67,6 +66,8 @@ class NemoWeights:
         key, layer = self.locate(slot.key, slot.layer)
         if key not in self.reader.shapes:
             raise CptError(f"{self.folder} lacks {key}. It is another model's checkpoint than config.json describes.")
+        if key not in self.reader.dtypes:
+            raise CptError(f"{self.folder}: {key} is not of bfloat16, float16 or float32; such weights are not read.")
         shape = self.reader.shapes[key]
         if layer is not None and shape[0] != self.arch.num_hidden_layers:
             raise CptError(f"{self.folder}: {key} has {shape[0]} layers, config.json {self.arch.num_hidden_layers}.")
@@ -85,29 +86,33 @@ class NemoWeights:
             return (arch.num_attention_heads + 2 * arch.num_key_value_heads) * arch.head_dim
         return slot.shape[0] * (2 if slot.part in ("gate", "up") else 1)
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str) -> np.ndarray:
         """One tensor by its Hugging Face name, in the checkpoint's dtype, without padding."""
-        import torch
-
-        blocks = list(self.blocks(name))
-        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
-
-    def blocks(self, name: str) -> Iterator[torch.Tensor]:
-        """The same tensor in blocks of rows, as the checkpoint's chunks have them."""
         slot = self._slots[name]
-        key, layer = self.locate(slot.key, slot.layer)
         if slot.part in ("q", "k", "v"):
-            yield self._read_joined(key, layer).pop(slot.part)
-            return
-        start = slot.shape[0] if slot.part == "up" else 0
-        for rows in self.reader.row_blocks(key, layer, start, start + slot.shape[0]):
-            yield self.reader.read(key, layer, rows)
+            return self._read_part(slot)
+        return self.reader.read(*self.locate(slot.key, slot.layer), self._own_rows(slot))
 
-    def _read_joined(self, key: str, layer: int | None) -> dict[str, torch.Tensor]:
-        label = f"{key} {layer}"
-        if self._joined[0] != label or not self._joined[1]:
-            self._joined = (label, layout.split_qkv(self.reader.read(key, layer), self.arch))
-        return self._joined[1]
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
+        """The same tensor in blocks of rows; a block is overwritten by the next one."""
+        slot = self._slots[name]
+        if slot.part in ("q", "k", "v"):
+            yield self.read(name)
+        else:
+            yield from self.reader.blocks(*self.locate(slot.key, slot.layer), *self._own_rows(slot))
+
+    def _own_rows(self, slot: layout.Slot) -> tuple[int, int]:
+        """Start and stop of a tensor's rows in the Megatron tensor that it shares with another, or with padding."""
+        start = slot.shape[0] if slot.part == "up" else 0
+        return start, start + slot.shape[0]
+
+    def _read_part(self, slot: layout.Slot) -> np.ndarray:
+        if slot.layer != self._layer:
+            self._layer, self._parts = slot.layer, {}
+        if (slot.key, slot.part) not in self._parts:
+            joined = self.reader.read(*self.locate(slot.key, slot.layer))
+            self._parts |= {(slot.key, part): piece for part, piece in layout.split_qkv(joined, self.arch).items()}
+        return self._parts.pop((slot.key, slot.part))
 
 
 def _prefix(reader: DistributedReader, nemo: Path) -> str:

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from nemo_cpt.checkpoint.architecture import read_json
+from nemo_cpt.checkpoint.arrays import BLOCK_BYTES, DTYPES, Buffers, bits, cast, read_into
 from nemo_cpt.checkpoint.files import write_pieces
 from nemo_cpt.errors import CptError
 
-if TYPE_CHECKING:
-    import torch
-
-DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-ITEM_SIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
-BLOCK_BYTES = 32 * 2**20
+_CODES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 SHARD_BYTES = 5_000_000_000  # what transformers' save_pretrained uses
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -39,14 +37,11 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         """Size of the tensor's data."""
-        size = ITEM_SIZE[self.dtype]
-        for length in self.shape:
-            size *= length
-        return size
+        return DTYPES[self.dtype].itemsize * math.prod(self.shape)
 
 
 class HFWeights:
-    """The tensors of a Hugging Face folder: `infos` lists them, `read` maps one into memory.
+    """The tensors of a Hugging Face folder: `infos` lists them, `read` reads one.
 
     Raises:
         CptError: no safetensors files, a shard that is missing, truncated or unreadable, a tensor that the index names
@@ -56,7 +51,7 @@ class HFWeights:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.infos: dict[str, TensorInfo] = {}
-        self._buffers: dict[tuple[tuple[int, ...], str], torch.Tensor] = {}
+        self._buffers = Buffers()
         expected = _weight_map(self.folder)
         for path in sorted(set(expected.values())):
             self._read_header(path)
@@ -68,7 +63,7 @@ class HFWeights:
 
     def _read_header(self, path: Path) -> None:
         try:
-            with safe_open(path, framework="pt"):  # checks the header against the file's length
+            with safe_open(path, framework="np"):  # checks the header against the file's length
                 header, data = _parse_header(path)
         except FileNotFoundError:
             raise CptError(f"{path} is missing though the index names it. Download the folder again.") from None
@@ -88,49 +83,31 @@ class HFWeights:
         """Rows of the embedding."""
         return self.infos[_EMBEDDING].shape[0]
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str) -> np.ndarray:
         """One tensor, whole."""
-        import torch
-
         info = self.infos[name]
-        return self._fill(torch.empty(info.shape, dtype=getattr(torch, info.dtype)), name, 0)
+        return self._fill(np.empty(info.shape, DTYPES[info.dtype]), name, 0)
 
-    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
         """One tensor in blocks of rows, of at most 32 MiB each where a row is smaller than that.
 
-        A block is overwritten by the next one: its memory is used again, since new memory costs as much as the reading.
+        A block is overwritten by the next one.
         """
         info = self.infos[name]
         step = max(1, BLOCK_BYTES * info.shape[0] // max(info.nbytes, 1))
         for start in range(0, info.shape[0], step):
             rows = min(step, info.shape[0] - start)
-            yield self._fill(self._buffer((rows, *info.shape[1:]), info.dtype), name, start)
+            yield self._fill(self._buffers.take((rows, *info.shape[1:]), DTYPES[info.dtype]), name, start)
 
-    def _buffer(self, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
-        import torch
-
-        if (shape, dtype) not in self._buffers:
-            if len(self._buffers) >= 4:
-                self._buffers.pop(next(iter(self._buffers)))
-            self._buffers[shape, dtype] = torch.empty(shape, dtype=getattr(torch, dtype))
-        return self._buffers[shape, dtype]
-
-    def _fill(self, tensor: torch.Tensor, name: str, row: int) -> torch.Tensor:
-        import torch
-
+    def _fill(self, array: np.ndarray, name: str, row: int) -> np.ndarray:
         info = self.infos[name]
-        # Read, not mapped: a mapped file's pages count as resident memory, and faulting them in takes longer.
-        rest = tensor.view(-1).view(torch.uint8).numpy().data
         try:
-            with info.path.open("rb", buffering=0) as file:
-                file.seek(info.start + row * (info.nbytes // info.shape[0]))
-                while rest and (count := file.readinto(rest)):  # the kernel reads no more than 2 GiB at once
-                    rest = rest[count:]
+            read_into(array, info.path, info.start + row * (info.nbytes // info.shape[0]))
+        except EOFError:
+            raise CptError(f"{info.path} ends within tensor {name}. Download it again.") from None
         except OSError as error:
             raise CptError(f"{info.path}: tensor {name} cannot be read ({error}). Download it again.") from error
-        if rest:
-            raise CptError(f"{info.path} ends within tensor {name}. Download it again.")
-        return tensor
+        return array
 
 
 def _parse_header(path: Path) -> tuple[dict[str, Any], int]:
@@ -142,12 +119,12 @@ def _parse_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def _dtype(code: str, name: str, path: Path) -> str:
-    if code not in DTYPES:
+    if code not in _CODES:
         raise CptError(
             f"{path}: tensor {name} has dtype {code}; supported are bfloat16, float16 and float32. "
             "Use the model's unquantized weights."
         )
-    return DTYPES[code]
+    return _CODES[code]
 
 
 def _weight_map(folder: Path) -> dict[str, Path]:
@@ -164,23 +141,6 @@ def _weight_map(folder: Path) -> dict[str, Path]:
             "Get the model's safetensors files."
         )
     raise CptError(f"{folder} holds neither {_INDEX} nor {_SINGLE}. Give the folder of a Hugging Face model.")
-
-
-def check_finite(tensor: torch.Tensor, name: str, where: str | Path) -> None:
-    """Raise CptError when a weight is NaN or infinite.
-
-    The sum is NaN or infinite whenever an element is, and one pass over memory; only then are elements looked at.
-    """
-    import torch
-
-    if bool(torch.isfinite(tensor.sum())):
-        return
-    bad = int((~torch.isfinite(tensor)).sum())
-    if bad:
-        raise CptError(
-            f"{where}: tensor {name} has {bad} of {tensor.numel()} values that are NaN or infinite. "
-            "The weights are damaged, or the training that made them diverged."
-        )
 
 
 @dataclass(frozen=True)
@@ -200,7 +160,7 @@ class TensorPlan:
 def write_weights(
     folder: Path,
     plans: Sequence[TensorPlan],
-    load: Callable[[str], Iterable[torch.Tensor]],
+    load: Callable[[str], Iterable[np.ndarray]],
     shard_bytes: int = SHARD_BYTES,
 ) -> list[str]:
     """Write tensors into safetensors shards of at most `shard_bytes`, with an index when there are several.
@@ -238,25 +198,22 @@ def _split(plans: Sequence[TensorPlan], shard_bytes: int) -> list[list[TensorPla
     return shards
 
 
-def _write_shard(path: Path, plans: Sequence[TensorPlan], load: Callable[[str], Iterable[torch.Tensor]]) -> None:
-    import torch
-
+def _write_shard(path: Path, plans: Sequence[TensorPlan], load: Callable[[str], Iterable[np.ndarray]]) -> None:
     with path.open("wb", buffering=0) as file:
         file.write(_header(plans))
         for plan in plans:
             rows = 0
             for block in load(plan.name):
-                if tuple(block.shape[1:]) != plan.shape[1:]:
-                    raise CptError(f"{plan.name} has rows of shape {tuple(block.shape[1:])}, not {plan.shape[1:]}.")
-                data = block.to(getattr(torch, plan.dtype)).contiguous().view(-1).view(torch.uint8).numpy().data
-                write_pieces(file, data)
+                if block.shape[1:] != plan.shape[1:]:
+                    raise CptError(f"{plan.name} has rows of shape {block.shape[1:]}, not {plan.shape[1:]}.")
+                write_pieces(file, bits(cast(block, plan.name, plan.dtype).reshape(-1)).data)
                 rows += block.shape[0]
             if rows != plan.shape[0]:
                 raise CptError(f"{plan.name} has {rows} rows, config.json asks for {plan.shape[0]}.")
 
 
 def _header(plans: Sequence[TensorPlan]) -> bytes:
-    codes = {name: code for code, name in DTYPES.items()}
+    codes = {name: code for code, name in _CODES.items()}
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for plan in plans:

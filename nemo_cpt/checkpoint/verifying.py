@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from nemo_cpt.checkpoint import layout
-from nemo_cpt.checkpoint.architecture import read_architecture
-from nemo_cpt.checkpoint.base import nemo_folder
+from nemo_cpt.checkpoint.architecture import Architecture, read_architecture
+from nemo_cpt.checkpoint.arrays import bits, cast
+from nemo_cpt.checkpoint.base import base_weights, nemo_folder
+from nemo_cpt.checkpoint.nemo_weights import NemoWeights
 from nemo_cpt.checkpoint.safetensors_files import HFWeights
 from nemo_cpt.errors import CptError
-
-if TYPE_CHECKING:
-    import torch
 
 PROMPTS = ("The capital of France is", "def add(a, b):\n    return", "日本の首都は")
 _LOGITS_TOLERANCE = 1e-5  # fp32, relative to the largest logit
 _COMPARED_AT_ONCE = 2**24  # values of a tensor that differs, for their fp32 copies
 _LOGITS_UP_TO = 2_000_000_000  # parameters; above, two fp32 copies of the model do not fit into ordinary memory
+
+Read = Callable[[str], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class VerifyReport:
 def verify(
     nemo: str | Path,
     hf: str | Path,
+    base: str | Path | None = None,
     *,
     logits: bool | None = None,
     prompts: Sequence[str] = PROMPTS,
@@ -69,11 +74,13 @@ def verify(
 ) -> VerifyReport:
     """Compare a NeMo checkpoint with a Hugging Face folder.
 
-    Every tensor bit by bit, one at a time; then the logits of NeMo's and transformers' models in fp32 on the CPU.
+    Every tensor bit by bit, one at a time; then the logits of NeMo's and transformers' models in fp32 on the CPU. A
+    LoRA run's checkpoint stands for its adapters merged into the base, as `export_hf` writes them; without logits.
 
     Args:
         nemo: a NeMo checkpoint.
         hf: a Hugging Face folder with weights and tokenizer.
+        base: the base of a LoRA run, imported or Hugging Face's; by default the one that the run recorded.
         logits: whether to compare logits; None does so up to 2 billion parameters (both models are held in fp32).
         prompts: texts whose logits are compared.
         ignore_fields: config fields to accept although they are unknown here.
@@ -81,46 +88,56 @@ def verify(
     Raises:
         CptError: either side is damaged, or they are different models altogether (other shapes or names).
     """
-    from nemo_cpt.checkpoint.nemo_weights import NemoWeights
+    from nemo_cpt.checkpoint.lora import is_lora
 
     start = time.monotonic()
     folder, hf = nemo_folder(nemo), Path(hf)
     arch = read_architecture(hf, ignore_fields)
-    ours, theirs = NemoWeights(folder, arch), HFWeights(hf)
+    lora, theirs = is_lora(folder), HFWeights(hf)
+    if lora and logits:
+        raise CptError(f"{folder} holds adapters only; their logits are not compared. Leave --logits away.")
+    read = _merged(folder, arch, theirs, base) if lora else NemoWeights(folder, arch).read
     slots = layout.slots(arch)
-    found = [_compare(slot, ours, theirs) for slot in slots]
+    found = [_compare(slot, read, theirs) for slot in slots]
     differences = tuple(difference for difference in found if difference)
-    parameters = sum(theirs.infos[slot.name].nbytes for slot in slots) // 2
+    parameters = sum(prod(slot.shape) for slot in slots)
     gap, largest = None, None
-    if logits or (logits is None and parameters <= _LOGITS_UP_TO):
+    if logits or (logits is None and not lora and parameters <= _LOGITS_UP_TO):
         gap, largest = _compare_logits(folder, hf, prompts)
     return VerifyReport(str(nemo), str(hf), len(slots), differences, gap, largest, round(time.monotonic() - start, 3))
 
 
-def _compare(slot: layout.Slot, ours: Any, theirs: HFWeights) -> Difference | None:
+def _merged(nemo: Path, arch: Architecture, theirs: HFWeights, base: str | Path | None) -> Read:
+    """Reads what `export_hf` would write of a LoRA run, in the dtype of `theirs`."""
+    from nemo_cpt.checkpoint.lora import Adapters, base_of
+
+    adapters, weights = Adapters(nemo, arch), base_weights(base_of(nemo, base), arch)
+
+    def read(name: str) -> np.ndarray:
+        return cast(adapters.read_merged(name, weights), name, theirs.infos[name].dtype)
+
+    return read
+
+
+def _compare(slot: layout.Slot, read: Read, theirs: HFWeights) -> Difference | None:
     if slot.name not in theirs.infos:
         raise CptError(f"{theirs.folder} lacks {slot.name}: config.json and the weights belong to different models.")
-    mine, other = ours.read(slot.name), theirs.read(slot.name)
+    mine, other = read(slot.name), theirs.read(slot.name)
     if mine.shape != other.shape:
-        raise CptError(f"{slot.name} has shape {tuple(other.shape)}, config.json asks for {slot.shape}.")
-    if mine.dtype == other.dtype and _bits(mine).equal(_bits(other)):
+        raise CptError(f"{slot.name} has shape {other.shape}, config.json asks for {slot.shape}.")
+    if mine.dtype == other.dtype and np.array_equal(bits(mine), bits(other)):
         return None
-    rows = max(1, _COMPARED_AT_ONCE * mine.shape[0] // mine.numel())
-    counts, gaps = zip(*map(_differ, mine.split(rows), other.split(rows)), strict=True)
-    return Difference(slot.name, sum(counts), mine.numel(), max(gaps))
+    rows = max(1, _COMPARED_AT_ONCE * mine.shape[0] // mine.size)
+    starts = range(0, mine.shape[0], rows)
+    counts, gaps = zip(*(_differ(mine[at : at + rows], other[at : at + rows]) for at in starts), strict=True)
+    return Difference(slot.name, sum(counts), mine.size, max(gaps))
 
 
-def _differ(mine: torch.Tensor, other: torch.Tensor) -> tuple[int, float]:
+def _differ(mine: np.ndarray, other: np.ndarray) -> tuple[int, float]:
     """How many values differ, in bits where the dtypes are the same, and by how much at most."""
-    values = mine.float(), other.float()
-    unequal = _bits(mine) != _bits(other) if mine.dtype == other.dtype else values[0] != values[1]
-    return int(unequal.sum()), float((values[0] - values[1]).abs().max())
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    return tensor.view(torch.int16 if tensor.element_size() == 2 else torch.int32)
+    values = mine.astype(np.float32), other.astype(np.float32)
+    unequal = bits(mine) != bits(other) if mine.dtype == other.dtype else values[0] != values[1]
+    return int(unequal.sum()), float(np.abs(values[0] - values[1]).max())
 
 
 def _compare_logits(nemo: Path, hf: Path, prompts: Sequence[str]) -> tuple[float, float]:

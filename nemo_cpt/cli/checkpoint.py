@@ -61,6 +61,7 @@ def export_command(
 def verify_command(
     nemo: Annotated[Path, typer.Argument(help="NeMo checkpoint.")],
     hf: Annotated[Path, typer.Argument(help="Hugging Face folder.")],
+    base: Annotated[Path | None, typer.Option(help="LoRA: the base; default: the one that the run recorded.")] = None,
     logits: Annotated[
         bool | None, typer.Option("--logits/--no-logits", help="Compare logits; default: up to 2 billion parameters.")
     ] = None,
@@ -70,7 +71,7 @@ def verify_command(
     """Compare a NeMo checkpoint with a Hugging Face model, bit by bit and by logits; exit code 1 if they differ."""
     from nemo_cpt.checkpoint import verify
 
-    report = verify(nemo, hf, logits=logits, ignore_fields=ignore_field)
+    report = verify(nemo, hf, base, logits=logits, ignore_fields=ignore_field)
     _print(report.as_dict(), as_json)
     if not report.identical:
         raise typer.Exit(1)

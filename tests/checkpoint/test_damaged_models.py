@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nemo_cpt.checkpoint import export_hf, import_hf
+from nemo_cpt.checkpoint.architecture import read_architecture
 from nemo_cpt.errors import CptError
 
 
@@ -145,6 +146,29 @@ def test_untied_head_in_a_config_that_ties(hf: Path) -> None:
 def test_a_field_that_changes_the_forward_pass(hf: Path, field: str, value: object) -> None:
     _set(hf, **{field: value})
     _refuse_import(hf, rf"field '{field}' with value .* is refused")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_key_value_heads", "2"),
+        ("layer_types", 5),
+        ("rope_scaling", "linear"),
+        ("rope_scaling", {"rope_type": "linear", "factor": None}),
+        ("rms_norm_eps", [1e-5]),
+        ("max_position_embeddings", 0.5),
+    ],
+)
+def test_a_field_of_another_type(hf: Path, field: str, value: object) -> None:
+    _set(hf, **{field: value})
+    _refuse_import(hf, rf"{field}.* cannot be ")
+
+
+def test_a_field_that_is_null_is_one_that_is_left_out(hf: Path, tmp_path: Path) -> None:
+    _set(hf, rms_norm_eps=None, initializer_range=None, head_dim=None, rope_scaling=None)
+    import_hf(hf, tmp_path / "nemo")
+    arch = read_architecture(hf)
+    assert (arch.rms_norm_eps, arch.initializer_range, arch.head_dim) == (1e-6, 0.02, 12)
 
 
 def test_an_unknown_field_can_be_allowed_by_name(hf: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from nemo_cpt.checkpoint import export_hf
-from nemo_cpt.checkpoint.distributed import DistributedWriter
+from nemo_cpt.checkpoint.distributed_writer import DistributedWriter
 from nemo_cpt.errors import CptError
 
 LAYERS, RANK, ALPHA = 4, 4, 8
@@ -26,7 +26,7 @@ def _lora_checkpoint(folder: Path, adapted: list[tuple[int, str]], base: Path, m
             out, into = SIZES[module]
             for side, shape in (("linear_in", (RANK, into)), ("linear_out", (out, RANK))):
                 key = f"module.decoder.layers.{module}.{method}.{side}.weight"
-                writer.add(key, torch.randn(shape) * 0.1, (LAYERS, *shape), (layer, 0, 0))
+                writer.add(key, torch.randn(shape).numpy() * 0.1, (LAYERS, *shape), (layer, 0, 0))
     (folder / "weights" / "adapter_metadata.json").write_text(json.dumps({"model_ckpt_path": str(base)}))
     (folder / "context").mkdir()
     transform = {

@@ -55,6 +55,20 @@ def test_lora_merged_is_what_nemo_trained(nemo_jobs: Path, tmp_path: Path) -> No
     models.assert_same_weights(tmp_path / "merged", tmp_path / "from_hf")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_lora_run_is_verified_as_merged(nemo_jobs: Path, tmp_path: Path, dtype: str) -> None:
+    export_hf(_checkpoint(nemo_jobs, "lora"), tmp_path / "merged", dtype=dtype)
+    report = verify(_checkpoint(nemo_jobs, "lora"), tmp_path / "merged")
+    assert report.identical
+    assert report.logits_difference is None
+    with_base = verify(_checkpoint(nemo_jobs, "lora"), nemo_jobs / "hf", base=nemo_jobs / "hf")
+    adapted = [each.name for each in with_base.differences]
+    assert adapted
+    assert all("_proj" in name for name in adapted)
+    with pytest.raises(CptError, match="holds adapters only"):
+        verify(_checkpoint(nemo_jobs, "lora"), tmp_path / "merged", logits=True)
+
+
 def test_the_peft_adapter_on_the_original_base_gives_the_same_logits(nemo_jobs: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 
