@@ -219,7 +219,7 @@ def measure(name: str, rank: int, port: int, log: str, pipe: Any, trace: bool = 
         share = hardware.usable_gib(size) - memory.CONTEXT / GIB
         torch.cuda.set_per_process_memory_fraction(share * GIB / total)
     try:
-        _train(setting, _Recorder(record, pipe, trace))
+        _train(setting, recorder(record, pipe, trace))
     except BaseException as error:
         traceback.print_exc()
         record["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
@@ -229,7 +229,7 @@ def measure(name: str, rank: int, port: int, log: str, pipe: Any, trace: bool = 
     os._exit(0)
 
 
-def _train(setting: Setting, recorder: Any) -> None:
+def _train(setting: Setting, callback: Any) -> None:
     import fiddle
     import nemo_run as run
     from nemo import lightning as nl
@@ -253,20 +253,23 @@ def _train(setting: Setting, recorder: Any) -> None:
     trainer.enable_checkpointing, trainer.logger, trainer.enable_progress_bar = False, False, False
     trainer.callbacks = [run.Config(EveryTrainableParameterHasGradient)]
     built = fiddle.build(partial)
-    built.keywords["trainer"].callbacks.append(recorder)
+    built.keywords["trainer"].callbacks.append(callback)
     built()
 
 
-class _Recorder:
-    """A Lightning callback: memory at the ends of the phases of a step, and the clock."""
+def recorder(record: dict, send: Any, trace: bool) -> Any:
+    """A Lightning callback, made in the job, since its base class comes with PyTorch."""
+    import lightning.pytorch as pl
 
-    def __new__(cls, record: dict, send: Any, trace: bool) -> Any:
-        import lightning.pytorch as pl
+    class Recorder(_Phases, pl.Callback):
+        pass
 
-        return type("Recorder", (_Phases, pl.Callback), {})(record, send, trace)
+    return Recorder(record, send, trace)
 
 
 class _Phases:
+    """Memory at the ends of the phases of a step, and the clock."""
+
     def __init__(self, record: dict, send: Any, trace: bool):
         import torch
 

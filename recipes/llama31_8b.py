@@ -13,6 +13,7 @@ from nemo_cpt.corpus import Blend
 from nemo_cpt.planning import ALLOWED, fit
 from nemo_cpt.recipes import parts
 from nemo_cpt.training.adapters import LoRAWithEmbeddings
+from nemo_cpt.training.guards import check_batches
 
 DEFAULT_BASE = "checkpoints/Llama-3.1-8B"
 LINEAR_LAYERS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
@@ -80,12 +81,14 @@ def continual_pretrain(
         A run.Partial of `llm.pretrain`; every field stays editable.
 
     Raises:
-        CptError: `data` is no Blend.
+        CptError: `data` is no Blend, or the global batch does not divide among the GPUs.
 
     Example:
         >>> recipe = continual_pretrain(data=Blend.replay("ds/ja", "ds/en", share=0.25))
         >>> run.run(recipe, executor=local(processes=8))
     """
+    model_parallel = tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size
+    check_batches(global_batch_size, micro_batch_size, num_nodes * gpus_per_node, model_parallel)
     return run.Partial(
         llm.pretrain,
         model=parts.fused(model or _model(seq_length)),

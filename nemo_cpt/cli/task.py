@@ -9,6 +9,8 @@ from typing import Any
 
 from nemo_cpt.errors import CptError
 
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
 
 def build_recipe(recipe: str, arguments: Mapping[str, Any], overrides: Sequence[str] = ()) -> Any:
     """Call a recipe function and change fields of what it returns.
@@ -41,10 +43,12 @@ def run_recipe(recipe: str, arguments: dict[str, Any], overrides: list[str]) -> 
     import fiddle as fdl
 
     from nemo_cpt.executors.stopping import save_on_sigterm
+    from nemo_cpt.training import guards
 
     partial = build_recipe(recipe, arguments, overrides)
     if "SLURM_NNODES" in os.environ and hasattr(partial, "trainer"):
         partial.trainer.num_nodes = int(os.environ["SLURM_NNODES"])
+    guards.check(partial)
     save_on_sigterm(partial)
     fdl.build(partial)()
 
@@ -62,7 +66,7 @@ def _override(partial: Any, override: str) -> None:
         _check_field(config, parent, path)
         config = getattr(config, parent)
     _check_field(config, name, path)
-    annotation = inspect.signature(config.__fn_or_cls__).parameters[name].annotation
+    annotation = _fields(config.__fn_or_cls__)[name].annotation
     try:
         value = parse_value(text, None if annotation is inspect.Parameter.empty else annotation)
     except Exception as error:
@@ -74,7 +78,19 @@ def _check_field(config: Any, name: str, path: str) -> None:
     function = getattr(config, "__fn_or_cls__", None)
     if function is None:
         raise CptError(f"{path}: {name} is a field of a plain value, {config!r}, which has none")
-    fields = list(inspect.signature(function).parameters)
+    fields = _fields(function)
     if name not in fields:
         near = difflib.get_close_matches(name, fields, n=3, cutoff=0.5) or fields
         raise CptError(f"{path}: {function.__name__} has no field {name}; near: {', '.join(near)}")
+
+
+def _fields(function: Any) -> dict[str, inspect.Parameter]:
+    """A function's parameters by name; of a class that passes on **kwargs, also those of the classes it extends."""
+    found: dict[str, inspect.Parameter] = {}
+    for each in function.__mro__ if isinstance(function, type) else [function]:
+        parameters = inspect.signature(each).parameters.values()
+        kinds = {parameter.kind for parameter in parameters}
+        found = {each.name: each for each in parameters if each.kind not in VARIADIC} | found
+        if inspect.Parameter.VAR_KEYWORD not in kinds:
+            break
+    return found

@@ -20,7 +20,7 @@ from nemo_cpt.demo import report as reporting
 from nemo_cpt.errors import CptError
 from nemo_cpt.training.metrics import read_metrics
 
-FOLDER = Path("demo")
+FOLDER, MARKER = Path("demo"), ".made_by_the_demo"
 BASE_STEPS, STEPS, STOP_AT = 120, 60, 30
 SEQ_LENGTH, VALIDATION_SAMPLES = 128, 16
 REPLAY = 0.25
@@ -39,8 +39,7 @@ def main() -> None:
         "Failed to create unified memory",
     ):
         warnings.filterwarnings("ignore", message=message)
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    FOLDER.mkdir()
+    _make_folder()
     corpus = _split_corpus()
     _pretrain_base(corpus)
     _prepare()
@@ -54,6 +53,15 @@ def main() -> None:
     console.print(
         f"\n[green]Done in {time.monotonic() - started:.0f} s.[/] See {FOLDER}/report.json, {FOLDER}/losses.png"
     )
+
+
+def _make_folder() -> None:
+    """Start afresh; only what an earlier demo left is removed."""
+    if FOLDER.exists() and not (FOLDER / MARKER).is_file():
+        raise CptError(f"the folder {FOLDER} is here and no demo made it: move it away, or start in another folder")
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir()
+    (FOLDER / MARKER).touch()
 
 
 def _say(step: str) -> None:

@@ -51,6 +51,7 @@ class Job:
         num_nodes: machines.
         tensor_model_parallel_size: GPUs that share each layer.
         lora_rank: rank of the adapters; None where every parameter is trained.
+        trained_embeddings: whether the embedding and the output layer are trained beside the adapters.
         gpu_memory_gib: memory of the card that the recipe is made for, as sold; None where it does not say.
         checkpoints: how many checkpoints lie on the disk at once, at most.
         attention_backend: Megatron's.
@@ -68,6 +69,7 @@ class Job:
     num_nodes: int = 1
     tensor_model_parallel_size: int = 1
     lora_rank: int | None = None
+    trained_embeddings: bool = False
     gpu_memory_gib: float | None = None
     checkpoints: int = 4
     attention_backend: str = "auto"

@@ -9,6 +9,7 @@ from typing import Any
 
 from nemo_cpt import corpus
 from nemo_cpt.checkpoint.architecture import Architecture, read_architecture
+from nemo_cpt.checkpoint.files import TOKENIZERS
 from nemo_cpt.doctor import sizes
 from nemo_cpt.doctor.examination import Examination
 from nemo_cpt.doctor.finding import Finding, from_error
@@ -16,7 +17,6 @@ from nemo_cpt.doctor.job import Job
 from nemo_cpt.errors import CptError
 from nemo_cpt.training.preconditions import UNFINISHED, check_base
 
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 LOOKED_AT = 4_000_000  # tokens of a dataset without a manifest whose largest id is looked for
 BYTES_OF_DTYPE = {"float32": 4}  # bf16 and fp16 have 2
 
@@ -96,7 +96,9 @@ def disk(examination: Examination) -> Finding:
     architecture = base_architecture(Path(job.base)) if job and job.base else None
     if job is None or architecture is None:
         return Finding("disk", "ok", f"{free / 1e9:,.1f} GB free for {folder}")
-    checkpoint = sizes.checkpoint_bytes(architecture, job.lora_rank, on_cpu=job.gpus_per_node == 0)
+    checkpoint = sizes.checkpoint_bytes(
+        architecture, job.lora_rank, job.trained_embeddings, on_cpu=job.gpus_per_node == 0
+    )
     needed = max(job.checkpoints - _already_there(job, checkpoint), 1) * checkpoint
     found = f"{free / 1e9:,.1f} GB free for {folder}; up to {job.checkpoints} checkpoints of {checkpoint / 1e9:,.3g} GB"
     if free >= needed:

@@ -13,16 +13,6 @@ def parameters(arch: Architecture) -> int:
     return _workload(arch).parameters
 
 
-def adapter_parameters(arch: Architecture, rank: int) -> int:
-    """LoRA's parameters on the four linear layers of each decoder layer, as Megatron fuses them.
-
-    Args:
-        arch: the model.
-        rank: columns of A and rows of B; a layer of shape [out, in] gets rank * (in + out) parameters.
-    """
-    return _workload(arch).replace(lora_rank=rank).adapter_parameters
-
-
 def _workload(arch: Architecture) -> Workload:
     return Workload(
         num_layers=arch.num_hidden_layers,
@@ -37,13 +27,16 @@ def _workload(arch: Architecture) -> Workload:
     )
 
 
-def checkpoint_bytes(arch: Architecture, lora_rank: int | None, on_cpu: bool = False) -> int:
-    """A training checkpoint's bytes: what is trained, with Adam's fp32 states; LoRA writes the adapters alone.
+def checkpoint_bytes(
+    arch: Architecture, lora_rank: int | None, trained_embeddings: bool = False, on_cpu: bool = False
+) -> int:
+    """A training checkpoint's bytes: what is trained, with Adam's fp32 states; LoRA writes what it trains alone.
 
     Args:
         arch: the base model.
         lora_rank: rank of the adapters; None where every parameter is trained.
+        trained_embeddings: whether the embedding and the output layer are trained beside the adapters.
         on_cpu: whether the run is one in fp32 on the CPU.
     """
-    trained = parameters(arch) if lora_rank is None else adapter_parameters(arch, lora_rank)
-    return trained * (ON_CPU if on_cpu else WEIGHTS + OPTIMIZER)
+    work = _workload(arch).replace(lora_rank=lora_rank, trained_embeddings=trained_embeddings)
+    return work.trained_parameters * (ON_CPU if on_cpu else WEIGHTS + OPTIMIZER)

@@ -389,13 +389,12 @@ def host_memory(work: Workload) -> HostMemory:
     (`training/host_states.py`); benchmarks/host_states.py: 34.9 GiB of a process with 2.8 B parameters, 33.8 here.
     """
     processes = min(work.gpus, work.gpus_per_node)
-    trained = work.adapter_parameters or work.parameters
     moments = {"exp_avg": 4, "exp_avg_sq": 4, "master_param": work.master_bytes or 4}  # fp32, or the remainders
     copied = work.weight_bytes + sum(size for name, size in moments.items() if name not in work.host_states)
     return HostMemory(
         {
             "processes": (PROCESS_HOST + 2 * WORKER_HOST) * processes,
             "optimizer states": _pinned_bytes(work) * processes // work.optimizer_shards,
-            "checkpoint being written": trained * copied * processes // work.gpus,
+            "checkpoint being written": work.trained_parameters * copied * processes // work.gpus,
         }
     )

@@ -19,7 +19,7 @@ from nemo_cpt.errors import CptError
 from nemo_cpt.planning.workload import Workload
 
 SECONDS = 300  # for the process that builds the recipe
-SOURCES = ("nemo_cpt.recipes", "nemo_cpt.planning", "nemo_cpt.training")
+SOURCES = ("nemo_cpt.recipes", "nemo_cpt.planning", "nemo_cpt.training", "nemo_cpt.cli")
 VERSIONS = ("nemo_toolkit", "nemo_run", "megatron-core")
 
 
@@ -35,21 +35,21 @@ def workload(recipe: str, arguments: Mapping[str, Any], fields: Sequence[str] = 
         CptError: the recipe objects, a field does not exist, or the planner cannot read it.
     """
     request = json.dumps([recipe, {name: _plain(value) for name, value in arguments.items()}, list(fields)])
-    path = _cache() / f"{_key(request, arguments)}.json"
-    if path.is_file():
-        return from_json(path.read_text())
+    path = _cache() / f"{_key(request)}.json"
+    remembered = json.loads(path.read_text()) if path.is_file() else None
+    if remembered and remembered["digest"] == _digest(remembered["configuration"]):
+        return _workload(remembered["workload"])
     text = _built(request)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
     partial.write_text(text)
     partial.rename(path)
-    return from_json(text)
+    return _workload(json.loads(text)["workload"])
 
 
-def from_json(text: str) -> Workload:
-    """Return the workload that `json.dumps(dataclasses.asdict(workload))` wrote."""
-    fields: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in json.loads(text).items()}
-    return Workload(**fields)
+def _workload(fields: Mapping[str, Any]) -> Workload:
+    values: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
+    return Workload(**values)
 
 
 def _plain(value: Any) -> Any:
@@ -57,7 +57,7 @@ def _plain(value: Any) -> Any:
 
 
 def _built(request: str) -> str:
-    """The workload as JSON, from a process that imports NeMo; what NeMo prints is dropped."""
+    """The workload, and what of the base it was read from, as JSON, from a process that imports NeMo."""
     command = [sys.executable, "-m", "nemo_cpt.planning.named"]
     try:
         done = subprocess.run(command, input=request, capture_output=True, text=True, timeout=SECONDS)
@@ -74,8 +74,8 @@ def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "nemo_cpt", "workloads")
 
 
-def _key(request: str, arguments: Mapping[str, Any]) -> str:
-    """A digest of all that the workload depends on: the request, our sources, versions, the base's configuration."""
+def _key(request: str) -> str:
+    """A digest of what the workload depends on: the request, our sources, versions."""
     digest = hashlib.sha256(request.encode())
     for name in VERSIONS:
         digest.update(version(name).encode())
@@ -84,22 +84,27 @@ def _key(request: str, arguments: Mapping[str, Any]) -> str:
         for folder in spec.submodule_search_locations if spec and spec.submodule_search_locations else []:
             for source in sorted(Path(folder).glob("*.py")):
                 digest.update(source.read_bytes())
-    configuration = Path(str(arguments.get("tokenizer") or f"{arguments.get('base')}/hf"), "config.json")
-    digest.update(configuration.read_bytes() if configuration.is_file() else b"")
     return digest.hexdigest()[:32]
+
+
+def _digest(configuration: str) -> str:
+    """Of the base's config.json, from which the vocabulary's size comes; empty while it is not there."""
+    path = Path(configuration)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
 def _main() -> None:
     from nemo_cpt.cli.task import build_recipe
-    from nemo_cpt.planning.reading import read
+    from nemo_cpt.planning.reading import configuration_of, read
 
     recipe, arguments, fields = json.load(sys.stdin)
     try:
-        found = read(build_recipe(recipe, arguments, fields))
+        partial = build_recipe(recipe, arguments, fields)
+        found, configuration = read(partial), str(configuration_of(partial))
     except CptError as error:
         print(" ".join(str(error).split("\n")), file=sys.stderr)
         sys.exit(error.exit_code)
-    print(json.dumps(asdict(found)))
+    print(json.dumps({"workload": asdict(found), "configuration": configuration, "digest": _digest(configuration)}))
 
 
 if __name__ == "__main__":

@@ -74,11 +74,14 @@ def _vocabulary(recipe: Any, config: Any) -> int:
     """The configuration's own size, else that of the tokenizer's or the base's config.json, else Llama 3's."""
     if size := _get(config, "vocab_size", 0):
         return size
+    path = configuration_of(recipe)
+    return json.loads(path.read_text()).get("vocab_size", LLAMA3_VOCABULARY) if path.is_file() else LLAMA3_VOCABULARY
+
+
+def configuration_of(recipe: Any) -> Path:
+    """The config.json of the tokenizer's folder, which the vocabulary's size is read from; it need not be there."""
     tokenizer = _get(_get(recipe, "data", None), "tokenizer", None)
-    folder = Path(str(_get(tokenizer, "pretrained_model_name", "")))
-    if (folder / "config.json").is_file():
-        return json.loads((folder / "config.json").read_text()).get("vocab_size", LLAMA3_VOCABULARY)
-    return LLAMA3_VOCABULARY
+    return Path(str(_get(tokenizer, "pretrained_model_name", "")), "config.json")
 
 
 def _batches(recipe: Any, strategy: Any) -> dict[str, Any]:

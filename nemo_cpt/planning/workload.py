@@ -197,7 +197,12 @@ class Workload:
         """Parameters of the whole model, without adapters."""
         bias = self.widths["linear_qkv"][1] if self.qkv_bias else 0
         layers = self.num_layers * (self.linear_parameters + bias + 2 * self.hidden_size)
-        return layers + self.hidden_size + self.vocab_size * self.hidden_size * (1 if self.tied else 2)
+        return layers + self.hidden_size + self.embedding_parameters
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Parameters of the embedding and the output layer, counted once where they are tied."""
+        return self.vocab_size * self.hidden_size * (1 if self.tied else 2)
 
     @property
     def adapter_parameters(self) -> int:
@@ -206,6 +211,13 @@ class Workload:
             return 0
         widths = [self.widths[name] for name in self.lora_targets]
         return self.num_layers * sum(self.lora_rank * (i + o) + (o if self.dora else 0) for i, o in widths)
+
+    @property
+    def trained_parameters(self) -> int:
+        """Parameters that the optimizer steps."""
+        if self.lora_rank is None:
+            return self.parameters
+        return self.adapter_parameters + (self.embedding_parameters if self.trained_embeddings else 0)
 
     @property
     def trains_head(self) -> bool:

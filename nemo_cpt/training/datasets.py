@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.megatron_dataset import MegatronDataset
@@ -29,8 +30,9 @@ def gpt_dataset(
     Returns:
         A dataset of dicts: tokens, labels, loss_mask and position_ids of shape [sequence_length].
     """
-    for prefix in weights:
-        _drop_torn_indices(Path(path_to_cache) if path_to_cache else Path(prefix, "cache"))
+    if _builds_the_indices():
+        for prefix in weights:
+            _drop_torn_indices(Path(path_to_cache) if path_to_cache else Path(prefix, "cache"))
     blends: list[Any] = [None, None, None]
     blends[split] = (list(weights), list(weights.values()) if len(weights) > 1 else None)
     sizes = [samples if index == split else 0 for index in range(3)]
@@ -51,6 +53,11 @@ class FirstSamples(Sequence[dict[str, Any]]):
     def __getitem__(self, index: Any) -> Any:
         which = bisect.bisect_right(self.starts, index) - 1
         return self.datasets[which][index - self.starts[which]]
+
+
+def _builds_the_indices() -> bool:
+    """Whether this process is the one that writes them, while Megatron lets the others wait."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def _drop_torn_indices(cache: Path) -> None:

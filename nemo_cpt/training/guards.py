@@ -19,7 +19,7 @@ MARGIN_TO_UNIFORM = 0.5
 class Guards(pl.Callback):
     """Check inside the job what can only be seen there; every recipe carries it.
 
-    At the start: base, data, vocabulary, schedule, batches, environment. At step 0: that the loss is not that of random
+    At the start: base, data, vocabulary, schedule, environment. At step 0: that the loss is not that of random
     weights. It also puts the cures of `nemo_cpt.training.upstream` into effect before the model is built.
     """
 

@@ -113,8 +113,9 @@ def test_adapters_are_counted_as_peft_counts_them():
     """Rank 32 on all linear layers of Llama-3.1-8B; PEFT's separate q, k, v, gate and up have more rows of A."""
     arch = parse_config(LLAMA31_8B, "here")
     fused = 32 * 32 * ((4096 + 6144) + (4096 + 4096) + (4096 + 28672) + (14336 + 4096))
-    assert sizes.adapter_parameters(arch, 32) == fused
     assert sizes.checkpoint_bytes(arch, 32) == 14 * fused
+    whole = 2 * 128_256 * 4096
+    assert sizes.checkpoint_bytes(arch, 32, trained_embeddings=True) == 14 * (fused + whole)
     assert sizes.checkpoint_bytes(arch, None) == 14 * sizes.parameters(arch)
 
 

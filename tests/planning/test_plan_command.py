@@ -39,6 +39,19 @@ def test_a_recipe_that_fits_ends_with_0_and_the_second_answer_comes_at_once(nemo
     assert sum(answer["stages"][0]["bytes"].values()) == answer["stages"][0]["total_bytes"]
 
 
+def test_a_base_that_came_or_changed_is_read_again(nemo_cpt, tmp_path) -> None:
+    def bytes_of_weights() -> int:
+        done = nemo_cpt(LORA, f"base={tmp_path}/base", "--gpu-memory", "80", "--json")
+        return json.loads(done.stdout)["stages"][0]["bytes"]["weights"]
+
+    before = bytes_of_weights()
+    configuration = tmp_path / "base" / "hf" / "config.json"
+    configuration.parent.mkdir(parents=True)
+    for vocabulary in (64_000, 32_000):
+        configuration.write_text(json.dumps({"vocab_size": vocabulary}))
+        assert before - bytes_of_weights() == 2 * 2 * 4096 * (128_256 - vocabulary)
+
+
 def test_one_that_does_not_fit_ends_with_3_and_what_would(nemo_cpt) -> None:
     done = nemo_cpt(LORA, "--gpu-memory", "24")
     assert done.returncode == 3

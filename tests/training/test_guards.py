@@ -10,6 +10,7 @@ import nemo_run as run
 import pytest
 from nemo.collections import llm
 
+from nemo_cpt.cli.task import run_recipe
 from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
 from nemo_cpt.recipes import tiny
@@ -139,6 +140,19 @@ def _train_from_random_weights(world: Path, blend: Any) -> None:
 
     CpuStrategy.selective_restore = lambda self: None  # what a run that silently restored nothing does
     run.run(made, direct=True)
+
+
+def test_a_recipe_refuses_a_global_batch_that_does_not_divide(world: Path, blend: Any) -> None:
+    with pytest.raises(CptError, match="global_batch_size 6 is not a multiple of micro_batch_size 2 x data parallel 2"):
+        recipe(world, blend, processes=2, global_batch_size=6, micro_batch_size=2)
+
+
+def test_a_recipe_by_name_is_checked_before_it_starts(world: Path, blend: Any) -> None:
+    arguments = {"base": str(world / "base"), "data": blend, "directory": str(world / "runs"), "seq_length": 64}
+    with pytest.raises(CptError, match="global_batch_size 7 is not a multiple of micro_batch_size 2"):
+        run_recipe("tiny.continual_pretrain", arguments | {"micro_batch_size": 2}, ["data.global_batch_size=7"])
+    with pytest.raises(CptError, match=r"no field globl_batch_size; near: global_batch_size"):
+        run_recipe("tiny.continual_pretrain", arguments, ["data.globl_batch_size=7"])
 
 
 def test_fp8_needs_ada_or_later() -> None:

@@ -1,7 +1,6 @@
 """Whole runs on the CPU through llm.pretrain: parallel layouts, resumption, kills."""
 
 import functools
-import random
 import time
 from pathlib import Path
 from typing import Any
@@ -58,7 +57,7 @@ def test_two_processes_reproduce_one(world: Path, blend: Any, reference: str, na
     assert start(world, blend, name, processes=2, **layout) == 0, (world / f"{name}.log").read_text()[-3000:]
     one, two = metrics(world, reference), metrics(world, name)
     assert list(two) == list(range(1, STEPS + 1))
-    for step in range(1, STEPS):
+    for step in one:
         assert two[step] == pytest.approx(one[step], abs=1e-4)
     assert metrics(world, name, "val_loss_en")[STEPS] == pytest.approx(
         metrics(world, reference, "val_loss_en")[STEPS], abs=1e-4
@@ -96,13 +95,23 @@ def continue_from(world: Path, blend: Any, checkpoint: Path) -> None:
 
 
 def test_a_killed_run_comes_back(world: Path, blend: Any, reference: str) -> None:
-    chance = random.Random(7)
-    for _ in range(3):
+    """Killed in its start-up, behind its first checkpoint, and in the start-up of the resumption."""
+    checkpoints = world / "runs" / "killed" / "checkpoints"
+    for wait in (lambda: time.sleep(2), lambda: until_there_is_a_checkpoint(checkpoints), lambda: time.sleep(2)):
         started = jobs.launch(functools.partial(train, world, blend, "killed"), log=world / "killed.log")
-        time.sleep(chance.uniform(1.0, 6.0))
+        wait()
         jobs.kill(started)
+    assert newest_complete_checkpoint(checkpoints) is not None
+    assert STEPS not in metrics(world, "killed")
     assert start(world, blend, "killed") == 0, (world / "killed.log").read_text()[-3000:]
     assert metrics(world, "killed") == metrics(world, reference)
+
+
+def until_there_is_a_checkpoint(folder: Path, patience: float = 120) -> None:
+    deadline = time.monotonic() + patience
+    while not newest_complete_checkpoint(folder):
+        assert time.monotonic() < deadline, "no checkpoint was written"
+        time.sleep(0.05)
 
 
 def test_a_finished_run_started_again_does_nothing(world: Path, blend: Any, reference: str) -> None:
