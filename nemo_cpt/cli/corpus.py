@@ -2,6 +2,7 @@
 
 import json as jsonlib
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -136,16 +137,22 @@ def _end(end: dict[str, Any]) -> str:
 
 
 def _print_histogram(report: "Inspection") -> None:
-    """Draw how many tokens lie in documents of which length."""
+    """Show how many tokens lie in documents of which length: bars on a terminal, tab-separated lines elsewhere."""
+    titles = ("tokens a document", "documents", "share of the tokens")
+    rows = [
+        (f"{low:,}-{high:,}", f"{documents:,}", f"{100 * tokens / max(report.tokens, 1):.1f} %")
+        for low, high, documents, tokens in report.histogram
+    ]
+    if not sys.stdout.isatty():
+        return _print_plain([titles, *rows])
     from rich.bar import Bar
     from rich.console import Console
     from rich.table import Table
 
     most = max((entry[3] for entry in report.histogram), default=0) or 1
-    table = Table("tokens a document", "documents", "tokens", "share of the tokens", box=None)
-    for low, high, documents, tokens in report.histogram:
-        share = f"{100 * tokens / max(report.tokens, 1):.1f} %"
-        table.add_row(f"{low:,}-{high:,}", f"{documents:,}", share, Bar(most, 0, tokens, width=40))
+    table = Table(*titles, "", box=None)
+    for row, entry in zip(rows, report.histogram, strict=True):
+        table.add_row(*row, Bar(most, 0, entry[3], width=40))
     Console().print(table)
 
 
@@ -220,12 +227,28 @@ def _print_json(value: dict[str, Any]) -> None:
 
 
 def _print_rows(rows: dict[str, Any], warnings: list[str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None)
-    for name, value in rows.items():
-        table.add_row(name, str(value))
-    Console().print(table, markup=False)
+    """Print names and values, aligned on a terminal and whole, tab-separated lines elsewhere; warnings on stderr."""
+    pairs = [(name, str(value)) for name, value in rows.items()]
+    if sys.stdout.isatty():
+        _print_aligned(pairs)
+    else:
+        _print_plain(pairs)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
+
+
+def _print_aligned(pairs: list[tuple[str, str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_header=False, box=None)
+    for _ in range(2):
+        table.add_column(overflow="fold")  # a long path goes on in the next line
+    for name, value in pairs:
+        table.add_row(Text(name), Text(value))  # as strings, [brackets] in a path would be styles
+    Console().print(table)
+
+
+def _print_plain(rows: Sequence[tuple[str, ...]]) -> None:
+    print("\n".join("\t".join(row) for row in rows))

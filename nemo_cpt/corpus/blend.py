@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,10 +52,11 @@ class Blend:
             note: What the share rests on.
 
         Raises:
-            CptError: The share is not between 0 and 1.
+            CptError: The share is not between 0 and 1, or both prefixes name one dataset.
         """
         if not 0 < share < 1:
             raise CptError(f"The replay share is {share}; it must lie between 0 and 1, for instance 0.25.")
+        check_distinct([new, old])
         return cls(train={new: 1 - share, old: share}, validation=dict(validation or {}), note=note)
 
     def check(self) -> None:
@@ -80,7 +81,7 @@ class Blend:
             number = isinstance(weight, int | float) and not isinstance(weight, bool)
             if not number or not math.isfinite(weight) or weight <= 0:
                 raise CptError(f"The weight of {prefix!r} in the blend is {weight!r}; it must be a positive number.")
-        _check_doubles(self.train)
+        check_distinct(self.train)
 
     def shares(self) -> dict[str, float]:
         """Return each training set's share of the tokens by its full prefix; they add up to 1.
@@ -246,11 +247,15 @@ def _check_mapping(name: str, value: Any) -> None:
             raise CptError(f"The blend's {name} maps {key!r} to {item!r}. Write it like {name}={example}.")
 
 
-def _check_doubles(train: Mapping[str, float]) -> None:
-    full: dict[str, str] = {}
-    for prefix in train:
-        other = full.setdefault(full_prefix(prefix), prefix)
-        if other != prefix:
-            raise CptError(
-                f"The blend names one dataset twice: {other!r} and {prefix!r} are both {full_prefix(prefix)}."
-            )
+def check_distinct(prefixes: Iterable[str]) -> None:
+    """Check that no two prefixes name one dataset: as keys of a mapping, equal ones would become one unnoticed.
+
+    Raises:
+        CptError: Two do.
+    """
+    seen: dict[str, str] = {}
+    for prefix in prefixes:
+        full = full_prefix(prefix)
+        if full in seen:
+            raise CptError(f"The blend names one dataset twice: {seen[full]!r} and {prefix!r} are both {full}.")
+        seen[full] = prefix

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -13,13 +14,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from nemo_cpt.corpus.catalogue import CORPORA
-from nemo_cpt.corpus.files import sync_directory, write_whole
+from nemo_cpt.corpus.files import make_folder, sync_directory, write_whole
 from nemo_cpt.corpus.progress import ProgressBar
 from nemo_cpt.corpus.sources import HUB
 from nemo_cpt.errors import CptError
 from nemo_cpt.hub import SET_A_TOKEN, progress_bars
 
 CHECKSUMS = "SHA256SUMS"
+URLS = "SHA256SUMS.urls"  # where each file came from, in lines like those of SHA256SUMS
 PIECE = 1 << 20
 ATTEMPTS = 5
 TIMEOUT = (20, 60)  # seconds to connect, and between two pieces
@@ -54,11 +56,12 @@ def fetch(corpus: str, folder: str | os.PathLike[str], *, quiet: bool = False, p
         patience: Seconds before the second attempt after a broken connection; doubled each time, five attempts in all.
 
     Raises:
-        CptError: The corpus is unknown, the server refuses or its certificate is not valid, or the disk is full.
+        CptError: The corpus is unknown, the server refuses or its certificate is not valid, the folder has a file of
+            that name which came from elsewhere, or it cannot be written.
     """
     urls = _urls(corpus)
     target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
+    make_folder(target)
     found: list[Fetched] = []
     for url in urls:
         if url.startswith(HUB):
@@ -88,14 +91,41 @@ def _fetch_dataset(url: str, folder: Path, quiet: bool) -> list[Fetched]:
     with _explained(name), progress_bars(not quiet and sys.stderr.isatty()):
         info = HfApi().dataset_info(name)
         names = sorted(file.rfilename for file in info.siblings or [] if not file.rfilename.startswith("."))
+        _claim(folder, url, names)
         snapshot_download(name, repo_type="dataset", revision=info.sha, local_dir=folder, allow_patterns=names)
     found = []
     for file in names:
         path, checksum = folder / file, hash_of(folder / file)
         status = "unchanged" if known.get(file) == checksum else "fetched"
         found.append(Fetched(str(path), url, path.stat().st_size, checksum, status))
-    _keep_checksums(folder, dict(zip(names, (file.sha256 for file in found), strict=True)))
+    _keep(folder, CHECKSUMS, dict(zip(names, (file.sha256 for file in found), strict=True)))
     return found
+
+
+def _claim(folder: Path, url: str, names: list[str]) -> None:
+    """Note that files come from `url`, before its client writes them: it replaces what is there.
+
+    Raises:
+        CptError: A file is there that did not come from `url`.
+    """
+    known, urls = _read(folder, CHECKSUMS), _read(folder, URLS)
+    for name in names:
+        fetched = name in known or urls.get(name) == url  # the latter: an earlier run was interrupted
+        _check_origin(folder / name, url, fetched, urls.get(name))
+    _keep(folder, URLS, dict.fromkeys(names, url))
+
+
+def _check_origin(path: Path, url: str, fetched: bool, origin: str | None) -> None:
+    """Raise if a file is there that is not from `url`; of what older versions fetched, the origin is not known."""
+    if not path.exists():
+        return
+    if not fetched:
+        raise CptError(
+            f"{path} exists and is not in {CHECKSUMS}: it was not fetched, and would be replaced. Move it away, or "
+            "take another folder."
+        )
+    if origin not in (None, url):
+        raise CptError(f"{path} came from {origin}, not from {url}. Delete it, or take another folder.")
 
 
 @contextmanager
@@ -130,22 +160,32 @@ class _Download:
         self.name = Path(urlsplit(url).path).name
         if not self.name:
             raise CptError(f"{url} names no file.")
+        if self.name in (CHECKSUMS, URLS):
+            raise CptError(f"{url} cannot be fetched: {self.name} is where fetch keeps its own notes.")
         self.path = folder / self.name
         self.part, self.state = folder / f"{self.name}.part", folder / f"{self.name}.part.json"
         self.resumed = False
 
     def run(self) -> Fetched:
-        """Get the file, or check the one that is there."""
-        known = read_checksums(self.folder).get(self.name)
+        """Get the file, or check the one that is there.
+
+        Raises:
+            CptError: As `fetch`.
+        """
+        known, url = read_checksums(self.folder).get(self.name), _without_credentials(self.url)
+        _check_origin(self.path, url, known is not None, _read(self.folder, URLS).get(self.name))
         if known and self.path.exists():
             if hash_of(self.path) != known:
                 raise CptError(f"{self.path} is not what {CHECKSUMS} says; delete it to fetch it again.")
             return self._fetched(known, "unchanged")
         self._attempt_often()
         checksum = hash_of(self.part)
+        # The notes come first: a file without them would be taken for the user's own
+        _keep(self.folder, URLS, {self.name: url})
+        _keep(self.folder, CHECKSUMS, {self.name: checksum})
         self.part.rename(self.path)
+        sync_directory(self.folder)
         self.state.unlink(missing_ok=True)
-        _keep_checksums(self.folder, {self.name: checksum})
         return self._fetched(checksum, "resumed" if self.resumed else "fetched")
 
     def _fetched(self, checksum: str, status: str) -> Fetched:
@@ -182,13 +222,14 @@ class _Download:
         if have:
             headers |= {"Range": f"bytes={have}-", "If-Range": state["validator"]}
         with requests.get(self.url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
-            if answer.status_code == 416 and have == state.get("total"):
+            begin, total = _place(answer, have)
+            if answer.status_code == 416 and have == (total or state.get("total")):
                 return
             self._check(answer)
-            if answer.status_code != 206:
-                have = 0
+            if begin > have:
+                raise requests.exceptions.ConnectionError(f"the server sends from byte {begin} on, not from {have}")
+            have, total = begin, total or (state.get("total", 0) if begin else 0)
             self.resumed = self.resumed or have > 0
-            total = have + int(answer.headers.get("Content-Length", 0))
             self._remember(answer, total)
             with self.part.open("r+b" if have else "wb") as file, ProgressBar(self.name, total, self.quiet) as bar:
                 file.truncate(have)
@@ -205,6 +246,9 @@ class _Download:
     def _check(self, answer: Any) -> None:
         import requests
 
+        if answer.status_code == 416:
+            self.state.unlink(missing_ok=True)  # what is here is longer than the file: begin anew
+            raise requests.exceptions.ConnectionError(f"the server has no such range of {self.url}")
         if answer.status_code >= 500 or answer.status_code == 429:
             raise requests.exceptions.ConnectionError(f"the server answers {answer.status_code} {answer.reason}")
         if answer.status_code not in (200, 206):
@@ -229,6 +273,26 @@ class _Download:
         write_whole(self.state, json.dumps(state).encode())
 
 
+def _place(answer: Any, have: int) -> tuple[int, int]:
+    """Return where an answer to a request from byte `have` on begins, and the size of the whole file, 0 if unsaid."""
+    length = int(answer.headers.get("Content-Length", 0))
+    said = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", answer.headers.get("Content-Range", "").strip())
+    begin, total = said.groups() if said else (None, None)
+    size = int(total) if total and total != "*" else 0
+    if answer.status_code == 416:
+        return have, size
+    if answer.status_code != 206:
+        return 0, length
+    begin = int(begin) if begin else have
+    return begin, size or (begin + length if length else 0)
+
+
+def _without_credentials(url: str) -> str:
+    """Return a URL as it may be noted: without user and password, and in one word."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl().replace(" ", "%20")
+
+
 def hash_of(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
@@ -237,17 +301,17 @@ def hash_of(path: Path) -> str:
 
 def read_checksums(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of each file that `fetch` brought into a folder, by name."""
-    path = folder / CHECKSUMS
-    return dict(_lines(path)) if path.exists() else {}
+    return _read(folder, CHECKSUMS)
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    for line in path.read_text("utf-8").splitlines():
-        checksum, _, name = line.partition("  ")
-        yield name, checksum
+def _read(folder: Path, notes: str) -> dict[str, str]:
+    """Return what stands before each name in a file of notes, by name; nothing where there are none."""
+    path = folder / notes
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    return {name: value for value, _, name in (line.partition("  ") for line in lines)}
 
 
-def _keep_checksums(folder: Path, new: dict[str, str]) -> None:
-    checksums = read_checksums(folder) | new
-    write_whole(folder / CHECKSUMS, "".join(f"{value}  {key}\n" for key, value in sorted(checksums.items())).encode())
-    sync_directory(folder)
+def _keep(folder: Path, notes: str, new: dict[str, str]) -> None:
+    """Add to a file of notes, in the form of `sha256sum`."""
+    values = _read(folder, notes) | new
+    write_whole(folder / notes, "".join(f"{value}  {name}\n" for name, value in sorted(values.items())).encode())

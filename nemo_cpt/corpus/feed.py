@@ -15,7 +15,7 @@ ROWS = 1000
 
 
 class DamagedError(Exception):
-    """A compressed file ends or breaks at some byte; what came before it is good."""
+    """A file ends or breaks somewhere; what came before it is good."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Task:
         stop: Where the next stretch begins.
         data: The lines as bytes, or a column's values as a list; None for a range that the worker reads itself.
         done: Bytes of the input on disk read so far, for the progress.
-        damage: Why the file ends here though it is not complete; empty for a sound one.
+        damage: Why the input ends here though it is not complete; empty for a sound one.
         last: True for the last stretch of its input.
     """
 
@@ -116,16 +116,19 @@ class Feed:
     def _rows(self, source: Source, number: int, start: int) -> Iterator[tuple[int, Any, int, str, bool]]:
         """Yield the values of the text column, `ROWS` rows at once."""
         batches, total = _open_rows(source, self.json_key)
-        row = 0
-        for values in batches:
-            stop = row + len(values)
-            if stop > start:
-                share = source.size * stop // max(total, 1)
-                yield stop, values[max(start - row, 0) :], share, "", stop == total
-            row = stop
+        row, damage = 0, ""
+        try:
+            for values in _sound(batches, source.kind):
+                stop = row + len(values)
+                if stop > start:
+                    share = source.size * stop // max(total, 1)
+                    yield stop, values[max(start - row, 0) :], share, "", stop == total
+                row = stop
+        except DamagedError as error:
+            damage = str(error)
         self.hashes[number] = hash_source(source)
-        if total == 0 or start >= total:
-            yield total, [], source.size, "", True
+        if damage or total == 0 or start >= total:
+            yield max(row, start), [], source.size, damage, True
 
 
 class HashingFile(io.RawIOBase):
@@ -225,6 +228,24 @@ def _decompressor(kind: str) -> Any:
     import zstandard
 
     return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+
+
+def _sound(batches: Iterator[list[Any]], kind: str) -> Iterator[list[Any]]:
+    """Yield batches of rows until one cannot be read.
+
+    Raises:
+        DamagedError: One cannot: a page that does not decompress, an invalid string.
+    """
+    import pyarrow as pa
+
+    row = 0
+    try:
+        for values in batches:
+            yield values
+            row += len(values)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        what = "Parquet file" if kind == "parquet" else "dataset"
+        raise DamagedError(f"the {what} breaks near its row {row}: {error}") from error
 
 
 def _open_rows(source: Source, key: str) -> tuple[Iterator[list[Any]], int]:

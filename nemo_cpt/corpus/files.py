@@ -1,9 +1,66 @@
-"""Writing files so that they are complete or absent."""
+"""Writing files so that they are complete or absent, by one process at a time."""
 
+import fcntl
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from nemo_cpt.errors import CptError
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it; one that exists is left as it is.
+
+    Raises:
+        CptError: A file has its name or stands in its path, or the folder above cannot be written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CptError(f"Cannot make the folder {path}: {error.strerror}. Take another output.") from error
+
+
+def open_locked(path: Path, patience: float) -> BinaryIO:
+    """Open a file for reading and appending, and lock it until it is closed; forked processes share the lock.
+
+    The holder may remove the file before it lets go: whoever waited then notices, and makes a new one.
+
+    Args:
+        path: The file; made if it is not there.
+        patience: Seconds to wait for the lock.
+
+    Raises:
+        CptError: Another process holds the lock, or the file cannot be opened.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            file = open(path, "a+b")  # noqa: SIM115  the lock lives as long as the file is open
+        except OSError as error:
+            raise CptError(f"Cannot write {path}: {error.strerror}. Take another output.") from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except OSError:
+            if time.monotonic() > deadline:
+                file.close()
+                raise CptError(f"Another process is writing this output: it holds {path}.") from None
+        file.close()  # busy, or another process finished this output and removed the file just now
+        time.sleep(0.05)
+
+
+@contextmanager
+def locked(path: Path, patience: float) -> Iterator[None]:
+    """Hold a lock file for a while, as `open_locked` does, and remove it afterwards."""
+    with open_locked(path, patience):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def sync_directory(folder: Path) -> None:

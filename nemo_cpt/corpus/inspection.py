@@ -67,8 +67,11 @@ def inspect(
         seed: Which ones.
 
     Raises:
-        CptError: A file is missing, truncated or corrupt, or has ids beyond the tokenizer's vocabulary.
+        CptError: A file is missing, truncated or corrupt, or has ids beyond the tokenizer's vocabulary; `samples` is
+            negative.
     """
+    if samples < 0:
+        raise CptError(f"samples is {samples}; it is a number of documents, 0 for none.")
     index = read_index(prefix)
     check_index(index)
     manifest = read_manifest(prefix) if manifest_path(prefix).exists() else {}

@@ -5,9 +5,7 @@ job, then checkpoints, each written only after the bytes that it vouches for are
 to the last one.
 """
 
-import fcntl
 import os
-import time
 import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from nemo_cpt.corpus.files import sync_directory
+from nemo_cpt.corpus.files import open_locked, sync_directory
 from nemo_cpt.errors import CptError
 
 
@@ -77,9 +75,10 @@ class Journal:
             patience: Seconds to wait for the lock.
 
         Raises:
-            CptError: Another process works on this output, or what is there belongs to another job.
+            CptError: Another process works on this output, what is there belongs to another job, or the folder cannot
+                be written.
         """
-        self._lock(patience)
+        self._file = open_locked(self.path, patience)  # workers share the lock: orphans of a killed run are waited for
         try:
             return self._take_up(discard)
         except BaseException:
@@ -104,27 +103,12 @@ class Journal:
 
     def is_finished(self) -> bool:
         """Say whether the journal on the disk is that of a run that was killed while it gave its files their names."""
-        if not self.path.exists():
+        if not self.path.is_file():
             return False
         with open(self.path, "rb") as self._file:
             records = self._records()
         self._file = None
         return len(records) > 1 and records[0]["job"] == self.job and records[-1]["progress"]["finished"]
-
-    def _lock(self, patience: float) -> None:
-        """Lock the journal; workers share the lock, so that orphans of a killed run are waited for."""
-        deadline = time.monotonic() + patience
-        while True:
-            self._file = open(self.path, "a+b")  # noqa: SIM115  the lock lives as long as the file is open
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if self.path.exists() and os.path.samestat(os.fstat(self._file.fileno()), self.path.stat()):
-                    return
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise CptError(f"Another process is writing this output: it holds {self.path}.") from None
-            self._file.close()  # busy, or another process finished this output and removed the file just now
-            time.sleep(0.05)
 
     def _records(self) -> list[dict[str, Any]]:
         """Return the whole records: one that a crash tore, and all after it, do not count."""

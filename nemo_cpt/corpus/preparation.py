@@ -12,7 +12,7 @@ import orjson
 import nemo_cpt
 from nemo_cpt.corpus.choice import Rivals, choose_encoder
 from nemo_cpt.corpus.encode import Layout
-from nemo_cpt.corpus.files import sync_directory, write_whole
+from nemo_cpt.corpus.files import make_folder, sync_directory, write_whole
 from nemo_cpt.corpus.index import dtype_for, read_index, write_index
 from nemo_cpt.corpus.job import Job, first_texts
 from nemo_cpt.corpus.journal import Journal
@@ -28,6 +28,7 @@ from nemo_cpt.corpus.progress import ProgressBar
 from nemo_cpt.corpus.sources import Inputs, Source, list_sources
 from nemo_cpt.corpus.tokenizer import Tokenizer, load_tokenizer
 from nemo_cpt.corpus.verify import verify_documents
+from nemo_cpt.corpus.workers import count_processes
 from nemo_cpt.errors import CptError
 
 LONG = 131072  # where tokenizers begin to warn, needlessly: Megatron cuts documents at seq_length itself
@@ -131,8 +132,9 @@ def prepare(
     """
     if on_error not in ("stop", "skip"):
         raise CptError(f"on_error is {on_error!r}; it can be 'stop' or 'skip'.")
-    if workers is not None and workers < 1:
-        raise CptError(f"workers is {workers}; it must be at least 1.")
+    if verify < 0:
+        raise CptError(f"verify is {verify}; it is a number of documents, 0 for none.")
+    count = count_processes(workers)
     sources = list_sources(inputs)
     prefix = f"{output_prefix}_{json_key}_document"
     head_start = _HeadStart(fast and (overwrite or not Path(prefix + ".idx").exists()), split_special_tokens)
@@ -143,7 +145,6 @@ def prepare(
         output = _Output(prefix, sources, loaded, layout, split_special_tokens)
         status, rates = "unchanged", dict[str, float]()
         if not output.is_there(overwrite):
-            count = workers or len(os.sched_getaffinity(0))
             run = _Run(on_error == "skip", fast, count, chunk_bytes, checkpoint_seconds, patience, quiet, head_start)
             status, rates = output.make(run, overwrite)
     verified = verify_documents(output.prefix, sources, loaded, layout, split_special_tokens, verify) if verify else 0
@@ -251,7 +252,7 @@ class _Output:
 
     def make(self, run: _Run, overwrite: bool) -> tuple[str, dict[str, float]]:
         """Write the dataset, or the rest of it; return the status and this run's rates."""
-        self.idx.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.idx.parent)
         journal, rates = self.journal, {}
         resumed = journal.open(overwrite, run.patience)
         try:

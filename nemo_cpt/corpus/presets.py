@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from nemo_cpt.corpus.blend import Blend
+from nemo_cpt.corpus.blend import Blend, check_distinct
 
 SWALLOW = "job scripts of Llama-3.1-Swallow-8B, github.com/okoge-kaz/Megatron-LM, scripts/"
 IBRAHIM = "Ibrahim et al. 2024, Simple and Scalable Strategies to Continually Pre-train LLMs, arXiv:2403.08763"
@@ -20,9 +20,12 @@ def swallow_v0_1(
         parallel: Prefix of Japanese-English parallel text; without it the others keep their proportions.
         validation: Prefixes by name.
 
+    Raises:
+        CptError: Two prefixes name one dataset.
+
     Source: the job scripts named in `SWALLOW`, blend weights of the 200 B token run.
     """
-    return _swallow({japanese: 53.99, english: 29.56, code: 16.0}, parallel, validation, "v0.1")
+    return _swallow([(japanese, 53.99), (english, 29.56), (code, 16.0)], parallel, validation, "v0.1")
 
 
 def swallow_v0_2(
@@ -30,16 +33,17 @@ def swallow_v0_2(
 ) -> Blend:
     """Llama-3.1-Swallow v0.2: 68.6 % Japanese, 15.0 % English, 16 % code, 0.44 % parallel text.
 
-    Arguments and source as for `swallow_v0_1`.
+    Arguments, errors and source as for `swallow_v0_1`.
     """
-    return _swallow({japanese: 68.6, english: 15.0, code: 16.0}, parallel, validation, "v0.2")
+    return _swallow([(japanese, 68.6), (english, 15.0), (code, 16.0)], parallel, validation, "v0.2")
 
 
 def _swallow(
-    train: dict[str, float], parallel: str | None, validation: Mapping[str, str] | None, version: str
+    parts: list[tuple[str, float]], parallel: str | None, validation: Mapping[str, str] | None, version: str
 ) -> Blend:
-    train = train | ({parallel: 0.44} if parallel else {})
-    return Blend(train=train, validation=dict(validation or {}), note=f"Shares of Swallow {version}: {SWALLOW}")
+    parts = parts + ([(parallel, 0.44)] if parallel else [])
+    check_distinct(prefix for prefix, _ in parts)
+    return Blend(train=dict(parts), validation=dict(validation or {}), note=f"Shares of Swallow {version}: {SWALLOW}")
 
 
 def ibrahim_weak(new: str, old: str, validation: Mapping[str, str] | None = None) -> Blend:

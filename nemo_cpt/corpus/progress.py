@@ -29,7 +29,7 @@ class ProgressBar:
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),  # a path may hold [brackets]
                 BarColumn(),
                 TextColumn("{task.fields[rates]}"),
                 TimeRemainingColumn(),

@@ -10,6 +10,8 @@ from nemo_cpt.errors import CptError
 
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet")
 HUB = "hf:"
+UNFINISHED = ".part"  # the folder in which `split` works
+DATASET_DICT = "dataset_dict.json"
 Inputs = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
@@ -41,11 +43,12 @@ def list_sources(inputs: Inputs) -> list[Source]:
     """List the files that the inputs stand for; the order is that of the inputs, sorted within each folder and glob.
 
     Args:
-        inputs: A path, a folder (all its JSON lines and Parquet files, recursively), a glob,
-            `hf:NAME[@CONFIG][:SPLIT]`, or a list of them.
+        inputs: A path, a folder (all its JSON lines and Parquet files, recursively, but not what `fetch`, `split` and
+            `prepare` write beside them), a glob, `hf:NAME[@CONFIG][:SPLIT]`, or a list of them.
 
     Raises:
-        CptError: An input does not exist, stands for no file, or is listed twice; or there is none.
+        CptError: An input does not exist, stands for no file, or is listed twice; there is none; or a folder holds
+            datasets saved by `datasets` of which one must be named.
     """
     given = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
     sources = [source for item in given for source in _expand(str(item))]
@@ -81,7 +84,37 @@ def _files(item: str, names: Iterable[str]) -> list[Source]:
 
 
 def _in_folder(folder: Path) -> list[str]:
-    return sorted(str(p) for p in folder.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
+    """List a folder's data files; the Arrow files of a saved dataset are none, so that it must be named itself.
+
+    Raises:
+        CptError: The folder is, or holds, a dataset saved by `datasets`.
+    """
+    paths = sorted(folder.rglob("*"))
+    _refuse_saved_datasets(folder, paths)
+    files = (p for p in paths if p.name.endswith(SUFFIXES) and p.is_file())
+    return sorted(str(p) for p in files if not (_is_bookkeeping(p) or UNFINISHED in p.relative_to(folder).parts))
+
+
+def _refuse_saved_datasets(folder: Path, paths: list[Path]) -> None:
+    splits = [str(p.parent) for p in paths if p.name == "state.json" and _is_saved_dataset(p.parent)]
+    if splits:
+        what = "is a saved dataset of several splits" if (folder / DATASET_DICT).exists() else "holds saved datasets"
+        raise CptError(f"{folder} {what}; name the one that you mean, or a list: {', '.join(splits)}.")
+
+
+def _is_bookkeeping(path: Path) -> bool:
+    """Say whether `fetch`, `split` or `prepare` wrote a file beside data; only its neighbours tell it from data."""
+    name = path.name
+    if name == "split.json":
+        neighbours = ["train.jsonl"]
+    elif name.endswith(".part.json"):
+        neighbours = [name.removesuffix(".json"), name.removesuffix(".part.json")]
+    elif name.endswith(("_document.json", "_document.skipped.jsonl")):
+        prefix = name.removesuffix(".json").removesuffix(".skipped.jsonl")
+        neighbours = [prefix + ".idx", prefix + ".journal"]
+    else:
+        return name == "dataset_info.json"
+    return any(path.with_name(neighbour).exists() for neighbour in neighbours)
 
 
 def _is_saved_dataset(folder: Path) -> bool:

@@ -19,16 +19,18 @@ import orjson
 from nemo_cpt.corpus.duplicates import HeldOut, fingerprint, sketch
 from nemo_cpt.corpus.encode import texts_of
 from nemo_cpt.corpus.feed import Feed, Task
-from nemo_cpt.corpus.files import sync_directory, write_whole
+from nemo_cpt.corpus.files import locked, make_folder, sync_directory, write_whole
 from nemo_cpt.corpus.lines import Problem, parse_lines, read_range
 from nemo_cpt.corpus.manifest import changed_input, describe_inputs
 from nemo_cpt.corpus.progress import ProgressBar
-from nemo_cpt.corpus.sources import Inputs, Source, list_sources
+from nemo_cpt.corpus.sources import UNFINISHED, Inputs, Source, list_sources
+from nemo_cpt.corpus.workers import count_processes
 from nemo_cpt.errors import CptError
 
 CHUNK = 2 << 20
 DROPS = ("none", "exact", "near")
-REPORT = "split.json"
+SETS = ("train", "validation", "test")
+REPORT, LOCK = "split.json", ".split.lock"
 
 
 @dataclass
@@ -71,6 +73,7 @@ def split(
     workers: int | None = None,
     overwrite: bool = False,
     quiet: bool = False,
+    patience: float = 10.0,
 ) -> SplitReport:
     """Write `train.jsonl`, `validation.jsonl` and `test.jsonl` into a folder, and count duplicates between them.
 
@@ -88,26 +91,27 @@ def split(
         drop: Training documents to leave out: `none`, `exact` duplicates of held-out ones, or `near` ones as well.
         on_error: As for `prepare`.
         workers: Processes; all CPUs that this process may use by default.
-        overwrite: Replace an existing split.
+        overwrite: Replace an existing split, and any `train.jsonl`, `validation.jsonl` and `test.jsonl` of the folder.
         quiet: Show no progress.
+        patience: Seconds to wait for another process that splits into the folder.
 
     Raises:
-        CptError: An input or an option is unusable, or the folder holds another split.
+        CptError: An input or an option is unusable, an input lies where a set would go, the folder holds another split
+            or files of another origin, another process splits into it, or it cannot be written.
     """
+    processes = count_processes(workers)
     _check_options(validation, test, similarity, drop, on_error)
     job = _Split(inputs, validation, test, json_key, similarity, drop, on_error == "skip")
     folder = Path(output_folder)
-    if not overwrite and (report := job.existing(folder)) is not None:
-        return report
-    folder.mkdir(parents=True, exist_ok=True)
-    work = folder / ".part"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
+    job.check_targets(folder)
+    if not (overwrite or (folder / LOCK).exists()) and (report := job.existing(folder)) is not None:
+        return report  # without the lock, which a folder that is only to be read does not allow
+    make_folder(folder)
     try:
-        job.write(work, workers or len(os.sched_getaffinity(0)), quiet)
-        return job.publish(work, folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        with locked(folder / LOCK, patience):
+            return job.make(folder, processes, overwrite, quiet)
+    except OSError as error:
+        raise CptError(f"Cannot split into {folder}: {error}. Mend that and run the same command again.") from error
 
 
 def _check_options(
@@ -171,6 +175,19 @@ class _Split:
         """All inputs, the held-out ones last."""
         return self.sources + [source for sources in self.given.values() for source in sources]
 
+    def check_targets(self, folder: Path) -> None:
+        """Check that no input lies where this split writes or deletes.
+
+        Raises:
+            CptError: One does.
+        """
+        targets = {os.path.realpath(folder / name) for name in (*(f"{name}.jsonl" for name in SETS), REPORT)}
+        work = os.path.realpath(folder / UNFINISHED)
+        for source in self.all_sources:
+            path = os.path.realpath(source.path)
+            if path in targets or path.startswith(work + os.sep):
+                raise CptError(f"The input {source.path} lies where the split puts its own files. Take another folder.")
+
     def existing(self, folder: Path) -> SplitReport | None:
         """Return the report of this very split if it is there.
 
@@ -180,7 +197,7 @@ class _Split:
         path = folder / REPORT
         if not path.exists():
             return None
-        recorded = orjson.loads(path.read_bytes())
+        recorded = _read_report(path)
         change = changed_input(self.all_sources, recorded["inputs"])
         if recorded["options"] != self.options or change:
             reason = change or f"its options are {recorded['options']}, not {self.options}"
@@ -188,6 +205,30 @@ class _Split:
                 f"{folder} holds another split: {reason}. Take another folder, or overwrite=True (--overwrite)."
             )
         return SplitReport(**recorded["report"] | {"status": "unchanged"})
+
+    def make(self, folder: Path, workers: int, overwrite: bool, quiet: bool) -> SplitReport:
+        """Write the sets beside, then move them into their folder; the folder must be locked.
+
+        Raises:
+            CptError: As `split`.
+        """
+        work = folder / UNFINISHED
+        if (work / REPORT).exists():  # killed while it moved them
+            _move_into_place(work, folder)
+        shutil.rmtree(work, ignore_errors=True)
+        if not overwrite:
+            if (report := self.existing(folder)) is not None:
+                return report
+            _refuse_foreign_files(folder)
+        work.mkdir()
+        try:
+            self.write(work, workers, quiet)
+            self.vouch(work, folder)
+            _move_into_place(work, folder)
+        finally:
+            if not (work / REPORT).exists():
+                shutil.rmtree(work, ignore_errors=True)
+        return self.report
 
     def write(self, work: Path, workers: int, quiet: bool) -> None:
         """Write the sets into a folder: first the held-out ones, then the training set, compared with them."""
@@ -322,16 +363,10 @@ class _Split:
             yield from ((line if line.endswith(b"\n") else line + b"\n", text) for text in found.texts)
             portion.read, offset = portion.read + 1, offset + len(line)
 
-    def publish(self, work: Path, folder: Path) -> SplitReport:
-        """Move the finished sets into their folder; the report comes last and vouches for them."""
+    def vouch(self, work: Path, folder: Path) -> None:
+        """Write the report of the finished sets beside them; from here on they only have to be moved."""
         report = self.report
-        (folder / REPORT).unlink(missing_ok=True)
-        for name in ("train", "validation", "test"):
-            (folder / f"{name}.jsonl").unlink(missing_ok=True)
-            if (work / f"{name}.jsonl").exists():
-                (work / f"{name}.jsonl").rename(folder / f"{name}.jsonl")
-                report.files[name] = str(folder / f"{name}.jsonl")
-        sync_directory(folder)
+        report.files = {name: str(folder / f"{name}.jsonl") for name in SETS if (work / f"{name}.jsonl").exists()}
         left = report.exact + report.near - report.dropped
         if left:
             report.warnings.append(
@@ -339,8 +374,40 @@ class _Split:
                 f"too good. drop='near' (--drop near) leaves them out."
             )
         record = {"options": self.options, "inputs": describe_inputs(self.all_sources, {}), "report": asdict(report)}
-        write_whole(folder / REPORT, orjson.dumps(record, option=orjson.OPT_INDENT_2) + b"\n")
-        return report
+        write_whole(work / REPORT, orjson.dumps(record, option=orjson.OPT_INDENT_2) + b"\n")
+
+
+def _read_report(path: Path) -> dict[str, Any]:
+    try:
+        recorded = orjson.loads(path.read_bytes())
+    except ValueError as error:
+        raise CptError(f"{path} is damaged: {error}. Replace the split with overwrite=True (--overwrite).") from error
+    if not isinstance(recorded, dict) or not {"options", "inputs", "report"} <= recorded.keys():
+        raise CptError(f"{path} is not the report of a split. Take another folder, or overwrite=True (--overwrite).")
+    return recorded
+
+
+def _refuse_foreign_files(folder: Path) -> None:
+    found = [f"{name}.jsonl" for name in SETS if os.path.lexists(folder / f"{name}.jsonl")]
+    if found:
+        raise CptError(
+            f"{folder} holds {', '.join(found)} without a {REPORT}: no split wrote that, and this one would replace or "
+            "delete it. Take another folder, or overwrite=True (--overwrite)."
+        )
+
+
+def _move_into_place(work: Path, folder: Path) -> None:
+    """Move finished sets into their folder, the report last; each step may be repeated after a crash."""
+    files = _read_report(work / REPORT)["report"]["files"]
+    (folder / REPORT).unlink(missing_ok=True)
+    for name in SETS:
+        if (work / f"{name}.jsonl").exists():
+            (work / f"{name}.jsonl").replace(folder / f"{name}.jsonl")
+        elif name not in files:
+            (folder / f"{name}.jsonl").unlink(missing_ok=True)
+    sync_directory(folder)
+    (work / REPORT).replace(folder / REPORT)
+    sync_directory(folder)
 
 
 def _size(sources: Iterable[Source]) -> int:

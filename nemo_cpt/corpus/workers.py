@@ -42,6 +42,17 @@ class Worker:
         return self.task is None and len(self.held) < AHEAD
 
 
+def count_processes(workers: int | None) -> int:
+    """Return how many processes to use: so many, or all CPUs that this process may use.
+
+    Raises:
+        CptError: Fewer than one.
+    """
+    if workers is not None and workers < 1:
+        raise CptError(f"workers is {workers}; it must be at least 1.")
+    return workers or len(os.sched_getaffinity(0))
+
+
 class Pool:
     """`count` workers over one output file."""
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from corpus_helpers import write_jsonl
+from corpus_helpers import same_files, write_jsonl
 
-from nemo_cpt.corpus import prepare
+from nemo_cpt.corpus import prepare, split
+from nemo_cpt.corpus.sources import list_sources
 from nemo_cpt.errors import CptError
 
 GOOD = b'{"text": "good"}\n'
@@ -121,6 +122,46 @@ def test_a_null_in_a_column_has_its_row(tmp_path: Path, small: Path) -> None:
         prepare(tmp_path / "p.parquet", tmp_path / "out", small, quiet=True)
 
 
+def corrupt_parquet(path: Path, page: int) -> list[str]:
+    """Write Chinese noise in row groups of 1,000, and break the data of one in the middle; return the texts."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    noise = random.Random(2)
+    made = ["".join(chr(noise.randrange(0x4E00, 0x9FA0)) for _ in range(100)) for _ in range(4000)]
+    table = pa.table({"text": made})
+    parquet.write_table(table, path, compression="zstd", row_group_size=1000, use_dictionary=False)
+    column = parquet.ParquetFile(path).metadata.row_group(page).column(0)
+    content = bytearray(path.read_bytes())
+    middle = column.data_page_offset + column.total_compressed_size // 2
+    content[middle : middle + 500] = bytes(500)
+    path.write_bytes(content)
+    return made
+
+
+def test_a_corrupt_page_of_a_parquet_file_is_noticed(tmp_path: Path, small: Path) -> None:
+    path = tmp_path / "p.parquet"
+    made = corrupt_parquet(path, page=2)
+    with pytest.raises(CptError, match=r"p.parquet, line 2001, row 2000: the Parquet file breaks near its row 2000: "):
+        prepare(path, tmp_path / "out", small, quiet=True)
+    report = prepare(path, tmp_path / "out", small, on_error="skip", quiet=True)
+    assert (report.status, report.documents, report.skipped) == ("resumed", 2000, {"damaged": 1})
+    expected = prepare(write_jsonl(tmp_path / "good.jsonl", made[:2000]), tmp_path / "expected", small, quiet=True)
+    assert same_files(report.prefix, expected.prefix)
+    with pytest.raises(CptError, match=r"p.parquet, line 2001, .*the Parquet file breaks"):
+        split(path, tmp_path / "sets", validation=0.1, quiet=True)
+    assert split(path, tmp_path / "sets", validation=0.1, on_error="skip", quiet=True).skipped == {"damaged": 1}
+
+
+def test_a_parquet_file_that_is_corrupt_from_its_start_on(tmp_path: Path, jsonl: Path, small: Path) -> None:
+    corrupt_parquet(tmp_path / "p.parquet", page=0)
+    with pytest.raises(CptError, match=r"line 1, row 0: the Parquet file breaks near its row 0"):
+        prepare(tmp_path / "p.parquet", tmp_path / "out", small, quiet=True)
+    inputs = [tmp_path / "p.parquet", jsonl]
+    report = prepare(inputs, tmp_path / "out", small, on_error="skip", quiet=True)
+    assert (report.documents, report.skipped) == (len(jsonl.read_bytes().splitlines()), {"damaged": 1})
+
+
 @pytest.mark.parametrize("change", ["grows", "shrinks"])
 def test_a_file_that_changes_while_being_read_is_noticed(
     tmp_path: Path, texts: list[str], small: Path, change: str
@@ -146,12 +187,58 @@ def test_a_file_that_changes_while_being_read_is_noticed(
     [
         ({"on_error": "ignore"}, "on_error is 'ignore'"),
         ({"workers": 0}, "workers is 0"),
+        ({"verify": -1}, "verify is -1"),
         ({"eod_token": "<nope>"}, "no single token '<nope>'"),
     ],
 )
 def test_bad_options(tmp_path: Path, jsonl: Path, small: Path, options: dict, message: str) -> None:
     with pytest.raises(CptError, match=message):
         prepare(jsonl, tmp_path / "out", small, quiet=True, **options)
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("output", ["file/ja", "file/x/ja"])
+def test_a_file_in_the_way_of_the_output(tmp_path: Path, jsonl: Path, small: Path, output: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CptError, match=r"Cannot make the folder .*: (File exists|Not a directory). Take another out"):
+        prepare(jsonl, tmp_path / output, small, quiet=True)
+
+
+def test_an_output_that_cannot_be_opened(tmp_path: Path, jsonl: Path, small: Path) -> None:
+    (tmp_path / "out_text_document.journal").mkdir()
+    with pytest.raises(CptError, match=r"Cannot write .*out_text_document.journal: Is a directory"):
+        prepare(jsonl, tmp_path / "out", small, quiet=True)
+
+
+@pytest.mark.parametrize("inner", ["", "news"])
+def test_a_saved_dataset_of_several_splits_wants_one_named(
+    tmp_path: Path, texts: list[str], small: Path, inner: str
+) -> None:
+    import datasets
+
+    parts = {name: datasets.Dataset.from_dict({"text": some}) for name, some in (("train", texts), ("test", texts[:9]))}
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "data" / inner))
+    with pytest.raises(CptError, match=r"saved dataset.*; name the one .*/test, .*/train\."):
+        prepare(tmp_path / "data", tmp_path / "out", small, quiet=True)
+    report = prepare(tmp_path / "data" / inner / "train", tmp_path / "out", small, quiet=True)
+    assert report.documents == len(texts)
+
+
+def test_a_folder_is_listed_without_what_commands_wrote_there(tmp_path: Path, texts: list[str], small: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_jsonl(folder / "raw.jsonl", [*texts[:60], "bad"])
+    split(folder, folder, validation=0.2, test=0.2, quiet=True)
+    (folder / ".part").mkdir()
+    write_jsonl(folder / ".part" / "train.jsonl", texts)
+    (folder / "raw.jsonl").unlink()
+    (folder / "more.jsonl").write_text("{bad\n" + (folder / "test.jsonl").read_text("utf-8"))
+    prepare(folder, folder / "ds", small, on_error="skip", quiet=True)
+    (folder / "x.jsonl.part").touch()
+    (folder / "x.jsonl.part.json").write_text("{}")
+    (folder / "notes_document.json").write_text('{"text": "a corpus of the user"}\n')
+    names = [Path(source.path).name for source in list_sources(folder)]
+    assert names == ["more.jsonl", "notes_document.json", "test.jsonl", "train.jsonl", "validation.jsonl"]
 
 
 def test_bad_tokenizers(tmp_path: Path, jsonl: Path) -> None:

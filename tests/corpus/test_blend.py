@@ -95,6 +95,19 @@ def test_a_replay_share_lies_between_0_and_1(share: float) -> None:
         Blend.replay("ja", "en", share=share)
 
 
+@pytest.mark.parametrize("other", ["ds/ja", "ds/ja_text_document"])
+def test_one_dataset_under_two_names_is_refused(other: str) -> None:
+    blends = (
+        lambda: Blend.replay("ds/ja", other),
+        lambda: presets.ibrahim_weak(other, "ds/ja"),
+        lambda: presets.swallow_v0_1("ds/ja", "ds/en", other),
+        lambda: presets.swallow_v0_2("ds/ja", "ds/en", "ds/code", parallel=other),
+    )
+    for make in blends:
+        with pytest.raises(CptError, match=r"names one dataset twice: .* are both ds/ja_text_document"):
+            make()
+
+
 def test_presets_name_their_source(sets: dict[str, str]) -> None:
     v1 = presets.swallow_v0_1("ja", "en", "code", parallel="ja-en")
     assert v1.shares()["ja_text_document"] == pytest.approx(0.54, abs=0.001)

@@ -1,6 +1,8 @@
 """The commands prepare, inspect, split and fetch, run as a user runs them."""
 
 import json
+import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -25,10 +27,55 @@ def test_split_prepare_and_inspect(tmp_path: Path, jsonl: Path, small: Path, tex
     assert (again["status"], again["documents"]) == ("unchanged", documents["train"])
 
     shown = nemo_cpt("inspect", tmp_path / "ds", "-t", small)
-    assert f"{documents['train']:,}" in shown.stdout
-    assert "█" in shown.stdout
+    assert f"documents\t{documents['train']:,}" in shown.stdout.splitlines()
     as_json = json.loads(nemo_cpt("inspect", tmp_path / "ds", "--json").stdout)
     assert as_json["tokens"] == again["tokens"]
+
+
+def on_a_terminal(*arguments: object) -> str:
+    """Run a command on a terminal of 60 columns and return what it shows there."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "nemo_cpt.cli", *map(str, arguments)]
+    environment = os.environ | {"COLUMNS": "60", "TERM": "xterm"}
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    shown = b""
+    try:
+        while piece := os.read(ours, 4096):
+            shown += piece
+    except OSError:  # how Linux says that the other end is closed
+        pass
+    os.close(ours)
+    assert process.wait() == 0, shown.decode()
+    return shown.decode()
+
+
+def test_paths_are_shown_whole(tmp_path: Path, jsonl: Path, small: Path) -> None:
+    prefix = tmp_path / "[ja]-8b" / ("a-long-name-" * 8) / "ds[bold]"
+    done = nemo_cpt("prepare", jsonl, "-o", prefix, "-t", small)
+    assert f"dataset\t{prefix}_text_document (written)" in done.stdout.splitlines()
+    piped = nemo_cpt("inspect", prefix, "-t", small).stdout
+    assert f"dataset\t{prefix}_text_document" in piped.splitlines()
+    assert "tokens a document\tdocuments\tshare of the tokens" in piped.splitlines()
+    shown = on_a_terminal("inspect", prefix, "-t", small)
+    assert "█" in shown
+    assert f"{prefix}_text_document" in "".join(shown.split())
+    assert on_a_terminal("prepare", jsonl, "-o", prefix, "-t", small, "--overwrite").count("[bold]") >= 2  # and the bar
+
+
+def test_outputs_and_numbers_that_cannot_work(tmp_path: Path, jsonl: Path, small: Path) -> None:
+    (tmp_path / "file").touch()
+    for arguments, message in (
+        (("prepare", jsonl, "-o", tmp_path / "file" / "ja", "-t", small), "Cannot make the folder"),
+        (("prepare", jsonl, "-o", tmp_path / "ds", "-t", small, "--verify", "-1"), "verify is -1"),
+        (("split", jsonl, "-o", tmp_path / "file" / "ja"), "Cannot make the folder"),
+        (("split", jsonl, "-o", tmp_path / "sets", "--workers", "-1"), "workers is -1"),
+        (("fetch", "https://localhost/x", "-o", tmp_path / "file" / "x"), "Cannot make the folder"),
+        (("inspect", tmp_path / "ds", "--samples", "-1"), "samples is -1"),
+    ):
+        done = nemo_cpt(*arguments)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert message in done.stderr
 
 
 def test_errors_end_with_code_2_and_no_traceback(tmp_path: Path, small: Path) -> None:

@@ -1,5 +1,6 @@
 """Downloads from a real server on this machine: resumed, verified, refused."""
 
+import json
 import ssl
 import subprocess
 import threading
@@ -11,7 +12,7 @@ import pytest
 
 from nemo_cpt.corpus import fetch
 from nemo_cpt.corpus.catalogue import CORPORA
-from nemo_cpt.corpus.download import CHECKSUMS
+from nemo_cpt.corpus.download import CHECKSUMS, URLS
 from nemo_cpt.errors import CptError
 
 CONTENT = bytes(range(256)) * 20_000
@@ -25,6 +26,8 @@ class Server(ThreadingHTTPServer):
         self.content, self.etag = CONTENT, '"one"'
         self.break_after: list[int] = []  # bytes after which the next answers break off
         self.ranges, self.status, self.kind = True, 200, "application/gzip"
+        self.sizes = ("Content-Length",)  # the headers that say how much there is
+        self.shift = 0  # bytes earlier than asked for, where an answer begins
         self.asked: list[str] = []
 
     @property
@@ -42,12 +45,16 @@ class Handler(BaseHTTPRequestHandler):
         if server.status != 200:
             return self.send_error(server.status)
         asked = self.headers.get("Range") if server.ranges and self.headers.get("If-Range") == server.etag else None
-        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
-        if start >= len(server.content):
+        start = int(asked.removeprefix("bytes=").removesuffix("-")) - server.shift if asked else 0
+        size = len(server.content)
+        if start >= size:
             return self.send_error(416)
         body = server.content[start:]
         self.send_response(206 if asked else 200)
-        self.send_header("Content-Length", str(len(body)))
+        if "Content-Length" in server.sizes:
+            self.send_header("Content-Length", str(len(body)))
+        if "Content-Range" in server.sizes and asked:
+            self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
         self.send_header("Content-Type", server.kind)
         self.send_header("ETag", server.etag)
         self.end_headers()
@@ -70,7 +77,7 @@ def get(server: Server, folder: Path) -> tuple[str, Path]:
     path = Path(fetched.path)
     assert path.read_bytes() == server.content
     assert (path.name, fetched.size) == ("corpus.jsonl.gz", len(server.content))
-    assert sorted(p.name for p in folder.iterdir()) == [CHECKSUMS, "corpus.jsonl.gz"]
+    assert sorted(p.name for p in folder.iterdir()) == [CHECKSUMS, URLS, "corpus.jsonl.gz"]
     return fetched.status, path
 
 
@@ -98,6 +105,88 @@ def test_a_later_run_continues(tmp_path: Path, server: Server) -> None:
     assert (tmp_path / "corpus.jsonl.gz.part").stat().st_size == 300_000
     assert get(server, tmp_path)[0] == "resumed"
     assert server.asked[-1] == "bytes=300000-"
+
+
+@pytest.mark.parametrize("shift", [0, 1000])
+def test_the_size_of_a_continued_file_is_taken_from_its_range(tmp_path: Path, server: Server, shift: int) -> None:
+    server.break_after = [300_000, 0, 0, 0, 0]
+    with pytest.raises(CptError):
+        fetch(server.url, tmp_path, quiet=True, patience=0.01)
+    server.sizes, server.shift = ("Content-Range",), shift
+    server.break_after = [50_000]  # no Content-Length tells that this answer is cut short
+    assert get(server, tmp_path)[0] == "resumed"
+    assert server.asked[-2:] == ["bytes=300000-", f"bytes={350_000 - shift}-"]
+
+
+def test_a_part_without_a_size_is_continued(tmp_path: Path, server: Server) -> None:
+    server.break_after = [300_000, 0, 0, 0, 0]
+    with pytest.raises(CptError):
+        fetch(server.url, tmp_path, quiet=True, patience=0.01)
+    server.sizes, server.break_after = (), [50_000]
+    assert get(server, tmp_path)[0] == "resumed"
+
+
+def test_a_part_longer_than_the_file_is_begun_anew(tmp_path: Path, server: Server) -> None:
+    server.break_after = [300_000, 0, 0, 0, 0]
+    with pytest.raises(CptError):
+        fetch(server.url, tmp_path, quiet=True, patience=0.01)
+    (tmp_path / "corpus.jsonl.gz.part").write_bytes(CONTENT + b"more")
+    assert get(server, tmp_path)[0] == "fetched"
+
+
+def test_a_run_killed_before_it_named_its_file_is_completed(tmp_path: Path, server: Server) -> None:
+    path = get(server, tmp_path)[1]
+    path.rename(f"{path}.part")
+    state = {"url": server.url, "total": len(CONTENT), "validator": server.etag}
+    (tmp_path / "corpus.jsonl.gz.part.json").write_text(json.dumps(state))
+    get(server, tmp_path)
+    assert server.asked == ["all", f"bytes={len(CONTENT)}-"]
+
+
+def test_a_file_of_another_address_is_not_taken_for_this_one(tmp_path: Path, server: Server) -> None:
+    path = get(server, tmp_path)[1]
+    other = server.url.replace("/data/", "/other/")
+    server.content = CONTENT[::-1]
+    with pytest.raises(CptError, match=r"gz came from .*/data/.*, not from .*/other/.*take another folder"):
+        fetch(other, tmp_path, quiet=True)
+    assert path.read_bytes() == CONTENT
+    path.unlink()
+    [fetched] = fetch(other, tmp_path, quiet=True)
+    assert (fetched.status, path.read_bytes()) == ("fetched", CONTENT[::-1])
+    assert "/other/" in (tmp_path / URLS).read_text()
+    assert fetch(other, tmp_path, quiet=True)[0].status == "unchanged"
+
+
+def test_a_file_that_was_not_fetched_is_not_replaced(tmp_path: Path, server: Server) -> None:
+    (tmp_path / "corpus.jsonl.gz").write_bytes(b"mine")
+    with pytest.raises(CptError, match=r"corpus.jsonl.gz exists and is not in SHA256SUMS.*Move it away"):
+        fetch(server.url, tmp_path, quiet=True)
+    assert (tmp_path / "corpus.jsonl.gz").read_bytes() == b"mine"
+    assert server.asked == []
+
+
+def test_a_folder_of_an_older_version_stays_usable(tmp_path: Path, server: Server) -> None:
+    get(server, tmp_path)
+    (tmp_path / URLS).unlink()
+    assert fetch(server.url, tmp_path, quiet=True)[0].status == "unchanged"
+
+
+def test_no_password_is_noted(tmp_path: Path, server: Server) -> None:
+    fetch(server.url.replace("http://", "http://user:secret@"), tmp_path, quiet=True)
+    assert "secret" not in (tmp_path / URLS).read_text()
+    assert get(server, tmp_path)[0] == "unchanged"
+
+
+def test_the_names_of_the_notes_are_refused(tmp_path: Path, server: Server) -> None:
+    with pytest.raises(CptError, match="SHA256SUMS is where fetch keeps its own notes"):
+        fetch(server.url.replace("corpus.jsonl.gz", CHECKSUMS), tmp_path, quiet=True)
+
+
+@pytest.mark.parametrize("output", ["file", "file/x"])
+def test_a_file_in_the_way_of_the_folder(tmp_path: Path, server: Server, output: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CptError, match=rf"Cannot make the folder .*{output}: (File exists|Not a directory)"):
+        fetch(server.url, tmp_path / output, quiet=True)
 
 
 @pytest.mark.parametrize("change", ["etag", "no ranges"])

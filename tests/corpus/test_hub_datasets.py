@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from corpus_helpers import same_files, write_jsonl, write_reference
 
-from nemo_cpt.corpus.download import CHECKSUMS
+from nemo_cpt.corpus.download import CHECKSUMS, URLS
 
 NAME, TOKEN = "someone/news", "hf_secretsecretsecretsecretsecret"
 
@@ -149,6 +149,20 @@ def test_a_dataset_is_fetched_once_and_checked(hub: Hub, tmp_path: Path, texts: 
     again = json.loads(command(hub, "fetch", f"hf:{NAME}", "-o", out, "--json").stdout)["files"]
     assert {file["status"] for file in again} == {"unchanged"}
     assert len(hub.fetched) == fetched
+
+
+def test_a_dataset_replaces_no_file_of_another_origin(hub: Hub, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "data").mkdir(parents=True)
+    (out / "data" / "train-0.jsonl").write_text("mine")
+    refused = command(hub, "fetch", f"hf:{NAME}", "-o", out)
+    assert (refused.returncode, "train-0.jsonl exists and is not in SHA256SUMS" in refused.stderr) == (2, True)
+    assert (out / "data" / "train-0.jsonl").read_text() == "mine"
+    (out / "data" / "train-0.jsonl").unlink()
+    assert command(hub, "fetch", f"hf:{NAME}", "-o", out).returncode == 0
+    (out / URLS).write_text((out / URLS).read_text().replace(NAME, "someone/else"))
+    refused = command(hub, "fetch", f"hf:{NAME}", "-o", out)
+    assert "came from hf:someone/else, not from hf:someone/news" in refused.stderr
 
 
 def test_a_dataset_is_prepared_by_name(hub: Hub, tmp_path: Path, texts: list[str], small: Path) -> None:

@@ -34,6 +34,11 @@ def test_another_tokenizer_is_noticed(dataset: Path, llama3: Path, tmp_path: Pat
         inspect(large.prefix, small)
 
 
+def test_a_negative_number_of_samples_is_refused(dataset: Path) -> None:
+    with pytest.raises(CptError, match="samples is -1"):
+        inspect(dataset, samples=-1)
+
+
 @pytest.mark.parametrize(
     ("place", "message"),
     [

@@ -1,7 +1,10 @@
 """Held-out sets: stable under more data, free of duplicates where asked."""
 
 import json
+import multiprocessing
 import random
+import resource
+import time
 from pathlib import Path
 
 import orjson
@@ -109,9 +112,123 @@ def test_bad_lines(tmp_path: Path, documents: list[str]) -> None:
     assert report.skipped == {"missing_key": 1}
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["train.jsonl", "validation.jsonl", "split.json", ".part/train.jsonl"])
+def test_an_input_where_a_set_would_go_is_refused(
+    tmp_path: Path, documents: list[str], name: str, overwrite: bool
+) -> None:
+    (tmp_path / "data" / ".part").mkdir(parents=True)
+    source = write_jsonl(tmp_path / "data" / name, documents[:300])
+    (tmp_path / "alias").symlink_to(tmp_path / "data")
+    before = source.read_bytes()
+    with pytest.raises(CptError, match=rf"{name} lies where the split puts its own files. Take another folder"):
+        split(source, tmp_path / "alias", validation=0.3, overwrite=overwrite, quiet=True)
+    assert source.read_bytes() == before
+
+
+def test_a_given_validation_set_is_not_deleted(tmp_path: Path, documents: list[str]) -> None:
+    source = write_jsonl(tmp_path / "all.jsonl", documents[:300])
+    held = write_jsonl(tmp_path / "validation.jsonl", documents[300:320])
+    with pytest.raises(CptError, match=r"validation.jsonl lies where the split"):
+        split(source, tmp_path, validation=held, overwrite=True, quiet=True)
+    assert len(read(str(held))) == 20
+
+
+def test_foreign_files_are_neither_replaced_nor_deleted(tmp_path: Path, documents: list[str]) -> None:
+    source = write_jsonl(tmp_path / "all.jsonl", documents[:300])
+    foreign = write_jsonl(tmp_path / "test.jsonl", documents[300:310])
+    with pytest.raises(CptError, match=r"holds test.jsonl without a split.json.*overwrite=True"):
+        split(source, tmp_path, validation=0.3, quiet=True)
+    assert len(read(str(foreign))) == 10
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all.jsonl", "test.jsonl"]
+    split(source, tmp_path, validation=0.3, overwrite=True, quiet=True)
+    names = ["all.jsonl", "split.json", "train.jsonl", "validation.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+@pytest.mark.parametrize("content", ["{torn", "[1]", '{"train": 1}'])
+def test_a_foreign_report_is_refused(tmp_path: Path, documents: list[str], content: str) -> None:
+    source = write_jsonl(tmp_path / "all.jsonl", documents[:300])
+    (tmp_path / "split.json").write_text(content)
+    with pytest.raises(CptError, match=r"split.json is (damaged|not the report of a split)"):
+        split(source, tmp_path, validation=0.3, quiet=True)
+
+
+def test_a_split_killed_while_it_moved_its_sets_is_completed(
+    tmp_path: Path, documents: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_jsonl(tmp_path / "all.jsonl", documents[:300])
+    whole = split(source, tmp_path / "whole", validation=0.2, test=0.1, quiet=True)
+    replace = Path.replace
+
+    def stop_at_the_second(path: Path, target: Path) -> Path:
+        if path.name == "validation.jsonl":
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", stop_at_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            split(source, tmp_path / "out", validation=0.2, test=0.1, quiet=True)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".part", "train.jsonl"]
+    (tmp_path / "out" / ".split.lock").touch()  # of the killed process
+    report = split(source, tmp_path / "out", validation=0.2, test=0.1, quiet=True)
+    assert report.documents == whole.documents
+    names = ["split.json", "test.jsonl", "train.jsonl", "validation.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    assert all(read(report.files[name]) == read(whole.files[name]) for name in whole.files)
+
+
+def test_two_splits_into_one_folder_do_not_meet(tmp_path: Path, documents: list[str]) -> None:
+    source = write_jsonl(tmp_path / "all.jsonl", documents * 5)
+    first = multiprocessing.get_context("fork").Process(
+        target=split, args=(source, tmp_path / "out"), kwargs={"validation": 0.3, "workers": 1, "quiet": True}
+    )
+    first.start()
+    while not (tmp_path / "out" / ".part").exists():
+        time.sleep(0.002)
+    with pytest.raises(CptError, match=r"Another process is writing this output: it holds .*\.split\.lock"):
+        split(source, tmp_path / "out", validation=0.3, workers=1, quiet=True, patience=0)
+    waited = split(source, tmp_path / "out", validation=0.3, workers=1, quiet=True, patience=60)
+    first.join()
+    assert (first.exitcode, waited.status) == (0, "unchanged")
+    assert sum(len(read(path)) for path in waited.files.values()) + waited.repeated == 5 * len(documents)
+    names = ["split.json", "train.jsonl", "validation.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+
+
+def test_a_full_disk_is_reported(tmp_path: Path, documents: list[str]) -> None:
+    fork = multiprocessing.get_context("fork")
+    pipe, theirs = fork.Pipe()
+    source = write_jsonl(tmp_path / "all.jsonl", documents)
+
+    def job() -> None:  # a limit on file sizes fails in the same call as a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        try:
+            split(source, tmp_path / "out", validation=0.1, quiet=True)
+        except CptError as error:
+            theirs.send(str(error))
+
+    process = fork.Process(target=job)
+    process.start()
+    process.join()
+    assert pipe.poll()
+    assert "Cannot split into" in pipe.recv()
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("output", ["file", "file/ja"])
+def test_a_file_in_the_way_of_the_folder(tmp_path: Path, documents: list[str], output: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CptError, match=rf"Cannot make the folder .*{output}: (File exists|Not a directory)"):
+        split(write_jsonl(tmp_path / "all.jsonl", documents[:300]), tmp_path / output, validation=0.3, quiet=True)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"workers": 0}, "workers is 0; it must be at least 1"),
+        ({"workers": -1}, "workers is -1; it must be at least 1"),
         ({"validation": 1.5}, "shares lie between 0 and 1"),
         ({"validation": 0.6, "test": 0.4}, "together below 1"),
         ({"validation": 0}, "Nothing is held out"),
