@@ -170,6 +170,8 @@ def data(
     """The blend's data module, with the base's own tokenizer unless another folder or hub name is given."""
     if not isinstance(blend, Blend):
         raise CptError(f"data is {blend!r}: give a Blend, such as Blend(train={{'ds/ja': 0.75, 'ds/en': 0.25}})")
+    if blend.test:
+        raise CptError("a training reads no test sets: leave data.test away, and evaluate the exported model on them")
     return run.Config(
         BlendDataModule,
         paths=[item for prefix, weight in blend.train.items() for item in (weight, prefix)],

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from nemo_cpt.cli import app
+from nemo_cpt.cli.tables import print_pairs
 
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 _Ignore = Annotated[
@@ -94,14 +95,11 @@ def _print(report: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(report))
         return
-    from rich.console import Console
-    from rich.table import Table
+    print_pairs((name.replace("_", " "), _shown(value)) for name, value in report.items())
 
-    table = Table(show_header=False, box=None)
-    for name, value in report.items():
-        shown = ", ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
-        table.add_row(name.replace("_", " "), shown or "none")
-    Console().print(table)
+
+def _shown(value: object) -> str:
+    return (", ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)) or "none"
 
 
 @contextmanager
@@ -111,9 +109,10 @@ def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
         yield _line_printer(label)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (label, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    name = TextColumn("{task.description}", markup=False)
+    columns = (name, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(label)
         yield lambda done, total: bar.update(task, completed=done, total=total)

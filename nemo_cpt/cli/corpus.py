@@ -2,7 +2,6 @@
 
 import json as jsonlib
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nemo_cpt.cli import app
+from nemo_cpt.cli.tables import print_pairs, print_plain
 
 if TYPE_CHECKING:
     from nemo_cpt.corpus.inspection import Inspection
@@ -144,7 +144,7 @@ def _print_histogram(report: "Inspection") -> None:
         for low, high, documents, tokens in report.histogram
     ]
     if not sys.stdout.isatty():
-        return _print_plain([titles, *rows])
+        return print_plain([titles, *rows])
     from rich.bar import Bar
     from rich.console import Console
     from rich.table import Table
@@ -227,28 +227,6 @@ def _print_json(value: dict[str, Any]) -> None:
 
 
 def _print_rows(rows: dict[str, Any], warnings: list[str]) -> None:
-    """Print names and values, aligned on a terminal and whole, tab-separated lines elsewhere; warnings on stderr."""
-    pairs = [(name, str(value)) for name, value in rows.items()]
-    if sys.stdout.isatty():
-        _print_aligned(pairs)
-    else:
-        _print_plain(pairs)
+    print_pairs(rows.items())
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-
-
-def _print_aligned(pairs: list[tuple[str, str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(show_header=False, box=None)
-    for _ in range(2):
-        table.add_column(overflow="fold")  # a long path goes on in the next line
-    for name, value in pairs:
-        table.add_row(Text(name), Text(value))  # as strings, [brackets] in a path would be styles
-    Console().print(table)
-
-
-def _print_plain(rows: Sequence[tuple[str, ...]]) -> None:
-    print("\n".join("\t".join(row) for row in rows))

@@ -53,6 +53,9 @@ class Job:
         lora_rank: rank of the adapters; None where every parameter is trained.
         trained_embeddings: whether the embedding and the output layer are trained beside the adapters.
         gpu_memory_gib: memory of the card that the recipe is made for, as sold; None where it does not say.
+        global_batch_size: sequences of a step; 0 where the recipe's source does not say.
+        seq_length: tokens of a sequence; likewise.
+        max_steps: steps; likewise.
         checkpoints: how many checkpoints lie on the disk at once, at most.
         attention_backend: Megatron's.
     """
@@ -71,6 +74,9 @@ class Job:
     lora_rank: int | None = None
     trained_embeddings: bool = False
     gpu_memory_gib: float | None = None
+    global_batch_size: int = 0
+    seq_length: int = 0
+    max_steps: int = 0
     checkpoints: int = 4
     attention_backend: str = "auto"
 

@@ -42,20 +42,27 @@ def base(examination: Examination) -> Finding:
 
 
 def data(examination: Examination) -> Finding:
-    """Whether every dataset of the blend is there and whole."""
+    """Whether every dataset of the blend is there and whole, and what its mixture will do to the model."""
     job = examination.job
     if job is None or not _sees_files(examination):
         return Finding("data", "skipped", _why_not(examination))
     if job.data is None:
         return Finding("data", "skipped", f"{job.recipe}'s default data cannot be read from its source")
     try:
-        job.data.check()
+        warnings = _warnings(job)
     except CptError as error:
         return from_error("data", error)
     tokens = sum(job.data.tokens().values())
     shares = ", ".join(f"{_short(prefix)} {share:.0%}" for prefix, share in job.data.shares().items())
     validation = ", ".join(job.data.validation) or "none"
-    return Finding("data", "ok", f"{tokens:,} tokens ({shares}); validation: {validation}")
+    found = f"{tokens:,} tokens ({shares}); validation: {validation}"
+    return Finding("data", "warning" if warnings else "ok", found, " ".join(warnings))
+
+
+def _warnings(job: Job) -> list[str]:
+    """Check the blend; what its report warns about, without the epochs where the job's length is not known."""
+    assert job.data is not None
+    return job.data.report(job.global_batch_size or 1, job.seq_length or 1, job.max_steps or 1).warnings
 
 
 def vocabulary(examination: Examination) -> Finding:

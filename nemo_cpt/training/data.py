@@ -6,6 +6,7 @@ from nemo.collections import llm
 from nemo.collections.llm.gpt.data.utils import _reconfigure_limit_batches
 
 from nemo_cpt.corpus import Blend
+from nemo_cpt.corpus.blend import check_distinct
 from nemo_cpt.errors import CptError
 from nemo_cpt.training.datasets import TRAIN, VALIDATION, FirstSamples, gpt_dataset
 
@@ -112,13 +113,14 @@ def blend_of(paths: Any, validation: dict[str, str] | None = None, weighting: st
     """The `Blend` of a recipe's `data` fields.
 
     Raises:
-        CptError: `paths` is no list of a weight and a prefix in turn.
+        CptError: `paths` is no list of a weight and a prefix in turn, or names one dataset twice.
     """
     if isinstance(paths, str) or not isinstance(paths, list | tuple) or len(paths) % 2:
         raise CptError(
             f"data.paths is {paths!r}: give weights and prefixes in turn, such as [0.75, 'ds/ja', 0.25, 'ds/en'], or "
             "give the recipe data=Blend(train={'ds/ja': 0.75, 'ds/en': 0.25})"
         )
+    check_distinct(map(str, paths[1::2]))
     try:
         train = {str(prefix): float(weight) for weight, prefix in zip(paths[::2], paths[1::2], strict=True)}
     except ValueError as error:

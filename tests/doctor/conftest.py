@@ -17,7 +17,7 @@ TABLE = "| NVIDIA-SMI 550.54.15    Driver Version: 550.54.15    CUDA Version: 12
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `hf`, `base` (NeMo), `ds/ja` and `ds/en` of its vocabulary, and `ds/other` of another's."""
+    """A folder with `hf`, `base` (NeMo), `ds/ja`, `ds/en`, `ds/held_out` of its vocabulary, and `ds/other` of another's."""
     import small_models
 
     from nemo_cpt.checkpoint import import_hf
@@ -31,7 +31,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "other_hf" / "tokenizer.json").write_text(json.dumps(content))
     words = list(content["model"]["vocab"])[5:60]
     (folder / "text.jsonl").write_text(json.dumps({"text": " ".join(words)}) + "\n")
-    for name, tokenizer in {"ja": "hf", "en": "hf", "other": "other_hf"}.items():
+    for name, tokenizer in {"ja": "hf", "en": "hf", "held_out": "hf", "other": "other_hf"}.items():
         prepare(folder / "text.jsonl", folder / "ds" / name, folder / tokenizer, workers=1, quiet=True)
     return folder
 

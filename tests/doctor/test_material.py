@@ -17,7 +17,8 @@ LLAMA31_8B = {
 
 
 def job(world: Path, *train: str, **changes) -> Job:
-    data = Blend(train={str(world / "ds" / name): 1.0 for name in train or ("ja", "en")}, validation={})
+    validation = {"ja": str(world / "ds/held_out")}
+    data = Blend(train={str(world / "ds" / name): 1.0 for name in train or ("ja", "en")}, validation=validation)
     return Job("r", **{"base": str(world / "base"), "data": data, "directory": world / "runs" / "one"} | changes)
 
 
@@ -26,6 +27,22 @@ def test_a_sound_job(world):
     findings = [check(examination) for check in (material.base, material.data, material.vocabulary, material.disk)]
     assert {each.state for each in findings} == {"ok"}
     assert "ja 50%" in findings[1].found
+
+
+def test_what_a_blend_will_do_to_the_model(world):
+    ja = str(world / "ds/ja")
+    long = material.data(Examination(job(world, "ja", global_batch_size=4, seq_length=64, max_steps=9)))
+    assert long.state == "warning"
+    assert "ja_text_document is repeated" in long.cure
+    assert material.data(Examination(job(world, "ja", global_batch_size=1, seq_length=64, max_steps=1))).state == "ok"
+    for blend, cure in (
+        (Blend(train={ja: 1.0}, validation={"ja": ja}), "sets ja are also trained on"),
+        (Blend(train={ja: 1.0}), "no validation set"),
+        (Blend(train={ja: 1.0}, validation={"ja": str(world / "ds/held_out")}, caution="It forgets."), "It forgets."),
+    ):
+        found = material.data(Examination(job(world, data=blend)))
+        assert found.state == "warning"
+        assert cure in found.cure
 
 
 def test_a_base_that_is_not_there_or_foreign(world, tmp_path):
@@ -73,7 +90,7 @@ def test_another_vocabulary(world):
     assert "other was made for 251 tokens" in found.found
     assert found.found.endswith("has 250 tokens")
     assert found.cure.startswith("prepare it again")
-    right = job(world, "other", tokenizer=str(world / "other_hf"))
+    right = job(world, data=Blend(train={str(world / "ds/other"): 1.0}), tokenizer=str(world / "other_hf"))
     assert material.vocabulary(Examination(right)).state == "ok"
 
 

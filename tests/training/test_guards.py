@@ -142,6 +142,15 @@ def _train_from_random_weights(world: Path, blend: Any) -> None:
     run.run(made, direct=True)
 
 
+def test_test_sets_and_a_dataset_named_twice(world: Path, blend: Any) -> None:
+    with pytest.raises(CptError, match="a training reads no test sets"):
+        recipe(world, Blend(train=blend.train, test=blend.validation))
+    made = recipe(world, blend)
+    made.data.paths = [0.5, "ds/ja", 0.5, "ds/ja_text_document"]
+    with pytest.raises(CptError, match="names one dataset twice"):
+        guards.check(made)
+
+
 def test_a_recipe_refuses_a_global_batch_that_does_not_divide(world: Path, blend: Any) -> None:
     with pytest.raises(CptError, match="global_batch_size 6 is not a multiple of micro_batch_size 2 x data parallel 2"):
         recipe(world, blend, processes=2, global_batch_size=6, micro_batch_size=2)

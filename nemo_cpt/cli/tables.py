@@ -1,0 +1,26 @@
+"""Names and values on a terminal, aligned; tab-separated lines, uncut, elsewhere."""
+
+import sys
+from collections.abc import Iterable, Sequence
+
+
+def print_pairs(pairs: Iterable[tuple[str, object]]) -> None:
+    """Print names and values; a long value goes on in the next line on a terminal."""
+    texts = [(name, str(value)) for name, value in pairs]
+    if not sys.stdout.isatty():
+        return print_plain(texts)
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_header=False, box=None)
+    for _ in range(2):
+        table.add_column(overflow="fold")
+    for name, value in texts:
+        table.add_row(Text(name), Text(value))  # as strings, [brackets] in a path would be styles
+    Console().print(table)
+
+
+def print_plain(rows: Iterable[Sequence[str]]) -> None:
+    """Print rows as tab-separated lines."""
+    print("\n".join("\t".join(row) for row in rows))
