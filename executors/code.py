@@ -19,8 +19,9 @@ MOST_FILES = 1000
 class CodeSnapshot(run.Packager):
     """Packs the git repository of the current folder: tracked files as they are on disk, and untracked ones.
 
-    NeMo-Run's GitArchivePackager packs the last commit and leaves out what is not committed without a word. Ignored
-    files are not packed. Outside a repository the Python files under the current folder are.
+    NeMo-Run's GitArchivePackager packs the last commit and leaves out what is not committed without a word. Submodules
+    are packed in the same way; ignored files are not packed. Outside a repository the Python files under the current
+    folder are.
 
     Attributes:
         refuse_uncommitted: raise CptError while there are changes that are not committed.
@@ -55,8 +56,19 @@ def _files(folder: Path, refuse_uncommitted: bool) -> tuple[Path, list[str]]:
         raise CptError(
             f"{root} has changes that are not committed; commit them or use code='ship':\n{changes.rstrip()}"
         )
-    listed = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--deduplicate") or ""
-    return root, [file for file in listed.split("\0") if file and os.path.lexists(root / file)]
+    return root, [str(file.relative_to(root)) for file in _listed(root)]
+
+
+def _listed(repository: Path) -> list[Path]:
+    """A repository's files that are not ignored, and those of its submodules, of which git lists the folder alone."""
+    listed = _git(repository, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--deduplicate") or ""
+    found = []
+    for path in (repository / name for name in listed.split("\0") if name):
+        if (path / ".git").exists() and not path.is_symlink():
+            found += _listed(path)
+        elif os.path.lexists(path):
+            found.append(path)
+    return found
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

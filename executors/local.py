@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,7 +53,7 @@ def local(
         ntasks_per_node=processes,
         nodes=nodes,
         launcher="torchrun" if processes * nodes > 1 else None,
-        env_vars=_quiet_torchrun() | _interpreter_first() | _visible_gpus(gpus) | job_env(env),
+        env_vars=_quiet_torchrun() | _interpreter_first() | visible_gpus(gpus) | job_env(env),
         retries=max_restarts,
     )
 
@@ -83,11 +84,19 @@ def _quiet_torchrun() -> dict[str, str]:
     return {"LOGLEVEL": os.environ.get("LOGLEVEL", "WARNING")}  # NeMo-Run would set INFO
 
 
-def _visible_gpus(gpus: int | None) -> dict[str, str]:
+def visible_gpus(gpus: int | None) -> dict[str, str]:
+    """Return what `gpus` makes of CUDA_VISIBLE_DEVICES: the first ones of those visible now; nothing for None.
+
+    Raises:
+        CptError: fewer are visible.
+    """
     if gpus is None:
         return {}
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = visible.split(",") if visible else [str(index) for index in range(gpus)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus))))
+    # CUDA hides all GPUs from the first that does not exist on; "" and "-1" are how people hide every one.
+    devices = list(takewhile(lambda device: device.strip() not in ("", "-1"), visible.split(",")))
     if len(devices) < gpus:
-        raise CptError(f"local(gpus={gpus}): CUDA_VISIBLE_DEVICES={visible} shows only {len(devices)}")
+        raise CptError(
+            f"local(gpus={gpus}): CUDA_VISIBLE_DEVICES={visible!r} shows {len(devices)}; unset it, or ask for fewer"
+        )
     return {"CUDA_VISIBLE_DEVICES": ",".join(devices[:gpus])}

@@ -20,9 +20,9 @@ from torchx.specs import AppDef, AppDryRunInfo, AppState, Role
 
 from nemo_cpt.errors import CptError, StoppedEarlyError
 from nemo_cpt.executors.environment import secrets_file
-from nemo_cpt.executors.runner import MARKER
+from nemo_cpt.executors.runner import MARKER, REFUSAL
 from nemo_cpt.executors.stopping import with_our_runner
-from nemo_cpt.executors.supervisor import MARKER_PREFIX
+from nemo_cpt.executors.supervisor import MARKER_PREFIX, REFUSAL_PREFIX
 from nemo_cpt.executors.tracking import EXPERIMENT
 
 SBATCH = "sbatch"
@@ -93,16 +93,19 @@ class SlurmJob(SlurmExecutor):
         lines = [
             "{ set +vx; } 2>/dev/null",
             f"job={shlex.quote(self.folder)}",
-            f'rm -f "$job/{MARKER_PREFIX}$SLURM_JOB_ID"',  # of an earlier start
+            f'rm -f "$job/{MARKER_PREFIX}$SLURM_JOB_ID" "$job/{REFUSAL_PREFIX}$SLURM_JOB_ID"',  # of an earlier start
             *self._chain_lines(),
             "export MASTER_ADDR=${head_node_ip%% *}",
             f'export {MARKER}={shlex.quote(job)}/{MARKER_PREFIX}"$SLURM_JOB_ID"',
+            f'export {REFUSAL}={shlex.quote(job)}/{REFUSAL_PREFIX}"$SLURM_JOB_ID"',
             f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(job)}/code:{shlex.quote(job)}/code/src:$PYTHONPATH",
             *([f"export PATH={shlex.quote(self.python_folder)}:$PATH"] if self.python_folder else []),
             f"export {EXPERIMENT}={self.experiment_id} WANDB_RESUME=allow",
             f"export WANDB_RUN_ID=${{WANDB_RUN_ID:-{self.experiment_id}}}",
             *(['. "$job/secrets.env"'] if self.secrets else []),
             *self.setup,
+            # When srun has failed, before NeMo-Run's script looks whether the job is to start again.
+            f"""trap '[ ! -e "$job/{REFUSAL_PREFIX}$SLURM_JOB_ID" ] || TORCHX_MAX_RETRIES=0' ERR""",
             self._on_exit(),
         ]
         return "\n".join(lines)

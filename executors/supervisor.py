@@ -8,6 +8,7 @@ stop that left a checkpoint it is `StoppedEarlyError`'s, because an unfinished r
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
@@ -16,9 +17,10 @@ from pathlib import Path
 from types import FrameType
 
 from nemo_cpt.errors import CptError, StoppedEarlyError
-from nemo_cpt.executors.runner import MARKER
+from nemo_cpt.executors.runner import MARKER, REFUSAL
 
 MARKER_PREFIX = "preempted-"  # of the file in a job's folder that says: it was told to stop, and saved
+REFUSAL_PREFIX = "refused-"  # of the one that says: a CptError ended it
 
 
 class Supervisor:
@@ -32,13 +34,15 @@ class Supervisor:
 
     def __init__(self, command: list[str], marker: Path, max_restarts: int = 0) -> None:
         self.command, self.marker, self.max_restarts = command, marker, max_restarts
+        self.refusal = marker.with_name(REFUSAL_PREFIX + marker.name.removeprefix(MARKER_PREFIX))
         self.child: subprocess.Popen[bytes] | None = None
         self.stops = 0
 
     def run(self) -> int:
         """Run until the command succeeds, was told to stop, or has used up its restarts; return the exit code.
 
-        A CptError (exit code 2) is not tried again: it says what the user must change.
+        A CptError is not tried again: it says what the user must change. Its exit code is 2, also under torchrun,
+        which turns every failure of a worker into 1.
         """
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._stop)
@@ -47,6 +51,8 @@ class Supervisor:
             if self.marker.exists():
                 print("nemo_cpt: stopped ahead of the end, saved; the same command goes on from there", flush=True)
                 return StoppedEarlyError.exit_code
+            if self.refusal.exists():
+                return CptError.exit_code
             if code in (0, CptError.exit_code) or self.stops:
                 break
             if restart < self.max_restarts:
@@ -54,9 +60,11 @@ class Supervisor:
         return code
 
     def _run_once(self) -> int:
-        self.marker.unlink(missing_ok=True)
+        for left_before in (self.marker, self.refusal):
+            left_before.unlink(missing_ok=True)
+        words = {MARKER: str(self.marker), REFUSAL: str(self.refusal)}
         # A session of its own, so that a signal to this process's group reaches the job through _stop alone.
-        self.child = subprocess.Popen(self.command, start_new_session=True, env=os.environ | {MARKER: str(self.marker)})
+        self.child = subprocess.Popen(self.command, start_new_session=True, env=os.environ | words)
         if self.stops:
             self._signal_job()
         code = self.child.wait()
@@ -72,28 +80,30 @@ class Supervisor:
         assert self.child is not None
         workers = children(self.child.pid) if Path(self.command[0]).name == "torchrun" else []
         for pid in workers or [self.child.pid]:
-            os.kill(pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):  # it ended since it was listed
+                os.kill(pid, signal.SIGTERM)
 
 
 def _end(leader: int) -> None:
     """Kill the workers, each with a session of its own under torchrun, and their parent."""
     for pid in [*children(leader), leader]:
-        try:
-            os.killpg(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            os.kill(pid, signal.SIGKILL)
+        for kill in (os.killpg, os.kill):  # a worker that leads no group is no group's name
+            with contextlib.suppress(ProcessLookupError):
+                kill(pid, signal.SIGKILL)
 
 
 def children(pid: int) -> list[int]:
     """Return the ids of a process's direct children; none if it has ended."""
-    found = []
+    return [each for each, (parent, _) in processes().items() if parent == pid]
+
+
+def processes() -> dict[int, tuple[int, str]]:
+    """Return the parent and the state of every process of this machine, by id; the state Z is an ended one's."""
+    found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])  # a program's name may hold spaces
-        except OSError:
-            continue
-        if parent == pid:
-            found.append(int(stat.parent.name))
+        with contextlib.suppress(OSError):  # it ended since it was listed
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]  # a program's name may hold spaces
+            found[int(stat.parent.name)] = (int(parent), state)
     return found
 
 

@@ -3,6 +3,7 @@
 Seen in nemo_run 0.11.1. Each has a test that fails when NeMo-Run no longer needs it.
 """
 
+import re
 from collections.abc import Callable
 from functools import cache, wraps
 from pathlib import Path
@@ -13,6 +14,7 @@ from nemo_cpt.executors import pods, stopping
 from nemo_cpt.executors.supervisor import MARKER_PREFIX
 
 LOG_LINES = 25
+_MESSAGE = re.compile(r"(\[default\d+\]:)?nemo_cpt: ")  # how a CptError ends a task, also under torchrun
 
 
 @cache
@@ -135,7 +137,7 @@ def log_tail(job_dir: str, lines: int = LOG_LINES) -> str:
         return f"It left no log in {job_dir}"
     printed = log.read_text(errors="replace").rstrip().splitlines()
     last = (_of_workers(printed) or printed)[-lines:]
-    if last and "nemo_cpt.errors.CptError: " in last[-1]:  # it says what is wrong; its traceback adds nothing
+    if last and _MESSAGE.match(last[-1]):  # it says what is wrong; what came before adds nothing
         last = last[-1:]
     return "\n".join([f"The last lines of {log}:", *(f"    {line}" for line in last)])
 

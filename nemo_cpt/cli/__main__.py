@@ -1,3 +1,4 @@
 from nemo_cpt.cli import main
 
-main()
+if __name__ == "__main__":  # NeMo-Run imports the launcher's main module again, in the job
+    main()

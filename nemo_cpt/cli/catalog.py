@@ -73,7 +73,7 @@ def recipes() -> dict[str, Function]:
     """Return the recipes of `nemo_cpt.recipes` by name: public functions that return a run.Partial they made."""
     found = {}
     for path in sorted(_folder("nemo_cpt.recipes").glob("[!_]*.py")):
-        for name, node in _functions(path).items():
+        for name, node in functions(path).items():
             makes = "Partial" in ast.unparse(node.returns or ast.Constant(None))
             parameters = _parameters(path, node) if makes and not name.startswith("_") else {}
             if makes and parameters and not any("Partial" in each.annotation for each in parameters.values()):
@@ -104,11 +104,11 @@ def executor(name: str) -> Function:
     Raises:
         CptError: there is none of that name.
     """
-    exported = ast.literal_eval(_assigned(_folder("nemo_cpt.executors") / "__init__.py", "__all__"))
+    exported = ast.literal_eval(assigned(_folder("nemo_cpt.executors") / "__init__.py", "__all__") or "[]")
     path = _folder("nemo_cpt.executors") / f"{name}.py"
     if name not in exported or not path.is_file():
         raise CptError(f"there is no executor {name!r}: {', '.join(exported)}, or FILE.py:FUNCTION of your own")
-    node = _functions(path)[name]
+    node = functions(path)[name]
     return Function(name, path, _summary(node), _parameters(path, node))
 
 
@@ -155,24 +155,46 @@ def parse_value(key: str, text: str, annotation: str) -> Any:
             return _PARSERS[kind.partition("[")[0]](text)
         except (KeyError, ValueError, TypeError, yaml.YAMLError):
             continue
+        except OSError as error:
+            raise CptError(f"{key}={text}: the file cannot be read: {error.strerror}") from None
     if not annotation:
-        return yaml.safe_load(text)
+        return _yaml(key, text)
     if "str" in kinds or "Literal" in annotation:
         return _literal(key, text, annotation)
     raise CptError(f"{key}={text}: expected {annotation}")
 
 
-def _literal(key: str, text: str, annotation: str) -> Any:
-    """A string; of a Literal, one of its values; `ssh(host=..., ...)` where an executor takes it."""
-    if text.startswith("ssh(") and "ssh" in annotation:
-        from nemo_cpt.executors import ssh
+def _yaml(key: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # a date such as 2024-13-45 is a ValueError
+        raise CptError(f"{key}={text}: no YAML ({' '.join(str(error).split())}); put text in quotes") from None
 
-        call = ast.parse(text, mode="eval").body
-        return ssh(**{word.arg or "": ast.literal_eval(word.value) for word in getattr(call, "keywords", [])})
+
+def _literal(key: str, text: str, annotation: str) -> Any:
+    """A string; of a Literal, one of its values; `ssh(...)` where an executor takes it."""
+    if text.startswith("ssh(") and "ssh" in annotation:
+        return _ssh(key, text)
     allowed = annotation[annotation.find("[") + 1 : annotation.find("]")] if "Literal" in annotation else ""
     if allowed and text not in ast.literal_eval(f"[{allowed}]"):
         raise CptError(f"{key}={text}: expected one of {allowed}")
     return text
+
+
+def _ssh(key: str, text: str) -> Any:
+    """`ssh("login1", "me", job_dir="/l")`, its arguments by place or by name as in Python."""
+    from nemo_cpt.executors import ssh
+
+    try:
+        call = ast.parse(text, mode="eval").body
+        if not isinstance(call, ast.Call) or ast.unparse(call.func) != "ssh":
+            raise ValueError("not a call of ssh")
+        return ssh(
+            *(ast.literal_eval(each) for each in call.args),
+            **{str(word.arg): ast.literal_eval(word.value) for word in call.keywords},
+        )
+    except (SyntaxError, ValueError, TypeError) as error:
+        raise CptError(f"{key}={text}: write ssh('HOST', 'USER', 'FOLDER THERE') ({error})") from None
 
 
 def _bool(text: str) -> bool:
@@ -227,15 +249,17 @@ def _module(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
 
 
-def _functions(path: Path) -> dict[str, ast.FunctionDef]:
+def functions(path: Path) -> dict[str, ast.FunctionDef]:
+    """Return a module's functions by name."""
     return {node.name: node for node in _module(path).body if isinstance(node, ast.FunctionDef)}
 
 
-def _assigned(path: Path, name: str) -> ast.expr:
+def assigned(path: Path, name: str) -> ast.expr | None:
+    """Return what a module assigns to a name; None if it does not."""
     for node in _module(path).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
             return node.value
-    return ast.List([])
+    return None
 
 
 def _summary(node: ast.FunctionDef) -> str:
@@ -271,8 +295,8 @@ def _passed_on(path: Path, node: ast.FunctionDef) -> dict[str, Parameter]:
             continue
         module, _, name = ast.unparse(call.func).rpartition(".")  # type: ignore[attr-defined]
         target = path.with_name(f"{module}.py") if module else path
-        if target.is_file() and name in _functions(target):
-            inherited = _parameters(target, _functions(target)[name])
+        if target.is_file() and name in functions(target):
+            inherited = _parameters(target, functions(target)[name])
             by_place = list(inherited)[: len(call.args)]  # type: ignore[attr-defined]
             fixed = {*by_place, *(word.arg for word in call.keywords)}  # type: ignore[attr-defined]
             preset = {name: source for word in takes for name, source in _preset(path, word.value).items()}
@@ -288,7 +312,7 @@ def _preset(path: Path, passed: ast.expr) -> dict[str, str]:
     """The defaults that `**{"a": 1} | CONSTANT | kwargs` gives the function called, as source by name."""
     if isinstance(passed, ast.BinOp) and isinstance(passed.op, ast.BitOr):
         return _preset(path, passed.left) | _preset(path, passed.right)
-    value = _assigned(path, passed.id) if isinstance(passed, ast.Name) else passed
+    value = assigned(path, passed.id) if isinstance(passed, ast.Name) else passed
     if not isinstance(value, ast.Dict):
         return {}
     pairs = zip(value.keys, value.values, strict=True)
@@ -301,9 +325,9 @@ def _seen(path: Path, name: str, text: str) -> str:
         return text
     module, _, function = text.removeprefix("see `").partition("`")[0].rpartition(".")
     target = path.with_name(f"{module}.py") if module else path
-    if not target.is_file() or function not in _functions(target):
+    if not target.is_file() or function not in functions(target):
         return text
-    return _argument_helps(_functions(target)[function]).get(name, text)
+    return _argument_helps(functions(target)[function]).get(name, text)
 
 
 def _argument_helps(node: ast.FunctionDef) -> dict[str, str]:

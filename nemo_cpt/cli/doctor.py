@@ -2,7 +2,6 @@
 
 import ast
 import json as jsonlib
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,20 +19,20 @@ if TYPE_CHECKING:
 
 EXIT_RED = 3
 MARKS = {"ok": ("✔", "green"), "warning": ("!", "yellow"), "error": ("✘", "red"), "skipped": ("–", "dim")}
-# Fields of a recipe's config that say the same as one of its arguments.
+# Fields of a recipe's config that say the same as one of its arguments, and that argument's type.
 FIELDS = {
-    "resume.base": "base",
-    "data.tokenizer.pretrained_model_name": "tokenizer",
-    "log.log_dir": "directory",
-    "log.name": "name",
-    "log.ckpt.save_top_k": "save_top_k",
-    "trainer.devices": "gpus_per_node",
-    "trainer.num_nodes": "num_nodes",
-    "trainer.max_steps": "max_steps",
-    "trainer.val_check_interval": "val_check_interval",
-    "trainer.strategy.tensor_model_parallel_size": "tensor_model_parallel_size",
-    "peft.dim": "rank",
-    "model.config.attention_backend": "attention_backend",
+    "resume.base": ("base", "str | None"),
+    "data.tokenizer.pretrained_model_name": ("tokenizer", "str | None"),
+    "log.log_dir": ("directory", "str | None"),
+    "log.name": ("name", "str | None"),
+    "log.ckpt.save_top_k": ("save_top_k", "int"),
+    "trainer.devices": ("gpus_per_node", "int"),
+    "trainer.num_nodes": ("num_nodes", "int"),
+    "trainer.max_steps": ("max_steps", "int"),
+    "trainer.val_check_interval": ("val_check_interval", "int | float | None"),
+    "trainer.strategy.tensor_model_parallel_size": ("tensor_model_parallel_size", "int"),
+    "peft.dim": ("rank", "int"),
+    "model.config.attention_backend": ("attention_backend", "str | None"),
 }
 
 
@@ -106,13 +105,13 @@ def describe(
         options: `key=value` of the executor.
 
     Raises:
-        CptError: there is no such executor, or an option is wrong.
+        CptError: there is no such executor, an option is wrong, or a field has the wrong type.
     """
     from nemo_cpt.doctor import Job
 
     given = {name: _default(function, name) for name in function.parameters} | dict(arguments)
     pairs = (field.partition("=") for field in fields)
-    given |= {FIELDS[path]: _parsed(text) for path, _, text in pairs if path in FIELDS}
+    given |= {FIELDS[path][0]: _field(path, text) for path, _, text in pairs if path in FIELDS}
     on_cpu = "processes" in function.parameters
     data = given.get("data")
     return Job(
@@ -128,7 +127,11 @@ def describe(
         num_nodes=int(given.get("num_nodes") or 1),
         tensor_model_parallel_size=int(given.get("tensor_model_parallel_size") or 1),
         lora_rank=_lora_rank(function, given),
+        trained_embeddings=given.get("embeddings_lr") is not None,
         gpu_memory_gib=given.get("gpu_memory_gib"),
+        global_batch_size=int(given.get("global_batch_size") or 0),
+        seq_length=int(given.get("seq_length") or 0),
+        max_steps=int(given.get("max_steps") or 0),
         checkpoints=_checkpoints(given),
         attention_backend=str(given.get("attention_backend") or "auto").rpartition(".")[2],
     )
@@ -143,6 +146,7 @@ def place(executor: str, options: Sequence[str]) -> "Place":
     from nemo_cpt.cli import catalog, jobs
     from nemo_cpt.doctor import Place
     from nemo_cpt.executors.environment import job_env
+    from nemo_cpt.executors.local import visible_gpus
 
     if executor.partition(":")[0].endswith(".py"):
         return Place(executor, here=False, same_packages=False, same_files=False)
@@ -160,50 +164,43 @@ def place(executor: str, options: Sequence[str]) -> "Place":
         slurm=submits,
         partition=given.get("partition"),
         nodes=given.get("nodes"),
-        environ=_shown_gpus(executor, given) | job_env(given.get("env")),
+        environ=visible_gpus(given.get("gpus") if executor == "local" else None) | job_env(given.get("env")),
     )
 
 
-def _shown_gpus(executor: str, given: Mapping[str, Any]) -> dict[str, str]:
-    """What `executors.local(gpus=N)` makes of CUDA_VISIBLE_DEVICES: the first N of those visible now."""
-    if executor != "local" or given.get("gpus") is None:
-        return {}
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(given["gpus"])))
-    return {"CUDA_VISIBLE_DEVICES": ",".join(visible.split(",")[: given["gpus"]])}
+def _field(path: str, text: str) -> Any:
+    """The value of one of `FIELDS`, of its type; quotes around it are taken off, as NeMo-Run does."""
+    from nemo_cpt.cli import catalog
+
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return catalog.parse_value(path, text[1:-1] if quoted else text, FIELDS[path][1])
 
 
 def _default(function: "Function", name: str) -> Any:
     """A parameter's default where its source is a literal, or a constant of the recipe's module; else None."""
+    from nemo_cpt.cli import catalog
+
     source = function.parameters[name].default
     if source is None:
         return None
-    if source.isidentifier():
-        source = next((ast.unparse(value) for value in _assigned(function.path, source)), source)
-    return _parsed(source)
-
-
-def _assigned(path: Path, name: str) -> list[ast.expr]:
-    tree = ast.parse(path.read_text())
-    assignments = [node for node in tree.body if isinstance(node, ast.Assign)]
-    return [node.value for node in assignments if ast.unparse(node.targets[0]) == name]
-
-
-def _parsed(text: str) -> Any:
+    value = catalog.assigned(function.path, source) if source.isidentifier() else None
+    source = ast.unparse(value) if value else source
     try:
-        return ast.literal_eval(text)
+        return ast.literal_eval(source)
     except (ValueError, SyntaxError):
-        return text if text.replace("/", "").replace("-", "").replace(".", "").replace("_", "").isalnum() else None
+        is_a_word = source.replace("/", "").replace("-", "").replace(".", "").replace("_", "").isalnum()
+        return source if is_a_word else None
 
 
 def _default_data(function: "Function") -> Any:
     """The blend that the module's `default_data()` returns, where it is made of literals; else None."""
+    from nemo_cpt.cli import catalog
     from nemo_cpt.corpus import Blend
 
-    for node in ast.parse(function.path.read_text()).body:
-        if isinstance(node, ast.FunctionDef) and node.name == "default_data" and isinstance(node.body[-1], ast.Return):
-            call = node.body[-1].value
-            if isinstance(call, ast.Call) and ast.unparse(call.func) in ("Blend", "Blend.replay"):
-                return _called(Blend.replay if "." in ast.unparse(call.func) else Blend, call)
+    node = catalog.functions(function.path).get("default_data")
+    call = node.body[-1].value if node and isinstance(node.body[-1], ast.Return) else None
+    if isinstance(call, ast.Call) and ast.unparse(call.func) in ("Blend", "Blend.replay"):
+        return _called(Blend.replay if "." in ast.unparse(call.func) else Blend, call)
     return None
 
 

@@ -7,12 +7,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.util import module_from_spec, spec_from_file_location
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from nemo_cpt.cli import catalog
 from nemo_cpt.errors import CptError
-from nemo_cpt.executors.supervisor import children
+from nemo_cpt.executors.supervisor import processes
+
+MODULES = {"nemo_cpt.executors.supervisor", "nemo_cpt.executors.runner"}  # what `stopping.supervise` starts
 
 
 def make_executor(name: str, options: Sequence[str], processes: int) -> Any:
@@ -144,24 +147,55 @@ def _state(task: Mapping[str, Any]) -> str:
 
 
 def _processes(job_dir: str) -> Iterator[int]:
-    """Processes whose command line names a file in the job's folder, as NeMo-Run's runner does."""
+    """Processes that run a module of ours (`-m MODULE`) on a file in the job's folder."""
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if f"{job_dir}/".encode() in (folder / "cmdline").read_bytes() and int(folder.name) != os.getpid():
+            words = (folder / "cmdline").read_text(errors="replace").split("\0")
+            modules = {word for option, word in pairwise(words) if option == "-m"}
+            if modules & MODULES and any(word.startswith(f"{job_dir}/") for word in words):
                 yield int(folder.name)
 
 
 def _end_processes(job_dir: str, patience: float = 600) -> None:
-    """Stop a job through its supervisor, the one process that no other of the job's started, so that it may save."""
+    """Stop a job through its supervisor, the one process that no other of the job's started, so that it may save.
+
+    Args:
+        job_dir: the job's folder.
+        patience: seconds after which the supervisor and what it started is killed.
+
+    Raises:
+        CptError: the job is another user's.
+    """
     deadline = time.time() + patience
     every = set(_processes(job_dir))
-    for pid in every - {child for parent in every for child in children(parent)}:
-        os.kill(pid, signal.SIGTERM)
-    while remaining := list(_processes(job_dir)):
+    parents = {pid: parent for pid, (parent, _) in processes().items()}
+    job = _with_descendants(every)
+    for pid in every:
+        if parents.get(pid) not in every:
+            _signal(pid, signal.SIGTERM)
+    while job := _with_descendants(job):
         if time.time() > deadline:
-            for pid in remaining:
-                os.kill(pid, signal.SIGKILL)
+            for pid in job:
+                _signal(pid, signal.SIGKILL)
         time.sleep(0.2)
+
+
+def _with_descendants(pids: set[int]) -> set[int]:
+    """Those of the processes that have not ended, and what they started and has not."""
+    alive = {pid: parent for pid, (parent, state) in processes().items() if state != "Z"}
+    found = pids & alive.keys()
+    while more := {pid for pid, parent in alive.items() if parent in found} - found:
+        found |= more
+    return found
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass  # it ended since it was listed
+    except PermissionError:
+        raise CptError(f"the job's process {pid} is another user's: cancel the experiment as that user") from None
 
 
 def _from_file(file: Path, function: str) -> Any:
@@ -171,7 +205,10 @@ def _from_file(file: Path, function: str) -> Any:
     if spec is None or spec.loader is None:
         raise CptError(f"executor {file}: not a Python file")
     module = module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise CptError(f"executor {file} cannot be imported: {type(error).__name__}: {error}") from error
     if not hasattr(module, function):
         raise CptError(f"{file} has no {function}; {catalog.nearest(function, vars(module))}")
     return getattr(module, function)()

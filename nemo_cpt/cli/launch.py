@@ -1,8 +1,9 @@
 """Commands of `nemo-cpt`: recipes, and the jobs that run them."""
 
+import contextlib
 import json as jsonlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -77,25 +78,27 @@ def run(
     """Run a recipe on an executor; ends non-zero if the job fails.
 
     Parameters are checked at once, and so is what `nemo-cpt doctor` finds without importing anything: a job that could
-    not start is refused. Fields of the config (trainer.log_every_n_steps=5) are checked before submission to another
-    machine, which imports NeMo; so does --check.
+    not start is refused. To plan a GPU recipe's memory, a process imports NeMo the first time that the recipe is run
+    with these arguments (20 s); what it read is remembered. Fields of the config (trainer.log_every_n_steps=5) are
+    checked before submission to another machine, which imports NeMo; so does --check.
     """
     from nemo_cpt.cli import jobs
     from nemo_cpt.cli.doctor import describe, preflight
     from nemo_cpt.cli.task import build_recipe
 
     function, arguments, fields, options = _split(recipe, overrides or [])
-    preflight(describe(function, arguments, fields, executor, options), force=force or dryrun)
-    if check or (fields and executor != "local"):
-        build_recipe(function.name, arguments, fields)
-    result = jobs.submit(
-        function,
-        arguments,
-        fields,
-        jobs.make_executor(executor, options, function.processes(arguments)),
-        detach,
-        dryrun,
-    )
+    with _only_json_on_stdout(json):
+        preflight(describe(function, arguments, fields, executor, options), force=force or dryrun)
+        if check or (fields and executor != "local"):
+            build_recipe(function.name, arguments, fields)
+        result = jobs.submit(
+            function,
+            arguments,
+            fields,
+            jobs.make_executor(executor, options, function.processes(arguments)),
+            detach,
+            dryrun,
+        )
     if json:
         print(jsonlib.dumps(result))
 
@@ -105,7 +108,8 @@ def status(experiment: Experiment = None, json: Json = False) -> None:
     """Show the state of an experiment's tasks."""
     from nemo_cpt.cli import jobs
 
-    found = jobs.status(experiment)
+    with _only_json_on_stdout(json):
+        found = jobs.status(experiment)
     if json:
         print(jsonlib.dumps(found))
         return
@@ -131,8 +135,16 @@ def cancel(experiment: Experiment = None, json: Json = False) -> None:
     """Stop an experiment's tasks that are queued or running."""
     from nemo_cpt.cli import jobs
 
-    cancelled = jobs.cancel(experiment)
+    with _only_json_on_stdout(json):
+        cancelled = jobs.cancel(experiment)
     print(jsonlib.dumps(cancelled) if json else f"cancelled {cancelled['experiment']}: {', '.join(cancelled['tasks'])}")
+
+
+@contextlib.contextmanager
+def _only_json_on_stdout(json: bool) -> Iterator[None]:
+    """With --json, let what is printed within, NeMo-Run's panels and the job's log, go to stderr."""
+    with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
+        yield
 
 
 def _split(recipe: str, pairs: list[str]) -> tuple["Function", dict[str, Any], list[str], list[str]]:
@@ -177,8 +189,9 @@ def _print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> N
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(*columns)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # not strings, in which rich takes [str] for markup
     Console().print(table)

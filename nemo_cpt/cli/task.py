@@ -1,4 +1,4 @@
-"""What `nemo-cpt run` submits: the recipe's name and arguments, so that only the job itself imports NeMo."""
+"""What `nemo-cpt run` submits: the recipe's name and arguments, so that the launcher itself need not import NeMo."""
 
 import difflib
 import inspect

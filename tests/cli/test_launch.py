@@ -1,7 +1,10 @@
 import ast
+import contextlib
 import io
 import json
 import os
+import pty
+import signal
 import subprocess
 import sys
 import time
@@ -11,14 +14,26 @@ import pytest
 
 from nemo_cpt import CptError
 from nemo_cpt.cli import catalog, jobs
+from nemo_cpt.cli.doctor import describe
 from nemo_cpt.cli.scripts import write_script
+from nemo_cpt.executors import ssh
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "executors"))  # for sky_stand_in
 
 COMMAND = [sys.executable, "-m", "nemo_cpt.cli"]
 
 
-def nemo_cpt(*arguments, **environ):
+SLURM = ["run", "llama31_8b", "--executor", "slurm"]
+
+
+def nemo_cpt(*arguments, cwd=None, **environ):
     return subprocess.run(
-        [*COMMAND, *arguments], capture_output=True, text=True, env=os.environ | environ, stdin=subprocess.DEVNULL
+        [*COMMAND, *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | environ,
+        stdin=subprocess.DEVNULL,
+        cwd=cwd,
     )
 
 
@@ -52,6 +67,38 @@ def test_values_are_parsed_by_their_annotations():
         catalog.executor("slurm"), ["tunnel=ssh(host='h', user='u', job_dir='/j')", "requeue=no", "mem=0"]
     )
     assert (options["tunnel"].host, options["requeue"], options["mem"]) == ("h", False, 0)
+    by_place = catalog.parse(catalog.executor("slurm"), ['tunnel=ssh("login1", "me", "/lustre/me/jobs", port=23)'])
+    assert by_place["tunnel"] == ssh("login1", "me", "/lustre/me/jobs", port=23)
+
+
+def test_the_doctor_reads_paths_of_any_form_from_the_configs_fields():
+    def described(*fields):
+        return describe(catalog.recipe("llama31_8b"), {}, fields, "local", [])
+
+    for base in ("results/x/checkpoints/steps=150-val_loss=1.2345", "~/ck/base", "a b", "1"):
+        assert described(f"resume.base={base}").base == base
+    assert described("resume.base=None").base is None
+    for given in ("/data/my runs", "'/data/my runs'"):
+        assert described(f"log.log_dir={given}").directory == Path("/data/my runs/llama31_8b_cpt")
+
+
+def on_a_terminal(*command):
+    controller, terminal = pty.openpty()
+    running = subprocess.Popen([sys.executable, *command], stdout=terminal, env=os.environ | {"COLUMNS": "200"})
+    os.close(terminal)
+    printed = b""
+    with contextlib.suppress(OSError):  # the terminal is closed
+        while block := os.read(controller, 65536):
+            printed += block
+    assert running.wait() == 0
+    return printed.decode()
+
+
+def test_types_are_whole_in_a_terminals_table():
+    shown = "from nemo_cpt.cli import catalog, launch; launch._print_parameters(catalog.executor('local'))"
+    assert "Mapping[str, str] | None" in on_a_terminal("-c", shown)
+    closing = "from nemo_cpt.cli import launch; launch._print_table(('what',), [('a/[x] b/[/x]',)])"
+    assert "a/[x] b/[/x]" in on_a_terminal("-c", closing)
 
 
 @pytest.mark.parametrize(
@@ -68,11 +115,23 @@ def test_values_are_parsed_by_their_annotations():
         (["run", "llama31_8b", "--executor", "slurm", "executor.partitoin=gpu"], "near: partition"),
         (["run", "llama31_8b", "--executor", "slurm", "executor.code=all"], "expected one of 'ship', 'committed'"),
         (["run", "llama31_8b", "--executor", "none.py:f"], "of a file that exists"),
+        (["run", "llama31_8b", "--force", "-e", "bad.py:f"], "bad.py cannot be imported: SyntaxError: "),
+        (["run", "tiny", "base=b", "data=nosuch.yaml"], "data=nosuch.yaml: the file cannot be read: No such file"),
+        ([*SLURM, "executor.tunnel=ssh(host='l'"], "write ssh('HOST', 'USER', 'FOLDER THERE') ('(' was never closed"),
+        ([*SLURM, "executor.tunnel=ssh('l', 'me')"], "missing 1 required positional argument: 'job_dir'"),
+        ([*SLURM, "executor.tunnel=ssh('l', 'me', here)"], "write ssh("),
+        ([*SLURM, "executor.tunnel=ssh('l', 'me', '/l').host"], "not a call of ssh"),
+        ([*SLURM, "executor.comment=[a"], "executor.comment=[a: no YAML"),
+        ([*SLURM, "executor.begin=2024-13-45"], "no YAML (month must be in 1..12)"),
+        (["doctor", "llama31_8b", "trainer.max_steps=abc"], "trainer.max_steps=abc: expected int"),
+        (["doctor", "llama31_8b", "trainer.devices=auto"], "trainer.devices=auto: expected int"),
+        (["doctor", "llama31_8b", "log.ckpt.save_top_k=None"], "log.ckpt.save_top_k=None: expected int"),
         (["copy", "tiny", "/no/such/folder/x.py"], "is no folder"),
     ],
 )
-def test_bad_input_ends_with_2_and_says_why(arguments, says):
-    done = nemo_cpt(*arguments)
+def test_bad_input_ends_with_2_and_says_why(arguments, says, tmp_path):
+    (tmp_path / "bad.py").write_text("def f(:\n")
+    done = nemo_cpt(*arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert says in done.stderr
     assert "Traceback" not in done.stderr
@@ -168,25 +227,81 @@ def _with_a_cluster_configured(example, folder, monkeypatch):
         (folder / "config").write_text(json.dumps(parts | {"current-context": "c"}))
         monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(folder / "config"))
     if example == "launch_skypilot":
-        pytest.importorskip("sky", reason="skypilot is not installed")
+        from sky_stand_in import install
+
+        install(monkeypatch)
         for name in ("checkpoints", "ds"):
             (folder / name).mkdir()
 
 
-def test_cancel_ends_a_local_job_from_another_shell(tmp_path):
+@pytest.fixture
+def start():
+    """Start a process; it ends with the test, and so does what it started."""
+    started = []
+    yield lambda *command: started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True)) or started[-1]
+    for pid in jobs._with_descendants({process.pid for process in started}):
+        os.kill(pid, signal.SIGKILL)
+    for process in started:
+        process.communicate()
+
+
+def supervised(job, code):
+    """A local job's command, as NeMo-Run starts it."""
+    python = [sys.executable, "-u", "-m", "nemo_cpt.executors.supervisor", "--marker", f"{job}/preempted-t"]
+    return [*python, "--max-restarts", "0", "--", sys.executable, "-uc", code]
+
+
+SAVES_SLOWLY = """
+import signal, subprocess, sys, time
+def save(*_): time.sleep(1); open({file!r}, "w").write("saved"); sys.exit(0)
+signal.signal(signal.SIGTERM, save)
+subprocess.Popen(["sleep", "2"])
+print("started")
+time.sleep(100)
+"""
+
+
+def test_cancel_ends_a_local_job_from_another_shell_and_nothing_else(tmp_path, start):
     from nemo_cpt.cli.jobs import _end_processes, _processes
 
-    job = tmp_path / "experiments" / "t" / "t_1" / "t"
-    job.mkdir(parents=True)
-    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)", f"{job}/configs/x"])
-    deadline = time.time() + 10
-    while list(_processes(str(job))) != [sleeper.pid]:
-        assert time.time() < deadline
-    import threading
-
-    threading.Thread(target=sleeper.wait, daemon=True).start()  # as its launcher does, so that it leaves no zombie
+    job, saved = tmp_path / "t", tmp_path / "saved"
+    job.mkdir()
+    (job / "log.out").write_text("a line\n")
+    reader = start("tail", "-f", f"{job}/log.out")
+    script = start("sh", "-c", f"echo {' '.join(supervised(job, 'x')[:6])}; sleep 100")
+    supervisor = start(*supervised(job, SAVES_SLOWLY.format(file=str(saved))))
+    assert supervisor.stdout.readline() == "started\n"
+    assert list(_processes(str(job))) == [supervisor.pid]
+    beginning = time.time()
     _end_processes(str(job))
-    assert sleeper.wait(5) < 0
+    assert saved.read_text() == "saved"
+    assert time.time() - beginning > 1.5  # until what the job started has ended, too
+    assert (supervisor.wait(5), reader.poll(), script.poll()) == (0, None, None)
+    _end_processes(str(job))  # of which nothing is left
+
+
+def test_cancel_kills_what_does_not_end_in_time(tmp_path, start):
+    from nemo_cpt.cli.jobs import _end_processes
+
+    ignores = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('started'); time.sleep(100)"
+    supervisor = start(*supervised(tmp_path, ignores))
+    assert supervisor.stdout.readline() == "started\n"
+    _end_processes(str(tmp_path), patience=0.5)
+    assert supervisor.wait(5) == -signal.SIGKILL
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+def test_cancel_of_another_users_job_says_so(tmp_path, start):
+    supervisor = start(*supervised(tmp_path, "import time; print('started'); time.sleep(100)"))
+    assert supervisor.stdout.readline() == "started\n"
+    code = (
+        "import os, sys; from nemo_cpt.cli import jobs; from nemo_cpt import CptError; os.setuid(65534)\n"
+        f"try: jobs._end_processes({str(tmp_path)!r})\n"
+        "except CptError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert f"the job's process {supervisor.pid} is another user's" in done.stdout, done.stderr
+    assert supervisor.poll() is None
 
 
 def test_nemo_cpt_is_a_plugin_of_nemo():

@@ -17,7 +17,7 @@ TABLE = "| NVIDIA-SMI 550.54.15    Driver Version: 550.54.15    CUDA Version: 12
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `hf`, `base` (NeMo), `ds/ja`, `ds/en`, `ds/held_out` of its vocabulary, and `ds/other` of another's."""
+    """A folder with `hf`, `base` (NeMo), datasets of its vocabulary (ja, en, held_out), and `ds/other` of another's."""
     import small_models
 
     from nemo_cpt.checkpoint import import_hf

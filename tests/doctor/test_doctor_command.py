@@ -121,7 +121,10 @@ def test_plain_lines_and_the_verdict(world):
     assert done.returncode == 3
     (red,) = [line for line in done.stdout.splitlines() if line.startswith("error")]
     assert red.split("\t")[1] == "vocabulary"
-    assert done.stdout.splitlines()[-1].startswith("verdict\t1 red, 0 yellow, ")
+    (yellow,) = [line for line in done.stdout.splitlines() if line.startswith("warning")]
+    assert yellow.split("\t")[1] == "data"
+    assert "There is no validation set" in yellow  # and these sets of 50 tokens are repeated
+    assert done.stdout.splitlines()[-1].startswith("verdict\t1 red, 1 yellow, ")
 
 
 def test_one_screen_on_a_terminal(world):

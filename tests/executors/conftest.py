@@ -2,7 +2,6 @@
 
 import io
 import json
-import subprocess
 import sys
 from importlib.resources import files
 from pathlib import Path
@@ -29,6 +28,12 @@ def report(path, commands=False):
 def fail(message):
     raise ValueError(message)
 
+def refuse(message):
+    from nemo_cpt.errors import CptError
+
+    print("tried", flush=True)
+    raise CptError(message)
+
 def count(path, until, pause=0.2):
     """Count to `until` in a file, going on where it stands; on SIGTERM end as NeMo's PreemptionCallback does."""
     stopped = []
@@ -53,15 +58,11 @@ def crash_once(path):
 '''
 
 
-def git(folder: Path, *arguments: str) -> None:
-    identity = ("-c", "user.name=test", "-c", "user.email=test@example.com")
-    subprocess.run(["git", *identity, "-C", str(folder), *arguments], check=True, capture_output=True)
-
-
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A committed repository with tasks.py, as current folder; NeMo-Run's records go beside it."""
     import nemo_run.config
+    from helpers import git
     from nemo_run.run.torchx_backend.schedulers import local as local_scheduler
     from nemo_run.run.torchx_backend.schedulers import slurm as slurm_scheduler
 

@@ -3,9 +3,15 @@
 import base64
 import json
 import re
+import subprocess
 import time
 import zlib
 from pathlib import Path
+
+
+def git(folder, *arguments):
+    identity = ("-c", "user.name=test", "-c", "user.email=test@example.com")
+    subprocess.run(["git", *identity, "-C", str(folder), *arguments], check=True, capture_output=True)
 
 
 def assert_no_secret(folder, secret, allowed):

@@ -6,13 +6,15 @@ import shlex
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import nemo_run as run
 import pytest
 import yaml
 from docker.models.containers import _create_container_args
-from helpers import wait_until
+from helpers import git, wait_until
+from sky_stand_in import install
 
 from nemo_cpt import CptError
 from nemo_cpt.executors import docker, kubernetes, skypilot, slurm
@@ -77,27 +79,45 @@ def test_docker_has_the_tutorials_flags(project, monkeypatch):
     assert secrets.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_container_that_is_stopped_saves(project, tmp_path):
+def started_as_in_a_container(task, executor):
     """What the container would start, in a process group of its own, as Docker's init signals it on `docker stop`."""
-    import tasks
-
-    with run.Experiment("t", executor=docker(gpus=2), enable_goodbye_message=False) as experiment:
-        experiment.add(run.Partial(tasks.count, path=str(tmp_path / "counter"), until=100), name="t")
+    with run.Experiment("t", executor=executor, enable_goodbye_message=False) as experiment:
+        experiment.add(task, name="t")
         experiment.dryrun(log=False, delete_exp_dir=False)
     job = Path(experiment._exp_dir, "t")
     engine = Engine()
     experiment.jobs[0]._dryrun_info.request.containers[0].run(engine, id="1")
     command = [word.replace("/nemo_run/", f"{job}/") for word in shlex.split(engine.created["command"])]
-    environ = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
-    container = subprocess.Popen(command, env=environ, start_new_session=True)
-    wait_until(lambda: (tmp_path / "counter").exists())
+    environ = engine.created["environment"] | {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
+    return job, subprocess.Popen(command, env=environ, start_new_session=True)
+
+
+def log_of(job):
+    return "".join(log.read_text() for log in job.glob("log_*.out"))
+
+
+def test_a_container_that_is_stopped_saves(project, tmp_path):
+    import tasks
+
+    task = run.Partial(tasks.count, path=str(tmp_path / "counter"), until=100)
+    job, container = started_as_in_a_container(task, docker(gpus=2))
+    wait_until(lambda: log_of(job).count("starting at") == 2)
     os.killpg(container.pid, signal.SIGTERM)
     assert container.wait(60) == 75
-    (log,) = job.glob("log_*.out")
-    assert log.read_text().count("stopped at") == 2
-    assert "nemo_cpt: stopped ahead of the end, saved" in log.read_text()
+    assert log_of(job).count("stopped at") == 2
+    assert "nemo_cpt: stopped ahead of the end, saved" in log_of(job)
     (status,) = job.glob("status_*.out")
     assert json.loads(status.read_text())["exit_code"] == "75"
+
+
+def test_a_container_whose_torchrun_hides_that_the_user_must_change_something(project):
+    import tasks
+
+    task = run.Partial(tasks.refuse, message="planted refusal")
+    job, container = started_as_in_a_container(task, docker(gpus=2, max_restarts=2))
+    assert container.wait(60) == 2
+    assert "nemo_cpt: planted refusal" in log_of(job)
+    assert "restart 1 of" not in log_of(job)
 
 
 def test_a_shell_that_docker_starts_gets_the_secret(project, monkeypatch):
@@ -173,6 +193,32 @@ def test_uncommitted_changes_are_refused_on_demand(project):
     (project / "tasks.py").write_text((project / "tasks.py").read_text() + "\n")
     with pytest.raises(CptError, match=r"not committed(.|\n)*M tasks.py"):
         prepared(slurm(tasks_per_node=1, code="committed"))
+
+
+def test_submodules_are_shipped_as_they_are_on_disk(project, tmp_path):
+    """One within another; with a file that is not committed, without an ignored one."""
+    from nemo_cpt.executors.code import CodeSnapshot
+
+    for name in ("outer", "inner"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}_module.py").touch()
+        (tmp_path / name / ".gitignore").write_text("*.log\n")
+        git(tmp_path / name, "init", "-q")
+        git(tmp_path / name, "add", ".")
+        git(tmp_path / name, "commit", "-qm", "first")
+    allowed = ("-c", "protocol.file.allow=always", "submodule", "--quiet", "add")
+    git(tmp_path / "outer", *allowed, str(tmp_path / "inner"), "inner")
+    git(tmp_path / "outer", "commit", "-qm", "second")
+    git(project, *allowed, str(tmp_path / "outer"), "libraries/outer")
+    git(project, "-c", "protocol.file.allow=always", "submodule", "--quiet", "update", "--init", "--recursive")
+    for name in ("new.py", "run.log"):
+        (project / "libraries" / "outer" / "inner" / name).touch()
+    with tarfile.open(CodeSnapshot().package(project, str(tmp_path), "code")) as packed:
+        names = set(packed.getnames())
+    here = {"tasks.py", ".gitmodules"}
+    outer = {f"libraries/outer/{name}" for name in ("outer_module.py", ".gitignore", ".gitmodules")}
+    inner = {f"libraries/outer/inner/{name}" for name in ("inner_module.py", ".gitignore", "new.py")}
+    assert names == here | outer | inner
 
 
 def test_large_untracked_files_are_not_shipped_unseen(project):
@@ -260,24 +306,42 @@ def test_kubernetes_ships_what_is_not_committed(project, kube_config, monkeypatc
     assert len(sent) == 1
 
 
-def test_kubernetes_says_what_is_missing(monkeypatch):
+def test_kubernetes_needs_a_gpu_and_a_cluster(tmp_path, monkeypatch):
     with pytest.raises(CptError, match="at least 1"):
         kubernetes("img", 0, "work")
-    try:
-        import kubernetes as package  # noqa: F401
-    except ImportError:
-        with pytest.raises(CptError, match="pip install kubernetes"):
-            kubernetes("img", 8, "work")
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "none"))
+    with pytest.raises(CptError, match="no cluster is configured here"):
+        kubernetes("img", 8, "work")
 
 
-def test_skypilot(project, monkeypatch):
+@pytest.mark.parametrize(
+    ("package", "executor", "says"),
+    [
+        ("kubernetes", "kubernetes('img', 8, 'work')", "pip install kubernetes"),
+        ("sky", "skypilot('H100')", "Skypilot is not installed"),
+    ],
+)
+def test_an_executor_says_which_package_is_missing(package, executor, says):
+    """In a process of its own, because NeMo-Run looks for it when it is imported."""
+    code = (
+        f"import sys; sys.modules[{package!r}] = None\n"
+        "from nemo_cpt import CptError\n"
+        "from nemo_cpt.executors import kubernetes, skypilot\n"
+        f"try: {executor}\n"
+        "except CptError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert says in done.stdout, done.stderr
+
+
+@pytest.fixture
+def sky(monkeypatch):
+    """SkyPilot, or what stands for it where it is not installed."""
+    install(monkeypatch)
+
+
+def test_skypilot(project, monkeypatch, sky):
     monkeypatch.setenv("HF_TOKEN", "planted-secret")
-    try:
-        import sky  # noqa: F401
-    except ImportError:
-        with pytest.raises(CptError, match="Skypilot is not installed"):
-            skypilot("H100")
-        return
     executor = skypilot("H100", 8, nodes=2, infra="aws", setup=["pip install nemo_cpt"], max_restarts=2)
     assert executor.packager.check_uncommitted_changes
     _, request = prepared(executor)
@@ -294,8 +358,7 @@ def test_skypilot(project, monkeypatch):
     assert "planted-secret" in Path(task["file_mounts"]["~/.nemo_cpt_secrets.env"]).read_text()
 
 
-def test_skypilot_refuses_uncommitted_changes(project):
-    pytest.importorskip("sky", reason="skypilot is not installed")
+def test_skypilot_refuses_uncommitted_changes(project, sky):
     (project / "tasks.py").write_text((project / "tasks.py").read_text() + "\n")
     executor = skypilot("H100")
     executor.assign("t_1", str(project.parent), "t", "t")

@@ -1,7 +1,12 @@
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import nemo_run as run
 import pytest
+from helpers import recipe_arguments
 
 from nemo_cpt import CptError
 from nemo_cpt.cli import jobs
@@ -24,3 +29,25 @@ def test_a_failed_experiment_is_found_again(project):
     assert len(logs.splitlines()) == 3
     with pytest.raises(CptError, match="there is no experiment 't_1' in"):
         jobs.logs("t_1", 2)
+
+
+@pytest.mark.timeout(400)
+def test_json_alone_is_on_stdout(material, tmp_path):
+    """What NeMo-Run prints, and the job's log, is on stderr; of a dry run, a run, its state and its cancellation."""
+
+    def printed(*arguments, says=""):
+        command = [Path(sys.executable).with_name("nemo-cpt"), *arguments, "--json"]
+        environ = os.environ | {"NEMORUN_HOME": str(tmp_path / "home")}
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        assert done.returncode == 0, done.stderr
+        assert says in done.stderr
+        return json.loads(done.stdout)
+
+    given = recipe_arguments(material, tmp_path / "results", 1) | {"max_steps": 1, "val_check_interval": 1}
+    pairs = [f"{name}={json.dumps(each) if name == 'data' else each}" for name, each in given.items()]
+    planned = printed("run", "tiny", *pairs, "--dryrun", says="Entering Experiment")
+    assert planned["experiment"].startswith("tiny-continual_pretrain_")
+    ran = printed("run", "tiny", *pairs, says="`Trainer.fit` stopped: `max_steps=1` reached")
+    assert ran["jobs"][0].startswith("local")
+    assert printed("status")["tasks"][0]["status"] == "SUCCEEDED"
+    assert printed("cancel", ran["experiment"])["experiment"] == ran["experiment"]

@@ -11,7 +11,8 @@ import pytest
 from helpers import assert_no_secret, wait_until
 
 from nemo_cpt import CptError
-from nemo_cpt.executors import local
+from nemo_cpt.cli.doctor import place
+from nemo_cpt.executors import local, supervisor
 from nemo_cpt.executors.environment import GPU_VARIABLES
 
 
@@ -57,8 +58,8 @@ def test_a_crash_is_restarted_as_often_as_asked(project, tmp_path):
 
 
 def supervised(marker, code, *options):
-    supervisor = [sys.executable, "-m", "nemo_cpt.executors.supervisor", "--marker", str(marker), *options, "--"]
-    return subprocess.Popen([*supervisor, sys.executable, "-uc", code], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "nemo_cpt.executors.supervisor", "--marker", str(marker), *options, "--"]
+    return subprocess.Popen([*command, sys.executable, "-uc", code], stdout=subprocess.PIPE, text=True)
 
 
 def test_the_exit_code_is_the_last_tries(tmp_path):
@@ -70,6 +71,35 @@ def test_the_exit_code_is_the_last_tries(tmp_path):
 def test_what_the_user_must_change_is_not_tried_again(tmp_path):
     job = supervised(tmp_path / "m", "import sys; print('tried'); sys.exit(2)", "--max-restarts", "3")
     assert (job.communicate()[0], job.returncode) == ("tried\n", 2)
+
+
+def test_nor_is_it_where_torchrun_makes_1_of_its_exit_code(project, tmp_path):
+    import tasks
+
+    with pytest.raises(CptError, match=r"lines of .*:\n +\[default.\]:nemo_cpt: planted refusal$"):
+        run.run(
+            run.Partial(tasks.refuse, message="planted refusal"), executor=local(processes=2, max_restarts=2), name="t"
+        )
+    (log,) = (tmp_path / "home").rglob("combined.log")
+    assert log.read_text().count("tried") <= 2  # once a process; torchrun may end the second before it says so
+    assert "restart 1 of" not in log.read_text()
+
+
+def test_a_worker_that_ends_while_the_workers_are_signalled(tmp_path, monkeypatch):
+    """Between the list of workers and its signals; the others are signalled all the same."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    torchrun = tmp_path / "torchrun"
+    torchrun.write_text("#!/bin/sh\nsleep 30 & sleep 30 & wait\n")
+    torchrun.chmod(0o755)
+    job = supervisor.Supervisor([str(torchrun)], tmp_path / "m")
+    job.child = subprocess.Popen(job.command, start_new_session=True)
+    wait_until(lambda: len(supervisor.children(job.child.pid)) == 2)
+    listed = supervisor.children
+    monkeypatch.setattr(supervisor, "children", lambda pid: [gone.pid, *listed(pid)])
+    job._signal_job()
+    assert job.child.wait(10) == 0
+    supervisor._end(job.child.pid)  # which has ended, too
 
 
 SAVES = """
@@ -180,8 +210,18 @@ def test_gpus_are_the_first_of_the_visible_ones(monkeypatch):
     assert local(gpus=2).ntasks_per_node == 2
     assert local(gpus=0).env_vars["CUDA_VISIBLE_DEVICES"] == ""
     assert "CUDA_VISIBLE_DEVICES" not in local().env_vars
-    with pytest.raises(CptError, match="shows only 3"):
+    with pytest.raises(CptError, match="shows 3; unset it"):
         local(gpus=4)
+
+
+@pytest.mark.parametrize("hidden", ["", "-1"])
+def test_gpus_that_were_hidden_stay_hidden(monkeypatch, hidden):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    assert local(gpus=0).env_vars["CUDA_VISIBLE_DEVICES"] == ""
+    with pytest.raises(CptError, match="shows 0; unset it"):
+        local(gpus=2)
+    with pytest.raises(CptError, match="shows 0; unset it"):
+        place("local", ["gpus=2"])
 
 
 def test_two_nodes_by_hand_meet_at_the_master(project, monkeypatch):

@@ -171,6 +171,18 @@ def test_a_crash_is_restarted_and_a_dependent_task_waits(slurm_here, project, tm
     assert (tmp_path / "seen.0").exists()
 
 
+def test_what_the_user_must_change_is_not_tried_again(slurm_here, project):
+    import tasks
+
+    task = run.Partial(tasks.refuse, message="planted refusal")
+    experiment, job = submit(task, slurm(tasks_per_node=2, time="5", max_restarts=2))
+    assert slurm_here.wait_for(job, "FAILED", timeout=90) == "FAILED"
+    time.sleep(2)
+    assert slurm_here.jobs() == []
+    assert "Restarts=0" in slurm_here.run("scontrol", "show", "job", job)
+    assert log_of(experiment).count("nemo_cpt: planted refusal") <= 2  # once a task
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
