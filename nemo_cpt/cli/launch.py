@@ -3,13 +3,14 @@
 import contextlib
 import json as jsonlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nemo_cpt.cli import app
+from nemo_cpt.cli.tables import print_table
 from nemo_cpt.errors import CptError
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def recipes_command(
         _print_parameters(found[0])
     else:
         rows = [(each.name, str(each.gpus({}) or "CPU"), _required(each), each.summary) for each in found]
-        _print_table(("recipe", "GPUs", "needs", "what"), rows)
+        print_table(("recipe", "GPUs", "needs", "what"), rows)
 
 
 @app.command(rich_help_panel=PANEL)
@@ -116,7 +117,7 @@ def status(experiment: Experiment = None, json: Json = False) -> None:
     rows = [
         (found["experiment"], task["name"], task["status"], task["job_id"], task["folder"]) for task in found["tasks"]
     ]
-    _print_table(("experiment", "task", "status", "job", "folder"), rows)
+    print_table(("experiment", "task", "status", "job", "folder"), rows)
 
 
 @app.command(rich_help_panel=PANEL)
@@ -179,19 +180,4 @@ def _print_parameters(function: "Function") -> None:
     rows = [
         (each.name, each.annotation, each.default or "required", each.help) for each in function.parameters.values()
     ]
-    _print_table(("parameter", "type", "default", "what"), rows)
-
-
-def _print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    """A table on a terminal; tab-separated lines elsewhere, which no terminal's width can cut."""
-    if not sys.stdout.isatty():
-        print("\n".join("\t".join(row) for row in [columns, *rows]))
-        return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*map(Text, row))  # not strings, in which rich takes [str] for markup
-    Console().print(table)
+    print_table(("parameter", "type", "default", "what"), rows)

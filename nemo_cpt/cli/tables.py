@@ -1,4 +1,4 @@
-"""Names and values on a terminal, aligned; tab-separated lines, uncut, elsewhere."""
+"""Tables on a terminal; tab-separated lines, which no terminal's width cuts, elsewhere."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -18,6 +18,20 @@ def print_pairs(pairs: Iterable[tuple[str, object]]) -> None:
         table.add_column(overflow="fold")
     for name, value in texts:
         table.add_row(Text(name), Text(value))  # as strings, [brackets] in a path would be styles
+    Console().print(table)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print rows under their columns' names."""
+    if not sys.stdout.isatty():
+        return print_plain([columns, *rows])
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*map(Text, row))
     Console().print(table)
 
 
