@@ -1,7 +1,10 @@
-"""What models and datasets from the Hugging Face hub share: where tokens are made, and its client's progress bars."""
+"""What models and datasets from the Hugging Face hub share: its errors explained, and its client's progress bars."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+from nemo_cpt.errors import CptError
 
 TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 SET_A_TOKEN = f"set the environment variable HF_TOKEN to a token from {TOKEN_PAGE}"
@@ -20,3 +23,63 @@ def progress_bars(shown: bool) -> Iterator[None]:
         yield
     finally:
         enable_progress_bars()
+
+
+@contextmanager
+def explained(kind: str, name: str, page: str, revision: str = "main") -> Iterator[None]:
+    """Turn the hub's errors into CptErrors that say what to do; none of them holds the token.
+
+    Args:
+        kind: "model" or "dataset".
+        name: the repository, owner/name.
+        page: its page on the hub.
+        revision: the branch, tag or commit that is asked for.
+    """
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+    from requests.exceptions import RequestException
+
+    try:
+        yield
+    except GatedRepoError:
+        raise CptError(f"The {kind} {name} is gated. Open {page}, accept its conditions, then {SET_A_TOKEN}.") from None
+    except RepositoryNotFoundError:
+        raise CptError(
+            f"There is no {kind} {name} at {page}, or it is private. Check the name; if it is private, {SET_A_TOKEN}."
+        ) from None
+    except RevisionNotFoundError:
+        raise CptError(f"{name} has no revision {revision!r}. See {page}/tree/main for those it has.") from None
+    except HFValidationError as error:
+        raise CptError(f"{name!r} is no repository's name ({error}). Give owner/name.") from None
+    except LocalTokenNotFoundError:
+        raise CptError(f"A token is needed and there is none: {SET_A_TOKEN}.") from None
+    except OfflineModeIsEnabled:
+        raise CptError("HF_HUB_OFFLINE is set, so nothing can be downloaded. Unset it.") from None
+    except HfHubHTTPError as error:
+        raise CptError(_http_problem(error, name, page)) from None
+    except (LocalEntryNotFoundError, RequestException, ConnectionError) as error:
+        raise CptError(
+            f"{page} could not be reached or broke off ({type(error).__name__}). Check the network. "
+            "A rerun goes on where this one stopped."
+        ) from None
+    except OSError as error:
+        if "Consistency check failed" not in str(error):
+            raise
+        raise CptError(f"A file of {name} arrived truncated. A rerun goes on where this one stopped.") from None
+
+
+def _http_problem(error: Any, name: str, page: str) -> str:
+    status = error.response.status_code if error.response is not None else None
+    if status in (401, 403):
+        return (
+            f"The hub refuses access to {name} (HTTP {status}). Open {page}, accept its conditions, then {SET_A_TOKEN}."
+        )
+    return f"The hub answered with an error for {name} (HTTP {status}). Try again later; a rerun goes on."

@@ -122,11 +122,9 @@ class DistributedReader:
         if len(inside) == 1:
             return self._load(key, *inside[0], memory)
         result = memory(lengths, self.dtypes[key])
+        starts = [start for start, _ in bounds]
         for chunk, box in inside:
-            target = tuple(
-                slice(low - start, high - start) for (low, high), (start, _) in zip(box, bounds, strict=True)
-            )
-            result[target] = self._load(key, chunk, box, np.empty)
+            result[_slices(box, starts)] = self._load(key, chunk, box, np.empty)
         return result
 
     def blocks(self, key: str, layer: int | None, start: int, stop: int) -> Iterator[np.ndarray]:

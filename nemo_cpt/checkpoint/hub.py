@@ -6,14 +6,12 @@ import hashlib
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_cpt.errors import CptError
-from nemo_cpt.hub import SET_A_TOKEN, progress_bars
+from nemo_cpt.hub import explained, progress_bars
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
@@ -63,7 +61,8 @@ def download(
 
     start = time.monotonic()
     api = HfApi(endpoint=endpoint)
-    with _explained(repo_id, revision, api.endpoint):
+    page = f"{api.endpoint}/{repo_id}"
+    with explained("model", repo_id, page, revision):
         info = api.model_info(repo_id, revision=revision, files_metadata=True)
     wanted, left_out = _choose(info.siblings or [], repo_id)
     there = Path(dest).exists()
@@ -118,7 +117,7 @@ def _fetch(api: Any, repo_id: str, commit: str, dest: Path, wanted: list[RepoSib
     try:
         partial.mkdir(parents=True, exist_ok=True)
         _check_space(partial, wanted, repo_id)
-        with _explained(repo_id, commit, api.endpoint), progress_bars(sys.stderr.isatty()):
+        with explained("model", repo_id, f"{api.endpoint}/{repo_id}", commit), progress_bars(sys.stderr.isatty()):
             snapshot_download(
                 repo_id,
                 revision=commit,
@@ -156,57 +155,3 @@ def _check_file(path: Path, file: RepoSibling) -> None:
     if problem:
         path.unlink()
         raise CptError(f"{path.name} arrived damaged: it {problem}. It was removed; rerun to fetch it again.")
-
-
-@contextmanager
-def _explained(repo_id: str, revision: str, endpoint: str) -> Iterator[None]:
-    """Turn the hub's errors into CptErrors that say what to do; none of them holds the token."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        LocalTokenNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-    from requests.exceptions import RequestException
-
-    page = f"{endpoint}/{repo_id}"
-    token = SET_A_TOKEN
-    try:
-        yield
-    except GatedRepoError:
-        raise CptError(f"{repo_id} is gated. Open {page}, accept its conditions, then {token}.") from None
-    except RepositoryNotFoundError:
-        raise CptError(
-            f"There is no model {repo_id} at {endpoint}, or it is private. Check the name at {page}; "
-            f"if it is private, {token}."
-        ) from None
-    except RevisionNotFoundError:
-        raise CptError(f"{repo_id} has no revision {revision!r}. See {page}/tree/main for those it has.") from None
-    except HFValidationError as error:
-        raise CptError(f"{repo_id!r} is no repository's name ({error}). Give owner/name.") from None
-    except LocalTokenNotFoundError:
-        raise CptError(f"A token is needed and there is none: {token}.") from None
-    except OfflineModeIsEnabled:
-        raise CptError("HF_HUB_OFFLINE is set, so nothing can be downloaded. Unset it.") from None
-    except HfHubHTTPError as error:
-        raise CptError(_http_problem(error, repo_id, page, token)) from None
-    except (LocalEntryNotFoundError, RequestException, ConnectionError) as error:
-        raise CptError(
-            f"{endpoint} could not be reached or broke off ({type(error).__name__}). Check the network; "
-            "a rerun goes on where this one stopped."
-        ) from None
-    except OSError as error:
-        if "Consistency check failed" not in str(error):
-            raise
-        raise CptError(f"A file of {repo_id} arrived truncated. Rerun to fetch it again.") from None
-
-
-def _http_problem(error: Any, repo_id: str, page: str, token: str) -> str:
-    status = error.response.status_code if error.response is not None else None
-    if status in (401, 403):
-        return f"The hub refuses access to {repo_id} (HTTP {status}). Open {page}, accept its conditions, then {token}."
-    return f"The hub answered with an error for {repo_id} (HTTP {status}). Try again later; a rerun goes on."

@@ -18,7 +18,7 @@ from nemo_cpt.corpus.files import make_folder, sync_directory, write_whole
 from nemo_cpt.corpus.progress import ProgressBar
 from nemo_cpt.corpus.sources import HUB
 from nemo_cpt.errors import CptError
-from nemo_cpt.hub import SET_A_TOKEN, progress_bars
+from nemo_cpt.hub import explained, progress_bars
 
 CHECKSUMS = "SHA256SUMS"
 URLS = "SHA256SUMS.urls"  # where each file came from, in lines like those of SHA256SUMS
@@ -85,10 +85,11 @@ def _urls(corpus: str) -> tuple[str, ...]:
 
 def _fetch_dataset(url: str, folder: Path, quiet: bool) -> list[Fetched]:
     """Get a dataset of the hub; its own client resumes and leaves alone what is there."""
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, constants, snapshot_download
 
     name, known = url.removeprefix(HUB), read_checksums(folder)
-    with _explained(name), progress_bars(not quiet and sys.stderr.isatty()):
+    page, shown = f"{constants.ENDPOINT}/datasets/{name}", not quiet and sys.stderr.isatty()
+    with _writing(folder), explained("dataset", name, page), progress_bars(shown):
         info = HfApi().dataset_info(name)
         names = sorted(file.rfilename for file in info.siblings or [] if not file.rfilename.startswith("."))
         _claim(folder, url, names)
@@ -129,27 +130,11 @@ def _check_origin(path: Path, url: str, fetched: bool, origin: str | None) -> No
 
 
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Turn the hub's errors into CptErrors that say what to do; none of them holds the token."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-    from requests.exceptions import RequestException
-
-    page = f"{constants.ENDPOINT}/datasets/{name}"
+def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
-    except GatedRepoError:
-        raise CptError(
-            f"The dataset {name} is gated. Open {page}, accept its conditions, then {SET_A_TOKEN}."
-        ) from None
-    except (RepositoryNotFoundError, HFValidationError):
-        raise CptError(f"There is no dataset {name} at {page}, or it is private; if it is, {SET_A_TOKEN}.") from None
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else "an error"
-        raise CptError(f"The hub answers {status} for {page}. Try again later; a rerun goes on.") from None
-    except (OSError, RequestException) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CptError(f"Cannot get {page}: {reason}. A rerun goes on where this one stopped.") from None
+    except OSError as error:
+        raise CptError(f"Cannot write to {folder}: {error.strerror or error}. A rerun goes on.") from error
 
 
 class _Download:
