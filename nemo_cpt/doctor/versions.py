@@ -54,6 +54,7 @@ IMPORTED = (
     *(Package(name, ">=0") for name in ("einops", "datasets", "tiktoken", "tensorstore", "nvidia-modelopt")),
     *(Package(name, ">=0") for name in ("defusedxml", "packaging")),
     Package("safetensors", ">=0.5"),
+    Package("ml_dtypes", ">=0.5"),
     Package("tokenizers", ">=0.22"),
     Package("requests", ">=2.32"),
     Package("pyyaml", ">=6"),

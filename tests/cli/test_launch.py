@@ -97,7 +97,7 @@ def on_a_terminal(*command):
 def test_types_are_whole_in_a_terminals_table():
     shown = "from nemo_cpt.cli import catalog, launch; launch._print_parameters(catalog.executor('local'))"
     assert "Mapping[str, str] | None" in on_a_terminal("-c", shown)
-    closing = "from nemo_cpt.cli import launch; launch._print_table(('what',), [('a/[x] b/[/x]',)])"
+    closing = "from nemo_cpt.cli.tables import print_table; print_table(('what',), [('a/[x] b/[/x]',)])"
     assert "a/[x] b/[/x]" in on_a_terminal("-c", closing)
 
 

@@ -43,10 +43,14 @@ def run(corpus: Path, prefix: Path, tokenizer: Path) -> None:
 def start_and_wait_for_a_checkpoint(corpus: Path, prefix: Path, tokenizer: Path) -> multiprocessing.process.BaseProcess:
     process = fork.Process(target=run, args=(corpus, prefix, tokenizer))
     process.start()
+    wait_for_a_checkpoint(prefix)
+    return process
+
+
+def wait_for_a_checkpoint(prefix: Path) -> None:
     lengths = Path(f"{prefix}_text_document.lens.part")
     while not (lengths.exists() and lengths.stat().st_size):
         time.sleep(0.002)
-    return process
 
 
 @pytest.fixture(scope="module")
@@ -121,10 +125,8 @@ def test_a_dead_worker_is_reported_and_the_next_run_resumes(
 
     process = fork.Process(target=job)
     process.start()
-    while not (children := psutil.Process(process.pid).children()):
-        time.sleep(0.005)
-    time.sleep(expected[1] / 3)
-    children[0].kill()
+    wait_for_a_checkpoint(tmp_path / "ds")
+    psutil.Process(process.pid).children()[0].kill()
     process.join()
     assert pipe.poll()
     assert "worker process died with signal 9 (SIGKILL)" in pipe.recv()
