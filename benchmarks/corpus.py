@@ -10,8 +10,8 @@ given. NeMo's also wants `pip install --target EXTRA --no-deps ftfy nltk wcwidth
 Every contestant is a process of its own, and is run twice a round: on the whole text, and on its first 20 documents.
 The second is start-up (imports, tokenizer, processes); "steady" speeds are over the difference of the two, which for
 a text that takes a second is as good as start-up is constant. What `prepare` states is its own clock from the first
-task to the last. With
---slow N the slow contestants get only the first N documents: shuffle the text before. Their whole time is projected.
+task to the last. With --slow N the slow contestants get only the first N documents: shuffle the text before. Their
+whole time is projected.
 """
 
 import argparse

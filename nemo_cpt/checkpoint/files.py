@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz", ".index.json")
 _LEFT_BEHIND = ("README.md", ".gitattributes", ".gitignore")  # a model card describes the base, not what it became
 _PIECE_BYTES = 128 * 2**10
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 
 @contextmanager
@@ -97,11 +97,16 @@ def small_files(folder: str | Path) -> list[Path]:
     ]
 
 
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether the folder holds a tokenizer's files."""
+    return any((Path(folder) / name).is_file() for name in _TOKENIZERS)
+
+
 def require_tokenizer(folder: str | Path) -> None:
     """Raise CptError unless the folder holds a tokenizer."""
-    if not any((Path(folder) / name).is_file() for name in TOKENIZERS):
+    if not has_tokenizer(folder):
         raise CptError(
-            f"{folder} holds no tokenizer (looked for {', '.join(TOKENIZERS)}). "
+            f"{folder} holds no tokenizer (looked for {', '.join(_TOKENIZERS)}). "
             "Put the model's tokenizer files there; training and inference need them."
         )
 

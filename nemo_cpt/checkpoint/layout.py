@@ -50,6 +50,12 @@ class Slot:
     layer: int | None
     part: str = "whole"
 
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Start and stop of its rows in a Megatron tensor that it shares with another, or with padding; not for qkv."""
+        start = self.shape[0] if self.part == "up" else 0
+        return start, start + self.shape[0]
+
 
 def slots(arch: Architecture) -> list[Slot]:
     """All tensors of a model, in the order in which transformers writes them."""

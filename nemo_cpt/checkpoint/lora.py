@@ -102,8 +102,7 @@ class Adapters:
     def _part(self, slot: layout.Slot, joined: np.ndarray) -> np.ndarray:
         if slot.part in ("q", "k", "v"):
             return layout.split_qkv(joined, self.arch)[slot.part]
-        start = slot.shape[0] if slot.part == "up" else 0
-        return joined[start : start + slot.shape[0]]
+        return joined[slice(*slot.rows)]
 
     def read_merged(self, name: str, base: NemoWeights | HFWeights) -> np.ndarray:
         """One tensor of the adapted model: what the run trained, or the base's, with its update."""

@@ -91,7 +91,7 @@ class NemoWeights:
         slot = self._slots[name]
         if slot.part in ("q", "k", "v"):
             return self._read_part(slot)
-        return self.reader.read(*self.locate(slot.key, slot.layer), self._own_rows(slot))
+        return self.reader.read(*self.locate(slot.key, slot.layer), slot.rows)
 
     def blocks(self, name: str) -> Iterator[np.ndarray]:
         """The same tensor in blocks of rows; a block is overwritten by the next one."""
@@ -99,12 +99,7 @@ class NemoWeights:
         if slot.part in ("q", "k", "v"):
             yield self.read(name)
         else:
-            yield from self.reader.blocks(*self.locate(slot.key, slot.layer), *self._own_rows(slot))
-
-    def _own_rows(self, slot: layout.Slot) -> tuple[int, int]:
-        """Start and stop of a tensor's rows in the Megatron tensor that it shares with another, or with padding."""
-        start = slot.shape[0] if slot.part == "up" else 0
-        return start, start + slot.shape[0]
+            yield from self.reader.blocks(*self.locate(slot.key, slot.layer), *slot.rows)
 
     def _read_part(self, slot: layout.Slot) -> np.ndarray:
         if slot.layer != self._layer:

@@ -110,6 +110,15 @@ class _Tensor:
     strides: tuple[int, ...]
 
 
+_KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
+    ("torch._utils", "_rebuild_tensor_v2"): lambda storage, offset, shape, strides, *_: _Tensor(
+        storage, offset, tuple(shape), tuple(strides)
+    ),
+    ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+    ("collections", "OrderedDict"): OrderedDict,
+}
+
+
 class _TensorUnpickler(pickle.Unpickler):
     """Reads the description of a tensor; no name in the pickle is looked up."""
 
@@ -120,19 +129,12 @@ class _TensorUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in _STORAGES:
             return DTYPES[_STORAGES[name]]
-        known = {
-            ("torch._utils", "_rebuild_tensor_v2"): lambda storage, offset, shape, strides, *_: _Tensor(
-                storage, offset, tuple(shape), tuple(strides)
-            ),
-            ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
-            ("collections", "OrderedDict"): OrderedDict,
-        }
-        if (module, name) not in known:
+        if (module, name) not in _KNOWN:
             raise CptError(
                 f"A tensor in {self._path} is made by {module}.{name}, which no Megatron checkpoint of bfloat16, "
                 "float16 or float32 weights does. It was not opened; do not trust this file."
             )
-        return known[module, name]
+        return _KNOWN[module, name]
 
     def persistent_load(self, pid: Any) -> _Storage:
         _, dtype, key, *_ = pid

@@ -87,8 +87,8 @@ def _check_field(config: Any, name: str, path: str) -> None:
 def _fields(function: Any) -> dict[str, inspect.Parameter]:
     """A function's parameters by name; of a class that passes on **kwargs, also those of the classes it extends."""
     found: dict[str, inspect.Parameter] = {}
-    for each in function.__mro__ if isinstance(function, type) else [function]:
-        parameters = inspect.signature(each).parameters.values()
+    for owner in function.__mro__ if isinstance(function, type) else [function]:
+        parameters = inspect.signature(owner).parameters.values()
         kinds = {parameter.kind for parameter in parameters}
         found = {each.name: each for each in parameters if each.kind not in VARIADIC} | found
         if inspect.Parameter.VAR_KEYWORD not in kinds:

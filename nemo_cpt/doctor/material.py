@@ -9,7 +9,7 @@ from typing import Any
 
 from nemo_cpt import corpus
 from nemo_cpt.checkpoint.architecture import Architecture, read_architecture
-from nemo_cpt.checkpoint.files import TOKENIZERS
+from nemo_cpt.checkpoint.files import has_tokenizer
 from nemo_cpt.doctor import sizes
 from nemo_cpt.doctor.examination import Examination
 from nemo_cpt.doctor.finding import Finding, from_error
@@ -49,20 +49,13 @@ def data(examination: Examination) -> Finding:
     if job.data is None:
         return Finding("data", "skipped", f"{job.recipe}'s default data cannot be read from its source")
     try:
-        warnings = _warnings(job)
+        report = job.data.report(job.global_batch_size or 1, job.seq_length or 1, job.max_steps or 1)
     except CptError as error:
         return from_error("data", error)
-    tokens = sum(job.data.tokens().values())
-    shares = ", ".join(f"{_short(prefix)} {share:.0%}" for prefix, share in job.data.shares().items())
-    validation = ", ".join(job.data.validation) or "none"
-    found = f"{tokens:,} tokens ({shares}); validation: {validation}"
-    return Finding("data", "warning" if warnings else "ok", found, " ".join(warnings))
-
-
-def _warnings(job: Job) -> list[str]:
-    """Check the blend; what its report warns about, without the epochs where the job's length is not known."""
-    assert job.data is not None
-    return job.data.report(job.global_batch_size or 1, job.seq_length or 1, job.max_steps or 1).warnings
+    tokens = sum(each["tokens"] for each in report.sets)
+    shares = ", ".join(f"{_short(each['prefix'])} {each['share']:.0%}" for each in report.sets)
+    found = f"{tokens:,} tokens ({shares}); validation: {', '.join(report.validation) or 'none'}"
+    return Finding("data", "warning" if report.warnings else "ok", found, " ".join(report.warnings))
 
 
 def vocabulary(examination: Examination) -> Finding:
@@ -123,11 +116,6 @@ def base_architecture(folder: Path) -> Architecture | None:
             except CptError:  # a shape that this project does not translate can still be trained
                 return None
     return None
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds a tokenizer's files."""
-    return any((folder / name).is_file() for name in TOKENIZERS)
 
 
 def _check_whole(folder: Path) -> None:

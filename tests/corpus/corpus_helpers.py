@@ -5,7 +5,12 @@ tools/preprocess_data.py: no BOS, EOS at the end of a document that has tokens.
 """
 
 import json
+import multiprocessing
+import resource
+from collections.abc import Callable
 from pathlib import Path
+
+from nemo_cpt.errors import CptError
 
 
 def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
@@ -37,3 +42,22 @@ def write_reference(prefix: Path, texts: list[str], tokenizer: Path, keep_empty:
 def same_files(one: str | Path, other: str | Path) -> bool:
     """Say whether two datasets are equal, byte for byte."""
     return all(Path(f"{one}.{end}").read_bytes() == Path(f"{other}.{end}").read_bytes() for end in ("bin", "idx"))
+
+
+def error_of_a_full_disk(action: Callable[[], object], nbytes: int) -> str:
+    """The CptError of an action in a process that may write files of `nbytes` at most: it fails as on a full disk."""
+    fork = multiprocessing.get_context("fork")
+    pipe, theirs = fork.Pipe()
+
+    def job() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, nbytes))
+        try:
+            action()
+        except CptError as error:
+            theirs.send(str(error))
+
+    process = fork.Process(target=job)
+    process.start()
+    process.join()
+    assert pipe.poll()
+    return pipe.recv()

@@ -3,14 +3,13 @@
 import multiprocessing
 import os
 import random
-import resource
 import signal
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-from corpus_helpers import same_files, write_jsonl
+from corpus_helpers import error_of_a_full_disk, same_files, write_jsonl
 
 from nemo_cpt.corpus import prepare, read_index, read_manifest, split
 from nemo_cpt.errors import CptError
@@ -138,20 +137,8 @@ def test_a_dead_worker_is_reported_and_the_next_run_resumes(
 def test_a_full_disk_is_reported_and_the_next_run_resumes(
     tmp_path: Path, corpus: Path, small: Path, expected: tuple[str, float]
 ) -> None:
-    pipe, theirs = fork.Pipe()
-
-    def job() -> None:  # a limit on file sizes fails in the same call as a full disk
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-        try:
-            run(corpus, tmp_path / "ds", small)
-        except CptError as error:
-            theirs.send(str(error))
-
-    process = fork.Process(target=job)
-    process.start()
-    process.join()
-    assert pipe.poll()
-    assert "Cannot write the tokens: File too large" in pipe.recv()
+    error = error_of_a_full_disk(lambda: run(corpus, tmp_path / "ds", small), 200_000)
+    assert "Cannot write the tokens: File too large" in error
     assert not list(tmp_path.glob("*.idx"))
     report = prepare(corpus, tmp_path / "ds", small, quiet=True)
     assert report.status == "resumed"

@@ -3,13 +3,12 @@
 import json
 import multiprocessing
 import random
-import resource
 import time
 from pathlib import Path
 
 import orjson
 import pytest
-from corpus_helpers import write_jsonl
+from corpus_helpers import error_of_a_full_disk, write_jsonl
 
 from nemo_cpt.corpus import split
 from nemo_cpt.corpus.duplicates import fingerprint, sketch
@@ -198,22 +197,9 @@ def test_two_splits_into_one_folder_do_not_meet(tmp_path: Path, documents: list[
 
 
 def test_a_full_disk_is_reported(tmp_path: Path, documents: list[str]) -> None:
-    fork = multiprocessing.get_context("fork")
-    pipe, theirs = fork.Pipe()
     source = write_jsonl(tmp_path / "all.jsonl", documents)
-
-    def job() -> None:  # a limit on file sizes fails in the same call as a full disk
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        try:
-            split(source, tmp_path / "out", validation=0.1, quiet=True)
-        except CptError as error:
-            theirs.send(str(error))
-
-    process = fork.Process(target=job)
-    process.start()
-    process.join()
-    assert pipe.poll()
-    assert "Cannot split into" in pipe.recv()
+    error = error_of_a_full_disk(lambda: split(source, tmp_path / "out", validation=0.1, quiet=True), 100_000)
+    assert "Cannot split into" in error
     assert list((tmp_path / "out").iterdir()) == []
 
 
