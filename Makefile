@@ -13,7 +13,7 @@ test: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy nemo_cpt recipes executors
+	$(BIN)/mypy nemo_cpt
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import tarfile
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,10 +37,6 @@ class CodeSnapshot(run.Packager):
         with tarfile.open(partial, "w:gz", compresslevel=1) as tar:
             for file in files:
                 tar.add(root / file, arcname=file, recursive=False)
-            for package, folder in _mapped_packages(root).items():
-                link = tarfile.TarInfo(package.replace(".", "/"))
-                link.type, link.linkname = tarfile.SYMTYPE, os.path.relpath(folder, Path(link.name).parent)
-                tar.addfile(link)
         partial.rename(archive)
         return str(archive)
 
@@ -100,12 +95,3 @@ def _check_sizes(root: Path, files: list[str]) -> None:
                 f"{root / file} has {mib:.0f} MiB and would be shipped with the code; add it to .gitignore "
                 f"(files over {LARGEST_MIB} MiB are taken for data)"
             )
-
-
-def _mapped_packages(root: Path) -> dict[str, str]:
-    """Packages that setuptools' package-dir puts elsewhere; the copy is imported without being installed."""
-    project = root / "pyproject.toml"
-    if not project.is_file():
-        return {}
-    mapped = tomllib.loads(project.read_text()).get("tool", {}).get("setuptools", {}).get("package-dir", {})
-    return {name: folder for name, folder in mapped.items() if name and (root / folder).is_dir()}

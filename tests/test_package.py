@@ -3,8 +3,11 @@
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+
+CHECKOUT = Path(__file__).parents[1]
 
 LIGHT = ["nemo_cpt", "nemo_cpt.corpus", "nemo_cpt.executors", "nemo_cpt.recipes", "nemo_cpt.checkpoint"]
 
@@ -36,3 +39,35 @@ def test_other_errors_keep_their_traceback() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
     assert "Traceback" in done.stderr
+
+
+def test_type_checkers_see_the_executors_arguments(tmp_path: Path) -> None:
+    """`nemo_cpt/executors` and `nemo_cpt/recipes` are links to the folders at the top, which every tool follows."""
+    pytest.importorskip("mypy")
+    script = tmp_path / "script.py"
+    script.write_text("from nemo_cpt.executors import local\n\nlocal(processes='many', no_such_argument=3)\n")
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--cache-dir",
+        str(tmp_path),
+        "--config-file",
+        "pyproject.toml",
+        str(script),
+    ]
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
+    assert 'Unexpected keyword argument "no_such_argument" for "local"' in done.stdout
+    assert 'Argument "processes" to "local" has incompatible type "str"' in done.stdout
+
+
+def test_a_checkout_imports_its_own_recipes(tmp_path: Path) -> None:
+    """Also beside another checkout that is installed: a worktree must not test the other one's recipes."""
+    for name in ("nemo_cpt", "recipes", "executors"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    for name in ("recipes", "executors"):
+        (tmp_path / "nemo_cpt" / name).symlink_to(f"../{name}")
+    code = "import nemo_cpt.recipes, nemo_cpt.executors; print(nemo_cpt.recipes.__file__, nemo_cpt.executors.__file__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [f"{tmp_path}/nemo_cpt/{name}/__init__.py" for name in ("recipes", "executors")]
