@@ -37,6 +37,8 @@ def apply() -> None:
     resume_with_precision_aware_states()
     mend_datasets()
     multiply_shapes_with_numpy_2()
+    write_one_checkpoint_at_a_time()
+    keep_staged_copies_until_written()
 
 
 def _replace(owner: Any, name: str, cure: Callable[[Callable], Callable]) -> None:
@@ -475,3 +477,55 @@ class _NumpyWithProduct:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(numpy, name)
+
+
+def write_one_checkpoint_at_a_time() -> None:
+    """Let an asynchronous save wait for the one before it.
+
+    NeMo 2.7.3 (`utils/callbacks/dist_ckpt_io.py`) starts a save whatever is still being written: each takes a copy of
+    its own in host memory, and what the writers report, in one queue, goes to whichever save is finished first.
+    """
+    from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
+
+    _replace(AsyncFinalizableCheckpointIO, "save_checkpoint", _after_the_one_before)
+
+
+def _after_the_one_before(save: Callable[..., None]) -> Callable[..., None]:
+    def save_checkpoint(self: Any, *args: Any, **kwargs: Any) -> None:
+        self.maybe_finalize_save_checkpoint(blocking=True)
+        save(self, *args, **kwargs)
+
+    return save_checkpoint
+
+
+def keep_staged_copies_until_written() -> None:
+    """Keep the copy that an asynchronous save is written from until it is written.
+
+    `TemporalAsyncCaller` (megatron-core 0.15.3, `core/dist_checkpointing/strategies/async_utils.py`) copies a
+    checkpoint into pinned memory, forks the writer and lets go of the copy. A fork shares pinned memory instead of
+    copying it, and PyTorch gives what was let go of to the next who asks, a data loader's batch or the next save: the
+    writer then writes theirs. Later versions keep it too (Megatron-LM's pull request 2288).
+    """
+    from megatron.core.dist_checkpointing.strategies.async_utils import TemporalAsyncCaller
+
+    _replace(TemporalAsyncCaller, "schedule_async_call", _keeping_its_copy)
+    _replace(TemporalAsyncCaller, "close", _letting_go_of_its_copy)
+
+
+def _keeping_its_copy(schedule: Callable[..., None]) -> Callable[..., None]:
+    def schedule_async_call(self: Any, request: Any) -> None:
+        def stage() -> Any:
+            self.staged = request.preload_fn()
+            return self.staged
+
+        schedule(self, request._replace(preload_fn=stage) if request.preload_fn else request)
+
+    return schedule_async_call
+
+
+def _letting_go_of_its_copy(close: Callable[..., None]) -> Callable[..., None]:
+    def close_and_let_go(self: Any, *args: Any, **kwargs: Any) -> None:
+        close(self, *args, **kwargs)
+        self.staged = None
+
+    return close_and_let_go
