@@ -31,12 +31,17 @@ class Request:
     started: float = field(default_factory=time.monotonic)
     first_token: float = 0.0
     text: str = ""
-    tokens: int = 0
+    reply_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
     held_back: str = ""  # text that may turn out to be the beginning of a stop string
     detokenizer: Any = None
     generator: torch.Generator | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the reply so far, the end token included."""
+        return len(self.reply_ids)
 
     def reply(self) -> Reply:
         """The reply of a request that has ended."""
@@ -134,18 +139,25 @@ class Decoder:
             self._keep([row for row, each in enumerate(self.rows) if each is not request])
 
     def _draw_all(self, rows: list[Request], logits: torch.Tensor) -> list[int]:
-        if all(request.sampling.temperature == 0 and request.sampling.logprobs is None for request in rows):
+        if all(_is_plainly_greedy(request.sampling) for request in rows):
             return logits.argmax(-1).tolist()  # one transfer from the GPU instead of one a row
         return [self._draw(request, row) for request, row in zip(rows, logits, strict=True)]
 
     def _draw(self, request: Request, logits: torch.Tensor) -> int:
         """The next token of one request; `logits` [vocabulary] are the model's."""
-        sampling = request.sampling
+        sampling, given = request.sampling, logits
+        if sampling.repetition_penalty != 1:
+            seen = torch.tensor(sorted({*request.ids, *request.reply_ids}), device=logits.device)
+            chosen, penalty = logits[seen], sampling.repetition_penalty
+            penalized = torch.where(chosen < 0, chosen * penalty, chosen / penalty)
+            given = given.scatter(0, seen, penalized)
+        if request.tokens < sampling.min_tokens:
+            given = given.index_fill(0, torch.tensor(sorted(self.end_ids), device=given.device), -torch.inf)
         if sampling.temperature == 0:
-            token = int(logits.argmax())
+            token = int(given.argmax())
         else:
             # On the CPU, where a generator's numbers are the same on every machine.
-            scaled = logits.float().cpu() / sampling.temperature
+            scaled = given.float().cpu() / sampling.temperature
             token = int(torch.multinomial(_truncated(scaled, sampling).softmax(-1), 1, generator=request.generator))
         if sampling.logprobs is not None:
             request.logprobs.append(self._logprob(token, logits.float().log_softmax(-1), sampling.logprobs))
@@ -168,7 +180,7 @@ class Decoder:
 
     def _piece(self, request: Request, token: int) -> Piece:
         request.first_token = request.first_token or time.monotonic()
-        request.tokens += 1
+        request.reply_ids.append(token)
         new = request.held_back
         if token in self.end_ids:
             request.finish_reason = "stop"
@@ -238,6 +250,11 @@ class _Detokenizer:
             return ""
         new, self.given = text[len(self.given) :], text
         return new
+
+
+def _is_plainly_greedy(sampling: Sampling) -> bool:
+    extras = (sampling.logprobs, sampling.min_tokens or None, None if sampling.repetition_penalty == 1 else 1)
+    return sampling.temperature == 0 and extras == (None, None, None)
 
 
 def _truncated(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:

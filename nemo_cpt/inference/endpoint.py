@@ -100,8 +100,11 @@ class EndpointEngine:
             "stream": stream,
             "stream_options": {"include_usage": True},
         }
-        if sampling.top_k:  # not OpenAI's own; vLLM, SGLang and this project's server take it
-            settings["extra_body"] = {"top_k": sampling.top_k}
+        # Not OpenAI's own; vLLM, SGLang and this project's server take them.
+        extra = {"top_k": sampling.top_k, "min_tokens": sampling.min_tokens}
+        settings["extra_body"] = {name: value for name, value in extra.items() if value}
+        if sampling.repetition_penalty != 1:
+            settings["extra_body"]["repetition_penalty"] = sampling.repetition_penalty
         if isinstance(prompt, str):
             return self.client.completions.create(prompt=prompt, **settings)
         check_messages(prompt)

@@ -30,6 +30,9 @@ class Sampling:
         top_p: draw among the most probable tokens that together have this probability (nucleus sampling,
             arXiv 1904.09751).
         top_k: draw among this many most probable tokens; 0 for all of them.
+        min_tokens: tokens before an end token may be drawn.
+        repetition_penalty: what divides the positive logits, and multiplies the negative ones, of tokens that stand in
+            the prompt or the reply already (CTRL, arXiv 1909.05858); 1 for none.
         stop: strings that end a reply; they are not part of it.
         seed: of the random numbers; replies with equal seeds are equal on one machine, whatever else is in the batch.
         logprobs: most probable tokens to report beside each token, with their log probabilities; None for none.
@@ -39,6 +42,8 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_tokens: int = 0
+    repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int = 0
     logprobs: int | None = None
@@ -49,6 +54,8 @@ class Sampling:
             ("temperature", self.temperature, 0 <= self.temperature < float("inf"), "0 or more"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k, self.top_k >= 0, "0 or more"),
+            ("min_tokens", self.min_tokens, 0 <= self.min_tokens <= self.max_tokens, "between 0 and max_tokens"),
+            ("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < float("inf"), "above 0"),
             ("stop", self.stop, all(self.stop), "strings that are not empty"),
             ("logprobs", self.logprobs, self.logprobs is None or 0 <= self.logprobs <= 20, "between 0 and 20"),
         ):

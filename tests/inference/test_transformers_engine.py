@@ -137,6 +137,20 @@ def test_logprobs_are_the_models(engine: TransformersEngine) -> None:
     assert [value for _, value in first.top] == pytest.approx(wanted.topk(3).values.tolist(), abs=1e-4)
 
 
+def test_repetition_penalty_and_min_tokens_are_transformers_own(engine: TransformersEngine) -> None:
+    ids = torch.tensor([engine.encode(PROMPTS[1])])
+    sampling = Sampling(max_tokens=30, repetition_penalty=1.7, min_tokens=25)
+    ((_, reply),) = engine.generate([PROMPTS[1]], sampling)
+    with torch.inference_mode():
+        whole = engine.network.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, min_new_tokens=25, repetition_penalty=1.7,
+            do_sample=False,
+        )  # fmt: skip
+    wanted = engine.tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
+    assert reply.text.rstrip("\ufffd") == wanted.rstrip("\ufffd")
+    assert reply.completion_tokens >= 25
+
+
 def test_bos_stands_once(engine: TransformersEngine) -> None:
     for prompt in ("abc", "<bos>abc", [{"role": "user", "content": "abc"}]):
         ids = engine.encode(prompt)  # type: ignore[arg-type]
