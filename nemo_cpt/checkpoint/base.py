@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from nemo_cpt.checkpoint.architecture import Architecture
 from nemo_cpt.checkpoint.context import HF_FOLDER
-from nemo_cpt.checkpoint.files import has_tokenizer, require_tokenizer
+from nemo_cpt.checkpoint.files import require_tokenizer
 from nemo_cpt.checkpoint.safetensors_files import HFWeights
 from nemo_cpt.errors import CptError
 
@@ -77,14 +77,9 @@ def _stamp(nemo: Path) -> object:
     return [(each.st_ino, each.st_size, each.st_mtime_ns) for each in found]
 
 
-def _carried(nemo: Path) -> list[Path]:
+def carried_places(nemo: Path) -> list[Path]:
     """Where a checkpoint carries its base's files: beside the weights, or in the tokenizer's folder of its context."""
     return [nemo / HF_FOLDER, *sorted(path for path in nemo.glob("context/*") if path.is_dir())]
-
-
-def carried_files(nemo: Path) -> list[Path]:
-    """The folders in which a checkpoint carries a tokenizer."""
-    return [place for place in _carried(nemo) if has_tokenizer(place)]
 
 
 def base_weights(base: Path, arch: Architecture) -> NemoWeights | HFWeights:
@@ -105,7 +100,7 @@ def base_files(nemo: Path, base: str | Path | None) -> Path:
     Raises:
         CptError: there is no config.json or no tokenizer.
     """
-    places = [Path(base), *_carried(Path(base))] if base else _carried(nemo)
+    places = [Path(base), *carried_places(Path(base))] if base else carried_places(nemo)
     for place in places:
         if (place / "config.json").is_file():
             require_tokenizer(place)

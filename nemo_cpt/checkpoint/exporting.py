@@ -15,7 +15,7 @@ import numpy as np
 from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import Architecture, read_json
 from nemo_cpt.checkpoint.arrays import DTYPES, check_finite
-from nemo_cpt.checkpoint.base import base_files, base_weights, carried_files, nemo_folder, unchanged
+from nemo_cpt.checkpoint.base import base_files, base_weights, carried_places, nemo_folder, unchanged
 from nemo_cpt.checkpoint.exported_config import ExportedConfig, exported_config
 from nemo_cpt.checkpoint.files import copy_small_files, new_folder
 from nemo_cpt.checkpoint.safetensors_files import SHARD_BYTES, TensorPlan, write_weights
@@ -113,7 +113,7 @@ def export_hf(
             write = partial(_write_adapter, nemo, config, files, _checked(dtype or "float32"))
         else:
             model = _open_lora(nemo, config.arch, base) if lora else _open_model(nemo, config.arch)
-            _refuse_to_cut_tokens(model, config.arch, (files, *carried_files(nemo)))
+            _refuse_to_cut_tokens(model, config.arch, (files, *carried_places(nemo)))
             dtype = _checked(dtype or config.arch.dtype or model.dtype)
             plans = [TensorPlan(slot.name, dtype, slot.shape) for slot in layout.slots(config.arch)]
             size = sum(plan.nbytes for plan in plans)
@@ -126,7 +126,6 @@ def export_hf(
         source=str(source),
         dest=str(dest),
         model_type=config.arch.model_type,
-        warnings=config.warnings,
         seconds=round(time.monotonic() - start, 3),
         **written,
     )
@@ -140,6 +139,7 @@ class _Model:
     blocks: Callable[[str], Iterable[np.ndarray]]
     dtype: str
     rows: int
+    warnings: tuple[str, ...] = ()
 
 
 def _open_model(nemo: Path, arch: Architecture) -> _Model:
@@ -154,7 +154,7 @@ def _open_lora(nemo: Path, arch: Architecture, base: str | Path | None) -> _Mode
 
     weights, adapters = base_weights(base_of(nemo, base), arch), Adapters(nemo, arch)
     rows = adapters.trained_rows or weights.vocab_rows
-    return _Model(nemo, partial(adapters.merged, base=weights), weights.dtype, rows)
+    return _Model(nemo, partial(adapters.merged, base=weights), weights.dtype, rows, adapters.warnings)
 
 
 def _refuse_to_cut_tokens(model: _Model, arch: Architecture, tokenizers: Iterable[Path]) -> None:
@@ -192,6 +192,7 @@ def _write_model(
         "bytes_written": sum(plan.nbytes for plan in plans),
         "files": tuple(names),
         "config_changes": config.changes,
+        "warnings": (*config.warnings, *model.warnings),
     }
 
 
@@ -213,6 +214,7 @@ def _write_adapter(nemo: Path, config: ExportedConfig, files: Path, dtype: str, 
         "bytes_written": sum((folder / name).stat().st_size for name in names),
         "files": tuple(names),
         "config_changes": (),
+        "warnings": config.warnings,
     }
 
 

@@ -18,6 +18,7 @@ from nemo_cpt.checkpoint.context import HF_FOLDER, write_context
 from nemo_cpt.checkpoint.files import copy_small_files, new_folder, require_tokenizer
 from nemo_cpt.checkpoint.safetensors_files import HFWeights
 from nemo_cpt.checkpoint.tokenizer_files import count_token_ids
+from nemo_cpt.checkpoint.weight_sums import WeightSums
 from nemo_cpt.errors import CptError
 
 if TYPE_CHECKING:
@@ -92,9 +93,10 @@ def import_hf(
     arch = arch.with_dtype(arch.dtype or weights.infos[slots[0].name].dtype)
     total = sum(weights.infos[slot.name].nbytes for slot in slots)
     with new_folder(dest, total + 64 * 2**20) as folder:
-        _write_weights(folder / "weights", weights, slots, arch, progress or (lambda done, all_bytes: None))
+        sums = _write_weights(folder / "weights", weights, slots, arch, progress or (lambda done, all_bytes: None))
         write_context(folder / "context", arch, source)
         copy_small_files(source, folder / HF_FOLDER)
+        sums.write(folder / HF_FOLDER)
     sizes = [weights.infos[slot.name].nbytes for slot in slots]
     counts = [_numel(slot.shape) for slot in slots]
     return ImportReport(
@@ -170,29 +172,35 @@ def _write_weights(
     slots: Sequence[layout.Slot],
     arch: Architecture,
     progress: Callable[[int, int], None],
-) -> None:
+) -> WeightSums:
     from nemo_cpt.checkpoint.distributed_writer import DistributedWriter
 
     total = sum(weights.infos[slot.name].nbytes for slot in slots)
-    done = 0
+    done, sums = 0, WeightSums()
     with DistributedWriter(folder) as writer:
         ordered = sorted(slots, key=lambda slot: (slot.layer is not None, slot.layer or 0, slot.key))
         for _, group in groupby(ordered, key=lambda slot: (slot.layer, slot.key)):
             members = list(group)
-            _write_group(writer, weights, members, arch)
+            _write_group(writer, weights, members, arch, sums)
             done += sum(weights.infos[slot.name].nbytes for slot in members)
             progress(done, total)
         _write_extra_states(writer, arch.num_hidden_layers)
+    return sums
 
 
 def _write_group(
-    writer: DistributedWriter, weights: HFWeights, slots: Sequence[layout.Slot], arch: Architecture
+    writer: DistributedWriter,
+    weights: HFWeights,
+    slots: Sequence[layout.Slot],
+    arch: Architecture,
+    sums: WeightSums,
 ) -> None:
     first = slots[0]
     if first.part == "q":
         parts = {slot.part: weights.read(slot.name) for slot in slots}
         for slot in slots:
             _check(weights, slot.name, parts[slot.part])
+            sums.add(slot.name, parts[slot.part])
         merged = layout.merge_qkv(parts, arch)
         _add(writer, first, merged, merged.shape, 0, arch)
         return
@@ -201,6 +209,7 @@ def _write_group(
     for slot in slots:
         for block in weights.blocks(slot.name):
             _check(weights, slot.name, block)
+            sums.add(slot.name, block)
             _add(writer, slot, block, shape, row, arch)
             row += block.shape[0]
 

@@ -121,9 +121,9 @@ def verify(
     lora, theirs = is_lora(folder), HFWeights(hf)
     if lora and logits:
         raise CptError(f"{folder} holds adapters only; their logits are not compared. Leave --logits away.")
-    slots, warnings = layout.slots(arch), []
+    slots = layout.slots(arch)
     with unchanged(folder):
-        read = _merged(folder, arch, theirs, base) if lora else NemoWeights(folder, arch).read
+        read, warnings = _merged(folder, arch, theirs, base) if lora else (NemoWeights(folder, arch).read, ())
         recorded = read_model_config(folder)
         differing = context_differences(recorded, arch)
         differences = tuple(found for slot in slots if (found := _compare(slot, read, theirs)))
@@ -134,9 +134,9 @@ def verify(
             gap, largest = _compare_logits(folder, hf, arch, ids)
             longest = max(map(len, ids))
     if not recorded:
-        warnings.append(f"{folder} has no context: constants such as the rotary base were not compared")
+        warnings += (f"{folder} has no context: constants such as the rotary base were not compared",)
     if longest and arch.sliding_window and longest <= arch.sliding_window:
-        warnings.append(f"the window of {arch.sliding_window} was compared as a number; no prompt was that long")
+        warnings += (f"the window of {arch.sliding_window} was compared as a number; no prompt was that long",)
     return VerifyReport(
         nemo=str(nemo),
         hf=str(hf),
@@ -146,13 +146,13 @@ def verify(
         logits_difference=gap,
         largest_logit=largest,
         longest_prompt=longest,
-        warnings=tuple(warnings),
+        warnings=warnings,
         seconds=round(time.monotonic() - start, 3),
     )
 
 
-def _merged(nemo: Path, arch: Architecture, theirs: HFWeights, base: str | Path | None) -> Read:
-    """Reads what `export_hf` would write of a LoRA run, in the dtype of `theirs`."""
+def _merged(nemo: Path, arch: Architecture, theirs: HFWeights, base: str | Path | None) -> tuple[Read, tuple[str, ...]]:
+    """Reads what `export_hf` would write of a LoRA run, in the dtype of `theirs`; and its warnings."""
     from nemo_cpt.checkpoint.lora import Adapters, base_of
 
     adapters, weights = Adapters(nemo, arch), base_weights(base_of(nemo, base), arch)
@@ -160,7 +160,7 @@ def _merged(nemo: Path, arch: Architecture, theirs: HFWeights, base: str | Path 
     def read(name: str) -> np.ndarray:
         return cast(adapters.read_merged(name, weights), name, theirs.infos[name].dtype)
 
-    return read
+    return read, adapters.warnings
 
 
 def _compare(slot: layout.Slot, read: Read, theirs: HFWeights) -> Difference | None:

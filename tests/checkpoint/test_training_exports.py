@@ -1,14 +1,16 @@
 """Checkpoints of NeMo's own training, with optimizer state and with LoRA, leave as the model that was trained."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import small_models as models
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from nemo_cpt.checkpoint import export_hf, verify
+from nemo_cpt.checkpoint import export_hf, import_hf, verify
 from nemo_cpt.errors import CptError
 
 TOKENS = torch.arange(5, 45)[None]
@@ -73,6 +75,35 @@ def test_rows_without_tokens_come_back(run: str, base: str, nemo_jobs: Path, tmp
     logits = torch.load(nemo_jobs / "runs" / f"{run}_logits.pt")
     assert logits.shape[1] == models.MORE_ROWS
     assert _agree(_logits(_load(tmp_path / "out")), logits)
+
+
+def test_lora_is_not_merged_into_another_model_of_its_shape(nemo_jobs: Path, tmp_path: Path) -> None:
+    """One value of one matrix differs, as after another step of training; a matrix that has no adapter, then one that
+    has."""
+    for name in ("model.layers.3.input_layernorm.weight", "model.layers.2.mlp.down_proj.weight"):
+        other = shutil.copytree(nemo_jobs / "hf", tmp_path / name)
+        path = next(path for path in other.glob("*.safetensors") if name in load_file(path))
+        every = load_file(path)
+        every[name].view(-1)[7] += 0.5
+        save_file(every, path, metadata={"format": "pt"})
+        import_hf(other, tmp_path / f"{name}_nemo")
+        for base in (other, tmp_path / f"{name}_nemo"):
+            with pytest.raises(CptError, match=rf"{name} of .*{name}.* is not what the adapters were trained on"):
+                export_hf(_checkpoint(nemo_jobs, "lora"), tmp_path / "out", base=base)
+            assert not (tmp_path / "out").exists()
+        with pytest.raises(CptError, match="is not what the adapters were trained on"):
+            verify(_checkpoint(nemo_jobs, "lora"), nemo_jobs / "hf", base=other)
+
+
+def test_a_lora_run_that_does_not_know_its_base(nemo_jobs: Path, tmp_path: Path) -> None:
+    """As those of a base that was imported before imports wrote checksums."""
+    old = shutil.copytree(_checkpoint(nemo_jobs, "lora"), tmp_path / "old")
+    (old / "context" / "hf" / ".weights.json").unlink()
+    (warning,) = export_hf(old, tmp_path / "out").warnings
+    assert "does not know its base's weights" in warning
+    assert verify(old, tmp_path / "out").warnings == (warning,)
+    assert export_hf(_checkpoint(nemo_jobs, "lora"), tmp_path / "known").warnings == ()
+    assert not list((tmp_path / "known").glob(".*"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
