@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nemo_cpt.checkpoint.architecture import Architecture, parse_config, read_json
+from nemo_cpt.checkpoint.base import carried_places
+from nemo_cpt.checkpoint.files import VOCABULARIES
 from nemo_cpt.checkpoint.model_config import (
     Difference,
     constants_of_nemo,
@@ -74,11 +76,27 @@ def exported_config(nemo: Path, base: Path, ignore_fields: Collection[str] = ())
     otherwise = [each.described("the checkpoint's context", "the base's config.json") for each in differing]
     if (length := recorded.get("seq_length") or 0) > arch.max_position_embeddings:
         changed["max_position_embeddings"] = length
+        if arch.model_type == "mistral":  # a window as long as the positions were had no effect, and would have one now
+            changed.setdefault("sliding_window", arch.sliding_window)
         otherwise.append(f"max_position_embeddings is {arch.max_position_embeddings}, sequences had {length} tokens")
     trained_arch = replace(arch, **changed)
     changes = [*otherwise, *_write(fields, changed, Rope(trained_arch.rope_theta, trained_arch.rope_scaling))]
-    warnings = [] if recorded else [f"{nemo} has no context: whether it was trained as config.json says is not known"]
-    return ExportedConfig(trained_arch, fields, tuple(otherwise), tuple(changes), tuple(warnings))
+    return ExportedConfig(
+        trained_arch, fields, tuple(otherwise), tuple(changes), tuple(_warnings(nemo, base, recorded))
+    )
+
+
+def _warnings(nemo: Path, base: Path, recorded: Mapping[str, Any]) -> Iterator[str]:
+    if not recorded:
+        yield f"{nemo} has no context: whether it was trained as config.json says is not known"
+    for place in carried_places(nemo):
+        if other := [name for name in VOCABULARIES if _differ(place / name, base / name)]:
+            yield f"{base}/{other[0]} is exported, and is not the one that the run trained with, {place}/{other[0]}"
+            return
+
+
+def _differ(one: Path, other: Path) -> bool:
+    return one.is_file() and other.is_file() and one.read_bytes() != other.read_bytes()
 
 
 def _can_be_written(difference: Difference, arch: Architecture) -> bool:

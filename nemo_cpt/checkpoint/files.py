@@ -24,7 +24,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", "
 _LEFT_BEHIND = ("README.md", ".gitattributes", ".gitignore")  # a model card describes the base, not what it became
 _OWNER = ".owner"  # in a folder that is being written: the machine's name, under the writing process's lock
 _PIECE_BYTES = 128 * 2**10
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")  # one of them a tokenizer has
 
 
 @contextmanager
@@ -149,14 +149,14 @@ def small_files(folder: str | Path) -> list[Path]:
 
 def has_tokenizer(folder: str | Path) -> bool:
     """Whether the folder holds a tokenizer's files."""
-    return any((Path(folder) / name).is_file() for name in _TOKENIZERS)
+    return any((Path(folder) / name).is_file() for name in VOCABULARIES)
 
 
 def require_tokenizer(folder: str | Path) -> None:
     """Raise CptError unless the folder holds a tokenizer that the installed transformers has a class for."""
     if not has_tokenizer(folder):
         raise CptError(
-            f"{folder} holds no tokenizer (looked for {', '.join(_TOKENIZERS)}). "
+            f"{folder} holds no tokenizer (looked for {', '.join(VOCABULARIES)}). "
             "Put the model's tokenizer files there; training and inference need them."
         )
     check_tokenizer_class(folder)

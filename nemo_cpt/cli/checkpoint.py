@@ -97,7 +97,7 @@ def _print(report: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(report))
         return
-    print_pairs((name.replace("_", " "), _shown(value)) for name, value in report.items())
+    print_pairs((name.replace("_", " "), _shown(value)) for name, value in report.items() if name != "warnings")
 
 
 def _shown(value: object) -> str:

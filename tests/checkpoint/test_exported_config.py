@@ -60,19 +60,24 @@ def test_an_edited_training_exports_as_the_model_that_was_trained(nemo_jobs: Pat
         ("mistral_window", {"window_size": None}, {"sliding_window": None}),
         ("llama31", {"seq_length": 4096}, {"max_position_embeddings": 4096}),
         ("llama31", {"seq_length": 64}, {}),
+        ("mistral_all", {"seq_length": 4096}, {"max_position_embeddings": 4096, "sliding_window": None}),
     ],
 )
 def test_what_reaches_config_json(
     shape: str, recorded: dict[str, Any], written: dict[str, Any], tmp_path: Path
 ) -> None:
-    nemo = _imported(shape, tmp_path)
+    if shape == "mistral_all":  # a window that its 512 positions never fill
+        nemo = _imported("mistral_window", tmp_path, sliding_window=512)
+    else:
+        nemo = _imported(shape, tmp_path)
     _record(nemo, **recorded)
     report = export_hf(nemo, tmp_path / "out")
+    assert verify(nemo, tmp_path / "out", logits=False).identical
     expected = _config(tmp_path / "hf") | written
     assert {name: value for name, value in _config(tmp_path / "out").items() if value is not None} == {
         name: value for name, value in expected.items() if value is not None
     }
-    assert len(report.config_changes) == len(written)
+    assert bool(report.config_changes) is bool(written)
     if not written:
         assert (tmp_path / "out" / "config.json").read_bytes() == (tmp_path / "hf" / "config.json").read_bytes()
 
@@ -117,6 +122,15 @@ def test_a_checkpoint_without_context_is_exported_with_a_warning(tmp_path: Path)
     assert "has no context" in warning
     (warning,) = verify(nemo, tmp_path / "out", logits=False).warnings
     assert "were not compared" in warning
+
+
+def test_another_tokenizer_than_the_runs_is_said(tmp_path: Path) -> None:
+    nemo = _imported("llama31", tmp_path)
+    assert export_hf(nemo, tmp_path / "same", base=tmp_path / "hf").warnings == ()
+    path = tmp_path / "hf" / "tokenizer.json"
+    path.write_text(path.read_text().replace('"t7"', '"seven"'))
+    (warning,) = export_hf(nemo, tmp_path / "other", base=tmp_path / "hf").warnings
+    assert "tokenizer.json is exported, and is not the one that the run trained with" in warning
 
 
 @pytest.mark.parametrize("name", ["io.json", "model.yaml"])
