@@ -74,16 +74,21 @@ def exported_config(nemo: Path, base: Path, ignore_fields: Collection[str] = ())
     trained = constants_of_nemo(recorded)
     changed = {each.name: trained[each.name] for each in differing}
     otherwise = [each.described("the checkpoint's context", "the base's config.json") for each in differing]
+    changes = list(otherwise)
     if (length := recorded.get("seq_length") or 0) > arch.max_position_embeddings:
+        changes.append(f"max_position_embeddings was {arch.max_position_embeddings}, sequences had {length} tokens")
         changed["max_position_embeddings"] = length
         if arch.model_type == "mistral":  # a window as long as the positions were had no effect, and would have one now
             changed.setdefault("sliding_window", arch.sliding_window)
-        otherwise.append(f"max_position_embeddings is {arch.max_position_embeddings}, sequences had {length} tokens")
-    trained_arch = replace(arch, **changed)
-    changes = [*otherwise, *_write(fields, changed, Rope(trained_arch.rope_theta, trained_arch.rope_scaling))]
-    return ExportedConfig(
-        trained_arch, fields, tuple(otherwise), tuple(changes), tuple(_warnings(nemo, base, recorded))
-    )
+    arch = replace(arch, **changed)
+    fields |= {name: value for name, value in changed.items() if not name.startswith("rope_")}
+    rope = Rope(arch.rope_theta, arch.rope_scaling)
+    if changed.keys() & {"rope_theta", "rope_scaling"}:
+        set_rope(fields, rope)
+    elif older_spelling_differs(fields, rope, ignore_fields):
+        set_rope(fields, rope)
+        changes.append("rope_theta and rope_scaling were added: transformers 4 passes over rope_parameters")
+    return ExportedConfig(arch, fields, tuple(otherwise), tuple(changes), tuple(_warnings(nemo, base, recorded)))
 
 
 def _warnings(nemo: Path, base: Path, recorded: Mapping[str, Any]) -> Iterator[str]:
@@ -103,14 +108,3 @@ def _can_be_written(difference: Difference, arch: Architecture) -> bool:
     if difference.name == "rope_scaling" and difference.one is not None:
         return difference.one.kind == "linear" or (difference.one.kind == "llama3" and arch.model_type == "llama")
     return difference.name in (*_WRITABLE, *(["sliding_window"] if arch.model_type == "mistral" else []))
-
-
-def _write(fields: dict[str, Any], changed: dict[str, Any], rope: Rope) -> list[str]:
-    """Bring config.json's fields up to date; returns what was written beyond `changed`, in words."""
-    fields |= {name: value for name, value in changed.items() if not name.startswith("rope_")}
-    if changed.keys() & {"rope_theta", "rope_scaling"}:
-        set_rope(fields, rope)
-    elif older_spelling_differs(fields, rope):
-        set_rope(fields, rope)
-        return ["rope_theta and rope_scaling were added: transformers 4 passes over rope_parameters"]
-    return []

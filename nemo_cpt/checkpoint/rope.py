@@ -87,9 +87,9 @@ def set_rope(config: dict[str, Any], rope: Rope) -> None:
         config["rope_parameters"] = {"rope_theta": rope.theta, **scaling}
 
 
-def older_spelling_differs(config: Mapping[str, Any], rope: Rope) -> bool:
+def older_spelling_differs(config: Mapping[str, Any], rope: Rope, ignore_fields: Collection[str] = ()) -> bool:
     """Whether transformers 4, which passes over `rope_parameters`, reads another rotary embedding than `rope`."""
-    return read_rope({**config, "rope_parameters": None}, "config.json") != rope
+    return read_rope({**config, "rope_parameters": None}, "config.json", ignore_fields) != rope
 
 
 def _read_scaling(given: Any, field: str, where: str, ignore_fields: Collection[str]) -> RopeScaling | None:

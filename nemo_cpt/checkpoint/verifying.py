@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 
 from nemo_cpt.checkpoint import layout
-from nemo_cpt.checkpoint.architecture import Architecture, read_architecture, read_json
+from nemo_cpt.checkpoint.architecture import Architecture, read_architecture
 from nemo_cpt.checkpoint.arrays import bits, cast
 from nemo_cpt.checkpoint.base import base_weights, nemo_folder, unchanged
 from nemo_cpt.checkpoint.model_config import context_differences, read_model_config
 from nemo_cpt.checkpoint.nemo_weights import NemoWeights
-from nemo_cpt.checkpoint.rope import Rope, older_spelling_differs, set_rope
 from nemo_cpt.checkpoint.safetensors_files import HFWeights
 from nemo_cpt.errors import CptError
 
@@ -131,7 +130,7 @@ def verify(
         gap, largest, longest = None, None, None
         if logits or (logits is None and not lora and parameters <= _LOGITS_UP_TO):
             ids = _ids(hf, prompts) if prompts else [*_ids(hf, PROMPTS), _long_prompt(arch, parameters)]
-            gap, largest = _compare_logits(folder, hf, arch, ids)
+            gap, largest = _compare_logits(folder, hf, ids, ignore_fields)
             longest = max(map(len, ids))
     if not recorded:
         warnings += (f"{folder} has no context: constants such as the rotary base were not compared",)
@@ -212,15 +211,17 @@ def _long_prompt(arch: Architecture, parameters: int) -> list[int]:
     return drawn
 
 
-def _compare_logits(nemo: Path, hf: Path, arch: Architecture, ids: list[list[int]]) -> tuple[float, float]:
+def _compare_logits(nemo: Path, hf: Path, ids: list[list[int]], ignore_fields: Collection[str]) -> tuple[float, float]:
     import torch
     from transformers import AutoModelForCausalLM
 
     from nemo_cpt.checkpoint.nemo_model import nemo_logits
+    from nemo_cpt.checkpoint.transformers_config import transformers_config
 
     ours = nemo_logits(nemo, ids)
+    config = transformers_config(hf, ignore_fields)
     model = AutoModelForCausalLM.from_pretrained(
-        hf, config=_config(hf, arch), dtype=torch.float32, attn_implementation="eager", use_safetensors=True
+        hf, config=config, dtype=torch.float32, attn_implementation="eager", use_safetensors=True
     ).eval()
     gap = largest = 0.0
     with torch.no_grad():
@@ -229,14 +230,3 @@ def _compare_logits(nemo: Path, hf: Path, arch: Architecture, ids: list[list[int
             gap = max(gap, float((mine[:, : other.shape[1]] - other).abs().max()))
             largest = max(largest, float(other.abs().max()))
     return gap, largest
-
-
-def _config(hf: Path, arch: Architecture) -> Any:
-    """The folder's config, with its rotary embedding in the spelling that the installed transformers reads."""
-    from transformers import AutoConfig
-
-    fields = read_json(hf / "config.json")
-    rope = Rope(arch.rope_theta, arch.rope_scaling)
-    if older_spelling_differs(fields, rope):
-        set_rope(fields, rope)
-    return AutoConfig.for_model(**fields)

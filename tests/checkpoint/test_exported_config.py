@@ -1,6 +1,7 @@
 """What a training changed reaches config.json, or the export is refused; otherwise config.json is the base's."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,13 @@ def test_an_adapter_cannot_say_what_changed(nemo_jobs: Path, tmp_path: Path) -> 
         export_hf(checkpoint, tmp_path / "adapter", base=other, adapter=True)
     export_hf(checkpoint, tmp_path / "merged", base=other)
     assert _config(tmp_path / "merged")["rope_theta"] == 500000.0
+
+    _edit = _config(nemo_jobs / "hf") | {
+        "max_position_embeddings": 16
+    }  # the sequences were longer; angles are the same
+    shorter = shutil.copytree(nemo_jobs / "hf", tmp_path / "shorter")
+    (shorter / "config.json").write_text(json.dumps(_edit))
+    export_hf(checkpoint, tmp_path / "adapter", base=shorter, adapter=True)
 
 
 def test_a_checkpoint_without_context_is_exported_with_a_warning(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from nemo_cpt.checkpoint.architecture import Architecture, parse_config
 from nemo_cpt.checkpoint.context import config_arguments
 from nemo_cpt.checkpoint.rope import Rope, older_spelling_differs, set_rope
+from nemo_cpt.checkpoint.transformers_config import transformers_config
 from nemo_cpt.errors import CptError
 
 SHAPE = {
@@ -221,3 +222,16 @@ def test_what_is_written_is_read_alike_by_both(fields: dict[str, Any]) -> None:
 def test_what_transformers_4_would_misread(fields: dict[str, Any], differs: bool, tmp_path: Path) -> None:
     arch = _parse(**fields)
     assert older_spelling_differs(fields, Rope(arch.rope_theta, arch.rope_scaling)) is differs
+
+
+def test_transformers_is_handed_what_it_understands(tmp_path: Path) -> None:
+    llama = {"model_type": "llama", **SHAPE}
+    (tmp_path / "config.json").write_text(json.dumps({**llama, "rope_parameters": THETA_AND_LLAMA3}))
+    assert AutoConfig.from_pretrained(tmp_path).rope_theta == 10000.0  # what it makes of it by itself
+    config = transformers_config(tmp_path)
+    assert (config.rope_theta, config.rope_scaling) == (500000.0, LLAMA3)
+    (tmp_path / "config.json").write_text(json.dumps({**llama, "rope_parameters": {"full_attention": LLAMA3}}))
+    with pytest.raises(CptError, match="differs by kind of layer"):
+        transformers_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))  # what is not ours is left to it
+    assert transformers_config(tmp_path).model_type == "gpt2"
