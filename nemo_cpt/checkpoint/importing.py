@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -17,6 +17,8 @@ from nemo_cpt.checkpoint.arrays import bits, check_finite
 from nemo_cpt.checkpoint.context import HF_FOLDER, write_context
 from nemo_cpt.checkpoint.files import copy_small_files, new_folder, require_tokenizer
 from nemo_cpt.checkpoint.safetensors_files import HFWeights
+from nemo_cpt.checkpoint.tokenizer_files import count_token_ids
+from nemo_cpt.checkpoint.weight_sums import WeightSums
 from nemo_cpt.errors import CptError
 
 if TYPE_CHECKING:
@@ -25,7 +27,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What an import did: `parameters` counts values, `bytes_written` the weights', `seconds` is wall time."""
+    """What an import did.
+
+    Attributes:
+        source: the Hugging Face folder.
+        dest: the NeMo checkpoint.
+        model_type: as config.json names it.
+        dtype: of the weights.
+        tensors: how many were read.
+        parameters: values in all.
+        bytes_written: of the weights.
+        dropped: tensors that follow from others and were left out.
+        warnings: what to know before training from it.
+        seconds: wall time.
+    """
 
     source: str
     dest: str
@@ -34,8 +49,9 @@ class ImportReport:
     tensors: int
     parameters: int
     bytes_written: int
+    dropped: tuple[str, ...]
+    warnings: tuple[str, ...]
     seconds: float
-    dropped: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The report as a JSON-serialisable dict."""
@@ -77,15 +93,34 @@ def import_hf(
     arch = arch.with_dtype(arch.dtype or weights.infos[slots[0].name].dtype)
     total = sum(weights.infos[slot.name].nbytes for slot in slots)
     with new_folder(dest, total + 64 * 2**20) as folder:
-        _write_weights(folder / "weights", weights, slots, arch, progress or (lambda done, all_bytes: None))
+        sums = _write_weights(folder / "weights", weights, slots, arch, progress or (lambda done, all_bytes: None))
         write_context(folder / "context", arch, source)
         copy_small_files(source, folder / HF_FOLDER)
+        sums.write(folder / HF_FOLDER)
     sizes = [weights.infos[slot.name].nbytes for slot in slots]
     counts = [_numel(slot.shape) for slot in slots]
     return ImportReport(
-        str(source), str(dest), arch.model_type, str(arch.dtype), len(slots), sum(counts), sum(sizes),
-        round(time.monotonic() - start, 3), tuple(dropped),
-    )  # fmt: skip
+        source=str(source),
+        dest=str(dest),
+        model_type=arch.model_type,
+        dtype=str(arch.dtype),
+        tensors=len(slots),
+        parameters=sum(counts),
+        bytes_written=sum(sizes),
+        dropped=tuple(dropped),
+        warnings=tuple(_tokens_without_rows(source, arch)),
+        seconds=round(time.monotonic() - start, 3),
+    )
+
+
+def _tokens_without_rows(source: Path, arch: Architecture) -> Iterator[str]:
+    tokens = count_token_ids(source)
+    if tokens is not None and tokens > arch.vocab_size:
+        yield (
+            f"the tokenizer has {tokens} tokens and the model rows for {arch.vocab_size}: a text with one of the ids "
+            f"from {arch.vocab_size} on cannot be trained on. If you need them, give the model their rows first "
+            f"(transformers: model.resize_token_embeddings({tokens}))"
+        )
 
 
 def _numel(shape: Sequence[int]) -> int:
@@ -137,29 +172,35 @@ def _write_weights(
     slots: Sequence[layout.Slot],
     arch: Architecture,
     progress: Callable[[int, int], None],
-) -> None:
+) -> WeightSums:
     from nemo_cpt.checkpoint.distributed_writer import DistributedWriter
 
     total = sum(weights.infos[slot.name].nbytes for slot in slots)
-    done = 0
+    done, sums = 0, WeightSums()
     with DistributedWriter(folder) as writer:
         ordered = sorted(slots, key=lambda slot: (slot.layer is not None, slot.layer or 0, slot.key))
         for _, group in groupby(ordered, key=lambda slot: (slot.layer, slot.key)):
             members = list(group)
-            _write_group(writer, weights, members, arch)
+            _write_group(writer, weights, members, arch, sums)
             done += sum(weights.infos[slot.name].nbytes for slot in members)
             progress(done, total)
         _write_extra_states(writer, arch.num_hidden_layers)
+    return sums
 
 
 def _write_group(
-    writer: DistributedWriter, weights: HFWeights, slots: Sequence[layout.Slot], arch: Architecture
+    writer: DistributedWriter,
+    weights: HFWeights,
+    slots: Sequence[layout.Slot],
+    arch: Architecture,
+    sums: WeightSums,
 ) -> None:
     first = slots[0]
     if first.part == "q":
         parts = {slot.part: weights.read(slot.name) for slot in slots}
         for slot in slots:
             _check(weights, slot.name, parts[slot.part])
+            sums.add(slot.name, parts[slot.part])
         merged = layout.merge_qkv(parts, arch)
         _add(writer, first, merged, merged.shape, 0, arch)
         return
@@ -168,6 +209,7 @@ def _write_group(
     for slot in slots:
         for block in weights.blocks(slot.name):
             _check(weights, slot.name, block)
+            sums.add(slot.name, block)
             _add(writer, slot, block, shape, row, arch)
             row += block.shape[0]
 

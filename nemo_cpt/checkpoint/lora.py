@@ -17,8 +17,10 @@ import numpy as np
 from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import Architecture, read_json
 from nemo_cpt.checkpoint.arrays import check_finite
+from nemo_cpt.checkpoint.base import carried_places
 from nemo_cpt.checkpoint.nemo_weights import NemoWeights
 from nemo_cpt.checkpoint.safetensors_files import HFWeights, TensorPlan, write_weights
+from nemo_cpt.checkpoint.weight_sums import checked, read_sums
 from nemo_cpt.errors import CptError
 
 ADAPTER_METADATA = "adapter_metadata.json"
@@ -64,6 +66,9 @@ class Pair:
 class Adapters:
     """The adapters of a LoRA run's checkpoint, by the name of the Hugging Face tensor that they adapt.
 
+    Attributes:
+        warnings: where the checkpoint does not carry the checksums of its base, with which any other is refused.
+
     Raises:
         CptError: the run used DoRA or another method, or adapted layers that have no Hugging Face counterpart.
     """
@@ -72,6 +77,10 @@ class Adapters:
         self.arch = arch
         self._weights = NemoWeights(nemo, arch, partial=True)
         self._slots = {slot.name: slot for slot in layout.slots(arch)}
+        self._sums = read_sums(carried_places(nemo))
+        self.warnings: tuple[str, ...] = (
+            () if self._sums else (f"{nemo} does not know its base's weights: they were taken on trust",)
+        )
         self.alpha = _alpha(nemo)
         self.adapted = [name for name in self._slots if self._has(name)]
         self.trained_whole = [name for name in self._slots if self._weights.has(name)]
@@ -90,6 +99,14 @@ class Adapters:
         """The rank of the adapters."""
         return self.pair(self.adapted[0]).a.shape[0]
 
+    @property
+    def trained_rows(self) -> int | None:
+        """Rows of the embedding, or of the head, where the run trained them whole, Megatron's padding included."""
+        for name in self.trained_whole:
+            if self._slots[name].part == "vocab":
+                return self._weights.reader.shapes[self._weights.prefix + self._slots[name].key][0]
+        return None
+
     def pair(self, name: str) -> Pair:
         """The update of one tensor."""
         slot = self._slots[name]
@@ -106,18 +123,20 @@ class Adapters:
 
     def read_merged(self, name: str, base: NemoWeights | HFWeights) -> np.ndarray:
         """One tensor of the adapted model: what the run trained, or the base's, with its update."""
-        weight = self._source(name, base).read(name)
+        if name in self.trained_whole:
+            weight = self._weights.read(name)
+        else:
+            (weight,) = checked(name, [base.read(name)], self._sums, base.folder)
         return self.pair(name).merged_into(weight) if self._has(name) else weight
 
     def merged(self, name: str, base: NemoWeights | HFWeights) -> Iterator[np.ndarray]:
         """The same in blocks of rows; a block is overwritten by the next one."""
         if self._has(name):
             yield self.read_merged(name, base)
+        elif name in self.trained_whole:
+            yield from self._weights.blocks(name)
         else:
-            yield from self._source(name, base).blocks(name)
-
-    def _source(self, name: str, base: NemoWeights | HFWeights) -> NemoWeights | HFWeights:
-        return self._weights if name in self.trained_whole else base
+            yield from checked(name, base.blocks(name), self._sums, base.folder)
 
 
 def _adapter_key(slot: layout.Slot, side: str) -> str:

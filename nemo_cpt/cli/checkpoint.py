@@ -92,10 +92,12 @@ def download_command(
 
 
 def _print(report: Mapping[str, Any], as_json: bool) -> None:
+    for warning in report.get("warnings", ()):
+        print(f"warning: {warning}", file=sys.stderr)
     if as_json:
         print(json.dumps(report))
         return
-    print_pairs((name.replace("_", " "), _shown(value)) for name, value in report.items())
+    print_pairs((name.replace("_", " "), _shown(value)) for name, value in report.items() if name != "warnings")
 
 
 def _shown(value: object) -> str:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from nemo_cpt.checkpoint.transformers_config import transformers_config
 from nemo_cpt.corpus import full_prefix
 from nemo_cpt.training.datasets import VALIDATION, gpt_dataset
 
@@ -29,7 +30,7 @@ def language_model_loss(
         The loss; `math.exp` of it is the perplexity.
     """
     tokenizer = AutoTokenizer.from_pretrained(model)
-    network = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
+    network = AutoModelForCausalLM.from_pretrained(model, config=transformers_config(model), dtype="auto").eval()
     dataset = gpt_dataset(
         {full_prefix(prefix): 1.0},
         samples,

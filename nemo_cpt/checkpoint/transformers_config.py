@@ -1,0 +1,33 @@
+"""A Hugging Face model's config as the installed transformers has to be handed it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from nemo_cpt.checkpoint.rope import older_spelling_differs, read_rope, set_rope
+
+
+def transformers_config(model: str | os.PathLike[str], ignore_fields: Collection[str] = ()) -> Any:
+    """The config for `from_pretrained(model, config=...)`, with its rotary embedding in the spelling of transformers 4.
+
+    transformers 4 passes over `rope_parameters`, in which transformers 5 writes the whole of it, and would build
+    another model without a word.
+
+    Args:
+        model: folder or hub name.
+        ignore_fields: keys of `rope_parameters` to accept although they are unknown here.
+
+    Raises:
+        CptError: `rope_parameters` holds what cannot be said in the older spelling.
+    """
+    fields, _ = PretrainedConfig.get_config_dict(model)
+    if fields.get("rope_parameters") is not None:
+        rope = read_rope(fields, f"{model}/config.json", ignore_fields)
+        if older_spelling_differs(fields, rope, ignore_fields):
+            set_rope(fields, rope)
+            return AutoConfig.for_model(**fields)
+    return AutoConfig.from_pretrained(model)
