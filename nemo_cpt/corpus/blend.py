@@ -78,16 +78,17 @@ class Blend:
     def _check_held_out(self) -> None:
         trained: dict[str, str] = {}
         for prefix in self.train:
-            print_of = fingerprint(prefix)
-            if print_of in trained:
-                raise CptError(f"The blend trains on one dataset twice: {prefix} is a copy of {trained[print_of]}.")
-            trained[print_of] = prefix
+            digest = fingerprint(prefix)
+            if digest in trained:
+                raise CptError(f"The blend trains on one dataset twice: {prefix} is a copy of {trained[digest]}.")
+            trained[digest] = prefix
         for part in ("validation", "test"):
             for name, prefix in getattr(self, part).items():
                 if same := trained.get(fingerprint(prefix)):
+                    under = "" if same == prefix else f", as {same}"
                     raise CptError(
-                        f"The {part} set {name!r} ({prefix}) is also trained on{'' if same == prefix else f', as {same}'}: "
-                        "its loss would show memory. Take a held-out one (nemo-cpt split)."
+                        f"The {part} set {name!r} ({prefix}) is also trained on{under}: its loss would show memory. "
+                        "Take a held-out one (nemo-cpt split)."
                     )
 
     def _check_form(self) -> None:

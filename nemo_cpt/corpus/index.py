@@ -36,9 +36,9 @@ def dtype_for(vocabulary_size: int) -> str:
 def full_prefix(prefix: str | os.PathLike[str]) -> str:
     """Return Megatron's prefix (a path without .bin or .idx) for that prefix or for `prepare`'s output prefix.
 
-    `ds/ja` stands for itself where `ds/ja.idx` or `ds/ja.bin` exists, for `ds/ja_KEY_document` where `prepare` made that
-    one of the field KEY alone, and else for `ds/ja_text_document`. Never for `ds/ja_validation_text_document`, which is
-    what `prepare` made for the output prefix `ds/ja_validation`.
+    `ds/ja` stands for itself where `ds/ja.idx` or `ds/ja.bin` exists; for `ds/ja_KEY_document` where `prepare` made no
+    other dataset of it than that of the field KEY; else for `ds/ja_text_document`. It never stands for
+    `ds/ja_validation_text_document`, which belongs to the output prefix `ds/ja_validation`.
     """
     text = str(prefix)
     if text.endswith((".bin", ".idx")):
@@ -54,7 +54,7 @@ def _exists(full: str) -> bool:
 
 
 def _of_other_keys(output_prefix: str) -> list[str]:
-    """The datasets that `prepare` made for an output prefix with json_keys of their own, by what their manifests say."""
+    """The datasets that `prepare` made for an output prefix, whatever the json_key, by what their manifests say."""
     found = sorted(path[:-4] for path in glob.glob(glob.escape(output_prefix) + "_*_document.idx"))
     return [full for full in found if full == f"{output_prefix}_{_json_key(full)}_document"]
 
@@ -188,22 +188,29 @@ def read_tokens(index: Index, document: int) -> Any:
 
 
 def fingerprint(prefix: str | os.PathLike[str]) -> str:
-    """Return a digest by which copies of a dataset are known: its files' sizes, their beginnings and their ends.
+    """Return a digest by which copies of a dataset are known, of its files' sizes, beginnings and ends.
 
     Raises:
         CptError: A file is missing or cannot be read.
     """
     full = full_prefix(prefix)
-    digest = hashlib.sha256()
-    for path in (Path(full + ".idx"), Path(full + ".bin")):
-        try:
-            with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                digest.update(b"%d\n" % size + file.read(SAMPLE_BYTES))
-                file.seek(max(size - SAMPLE_BYTES, 0))
-                digest.update(file.read(SAMPLE_BYTES))
-        except OSError as error:
-            raise CptError(f"{path} cannot be read: {error.strerror}.") from error
+    return sample_digest(Path(full + ".idx")) + sample_digest(Path(full + ".bin"))
+
+
+def sample_digest(path: Path) -> str:
+    """Return a digest of a file's size and of `SAMPLE_BYTES` at either end.
+
+    Raises:
+        CptError: It is missing or cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest = hashlib.sha256(b"%d\n" % size + file.read(SAMPLE_BYTES))
+            file.seek(max(size - SAMPLE_BYTES, 0))
+            digest.update(file.read(SAMPLE_BYTES))
+    except OSError as error:
+        raise CptError(f"{path} cannot be read: {error.strerror}.") from error
     return digest.hexdigest()
 
 
@@ -218,7 +225,7 @@ def largest_id_in_sample(prefix: str | os.PathLike[str]) -> int:
     index = read_index(prefix)
     if not index.tokens:
         return -1
-    tokens = np.memmap(index.prefix + ".bin", dtype=index.dtype, mode="r")
+    tokens: Any = np.memmap(index.prefix + ".bin", dtype=index.dtype, mode="r")
     pieces = min(SAMPLE_PIECES, -(-len(tokens) // (SAMPLE_TOKENS // SAMPLE_PIECES)))
     size = min(SAMPLE_TOKENS // SAMPLE_PIECES, len(tokens))
     starts = np.linspace(0, len(tokens) - size, pieces, dtype=np.int64)

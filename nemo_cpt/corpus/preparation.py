@@ -27,7 +27,7 @@ from nemo_cpt.corpus.manifest import (
 from nemo_cpt.corpus.probes import probe
 from nemo_cpt.corpus.progress import ProgressBar
 from nemo_cpt.corpus.sources import Inputs, Source, list_sources
-from nemo_cpt.corpus.tokenizer import Tokenizer, load_tokenizer
+from nemo_cpt.corpus.tokenizer import Tokenizer, load_tokenizer, settings_hash
 from nemo_cpt.corpus.verify import verify_documents
 from nemo_cpt.corpus.workers import count_processes
 from nemo_cpt.errors import CptError
@@ -326,6 +326,7 @@ class _Output:
             "tokenizer": {
                 "name": tokenizer.name,
                 "sha256": tokenizer.sha256,
+                "settings_sha256": settings_hash(Path(tokenizer.folder)),
                 "vocabulary_size": tokenizer.vocabulary_size,
                 "eos": tokenizer.eos,
                 "bos": tokenizer.bos,

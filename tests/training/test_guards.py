@@ -71,22 +71,6 @@ def test_a_dict_in_a_string_as_a_prefix_is_explained() -> None:
         Blend(train={"{train:[1.0,ds/ja]}": 1.0}).check()
 
 
-@pytest.mark.parametrize("vocab_size", [300, 700])
-def test_another_vocabulary(world: Path, blend: Any, vocab_size: int) -> None:
-    with pytest.raises(CptError, match=f"was made for 512 tokens, but the model's vocabulary has {vocab_size} tokens"):
-        guards.check_vocabulary(blend, vocab_size)
-    guards.check_vocabulary(blend, 512)
-
-
-def test_another_vocabulary_without_a_manifest(world: Path, tmp_path: Path) -> None:
-    for end in (".bin", ".idx"):
-        (tmp_path / f"ja_text_document{end}").write_bytes((world / f"ds/ja_train_text_document{end}").read_bytes())
-    alone = Blend(train={str(tmp_path / "ja"): 1.0})
-    with pytest.raises(CptError, match="holds the token id"):
-        guards.check_vocabulary(alone, 300)
-    guards.check_vocabulary(alone, 512)
-
-
 @pytest.mark.parametrize(
     ("lr", "min_lr", "warmup", "steps", "message"),
     [
