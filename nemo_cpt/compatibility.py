@@ -165,7 +165,7 @@ def check_model(base: Base, model: Any, unlike_base: Collection[str] = ()) -> No
             f"the recipe's model is not that of its base {base.folder}, {described(found, 'the recipe', 'the base')}: "
             f"{_model_cure(base, found)}"
         )
-    rows = _given(model, ROWS)
+    rows = given(model, ROWS)
     if rows and rows < base.rows:
         raise CptError(
             f"the recipe's model has {rows:,} rows (model.config.vocab_size), its base {base.folder} {base.rows:,}: "
@@ -194,12 +194,12 @@ def rows_to_build(base: Base, model: Any, tensor_model_parallel_size: int) -> in
     Raises:
         CptError: the given rows cannot be shared by the ranks.
     """
-    given = _given(model, ROWS)
-    multiple = 1 if given else _given(model, "make_vocab_size_divisible_by") or TILE
-    padded = padded_to(given or embedding_rows(base.folder) or base.rows, multiple * tensor_model_parallel_size)
-    if given and given != padded:
+    rows = given(model, ROWS)
+    multiple = 1 if rows else given(model, "make_vocab_size_divisible_by") or TILE
+    padded = padded_to(rows or embedding_rows(base.folder) or base.rows, multiple * tensor_model_parallel_size)
+    if rows and rows != padded:
         raise CptError(
-            f"model.config.vocab_size {given} cannot be cut into {tensor_model_parallel_size} equal parts "
+            f"model.config.vocab_size {rows} cannot be cut into {tensor_model_parallel_size} equal parts "
             f"(tensor_model_parallel_size): leave it away, or make it {padded}"
         )
     return padded
@@ -210,7 +210,7 @@ def padded_to(rows: int, multiple: int) -> int:
     return -(-rows // multiple) * multiple
 
 
-def _given(model: Any, name: str) -> Any:
+def given(model: Any, name: str) -> Any:
     """What a NeMo model config was given for a field; None where it has its class's value."""
     if isinstance(model, Mapping):
         return model.get(name)
@@ -339,7 +339,8 @@ def _difference(
     if found is None:
         return None
     text, ours, theirs = found
-    return f"{text[:20]!r} begins with the ids {ours[:20]} against {theirs[:20]}"
+    ours, theirs = (" ".join(ids.split()[:4]) for ids in (ours, theirs))
+    return f"{text[:20]!r} begins with the ids {ours} against {theirs}"
 
 
 def _check_ids(base: Base, prefix: str, manifest: Mapping[str, Any]) -> None:
@@ -403,12 +404,24 @@ def check_resumed(checkpoint: str | os.PathLike[str], base: str | os.PathLike[st
             f"the run was trained as another model up to {checkpoint}, "
             f"{described(found, 'the recipe', 'the checkpoint')}: take those values again, or give the run another name"
         )
+    if base is not None and Path(base).exists():
+        _check_same_kind(checkpoint, was, read_base(base))
     if is_lora(checkpoint):
         _check_adapted_base(checkpoint, base)
     elif (rows := embedding_rows(checkpoint) or 0) < was.rows:
         raise CptError(
             f"the run was trained with {rows:,} of the {was.rows:,} rows of its base up to {checkpoint}, and cannot be "
             "exported: start it again under another name"
+        )
+
+
+def _check_same_kind(checkpoint: Path, was: Base, base: Base) -> None:
+    """Refuse another kind of base than the run's; what a training may change is compared with the recipe's model."""
+    fixed = {name: value for name, value in was.constants.items() if name not in CHANGEABLE}
+    if found := differences(fixed, base.constants):
+        raise CptError(
+            f"the run is another base's than {base.folder} up to {checkpoint}, "
+            f"{described(found, 'the checkpoint', 'the base')}: name its own base, or give the run another name"
         )
 
 
@@ -424,9 +437,11 @@ def _check_adapted_base(checkpoint: Path, base: str | os.PathLike[str] | None) -
         )
     if base is None or not Path(base).exists() or recorded.samefile(base):
         return
-    if _fingerprint(recorded) != _fingerprint(Path(base)):
+    if differences(read_base(recorded).constants, read_base(base).constants) or _fingerprint(recorded) != _fingerprint(
+        Path(base)
+    ):
         raise CptError(
-            f"{checkpoint} holds adapters of the base {recorded}, the recipe names {base}, which has other weights: "
+            f"{checkpoint} holds adapters of the base {recorded}, the recipe names {base}, which is another model: "
             "name that base again, or give the run another name"
         )
 

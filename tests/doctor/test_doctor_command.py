@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 import time
@@ -32,9 +33,9 @@ def nemo_cpt(*arguments, **environ):
     return done
 
 
-def material(world: Path, *train: str) -> list[str]:
+def material(world: Path, *train: str, base: Path | None = None) -> list[str]:
     data = {"train": {str(world / "ds" / name): 1.0 for name in train or ("ja", "en")}}
-    return [f"base={world / 'base'}", f"data={json.dumps(data)}", f"directory={world / 'runs'}"]
+    return [f"base={base or world / 'base'}", f"data={json.dumps(data)}", f"directory={world / 'runs'}"]
 
 
 def described(recipe: str, *pairs: str, executor: str = "local"):
@@ -66,7 +67,7 @@ def test_the_doctor_imports_nothing_heavy(world):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | QUIET)
     assert done.stdout.rstrip().endswith("[]"), done.stdout + done.stderr
-    assert "ok\tvocabulary\t250 tokens" in done.stdout
+    assert "ok\tvocabulary\t250 rows" in done.stdout
 
 
 def test_a_torch_that_does_not_import_is_diagnosed(tmp_path):
@@ -229,11 +230,9 @@ def test_run_on_gpus_that_are_not_here_is_refused(world):
 
 def test_warnings_are_printed_and_go_on(world, tmp_path):
     fields = ["max_steps=1", "val_check_interval=1", "nonsense.field=1"]
-    given = [*material(world), *fields, f"tokenizer={tmp_path / 'hf'}"]
-    import shutil
-
-    shutil.copytree(world / "hf", tmp_path / "hf")
-    (tmp_path / "hf" / "tokenizer.json").write_text((world / "hf" / "tokenizer.json").read_text() + "\n")
+    for end in (".bin", ".idx"):  # without its manifest
+        shutil.copy(world / f"ds/ja_text_document{end}", tmp_path / f"bare_text_document{end}")
+    given = [*material(world, str(tmp_path / "bare")), *fields]
     done = nemo_cpt("run", "tiny", *given, "--dryrun", NEMORUN_HOME=str(tmp_path / "home"))
     assert "nemo-cpt: warning: vocabulary: " in done.stderr
     assert (done.returncode, "experiment" in done.stdout) == (0, True)

@@ -52,9 +52,7 @@ def bases(world: Path) -> Path:
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(world / "pad_token_hf")
     import_hf(world / "pad_token_hf", world / "pad_token")
-    lines = [
-        json.dumps({"text": f"The river {i} runs [PAD] past <new> stones."}) + "\n" for i in range(300)
-    ]
+    lines = [json.dumps({"text": f"The river {i} runs [PAD] past <new> stones."}) + "\n" for i in range(300)]
     (world / "pad.jsonl").write_text("".join(lines))
     prepare(world / "pad.jsonl", world / "ds/pad", world / "pad_token_hf", workers=1, quiet=True)
     return world
