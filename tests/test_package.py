@@ -1,8 +1,8 @@
 """What importing the package costs, and how its one exception ends a process."""
 
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,12 +20,13 @@ def test_light_modules_import_neither_torch_nor_nemo(module: str) -> None:
 
 def test_the_package_imports_in_under_0_3_s() -> None:
     def seconds(code: str) -> float:
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", code], check=True)
-        return time.perf_counter() - start
+        """Of CPU time, which other work on the machine adds little to."""
+        pid = os.posix_spawn(sys.executable, [sys.executable, "-c", code], os.environ)
+        _, status, used = os.wait4(pid, 0)
+        assert status == 0
+        return used.ru_utime + used.ru_stime
 
-    # Of several tries the best: the machine may be busy. An interpreter alone is subtracted.
-    assert min(seconds("import nemo_cpt") for _ in range(7)) - min(seconds("pass") for _ in range(7)) < 0.3
+    assert min(seconds("import nemo_cpt") for _ in range(3)) - min(seconds("pass") for _ in range(3)) < 0.3
 
 
 def test_a_cpt_error_ends_a_process_with_its_message_and_2() -> None:

@@ -23,6 +23,8 @@ FRAGMENTATION = 0.02  # of what is allocated; measured 0.1 to 1 % without, 0.5 t
 ALIGNMENT = 64  # elements: where Megatron's buffers let a parameter start
 PROCESS_HOST = int(2.5 * GIB)  # of a training process on the host (measured peak: 2.3 to 2.5 GiB)
 WORKER_HOST = int(0.8 * GIB)  # of each of its two data workers
+RESULTS_HOST = int(0.25 * GIB)  # of the process that holds what its checkpoint's writers report
+LAUNCHER_HOST = int(0.5 * GIB)  # of the command and the supervisor that started them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -384,17 +386,41 @@ def _pinned_bytes(work: Workload) -> int:
 def host_memory(work: Workload) -> HostMemory:
     """Return a node's host memory: its processes, states kept there, and the copy that a checkpoint is written from.
 
-    Megatron writes checkpoints from a copy in host memory, asynchronously or not: weights, master weights and moments,
-    shared by the ranks; of LoRA the adapters alone. States that are kept in host memory are written from there
-    (`training/host_states.py`); benchmarks/host_states.py: 34.9 GiB of a process with 2.8 B parameters, 33.8 here.
+    Megatron writes checkpoints from a copy in host memory, asynchronously or not; PyTorch keeps the copy's memory for
+    the next one, and never are there two (upstream.write_one_checkpoint_at_a_time). Measured on four H200 with the
+    whole 8B: 143 GiB after the first save, with the system's own; 137 here. States that are kept in host memory are
+    written from there (`training/host_states.py`); benchmarks/host_states.py: 34.9 GiB of a process with 2.8 B
+    parameters, 34.3 here.
     """
     processes = min(work.gpus, work.gpus_per_node)
-    moments = {"exp_avg": 4, "exp_avg_sq": 4, "master_param": work.master_bytes or 4}  # fp32, or the remainders
-    copied = work.weight_bytes + sum(size for name, size in moments.items() if name not in work.host_states)
     return HostMemory(
         {
-            "processes": (PROCESS_HOST + 2 * WORKER_HOST) * processes,
+            "processes": LAUNCHER_HOST + (PROCESS_HOST + 2 * WORKER_HOST + RESULTS_HOST) * processes,
             "optimizer states": _pinned_bytes(work) * processes // work.optimizer_shards,
-            "checkpoint being written": work.trained_parameters * copied * processes // work.gpus,
+            "checkpoint being written": _checkpoint_copy(work) * processes // work.gpus,
         }
     )
+
+
+def _checkpoint_copy(work: Workload) -> int:
+    """The pinned copy of what all GPUs save: each tensor once, rounded up to the power of two that PyTorch allocates.
+
+    Weights, and in fp32 moments and master weights (or what these have beyond the weights); of LoRA what is trained.
+    """
+    states = {"exp_avg": 4, "exp_avg_sq": 4, "master_param": work.master_bytes or 4}
+    widths = [work.weight_bytes, *(size for name, size in states.items() if name not in work.host_states)]
+    if work.lora_rank is not None:
+        embeddings = work.embedding_parameters if work.trained_embeddings else 0
+        return sum(work.adapter_parameters * width + _pinned_size(embeddings * width) for width in widths)
+    sizes = [size for stage in range(work.pipeline_model_parallel_size) for size in _saved_sizes(work, stage)]
+    return work.tensor_model_parallel_size * sum(_pinned_size(size * width) for size in sizes for width in widths)
+
+
+def _saved_sizes(work: Workload, stage: int) -> list[int]:
+    """Elements of each parameter that a stage's GPU saves: not those of a tied output layer, which is the embedding."""
+    sizes = _parameter_sizes(work, stage)
+    return sizes[:-1] if work.tied and stage == work.last_stage > 0 else sizes
+
+
+def _pinned_size(size: int) -> int:
+    return 1 << (size - 1).bit_length() if size else 0

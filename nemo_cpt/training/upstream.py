@@ -4,15 +4,19 @@ A function each, named for what it cures. `tests/training/test_upstream.py` show
 fails when upstream no longer needs one.
 """
 
+import copy
 import functools
+import logging
 import types
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
+import numpy
 import torch
 
 from nemo_cpt.planning.search import MARGIN
+from nemo_cpt.training import index_cache
 from nemo_cpt.training.adam import SLICE_ELEMENTS
 
 
@@ -31,6 +35,10 @@ def apply() -> None:
     accumulate_gradients_without_apex()
     allocate_unread_gradients_first()
     resume_with_precision_aware_states()
+    mend_datasets()
+    multiply_shapes_with_numpy_2()
+    write_one_checkpoint_at_a_time()
+    keep_staged_copies_until_written()
 
 
 def _replace(owner: Any, name: str, cure: Callable[[Callable], Callable]) -> None:
@@ -42,6 +50,12 @@ def _replace(owner: Any, name: str, cure: Callable[[Callable], Callable]) -> Non
     cured: Any = functools.wraps(original)(cure(original))
     cured.cures, cured.applied = original, (*applied, key)
     setattr(owner, name, staticmethod(cured) if isinstance(vars(owner)[name], staticmethod) else cured)
+
+
+def mend_datasets() -> None:
+    """Put the cures of Megatron's datasets into effect; `nemo_cpt.training.datasets` does, wherever data are read."""
+    keep_tokens_that_equal_padding()
+    keep_indices_by_content()
 
 
 def fold_gradient_of_frozen_linear() -> None:
@@ -377,3 +391,141 @@ def _without_padding(set_states: Callable[..., None]) -> Callable[..., None]:
         set_states(self, model_param, {name: value for name, value in tensors.items() if name != "padding"})
 
     return set_tensors
+
+
+def keep_tokens_that_equal_padding() -> None:
+    """Let a dataset give the tokens that its file holds where the tokenizer's padding token is one of them.
+
+    `GPTDataset` (megatron-core 0.15.3, `core/datasets/gpt_dataset.py`) takes every token equal to `tokenizer.pad` for
+    padding: it writes token 0 over it and masks its loss, in the first sample within the mask that all later ones
+    share. Where a base pads with its end of text (SmolLM2-Instruct, many fine-tunes), no document has an end any more.
+    Tokenized text holds no padding; what the dataset itself would pad with is -1, as without a tokenizer's.
+    """
+    from megatron.core.datasets.gpt_dataset import GPTDataset
+
+    _replace(GPTDataset, "__init__", _with_padding_of_no_token)
+
+
+def _with_padding_of_no_token(init: Callable[..., None]) -> Callable[..., None]:
+    def build(self: Any, *args: Any, **kwargs: Any) -> None:
+        from megatron.core.datasets.gpt_dataset import _PAD_TOKEN_ID
+
+        init(self, *args, **kwargs)
+        self._pad_token_id = _PAD_TOKEN_ID
+
+    return build
+
+
+def keep_indices_by_content() -> None:
+    """Keep a dataset's index for the content that it was built from, whole or not at all.
+
+    Megatron Core 0.15.3 (`core/datasets/gpt_dataset.py`, `blended_dataset.py`) names index files by the data's path, so
+    that data which were made again are read through the index of the old ones; it takes any file that exists for a
+    whole one, also what a killed or another job has half written; and it cannot train on a read-only file system. How a
+    blend takes turns follows from its weights (0.1 s a million sequences) and is not kept.
+    """
+    from megatron.core.datasets import blended_dataset, gpt_dataset
+
+    _replace(gpt_dataset.GPTDataset, "_build_document_sample_shuffle_indices", _in_index_cache)
+    _replace(blended_dataset.BlendedDataset, "_build_indices", _in_memory)
+    for module in (gpt_dataset, blended_dataset):
+        module.logger.addFilter(_is_no_complaint_about_the_cache)
+
+
+def _in_index_cache(build: Callable[..., Any]) -> Callable[..., Any]:
+    def load_or_build(self: Any) -> Any:
+        if self.config.mock:
+            return build(self)
+        return index_cache.load_or_build(self, functools.partial(_in_memory(build), self))
+
+    return load_or_build
+
+
+def _in_memory(build: Callable[..., Any]) -> Callable[..., Any]:
+    def build_in_memory(self: Any) -> Any:
+        config, self.config = self.config, copy.copy(self.config)
+        self.config.path_to_cache = ""  # Megatron's word for: nowhere, and by every process
+        try:
+            return build(self)
+        finally:
+            self.config = config
+
+    return build_in_memory
+
+
+def _is_no_complaint_about_the_cache(record: logging.LogRecord) -> bool:
+    return "because path_to_cache is None" not in record.getMessage()
+
+
+def multiply_shapes_with_numpy_2() -> None:
+    """Let several processes load a checkpoint under NumPy 2.
+
+    Megatron Core 0.15.3 asks for NumPy 1 and calls `np.product`, which NumPy 2 has no more, where a checkpoint's parts
+    are shared out for loading (`core/dist_checkpointing/exchange_utils.py`) and where flattened ones are checked
+    (`mapping.py`, `validation.py`). These three modules are given a NumPy that has it; NumPy itself stays as it is. No
+    other name that NumPy 2 dropped is left in Megatron Core or in what NeMo 2.7.3 trains with.
+    """
+    from megatron.core.dist_checkpointing import exchange_utils, mapping, validation
+
+    for module in (exchange_utils, mapping, validation):
+        if not hasattr(module.np, "product"):
+            module.np = _NumpyWithProduct()
+
+
+class _NumpyWithProduct:
+    product = staticmethod(numpy.prod)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(numpy, name)
+
+
+def write_one_checkpoint_at_a_time() -> None:
+    """Let an asynchronous save wait for the one before it.
+
+    NeMo 2.7.3 (`utils/callbacks/dist_ckpt_io.py`) starts a save whatever is still being written: each takes a copy of
+    its own in host memory, and what the writers report, in one queue, goes to whichever save is finished first.
+    """
+    from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
+
+    _replace(AsyncFinalizableCheckpointIO, "save_checkpoint", _after_the_one_before)
+
+
+def _after_the_one_before(save: Callable[..., None]) -> Callable[..., None]:
+    def save_checkpoint(self: Any, *args: Any, **kwargs: Any) -> None:
+        self.maybe_finalize_save_checkpoint(blocking=True)
+        save(self, *args, **kwargs)
+
+    return save_checkpoint
+
+
+def keep_staged_copies_until_written() -> None:
+    """Keep the copy that an asynchronous save is written from until it is written.
+
+    `TemporalAsyncCaller` (megatron-core 0.15.3, `core/dist_checkpointing/strategies/async_utils.py`) copies a
+    checkpoint into pinned memory, forks the writer and lets go of the copy. A fork shares pinned memory instead of
+    copying it, and PyTorch gives what was let go of to the next who asks, a data loader's batch or the next save: the
+    writer then writes theirs. Later versions keep it too (Megatron-LM's pull request 2288).
+    """
+    from megatron.core.dist_checkpointing.strategies.async_utils import TemporalAsyncCaller
+
+    _replace(TemporalAsyncCaller, "schedule_async_call", _keeping_its_copy)
+    _replace(TemporalAsyncCaller, "close", _letting_go_of_its_copy)
+
+
+def _keeping_its_copy(schedule: Callable[..., None]) -> Callable[..., None]:
+    def schedule_async_call(self: Any, request: Any) -> None:
+        def stage() -> Any:
+            self.staged = request.preload_fn()
+            return self.staged
+
+        schedule(self, request._replace(preload_fn=stage) if request.preload_fn else request)
+
+    return schedule_async_call
+
+
+def _letting_go_of_its_copy(close: Callable[..., None]) -> Callable[..., None]:
+    def close_and_let_go(self: Any, *args: Any, **kwargs: Any) -> None:
+        close(self, *args, **kwargs)
+        self.staged = None
+
+    return close_and_let_go

@@ -2,20 +2,23 @@
 
 import gzip
 import json
+import multiprocessing
 import os
 import random
-import threading
-import time
+import re
 from pathlib import Path
 
 import pytest
 import zstandard
 from corpus_helpers import same_files, write_jsonl
 
+import nemo_cpt.corpus
 from nemo_cpt.corpus import prepare, split
 from nemo_cpt.corpus.sources import list_sources
 from nemo_cpt.errors import CptError
+from tests.support.crashes import go_on, lines_of, paused_at
 
+CODE = Path(nemo_cpt.corpus.__file__).parent
 GOOD = b'{"text": "good"}\n'
 BAD = [
     (b"{nonsense}\n", "not_json", "not JSON", 1),
@@ -168,17 +171,23 @@ def test_a_file_that_changes_while_being_read_is_noticed(
 ) -> None:
     path = write_jsonl(tmp_path / "live.jsonl", texts * 20)
     size = path.stat().st_size
+    ours, theirs = multiprocessing.Pipe()
 
-    def alter() -> None:
-        while not (tmp_path / "out_text_document.bin.part").exists():
-            time.sleep(0.001)
-        os.truncate(path, size // 3) if change == "shrinks" else os.truncate(path, size + 9)
+    def job(output: Path, source: Path = path) -> None:
+        try:
+            prepare(source, output, small, fast=False, chunk_bytes=20_000, workers=1, quiet=True)
+        except CptError as error:
+            theirs.send(str(error))
 
-    thread = threading.Thread(target=alter)
-    thread.start()
-    with pytest.raises(CptError, match=r"live.jsonl.* (changed|shrank)"):
-        prepare(path, tmp_path / "out", small, fast=False, chunk_bytes=20_000, workers=1, quiet=True)
-    thread.join()
+    undisturbed = write_jsonl(tmp_path / "undisturbed.jsonl", texts * 20)
+    lines = lines_of(lambda: job(tmp_path / "counted", undisturbed), CODE)
+    process = paused_at(sum(lines.with_workers) // 2, lambda: job(tmp_path / "out"), CODE)
+    assert (tmp_path / "out_text_document.bin.part").exists()
+    os.truncate(path, size // 3 if change == "shrinks" else size + 9)
+    go_on(process)
+    process.join()
+    assert ours.poll()
+    assert re.search(r"live.jsonl.* (changed|shrank)", ours.recv())
     assert not (tmp_path / "out_text_document.idx").exists()
 
 

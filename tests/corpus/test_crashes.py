@@ -1,21 +1,22 @@
-"""Killed at any moment: the next run goes on, and the bytes at the end are the same."""
+"""Killed at any point: the next run goes on, and the bytes at the end are the same."""
 
 import multiprocessing
 import os
 import random
-import signal
-import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
 import pytest
 from corpus_helpers import error_of_a_full_disk, same_files, write_jsonl
 
+import nemo_cpt.corpus
 from nemo_cpt.corpus import prepare, read_index, read_manifest, split
 from nemo_cpt.errors import CptError
+from tests.support.crashes import Lines, go_on, killed_at, lines_of, paused_at
 
 KILLS = 50
-fork = multiprocessing.get_context("fork")  # a started interpreter, so that the kills hit the work and not the imports
+CODE = Path(nemo_cpt.corpus.__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -39,26 +40,24 @@ def run(corpus: Path, prefix: Path, tokenizer: Path) -> None:
     prepare(corpus, prefix, tokenizer, fast=False, workers=2, chunk_bytes=20_000, checkpoint_seconds=0, quiet=True)
 
 
-def start_and_wait_for_a_checkpoint(corpus: Path, prefix: Path, tokenizer: Path) -> multiprocessing.process.BaseProcess:
-    process = fork.Process(target=run, args=(corpus, prefix, tokenizer))
-    process.start()
-    wait_for_a_checkpoint(prefix)
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory: pytest.TempPathFactory, corpus: Path, small: Path) -> Lines:
+    """How many lines of the corpus package an undisturbed run goes through."""
+    return lines_of(lambda: run(corpus, tmp_path_factory.mktemp("counted") / "ds", small), CODE)
+
+
+def start_and_pause_half_way(corpus: Path, prefix: Path, tokenizer: Path, lines: Lines) -> BaseProcess:
+    process = paused_at(sum(lines.with_workers) // 2, lambda: run(corpus, prefix, tokenizer), CODE)
+    assert Path(f"{prefix}_text_document.lens.part").stat().st_size
     return process
 
 
-def wait_for_a_checkpoint(prefix: Path) -> None:
-    lengths = Path(f"{prefix}_text_document.lens.part")
-    while not (lengths.exists() and lengths.stat().st_size):
-        time.sleep(0.002)
-
-
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory, corpus: Path, small: Path) -> tuple[str, float]:
-    """The dataset of an undisturbed run, and how long it took."""
+def expected(tmp_path_factory: pytest.TempPathFactory, corpus: Path, small: Path) -> str:
+    """The dataset of an undisturbed run."""
     prefix = tmp_path_factory.mktemp("expected") / "ds"
-    begin = time.monotonic()
     run(corpus, prefix, small)
-    return f"{prefix}_text_document", time.monotonic() - begin
+    return f"{prefix}_text_document"
 
 
 def is_whole(prefix: str, expected: str) -> bool:
@@ -70,30 +69,23 @@ def is_whole(prefix: str, expected: str) -> bool:
     return True
 
 
-def test_fifty_kills_at_random_moments(tmp_path: Path, corpus: Path, small: Path, expected: tuple[str, float]) -> None:
-    reference, seconds = expected
-    moments = random.Random(time.time_ns())
-    kills, finished = 0, 0
+def test_fifty_kills(tmp_path: Path, corpus: Path, small: Path, lines: Lines, expected: str) -> None:
+    """At fifty lines of the code, from its first one to the last step of its tidying up."""
     target = tmp_path / "ds"
+    kills, finished = 0, 0
     while kills < KILLS:
-        prefix = f"{target}{finished}_text_document"
-        process = fork.Process(target=run, args=(corpus, Path(f"{target}{finished}"), small))
-        process.start()
-        process.join(moments.uniform(0, seconds / 4))
-        if process.exitcode is None:
-            os.kill(process.pid, signal.SIGKILL)
-            process.join()
-            kills += 1
-        assert process.exitcode in (0, -signal.SIGKILL)
-        finished += is_whole(prefix, reference)
+        line = 1 + lines.count * (kills % 10) // 10 + kills  # a tenth further each time: resumed runs get somewhere
+        got_there, _ = killed_at(line, lambda: run(corpus, Path(f"{target}{finished}"), small), CODE)  # noqa: B023
+        kills += got_there
+        finished += is_whole(f"{target}{finished}_text_document", expected)
     report = prepare(corpus, f"{target}{finished}", small, quiet=True)  # fastokens may finish what the reference began
-    assert same_files(report.prefix, reference)
+    assert same_files(report.prefix, expected)
     assert not list(tmp_path.glob("*.part")) + list(tmp_path.glob("*.journal"))
-    assert read_manifest(report.prefix)["inputs"] == read_manifest(reference)["inputs"]
+    assert read_manifest(report.prefix)["inputs"] == read_manifest(expected)["inputs"]
 
 
 def test_a_run_killed_while_it_tidied_up_is_finished(
-    tmp_path: Path, corpus: Path, small: Path, expected: tuple[str, float], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, corpus: Path, small: Path, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nemo_cpt.corpus.journal import Journal
 
@@ -107,14 +99,14 @@ def test_a_run_killed_while_it_tidied_up_is_finished(
             run(corpus, tmp_path / "ds", small)
     report = prepare(corpus, tmp_path / "ds", small, quiet=True)
     assert report.status == "resumed"
-    assert same_files(report.prefix, expected[0])
+    assert same_files(report.prefix, expected)
     assert not list(tmp_path.glob("*.journal"))
 
 
 def test_a_dead_worker_is_reported_and_the_next_run_resumes(
-    tmp_path: Path, corpus: Path, small: Path, expected: tuple[str, float]
+    tmp_path: Path, corpus: Path, small: Path, lines: Lines, expected: str
 ) -> None:
-    pipe, theirs = fork.Pipe()
+    pipe, theirs = multiprocessing.Pipe()
 
     def job() -> None:
         try:
@@ -122,33 +114,32 @@ def test_a_dead_worker_is_reported_and_the_next_run_resumes(
         except CptError as error:
             theirs.send(str(error))
 
-    process = fork.Process(target=job)
-    process.start()
-    wait_for_a_checkpoint(tmp_path / "ds")
+    process = paused_at(sum(lines.with_workers) // 2, job, CODE)
     psutil.Process(process.pid).children()[0].kill()
+    go_on(process)
     process.join()
     assert pipe.poll()
     assert "worker process died with signal 9 (SIGKILL)" in pipe.recv()
     report = prepare(corpus, tmp_path / "ds", small, quiet=True)
     assert report.status == "resumed"
-    assert same_files(report.prefix, expected[0])
+    assert same_files(report.prefix, expected)
 
 
 def test_a_full_disk_is_reported_and_the_next_run_resumes(
-    tmp_path: Path, corpus: Path, small: Path, expected: tuple[str, float]
+    tmp_path: Path, corpus: Path, small: Path, expected: str
 ) -> None:
     error = error_of_a_full_disk(lambda: run(corpus, tmp_path / "ds", small), 200_000)
     assert "Cannot write the tokens: File too large" in error
     assert not list(tmp_path.glob("*.idx"))
     report = prepare(corpus, tmp_path / "ds", small, quiet=True)
     assert report.status == "resumed"
-    assert same_files(report.prefix, expected[0])
+    assert same_files(report.prefix, expected)
 
 
-def test_an_unfinished_job_is_not_mistaken_for_another(tmp_path: Path, corpus: Path, small: Path) -> None:
-    process = start_and_wait_for_a_checkpoint(corpus, tmp_path / "ds", small)
+def test_an_unfinished_job_is_not_mistaken_for_another(tmp_path: Path, corpus: Path, small: Path, lines: Lines) -> None:
+    process = start_and_pause_half_way(corpus, tmp_path / "ds", small, lines)
     with pytest.raises(CptError, match="Another process is writing this output"):
-        prepare(corpus, tmp_path / "ds", small, quiet=True, patience=0.1)
+        prepare(corpus, tmp_path / "ds", small, quiet=True, patience=0)
     process.kill()
     process.join()
     with pytest.raises(CptError, match="unfinished job that differs in eod"):
@@ -159,9 +150,9 @@ def test_an_unfinished_job_is_not_mistaken_for_another(tmp_path: Path, corpus: P
 
 @pytest.mark.parametrize("torn", [b"", b"1234abcd {", b"00000000 {}\n", b"\x00" * 300])
 def test_a_torn_journal_counts_up_to_its_last_whole_record(
-    tmp_path: Path, corpus: Path, small: Path, expected: tuple[str, float], torn: bytes
+    tmp_path: Path, corpus: Path, small: Path, lines: Lines, expected: str, torn: bytes
 ) -> None:
-    process = start_and_wait_for_a_checkpoint(corpus, tmp_path / "ds", small)
+    process = start_and_pause_half_way(corpus, tmp_path / "ds", small, lines)
     process.kill()
     process.join()
     with open(tmp_path / "ds_text_document.journal", "ab") as journal:
@@ -170,7 +161,7 @@ def test_a_torn_journal_counts_up_to_its_last_whole_record(
         tokens.write(b"written, but not vouched for")
     report = prepare(corpus, tmp_path / "ds", small, quiet=True)
     assert report.status == "resumed"
-    assert same_files(report.prefix, expected[0])
+    assert same_files(report.prefix, expected)
 
 
 def run_split(corpus: Path, folder: Path) -> None:
@@ -178,24 +169,21 @@ def run_split(corpus: Path, folder: Path) -> None:
 
 
 def test_a_killed_split_leaves_nothing_half_written_and_a_rerun_gives_the_same(tmp_path: Path, corpus: Path) -> None:
-    begin = time.monotonic()
-    run_split(corpus, tmp_path / "undisturbed")
-    duration = time.monotonic() - begin
+    lines = lines_of(lambda: run_split(corpus, tmp_path / "undisturbed"), CODE)
     expected = {path.name: path.read_bytes() for path in (tmp_path / "undisturbed").glob("*.jsonl")}
     assert sorted(expected) == ["test.jsonl", "train.jsonl", "validation.jsonl"]
-    found_at_work, folder, noise = 0, tmp_path / "killed", random.Random(7)
-    for _ in range(15):
-        process = fork.Process(target=run_split, args=(corpus, folder))
-        process.start()
-        time.sleep(noise.uniform(0, duration))
-        children = psutil.Process(process.pid).children()
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        alive = psutil.wait_procs(children, timeout=10)[1]
+    begin, end = lines.with_workers
+    points = [1 + lines.count * each // 8 for each in range(8)] + [
+        begin + (end - begin) * each // 8 for each in range(8)
+    ]
+    found_at_work, folder = 0, tmp_path / "killed"
+    for point in points:
+        _, workers = killed_at(point, lambda: run_split(corpus, folder), CODE)
+        alive = psutil.wait_procs(workers, timeout=60)[1]
         for child in alive:
             child.kill()
         assert alive == []  # workers do not outlive their parent
-        found_at_work += bool(children)
+        found_at_work += bool(workers)
         whole = {path.name: path.read_bytes() for path in folder.glob("*.jsonl")}
         assert whole.items() <= expected.items()
         assert whole == expected or not (folder / "split.json").exists()

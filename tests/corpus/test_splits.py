@@ -1,18 +1,20 @@
 """Held-out sets: stable under more data, free of duplicates where asked."""
 
 import json
-import multiprocessing
 import random
-import time
 from pathlib import Path
 
 import orjson
 import pytest
 from corpus_helpers import error_of_a_full_disk, write_jsonl
 
+import nemo_cpt.corpus
 from nemo_cpt.corpus import split
 from nemo_cpt.corpus.duplicates import fingerprint, sketch
 from nemo_cpt.errors import CptError
+from tests.support.crashes import go_on, lines_of, paused_at
+
+CODE = Path(nemo_cpt.corpus.__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -180,14 +182,16 @@ def test_a_split_killed_while_it_moved_its_sets_is_completed(
 
 def test_two_splits_into_one_folder_do_not_meet(tmp_path: Path, documents: list[str]) -> None:
     source = write_jsonl(tmp_path / "all.jsonl", documents * 5)
-    first = multiprocessing.get_context("fork").Process(
-        target=split, args=(source, tmp_path / "out"), kwargs={"validation": 0.3, "workers": 1, "quiet": True}
-    )
-    first.start()
-    while not (tmp_path / "out" / ".part").exists():
-        time.sleep(0.002)
+
+    def first_split(folder: Path) -> None:
+        split(source, folder, validation=0.3, workers=1, quiet=True)
+
+    lines = lines_of(lambda: first_split(tmp_path / "counted"), CODE)
+    first = paused_at(lines.count // 2, lambda: first_split(tmp_path / "out"), CODE)
+    assert (tmp_path / "out" / ".part").exists()
     with pytest.raises(CptError, match=r"Another process is writing this output: it holds .*\.split\.lock"):
         split(source, tmp_path / "out", validation=0.3, workers=1, quiet=True, patience=0)
+    go_on(first)
     waited = split(source, tmp_path / "out", validation=0.3, workers=1, quiet=True, patience=60)
     first.join()
     assert (first.exitcode, waited.status) == (0, "unchanged")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from nemo_cpt.errors import CptError
 from nemo_cpt.planning import ALLOWED, Workload, fit_workload, memory, plan_workload
-from nemo_cpt.planning.hardware import gpu, usable_gib
+from nemo_cpt.planning.hardware import GIB, gpu, usable_gib
 
 LLAMA = {
     "num_layers": 32, "hidden_size": 4096, "ffn_hidden_size": 14336, "num_attention_heads": 32, "num_query_groups": 8,
@@ -93,6 +93,35 @@ def test_layers_recomputed_at_once_keep_fewer_inputs_and_take_more_in_the_backwa
     layer = memory.layer_bytes_per_token(llama(lora_rank=8)) * 8192
     assert four.parts["activations"] > 4 * layer
     assert memory.activation_bytes(llama(recompute="uniform", recompute_num_layers=4), 0) == (8 + 2) * 8192 * 4096 * 2
+
+
+class TestHostMemory:
+    def test_four_gpus_take_what_was_measured(self) -> None:
+        """143 GiB in use on a node of 4 H200 behind the first asynchronous save of the whole 8B (112 GB)."""
+        host = memory.host_memory(llama(gpus=4, tensor_model_parallel_size=2))
+        assert host.total / GIB == pytest.approx(143, rel=0.05)
+
+    @pytest.mark.parametrize("layout", [{}, {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}])
+    def test_each_tensor_is_copied_once_into_a_power_of_two(self, layout: dict) -> None:
+        copy = memory.host_memory(llama(gpus=4, **layout)).parts["checkpoint being written"]
+        mib = {"fc1": 256, "fc2": 128, "qkv": 64, "projection": 32}  # 224, 112, 48 and 32 MiB in bf16
+        weights = 32 * sum(mib.values()) + 2 * 1024  # the embedding and the output layer, 1002 MiB each
+        assert copy / 2**20 == pytest.approx(weights + 3 * 2 * weights, rel=1e-3)  # and three states in fp32
+
+    def test_a_node_holds_its_gpus_share(self) -> None:
+        one, two = (memory.host_memory(llama(gpus=gpus, gpus_per_node=4)).parts for gpus in (4, 8))
+        assert two["checkpoint being written"] == one["checkpoint being written"] / 2
+        assert two["processes"] == one["processes"]
+
+    def test_a_tied_output_layer_is_saved_with_the_embedding(self) -> None:
+        tied = llama(gpus=4, tied=True)
+        pipelined = tied.replace(pipeline_model_parallel_size=2)
+        parts = [memory.host_memory(work).parts["checkpoint being written"] for work in (tied, pipelined)]
+        assert parts[0] == parts[1]
+
+    def test_adapters_are_saved_alone(self) -> None:
+        host = memory.host_memory(llama(gpus=4, lora_rank=32))
+        assert host.parts["checkpoint being written"] == llama(lora_rank=32).adapter_parameters * 14
 
 
 class TestFit:

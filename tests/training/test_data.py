@@ -1,4 +1,4 @@
-"""The data module: every validation set by itself, the same samples each time, and caches that a kill left torn."""
+"""The data module: every validation set by itself, the same samples each time, as the files hold them."""
 
 from pathlib import Path
 from typing import Any
@@ -6,12 +6,16 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from megatron.core.datasets.gpt_dataset import GPTDataset
 from nemo.collections.common.tokenizers import AutoTokenizer
+from torch.utils.data import DataLoader
 
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation.loss import language_model_loss
+from nemo_cpt.training import upstream
 from nemo_cpt.training.data import BlendDataModule
-from nemo_cpt.training.datasets import TRAIN, gpt_dataset
+from nemo_cpt.training.datasets import VALIDATION
+from tests.training.small_datasets import EOS, ORDINARY, SEQ_LENGTH, dataset, documents, expected, sequences, write
 
 
 def data_module(world: Path, blend: Any) -> BlendDataModule:
@@ -45,16 +49,60 @@ def test_a_fraction_of_batches_is_refused(world: Path, blend: Any) -> None:
         data_module(world, blend).build(10, 5, 1.0, 0)
 
 
-def test_a_torn_index_cache_is_built_again(world: Path, blend: Any) -> None:
+@pytest.mark.parametrize("pad", [None, EOS, ORDINARY])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_sample_is_what_the_file_holds(tmp_path: Path, pad: int | None, workers: int) -> None:
+    """Tokens, labels and masks, also of the samples after one that holds the padding token, and when read again."""
+    texts = documents(seed=1)
+    built = dataset(write(tmp_path / "text", texts), pad=pad)
+    wanted = torch.tensor(expected(built, texts))
+    assert {EOS, ORDINARY} <= set(wanted.flatten().tolist())
+    loader = DataLoader(built, batch_size=4, num_workers=workers, persistent_workers=workers > 0)
+    for _ in range(2):
+        read = {name: torch.cat(parts) for name, parts in _columns(loader).items()}
+        assert torch.equal(read["tokens"], wanted[:, :-1])
+        assert torch.equal(read["labels"], wanted[:, 1:])
+        assert torch.equal(read["loss_mask"], torch.ones(len(built), SEQ_LENGTH))
+        assert torch.equal(read["position_ids"], torch.arange(SEQ_LENGTH).expand(len(built), -1))
+
+
+def _columns(loader: DataLoader) -> dict[str, list[torch.Tensor]]:
+    batches = list(loader)
+    return {name: [batch[name] for batch in batches] for name in batches[0]}
+
+
+@pytest.mark.parametrize("pad", [EOS, ORDINARY])
+def test_megatron_overwrites_its_padding_token_without_the_patch(
+    tmp_path: Path, pad: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = documents(seed=1)
+    prefix = write(tmp_path / "text", texts)
+    dataset(prefix)
+    monkeypatch.setattr(GPTDataset, "__init__", GPTDataset.__init__.cures)
+    monkeypatch.setattr(upstream, "mend_datasets", lambda: None)
+    built = dataset(prefix, pad=pad)
+    assert sequences(built) != expected(built, texts)
+    assert any(not sample["loss_mask"].all() and pad not in sample["labels"] for sample in built)  # another one's mask
+
+
+def test_all_that_the_module_reads_is_what_the_files_hold(world: Path, blend: Any) -> None:
+    """With a tokenizer that pads with its end of text, in training and in every validation set."""
     module = data_module(world, blend)
-    config = module._dataset_config()
-    prefix = next(iter(module.blend.shares()))
-    whole = gpt_dataset({prefix: 1.0}, 20, TRAIN, **config)
-    samples = [whole[index]["tokens"] for index in range(20)]
-    for path in Path(prefix, "cache").glob("**/*.npy"):
-        path.write_bytes(path.read_bytes()[:40])
-    again = gpt_dataset({prefix: 1.0}, 20, TRAIN, **config)
-    assert all(torch.equal(again[index]["tokens"], samples[index]) for index in range(20))
+    module.tokenizer.pad_token = module.tokenizer.eos_token
+    assert module.tokenizer.pad == module.tokenizer.eod
+    module.build(10, 5, 2, 0)
+    read = [module._train_ds[index] for index in range(40)] + [module._validation_ds[index] for index in range(16)]
+    assert any(module.tokenizer.eod in sample["labels"] for sample in read)
+    assert all(sample["loss_mask"].all() for sample in read)
+    assert all(torch.equal(sample["tokens"][1:], sample["labels"][:-1]) for sample in read)
+
+
+@pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 33])
+def test_text_shorter_than_a_sequence_or_a_batch_is_repeated(tmp_path: Path, count: int) -> None:
+    texts = [[*range(10, 9 + count), EOS]]
+    built = dataset(write(tmp_path / "text", texts), samples=5, split=VALIDATION)
+    assert len(built) >= 5
+    assert sequences(built) == expected(built, texts)
 
 
 def test_evaluation_reads_what_training_validates_on(world: Path, blend: Any) -> None:
