@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_cpt.checkpoint.architecture import Architecture, RopeScaling
+from nemo_cpt.checkpoint.architecture import Architecture
+from nemo_cpt.checkpoint.rope import RopeScaling
 from nemo_cpt.errors import CptError
 
 Constants = dict[str, Any]
