@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,17 +16,62 @@ from nemo_cpt.errors import CptError
 if TYPE_CHECKING:
     from nemo_cpt.checkpoint.nemo_weights import NemoWeights
 
+_UNFINISHED = "-unfinished"  # NeMo's marker beside a checkpoint that is being written or removed
+
 
 def nemo_folder(path: str | Path) -> Path:
-    """The folder of a NeMo checkpoint that holds `weights` and `context`, given it or its `weights`."""
+    """The folder of a NeMo checkpoint that holds `weights` and `context`, given it or its `weights`.
+
+    Raises:
+        CptError: it is none, or a run is writing or removing it.
+    """
     path = Path(path)
     folder = path.parent if path.name == "weights" else path
+    if folder.is_symlink():  # a run points `<name>-last` at its newest, maybe while this one is read
+        folder = folder.resolve()
+    if Path(f"{folder}{_UNFINISHED}").exists():
+        raise CptError(
+            f"{folder} is being written or removed by a run, or was left half by one that was killed "
+            f"({folder.name}{_UNFINISHED} lies beside it). Wait for the run, or take another checkpoint."
+        )
     if not (folder / "weights").is_dir():
         raise CptError(
             f"{path} is no NeMo checkpoint: it has no folder `weights`. "
             "Give the folder of one checkpoint, such as <run>/checkpoints/<name>-last."
         )
     return folder
+
+
+@contextmanager
+def unchanged(nemo: Path) -> Iterator[None]:
+    """Raise CptError if a run replaces or removes the checkpoint while the block reads it."""
+    before = _stamp(nemo)
+    try:
+        yield
+    except Exception as error:
+        if _stamp(nemo) != before:
+            raise _changed(nemo) from error
+        raise
+    if _stamp(nemo) != before:
+        raise _changed(nemo)
+
+
+def _stamp(nemo: Path) -> object:
+    """What changes when a checkpoint is written anew or removed, which begins and ends with these files."""
+    if Path(f"{nemo}{_UNFINISHED}").exists():
+        return "unfinished"
+    try:
+        found = [(nemo / "weights" / name).stat() for name in ("metadata.json", ".metadata")]
+    except FileNotFoundError:
+        return "gone"
+    return [(each.st_ino, each.st_size, each.st_mtime_ns) for each in found]
+
+
+def _changed(nemo: Path) -> CptError:
+    return CptError(
+        f"{nemo} was replaced or removed while it was read: a run goes on there that keeps its best checkpoints only. "
+        "Take its newest (the name ends in -last), or copy the checkpoint aside first."
+    )
 
 
 def _carried(nemo: Path) -> list[Path]:
