@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from nemo_cpt.checkpoint.architecture import Architecture
 from nemo_cpt.checkpoint.context import HF_FOLDER
-from nemo_cpt.checkpoint.files import require_tokenizer
+from nemo_cpt.checkpoint.files import has_tokenizer, require_tokenizer
 from nemo_cpt.checkpoint.safetensors_files import HFWeights
 from nemo_cpt.errors import CptError
 
@@ -77,6 +77,11 @@ def _changed(nemo: Path) -> CptError:
 def _carried(nemo: Path) -> list[Path]:
     """Where a checkpoint carries its base's files: beside the weights, or in the tokenizer's folder of its context."""
     return [nemo / HF_FOLDER, *sorted(path for path in nemo.glob("context/*") if path.is_dir())]
+
+
+def carried_files(nemo: Path) -> list[Path]:
+    """The folders in which a checkpoint carries a tokenizer."""
+    return [place for place in _carried(nemo) if has_tokenizer(place)]
 
 
 def base_weights(base: Path, arch: Architecture) -> NemoWeights | HFWeights:

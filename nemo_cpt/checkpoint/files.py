@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from nemo_cpt.checkpoint.tokenizer_files import check_tokenizer_class
 from nemo_cpt.errors import CptError
 
 if TYPE_CHECKING:
@@ -103,12 +104,13 @@ def has_tokenizer(folder: str | Path) -> bool:
 
 
 def require_tokenizer(folder: str | Path) -> None:
-    """Raise CptError unless the folder holds a tokenizer."""
+    """Raise CptError unless the folder holds a tokenizer that the installed transformers has a class for."""
     if not has_tokenizer(folder):
         raise CptError(
             f"{folder} holds no tokenizer (looked for {', '.join(_TOKENIZERS)}). "
             "Put the model's tokenizer files there; training and inference need them."
         )
+    check_tokenizer_class(folder)
 
 
 def copy_small_files(source: str | Path, dest: Path) -> list[str]:

@@ -70,6 +70,12 @@ class NemoWeights:
             raise CptError(f"{self.folder}: {key} has {shape[0]} layers, config.json {self.arch.num_hidden_layers}.")
         found = shape if layer is None else shape[1:]
         rows = self._rows(slot)
+        if slot.part == "vocab" and found[0] < rows and found[1:] == slot.shape[1:]:
+            raise CptError(
+                f"{self.folder}: {key} has {found[0]} rows, config.json asks for {rows}: the model was trained without "
+                f"the base's last rows. Give as base the model from which it was trained; if it is that one, train "
+                f"again from it with model.config.vocab_size={rows}."
+            )
         enough = found[0] >= rows if slot.part == "vocab" else found[0] == rows
         if not enough or found[1:] != slot.shape[1:]:
             raise CptError(
