@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,17 +43,27 @@ def nemo_folder(path: str | Path) -> Path:
 
 
 @contextmanager
-def unchanged(nemo: Path) -> Iterator[None]:
-    """Raise CptError if a run replaces or removes the checkpoint while the block reads it."""
+def unchanged(nemo: Path) -> Iterator[Callable[[], None]]:
+    """Raise CptError if a run replaces or removes the checkpoint while the block reads it.
+
+    Yields:
+        A function that checks it at once, for before what was read is put to use.
+    """
     before = _stamp(nemo)
-    try:
-        yield
-    except Exception as error:
+
+    def check() -> None:
         if _stamp(nemo) != before:
-            raise _changed(nemo) from error
+            raise CptError(
+                f"{nemo} was replaced or removed while it was read: a run goes on there that keeps its best "
+                "checkpoints only. Take its newest (the name ends in -last), or copy the checkpoint aside first."
+            )
+
+    try:
+        yield check
+    except Exception:
+        check()
         raise
-    if _stamp(nemo) != before:
-        raise _changed(nemo)
+    check()
 
 
 def _stamp(nemo: Path) -> object:
@@ -65,13 +75,6 @@ def _stamp(nemo: Path) -> object:
     except FileNotFoundError:
         return "gone"
     return [(each.st_ino, each.st_size, each.st_mtime_ns) for each in found]
-
-
-def _changed(nemo: Path) -> CptError:
-    return CptError(
-        f"{nemo} was replaced or removed while it was read: a run goes on there that keeps its best checkpoints only. "
-        "Take its newest (the name ends in -last), or copy the checkpoint aside first."
-    )
 
 
 def _carried(nemo: Path) -> list[Path]:

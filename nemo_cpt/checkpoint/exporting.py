@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -105,15 +105,23 @@ def export_hf(
     if adapter and not lora:
         raise CptError(f"{nemo} is no LoRA checkpoint (no weights/adapter_metadata.json): leave adapter=True away.")
     files = base_files(nemo, base)
-    with unchanged(nemo):
+    with unchanged(nemo) as check_unchanged:
         config = exported_config(nemo, files, ignore_fields)
+        write: Callable[[Path], dict[str, Any]]
         if adapter:
-            written = _export_adapter(nemo, Path(dest), config, files, _checked(dtype or "float32"))
+            size = 0
+            write = partial(_write_adapter, nemo, config, files, _checked(dtype or "float32"))
         else:
             model = _open_lora(nemo, config.arch, base) if lora else _open_model(nemo, config.arch)
             _refuse_to_cut_tokens(model, config.arch, (files, *carried_files(nemo)))
             dtype = _checked(dtype or config.arch.dtype or model.dtype)
-            written = _export_model(model, Path(dest), config.with_dtype(dtype), files, dtype, shard_bytes, progress)
+            plans = [TensorPlan(slot.name, dtype, slot.shape) for slot in layout.slots(config.arch)]
+            size = sum(plan.nbytes for plan in plans)
+            load = _counted(model, plans, progress)
+            write = partial(_write_model, model, config.with_dtype(dtype), files, plans, load, shard_bytes)
+        with new_folder(dest, size + 64 * 2**20) as folder:
+            written = write(folder)
+            check_unchanged()
     return ExportReport(
         source=str(source),
         dest=str(dest),
@@ -162,51 +170,47 @@ def _refuse_to_cut_tokens(model: _Model, arch: Architecture, tokenizers: Iterabl
             )
 
 
-def _export_model(
+def _write_model(
     model: _Model,
-    dest: Path,
     config: ExportedConfig,
     files: Path,
-    dtype: str,
+    plans: Sequence[TensorPlan],
+    load: Callable[[str], Iterator[np.ndarray]],
     shard_bytes: int,
-    progress: Callable[[int, int], None] | None,
+    folder: Path,
 ) -> dict[str, Any]:
-    plans = [TensorPlan(slot.name, dtype, slot.shape) for slot in layout.slots(config.arch)]
-    total = sum(plan.nbytes for plan in plans)
-    with new_folder(dest, total + 64 * 2**20) as folder:
-        names = copy_small_files(files, folder)
-        if config.changes:
-            (folder / "config.json").write_text(json.dumps(config.fields, indent=2) + "\n", encoding="utf-8")
-        names += write_weights(folder, plans, _counted(model, plans, progress), shard_bytes)
+    names = copy_small_files(files, folder)
+    if config.changes:
+        (folder / "config.json").write_text(json.dumps(config.fields, indent=2) + "\n", encoding="utf-8")
+    names += write_weights(folder, plans, load, shard_bytes)
+    dtype = plans[0].dtype
     return {
         "dtype": dtype,
         "cast_from": model.dtype if model.dtype != dtype else None,
         "tensors": len(plans),
         "padding_removed": model.rows - config.arch.vocab_size,
-        "bytes_written": total,
+        "bytes_written": sum(plan.nbytes for plan in plans),
         "files": tuple(names),
         "config_changes": config.changes,
     }
 
 
-def _export_adapter(nemo: Path, dest: Path, config: ExportedConfig, files: Path, dtype: str) -> dict[str, Any]:
+def _write_adapter(nemo: Path, config: ExportedConfig, files: Path, dtype: str, folder: Path) -> dict[str, Any]:
     from nemo_cpt.checkpoint.lora import Adapters, write_peft_adapter
 
     if config.trained_otherwise:
         raise CptError(
-            f"{nemo} was trained with another model than {files}/config.json describes: "
+            f"{nemo} was trained as another model than {files}/config.json describes: "
             f"{'; '.join(config.trained_otherwise)}. An adapter cannot say so; export the merged model."
         )
     adapters = Adapters(nemo, config.arch)
-    with new_folder(dest, 64 * 2**20) as folder:
-        names = write_peft_adapter(folder, adapters, _base_name(files), dtype)
-        size = sum((folder / name).stat().st_size for name in names)
+    names = write_peft_adapter(folder, adapters, _base_name(files), dtype)
     return {
         "dtype": dtype,
         "cast_from": None,
         "tensors": 2 * len(adapters.adapted),
         "padding_removed": 0,
-        "bytes_written": size,
+        "bytes_written": sum((folder / name).stat().st_size for name in names),
         "files": tuple(names),
         "config_changes": (),
     }
@@ -224,7 +228,7 @@ def _checked(dtype: str) -> str:
 
 
 def _counted(
-    model: _Model, plans: list[TensorPlan], progress: Callable[[int, int], None] | None
+    model: _Model, plans: Sequence[TensorPlan], progress: Callable[[int, int], None] | None
 ) -> Callable[[str], Iterator[np.ndarray]]:
     sizes = {plan.name: plan.nbytes for plan in plans}
     total, done = sum(sizes.values()), 0
