@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+import sys
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nemo_cpt.checkpoint.rope import Rope, RopeScaling, read_rope
 from nemo_cpt.errors import CptError
 
 # Read below, and thereby carried into NeMo's config.
 _TRANSLATED = {
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "vocab_size", "tie_word_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters",
-    "max_position_embeddings", "initializer_range", "sliding_window", "torch_dtype", "dtype",
+    "max_position_embeddings", "initializer_range", "torch_dtype", "dtype",
 }  # fmt: skip
 
 # No effect on the forward pass: bookkeeping, special tokens' ids, settings of generation, of the cache and of outputs.
 _NEUTRAL = {
-    "architectures", "transformers_version", "name_or_path", "auto_map", "use_cache",
+    "transformers_version", "name_or_path", "use_cache",
     "cache_implementation", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id",
     "pretraining_tp", "is_llama_config", "transformers.js_config", "attn_implementation",
     "return_dict", "return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores",
@@ -33,49 +35,38 @@ _NEUTRAL = {
     "unsloth_fixed", "max_window_layers",
 }  # fmt: skip
 
-# Of these, only the values for which Megatron's layers compute the same.
+# Of these, only the values for which Megatron's layers compute the same; null is what transformers takes for false.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "attention_dropout": (0,),
-    "hidden_dropout": (0,),
-    "residual_dropout": (0,),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "attention_dropout": (0, None),
+    "hidden_dropout": (0, None),
+    "residual_dropout": (0, None),
     "partial_rotary_factor": (1,),
-    "rope_interleaved": (False,),
-    "use_sliding_window": (False,),
-    "use_mrope": (False,),
-    "is_decoder": (True, False),
-    "is_encoder_decoder": (False,),
-    "add_cross_attention": (False,),
+    "rope_interleaved": (False, None),
+    "use_sliding_window": (False, None),
+    "use_mrope": (False, None),
+    "is_decoder": (True, False, None),
+    "is_encoder_decoder": (False, None),
+    "add_cross_attention": (False, None),
     "cross_attention_hidden_size": (None,),
-    "tie_encoder_decoder": (False,),
+    "tie_encoder_decoder": (False, None),
 }
 
 # What transformers assumes where config.json is silent (configuration_{llama,mistral,qwen2}.py, version 4.57).
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048},
-    "mistral": {"max_position_embeddings": 131072, "sliding_window": 4096},
-    "qwen2": {"max_position_embeddings": 32768},
+    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
 }
-_WHOLE, _NUMBER = (int,), (int, float)
-_TYPES: dict[str, tuple[type, ...]] = {  # of fields that may be left out
-    "num_key_value_heads": _WHOLE, "head_dim": _WHOLE, "max_position_embeddings": _WHOLE, "sliding_window": _WHOLE,
-    "rms_norm_eps": _NUMBER, "rope_theta": _NUMBER, "initializer_range": _NUMBER, "rope_scaling": (dict,),
-    "rope_parameters": (dict,), "layer_types": (list,),
-}  # fmt: skip
+_COMMON_DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "initializer_range": 0.02, "tie_word_embeddings": False}
+_CAUSAL_LM = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Rotary scaling: `llama3` (Llama 3.1 and 3.2) or `linear`, which has a factor only."""
-
-    kind: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+_WHOLE_NUMBERS = (*_REQUIRED, "max_position_embeddings", "num_key_value_heads", "head_dim", "sliding_window")
+_NUMBERS = (*_WHOLE_NUMBERS, "rms_norm_eps")
+# Null means: as many as query heads; hidden size by heads; no window. Of another number it means nothing.
+_MAY_BE_NULL = ("num_key_value_heads", "head_dim", "sliding_window")
 
 
 @dataclass(frozen=True)
@@ -140,19 +131,22 @@ def read_architecture(folder: str | Path, ignore_fields: Collection[str] = ()) -
 
 def parse_config(config: Mapping[str, Any], where: str, ignore_fields: Collection[str] = ()) -> Architecture:
     """Like `read_architecture`, from the parsed config; `where` names it in messages."""
-    config = {name: value for name, value in config.items() if value is not None}
     model_type = str(config.get("model_type"))
     if model_type not in _DEFAULTS:
         raise CptError(
             f"{where}: model_type {model_type!r} is not supported; supported are {', '.join(_DEFAULTS)} "
             "(Llama 2 to 3.2, SmolLM2, Mistral, Qwen2 and Qwen2.5)."
         )
-    if missing := [name for name in _REQUIRED if not isinstance(config.get(name), int)]:
-        raise CptError(f"{where}: no whole number for {', '.join(missing)}. Download the file again.")
-    if wrong := [name for name, types in _TYPES.items() if name in config and not isinstance(config[name], types)]:
-        raise CptError(f"{where}: {wrong[0]} cannot be {config[wrong[0]]!r}. Download the file again.")
     _refuse_unknown(config, where, ignore_fields)
-    architecture = _translate({**_DEFAULTS[model_type], **config}, where)
+    config = {**_COMMON_DEFAULTS, **_DEFAULTS[model_type], **config}
+    _check_values(config, where)
+    rope = read_rope(config, where, ignore_fields)
+    if rope.scaling and rope.scaling.kind == "llama3" and model_type != "llama":
+        raise CptError(
+            f"{where}: rope scaling of type 'llama3' is supported for model_type 'llama', not {model_type!r}: NeMo's "
+            "model of it has no such scaling."
+        )
+    architecture = _translate(config, rope)
     _check_shape(architecture, where)
     return architecture
 
@@ -162,10 +156,10 @@ def _refuse_unknown(config: Mapping[str, Any], where: str, ignore_fields: Collec
         known = name in _TRANSLATED or name in _NEUTRAL or name.startswith("_")  # _ is transformers' own bookkeeping
         if known or name in ignore_fields:
             continue
-        if name == "layer_types":
-            if set(value) <= {"full_attention"} or config.get("model_type") == "mistral":
+        if name in _FIXED:
+            if any(value == allowed for allowed in _FIXED[name]):
                 continue
-        elif name in _FIXED and any(value == allowed for allowed in _FIXED[name]):
+        elif value is None or (name in _PECULIAR and _PECULIAR[name](value, config)):
             continue
         reason = "NeMo's model would not follow it" if name in _FIXED else "it may change the forward pass"
         raise CptError(
@@ -174,11 +168,53 @@ def _refuse_unknown(config: Mapping[str, Any], where: str, ignore_fields: Collec
         )
 
 
-def _translate(config: Mapping[str, Any], where: str) -> Architecture:
+def _uniform_layers(value: Any, config: Mapping[str, Any]) -> bool:
+    """Whether all layers attend alike, and as the rest of the config says."""
+    sliding = config["model_type"] == "mistral" and config.get("sliding_window", 4096) is not None
+    return isinstance(value, list) and set(value) <= {"sliding_attention" if sliding else "full_attention"}
+
+
+def _own_class(value: Any, config: Mapping[str, Any]) -> bool:
+    """Whether transformers' own language model is meant, and not a class that computes something else."""
+    return isinstance(value, list) and _CAUSAL_LM[config["model_type"]] in value
+
+
+def _no_own_model(value: Any, config: Mapping[str, Any]) -> bool:
+    """Whether the repository brings no code of its own for the model."""
+    return isinstance(value, dict) and not any(name.startswith("AutoModel") for name in value)
+
+
+_PECULIAR: dict[str, Callable[[Any, Mapping[str, Any]], bool]] = {
+    "sliding_window": lambda value, config: config["model_type"] != "llama",
+    "layer_types": _uniform_layers,
+    "architectures": _own_class,
+    "auto_map": _no_own_model,
+}
+
+
+def _check_values(config: Mapping[str, Any], where: str) -> None:
+    """Refuse a number that is none, is not above 0, or is null where that has no meaning."""
+    for name in _NUMBERS:
+        value: Any = config.get(name)
+        if value is None and name in _MAY_BE_NULL:
+            continue
+        if name not in config:
+            raise CptError(f"{where}: {name} is missing. Download the file again.")
+        whole = name in _WHOLE_NUMBERS
+        right_type = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+        if not right_type or not 0 < value <= sys.float_info.max:
+            kind = "whole number" if whole else "number"
+            raise CptError(f"{where}: {name} cannot be {value!r}; it is a {kind} above 0. Download the file again.")
+    for name, types in (("tie_word_embeddings", bool), ("initializer_range", (int, float))):
+        if config[name] is not None and not isinstance(config[name], types):
+            raise CptError(f"{where}: {name} cannot be {config[name]!r}. Download the file again.")
+
+
+def _translate(config: Mapping[str, Any], rope: Rope) -> Architecture:
     heads = config["num_attention_heads"]
-    rope = config.get("rope_parameters") or {}
-    dtype = config.get("torch_dtype") or config.get("dtype")
+    dtype = config.get("dtype") or config.get("torch_dtype")  # transformers' order where both are given
     window = config.get("sliding_window") if config["model_type"] == "mistral" else None
+    head_dim = config.get("head_dim")
     return Architecture(
         model_type=config["model_type"],
         num_hidden_layers=config["num_hidden_layers"],
@@ -186,42 +222,23 @@ def _translate(config: Mapping[str, Any], where: str) -> Architecture:
         intermediate_size=config["intermediate_size"],
         num_attention_heads=heads,
         num_key_value_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // max(heads, 1),
+        head_dim=config["hidden_size"] // heads if head_dim is None else head_dim,
         vocab_size=config["vocab_size"],
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tie_word_embeddings=bool(config["tie_word_embeddings"]),
         qkv_bias=config["model_type"] == "qwen2",
-        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
-        rope_scaling=_rope_scaling(config.get("rope_scaling") or rope, where),
+        rms_norm_eps=float(config["rms_norm_eps"]),
+        rope_theta=float(rope.theta),
+        rope_scaling=rope.scaling,
         max_position_embeddings=config["max_position_embeddings"],
         sliding_window=window if window and window < config["max_position_embeddings"] else None,
-        initializer_range=float(config.get("initializer_range", 0.02)),
+        initializer_range=float(config["initializer_range"] or _COMMON_DEFAULTS["initializer_range"]),
         dtype=str(dtype).removeprefix("torch.") if dtype else None,
     )
 
 
-def _rope_scaling(scaling: Mapping[str, Any], where: str) -> RopeScaling | None:
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind not in ("llama3", "linear"):
-        raise CptError(
-            f"{where}: rope scaling of type {kind!r} is not supported; supported are 'llama3', 'linear' and none. "
-            "Megatron would rotate by other angles than the model was trained with."
-        )
-    names = ["factor"]
-    if kind == "llama3":
-        names += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-    if missing := [name for name in names if name not in scaling]:
-        raise CptError(f"{where}: rope_scaling of type {kind!r} lacks {', '.join(missing)}.")
-    if wrong := [name for name in names if not isinstance(scaling[name], _NUMBER)]:
-        raise CptError(f"{where}: rope_scaling's {wrong[0]} cannot be {scaling[wrong[0]]!r}. Download the file again.")
-    return RopeScaling(kind, **{name: scaling[name] for name in names})
-
-
 def _check_shape(arch: Architecture, where: str) -> None:
-    if min(arch.num_attention_heads, arch.num_key_value_heads, arch.head_dim, arch.num_hidden_layers) < 1:
-        raise CptError(f"{where}: heads, head size and layers have to be 1 or more.")
+    if arch.head_dim < 2 or arch.head_dim % 2:
+        raise CptError(f"{where}: a head size of {arch.head_dim} is refused: rotary embeddings turn pairs of values.")
     if arch.num_attention_heads % arch.num_key_value_heads:
         raise CptError(
             f"{where}: {arch.num_attention_heads} attention heads do not divide into "

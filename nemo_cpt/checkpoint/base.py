@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_cpt.checkpoint.architecture import Architecture
 from nemo_cpt.checkpoint.context import HF_FOLDER
-from nemo_cpt.checkpoint.files import require_tokenizer
+from nemo_cpt.checkpoint.files import has_tokenizer, require_tokenizer
 from nemo_cpt.checkpoint.safetensors_files import HFWeights
 from nemo_cpt.errors import CptError
 
 if TYPE_CHECKING:
     from nemo_cpt.checkpoint.nemo_weights import NemoWeights
 
+_UNFINISHED = "-unfinished"  # NeMo's marker beside a checkpoint that is being written or removed
+
 
 def nemo_folder(path: str | Path) -> Path:
-    """The folder of a NeMo checkpoint that holds `weights` and `context`, given it or its `weights`."""
+    """The folder of a NeMo checkpoint that holds `weights` and `context`, given it or its `weights`.
+
+    Raises:
+        CptError: it is none, or a run is writing or removing it.
+    """
     path = Path(path)
     folder = path.parent if path.name == "weights" else path
+    if folder.is_symlink():  # a run points `<name>-last` at its newest, maybe while this one is read
+        folder = folder.resolve()
+    if Path(f"{folder}{_UNFINISHED}").exists():
+        raise CptError(
+            f"{folder} is being written or removed by a run, or was left half by one that was killed "
+            f"({folder.name}{_UNFINISHED} lies beside it). Wait for the run, or take another checkpoint."
+        )
     if not (folder / "weights").is_dir():
         raise CptError(
             f"{path} is no NeMo checkpoint: it has no folder `weights`. "
@@ -27,9 +42,49 @@ def nemo_folder(path: str | Path) -> Path:
     return folder
 
 
+@contextmanager
+def unchanged(nemo: Path) -> Iterator[Callable[[], None]]:
+    """Raise CptError if a run replaces or removes the checkpoint while the block reads it.
+
+    Yields:
+        A function that checks it at once, for before what was read is put to use.
+    """
+    before = _stamp(nemo)
+
+    def check() -> None:
+        if _stamp(nemo) != before:
+            raise CptError(
+                f"{nemo} was replaced or removed while it was read: a run goes on there that keeps its best "
+                "checkpoints only. Take its newest (the name ends in -last), or copy the checkpoint aside first."
+            )
+
+    try:
+        yield check
+    except Exception:
+        check()
+        raise
+    check()
+
+
+def _stamp(nemo: Path) -> object:
+    """What changes when a checkpoint is written anew or removed, which begins and ends with these files."""
+    if Path(f"{nemo}{_UNFINISHED}").exists():
+        return "unfinished"
+    try:
+        found = [(nemo / "weights" / name).stat() for name in ("metadata.json", ".metadata")]
+    except FileNotFoundError:
+        return "gone"
+    return [(each.st_ino, each.st_size, each.st_mtime_ns) for each in found]
+
+
 def _carried(nemo: Path) -> list[Path]:
     """Where a checkpoint carries its base's files: beside the weights, or in the tokenizer's folder of its context."""
     return [nemo / HF_FOLDER, *sorted(path for path in nemo.glob("context/*") if path.is_dir())]
+
+
+def carried_files(nemo: Path) -> list[Path]:
+    """The folders in which a checkpoint carries a tokenizer."""
+    return [place for place in _carried(nemo) if has_tokenizer(place)]
 
 
 def base_weights(base: Path, arch: Architecture) -> NemoWeights | HFWeights:

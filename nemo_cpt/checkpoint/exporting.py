@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,17 +13,35 @@ from typing import Any
 import numpy as np
 
 from nemo_cpt.checkpoint import layout
-from nemo_cpt.checkpoint.architecture import Architecture, read_architecture, read_json
+from nemo_cpt.checkpoint.architecture import Architecture, read_json
 from nemo_cpt.checkpoint.arrays import DTYPES, check_finite
-from nemo_cpt.checkpoint.base import base_files, base_weights, nemo_folder
+from nemo_cpt.checkpoint.base import base_files, base_weights, carried_files, nemo_folder, unchanged
+from nemo_cpt.checkpoint.exported_config import ExportedConfig, exported_config
 from nemo_cpt.checkpoint.files import copy_small_files, new_folder
 from nemo_cpt.checkpoint.safetensors_files import SHARD_BYTES, TensorPlan, write_weights
+from nemo_cpt.checkpoint.tokenizer_files import count_token_ids
 from nemo_cpt.errors import CptError
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export did; `cast_from` names the checkpoint's dtype where it was not the written one."""
+    """What an export did.
+
+    Attributes:
+        source: the NeMo checkpoint.
+        dest: the Hugging Face folder.
+        model_type: as config.json names it.
+        dtype: of the written weights.
+        cast_from: the checkpoint's dtype where it was not the written one.
+        tensors: how many were written.
+        padding_removed: rows of Megatron's padding that were left out of the embedding.
+        bytes_written: of the weights.
+        files: names of all files written.
+        config_changes: where the written config.json differs from the base's, in words; else it is the base's, byte for
+            byte.
+        warnings: what else to know.
+        seconds: wall time.
+    """
 
     source: str
     dest: str
@@ -34,6 +52,8 @@ class ExportReport:
     padding_removed: int
     bytes_written: int
     files: tuple[str, ...]
+    config_changes: tuple[str, ...]
+    warnings: tuple[str, ...]
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
@@ -54,9 +74,10 @@ def export_hf(
 ) -> ExportReport:
     """Turn a NeMo checkpoint into a Hugging Face folder that transformers loads, without building the model.
 
-    config.json, generation_config.json and every tokenizer file are the base model's, byte for byte. Weights go into
-    safetensors shards with an index. One tensor at a time is in memory. A LoRA run's adapters are merged into the base
-    (in fp32), or written for peft.
+    generation_config.json and every tokenizer file are the base model's, byte for byte, and so is config.json unless
+    the checkpoint's context says that the run trained with another rotary base or scaling, window or norm epsilon, or
+    with longer sequences: those are written into it. Weights go into safetensors shards with an index. One tensor at a
+    time is in memory. A LoRA run's adapters are merged into the base (in fp32), or written for peft.
 
     Args:
         source: an imported or a training checkpoint, from any tensor and pipeline parallel size.
@@ -72,8 +93,9 @@ def export_hf(
         progress: called with (bytes done, bytes in all) after each tensor.
 
     Raises:
-        CptError: the checkpoint is unfinished, damaged, non-finite or another model's; the base's files are missing;
-            `dest` exists; not enough disk. Nothing is left at `dest` then.
+        CptError: the checkpoint is unfinished, damaged, non-finite or another model's; a run replaces it meanwhile; it
+            has rows of tokens that config.json has no room for; the base's files are missing; `dest` exists; not
+            enough disk. Nothing is left at `dest` then.
     """
     from nemo_cpt.checkpoint.lora import is_lora
 
@@ -83,18 +105,28 @@ def export_hf(
     if adapter and not lora:
         raise CptError(f"{nemo} is no LoRA checkpoint (no weights/adapter_metadata.json): leave adapter=True away.")
     files = base_files(nemo, base)
-    arch = read_architecture(files, ignore_fields)
-    if adapter:
-        written = _export_adapter(nemo, Path(dest), arch, files, _checked(dtype or "float32"))
-    else:
-        model = _open_lora(nemo, arch, base) if lora else _open_model(nemo, arch)
-        written = _export_model(
-            model, Path(dest), arch, files, _checked(dtype or arch.dtype or model.dtype), shard_bytes, progress
-        )
+    with unchanged(nemo) as check_unchanged:
+        config = exported_config(nemo, files, ignore_fields)
+        write: Callable[[Path], dict[str, Any]]
+        if adapter:
+            size = 0
+            write = partial(_write_adapter, nemo, config, files, _checked(dtype or "float32"))
+        else:
+            model = _open_lora(nemo, config.arch, base) if lora else _open_model(nemo, config.arch)
+            _refuse_to_cut_tokens(model, config.arch, (files, *carried_files(nemo)))
+            dtype = _checked(dtype or config.arch.dtype or model.dtype)
+            plans = [TensorPlan(slot.name, dtype, slot.shape) for slot in layout.slots(config.arch)]
+            size = sum(plan.nbytes for plan in plans)
+            load = _counted(model, plans, progress)
+            write = partial(_write_model, model, config.with_dtype(dtype), files, plans, load, shard_bytes)
+        with new_folder(dest, size + 64 * 2**20) as folder:
+            written = write(folder)
+            check_unchanged()
     return ExportReport(
         source=str(source),
         dest=str(dest),
-        model_type=arch.model_type,
+        model_type=config.arch.model_type,
+        warnings=config.warnings,
         seconds=round(time.monotonic() - start, 3),
         **written,
     )
@@ -102,70 +134,85 @@ def export_hf(
 
 @dataclass(frozen=True)
 class _Model:
-    """Something to export: where it is, its tensors in blocks of rows, their dtype and the embedding's padding."""
+    """Something to export: where it is, its tensors in blocks of rows, their dtype and the rows of its embedding."""
 
     where: Path
     blocks: Callable[[str], Iterable[np.ndarray]]
     dtype: str
-    padding: int
+    rows: int
 
 
 def _open_model(nemo: Path, arch: Architecture) -> _Model:
     from nemo_cpt.checkpoint.nemo_weights import NemoWeights
 
     weights = NemoWeights(nemo, arch)
-    return _Model(nemo, weights.blocks, weights.dtype, weights.vocab_rows - arch.vocab_size)
+    return _Model(nemo, weights.blocks, weights.dtype, weights.vocab_rows)
 
 
 def _open_lora(nemo: Path, arch: Architecture, base: str | Path | None) -> _Model:
     from nemo_cpt.checkpoint.lora import Adapters, base_of
 
-    weights = base_weights(base_of(nemo, base), arch)
-    return _Model(
-        nemo, partial(Adapters(nemo, arch).merged, base=weights), weights.dtype, weights.vocab_rows - arch.vocab_size
-    )
+    weights, adapters = base_weights(base_of(nemo, base), arch), Adapters(nemo, arch)
+    rows = adapters.trained_rows or weights.vocab_rows
+    return _Model(nemo, partial(adapters.merged, base=weights), weights.dtype, rows)
 
 
-def _export_model(
+def _refuse_to_cut_tokens(model: _Model, arch: Architecture, tokenizers: Iterable[Path]) -> None:
+    """Refuse to cut off a row as padding that belongs to a token and so may have been trained."""
+    for folder in tokenizers:
+        tokens = count_token_ids(folder) or 0
+        if arch.vocab_size < min(tokens, model.rows):
+            raise CptError(
+                f"{model.where} has {model.rows} rows in its embedding and the tokenizer in {folder} {tokens} tokens, "
+                f"but config.json has room for {arch.vocab_size} rows: those above belong to tokens, may have been "
+                "trained, and would be lost. Give the base a row for every token (transformers: "
+                f"model.resize_token_embeddings({tokens})), import it, and train from that."
+            )
+
+
+def _write_model(
     model: _Model,
-    dest: Path,
-    arch: Architecture,
+    config: ExportedConfig,
     files: Path,
-    dtype: str,
+    plans: Sequence[TensorPlan],
+    load: Callable[[str], Iterator[np.ndarray]],
     shard_bytes: int,
-    progress: Callable[[int, int], None] | None,
+    folder: Path,
 ) -> dict[str, Any]:
-    plans = [TensorPlan(slot.name, dtype, slot.shape) for slot in layout.slots(arch)]
-    total = sum(plan.nbytes for plan in plans)
-    with new_folder(dest, total + 64 * 2**20) as folder:
-        names = copy_small_files(files, folder)
-        if dtype != (arch.dtype or dtype):
-            _set_dtype(folder / "config.json", dtype)
-        names += write_weights(folder, plans, _counted(model, plans, progress), shard_bytes)
+    names = copy_small_files(files, folder)
+    if config.changes:
+        (folder / "config.json").write_text(json.dumps(config.fields, indent=2) + "\n", encoding="utf-8")
+    names += write_weights(folder, plans, load, shard_bytes)
+    dtype = plans[0].dtype
     return {
         "dtype": dtype,
         "cast_from": model.dtype if model.dtype != dtype else None,
         "tensors": len(plans),
-        "padding_removed": model.padding,
-        "bytes_written": total,
+        "padding_removed": model.rows - config.arch.vocab_size,
+        "bytes_written": sum(plan.nbytes for plan in plans),
         "files": tuple(names),
+        "config_changes": config.changes,
     }
 
 
-def _export_adapter(nemo: Path, dest: Path, arch: Architecture, files: Path, dtype: str) -> dict[str, Any]:
+def _write_adapter(nemo: Path, config: ExportedConfig, files: Path, dtype: str, folder: Path) -> dict[str, Any]:
     from nemo_cpt.checkpoint.lora import Adapters, write_peft_adapter
 
-    adapters = Adapters(nemo, arch)
-    with new_folder(dest, 64 * 2**20) as folder:
-        names = write_peft_adapter(folder, adapters, _base_name(files), dtype)
-        size = sum((folder / name).stat().st_size for name in names)
+    if config.trained_otherwise:
+        raise CptError(
+            f"{nemo} was trained as another model than {files}/config.json describes: "
+            f"{'; '.join(config.trained_otherwise)}. An adapter cannot say so; export the merged model."
+        )
+    adapters = Adapters(nemo, config.arch)
+    names = write_peft_adapter(folder, adapters, _base_name(files), dtype)
     return {
         "dtype": dtype,
         "cast_from": None,
         "tensors": 2 * len(adapters.adapted),
         "padding_removed": 0,
-        "bytes_written": size,
+        "bytes_written": sum((folder / name).stat().st_size for name in names),
         "files": tuple(names),
+        "config_changes": (),
     }
 
 
@@ -181,7 +228,7 @@ def _checked(dtype: str) -> str:
 
 
 def _counted(
-    model: _Model, plans: list[TensorPlan], progress: Callable[[int, int], None] | None
+    model: _Model, plans: Sequence[TensorPlan], progress: Callable[[int, int], None] | None
 ) -> Callable[[str], Iterator[np.ndarray]]:
     sizes = {plan.name: plan.nbytes for plan in plans}
     total, done = sum(sizes.values()), 0
@@ -196,9 +243,3 @@ def _counted(
             progress(done, total)
 
     return load
-
-
-def _set_dtype(path: Path, dtype: str) -> None:
-    config = read_json(path)
-    config["dtype" if "dtype" in config else "torch_dtype"] = dtype
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

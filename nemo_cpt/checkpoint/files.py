@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import os
 import shutil
+import socket
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from nemo_cpt.checkpoint.tokenizer_files import check_tokenizer_class
 from nemo_cpt.errors import CptError
 
 if TYPE_CHECKING:
@@ -17,6 +22,7 @@ if TYPE_CHECKING:
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz", ".index.json")
 _LEFT_BEHIND = ("README.md", ".gitattributes", ".gitignore")  # a model card describes the base, not what it became
+_OWNER = ".owner"  # in a folder that is being written: the machine's name, under the writing process's lock
 _PIECE_BYTES = 128 * 2**10
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 
@@ -24,6 +30,8 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 @contextmanager
 def new_folder(dest: str | Path, needed_bytes: int) -> Iterator[Path]:
     """Yield a folder to fill; it becomes `dest` when the block ends well, and disappears when it does not.
+
+    What a process that was killed on this machine left of the same `dest` is removed first, and said on stderr.
 
     Args:
         dest: where it shall be; has to be free.
@@ -35,19 +43,61 @@ def new_folder(dest: str | Path, needed_bytes: int) -> Iterator[Path]:
     dest = Path(dest)
     if dest.exists() or dest.is_symlink():
         raise CptError(f"{dest} exists already. Give another destination, or remove it first.")
-    partial = dest.with_name(f".{dest.name}.partial-{uuid.uuid4().hex[:8]}")
+    _remove_leftovers(dest)
+    partial = dest.with_name(f"{_partial_prefix(dest)}{uuid.uuid4().hex[:8]}")
     try:
         partial.mkdir(parents=True)
-        _check_free_space(partial, needed_bytes)
-        yield partial
-        _flush(partial)
-        partial.rename(dest)
+        with _owned(partial):  # past the renaming, or another process could take it for left
+            _check_free_space(partial, needed_bytes)
+            yield partial
+            _flush(partial)
+            (partial / _OWNER).unlink()
+            partial.rename(dest)
     except OSError as error:
         raise CptError(
             f"{dest} could not be written: {error}. Nothing is left of it; free the cause, rerun."
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial_prefix(dest: Path) -> str:
+    return f".{dest.name}.partial-"
+
+
+@contextmanager
+def _owned(partial: Path) -> Iterator[None]:
+    """Let the folder say whose it is; the name appears when the lock is held, so that nobody else can take it first."""
+    with (partial / f"{_OWNER}.new").open("x", encoding="utf-8") as owner:
+        owner.write(socket.gethostname())
+        owner.flush()
+        _locked(owner)
+        Path(owner.name).rename(partial / _OWNER)
+        yield
+
+
+def _remove_leftovers(dest: Path) -> None:
+    """Remove what killed processes left of `dest`: their lock is free, and the lock is this machine's to judge."""
+    for partial in sorted(dest.parent.glob(f"{glob.escape(_partial_prefix(dest))}*")):
+        try:
+            with (partial / _OWNER).open("r+", encoding="utf-8") as owner:
+                host = owner.read()
+                if host != socket.gethostname():
+                    print(f"{partial} was left or is being written on {host}; it is not touched.", file=sys.stderr)
+                elif _locked(owner):
+                    print(f"Removing {partial}, which a killed import or export left.", file=sys.stderr)
+                    shutil.rmtree(partial, ignore_errors=True)
+        except FileNotFoundError:  # nothing of ours, or finished meanwhile
+            continue
+
+
+def _locked(file: IO[str]) -> bool:
+    """Take the file's lock, which ends with the process; False where another holds it or the disk knows no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _check_free_space(folder: Path, needed_bytes: int) -> None:
@@ -103,12 +153,13 @@ def has_tokenizer(folder: str | Path) -> bool:
 
 
 def require_tokenizer(folder: str | Path) -> None:
-    """Raise CptError unless the folder holds a tokenizer."""
+    """Raise CptError unless the folder holds a tokenizer that the installed transformers has a class for."""
     if not has_tokenizer(folder):
         raise CptError(
             f"{folder} holds no tokenizer (looked for {', '.join(_TOKENIZERS)}). "
             "Put the model's tokenizer files there; training and inference need them."
         )
+    check_tokenizer_class(folder)
 
 
 def copy_small_files(source: str | Path, dest: Path) -> list[str]:

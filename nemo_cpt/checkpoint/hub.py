@@ -6,10 +6,14 @@ import hashlib
 import shutil
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from isal.isal_zlib import crc32
+
+from nemo_cpt.checkpoint.download_record import DownloadRecord, FileRecord, read_record
 from nemo_cpt.errors import CptError
 from nemo_cpt.hub import explained, progress_bars
 
@@ -17,6 +21,7 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
 _UNUSED_SUFFIXES = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".tflite", ".mlmodel")
+_READ_AT_ONCE = 2**20  # bytes
 _UNUSED_FOLDERS = ("original", "onnx", "openvino", "coreml", "flax")
 
 
@@ -44,18 +49,20 @@ def download(
     """Fetch a model from the hub into a folder that `import_hf` reads.
 
     Only the top folder's safetensors, configs and tokenizer files are fetched: not `original/*`, pickles or other
-    formats. An interrupted download goes on where it stopped. Sizes and, for large files, SHA-256 sums are checked
-    against the hub's. The token is huggingface_hub's own (the variable HF_TOKEN, or `hf auth login`).
+    formats. An interrupted download goes on where it stopped. Sizes and checksums are compared with the hub's, and
+    noted in the folder with the revision's commit. The token is huggingface_hub's own (the variable HF_TOKEN, or
+    `hf auth login`).
 
     Args:
         repo_id: such as "meta-llama/Llama-3.1-8B".
-        dest: the folder to make; if it is there already and complete, nothing is fetched.
+        dest: the folder to make; if it is there already and holds this revision's files, nothing is fetched.
         revision: branch, tag or commit.
         endpoint: another hub than https://huggingface.co (also the variable HF_ENDPOINT).
         workers: files fetched at once.
 
     Raises:
-        CptError: no access, no such repository or revision, no network, no space, or a file that arrived damaged.
+        CptError: no access, no such repository or revision, no network, no space, a file that arrived damaged, or a
+            `dest` that holds something else, such as another revision.
     """
     from huggingface_hub import HfApi
 
@@ -65,14 +72,15 @@ def download(
     with explained("model", repo_id, page, revision):
         info = api.model_info(repo_id, revision=revision, files_metadata=True)
     wanted, left_out = _choose(info.siblings or [], repo_id)
-    there = Path(dest).exists()
+    dest, commit = Path(dest), str(info.sha)
+    there = dest.exists()
     if there:
-        _refuse_if_incomplete(Path(dest), wanted, repo_id)
+        _check_present(dest, repo_id, revision, commit, wanted)
     else:
-        _fetch(api, repo_id, str(info.sha), Path(dest), wanted, workers)
+        _fetch(api, repo_id, commit, dest, wanted, workers)
     return DownloadReport(
         repo_id,
-        str(info.sha),
+        commit,
         str(dest),
         tuple(file.rfilename for file in wanted),
         sum(file.size or 0 for file in wanted),
@@ -100,20 +108,42 @@ def _choose(siblings: list[RepoSibling], repo_id: str) -> tuple[list[RepoSibling
     return wanted, left_out
 
 
-def _refuse_if_incomplete(dest: Path, wanted: list[RepoSibling], repo_id: str) -> None:
+def _check_present(dest: Path, repo_id: str, revision: str, commit: str, wanted: list[RepoSibling]) -> None:
+    """Refuse a folder that holds something else than the revision asked for, by its files' content."""
+    wanted = [file for file in wanted if file.rfilename != "README.md"]  # its words change without the model
+    recorded = read_record(dest)
+    files = dict(recorded.files) if recorded else {}
+    problem = ""
     for file in wanted:
-        path = dest / file.rfilename
+        name, path = file.rfilename, dest / file.rfilename
         if not path.is_file() or (file.size is not None and path.stat().st_size != file.size):
-            raise CptError(
-                f"{dest} exists and is not {repo_id}: {file.rfilename} is missing or has another size than the hub's. "
-                "Give another destination, or remove it first."
-            )
+            problem = f"{name} is missing or has another size than the hub's"
+            break
+        files[name] = files.get(name) or _read(path, file)
+        if _content(file) not in (None, files[name].content):
+            problem = f"{name} has other bytes than the hub's"
+            break
+    names = [file.rfilename for file in wanted]
+    others = sorted(path.name for path in dest.glob("*") if _is_weights(path.name) and path.name not in names)
+    if problem or others:
+        holds = f"{dest} holds {recorded.repo_id} at {recorded.commit}" if recorded else f"{dest} exists"
+        raise CptError(
+            f"{holds} and is not {repo_id} at {revision} ({commit}): {problem or f'{others[0]} is not of it'}. "
+            "Give another destination, or remove it first."
+        )
+    with suppress(OSError):  # a folder that cannot be written is read again next time
+        DownloadRecord(repo_id, commit, {name: files[name] for name in names}).write(dest)
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith((".safetensors", ".safetensors.index.json"))
 
 
 def _fetch(api: Any, repo_id: str, commit: str, dest: Path, wanted: list[RepoSibling], workers: int) -> None:
     from huggingface_hub import snapshot_download
 
     partial = dest.with_name(dest.name + ".download")  # a fixed name, so that the next run finds what is there
+    names = [file.rfilename for file in wanted]
     try:
         partial.mkdir(parents=True, exist_ok=True)
         _check_space(partial, wanted, repo_id)
@@ -122,12 +152,15 @@ def _fetch(api: Any, repo_id: str, commit: str, dest: Path, wanted: list[RepoSib
                 repo_id,
                 revision=commit,
                 local_dir=partial,
-                allow_patterns=[file.rfilename for file in wanted],
+                allow_patterns=names,
                 endpoint=api.endpoint,
                 max_workers=workers,
             )
-        for file in wanted:
-            _check_file(partial / file.rfilename, file)
+        for path in partial.iterdir():
+            if path.is_file() and path.name not in names:  # of another revision, whose download broke off
+                path.unlink()
+        files = {file.rfilename: _arrived(partial / file.rfilename, file) for file in wanted}
+        DownloadRecord(repo_id, commit, files).write(partial)
         shutil.rmtree(partial / ".cache", ignore_errors=True)
         partial.rename(dest)
     except OSError as error:
@@ -145,13 +178,29 @@ def _check_space(partial: Path, wanted: list[RepoSibling], repo_id: str) -> None
         )
 
 
-def _check_file(path: Path, file: RepoSibling) -> None:
-    size = path.stat().st_size
+def _arrived(path: Path, file: RepoSibling) -> FileRecord:
+    size, found = path.stat().st_size, _read(path, file)
     problem = f"has {size} bytes, the hub says {file.size}" if file.size not in (None, size) else ""
-    if not problem and file.lfs:
-        with path.open("rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != file.lfs.sha256:
-                problem = "has another SHA-256 sum than the hub says"
+    if not problem and found.content != (_content(file) or found.content):
+        problem = f"has another {'SHA-256' if file.lfs else 'SHA-1'} sum than the hub says"
     if problem:
         path.unlink()
         raise CptError(f"{path.name} arrived damaged: it {problem}. It was removed; rerun to fetch it again.")
+    return found
+
+
+def _content(file: RepoSibling) -> str | None:
+    """The hub's name for a file's bytes: git's, or of large files the SHA-256 sum."""
+    if file.lfs:
+        return f"sha256:{file.lfs.sha256}"
+    return f"git:{file.blob_id}" if file.blob_id else None
+
+
+def _read(path: Path, file: RepoSibling) -> FileRecord:
+    digest = hashlib.sha256() if file.lfs else hashlib.sha1(f"blob {path.stat().st_size}\0".encode())  # git's
+    checksum = 0
+    with path.open("rb", buffering=0) as stream:
+        while piece := stream.read(_READ_AT_ONCE):
+            digest.update(piece)
+            checksum = crc32(piece, checksum)
+    return FileRecord(f"{'sha256' if file.lfs else 'git'}:{digest.hexdigest()}", checksum)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -17,6 +17,7 @@ from nemo_cpt.checkpoint.arrays import bits, check_finite
 from nemo_cpt.checkpoint.context import HF_FOLDER, write_context
 from nemo_cpt.checkpoint.files import copy_small_files, new_folder, require_tokenizer
 from nemo_cpt.checkpoint.safetensors_files import HFWeights
+from nemo_cpt.checkpoint.tokenizer_files import count_token_ids
 from nemo_cpt.errors import CptError
 
 if TYPE_CHECKING:
@@ -25,7 +26,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What an import did: `parameters` counts values, `bytes_written` the weights', `seconds` is wall time."""
+    """What an import did.
+
+    Attributes:
+        source: the Hugging Face folder.
+        dest: the NeMo checkpoint.
+        model_type: as config.json names it.
+        dtype: of the weights.
+        tensors: how many were read.
+        parameters: values in all.
+        bytes_written: of the weights.
+        dropped: tensors that follow from others and were left out.
+        warnings: what to know before training from it.
+        seconds: wall time.
+    """
 
     source: str
     dest: str
@@ -34,8 +48,9 @@ class ImportReport:
     tensors: int
     parameters: int
     bytes_written: int
+    dropped: tuple[str, ...]
+    warnings: tuple[str, ...]
     seconds: float
-    dropped: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The report as a JSON-serialisable dict."""
@@ -83,9 +98,27 @@ def import_hf(
     sizes = [weights.infos[slot.name].nbytes for slot in slots]
     counts = [_numel(slot.shape) for slot in slots]
     return ImportReport(
-        str(source), str(dest), arch.model_type, str(arch.dtype), len(slots), sum(counts), sum(sizes),
-        round(time.monotonic() - start, 3), tuple(dropped),
-    )  # fmt: skip
+        source=str(source),
+        dest=str(dest),
+        model_type=arch.model_type,
+        dtype=str(arch.dtype),
+        tensors=len(slots),
+        parameters=sum(counts),
+        bytes_written=sum(sizes),
+        dropped=tuple(dropped),
+        warnings=tuple(_tokens_without_rows(source, arch)),
+        seconds=round(time.monotonic() - start, 3),
+    )
+
+
+def _tokens_without_rows(source: Path, arch: Architecture) -> Iterator[str]:
+    tokens = count_token_ids(source)
+    if tokens is not None and tokens > arch.vocab_size:
+        yield (
+            f"the tokenizer has {tokens} tokens and the model rows for {arch.vocab_size}: a text with one of the ids "
+            f"from {arch.vocab_size} on cannot be trained on. If you need them, give the model their rows first "
+            f"(transformers: model.resize_token_embeddings({tokens}))"
+        )
 
 
 def _numel(shape: Sequence[int]) -> int:

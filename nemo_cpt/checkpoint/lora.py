@@ -90,6 +90,14 @@ class Adapters:
         """The rank of the adapters."""
         return self.pair(self.adapted[0]).a.shape[0]
 
+    @property
+    def trained_rows(self) -> int | None:
+        """Rows of the embedding, or of the head, where the run trained them whole, Megatron's padding included."""
+        for name in self.trained_whole:
+            if self._slots[name].part == "vocab":
+                return self._weights.reader.shapes[self._weights.prefix + self._slots[name].key][0]
+        return None
+
     def pair(self, name: str) -> Pair:
         """The update of one tensor."""
         slot = self._slots[name]

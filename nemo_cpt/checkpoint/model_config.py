@@ -12,14 +12,16 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_cpt.checkpoint.architecture import Architecture, RopeScaling
+from nemo_cpt.checkpoint.architecture import Architecture
+from nemo_cpt.checkpoint.rope import RopeScaling
 from nemo_cpt.errors import CptError
 
 Constants = dict[str, Any]
 
 _MODELS = "nemo.collections.llm.gpt.model."
 _FAMILIES = ("llama", "llama_nemotron", "mistral", "qwen2")  # the modules whose classes compute what config.json says
-_ROPE_SCALING = ("scale_factor", "low_freq_factor", "high_freq_factor", "old_context_len")  # of Llama31Config
+_LLAMA3 = ("scale_factor", "low_freq_factor", "high_freq_factor", "old_context_len")  # of Llama31Config
+_ROPE_SCALING = (*_LLAMA3, "seq_len_interpolation_factor")
 
 # Megatron's names of what config.json has under another name.
 _MEGATRON_NAMES = {
@@ -31,7 +33,6 @@ _MEGATRON_NAMES = {
     "attention_bias": "add_qkv_bias",
     "rms_norm_eps": "layernorm_epsilon",
     "rope_theta": "rotary_base",
-    "rope_scaling": "scale_factor, low_freq_factor, high_freq_factor, old_context_len, seq_len_interpolation_factor",
     "sliding_window": "window_size",
 }
 
@@ -60,6 +61,13 @@ _FIXED: Constants = {
 }
 
 
+# What NeMo's config class has to be called with for its model to compute the same; functions are left to the class.
+FIELDS = (
+    "hidden_size", "num_attention_heads", *_MEGATRON_NAMES.values(), *_ROPE_SCALING,
+    *(name for name in _FIXED if name != "activation_func"),
+)  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class Difference:
     """One constant that two models do not share, by its name in config.json (or Megatron's, if that has none)."""
@@ -71,7 +79,7 @@ class Difference:
     @property
     def megatron_name(self) -> str:
         """What Megatron and NeMo call it."""
-        return _MEGATRON_NAMES.get(self.name, self.name)
+        return ", ".join(_ROPE_SCALING) if self.name == "rope_scaling" else _MEGATRON_NAMES.get(self.name, self.name)
 
     def described(self, one: str, other: str) -> str:
         """The difference in words, given the names of both sides."""
@@ -128,7 +136,8 @@ def constants_of_nemo(config: Any) -> Constants:
             value = derived.get(megatron_name)
         if value is not None:
             found[name] = value
-    found["rope_scaling"] = _rope_scaling(get)
+    if not _leaves_scaling_open(config):
+        found["rope_scaling"] = _rope_scaling(get)
     if (window := get("window_size", _ABSENT)) is not _ABSENT:
         found["sliding_window"] = _window(window)
     for name in _FIXED:
@@ -141,6 +150,15 @@ def differences(one: Constants, other: Constants) -> list[Difference]:
     """The constants that both state and that are not the same, in a fixed order."""
     shared = [name for name in one if name in other]
     return [Difference(name, one[name], other[name]) for name in shared if one[name] != other[name]]
+
+
+def context_differences(recorded: Mapping[str, Any], arch: Architecture) -> list[Difference]:
+    """Where a checkpoint's context, as `read_model_config` gives it, and a config.json differ.
+
+    The rows of the embedding are left out: a context may count Megatron's padding, and the tensors tell.
+    """
+    found = differences(constants_of_nemo(recorded), constants_of(arch))
+    return [difference for difference in found if difference.name != "vocab_size"]
 
 
 def described(found: Iterable[Difference], one: str, other: str) -> str:
@@ -206,14 +224,23 @@ def _foreign_class(config: Any) -> str | None:
         config_class = getattr(config, "__fn_or_cls__", type(config))
         names = [f"{each.__module__}.{each.__qualname__}" for each in config_class.__mro__]
     nearest = next((name for name in names if name.startswith("nemo.")), None)
-    if nearest is None or nearest.rpartition(".")[0] in [_MODELS + family for family in _FAMILIES]:
-        return None
-    return nearest
+    return None if nearest is None or is_known_class(nearest) else nearest
+
+
+def is_known_class(name: str) -> bool:
+    """Whether a class, by its full name, is one of NeMo's that compute what config.json says."""
+    return name.rpartition(".")[0] in [_MODELS + family for family in _FAMILIES]
+
+
+def _leaves_scaling_open(config: Any) -> bool:
+    """Whether a mapping says nothing of the rotary scaling, and its class has one by default."""
+    if not isinstance(config, Mapping) or any(name in config for name in _ROPE_SCALING):
+        return False
+    return not config or str(config.get("_target_")).rpartition(".")[2].startswith(("Llama31", "Llama32", "Llama33"))
 
 
 def _rope_scaling(get: Get) -> RopeScaling | None:
-    factor, low, high, old = (get(name) for name in _ROPE_SCALING)
-    interpolation = get("seq_len_interpolation_factor")
+    factor, low, high, old, interpolation = (get(name) for name in _ROPE_SCALING)
     llama3 = _unless_one(RopeScaling("llama3", factor, low, high, old) if factor else None)
     linear = _unless_one(RopeScaling("linear", interpolation) if interpolation else None)
     if llama3 and linear:  # Megatron applies one after the other; config.json has room for one

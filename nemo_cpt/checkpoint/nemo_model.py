@@ -1,16 +1,25 @@
-"""NeMo's own model on the CPU, built from a checkpoint's context and filled by Megatron's own loader, in fp32."""
+"""NeMo's own model on the CPU, as a checkpoint's context describes it and with its weights, in fp32.
+
+Neither NeMo's reader of contexts nor Megatron's of checkpoints is used: both call what the files name. Here the class
+is one of NeMo's own by name, its numbers are read as numbers, and the weights by `DistributedReader`.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_cpt.checkpoint.layout import PREFIX
+from nemo_cpt.checkpoint import layout
+from nemo_cpt.checkpoint.distributed_reader import DistributedReader
+from nemo_cpt.checkpoint.model_config import FIELDS, is_known_class, read_model_config
+from nemo_cpt.checkpoint.nemo_weights import locate
 from nemo_cpt.errors import CptError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 
@@ -18,11 +27,14 @@ def nemo_logits(nemo: str | Path, prompts: list[list[int]]) -> list[torch.Tensor
     """The logits that NeMo's model gives, in fp32 on the CPU with Megatron's local layers.
 
     Args:
-        nemo: a NeMo checkpoint; its context says which model, Megatron's loader reads its weights.
+        nemo: a NeMo checkpoint; its context says which model.
         prompts: token ids, one list a prompt.
 
     Returns:
         For each prompt a [tokens, vocabulary] fp32 tensor; the vocabulary may be padded.
+
+    Raises:
+        CptError: the context names another class than NeMo's own of Llama, Mistral or Qwen2, or weights are missing.
     """
     import torch
 
@@ -42,55 +54,56 @@ def _forward(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _build(nemo: Path, length: int) -> Any:
-    import fiddle as fdl
     import torch
     from nemo.collections.llm.gpt.model.base import local_layer_spec
-    from nemo.lightning import io
 
     from nemo_cpt.training.cpu import UNFUSED
 
-    description = io.load_context(nemo / "context", subpath="model.config", build=False)
-    parallel = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
-    overrides = {
+    recorded = read_model_config(nemo)
+    fields = {name: recorded[name] for name in FIELDS if name in recorded}
+    if fields.get("window_size"):
+        fields["window_size"] = tuple(fields["window_size"])  # Megatron hashes it
+    reader = DistributedReader(nemo / "weights")
+    config = _config_class(recorded, nemo)(
+        **fields,
         **UNFUSED,
-        **dict.fromkeys(parallel, 1),
-        "virtual_pipeline_model_parallel_size": None,
-        "sequence_parallel": False,
-        "transformer_layer_spec": local_layer_spec,
-        "seq_length": max(length, 8),
-        "vocab_size": _padded_vocab(nemo),
-        "params_dtype": torch.float32,
-        "bf16": False,
-        "fp16": False,
-        "fp8": None,
-        "recompute_granularity": None,
-        "perform_initialization": False,
-    }
-    for name, value in overrides.items():
-        setattr(description, name, value)
-    model = fdl.build(description).configure_model(tokenizer=None, pre_process=True, post_process=True).float().eval()
-    _load(model, nemo / "weights")
+        transformer_layer_spec=local_layer_spec,
+        seq_length=max(length, 8),
+        vocab_size=reader.shapes[layout.PREFIX + layout.EMBEDDING][0],
+        params_dtype=torch.float32,
+        perform_initialization=False,
+    )
+    model = config.configure_model(tokenizer=None, pre_process=True, post_process=True).float().eval()
+    for name, parameter in model.named_parameters():
+        parameter.data = torch.from_numpy(_read(reader, name).astype("float32"))
     return model
 
 
-def _padded_vocab(nemo: Path) -> int:
-    from nemo_cpt.checkpoint.distributed_reader import DistributedReader
-    from nemo_cpt.checkpoint.layout import EMBEDDING
+def _config_class(recorded: Mapping[str, Any], nemo: Path) -> type:
+    from nemo.collections.llm.gpt.model.base import GPTConfig
 
-    return DistributedReader(nemo / "weights").shapes[PREFIX + EMBEDDING][0]
+    module, _, name = str(recorded.get("_target_")).rpartition(".")
+    found = getattr(import_module(module), name, None) if is_known_class(f"{module}.{name}") else None
+    if not isinstance(found, type) or not issubclass(found, GPTConfig):
+        raise CptError(
+            f"{nemo}/context names the model config {module}.{name}; logits are compared of NeMo's own Llama, Mistral "
+            "and Qwen2 models. Compare the weights alone (--no-logits)."
+        )
+    return found
 
 
-def _load(model: Any, weights: Path) -> None:
-    from megatron.core import dist_checkpointing
-
-    content = dist_checkpointing.load_content_metadata(str(weights))
-    sharded = model.sharded_state_dict(prefix=PREFIX, metadata=content)
-    loaded = dist_checkpointing.load({"model": sharded}, str(weights))["model"]
-    state = {name.removeprefix(PREFIX): value for name, value in loaded.items()}
-    problems = model.load_state_dict(state, strict=False)
-    missing = [name for name in problems.missing_keys if not name.endswith("_extra_state")]
-    if missing:
-        raise CptError(f"{weights} lacks {', '.join(missing)}: it is not a checkpoint of the model in its context.")
+def _read(reader: DistributedReader, parameter: str) -> np.ndarray:
+    """A parameter of the model with the local layers, which names the norms as modules of their own."""
+    prefix, layers, rest = parameter.partition(layout.LAYERS)
+    number, _, name = rest.partition(".")
+    name = name.replace("input_layernorm.", f"{layout.QKV}.layer_norm_").replace(
+        "pre_mlp_layernorm.", f"{layout.FC1}.layer_norm_"
+    )
+    key, layer = (f"{prefix}{layers}{name}", int(number)) if layers else (parameter, None)
+    full, layer = locate(reader, layout.PREFIX + key, layer)
+    if full not in reader.shapes:
+        raise CptError(f"{reader.folder} lacks {full}: it is not a checkpoint of the model in its context.")
+    return reader.read(full, layer)
 
 
 @contextlib.contextmanager

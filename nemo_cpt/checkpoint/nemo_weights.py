@@ -57,10 +57,7 @@ class NemoWeights:
 
     def locate(self, key: str, layer: int | None) -> tuple[str, int | None]:
         """The full name of a Megatron tensor, and the index of the layer in it; None where layers are kept apart."""
-        full = self.prefix + key
-        if layer is None or full in self.reader.shapes:
-            return full, layer
-        return full.replace(layout.LAYERS, f"{layout.LAYERS}{layer}."), None
+        return locate(self.reader, self.prefix + key, layer)
 
     def _check(self, slot: layout.Slot) -> None:
         key, layer = self.locate(slot.key, slot.layer)
@@ -73,6 +70,12 @@ class NemoWeights:
             raise CptError(f"{self.folder}: {key} has {shape[0]} layers, config.json {self.arch.num_hidden_layers}.")
         found = shape if layer is None else shape[1:]
         rows = self._rows(slot)
+        if slot.part == "vocab" and found[0] < rows and found[1:] == slot.shape[1:]:
+            raise CptError(
+                f"{self.folder}: {key} has {found[0]} rows, config.json asks for {rows}: the model was trained without "
+                f"the base's last rows. Give as base the model from which it was trained; if it is that one, train "
+                f"again from it with model.config.vocab_size={rows}."
+            )
         enough = found[0] >= rows if slot.part == "vocab" else found[0] == rows
         if not enough or found[1:] != slot.shape[1:]:
             raise CptError(
@@ -108,6 +111,13 @@ class NemoWeights:
             joined = self.reader.read(*self.locate(slot.key, slot.layer))
             self._parts |= {(slot.key, part): piece for part, piece in layout.split_qkv(joined, self.arch).items()}
         return self._parts.pop((slot.key, slot.part))
+
+
+def locate(reader: DistributedReader, full: str, layer: int | None) -> tuple[str, int | None]:
+    """The name of a layer's tensor and the index of the layer in it; None where layers are kept apart."""
+    if layer is None or full in reader.shapes:
+        return full, layer
+    return full.replace(layout.LAYERS, f"{layout.LAYERS}{layer}."), None
 
 
 def _prefix(reader: DistributedReader, nemo: Path) -> str:

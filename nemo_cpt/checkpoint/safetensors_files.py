@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from nemo_cpt.checkpoint.architecture import read_json
 from nemo_cpt.checkpoint.arrays import BLOCK_BYTES, DTYPES, Buffers, bits, cast, read_into
+from nemo_cpt.checkpoint.download_record import check_file, read_record
 from nemo_cpt.checkpoint.files import write_pieces
 from nemo_cpt.errors import CptError
 
@@ -43,15 +44,20 @@ class TensorInfo:
 class HFWeights:
     """The tensors of a Hugging Face folder: `infos` lists them, `read` reads one.
 
+    safetensors files hold no checksums; those that `download` noted in the folder are compared when a file is first
+    read.
+
     Raises:
-        CptError: no safetensors files, a shard that is missing, truncated or unreadable, a tensor that the index names
-            and the shard lacks, or a dtype other than bfloat16, float16 and float32.
+        CptError: no safetensors files, a shard that is missing, truncated, unreadable or not what was downloaded, a
+            tensor that the index names and the shard lacks, or a dtype other than bfloat16, float16 and float32.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.infos: dict[str, TensorInfo] = {}
         self._buffers = Buffers()
+        record = read_record(self.folder)
+        self._unchecked = {self.folder / name: file for name, file in record.files.items()} if record else {}
         expected = _weight_map(self.folder)
         for path in sorted(set(expected.values())):
             self._read_header(path)
@@ -102,6 +108,8 @@ class HFWeights:
     def _fill(self, array: np.ndarray, name: str, row: int) -> np.ndarray:
         info = self.infos[name]
         try:
+            if info.path in self._unchecked:
+                check_file(info.path, self._unchecked.pop(info.path))
             read_into(array, info.path, info.start + row * (info.nbytes // info.shape[0]))
         except EOFError:
             raise CptError(f"{info.path} ends within tensor {name}. Download it again.") from None

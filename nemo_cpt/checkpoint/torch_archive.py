@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from isal.isal_zlib import crc32
 
 from nemo_cpt.checkpoint.arrays import DTYPES, read_into
 from nemo_cpt.errors import CptError
 
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of the name's and the extra field's lengths (PKWARE's APPNOTE, 4.3.7)
+_CHECKED_AT_ONCE = 2**20  # bytes, so that they stay in the processor's cache
 _STORAGES = {"BFloat16Storage": "bfloat16", "HalfStorage": "float16", "FloatStorage": "float32"}
 Memory = Callable[[tuple[int, ...], np.dtype], np.ndarray]
 
@@ -70,6 +72,8 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 def stored_tensor(path: Path, start: int, length: int) -> StoredTensor:
     """Find the one tensor of an archive that lies in `path` from byte `start` on, `length` bytes long.
 
+    The bytes are compared with the checksums that `torch.save` wrote of them, all of the tensor's at once.
+
     Raises:
         CptError: its pickle asks for anything else than a tensor.
         Exception: the archive is damaged.
@@ -78,6 +82,7 @@ def stored_tensor(path: Path, start: int, length: int) -> StoredTensor:
         part = _Part(file, start, length)
         entries = {entry.filename.partition("/")[2]: entry for entry in zipfile.ZipFile(part).infolist()}
         pickled = entries["data.pkl"]
+        _check_bytes(part, pickled)
         part.seek(_data_start(part, pickled))
         tensor = _TensorUnpickler(io.BytesIO(part.read(pickled.file_size)), path).load()
         if not isinstance(tensor, _Tensor):
@@ -85,8 +90,21 @@ def stored_tensor(path: Path, start: int, length: int) -> StoredTensor:
         storage = entries[f"data/{tensor.storage.key}"]
         if storage.compress_type != zipfile.ZIP_STORED:
             raise ValueError("the archive is compressed")
+        _check_bytes(part, storage)
         first = _data_start(part, storage) + tensor.offset * tensor.storage.dtype.itemsize
     return StoredTensor(path, start + first, tensor.storage.dtype, tensor.shape, tensor.strides)
+
+
+def _check_bytes(archive: _Part, entry: zipfile.ZipInfo) -> None:
+    """Compare an entry's bytes with its CRC-32, which is 0 where whoever wrote the archive left it out."""
+    if not entry.CRC:
+        return
+    archive.seek(_data_start(archive, entry))
+    found, rest, memory = 0, entry.file_size, memoryview(bytearray(min(entry.file_size, _CHECKED_AT_ONCE)))
+    while rest and (count := archive.readinto(memory[:rest])):
+        found, rest = crc32(memory[:count], found), rest - count
+    if rest or found != entry.CRC:
+        raise ValueError(f"the bytes of {entry.filename} are not those that were written, by their CRC-32")
 
 
 def _data_start(archive: io.RawIOBase, entry: zipfile.ZipInfo) -> int:

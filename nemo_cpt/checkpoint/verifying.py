@@ -1,21 +1,23 @@
-"""Is a NeMo checkpoint the same model as a Hugging Face folder? Bit by bit, then by what both compute."""
+"""Is a NeMo checkpoint the same model as a Hugging Face folder? Bit by bit, by constants, then by what both compute."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
-from math import prod
+from math import isqrt, prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nemo_cpt.checkpoint import layout
-from nemo_cpt.checkpoint.architecture import Architecture, read_architecture
+from nemo_cpt.checkpoint.architecture import Architecture, read_architecture, read_json
 from nemo_cpt.checkpoint.arrays import bits, cast
-from nemo_cpt.checkpoint.base import base_weights, nemo_folder
+from nemo_cpt.checkpoint.base import base_weights, nemo_folder, unchanged
+from nemo_cpt.checkpoint.model_config import context_differences, read_model_config
 from nemo_cpt.checkpoint.nemo_weights import NemoWeights
+from nemo_cpt.checkpoint.rope import Rope, older_spelling_differs, set_rope
 from nemo_cpt.checkpoint.safetensors_files import HFWeights
 from nemo_cpt.errors import CptError
 
@@ -23,6 +25,10 @@ PROMPTS = ("The capital of France is", "def add(a, b):\n    return", "日本の�
 _LOGITS_TOLERANCE = 1e-5  # fp32, relative to the largest logit
 _COMPARED_AT_ONCE = 2**24  # values of a tensor that differs, for their fp32 copies
 _LOGITS_UP_TO = 2_000_000_000  # parameters; above, two fp32 copies of the model do not fit into ordinary memory
+_BEYOND = 32  # tokens past a window or the length that a scaling starts from
+_USUAL_TOKENS = 256  # of the long prompt where neither asks for more
+_PRODUCTS = 10**12  # parameters x tokens of the long prompt: tens of seconds for each model on two cores
+_SCORES = 2**27  # heads x tokens^2 of its attention, and tokens x vocabulary of its logits: 0.5 GiB of fp32
 
 Read = Callable[[str], np.ndarray]
 
@@ -39,20 +45,36 @@ class Difference:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """The outcome of a comparison; `logits_difference` is None where logits were not compared."""
+    """The outcome of a comparison.
+
+    Attributes:
+        nemo: the checkpoint.
+        hf: the Hugging Face folder.
+        tensors: how many were compared.
+        differences: of tensors.
+        constants: differences between the checkpoint's context and config.json, in words.
+        logits_difference: the largest; None where logits were not compared.
+        largest_logit: of transformers' model.
+        longest_prompt: tokens of the longest text whose logits were compared.
+        warnings: what the comparison could not see.
+        seconds: wall time.
+    """
 
     nemo: str
     hf: str
     tensors: int
     differences: tuple[Difference, ...]
+    constants: tuple[str, ...]
     logits_difference: float | None
     largest_logit: float | None
+    longest_prompt: int | None
+    warnings: tuple[str, ...]
     seconds: float
 
     @property
     def identical(self) -> bool:
-        """Whether all bits agree, and the logits where they were compared."""
-        if self.differences:
+        """Whether all bits and constants agree, and the logits where they were compared."""
+        if self.differences or self.constants:
             return False
         if self.logits_difference is None or self.largest_logit is None:
             return True
@@ -69,20 +91,23 @@ def verify(
     base: str | Path | None = None,
     *,
     logits: bool | None = None,
-    prompts: Sequence[str] = PROMPTS,
+    prompts: Sequence[str] | None = None,
     ignore_fields: Collection[str] = (),
 ) -> VerifyReport:
     """Compare a NeMo checkpoint with a Hugging Face folder.
 
-    Every tensor bit by bit, one at a time; then the logits of NeMo's and transformers' models in fp32 on the CPU. A
-    LoRA run's checkpoint stands for its adapters merged into the base, as `export_hf` writes them; without logits.
+    Every tensor bit by bit, one at a time; the constants of the forward pass (rotary base and scaling, window, norm
+    epsilon and so on) that the checkpoint's context and config.json state; then the logits of NeMo's and transformers'
+    models in fp32 on the CPU. A LoRA run's checkpoint stands for its adapters merged into the base, as `export_hf`
+    writes them; without logits.
 
     Args:
         nemo: a NeMo checkpoint.
         hf: a Hugging Face folder with weights and tokenizer.
         base: the base of a LoRA run, imported or Hugging Face's; by default the one that the run recorded.
         logits: whether to compare logits; None does so up to 2 billion parameters (both models are held in fp32).
-        prompts: texts whose logits are compared.
+        prompts: texts whose logits are compared; by default three short ones and tokens drawn at random, so many that
+            they reach past the window and the length that the rotary scaling starts from, where that is affordable.
         ignore_fields: config fields to accept although they are unknown here.
 
     Raises:
@@ -96,15 +121,34 @@ def verify(
     lora, theirs = is_lora(folder), HFWeights(hf)
     if lora and logits:
         raise CptError(f"{folder} holds adapters only; their logits are not compared. Leave --logits away.")
-    read = _merged(folder, arch, theirs, base) if lora else NemoWeights(folder, arch).read
-    slots = layout.slots(arch)
-    found = [_compare(slot, read, theirs) for slot in slots]
-    differences = tuple(difference for difference in found if difference)
-    parameters = sum(prod(slot.shape) for slot in slots)
-    gap, largest = None, None
-    if logits or (logits is None and not lora and parameters <= _LOGITS_UP_TO):
-        gap, largest = _compare_logits(folder, hf, prompts)
-    return VerifyReport(str(nemo), str(hf), len(slots), differences, gap, largest, round(time.monotonic() - start, 3))
+    slots, warnings = layout.slots(arch), []
+    with unchanged(folder):
+        read = _merged(folder, arch, theirs, base) if lora else NemoWeights(folder, arch).read
+        recorded = read_model_config(folder)
+        differing = context_differences(recorded, arch)
+        differences = tuple(found for slot in slots if (found := _compare(slot, read, theirs)))
+        parameters = sum(prod(slot.shape) for slot in slots)
+        gap, largest, longest = None, None, None
+        if logits or (logits is None and not lora and parameters <= _LOGITS_UP_TO):
+            ids = _ids(hf, prompts) if prompts else [*_ids(hf, PROMPTS), _long_prompt(arch, parameters)]
+            gap, largest = _compare_logits(folder, hf, arch, ids)
+            longest = max(map(len, ids))
+    if not recorded:
+        warnings.append(f"{folder} has no context: constants such as the rotary base were not compared")
+    if longest and arch.sliding_window and longest <= arch.sliding_window:
+        warnings.append(f"the window of {arch.sliding_window} was compared as a number; no prompt was that long")
+    return VerifyReport(
+        nemo=str(nemo),
+        hf=str(hf),
+        tensors=len(slots),
+        differences=differences,
+        constants=tuple(each.described("the checkpoint's context", "config.json") for each in differing),
+        logits_difference=gap,
+        largest_logit=largest,
+        longest_prompt=longest,
+        warnings=tuple(warnings),
+        seconds=round(time.monotonic() - start, 3),
+    )
 
 
 def _merged(nemo: Path, arch: Architecture, theirs: HFWeights, base: str | Path | None) -> Read:
@@ -140,18 +184,44 @@ def _differ(mine: np.ndarray, other: np.ndarray) -> tuple[int, float]:
     return int(unequal.sum()), float(np.abs(values[0] - values[1]).max())
 
 
-def _compare_logits(nemo: Path, hf: Path, prompts: Sequence[str]) -> tuple[float, float]:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from nemo_cpt.checkpoint.nemo_model import nemo_logits
+def _ids(hf: Path, prompts: Sequence[str]) -> list[list[int]]:
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(hf)
     ids = [tokens for prompt in prompts if (tokens := tokenizer(prompt)["input_ids"])]
     if not ids:
         raise CptError("The prompts have no tokens; give others.")
+    return ids
+
+
+def _long_prompt(arch: Architecture, parameters: int) -> list[int]:
+    """Random tokens, as many as it takes to see every constant of the model, or as time and memory allow."""
+    wanted = [_USUAL_TOKENS]
+    if arch.sliding_window:
+        wanted.append(arch.sliding_window + _BEYOND)
+    if arch.rope_scaling and arch.rope_scaling.kind == "llama3":
+        wanted.append(int(arch.rope_scaling.original_max_position_embeddings) + _BEYOND)
+    affordable = (
+        _PRODUCTS // parameters,
+        isqrt(_SCORES // arch.num_attention_heads),
+        _SCORES // arch.vocab_size,
+        arch.max_position_embeddings,
+    )
+    length = max(1, min(max(wanted), *affordable))
+    drawn: list[int] = np.random.default_rng(0).integers(0, arch.vocab_size, length).tolist()
+    return drawn
+
+
+def _compare_logits(nemo: Path, hf: Path, arch: Architecture, ids: list[list[int]]) -> tuple[float, float]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from nemo_cpt.checkpoint.nemo_model import nemo_logits
+
     ours = nemo_logits(nemo, ids)
-    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        hf, config=_config(hf, arch), dtype=torch.float32, attn_implementation="eager", use_safetensors=True
+    ).eval()
     gap = largest = 0.0
     with torch.no_grad():
         for prompt, mine in zip(ids, ours, strict=True):
@@ -159,3 +229,14 @@ def _compare_logits(nemo: Path, hf: Path, prompts: Sequence[str]) -> tuple[float
             gap = max(gap, float((mine[:, : other.shape[1]] - other).abs().max()))
             largest = max(largest, float(other.abs().max()))
     return gap, largest
+
+
+def _config(hf: Path, arch: Architecture) -> Any:
+    """The folder's config, with its rotary embedding in the spelling that the installed transformers reads."""
+    from transformers import AutoConfig
+
+    fields = read_json(hf / "config.json")
+    rope = Rope(arch.rope_theta, arch.rope_scaling)
+    if older_spelling_differs(fields, rope):
+        set_rope(fields, rope)
+    return AutoConfig.for_model(**fields)

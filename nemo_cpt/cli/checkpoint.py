@@ -92,6 +92,8 @@ def download_command(
 
 
 def _print(report: Mapping[str, Any], as_json: bool) -> None:
+    for warning in report.get("warnings", ()):
+        print(f"warning: {warning}", file=sys.stderr)
     if as_json:
         print(json.dumps(report))
         return

@@ -7,14 +7,20 @@ import pytest
 
 @pytest.fixture(scope="session")
 def nemo_jobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `hf` (Llama 3.1's shape), `nemo` (imported from it) and `runs`, the work of nemo_jobs.py."""
+    """A folder with models and the work of nemo_jobs.py from them.
+
+    `hf` has Llama 3.1's shape, `tied_hf` Llama 3.2's; both have more rows than tokens, and not a multiple of 128.
+    `nemo` and `tied_nemo` are imported from them; `runs` are trainings from those.
+    """
     import small_models
 
     from nemo_cpt.checkpoint import import_hf
 
     folder = tmp_path_factory.mktemp("nemo_jobs")
-    import_hf(small_models.make("llama31", folder / "hf"), folder / "nemo")
-    script = [sys.executable, Path(__file__).with_name("nemo_jobs.py"), folder / "nemo", folder / "runs"]
+    for shape, prefix in (("llama31", ""), ("llama32", "tied_")):
+        hf = small_models.make(shape, folder / f"{prefix}hf", vocab_size=small_models.MORE_ROWS)
+        import_hf(hf, folder / f"{prefix}nemo")
+    script = [sys.executable, Path(__file__).with_name("nemo_jobs.py"), folder]
     with (folder / "log").open("w") as log:
         done = subprocess.run(script, timeout=500, stdout=log, stderr=log)
     assert done.returncode == 0, (folder / "log").read_text()[-3000:]

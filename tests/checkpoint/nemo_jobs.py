@@ -1,8 +1,9 @@
 """What the tests need NeMo's own processes for, in one run, since importing NeMo takes 20 s of CPU.
 
-    python nemo_jobs.py IMPORTED DEST
+    python nemo_jobs.py FOLDER
 
-DEST/lora and DEST/full are trainings from the imported checkpoint, DEST/parallel is it saved anew at TP 2 x PP 2.
+FOLDER/runs/lora and full are trainings from the imported FOLDER/nemo, edited is one from FOLDER/tied_nemo whose model
+config was edited, and parallel is FOLDER/nemo saved anew at TP 2 x PP 2.
 Everything is forked after the imports. They are inside functions because Megatron's saving spawns helpers that import
 this file again.
 """
@@ -18,12 +19,13 @@ import train_small
 def main() -> None:
     import nemo.collections.llm  # noqa: F401  before the forks
 
-    base, dest = Path(sys.argv[1]), Path(sys.argv[2])
+    folder = Path(sys.argv[1])
+    base, dest = folder / "nemo", folder / "runs"
     dest.mkdir(parents=True)
     train_small.write_text(dest / "text")
     fork = multiprocessing.get_context("fork")
-    for lora in (True, False):
-        _run([fork.Process(target=train_small.train, args=(base, dest, lora))])
+    for name, start in (("lora", base), ("full", base), ("edited", folder / "tied_nemo")):
+        _run([fork.Process(target=train_small.train, args=(start, dest, name))])
     ranks = range(resave_parallel.TENSOR * resave_parallel.PIPELINE)
     (dest / "parallel" / "weights").mkdir(parents=True)
     _run([fork.Process(target=resave_parallel.resave, args=(rank, base, dest / "parallel")) for rank in ranks])

@@ -6,7 +6,7 @@ Run by nemo_jobs.py.
 from pathlib import Path
 from typing import Any
 
-TENSOR, PIPELINE, PADDED_VOCAB = 2, 2, 256
+TENSOR, PIPELINE, PADDED_VOCAB = 2, 2, 384
 
 
 def resave(rank: int, source: Path, dest: Path) -> None:

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 VOCAB = 250
+MORE_ROWS = 300  # than tokens, as in Qwen2.5 and in models padded for tensor parallelism
 _SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 48,

@@ -18,11 +18,16 @@ REPO, COMMIT, TOKEN = "someone/small-llama", "a" * 40, "hf_secretsecretsecretsec
 
 
 class _Hub(ThreadingHTTPServer):
-    """Serves a folder as the repository `REPO`; `trouble` maps a file's name (or "api") to what goes wrong."""
+    """Serves a folder as the repository `REPO`; `trouble` maps a file's name (or "api") to what goes wrong.
+
+    Other revisions are other folders, by their commit; `names` are branches and tags.
+    """
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder = folder
+        self.commits = {COMMIT: folder}
+        self.names = {"main": COMMIT}
         self.trouble: dict[str, str] = {}
         self.fetched: list[str] = []
         self.ranges: list[str] = []
@@ -49,7 +54,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path.startswith("/api/models/"):
             self._api(path)
         elif path.startswith(f"/{REPO}/resolve/"):
-            self._file(path.split("/", 5)[5], body)
+            self._file(*path.split("/", 5)[4:], body)
         else:
             self._error(404, "RepoNotFound")
 
@@ -58,24 +63,33 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(int(trouble.partition(" ")[0]), trouble.partition(" ")[2])
         elif not path.startswith(f"/api/models/{REPO}/revision/"):
             self._error(404, "RepoNotFound")
-        elif path.rpartition("/")[2] not in ("main", COMMIT):
+        elif (commit := self._commit(path.rpartition("/")[2])) is None:
             self._error(404, "RevisionNotFound")
         else:
-            self._send(200, json.dumps({"id": REPO, "sha": COMMIT, "siblings": self._siblings()}).encode())
+            found = {"id": REPO, "sha": commit, "siblings": self._siblings(self.server.commits[commit])}
+            self._send(200, json.dumps(found).encode())
 
-    def _siblings(self) -> list[dict[str, object]]:
+    def _commit(self, revision: str) -> str | None:
+        commit = self.server.names.get(revision, revision)
+        return commit if commit in self.server.commits else None
+
+    def _siblings(self, folder: Path) -> list[dict[str, object]]:
         found = []
-        for path in sorted(self.server.folder.rglob("*")):
+        for path in sorted(folder.rglob("*")):
             if path.is_file():
                 data = path.read_bytes()
-                entry: dict[str, object] = {"rfilename": str(path.relative_to(self.server.folder)), "size": len(data)}
+                blob = hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
+                entry: dict[str, object] = {
+                    "rfilename": str(path.relative_to(folder)), "size": len(data), "blobId": blob,
+                }  # fmt: skip
                 if path.suffix == ".safetensors":
                     entry["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
                 found.append(entry)
         return found
 
-    def _file(self, name: str, body: bool) -> None:
-        data = (self.server.folder / name).read_bytes()
+    def _file(self, commit: str, name: str, body: bool) -> None:
+        data = (self.server.commits[commit] / name).read_bytes()
+        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": commit}
         trouble = self.server.trouble.get(name, "")
         if trouble[:3].isdigit():
             self._error(int(trouble.partition(" ")[0]), trouble.partition(" ")[2])
@@ -88,7 +102,6 @@ class _Handler(BaseHTTPRequestHandler):
             if wanted := self.headers.get("Range"):
                 self.server.ranges.append(wanted)
                 start = int(wanted.removeprefix("bytes=").partition("-")[0])
-        headers = {"ETag": f'"{hashlib.sha1(name.encode()).hexdigest()}"', "X-Repo-Commit": COMMIT}
         if trouble in ("dropped", "truncated") and body and start == 0:
             self._broken(data, headers, trouble)
             return
@@ -152,9 +165,11 @@ def test_a_model_arrives_without_what_nothing_uses(hub: _Hub, tmp_path: Path) ->
     models.assert_same_weights(hub.folder, tmp_path / "model")
     assert report.commit == COMMIT
     assert set(report.left_out) == {"original/consolidated.00.pth", "pytorch_model.bin"}
-    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == sorted(report.files)
-    assert report.bytes_total == sum(path.stat().st_size for path in (tmp_path / "model").iterdir())
+    arrived = [path for path in (tmp_path / "model").iterdir() if path.name != ".download.json"]
+    assert sorted(path.name for path in arrived) == sorted(report.files)
+    assert report.bytes_total == sum(path.stat().st_size for path in arrived)
     import_hf(tmp_path / "model", tmp_path / "nemo")
+    assert not list((tmp_path / "nemo" / "hf").glob(".*"))
 
     hub.fetched.clear()
     assert download(REPO, tmp_path / "model", endpoint=hub.url).already_there
@@ -233,5 +248,112 @@ def test_pickles_only(hub: _Hub, tmp_path: Path) -> None:
 
 def test_an_existing_folder_of_something_else(hub: _Hub, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
-    with pytest.raises(CptError, match="exists and is not someone/small-llama"):
+    with pytest.raises(CptError, match=rf"exists and is not {REPO} at main \({COMMIT}\): .* is missing"):
         download(REPO, tmp_path / "model", endpoint=hub.url)
+
+
+# --- other revisions ---
+
+OTHER, RENAMED = "b" * 40, "c" * 40
+
+
+@pytest.fixture
+def revisions(hub: _Hub, tmp_path: Path) -> _Hub:
+    """`step2000`: other weights of the same size; `readme`: other words about the same model."""
+    other = shutil.copytree(hub.folder, tmp_path / "step2000")
+    shard = other / SHARD
+    data = bytearray(shard.read_bytes())
+    data[-2] ^= 1
+    shard.write_bytes(data)
+    readme = shutil.copytree(hub.folder, tmp_path / "readme")
+    (readme / "README.md").write_text("# Words\n")
+    hub.commits |= {OTHER: other, RENAMED: readme}
+    hub.names |= {"step2000": OTHER, "readme": RENAMED}
+    return hub
+
+
+def test_another_revision_is_not_reported_as_fetched(revisions: _Hub, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    download(REPO, model, endpoint=revisions.url)
+    with pytest.raises(CptError, match=rf"holds {REPO} at {COMMIT} and is not {REPO} at step2000 \({OTHER}\): {SHARD}"):
+        download(REPO, model, "step2000", endpoint=revisions.url)
+    models.assert_same_weights(revisions.folder, model)
+    report = download(REPO, tmp_path / "two", "step2000", endpoint=revisions.url)
+    assert (report.commit, report.already_there) == (OTHER, False)
+    models.assert_same_weights(tmp_path / "step2000", tmp_path / "two")
+
+
+def test_a_small_file_of_another_revision_is_seen(revisions: _Hub, tmp_path: Path) -> None:
+    download(REPO, tmp_path / "model", endpoint=revisions.url)
+    config = tmp_path / "step2000" / "config.json"
+    config.write_text(config.read_text().replace("500000.0", "700000.0"))  # the same size
+    shutil.copy(revisions.folder / SHARD, tmp_path / "step2000" / SHARD)
+    with pytest.raises(CptError, match=r"config\.json has other bytes"):
+        download(REPO, tmp_path / "model", "step2000", endpoint=revisions.url)
+
+
+def test_a_branch_that_moved_on(revisions: _Hub, tmp_path: Path) -> None:
+    """The model is the same where only words about it changed; the commit is the new one's then."""
+    download(REPO, tmp_path / "model", endpoint=revisions.url)
+    revisions.names["main"] = RENAMED
+    revisions.fetched.clear()
+    report = download(REPO, tmp_path / "model", endpoint=revisions.url)
+    assert (report.commit, report.already_there, revisions.fetched) == (RENAMED, True, [])
+    record = json.loads((tmp_path / "model" / ".download.json").read_text())
+    assert record["commit"] == RENAMED
+
+    (revisions.commits[RENAMED] / "LICENSE").write_text("other terms")
+    with pytest.raises(CptError, match=rf"at {RENAMED} and is not .*: LICENSE is missing or has another size"):
+        download(REPO, tmp_path / "model", endpoint=revisions.url)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_folder_that_another_tool_made(same: bool, revisions: _Hub, tmp_path: Path) -> None:
+    download(REPO, tmp_path / "model", "main" if same else "step2000", endpoint=revisions.url)
+    (tmp_path / "model" / ".download.json").unlink()
+    revisions.fetched.clear()
+    if same:
+        assert download(REPO, tmp_path / "model", endpoint=revisions.url).already_there
+        assert (tmp_path / "model" / ".download.json").is_file()
+    else:
+        with pytest.raises(CptError, match=rf"exists and is not {REPO} at main .*: {SHARD} has other bytes"):
+            download(REPO, tmp_path / "model", endpoint=revisions.url)
+    assert revisions.fetched == []
+
+
+def test_what_is_left_of_another_revision_is_not_mixed_in(revisions: _Hub, tmp_path: Path) -> None:
+    """The first breaks off; the second has one file of weights where the first had four."""
+    from safetensors.torch import save_file
+
+    revisions.trouble[SHARD] = "dropped"
+    with pytest.raises(CptError, match="arrived truncated"):
+        download(REPO, tmp_path / "model", endpoint=revisions.url)
+    partial = tmp_path / "model.download"
+    assert (partial / "model.safetensors.index.json").is_file()
+    revisions.trouble.clear()
+    other = tmp_path / "step2000"
+    every = models.tensors(other)
+    for path in other.glob("model*.safetensors*"):
+        path.unlink()
+    save_file(every, other / "model.safetensors", metadata={"format": "pt"})
+    download(REPO, tmp_path / "model", "step2000", endpoint=revisions.url)
+    assert [path.name for path in (tmp_path / "model").glob("model*")] == ["model.safetensors"]
+    models.assert_same_weights(other, tmp_path / "model")
+
+
+def test_weights_that_are_not_the_hubs(hub: _Hub, tmp_path: Path) -> None:
+    download(REPO, tmp_path / "model", endpoint=hub.url)
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"another")
+    with pytest.raises(CptError, match=r"model\.safetensors is not of it"):
+        download(REPO, tmp_path / "model", endpoint=hub.url)
+
+
+def test_bytes_that_changed_after_the_download(hub: _Hub, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    download(REPO, model, endpoint=hub.url)
+    data = bytearray((model / SHARD).read_bytes())
+    data[-2] ^= 1
+    (model / SHARD).write_bytes(data)
+    with pytest.raises(CptError, match=rf"{SHARD} is not what was downloaded"):
+        import_hf(model, tmp_path / "nemo")
+    assert not (tmp_path / "nemo").exists()

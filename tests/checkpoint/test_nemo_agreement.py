@@ -1,6 +1,7 @@
 """What import_hf writes is what NeMo reads: its context, its loader, its model's logits, at any parallel size."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import small_models as models
@@ -8,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nemo_cpt.checkpoint import export_hf, import_hf, verify
-from nemo_cpt.checkpoint.nemo_model import nemo_logits
+from nemo_cpt.checkpoint.layout import PREFIX
+from nemo_cpt.checkpoint.nemo_model import nemo_logits, one_process
 
 
 def _transformers_logits(hf: Path, ids: list[int]) -> torch.Tensor:
@@ -24,8 +26,39 @@ def test_logits_of_nemo_and_transformers_agree(shape: str, tmp_path: Path) -> No
     torch.manual_seed(1)
     ids = torch.randint(0, models.VOCAB, (200,)).tolist()
     theirs = _transformers_logits(hf, ids)
-    ours = nemo_logits(tmp_path / "nemo", [ids])[0]
-    assert float((ours - theirs).abs().max()) <= 1e-5 * float(theirs.abs().max())
+    for ours in (nemo_logits(tmp_path / "nemo", [ids])[0], _logits_by_nemos_own_loaders(tmp_path / "nemo", ids)):
+        assert float((ours - theirs).abs().max()) <= 1e-5 * float(theirs.abs().max())
+
+
+def _logits_by_nemos_own_loaders(nemo: Path, ids: list[int]) -> torch.Tensor:
+    """The context through NeMo's reader and the weights through Megatron's, as a training takes them."""
+    from megatron.core import dist_checkpointing
+
+    from nemo_cpt.training.cpu import cpu_stack
+
+    with cpu_stack(), one_process(), torch.no_grad():
+        model = _described_by_the_context(nemo)
+        content = dist_checkpointing.load_content_metadata(str(nemo / "weights"))
+        sharded = model.sharded_state_dict(prefix=PREFIX, metadata=content)
+        loaded = dist_checkpointing.load({"model": sharded}, str(nemo / "weights"))["model"]
+        problems = model.load_state_dict({name.removeprefix(PREFIX): value for name, value in loaded.items()}, False)
+        assert not [name for name in problems.missing_keys if not name.endswith("_extra_state")]
+        masked = torch.ones(len(ids), len(ids)).tril().logical_not()[None, None]
+        return model(torch.tensor([ids]), torch.arange(len(ids))[None], masked)[0].float()
+
+
+def _described_by_the_context(nemo: Path) -> Any:
+    import fiddle as fdl
+    from nemo.collections.llm.gpt.model.base import local_layer_spec
+    from nemo.lightning import io
+
+    from nemo_cpt.training.cpu import UNFUSED
+
+    description = io.load_context(nemo / "context", subpath="model.config", build=False)
+    fields = {**UNFUSED, "params_dtype": torch.float32, "bf16": False, "fp16": False}
+    for name, value in {**fields, "transformer_layer_spec": local_layer_spec}.items():
+        setattr(description, name, value)
+    return fdl.build(description).configure_model(tokenizer=None, pre_process=True, post_process=True).float().eval()
 
 
 def test_a_changed_weight_moves_the_logits(tmp_path: Path) -> None:
@@ -58,6 +91,6 @@ def test_tensor_and_pipeline_parallel_two_by_two(nemo_jobs: Path, tmp_path: Path
     parallel, hf = nemo_jobs / "runs" / "parallel", nemo_jobs / "hf"
     assert len(list((parallel / "weights").glob("__[0-3]_*.distcp"))) >= 4
     report = export_hf(parallel, tmp_path / "back", base=hf)
-    assert report.padding_removed == 256 - models.VOCAB
+    assert report.padding_removed == 384 - models.MORE_ROWS
     models.assert_same_weights(hf, tmp_path / "back")
     assert verify(parallel, hf, logits=False).identical

@@ -55,6 +55,26 @@ def test_lora_merged_is_what_nemo_trained(nemo_jobs: Path, tmp_path: Path) -> No
     models.assert_same_weights(tmp_path / "merged", tmp_path / "from_hf")
 
 
+@pytest.mark.parametrize(("run", "base"), [("full", "hf"), ("edited", "tied_hf"), ("lora", "hf")])
+def test_rows_without_tokens_come_back(run: str, base: str, nemo_jobs: Path, tmp_path: Path) -> None:
+    """The model has 300 rows for 250 tokens, as its base; the softmax over all of them trains every one."""
+    report = export_hf(_checkpoint(nemo_jobs, run), tmp_path / "out", dtype="float32")
+    assert (report.padding_removed, report.warnings) == (0, ())
+    assert len(report.config_changes) == (4 if run == "edited" else 1)  # the dtype
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["vocab_size"] == models.MORE_ROWS
+    before, after = models.tensors(nemo_jobs / base), models.tensors(tmp_path / "out")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in before:
+            assert before[name].shape == after[name].shape == (models.MORE_ROWS, 48)
+    head = "model.embed_tokens.weight" if run == "edited" else "lm_head.weight"
+    moved = (after[head] != before[head].float()).any(dim=1)
+    assert bool(moved.all()) is (run != "lora")
+    logits = torch.load(nemo_jobs / "runs" / f"{run}_logits.pt")
+    assert logits.shape[1] == models.MORE_ROWS
+    assert _agree(_logits(_load(tmp_path / "out")), logits)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_lora_run_is_verified_as_merged(nemo_jobs: Path, tmp_path: Path, dtype: str) -> None:
     export_hf(_checkpoint(nemo_jobs, "lora"), tmp_path / "merged", dtype=dtype)
@@ -87,6 +107,6 @@ def test_an_adapter_asked_of_a_full_training_is_refused(nemo_jobs: Path, tmp_pat
 
 def test_another_base_is_refused(nemo_jobs: Path, tmp_path: Path) -> None:
     other = models.make("smollm2", tmp_path / "other")
-    with pytest.raises(CptError, match=r"shape .* config\.json asks for"):
+    with pytest.raises(CptError, match=r"num_attention_heads is 4 in its context and 6 in config\.json"):
         export_hf(_checkpoint(nemo_jobs, "full"), tmp_path / "out", base=other)
     assert not (tmp_path / "out").exists()

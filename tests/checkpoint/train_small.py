@@ -1,11 +1,15 @@
-"""Train an imported checkpoint for some steps with NeMo, on the CPU, with LoRA or in full; run by nemo_jobs.py."""
+"""Train an imported checkpoint for some steps with NeMo, on the CPU; run by nemo_jobs.py."""
 
 import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+EDITS = {"rotary_base": 5e6, "scale_factor": 16.0, "layernorm_epsilon": 1e-4}
 
-def train(base: Path, dest: Path, lora: bool) -> None:
+
+def train(base: Path, dest: Path, name: str) -> None:
+    """Train what `base` holds, in full, or with adapters (`lora`), or as another model of its shape (`edited`)."""
     import nemo.collections.llm.peft.lora as nemo_lora
     import torch
     from megatron.core.optimizer import OptimizerConfig
@@ -19,7 +23,6 @@ def train(base: Path, dest: Path, lora: bool) -> None:
     absent = type("Absent", (), {})
     nemo_lora.te = types.SimpleNamespace(Linear=absent, LayerNormLinear=absent)
     torch.manual_seed(0)
-    name = "lora" if lora else "full"
     tokenizer = AutoTokenizer(str(base / "hf"))
     data = llm.PreTrainingDataModule(
         paths=[str(dest / "text")], seq_length=32, micro_batch_size=2, global_batch_size=4, num_workers=0,
@@ -35,13 +38,13 @@ def train(base: Path, dest: Path, lora: bool) -> None:
     config = OptimizerConfig(optimizer="adam", lr=5e-2, bf16=False, use_distributed_optimizer=False)
     checkpoint = nl.ModelCheckpoint(save_last=True, save_top_k=0, every_n_train_steps=3, save_optim_on_train_end=True)
     llm.train(
-        model=model(base),
+        model=model(base, EDITS if name == "edited" else {}),
         data=data,
         trainer=trainer,
         optim=nl.MegatronOptimizerModule(config=config),
         log=nl.NeMoLogger(log_dir=str(dest), name=name, use_datetime_version=False, ckpt=checkpoint),
         resume=nl.AutoResume(restore_config=nl.RestoreConfig(path=str(base))),
-        model_transform=llm.peft.LoRA(dim=4, alpha=10) if lora else None,
+        model_transform=llm.peft.LoRA(dim=4, alpha=10) if name == "lora" else None,
         tokenizer="data",
     )
 
@@ -74,8 +77,8 @@ def write_text(prefix: Path) -> None:
     builder.finalize(f"{prefix}.idx")
 
 
-def model(base: Path) -> Any:
-    """The model of the base's context, with Megatron's plain layers, in fp32."""
+def model(base: Path, edits: Mapping[str, Any]) -> Any:
+    """The model of the base's context, with Megatron's plain layers, in fp32, and other fields as `edits` says."""
     import fiddle as fdl
     import torch
     from nemo.collections.llm.gpt.model.base import local_layer_spec
@@ -85,6 +88,6 @@ def model(base: Path) -> Any:
 
     description = io.load_context(base / "context", subpath="model", build=False)
     overrides = {**UNFUSED, "params_dtype": torch.float32, "bf16": False, "transformer_layer_spec": local_layer_spec}
-    for name, value in overrides.items():
+    for name, value in {**overrides, **edits}.items():
         setattr(description.config, name, value)
     return fdl.build(description)

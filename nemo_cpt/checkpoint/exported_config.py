@@ -1,0 +1,98 @@
+"""The config.json of an export: the base's, with what the checkpoint's context says was trained otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nemo_cpt.checkpoint.architecture import Architecture, parse_config, read_json
+from nemo_cpt.checkpoint.model_config import (
+    Difference,
+    constants_of_nemo,
+    context_differences,
+    described,
+    read_model_config,
+)
+from nemo_cpt.checkpoint.rope import Rope, older_spelling_differs, set_rope
+from nemo_cpt.errors import CptError
+
+_WRITABLE = ("rope_theta", "rope_scaling", "rms_norm_eps")
+
+
+@dataclass(frozen=True)
+class ExportedConfig:
+    """A config.json to write, and what it describes.
+
+    Attributes:
+        arch: the model as it was trained.
+        fields: of the config.json.
+        trained_otherwise: where the model differs from the base's config.json, in words.
+        changes: where `fields` differ from the base's, in words; nothing need be written where there are none.
+        warnings: what could not be looked at.
+    """
+
+    arch: Architecture
+    fields: dict[str, Any]
+    trained_otherwise: tuple[str, ...]
+    changes: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    def with_dtype(self, dtype: str) -> ExportedConfig:
+        """The same for weights of a dtype."""
+        if dtype == (self.arch.dtype or dtype):
+            return self
+        names = [name for name in ("dtype", "torch_dtype") if name in self.fields]
+        change = f"{', '.join(names)}: {dtype} instead of {self.arch.dtype}"
+        return replace(self, fields=self.fields | dict.fromkeys(names, dtype), changes=(*self.changes, change))
+
+
+def exported_config(nemo: Path, base: Path, ignore_fields: Collection[str] = ()) -> ExportedConfig:
+    """The config.json for an export.
+
+    Args:
+        nemo: the checkpoint.
+        base: the folder with the base's config.json.
+        ignore_fields: config fields to accept although they are unknown here.
+
+    Raises:
+        CptError: config.json is refused, or the checkpoint was trained as another model than it can describe.
+    """
+    path = base / "config.json"
+    fields, recorded = read_json(path), read_model_config(nemo)
+    arch = parse_config(fields, str(path), ignore_fields)
+    differing = context_differences(recorded, arch)
+    if unwritable := [each for each in differing if not _can_be_written(each, arch)]:
+        raise CptError(
+            f"{nemo} was trained as another model than {path} describes: "
+            f"{described(unwritable, 'its context', 'config.json')}. Give as base the model from which the training "
+            "started; where it is that one, the recipe changed what config.json cannot say."
+        )
+    trained = constants_of_nemo(recorded)
+    changed = {each.name: trained[each.name] for each in differing}
+    otherwise = [each.described("the checkpoint's context", "the base's config.json") for each in differing]
+    if (length := recorded.get("seq_length") or 0) > arch.max_position_embeddings:
+        changed["max_position_embeddings"] = length
+        otherwise.append(f"max_position_embeddings is {arch.max_position_embeddings}, sequences had {length} tokens")
+    trained_arch = replace(arch, **changed)
+    changes = [*otherwise, *_write(fields, changed, Rope(trained_arch.rope_theta, trained_arch.rope_scaling))]
+    warnings = [] if recorded else [f"{nemo} has no context: whether it was trained as config.json says is not known"]
+    return ExportedConfig(trained_arch, fields, tuple(otherwise), tuple(changes), tuple(warnings))
+
+
+def _can_be_written(difference: Difference, arch: Architecture) -> bool:
+    if difference.name == "rope_scaling" and difference.one is not None:
+        return difference.one.kind == "linear" or (difference.one.kind == "llama3" and arch.model_type == "llama")
+    return difference.name in (*_WRITABLE, *(["sliding_window"] if arch.model_type == "mistral" else []))
+
+
+def _write(fields: dict[str, Any], changed: dict[str, Any], rope: Rope) -> list[str]:
+    """Bring config.json's fields up to date; returns what was written beyond `changed`, in words."""
+    fields |= {name: value for name, value in changed.items() if not name.startswith("rope_")}
+    if changed.keys() & {"rope_theta", "rope_scaling"}:
+        set_rope(fields, rope)
+    elif older_spelling_differs(fields, rope):
+        set_rope(fields, rope)
+        return ["rope_theta and rope_scaling were added: transformers 4 passes over rope_parameters"]
+    return []
