@@ -14,6 +14,7 @@ from typing import Any
 from nemo_cpt import corpus
 from nemo_cpt.checkpoint.architecture import Architecture, read_architecture, read_json
 from nemo_cpt.checkpoint.context import HF_FOLDER
+from nemo_cpt.checkpoint.exported_config import can_be_written
 from nemo_cpt.checkpoint.files import has_tokenizer
 from nemo_cpt.checkpoint.model_config import (
     Constants,
@@ -29,7 +30,8 @@ from nemo_cpt.errors import CptError
 ROWS = "vocab_size"
 TILE = 16  # rows of a weight that the GPU's matrix products take at once, in bf16 as in fp8
 END_OF_TEXT = "eos_token_id"
-# What a training may change on purpose, no tensor's shape depending on it: to a longer context, for instance.
+# What a training may change on purpose, such as to a longer context: no tensor's shape depends on it, and an export
+# writes it. The last one is the data's.
 CHANGEABLE = ("rope_theta", "rope_scaling", "sliding_window", "rms_norm_eps", END_OF_TEXT)
 
 
@@ -159,11 +161,16 @@ def check_model(base: Base, model: Any, unlike_base: Collection[str] = ()) -> No
         raise CptError(f"unlike_base names {', '.join(unknown)}: what can be changed is {', '.join(CHANGEABLE)}")
     if not model:
         return
-    stated = {name: value for name, value in constants_of_nemo(model).items() if name not in (ROWS, *unlike_base)}
-    if found := differences(stated, base.constants):
+    found = [each for each in differences(constants_of_nemo(model), base.constants) if each.name != ROWS]
+    if not_meant := [each for each in found if each.name not in unlike_base]:
         raise CptError(
-            f"the recipe's model is not that of its base {base.folder}, {described(found, 'the recipe', 'the base')}: "
-            f"{_model_cure(base, found)}"
+            f"the recipe's model is not that of its base {base.folder}, "
+            f"{described(not_meant, 'the recipe', 'the base')}: {_model_cure(base, not_meant)}"
+        )
+    if base.architecture and (unsaid := [each for each in found if not can_be_written(each, base.architecture)]):
+        raise CptError(
+            f"{described(unsaid, 'the recipe', 'the base')}, and no config.json of model_type "
+            f"{base.architecture.model_type} can say that: the run could not be exported. Take the base's value"
         )
     rows = given(model, ROWS)
     if rows and rows < base.rows:
@@ -180,8 +187,8 @@ def _model_cure(base: Base, found: Iterable[Difference]) -> str:
     recipes = [each.stem for each in recipe_modules() if not differences(constants_of_nemo(model_config(each)), theirs)]
     cure = f"run {recipes[0]}, whose model it is" if recipes else f"give model=parts.model_like({str(base.folder)!r})"
     names = [each.name for each in found]
-    meant = f"; if the change is meant, say so with unlike_base={names}" if set(names) <= set(CHANGEABLE) else ""
-    return cure + meant
+    changeable = base.architecture and all(can_be_written(each, base.architecture) for each in found)
+    return cure + (f"; if the change is meant, say so with unlike_base={names}" if changeable else "")
 
 
 def rows_to_build(base: Base, model: Any, tensor_model_parallel_size: int) -> int:
@@ -426,20 +433,14 @@ def _check_same_kind(checkpoint: Path, was: Base, base: Base) -> None:
 
 
 def _check_adapted_base(checkpoint: Path, base: str | os.PathLike[str] | None) -> None:
-    """Refuse adapters whose recorded base is gone, or is not the one that the recipe names: NeMo takes the recorded."""
-    from nemo_cpt.checkpoint.lora import ADAPTER_METADATA, recorded_base
+    """Refuse adapters of another base than the recipe names: NeMo adds them to the one that they record."""
+    from nemo_cpt.checkpoint.lora import recorded_base
 
     recorded = recorded_base(checkpoint)
-    if recorded is None:
-        path = read_json(checkpoint / "weights" / ADAPTER_METADATA).get("model_ckpt_path")
-        raise CptError(
-            f"{checkpoint} holds adapters of the base {path}, which is not there any more: put it back there"
-        )
-    if base is None or not Path(base).exists() or recorded.samefile(base):
+    if recorded is None or base is None or not Path(base).exists() or recorded.samefile(base):
         return
-    if differences(read_base(recorded).constants, read_base(base).constants) or _fingerprint(recorded) != _fingerprint(
-        Path(base)
-    ):
+    constants = [read_base(each).constants for each in (recorded, base)]
+    if differences(*constants) or _fingerprint(recorded) != _fingerprint(Path(base)):
         raise CptError(
             f"{checkpoint} holds adapters of the base {recorded}, the recipe names {base}, which is another model: "
             "name that base again, or give the run another name"

@@ -94,7 +94,10 @@ def disk(examination: Examination) -> Finding:
     found = f"{free / 1e9:,.1f} GB free for {folder}; up to {job.checkpoints} checkpoints of {checkpoint / 1e9:,.3g} GB"
     if free >= needed:
         return Finding("disk", "ok", found)
-    cure = f"free {(needed - free) / 1e9:,.1f} GB, write elsewhere (directory=), or keep fewer (log.ckpt.save_top_k=1)"
+    cure = f"free {(needed - free) / 1e9:,.1f} GB, or write elsewhere (directory=)"
+    kept = int(free // checkpoint) - 1  # one more is written before the worst is removed
+    if 1 <= kept < job.checkpoints - 1:
+        cure += f", or keep fewer (log.ckpt.save_top_k={kept})"
     return Finding("disk", "error", found, cure)
 
 

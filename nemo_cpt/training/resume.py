@@ -9,6 +9,7 @@ from nemo.lightning.pytorch.callbacks import ModelCheckpoint
 from nemo.utils import AppState
 
 from nemo_cpt.compatibility import check_resumed
+from nemo_cpt.errors import exit_with_the_message
 from nemo_cpt.training.preconditions import check_base
 
 
@@ -35,6 +36,7 @@ class ResumeOrStartFromBase(nl.AutoResume):
     def _find_trainer_ckpt_path(self) -> Path | None:
         newest = newest_complete_checkpoint(Path(AppState().log_dir, "checkpoints"))
         base = self.restore_config.path if self.restore_config else None
+        exit_with_the_message()  # NeMo asks before any callback's setup
         if newest is None:
             check_base(base)
         else:

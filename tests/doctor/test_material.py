@@ -158,7 +158,11 @@ def test_a_disk_that_is_too_small(world, monkeypatch):
     assert material.disk(Examination(job(world, checkpoints=4, lora_rank=4))).state == "ok"
     found = material.disk(Examination(job(world, checkpoints=4)))
     assert found.state == "error"
-    assert "save_top_k" in found.cure
+    assert "log.ckpt.save_top_k=2)" in found.cure
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2 * checkpoint - 1))
+    for kept in (1, 2):  # fewer than one cannot be kept, and one would not fit, either
+        assert "save_top_k" not in material.disk(Examination(job(world, checkpoints=kept + 1))).cure
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4 * checkpoint - 1))
     gpu = job(world, checkpoints=4, gpus_per_node=1)  # bf16 with fp32 states takes 14 bytes, not 12
     assert material.disk(Examination(gpu)).state == "error"
     for number in range(2):  # a run that goes on overwrites what it has
