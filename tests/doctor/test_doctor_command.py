@@ -188,6 +188,16 @@ def test_fields_of_the_config_count():
     assert described("llama31_8b", "log.ckpt.save_top_k=-1").checkpoints == 10
 
 
+def test_a_changed_constant_is_red_unless_it_is_meant(world):
+    changed = [*material(world), "model.config.rotary_base=5e6"]
+    red = nemo_cpt("doctor", "tiny", *changed)
+    assert red.returncode == 3
+    assert "rope_theta (NeMo: rotary_base) is 5000000.0 in the recipe and 500000.0 in the base" in red.stdout
+    assert nemo_cpt("doctor", "tiny", *changed, "unlike_base=[rope_theta]").returncode == 0
+    wrong = nemo_cpt("doctor", "tiny", *changed, "unlike_base=[head_dim]")
+    assert (wrong.returncode, "unlike_base names head_dim" in wrong.stdout) == (3, True)
+
+
 def test_every_recipe_can_be_described():
     for name, function in catalog.recipes().items():
         missing = [each for each, parameter in function.parameters.items() if parameter.default is None]
