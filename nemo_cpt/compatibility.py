@@ -97,8 +97,8 @@ def check(
     Raises:
         CptError: something belongs to another base; the message holds both values and what to do.
     """
-    check_model(base, model, unlike_base)
-    return check_tokenizer(base, tokenizer) + check_data(base, prefixes, unlike_base, tokenizer)
+    warnings = check_model(base, model, unlike_base)
+    return warnings + check_tokenizer(base, tokenizer) + check_data(base, prefixes, unlike_base, tokenizer)
 
 
 def read_base(folder: str | os.PathLike[str]) -> Base:
@@ -151,8 +151,11 @@ def _ends(home: Path | None) -> Iterator[int]:
             yield from ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
-def check_model(base: Base, model: Any, unlike_base: Collection[str] = ()) -> None:
+def check_model(base: Base, model: Any, unlike_base: Collection[str] = ()) -> list[str]:
     """Refuse a model that is not the base's, whether its tensors fit or not.
+
+    Returns:
+        A warning where they could not be compared.
 
     Raises:
         CptError: a constant of the forward pass differs and `unlike_base` does not name it, or rows are missing.
@@ -160,7 +163,9 @@ def check_model(base: Base, model: Any, unlike_base: Collection[str] = ()) -> No
     if unknown := [name for name in unlike_base if name not in CHANGEABLE]:
         raise CptError(f"unlike_base names {', '.join(unknown)}: what can be changed is {', '.join(CHANGEABLE)}")
     if not model:
-        return
+        return []
+    if not base.constants:
+        return [f"The base {base.folder} does not say what model it is: the recipe's is not compared with it."]
     found = [each for each in differences(constants_of_nemo(model), base.constants) if each.name != ROWS]
     if not_meant := [each for each in found if each.name not in unlike_base]:
         raise CptError(
@@ -178,6 +183,7 @@ def check_model(base: Base, model: Any, unlike_base: Collection[str] = ()) -> No
             f"the recipe's model has {rows:,} rows (model.config.vocab_size), its base {base.folder} {base.rows:,}: "
             "leave vocab_size alone, the model gets the base's"
         )
+    return []
 
 
 def _model_cure(base: Base, found: Iterable[Difference]) -> str:
@@ -415,7 +421,8 @@ def check_resumed(checkpoint: str | os.PathLike[str], base: str | os.PathLike[st
         _check_same_kind(checkpoint, was, read_base(base))
     if is_lora(checkpoint):
         _check_adapted_base(checkpoint, base)
-    elif (rows := embedding_rows(checkpoint) or 0) < was.rows:
+    rows = embedding_rows(checkpoint)
+    if rows is not None and rows < was.rows:
         raise CptError(
             f"the run was trained with {rows:,} of the {was.rows:,} rows of its base up to {checkpoint}, and cannot be "
             "exported: start it again under another name"
@@ -454,7 +461,7 @@ def _fingerprint(base: Path) -> list[tuple[str, str]]:
 
 
 def embedding_rows(checkpoint: str | os.PathLike[str]) -> int | None:
-    """The rows of a checkpoint's embedding, Megatron's padding among them; None for a LoRA run's, which has none."""
+    """The rows of a checkpoint's embedding, Megatron's padding among them; None for one that holds adapters alone."""
     from nemo_cpt.checkpoint.distributed_reader import DistributedReader
     from nemo_cpt.checkpoint.layout import EMBEDDING
 

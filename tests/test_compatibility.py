@@ -362,6 +362,13 @@ def test_a_base_without_config_json_is_compared_by_its_context(kin: Path, tmp_pa
         parts.model_like(str(tmp_path / "base"), 64)
 
 
+def test_a_base_that_does_not_say_what_it_is_is_said_to_be_unknown(kin: Path, tmp_path: Path) -> None:
+    shutil.copytree(kin / "llama31", tmp_path / "base", ignore=shutil.ignore_patterns("hf", "context"))
+    (warning,) = check_model(read_base(tmp_path / "base"), parts.model_like(str(kin / "llama3"), 64).config)
+    assert "does not say what model it is" in warning
+    assert read_base(tmp_path / "base").rows == 250
+
+
 def test_a_run_of_too_few_rows_is_not_resumed(kin: Path, tmp_path: Path) -> None:
     trained = as_a_checkpoint(kin / "qwen2", tmp_path / "trained")
     for path in trained.glob("context/*/config.json"):

@@ -30,9 +30,11 @@ def base(examination: Examination) -> Finding:
         _check_whole(folder)
         if job.tokenizer is None and not has_tokenizer(folder / "hf"):
             raise CptError(f"{folder}/hf holds no tokenizer: import the model again, or give the recipe tokenizer=")
-        compatibility.check_model(compatibility.read_base(folder), job.model, job.unlike_base)
+        warnings = compatibility.check_model(compatibility.read_base(folder), job.model, job.unlike_base)
     except CptError as error:
         return from_error("base", error)
+    if warnings:
+        return Finding("base", "warning", *_sentences(warnings))
     architecture = base_architecture(folder)
     size = f", {sizes.parameters(architecture) / 1e6:,.1f} M parameters" if architecture else ""
     return Finding("base", "ok", f"{folder}{size}")
