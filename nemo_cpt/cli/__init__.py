@@ -1,6 +1,7 @@
 """The `nemo-cpt` command: one module a group of commands; each parses, calls one function and prints."""
 
 import sys
+import warnings
 
 import typer
 
@@ -17,7 +18,9 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line; a CptError becomes its message on stderr and exit code 2."""
-    from nemo_cpt.cli import checkpoint, corpus, doctor, launch, planning  # noqa: F401  each registers its commands on `app`
+    # torch warns of a package that NeMo's requirements install; no user can do anything about it.
+    warnings.filterwarnings("ignore", message="The pynvml package is deprecated")
+    from nemo_cpt.cli import checkpoint, corpus, doctor, inference, launch, planning  # noqa: F401  each registers its commands on `app`
 
     try:
         app()

@@ -7,6 +7,7 @@ the measured constant. docs/planning.md compares predictions with measurements.
 """
 
 import dataclasses
+import itertools
 from math import inf, lcm
 
 from nemo_cpt.planning.hardware import GIB
@@ -122,16 +123,15 @@ def stage_parameters(work: Workload, stage: int) -> int:
 
 
 def _parameter_sizes(work: Workload, stage: int) -> list[int]:
-    """Elements of each parameter of a stage's GPU."""
+    """Elements of each parameter of a stage's GPU, in the model's order."""
     tensor, hidden = work.tensor_model_parallel_size, work.hidden_size
-    layer = [size_in * size_out // tensor for size_in, size_out in work.widths.values()] + [hidden, hidden]
-    if work.qkv_bias:
-        layer.append(work.widths["linear_qkv"][1] // tensor)
-    sizes = layer * work.stage_layers
+    linear = {name: size_in * size_out // tensor for name, (size_in, size_out) in work.widths.items()}
+    bias = [work.widths["linear_qkv"][1] // tensor] if work.qkv_bias else []
+    attention = [linear["linear_proj"], hidden, linear["linear_qkv"], *bias]
+    layer = [*attention, hidden, linear["linear_fc1"], linear["linear_fc2"]]
     vocabulary = work.vocab_size * hidden // tensor
     first, last = stage == 0, stage == work.last_stage
-    if first:
-        sizes.append(vocabulary)
+    sizes = ([vocabulary] if first else []) + layer * work.stage_layers
     if last:
         sizes.append(hidden)
     if last and not (work.tied and first):
@@ -386,11 +386,11 @@ def _pinned_bytes(work: Workload) -> int:
 def host_memory(work: Workload) -> HostMemory:
     """Return a node's host memory: its processes, states kept there, and the copy that a checkpoint is written from.
 
-    Megatron writes checkpoints from a copy in host memory, asynchronously or not; PyTorch keeps the copy's memory for
-    the next one, and never are there two (upstream.write_one_checkpoint_at_a_time). Measured on four H200 with the
-    whole 8B: 143 GiB after the first save, with the system's own; 137 here. States that are kept in host memory are
-    written from there (`training/host_states.py`); benchmarks/host_states.py: 34.9 GiB of a process with 2.8 B
-    parameters, 34.3 here.
+    Megatron writes checkpoints from a copy in pinned host memory, asynchronously or not, whose memory PyTorch keeps for
+    the next one; there are never two (upstream.write_one_checkpoint_at_a_time). Measured: the copy of the whole 8B on
+    four H200 125.3 GiB, 125.3 here, and of its first three layers on one 23.85, 23.84 here; the node with the former
+    143, 143 here. States that are kept in host memory are written from there (`training/host_states.py`);
+    benchmarks/host_states.py: 34.9 GiB of a process with 2.8 B parameters, 34.3 here.
     """
     processes = min(work.gpus, work.gpus_per_node)
     return HostMemory(
@@ -403,23 +403,57 @@ def host_memory(work: Workload) -> HostMemory:
 
 
 def _checkpoint_copy(work: Workload) -> int:
-    """The pinned copy of what all GPUs save: each tensor once, rounded up to the power of two that PyTorch allocates.
+    """The pinned copy of what all GPUs save: each tensor rounded up to the power of two that PyTorch allocates.
 
-    Weights, and in fp32 moments and master weights (or what these have beyond the weights); of LoRA what is trained.
+    Weights; in fp32 moments and master weights (or what these have beyond the weights); of LoRA what is trained.
     """
     states = {"exp_avg": 4, "exp_avg_sq": 4, "master_param": work.master_bytes or 4}
-    widths = [work.weight_bytes, *(size for name, size in states.items() if name not in work.host_states)]
+    copied = [size for name, size in states.items() if name not in work.host_states]
     if work.lora_rank is not None:
         embeddings = work.embedding_parameters if work.trained_embeddings else 0
+        widths = [work.weight_bytes, *copied]
         return sum(work.adapter_parameters * width + _pinned_size(embeddings * width) for width in widths)
-    sizes = [size for stage in range(work.pipeline_model_parallel_size) for size in _saved_sizes(work, stage)]
-    return work.tensor_model_parallel_size * sum(_pinned_size(size * width) for size in sizes for width in widths)
+    total = 0
+    for stage in range(work.pipeline_model_parallel_size):
+        total += sum(_pinned_size(size * work.weight_bytes) for size in _saved_sizes(work, stage))
+        total += sum(_pinned_size(size * width) for size in _saved_pieces(work, stage) for width in copied)
+    return total * work.tensor_model_parallel_size
 
 
 def _saved_sizes(work: Workload, stage: int) -> list[int]:
     """Elements of each parameter that a stage's GPU saves: not those of a tied output layer, which is the embedding."""
     sizes = _parameter_sizes(work, stage)
     return sizes[:-1] if work.tied and stage == work.last_stage > 0 else sizes
+
+
+def _saved_pieces(work: Workload, stage: int) -> list[int]:
+    """Elements of each piece of a parameter whose states are saved together.
+
+    `_ParamAndGradBuffer` (megatron-core 0.15.3) fills buckets from the last parameter to the first, behind the first
+    stage a single one, and gives each rank of the distributed optimizer an equal part of every bucket.
+    """
+    sizes, ranks = _saved_sizes(work, stage), work.optimizer_shards
+    if not work.distributed_optimizer or ranks == 1:
+        return sizes
+    full = max(40_000_000, 1_000_000 * ranks) if stage == 0 else inf
+    pieces: list[int] = []
+    bucket: list[tuple[int, int]] = []
+    end = 0
+    for number, size in enumerate(reversed(sizes), start=1):
+        start = _up(end, ALIGNMENT)
+        end = start + size
+        bucket.append((start, end))
+        if end >= full or number == len(sizes):
+            part = _up(end, lcm(128, ranks)) // ranks
+            pieces += itertools.chain.from_iterable(_cut(*parameter, part) for parameter in bucket)
+            bucket, end = [], 0
+    return pieces
+
+
+def _cut(start: int, end: int, part: int) -> list[int]:
+    """The lengths of what multiples of `part` make of a range."""
+    edges = [start, *range(_up(start + 1, part), end, part), end]
+    return [after - before for before, after in itertools.pairwise(edges)]
 
 
 def _pinned_size(size: int) -> int:

@@ -1,6 +1,7 @@
 """The planner by itself, without NeMo."""
 
 import time
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
@@ -23,6 +24,16 @@ def llama(**changes) -> Workload:
 def test_parameters_are_llama_31_8bs() -> None:
     assert llama().parameters == 8_030_261_248
     assert llama(lora_rank=32).adapter_parameters == 32 * 32 * 69_632
+
+
+@given(st.lists(st.integers(1, 10**8), min_size=1, max_size=12), st.sampled_from([2, 3, 8]))
+def test_pieces_are_of_the_whole_and_no_longer_than_a_ranks_part(sizes: list[int], ranks: int) -> None:
+    work = llama(gpus=ranks, global_batch_size=24)
+    with mock.patch.object(memory, "_parameter_sizes", return_value=sizes):
+        pieces = memory._saved_pieces(work, 0)
+    assert sum(pieces) == sum(sizes)
+    assert max(pieces) <= -(-(sum(sizes) + 64 * len(sizes)) // ranks) + 128
+    assert len(pieces) <= len(sizes) + (ranks - 1) * len(sizes)
 
 
 workloads = st.builds(
@@ -96,28 +107,35 @@ def test_layers_recomputed_at_once_keep_fewer_inputs_and_take_more_in_the_backwa
 
 
 class TestHostMemory:
-    def test_four_gpus_take_what_was_measured(self) -> None:
-        """143 GiB in use on a node of 4 H200 behind the first asynchronous save of the whole 8B (112 GB)."""
+    def test_a_node_of_four_gpus_takes_what_was_measured(self) -> None:
+        """In use behind the first asynchronous save of the whole 8B (112 GB) on 4 H200, the system's 1 GiB included."""
         host = memory.host_memory(llama(gpus=4, tensor_model_parallel_size=2))
-        assert host.total / GIB == pytest.approx(143, rel=0.05)
+        assert host.total / GIB == pytest.approx(143, rel=0.02)
 
-    @pytest.mark.parametrize("layout", [{}, {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}])
-    def test_each_tensor_is_copied_once_into_a_power_of_two(self, layout: dict) -> None:
-        copy = memory.host_memory(llama(gpus=4, **layout)).parts["checkpoint being written"]
+    @pytest.mark.parametrize(
+        ("work", "shared"),
+        [(llama(gpus=4, tensor_model_parallel_size=2), 125.42 - 4 * 0.03), (llama(num_layers=3), 23.88 - 0.03)],
+    )
+    def test_a_checkpoints_copy_is_what_was_measured(self, work: Workload, shared: float) -> None:
+        """Shared memory on H200s while checkpoints were written, less each process's before the first."""
+        assert memory.host_memory(work).parts["checkpoint being written"] / GIB == pytest.approx(shared, abs=0.02)
+
+    def test_each_tensor_takes_a_power_of_two(self) -> None:
         mib = {"fc1": 256, "fc2": 128, "qkv": 64, "projection": 32}  # 224, 112, 48 and 32 MiB in bf16
         weights = 32 * sum(mib.values()) + 2 * 1024  # the embedding and the output layer, 1002 MiB each
+        copy = memory.host_memory(llama()).parts["checkpoint being written"]
         assert copy / 2**20 == pytest.approx(weights + 3 * 2 * weights, rel=1e-3)  # and three states in fp32
 
     def test_a_node_holds_its_gpus_share(self) -> None:
         one, two = (memory.host_memory(llama(gpus=gpus, gpus_per_node=4)).parts for gpus in (4, 8))
-        assert two["checkpoint being written"] == one["checkpoint being written"] / 2
+        assert two["checkpoint being written"] == pytest.approx(one["checkpoint being written"] / 2, rel=0.1)
         assert two["processes"] == one["processes"]
 
     def test_a_tied_output_layer_is_saved_with_the_embedding(self) -> None:
         tied = llama(gpus=4, tied=True)
         pipelined = tied.replace(pipeline_model_parallel_size=2)
         parts = [memory.host_memory(work).parts["checkpoint being written"] for work in (tied, pipelined)]
-        assert parts[0] == parts[1]
+        assert parts[1] == pytest.approx(parts[0], rel=0.05)  # the pieces differ
 
     def test_adapters_are_saved_alone(self) -> None:
         host = memory.host_memory(llama(gpus=4, lora_rank=32))

@@ -6,19 +6,25 @@ import gc
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import nemo_run as run
 import pytest
 import torch
 from nemo.utils import AppState
 
+from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
+from nemo_cpt.recipes import tiny
 from nemo_cpt.training import index_cache
 from nemo_cpt.training.datasets import VALIDATION
+from nemo_cpt.training.metrics import read_metrics
 from tests.training import jobs
 from tests.training.small_datasets import dataset, documents, expected, sequences, write
 
@@ -303,3 +309,62 @@ def test_every_rank_finds_or_builds_its_index(prefix: Path, tmp_path: Path, own_
     log = tmp_path / "log"
     assert jobs.run(functools.partial(two_ranks, str(prefix), texts, caches), 2, log) == 0, log.read_text()
     assert len(indices(tmp_path)) == 1 + own_disks
+
+
+def train(world: Path, data: Path, name: str, wait_for: Path | None = None) -> None:
+    """Train two steps; where there is something to wait for, in the middle of writing the index."""
+    if wait_for:
+        sync = os.fsync
+
+        def sync_late(descriptor: int) -> None:
+            (world / f"{name}_is_writing").touch()
+            while not wait_for.exists():
+                time.sleep(0.05)
+            sync(descriptor)
+
+        index_cache.os.fsync = sync_late
+    recipe = tiny.continual_pretrain(
+        str(world / "base"), Blend({str(data / "ja_train"): 1.0}, {"ja": str(data / "ja_validation")}), name=name,
+        directory=str(world / "runs"), seq_length=64, global_batch_size=8, max_steps=2, val_check_interval=2,
+    )  # fmt: skip
+    run.run(recipe, direct=True)
+
+
+def losses(world: Path, name: str) -> list[float]:
+    lines = read_metrics(world / "runs" / name)
+    return [line["reduced_train_loss"] for line in lines if "reduced_train_loss" in line]
+
+
+def copy_datasets(world: Path, folder: Path) -> Path:
+    """The datasets without an index."""
+    folder.mkdir(exist_ok=True)
+    for file in (world / "ds").glob("ja_*.*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+def test_two_trainings_that_start_together_on_fresh_data_both_train(world: Path, tmp_path: Path) -> None:
+    data = copy_datasets(world, tmp_path / "fresh")
+    done, log = tmp_path / "second_is_done", tmp_path / "log"
+    first = jobs.launch(functools.partial(train, world, data, "first", wait_for=done), log=log)
+    while not (world / "first_is_writing").exists():
+        assert first[0].is_alive(), log.read_text()[-3000:]
+        time.sleep(0.05)
+    assert jobs.run(functools.partial(train, world, data, "second"), log=log) == 0, log.read_text()[-3000:]
+    done.touch()
+    assert jobs.wait(first, log) == 0, log.read_text()[-3000:]
+    assert losses(world, "first") == losses(world, "second")
+    assert len(losses(world, "first")) == 2
+
+
+def test_a_training_reads_data_that_cannot_be_written(
+    world: Path, tmp_path: Path, read_only: Callable[[], Path]
+) -> None:
+    data = copy_datasets(world, tmp_path / "disk")
+    read_only()
+    log = tmp_path / "log"
+    assert jobs.run(functools.partial(train, world, data, "read_only"), log=log) == 0, log.read_text()[-3000:]
+    assert len(losses(world, "read_only")) == 2
+    kept = world / "runs/read_only/index_cache"
+    assert len(indices(kept)) == 2
+    assert f"(Read-only file system): it is kept in {kept}" in log.read_text()

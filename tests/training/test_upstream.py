@@ -371,3 +371,26 @@ class TestOnGpu:
         expected = main_grad.double() + grad.double().t() @ inputs.double()
         upstream._add_weight_gradient(inputs, grad, main_grad)
         assert (main_grad.double() - expected).norm() / expected.norm() < (1e-5 if dtype == torch.float32 else 5e-3)
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_the_end_of_a_training_moves_nothing_to_the_host(patched):
+    """Lightning's own teardown does; with the patch the model and its optimizers are seen again afterwards."""
+    from lightning.pytorch.accelerators import CPUAccelerator
+    from lightning.pytorch.plugins.environments import LightningEnvironment
+    from nemo.lightning.pytorch.strategies import MegatronStrategy
+
+    original = getattr(MegatronStrategy.teardown, "cures", MegatronStrategy.teardown)
+    strategy = MegatronStrategy()
+    strategy.accelerator, strategy.cluster_environment = CPUAccelerator(), LightningEnvironment()
+    module = mock.MagicMock(_trainer=None)
+    strategy._lightning_module, strategy.optimizers = module, [torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])]
+    with mock.patch.object(MegatronStrategy, "teardown", original):
+        if patched:
+            upstream.end_without_moving_to_the_host()
+        with mock.patch("lightning.pytorch.strategies.strategy._optimizers_to_device") as moved:
+            strategy.teardown()
+    assert module.cpu.called != patched
+    assert [len(call.args[0]) for call in moved.call_args_list] == [0 if patched else 1]
+    assert strategy.lightning_module is module
+    assert len(strategy.optimizers) == 1

@@ -1,0 +1,133 @@
+"""A Hugging Face folder, asked through transformers in this process: on the GPU where there is one, else on the CPU."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nemo_cpt.errors import CptError
+from nemo_cpt.inference.decoding import Decoder, Request
+from nemo_cpt.inference.engine import Message, Piece, Prompt, Reply, Sampling, check_messages
+
+BATCH_TOKENS = 32_768  # of prompt and reply that a batch may take: 4 GiB of keys and values for Llama-3.1-8B in bf16
+MOST_ROWS = 64
+
+
+class TransformersEngine:
+    """Replies of a model in this process.
+
+    Args:
+        folder: Hugging Face folder with config.json, weights and tokenizer.
+        device: "cuda", "cpu", ...; the GPU where there is one when None.
+        dtype: "auto" for config.json's on a GPU and float32 on a CPU, where bf16 is several times slower.
+        chat_template: Jinja text in place of the tokenizer's own.
+
+    Raises:
+        CptError: the folder cannot be loaded.
+    """
+
+    def __init__(
+        self, folder: str | Path, *, device: str | None = None, dtype: str = "auto", chat_template: str | None = None
+    ) -> None:
+        self.name = str(folder)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        wanted = "float32" if dtype == "auto" and device == "cpu" else dtype
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            self.network = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted).to(device).eval()
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise CptError(f"{folder} cannot be loaded by transformers: {error}") from error
+        if chat_template is not None:
+            self.tokenizer.chat_template = chat_template
+        self.context_length: int = self.network.config.max_position_embeddings
+        self.end_ids = _end_ids(self.network, self.tokenizer)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether messages can be rendered."""
+        return bool(self.tokenizer.chat_template)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The tokens that the model reads: BOS once where the tokenizer has one, a conversation through its template.
+
+        Raises:
+            CptError: messages without a chat template, or messages that it refuses.
+        """
+        if isinstance(prompt, str):
+            bos = self.tokenizer.bos_token
+            # A text that brings its BOS along gets no second one.
+            return self.tokenizer(prompt, add_special_tokens=not (bos and prompt.startswith(bos))).input_ids
+        check_messages(prompt)
+        return self._render(prompt)
+
+    def _render(self, messages: Sequence[Message]) -> list[int]:
+        if not self.has_chat_template:
+            raise CptError(
+                f"{self.name} has no chat template, so it cannot be given messages: ask it plain text to continue, or "
+                "name a template"
+            )
+        try:
+            return self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True)
+        except Exception as error:  # jinja2's, and whatever a template raises for roles that it does not take
+            raise CptError(f"the chat template of {self.name} refuses these messages: {error}") from error
+
+    def decoder(self) -> Decoder:
+        """A new, empty batch."""
+        return Decoder(self.network, self.tokenizer, self.end_ids, self.context_length)
+
+    def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[Piece]:
+        """Yield one reply's pieces as they come; closing the iterator ends the reply."""
+        decoder, request = self.decoder(), Request(self.encode(prompt), sampling)
+        pieces = decoder.add([request])
+        while True:
+            yield from (piece for _, piece in pieces)
+            if request.finish_reason:
+                return
+            pieces = decoder.step()
+
+    def generate(self, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[tuple[int, Reply]]:
+        """Yield each prompt's index and reply, in the order in which they end.
+
+        Prompts of like length share a batch, so that little is padded; the room of those that end is given to the next.
+        """
+        encoded = [self.encode(prompt) for prompt in prompts]
+        decoder = self.decoder()
+        for ids in encoded:  # all of them, before the first one costs time
+            decoder.check(Request(ids, sampling))
+        waiting = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
+        index_of: dict[Request, int] = {}
+        while waiting or decoder.rows:
+            room = self._room(decoder, len(encoded[waiting[-1]]) + sampling.max_tokens) if waiting else 0
+            # Joining copies every key and value: wait until a quarter of the batch is free.
+            if room and (not decoder.rows or room >= len(decoder.rows) / 3 or room >= len(waiting)):
+                taken = [waiting.pop() for _ in range(min(room, len(waiting)))]
+                # Seeds of their own: with one seed all replies would be drawn with the same random numbers.
+                added = {Request(encoded[at], replace(sampling, seed=sampling.seed + at)): at for at in taken}
+                index_of |= added
+                pieces = decoder.add(list(added))
+            else:
+                pieces = decoder.step()
+            for request, _ in pieces:
+                if request.finish_reason:
+                    yield index_of.pop(request), request.reply()
+
+    def _room(self, decoder: Decoder, tokens: int) -> int:
+        """How many requests of up to `tokens` tokens may join."""
+        return max(min(MOST_ROWS, max(BATCH_TOKENS // tokens, 1)) - len(decoder.rows), 0)
+
+    def close(self) -> None:
+        """Let go of the weights."""
+        del self.network
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _end_ids(network: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends a reply: all of generation_config.json's, else config.json's, and the tokenizer's EOS."""
+    named = [network.generation_config.eos_token_id, network.config.eos_token_id, tokenizer.eos_token_id]
+    return sorted(
+        {each for value in named for each in (value if isinstance(value, list) else [value]) if each is not None}
+    )

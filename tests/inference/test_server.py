@@ -1,0 +1,245 @@
+"""The HTTP server, through OpenAI's own client and through bare requests, in a real process-wide uvicorn."""
+
+import itertools
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import uvicorn
+
+from nemo_cpt.errors import CptError
+from nemo_cpt.inference import Sampling, open_engine
+from nemo_cpt.inference.server import MOST_BYTES, make_app
+from nemo_cpt.inference.transformers_engine import TransformersEngine
+
+HELLO = [{"role": "user", "content": "The old town of Kyoto"}]
+
+
+class Gate:
+    """Holds the decoder at its next step until it is opened, so that a test knows what is running and what waits."""
+
+    def __init__(self, engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+        from nemo_cpt.inference.decoding import Decoder
+
+        self.open, self.reached = threading.Event(), threading.Event()
+        step = Decoder.step
+
+        def gated(decoder: Decoder) -> Any:
+            if decoder.rows:
+                self.reached.set()
+                self.open.wait()
+            return step(decoder)
+
+        monkeypatch.setattr(Decoder, "step", gated)
+
+
+@contextmanager
+def serving(engine: TransformersEngine, **options: Any) -> Iterator[str]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(256)  # connections wait from here on, whenever the server begins to take them
+        config = uvicorn.Config(make_app(engine, served_as="tiny", **options), log_level="error")
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def engine(make_model: Callable[[str], Path]) -> TransformersEngine:
+    return TransformersEngine(make_model("llama"))
+
+
+@pytest.fixture(scope="module")
+def url(engine: TransformersEngine) -> Iterator[str]:
+    with serving(engine, nemo_api=True) as address:
+        yield address
+
+
+@pytest.fixture
+def client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+def replied(engine: TransformersEngine, prompt: Any, **sampling: Any) -> str:
+    ((_, reply),) = engine.generate([prompt], Sampling(**sampling))
+    return reply.text
+
+
+def test_a_chat_streamed_and_whole(client: openai.OpenAI, engine: TransformersEngine) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "messages": HELLO, "max_tokens": 20, "temperature": 0}
+    whole = client.chat.completions.create(**asked)
+    assert whole.choices[0].message.content == replied(engine, HELLO, max_tokens=20)
+    assert whole.usage and whole.usage.prompt_tokens == len(engine.encode(HELLO))  # type: ignore[arg-type]  # noqa: PT018
+    streamed = list(client.chat.completions.create(stream=True, stream_options={"include_usage": True}, **asked))
+    text = "".join(choice.delta.content or "" for chunk in streamed for choice in chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert streamed[-1].usage == whole.usage
+    assert [chunk.choices[0].finish_reason for chunk in streamed if chunk.choices][-1] == whole.choices[0].finish_reason
+
+
+def test_a_completion_with_choices_stop_and_seed(client: openai.OpenAI, engine: TransformersEngine) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "prompt": ["a", "京都"], "max_tokens": 12, "temperature": 1.2, "seed": 4}
+    first, again = (client.completions.create(n=3, **asked) for _ in range(2))
+    assert [choice.text for choice in first.choices] == [choice.text for choice in again.choices]
+    assert [choice.index for choice in first.choices] == list(range(6))
+    assert len({choice.text for choice in first.choices}) > 2
+    ids = client.completions.create(**asked | {"prompt": [engine.encode("a"), engine.encode("京都")], "n": 3})
+    assert [choice.text for choice in ids.choices] == [choice.text for choice in first.choices]
+    greedy = replied(engine, "a", max_tokens=12)
+    stopped = client.completions.create(model="tiny", prompt="a", max_tokens=12, temperature=0, stop=[greedy[3:6]])
+    assert stopped.choices[0].text == greedy[: greedy.index(greedy[3:6])]
+    assert stopped.choices[0].finish_reason == "stop"
+
+
+def test_logprobs_in_both_forms(client: openai.OpenAI) -> None:
+    chat = client.chat.completions.create(
+        model="tiny", messages=HELLO, max_tokens=3, temperature=0, logprobs=True, top_logprobs=2
+    )  # type: ignore[call-overload]
+    content = chat.choices[0].logprobs.content
+    assert len(content) == chat.usage.completion_tokens
+    assert content[0].top_logprobs[0].logprob == content[0].logprob
+    text = client.completions.create(model="tiny", prompt="a", max_tokens=3, temperature=0, logprobs=1)
+    assert len(text.choices[0].logprobs.token_logprobs) == text.usage.completion_tokens  # type: ignore[union-attr]
+
+
+def test_models_health_and_metrics(client: openai.OpenAI, url: str) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+    client.completions.create(model="tiny", prompt="a", max_tokens=2, temperature=0)
+    told = httpx.get(f"{url}/metrics").text
+    assert 'nemo_cpt_answers_total{path="/v1/completions",status="200"}' in told
+    assert "nemo_cpt_requests_waiting 0.0" in told
+
+
+def test_nemos_own_request_of_2023(url: str, engine: TransformersEngine) -> None:
+    body = {
+        "sentences": ["The first 200 years"], "tokens_to_generate": 8, "temperature": 1.0, "add_BOS": True, "top_k": 0,
+        "top_p": 0.9, "greedy": True, "all_probs": False, "repetition_penalty": 1.2, "min_tokens_to_generate": 2,
+    }  # fmt: skip
+    answer = httpx.put(f"{url}/generate", json=body)
+    wanted = replied(engine, body["sentences"][0], max_tokens=8, top_p=0.9, repetition_penalty=1.2, min_tokens=2)
+    assert answer.json() == {"sentences": [body["sentences"][0] + wanted]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "says"),
+    [
+        ("/v1/chat/completions", {"messages": HELLO, "tools": []}, 400, "tools: Extra inputs are not permitted"),
+        ("/v1/chat/completions", {"messages": []}, 400, "messages is empty"),
+        ("/v1/chat/completions", {"messages": [{"role": "tool", "content": "a"}]}, 400, "role 'tool'"),
+        ("/v1/chat/completions", {"model": "gpt-4", "messages": HELLO}, 404, "no model 'gpt-4' here; it is 'tiny'"),
+        ("/v1/completions", {"prompt": "a", "frequency_penalty": 0.5}, 400, "frequency_penalty"),
+        ("/v1/completions", {"prompt": "a", "temperature": -1}, 400, "temperature is -1"),
+        ("/v1/completions", {"prompt": "a" * 2000}, 400, "the model's context is 256"),
+        ("/v1/completions", {"prompt": [1, 999]}, 400, "outside of 0 to 399"),
+        ("/v1/completions", {"prompt": "a", "max_tokens": "many"}, 400, "max_tokens"),
+        ("/v1/completions", {"prompt": "a" * (MOST_BYTES + 1)}, 413, "at most 1048576 bytes"),
+        ("/v1/embeddings", {"input": "a"}, 404, "Not Found"),
+    ],
+)
+def test_errors_are_openais(url: str, path: str, body: dict, status: int, says: str) -> None:
+    answer = httpx.post(f"{url}{path}", json=body)
+    assert answer.status_code == status
+    assert says in answer.json()["error"]["message"]
+    if says.startswith("the model's context"):
+        assert answer.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_a_body_that_is_no_json(url: str) -> None:
+    answer = httpx.post(f"{url}/v1/completions", content=b"{nonsense", headers={"Content-Type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
+
+
+def test_the_key(engine: TransformersEngine) -> None:
+    with serving(engine, api_key="geheim") as url:
+        for key, status in ((None, 401), ("wrong", 401), ("geheim", 200)):
+            headers = {"Authorization": f"Bearer {key}"} if key else {}
+            assert httpx.get(f"{url}/v1/models", headers=headers).status_code == status
+        assert httpx.get(f"{url}/health").status_code == 200
+
+
+def test_a_full_queue_refuses_and_loses_nothing(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One running, two waiting, all others refused; those that were taken are answered."""
+    gate = Gate(engine, monkeypatch)
+    with serving(engine, most_rows=1, most_waiting=2) as url, ThreadPoolExecutor(12) as pool:
+
+        def ask(number: int) -> int:
+            body = {"prompt": f"{number}", "max_tokens": 4, "temperature": 0}
+            return httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code
+
+        first = pool.submit(ask, 0)
+        gate.reached.wait()
+        others = [pool.submit(ask, number) for number in range(1, 12)]
+        refused = list(itertools.islice(as_completed(others), 9))  # while the gate is shut: nothing else can end
+        assert {each.result() for each in refused} == {429}
+        gate.open.set()
+        assert [each.result() for each in (first, *others) if each not in refused] == [200, 200, 200]
+
+
+def test_a_client_that_hangs_up_leaves_the_batch(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    cancelled = threading.Event()
+    from nemo_cpt.inference.decoding import Decoder
+
+    cancel = Decoder.cancel
+    monkeypatch.setattr(Decoder, "cancel", lambda decoder, request: (cancel(decoder, request), cancelled.set()))
+    gate = Gate(engine, monkeypatch)
+    with serving(engine) as url:
+        for stream in (True, False):
+            gate.open.clear(), gate.reached.clear(), cancelled.clear()  # type: ignore[func-returns-value]
+            body = {"prompt": "a", "max_tokens": 200, "temperature": 0, "min_tokens": 200, "stream": stream}
+            with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as raw:
+                content = json.dumps(body).encode()
+                head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n"
+                raw.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + content)
+                gate.reached.wait()
+            gate.open.set()
+            assert cancelled.wait(60)
+        assert httpx.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
+
+
+def test_two_hundred_requests_at_once(url: str, engine: TransformersEngine) -> None:
+    prompts = [f"{number} 京都" for number in range(200)]
+    endpoint = open_engine(url)
+    replies = dict(endpoint.generate(prompts, Sampling(max_tokens=6)))
+    assert len(replies) == 200
+    alone = dict(engine.generate(prompts, Sampling(max_tokens=6)))
+    assert {index: reply.text for index, reply in replies.items()} == {
+        index: reply.text for index, reply in alone.items()
+    }
+
+
+def test_the_endpoint_engine_is_the_engine(url: str, engine: TransformersEngine) -> None:
+    endpoint = open_engine(url)
+    for prompt in ("The old town", HELLO):
+        sampling = Sampling(max_tokens=15, temperature=0.9, top_k=40, seed=3)
+        assert "".join(piece.text for piece in endpoint.stream(prompt, sampling)) == "".join(
+            piece.text for piece in engine.stream(prompt, sampling)
+        )
+    ((_, reply),) = endpoint.generate(["a"], Sampling(max_tokens=5))
+    assert reply.completion_tokens >= 1
+    assert 0 < reply.first_token_seconds <= reply.seconds
+
+
+def test_endpoints_that_do_not_answer(url: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    from nemo_cpt.inference.endpoint import EndpointEngine
+
+    with pytest.raises(CptError, match="does not answer"):
+        EndpointEngine(f"http://127.0.0.1:{port}", retries=0)
+    with pytest.raises(CptError, match=r"answered 404: .*there is no model 'other' here"):
+        list(EndpointEngine(url, "other", retries=0).generate(["a"], Sampling()))

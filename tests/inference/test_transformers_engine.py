@@ -1,0 +1,225 @@
+"""Replies of the in-process engine against transformers' own `generate`, and what requests may not do to each other."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nemo_cpt.errors import CptError
+from nemo_cpt.inference import Sampling, hugging_face_folder, open_engine
+from nemo_cpt.inference.decoding import Request, _until_stop
+from nemo_cpt.inference.transformers_engine import TransformersEngine
+from tests.inference.conftest import SHAPES
+
+PROMPTS = [
+    "京都",
+    "The old town of Kyoto lies in a valley, and its temples",
+    "a",
+    "鴨川は京都市を流れる。" * 3,
+    "One two three",
+]
+
+
+@pytest.fixture(scope="module")
+def engine(make_model: Callable[[str], Path]) -> TransformersEngine:
+    return TransformersEngine(make_model("llama"))
+
+
+def plain_reply(folder: Path, prompt: str, max_tokens: int) -> tuple[str, int]:
+    """Text and number of tokens of transformers' greedy reply to one prompt alone."""
+    tokenizer, network = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    with torch.inference_mode():
+        whole = network.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False)
+    reply = whole[0, ids.shape[1] :]
+    return tokenizer.decode(reply, skip_special_tokens=True), len(reply)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_batch_of_mixed_lengths_equals_each_prompt_alone(shape: str, make_model: Callable[[str], Path]) -> None:
+    folder = make_model(shape)
+    replies = dict(TransformersEngine(folder).generate(PROMPTS, Sampling(max_tokens=40)))
+    for index, prompt in enumerate(PROMPTS):
+        text, tokens = plain_reply(folder, prompt, 40)
+        assert replies[index].text.rstrip("\ufffd") == text.rstrip("\ufffd")
+        assert replies[index].completion_tokens == tokens
+        assert replies[index].finish_reason == ("length" if tokens == 40 else "stop")
+
+
+def test_requests_that_join_and_leave_between_steps_disturb_no_other(engine: TransformersEngine) -> None:
+    alone = dict(engine.generate(PROMPTS, Sampling(max_tokens=30)))
+    decoder, requests = (
+        engine.decoder(),
+        [Request(engine.encode(prompt), Sampling(max_tokens=30)) for prompt in PROMPTS],
+    )
+    decoder.add(requests[:1])
+    for joining in requests[1:]:  # each two steps after the one before
+        decoder.step()
+        decoder.step()
+        decoder.add([joining])
+    decoder.cancel(requests[3])
+    while decoder.rows:
+        decoder.step()
+    assert requests[3].finish_reason == "cancelled"
+    for index in (0, 1, 2, 4):
+        assert requests[index].reply().text == alone[index].text
+
+
+def test_a_seeded_reply_does_not_depend_on_its_company(engine: TransformersEngine) -> None:
+    sampling = Sampling(max_tokens=20, temperature=1.3, top_k=50, top_p=0.9, seed=5)
+    alone = "".join(piece.text for piece in engine.stream(PROMPTS[1], sampling))
+    decoder = engine.decoder()
+    together = [Request(engine.encode(prompt), sampling) for prompt in PROMPTS]
+    decoder.add(together)
+    while decoder.rows:
+        decoder.step()
+    assert together[1].reply().text == alone
+    other = "".join(piece.text for piece in engine.stream(PROMPTS[1], Sampling(max_tokens=20, temperature=1.3, seed=6)))
+    assert other != alone
+
+
+def test_equal_prompts_are_drawn_apart(engine: TransformersEngine) -> None:
+    replies = dict(engine.generate([PROMPTS[1]] * 4, Sampling(max_tokens=12, temperature=1.5)))
+    assert len({reply.text for reply in replies.values()}) > 1
+
+
+def test_the_stream_is_the_reply_and_never_half_a_character(engine: TransformersEngine) -> None:
+    sampling = Sampling(max_tokens=60, temperature=2.0, seed=3)
+    pieces = list(engine.stream(PROMPTS[0], sampling))
+    ((_, reply),) = engine.generate([PROMPTS[0]], sampling)
+    assert "".join(piece.text for piece in pieces) == reply.text
+    assert [piece.finish_reason for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
+    assert pieces[-1].finish_reason == reply.finish_reason
+
+
+def test_a_stop_string_ends_the_reply_and_is_not_in_it(engine: TransformersEngine) -> None:
+    ((_, whole),) = engine.generate([PROMPTS[1]], Sampling(max_tokens=40))
+    middle = len(whole.text) // 2
+    stop = whole.text[middle : middle + 5]
+    ((_, cut),) = engine.generate([PROMPTS[1]], Sampling(max_tokens=40, stop=(stop, "never said")))
+    assert cut.finish_reason == "stop"
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    assert cut.completion_tokens < whole.completion_tokens
+
+
+@given(st.lists(st.text("ab", max_size=4), max_size=12), st.lists(st.text("ab", min_size=1, max_size=3), max_size=2))
+@settings(max_examples=300, deadline=None)
+def test_stop_strings_are_found_however_the_text_is_cut(parts: list[str], stop: list[str]) -> None:
+    given_text, held = "", ""
+    ended = False
+    for part in parts:
+        new, held, ended = _until_stop(held + part, tuple(stop))
+        given_text += new
+        if ended:
+            break
+    whole = "".join(parts)
+    places = [(whole.find(each) + len(each), whole.find(each)) for each in stop if each in whole]
+    assert ended == bool(places)
+    if not places:
+        assert given_text + held == whole
+    else:
+        assert whole.startswith(given_text)
+        assert not any(each in given_text for each in stop)
+
+
+def test_logprobs_are_the_models(engine: TransformersEngine) -> None:
+    ((_, reply),) = engine.generate([PROMPTS[2]], Sampling(max_tokens=5, logprobs=3))
+    assert len(reply.logprobs) == reply.completion_tokens
+    ids = torch.tensor([engine.encode(PROMPTS[2])])
+    with torch.inference_mode():
+        wanted = engine.network(ids).logits[0, -1].log_softmax(-1)
+    first = reply.logprobs[0]
+    assert first.logprob == pytest.approx(float(wanted.max()), abs=1e-4)
+    assert [value for _, value in first.top] == pytest.approx(wanted.topk(3).values.tolist(), abs=1e-4)
+
+
+def test_repetition_penalty_and_min_tokens_are_transformers_own(engine: TransformersEngine) -> None:
+    ids = torch.tensor([engine.encode(PROMPTS[1])])
+    sampling = Sampling(max_tokens=30, repetition_penalty=1.7, min_tokens=25)
+    ((_, reply),) = engine.generate([PROMPTS[1]], sampling)
+    with torch.inference_mode():
+        whole = engine.network.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, min_new_tokens=25, repetition_penalty=1.7,
+            do_sample=False,
+        )  # fmt: skip
+    wanted = engine.tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
+    assert reply.text.rstrip("\ufffd") == wanted.rstrip("\ufffd")
+    assert reply.completion_tokens >= 25
+
+
+def test_bos_stands_once(engine: TransformersEngine) -> None:
+    for prompt in ("abc", "<bos>abc", [{"role": "user", "content": "abc"}]):
+        ids = engine.encode(prompt)  # type: ignore[arg-type]
+        assert ids[0] == 0
+        assert ids.count(0) == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "says"),
+    [
+        ("a" * 900, Sampling(max_tokens=10), r"the model's context is 256"),
+        ("a", Sampling(max_tokens=300), r"the reply up to 300; the model's context is 256"),
+        ([], Sampling(), "messages is empty"),
+        ([{"role": "robot", "content": "a"}], Sampling(), r"messages\[0\] has the role 'robot'"),
+        ([{"role": "user", "content": ["a"]}], Sampling(), r"messages\[0\] has content of type list"),
+        ([{"role": "assistant", "content": "a"}], Sampling(), "the last message is the assistant's"),
+    ],
+)
+def test_what_cannot_be_answered(engine: TransformersEngine, prompt: object, sampling: Sampling, says: str) -> None:
+    with pytest.raises(CptError, match=says):
+        list(engine.generate([prompt], sampling))  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"max_tokens": 0}, {"temperature": -1}, {"top_p": 0}, {"top_k": -2}, {"stop": ("",)}, {"logprobs": 21}]
+)
+def test_settings_out_of_range(settings: dict) -> None:
+    with pytest.raises(CptError, match=next(iter(settings))):
+        Sampling(**settings)
+
+
+def test_messages_need_a_template(make_model: Callable[[str], Path], tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(make_model("llama"), tmp_path / "bare")
+    (tmp_path / "bare" / "chat_template.jinja").unlink()
+    engine = TransformersEngine(tmp_path / "bare")
+    with pytest.raises(CptError, match="has no chat template"):
+        engine.encode([{"role": "user", "content": "a"}])
+    named = TransformersEngine(tmp_path / "bare", chat_template="{{ messages[0]['content'] }}")
+    assert named.encode([{"role": "user", "content": "a"}]) == named.tokenizer("a", add_special_tokens=False).input_ids
+
+
+def test_models_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(CptError, match=r"no model at meta-llama/Llama-3.1-8B; .* nemo-cpt download"):
+        open_engine("meta-llama/Llama-3.1-8B")
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(CptError, match=r"neither a Hugging Face folder.*it holds notes\.txt"):
+        open_engine(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CptError, match="cannot be loaded by transformers"):
+        open_engine(tmp_path)
+
+
+def test_a_nemo_checkpoint_is_exported_into_the_cache_once(
+    make_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nemo_cpt.checkpoint import import_hf
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    import_hf(make_model("llama"), tmp_path / "nemo")
+    said: list[str] = []
+    folder = hugging_face_folder(tmp_path / "nemo", say=said.append)
+    assert hugging_face_folder(tmp_path / "nemo", say=said.append) == folder
+    assert [line.split()[0] for line in said] == ["exporting", "its"]
+    replies = [
+        [reply.text for _, reply in TransformersEngine(each).generate(PROMPTS[:1], Sampling(max_tokens=9))]
+        for each in (folder, make_model("llama"))
+    ]
+    assert replies[0] == replies[1]
+    import_hf(make_model("qwen2_tied"), tmp_path / "other")
+    assert hugging_face_folder(tmp_path / "other") != folder
