@@ -5,6 +5,8 @@ blog on continual pretraining with NeMo): 150 steps of 1024 x 8192 tokens = 1.26
 rates are Swallow's for the same model too.
 """
 
+from collections.abc import Sequence
+
 import nemo_run as run
 from nemo.collections import llm
 from nemo.collections.llm.peft import LoRA
@@ -13,7 +15,7 @@ from nemo_cpt.corpus import Blend
 from nemo_cpt.planning import ALLOWED, fit
 from nemo_cpt.recipes import parts
 from nemo_cpt.training.adapters import LoRAWithEmbeddings
-from nemo_cpt.training.guards import check_batches
+from nemo_cpt.training.guards import check_batches, check_belonging
 
 DEFAULT_BASE = "checkpoints/Llama-3.1-8B"
 LINEAR_LAYERS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
@@ -53,6 +55,7 @@ def continual_pretrain(
     lr: float = 2.5e-5,
     min_lr: float | None = None,
     warmup_steps: int | None = None,
+    unlike_base: Sequence[str] = (),
 ) -> run.Partial:
     """Every parameter, on one node of 8 GPUs of 80 GB by default.
 
@@ -76,12 +79,15 @@ def continual_pretrain(
         lr: peak learning rate.
         min_lr: learning rate at the end; a tenth of `lr` when None.
         warmup_steps: `parts.default_warmup(max_steps)` when None, 15 of 150.
+        unlike_base: in what the model differs from its base on purpose, of rope_theta, rope_scaling, sliding_window,
+            rms_norm_eps and eos_token_id; an export writes it into config.json. Anything else that differs is refused.
 
     Returns:
         A run.Partial of `llm.pretrain`; every field stays editable.
 
     Raises:
-        CptError: `data` is no Blend, or the global batch does not divide among the GPUs.
+        CptError: `data` is no Blend, the global batch does not divide among the GPUs; or, where the base is on this
+            machine, model, tokenizer or data do not belong to it.
 
     Example:
         >>> recipe = continual_pretrain(data=Blend.replay("ds/ja", "ds/en", share=0.25))
@@ -89,7 +95,7 @@ def continual_pretrain(
     """
     model_parallel = tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size
     check_batches(global_batch_size, micro_batch_size, num_nodes * gpus_per_node, model_parallel)
-    return run.Partial(
+    recipe = run.Partial(
         llm.pretrain,
         model=parts.fused(model or _model(seq_length)),
         data=parts.data(
@@ -109,11 +115,14 @@ def continual_pretrain(
             pipeline_model_parallel_size=pipeline_model_parallel_size,
             context_parallel_size=context_parallel_size,
             sequence_parallel=tensor_model_parallel_size > 1,
+            unlike_base=unlike_base,
         ),
         optim=parts.adam(lr=lr, min_lr=min_lr, warmup_steps=warmup_steps, max_steps=max_steps),
         log=parts.log(directory, name),
         resume=parts.resume(base),
     )
+    check_belonging(recipe)
+    return recipe
 
 
 _model = model  # the parameter `model` above hides the function

@@ -1,5 +1,8 @@
 """The parts that the recipes share: trainer, optimizer, data, log. Each returns an ordinary, editable run.Config."""
 
+from collections.abc import Sequence
+from importlib import import_module
+
 import nemo_run as run
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -10,6 +13,8 @@ from nemo.collections.llm.recipes.log.default import tensorboard_logger
 from nemo.lightning.pytorch.callbacks import GarbageCollectionCallback
 from nemo.utils.exp_manager import TimingCallback
 
+from nemo_cpt.checkpoint.context import nemo_model
+from nemo_cpt.compatibility import read_base
 from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
 from nemo_cpt.training.adapters import EmbeddingRateOptimizer
@@ -31,6 +36,7 @@ def trainer(
     pipeline_model_parallel_size: int = 1,
     context_parallel_size: int = 1,
     sequence_parallel: bool = False,
+    unlike_base: Sequence[str] = (),
 ) -> run.Config[nl.Trainer]:
     """A bf16 trainer with Megatron's distributed optimizer; validates before the first step and then at an interval."""
     strategy = run.Config(
@@ -65,8 +71,29 @@ def trainer(
         num_sanity_val_steps=1,
         log_every_n_steps=1,
         use_distributed_sampler=False,
-        callbacks=callbacks(),
+        callbacks=callbacks(unlike_base),
     )
+
+
+def model_like(base: str, seq_length: int) -> run.Config:
+    """The model that a base's own files describe, of the kin of Llama, Mistral and Qwen2, for a recipe's `model=`.
+
+    Args:
+        base: folder of an imported base, or of a training's checkpoint.
+        seq_length: tokens of a sequence.
+
+    Raises:
+        CptError: the base's files are not here, or describe a model that is not supported.
+    """
+    architecture = read_base(base).architecture
+    if architecture is None:
+        raise CptError(f"{base} carries no config.json of Llama, Mistral or Qwen2: write its model= by hand")
+    model = nemo_model(architecture, has_generation_config=False)
+    config = model.arguments["config"]
+    of_the_import = ("fp16", "bf16", "params_dtype", "apply_rope_fusion", "vocab_size", "make_vocab_size_divisible_by")
+    arguments = {name: value for name, value in config.arguments.items() if name not in of_the_import}
+    classes = [getattr(import_module(each.target.module), each.target.name) for each in (model, config)]
+    return run.Config(classes[0], config=run.Config(classes[1], **arguments | {"seq_length": seq_length}))
 
 
 def fused(model: run.Config) -> run.Config:
@@ -92,10 +119,10 @@ def bf16() -> run.Config[nl.MegatronMixedPrecision]:
     )
 
 
-def callbacks() -> list[run.Config]:
+def callbacks(unlike_base: Sequence[str] = ()) -> list[run.Config]:
     """What every run carries: the guards, the losses by validation set, the metrics file, timing."""
     return [
-        run.Config(Guards),
+        run.Config(Guards, unlike_base=list(unlike_base)),
         run.Config(EveryTrainableParameterHasGradient),
         run.Config(OutOfMemoryAdvice),
         run.Config(ValidationLossBySet),

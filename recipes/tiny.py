@@ -60,7 +60,6 @@ def continual_pretrain(
     recipe = llama31_8b.continual_pretrain(
         base,
         data,
-        model=model(seq_length),
         name=name,
         gpus_per_node=processes,
         seq_length=seq_length,
@@ -69,6 +68,6 @@ def continual_pretrain(
         max_steps=max_steps,
         val_check_interval=val_check_interval,
         lr=lr,
-        **{"tensor_model_parallel_size": 1} | kwargs,
+        **{"model": model(seq_length), "tensor_model_parallel_size": 1} | kwargs,
     )
     return on_cpu(recipe, processes)

@@ -65,7 +65,7 @@ def exported_config(nemo: Path, base: Path, ignore_fields: Collection[str] = ())
     fields, recorded = read_json(path), read_model_config(nemo)
     arch = parse_config(fields, str(path), ignore_fields)
     differing = context_differences(recorded, arch)
-    if unwritable := [each for each in differing if not _can_be_written(each, arch)]:
+    if unwritable := [each for each in differing if not can_be_written(each, arch)]:
         raise CptError(
             f"{nemo} was trained as another model than {path} describes: "
             f"{described(unwritable, 'its context', 'config.json')}. Give as base the model from which the training "
@@ -104,7 +104,8 @@ def _differ(one: Path, other: Path) -> bool:
     return one.is_file() and other.is_file() and one.read_bytes() != other.read_bytes()
 
 
-def _can_be_written(difference: Difference, arch: Architecture) -> bool:
+def can_be_written(difference: Difference, arch: Architecture) -> bool:
+    """Whether the config.json of a base can say what a training of it changed, `difference.one` being its value."""
     if difference.name == "rope_scaling" and difference.one is not None:
         return difference.one.kind == "linear" or (difference.one.kind == "llama3" and arch.model_type == "llama")
     return difference.name in (*_WRITABLE, *(["sliding_window"] if arch.model_type == "mistral" else []))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,17 @@ def constants_of_nemo(config: Any) -> Constants:
 def differences(one: Constants, other: Constants) -> list[Difference]:
     """The constants that both state and that are not the same, in a fixed order."""
     shared = [name for name in one if name in other]
-    return [Difference(name, one[name], other[name]) for name in shared if one[name] != other[name]]
+    return [Difference(name, one[name], other[name]) for name in shared if not _same(one[name], other[name])]
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values are one to a forward pass in fp32: GGUF files hold 1e-5 as 9.999999747378752e-06."""
+    if isinstance(one, RopeScaling) and isinstance(other, RopeScaling):
+        return all(map(_same, dataclasses.astuple(one), dataclasses.astuple(other)))
+    if isinstance(one, float) or isinstance(other, float):
+        numbers = isinstance(one, int | float) and isinstance(other, int | float)
+        return numbers and math.isclose(one, other, rel_tol=2**-23)
+    return bool(one == other)
 
 
 def context_differences(recorded: Mapping[str, Any], arch: Architecture) -> list[Difference]:

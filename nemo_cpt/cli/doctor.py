@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nemo_cpt.doctor import Finding, Job, Place
 
 EXIT_RED = 3
+MODEL = "model.config."
 MARKS = {"ok": ("✔", "green"), "warning": ("!", "yellow"), "error": ("✘", "red"), "skipped": ("–", "dim")}
 # Fields of a recipe's config that say the same as one of its arguments, and that argument's type.
 FIELDS = {
@@ -119,6 +120,8 @@ def describe(
         arguments=dict(arguments),
         fields=tuple(fields),
         place=place(executor, options),
+        model=_model(function, fields),
+        unlike_base=tuple(given.get("unlike_base") or ()),
         base=None if given.get("base") is None else str(given["base"]),
         data=_default_data(function) if data is None else data,
         tokenizer=given.get("tokenizer"),
@@ -135,6 +138,24 @@ def describe(
         checkpoints=_checkpoints(given),
         attention_backend=str(given.get("attention_backend") or "auto").rpartition(".")[2],
     )
+
+
+def _model(function: "Function", fields: Sequence[str]) -> dict[str, Any]:
+    """The model config that the recipe's module declares, with the fields of it that are given."""
+    from nemo_cpt.recipe_models import model_config
+
+    config = model_config(function.path)
+    for path, _, text in (field.partition("=") for field in fields if config):
+        if path.startswith(MODEL):
+            config[path.removeprefix(MODEL)] = _literal(text)
+    return config
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def place(executor: str, options: Sequence[str]) -> "Place":

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_cpt.corpus.index import Index, full_prefix, read_index
+from nemo_cpt.corpus.index import Index, fingerprint, full_prefix, read_index
 from nemo_cpt.errors import CptError
 
 WEIGHTINGS = ("share", "tokens", "documents")
@@ -64,11 +64,32 @@ class Blend:
 
         Raises:
             CptError: A mapping is a string or has the wrong kind of value, a weight is not positive, a file is missing
-                or damaged.
+                or damaged, a dataset is trained on twice, or trained on and held out; a copy or a link is the same one.
         """
         self._check_form()
-        for prefix in dict.fromkeys([*self.train, *self.validation.values(), *self.test.values()]):
+        for prefix in self.prefixes():
             read_index(prefix)
+        self._check_held_out()
+
+    def prefixes(self) -> list[str]:
+        """Return the prefix of every dataset of the blend, each one once."""
+        return list(dict.fromkeys([*self.train, *self.validation.values(), *self.test.values()]))
+
+    def _check_held_out(self) -> None:
+        trained: dict[str, str] = {}
+        for prefix in self.train:
+            digest = fingerprint(prefix)
+            if digest in trained:
+                raise CptError(f"The blend trains on one dataset twice: {prefix} is a copy of {trained[digest]}.")
+            trained[digest] = prefix
+        for part in ("validation", "test"):
+            for name, prefix in getattr(self, part).items():
+                if same := trained.get(fingerprint(prefix)):
+                    under = "" if same == prefix else f", as {same}"
+                    raise CptError(
+                        f"The {part} set {name!r} ({prefix}) is also trained on{under}: its loss would show memory. "
+                        "Take a held-out one (nemo-cpt split)."
+                    )
 
     def _check_form(self) -> None:
         for name in ("train", "validation", "test"):
@@ -80,7 +101,10 @@ class Blend:
         for prefix, weight in self.train.items():
             number = isinstance(weight, int | float) and not isinstance(weight, bool)
             if not number or not math.isfinite(weight) or weight <= 0:
-                raise CptError(f"The weight of {prefix!r} in the blend is {weight!r}; it must be a positive number.")
+                raise CptError(
+                    f"The weight of {prefix!r} in the blend is {weight!r}; it must be a positive number"
+                    + (" (YAML takes it for text: write 1.0e-3 or 0.001, not 1e-3)." if _is_number(weight) else ".")
+                )
         check_distinct(self.train)
 
     def shares(self) -> dict[str, float]:
@@ -223,13 +247,14 @@ def _blend_warnings(blend: Blend, sets: list[dict[str, Any]]) -> list[str]:
         warnings.append("There is no validation set: nothing will show overfitting or forgetting.")
     if blend.caution:
         warnings.append(blend.caution)
-    trained = {full_prefix(prefix) for prefix in blend.train}
-    shared = [name for name, prefix in blend.validation.items() if full_prefix(prefix) in trained]
-    if shared:
-        warnings.append(
-            f"The validation sets {', '.join(shared)} are also trained on; take held-out ones (nemo-cpt split)."
-        )
     return warnings
+
+
+def _is_number(text: Any) -> bool:
+    try:
+        return isinstance(text, str) and math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _check_mapping(name: str, value: Any) -> None:

@@ -40,6 +40,7 @@ class Encoded:
     Attributes:
         lengths: int32 lengths of its documents as bytes, with 0 for an empty one that is kept.
         nbytes: Size of the payload.
+        largest: Largest token id, -1 where there is none.
         special: How often each special token stood in the texts, by id.
     """
 
@@ -48,6 +49,7 @@ class Encoded:
     documents: int = 0
     tokens: int = 0
     longest: int = 0
+    largest: int = -1
     empty: int = 0
     blank: int = 0
     lines: int = 0
@@ -81,6 +83,7 @@ def encode_task(task: Task, encoder: Encoder, layout: Layout) -> tuple[Encoded, 
     for i in range(0, len(found.texts), BATCH):
         ids, offsets = encoder.encode(found.texts[i : i + BATCH])
         _count_special(ids, layout.special, encoded.special)
+        encoded.largest = max(encoded.largest, int(ids.max()) if len(ids) else -1)
         piece, lens = lay_out(ids, offsets, layout)
         encoded.empty += int(np.count_nonzero(lens == 0))
         pieces.append(piece)

@@ -6,6 +6,8 @@ boundaries (i64).
 """
 
 import glob
+import hashlib
+import json
 import os
 import struct
 from dataclasses import dataclass
@@ -22,6 +24,8 @@ DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64
 CODES = {name: code for code, name in DTYPES.items()}
 ITEMSIZE = {"uint8": 1, "int8": 1, "int16": 2, "int32": 4, "int64": 8, "float64": 8, "float32": 4, "uint16": 2}
 BLOCK = 1 << 20  # entries handled at once, so that memory does not grow with the corpus
+SAMPLE_BYTES = 1 << 16  # of each end of a file, for its fingerprint
+SAMPLE_TOKENS, SAMPLE_PIECES = 1 << 22, 64  # what is looked at of a dataset of which nobody knows its largest id
 
 
 def dtype_for(vocabulary_size: int) -> str:
@@ -32,16 +36,34 @@ def dtype_for(vocabulary_size: int) -> str:
 def full_prefix(prefix: str | os.PathLike[str]) -> str:
     """Return Megatron's prefix (a path without .bin or .idx) for that prefix or for `prepare`'s output prefix.
 
-    `ds/ja_text_document` stands for itself and `ds/ja` for `ds/ja_text_document`, unless a `ds/ja.idx` or `ds/ja.bin`
-    exists.
+    `ds/ja` stands for itself where `ds/ja.idx` or `ds/ja.bin` exists; for `ds/ja_KEY_document` where `prepare` made no
+    other dataset of it than that of the field KEY; else for `ds/ja_text_document`. It never stands for
+    `ds/ja_validation_text_document`, which belongs to the output prefix `ds/ja_validation`.
     """
     text = str(prefix)
     if text.endswith((".bin", ".idx")):
         text = text[:-4]
-    if text.endswith(SUFFIX) or any(os.path.exists(text + end) for end in (".idx", ".bin")):
+    if text.endswith(SUFFIX) or _exists(text):
         return text
-    others = sorted(glob.glob(glob.escape(text) + "_*_document.idx"))  # prepared with another json_key
-    return others[0][:-4] if len(others) == 1 else text + SUFFIX
+    others = [] if _exists(text + SUFFIX) else _of_other_keys(text)
+    return others[0] if len(others) == 1 else text + SUFFIX
+
+
+def _exists(full: str) -> bool:
+    return any(os.path.exists(full + end) for end in (".idx", ".bin"))
+
+
+def _of_other_keys(output_prefix: str) -> list[str]:
+    """The datasets that `prepare` made for an output prefix, whatever the json_key, by what their manifests say."""
+    found = sorted(path[:-4] for path in glob.glob(glob.escape(output_prefix) + "_*_document.idx"))
+    return [full for full in found if full == f"{output_prefix}_{_json_key(full)}_document"]
+
+
+def _json_key(full: str) -> Any:
+    try:
+        return json.loads(Path(full + ".json").read_bytes())["options"]["json_key"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 @dataclass(frozen=True)
@@ -118,7 +140,7 @@ def _read_header(path: Path) -> tuple[str, int, int]:
         with path.open("rb") as file:
             raw = file.read(HEADER.size)
     except FileNotFoundError:
-        raise CptError(f"There is no {path}. Make it with `nemo-cpt prepare`, or correct the prefix.") from None
+        raise CptError(f"There is no {path}{_why_missing(str(path)[:-4])}") from None
     if not raw.startswith(MAGIC):
         raise CptError(f"{path} is not a Megatron index: it starts with {raw[:9]!r}, not {MAGIC!r}.")
     if len(raw) < HEADER.size:
@@ -127,6 +149,15 @@ def _read_header(path: Path) -> tuple[str, int, int]:
     if version != 1 or code not in DTYPES:
         raise CptError(f"{path} has version {version} and dtype code {code}; known are version 1 and codes 1 to 8.")
     return DTYPES[code], sequences, boundaries
+
+
+def _why_missing(full: str) -> str:
+    """The end of the sentence that begins "There is no PREFIX.idx"."""
+    if os.path.exists(full + ".journal"):
+        return ": `nemo-cpt prepare` has not finished it. Wait for it, or run the same command again: it resumes."
+    if others := _of_other_keys(full.removesuffix(SUFFIX)):
+        return f", but {' and '.join(others)}: name one of them in full."
+    return ". Make it with `nemo-cpt prepare`, or correct the prefix."
 
 
 def _check_pair(index: Index) -> None:
@@ -154,6 +185,51 @@ def read_tokens(index: Index, document: int) -> Any:
     if count == 0:
         return np.empty(0, dtype=index.dtype)
     return np.fromfile(index.prefix + ".bin", dtype=index.dtype, count=count, offset=int(index.pointers[first]))
+
+
+def fingerprint(prefix: str | os.PathLike[str]) -> str:
+    """Return a digest by which copies of a dataset are known, of its files' sizes, beginnings and ends.
+
+    Raises:
+        CptError: A file is missing or cannot be read.
+    """
+    full = full_prefix(prefix)
+    return sample_digest(Path(full + ".idx")) + sample_digest(Path(full + ".bin"))
+
+
+def sample_digest(path: Path) -> str:
+    """Return a digest of a file's size and of `SAMPLE_BYTES` at either end.
+
+    Raises:
+        CptError: It is missing or cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest = hashlib.sha256(b"%d\n" % size + file.read(SAMPLE_BYTES))
+            file.seek(max(size - SAMPLE_BYTES, 0))
+            digest.update(file.read(SAMPLE_BYTES))
+    except OSError as error:
+        raise CptError(f"{path} cannot be read: {error.strerror}.") from error
+    return digest.hexdigest()
+
+
+def largest_id_in_sample(prefix: str | os.PathLike[str]) -> int:
+    """Return the largest token id of `SAMPLE_TOKENS` tokens that lie all over a dataset; -1 for one without tokens.
+
+    Raises:
+        CptError: As `read_index`.
+    """
+    import numpy as np
+
+    index = read_index(prefix)
+    if not index.tokens:
+        return -1
+    tokens: Any = np.memmap(index.prefix + ".bin", dtype=index.dtype, mode="r")
+    pieces = min(SAMPLE_PIECES, -(-len(tokens) // (SAMPLE_TOKENS // SAMPLE_PIECES)))
+    size = min(SAMPLE_TOKENS // SAMPLE_PIECES, len(tokens))
+    starts = np.linspace(0, len(tokens) - size, pieces, dtype=np.int64)
+    return max(int(tokens[start : start + size].max()) for start in starts)
 
 
 def max_token_id(prefix: str | os.PathLike[str]) -> int:

@@ -138,6 +138,7 @@ class Job:
         progress.entries += encoded.documents
         progress.tokens += encoded.tokens
         progress.longest = max(progress.longest, encoded.longest)
+        progress.largest = max(progress.largest, encoded.largest)
         progress.empty += encoded.empty
         progress.blank += encoded.blank
         progress.source, progress.position = (task.source + 1, 0) if task.last else (task.source, task.stop)

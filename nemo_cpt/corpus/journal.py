@@ -29,7 +29,9 @@ class Progress:
         nbytes: Bytes of tokens written.
         entries: Document lengths written.
         skipped: Lines left out, by reason.
+        largest: Largest token id of the texts.
         special: Literal special tokens, by id.
+        probes: What the tokenizer makes of the probe texts, see `probes`.
         finished: All inputs are done; only the files' names remain to be put right.
     """
 
@@ -41,6 +43,7 @@ class Progress:
     entries: int = 0
     tokens: int = 0
     longest: int = 0
+    largest: int = -1
     empty: int = 0
     blank: int = 0
     seconds: float = 0.0
@@ -48,6 +51,7 @@ class Progress:
     special: dict[str, int] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
     encoder: str = ""
+    probes: dict[str, str] = field(default_factory=dict)
     finished: bool = False
 
 

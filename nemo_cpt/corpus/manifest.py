@@ -24,8 +24,9 @@ def read_manifest(prefix: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a dataset's manifest.
 
     Returns:
-        Its JSON object; among its keys: `tokenizer` (`name`, `sha256`, `vocabulary_size`, `eos`), `inputs` (`path`,
-        `size`, `mtime_ns`, `hash`), `options`, `documents`, `tokens`, `dtype`, `encoder`.
+        Its JSON object; among its keys: `tokenizer` (`name`, `sha256`, `vocabulary_size`, `eos`), `probes` (ids by
+        text), `largest` (token id), `inputs` (`path`, `size`, `mtime_ns`, `hash`), `options`, `documents`, `tokens`,
+        `dtype`, `encoder`. Datasets that version 0.1.0 made have neither `probes` nor `largest`.
 
     Raises:
         CptError: There is none (the dataset was not made by `prepare`), or it is damaged.

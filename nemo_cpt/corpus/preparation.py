@@ -24,9 +24,10 @@ from nemo_cpt.corpus.manifest import (
     read_manifest,
     write_manifest,
 )
+from nemo_cpt.corpus.probes import probe
 from nemo_cpt.corpus.progress import ProgressBar
 from nemo_cpt.corpus.sources import Inputs, Source, list_sources
-from nemo_cpt.corpus.tokenizer import Tokenizer, load_tokenizer
+from nemo_cpt.corpus.tokenizer import Tokenizer, load_tokenizer, settings_hash
 from nemo_cpt.corpus.verify import verify_documents
 from nemo_cpt.corpus.workers import count_processes
 from nemo_cpt.errors import CptError
@@ -271,6 +272,7 @@ class _Output:
         progress = self.journal.progress
         samples = first_texts(self.sources, self.layout.json_key)
         encoder, progress.encoder = choose_encoder(self.tokenizer, samples, self.split, run.fast, run.head_start.rivals)
+        progress.probes = probe(encoder)
         before = (progress.entries, progress.read, progress.tokens)
         begin = time.monotonic()
         job = Job(self.sources, self.layout, self.journal, run.skip, run.chunk_bytes, run.checkpoint_seconds)
@@ -324,10 +326,12 @@ class _Output:
             "tokenizer": {
                 "name": tokenizer.name,
                 "sha256": tokenizer.sha256,
+                "settings_sha256": settings_hash(Path(tokenizer.folder)),
                 "vocabulary_size": tokenizer.vocabulary_size,
                 "eos": tokenizer.eos,
                 "bos": tokenizer.bos,
             },
+            "probes": progress.probes,
             "markers": {"eod": self._marker(self.layout.eod), "bos": self._marker(self.layout.bos)},
             "options": self.options,
             "encoder": progress.encoder,
@@ -335,6 +339,7 @@ class _Output:
             "documents": progress.entries,
             "tokens": progress.tokens,
             "longest": progress.longest,
+            "largest": max(progress.largest, self.layout.bos or -1, self.layout.eod or -1),
             "empty": progress.empty,
             "blank_lines": progress.blank,
             "skipped": progress.skipped,

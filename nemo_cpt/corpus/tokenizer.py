@@ -166,7 +166,7 @@ def load_tokenizer(
         found(folder / "tokenizer.json")
         direct = _describe_directly(folder, config)
     described = direct or _describe_by_transformers(folder)
-    return Tokenizer(name=str(tokenizer), folder=str(folder), sha256=_hash(folder), **described)
+    return Tokenizer(name=str(tokenizer), folder=str(folder), sha256=vocabulary_hash(folder), **described)
 
 
 def _folder_of(tokenizer: str) -> Path:
@@ -204,10 +204,20 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CptError(f"{path} is not JSON: {error}.") from error
 
 
-def _hash(folder: Path) -> str:
-    digest = hashlib.sha256()
+def vocabulary_hash(folder: Path) -> str:
+    """Return the hash of a tokenizer's vocabulary files, without loading it."""
     named = VOCABULARY_FILES if any((folder / name).exists() for name in VOCABULARY_FILES) else FILES
-    for name in named:
+    return _hash(folder, named)
+
+
+def settings_hash(folder: Path) -> str:
+    """Return the hash of a tokenizer's other files, which say how a text is cut and which tokens are special."""
+    return _hash(folder, tuple(name for name in FILES if name not in VOCABULARY_FILES))
+
+
+def _hash(folder: Path, names: tuple[str, ...]) -> str:
+    digest = hashlib.sha256()
+    for name in names:
         if (path := folder / name).exists():
             digest.update(f"{name} {path.stat().st_size}\n".encode())
             digest.update(path.read_bytes())

@@ -30,8 +30,11 @@ class Finding:
 
 
 def from_error(name: str, problem: Exception) -> Finding:
-    """An error finding of a CptError's message: what is wrong, then, behind the first colon or full stop, the cure."""
-    found, _, cure = re.sub(r"(: |\. )", "\n", str(problem), count=1).partition("\n")
+    """An error finding of a CptError's message: what is wrong, then, behind the first colon or full stop, the cure.
+
+    A colon in parentheses, such as that of "rope_theta (NeMo: rotary_base)", is part of what is wrong.
+    """
+    found, _, cure = re.sub(r"(: |\. )(?![^()]*\))", "\n", str(problem), count=1).partition("\n")
     return Finding(name, "error", found, cure)
 
 

@@ -43,6 +43,8 @@ class Job:
         arguments: the recipe's arguments as parsed.
         fields: `path.to.field=value` on the recipe's config.
         place: where it runs.
+        model: its model config by field, see `recipe_models.model_config`; empty where the source does not say.
+        unlike_base: in what that differs from the base's on purpose.
         base: folder of the NeMo checkpoint to start from; None where the recipe names none.
         data: what it trains on; None where that cannot be known without building the recipe.
         tokenizer: folder or hub name; None for the base's own.
@@ -64,6 +66,8 @@ class Job:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     fields: Sequence[str] = ()
     place: Place = field(default_factory=Place)
+    model: Mapping[str, Any] = field(default_factory=dict)
+    unlike_base: Sequence[str] = ()
     base: str | None = None
     data: "Blend | None" = None
     tokenizer: str | None = None

@@ -1,13 +1,10 @@
 """What a run reads and what it writes: base checkpoint, datasets and their vocabulary, room for its checkpoints."""
 
-import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from nemo_cpt import corpus
+from nemo_cpt import compatibility, corpus
 from nemo_cpt.checkpoint.architecture import Architecture, read_architecture
 from nemo_cpt.checkpoint.files import has_tokenizer
 from nemo_cpt.doctor import sizes
@@ -17,12 +14,11 @@ from nemo_cpt.doctor.job import Job
 from nemo_cpt.errors import CptError
 from nemo_cpt.training.preconditions import UNFINISHED, check_base
 
-LOOKED_AT = 4_000_000  # tokens of a dataset without a manifest whose largest id is looked for
 BYTES_OF_DTYPE = {"float32": 4}  # bf16 and fp16 have 2
 
 
 def base(examination: Examination) -> Finding:
-    """Whether the base is a NeMo checkpoint, whole, with the tokenizer that the recipe takes from it."""
+    """Whether the base is a NeMo checkpoint, whole, of the recipe's model, with the tokenizer that it takes from it."""
     job = examination.job
     if job is None or not _sees_files(examination):
         return Finding("base", "skipped", _why_not(examination))
@@ -34,8 +30,11 @@ def base(examination: Examination) -> Finding:
         _check_whole(folder)
         if job.tokenizer is None and not has_tokenizer(folder / "hf"):
             raise CptError(f"{folder}/hf holds no tokenizer: import the model again, or give the recipe tokenizer=")
+        warnings = compatibility.check_model(compatibility.read_base(folder), job.model, job.unlike_base)
     except CptError as error:
         return from_error("base", error)
+    if warnings:
+        return Finding("base", "warning", *_sentences(warnings))
     architecture = base_architecture(folder)
     size = f", {sizes.parameters(architecture) / 1e6:,.1f} M parameters" if architecture else ""
     return Finding("base", "ok", f"{folder}{size}")
@@ -59,28 +58,22 @@ def data(examination: Examination) -> Finding:
 
 
 def vocabulary(examination: Examination) -> Finding:
-    """Whether the datasets were made with the tokenizer that the run uses."""
+    """Whether the run's tokenizer is its base's, and the datasets were made for it."""
     job, name = examination.job, "vocabulary"
     if job is None or job.data is None or not _sees_files(examination):
         return Finding(name, "skipped", _why_not(examination) if job else "no recipe was named")
-    folder = Path(job.tokenizer or f"{job.base}/hf")
-    if not has_tokenizer(folder):
-        return Finding(name, "skipped", f"{folder} holds no tokenizer to compare with")
-    from nemo_cpt.corpus.tokenizer import _hash  # the manifest's sha256 is this one's
-
-    made_with, own = {prefix: _made_with(prefix) for prefix in _prefixes(job)}, _hash(folder)
-    if made_with and all(each.get("sha256") == own for each in made_with.values()):
-        size = next(iter(made_with.values()))["vocabulary_size"]
-        return Finding(name, "ok", f"{size:,} tokens, in every dataset as in {folder}")
-    size, sure = _vocabulary_size(folder)
-    problems = list(_of_another_vocabulary(made_with, size))
-    if problems:
-        cure = f"prepare it again: nemo-cpt prepare ... --tokenizer {folder}"
-        return Finding(
-            name, "error" if sure else "warning", f"{'; '.join(problems)}; {folder} has {size:,} tokens", cure
-        )
-    found = f"{size:,} tokens fit every dataset, but not all were made with the tokenizer in {folder} itself"
-    return Finding(name, "warning", found, "decode a sample with `nemo-cpt inspect PREFIX --tokenizer`, and read it")
+    if job.base is None or not Path(job.base).exists():
+        return Finding(name, "skipped", "there is no base here to compare with")
+    prefixes = [prefix for prefix in _prefixes(job) if Path(corpus.full_prefix(prefix) + ".idx").exists()]
+    try:
+        base = compatibility.read_base(job.base)
+        warnings = compatibility.check_tokenizer(base, job.tokenizer)
+        warnings += compatibility.check_data(base, prefixes, job.unlike_base, job.tokenizer)
+    except CptError as error:
+        return from_error(name, error)
+    if warnings:
+        return Finding(name, "warning", *_sentences(warnings))
+    return Finding(name, "ok", f"{base.rows:,} rows, and every dataset is of the tokenizer in {base.tokenizer}")
 
 
 def disk(examination: Examination) -> Finding:
@@ -103,7 +96,10 @@ def disk(examination: Examination) -> Finding:
     found = f"{free / 1e9:,.1f} GB free for {folder}; up to {job.checkpoints} checkpoints of {checkpoint / 1e9:,.3g} GB"
     if free >= needed:
         return Finding("disk", "ok", found)
-    cure = f"free {(needed - free) / 1e9:,.1f} GB, write elsewhere (directory=), or keep fewer (log.ckpt.save_top_k=1)"
+    cure = f"free {(needed - free) / 1e9:,.1f} GB, or write elsewhere (directory=)"
+    kept = int(free // checkpoint) - 1  # one more is written before the worst is removed
+    if 1 <= kept < job.checkpoints - 1:
+        cure += f", or keep fewer (log.ckpt.save_top_k={kept})"
     return Finding("disk", "error", found, cure)
 
 
@@ -133,51 +129,17 @@ def _check_whole(folder: Path) -> None:
         )
 
 
-def _vocabulary_size(folder: Path) -> tuple[int, bool]:
-    """Tokens of a tokenizer.json, added ones included, and whether loading it can add no more.
-
-    The tokenizer itself is not loaded: transformers would import torch.
-    """
-    try:
-        content = json.loads((folder / "tokenizer.json").read_bytes())
-        tokens = {*content["model"]["vocab"], *(entry["content"] for entry in content.get("added_tokens", []))}
-        config = json.loads((folder / "tokenizer_config.json").read_bytes())
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CptError(f"{folder}/tokenizer.json cannot be read ({error!r}): compare vocabularies by hand") from None
-    return len(tokens), config.get("tokenizer_class") == "PreTrainedTokenizerFast"
-
-
-def _of_another_vocabulary(made_with: dict[str, dict[str, Any]], size: int) -> Iterator[str]:
-    for prefix, described in made_with.items():
-        made_for = described.get("vocabulary_size")
-        if made_for is None and (largest := _largest_id(prefix)) >= size:
-            yield f"{_short(prefix)} holds the token id {largest}"
-        elif made_for is not None and made_for != size:
-            yield f"{_short(prefix)} was made for {made_for:,} tokens"
-
-
-def _made_with(prefix: str) -> dict[str, Any]:
-    """The tokenizer that a dataset's manifest names; empty for one that was not made by `prepare`."""
-    try:
-        return dict(corpus.read_manifest(prefix)["tokenizer"])
-    except (CptError, KeyError, TypeError):
-        return {}
-
-
-def _largest_id(prefix: str) -> int:
-    """The largest id among a dataset's first tokens; the job looks at all of them when it starts."""
-    import numpy as np
-
-    index = corpus.read_index(prefix)
-    tokens = np.memmap(f"{index.prefix}.bin", dtype=index.dtype, mode="r") if index.tokens else np.zeros(1)
-    return int(tokens[:LOOKED_AT].max())
-
-
 def _prefixes(job: Job) -> list[str]:
     try:
-        return [*job.data.train, *job.data.validation.values()] if job.data else []
+        return job.data.prefixes() if job.data else []
     except AttributeError:  # no mapping: the check of the data says so
         return []
+
+
+def _sentences(warnings: list[str]) -> tuple[str, str]:
+    """The first sentence of warnings, which is what was found, and the rest."""
+    found, _, rest = " ".join(warnings).partition(". ")
+    return found, rest
 
 
 def _already_there(job: Job, checkpoint: float) -> int:

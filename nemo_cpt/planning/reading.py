@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nemo_cpt.compatibility import TILE, given, padded_to
 from nemo_cpt.errors import CptError
 from nemo_cpt.planning.workload import LINEAR, Workload
 
@@ -55,7 +56,7 @@ def _model(recipe: Any, config: Any, strategy: Any) -> dict[str, Any]:
     if not heads or not hidden:
         raise CptError(f"model.config is {_name(config)}: the planner needs its hidden_size and num_attention_heads")
     tensor = _get(strategy, "tensor_model_parallel_size", 1)
-    multiple = _get(config, "make_vocab_size_divisible_by", 128) * tensor
+    multiple = (given(config, "make_vocab_size_divisible_by") or TILE) * tensor
     return {
         "num_layers": _get(config, "num_layers", 0),
         "hidden_size": hidden,
@@ -63,7 +64,7 @@ def _model(recipe: Any, config: Any, strategy: Any) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_query_groups": _get(config, "num_query_groups", heads),
         "kv_channels": _get(config, "kv_channels", hidden // heads),
-        "vocab_size": -(-_vocabulary(recipe, config) // multiple) * multiple,
+        "vocab_size": padded_to(_vocabulary(recipe, config), multiple),
         "tied": _get(config, "share_embeddings_and_output_weights", True),
         "gated": _get(config, "gated_linear_unit", False),
         "qkv_bias": _get(config, "add_qkv_bias", False),

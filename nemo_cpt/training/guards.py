@@ -1,13 +1,18 @@
 """Checks that stop a run which cannot do what it was meant to: before the job where possible, at step 0 otherwise."""
 
+import itertools
 import math
 import os
-from typing import Any
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Optional
 
 import lightning.pytorch as pl
 import torch
 
-from nemo_cpt import corpus
+from nemo_cpt import compatibility
+from nemo_cpt.corpus import full_prefix
 from nemo_cpt.errors import CptError, exit_with_the_message
 from nemo_cpt.training import upstream
 from nemo_cpt.training.data import blend_of
@@ -19,19 +24,26 @@ MARGIN_TO_UNIFORM = 0.5
 class Guards(pl.Callback):
     """Check inside the job what can only be seen there; every recipe carries it.
 
-    At the start: base, data, vocabulary, schedule, environment. At step 0: that the loss is not that of random
-    weights. It also puts the cures of `nemo_cpt.training.upstream` into effect before the model is built.
+    At the start: base, data, what belongs together, schedule, environment. In each batch: that every id has a row. At
+    step 0: that the loss is not that of random weights. It gives the model the base's rows, and puts the cures of
+    `nemo_cpt.training.upstream` into effect before the model is built.
+
+    Args:
+        unlike_base: constants in which the model differs from its base on purpose; see `compatibility.CHANGEABLE`.
     """
 
+    def __init__(self, unlike_base: Optional[list[str]] = None):  # noqa: UP045  NeMo-Run cannot parse `| None`
+        self.unlike_base = list(unlike_base or [])
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check everything that is known before the model is built."""
+        """Check everything that is known before the model is built, and build it with the base's rows."""
         exit_with_the_message()
         upstream.apply()
-        if not trainer.ckpt_path:
-            check_base(getattr(trainer.strategy.restore_config, "path", None))
         check_data(type(trainer.datamodule).__name__)
-        if (blend := getattr(trainer.datamodule, "blend", None)) is not None:
-            check_vocabulary(blend, pl_module.tokenizer.vocab_size)
+        rows, built = _on_rank_zero(trainer, lambda: self._check_belonging(trainer, pl_module))
+        pl_module.config.vocab_size = built
+        pl_module.__io__.config.vocab_size = built  # what checkpoints record
+        pl_module.config.data_step_fn = _refusing_ids_beyond(rows, pl_module.config.data_step_fn)
         optim = pl_module.optim
         if optim.lr_scheduler is not None:
             check_schedule(optim.config.lr, optim.lr_scheduler, trainer.max_steps)
@@ -41,10 +53,36 @@ class Guards(pl.Callback):
         if getattr(precision, "fp8", None) and torch.cuda.is_available():
             check_fp8(torch.cuda.get_device_capability())
 
+    def _check_belonging(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[int, int]:
+        """Compare base or checkpoint, model, tokenizer and data.
+
+        Returns:
+            The rows that belong to ids, and those that the model is to be built with. NeMo would take the tokenizer's
+            tokens, and Megatron then cut what the base has beyond them, or add what it lacks, without a word.
+        """
+        weights: Any = getattr(trainer.strategy.restore_config, "path", None)
+        if trainer.ckpt_path:
+            weights = str(trainer.ckpt_path).removesuffix("/weights")
+            compatibility.check_resumed(weights, None, pl_module.config)
+        else:
+            check_base(weights)
+        base = compatibility.read_base(weights)
+        warnings = compatibility.check(
+            base,
+            pl_module.config,
+            _tokenizer_folder(pl_module.tokenizer),
+            _prefixes(trainer.datamodule),
+            self.unlike_base,
+        )
+        for warning in warnings:
+            print(f"nemo_cpt: warning: {warning}", file=sys.stderr, flush=True)
+        tensor_parallel = trainer.strategy.tensor_model_parallel_size
+        return base.rows, compatibility.rows_to_build(base, pl_module.config, tensor_parallel)
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Check the first loss of a run that starts from its base."""
         if trainer.global_step == 1 and "reduced_train_loss" in trainer.callback_metrics:
-            check_first_loss(float(trainer.callback_metrics["reduced_train_loss"]), pl_module.tokenizer.vocab_size)
+            check_first_loss(float(trainer.callback_metrics["reduced_train_loss"]), pl_module.config.vocab_size)
 
 
 def check(recipe: Any) -> None:
@@ -56,11 +94,11 @@ def check(recipe: Any) -> None:
     Raises:
         CptError: the job would stop or train the wrong thing; the message says what to change.
     """
-    restore = recipe.resume
-    check_base(getattr(restore, "base", None))
+    check_base(getattr(recipe.resume, "base", None))
     check_data(recipe.data.__fn_or_cls__.__name__)
     if recipe.data.__fn_or_cls__.__name__ == "BlendDataModule":
         blend_of(recipe.data.paths, recipe.data.validation, recipe.data.weighting).check()
+    check_belonging(recipe)
     check_schedule(recipe.optim.config.lr, recipe.optim.lr_scheduler, recipe.trainer.max_steps)
     strategy = recipe.trainer.strategy
     check_batches(
@@ -73,6 +111,79 @@ def check(recipe: Any) -> None:
     check_environment(getattr(recipe.model.config, "attention_backend", None), os.environ)
 
 
+def check_belonging(recipe: Any) -> None:
+    """Compare a recipe's model, tokenizer and data with its base, as far as base and data are on this machine.
+
+    Raises:
+        CptError: something belongs to another base.
+    """
+    base = getattr(recipe.resume, "base", None)
+    if base is None or not Path(base).exists():
+        return
+    guards = [each for each in recipe.trainer.callbacks if getattr(each, "__fn_or_cls__", None) is Guards]
+    compatibility.check(
+        compatibility.read_base(base),
+        recipe.model.config,
+        getattr(getattr(recipe.data, "tokenizer", None), "pretrained_model_name", None),
+        [prefix for prefix in _prefixes(recipe.data) if Path(full_prefix(prefix) + ".idx").exists()],
+        (guards[0].unlike_base if guards else None) or (),
+    )
+
+
+def _on_rank_zero(trainer: pl.Trainer, action: Callable[[], Any]) -> Any:
+    """What the action returns on rank 0, or the CptError that it raises there, on every rank."""
+    outcome: Any = None
+    if trainer.global_rank == 0:
+        try:
+            outcome = action()
+        except CptError as error:
+            outcome = error
+    outcome = trainer.strategy.broadcast(outcome, src=0)
+    if isinstance(outcome, CptError):
+        raise outcome
+    return outcome
+
+
+def _tokenizer_folder(tokenizer: Any) -> str | None:
+    """Where NeMo's tokenizer was loaded from; None where it does not say."""
+    return getattr(getattr(tokenizer, "tokenizer", None), "name_or_path", None)
+
+
+def _prefixes(data: Any) -> list[str]:
+    """The prefixes that a data module reads, built or not: our own, or NeMo's with its list or mapping of lists."""
+    if (blend := getattr(data, "blend", None)) is not None:
+        return blend.prefixes()
+    if (built := getattr(data, "build_kwargs", None)) is not None:
+        blends = built.get("blend_per_split") or [built.get("blend")]
+        return list(dict.fromkeys(prefix for each in blends if each for prefix in each[0]))
+    paths = getattr(data, "paths", None) or []
+    lists = list(paths.values()) if isinstance(paths, dict) else [[paths] if isinstance(paths, str) else paths]
+    named = [*itertools.chain(*lists), *(getattr(data, "validation", None) or {}).values()]
+    return list(dict.fromkeys(str(item) for item in named if not _is_weight(item)))
+
+
+def _is_weight(item: Any) -> bool:
+    try:
+        float(item)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _refusing_ids_beyond(rows: int, data_step: Callable[..., Any]) -> Callable[..., Any]:
+    """The same data step, which refuses a batch with an id that has no row, before it is trained on."""
+
+    def step(batches: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+        return data_step(map(look, batches), *args, **kwargs)
+
+    def look(batch: Any) -> Any:
+        fields = batch[0] if isinstance(batch, tuple) else batch
+        compatibility.check_largest_id(max(int(fields[each].max()) for each in ("tokens", "labels")), rows, "a batch")
+        return batch
+
+    return step
+
+
 def check_data(data_module: str) -> None:
     """Refuse NeMo's mock data, which a recipe without data would train on without a word."""
     if "Mock" in data_module:
@@ -80,29 +191,6 @@ def check_data(data_module: str) -> None:
             f"the run's data is {data_module}, made-up tokens: give the recipe data=Blend(train={{prefix: weight}}), "
             "with prefixes that `nemo-cpt prepare` wrote"
         )
-
-
-def check_vocabulary(blend: "corpus.Blend", vocab_size: int) -> None:
-    """Refuse a dataset made with another vocabulary than the model's.
-
-    What `prepare` wrote says so itself; of any other dataset the largest token id is looked for, in its whole `.bin`.
-    """
-    for prefix in [*blend.train, *blend.validation.values()]:
-        made_for = _prepared_vocabulary(prefix)
-        largest = corpus.max_token_id(prefix) if made_for is None else made_for - 1
-        if largest >= vocab_size or (made_for or vocab_size) != vocab_size:
-            found = f"holds the token id {largest}" if made_for is None else f"was made for {made_for} tokens"
-            raise CptError(
-                f"{prefix} {found}, but the model's vocabulary has {vocab_size} tokens: it was made with another "
-                "tokenizer. Prepare it again with the base's own"
-            )
-
-
-def _prepared_vocabulary(prefix: str) -> int | None:
-    try:
-        return corpus.read_manifest(prefix)["tokenizer"]["vocabulary_size"]
-    except CptError:
-        return None
 
 
 def check_schedule(lr: float, scheduler: Any, max_steps: int) -> None:

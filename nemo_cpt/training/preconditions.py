@@ -32,6 +32,11 @@ def check_base(base: str | Path | None) -> None:
             f"the base {base} is not a NeMo 2.0 checkpoint (no weights/metadata.json; it holds {found}): "
             f"import the Hugging Face model with `nemo-cpt import HF_MODEL DEST`"
         )
+    if (base / "weights" / "adapter_metadata.json").exists():
+        raise CptError(
+            f"the base {base} holds a LoRA run's adapters, not a model: merge them with `nemo-cpt export`, and import "
+            "what that writes"
+        )
 
 
 def check_environment(attention_backend: Any, environ: Mapping[str, str]) -> None:

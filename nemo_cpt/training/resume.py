@@ -8,6 +8,8 @@ from nemo import lightning as nl
 from nemo.lightning.pytorch.callbacks import ModelCheckpoint
 from nemo.utils import AppState
 
+from nemo_cpt.compatibility import check_resumed
+from nemo_cpt.errors import exit_with_the_message
 from nemo_cpt.training.preconditions import check_base
 
 
@@ -22,7 +24,7 @@ class ResumeOrStartFromBase(nl.AutoResume):
         base: folder of the NeMo checkpoint to continue from.
 
     Raises:
-        CptError: there is neither a checkpoint of this run nor a complete base.
+        CptError: there is neither a checkpoint of this run nor a complete base, or they are of two models.
     """
 
     def __init__(self, base: Optional[str] = None):  # noqa: UP045  NeMo-Run cannot parse `| None`
@@ -33,8 +35,12 @@ class ResumeOrStartFromBase(nl.AutoResume):
 
     def _find_trainer_ckpt_path(self) -> Path | None:
         newest = newest_complete_checkpoint(Path(AppState().log_dir, "checkpoints"))
+        base = self.restore_config.path if self.restore_config else None
+        exit_with_the_message()  # NeMo asks before any callback's setup
         if newest is None:
-            check_base(self.restore_config.path if self.restore_config else None)
+            check_base(base)
+        else:
+            check_resumed(newest, base)
         return newest
 
 

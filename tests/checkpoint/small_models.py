@@ -78,6 +78,24 @@ def make(shape: str, folder: Path, **changes) -> Path:
     return folder
 
 
+def describe(shape: str, folder: Path, **changes) -> Path:
+    """A NeMo base of a shape as an import would write it, without its weights: only what it says of itself."""
+    from nemo_cpt.checkpoint.architecture import read_architecture
+    from nemo_cpt.checkpoint.context import write_context
+    from nemo_cpt.checkpoint.files import copy_small_files
+
+    config_class, settings, _ = SHAPES[shape]
+    config_class(**{**_SIZES, **settings, **changes}, dtype="bfloat16").save_pretrained(folder / "hf")
+    tokenizer().save_pretrained(folder / "hf")
+    base = folder / "base"
+    for part in ("weights", "context"):
+        (base / part).mkdir(parents=True)
+    (base / "weights" / "metadata.json").write_text("{}")
+    write_context(base / "context", read_architecture(folder / "hf"), folder / "hf")
+    copy_small_files(folder / "hf", base / "hf")
+    return base
+
+
 def _randomise(model: PreTrainedModel) -> None:
     """Norms start as ones and biases as zeros, which would hide a mix-up."""
     for parameter in model.parameters():

@@ -1,10 +1,12 @@
 """Blends: their form, their arithmetic, and what Megatron makes of them."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from corpus_helpers import write_reference
 
 from nemo_cpt.corpus import Blend, presets, read_index
@@ -71,6 +73,7 @@ def test_report_counts_epochs_and_steps(sets: dict[str, str]) -> None:
         (Blend(train={"ds/ja": 0}), "weight of 'ds/ja' in the blend is 0; it must be a positive"),
         (Blend(train={"ds/ja": float("nan")}), "is nan"),
         (Blend(train={"ds/ja": "0.5"}), "is '0.5'"),  # type: ignore[dict-item]
+        (Blend(**yaml.safe_load("train: {ds/ja: 1e-3}")), r"is '1e-3'.* YAML takes it for text: write 1\.0e-3"),
         (Blend(train={"ds/ja": True}), "is True"),
         (Blend(train={"ds/ja": 1.0}, weighting="size"), "weighting is 'size'"),
         (Blend(train={"ds/ja": 1.0, "ds/ja_text_document": 1.0}), "names one dataset twice"),
@@ -87,6 +90,31 @@ def test_a_missing_bin_is_named(sets: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "x_text_document.idx").write_bytes(Path(sets["ja"] + "_text_document.idx").read_bytes())
     with pytest.raises(CptError, match=r"no .*x_text_document\.bin"):
         Blend(train={str(tmp_path / "x"): 1.0}).check()
+
+
+def test_what_is_trained_on_is_not_held_out_under_any_name(sets: dict[str, str], tmp_path: Path) -> None:
+    ja, en = sets["ja"], sets["en"]
+    (tmp_path / "link").symlink_to(Path(ja).parent)
+    for end in (".idx", ".bin"):
+        shutil.copy(f"{ja}_text_document{end}", tmp_path / f"copy_text_document{end}")
+    names = [ja, f"{ja}_text_document", f"{tmp_path}/link/ja", str(tmp_path / "copy")]
+    for part in ("validation", "test"):
+        for name in names:
+            with pytest.raises(CptError, match=rf"The {part} set 'held' \({name}\) is also trained on.* held-out one"):
+                Blend({ja: 1.0, en: 1.0}, **{part: {"held": name}}).check()
+    for name in names[2:]:
+        with pytest.raises(CptError, match=f"trains on one dataset twice: {name} is a copy of {ja}"):
+            Blend({ja: 1.0, name: 1.0}).check()
+    Blend({ja: 1.0, en: 1.0}, validation={"held": sets["val"]}, test={"held": sets["val"]}).check()
+
+
+def test_an_unfinished_dataset_is_not_replaced_by_its_validation_set(sets: dict[str, str], tmp_path: Path) -> None:
+    for end in (".idx", ".bin"):
+        shutil.copy(f"{sets['val']}_text_document{end}", tmp_path / f"ja_validation_text_document{end}")
+    blend = Blend.replay(f"{tmp_path}/ja", sets["en"], validation={"ja": f"{tmp_path}/ja_validation"})
+    assert f"{tmp_path}/ja_text_document" in blend.shares()
+    with pytest.raises(CptError, match=r"There is no .*/ja_text_document\.idx"):
+        blend.check()
 
 
 @pytest.mark.parametrize("share", [0, 1, -0.1, 25])

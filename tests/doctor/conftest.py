@@ -11,6 +11,12 @@ TESTS = Path(__file__).parents[1]
 sys.path.insert(0, str(TESTS / "checkpoint"))  # for small_models
 sys.path.insert(0, str(TESTS / "executors"))  # for slurm_cluster
 
+TINY = {  # the shape of nemo_cpt.recipes.tiny.model
+    "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072,
+    "rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                                             "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
+}  # fmt: skip
 H100 = "0, GPU-11111111-aaaa, 81559, 81079, Disabled, 550.54.15, NVIDIA H100 80GB HBM3"
 TABLE = "| NVIDIA-SMI 550.54.15    Driver Version: 550.54.15    CUDA Version: 12.4     |"
 
@@ -24,15 +30,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from nemo_cpt.corpus import prepare
 
     folder = tmp_path_factory.mktemp("doctor")
-    import_hf(small_models.make("llama31", folder / "hf"), folder / "base")
-    small_models.make("llama31", folder / "other_hf")
+    import_hf(small_models.make("llama31", folder / "hf", **TINY), folder / "base")
+    small_models.make("llama31", folder / "other_hf", **TINY)
     content = json.loads((folder / "other_hf" / "tokenizer.json").read_text())
     content["model"]["vocab"]["one_more"] = len(content["model"]["vocab"])
     (folder / "other_hf" / "tokenizer.json").write_text(json.dumps(content))
     words = list(content["model"]["vocab"])[5:60]
-    (folder / "text.jsonl").write_text(json.dumps({"text": " ".join(words)}) + "\n")
     for name, tokenizer in {"ja": "hf", "en": "hf", "held_out": "hf", "other": "other_hf"}.items():
-        prepare(folder / "text.jsonl", folder / "ds" / name, folder / tokenizer, workers=1, quiet=True)
+        words = words[1:] + words[:1]
+        (folder / f"{name}.jsonl").write_text(json.dumps({"text": " ".join(words)}) + "\n")
+        prepare(folder / f"{name}.jsonl", folder / "ds" / name, folder / tokenizer, workers=1, quiet=True)
     return folder
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 import time
@@ -32,9 +33,9 @@ def nemo_cpt(*arguments, **environ):
     return done
 
 
-def material(world: Path, *train: str) -> list[str]:
+def material(world: Path, *train: str, base: Path | None = None) -> list[str]:
     data = {"train": {str(world / "ds" / name): 1.0 for name in train or ("ja", "en")}}
-    return [f"base={world / 'base'}", f"data={json.dumps(data)}", f"directory={world / 'runs'}"]
+    return [f"base={base or world / 'base'}", f"data={json.dumps(data)}", f"directory={world / 'runs'}"]
 
 
 def described(recipe: str, *pairs: str, executor: str = "local"):
@@ -66,7 +67,7 @@ def test_the_doctor_imports_nothing_heavy(world):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | QUIET)
     assert done.stdout.rstrip().endswith("[]"), done.stdout + done.stderr
-    assert "ok\tvocabulary\t250 tokens" in done.stdout
+    assert "ok\tvocabulary\t250 rows" in done.stdout
 
 
 def test_a_torch_that_does_not_import_is_diagnosed(tmp_path):
@@ -187,6 +188,16 @@ def test_fields_of_the_config_count():
     assert described("llama31_8b", "log.ckpt.save_top_k=-1").checkpoints == 10
 
 
+def test_a_changed_constant_is_red_unless_it_is_meant(world):
+    changed = [*material(world), "model.config.rotary_base=5e6"]
+    red = nemo_cpt("doctor", "tiny", *changed)
+    assert red.returncode == 3
+    assert "rope_theta (NeMo: rotary_base) is 5000000.0 in the recipe and 500000.0 in the base" in red.stdout
+    assert nemo_cpt("doctor", "tiny", *changed, "unlike_base=[rope_theta]").returncode == 0
+    wrong = nemo_cpt("doctor", "tiny", *changed, "unlike_base=[head_dim]")
+    assert (wrong.returncode, "unlike_base names head_dim" in wrong.stdout) == (3, True)
+
+
 def test_every_recipe_can_be_described():
     for name, function in catalog.recipes().items():
         missing = [each for each, parameter in function.parameters.items() if parameter.default is None]
@@ -229,11 +240,9 @@ def test_run_on_gpus_that_are_not_here_is_refused(world):
 
 def test_warnings_are_printed_and_go_on(world, tmp_path):
     fields = ["max_steps=1", "val_check_interval=1", "nonsense.field=1"]
-    given = [*material(world), *fields, f"tokenizer={tmp_path / 'hf'}"]
-    import shutil
-
-    shutil.copytree(world / "hf", tmp_path / "hf")
-    (tmp_path / "hf" / "tokenizer.json").write_text((world / "hf" / "tokenizer.json").read_text() + "\n")
+    for end in (".bin", ".idx"):  # without its manifest
+        shutil.copy(world / f"ds/ja_text_document{end}", tmp_path / f"bare_text_document{end}")
+    given = [*material(world, str(tmp_path / "bare")), *fields]
     done = nemo_cpt("run", "tiny", *given, "--dryrun", NEMORUN_HOME=str(tmp_path / "home"))
     assert "nemo-cpt: warning: vocabulary: " in done.stderr
     assert (done.returncode, "experiment" in done.stdout) == (0, True)

@@ -1,5 +1,7 @@
 """Whether a job fits the GPUs that are here, by the planner."""
 
+from pathlib import Path
+
 import pytest
 
 from nemo_cpt.doctor import Examination, fitting
@@ -15,9 +17,22 @@ def cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
-def test_every_parameter_does_not_fit_in_48_gb_and_run_says_what_would(world, machine) -> None:
+@pytest.fixture(scope="module")
+def llama31_8b(tmp_path_factory) -> Path:
+    """A base that says to be Llama-3.1-8B, with the tokenizer of `world`."""
+    import small_models
+
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    return small_models.describe(
+        "llama31", tmp_path_factory.mktemp("llama31_8b"), hidden_size=4096, intermediate_size=14336, head_dim=128,
+        num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256, rms_norm_eps=1e-5,
+        max_position_embeddings=131072, rope_scaling=rope | {"original_max_position_embeddings": 8192},
+    )  # fmt: skip
+
+
+def test_every_parameter_does_not_fit_in_48_gb_and_run_says_what_would(world, llama31_8b, machine) -> None:
     machine(ADA)
-    recipe = ("llama31_8b", *material(world), *ONE_GPU)
+    recipe = ("llama31_8b", *material(world, base=llama31_8b), *ONE_GPU)
     found = fitting.fit(Examination(described(*recipe)))
     assert (found.state, found.name) == ("error", "fit")
     assert "does not fit" in found.found
@@ -25,22 +40,24 @@ def test_every_parameter_does_not_fit_in_48_gb_and_run_says_what_would(world, ma
     assert "host_states none -> exp_avg" in found.cure
 
 
-def test_lora_fits_in_48_gb(world, machine) -> None:
+def test_lora_fits_in_48_gb(world, llama31_8b, machine) -> None:
     machine(ADA)
-    found = fitting.fit(Examination(described("llama31_8b.continual_pretrain_single_gpu", *material(world))))
+    found = fitting.fit(
+        Examination(described("llama31_8b.continual_pretrain_single_gpu", *material(world, base=llama31_8b)))
+    )
     assert found.state == "ok"
     assert found.found.startswith("fits: ")
 
 
-def test_run_refuses_what_does_not_fit(world, machine) -> None:
+def test_run_refuses_what_does_not_fit(world, llama31_8b, machine) -> None:
     machine(ADA)
-    done = nemo_cpt("run", "llama31_8b", *material(world), *ONE_GPU, "executor.gpus=1")
+    done = nemo_cpt("run", "llama31_8b", *material(world, base=llama31_8b), *ONE_GPU, "executor.gpus=1")
     assert done.returncode == 2
     assert "is not launched" in done.stderr
 
 
-def test_a_job_on_the_cpu_or_on_an_unknown_card_is_skipped(world, machine) -> None:
+def test_a_job_on_the_cpu_or_on_an_unknown_card_is_skipped(world, llama31_8b, machine) -> None:
     machine("")
     assert fitting.fit(Examination(described("tiny", *material(world)))).state == "skipped"
-    skipped = fitting.fit(Examination(described("llama31_8b", *material(world))))
+    skipped = fitting.fit(Examination(described("llama31_8b", *material(world, base=llama31_8b))))
     assert (skipped.state, "card is not known" in skipped.found) == ("skipped", True)

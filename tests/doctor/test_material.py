@@ -1,5 +1,6 @@
 """Base, data, vocabulary and disk, on real ones."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -35,8 +36,9 @@ def test_what_a_blend_will_do_to_the_model(world):
     assert long.state == "warning"
     assert "ja_text_document is repeated" in long.cure
     assert material.data(Examination(job(world, "ja", global_batch_size=1, seq_length=64, max_steps=1))).state == "ok"
+    held_in = material.data(Examination(job(world, data=Blend(train={ja: 1.0}, validation={"ja": ja}))))
+    assert (held_in.state, "The validation set 'ja'" in held_in.found) == ("error", True)
     for blend, cure in (
-        (Blend(train={ja: 1.0}, validation={"ja": ja}), "sets ja are also trained on"),
         (Blend(train={ja: 1.0}), "no validation set"),
         (Blend(train={ja: 1.0}, validation={"ja": str(world / "ds/held_out")}, caution="It forgets."), "It forgets."),
     ):
@@ -87,18 +89,23 @@ def test_data_that_is_not_there_or_short(world, tmp_path):
 def test_another_vocabulary(world):
     found = material.vocabulary(Examination(job(world, "ja", "other")))
     assert found.state == "error"
-    assert "other was made for 251 tokens" in found.found
-    assert found.found.endswith("has 250 tokens")
+    assert found.found.endswith("other_hf, which is not the base's (251 tokens against 250)")
     assert found.cure.startswith("prepare it again")
-    right = job(world, data=Blend(train={str(world / "ds/other"): 1.0}), tokenizer=str(world / "other_hf"))
-    assert material.vocabulary(Examination(right)).state == "ok"
+    foreign = job(world, data=Blend(train={str(world / "ds/other"): 1.0}), tokenizer=str(world / "other_hf"))
+    found = material.vocabulary(Examination(foreign))
+    assert (found.state, "other_hf is not that of the base" in found.found) == ("error", True)
 
 
-def test_another_tokenizer_of_the_same_size_is_warned_of(world, tmp_path):
+def test_another_file_of_the_same_tokenizer_is_known_by_its_ids(world, tmp_path):
     shutil.copytree(world / "hf", tmp_path / "hf")
-    (tmp_path / "hf" / "tokenizer.json").write_text((world / "hf" / "tokenizer.json").read_text() + "\n")
+    path = tmp_path / "hf" / "tokenizer.json"
+    path.write_text(path.read_text() + "\n")
+    assert material.vocabulary(Examination(job(world, tokenizer=str(tmp_path / "hf")))).state == "ok"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"] |= {"t0": 7, "t7": 0}
+    path.write_text(json.dumps(content))
     found = material.vocabulary(Examination(job(world, tokenizer=str(tmp_path / "hf"))))
-    assert found.state == "warning"
+    assert (found.state, "begins with the ids 7 7 7" in found.found) == ("error", True)
 
 
 def test_a_dataset_without_manifest_is_judged_by_its_ids(world, tmp_path):
@@ -151,7 +158,11 @@ def test_a_disk_that_is_too_small(world, monkeypatch):
     assert material.disk(Examination(job(world, checkpoints=4, lora_rank=4))).state == "ok"
     found = material.disk(Examination(job(world, checkpoints=4)))
     assert found.state == "error"
-    assert "save_top_k" in found.cure
+    assert "log.ckpt.save_top_k=2)" in found.cure
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2 * checkpoint - 1))
+    for kept in (1, 2):  # fewer than one cannot be kept, and one would not fit, either
+        assert "save_top_k" not in material.disk(Examination(job(world, checkpoints=kept + 1))).cure
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4 * checkpoint - 1))
     gpu = job(world, checkpoints=4, gpus_per_node=1)  # bf16 with fp32 states takes 14 bytes, not 12
     assert material.disk(Examination(gpu)).state == "error"
     for number in range(2):  # a run that goes on overwrites what it has

@@ -1,7 +1,9 @@
 """Each guard stops what it is there for, and says what to do."""
 
 import functools
+import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,13 +12,16 @@ import nemo_run as run
 import pytest
 from nemo.collections import llm
 
+from nemo_cpt.checkpoint import export_hf
+from nemo_cpt.checkpoint.architecture import read_architecture
+from nemo_cpt.checkpoint.context import write_context
 from nemo_cpt.cli.task import run_recipe
 from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
-from nemo_cpt.recipes import tiny
+from nemo_cpt.recipes import parts, tiny
 from nemo_cpt.training import guards
 from nemo_cpt.training.data import BlendDataModule, blend_of
-from nemo_cpt.training.resume import check_base
+from nemo_cpt.training.resume import check_base, newest_complete_checkpoint
 from tests.training import jobs
 
 
@@ -69,22 +74,6 @@ def test_paths_that_parse_wrongly_are_explained(paths: Any) -> None:
 def test_a_dict_in_a_string_as_a_prefix_is_explained() -> None:
     with pytest.raises(CptError, match="train"):
         Blend(train={"{train:[1.0,ds/ja]}": 1.0}).check()
-
-
-@pytest.mark.parametrize("vocab_size", [300, 700])
-def test_another_vocabulary(world: Path, blend: Any, vocab_size: int) -> None:
-    with pytest.raises(CptError, match=f"was made for 512 tokens, but the model's vocabulary has {vocab_size} tokens"):
-        guards.check_vocabulary(blend, vocab_size)
-    guards.check_vocabulary(blend, 512)
-
-
-def test_another_vocabulary_without_a_manifest(world: Path, tmp_path: Path) -> None:
-    for end in (".bin", ".idx"):
-        (tmp_path / f"ja_text_document{end}").write_bytes((world / f"ds/ja_train_text_document{end}").read_bytes())
-    alone = Blend(train={str(tmp_path / "ja"): 1.0})
-    with pytest.raises(CptError, match="holds the token id"):
-        guards.check_vocabulary(alone, 300)
-    guards.check_vocabulary(alone, 512)
 
 
 @pytest.mark.parametrize(
@@ -140,6 +129,47 @@ def _train_from_random_weights(world: Path, blend: Any) -> None:
 
     CpuStrategy.selective_restore = lambda self: None  # what a run that silently restored nothing does
     run.run(made, direct=True)
+
+
+def test_a_rope_base_is_changed_on_purpose_or_not_at_all(world: Path, blend: Any) -> None:
+    """Meant, it is trained with and reaches config.json; the run goes on with that and on that base alone."""
+    log = world / "rope.log"
+    meant = functools.partial(_train_with_a_rope_base, world, blend, "longer", "base", 5e6)
+    assert jobs.run(functools.partial(meant, ()), log=log) == 2, log.read_text()[-3000:]
+    assert "rope_theta (NeMo: rotary_base) is 5000000.0 in the recipe and 500000.0 in the base" in log.read_text()
+    assert jobs.run(functools.partial(meant, ("rope_theta",)), log=log) == 0, log.read_text()[-3000:]
+    export_hf(newest_complete_checkpoint(world / "runs/longer/checkpoints"), world / "longer_hf")
+    assert read_architecture(world / "longer_hf").rope_theta == 5e6
+
+    back = functools.partial(_train_with_a_rope_base, world, blend, "longer", "base", 5e5, ())
+    assert jobs.run(back, log=log) == 2, log.read_text()[-3000:]
+    assert "rope_theta (NeMo: rotary_base) is 500000.0 in the recipe and 5000000.0 in the checkpoint" in log.read_text()
+    _make_deeper(world / "base", world / "deeper")
+    elsewhere = functools.partial(_train_with_a_rope_base, world, blend, "longer", "deeper", 5e6, ("rope_theta",))
+    assert jobs.run(elsewhere, log=log) == 2, log.read_text()[-3000:]
+    assert "num_hidden_layers (NeMo: num_layers) is 4 in the checkpoint and 5 in the base" in log.read_text()
+
+
+def _train_with_a_rope_base(
+    world: Path, blend: Any, name: str, base: str, rotary_base: float, unlike_base: tuple[str, ...]
+) -> None:
+    made = tiny.continual_pretrain(
+        str(world / base), blend, model=parts.model_like(str(world / base), seq_length=64), name=name,
+        directory=str(world / "runs"), seq_length=64, global_batch_size=8, max_steps=2, val_check_interval=2,
+        unlike_base=unlike_base,
+    )  # fmt: skip
+    made.model.config.rotary_base = rotary_base
+    run.run(made, direct=True)
+
+
+def _make_deeper(base: Path, deeper: Path) -> None:
+    """A base that says that it has a layer more."""
+    shutil.copytree(base, deeper, ignore=shutil.ignore_patterns("context"))
+    path = deeper / "hf/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 5}))
+    (deeper / "context").mkdir()
+    architecture = read_architecture(deeper / "hf")
+    write_context(deeper / "context", architecture.with_dtype("float32"), deeper / "hf")
 
 
 def test_test_sets_and_a_dataset_named_twice(world: Path, blend: Any) -> None:
