@@ -32,7 +32,6 @@ def gpt_dataset(
     Returns:
         A dataset of dicts: tokens, labels, loss_mask and position_ids of shape [sequence_length].
     """
-    upstream.mend_datasets()
     blends: list[Any] = [None, None, None]
     blends[split] = (list(weights), list(weights.values()) if len(weights) > 1 else None)
     sizes = [samples if index == split else 0 for index in range(3)]

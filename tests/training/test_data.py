@@ -7,12 +7,12 @@ import numpy
 import pytest
 import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset
+from nemo.collections import llm
 from nemo.collections.common.tokenizers import AutoTokenizer
 from torch.utils.data import DataLoader
 
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation.loss import language_model_loss
-from nemo_cpt.training import upstream
 from nemo_cpt.training.data import BlendDataModule
 from nemo_cpt.training.datasets import VALIDATION
 from tests.training.small_datasets import EOS, ORDINARY, SEQ_LENGTH, dataset, documents, expected, sequences, write
@@ -77,9 +77,7 @@ def test_megatron_overwrites_its_padding_token_without_the_patch(
 ) -> None:
     texts = documents(seed=1)
     prefix = write(tmp_path / "text", texts)
-    dataset(prefix)
     monkeypatch.setattr(GPTDataset, "__init__", GPTDataset.__init__.cures)
-    monkeypatch.setattr(upstream, "mend_datasets", lambda: None)
     built = dataset(prefix, pad=pad)
     assert sequences(built) != expected(built, texts)
     assert any(not sample["loss_mask"].all() and pad not in sample["labels"] for sample in built)  # another one's mask
@@ -95,6 +93,20 @@ def test_all_that_the_module_reads_is_what_the_files_hold(world: Path, blend: An
     assert any(module.tokenizer.eod in sample["labels"] for sample in read)
     assert all(sample["loss_mask"].all() for sample in read)
     assert all(torch.equal(sample["tokens"][1:], sample["labels"][:-1]) for sample in read)
+
+
+def test_so_it_is_in_nemos_own_data_module(world: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer(str(world / "base/hf"))
+    tokenizer.pad_token = tokenizer.eos_token
+    texts = [[*text[:-1], tokenizer.eod] for text in documents(seed=1)]
+    prefix = write(tmp_path / "text", texts)
+    module = llm.PreTrainingDataModule(
+        {"train": [prefix], "validation": [prefix], "test": [prefix]}, tokenizer=tokenizer, seq_length=SEQ_LENGTH,
+        global_batch_size=4, micro_batch_size=2,
+    )  # fmt: skip
+    module.build(10, 5, 2, 1)
+    assert sequences(module._train_ds) == expected(module._train_ds, texts)
+    assert all(sample["loss_mask"].all() for sample in module._train_ds)
 
 
 @pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 33])
