@@ -53,6 +53,8 @@ def continual_pretrain(
     lr: float = 2.5e-5,
     min_lr: float | None = None,
     warmup_steps: int | None = None,
+    save_every: int | None = None,
+    extend: str | None = None,
 ) -> run.Partial:
     """Every parameter, on one node of 8 GPUs of 80 GB by default.
 
@@ -72,10 +74,13 @@ def continual_pretrain(
         global_batch_size: sequences of a step, over all GPUs.
         micro_batch_size: sequences of one forward pass on one GPU.
         max_steps: steps, and the length of the learning-rate schedule.
-        val_check_interval: steps between validations; each is followed by a checkpoint.
+        val_check_interval: steps between validations; the last step is validated as well.
         lr: peak learning rate.
         min_lr: learning rate at the end; a tenth of `lr` when None.
         warmup_steps: `parts.default_warmup(max_steps)` when None, 15 of 150.
+        save_every: steps between checkpoints; one follows each validation when None.
+        extend: "rewarm", "stretch" or "keep": what becomes of the learning rate when the run is resumed with another
+            max_steps, lr, min_lr or warmup_steps; see `ResumeOrStartFromBase`.
 
     Returns:
         A run.Partial of `llm.pretrain`; every field stays editable.
@@ -111,8 +116,8 @@ def continual_pretrain(
             sequence_parallel=tensor_model_parallel_size > 1,
         ),
         optim=parts.adam(lr=lr, min_lr=min_lr, warmup_steps=warmup_steps, max_steps=max_steps),
-        log=parts.log(directory, name),
-        resume=parts.resume(base),
+        log=parts.log(directory, name, save_every),
+        resume=parts.resume(base, extend),
     )
 
 

@@ -14,10 +14,13 @@ from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
 from nemo_cpt.training.adapters import EmbeddingRateOptimizer
 from nemo_cpt.training.callbacks import MetricsFile, ValidationLossBySet
+from nemo_cpt.training.checkpoints import RunCheckpoint
 from nemo_cpt.training.data import BlendDataModule
 from nemo_cpt.training.gradients import EveryTrainableParameterHasGradient
 from nemo_cpt.training.guards import Guards
+from nemo_cpt.training.logger import RunLogger
 from nemo_cpt.training.memory import OutOfMemoryAdvice
+from nemo_cpt.training.preemption import SaveWhenStopped
 from nemo_cpt.training.resume import ResumeOrStartFromBase
 
 
@@ -93,7 +96,7 @@ def bf16() -> run.Config[nl.MegatronMixedPrecision]:
 
 
 def callbacks() -> list[run.Config]:
-    """What every run carries: the guards, the losses by validation set, the metrics file, timing."""
+    """What every run carries: guards, the losses by validation set, the metrics file, timing, saving when stopped."""
     return [
         run.Config(Guards),
         run.Config(EveryTrainableParameterHasGradient),
@@ -102,6 +105,7 @@ def callbacks() -> list[run.Config]:
         run.Config(MetricsFile),
         run.Config(TimingCallback),
         run.Config(GarbageCollectionCallback, gc_interval_train=100, gc_interval_val=100),
+        run.Config(SaveWhenStopped),
     ]
 
 
@@ -186,10 +190,17 @@ def data(
     )
 
 
-def log(directory: str, name: str) -> run.Config[nl.NeMoLogger]:
-    """Log to `directory/name`; after each validation keep the three best checkpoints and the last."""
+def log(directory: str, name: str, save_every: int | None = None) -> run.Config[RunLogger]:
+    """Log to `directory/name`; keep the three best checkpoints and the last.
+
+    Args:
+        directory: where runs are kept.
+        name: the run's.
+        save_every: steps between checkpoints; with None one follows each validation.
+    """
     checkpoints = run.Config(
-        nl.ModelCheckpoint,
+        RunCheckpoint,
+        save_every=save_every,
         monitor="val_loss",
         save_top_k=3,
         save_last="link",
@@ -197,7 +208,7 @@ def log(directory: str, name: str) -> run.Config[nl.NeMoLogger]:
         filename="{steps:.0f}-{val_loss:.4f}",
     )
     return run.Config(
-        nl.NeMoLogger,
+        RunLogger,
         log_dir=directory,
         name=name,
         use_datetime_version=False,
@@ -206,6 +217,11 @@ def log(directory: str, name: str) -> run.Config[nl.NeMoLogger]:
     )
 
 
-def resume(base: str) -> run.Config[ResumeOrStartFromBase]:
-    """Resume the run's newest complete checkpoint, else start from the base's weights with a fresh schedule."""
-    return run.Config(ResumeOrStartFromBase, base=base)
+def resume(base: str, extend: str | None = None) -> run.Config[ResumeOrStartFromBase]:
+    """Resume the run's newest whole checkpoint, else start from the base's weights with a fresh schedule.
+
+    Args:
+        base: folder of the NeMo checkpoint to start from.
+        extend: what becomes of the learning rate when the schedule changed; see `ResumeOrStartFromBase`.
+    """
+    return run.Config(ResumeOrStartFromBase, base=base, extend=extend)
