@@ -77,6 +77,15 @@ class RunCheckpoint(nl.ModelCheckpoint):
             if link.is_symlink() and not link.exists():
                 link.unlink()
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take up the checkpoints that are there, by their names; those that were loaded may be of another folder."""
+        super().on_train_start(trainer, pl_module)
+        last = [Checkpoint(path) for path in Path(self.dirpath).glob("[!.]*-last") if path.exists()]
+        *older, newest = sorted(last, key=lambda each: each.age_order) or [None]
+        self.last_model_path = str(newest.path) if newest else ""
+        for each in older:
+            self._remove_checkpoint(trainer, str(each.path), override_async=True)
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Save where this step is due and no validation follows, whose end would save."""
         if self._due(trainer) and not self._validation_follows(trainer):

@@ -9,6 +9,7 @@ from nemo.constants import NEMO_ENV_VARNAME_VERSION
 from nemo.utils import AppState
 from nemo.utils.get_rank import is_global_rank_zero
 
+from nemo_cpt.errors import exit_with_the_message
 from nemo_cpt.training.run_folder import finished
 from nemo_cpt.training.run_lock import hold, this_job, wait_until_held_by
 
@@ -24,7 +25,8 @@ class RunLogger(nl.NeMoLogger):
 
     def setup(self, trainer: nl.Trainer, resume_if_exists: bool = False, task_config: Any = None) -> AppState:
         """Lock the folder and set up logging; in a finished run do neither, and let `trainer.fit` return at once."""
-        folder = self._folder(resume_if_exists)
+        exit_with_the_message()
+        folder = self._folder()
         checkpoints = Path(getattr(self.ckpt, "dirpath", None) or folder / "checkpoints")
         if resume_if_exists and (said := finished(checkpoints, trainer.max_steps)):
             return _leave_alone(trainer, folder, said)
@@ -34,7 +36,7 @@ class RunLogger(nl.NeMoLogger):
             wait_until_held_by(this_job(), folder)
         return super().setup(trainer, resume_if_exists, task_config)
 
-    def _folder(self, resumes: bool) -> Path:
+    def _folder(self) -> Path:
         """The run's folder, by NeMoLogger's rules."""
         if self.explicit_log_dir:
             return Path(self.explicit_log_dir)
@@ -55,7 +57,7 @@ def _hold_while_training(trainer: nl.Trainer, folder: Path) -> None:
 
 def _leave_alone(trainer: nl.Trainer, folder: Path, said: str) -> AppState:
     state = AppState()
-    state.log_dir = state.exp_dir = folder
+    state.log_dir, state.exp_dir = folder, str(folder.parent)
     trainer.fit = lambda *args, **kwargs: None
     if is_global_rank_zero():
         print(f"nemo_cpt: {said}", flush=True)

@@ -103,7 +103,8 @@ class _Resumption(pl.Callback):
         self._check(checkpoint, changed)
         self._changes_schedule = any(each.group == "schedule" for each in changed) and self.extend != "keep"
         if changed:
-            _say(f"resumed at step {checkpoint.step} with {_listed(changed)}")
+            how = f", extend={self.extend}" if any(each.group == "schedule" for each in changed) else ""
+            _say(f"resumed at step {checkpoint.step} with {_listed(changed)}{how}")
 
     def _check(self, checkpoint: Checkpoint, changed: list[Change]) -> None:
         where = f"this run was started otherwise than it is resumed at step {checkpoint.step}"

@@ -49,7 +49,7 @@ class Checkpoint:
             DistributedReader(weights).check_sizes()
             json.loads((weights / "metadata.json").read_bytes())
         except CptError as error:
-            return str(error)
+            return str(error).removesuffix(" Copy the checkpoint again.").rstrip(".")
         except ValueError:
             return f"{weights / 'metadata.json'} is no JSON"
         return None if zipfile.is_zipfile(weights / "common.pt") else f"{weights / 'common.pt'} is missing or cut short"
