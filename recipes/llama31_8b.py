@@ -99,8 +99,7 @@ def continual_pretrain(
         model=parts.fused(model or _model(seq_length)),
         data=parts.data(
             data or default_data(),
-            base=base,
-            tokenizer=tokenizer,
+            tokenizer=tokenizer or parts.tokenizer(base, directory, name),
             seq_length=seq_length,
             global_batch_size=global_batch_size,
             micro_batch_size=micro_batch_size,

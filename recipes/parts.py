@@ -1,5 +1,7 @@
 """The parts that the recipes share: trainer, optimizer, data, log. Each returns an ordinary, editable run.Config."""
 
+from pathlib import Path
+
 import nemo_run as run
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -21,7 +23,7 @@ from nemo_cpt.training.guards import Guards
 from nemo_cpt.training.logger import RunLogger
 from nemo_cpt.training.memory import OutOfMemoryAdvice
 from nemo_cpt.training.preemption import SaveWhenStopped
-from nemo_cpt.training.resume import ResumeOrStartFromBase
+from nemo_cpt.training.resume import KEPT_TOKENIZER, ResumeOrStartFromBase
 
 
 def trainer(
@@ -169,9 +171,9 @@ def default_warmup(max_steps: int) -> int:
 
 
 def data(
-    blend: Blend, *, base: str, tokenizer: str | None, seq_length: int, global_batch_size: int, micro_batch_size: int
+    blend: Blend, *, tokenizer: str, seq_length: int, global_batch_size: int, micro_batch_size: int
 ) -> run.Config[BlendDataModule]:
-    """The blend's data module, with the base's own tokenizer unless another folder or hub name is given."""
+    """The blend's data module, with the tokenizer of a folder or a hub name."""
     if not isinstance(blend, Blend):
         raise CptError(f"data is {blend!r}: give a Blend, such as Blend(train={{'ds/ja': 0.75, 'ds/en': 0.25}})")
     if blend.test:
@@ -181,13 +183,19 @@ def data(
         paths=[item for prefix, weight in blend.train.items() for item in (weight, prefix)],
         validation=dict(blend.validation),
         weighting=blend.weighting,
-        tokenizer=run.Config(AutoTokenizer, pretrained_model_name=tokenizer or f"{base}/hf"),
+        tokenizer=run.Config(AutoTokenizer, pretrained_model_name=tokenizer),
         seq_length=seq_length,
         global_batch_size=global_batch_size,
         micro_batch_size=micro_batch_size,
         num_workers=2,
         persistent_workers=True,
     )
+
+
+def tokenizer(base: str, directory: str, name: str) -> str:
+    """Folder of the base's own tokenizer; where the base is gone, of the copy that the run keeps of it."""
+    own, kept = Path(base, "hf"), Path(directory, name, KEPT_TOKENIZER)
+    return str(kept if kept.is_dir() and not own.is_dir() else own)
 
 
 def log(directory: str, name: str, save_every: int | None = None) -> run.Config[RunLogger]:

@@ -1,6 +1,7 @@
 """Where a run starts: at its own newest whole checkpoint, else at the base's weights; and what it makes of changes."""
 
 import json
+import shutil
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Optional
@@ -16,6 +17,7 @@ from nemo_cpt.training.preconditions import check_base
 from nemo_cpt.training.record import Change, changes, settings_of
 from nemo_cpt.training.run_folder import Checkpoint, damaged_since, newest_whole
 
+KEPT_TOKENIZER = f"{run_lock.FOLDER}/hf"  # in the run's folder
 EXTENSIONS = {
     "rewarm": "a new warmup and decay, over the steps that are left",
     "stretch": "the new schedule, as if it had been so from the start",
@@ -85,6 +87,19 @@ class ResumeOrStartFromBase(nl.AutoResume):
         return base
 
 
+def check_start(recipe: Any) -> None:
+    """Raise CptError unless a recipe's run has something to start from: a whole checkpoint of its own, or its base.
+
+    Args:
+        recipe: the `run.Partial` of a recipe function.
+    """
+    log, base = recipe.log, getattr(recipe.resume, "base", None)
+    folder = Path(getattr(log, "log_dir", None) or "nemo_experiments", str(getattr(log, "name", None) or "default"))
+    trains_adapters = getattr(recipe, "peft", None) is not None  # whose checkpoints do not hold the base
+    if trains_adapters or newest_whole(folder / "checkpoints") is None:
+        check_base(base)
+
+
 class _Resumption(pl.Callback):
     """Compares a checkpoint's run with this start of it, and changes the schedule if that was asked for."""
 
@@ -97,6 +112,7 @@ class _Resumption(pl.Callback):
         settings, checkpoint = settings_of(trainer), _resumed(trainer)
         if trainer.is_global_zero:
             _write_down(Path(AppState().log_dir), settings, checkpoint)
+            _keep_tokenizer(trainer, Path(AppState().log_dir, KEPT_TOKENIZER))
         if checkpoint is None or "settings" not in checkpoint.record:
             return
         changed = changes(checkpoint.record["settings"], settings)
@@ -173,6 +189,24 @@ def _write_down(folder: Path, settings: dict[str, Any], checkpoint: Checkpoint |
     (folder / run_lock.FOLDER).mkdir(parents=True, exist_ok=True)
     with open(folder / run_lock.FOLDER / "starts.jsonl", "a") as file:
         file.write(json.dumps(start) + "\n")
+
+
+def _keep_tokenizer(trainer: pl.Trainer, kept: Path) -> None:
+    """Copy the tokenizer's folder into the run's, and let checkpoints take theirs from there.
+
+    NeMo copies it from its source into each checkpoint, and only warns if it is gone; an export needs it.
+    """
+    tokenizer = getattr(trainer.lightning_module.__io__, "tokenizer", None)
+    source = getattr(tokenizer, "pretrained_model_name", None)
+    if source is None or not Path(source).is_dir():  # a name on the hub
+        return
+    if not (kept.is_dir() and kept.samefile(source)):
+        partial = kept.with_name(f"{kept.name}.part")
+        for left_before in (partial, kept):
+            shutil.rmtree(left_before, ignore_errors=True)
+        shutil.copytree(source, partial)
+        partial.rename(kept)
+    tokenizer.pretrained_model_name = str(kept)
 
 
 def _all_damaged(folder: Path, damaged: list[Checkpoint]) -> str:

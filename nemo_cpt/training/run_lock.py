@@ -182,7 +182,7 @@ def check_free(folder: Path) -> None:
     It may miss a holder on another machine that is slow to touch its file; `RunLock.acquire` does not.
     """
     owner = read_owner(folder)
-    if owner is None or folder / FOLDER in _held:
+    if owner is None or folder / FOLDER in _held or (owner.job == this_job() and this_job().strip("/")):
         return
     try:
         with open(folder / FOLDER / "lock", "rb") as file:
