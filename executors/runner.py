@@ -1,7 +1,8 @@
 """Runs a task inside a job, as NeMo-Run's fdl_runner does, and tells the job's script how it ended where that is lost.
 
-NeMo's PreemptionCallback saves a checkpoint and ends the process with exit code 0, which looks like success; a training
-that is done returns instead. A CptError ends it with exit code 2, of which torchrun makes 1. Each leaves a file.
+A recipe that is told to stop saves, and raises StoppedEarlyError; a training that is done returns. A CptError ends the
+process with exit code 2, of which torchrun makes 1. Each of the two leaves a file. A task that ends itself with
+`sys.exit()` leaves none: nobody knows whether it saved.
 """
 
 import os
@@ -10,8 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nemo_cpt.errors import CptError
+from nemo_cpt.errors import CptError, StoppedEarlyError
 from nemo_cpt.executors.tracking import continue_wandb_run
+from nemo_cpt.signals import shield_children
 
 MARKER = "NEMO_CPT_PREEMPTED"  # names the file that a task leaves which was told to stop, and saved
 REFUSAL = "NEMO_CPT_REFUSED"  # names the one of a task that a CptError ended
@@ -19,7 +21,30 @@ REFUSAL = "NEMO_CPT_REFUSED"  # names the one of a task that a CptError ended
 
 def main() -> None:
     """Run the task that the command line names."""
+    shield_children()
+    signal.signal(signal.SIGUSR1, _as_sigterm)
+    try:
+        _run_task()
+    except StoppedEarlyError as stop:
+        print(f"nemo_cpt: {stop}", flush=True)
+        sys.exit(0 if _leave(MARKER) else stop.exit_code)
+    except CptError as error:
+        _leave(REFUSAL)
+        print(f"nemo_cpt: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    except SystemExit as end:
+        print(f"nemo_cpt: the task ended itself: sys.exit({end.code!r})", file=sys.stderr, flush=True)
+        raise
+
+
+def _run_task() -> None:
+    """Run the command as Typer would, but for what Typer makes of exceptions.
+
+    Of a broken pipe to a child process it makes exit code 1 without a word, as if stdout were closed; of
+    KeyboardInterrupt, a code that is returned and taken for success.
+    """
     import fiddle
+    import typer.main
     from nemo_run.core.runners.fdl_runner import fdl_runner_app
 
     build = fiddle.build
@@ -29,26 +54,20 @@ def main() -> None:
         return build(task)
 
     fiddle.build = prepare_and_build
-    signal.signal(signal.SIGUSR1, _as_sigterm)
-    try:
-        fdl_runner_app(standalone_mode=False)
-    except SystemExit as stop:
-        _leave_a_word(stop.code or 0)
-        raise
-    except CptError as error:
-        _leave_a_word(error.exit_code)
-        print(f"nemo_cpt: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
+    command = typer.main.get_command(fdl_runner_app)
+    with command.make_context("runner", sys.argv[1:]) as context:
+        command.invoke(context)
 
 
-def _leave_a_word(code: int | str) -> None:
-    variables: dict[int | str, str] = {0: MARKER, CptError.exit_code: REFUSAL}
-    if file := os.environ.get(variables.get(code, "")):
+def _leave(variable: str) -> bool:
+    """Make the file that an environment variable names; return whether there is one."""
+    if file := os.environ.get(variable):
         Path(file).touch()
+    return bool(file)
 
 
 def _as_sigterm(number: int, frame: Any) -> None:
-    """Clusters send SIGUSR1 or SIGTERM ahead of the limit; the callback listens to one."""
+    """Clusters send SIGUSR1 or SIGTERM ahead of the limit; a task that listens itself listens to one."""
     os.kill(os.getpid(), signal.SIGTERM)
 
 

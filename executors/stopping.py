@@ -21,7 +21,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def save_on_sigterm(task: Any) -> None:
-    """Give a recipe's trainer NeMo's PreemptionCallback, unless it has it; without it SIGTERM ends a job unsaved."""
+    """Give a recipe's trainer our SaveWhenStopped, in place of NeMo's PreemptionCallback where it has that."""
     import nemo_run as run
 
     trainer = getattr(task, "trainer", None)
@@ -29,9 +29,13 @@ def save_on_sigterm(task: Any) -> None:
         return
     from nemo.lightning.pytorch.callbacks import PreemptionCallback
 
+    from nemo_cpt.training.preemption import SaveWhenStopped
+
     callbacks = getattr(trainer, "callbacks", None) or []
-    if all(getattr(callback, "__fn_or_cls__", type(callback)) is not PreemptionCallback for callback in callbacks):
-        trainer.callbacks = [*callbacks, run.Config(PreemptionCallback)]
+    classes = [getattr(callback, "__fn_or_cls__", type(callback)) for callback in callbacks]
+    if SaveWhenStopped not in classes:
+        others = [each for each, kind in zip(callbacks, classes, strict=True) if kind is not PreemptionCallback]
+        trainer.callbacks = [*others, run.Config(SaveWhenStopped)]
 
 
 def supervise_local_jobs() -> None:

@@ -56,6 +56,8 @@ def continual_pretrain(
     min_lr: float | None = None,
     warmup_steps: int | None = None,
     unlike_base: Sequence[str] = (),
+    save_every: int | None = None,
+    extend: str | None = None,
 ) -> run.Partial:
     """Every parameter, on one node of 8 GPUs of 80 GB by default.
 
@@ -75,12 +77,15 @@ def continual_pretrain(
         global_batch_size: sequences of a step, over all GPUs.
         micro_batch_size: sequences of one forward pass on one GPU.
         max_steps: steps, and the length of the learning-rate schedule.
-        val_check_interval: steps between validations; each is followed by a checkpoint.
+        val_check_interval: steps between validations; the last step is validated as well.
         lr: peak learning rate.
         min_lr: learning rate at the end; a tenth of `lr` when None.
         warmup_steps: `parts.default_warmup(max_steps)` when None, 15 of 150.
         unlike_base: in what the model differs from its base on purpose, of rope_theta, rope_scaling, sliding_window,
             rms_norm_eps and eos_token_id; an export writes it into config.json. Anything else that differs is refused.
+        save_every: steps between checkpoints; one follows each validation when None.
+        extend: "rewarm", "stretch" or "keep": what becomes of the learning rate when the run is resumed with another
+            max_steps, lr, min_lr or warmup_steps; see `ResumeOrStartFromBase`.
 
     Returns:
         A run.Partial of `llm.pretrain`; every field stays editable.
@@ -100,8 +105,7 @@ def continual_pretrain(
         model=parts.fused(model or _model(seq_length)),
         data=parts.data(
             data or default_data(),
-            base=base,
-            tokenizer=tokenizer,
+            tokenizer=tokenizer or parts.tokenizer(base, directory, name),
             seq_length=seq_length,
             global_batch_size=global_batch_size,
             micro_batch_size=micro_batch_size,
@@ -118,8 +122,8 @@ def continual_pretrain(
             unlike_base=unlike_base,
         ),
         optim=parts.adam(lr=lr, min_lr=min_lr, warmup_steps=warmup_steps, max_steps=max_steps),
-        log=parts.log(directory, name),
-        resume=parts.resume(base),
+        log=parts.log(directory, name, save_every),
+        resume=parts.resume(base, extend),
     )
     check_belonging(recipe)
     return recipe

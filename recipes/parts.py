@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 import nemo_run as run
 import torch
@@ -19,11 +20,14 @@ from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
 from nemo_cpt.training.adapters import EmbeddingRateOptimizer
 from nemo_cpt.training.callbacks import MetricsFile, ValidationLossBySet
+from nemo_cpt.training.checkpoints import RunCheckpoint
 from nemo_cpt.training.data import BlendDataModule
 from nemo_cpt.training.gradients import EveryTrainableParameterHasGradient
 from nemo_cpt.training.guards import Guards
+from nemo_cpt.training.logger import RunLogger
 from nemo_cpt.training.memory import OutOfMemoryAdvice
-from nemo_cpt.training.resume import ResumeOrStartFromBase
+from nemo_cpt.training.preemption import SaveWhenStopped
+from nemo_cpt.training.resume import KEPT_TOKENIZER, ResumeOrStartFromBase
 
 
 def trainer(
@@ -120,7 +124,7 @@ def bf16() -> run.Config[nl.MegatronMixedPrecision]:
 
 
 def callbacks(unlike_base: Sequence[str] = ()) -> list[run.Config]:
-    """What every run carries: the guards, the losses by validation set, the metrics file, timing."""
+    """What every run carries: guards, the losses by validation set, the metrics file, timing, saving when stopped."""
     return [
         run.Config(Guards, unlike_base=list(unlike_base)),
         run.Config(EveryTrainableParameterHasGradient),
@@ -129,6 +133,7 @@ def callbacks(unlike_base: Sequence[str] = ()) -> list[run.Config]:
         run.Config(MetricsFile),
         run.Config(TimingCallback),
         run.Config(GarbageCollectionCallback, gc_interval_train=100, gc_interval_val=100),
+        run.Config(SaveWhenStopped),
     ]
 
 
@@ -192,9 +197,9 @@ def default_warmup(max_steps: int) -> int:
 
 
 def data(
-    blend: Blend, *, base: str, tokenizer: str | None, seq_length: int, global_batch_size: int, micro_batch_size: int
+    blend: Blend, *, tokenizer: str, seq_length: int, global_batch_size: int, micro_batch_size: int
 ) -> run.Config[BlendDataModule]:
-    """The blend's data module, with the base's own tokenizer unless another folder or hub name is given."""
+    """The blend's data module, with the tokenizer of a folder or a hub name."""
     if not isinstance(blend, Blend):
         raise CptError(f"data is {blend!r}: give a Blend, such as Blend(train={{'ds/ja': 0.75, 'ds/en': 0.25}})")
     if blend.test:
@@ -204,7 +209,7 @@ def data(
         paths=[item for prefix, weight in blend.train.items() for item in (weight, prefix)],
         validation=dict(blend.validation),
         weighting=blend.weighting,
-        tokenizer=run.Config(AutoTokenizer, pretrained_model_name=tokenizer or f"{base}/hf"),
+        tokenizer=run.Config(AutoTokenizer, pretrained_model_name=tokenizer),
         seq_length=seq_length,
         global_batch_size=global_batch_size,
         micro_batch_size=micro_batch_size,
@@ -213,10 +218,23 @@ def data(
     )
 
 
-def log(directory: str, name: str) -> run.Config[nl.NeMoLogger]:
-    """Log to `directory/name`; after each validation keep the three best checkpoints and the last."""
+def tokenizer(base: str, directory: str, name: str) -> str:
+    """Folder of the base's own tokenizer; where the base is gone, of the copy that the run keeps of it."""
+    own, kept = Path(base, "hf"), Path(directory, name, KEPT_TOKENIZER)
+    return str(kept if kept.is_dir() and not own.is_dir() else own)
+
+
+def log(directory: str, name: str, save_every: int | None = None) -> run.Config[RunLogger]:
+    """Log to `directory/name`; keep the three best checkpoints and the last.
+
+    Args:
+        directory: where runs are kept.
+        name: the run's.
+        save_every: steps between checkpoints; with None one follows each validation.
+    """
     checkpoints = run.Config(
-        nl.ModelCheckpoint,
+        RunCheckpoint,
+        save_every=save_every,
         monitor="val_loss",
         save_top_k=3,
         save_last="link",
@@ -224,7 +242,7 @@ def log(directory: str, name: str) -> run.Config[nl.NeMoLogger]:
         filename="{steps:.0f}-{val_loss:.4f}",
     )
     return run.Config(
-        nl.NeMoLogger,
+        RunLogger,
         log_dir=directory,
         name=name,
         use_datetime_version=False,
@@ -233,6 +251,11 @@ def log(directory: str, name: str) -> run.Config[nl.NeMoLogger]:
     )
 
 
-def resume(base: str) -> run.Config[ResumeOrStartFromBase]:
-    """Resume the run's newest complete checkpoint, else start from the base's weights with a fresh schedule."""
-    return run.Config(ResumeOrStartFromBase, base=base)
+def resume(base: str, extend: str | None = None) -> run.Config[ResumeOrStartFromBase]:
+    """Resume the run's newest whole checkpoint, else start from the base's weights with a fresh schedule.
+
+    Args:
+        base: folder of the NeMo checkpoint to start from.
+        extend: what becomes of the learning rate when the schedule changed; see `ResumeOrStartFromBase`.
+    """
+    return run.Config(ResumeOrStartFromBase, base=base, extend=extend)

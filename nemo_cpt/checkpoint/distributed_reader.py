@@ -84,6 +84,18 @@ class DistributedReader:
             if entry.properties.dtype in DTYPES:
                 self.dtypes[key] = DTYPES[entry.properties.dtype]
 
+    def check_sizes(self) -> None:
+        """Raise CptError if a file is missing, or shorter than what `.metadata` says is in it."""
+        needed: dict[str, int] = {}
+        for place in self._places.values():
+            name = Path(place.relative_path).name
+            needed[name] = max(needed.get(name, 0), place.offset + place.length)
+        for name, size in needed.items():
+            path = self.folder / name
+            found = path.stat().st_size if path.is_file() else 0
+            if found < size:
+                raise CptError(f"{path} holds {found} of at least {size} bytes. Copy the checkpoint again.")
+
     def has(self, key: str, layer: int | None = None) -> bool:
         """Whether a tensor is there, and in it this layer, of which a LoRA run may have adapted some only."""
         if layer is None:

@@ -85,11 +85,15 @@ def run(
     """
     from nemo_cpt.cli import jobs
     from nemo_cpt.cli.doctor import describe, preflight
-    from nemo_cpt.cli.task import build_recipe
+    from nemo_cpt.cli.task import build_recipe, nothing_to_train
 
     function, arguments, fields, options = _split(recipe, overrides or [])
     with _only_json_on_stdout(json):
-        preflight(describe(function, arguments, fields, executor, options), force=force or dryrun)
+        job = describe(function, arguments, fields, executor, options)
+        if job.place.same_files and (said := nothing_to_train(function.name, arguments, fields, job.place.here)):
+            print(said if not json else jsonlib.dumps({"finished": said}), file=sys.__stdout__)
+            return
+        preflight(job, force=force or dryrun)
         if check or (fields and executor != "local"):
             build_recipe(function.name, arguments, fields)
         result = jobs.submit(

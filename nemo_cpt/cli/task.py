@@ -9,6 +9,7 @@ from typing import Any
 
 from nemo_cpt.errors import CptError
 
+_FOLDER_FIELDS = ("log.explicit_log_dir", "log.version", "log.use_datetime_version", "log.ckpt.dirpath")
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -39,7 +40,12 @@ def build_recipe(recipe: str, arguments: Mapping[str, Any], overrides: Sequence[
 
 
 def run_recipe(recipe: str, arguments: dict[str, Any], overrides: list[str]) -> None:
-    """Build a recipe in the job and run it: it saves on SIGTERM, and under Slurm its trainer takes the job's nodes."""
+    """Build a recipe in the job and run it: it saves on SIGTERM, and under Slurm its trainer takes the job's nodes.
+
+    A run that is finished, or that another job trains, is left alone before NeMo is imported.
+    """
+    if said := nothing_to_train(recipe, arguments, overrides):
+        return print(f"nemo_cpt: {said}", flush=True)
     import fiddle as fdl
 
     from nemo_cpt.executors.stopping import save_on_sigterm
@@ -51,6 +57,32 @@ def run_recipe(recipe: str, arguments: dict[str, Any], overrides: list[str]) -> 
     guards.check(partial)
     save_on_sigterm(partial)
     fdl.build(partial)()
+
+
+def nothing_to_train(recipe: str, arguments: Mapping[str, Any], overrides: Sequence[str], here: bool = True) -> str:
+    """What to say of a run that is finished, by its folder; empty where there are steps to train, or no telling.
+
+    Args:
+        recipe: as for `build_recipe`.
+        arguments: as for `build_recipe`.
+        overrides: as for `build_recipe`.
+        here: the run is to start on this machine, now.
+
+    Raises:
+        CptError: another job holds the run's folder, and it is to start now.
+    """
+    from nemo_cpt.cli import catalog
+    from nemo_cpt.cli.doctor import describe
+    from nemo_cpt.training.run_folder import finished
+    from nemo_cpt.training.run_lock import check_free
+
+    if any(override.partition("=")[0] in _FOLDER_FIELDS for override in overrides):
+        return ""
+    job = describe(catalog.recipe(recipe), arguments, overrides, "local", ())
+    said = finished(job.directory / "checkpoints", job.max_steps)
+    if here and not said:
+        check_free(job.directory)
+    return said or ""
 
 
 def _override(partial: Any, override: str) -> None:

@@ -49,10 +49,10 @@ def continually_pretrain(
 
 def _export(folder: Path, name: str) -> None:
     from nemo_cpt.checkpoint import export_hf, verify
-    from nemo_cpt.training.resume import newest_complete_checkpoint
+    from nemo_cpt.training.run_folder import newest_whole
 
-    checkpoint = newest_complete_checkpoint(folder / "runs" / name / "checkpoints")
+    checkpoint = newest_whole(folder / "runs" / name / "checkpoints")
     assert checkpoint is not None, "a run that ended well has a checkpoint"
-    export_hf(checkpoint, folder / f"{name}_hf", base=folder / "base_hf")
-    report = verify(checkpoint, folder / f"{name}_hf")
+    export_hf(checkpoint.path, folder / f"{name}_hf", base=folder / "base_hf")
+    report = verify(checkpoint.path, folder / f"{name}_hf")
     (folder / f"{name}_verified.json").write_text(json.dumps({"max_logit_difference": report.logits_difference}))

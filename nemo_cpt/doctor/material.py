@@ -13,6 +13,7 @@ from nemo_cpt.doctor.finding import Finding, from_error
 from nemo_cpt.doctor.job import Job
 from nemo_cpt.errors import CptError
 from nemo_cpt.training.preconditions import UNFINISHED, check_base
+from nemo_cpt.training.run_folder import newest_whole
 
 BYTES_OF_DTYPE = {"float32": 4}  # bf16 and fp16 have 2
 
@@ -25,6 +26,9 @@ def base(examination: Examination) -> Finding:
     if job.base is None:
         return Finding("base", "skipped", f"{job.recipe} names none that can be read from its source")
     folder = Path(job.base)
+    newest = newest_whole(job.directory / "checkpoints")
+    if newest is not None and job.lora_rank is None:
+        return Finding("base", "ok", f"the run goes on from {newest.path}, and does not read the base again")
     try:
         check_base(folder)
         _check_whole(folder)

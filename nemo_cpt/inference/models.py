@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_cpt.checkpoint import export_hf
 from nemo_cpt.errors import CptError
 from nemo_cpt.inference.engine import Engine
+from nemo_cpt.training.run_folder import newest_whole
 
 if TYPE_CHECKING:
     from nemo_cpt.inference.transformers_engine import TransformersEngine
@@ -99,10 +100,8 @@ def _checkpoint(path: Path) -> Path:
     if (path / "weights").is_dir():
         return path
     if (path / "checkpoints").is_dir():
-        from nemo_cpt.training.resume import newest_complete_checkpoint
-
-        if (newest := newest_complete_checkpoint(path / "checkpoints")) is not None:
-            return newest
+        if (newest := newest_whole(path / "checkpoints")) is not None:
+            return newest.path
         raise CptError(f"{path} is a run that has no complete checkpoint yet")
     found = ", ".join(sorted(each.name for each in path.iterdir())[:6]) if path.is_dir() else "a file"
     raise CptError(

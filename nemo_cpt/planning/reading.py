@@ -12,7 +12,8 @@ from nemo_cpt.planning.workload import LINEAR, Workload
 LLAMA3_VOCABULARY = 128_256
 MODELLED_CALLBACKS = {
     "Guards", "EveryTrainableParameterHasGradient", "OutOfMemoryAdvice", "ValidationLossBySet", "MetricsFile",
-    "TimingCallback", "GarbageCollectionCallback", "PreemptionCallback", "StopAtStep", "MegatronCommOverlapCallback",
+    "TimingCallback", "GarbageCollectionCallback", "PreemptionCallback", "SaveWhenStopped", "StopAtStep",
+    "MegatronCommOverlapCallback",
 }  # fmt: skip
 MOMENTS = ("exp_avg_dtype", "exp_avg_sq_dtype")
 ADAPTERS = {"LoRA", "DoRA", "LoRAWithEmbeddings"}

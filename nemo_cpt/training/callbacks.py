@@ -1,8 +1,6 @@
 """What a run reports about itself."""
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,7 +8,7 @@ import torch
 from nemo.lightning._strategy_lib import _sync_from_last_pipeline_stage
 from nemo.utils import AppState
 
-from nemo_cpt.training.metrics import METRICS_FILE
+from nemo_cpt.training.metrics import RESUMED_FROM, append_metrics
 
 
 class ValidationLossBySet(pl.Callback):
@@ -42,7 +40,7 @@ class ValidationLossBySet(pl.Callback):
             # NeMo's own val_loss weighs the first batch of a validation as one sequence, the others by their size.
             pl_module.log("val_loss", torch.stack(list(by_set.values())).mean(), batch_size=1)
             values = {f"val_loss_{name}": float(loss) for name, loss in by_set.items()}
-            _append_metrics(trainer, {"step": trainer.global_step, **values})
+            _append(trainer, {"step": trainer.global_step, **values})
 
     def losses(self, trainer: pl.Trainer) -> dict[str, torch.Tensor]:
         """Mean loss of each set that the last validation went through whole."""
@@ -61,15 +59,17 @@ class MetricsFile(pl.Callback):
 
     NAMES = ("reduced_train_loss", "lr", "grad_norm", "consumed_samples", "train_step_timing in s")
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write which step this start goes on from: what is there of later ones will be done again."""
+        _append(trainer, {RESUMED_FROM: trainer.global_step})
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Write the step's metrics if the trainer logs this step."""
-        # For the checkpoints' names: NeMo's own `step` is one less.
-        pl_module.log("steps", float(trainer.global_step), batch_size=1)
         if trainer.global_step % trainer.log_every_n_steps:
             return
         logged = trainer.callback_metrics
         values = {name: float(logged[name]) for name in self.NAMES if name in logged}
-        _append_metrics(trainer, {"step": trainer.global_step, **values})
+        _append(trainer, {"step": trainer.global_step, **values})
 
 
 class StopAtStep(pl.Callback):
@@ -84,11 +84,7 @@ class StopAtStep(pl.Callback):
             trainer.should_stop = True
 
 
-def _append_metrics(trainer: pl.Trainer, values: dict[str, float]) -> None:
-    if not trainer.is_global_zero:
-        return
-    finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-    path = Path(AppState().log_dir, METRICS_FILE)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        file.write(json.dumps(finite) + "\n")
+def _append(trainer: pl.Trainer, values: dict[str, float]) -> None:
+    if trainer.is_global_zero:
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        append_metrics(AppState().log_dir, finite)

@@ -17,6 +17,7 @@ from nemo_cpt.errors import CptError, exit_with_the_message
 from nemo_cpt.training import upstream
 from nemo_cpt.training.data import blend_of
 from nemo_cpt.training.preconditions import check_base, check_environment
+from nemo_cpt.training.resume import check_start
 
 MARGIN_TO_UNIFORM = 0.5
 
@@ -94,7 +95,7 @@ def check(recipe: Any) -> None:
     Raises:
         CptError: the job would stop or train the wrong thing; the message says what to change.
     """
-    check_base(getattr(recipe.resume, "base", None))
+    check_start(recipe)
     check_data(recipe.data.__fn_or_cls__.__name__)
     if recipe.data.__fn_or_cls__.__name__ == "BlendDataModule":
         blend_of(recipe.data.paths, recipe.data.validation, recipe.data.weighting).check()

@@ -1,56 +1,231 @@
-"""Where a run starts: at its own newest complete checkpoint, else at the base's weights."""
+"""Where a run starts: at its own newest whole checkpoint, else at the base's weights; and what it makes of changes."""
 
-import os
+import json
+import shutil
+from datetime import datetime
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
+import lightning.pytorch as pl
 from nemo import lightning as nl
-from nemo.lightning.pytorch.callbacks import ModelCheckpoint
 from nemo.utils import AppState
+from torch.optim.lr_scheduler import _enable_get_lr_call
 
 from nemo_cpt.compatibility import check_resumed
-from nemo_cpt.errors import exit_with_the_message
+from nemo_cpt.errors import CptError, exit_with_the_message
+from nemo_cpt.training import run_lock
 from nemo_cpt.training.preconditions import check_base
+from nemo_cpt.training.record import Change, changes, settings_of
+from nemo_cpt.training.run_folder import Checkpoint, damaged_since, newest_whole
+
+KEPT_TOKENIZER = f"{run_lock.FOLDER}/hf"  # in the run's folder
+EXTENSIONS = {
+    "rewarm": "a new warmup and decay, over the steps that are left",
+    "stretch": "the new schedule, as if it had been so from the start",
+    "keep": "the old schedule; past its end the rate stays at its min_lr",
+}
 
 
 class ResumeOrStartFromBase(nl.AutoResume):
-    """Resume the run from its newest complete checkpoint; without one, restore the base's weights and start afresh.
+    """Resume the run from its newest whole checkpoint; without one, restore the base's weights and start afresh.
 
-    NeMo's AutoResume looks at `*-last` alone and gives up when that one is unfinished, although an older checkpoint is
-    whole; a run killed while it wrote could not come back. A start from the base restores no optimizer state and no
-    schedule; a resumption restores both, and the position in the data.
+    NeMo's AutoResume looks at `*-last` alone, by its time, and gives up when that one is unfinished, although an older
+    checkpoint is whole. A start from the base restores no optimizer state and no schedule; a resumption restores both,
+    and the position in the data. What is different from how the checkpoint's run was started is said, or refused.
 
     Args:
-        base: folder of the NeMo checkpoint to continue from.
+        base: folder of the NeMo checkpoint to continue from. A run that trains every weight needs it for its first
+            start only.
+        extend: what becomes of the learning rate when `max_steps`, `lr`, `min_lr` or `warmup_steps` are not those of
+            the checkpoint; None refuses such a change.
+            "rewarm": a new warmup to `lr` and decay to `min_lr` over the steps that are left. Re-warming and
+            re-decaying is what training on after the end of a schedule wants (Gupta et al., arXiv 2308.04014; Ibrahim
+            et al., arXiv 2403.08763).
+            "stretch": the new schedule as if it had been so from the start. For a run that is far from its end: a
+            cosine should be as long as the training (Hoffmann et al., arXiv 2203.15556). After the end the rate jumps
+            up without a warmup.
+            "keep": the old schedule; past its end the rate stays at the old `min_lr`.
+            Further resumptions with the same settings go on with what was chosen.
 
     Raises:
-        CptError: there is neither a checkpoint of this run nor a complete base, or they are of two models.
+        CptError: there is neither a checkpoint of this run nor a complete base, or they are of two models; all
+            checkpoints are damaged; a setting changed that a resumption cannot take.
     """
 
-    def __init__(self, base: Optional[str] = None):  # noqa: UP045  NeMo-Run cannot parse `| None`
+    def __init__(self, base: Optional[str] = None, extend: Optional[str] = None):  # noqa: UP045  for NeMo-Run's parser
+        if extend is not None and extend not in EXTENSIONS:
+            raise CptError(f"extend is {extend!r}: give one of {', '.join(EXTENSIONS)}, or none")
         restore = nl.RestoreConfig(path=str(base), load_artifacts=False) if base else None
         super().__init__(
             restore_config=restore, resume_if_exists=True, resume_past_end=True, resume_ignore_no_checkpoint=True
         )
+        self.extend = extend
+        self._checkpoints = Path()
+
+    def setup(self, trainer: pl.Trainer, model: Any = None) -> None:
+        """Choose the checkpoint, and have the trainer compare it with this start before the model is built."""
+        folder = getattr(trainer.checkpoint_callback, "dirpath", None)
+        self._checkpoints = Path(folder or Path(AppState().log_dir, "checkpoints"))
+        super().setup(trainer, model)
+        trainer.callbacks = [_Resumption(self.extend), *trainer.callbacks]
 
     def _find_trainer_ckpt_path(self) -> Path | None:
-        newest = newest_complete_checkpoint(Path(AppState().log_dir, "checkpoints"))
         base = self.restore_config.path if self.restore_config else None
         exit_with_the_message()  # NeMo asks before any callback's setup
+        newest, damaged = newest_whole(self._checkpoints), damaged_since(self._checkpoints)
         if newest is None:
+            if damaged:
+                raise CptError(_all_damaged(self._checkpoints, damaged))
             check_base(base)
+            return None
+        for each in damaged:
+            _say(f"{each.path.name} is damaged ({each.fault}); resuming from {newest.path.name}")
+        check_resumed(newest.path, base)
+        return newest.path
+
+    def _get_base_model_path_for_adapter(self, adapter_meta_path: Path, model: Any) -> Path:
+        base: Path = super()._get_base_model_path_for_adapter(adapter_meta_path, model)
+        if not base.exists():
+            raise CptError(f"this run trains adapters, and needs its base in {base} to go on. Put it back there")
+        return base
+
+
+def check_start(recipe: Any) -> None:
+    """Raise CptError unless a recipe's run has something to start from: a whole checkpoint of its own, or its base.
+
+    Args:
+        recipe: the `run.Partial` of a recipe function.
+    """
+    log, base = recipe.log, getattr(recipe.resume, "base", None)
+    folder = Path(getattr(log, "log_dir", None) or "nemo_experiments", str(getattr(log, "name", None) or "default"))
+    trains_adapters = getattr(recipe, "peft", None) is not None  # whose checkpoints do not hold the base
+    if trains_adapters or newest_whole(folder / "checkpoints") is None:
+        check_base(base)
+
+
+class _Resumption(pl.Callback):
+    """Compares a checkpoint's run with this start of it, and changes the schedule if that was asked for."""
+
+    def __init__(self, extend: str | None) -> None:
+        self.extend = extend
+        self._changes_schedule = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Compare, and write down this start."""
+        settings, checkpoint = settings_of(trainer), _resumed(trainer)
+        if trainer.is_global_zero:
+            _write_down(Path(AppState().log_dir), settings, checkpoint)
+            _keep_tokenizer(trainer, Path(AppState().log_dir, KEPT_TOKENIZER))
+        if checkpoint is None or "settings" not in checkpoint.record:
+            return
+        changed = changes(checkpoint.record["settings"], settings)
+        self._check(checkpoint, changed)
+        self._changes_schedule = any(each.group == "schedule" for each in changed) and self.extend != "keep"
+        if changed:
+            how = f", extend={self.extend}" if any(each.group == "schedule" for each in changed) else ""
+            _say(f"resumed at step {checkpoint.step} with {_listed(changed)}{how}")
+
+    def _check(self, checkpoint: Checkpoint, changed: list[Change]) -> None:
+        where = f"this run was started otherwise than it is resumed at step {checkpoint.step}"
+        if fixed := [each for each in changed if each.group in ("optimizer", "data", "adapters")]:
+            raise CptError(
+                f"{where}: {_listed(fixed)}. Its checkpoints hold the optimizer's state and the position in the data "
+                "that belong to the old values: take these back, or begin a new run (another name) with "
+                f"base={checkpoint.path}"
+            )
+        schedule = [each for each in changed if each.group == "schedule"]
+        if schedule and self.extend is None:
+            choices = "; ".join(f"extend={name}: {meaning}" for name, meaning in EXTENSIONS.items())
+            raise CptError(f"{where}: {_listed(schedule)}. Say what becomes of the learning rate: {choices}")
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        """Put the new schedule's state in the place of the old one's."""
+        if not self._changes_schedule:
+            return
+        done = checkpoint["global_step"]
+        if self.extend == "rewarm":
+            scheduler = _scheduler_of(trainer, trainer.max_steps - done)
+            checkpoint["lr_schedulers"] = [scheduler.state_dict()]
         else:
-            check_resumed(newest, base)
-        return newest
+            scheduler = trainer.lr_scheduler_configs[0].scheduler
+            checkpoint["lr_schedulers"] = [scheduler.state_dict() | {"last_epoch": done, "_step_count": done + 1}]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let the next step have the new schedule's rate: the optimizer was restored with the old one's."""
+        if not self._changes_schedule:
+            return
+        scheduler = trainer.lr_scheduler_configs[0].scheduler
+        with _enable_get_lr_call(scheduler):
+            rates = scheduler.get_lr()
+        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler._last_lr = rates
 
 
-def newest_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in `folder` that was written to its end, or None."""
-    complete = [path for path in folder.glob("*") if is_complete(path)]
-    return max(complete, key=lambda path: os.stat(path / "weights" / "metadata.json").st_mtime_ns, default=None)
+def _scheduler_of(trainer: pl.Trainer, steps: int) -> Any:
+    """The recipe's scheduler at the start of a run of so many steps."""
+    module = trainer.lightning_module.optim.lr_scheduler
+    if getattr(module, "warmup_steps", 0) >= steps:
+        raise CptError(
+            f"extend=rewarm: warmup_steps {module.warmup_steps} is not below the {steps} steps that are left of "
+            f"max_steps {trainer.max_steps}: give a smaller one, or more steps"
+        )
+    whole, module.max_steps = module.max_steps, steps
+    try:
+        return module.scheduler(trainer.lightning_module, trainer.optimizers[0])["lr_scheduler"]["scheduler"]
+    finally:
+        module.max_steps = whole
 
 
-def is_complete(checkpoint: Path) -> bool:
-    """Whether a training checkpoint was written to its end (NeMo marks one that is being written or removed)."""
-    weights = checkpoint / "weights"
-    return (weights / "metadata.json").exists() and not ModelCheckpoint.is_checkpoint_unfinished(checkpoint)
+def _resumed(trainer: pl.Trainer) -> Checkpoint | None:
+    path = trainer.ckpt_path and Path(str(trainer.ckpt_path))
+    return Checkpoint(path.parent if path.name == "weights" else path) if path else None
+
+
+def _write_down(folder: Path, settings: dict[str, Any], checkpoint: Checkpoint | None) -> None:
+    """One line a start, for whoever wants to know how a run came about."""
+    start = {
+        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "resumed_from": checkpoint.path.name if checkpoint else None,
+        "settings": settings,
+    }
+    (folder / run_lock.FOLDER).mkdir(parents=True, exist_ok=True)
+    with open(folder / run_lock.FOLDER / "starts.jsonl", "a") as file:
+        file.write(json.dumps(start) + "\n")
+
+
+def _keep_tokenizer(trainer: pl.Trainer, kept: Path) -> None:
+    """Copy the tokenizer's folder into the run's, and let checkpoints take theirs from there.
+
+    NeMo copies it from its source into each checkpoint, and only warns if it is gone; an export needs it.
+    """
+    tokenizer = getattr(trainer.lightning_module.__io__, "tokenizer", None)
+    source = getattr(tokenizer, "pretrained_model_name", None)
+    if tokenizer is None or source is None or not Path(source).is_dir():  # a name on the hub
+        return
+    if not (kept.is_dir() and kept.samefile(source)):
+        partial = kept.with_name(f"{kept.name}.part")
+        for left_before in (partial, kept):
+            shutil.rmtree(left_before, ignore_errors=True)
+        shutil.copytree(source, partial)
+        partial.rename(kept)
+    tokenizer.pretrained_model_name = str(kept)
+
+
+def _all_damaged(folder: Path, damaged: list[Checkpoint]) -> str:
+    faults = "; ".join(f"{each.path.name}: {each.fault}" for each in damaged)
+    return (
+        f"no checkpoint of this run in {folder} is whole ({faults}). Copy one of them again; to train anew from the "
+        f"base instead, remove {folder}, or give the run another name"
+    )
+
+
+def _listed(changed: list[Change]) -> str:
+    return ", ".join(map(str, changed))
+
+
+def _say(message: str) -> None:
+    from nemo.utils.get_rank import is_global_rank_zero
+
+    if is_global_rank_zero():
+        print(f"nemo_cpt: {message}", flush=True)

@@ -25,6 +25,9 @@ def apply() -> None:
 
     Call it inside the job, before the model is built.
     """
+    from nemo_cpt.training import upstream_loops
+
+    upstream_loops.validate_by_global_step()
     fold_gradient_of_frozen_linear()
     give_recomputed_layers_a_gradient()
     add_lora_in_one_pass()

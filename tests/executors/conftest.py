@@ -35,7 +35,7 @@ def refuse(message):
     raise CptError(message)
 
 def count(path, until, pause=0.2):
-    """Count to `until` in a file, going on where it stands; on SIGTERM end as NeMo's PreemptionCallback does."""
+    """Count to `until` in a file, going on where it stands; on SIGTERM end as a recipe does that has saved."""
     stopped = []
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
     file = Path(path)
@@ -47,7 +47,9 @@ def count(path, until, pause=0.2):
         file.write_text(str(reached))
         if stopped:
             print("stopped at", reached, flush=True)
-            sys.exit(0)
+            from nemo_cpt.errors import StoppedEarlyError
+
+            raise StoppedEarlyError("saved")
     print("counted to", reached, flush=True)
 
 def crash_once(path):

@@ -1,0 +1,81 @@
+"""The signals that tell a job to stop, and how the processes that a job starts live through them."""
+
+import contextlib
+import ctypes
+import functools
+import multiprocessing
+import multiprocessing.popen_fork
+import multiprocessing.process
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
+from typing import Any
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_LIBC = ctypes.CDLL(None)
+
+
+def shield_children() -> None:
+    """Let what this process starts from now on live through the signals that tell the job to stop, and end with it.
+
+    Slurm, a terminal and `docker stop` signal every process of a job. Megatron's queue of write results, asynchronous
+    checkpoint writers, DataLoader and compile workers would die of it, and the save that the signal asks for with them.
+    They start with these signals blocked, which what they start inherits in turn, through `exec` too. A child that its
+    parent ends on purpose is killed instead of terminated. Processes of `multiprocessing` also end when this one dies,
+    even of SIGKILL: an orphaned writer keeps a GPU's memory, and the files of the next start, busy.
+
+    A second call changes nothing.
+    """
+    if hasattr(multiprocessing.process.BaseProcess.start, "shielded"):
+        return
+    multiprocessing.process.BaseProcess.start = _shielded(_start_bound_to_parent)  # type: ignore[method-assign]
+    multiprocessing.popen_fork.Popen.terminate = multiprocessing.popen_fork.Popen.kill  # type: ignore[method-assign]
+    subprocess.Popen.__init__ = _shielded(subprocess.Popen.__init__)  # type: ignore[method-assign]
+    subprocess.Popen.terminate = subprocess.Popen.kill  # type: ignore[method-assign]
+    with _blocked():
+        resource_tracker.ensure_running()  # within the first start by `spawn` it would unblock what is blocked there
+
+
+def _shielded(start: Callable[..., Any]) -> Any:
+    @functools.wraps(start)
+    def start_with_signals_blocked(*args: Any, **kwargs: Any) -> Any:
+        with _blocked():
+            return start(*args, **kwargs)
+
+    start_with_signals_blocked.shielded = True  # type: ignore[attr-defined]
+    return start_with_signals_blocked
+
+
+@contextlib.contextmanager
+def _blocked() -> Iterator[None]:
+    """A signal that comes meanwhile waits for the end of the block."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_start: Callable[[Any], None] = multiprocessing.process.BaseProcess.start
+
+
+def _start_bound_to_parent(process: Any) -> None:
+    # Linux sends the signal at the end of the thread that started the child; the main one's is the process's.
+    if process._target is not None and threading.current_thread() is threading.main_thread():
+        process._target = functools.partial(_run_bound_to_parent, process._target)
+    _start(process)
+
+
+def _run_bound_to_parent(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """In the child: what it starts is shielded as well; `spawn` gives it an interpreter that does not know yet."""
+    shield_children()
+    if hasattr(_LIBC, "prctl"):
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():  # it died before the line above
+        os._exit(1)
+    return target(*args, **kwargs)

@@ -1,0 +1,64 @@
+"""NeMo's logger for a run's folder that has one owner, and that a finished run is left alone in."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from nemo import lightning as nl
+from nemo.constants import NEMO_ENV_VARNAME_VERSION
+from nemo.utils import AppState
+from nemo.utils.get_rank import is_global_rank_zero
+
+from nemo_cpt.errors import exit_with_the_message
+from nemo_cpt.training.run_folder import finished
+from nemo_cpt.training.run_lock import hold, this_job, wait_until_held_by
+
+
+class RunLogger(nl.NeMoLogger):
+    """NeMo's logger, which first takes the run's folder for this job, or finds that there is nothing left to train.
+
+    Before anything is read or written there, rank 0 locks the folder, until the training has ended (see `run_lock`).
+
+    Raises:
+        CptError: another job holds the folder; nothing in it was touched.
+    """
+
+    def setup(self, trainer: nl.Trainer, resume_if_exists: bool = False, task_config: Any = None) -> AppState:
+        """Lock the folder and set up logging; in a finished run do neither, and let `trainer.fit` return at once."""
+        exit_with_the_message()
+        folder = self._folder()
+        checkpoints = Path(getattr(self.ckpt, "dirpath", None) or folder / "checkpoints")
+        if resume_if_exists and (said := finished(checkpoints, trainer.max_steps)):
+            return _leave_alone(trainer, folder, said)
+        if is_global_rank_zero():
+            _hold_while_training(trainer, folder)
+        else:
+            wait_until_held_by(this_job(), folder)
+        return super().setup(trainer, resume_if_exists, task_config)
+
+    def _folder(self) -> Path:
+        """The run's folder, by NeMoLogger's rules."""
+        if self.explicit_log_dir:
+            return Path(self.explicit_log_dir)
+        version = self.version or os.environ.get(NEMO_ENV_VARNAME_VERSION) or ""
+        return Path(self.log_dir or Path.cwd() / "nemo_experiments", str(self.name or "default"), version)
+
+
+def _hold_while_training(trainer: nl.Trainer, folder: Path) -> None:
+    """After an error the lock stays until the process ends: checkpoint writers may still be at work."""
+    lock, fit = hold(folder), trainer.fit
+
+    def fit_and_release(*args: Any, **kwargs: Any) -> None:
+        fit(*args, **kwargs)
+        lock.release()
+
+    trainer.fit = fit_and_release
+
+
+def _leave_alone(trainer: nl.Trainer, folder: Path, said: str) -> AppState:
+    state = AppState()
+    state.log_dir, state.exp_dir = folder, str(folder.parent)
+    trainer.fit = lambda *args, **kwargs: None
+    if is_global_rank_zero():
+        print(f"nemo_cpt: {said}", flush=True)
+    return state

@@ -1,0 +1,103 @@
+"""What is in a run's folder, read without torch or NeMo: its checkpoints, and which of them are whole.
+
+FOLDER/checkpoints/NAME/            weights/, context/ and `run.json`: the step, and how the run was started
+FOLDER/checkpoints/NAME-unfinished  NeMo's mark of one that is being written
+FOLDER/run/                         who holds the folder (`run_lock`)
+FOLDER/checkpoints/damaged/         checkpoints that a start set aside
+FOLDER/metrics/steps.jsonl          `metrics`
+"""
+
+import itertools
+import json
+import re
+import zipfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from nemo_cpt.checkpoint.distributed_reader import DistributedReader
+from nemo_cpt.errors import CptError
+from nemo_cpt.training.preconditions import UNFINISHED
+
+RUN_JSON = "run.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One training checkpoint.
+
+    Attributes:
+        path: its folder.
+    """
+
+    path: Path
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether it is being written, or was when its run was killed."""
+        return self.path.with_name(self.path.name + UNFINISHED).exists()
+
+    @cached_property
+    def fault(self) -> str | None:
+        """What is missing of it, None if it is whole: every byte that `.metadata` promises is there.
+
+        The content is not read: damage that keeps the sizes is found by `nemo-cpt verify`.
+        """
+        weights = self.path / "weights"
+        try:
+            DistributedReader(weights).check_sizes()
+            json.loads((weights / "metadata.json").read_bytes())
+        except CptError as error:
+            return str(error).removesuffix(" Copy the checkpoint again.").rstrip(".")
+        except ValueError:
+            return f"{weights / 'metadata.json'} is no JSON"
+        return None if zipfile.is_zipfile(weights / "common.pt") else f"{weights / 'common.pt'} is missing or cut short"
+
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        """Its `run.json`; empty if it has none."""
+        try:
+            return json.loads((self.path / RUN_JSON).read_bytes())
+        except (OSError, ValueError):
+            return {}
+
+    @cached_property
+    def step(self) -> int:
+        """The optimizer steps that are in it, by its `run.json` or its name; -1 if neither says."""
+        named = re.search(r"(?:^|-)steps?=(\d+)", self.path.name)
+        if "step" in self.record:
+            return int(self.record["step"])
+        return int(named[1]) if named else -1
+
+    @property
+    def age_order(self) -> tuple[int, int]:
+        """Sorts from old to new: by step, because a copy has other times; the time only breaks ties."""
+        return self.step, (self.path / "weights").stat().st_mtime_ns
+
+
+def checkpoints(folder: Path) -> list[Checkpoint]:
+    """The checkpoints in a run's `checkpoints` folder, the newest first; neither links to them nor unfinished ones."""
+    found = [Checkpoint(path) for path in folder.glob("[!.]*") if (path / "weights").is_dir() and not path.is_symlink()]
+    return sorted((each for each in found if not each.unfinished), key=lambda each: each.age_order, reverse=True)
+
+
+def newest_whole(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint in a run's `checkpoints` folder of which everything is there."""
+    return next((each for each in checkpoints(folder) if each.fault is None), None)
+
+
+def damaged_since(folder: Path) -> list[Checkpoint]:
+    """The checkpoints in a run's `checkpoints` folder that are newer than the newest whole one."""
+    return list(itertools.takewhile(lambda each: each.fault, checkpoints(folder)))
+
+
+def finished(folder: Path, max_steps: int) -> str | None:
+    """What to say of a run whose checkpoints in `folder` have reached `max_steps`; None if there are steps to train."""
+    newest = newest_whole(folder)
+    if newest is None or not 0 < max_steps <= newest.step or newest.record.get("validation_pending"):
+        return None
+    return (
+        f"the run is finished: {newest.path} has step {newest.step} of max_steps {max_steps}. Nothing to do; "
+        "to train on, give a larger max_steps, and extend="
+    )
