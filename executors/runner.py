@@ -2,23 +2,29 @@
 
 NeMo's PreemptionCallback saves a checkpoint and ends the process with exit code 0, which looks like success; a training
 that is done returns instead. A CptError ends it with exit code 2, of which torchrun makes 1. Each leaves a file.
+Until the callback listens, at a training's first step, there is nothing to save, and a signal ends the process.
 """
 
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from nemo_cpt.errors import CptError
 from nemo_cpt.executors.tracking import continue_wandb_run
 
-MARKER = "NEMO_CPT_PREEMPTED"  # names the file that a task leaves which was told to stop, and saved
+MARKER = "NEMO_CPT_PREEMPTED"  # names the file that a task leaves which was told to stop: empty once it saved
+UNTRAINED = "nothing was trained yet"  # what stands in that file where there was nothing to save
 REFUSAL = "NEMO_CPT_REFUSED"  # names the one of a task that a CptError ended
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 def main() -> None:
     """Run the task that the command line names."""
+    listen(_as_sigterm, (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP))
+    listen(_end_untrained, (signal.SIGTERM,))
     import fiddle
     from nemo_run.core.runners.fdl_runner import fdl_runner_app
 
@@ -29,7 +35,6 @@ def main() -> None:
         return build(task)
 
     fiddle.build = prepare_and_build
-    signal.signal(signal.SIGUSR1, _as_sigterm)
     try:
         fdl_runner_app(standalone_mode=False)
     except SystemExit as stop:
@@ -47,9 +52,26 @@ def _leave_a_word(code: int | str) -> None:
         Path(file).touch()
 
 
+def listen(handler: Callable[[int, Any], None], numbers: Iterable[int]) -> None:
+    """Call `handler` on these signals, also on those that were held back until now; SIGHUP only if nohup has not
+    had it ignored."""
+    heard = [n for n in numbers if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+    for number in heard:
+        signal.signal(number, handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, heard)
+
+
 def _as_sigterm(number: int, frame: Any) -> None:
-    """Clusters send SIGUSR1 or SIGTERM ahead of the limit; the callback listens to one."""
+    """NeMo's callback listens to one signal."""
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _end_untrained(number: int, frame: Any) -> NoReturn:
+    """Leave the marker and end without unwinding: code that is being imported may catch any exception."""
+    if file := os.environ.get(MARKER):
+        Path(file).write_text(UNTRAINED)
+    os.write(2, f"nemo_cpt: told to stop, {UNTRAINED}\n".encode())
+    os._exit(0)
 
 
 if __name__ == "__main__":

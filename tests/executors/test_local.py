@@ -154,7 +154,7 @@ def test_a_launcher_that_is_stopped_lets_its_job_save_and_goes_on_when_started_a
     }
     first = subprocess.Popen(**start)
     counter = project / "counter"
-    wait_until(lambda: counter.exists() and counter.read_text())
+    wait_until(lambda: "".join(log.read_text() for log in tmp_path.rglob("combined.log")).count("starting at") == 2)
     first.terminate()
     printed, _ = first.communicate(timeout=60)
     assert first.returncode == 1
