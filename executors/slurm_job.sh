@@ -134,7 +134,9 @@ forget_secrets() {
 }
 
 count() {
-    echo $(($(cat "$1" 2>/dev/null || echo 0) + 1)) | tee "$1"
+    local number=$(($(cat "$1" 2>/dev/null || echo 0) + 1))
+    echo "$number" > "$1"
+    echo "$number"
 }
 
 trap on_term TERM

@@ -62,7 +62,7 @@ def test_a_real_cluster(tmp_path_factory, monkeypatch):
             monkeypatch.setenv(name, value)
         assert submitted().found == "partition cpu: up, 2 nodes, gres gpu:2"
         assert submitted("urgent").state == "ok"
-        assert submitted("gpu").found == "there is no partition gpu; it has partitions cpu*, urgent"
+        assert submitted("gpu").found == "there is no partition gpu; it has partitions cpu*, patient, short, urgent"
         assert submitted(num_nodes=3).state == "error"
     finally:
         cluster.stop()

@@ -16,6 +16,12 @@ TASKS = '''
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 
+if importing := os.environ.get("NEVER_IMPORTED_AT_FIRST"):
+    first = not Path(importing).exists()
+    Path(importing).touch()
+    while first:
+        time.sleep(0.1)
+
 def report(path, commands=False):
     """Write what the task sees, one file a rank."""
     rank = os.environ.get("SLURM_PROCID", os.environ.get("RANK", "0"))
@@ -49,6 +55,28 @@ def count(path, until, pause=0.2):
             print("stopped at", reached, flush=True)
             sys.exit(0)
     print("counted to", reached, flush=True)
+
+def act(path, acts):
+    """Do at each start what is next in `acts`, which leaves a file `path.NUMBER.ACT` of each.
+
+    save: when it is told to stop, as a recipe does; die: without saving; stay: until it is killed; crash; end.
+    """
+    number = sum(1 for _ in Path(path).parent.glob(f"{Path(path).name}.*"))
+    act = acts[number]
+
+    def told(*_):
+        if act == "save":
+            sys.exit(0)
+        if act == "die":
+            sys.exit(1)
+
+    signal.signal(signal.SIGTERM, told)
+    Path(f"{path}.{number}.{act}").touch()
+    print("start", number, act, flush=True)
+    while act in ("save", "die", "stay"):
+        time.sleep(0.1)
+    if act == "crash":
+        sys.exit(3)
 
 def crash_once(path):
     if not os.path.exists(path):
