@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from nemo_cpt.errors import CptError
+from nemo_cpt.errors import CptError, StoppedEarlyError
 from nemo_cpt.executors.tracking import continue_wandb_run
 
 MARKER = "NEMO_CPT_PREEMPTED"  # names the file that a task leaves which was told to stop: empty once it saved
@@ -40,6 +40,10 @@ def main() -> None:
     except SystemExit as stop:
         _leave_a_word(stop.code or 0)
         raise
+    except StoppedEarlyError as stop:
+        _leave_a_word(0)
+        print(f"nemo_cpt: {stop}", flush=True)
+        sys.exit(0)  # any other code would have srun or torchrun end the tasks that are still at it
     except CptError as error:
         _leave_a_word(error.exit_code)
         print(f"nemo_cpt: {error}", file=sys.stderr, flush=True)

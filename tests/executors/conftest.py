@@ -16,6 +16,8 @@ TASKS = '''
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 
+from nemo_cpt.errors import CptError, StoppedEarlyError
+
 if importing := os.environ.get("NEVER_IMPORTED_AT_FIRST"):
     first = not Path(importing).exists()
     Path(importing).touch()
@@ -35,13 +37,11 @@ def fail(message):
     raise ValueError(message)
 
 def refuse(message):
-    from nemo_cpt.errors import CptError
-
     print("tried", flush=True)
     raise CptError(message)
 
 def count(path, until, pause=0.2):
-    """Count to `until` in a file, going on where it stands; on SIGTERM end as NeMo's PreemptionCallback does."""
+    """Count to `until` in a file, going on where it stands; on SIGTERM end as a recipe does that has saved."""
     stopped = []
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
     file = Path(path)
@@ -53,7 +53,7 @@ def count(path, until, pause=0.2):
         file.write_text(str(reached))
         if stopped:
             print("stopped at", reached, flush=True)
-            sys.exit(0)
+            raise StoppedEarlyError("told to stop, saved")
     print("counted to", reached, flush=True)
 
 def act(path, acts):
@@ -66,7 +66,7 @@ def act(path, acts):
 
     def told(*_):
         if act == "save":
-            sys.exit(0)
+            raise StoppedEarlyError("told to stop, saved")
         if act == "die":
             sys.exit(1)
 
