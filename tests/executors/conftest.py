@@ -78,6 +78,32 @@ def act(path, acts):
     if act == "crash":
         sys.exit(3)
 
+def train(arguments, fields, folder, waits):
+    """Train the tiny recipe, as `nemo-cpt run` does; once it has done a step of `waits`, it waits until it may go on.
+
+    A file `at.STEP` in `folder` says that it waits, and `go.STEP` lets it go on.
+    """
+    import fiddle as fdl
+    import lightning.pytorch as pl
+    import nemo_run as run
+    from nemo_cpt.cli.task import build_recipe
+    from nemo_cpt.executors.stopping import save_on_sigterm
+
+    class Wait(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            step = trainer.global_step
+            if step in waits and trainer.is_global_zero:
+                Path(folder, f"at.{step}").touch()
+                while not Path(folder, f"go.{step}").exists():
+                    time.sleep(0.1)
+
+    recipe = build_recipe("tiny.continual_pretrain", arguments, fields)
+    recipe.trainer.num_nodes = int(os.environ["SLURM_NNODES"])
+    save_on_sigterm(recipe)
+    training = fdl.build(recipe)
+    training.keywords["trainer"].callbacks.insert(0, Wait())
+    training()
+
 def crash_once(path):
     if not os.path.exists(path):
         Path(path).touch()

@@ -151,7 +151,7 @@ def test_slurm_with_a_container(project, monkeypatch):
     assert f"--container-mounts {project}:{project},{job}:/nemo_run " in srun
     assert "--container-image nvcr.io#nvidia/nemo:25.07" in srun
     assert f"--mpi=pmix --container-workdir={project} python -m nemo_cpt.executors.runner -n t" in srun
-    assert "export PYTHONSAFEPATH=1 PYTHONPATH=\"$(echo /nemo_run/code:/nemo_run/code/src:" in script
+    assert 'export PYTHONSAFEPATH=1 PYTHONPATH="$(echo /nemo_run/code:/nemo_run/code/src:' in script
     assert '. "$job/secrets.env"' in script
     assert f"job={job} " in script
 

@@ -62,7 +62,7 @@ def test_secret_stands_in_one_file_of_mode_600_while_the_job_runs(slurm_here, pr
     assert_no_secret(tmp_path, b"planted", allowed="secrets.env")
     assert "planted" not in subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True).stdout
     slurm_here.run("scancel", job)
-    assert slurm_here.wait_for(job, "CANCELLED") == "CANCELLED"  # not queued: it saved on SIGTERM, and must not come back
+    assert slurm_here.wait_for(job, "CANCELLED") == "CANCELLED"  # it saved on SIGTERM, and must not come back
     assert not file.exists()
 
 

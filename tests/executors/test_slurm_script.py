@@ -74,7 +74,7 @@ def ended(tmp_path):
         # refused
         (RUNS, "touch $refusal; exit 2", 2, 0, {"failed"}),
         (PREEMPTED, "touch $refusal; exit 2", 2, 0, {"failed"}),
-        (RUNS, f"touch $refusal; {BEFORE_TRAINING}; exit 2", 2, 0, {"failed"}),  # by one task, at which srun ends others
+        (RUNS, f"touch $refusal; {BEFORE_TRAINING}; exit 2", 2, 0, {"failed"}),  # one task; srun ends others
         # told to stop, and saved
         (RUNS, SAVED, 75, 1, {"secrets.env"}),  # by hand
         (AHEAD_OF_LIMIT, SAVED, 75, 1, {"secrets.env"}),
