@@ -2,8 +2,11 @@
 
 import os
 import subprocess
+import sys
 import tarfile
+from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import nemo_run as run
@@ -12,6 +15,13 @@ from nemo_cpt.errors import CptError
 
 LARGEST_MIB = 50
 MOST_FILES = 1000
+SECRET_FILES = (
+    ".env", ".env.*", "*.env", "*.pem", "*.key", "*.p12", "*.pfx", "*.kdbx", "id_rsa*", "id_dsa*", "id_ecdsa*",
+    "id_ed25519*", ".netrc", "_netrc", ".pgpass", ".pypirc", ".npmrc", ".git-credentials", ".htpasswd", "kubeconfig",
+    "credentials", "credentials.*", "secret.*", "secrets.*", "*service[-_]account*.json", "*.token", "token",
+)  # fmt: skip
+SECRET_FOLDERS = (".aws", ".azure", ".docker", ".gnupg", ".kube", ".ssh", "gcloud")
+NO_SECRETS = ("*.example", "*.sample", "*.template", "*.py", "*.md")
 
 
 @dataclass(kw_only=True)
@@ -19,8 +29,8 @@ class CodeSnapshot(run.Packager):
     """Packs the git repository of the current folder: tracked files as they are on disk, and untracked ones.
 
     NeMo-Run's GitArchivePackager packs the last commit and leaves out what is not committed without a word. Submodules
-    are packed in the same way; ignored files are not packed. Outside a repository the Python files under the current
-    folder are.
+    are packed in the same way; ignored files are not packed, nor are untracked ones whose names are those of secrets.
+    (What is tracked was published on purpose.) Outside a repository the Python files under the current folder are.
 
     Attributes:
         refuse_uncommitted: raise CptError while there are changes that are not committed.
@@ -51,19 +61,37 @@ def _files(folder: Path, refuse_uncommitted: bool) -> tuple[Path, list[str]]:
         raise CptError(
             f"{root} has changes that are not committed; commit them or use code='ship':\n{changes.rstrip()}"
         )
-    return root, [str(file.relative_to(root)) for file in _listed(root)]
+    tracked = {str(file.relative_to(root)): is_tracked for file, is_tracked in _listed(root)}
+    secrets = [name for name, is_tracked in tracked.items() if not is_tracked and _looks_like_a_secret(Path(name))]
+    if secrets:
+        print(f"nemo_cpt: not shipped with the code, secrets by their names: {', '.join(secrets)}", file=sys.stderr)
+    return root, [name for name in tracked if name not in secrets]
 
 
-def _listed(repository: Path) -> list[Path]:
-    """A repository's files that are not ignored, and those of its submodules, of which git lists the folder alone."""
-    listed = _git(repository, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--deduplicate") or ""
-    found = []
-    for path in (repository / name for name in listed.split("\0") if name):
-        if (path / ".git").exists() and not path.is_symlink():
-            found += _listed(path)
+def _listed(repository: Path) -> Iterator[tuple[Path, bool]]:
+    """A repository's files that are not ignored, and those of its submodules, of which git lists the folder alone.
+
+    Each with whether it is tracked.
+    """
+    listed = _git(repository, "ls-files", "-z", "-t", "--cached", "--others", "--exclude-standard") or ""
+    for line in filter(None, listed.split("\0")):
+        tag, _, name = line.partition(" ")
+        path = repository / name
+        if _is_repository(path):
+            yield from _listed(path)
         elif os.path.lexists(path):
-            found.append(path)
-    return found
+            yield path, tag != "?"
+
+
+def _is_repository(path: Path) -> bool:
+    return (path / ".git").exists() and not path.is_symlink()
+
+
+def _looks_like_a_secret(file: Path) -> bool:
+    if any(folder in SECRET_FOLDERS for folder in file.parts[:-1]):
+        return True
+    name = file.name.lower()
+    return any(fnmatch(name, each) for each in SECRET_FILES) and not any(fnmatch(name, each) for each in NO_SECRETS)
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -1,8 +1,10 @@
 """Environment variables of a job: which may be written to disk, and which are secrets."""
 
+import atexit
 import os
 import re
 import shlex
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -66,6 +68,15 @@ def secrets_file(names: Sequence[str]) -> str:
     return "".join(f"export {name}={shlex.quote(os.environ[name])}\n" for name in names)
 
 
+def python_path(*folders: str) -> str:
+    """Return what a shell assigns to PYTHONPATH for `folders`, quoted, before those it has.
+
+    An empty entry, as `:$PYTHONPATH` leaves where none is set, is Python's word for the current folder, whose modules
+    would then stand before the standard library's.
+    """
+    return f"""\"$(echo {":".join(folders)}:"$PYTHONPATH" | tr -s : | sed 's/:$//')\""""
+
+
 def existing_mounts(mounts: Sequence[str]) -> list[str]:
     """Return mounts as "source:target", with every source made absolute.
 
@@ -85,13 +96,19 @@ def existing_mounts(mounts: Sequence[str]) -> list[str]:
 def keep_secrets(executor: str, names: Sequence[str]) -> Path:
     """Write the named variables to a file of mode 600 in NeMo-Run's home and return its path.
 
-    For executors that mount or copy a file before the job's own folder exists; each launch replaces it.
+    For executors that mount or copy a file before the job's own folder exists. It is needed until the job has started,
+    and removed when this process ends; what processes that were killed have left behind is removed by the next one.
     """
     from nemo_run.config import get_nemorun_home
 
-    path = Path(get_nemorun_home()) / "secrets" / f"{executor}.env"
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    partial = path.with_suffix(f".{os.getpid()}")
+    folder = Path(get_nemorun_home()) / "secrets"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for left in folder.glob(f"*.{socket.gethostname()}.*.env"):
+        if not _is_alive(int(left.name.split(".")[-2])):
+            left.unlink(missing_ok=True)
+    path = folder / f"{executor}.{socket.gethostname()}.{os.getpid()}.env"
+    _KEPT.add(path)
+    partial = path.with_suffix(".partial")
     partial.unlink(missing_ok=True)
     with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(secrets_file(names))
@@ -99,3 +116,23 @@ def keep_secrets(executor: str, names: Sequence[str]) -> Path:
         os.fsync(file.fileno())
     partial.rename(path)
     return path
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+_KEPT: set[Path] = set()
+
+
+@atexit.register
+def forget_secrets() -> None:
+    """Remove what `keep_secrets` wrote."""
+    while _KEPT:
+        _KEPT.pop().unlink(missing_ok=True)

@@ -29,7 +29,7 @@ def kubernetes(
     tolerations: Sequence[Mapping[str, Any]] = (),
     max_restarts: int = 0,
     code: Literal["ship", "committed"] | None = "ship",
-    seconds_to_save: int = 600,
+    preempt_seconds: int | None = None,
 ) -> "KubeflowExecutor":
     """Submit a TrainJob, under torchrun. The code travels with the task's config, over the volume `workdir_pvc`.
 
@@ -52,7 +52,8 @@ def kubernetes(
         max_restarts: restarts after a crash.
         code: "ship" copies the git repository of the current folder as it is on disk, "committed" refuses while
             anything is uncommitted, None takes the image's.
-        seconds_to_save: how long a pod that is told to go may save its checkpoint (Kubernetes gives 30 s).
+        preempt_seconds: how long a pod that is told to go may save its checkpoint (Kubernetes gives 30 s). By default
+            twice what a step and a checkpoint take by the planner, 600 where it cannot plan the recipe.
 
     Returns:
         NeMo-Run's KubeflowExecutor.
@@ -66,11 +67,14 @@ def kubernetes(
     """
     if nodes < 1 or gpus_per_node < 1:
         raise CptError(f"kubernetes(nodes={nodes}, gpus_per_node={gpus_per_node}): at least 1 of each")
+    if preempt_seconds is not None and preempt_seconds < 0:
+        raise CptError(f"kubernetes(preempt_seconds={preempt_seconds}): 0 or more")
     from nemo_run import Packager
     from nemo_run.core.execution.kubeflow import KubeflowExecutor
 
     from nemo_cpt.executors import upstream
     from nemo_cpt.executors.code import CodeSnapshot
+    from nemo_cpt.executors.stopping import GRACE
 
     upstream.apply()
     mounted = {"/dev/shm": {"emptyDir": {"medium": "Memory", "sizeLimit": shm_size}}} | {
@@ -96,7 +100,7 @@ def kubernetes(
             tolerations=[dict(each) for each in tolerations],
             retries=max_restarts,
             packager=CodeSnapshot(refuse_uncommitted=code == "committed") if code else Packager(),
-            pod_spec_overrides={"terminationGracePeriodSeconds": seconds_to_save},
+            pod_spec_overrides={GRACE: preempt_seconds},
         )
     except ImportError as error:
         raise CptError("kubernetes(...) needs the kubernetes package: pip install kubernetes") from error

@@ -6,6 +6,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from nemo_cpt.executors.environment import python_path
 from nemo_cpt.executors.stopping import supervise
 
 
@@ -53,7 +54,7 @@ def supervise_jobs() -> None:
     @wraps(prepare)
     def prepare_supervised(scheduler: Any, app: Any, cfg: Any) -> Any:
         code = f"{cfg.code_dir}/code"
-        paths = f"export PYTHONSAFEPATH=1 PYTHONPATH={code}:{code}/src:$PYTHONPATH; "
+        paths = f"export PYTHONSAFEPATH=1 PYTHONPATH={python_path(code, f'{code}/src')}; "
         for role in app.roles:
             supervise(role, f"{paths}exec python", "/tmp", cfg.retries)
         return prepare(scheduler, app, cfg)

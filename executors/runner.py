@@ -1,32 +1,38 @@
 """Runs a task inside a job, as NeMo-Run's fdl_runner does, and tells the job's script how it ended where that is lost.
 
 A recipe that is told to stop saves, and raises StoppedEarlyError; a training that is done returns. A CptError ends the
-process with exit code 2, of which torchrun makes 1. Each of the two leaves a file. A task that ends itself with
-`sys.exit()` leaves none: nobody knows whether it saved.
+process with exit code 2, of which torchrun makes 1. Each of the two leaves a file. Until a training listens, at its
+first step, there is nothing to save, and a signal ends the process. A task that ends itself with `sys.exit()` leaves no
+file: nobody knows whether it saved.
 """
 
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from nemo_cpt.errors import CptError, StoppedEarlyError
 from nemo_cpt.executors.tracking import continue_wandb_run
 from nemo_cpt.signals import shield_children
 
-MARKER = "NEMO_CPT_PREEMPTED"  # names the file that a task leaves which was told to stop, and saved
+MARKER = "NEMO_CPT_PREEMPTED"  # names the file that a task leaves which was told to stop: empty once it saved
+UNTRAINED = "nothing was trained yet"  # what stands in that file where there was nothing to save
 REFUSAL = "NEMO_CPT_REFUSED"  # names the one of a task that a CptError ended
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 def main() -> None:
     """Run the task that the command line names."""
+    listen(_as_sigterm, (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP))
+    listen(_end_untrained, (signal.SIGTERM,))
     shield_children()
-    signal.signal(signal.SIGUSR1, _as_sigterm)
     try:
         _run_task()
     except StoppedEarlyError as stop:
         print(f"nemo_cpt: {stop}", flush=True)
+        # With a marker 0: any other code would have srun or torchrun end the tasks that are still at it.
         sys.exit(0 if _leave(MARKER) else stop.exit_code)
     except CptError as error:
         _leave(REFUSAL)
@@ -66,9 +72,26 @@ def _leave(variable: str) -> bool:
     return bool(file)
 
 
+def listen(handler: Callable[[int, Any], None], numbers: Iterable[int]) -> None:
+    """Call `handler` on these signals, also on those that were held back until now; SIGHUP only if nohup has not
+    had it ignored."""
+    heard = [n for n in numbers if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+    for number in heard:
+        signal.signal(number, handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, heard)
+
+
 def _as_sigterm(number: int, frame: Any) -> None:
     """Clusters send SIGUSR1 or SIGTERM ahead of the limit; a task that listens itself listens to one."""
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _end_untrained(number: int, frame: Any) -> NoReturn:
+    """Leave the marker and end without unwinding: code that is being imported may catch any exception."""
+    if file := os.environ.get(MARKER):
+        Path(file).write_text(UNTRAINED)
+    os.write(2, f"nemo_cpt: told to stop, {UNTRAINED}\n".encode())
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nemo_cpt.errors import CptError
+from nemo_cpt.executors import window
 from nemo_cpt.executors.environment import SECRETS, checked_secrets, existing_mounts, job_env
 
 if TYPE_CHECKING:
     import nemo_run as run
 
-_TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)
+NO_LIMIT = ("0", "UNLIMITED", "INFINITE")
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def slurm(
     dependency: str | None = None,
     array: str | None = None,
     requeue: bool = True,
-    preempt_seconds: int | None = 120,
+    preempt_seconds: int | None = None,
     max_restarts: int = 0,
     chain: int = 1,
     tunnel: Literal["local"] | ssh = "local",
@@ -73,9 +74,9 @@ def slurm(
 
     The job runs the code as it is on disk when it is submitted, from a copy. It goes on after preemption:
     `preempt_seconds` before the time limit (and when Slurm preempts it) the tasks get SIGTERM, write a checkpoint, and
-    the job requeues itself. HF_TOKEN and WANDB_API_KEY travel in a file of mode 600 in the job's folder, never in a
-    script. W&B continues the same run. A task that fails raises CptError with the log's last lines, unless the
-    experiment is detached.
+    the job requeues itself; where that was too late it comes back to its last checkpoint. HF_TOKEN and WANDB_API_KEY
+    travel in a file of mode 600 in the job's folder, never in a script. W&B continues the same run. A task that fails
+    raises CptError with the log's last lines, unless the experiment is detached.
 
     Args:
         account: as sbatch; None where the cluster wants none.
@@ -95,9 +96,10 @@ def slurm(
         dependency: as sbatch, for example "afterok:123".
         array: as sbatch.
         requeue: go on after preemption, the time limit or a node's failure.
-        preempt_seconds: seconds before the time limit at which the tasks get SIGTERM; None for no signal. Slurm may
-            send it up to 60 s early.
-        max_restarts: restarts after a crash.
+        preempt_seconds: seconds before the time limit at which the tasks get SIGTERM; 0 for no signal. Slurm may send
+            it up to 60 s early. By default twice what a step and a checkpoint take by the planner, 600 where it cannot
+            plan the recipe, and half of `time` at most.
+        max_restarts: restarts after a crash; preemptions are not counted.
         chain: jobs submitted one behind the other, each going on where the last stopped, for runs longer than the
             limit where requeueing is not wanted. Those left over when the run is finished end at once.
         tunnel: "local" on a login node, or `ssh(...)`.
@@ -114,13 +116,18 @@ def slurm(
         NeMo-Run's SlurmExecutor, which `run.run`, `run.Experiment` and `nemo` submit.
 
     Raises:
-        CptError: a value is out of range or malformed, a directive does not exist, a mount or a secret is missing.
+        CptError: a value is out of range or malformed, values contradict each other, a directive does not exist, a
+            mount or a secret is missing.
 
     Example:
         >>> run.run(recipe, executor=slurm(account="llm", partition="gpu", nodes=2, gpus_per_node=8, time="4:00:00"))
     """
     _check_counts(nodes=nodes, gpus_per_node=gpus_per_node, tasks_per_node=tasks_per_node, chain=chain)
     _check_directives(directives)
+    limit = _time(time)
+    _check_window(preempt_seconds, limit)
+    if max_restarts and not requeue:
+        raise CptError(f"slurm(requeue=False, max_restarts={max_restarts}): Slurm restarts a job by requeueing it")
     local_container = container_image is not None and tunnel == "local"
     if mounts is None:
         mounts = [f"{os.getcwd()}:{os.getcwd()}"] if local_container else []
@@ -142,10 +149,9 @@ def slurm(
         ntasks_per_node=tasks_per_node or gpus_per_node or 1,
         gpus_per_node=None if gres else gpus_per_node,
         gres=gres,
-        time=_time(time),
+        time=limit,
         constraint=constraint,
         array=array,
-        signal=f"TERM@{preempt_seconds}" if preempt_seconds else None,
         container_image=container_image,
         container_mounts=existing_mounts(mounts) if tunnel == "local" else list(mounts),
         srun_args=[
@@ -168,6 +174,7 @@ def slurm(
         setup=list(setup),
         python_folder=_python_folder(venv, tunnel, container_image),
         takes_recipes_size=tasks_per_node is None and gpus_per_node is None and gres is None,
+        preempt_seconds=preempt_seconds,
     )
 
 
@@ -197,9 +204,22 @@ def _check_workdir(workdir: str | None) -> None:
 def _time(limit: str | timedelta | None) -> str | None:
     if isinstance(limit, timedelta):
         return str(max(1, round(limit.total_seconds() / 60)))
-    if limit is not None and not _TIME.fullmatch(str(limit)):
+    if limit is not None and window.seconds_of(str(limit)) is None and str(limit).upper() not in NO_LIMIT:
         raise CptError(f"slurm(time={limit!r}): write minutes, H:MM:SS, D-HH or D-HH:MM:SS, for example '4:00:00'")
     return None if limit is None else str(limit)
+
+
+def _check_window(preempt_seconds: int | None, limit: str | None) -> None:
+    if preempt_seconds is None:
+        return
+    limit_seconds = window.seconds_of(limit)
+    if not 0 <= preempt_seconds <= window.LONGEST_SECONDS:
+        raise CptError(f"slurm(preempt_seconds={preempt_seconds}): 0 to {window.LONGEST_SECONDS}, as sbatch takes them")
+    if limit_seconds is not None and limit_seconds <= preempt_seconds:
+        raise CptError(
+            f"slurm(time={limit!r}, preempt_seconds={preempt_seconds}): the tasks would be told to stop at their "
+            f"start; give more than {preempt_seconds / 60:g} minutes, or fewer preempt_seconds"
+        )
 
 
 def _mpi_args(mpi: str | None, container_image: str | None) -> list[str]:

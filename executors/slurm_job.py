@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shlex
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,20 @@ from nemo_run.core.tunnel.client import SSHTunnel, Tunnel
 from nemo_run.run.torchx_backend.schedulers.slurm import SlurmTunnelScheduler, _get_job_dirs, _save_job_dir
 from torchx.schedulers.api import DescribeAppResponse
 from torchx.schedulers.slurm_scheduler import SLURM_STATES
-from torchx.specs import AppDef, AppDryRunInfo, AppState, Role
+from torchx.specs import AppDef, AppDryRunInfo, AppState, Role, is_terminal
 
 from nemo_cpt.errors import CptError, StoppedEarlyError
-from nemo_cpt.executors.environment import secrets_file
+from nemo_cpt.executors import window
+from nemo_cpt.executors.environment import python_path, secrets_file
 from nemo_cpt.executors.runner import MARKER, REFUSAL
 from nemo_cpt.executors.stopping import with_our_runner
 from nemo_cpt.executors.supervisor import MARKER_PREFIX, REFUSAL_PREFIX
 from nemo_cpt.executors.tracking import EXPERIMENT
+from nemo_cpt.planning.saving import window_within
 
 SBATCH = "sbatch"
+SECRETS_FILE = "secrets.env"
+ENDING = Path(__file__).with_name("slurm_job.sh").read_text()
 UNDERWAY = (AppState.PENDING, AppState.RUNNING, AppState.SUBMITTED)
 
 
@@ -43,13 +48,14 @@ class SlurmJob(SlurmExecutor):
     """NeMo-Run's SlurmExecutor with what it lacks.
 
     Attributes:
-        comes_back: the job requeues itself after its tasks were told to stop and saved.
+        comes_back: the job requeues itself after its tasks were told to stop.
         may_requeue: Slurm may requeue it (sbatch --requeue or --no-requeue).
         chain: number of jobs, one behind the other.
         secrets: names of environment variables that go into a file of mode 600.
         setup: shell lines of the user.
         python_folder: put first on PATH in the job.
         takes_recipes_size: the number of tasks and GPUs of a node is the one of the task's trainer.
+        preempt_seconds: before its time limit Slurm signals the tasks; 0 for no signal, None for what the task needs.
     """
 
     comes_back: bool = True
@@ -59,6 +65,7 @@ class SlurmJob(SlurmExecutor):
     setup: list[str] = field(default_factory=list)
     python_folder: str = ""
     takes_recipes_size: bool = False
+    preempt_seconds: int | None = None
 
     def fit(self, task: Any) -> None:
         """Make a task's trainer and this job agree, before either is fixed.
@@ -82,6 +89,16 @@ class SlurmJob(SlurmExecutor):
                 "node: give the recipe's gpus_per_node and slurm(gpus_per_node=...) the same number"
             )
 
+    def give_time_to_save(self, needed: int | None) -> None:
+        """Have Slurm signal the tasks so many seconds ahead of the limit as they need, if that is known."""
+        self.preempt_seconds = min(window_within(window.seconds_of(self.time), needed), window.LONGEST_SECONDS)
+        if needed and self.preempt_seconds < needed:
+            print(
+                f"nemo_cpt: warning: the job may take {needed} s to save, and half of its time is "
+                f"{self.preempt_seconds} s: give slurm() more time",
+                file=sys.stderr,
+            )
+
     @property
     def folder(self) -> str:
         """The job's folder on the cluster."""
@@ -89,24 +106,22 @@ class SlurmJob(SlurmExecutor):
 
     def script_head(self) -> str:
         """Return the shell lines that run before srun."""
-        job = f"/{RUNDIR_NAME}" if self.container_image else self.folder  # as the tasks see it
+        job = shlex.quote(f"/{RUNDIR_NAME}" if self.container_image else self.folder)  # as the tasks see it
         lines = [
             "{ set +vx; } 2>/dev/null",
-            f"job={shlex.quote(self.folder)}",
-            f'rm -f "$job/{MARKER_PREFIX}$SLURM_JOB_ID" "$job/{REFUSAL_PREFIX}$SLURM_JOB_ID"',  # of an earlier start
+            f"job={shlex.quote(self.folder)} jobs_behind=${{1:-0}}",
+            f"comes_back={int(self.comes_back)} max_restarts={self.retries} preempt_seconds={self.preempt_seconds}",
+            f"marker=$job/{MARKER_PREFIX}$SLURM_JOB_ID refusal=$job/{REFUSAL_PREFIX}$SLURM_JOB_ID",
             *self._chain_lines(),
             "export MASTER_ADDR=${head_node_ip%% *}",
-            f'export {MARKER}={shlex.quote(job)}/{MARKER_PREFIX}"$SLURM_JOB_ID"',
-            f'export {REFUSAL}={shlex.quote(job)}/{REFUSAL_PREFIX}"$SLURM_JOB_ID"',
-            f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(job)}/code:{shlex.quote(job)}/code/src:$PYTHONPATH",
+            f"export {MARKER}={job}/{MARKER_PREFIX}$SLURM_JOB_ID {REFUSAL}={job}/{REFUSAL_PREFIX}$SLURM_JOB_ID",
+            f"export PYTHONSAFEPATH=1 PYTHONPATH={python_path(f'{job}/code', f'{job}/code/src')}",
             *([f"export PATH={shlex.quote(self.python_folder)}:$PATH"] if self.python_folder else []),
             f"export {EXPERIMENT}={self.experiment_id} WANDB_RESUME=allow",
             f"export WANDB_RUN_ID=${{WANDB_RUN_ID:-{self.experiment_id}}}",
             *(['. "$job/secrets.env"'] if self.secrets else []),
             *self.setup,
-            # When srun has failed, before NeMo-Run's script looks whether the job is to start again.
-            f"""trap '[ ! -e "$job/{REFUSAL_PREFIX}$SLURM_JOB_ID" ] || TORCHX_MAX_RETRIES=0' ERR""",
-            self._on_exit(),
+            ENDING,
         ]
         return "\n".join(lines)
 
@@ -118,28 +133,6 @@ class SlurmJob(SlurmExecutor):
             '[ -e "$job/failed" ] && { echo "an earlier job of the chain failed"; exit 1; }',
         ]
 
-    def _on_exit(self) -> str:
-        """A trap, because NeMo-Run's script has no place for lines after srun.
-
-        A cancelled job is not RUNNING any more when its tasks have saved and ended, and must not come back.
-        """
-        come_back = 'scontrol requeue "$SLURM_JOB_ID"' if self.comes_back else f"exit {StoppedEarlyError.exit_code}"
-        return f"""leave() {{
-    code=$?
-    if [ -e "$job/{MARKER_PREFIX}$SLURM_JOB_ID" ]; then
-        echo "stopped ahead of the end, with a checkpoint"
-        if scontrol show job -o "$SLURM_JOB_ID" | grep -q JobState=RUNNING; then
-            {come_back}
-        fi
-    elif [ $code -eq 0 ]; then
-        touch "$job/finished"
-        {'[ -n "$SLURM_ARRAY_JOB_ID" ] || rm -f "$job/secrets.env"' if self.secrets else ":"}
-    elif [ $code -lt 126 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -ge "$TORCHX_MAX_RETRIES" ]; then
-        touch "$job/failed"
-    fi
-}}
-trap leave EXIT"""
-
 
 class SlurmJobScheduler(SlurmTunnelScheduler):
     """NeMo-Run's scheduler for Slurm; it treats a SlurmJob as described there, and other executors as ever."""
@@ -148,7 +141,10 @@ class SlurmJobScheduler(SlurmTunnelScheduler):
         if isinstance(cfg, SlurmJob):
             self._initialize_tunnel(cfg.tunnel)
             cfg.tunnel = self.tunnel
+            if cfg.preempt_seconds is None:
+                cfg.give_time_to_save(None)
             cfg.setup_lines = cfg.script_head()
+            cfg.signal = f"TERM@{cfg.preempt_seconds}" if cfg.preempt_seconds else None
             cfg.env_vars = {name: shlex.quote(value) for name, value in cfg.env_vars.items()}
             for role in app.roles:
                 role.env = {name: shlex.quote(value) for name, value in role.env.items()}
@@ -167,17 +163,19 @@ class SlurmJobScheduler(SlurmTunnelScheduler):
         self._initialize_tunnel(job.tunnel)
         tunnel: Tunnel = self.tunnel
         script = os.path.join(tunnel.job_dir, f"{job.job_name}_sbatch.sh")
-        _write_secrets(tunnel, job)
         after = f"{job.dependency_type}:{':'.join(job.parse_deps())}" if job.dependencies else ""
         _check_that_it_can_ever_run(tunnel, script)
         ids: list[str] = []
         try:
-            for _ in range(job.chain):
-                ids.append(_sbatch(tunnel, script, after, job.may_requeue))
+            _write_secrets(tunnel, job)
+            for behind in reversed(range(job.chain)):
+                ids.append(_sbatch(tunnel, script, after, job.may_requeue, behind))
                 after = f"afterany:{ids[-1]}"
-        except CptError:
+            _check_limit(tunnel, ids[0], job.preempt_seconds or 0)
+        except BaseException:
             if ids:
                 tunnel.run(f"scancel {' '.join(ids)}", warn=True)
+            _remove_secrets(tunnel, job.folder)
             raise
         for job_id in ids:
             _save_job_dir(job_id, job.job_dir, tunnel, job.job_details.ls_term)
@@ -188,8 +186,10 @@ class SlurmJobScheduler(SlurmTunnelScheduler):
         known = _get_job_dirs().get(app_id)
         if known is None:
             return
-        self._initialize_tunnel(known[1])
-        self.tunnel.run(f"scancel {' '.join(_jobs_of_chain(known[0], app_id))}", warn=True)
+        folder, tunnel, _ = known
+        self._initialize_tunnel(tunnel)
+        self.tunnel.run(f"scancel {' '.join(_jobs_of_chain(folder, app_id))}", warn=True)
+        _remove_secrets(self.tunnel, _folder_there(tunnel, folder))  # a job that has started has read them
 
     def describe(self, app_id: str) -> DescribeAppResponse | None:
         """Return a job's state: from scontrol, which needs no accounting database, then from sacct, then from its log.
@@ -201,12 +201,21 @@ class SlurmJobScheduler(SlurmTunnelScheduler):
             return None
         folder, tunnel, _ = known
         self._initialize_tunnel(tunnel)
+        there = _folder_there(tunnel, folder)
         found = _from_scontrol(self.tunnel, app_id)
         if found is None and self.tunnel.run("sacct --version && sacct -n -j 1", warn=True).ok:
             return super().describe(app_id)
-        state, name = found or (_from_log(self.tunnel, os.path.join(tunnel.job_dir, Path(folder).name), app_id), "")
+        state, name, code = found or _from_log(self.tunnel, there, app_id)
+        if code == StoppedEarlyError.exit_code:  # over SSH the job's own marker is on another machine
+            Path(folder, f"{MARKER_PREFIX}{app_id}").touch()
+        if is_terminal(state) and not any(map(self._is_underway, _jobs_of_chain(folder, app_id))):
+            _remove_secrets(self.tunnel, there)  # of a job that was cancelled before it started
         role = name.rpartition(".")[2] or Path(folder).name
         return DescribeAppResponse(app_id=app_id, roles=[Role(name=role, image="", num_replicas=1)], state=state)
+
+    def _is_underway(self, app_id: str) -> bool:
+        found = _from_scontrol(self.tunnel, app_id)
+        return found is not None and found[0] in UNDERWAY
 
 
 def create_scheduler(session_name: str, **kwargs: Any) -> SlurmJobScheduler:
@@ -214,16 +223,27 @@ def create_scheduler(session_name: str, **kwargs: Any) -> SlurmJobScheduler:
     return SlurmJobScheduler(session_name=session_name, experiment=kwargs.pop("experiment", None))
 
 
-def _sbatch(tunnel: Tunnel, script: str, after: str, may_requeue: bool) -> str:
+def _sbatch(tunnel: Tunnel, script: str, after: str, may_requeue: bool, jobs_behind: int) -> str:
     command = [SBATCH, "--parsable", "--requeue" if may_requeue else "--no-requeue"]
     command += [f"--dependency={after}"] if after else []
     try:
-        return str(tunnel.run(shlex.join([*command, script])).stdout).strip().partition(";")[0]
+        said = tunnel.run(shlex.join([*command, script, str(jobs_behind)])).stdout
+        return str(said).strip().partition(";")[0]
     except invoke.exceptions.UnexpectedExit as error:
         said = error.result.stderr.strip()
         if error.result.return_code == 127:
             said = f"sbatch not found on {tunnel.host}: submit from a login node, or give slurm(tunnel=ssh(...))"
         raise CptError(f"Slurm did not take the job. {said}") from error
+
+
+def _check_limit(tunnel: Tunnel, job_id: str, preempt_seconds: int) -> None:
+    """Refuse a limit, the partition's own perhaps, within which the tasks would be told to stop at their start."""
+    limit = window.seconds_of(_shown(tunnel, job_id)[0].get("TimeLimit"))
+    if limit is not None and limit <= preempt_seconds:
+        raise CptError(
+            f"the job's time limit is {limit} s, and its tasks would be told to stop {preempt_seconds} s before it: "
+            "give slurm() more time, or fewer preempt_seconds"
+        )
 
 
 def _check_that_it_can_ever_run(tunnel: Tunnel, script: str) -> None:
@@ -236,7 +256,7 @@ def _check_that_it_can_ever_run(tunnel: Tunnel, script: str) -> None:
 def _write_secrets(tunnel: Tunnel, job: SlurmJob) -> None:
     if not job.secrets:
         return
-    path, text = os.path.join(job.folder, "secrets.env"), secrets_file(job.secrets)
+    path, text = os.path.join(job.folder, SECRETS_FILE), secrets_file(job.secrets)
     if isinstance(tunnel, SSHTunnel):
         tunnel.run(f"umask 077 && rm -f {shlex.quote(path)} && : > {shlex.quote(path)}")
         tunnel.session.put(io.StringIO(text), remote=path)
@@ -246,20 +266,36 @@ def _write_secrets(tunnel: Tunnel, job: SlurmJob) -> None:
         file.write(text)
 
 
+def _remove_secrets(tunnel: Tunnel, folder: str) -> None:
+    tunnel.run(f"rm -f {shlex.quote(os.path.join(folder, SECRETS_FILE))}", warn=True)
+
+
+def _folder_there(tunnel: Tunnel, folder: str) -> str:
+    """A job's folder on the cluster, by the one here."""
+    return os.path.join(tunnel.job_dir, Path(folder).name)
+
+
 def _jobs_of_chain(folder: str, app_id: str) -> list[str]:
     record = Path(folder, "slurm_jobs.json")
     return json.loads(record.read_text()) if record.is_file() else [app_id]
 
 
-def _from_scontrol(tunnel: Tunnel, app_id: str) -> tuple[AppState, str] | None:
-    """State and name of a job that Slurm remembers; of an array, what is under way counts before what failed."""
-    shown = tunnel.run(f"scontrol show job -o {app_id}", warn=True)
-    jobs = [dict(pair.partition("=")[::2] for pair in line.split(" ")) for line in shown.stdout.splitlines()]
-    states = [_app_state(job.get("JobState", "")) for job in jobs if "JobId" in job]
-    if not shown.ok or not states:
+def _from_scontrol(tunnel: Tunnel, app_id: str) -> tuple[AppState, str, int] | None:
+    """State, name and exit code of a job that Slurm remembers; of an array, what is under way, then what failed."""
+    jobs = [(_app_state(facts.get("JobState", "")), facts) for facts in _shown(tunnel, app_id)]
+    order = (*UNDERWAY, AppState.FAILED, AppState.CANCELLED)
+    jobs.sort(key=lambda job: order.index(job[0]) if job[0] in order else len(order))
+    if not jobs:
         return None
-    worst = [state for state in (*UNDERWAY, AppState.FAILED, AppState.CANCELLED) if state in states]
-    return (worst or states)[0], jobs[0].get("JobName", "")
+    state, facts = jobs[0]
+    return state, facts.get("JobName", ""), int(facts.get("ExitCode", "0").partition(":")[0])
+
+
+def _shown(tunnel: Tunnel, app_id: str) -> list[dict[str, str]]:
+    """What `scontrol show job` has, of an array a dict for each task; empty for a job that Slurm has forgotten."""
+    shown = tunnel.run(f"scontrol show job -o {app_id}", warn=True).stdout.splitlines()
+    jobs = [dict(pair.partition("=")[::2] for pair in line.split(" ")) for line in shown]
+    return [facts for facts in jobs if "JobId" in facts]
 
 
 def _app_state(slurm_state: str) -> AppState:
@@ -268,10 +304,10 @@ def _app_state(slurm_state: str) -> AppState:
     return SLURM_STATES.get(slurm_state, AppState.UNKNOWN)
 
 
-def _from_log(tunnel: Tunnel, folder: str, app_id: str) -> AppState:
+def _from_log(tunnel: Tunnel, folder: str, app_id: str) -> tuple[AppState, str, int]:
     """What the batch script said last; Slurm forgets a job some minutes after its end."""
     logs = f"{shlex.quote(folder)}/sbatch_*_{app_id}.out"
     said = tunnel.run(f"grep -h 'job exited with code' {logs} | tail -1", warn=True).stdout.split()
     if not said:
-        return AppState.UNKNOWN
-    return AppState.SUCCEEDED if said[-1] == "0" else AppState.FAILED
+        return AppState.UNKNOWN, "", 0
+    return (AppState.FAILED if int(said[-1]) else AppState.SUCCEEDED), "", int(said[-1])

@@ -1,23 +1,29 @@
 """Jobs that save when they are told to stop, wherever they run; cures of NeMo-Run's and TorchX's defects there.
 
 The signal's way: launcher, or `docker stop` -> `supervisor` -> the workers, whose PreemptionCallback saves at the end
-of the step. Slurm signals the workers itself.
+of the step. Slurm signals the workers itself. A launcher that has ended is a signal, too.
 """
 
+import contextlib
 import inspect
 import os
 import signal
+import stat
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any
 
-from nemo_cpt.executors.supervisor import MARKER_PREFIX
+from nemo_cpt.executors.environment import forget_secrets
+from nemo_cpt.executors.runner import SIGNALS, listen
+from nemo_cpt.executors.supervisor import FROM_LAUNCHER, MARKER_PREFIX, RUNNER, held
+from nemo_cpt.planning.saving import window_within
 
+GRACE = "terminationGracePeriodSeconds"  # of a pod's spec
 SECONDS_TO_SAVE = 600
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def save_on_sigterm(task: Any) -> None:
@@ -38,19 +44,43 @@ def save_on_sigterm(task: Any) -> None:
         trainer.callbacks = [*others, run.Config(SaveWhenStopped)]
 
 
+def give_time_to_save(executor: Any, needed: Callable[[], int | None]) -> None:
+    """Let Slurm's and Kubernetes' jobs be told early enough ahead of their end, unless the user said how early.
+
+    Args:
+        executor: any; others are not told ahead.
+        needed: called where it is wanted; returns the seconds, None where they are not known.
+    """
+    from nemo_run.core.execution.kubeflow import KubeflowExecutor
+
+    from nemo_cpt.executors.slurm_job import SlurmJob
+
+    if isinstance(executor, SlurmJob) and executor.preempt_seconds is None:
+        executor.give_time_to_save(needed())
+    elif isinstance(executor, KubeflowExecutor) and executor.pod_spec_overrides.get(GRACE) is None:
+        executor.pod_spec_overrides = executor.pod_spec_overrides | {GRACE: window_within(None, needed())}
+
+
 def supervise_local_jobs() -> None:
     """Start local jobs under `supervisor`: NeMo-Run ignores `retries` here, and torchrun kills a job that saves."""
     from nemo_run.run.torchx_backend.schedulers.local import PersistentLocalScheduler
 
     request: Callable[..., Any] = PersistentLocalScheduler._to_popen_request
+    start: Callable[..., Any] = PersistentLocalScheduler._popen
 
     @wraps(request)
     def request_supervised(scheduler: Any, app: Any, cfg: Any) -> Any:
         for role in app.roles:
-            supervise(role, sys.executable, cfg["log_dir"], cfg["retries"])
+            supervise(role, sys.executable, cfg["log_dir"], cfg["retries"], launcher=os.getpid())
         return request(scheduler, app, cfg)
 
+    @wraps(start)
+    def start_listening(*args: Any, **kwargs: Any) -> Any:
+        with held((*SIGNALS, FROM_LAUNCHER)):
+            return start(*args, **kwargs)
+
     PersistentLocalScheduler._to_popen_request = request_supervised
+    PersistentLocalScheduler._popen = start_listening
 
 
 def supervise_containers() -> None:
@@ -90,23 +120,24 @@ def supervise_cloud_jobs() -> None:
     SkypilotScheduler._submit_dryrun = prepare_supervised
 
 
-def supervise(role: Any, python: str, folder: str, max_restarts: int) -> None:
+def supervise(role: Any, python: str, folder: str, max_restarts: int, launcher: int | None = None) -> None:
     """Put `supervisor` before a role's command, with its marker in `folder`, and `runner` in place of NeMo-Run's."""
     marker = f"{folder}/{MARKER_PREFIX}{role.name}"
-    own = ["-m", "nemo_cpt.executors.supervisor", "--marker", marker, "--max-restarts", str(max_restarts), "--"]
-    role.args = [*own, role.entrypoint, *(with_our_runner(argument) for argument in role.args)]
+    own = ["-m", "nemo_cpt.executors.supervisor", "--marker", marker, "--max-restarts", str(max_restarts)]
+    own += ["--launcher", str(launcher)] if launcher else []
+    role.args = [*own, "--", role.entrypoint, *(with_our_runner(argument) for argument in role.args)]
     role.entrypoint = python
 
 
 def with_our_runner(argument: str) -> str:
     """Return `runner`'s module in place of NeMo-Run's; any other argument as it is."""
-    return "nemo_cpt.executors.runner" if argument == "nemo_run.core.runners.fdl_runner" else argument
+    return RUNNER if argument == "nemo_run.core.runners.fdl_runner" else argument
 
 
 def pass_signals_on() -> None:
-    """Let Ctrl-C, SIGTERM and SIGUSR1 to the launcher stop its local jobs, and wait for them.
+    """Let Ctrl-C, a closed terminal and signals to the launcher stop its jobs on this machine, and wait for them.
 
-    NeMo-Run leaves them running behind a launcher that SIGTERM ended, and on Ctrl-C waits for their end.
+    NeMo-Run leaves them running behind a launcher that a signal ended, and on Ctrl-C waits for their end.
     """
     from nemo_run.run.experiment import Experiment
 
@@ -116,10 +147,9 @@ def pass_signals_on() -> None:
     @wraps(enter)
     def enter_and_listen(experiment: Any) -> Any:
         if threading.current_thread() is threading.main_thread():
-            before: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
-            experiment._handlers_before = before
-            for number in SIGNALS:
-                signal.signal(number, lambda number, frame: _pass_on(experiment, number, before[number]))
+            experiment._handlers_before = {number: signal.getsignal(number) for number in SIGNALS}
+            signals: Counter[int] = Counter()
+            listen(lambda number, frame: _pass_on(experiment, number, signals), SIGNALS)
         return enter(experiment)
 
     @wraps(leave)
@@ -133,17 +163,44 @@ def pass_signals_on() -> None:
     Experiment.__enter__, Experiment.__exit__ = enter_and_listen, leave_and_restore
 
 
-def _pass_on(experiment: Any, number: int, handler_before: Any) -> None:
-    """Signal the supervisors of an experiment's local jobs; without any, do what the signal did before."""
-    scheduler = experiment._runner._scheduler_instances.get("local_persistent")
-    running = [pid for app in getattr(scheduler, "_apps", {}).values() for pid in _running(app)]
-    for pid in running:
-        os.kill(pid, signal.SIGTERM)
-    if running:
-        print("stopping; the job saves a checkpoint if it trains. Once more to end it at once", flush=True)
+def _pass_on(experiment: Any, number: int, signals: "Counter[int]") -> None:
+    """Tell an experiment's jobs on this machine to stop, once more at a signal's second; end where there are none."""
+    first = not signals
+    signals[number] += 1
+    if number == signal.SIGHUP:
+        _leave_terminal()
+    if not first and (signals[number] == 1 or number == signal.SIGHUP):
+        return  # a session that ends sends several kinds at once
+    if _tell_jobs(experiment):
+        with contextlib.suppress(OSError):
+            print("stopping; the job saves a checkpoint if it trains. Once more to end it at once", flush=True)
         return
-    signal.signal(number, handler_before)
+    forget_secrets()
+    signal.signal(number, experiment._handlers_before[number])
     signal.raise_signal(number)
+
+
+def _leave_terminal() -> None:
+    """Print to nowhere from now on: to write to a terminal that was closed is an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+            os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
+def _tell_jobs(experiment: Any) -> bool:
+    """Signal the supervisors of an experiment's jobs on this machine; return whether there are any."""
+    schedulers = experiment._runner._scheduler_instances
+    local, docker = schedulers.get("local_persistent"), schedulers.get("docker_persistent")
+    told = [pid for app in getattr(local, "_apps", {}).values() for pid in _running(app)]
+    for pid in told:
+        _tell(pid)
+    requests = getattr(docker, "_scheduled_reqs", [])
+    containers = [each for request in requests for each in request.get_containers(client=docker._docker_client)]
+    for container in containers:
+        container.kill(signal="SIGTERM")
+    return bool(told or containers)
 
 
 def wait_until_saved() -> None:
@@ -155,13 +212,40 @@ def wait_until_saved() -> None:
     @wraps(kill)
     def wait_and_kill(app: Any) -> None:
         for pid in _running(app):
-            os.kill(pid, signal.SIGTERM)
+            if pid not in _told:  # a second signal would end it at once
+                _tell(pid)
         deadline = time.monotonic() + SECONDS_TO_SAVE
         while any(_running(app)) and time.monotonic() < deadline:
             time.sleep(0.2)
         kill(app)
 
     _LocalAppDef.kill = wait_and_kill
+
+
+def let_containers_save() -> None:
+    """Stop containers as `docker stop` does before NeMo-Run removes them by force, when cancelled or on Ctrl-C."""
+    from docker.errors import DockerException
+    from nemo_run.core.execution.docker import DockerContainer
+
+    delete: Callable[..., None] = DockerContainer.delete
+
+    @wraps(delete)
+    def stop_and_delete(container: Any, client: Any, id: str) -> None:
+        if (running := container.get_container(client=client, id=id)) is not None:
+            with contextlib.suppress(DockerException, OSError):  # it ended, and was removed, in the meantime
+                running.stop(timeout=SECONDS_TO_SAVE)
+        delete(container, client=client, id=id)
+
+    DockerContainer.delete = stop_and_delete
+
+
+_told: set[int] = set()  # process ids of supervisors
+
+
+def _tell(supervisor: int) -> None:
+    _told.add(supervisor)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(supervisor, FROM_LAUNCHER)
 
 
 def _running(app: Any) -> Iterator[int]:

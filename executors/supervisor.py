@@ -1,10 +1,10 @@
 """Runs a job's command, starts it again after a crash, and lets it save when this process is told to stop.
 
-    python -m nemo_cpt.executors.supervisor --marker FILE [--max-restarts N] -- torchrun ... -m module
+    python -m nemo_cpt.executors.supervisor --marker FILE [--max-restarts N] [--launcher PID] -- torchrun ... -m module
 
 torchrun, on SIGTERM, kills its workers after 30 s, which is too short for the checkpoint of a large model; here the
 workers themselves are signalled and torchrun is left to wait for them. The exit code is the command's own; after a
-stop that left a checkpoint it is `StoppedEarlyError`'s, because an unfinished run must not look finished.
+stop that lost nothing it is `StoppedEarlyError`'s, because an unfinished run must not look finished.
 """
 
 import argparse
@@ -13,14 +13,19 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 
 from nemo_cpt.errors import CptError, StoppedEarlyError
-from nemo_cpt.executors.runner import MARKER, REFUSAL
+from nemo_cpt.executors.runner import MARKER, REFUSAL, SIGNALS, UNTRAINED, listen
 
-MARKER_PREFIX = "preempted-"  # of the file in a job's folder that says: it was told to stop, and saved
+MARKER_PREFIX = "preempted-"  # of the file in a job's folder that says: it was told to stop, and nothing is lost
 REFUSAL_PREFIX = "refused-"  # of the one that says: a CptError ended it
+RUNNER = "nemo_cpt.executors.runner"
+FROM_LAUNCHER = signal.SIGUSR2
+POLL_SECONDS = 0.5
 
 
 class Supervisor:
@@ -28,15 +33,19 @@ class Supervisor:
 
     Args:
         command: program and arguments.
-        marker: file by which the job says that it was told to stop and saved.
+        marker: file by which the job says that it was told to stop, and saved or had not begun to train.
         max_restarts: restarts after an exit code other than 0.
+        launcher: process that started this one; the job is told to stop when it has ended, because nobody would see
+            it any more. None where a job outlives its launcher.
     """
 
-    def __init__(self, command: list[str], marker: Path, max_restarts: int = 0) -> None:
-        self.command, self.marker, self.max_restarts = command, marker, max_restarts
+    def __init__(self, command: list[str], marker: Path, max_restarts: int = 0, launcher: int | None = None) -> None:
+        self.command, self.marker, self.max_restarts, self.launcher = command, marker, max_restarts, launcher
         self.refusal = marker.with_name(REFUSAL_PREFIX + marker.name.removeprefix(MARKER_PREFIX))
         self.child: subprocess.Popen[bytes] | None = None
-        self.stops = 0
+        self.had_workers = False
+        self.told = False
+        self.signals: Counter[int] = Counter()
 
     def run(self) -> int:
         """Run until the command succeeds, was told to stop, or has used up its restarts; return the exit code.
@@ -44,44 +53,96 @@ class Supervisor:
         A CptError is not tried again: it says what the user must change. Its exit code is 2, also under torchrun,
         which turns every failure of a worker into 1.
         """
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._stop)
+        listen(self._stop, (*SIGNALS, FROM_LAUNCHER))
         for restart in range(self.max_restarts + 1):
             code = self._run_once()
-            if self.marker.exists():
-                print("nemo_cpt: stopped ahead of the end, saved; the same command goes on from there", flush=True)
-                return StoppedEarlyError.exit_code
             if self.refusal.exists():
                 return CptError.exit_code
-            if code in (0, CptError.exit_code) or self.stops:
+            if stopped := self._how_it_stopped(code):
+                _say(f"stopped ahead of the end, {stopped}; the same command goes on from there")
+                return StoppedEarlyError.exit_code
+            if code in (0, CptError.exit_code) or self.told:
                 break
             if restart < self.max_restarts:
-                print(f"nemo_cpt: exit code {code}; restart {restart + 1} of {self.max_restarts}", flush=True)
+                _say(f"exit code {code}; restart {restart + 1} of {self.max_restarts}")
+        if code and self.told:
+            print(
+                "nemo_cpt: told to stop, and ended unsaved; the same command goes on from the last checkpoint",
+                flush=True,
+            )
         return code
+
+    def _how_it_stopped(self, code: int) -> str:
+        """What the marker says; nothing where it is not there, or was left by mistake."""
+        if not self.marker.exists():
+            return ""
+        if self.marker.read_text() != UNTRAINED:
+            return "saved"
+        # torchrun stops the other workers when one has crashed: who has not begun to train takes that for our signal.
+        if code and not self.told:
+            self.marker.unlink()
+            return ""
+        return "nothing was trained yet"
 
     def _run_once(self) -> int:
         for left_before in (self.marker, self.refusal):
             left_before.unlink(missing_ok=True)
+        if self.told:
+            self.marker.write_text(UNTRAINED)
+            return 0
         words = {MARKER: str(self.marker), REFUSAL: str(self.refusal)}
-        # A session of its own, so that a signal to this process's group reaches the job through _stop alone.
-        self.child = subprocess.Popen(self.command, start_new_session=True, env=os.environ | words)
-        if self.stops:
-            self._signal_job()
-        code = self.child.wait()
+        with held(SIGNALS if RUNNER in self.command else ()):
+            # A session of its own, so that a signal to this process's group reaches the job through _signal_job alone.
+            self.child = subprocess.Popen(self.command, start_new_session=True, env=os.environ | words)
+        code = self._wait(self.child)
         return 128 - code if code < 0 else code
 
+    def _wait(self, child: "subprocess.Popen[bytes]") -> int:
+        """Wait for the child's end; tell it to stop once this process was told, or its launcher is gone."""
+        passed_on = False
+        self.had_workers = False
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return child.wait(POLL_SECONDS)
+            self.told |= self.launcher is not None and os.getppid() != self.launcher
+            if self.told and not passed_on:
+                self._signal_job()
+                passed_on = True
+            if self._is_torchrun and not self.had_workers:
+                self.had_workers = bool(children(child.pid))
+
+    @property
+    def _is_torchrun(self) -> bool:
+        return Path(self.command[0]).name == "torchrun"
+
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        """Let the job save at the first signal; at the second one end it."""
-        self.stops += 1
-        if self.child is not None and self.child.poll() is None:
-            self._signal_job() if self.stops == 1 else _end(self.child.pid)
+        """Let the job save at the first signal; at the second of one kind end it."""
+        self.told = True
+        self.signals[number] += 1
+        again = self.signals[number] > 1 and number != signal.SIGHUP  # which often follows SIGTERM by itself
+        if again and self.child is not None and self.child.poll() is None:
+            _end(self.child.pid)
 
     def _signal_job(self) -> None:
+        """Send SIGTERM to the command, or to torchrun's workers; torchrun without any yet is ended, nothing is lost."""
         assert self.child is not None
-        workers = children(self.child.pid) if Path(self.command[0]).name == "torchrun" else []
-        for pid in workers or [self.child.pid]:
+        if not self._is_torchrun:
+            self.child.send_signal(signal.SIGTERM)
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.child.pid, signal.SIGSTOP)  # so that it starts no worker while they are counted
+        workers = children(self.child.pid)
+        for pid in workers:
             with contextlib.suppress(ProcessLookupError):  # it ended since it was listed
                 os.kill(pid, signal.SIGTERM)
+        if not workers and not self.had_workers:
+            self.marker.write_text(UNTRAINED)
+            self.child.kill()
+        self.child.send_signal(signal.SIGCONT)
+
+
+def _say(what: str) -> None:
+    print(f"nemo_cpt: {what}", flush=True)
 
 
 def _end(leader: int) -> None:
@@ -90,6 +151,19 @@ def _end(leader: int) -> None:
         for kill in (os.killpg, os.kill):  # a worker that leads no group is no group's name
             with contextlib.suppress(ProcessLookupError):
                 kill(pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def held(numbers: Iterable[int]) -> Iterator[None]:
+    """Hold signals back from this thread, and from what it starts until that lets them through (pthread_sigmask).
+
+    A process that is signalled before it can listen would die of it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def children(pid: int) -> list[int]:
@@ -114,9 +188,10 @@ def main() -> None:
     )
     parser.add_argument("--marker", type=Path, required=True, help="by which the job says that it saved and stopped")
     parser.add_argument("--max-restarts", type=int, default=0, help="after an exit code other than 0")
+    parser.add_argument("--launcher", type=int, help="process id; the job is told to stop when it has ended")
     parser.add_argument("command", nargs="+", help="after --")
     given = parser.parse_args()
-    sys.exit(Supervisor(given.command, given.marker, given.max_restarts).run())
+    sys.exit(Supervisor(given.command, given.marker, given.max_restarts, given.launcher).run())
 
 
 if __name__ == "__main__":

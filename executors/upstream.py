@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_cpt.errors import CptError, StoppedEarlyError
-from nemo_cpt.executors import pods, stopping
+from nemo_cpt.executors import pods, stopping, window
 from nemo_cpt.executors.supervisor import MARKER_PREFIX
 
 LOG_LINES = 25
@@ -25,6 +25,7 @@ def apply() -> None:
     stopping.supervise_cloud_jobs()
     stopping.pass_signals_on()
     stopping.wait_until_saved()
+    stopping.let_containers_save()
     raise_when_a_task_failed()
     admit_slurm_job()
     say_why_ssh_fails()
@@ -78,6 +79,7 @@ def admit_slurm_job() -> None:
             stopping.save_on_sigterm(task)
         if isinstance(executor, SlurmJob):
             executor.fit(task)
+        stopping.give_time_to_save(executor, lambda: window.seconds_to_save(task))
         return add(experiment, task, executor, *args, **kwargs)
 
     Experiment._add_single_job = fit_and_add

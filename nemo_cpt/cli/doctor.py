@@ -168,6 +168,7 @@ def place(executor: str, options: Sequence[str]) -> "Place":
     from nemo_cpt.doctor import Place
     from nemo_cpt.executors.environment import job_env
     from nemo_cpt.executors.local import visible_gpus
+    from nemo_cpt.executors.window import seconds_of
 
     if executor.partition(":")[0].endswith(".py"):
         return Place(executor, here=False, same_packages=False, same_files=False)
@@ -185,6 +186,8 @@ def place(executor: str, options: Sequence[str]) -> "Place":
         slurm=submits,
         partition=given.get("partition"),
         nodes=given.get("nodes"),
+        limit_seconds=seconds_of(str(given.get("time"))),
+        preempt_seconds=given.get("preempt_seconds"),
         environ=visible_gpus(given.get("gpus") if executor == "local" else None) | job_env(given.get("env")),
     )
 

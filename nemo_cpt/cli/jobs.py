@@ -42,6 +42,23 @@ def make_executor(name: str, options: Sequence[str], processes: int) -> Any:
     return getattr(executors, name)(**given)
 
 
+def give_time_to_save(
+    executor: Any, recipe: catalog.Function, arguments: Mapping[str, Any], fields: Sequence[str]
+) -> None:
+    """Have the job told to stop as early ahead of its end as the plan of its recipe needs to save."""
+    from nemo_cpt.executors import stopping
+    from nemo_cpt.planning.named import workload
+    from nemo_cpt.planning.saving import saving
+
+    def needed() -> int | None:
+        try:
+            return saving(workload(recipe.name, arguments, fields)).window
+        except CptError:  # a recipe that the planner cannot read may run all the same
+            return None
+
+    stopping.give_time_to_save(executor, needed)
+
+
 def submit(
     recipe: catalog.Function, arguments: Mapping[str, Any], fields: list[str], executor: Any, detach: bool, dryrun: bool
 ) -> dict[str, Any]:

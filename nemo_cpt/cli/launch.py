@@ -79,9 +79,9 @@ def run(
     """Run a recipe on an executor; ends non-zero if the job fails.
 
     Parameters are checked at once, and so is what `nemo-cpt doctor` finds without importing anything: a job that could
-    not start is refused. To plan a GPU recipe's memory, a process imports NeMo the first time that the recipe is run
-    with these arguments (20 s); what it read is remembered. Fields of the config (trainer.log_every_n_steps=5) are
-    checked before submission to another machine, which imports NeMo; so does --check.
+    not start is refused. To plan a GPU recipe's memory, and how long it takes to save, a process imports NeMo the first
+    time that the recipe is run with these arguments (20 s); what it read is remembered. Fields of the config
+    (trainer.log_every_n_steps=5) are checked before submission to another machine, which imports NeMo; so does --check.
     """
     from nemo_cpt.cli import jobs
     from nemo_cpt.cli.doctor import describe, preflight
@@ -96,14 +96,10 @@ def run(
         preflight(job, force=force or dryrun)
         if check or (fields and executor != "local"):
             build_recipe(function.name, arguments, fields)
-        result = jobs.submit(
-            function,
-            arguments,
-            fields,
-            jobs.make_executor(executor, options, function.processes(arguments)),
-            detach,
-            dryrun,
-        )
+        where = jobs.make_executor(executor, options, function.processes(arguments))
+        if function.gpus(arguments):
+            jobs.give_time_to_save(where, function, arguments, fields)
+        result = jobs.submit(function, arguments, fields, where, detach, dryrun)
     if json:
         print(jsonlib.dumps(result))
 

@@ -29,7 +29,7 @@ PREFLIGHT: tuple[Check, ...] = (
 )
 """Quick ones: no process is started but nvidia-smi and sinfo."""
 
-FITTING: tuple[Check, ...] = (fitting.fit,)
+FITTING: tuple[Check, ...] = (fitting.fit, slurm.saving_in_time)
 """Looked at before a launch where nothing else is red: the first time it takes as long as NeMo's import."""
 
 CHECKS: tuple[Check, ...] = (
@@ -55,7 +55,7 @@ CHECKS: tuple[Check, ...] = (
 )
 """The whole examination of a machine."""
 
-JOB_CHECKS: tuple[Check, ...] = (material.base, material.data, material.vocabulary, fitting.fit)
+JOB_CHECKS: tuple[Check, ...] = (material.base, material.data, material.vocabulary, fitting.fit, slurm.saving_in_time)
 """What is looked at besides, where a recipe is named."""
 
 __all__ = [

@@ -1,13 +1,17 @@
-"""Whether Slurm's commands are here, its controller answers, and the partition is one that can run the job."""
+"""Whether Slurm answers, its partition can run the job, and the job can save before Slurm ends it."""
 
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
 
 from nemo_cpt.doctor.examination import Examination
 from nemo_cpt.doctor.finding import Finding
+from nemo_cpt.errors import CptError
+from nemo_cpt.planning.named import workload
+from nemo_cpt.planning.saving import saving, window_within
 
-COMMANDS = ("sbatch", "squeue", "sinfo")
+COMMANDS = ("sbatch", "squeue", "sinfo", "scontrol")
 SECONDS = 15
 
 
@@ -40,6 +44,49 @@ def slurm(examination: Examination) -> Finding:
     return _compared(examination, partitions) if submits else Finding("Slurm", "ok", _listed(partitions))
 
 
+def saving_in_time(examination: Examination) -> Finding:
+    """Whether Slurm leaves the job the time for a step and a checkpoint, ahead of its limit and when it preempts it.
+
+    The first time, this builds the recipe, in a process that imports NeMo.
+    """
+    job, place = examination.job, examination.place
+    if job is None or not place.slurm or not job.gpus_per_node or not shutil.which("scontrol"):
+        return Finding("saving", "skipped", "no job for GPUs that a Slurm of this machine would end")
+    try:
+        needed = saving(workload(job.recipe, job.arguments, job.fields))
+    except CptError as error:  # what the planner cannot read may run all the same
+        return Finding("saving", "warning", f"the recipe cannot be planned: {error}", "compare the window by hand")
+    window = place.preempt_seconds
+    if window is None:
+        window = window_within(place.limit_seconds, needed.window)
+    kill_wait, grace = _grace(place.partition)
+    leaves = [f"{window} s ahead of the limit"]
+    leaves += [f"{grace + kill_wait} s when the job is preempted"] if grace is not None else []
+    leaves += [f"{kill_wait} s when it is cancelled or requeued"]
+    found = f"{needed}; Slurm leaves {', '.join(leaves)}"
+    if window < needed.seconds:
+        return Finding("saving", "warning", found, f"give executor.preempt_seconds={needed.window}, and time for it")
+    if grace is not None and grace + kill_wait < needed.seconds:
+        cure = "a preemption costs the steps since the last checkpoint: write more of them (val_check_interval=)"
+        return Finding("saving", "warning", found, cure)
+    return Finding("saving", "ok", found)
+
+
+def _grace(partition: str | None) -> tuple[int, int | None]:
+    """Seconds between SIGTERM and SIGKILL, and the partition's grace period, None where no job is preempted."""
+    kill_wait = re.search(r"KillWait += (\d+)", _said("scontrol", "show", "config"))
+    shown = [line for line in _said("scontrol", "--oneliner", "show", "partition").splitlines() if line]
+    chosen = [line for line in shown if _is_chosen(line, partition) and not re.search(r" PreemptMode=(OFF|N/A)", line)]
+    periods = [int(found[1]) for line in chosen if (found := re.search(r" GraceTime=(\d+)", line))]
+    return int(kill_wait[1]) if kill_wait else 30, min(periods, default=None)
+
+
+def _is_chosen(line: str, partition: str | None) -> bool:
+    if partition is None:
+        return " Default=YES" in line
+    return any(line.startswith(f"PartitionName={name} ") for name in partition.split(","))
+
+
 def _compared(examination: Examination, partitions: list[Partition]) -> Finding:
     wanted, job = examination.place.partition, examination.job
     names = wanted.split(",") if wanted else [each.name for each in partitions if each.default][:1]
@@ -61,14 +108,15 @@ def _compared(examination: Examination, partitions: list[Partition]) -> Finding:
 
 
 def _partitions() -> list[Partition]:
-    done = subprocess.run(
-        ["sinfo", "--noheader", "--format=%P|%a|%D|%G"], capture_output=True, text=True, timeout=SECONDS, check=True
-    )
     found = []
-    for line in done.stdout.splitlines():
+    for line in _said("sinfo", "--noheader", "--format=%P|%a|%D|%G").splitlines():
         name, availability, nodes, resources = (part.strip() for part in line.split("|"))
         found.append(Partition(name.removesuffix("*"), name.endswith("*"), availability == "up", int(nodes), resources))
     return found
+
+
+def _said(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True).stdout
 
 
 def _listed(partitions: list[Partition]) -> str:

@@ -407,8 +407,7 @@ def _checkpoint_copy(work: Workload) -> int:
 
     Weights; in fp32 moments and master weights (or what these have beyond the weights); of LoRA what is trained.
     """
-    states = {"exp_avg": 4, "exp_avg_sq": 4, "master_param": work.master_bytes or 4}
-    copied = [size for name, size in states.items() if name not in work.host_states]
+    copied = [size for name, size in _saved_states(work).items() if name not in work.host_states]
     if work.lora_rank is not None:
         embeddings = work.embedding_parameters if work.trained_embeddings else 0
         widths = [work.weight_bytes, *copied]
@@ -418,6 +417,15 @@ def _checkpoint_copy(work: Workload) -> int:
         total += sum(_pinned_size(size * work.weight_bytes) for size in _saved_sizes(work, stage))
         total += sum(_pinned_size(size * width) for size in _saved_pieces(work, stage) for width in copied)
     return total * work.tensor_model_parallel_size
+
+
+def checkpoint_bytes(work: Workload) -> int:
+    """Return the bytes of a training checkpoint on the disk: what is trained, with the optimizer's states."""
+    return work.trained_parameters * (work.weight_bytes + sum(_saved_states(work).values()))
+
+
+def _saved_states(work: Workload) -> dict[str, int]:
+    return {"exp_avg": 4, "exp_avg_sq": 4, "master_param": work.master_bytes or 4}
 
 
 def _saved_sizes(work: Workload, stage: int) -> list[int]:

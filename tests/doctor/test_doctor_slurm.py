@@ -3,8 +3,10 @@
 import pytest
 from slurm_cluster import SlurmCluster, missing
 
+from nemo_cpt import CptError
 from nemo_cpt.doctor import Examination, Job, Place
-from nemo_cpt.doctor.slurm import COMMANDS, slurm
+from nemo_cpt.doctor.slurm import COMMANDS, saving_in_time, slurm
+from nemo_cpt.planning import Workload
 
 GPU_LINES = "gpu*|up|4|gpu:h100:8\\ncpu|up|9|(null)\\nold|down|2|gpu:v100:4\\n"
 
@@ -12,6 +14,23 @@ GPU_LINES = "gpu*|up|4|gpu:h100:8\\ncpu|up|9|(null)\\nold|down|2|gpu:v100:4\\n"
 def submitted(partition=None, **changes):
     job = Job("r", **{"gpus_per_node": 8} | changes, place=Place("slurm", here=False, slurm=True, partition=partition))
     return slurm(Examination(job))
+
+
+EIGHT_B = Workload(
+    num_layers=32, hidden_size=4096, ffn_hidden_size=14336, num_attention_heads=32, num_query_groups=8, kv_channels=128,
+    vocab_size=128256, global_batch_size=1024, gpus=8, tensor_model_parallel_size=2, sequence_parallel=True,
+)  # fmt: skip
+
+
+@pytest.fixture
+def saved(monkeypatch):
+    """What the doctor finds of a job of Llama-3.1-8B's, whose workload takes half a minute to read from its recipe."""
+    monkeypatch.setattr("nemo_cpt.doctor.slurm.workload", lambda *recipe: EIGHT_B)
+
+    def look(**place):
+        return saving_in_time(Examination(Job("r", gpus_per_node=8, place=Place("slurm", here=False, **place))))
+
+    return look
 
 
 @pytest.fixture
@@ -45,7 +64,7 @@ def test_no_default_partition(sinfo):
 
 def test_no_slurm_and_no_controller(sinfo, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert submitted().found == "not here: sbatch, squeue, sinfo"
+    assert submitted().found == "not here: sbatch, squeue, sinfo, scontrol"
     assert slurm(Examination()).state == "skipped"
     sinfo("echo 'slurm_load_partitions: Unable to contact slurm controller' >&2; exit 1", code=1)
     assert submitted().found == "slurm_load_partitions: Unable to contact slurm controller"
@@ -53,8 +72,41 @@ def test_no_slurm_and_no_controller(sinfo, tmp_path, monkeypatch):
     assert slurm(Examination()).state == "skipped"
 
 
+def test_time_to_save(sinfo, saved, tmp_path):
+    sinfo()
+    (tmp_path / "scontrol").write_text(
+        "#!/bin/sh\n"
+        'case "$*" in *config) echo "KillWait                = 30 sec" ;; *)\n'
+        'echo "PartitionName=gpu AllowGroups=ALL Default=YES GraceTime=0 Hidden=NO PreemptMode=OFF State=UP"\n'
+        'echo "PartitionName=spot AllowGroups=ALL Default=NO GraceTime=600 Hidden=NO PreemptMode=REQUEUE State=UP"\n'
+        'echo "PartitionName=scraps AllowGroups=ALL Default=NO GraceTime=0 Hidden=NO PreemptMode=REQUEUE State=UP"\n'
+        "esac\n"
+    )
+    found = saved(slurm=True, limit_seconds=4 * 3600)
+    assert found.state == "ok"
+    assert "a checkpoint (112 GB at 1 GB/s)" in found.found
+    assert found.found.endswith("Slurm leaves 900 s ahead of the limit, 30 s when it is cancelled or requeued")
+    short = saved(slurm=True, limit_seconds=4 * 3600, preempt_seconds=120)
+    assert (short.state, short.cure) == ("warning", "give executor.preempt_seconds=900, and time for it")
+    assert saved(slurm=True, limit_seconds=600).state == "warning"  # of which half is taken
+    assert "630 s when the job is preempted" in saved(slurm=True, partition="spot").found
+    assert saved(slurm=True, partition="spot").state == "ok"
+    preempted = saved(slurm=True, partition="spot,scraps")
+    assert (preempted.state, "steps since the last checkpoint" in preempted.cure) == ("warning", True)
+    assert saved(slurm=False).state == "skipped"
+
+
+def test_a_recipe_that_cannot_be_planned_does_not_stop_a_launch(sinfo, saved, monkeypatch):
+    def refuse(*recipe):
+        raise CptError("no shape of a Llama")
+
+    sinfo()
+    monkeypatch.setattr("nemo_cpt.doctor.slurm.workload", refuse)
+    assert saved(slurm=True).state == "warning"
+
+
 @pytest.mark.skipif(bool(missing()), reason=missing() or "-")
-def test_a_real_cluster(tmp_path_factory, monkeypatch):
+def test_a_real_cluster(tmp_path_factory, monkeypatch, saved):
     cluster = SlurmCluster(tmp_path_factory.mktemp("slurm"))
     try:
         cluster.start()
@@ -62,7 +114,9 @@ def test_a_real_cluster(tmp_path_factory, monkeypatch):
             monkeypatch.setenv(name, value)
         assert submitted().found == "partition cpu: up, 2 nodes, gres gpu:2"
         assert submitted("urgent").state == "ok"
-        assert submitted("gpu").found == "there is no partition gpu; it has partitions cpu*, urgent"
+        assert submitted("gpu").found == "there is no partition gpu; it has partitions cpu*, patient, short, urgent"
         assert submitted(num_nodes=3).state == "error"
+        found = saved(slurm=True, partition="patient").found
+        assert found.endswith("50 s when the job is preempted, 20 s when it is cancelled or requeued")
     finally:
         cluster.stop()

@@ -16,6 +16,14 @@ TASKS = '''
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 
+from nemo_cpt.errors import CptError, StoppedEarlyError
+
+if importing := os.environ.get("NEVER_IMPORTED_AT_FIRST"):
+    first = not Path(importing).exists()
+    Path(importing).touch()
+    while first:
+        time.sleep(0.1)
+
 def report(path, commands=False):
     """Write what the task sees, one file a rank."""
     rank = os.environ.get("SLURM_PROCID", os.environ.get("RANK", "0"))
@@ -29,8 +37,6 @@ def fail(message):
     raise ValueError(message)
 
 def refuse(message):
-    from nemo_cpt.errors import CptError
-
     print("tried", flush=True)
     raise CptError(message)
 
@@ -47,10 +53,56 @@ def count(path, until, pause=0.2):
         file.write_text(str(reached))
         if stopped:
             print("stopped at", reached, flush=True)
-            from nemo_cpt.errors import StoppedEarlyError
-
-            raise StoppedEarlyError("saved")
+            raise StoppedEarlyError("told to stop, saved")
     print("counted to", reached, flush=True)
+
+def act(path, acts):
+    """Do at each start what is next in `acts`, which leaves a file `path.NUMBER.ACT` of each.
+
+    save: when it is told to stop, as a recipe does; die: without saving; stay: until it is killed; crash; end.
+    """
+    number = sum(1 for _ in Path(path).parent.glob(f"{Path(path).name}.*"))
+    act = acts[number]
+
+    def told(*_):
+        if act == "save":
+            raise StoppedEarlyError("told to stop, saved")
+        if act == "die":
+            sys.exit(1)
+
+    signal.signal(signal.SIGTERM, told)
+    Path(f"{path}.{number}.{act}").touch()
+    print("start", number, act, flush=True)
+    while act in ("save", "die", "stay"):
+        time.sleep(0.1)
+    if act == "crash":
+        sys.exit(3)
+
+def train(arguments, fields, folder, waits):
+    """Train the tiny recipe, as `nemo-cpt run` does; once it has done a step of `waits`, it waits until it may go on.
+
+    A file `at.STEP` in `folder` says that it waits, and `go.STEP` lets it go on.
+    """
+    import fiddle as fdl
+    import lightning.pytorch as pl
+    import nemo_run as run
+    from nemo_cpt.cli.task import build_recipe
+    from nemo_cpt.executors.stopping import save_on_sigterm
+
+    class Wait(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            step = trainer.global_step
+            if step in waits and trainer.is_global_zero:
+                Path(folder, f"at.{step}").touch()
+                while not Path(folder, f"go.{step}").exists():
+                    time.sleep(0.1)
+
+    recipe = build_recipe("tiny.continual_pretrain", arguments, fields)
+    recipe.trainer.num_nodes = int(os.environ["SLURM_NNODES"])
+    save_on_sigterm(recipe)
+    training = fdl.build(recipe)
+    training.keywords["trainer"].callbacks.insert(0, Wait())
+    training()
 
 def crash_once(path):
     if not os.path.exists(path):

@@ -37,6 +37,7 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=1
+SlurmdParameters=config_overrides
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
@@ -45,6 +46,8 @@ MinJobAge=300
 GresTypes=gpu
 {nodes}
 PartitionName=cpu Nodes=ALL Default=YES MaxTime=60 PriorityTier=1 State=UP
+PartitionName=patient Nodes=ALL MaxTime=60 PriorityTier=1 GraceTime=30 State=UP
+PartitionName=short Nodes=ALL DefaultTime=1 MaxTime=60 PriorityTier=1 State=UP
 PartitionName=urgent Nodes=ALL MaxTime=60 PriorityTier=10 State=UP
 """
 
@@ -117,7 +120,7 @@ class SlurmCluster:
     def _write_config(self) -> None:
         nodes = [
             f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={free_port()} "
-            "CPUs=2 RealMemory=4000 Gres=gpu:2 State=UNKNOWN"
+            "CPUs=8 RealMemory=4000 Gres=gpu:2 State=UNKNOWN"
             for name in NODES
         ]
         config = CONFIG.format(

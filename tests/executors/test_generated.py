@@ -1,5 +1,6 @@
 """Executors whose engine is not here: what they would ask for, compared word by word."""
 
+import ast
 import json
 import os
 import shlex
@@ -18,6 +19,7 @@ from sky_stand_in import install
 
 from nemo_cpt import CptError
 from nemo_cpt.executors import docker, kubernetes, skypilot, slurm
+from nemo_cpt.executors.code import CodeSnapshot
 
 
 def prepared(executor, name="t"):
@@ -57,7 +59,7 @@ def test_docker_has_the_tutorials_flags(project, monkeypatch):
     ]
     assert host["NetworkMode"] == "host"
     assert host["DeviceRequests"][0]["Count"] == 2
-    secrets = project.parent / "home" / "secrets" / "docker.env"
+    (secrets,) = (project.parent / "home" / "secrets").iterdir()
     assert host["Binds"] == [
         f"{project}:/work:ro", f"{project}:/nemo_run/code", f"{secrets}:/run/secrets/nemo_cpt.env:ro"
     ]  # fmt: skip
@@ -123,7 +125,7 @@ def test_a_container_whose_torchrun_hides_that_the_user_must_change_something(pr
 def test_a_shell_that_docker_starts_gets_the_secret(project, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "planted 'secret'")
     docker()
-    file = project.parent / "home" / "secrets" / "docker.env"
+    (file,) = (project.parent / "home" / "secrets").iterdir()
     shell = ["bash", "-c", "python3 -c 'import os; print(os.environ[\"HF_TOKEN\"])'"]
     environ = {"BASH_ENV": str(file), "PATH": "/usr/bin:/bin"}
     assert subprocess.run(shell, env=environ, capture_output=True, text=True).stdout.strip() == "planted 'secret'"
@@ -133,25 +135,39 @@ def test_slurm_with_a_container(project, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "planted-secret")
     executor = slurm(
         "llm", "gpu", nodes=2, gpus_per_node=8, time="4:00:00", container_image="nvcr.io#nvidia/nemo:25.07",
-        requeue=False, mem="0", exclusive=True, dependency="afterok:7", max_restarts=2,
+        mem="0", exclusive=True, dependency="afterok:7", max_restarts=2,
     )  # fmt: skip
     experiment, request = prepared(executor)
     script = request.materialize()
     directives = {line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")}
     assert {
         "account=llm", "partition=gpu", "nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "time=4:00:00",
-        "signal=TERM@120", "mem=0", "exclusive", "dependency=afterok:7", "job-name=cpt.t",
+        "signal=TERM@600", "mem=0", "exclusive", "dependency=afterok:7", "job-name=cpt.t",
     } <= directives  # fmt: skip
-    assert "export TORCHX_MAX_RETRIES=2" in script
+    assert "comes_back=1 max_restarts=2 preempt_seconds=600\n" in script
     assert "planted-secret" not in script
     (srun,) = [line for line in script.splitlines() if line.startswith("srun --output")]
     job = f"{experiment._exp_dir}/t"
     assert f"--container-mounts {project}:{project},{job}:/nemo_run " in srun
     assert "--container-image nvcr.io#nvidia/nemo:25.07" in srun
     assert f"--mpi=pmix --container-workdir={project} python -m nemo_cpt.executors.runner -n t" in srun
-    assert "export PYTHONSAFEPATH=1 PYTHONPATH=/nemo_run/code:/nemo_run/code/src:$PYTHONPATH" in script
+    assert 'export PYTHONSAFEPATH=1 PYTHONPATH="$(echo /nemo_run/code:/nemo_run/code/src:' in script
     assert '. "$job/secrets.env"' in script
-    assert f"job={job}\n" in script
+    assert f"job={job} " in script
+
+
+def test_the_current_folder_is_not_before_the_standard_library(project):
+    """Python takes an empty entry of PYTHONPATH, as in `code:$PYTHONPATH` where that is not set, for it."""
+    _, request = prepared(slurm(tasks_per_node=1))
+    (line,) = [line for line in request.materialize().splitlines() if line.startswith("export PYTHONSAFEPATH")]
+    show = f"{line}; {sys.executable} -c 'import sys; print(sys.path)'"
+    for before in ({}, {"PYTHONPATH": ""}, {"PYTHONPATH": ":"}, {"PYTHONPATH": ":/a b::/c:"}):
+        done = subprocess.run(["bash", "-c", show], env={"PATH": os.environ["PATH"]} | before, capture_output=True)
+        shipped, sources, *others = ast.literal_eval(done.stdout.decode())
+        assert (Path(shipped).name, Path(sources).name) == ("code", "src")
+        assert not {"", str(project)} & set(others), before
+        if "/a b" in before.get("PYTHONPATH", ""):
+            assert others[:2] == ["/a b", "/c"]
 
 
 def test_slurm_without_an_account_gpus_or_time_names_none(project):
@@ -182,6 +198,9 @@ def test_slurm_gres_stands_for_the_gpus(project):
         ({"env": {"WANDB_API_KEY": "x"}}, "looks like a secret"),
         ({"tunnel": "login1"}, "give 'local' or ssh"),
         ({"workdir": "/home/me/nemo_run/x"}, "folder named nemo_run"),
+        ({"time": "10", "preempt_seconds": 600}, r"told to stop at their start; give more than 10 minutes"),
+        ({"preempt_seconds": -1}, r"slurm\(preempt_seconds=-1\): 0 to 65535"),
+        ({"requeue": False, "max_restarts": 2}, "Slurm restarts a job by requeueing it"),
     ],
 )
 def test_slurm_refuses(arguments, says):
@@ -197,8 +216,6 @@ def test_uncommitted_changes_are_refused_on_demand(project):
 
 def test_submodules_are_shipped_as_they_are_on_disk(project, tmp_path):
     """One within another; with a file that is not committed, without an ignored one."""
-    from nemo_cpt.executors.code import CodeSnapshot
-
     for name in ("outer", "inner"):
         (tmp_path / name).mkdir()
         (tmp_path / name / f"{name}_module.py").touch()
@@ -219,6 +236,21 @@ def test_submodules_are_shipped_as_they_are_on_disk(project, tmp_path):
     outer = {f"libraries/outer/{name}" for name in ("outer_module.py", ".gitignore", ".gitmodules")}
     inner = {f"libraries/outer/inner/{name}" for name in ("inner_module.py", ".gitignore", "new.py")}
     assert names == here | outer | inner
+
+
+def test_secrets_that_are_not_tracked_are_not_shipped(project, capfd):
+    names = (".env", "keys/host.pem", "id_rsa", ".netrc", ".aws/config", "credentials.json", "run/secrets.env", "a.key")
+    for name in (*names, ".env.example", "secrets.py", "keys/README.md", "tokenizer.json"):
+        (project / name).parent.mkdir(exist_ok=True)
+        (project / name).touch()
+    with tarfile.open(CodeSnapshot().package(project, str(project.parent), "code")) as packed:
+        assert set(packed.getnames()) == {"tasks.py", ".env.example", "secrets.py", "keys/README.md", "tokenizer.json"}
+    said = capfd.readouterr().err
+    assert "not shipped with the code, secrets by their names: " in said
+    assert all(name in said for name in names)
+    git(project, "add", ".env")  # what is tracked is there on purpose
+    with tarfile.open(CodeSnapshot().package(project, str(project.parent), "code")) as packed:
+        assert ".env" in packed.getnames()
 
 
 def test_large_untracked_files_are_not_shipped_unseen(project):
@@ -284,7 +316,7 @@ def test_kubernetes_train_job(project, kube_config):
     assert f"{executor.code_dir}/configs/t_fn_or_script" in launched  # not the path on this machine
     assert "--nproc-per-node 8" in launched
     assert pod["terminationGracePeriodSeconds"] == 600
-    assert f"PYTHONPATH={executor.code_dir}/code:" in launched
+    assert f'PYTHONPATH="$(echo {executor.code_dir}/code:' in launched
     assert "; exec python -m nemo_cpt.executors.supervisor" in launched  # the first process is signalled
     assert "--max-restarts 2 -- torchrun" in launched
 

@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import pytest
 from helpers import assert_no_secret, wait_until
 
 from nemo_cpt import CptError
+from nemo_cpt.cli import jobs
 from nemo_cpt.cli.doctor import place
+from nemo_cpt.errors import StoppedEarlyError
 from nemo_cpt.executors import local, supervisor
 from nemo_cpt.executors.environment import GPU_VARIABLES
 
@@ -133,40 +136,154 @@ def test_a_second_signal_ends_a_job_that_does_not_listen(tmp_path):
     assert job.wait(10) == 128 + signal.SIGKILL
 
 
+def test_a_signal_before_the_supervisor_listens_is_not_lost(tmp_path):
+    """Nor does it end it: who starts it holds signals back until it does, and nothing is started then."""
+    with supervisor.held(supervisor.SIGNALS):
+        job = supervised(tmp_path / "m", "print('started')")
+    job.terminate()
+    printed, _ = job.communicate(timeout=10)
+    assert (printed.count("started"), job.returncode) == (0, 75)
+    assert "stopped ahead of the end, nothing was trained yet" in printed
+
+
+def test_torchrun_that_has_no_workers_yet_is_ended(tmp_path):
+    """Told to stop by its own signal, it would end them 30 s after they came."""
+    torchrun = tmp_path / "torchrun"
+    torchrun.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\nexec sleep 100\n")
+    torchrun.chmod(0o755)
+    command = [sys.executable, "-m", "nemo_cpt.executors.supervisor", "--marker", str(tmp_path / "m"), "--"]
+    job = subprocess.Popen([*command, str(torchrun)], stdout=subprocess.PIPE, text=True)
+    wait_until((tmp_path / "started").exists)
+    job.terminate()
+    assert "nothing was trained yet" in job.communicate(timeout=20)[0]
+    assert job.returncode == 75
+
+
+def test_workers_that_torchrun_ends_because_of_another_ones_crash_were_not_told_to_stop(tmp_path):
+    marker = tmp_path / "m"
+    crash = f"import sys; open({str(marker)!r}, 'w').write({supervisor.UNTRAINED!r}); sys.exit(1)"
+    job = supervised(marker, crash, "--max-restarts", "1")
+    assert "restart 1 of 1" in job.communicate(timeout=20)[0]
+    assert (job.returncode, marker.exists()) == (1, False)
+
+
+def test_a_job_whose_launcher_is_gone_saves(tmp_path):
+    """Also one that was gone before anyone looked."""
+    marker = tmp_path / "m"
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    job = supervised(marker, SAVES.format(marker=str(marker)), "--launcher", str(gone.pid))
+    assert job.communicate(timeout=20)[0].endswith("the same command goes on from there\n")
+    assert job.returncode == 75
+
+
 LAUNCHER = """
-import nemo_run as run, tasks
+import nemo_run as run, os, tasks
 from nemo_cpt.executors import local
 if __name__ == "__main__":
-    run.run(run.Partial(tasks.count, path="counter", until=20), executor=local(processes=2), name="t", tail_logs=True)
+    task = run.Partial(tasks.count, path="counter", until=int(os.environ.get("UNTIL", 20)))
+    run.run(task, executor=local(processes=2), name="t", tail_logs=True)
 """
 
 
-def test_a_launcher_that_is_stopped_lets_its_job_save_and_goes_on_when_started_again(project, tmp_path):
-    """torchrun is between: by itself it would end the workers, and NeMo-Run would leave them behind."""
+@pytest.fixture
+def launch(project, tmp_path):
+    """Start a launcher of a job of two processes under torchrun, with a terminal of its own; wait until it counts."""
     (project / "launch.py").write_text(LAUNCHER)
-    start = {
-        "args": [sys.executable, "launch.py"],
-        "env": os.environ | {"NEMORUN_HOME": str(tmp_path / "home")},
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.STDOUT,
-        "stdin": subprocess.DEVNULL,
-        "text": True,
-    }
-    first = subprocess.Popen(**start)
-    counter = project / "counter"
-    wait_until(lambda: counter.exists() and counter.read_text())
-    first.terminate()
-    printed, _ = first.communicate(timeout=60)
-    assert first.returncode == 1
-    assert "nemo_cpt.errors.StoppedEarlyError: task t ended as FAILED" in printed
-    assert "nemo_cpt: stopped ahead of the end, saved" in printed
-    stopped = int(counter.read_text())
-    assert 0 < stopped < 20
+    started = []
+
+    def start(until=1000, wait=True, **options):
+        terminal, its = os.openpty()
+        environ = os.environ | {"NEMORUN_HOME": str(tmp_path / "home"), "UNTIL": str(until)}
+        command = [sys.executable, "-c", WITH_TERMINAL, sys.executable, "launch.py"]
+        printed = (tmp_path / f"printed-{len(started)}").open("w+")
+        launcher = subprocess.Popen(
+            command, env=environ, stdin=its, stdout=printed, stderr=printed, start_new_session=True, **options
+        )
+        os.close(its)
+        started.append(launcher)
+        if wait:
+            wait_until(lambda: log_of(tmp_path).count("starting at") == 2)
+        return launcher, terminal, printed
+
+    yield start
+    for launcher in started:
+        launcher.kill()
+        launcher.wait()
+    wait_until(lambda: not list(jobs._processes(str(tmp_path))), 120)
+
+
+WITH_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # make stdin the controlling terminal, whose end is a SIGHUP
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def log_of(folder):
+    """What the workers printed, over all launches; torchrun prefixes their lines."""
+    lines = "".join(log.read_text() for log in folder.rglob("stdout.log")).splitlines()
+    return "\n".join(line for line in lines if line.startswith("[default"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_launcher_that_is_stopped_lets_its_job_save_and_goes_on_when_started_again(project, tmp_path, launch, number):
+    """torchrun is between: by itself it would end the workers, and NeMo-Run would leave them behind."""
+    launcher, _, printed = launch()
+    launcher.send_signal(number)
+    assert launcher.wait(60) == 1
+    printed.seek(0)
+    said = printed.read()
+    assert "nemo_cpt.errors.StoppedEarlyError: task t ended as FAILED" in said
+    assert "nemo_cpt: stopped ahead of the end, saved" in said
+    stopped = int((project / "counter").read_text())
     assert str(tmp_path) not in subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True).stdout
-    again = subprocess.run(**start, timeout=60)
-    assert again.returncode == 0
-    assert f"starting at {stopped}" in again.stdout
-    assert "counted to 20" in again.stdout
+    again, _, printed = launch(until=stopped + 3, wait=False)
+    assert again.wait(60) == 0
+    printed.seek(0)
+    assert f"starting at {stopped}" in printed.read()
+
+
+def test_a_terminal_that_is_closed_and_a_launcher_that_is_killed_let_the_job_save(project, tmp_path, launch):
+    launcher, terminal, _ = launch()
+    os.close(terminal)  # the window, or the connection
+    assert launcher.wait(60) == 1
+    assert log_of(tmp_path).count("stopped at") == 2
+    assert [task["status"] for task in jobs.status(None)["tasks"]] == ["STOPPED"]
+    launcher, _, _ = launch(wait=False)
+    wait_until(lambda: log_of(tmp_path).count("starting at") == 4)
+    os.killpg(launcher.pid, signal.SIGKILL)
+    wait_until(lambda: log_of(tmp_path).count("stopped at") == 4)
+    wait_until(lambda: [task["status"] for task in jobs.status(None)["tasks"]] == ["STOPPED"])
+
+
+def test_under_nohup_a_job_outlives_its_terminal(project, tmp_path, launch):
+    ignored = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
+    launcher, terminal, _ = launch(until=30, **ignored)
+    os.close(terminal)
+    launcher.send_signal(signal.SIGHUP)
+    assert launcher.wait(60) == 0
+    assert log_of(tmp_path).count("counted to 30") == 2
+
+
+def test_told_to_stop_while_it_imports_nothing_is_lost(project, tmp_path):
+    """In one process and under torchrun; the same command starts again."""
+    import tasks
+
+    for processes in (1, 2):
+        importing = tmp_path / f"importing-{processes}"
+        executor = local(processes=processes, env={"NEVER_IMPORTED_AT_FIRST": str(importing)})
+        seen = tmp_path / f"seen-{processes}"
+        stop = threading.Thread(
+            target=lambda path: (wait_until(path.exists), os.kill(os.getpid(), 15)), args=[importing]
+        )
+        stop.start()
+        with pytest.raises(StoppedEarlyError, match="stopped ahead of the end, nothing was trained yet"):
+            run.run(run.Partial(tasks.report, path=str(seen)), executor=executor, name="t")
+        stop.join()
+        assert [task["status"] for task in jobs.status(None)["tasks"]] == ["STOPPED"]
+        run.run(run.Partial(tasks.report, path=str(seen)), executor=executor, name="t")
+        assert len(list(tmp_path.glob(f"seen-{processes}.*"))) == processes
 
 
 def test_two_processes_under_torchrun(project, tmp_path):

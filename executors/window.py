@@ -1,0 +1,41 @@
+"""How long before its time limit a job is told to stop: as long as it needs to finish a step and write a checkpoint."""
+
+import re
+from typing import Any
+
+from nemo_cpt.errors import CptError
+
+LONGEST_SECONDS = 65535  # that sbatch takes
+_LIMIT = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d\d))?(?::(?P<third>\d\d))?")
+
+
+def seconds_to_save(task: Any) -> int | None:
+    """Return the window that the planner finds for a recipe for GPUs; None for what it cannot plan.
+
+    Args:
+        task: a run.Partial, of a recipe or not.
+    """
+    from nemo_cpt import planning
+    from nemo_cpt.planning.saving import saving
+
+    if getattr(getattr(task, "trainer", None), "accelerator", None) != "gpu":
+        return None
+    try:
+        return min(saving(planning.read(task)).window, LONGEST_SECONDS)
+    except CptError:
+        return None
+
+
+def seconds_of(limit: str | None) -> int | None:
+    """Return the seconds of a time limit as Slurm writes it; None for no limit, or no number.
+
+    "30" are minutes, "30:00" minutes and seconds, "4:00:00" hours first, "2-00" days and hours.
+    """
+    found = _LIMIT.fullmatch(limit or "")
+    if found is None:
+        return None
+    first, second, third = (int(found[name] or 0) for name in ("first", "second", "third"))
+    if found["days"]:
+        return 86400 * int(found["days"]) + 3600 * first + 60 * second + third
+    seconds = 3600 * first + 60 * second + third if found["third"] else 60 * first + second
+    return seconds or None
