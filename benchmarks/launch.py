@@ -62,8 +62,8 @@ def _seconds(command: list) -> float:
 
 
 def _material(folder: Path) -> list[str]:
-    """A base and a dataset of the tiny shape; returns the arguments of the recipe."""
-    data = {"train": {str(folder / "en"): 1.0}, "validation": {"en": str(folder / "en")}}
+    """A base of the tiny shape and two datasets; returns the arguments of the recipe."""
+    data = {"train": {str(folder / "en"): 1.0}, "validation": {"en": str(folder / "held_out")}}
     if not (folder / "base").exists():
         from nemo_cpt.checkpoint import import_hf
         from nemo_cpt.corpus import prepare
@@ -75,7 +75,9 @@ def _material(folder: Path) -> list[str]:
         texts = [json.loads(line)["text"] for line in lines]
         tokenizer = base.train_tokenizer(texts, 512)
         base.pretrain(texts, tokenizer, folder / "hf", steps=60, progress=lambda step, loss: None, batch_size=4)
-        prepare(folder / "en.jsonl", folder / "en", folder / "hf", quiet=True)
+        (folder / "held_out.jsonl").write_text("\n".join(lines[:8]) + "\n")
+        for name in ("en", "held_out"):
+            prepare(folder / f"{name}.jsonl", folder / name, folder / "hf", quiet=True)
         import_hf(folder / "hf", folder / "base")
     return [
         "tiny", f"base={folder / 'base'}", f"tokenizer={folder / 'hf'}", f"data={json.dumps(data)}", "max_steps=3",

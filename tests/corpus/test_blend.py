@@ -73,7 +73,7 @@ def test_report_counts_epochs_and_steps(sets: dict[str, str]) -> None:
         (Blend(train={"ds/ja": 0}), "weight of 'ds/ja' in the blend is 0; it must be a positive"),
         (Blend(train={"ds/ja": float("nan")}), "is nan"),
         (Blend(train={"ds/ja": "0.5"}), "is '0.5'"),  # type: ignore[dict-item]
-        (Blend(**yaml.safe_load("train: {ds/ja: 1e-3}")), r"is '1e-3'.* YAML takes it for text: write 1\.0e-3"),
+        (Blend(**yaml.safe_load("train: {ds/ja: 1e-3}")), r"is '1e-3'.*YAML takes it for text: write 1\.0e-3"),
         (Blend(train={"ds/ja": True}), "is True"),
         (Blend(train={"ds/ja": 1.0}, weighting="size"), "weighting is 'size'"),
         (Blend(train={"ds/ja": 1.0, "ds/ja_text_document": 1.0}), "names one dataset twice"),

@@ -140,7 +140,7 @@ def project(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def material(tmp_path_factory):
-    """A briefly trained base of the tiny shape, imported, and a dataset made with its tokenizer."""
+    """A briefly trained base of the tiny shape, imported, and two datasets made with its tokenizer."""
     from nemo_cpt.checkpoint import import_hf
     from nemo_cpt.corpus import prepare
     from nemo_cpt.demo import base
@@ -152,7 +152,9 @@ def material(tmp_path_factory):
     base.pretrain(
         texts, base.train_tokenizer(texts, 512), folder / "hf", steps=60, progress=lambda step, loss: None, batch_size=4
     )
-    prepare(folder / "en.jsonl", folder / "en", folder / "hf", quiet=True)
+    (folder / "held_out.jsonl").write_text("\n".join(lines[:8]) + "\n")
+    for name in ("en", "held_out"):
+        prepare(folder / f"{name}.jsonl", folder / name, folder / "hf", quiet=True)
     import_hf(folder / "hf", folder / "base")
     return folder
 

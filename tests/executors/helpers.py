@@ -40,7 +40,7 @@ def recipe_arguments(material, directory, processes):
     return {
         "base": str(material / "base"),
         "tokenizer": str(material / "hf"),
-        "data": {"train": {str(material / "en"): 1.0}, "validation": {"en": str(material / "en")}},
+        "data": {"train": {str(material / "en"): 1.0}, "validation": {"en": str(material / "held_out")}},
         "processes": processes,
         "directory": str(directory),
         "max_steps": 30,
