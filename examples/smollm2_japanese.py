@@ -28,13 +28,16 @@ def get_model(folder: Path) -> None:
     if package is None or not package.submodule_search_locations:
         download("HuggingFaceTB/SmolLM2-135M-Instruct", folder)
         return
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
     (gguf,) = Path(package.submodule_search_locations[0]).rglob("*.gguf")
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
-    tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # transformers takes <|im_start|> for the EOS of this GGUF; what its config says is right
+    ids = {f"{kind}_token": getattr(model.config, f"{kind}_token_id") for kind in ("bos", "eos", "unk")}
+    names = {kind: tokenizer.convert_ids_to_tokens(number) for kind, number in ids.items()}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **names).save_pretrained(folder)
 
 
 def get_data(texts: dict[str, str], folder: Path) -> Blend:

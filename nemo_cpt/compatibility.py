@@ -63,7 +63,7 @@ class Base:
     @cached_property
     def tokenizer_hashes(self) -> tuple[str, str] | None:
         """Of the tokenizer's vocabulary and of its settings; they tell equal tokenizers without loading them."""
-        from nemo_cpt.corpus.tokenizer import settings_hash, vocabulary_hash
+        from nemo_cpt.corpus.tokenizer_files import settings_hash, vocabulary_hash
 
         return (vocabulary_hash(self.tokenizer), settings_hash(self.tokenizer)) if self.tokenizer else None
 

@@ -42,7 +42,13 @@ def prepare(
     keep_empty_documents: Annotated[
         bool, typer.Option("--keep-empty-documents", help="As Megatron-LM's script; NeMo's drops them.")
     ] = False,
-    verify: Annotated[int, typer.Option(help="Documents to encode again with the reference tokenizer.")] = 0,
+    verify: Annotated[
+        int | None,
+        typer.Option(
+            help="Compare so many documents, and some of each script, with transformers' tokenizer afterwards; "
+            "by default only passages with the reference tokenizer on the way; 0 compares nothing."
+        ),
+    ] = None,
     fast: Annotated[bool, typer.Option(help="Use fastokens where it agrees with the reference.")] = True,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -86,8 +92,11 @@ def prepare(
         rows["skipped"] = ", ".join(f"{reason} {count}" for reason, count in report.skipped.items())
     if report.empty:
         rows["empty texts"] = f"{report.empty:,}"
+    if report.compared:
+        rows["compared"] = f"{report.compared:,} passages are what the reference tokenizer gives"
     if report.verified:
-        rows["verified"] = f"{report.verified:,} documents are what the reference tokenizer gives"
+        kinds = f"documents of {report.kinds:,} scripts and categories"
+        rows["verified"] = f"{report.verified:,} documents, and {kinds}, are what transformers gives"
     _print_rows(rows, report.warnings)
 
 

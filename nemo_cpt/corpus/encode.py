@@ -6,10 +6,12 @@ from typing import Any
 
 from nemo_cpt.corpus.feed import Task
 from nemo_cpt.corpus.index import ITEMSIZE
+from nemo_cpt.corpus.kinds import Lookout, Passage, around
 from nemo_cpt.corpus.lines import Problem, Texts, parse_lines, parse_rows, read_range
 from nemo_cpt.corpus.tokenizer import Encoder
 
 BATCH = 256  # texts given to the tokenizer at once
+COMPARED_TASKS, COMPARED_TEXT = 4, 2000  # one task in so many gives a document for comparison, of so many characters
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Encoded:
         nbytes: Size of the payload.
         largest: Largest token id, -1 where there is none.
         special: How often each special token stood in the texts, by id.
+        passages: What is to be encoded by the reference as well.
     """
 
     lengths: bytes = b""
@@ -56,6 +59,7 @@ class Encoded:
     text_bytes: int = 0
     problems: list[Problem] = field(default_factory=list)
     special: dict[int, int] = field(default_factory=dict)
+    passages: list[Passage] = field(default_factory=list)
 
 
 def texts_of(task: Task, json_key: str) -> Texts:
@@ -73,17 +77,28 @@ def texts_of(task: Task, json_key: str) -> Texts:
     return parse_lines(block, offset, json_key)
 
 
-def encode_task(task: Task, encoder: Encoder, layout: Layout) -> tuple[Encoded, list[bytes]]:
-    """Read and encode a task; return its description and its payload in pieces."""
+def encode_task(
+    task: Task, encoder: Encoder, layout: Layout, lookout: Lookout | None = None
+) -> tuple[Encoded, list[bytes]]:
+    """Read and encode a task; return its description and its payload in pieces.
+
+    With a lookout it also chooses passages to compare: a document of each fourth task, and the surroundings of
+    characters of a kind that is new to the lookout.
+    """
     import numpy as np
 
     found = texts_of(task, layout.json_key)
     encoded = Encoded(problems=found.problems, lines=found.lines, blank=found.blank)
     pieces, lengths = [], []
     for i in range(0, len(found.texts), BATCH):
-        ids, offsets = encoder.encode(found.texts[i : i + BATCH])
+        texts = found.texts[i : i + BATCH]
+        ids, offsets = encoder.encode(texts)
         _count_special(ids, layout.special, encoded.special)
         encoded.largest = max(encoded.largest, int(ids.max()) if len(ids) else -1)
+        if lookout is not None:
+            encoded.passages += _characteristic(texts, encoder, lookout)
+            if i == 0 and task.index % COMPARED_TASKS == 0:
+                encoded.passages.append(_document(texts, ids, offsets, encoder))
         piece, lens = lay_out(ids, offsets, layout)
         encoded.empty += int(np.count_nonzero(lens == 0))
         pieces.append(piece)
@@ -96,6 +111,20 @@ def encode_task(task: Task, encoder: Encoder, layout: Layout) -> tuple[Encoded, 
         encoded.longest = int(all_lengths.max(initial=0))
     encoded.nbytes = sum(map(len, pieces))
     return encoded, pieces
+
+
+def _characteristic(texts: list[str], encoder: Encoder, lookout: Lookout) -> list[Passage]:
+    found = [(kind, around(texts[number], character)) for kind, number, character in lookout.look(texts)]
+    return [Passage(text, encoder.encode([text])[0].tobytes(), kind) for kind, text in found]
+
+
+def _document(texts: list[str], ids: Any, offsets: Any, encoder: Encoder) -> Passage:
+    """The first document of a batch that is short enough, with the ids that go into the dataset; or a beginning."""
+    for number, text in enumerate(texts):
+        if 0 < len(text) <= COMPARED_TEXT:
+            return Passage(text, ids[int(offsets[number]) : int(offsets[number + 1])].tobytes())
+    beginning = texts[0][:COMPARED_TEXT]
+    return Passage(beginning, encoder.encode([beginning])[0].tobytes())
 
 
 def lay_out(ids: Any, offsets: Any, layout: Layout) -> tuple[bytes, Any]:

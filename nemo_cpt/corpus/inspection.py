@@ -3,7 +3,6 @@
 import os
 import random
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from nemo_cpt.corpus.index import BLOCK, Index, max_token_id, read_index, read_tokens
@@ -175,14 +174,7 @@ def _sample(index: Index, number: int, tokenizer: Tokenizer | None) -> dict[str,
 
 def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
     """Return the text of token ids, special tokens included."""
-    if tokenizer.definition is None:
-        from transformers import AutoTokenizer
-
-        return str(AutoTokenizer.from_pretrained(tokenizer.folder).decode(ids))
-    import tokenizers
-
-    load = tokenizers.Tokenizer.from_file if isinstance(tokenizer.definition, Path) else tokenizers.Tokenizer.from_str
-    return load(str(tokenizer.definition)).decode(ids, skip_special_tokens=False)
+    return tokenizer.reference_encoder().decode(ids)
 
 
 def _warnings(manifest: dict[str, Any], tokenizer: Tokenizer | None) -> list[str]:

@@ -5,9 +5,10 @@ from collections import deque
 from dataclasses import asdict
 from typing import Any
 
+from nemo_cpt.corpus.choice import Comparison, UnlikeReferenceError
 from nemo_cpt.corpus.encode import Encoded, Layout, texts_of
 from nemo_cpt.corpus.feed import Feed, Task, hash_source
-from nemo_cpt.corpus.journal import Journal
+from nemo_cpt.corpus.journal import Journal, Progress
 from nemo_cpt.corpus.lines import Problem
 from nemo_cpt.corpus.progress import ProgressBar
 from nemo_cpt.corpus.sources import Source
@@ -64,17 +65,25 @@ class Job:
         self.next_index = 0
         self.lengths: list[bytes] = []
         self.problems: list[dict[str, Any]] = []
+        self.comparison: Comparison | None = None
         self.before = self.progress.seconds
         self.begin = self.saved = time.monotonic()
         self.saved_bytes = self.progress.nbytes
 
-    def run(self, encoder: Encoder, workers: int, bar: ProgressBar) -> None:
+    def run(self, encoder: Encoder, workers: int, bar: ProgressBar, comparison: Comparison | None = None) -> None:
         """Encode and write everything that is left; a failure leaves a checkpoint from which the next run goes on.
+
+        Args:
+            encoder: What encodes.
+            workers: Processes.
+            bar: The progress.
+            comparison: What compares passages of the corpus with the reference, before each checkpoint.
 
         Raises:
             CptError: As `prepare`.
         """
-        pool = Pool(workers, encoder, self.layout, self.journal.bin)
+        self.comparison = comparison
+        pool = Pool(workers, encoder, self.layout, self.journal.bin, comparison is not None)
         begun = (self.progress.entries, self.progress.tokens)
         try:
             for _ in self._turns(pool):
@@ -147,6 +156,8 @@ class Job:
         for number, count in encoded.special.items():
             progress.special[str(number)] = progress.special.get(str(number), 0) + count
         self.lengths.append(encoded.lengths)
+        if self.comparison:
+            self.comparison.add(encoded.passages)
         if task.last and not self.sources[task.source].unchanged():
             raise CptError(f"{task.path} changed while it was being read. Run again once nothing writes to it.")
 
@@ -176,8 +187,22 @@ class Job:
             self._checkpoint()
 
     def _checkpoint(self) -> None:
-        self.progress.hashes.update({str(number): value for number, value in self.feed.hashes.items()})
-        self.progress.seconds = self.before + time.monotonic() - self.begin
-        self.journal.checkpoint(b"".join(self.lengths), self.problems)
-        self.lengths, self.problems = [], []
-        self.saved, self.saved_bytes = time.monotonic(), self.progress.nbytes
+        try:
+            self._compare()
+        finally:
+            self.progress.hashes.update({str(number): value for number, value in self.feed.hashes.items()})
+            self.progress.seconds = self.before + time.monotonic() - self.begin
+            self.journal.checkpoint(b"".join(self.lengths), self.problems)
+            self.lengths, self.problems = [], []
+            self.saved, self.saved_bytes = time.monotonic(), self.progress.nbytes
+
+    def _compare(self) -> None:
+        """Compare passages of what was absorbed with the reference; where they differ, nothing is vouched for."""
+        if not self.comparison:
+            return
+        try:
+            self.progress.compared += self.comparison.run()
+        except UnlikeReferenceError:
+            self.progress = self.journal.progress = Progress()
+            self.lengths, self.problems = [], []
+            raise

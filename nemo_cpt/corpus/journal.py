@@ -32,6 +32,7 @@ class Progress:
         largest: Largest token id of the texts.
         special: Literal special tokens, by id.
         probes: What the tokenizer makes of the probe texts, see `probes`.
+        compared: Passages that were compared with the reference tokenizer.
         finished: All inputs are done; only the files' names remain to be put right.
     """
 
@@ -52,6 +53,7 @@ class Progress:
     hashes: dict[str, str] = field(default_factory=dict)
     encoder: str = ""
     probes: dict[str, str] = field(default_factory=dict)
+    compared: int = 0
     finished: bool = False
 
 

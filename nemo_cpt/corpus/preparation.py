@@ -2,6 +2,7 @@
 
 import os
 import time
+from contextlib import closing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +13,7 @@ import orjson
 import nemo_cpt
 from nemo_cpt.corpus.choice import Rivals, choose_encoder
 from nemo_cpt.corpus.encode import Layout
+from nemo_cpt.corpus.ending import end_of_document, end_warnings
 from nemo_cpt.corpus.files import make_folder, sync_directory, write_whole
 from nemo_cpt.corpus.index import dtype_for, read_index, write_index
 from nemo_cpt.corpus.job import Job, first_texts
@@ -27,7 +29,8 @@ from nemo_cpt.corpus.manifest import (
 from nemo_cpt.corpus.probes import probe
 from nemo_cpt.corpus.progress import ProgressBar
 from nemo_cpt.corpus.sources import Inputs, Source, list_sources
-from nemo_cpt.corpus.tokenizer import Tokenizer, load_tokenizer, settings_hash
+from nemo_cpt.corpus.tokenizer import Tokenizer, load_tokenizer
+from nemo_cpt.corpus.tokenizer_files import settings_hash
 from nemo_cpt.corpus.verify import verify_documents
 from nemo_cpt.corpus.workers import count_processes
 from nemo_cpt.errors import CptError
@@ -55,7 +58,9 @@ class PrepareReport:
         seconds: Time spent reading, encoding and writing, over all runs.
         rates: Of this run, by name: `documents_per_second`, `megabytes_per_second` (10^6 bytes of input),
             `tokens_per_second`.
-        verified: Documents compared with the reference tokenizer.
+        compared: Passages that the encoder and the reference tokenizer were compared on while the corpus was encoded.
+        verified: Random documents of the finished file compared with transformers' tokenizer.
+        kinds: Scripts and categories of Unicode in the corpus of which documents were compared with it too.
         warnings: Sentences for people.
     """
 
@@ -73,7 +78,9 @@ class PrepareReport:
     seconds: float
     markers: dict[str, list[Any] | None] = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)
+    compared: int = 0
     verified: int = 0
+    kinds: int = 0
     warnings: list[str] = field(default_factory=list)
 
 
@@ -90,7 +97,7 @@ def prepare(
     on_error: str = "stop",
     split_special_tokens: bool = False,
     keep_empty_documents: bool = False,
-    verify: int = 0,
+    verify: int | None = None,
     fast: bool = True,
     overwrite: bool = False,
     quiet: bool = False,
@@ -120,7 +127,10 @@ def prepare(
             make them control tokens.
         keep_empty_documents: Give an empty text a document of no tokens, as Megatron-LM's script does; NeMo's leaves it
             out.
-        verify: Documents of the finished file, chosen at random, to encode again with the reference tokenizer.
+        verify: By default the encoder is compared with the reference tokenizer on passages of the corpus, while it
+            works: one document of 8 MB, and two passages for each script and category of Unicode. 0 compares nothing; a
+            number also encodes so many documents of the finished file, chosen at random, and two for each script and
+            category again, with transformers itself, which reads the inputs once more.
         fast: Use fastokens where it agrees with the reference tokenizer; False takes the reference at once.
         overwrite: Replace an existing dataset, and an unfinished one of another job.
         quiet: Show no progress.
@@ -133,7 +143,7 @@ def prepare(
     """
     if on_error not in ("stop", "skip"):
         raise CptError(f"on_error is {on_error!r}; it can be 'stop' or 'skip'.")
-    if verify < 0:
+    if verify is not None and verify < 0:
         raise CptError(f"verify is {verify}; it is a number of documents, 0 for none.")
     count = count_processes(workers)
     sources = list_sources(inputs)
@@ -141,23 +151,19 @@ def prepare(
     head_start = _HeadStart(fast and (overwrite or not Path(prefix + ".idx").exists()), split_special_tokens)
     with head_start:
         loaded = load_tokenizer(tokenizer, head_start.begin)
-        eod = _end_of_document(loaded, eod_token) if append_eod else None
+        eod = end_of_document(loaded, eod_token) if append_eod else None
         layout = _layout(loaded, json_key, eod, prepend_bos, keep_empty_documents)
         output = _Output(prefix, sources, loaded, layout, split_special_tokens)
         status, rates = "unchanged", dict[str, float]()
         if not output.is_there(overwrite):
-            run = _Run(on_error == "skip", fast, count, chunk_bytes, checkpoint_seconds, patience, quiet, head_start)
+            skip, compare = on_error == "skip", verify != 0
+            run = _Run(skip, fast, compare, count, chunk_bytes, checkpoint_seconds, patience, quiet, head_start)
             status, rates = output.make(run, overwrite)
-    verified = verify_documents(output.prefix, sources, loaded, layout, split_special_tokens, verify) if verify else 0
-    return _report(output.prefix, status, rates, verified)
-
-
-def _end_of_document(tokenizer: Tokenizer, token: str | None) -> int:
-    if token is not None:
-        return tokenizer.id_of(token)
-    if tokenizer.eos is None:
-        raise CptError(f"{tokenizer.name} has no EOS token: name one with eod_token, or use append_eod=False.")
-    return tokenizer.eos[1]
+    verified, kinds = 0, 0
+    if verify:
+        verified, kinds = verify_documents(output.prefix, sources, loaded, layout, split_special_tokens, verify)
+    warnings = end_warnings(loaded, layout.eod, named=eod_token is not None)
+    return _report(output.prefix, status, rates, verified, kinds, warnings)
 
 
 def _layout(tokenizer: Tokenizer, json_key: str, eod: int | None, prepend_bos: bool, keep_empty: bool) -> Layout:
@@ -165,7 +171,7 @@ def _layout(tokenizer: Tokenizer, json_key: str, eod: int | None, prepend_bos: b
         raise CptError(f"{tokenizer.name} has no BOS token; use prepend_bos=False.")
     return Layout(
         json_key=json_key,
-        dtype=dtype_for(tokenizer.vocabulary_size),
+        dtype=dtype_for(max(tokenizer.vocabulary_size, tokenizer.highest + 1)),
         bos=tokenizer.bos[1] if prepend_bos and tokenizer.bos else None,
         eod=eod,
         keep_empty=keep_empty,
@@ -201,6 +207,7 @@ class _Run:
 
     skip: bool
     fast: bool
+    compare: bool
     workers: int
     chunk_bytes: int
     checkpoint_seconds: float
@@ -218,6 +225,7 @@ class _Output:
         self.options = {
             "tokenizer_sha256": tokenizer.sha256,
             "json_key": layout.json_key,
+            "tokenizer_reading": tokenizer.reading,
             "eod": layout.eod,
             "bos": layout.bos,
             "split_special_tokens": split,
@@ -271,13 +279,16 @@ class _Output:
     def _encode(self, run: _Run) -> dict[str, float]:
         progress = self.journal.progress
         samples = first_texts(self.sources, self.layout.json_key)
-        encoder, progress.encoder = choose_encoder(self.tokenizer, samples, self.split, run.fast, run.head_start.rivals)
-        progress.probes = probe(encoder)
-        before = (progress.entries, progress.read, progress.tokens)
-        begin = time.monotonic()
-        job = Job(self.sources, self.layout, self.journal, run.skip, run.chunk_bytes, run.checkpoint_seconds)
-        with ProgressBar(Path(self.prefix).name, sum(source.size for source in self.sources), run.quiet) as bar:
-            job.run(encoder, run.workers, bar)
+        rivals = run.head_start.rivals
+        with closing(choose_encoder(self.tokenizer, samples, self.split, run.fast, rivals)) as choice:
+            if not run.compare:
+                choice.close()
+            progress.encoder, progress.probes = choice.why, probe(choice.encoder)
+            before = (progress.entries, progress.read, progress.tokens)
+            begin = time.monotonic()
+            job = Job(self.sources, self.layout, self.journal, run.skip, run.chunk_bytes, run.checkpoint_seconds)
+            with ProgressBar(Path(self.prefix).name, sum(source.size for source in self.sources), run.quiet) as bar:
+                job.run(choice.encoder, run.workers, bar, choice.comparison())
         seconds = max(time.monotonic() - begin, 1e-9)
         documents, size, tokens = (now - was for now, was in zip(self._totals(), before, strict=True))
         return {
@@ -314,8 +325,7 @@ class _Output:
             write_whole(path, b"".join(orjson.dumps(problem) + b"\n" for problem in problems))
 
     def _marker(self, number: int | None) -> list[Any] | None:
-        names = {value: text for text, value in self.tokenizer.special.items()}
-        return None if number is None else [names.get(number, ""), number]
+        return None if number is None else [self.tokenizer.text_of(number), number]
 
     def _manifest(self) -> dict[str, Any]:
         progress, tokenizer = self.journal.progress, self.tokenizer
@@ -330,6 +340,7 @@ class _Output:
                 "vocabulary_size": tokenizer.vocabulary_size,
                 "eos": tokenizer.eos,
                 "bos": tokenizer.bos,
+                "pad": tokenizer.pad,
             },
             "probes": progress.probes,
             "markers": {"eod": self._marker(self.layout.eod), "bos": self._marker(self.layout.bos)},
@@ -342,6 +353,7 @@ class _Output:
             "largest": max(progress.largest, self.layout.bos or -1, self.layout.eod or -1),
             "empty": progress.empty,
             "blank_lines": progress.blank,
+            "compared": progress.compared,
             "skipped": progress.skipped,
             "special_tokens": {names[number]: count for number, count in progress.special.items()},
             "seconds": round(progress.seconds, 3),
@@ -349,12 +361,20 @@ class _Output:
         }
 
 
-def _report(prefix: str, status: str, rates: dict[str, float], verified: int) -> PrepareReport:
+def _report(
+    prefix: str, status: str, rates: dict[str, float], verified: int, kinds: int, warnings: list[str]
+) -> PrepareReport:
     manifest = read_manifest(prefix)
     same = {entry.name for entry in fields(PrepareReport)} & manifest.keys()
     values = {name: manifest[name] for name in same}
     return PrepareReport(
-        prefix=prefix, status=status, rates=rates, verified=verified, warnings=_warnings(prefix, manifest), **values
+        prefix=prefix,
+        status=status,
+        rates=rates,
+        verified=verified,
+        kinds=kinds,
+        warnings=[*warnings, *_warnings(prefix, manifest)],
+        **values,
     )
 
 

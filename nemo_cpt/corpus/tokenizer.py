@@ -1,31 +1,31 @@
 """Tokenizers: the reference (Hugging Face) and fastokens, which stands in for it where both give the same ids."""
 
 import hashlib
-import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
 import orjson
 
-from nemo_cpt.errors import CptError
-
-FILES = (
-    "added_tokens.json",
-    "merges.txt",
-    "spiece.model",
-    "special_tokens_map.json",
-    "tekken.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
+from nemo_cpt.corpus.tokenizer_files import (
+    CONFIG,
+    DEFINITION,
+    FILES,
+    NAMELESS,
+    TRANSFORMERS_5,
+    NotPlainError,
+    class_of,
+    find_folder,
+    read_object,
+    read_plainly,
+    refuse_dropout,
+    refuse_own_code,
+    vocabulary_hash,
 )
-VOCABULARY_FILES = tuple(name for name in FILES if name not in ("tokenizer_config.json", "special_tokens_map.json"))
+from nemo_cpt.errors import CptError
 
 
 class Encoder(Protocol):
@@ -59,17 +59,25 @@ class FastEncoder:
 
 
 class ReferenceEncoder:
-    """Hugging Face tokenizers' own batch encoder."""
+    """Hugging Face tokenizers' own batch encoder.
 
-    def __init__(self, definition: str | Path, split_special_tokens: bool) -> None:
+    Args:
+        definition: A tokenizer.json, its path or its content; or the backend of one of transformers' tokenizers, which
+            its content does not always describe: an added token whose flags were changed keeps some of the old.
+        split_special_tokens: Encode the special tokens' names in a text as ordinary text.
+    """
+
+    def __init__(self, definition: Any, split_special_tokens: bool) -> None:
         import tokenizers
 
         self.name = f"tokenizers {tokenizers.__version__}"
         try:
-            load = tokenizers.Tokenizer.from_file if isinstance(definition, Path) else tokenizers.Tokenizer.from_str
-            self._tokenizer = load(str(definition))
+            if isinstance(definition, str | Path):
+                load = tokenizers.Tokenizer.from_file if isinstance(definition, Path) else tokenizers.Tokenizer.from_str
+                definition = load(str(definition))
         except Exception as error:  # a bare Exception is what the library raises
-            raise CptError(f"tokenizer.json cannot be loaded: {error}.") from error
+            raise CptError(f"{DEFINITION} cannot be loaded: {error}.") from error
+        self._tokenizer = definition
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = split_special_tokens
@@ -78,19 +86,51 @@ class ReferenceEncoder:
         """Encode a batch; see `Encoder`."""
         return _flatten([e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)])
 
+    def id_of(self, token: str) -> int | None:
+        """Return the id of an entry of the vocabulary."""
+        return self._tokenizer.token_to_id(token)
 
-class SlowEncoder:
-    """A transformers tokenizer written in Python, called as NeMo's script calls it."""
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of ids, special tokens included."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False))
 
-    def __init__(self, tokenizer: Any, split_special_tokens: bool) -> None:
-        self.name = f"transformers {version('transformers')} ({type(tokenizer).__name__})"
-        self._tokenizer = tokenizer
-        self._split = split_special_tokens
+
+class TransformersEncoder:
+    """transformers' own tokenizer, the judge of all other encoders: the ids that it gives a model.
+
+    NeMo's script goes by the tokens' names instead, `convert_tokens_to_ids(tokenize(text))`: the same, except that an
+    added token that takes blanks with it (`lstrip`, `rstrip`) becomes the unknown token.
+    """
+
+    def __init__(self, loaded: Any, split_special_tokens: bool) -> None:
+        self._tokenizer = loaded
+        self.name = f"transformers {version('transformers')} ({type(self._tokenizer).__name__})"
+        self._options = {"split_special_tokens": True} if split_special_tokens else {}  # else its own setting
 
     def encode(self, texts: list[str]) -> tuple[Any, Any]:
-        """Encode a batch; see `Encoder`."""
-        tokenize, to_ids = self._tokenizer.tokenize, self._tokenizer.convert_tokens_to_ids
-        return _flatten([to_ids(tokenize(text, split_special_tokens=self._split)) for text in texts])
+        """Encode a batch; see `Encoder`.
+
+        Raises:
+            CptError: transformers has no id for a token, since the tokenizer names no unknown token.
+        """
+        return _flatten([self._encode(text) for text in texts])
+
+    def _encode(self, text: str) -> list[int]:
+        if self._tokenizer.is_fast:
+            return self._tokenizer(text, add_special_tokens=False, verbose=False, **self._options)["input_ids"]
+        tokens = self._tokenizer.tokenize(text, **self._options)
+        ids = self._tokenizer.convert_tokens_to_ids(tokens)
+        if None in ids:
+            raise CptError(f"{self.name} has no id for {tokens[ids.index(None)]!r}, and names no unk_token.")
+        return ids
+
+    def id_of(self, token: str) -> int | None:
+        """Return the id of an entry of the vocabulary."""
+        return self._tokenizer.get_vocab().get(token)
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of ids, special tokens included."""
+        return str(self._tokenizer.decode(ids))
 
 
 def _flatten(lists: list[list[int]]) -> tuple[Any, Any]:
@@ -110,26 +150,42 @@ class Tokenizer:
         folder: Where its files are.
         sha256: Hash of its vocabulary files.
         vocabulary_size: Ids including added tokens, `len(tokenizer)` in transformers.
+        highest: The largest id, at least `vocabulary_size - 1`, more where the ids have gaps.
         eos: Text and id of its end-of-text token, None where it has none.
         bos: Text and id of its begin-of-text token, None where it has none.
+        pad: Text and id of its padding token, None where it has none.
         special: Ids of its special tokens by text.
-        definition: Its `tokenizer.json`, a path or the content; None for one that only Python can run.
+        added: Texts of all its added tokens, special or not.
+        definition: Its `tokenizer.json`: the path, or the content that transformers made; None for one that only Python
+            can run.
+        split_special_tokens: Its configuration says that special tokens' names in a text are ordinary text.
+        reading: Hash of what transformers made of the files; None where tokenizer.json is the whole tokenizer.
+        loaded: transformers' own, None where tokenizer.json is the whole tokenizer.
     """
 
     name: str
     folder: str
     sha256: str
     vocabulary_size: int
+    highest: int
     eos: tuple[str, int] | None
     bos: tuple[str, int] | None
+    pad: tuple[str, int] | None
     special: dict[str, int]
+    added: tuple[str, ...]
     definition: str | Path | None
+    split_special_tokens: bool = False
+    reading: str | None = None
+    loaded: Any = field(default=None, repr=False, compare=False)
 
-    def reference_encoder(self, split_special_tokens: bool = False) -> Encoder:
-        """Return the Hugging Face implementation."""
-        if self.definition is None:
-            return SlowEncoder(_transformers_tokenizer(self.folder), split_special_tokens)
-        return ReferenceEncoder(self.definition, split_special_tokens)
+    def reference_encoder(self, split_special_tokens: bool = False) -> ReferenceEncoder | TransformersEncoder:
+        """Return the Hugging Face implementation that is the faster one."""
+        split = split_special_tokens or self.split_special_tokens
+        if self.loaded is None:
+            return ReferenceEncoder(self.definition, split)
+        if self.loaded.is_fast:
+            return ReferenceEncoder(self.loaded.backend_tokenizer, split)
+        return TransformersEncoder(self.loaded, split)
 
     def id_of(self, token: str) -> int:
         """Return the id of one token's text.
@@ -139,10 +195,18 @@ class Tokenizer:
         """
         if token in self.special:
             return self.special[token]
-        ids, _ = self.reference_encoder().encode([token])
-        if len(ids) != 1:
-            raise CptError(f"{self.name} has no single token {token!r}: it encodes to {ids.tolist()}.")
+        encoder = self.reference_encoder()
+        if (number := encoder.id_of(token)) is not None:
+            return number
+        ids = encoder.encode([token])[0].tolist()
+        if len(ids) != 1 or encoder.decode(ids) != token:  # an unknown token stands for any text
+            raise CptError(f"{self.name} has no single token {token!r}: it encodes to {ids}.")
         return int(ids[0])
+
+    def text_of(self, number: int) -> str:
+        """Return the text of one token's id."""
+        names = {value: text for text, value in self.special.items()}
+        return names[number] if number in names else self.reference_encoder().decode([number])
 
 
 def load_tokenizer(
@@ -152,141 +216,103 @@ def load_tokenizer(
 
     Args:
         tokenizer: A folder, or a name on the hub (`meta-llama/Llama-3.1-8B`); only tokenizer files are downloaded.
-        found: Called with the path of a tokenizer.json that is the whole tokenizer, before the rest is read.
+        found: Called with the path of a tokenizer.json that is probably the whole tokenizer, before it is read.
 
     Raises:
-        CptError: There is no such tokenizer, or it cannot be loaded.
+        CptError: There is no such tokenizer, it cannot be loaded, or its ids would not be certain.
     """
-    folder = _folder_of(str(tokenizer))
-    config = _read_json(folder / "tokenizer_config.json")
-    # For this class tokenizer.json is the whole tokenizer; the others' constructors change it.
-    plain = config.get("tokenizer_class", "PreTrainedTokenizerFast") == "PreTrainedTokenizerFast"
-    direct = None
-    if plain and (folder / "tokenizer.json").exists():
-        found(folder / "tokenizer.json")
-        direct = _describe_directly(folder, config)
-    described = direct or _describe_by_transformers(folder)
+    folder = find_folder(str(tokenizer))
+    config = read_object(folder / CONFIG)
+    refuse_own_code(folder, config)
+    try:
+        described = read_plainly(folder, config, found)
+    except NotPlainError as reason:
+        if class_of(folder, config) == TRANSFORMERS_5:
+            raise CptError(_only_for_transformers_5(folder, str(reason))) from None
+        described = describe_by_transformers(folder, load_by_transformers(folder))
     return Tokenizer(name=str(tokenizer), folder=str(folder), sha256=vocabulary_hash(folder), **described)
 
 
-def _folder_of(tokenizer: str) -> Path:
-    folder = Path(tokenizer)
-    if folder.is_file():
-        folder = folder.parent
-    if folder.is_dir():
-        if not any((folder / name).exists() for name in FILES):
-            raise CptError(f"The folder {folder} holds no tokenizer (none of {', '.join(FILES)}).")
-        return folder.resolve()
-    if tokenizer.startswith(("/", ".", "~")) or tokenizer.count("/") > 1:
-        raise CptError(f"There is no tokenizer folder {tokenizer}.")
-    return _download(tokenizer)
+def _only_for_transformers_5(folder: Path, reason: str) -> str:
+    return (
+        f"transformers 5 saved the tokenizer in {folder} ({TRANSFORMERS_5}), transformers {version('transformers')} "
+        f"cannot load it, and its tokenizer.json alone does not tell its ids: {reason}. Save it with transformers 4: "
+        "PreTrainedTokenizerFast.from_pretrained(FOLDER), compare the ids of some texts, save_pretrained."
+    )
 
 
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
+def load_by_transformers(folder: Path) -> Any:
+    """Return transformers' tokenizer for a folder.
 
-    try:
-        return Path(snapshot_download(name, allow_patterns=[*FILES, "config.json"]))
-    except Exception as error:  # the hub's client has some twenty kinds
-        reason = str(error).splitlines()[0]
-        raise CptError(
-            f"Cannot get the tokenizer {name!r}: there is no such folder here, and the Hugging Face hub says: {reason} "
-            f"(gated models need HF_TOKEN and the licence accepted on their page)."
-        ) from error
+    A folder that names no class, and has no config.json that does, is what PreTrainedTokenizerFast makes of it;
+    AutoTokenizer loads no such folder. transformers 5's class for the same is not in transformers 4.
 
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise CptError(f"{path} is not JSON: {error}.") from error
-
-
-def vocabulary_hash(folder: Path) -> str:
-    """Return the hash of a tokenizer's vocabulary files, without loading it."""
-    named = VOCABULARY_FILES if any((folder / name).exists() for name in VOCABULARY_FILES) else FILES
-    return _hash(folder, named)
-
-
-def settings_hash(folder: Path) -> str:
-    """Return the hash of a tokenizer's other files, which say how a text is cut and which tokens are special."""
-    return _hash(folder, tuple(name for name in FILES if name not in VOCABULARY_FILES))
-
-
-def _hash(folder: Path, names: tuple[str, ...]) -> str:
-    digest = hashlib.sha256()
-    for name in names:
-        if (path := folder / name).exists():
-            digest.update(f"{name} {path.stat().st_size}\n".encode())
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def _describe_directly(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """Read tokenizer.json as the JSON that it is; None where the configuration adds tokens, or its form is unknown.
-
-    Neither transformers nor the tokenizer itself is loaded, which takes seconds.
+    Raises:
+        CptError: transformers cannot load it.
     """
-    path = folder / "tokenizer.json"
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    generic = class_of(folder, read_object(folder / CONFIG)) in (NAMELESS, TRANSFORMERS_5)
+    kind = PreTrainedTokenizerFast if generic else AutoTokenizer
     try:
-        content = orjson.loads(path.read_bytes())
-        vocabulary = content["model"]["vocab"]
-        added = {entry["content"]: entry for entry in content.get("added_tokens", [])}
-    except (ValueError, KeyError, TypeError) as error:
-        raise CptError(f"{path} cannot be loaded: {error!r}.") from error
-    added_later = config.get("added_tokens_decoder", {})
-    if any(added.get(entry["content"], {}).get("id") != int(number) for number, entry in added_later.items()):
-        return None
-    if not isinstance(vocabulary, dict):
-        return None
-    named = _read_json(folder / "special_tokens_map.json") | config
-
-    def token(kind: str) -> tuple[str, int] | None:
-        text = named.get(kind)
-        text = text.get("content") if isinstance(text, dict) else text
-        number = added[text]["id"] if text in added else vocabulary.get(text)
-        return None if text is None or number is None else (str(text), int(number))
-
-    return {
-        "vocabulary_size": len(vocabulary.keys() | added.keys()),
-        "eos": token("eos_token"),
-        "bos": token("bos_token"),
-        "special": {text: int(entry["id"]) for text, entry in added.items() if entry.get("special")},
-        "definition": path,
-    }
-
-
-def _transformers_tokenizer(folder: str | Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), use_fast=True)
+        loaded = kind.from_pretrained(str(folder), trust_remote_code=False)
+        if not loaded:  # what it returns for a file that is none of SentencePiece's
+            raise ValueError("its vocabulary has a form that it does not know")
     except Exception as error:  # every tokenizer class fails in its own way
         raise CptError(f"transformers cannot load the tokenizer in {folder}: {error}") from error
+    return loaded
 
 
-def _describe_by_transformers(folder: Path) -> dict[str, Any]:
-    loaded = _transformers_tokenizer(folder)
+def describe_by_transformers(folder: Path, loaded: Any) -> dict[str, Any]:
+    """Return the fields of `Tokenizer` for what transformers loaded from a folder.
+
+    Raises:
+        CptError: Its ids are not the same each time.
+    """
+    definition = _definition(loaded)
+    if definition is not None:
+        refuse_dropout(folder, orjson.loads(definition)["model"])
 
     def token(kind: str) -> tuple[str, int] | None:
-        text = getattr(loaded, f"{kind}_token")
-        return None if text is None else (str(text), int(getattr(loaded, f"{kind}_token_id")))
+        text, number = getattr(loaded, f"{kind}_token"), getattr(loaded, f"{kind}_token_id")
+        return None if text is None or number is None else (str(text), int(number))
 
     special = {t.content: number for number, t in loaded.added_tokens_decoder.items() if t.special}
     return {
         "vocabulary_size": len(loaded),
+        "highest": max(loaded.get_vocab().values(), default=0),
         "eos": token("eos"),
         "bos": token("bos"),
+        "pad": token("pad"),
         "special": special | dict(zip(loaded.all_special_tokens, loaded.all_special_ids, strict=True)),
-        "definition": loaded.backend_tokenizer.to_str() if loaded.is_fast else None,
+        "added": tuple(loaded.added_tokens_encoder),
+        "definition": definition,
+        "split_special_tokens": bool(loaded.split_special_tokens),
+        "reading": _hash_reading(folder, definition),
+        "loaded": loaded,
     }
 
 
-def strict_encoder(tokenizer: Tokenizer, split_special_tokens: bool = False) -> Encoder:
-    """Return transformers' own tokenizer, called as NeMo's script calls it: the judge of all other encoders."""
+def _definition(loaded: Any) -> str | None:
+    """Return a tokenizer.json of what transformers loaded, None where there can be none."""
+    if not loaded.is_fast:
+        return None
+    backend = loaded.backend_tokenizer
+    backend.no_padding()  # transformers sets both for each call
+    backend.no_truncation()
     try:
-        return SlowEncoder(_transformers_tokenizer(tokenizer.folder), split_special_tokens)
-    except CptError:  # a folder that holds a tokenizer.json and nothing else
-        return tokenizer.reference_encoder(split_special_tokens)
+        return str(backend.to_str())
+    except Exception:  # a bare one, for a part that is written in Python
+        return None
+
+
+def _hash_reading(folder: Path, definition: str | None) -> str:
+    """Hash what decides the ids: a definition without what decodes or surrounds them, or the files."""
+    digest = hashlib.sha256()
+    if definition is None:
+        for path in (folder / name for name in FILES if (folder / name).exists()):
+            digest.update(path.read_bytes())
+    else:
+        content = orjson.loads(definition) | {"post_processor": None, "decoder": None}
+        digest.update(orjson.dumps(content, option=orjson.OPT_SORT_KEYS))
+    return digest.hexdigest()

@@ -15,7 +15,8 @@ from typing import Any
 
 from nemo_cpt.corpus.encode import Encoded, Layout, encode_task
 from nemo_cpt.corpus.feed import Task
-from nemo_cpt.corpus.tokenizer import Encoder
+from nemo_cpt.corpus.kinds import Lookout
+from nemo_cpt.corpus.tokenizer import Encoder, FastEncoder
 from nemo_cpt.errors import CptError
 
 AHEAD = 2  # payloads that a worker may hold while an earlier task is still being encoded
@@ -54,9 +55,9 @@ def count_processes(workers: int | None) -> int:
 
 
 class Pool:
-    """`count` workers over one output file."""
+    """`count` workers over one output file, which choose passages to compare if asked to."""
 
-    def __init__(self, count: int, encoder: Encoder, layout: Layout, output: int) -> None:
+    def __init__(self, count: int, encoder: Encoder, layout: Layout, output: int, compare: bool = False) -> None:
         gc.collect()
         gc.freeze()  # else the children's first collection copies the pages that they share
         context = multiprocessing.get_context("fork")
@@ -64,7 +65,8 @@ class Pool:
         for _ in range(count):
             ours, theirs = context.Pipe()
             others = [worker.connection for worker in self.workers] + [ours]
-            process = context.Process(target=_serve, args=(theirs, others, encoder, layout, output), daemon=True)
+            arguments = (theirs, others, encoder, layout, output, compare)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self.workers.append(Worker(process, ours))
@@ -110,11 +112,9 @@ class Pool:
                 yield worker, answer
 
     def _death(self, worker: Worker) -> CptError:
-        worker.process.join(5)
-        code = worker.process.exitcode
-        how = f"signal {-code} ({signal.Signals(-code).name})" if code and code < 0 else f"exit code {code}"
-        hint = " The system may have run out of memory: use fewer workers." if code == -signal.SIGKILL else ""
-        return CptError(f"A worker process died with {how}.{hint} Run the same command again: it resumes.")
+        ended = how_it_ended(worker.process)
+        again = " (with fewer workers, if memory is short)" if worker.process.exitcode == -signal.SIGKILL else ""
+        return CptError(f"A worker process died with {ended}. Run the same command again: it resumes{again}.")
 
     def stop(self) -> None:
         """End the workers: those that wait leave at the closed pipe, those that work are killed."""
@@ -124,18 +124,33 @@ class Pool:
             worker.process.join()
 
 
-def _serve(connection: Connection, others: list[Connection], encoder: Encoder, layout: Layout, output: int) -> None:
+def how_it_ended(process: Any) -> str:
+    """Return how a process ended, in words."""
+    process.join(5)
+    code = process.exitcode
+    return f"signal {-code} ({signal.Signals(-code).name})" if code and code < 0 else f"exit code {code}"
+
+
+def _serve(
+    connection: Connection,
+    others: list[Connection],
+    encoder: Encoder,
+    layout: Layout,
+    output: int,
+    compare: bool,
+) -> None:
     """Be a worker until the parent closes the pipe or dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for other in others:  # held open here, they would hide the parent's death from the others
         other.close()
     held: dict[int, list[bytes]] = {}
+    lookout = Lookout() if compare else None
     try:
         while True:
             kind, *arguments = connection.recv()
             if kind == "encode":
-                encoded, held[arguments[0].index] = _encode(arguments[0], encoder, layout)
+                encoded, held[arguments[0].index] = _encode(arguments[0], encoder, layout, lookout)
                 connection.send(encoded)
             else:
                 index, offset = arguments
@@ -147,9 +162,9 @@ def _serve(connection: Connection, others: list[Connection], encoder: Encoder, l
         pass
 
 
-def _encode(task: Task, encoder: Encoder, layout: Layout) -> tuple[Encoded, list[bytes]]:
+def _encode(task: Task, encoder: Encoder, layout: Layout, lookout: Lookout | None) -> tuple[Encoded, list[bytes]]:
     try:
-        return encode_task(task, encoder, layout)
+        return encode_task(task, encoder, layout, lookout)
     except OSError as error:
         raise CptError(f"Cannot read {task.path}: {error.strerror}.") from error
     except MemoryError:
@@ -157,9 +172,10 @@ def _encode(task: Task, encoder: Encoder, layout: Layout) -> tuple[Encoded, list
     except CptError:
         raise
     except BaseException as error:  # a Rust panic is no Exception
+        cure = " Run again with fast=False (--no-fast), which takes the reference tokenizer."
         raise CptError(
-            f"{encoder.name} failed between the bytes {task.start} and {task.stop} of {task.path}: {error!r}. "
-            f"Run again with fast=False (--no-fast), which takes the reference tokenizer."
+            f"{encoder.name} failed between the bytes {task.start} and {task.stop} of {task.path}: {error!r}."
+            f"{cure if isinstance(encoder, FastEncoder) else ''}"
         ) from error
 
 
