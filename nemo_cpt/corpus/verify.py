@@ -3,8 +3,8 @@
 import random
 from collections.abc import Iterator
 
-from nemo_cpt.corpus.encode import Layout, lay_out, texts_of
-from nemo_cpt.corpus.feed import Feed
+from nemo_cpt.corpus.encode import Layout, lay_out
+from nemo_cpt.corpus.feed import Feed, texts_of
 from nemo_cpt.corpus.index import read_index, read_tokens
 from nemo_cpt.corpus.sources import Source
 from nemo_cpt.corpus.tokenizer import Encoder, Tokenizer, strict_encoder
