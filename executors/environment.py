@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nemo_cpt.errors import CptError
+from nemo_cpt.urls import hide_credentials
 
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY")
 GPU_VARIABLES = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
@@ -25,17 +26,21 @@ def checked_env(env: Mapping[str, str] | None) -> dict[str, str]:
         env: variables to set in the job. NeMo-Run writes them into the experiment's folder and into generated scripts.
 
     Raises:
-        CptError: a name is not a variable's, or is one of a secret (it ends in TOKEN, KEY, SECRET, PASSWORD, ...).
+        CptError: a name is not a variable's, or is one of a secret (it ends in TOKEN, KEY, SECRET, PASSWORD, ...), or
+            a value is an address with credentials.
     """
-    for name in env or {}:
+    values = {name: str(value) for name, value in (env or {}).items()}
+    for name, value in values.items():
         if not _NAME.fullmatch(name):
             raise CptError(f"env: {name!r} is not the name of an environment variable")
-        if name in SECRETS or _SECRET_NAME.search(name):
+        secret = name in SECRETS or _SECRET_NAME.search(name)
+        if secret or hide_credentials(value) != value:
+            what = "looks like a secret" if secret else "holds an address with credentials"
             raise CptError(
-                f"env: {name} looks like a secret, and what stands in env is written to disk in plain text; "
+                f"env: {name} {what}, and what stands in env is written to disk in plain text; "
                 f"export {name} in the shell that launches (and name it in secrets=... for executors that have it)"
             )
-    return {name: str(value) for name, value in (env or {}).items()}
+    return values
 
 
 def job_env(env: Mapping[str, str] | None) -> dict[str, str]:

@@ -3,14 +3,20 @@
 import sys
 from types import TracebackType
 
+from nemo_cpt.urls import hide_credentials
+
 
 class CptError(Exception):
     """Something the user gave cannot work; the message says what, with the value, and what to do about it.
 
     Command lines and training jobs turn it into its message on stderr and exit code 2, without a traceback.
+    Credentials in URLs never reach it, also those of other libraries' messages.
     """
 
     exit_code = 2
+
+    def __init__(self, message: object) -> None:
+        super().__init__(hide_credentials(str(message)))
 
 
 class StoppedEarlyError(CptError):

@@ -18,10 +18,11 @@ PANEL = "Corpora"
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Key = Annotated[str, typer.Option(help="The field that holds the text.")]
 OnError = Annotated[str, typer.Option(help="stop at a line that gives no text, or skip it.")]
+MaxSkipped = Annotated[float | None, typer.Option(help="Share that --on-error skip may leave out; 0.01 by default.")]
 Workers = Annotated[int | None, typer.Option(help="Processes; all CPUs by default.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 Inputs = Annotated[
-    list[str], typer.Argument(help="Files, folders, globs (JSON lines, gzip, zstd, Parquet) or hf:NAME.")
+    list[str], typer.Argument(help="Files, folders, globs (JSON lines or arrays, gzip, zstd, Parquet) or hf:NAME.")
 ]
 
 
@@ -36,6 +37,7 @@ def prepare(
     prepend_bos: Annotated[bool, typer.Option(help="Begin each document with the tokenizer's BOS.")] = False,
     workers: Workers = None,
     on_error: OnError = "stop",
+    max_skipped: MaxSkipped = None,
     split_special_tokens: Annotated[
         bool, typer.Option("--split-special-tokens", help="Encode special tokens' names in the text as text.")
     ] = False,
@@ -66,6 +68,7 @@ def prepare(
         prepend_bos=prepend_bos,
         workers=workers,
         on_error=on_error,
+        max_skipped=max_skipped,
         split_special_tokens=split_special_tokens,
         keep_empty_documents=keep_empty_documents,
         verify=verify,
@@ -175,6 +178,7 @@ def split(
     similarity: Annotated[float, typer.Option(help="Of 5-grams, from which documents are near duplicates.")] = 0.8,
     drop: Annotated[str, typer.Option(help="Duplicates of held-out documents to drop: none, exact or near.")] = "none",
     on_error: OnError = "stop",
+    max_skipped: MaxSkipped = None,
     workers: Workers = None,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -191,6 +195,7 @@ def split(
         similarity=similarity,
         drop=drop,
         on_error=on_error,
+        max_skipped=max_skipped,
         workers=workers,
         overwrite=overwrite,
     )

@@ -7,21 +7,25 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from nemo_cpt.corpus.catalogue import CORPORA
-from nemo_cpt.corpus.files import make_folder, sync_directory, write_whole
+from nemo_cpt.corpus.files import locked, make_folder, sync_directory, write_whole
 from nemo_cpt.corpus.progress import ProgressBar
 from nemo_cpt.corpus.sources import HUB
 from nemo_cpt.errors import CptError
 from nemo_cpt.hub import explained, progress_bars
+from nemo_cpt.urls import public_url
 
 CHECKSUMS = "SHA256SUMS"
 URLS = "SHA256SUMS.urls"  # where each file came from, in lines like those of SHA256SUMS
+LOCK = ".fetch.lock"
+LOCAL = ("localhost", "127.0.0.1", "::1")
+PACKED = {"gzip": (".gz", ".tgz"), "zstd": (".zst",), "br": (".br",)}  # files that a server may call an encoding
 PIECE = 1 << 20
 ATTEMPTS = 5
 TIMEOUT = (20, 60)  # seconds to connect, and between two pieces
@@ -53,7 +57,8 @@ def fetch(corpus: str, folder: str | os.PathLike[str], *, quiet: bool = False, p
         corpus: A name of the catalogue (`llm-jp/ja_wiki`, `wikinews-zhtw`, `wikimedia/enwiki`), a URL, or `hf:NAME`.
         folder: Where its files go.
         quiet: Show no progress.
-        patience: Seconds before the second attempt after a broken connection; doubled each time, five attempts in all.
+        patience: Seconds before the second attempt after a broken connection, doubled each time, five attempts in all;
+            and to wait for another process that fetches into the folder.
 
     Raises:
         CptError: The corpus is unknown, the server refuses or its certificate is not valid, the folder has a file of
@@ -65,7 +70,8 @@ def fetch(corpus: str, folder: str | os.PathLike[str], *, quiet: bool = False, p
     found: list[Fetched] = []
     for url in urls:
         if url.startswith(HUB):
-            found += _fetch_dataset(url, target, quiet)
+            with locked(target / LOCK, patience):
+                found += _fetch_dataset(url, target, quiet)
         else:
             found.append(_Download(url, target, quiet, patience).run())
     return found
@@ -76,7 +82,7 @@ def _urls(corpus: str) -> tuple[str, ...]:
         return CORPORA[corpus].urls
     if corpus.startswith((HUB, "https://")):
         return (corpus,)
-    if corpus.startswith("http://") and urlsplit(corpus).hostname in ("localhost", "127.0.0.1", "::1"):
+    if corpus.startswith("http://") and urlsplit(corpus).hostname in LOCAL:
         return (corpus,)
     if corpus.startswith("http://"):
         raise CptError(f"{corpus} is not encrypted: nobody could tell whether it arrives unchanged. Use https.")
@@ -125,7 +131,7 @@ def _check_origin(path: Path, url: str, fetched: bool, origin: str | None) -> No
             f"{path} exists and is not in {CHECKSUMS}: it was not fetched, and would be replaced. Move it away, or "
             "take another folder."
         )
-    if origin not in (None, url):
+    if origin is not None and public_url(origin) != url:
         raise CptError(f"{path} came from {origin}, not from {url}. Delete it, or take another folder.")
 
 
@@ -137,16 +143,21 @@ def _writing(folder: Path) -> Iterator[None]:
         raise CptError(f"Cannot write to {folder}: {error.strerror or error}. A rerun goes on.") from error
 
 
+class _BrokenError(Exception):
+    """An answer that is not what was asked for, or not all of it; the next attempt may get it."""
+
+
 class _Download:
-    """One file on its way."""
+    """One file on its way. `shown` is its address as it may be shown and kept, `url` with what gives access."""
 
     def __init__(self, url: str, folder: Path, quiet: bool, patience: float) -> None:
-        self.url, self.folder, self.quiet, self.patience = url, folder, quiet, patience
+        self.url, self.shown = url, public_url(url)
+        self.folder, self.quiet, self.patience = folder, quiet, patience
         self.name = Path(urlsplit(url).path).name
         if not self.name:
-            raise CptError(f"{url} names no file.")
-        if self.name in (CHECKSUMS, URLS):
-            raise CptError(f"{url} cannot be fetched: {self.name} is where fetch keeps its own notes.")
+            raise CptError(f"{self.shown} names no file.")
+        if self.name in (CHECKSUMS, URLS) or self.name.endswith((".part", ".part.json")):
+            raise CptError(f"{self.shown} cannot be fetched: {self.name} is where fetch keeps its own notes.")
         self.path = folder / self.name
         self.part, self.state = folder / f"{self.name}.part", folder / f"{self.name}.part.json"
         self.resumed = False
@@ -157,125 +168,210 @@ class _Download:
         Raises:
             CptError: As `fetch`.
         """
-        known, url = read_checksums(self.folder).get(self.name), _without_credentials(self.url)
-        _check_origin(self.path, url, known is not None, _read(self.folder, URLS).get(self.name))
-        if known and self.path.exists():
-            if hash_of(self.path) != known:
-                raise CptError(f"{self.path} is not what {CHECKSUMS} says; delete it to fetch it again.")
-            return self._fetched(known, "unchanged")
-        self._attempt_often()
-        checksum = hash_of(self.part)
-        # The notes come first: a file without them would be taken for the user's own
-        _keep(self.folder, URLS, {self.name: url})
-        _keep(self.folder, CHECKSUMS, {self.name: checksum})
-        self.part.rename(self.path)
-        sync_directory(self.folder)
-        self.state.unlink(missing_ok=True)
+        if (there := self._there()) is not None:
+            return there
+        with locked(self.folder / LOCK, self.patience):
+            if (there := self._there()) is not None:  # another process has got it meanwhile
+                return there
+            self._attempt_often()
+            checksum = hash_of(self.part)
+            # The notes come first: a file without them would be taken for the user's own
+            _keep(self.folder, URLS, {self.name: self.shown})
+            _keep(self.folder, CHECKSUMS, {self.name: checksum})
+            self.part.rename(self.path)
+            sync_directory(self.folder)
+            self._tidy()
         return self._fetched(checksum, "resumed" if self.resumed else "fetched")
 
+    def _there(self) -> Fetched | None:
+        """Return the file that an earlier run got, None if there is none.
+
+        Raises:
+            CptError: It is damaged, or another file has its name.
+        """
+        known = read_checksums(self.folder).get(self.name)
+        _check_origin(self.path, self.shown, known is not None, _read(self.folder, URLS).get(self.name))
+        if not (known and self.path.exists()):
+            return None
+        if hash_of(self.path) != known:
+            raise CptError(f"{self.path} is not what {CHECKSUMS} says; delete it to fetch it again.")
+        with suppress(OSError):  # a folder that may only be read holds nothing to tidy
+            self._tidy()
+        return self._fetched(known, "unchanged")
+
+    def _tidy(self) -> None:
+        """Remove what only an unfinished download needs; a killed run may have left it."""
+        for path in (self.part, self.state, self.folder / CHECKSUMS, self.folder / URLS):
+            path.with_name(f"{path.name}.part").unlink(missing_ok=True)
+        self.part.unlink(missing_ok=True)
+        self.state.unlink(missing_ok=True)
+
     def _fetched(self, checksum: str, status: str) -> Fetched:
-        return Fetched(str(self.path), self.url, self.path.stat().st_size, checksum, status)
+        return Fetched(str(self.path), self.shown, self.path.stat().st_size, checksum, status)
 
     def _attempt_often(self) -> None:
+        """Try until the whole file is here. Other libraries' errors are not chained: they hold the whole address."""
         import requests
+        from requests import exceptions
+        from urllib3.exceptions import HTTPError
 
-        for attempt in range(ATTEMPTS):
-            try:
-                return self._attempt()
-            except requests.exceptions.SSLError as error:
-                raise CptError(
-                    f"The certificate of {urlsplit(self.url).hostname} cannot be verified: {error}. Behind a proxy "
-                    "with its "
-                    f"own certificate, set REQUESTS_CA_BUNDLE to it; there is no way to switch the check off."
-                ) from error
-            except requests.exceptions.RequestException as error:
-                if attempt == ATTEMPTS - 1:
+        permanent = (exceptions.InvalidURL, exceptions.InvalidSchema, exceptions.TooManyRedirects)
+        with _session(self.url) as session:
+            for attempt in range(ATTEMPTS):
+                try:
+                    return self._attempt(session)
+                except exceptions.SSLError as error:
                     raise CptError(
-                        f"Cannot fetch {self.url}: {error}. What arrived is in {self.part}; the same command "
-                        "continues it."
-                    ) from error
-                time.sleep(self.patience * 2**attempt)
-            except OSError as error:
-                raise CptError(f"Cannot write {self.part}: {error.strerror}. Make room and run it again.") from error
+                        f"The certificate of {urlsplit(self.url).hostname} cannot be verified: {error}. Behind a proxy "
+                        "with its own certificate, set REQUESTS_CA_BUNDLE to it; there is no way to switch the check "
+                        "off."
+                    ) from None
+                except permanent as error:
+                    raise CptError(f"{self.shown} cannot be fetched: {error}") from None
+                except (_BrokenError, requests.RequestException, HTTPError) as error:
+                    if attempt == ATTEMPTS - 1:
+                        raise CptError(f"Cannot fetch {self.shown}: {error}. {self._outlook()}") from None
+                    time.sleep(self.patience * 2**attempt)
+                except OSError as error:
+                    raise CptError(f"Cannot write {self.part}: {error.strerror}. Make room, run it again.") from error
 
-    def _attempt(self) -> None:
-        """Ask for what is missing and write it; an answer cut short raises requests' ConnectionError."""
-        import requests
+    def _outlook(self) -> str:
+        have, _ = self._noted()
+        return f"What arrived is in {self.part}; the same command continues it." if have else "Try again later."
 
-        have, state = self._state()
+    def _attempt(self, session: Any) -> None:
+        """Ask for what is missing and write it.
+
+        Raises:
+            _BrokenError: The answer is cut short, or does not continue what is here.
+        """
+        have, noted = self._noted()
         headers = {"Accept-Encoding": "identity"}
         if have:
-            headers |= {"Range": f"bytes={have}-", "If-Range": state["validator"]}
-        with requests.get(self.url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
-            begin, total = _place(answer, have)
-            if answer.status_code == 416 and have == (total or state.get("total")):
+            headers |= {"Range": f"bytes={have}-", "If-Range": noted["validator"]}
+        with session.get(self.url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
+            begin, total = _place(answer)
+            if answer.status_code == 416 and have == noted.get("total") == (total or have):
                 return
             self._check(answer)
-            if begin > have:
-                raise requests.exceptions.ConnectionError(f"the server sends from byte {begin} on, not from {have}")
-            have, total = begin, total or (state.get("total", 0) if begin else 0)
-            self.resumed = self.resumed or have > 0
-            self._remember(answer, total)
+            if answer.status_code == 206 and not (have == begin and _continues(answer, total, noted)):
+                self.state.unlink(missing_ok=True)  # begin anew
+                raise _BrokenError(
+                    "the server answers with a part of another file, or with another part than was asked for"
+                )
+            have = begin
+            self.resumed = have > 0
+            self._note(answer, total)
             with self.part.open("r+b" if have else "wb") as file, ProgressBar(self.name, total, self.quiet) as bar:
                 file.truncate(have)
                 file.seek(have)
-                for piece in answer.iter_content(PIECE):
+                for piece in answer.raw.stream(PIECE, decode_content=False):
                     file.write(piece)
                     have += len(piece)
                     bar.update(have)
                 file.flush()
                 os.fsync(file.fileno())
         if total and have != total:
-            raise requests.exceptions.ConnectionError(f"{have} of {total} bytes arrived")
+            raise _BrokenError(f"{have} of {total} bytes arrived")
+        if not have:
+            self._tidy()
+            raise CptError(f"{self.shown} is an empty file.")
 
     def _check(self, answer: Any) -> None:
-        import requests
+        """Check that an answer brings a file's bytes, and that its end can be told from a broken connection.
 
-        if answer.status_code == 416:
+        Raises:
+            CptError: It does not, and will not.
+            _BrokenError: It may the next time.
+        """
+        status, headers = answer.status_code, answer.headers
+        if status == 416:
             self.state.unlink(missing_ok=True)  # what is here is longer than the file: begin anew
-            raise requests.exceptions.ConnectionError(f"the server has no such range of {self.url}")
-        if answer.status_code >= 500 or answer.status_code == 429:
-            raise requests.exceptions.ConnectionError(f"the server answers {answer.status_code} {answer.reason}")
-        if answer.status_code not in (200, 206):
-            raise CptError(f"The server answers {answer.status_code} {answer.reason} for {self.url}.")
-        if answer.headers.get("Content-Type", "").startswith("text/html"):
-            raise CptError(f"{self.url} answers with a web page, not with data: it may want a login, or have moved.")
+            raise _BrokenError("the server has no such range")
+        if status >= 500 or status == 429:
+            raise _BrokenError(f"the server answers {status} {answer.reason}")
+        if status not in (200, 206):
+            raise CptError(f"The server answers {status} {answer.reason} for {self.shown}.")
+        if headers.get("Content-Type", "").startswith("text/html"):
+            raise CptError(f"{self.shown} answers with a web page, not with data: it may want a login, or have moved.")
+        packed = headers.get("Content-Encoding", "identity").removeprefix("x-")
+        if packed != "identity" and not self.name.endswith(PACKED.get(packed, ())):
+            raise CptError(
+                f"{self.shown} is sent compressed ({packed}) though the file itself was asked for: its bytes and its "
+                "checksum would be others than the file's. Get it in another way."
+            )
+        if status == 200 and not _is_chunked(answer) and not headers.get("Content-Length", "").isdigit():
+            raise CptError(
+                f"The server does not say how long {self.shown} is: nobody could tell the whole file from one that "
+                "breaks off. Get it in another way, and compare its size."
+            )
 
-    def _state(self) -> tuple[int, dict[str, Any]]:
+    def _noted(self) -> tuple[int, dict[str, Any]]:
         """Return how much is here and what the server said about the file; nothing counts without a validator."""
         try:
-            state = json.loads(self.state.read_text("utf-8"))
-            if state["url"] == self.url and state["validator"]:
-                return self.part.stat().st_size, state
+            noted = json.loads(self.state.read_text("utf-8"))
+            if public_url(noted["url"]) == self.shown and noted["validator"]:
+                return self.part.stat().st_size, noted
         except (OSError, ValueError, KeyError):
             pass
         return 0, {}
 
-    def _remember(self, answer: Any, total: int) -> None:
-        etag = answer.headers.get("ETag", "")
-        strong = "" if etag.startswith("W/") else etag
-        state = {"url": self.url, "total": total, "validator": strong or answer.headers.get("Last-Modified", "")}
-        write_whole(self.state, json.dumps(state).encode())
+    def _note(self, answer: Any, total: int) -> None:
+        noted = {"url": self.shown, "total": total, "validator": _validator(answer)}
+        noted["modified"] = answer.headers.get("Last-Modified", "")
+        write_whole(self.state, json.dumps(noted).encode())
 
 
-def _place(answer: Any, have: int) -> tuple[int, int]:
-    """Return where an answer to a request from byte `have` on begins, and the size of the whole file, 0 if unsaid."""
-    length = int(answer.headers.get("Content-Length", 0))
-    said = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", answer.headers.get("Content-Range", "").strip())
-    begin, total = said.groups() if said else (None, None)
-    size = int(total) if total and total != "*" else 0
-    if answer.status_code == 416:
-        return have, size
-    if answer.status_code != 206:
-        return 0, length
-    begin = int(begin) if begin else have
-    return begin, size or (begin + length if length else 0)
+def _session(url: str) -> Any:
+    """Return a session in which an address that is not encrypted is not even asked, but for this machine's own."""
+    import requests
+    from requests.adapters import HTTPAdapter
+
+    local = url.startswith("http://")
+
+    class OnlyHere(HTTPAdapter):
+        def send(self, request: Any, *arguments: Any, **options: Any) -> Any:
+            if local and urlsplit(request.url).hostname in LOCAL:
+                return super().send(request, *arguments, **options)
+            raise CptError(
+                f"{public_url(url)} leads on to {public_url(request.url)}, which is not encrypted: nobody could tell "
+                "whether it arrives unchanged. It was not asked."
+            )
+
+    session = requests.Session()
+    session.mount("http://", OnlyHere())
+    return session
 
 
-def _without_credentials(url: str) -> str:
-    """Return a URL as it may be noted: without user and password, and in one word."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl().replace(" ", "%20")
+def _place(answer: Any) -> tuple[int, int]:
+    """Return where an answer's bytes begin, and the size of the whole file, 0 if unsaid; -1 if the place is unsaid."""
+    length = answer.headers.get("Content-Length", "")
+    size = int(length) if length.isdigit() and not _is_chunked(answer) else 0
+    if answer.status_code not in (206, 416):
+        return 0, size
+    said = re.fullmatch(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)", answer.headers.get("Content-Range", "").strip())
+    begin, end, total = said.groups() if said else (None, None, None)
+    whole = int(total) if total and total != "*" else 0
+    if begin is None or end is None or (size and size != int(end) - int(begin) + 1):
+        return -1, whole
+    return int(begin), whole
+
+
+def _is_chunked(answer: Any) -> bool:
+    return "chunked" in answer.headers.get("Transfer-Encoding", "").lower()
+
+
+def _validator(answer: Any) -> str:
+    etag = answer.headers.get("ETag", "")
+    return ("" if etag.startswith("W/") else etag) or answer.headers.get("Last-Modified", "")
+
+
+def _continues(answer: Any, total: int, noted: dict[str, Any]) -> bool:
+    """Say whether a part belongs to the file that was noted; a server may well ignore If-Range."""
+    modified = answer.headers.get("Last-Modified", "")
+    same_time = not modified or modified == noted.get("modified", modified)
+    same_file = _validator(answer) == noted.get("validator") and same_time
+    return same_file and bool(total) and total == (noted["total"] or total)
 
 
 def hash_of(path: Path) -> str:
@@ -299,4 +395,6 @@ def _read(folder: Path, notes: str) -> dict[str, str]:
 def _keep(folder: Path, notes: str, new: dict[str, str]) -> None:
     """Add to a file of notes, in the form of `sha256sum`."""
     values = _read(folder, notes) | new
+    if notes == URLS:
+        values = {name: public_url(url) for name, url in values.items()}
     write_whole(folder / notes, "".join(f"{value}  {name}\n" for name, value in sorted(values.items())).encode())

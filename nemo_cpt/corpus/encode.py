@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from nemo_cpt.corpus.feed import Task
+from nemo_cpt.corpus.feed import Task, texts_of
 from nemo_cpt.corpus.index import ITEMSIZE
 from nemo_cpt.corpus.kinds import Lookout, Passage, around
-from nemo_cpt.corpus.lines import Problem, Texts, parse_lines, parse_rows, read_range
+from nemo_cpt.corpus.lines import Reading
 from nemo_cpt.corpus.tokenizer import Encoder
 
 BATCH = 256  # texts given to the tokenizer at once
@@ -45,8 +45,10 @@ class Encoded:
         largest: Largest token id, -1 where there is none.
         special: How often each special token stood in the texts, by id.
         passages: What is to be encoded by the reference as well.
+        reading: What the task's lines held.
     """
 
+    reading: Reading
     lengths: bytes = b""
     nbytes: int = 0
     documents: int = 0
@@ -54,27 +56,8 @@ class Encoded:
     longest: int = 0
     largest: int = -1
     empty: int = 0
-    blank: int = 0
-    lines: int = 0
-    text_bytes: int = 0
-    problems: list[Problem] = field(default_factory=list)
     special: dict[int, int] = field(default_factory=dict)
     passages: list[Passage] = field(default_factory=list)
-
-
-def texts_of(task: Task, json_key: str) -> Texts:
-    """Read a task's texts.
-
-    Raises:
-        CptError: The file changed since it was listed.
-    """
-    if isinstance(task.data, list):
-        return parse_rows(task.data, task.start, json_key)
-    if task.data is not None:
-        return parse_lines(task.data, task.start, json_key)
-    with open(task.path, "rb") as file:
-        offset, block = read_range(file, task.start, task.stop)
-    return parse_lines(block, offset, json_key)
 
 
 def encode_task(
@@ -88,7 +71,7 @@ def encode_task(
     import numpy as np
 
     found = texts_of(task, layout.json_key)
-    encoded = Encoded(problems=found.problems, lines=found.lines, blank=found.blank)
+    encoded = Encoded(found.reading)
     pieces, lengths = [], []
     for i in range(0, len(found.texts), BATCH):
         texts = found.texts[i : i + BATCH]

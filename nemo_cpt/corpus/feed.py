@@ -1,26 +1,23 @@
-"""The inputs cut into tasks, in order: byte ranges for the workers to read, or what only one process can read."""
+"""The inputs cut into tasks, in order: ranges of lines for the workers to read, or what only one process can read."""
 
-import io
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
 from typing import Any
 
-from nemo_cpt.corpus.lines import cut_ranges
-from nemo_cpt.corpus.sources import HUB, Source
+from nemo_cpt.corpus.files import read_at
+from nemo_cpt.corpus.lines import Texts, parse_lines, parse_rows
+from nemo_cpt.corpus.sources import HUB, InputChangedError, Source
+from nemo_cpt.corpus.unpacking import PIECE, DamagedError, array_to_lines, unpack
 from nemo_cpt.errors import CptError
 
-PIECE = 1 << 16  # compressed bytes taken at once: at most some 64 MiB come out of them
 ROWS = 1000
-
-
-class DamagedError(Exception):
-    """A file ends or breaks somewhere; what came before it is good."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A stretch of one input.
+    """A stretch of one input: whole lines, or rows.
 
     Attributes:
         index: Number of the task in this run.
@@ -28,10 +25,13 @@ class Task:
         path: Its path.
         start: First byte of the (decompressed) file, or first row.
         stop: Where the next stretch begins.
-        data: The lines as bytes, or a column's values as a list; None for a range that the worker reads itself.
+        data: The lines as bytes, or a column's values as a list; None for lines that the worker reads itself.
         done: Bytes of the input on disk read so far, for the progress.
         damage: Why the input ends here though it is not complete; empty for a sound one.
         last: True for the last stretch of its input.
+        digest: xxh3-64 of lines that the worker reads itself.
+        hash: xxh3-128 of the input's content up to `stop`, in hexadecimal; for its last stretch, of its bytes as stored
+            (of a dataset of the hub, the fingerprint).
     """
 
     index: int
@@ -41,131 +41,240 @@ class Task:
     stop: int
     data: bytes | list[Any] | None
     done: int
-    damage: str = ""
-    last: bool = False
+    damage: str
+    last: bool
+    digest: int
+    hash: str
 
 
-@dataclass
 class Feed:
-    """An iterator of tasks that hashes the files on the way.
+    """An iterator of tasks that hashes the inputs on the way.
 
-    Attributes:
+    Args:
         sources: The inputs in order.
         json_key: Name of the text's column in Parquet files and datasets.
         chunk_bytes: Size of a task.
         cursor: Number of the input and the position in it where the first task begins.
-        hashes: xxh3-128 of each input's bytes as stored, by number, once it has been read to its end.
+        before: The `hash` of the task that ended there; what lies before the cursor must still have it.
     """
 
-    sources: list[Source]
-    json_key: str
-    chunk_bytes: int
-    cursor: tuple[int, int] = (0, 0)
-    hashes: dict[int, str] = field(default_factory=dict)
+    def __init__(
+        self,
+        sources: list[Source],
+        json_key: str,
+        chunk_bytes: int,
+        cursor: tuple[int, int] = (0, 0),
+        before: str = "",
+    ) -> None:
+        self.sources, self.json_key, self.chunk_bytes = sources, json_key, chunk_bytes
+        self.cursor, self.before = cursor, before
+        self._indices = count()
 
     def __iter__(self) -> Iterator[Task]:
+        """Yield the tasks.
+
+        Raises:
+            InputChangedError: What lies before the cursor is not what it was.
+            CptError: An input cannot be opened.
+        """
         first, position = self.cursor
-        index = 0
         for number in range(first, len(self.sources)):
-            start = position if number == first else 0
-            for stop, data, done, damage, last in self._stretches(number, start):
-                yield Task(index, number, self.sources[number].path, start, stop, data, done, damage, last)
-                index, start = index + 1, stop
+            yield from self._tasks(number, position if number == first else 0)
 
-    def _stretches(self, number: int, start: int) -> Iterator[tuple[int, Any, int, str, bool]]:
-        """Yield (stop, data, bytes done, damage, last) for one input."""
-        source = self.sources[number]
-        readers: dict[str, Callable[[Source, int, int], Iterator[tuple[int, Any, int, str, bool]]]] = {
-            "plain": self._ranges,
-            "gzip": self._blocks,
-            "zstd": self._blocks,
-            "parquet": self._rows,
-            "dataset": self._rows,
-            "hub": self._rows,
-        }
-        yield from readers[source.kind](source, number, start)
+    def _tasks(self, number: int, start: int) -> Iterator[Task]:
+        """Yield one input's tasks from `start` on; what lies before is read and compared."""
+        import xxhash
 
-    def _ranges(self, source: Source, number: int, start: int) -> Iterator[tuple[int, Any, int, str, bool]]:
-        with HashingFile(source.path) as file:
-            file.skip(start)
-            for begin, stop in cut_ranges(start, source.size, self.chunk_bytes):
-                file.skip(stop - begin)
-                yield stop, None, stop, "", stop == source.size
-            self.hashes[number] = file.hexdigest()
-        if start >= source.size:
-            yield source.size, b"", source.size, "", True
+        source, content, position = self.sources[number], xxhash.xxh3_128(), 0
+        for part in self._parts(source):
+            known, block = part.block[: max(start - position, 0)], part.block[max(start - position, 0) :]
+            content.update(_as_bytes(known))
+            position += len(known)
+            if (known and position == start) or (part.last and position < start):
+                self._check_cursor(source, position, content.hexdigest())
+            content.update(_as_bytes(block))
+            if block or part.last:
+                begin, position = position, position + len(block)
+                yield Task(
+                    index=next(self._indices),
+                    source=number,
+                    path=source.path,
+                    start=begin,
+                    stop=position,
+                    data=None if part.in_place else block,
+                    done=part.done,
+                    damage=part.damage,
+                    last=part.last,
+                    digest=xxhash.xxh3_64_intdigest(block) if part.in_place else 0,
+                    hash=part.whole or content.hexdigest(),
+                )
 
-    def _blocks(self, source: Source, number: int, start: int) -> Iterator[tuple[int, Any, int, str, bool]]:
-        """Yield blocks of whole lines of a compressed file."""
-        with HashingFile(source.path) as file:
-            position, damage, rest = 0, "", b""
-            try:
-                for piece in _gather(_decompress(file, source.kind), self.chunk_bytes):
-                    rest += piece
-                    while cut := _whole_lines(rest, self.chunk_bytes):
-                        if position + cut > start:
-                            block = rest[max(start - position, 0) : cut]
-                            yield position + cut, block, file.position, "", False
-                        position, rest = position + cut, rest[cut:]
-            except DamagedError as error:
-                damage, rest = str(error), rest[: rest.rfind(b"\n") + 1]
-            self.hashes[number] = file.hexdigest()
-            stop = max(position + len(rest), start)
-            yield stop, rest[max(start - position, 0) :], source.size, damage, True
+    def _check_cursor(self, source: Source, position: int, before: str) -> None:
+        if (position, before) != (self.cursor[1], self.before):
+            raise InputChangedError(f"{source.path} changed after a part of it was read")
 
-    def _rows(self, source: Source, number: int, start: int) -> Iterator[tuple[int, Any, int, str, bool]]:
-        """Yield the values of the text column, `ROWS` rows at once."""
-        batches, total = _open_rows(source, self.json_key)
-        row, damage = 0, ""
+    def _parts(self, source: Source) -> Iterator["_Part"]:
+        if source.kind in ("parquet", "dataset", "hub"):
+            return _rows(source, self.json_key)
+        if source.kind == "plain" and not source.array:
+            return _ranges(source, self.chunk_bytes)
+        return _blocks(source, self.chunk_bytes)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a reader found next: whole lines or rows.
+
+    Attributes:
+        done: Bytes of the input on disk read so far.
+        in_place: The lines are read again by whoever wants them; these bytes are gone when the reader goes on.
+        damage: Why the input ends here though it is not complete.
+        last: Nothing follows.
+        whole: Of the last part, the hash of the input as stored where it differs from that of its content.
+    """
+
+    block: Any
+    done: int
+    in_place: bool = False
+    damage: str = ""
+    last: bool = False
+    whole: str = ""
+
+
+def _ranges(source: Source, chunk_bytes: int) -> Iterator[_Part]:
+    """Yield a plain file's lines, through one buffer: they are hashed here and read by the workers."""
+    buffer, have, done = bytearray(chunk_bytes), 0, 0
+    with open(source.path, "rb", buffering=0) as file:
+        while done < source.size and (got := file.readinto(memoryview(buffer)[have : have + source.size - done])):
+            have, done = have + got, done + got
+            if done == source.size:
+                break
+            if cut := buffer.rfind(b"\n", 0, have) + 1:
+                yield _Part(memoryview(buffer)[:cut], done, in_place=True)
+                buffer[: have - cut] = buffer[cut:have]
+                have -= cut
+            elif have == len(buffer):  # a longer line; a view of the old buffer may still be about
+                buffer = buffer + bytes(have)
+        yield _Part(memoryview(buffer)[:have], done, in_place=True, last=True)
+
+
+def _blocks(source: Source, chunk_bytes: int) -> Iterator[_Part]:
+    """Yield blocks of whole lines of a file that only one process can read: a compressed one, a JSON array."""
+    with HashingFile(source.path) as file:
+        pieces = unpack(file, source.kind)
+        rest, damage = b"", ""
         try:
-            for values in _sound(batches, source.kind):
-                stop = row + len(values)
-                if stop > start:
-                    share = source.size * stop // max(total, 1)
-                    yield stop, values[max(start - row, 0) :], share, "", stop == total
-                row = stop
+            for piece in _gather(array_to_lines(pieces) if source.array else pieces, chunk_bytes):
+                rest += piece
+                while cut := _whole_lines(rest, chunk_bytes):
+                    yield _Part(rest[:cut], file.tell())
+                    rest = rest[cut:]
         except DamagedError as error:
-            damage = str(error)
-        self.hashes[number] = hash_source(source)
-        if damage or total == 0 or start >= total:
-            yield max(row, start), [], source.size, damage, True
+            damage, rest = str(error), rest[: rest.rfind(b"\n") + 1]
+        yield _Part(rest, source.size, damage=damage, last=True, whole=file.hexdigest())
 
 
-class HashingFile(io.RawIOBase):
+def _rows(source: Source, key: str) -> Iterator[_Part]:
+    """Yield the values of the text column, `ROWS` rows at once."""
+    batches, total = _open_rows(source, key)
+    row, damage, values = 0, "", list[Any]()
+    try:
+        for following in _sound(batches, source.kind):
+            if values:
+                row += len(values)
+                yield _Part(values, source.size * row // max(total, 1))
+            values = following
+    except DamagedError as error:
+        damage = str(error)
+    yield _Part(values, source.size, damage=damage, last=True, whole=hash_source(source))
+
+
+def _as_bytes(block: Any) -> Any:
+    """Return lines as they are, and rows as bytes that differ where the rows do."""
+    if not isinstance(block, list):
+        return block
+    try:
+        return "\0".join(block).encode("utf-8", "surrogatepass")
+    except TypeError:  # a value that is no text; the lines' owner will hear of it
+        return repr(block).encode("utf-8", "surrogatepass")
+
+
+def texts_of(task: Task, json_key: str) -> Texts:
+    """Read a task's texts.
+
+    Raises:
+        CptError: The file changed since the task was made.
+    """
+    if isinstance(task.data, list):
+        return parse_rows(task.data, task.start, json_key)
+    return parse_lines(lines_of(task), task.start, json_key)
+
+
+def lines_of(task: Task) -> bytes:
+    """Return a task's lines.
+
+    Raises:
+        CptError: The file changed since the task was made.
+    """
+    import xxhash
+
+    if task.data is not None:
+        return bytes(task.data)
+    with open(task.path, "rb", buffering=0) as file:
+        block = read_at(file.fileno(), task.stop - task.start, task.start)
+    if xxhash.xxh3_64_intdigest(block) != task.digest:
+        raise _changed(task)
+    return block
+
+
+def check_unchanged(source: Source, last: Task) -> None:
+    """Check that an input is still what was read of it.
+
+    Args:
+        source: The input.
+        last: Its last task.
+
+    Raises:
+        CptError: It changed meanwhile.
+    """
+    # Rows are read before they are hashed, so that only the time of a change tells
+    if not source.unchanged() and (isinstance(last.data, list) or hash_source(source) != last.hash):
+        raise _changed(last)
+
+
+def _changed(task: Task) -> CptError:
+    return CptError(f"{task.path} changed while it was being read. Run again once nothing writes to it.")
+
+
+class HashingFile:
     """A file read forward; what is read is hashed."""
 
     def __init__(self, path: str) -> None:
         import xxhash
 
-        self._file = io.FileIO(path)
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  closed by __exit__
         self._hash = xxhash.xxh3_128()
-        self._buffer = memoryview(bytearray(PIECE * 4))
-        self.position = 0
 
-    def close(self) -> None:
-        """Close the file."""
+    def __enter__(self) -> "HashingFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._file.close()
-        super().close()
 
-    def readable(self) -> bool:
-        """Return True."""
-        return True
+    def read(self, size: int) -> bytes:
+        """Return up to `size` bytes, none at the end."""
+        piece = self._file.read(size)
+        self._hash.update(piece)
+        return piece
 
-    def readinto(self, buffer: Any) -> int:
-        """Read up to the buffer's size, and hash it."""
-        count = self._file.readinto(buffer) or 0
-        self._hash.update(memoryview(buffer)[:count])
-        self.position += count
-        return count
-
-    def skip(self, count: int) -> None:
-        """Hash `count` bytes without keeping them, which also brings them into the page cache for the workers."""
-        while count > 0 and (got := self.readinto(self._buffer[:count])):
-            count -= got
+    def tell(self) -> int:
+        """Return how many bytes were read."""
+        return self._file.tell()
 
     def hexdigest(self) -> str:
         """Return the hash of the whole file; hashes what has not been read yet."""
-        self.skip(sys.maxsize)
+        while self.read(PIECE):
+            pass
         return self._hash.hexdigest()
 
 
@@ -195,39 +304,6 @@ def _whole_lines(block: bytes, size: int) -> int:
     if len(block) < size:
         return 0
     return block.rfind(b"\n", 0, size) + 1 or block.find(b"\n", size) + 1
-
-
-def _decompress(file: HashingFile, kind: str) -> Iterator[bytes]:
-    """Decompress a gzip or zstd file, also one of several members or frames, and notice a missing end."""
-    import zlib
-
-    import zstandard
-    from isal import igzip_lib
-
-    stream = _decompressor(kind)
-    rest, begun = b"", False
-    try:
-        while piece := rest or file.read(PIECE):
-            begun = True
-            yield stream.decompress(piece)
-            rest = stream.unused_data
-            if stream.eof:
-                rest = rest.lstrip(b"\0") if kind == "gzip" else rest  # gzip allows padding, which tapes had
-                stream, begun = _decompressor(kind), False
-    except (zlib.error, igzip_lib.IsalError, zstandard.ZstdError) as error:  # type: ignore[misc]
-        raise DamagedError(f"the {kind} file breaks near its byte {file.position}: {error}") from error
-    if begun:
-        raise DamagedError(f"the {kind} file ends at byte {file.position}, before the end of its data")
-
-
-def _decompressor(kind: str) -> Any:
-    if kind == "gzip":
-        from isal import isal_zlib
-
-        return isal_zlib.decompressobj(wbits=31)
-    import zstandard
-
-    return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
 
 
 def _sound(batches: Iterator[list[Any]], kind: str) -> Iterator[list[Any]]:
@@ -264,7 +340,7 @@ def _open_parquet(path: str, key: str) -> tuple[Iterator[list[Any]], int]:
     from pyarrow import parquet
 
     try:
-        file = parquet.ParquetFile(path)
+        file = parquet.ParquetFile(path, page_checksum_verification=True)  # of pages that have one
     except (pa.ArrowInvalid, OSError) as error:
         raise CptError(f"{path} is not a whole Parquet file: {error}.") from error
     if key not in file.schema_arrow.names:
@@ -294,8 +370,6 @@ def hash_source(source: Source) -> str:
 
 
 def _hash_folder(folder: str) -> str:
-    from pathlib import Path
-
     import xxhash
 
     hashes = "".join(hash_file(str(path)) for path in sorted(Path(folder).glob("*.arrow")))

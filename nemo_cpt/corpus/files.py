@@ -63,6 +63,27 @@ def locked(path: Path, patience: float) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
+def write_at(descriptor: int, data: bytes, offset: int) -> None:
+    """Write all of `data` at a place of an open file; a full disk writes a part of it before it says so.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def read_at(descriptor: int, size: int, offset: int) -> bytes:
+    """Return `size` bytes of an open file, fewer where it ends before; one read gives 2 GiB at most."""
+    pieces = []
+    while size > 0 and (piece := os.pread(descriptor, size, offset)):
+        pieces.append(piece)
+        size, offset = size - len(piece), offset + len(piece)
+    return b"".join(pieces)
+
+
 def sync_directory(folder: Path) -> None:
     """Make renames and removals in `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)

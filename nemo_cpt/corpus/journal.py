@@ -5,15 +5,20 @@ job, then checkpoints, each written only after the bytes that it vouches for are
 to the last one.
 """
 
+import io
 import os
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from nemo_cpt.corpus.files import open_locked, sync_directory
+from nemo_cpt.corpus.files import open_locked, sync_directory, write_at
+from nemo_cpt.corpus.tally import Tally
 from nemo_cpt.errors import CptError
 
 
@@ -24,21 +29,21 @@ class Progress:
     Attributes:
         source: Number of the input that comes next.
         position: Position in it, in bytes or rows.
-        lines: Lines of it that lie before.
+        before: Hash of its content up to there.
         read: Bytes of all inputs on disk that lie before.
         nbytes: Bytes of tokens written.
         entries: Document lengths written.
-        skipped: Lines left out, by reason.
         largest: Largest token id of the texts.
         special: Literal special tokens, by id.
         probes: What the tokenizer makes of the probe texts, see `probes`.
         compared: Passages that were compared with the reference tokenizer.
+        tally: What was read, and what was left out.
         finished: All inputs are done; only the files' names remain to be put right.
     """
 
     source: int = 0
     position: int = 0
-    lines: int = 0
+    before: str = ""
     read: int = 0
     nbytes: int = 0
     entries: int = 0
@@ -46,15 +51,34 @@ class Progress:
     longest: int = 0
     largest: int = -1
     empty: int = 0
-    blank: int = 0
     seconds: float = 0.0
-    skipped: dict[str, int] = field(default_factory=dict)
     special: dict[str, int] = field(default_factory=dict)
-    hashes: dict[str, str] = field(default_factory=dict)
+    tally: Tally = field(default_factory=Tally)
     encoder: str = ""
     probes: dict[str, str] = field(default_factory=dict)
     compared: int = 0
     finished: bool = False
+
+    @classmethod
+    def of(cls, records: list[dict[str, Any]]) -> "Progress":
+        """Return the progress of a journal's last record."""
+        if len(records) < 2:
+            return cls()
+        last = records[-1]["progress"]
+        return cls(**last | {"tally": Tally(**last["tally"])})
+
+
+@dataclass(frozen=True)
+class ReadInput:
+    """An input that was read to its end.
+
+    Attributes:
+        stamp: What `Source.stamp` was.
+        hash: xxh3-128 of its bytes.
+    """
+
+    stamp: list[Any]
+    hash: str
 
 
 class Journal:
@@ -62,15 +86,22 @@ class Journal:
 
     Args:
         prefix: Megatron's full prefix.
-        job: What makes two runs the same job; must be JSON.
+        job: What makes two runs the same job, whatever their inputs; must be JSON.
+
+    Attributes:
+        progress: How far the job is.
+        saved: How far it is on the disk.
+        inputs: The inputs read to their end, in order, as far as the disk knows them.
     """
 
     def __init__(self, prefix: str, job: dict[str, Any]) -> None:
-        self.path = Path(prefix + ".journal")
+        self.prefix, self.path = prefix, Path(prefix + ".journal")
         self.bin_path, self.lens_path = Path(prefix + ".bin.part"), Path(prefix + ".lens.part")
         self.job = job
-        self.progress = Progress()
+        self.progress, self.saved = Progress(), Progress()
+        self.inputs: list[ReadInput] = []
         self._file: Any = None
+        self._sound = 0  # bytes of the journal that hold whole records
         self.bin = self.lens = -1
 
     def open(self, discard: bool, patience: float) -> bool:
@@ -97,30 +128,46 @@ class Journal:
             if not discard:
                 raise CptError(obstacle)
             records = []
-        if records:
-            self._cut_torn_tail()
-        else:
-            self._begin()
-        self.progress = Progress(**records[-1]["progress"]) if len(records) > 1 else Progress()
+        if not records:
+            self.begin_anew()
+            return False
+        self.progress, self.saved = Progress.of(records), Progress.of(records)
+        self.inputs = [ReadInput(**entry) for record in records for entry in record.get("inputs", [])]
         if not self.progress.finished:
-            self.bin = self._open_part(self.bin_path, self.progress.nbytes)
-            self.lens = self._open_part(self.lens_path, self.progress.entries * 4)
+            self._open_parts()
         return len(records) > 1
 
+    def begin_anew(self) -> None:
+        """Forget what is there, and begin with an empty output.
+
+        Raises:
+            CptError: The disk is full.
+        """
+        self._close_parts()
+        self.progress, self.saved, self.inputs, self._sound = Progress(), Progress(), [], 0
+        os.ftruncate(self._file.fileno(), 0)  # first: a journal must not outlive what it vouches for
+        self.bin_path.unlink(missing_ok=True)  # not truncated: an orphan may still hold the old one
+        self.lens_path.unlink(missing_ok=True)
+        try:
+            with self._writing():
+                self._append({"job": self.job})
+                sync_directory(self.path.parent)
+                self._open_parts()
+        except CptError:
+            self.remove()
+            raise
+
     def is_finished(self) -> bool:
-        """Say whether the journal on the disk is that of a run that was killed while it gave its files their names."""
+        """Say whether the journal on the disk is that of a run that had read everything when it ended."""
         if not self.path.is_file():
             return False
-        with open(self.path, "rb") as self._file:
-            records = self._records()
-        self._file = None
+        records = self._records()
         return len(records) > 1 and records[0]["job"] == self.job and records[-1]["progress"]["finished"]
 
     def _records(self) -> list[dict[str, Any]]:
         """Return the whole records: one that a crash tore, and all after it, do not count."""
-        self._file.seek(0)
         records, self._sound = [], 0
-        for line in self._file:
+        for line in io.BytesIO(self.path.read_bytes()):
             checksum, _, body = line.rstrip(b"\n").partition(b" ")
             if not line.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(body):
                 break
@@ -132,7 +179,7 @@ class Journal:
         """Return why one cannot go on from these records, an empty string if one can."""
         if records[0].get("job") != self.job:
             return self._other_job(records[0].get("job") or {})
-        last = Progress(**records[-1]["progress"]) if len(records) > 1 else Progress()
+        last = Progress.of(records)
         for path, size in ((self.bin_path, last.nbytes), (self.lens_path, last.entries * 4)):
             have = path.stat().st_size if path.exists() else 0
             if have < size and not last.finished:
@@ -150,49 +197,54 @@ class Journal:
             "(--overwrite)."
         )
 
-    def _cut_torn_tail(self) -> None:
-        self._file.truncate(self._sound)
+    def _open_parts(self) -> None:
+        """Open both files, cut to what the disk is known to hold of them."""
+        self.bin = os.open(self.bin_path, os.O_RDWR | os.O_CREAT, 0o644)
+        self.lens = os.open(self.lens_path, os.O_RDWR | os.O_CREAT, 0o644)
+        os.ftruncate(self.bin, self.saved.nbytes)
+        os.ftruncate(self.lens, self.saved.entries * 4)
 
-    def _begin(self) -> None:
-        self._file.truncate(0)
-        self.bin_path.unlink(missing_ok=True)  # not truncated: an orphan may still hold the old one
-        self.lens_path.unlink(missing_ok=True)
-        self._append({"job": self.job})
-        sync_directory(self.path.parent)
-
-    def _open_part(self, path: Path, size: int) -> int:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        os.ftruncate(descriptor, size)
-        os.lseek(descriptor, size, os.SEEK_SET)
-        return descriptor
-
-    def checkpoint(self, lengths: bytes, problems: list[dict[str, Any]]) -> None:
-        """Make everything up to `self.progress` survive a crash.
+    def checkpoint(self, lengths: bytes, problems: list[dict[str, Any]], inputs: list[ReadInput]) -> None:
+        """Make everything up to `self.progress` survive a crash; one that fails changes nothing.
 
         Args:
             lengths: Document lengths since the last checkpoint, in order.
             problems: Lines left out since then.
+            inputs: Inputs read to their end since then.
 
         Raises:
             CptError: The disk is full.
         """
-        try:
+        with self._writing():
             os.fdatasync(self.bin)
-            if os.write(self.lens, lengths) != len(lengths):
-                raise OSError(28, "No space left on device")
+            write_at(self.lens, lengths, self.saved.entries * 4)  # over what a failed checkpoint left there
             os.fdatasync(self.lens)
-            self._append({"progress": asdict(self.progress), "problems": problems})
+            record = {"problems": problems, "inputs": [asdict(entry) for entry in inputs]}
+            self._append({"progress": asdict(self.progress)} | record)
+        self.saved = deepcopy(self.progress)
+        self.inputs += inputs
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise CptError(
-                f"Cannot write beside {self.path}: {error.strerror}. Make room and run the same command again: it "
-                "resumes."
+                f"Cannot write beside {self.path}: {error.strerror}. Make room and run the same command again."
             ) from error
+
+    def cut_tokens(self) -> None:
+        """Give back the room of tokens that no checkpoint will count in; nobody may be writing any more."""
+        os.ftruncate(self.bin, self.progress.nbytes)
 
     def _append(self, record: dict[str, Any]) -> None:
         body = orjson.dumps(record)
-        self._file.write(b"%08x " % zlib.crc32(body) + body + b"\n")
-        self._file.flush()
-        os.fdatasync(self._file.fileno())
+        line = b"%08x " % zlib.crc32(body) + body + b"\n"
+        descriptor = self._file.fileno()
+        os.ftruncate(descriptor, self._sound)  # a record that a full disk tore would hide all that follow it
+        write_at(descriptor, line, self._sound)
+        os.fdatasync(descriptor)
+        self._sound += len(line)
 
     def problems(self) -> list[dict[str, Any]]:
         """Return all lines left out so far."""
@@ -200,14 +252,17 @@ class Journal:
 
     def remove(self) -> None:
         """Delete what is not output: the output is whole, or there was nothing to keep."""
-        for path in (self.bin_path, self.lens_path, self.path):
-            path.unlink(missing_ok=True)
+        for end in (".bin.part", ".lens.part", ".idx.part", ".json.part", ".skipped.jsonl.part", ".journal"):
+            Path(self.prefix + end).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Let go of files and lock."""
+        self._close_parts()
+        if self._file is not None:
+            self._file.close()
+
+    def _close_parts(self) -> None:
         for descriptor in (self.bin, self.lens):
             if descriptor >= 0:
                 os.close(descriptor)
         self.bin = self.lens = -1
-        if self._file is not None:
-            self._file.close()

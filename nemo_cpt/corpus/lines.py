@@ -1,45 +1,13 @@
-"""JSON lines: a file cut into byte ranges, a block of lines turned into texts."""
+"""A block of lines (rows) turned into texts."""
 
 import io
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, BinaryIO
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import orjson
 
-from nemo_cpt.errors import CptError
-
-BOM = b"\xef\xbb\xbf"
-
-
-def cut_ranges(start: int, size: int, step: int) -> Iterator[tuple[int, int]]:
-    """Yield byte ranges [begin, end) of at most `step` bytes that cover [start, size) in order."""
-    for begin in range(start, size, step):
-        yield begin, min(begin + step, size)
-
-
-def read_range(file: BinaryIO, start: int, stop: int) -> tuple[int, bytes]:
-    """Return the lines that begin in the bytes [start, stop) of a file, whole, and where the first of them begins.
-
-    A line belongs to the range that holds its first byte, so that any cut gives every line once without a scan before.
-
-    Raises:
-        CptError: The file is shorter than `stop`: it changed while it was being read.
-    """
-    begin = max(start - 1, 0)
-    file.seek(begin)
-    block = file.read(stop - begin)
-    if len(block) < stop - begin:
-        raise CptError(f"{file.name} shrank while it was being read: no byte {begin + len(block)} any more.")
-    if start > 0:
-        first = block.find(b"\n") + 1
-        if first == 0 or begin + first >= stop:
-            return stop, b""
-        begin, block = begin + first, block[first:]
-    if not block.endswith(b"\n"):
-        block += file.readline()
-    return begin, block
+from nemo_cpt.corpus.formats import BOM
 
 
 @dataclass(frozen=True)
@@ -51,30 +19,57 @@ class Problem:
         detail: A sentence for people.
         line: Lines (rows) before it in its block.
         offset: Byte offset in the (decompressed) file; the row for Parquet and datasets.
+        nbytes: Bytes of the line; 0 for a row.
     """
 
     reason: str
     detail: str
     line: int
     offset: int
+    nbytes: int = 0
+
+
+@dataclass
+class Reading:
+    """What a block of lines (rows) held.
+
+    Attributes:
+        lines: All of them.
+        blank: Those with nothing on them.
+        texts: Those that gave a text.
+        nbytes: Their bytes; 0 for rows.
+        problems: Those that gave none, in order.
+    """
+
+    lines: int = 0
+    blank: int = 0
+    texts: int = 0
+    nbytes: int = 0
+    problems: list[Problem] = field(default_factory=list)
+
+    def add(self, next_lines: "Reading") -> None:
+        """Count in what follows these lines."""
+        self.problems += [replace(problem, line=problem.line + self.lines) for problem in next_lines.problems]
+        self.lines += next_lines.lines
+        self.blank += next_lines.blank
+        self.texts += next_lines.texts
+        self.nbytes += next_lines.nbytes
 
 
 @dataclass
 class Texts:
-    """The texts of a block, with what was wrong in it."""
+    """The texts of a block, and how it was read."""
 
     texts: list[str]
-    problems: list[Problem]
-    lines: int = 0
-    blank: int = 0
+    reading: Reading
 
 
 def parse_lines(block: bytes, offset: int, key: str) -> Texts:
     """Take the text under `key` from each JSON object of a block of lines that begins at byte `offset` of its file."""
     if offset == 0 and block.startswith(BOM):
         block, offset = block[len(BOM) :], len(BOM)
-    found = Texts([], [])
-    append, loads = found.texts.append, orjson.loads
+    reading, texts = Reading(nbytes=len(block)), list[str]()
+    append, loads = texts.append, orjson.loads
     for raw in io.BytesIO(block):
         try:
             text = loads(raw)[key]
@@ -83,31 +78,34 @@ def parse_lines(block: bytes, offset: int, key: str) -> Texts:
             append(text)
         except (ValueError, KeyError, TypeError):
             if raw.isspace():
-                found.blank += 1
+                reading.blank += 1
+            elif isinstance(found := _second_look(raw, key), str):
+                append(found)
             else:
-                _second_look(raw, offset, key, found)
+                reason, detail, at = found
+                reading.problems.append(Problem(reason, detail, reading.lines, offset + at, len(raw)))
         offset += len(raw)
-        found.lines += 1
-    return found
+        reading.lines += 1
+    reading.texts = len(texts)
+    return Texts(texts, reading)
 
 
-def _second_look(raw: bytes, offset: int, key: str, found: Texts) -> None:
-    """Read a line that orjson refused with Python's json, which the references use: it may take it, or say why not."""
-    reason, detail, at = "", "", 0
+def _second_look(raw: bytes, key: str) -> str | tuple[str, str, int]:
+    """Read a line that orjson refused with Python's json, which the references use: it may take it, or say why not.
+
+    Returns:
+        The text, or the reason, the sentence and the byte of the line where it is wrong.
+    """
     try:
         value = json.loads(raw.rstrip(b"\r\n").decode("utf-8"))
-        reason, detail = _wrong(value, key)
     except UnicodeDecodeError as error:
-        reason, detail, at = "invalid_utf8", f"byte 0x{raw[error.start]:02x} is not UTF-8 ({error.reason})", error.start
+        return "invalid_utf8", f"byte 0x{raw[error.start]:02x} is not UTF-8 ({error.reason})", error.start
     except json.JSONDecodeError as error:
-        at = len(raw.decode("utf-8")[: error.pos].encode())
-        reason, detail = "not_json", f"not JSON: {error.msg}"
+        return "not_json", f"not JSON: {error.msg}", len(raw.decode("utf-8")[: error.pos].encode())
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 1,000 brackets in a row
-        reason, detail = "not_json", f"JSON that Python does not read: {error}"
-    if reason:
-        found.problems.append(Problem(reason, detail, found.lines, offset + at))
-    else:
-        found.texts.append(value[key])
+        return "not_json", f"JSON that Python does not read: {error}", 0
+    reason, detail = _wrong(value, key)
+    return (reason, detail, 0) if reason else value[key]
 
 
 def _wrong(value: Any, key: str) -> tuple[str, str]:
@@ -135,11 +133,12 @@ def wrong_text(text: Any, key: str) -> tuple[str, str]:
 
 def parse_rows(values: list[Any], row: int, key: str) -> Texts:
     """Take the texts from the values of a column, the first of which is row `row` of its file."""
-    found = Texts([], [], lines=len(values))
+    reading, texts = Reading(lines=len(values)), list[str]()
     for i, value in enumerate(values):
         reason, detail = ("", "") if type(value) is str else wrong_text(value, key)
         if reason:
-            found.problems.append(Problem(reason, detail, i, row + i))
+            reading.problems.append(Problem(reason, detail, i, row + i))
         else:
-            found.texts.append(value)
-    return found
+            texts.append(value)
+    reading.texts = len(texts)
+    return Texts(texts, reading)

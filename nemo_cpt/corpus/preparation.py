@@ -2,8 +2,10 @@
 
 import os
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, fields
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,6 +16,7 @@ import nemo_cpt
 from nemo_cpt.corpus.choice import Rivals, choose_encoder
 from nemo_cpt.corpus.encode import Layout
 from nemo_cpt.corpus.ending import end_of_document, end_warnings
+from nemo_cpt.corpus.feed import Feed, Task, hash_source
 from nemo_cpt.corpus.files import make_folder, sync_directory, write_whole
 from nemo_cpt.corpus.index import dtype_for, read_index, write_index
 from nemo_cpt.corpus.job import Job, first_texts
@@ -28,7 +31,8 @@ from nemo_cpt.corpus.manifest import (
 )
 from nemo_cpt.corpus.probes import probe
 from nemo_cpt.corpus.progress import ProgressBar
-from nemo_cpt.corpus.sources import Inputs, Source, list_sources
+from nemo_cpt.corpus.sources import InputChangedError, Inputs, Source, list_sources
+from nemo_cpt.corpus.tally import Policy
 from nemo_cpt.corpus.tokenizer import Tokenizer, load_tokenizer
 from nemo_cpt.corpus.tokenizer_files import settings_hash
 from nemo_cpt.corpus.verify import verify_documents
@@ -95,6 +99,7 @@ def prepare(
     prepend_bos: bool = False,
     workers: int | None = None,
     on_error: str = "stop",
+    max_skipped: float | None = None,
     split_special_tokens: bool = False,
     keep_empty_documents: bool = False,
     verify: int | None = None,
@@ -122,7 +127,9 @@ def prepare(
         prepend_bos: Put the tokenizer's BOS before each document; the reference scripts do not.
         workers: Processes; all CPUs that this process may use by default.
         on_error: `stop` at a line that gives no text, or `skip` it, count it and list it in
-            `..._document.skipped.jsonl`.
+            `..._document.skipped.jsonl`. A file of which no line gives a text is an error all the same.
+        max_skipped: The share of the inputs that may be skipped, 0.01 by default: of their lines, of the lines' bytes,
+            and of the bytes of files that break off, whichever is the most.
         split_special_tokens: Encode `<|end_of_text|>` and the like in a text as ordinary text; the reference scripts
             make them control tokens.
         keep_empty_documents: Give an empty text a document of no tokens, as Megatron-LM's script does; NeMo's leaves it
@@ -141,8 +148,7 @@ def prepare(
     Raises:
         CptError: An input, the tokenizer or an option is unusable, the output exists, or the disk is full.
     """
-    if on_error not in ("stop", "skip"):
-        raise CptError(f"on_error is {on_error!r}; it can be 'stop' or 'skip'.")
+    policy = Policy.of(on_error, max_skipped)
     if verify is not None and verify < 0:
         raise CptError(f"verify is {verify}; it is a number of documents, 0 for none.")
     count = count_processes(workers)
@@ -156,8 +162,8 @@ def prepare(
         output = _Output(prefix, sources, loaded, layout, split_special_tokens)
         status, rates = "unchanged", dict[str, float]()
         if not output.is_there(overwrite):
-            skip, compare = on_error == "skip", verify != 0
-            run = _Run(skip, fast, compare, count, chunk_bytes, checkpoint_seconds, patience, quiet, head_start)
+            compare = verify != 0
+            run = _Run(policy, fast, compare, count, chunk_bytes, checkpoint_seconds, patience, quiet, head_start)
             status, rates = output.make(run, overwrite)
     verified, kinds = 0, 0
     if verify:
@@ -205,7 +211,7 @@ class _HeadStart:
 class _Run:
     """The options that do not change the output."""
 
-    skip: bool
+    policy: Policy
     fast: bool
     compare: bool
     workers: int
@@ -231,8 +237,7 @@ class _Output:
             "split_special_tokens": split,
             "keep_empty_documents": layout.keep_empty,
         }
-        inputs = [[source.path, source.size, source.mtime_ns] for source in sources]
-        self.journal = Journal(prefix, self.options | {"inputs": inputs})
+        self.journal = Journal(prefix, self.options)
 
     def is_there(self, overwrite: bool) -> bool:
         """Say whether the finished dataset of this very job exists.
@@ -262,21 +267,51 @@ class _Output:
     def make(self, run: _Run, overwrite: bool) -> tuple[str, dict[str, float]]:
         """Write the dataset, or the rest of it; return the status and this run's rates."""
         make_folder(self.idx.parent)
-        journal, rates = self.journal, {}
+        journal, rates = self.journal, dict[str, float]()
         resumed = journal.open(overwrite, run.patience)
         try:
+            try:
+                tasks = self._tasks_left(run)
+            except InputChangedError:
+                if not overwrite:
+                    raise
+                journal.begin_anew()
+                resumed, tasks = False, self._tasks_left(run)
             if not journal.progress.finished:
-                rates = self._encode(run)
+                rates = self._encode(run, tasks)
+            journal.progress.tally.check(self.sources, run.policy.max_skipped)
             self._put_in_place()
-        except BaseException:
-            if journal.progress.source == journal.progress.position == 0:
+        except BaseException as error:
+            if not (journal.saved.source or journal.saved.position):
                 journal.remove()  # nothing to resume
+            elif type(error) is CptError:
+                raise CptError(f"{error} The next run goes on after {journal.saved.entries:,} documents.") from error
             raise
         finally:
             journal.close()
         return ("resumed" if resumed else "written"), rates
 
-    def _encode(self, run: _Run) -> dict[str, float]:
+    def _tasks_left(self, run: _Run) -> Iterator[Task]:
+        """Return the tasks that are left; what an earlier run read must still be there.
+
+        Raises:
+            InputChangedError: It is not.
+        """
+        read, progress = self.journal.inputs, self.journal.progress
+        begun = len(read) + bool(progress.position)
+        if begun > len(self.sources) or (progress.finished and begun < len(self.sources)):
+            raise InputChangedError(
+                f"The unfinished run of {self.journal.path} had begun {begun} inputs, now there are {len(self.sources)}"
+            )
+        for source, before in zip(self.sources, read, strict=False):
+            as_read = source.kind != "hub" and source.stamp == before.stamp
+            if not as_read and hash_source(source) != before.hash:
+                raise InputChangedError(f"{source.path} is not what the unfinished run of {self.journal.path} read")
+        cursor = (progress.source, progress.position)
+        tasks = iter(Feed(self.sources, self.layout.json_key, run.chunk_bytes, cursor, progress.before))
+        return chain([first] if (first := next(tasks, None)) else [], tasks)  # the first compares what lies before it
+
+    def _encode(self, run: _Run, tasks: Iterator[Task]) -> dict[str, float]:
         progress = self.journal.progress
         samples = first_texts(self.sources, self.layout.json_key)
         rivals = run.head_start.rivals
@@ -286,7 +321,7 @@ class _Output:
             progress.encoder, progress.probes = choice.why, probe(choice.encoder)
             before = (progress.entries, progress.read, progress.tokens)
             begin = time.monotonic()
-            job = Job(self.sources, self.layout, self.journal, run.skip, run.chunk_bytes, run.checkpoint_seconds)
+            job = Job(tasks, self.sources, self.layout, self.journal, run.policy, run.checkpoint_seconds)
             with ProgressBar(Path(self.prefix).name, sum(source.size for source in self.sources), run.quiet) as bar:
                 job.run(choice.encoder, run.workers, bar, choice.comparison())
         seconds = max(time.monotonic() - begin, 1e-9)
@@ -302,20 +337,29 @@ class _Output:
         return progress.entries, progress.read, progress.tokens
 
     def _put_in_place(self) -> None:
-        """Give the finished parts their names, the `.idx` last; each step may be repeated after a crash."""
+        """Give the finished parts their names, the `.idx` last; each step may be repeated after a crash.
+
+        Raises:
+            CptError: There is no token, or the disk is full.
+        """
         journal = self.journal
         if journal.progress.tokens == 0:
-            journal.progress = type(journal.progress)()
+            journal.begin_anew()  # nothing to keep
             raise CptError(f"The inputs hold no document (first input: {self.sources[0].path}); nothing was written.")
-        if journal.bin_path.exists():
-            self.idx.unlink(missing_ok=True)  # an old index beside the new tokens would be wrong
-            sync_directory(self.idx.parent)
-            journal.bin_path.rename(self.bin)
-        self._write_skipped()
-        write_manifest(self.prefix, self._manifest())
-        if journal.lens_path.exists():  # else the run was killed after this step
-            write_index(self.idx, journal.lens_path, self.layout.dtype)
-        journal.remove()
+        try:
+            if journal.bin_path.exists():
+                self.idx.unlink(missing_ok=True)  # an old index beside the new tokens would be wrong
+                sync_directory(self.idx.parent)
+                journal.bin_path.rename(self.bin)
+            self._write_skipped()
+            write_manifest(self.prefix, self._manifest())
+            if journal.lens_path.exists():  # else the run was killed after this step
+                write_index(self.idx, journal.lens_path, self.layout.dtype)
+            journal.remove()
+        except OSError as error:
+            raise CptError(
+                f"Cannot write {self.prefix}: {error.strerror}. Make room and run the same command again."
+            ) from error
 
     def _write_skipped(self) -> None:
         path = Path(self.prefix + ".skipped.jsonl")
@@ -330,6 +374,7 @@ class _Output:
     def _manifest(self) -> dict[str, Any]:
         progress, tokenizer = self.journal.progress, self.tokenizer
         names = {str(number): text for text, number in tokenizer.special.items()}
+        hashes = {str(number): read.hash for number, read in enumerate(self.journal.inputs)}
         return {
             "format": FORMAT,
             "made_by": f"nemo_cpt {nemo_cpt.__version__}",
@@ -352,12 +397,12 @@ class _Output:
             "longest": progress.longest,
             "largest": max(progress.largest, self.layout.bos or -1, self.layout.eod or -1),
             "empty": progress.empty,
-            "blank_lines": progress.blank,
+            "blank_lines": progress.tally.blank,
             "compared": progress.compared,
-            "skipped": progress.skipped,
+            "skipped": progress.tally.skipped,
             "special_tokens": {names[number]: count for number, count in progress.special.items()},
             "seconds": round(progress.seconds, 3),
-            "inputs": describe_inputs(self.sources, progress.hashes),
+            "inputs": describe_inputs(self.sources, hashes),
         }
 
 

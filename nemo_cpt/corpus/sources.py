@@ -2,13 +2,20 @@
 
 import glob
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from nemo_cpt.corpus.formats import recognise
 from nemo_cpt.errors import CptError
 
-SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet")
+# In a folder: also what is packed in a way that is not read, so that it is named and not left out
+_NAME = re.compile(
+    r"\.(jsonl|json|ndjson|parquet)(\.(gz|gzip|zst|zstd|bz2|xz|lzma|lz4|sz|snappy|br|z|zip|7z|rar|tar))?$",
+    re.IGNORECASE,
+)
 HUB = "hf:"
 UNFINISHED = ".part"  # the folder in which `split` works
 DATASET_DICT = "dataset_dict.json"
@@ -23,20 +30,39 @@ class Source:
         path: Absolute path, or `hf:NAME[@CONFIG][:SPLIT]`.
         kind: `plain`, `gzip`, `zstd`, `parquet`, `dataset` (saved on disk) or `hub`.
         size: Bytes on disk; 0 for a dataset of the hub.
-        mtime_ns: Time of the last change, in nanoseconds since 1970.
+        mtime_ns: Time of the last change of its content, in nanoseconds since 1970, as programs may set it.
+        ctime_ns: Time of the last change of anything about it, which the system alone sets.
+        array: Whether its text is a JSON array and not JSON lines.
     """
 
     path: str
     kind: str
     size: int
     mtime_ns: int
+    ctime_ns: int = 0
+    array: bool = False
+
+    @property
+    def stamp(self) -> list[Any]:
+        """What is different for any other file, and for this one after any change."""
+        return [self.path, self.size, self.mtime_ns, self.ctime_ns]
 
     def unchanged(self) -> bool:
         """Say whether the file is still as it was when it was listed."""
         try:
-            return self.kind == "hub" or _stat(self.path, self.kind) == (self.size, self.mtime_ns)
+            return self.kind == "hub" or [self.path, *_stat(self.path, self.kind)] == self.stamp
         except OSError:
             return False
+
+
+class InputChangedError(CptError):
+    """What an unfinished output was made of is not there any more: its rest would not belong to its beginning."""
+
+    def __init__(self, change: str) -> None:
+        super().__init__(
+            f"{change}: the output would become a mixture of the two. Take another output, or begin anew with "
+            "overwrite=True (--overwrite)."
+        )
 
 
 def list_sources(inputs: Inputs) -> list[Source]:
@@ -73,13 +99,17 @@ def _expand(item: str) -> list[Source]:
     if glob.has_magic(item):
         matches = sorted(name for name in glob.glob(item, recursive=True) if not os.path.isdir(name))
         return _files(item, matches)
+    if "://" in item:
+        raise CptError(f"The input {item} is an address; bring it here with `nemo-cpt fetch` first.")
     raise CptError(f"There is no input {item}. For a dataset of the Hugging Face hub, write {HUB}NAME.")
 
 
 def _files(item: str, names: Iterable[str]) -> list[Source]:
     sources = [_source(name) for name in names]
     if not sources:
-        raise CptError(f"The input {item} stands for no file ({', '.join(SUFFIXES)}).")
+        raise CptError(
+            f"The input {item} stands for no file (.jsonl, .json, .ndjson, also with .gz or .zst; .parquet)."
+        )
     return sources
 
 
@@ -91,7 +121,7 @@ def _in_folder(folder: Path) -> list[str]:
     """
     paths = sorted(folder.rglob("*"))
     _refuse_saved_datasets(folder, paths)
-    files = (p for p in paths if p.name.endswith(SUFFIXES) and p.is_file())
+    files = (p for p in paths if _NAME.search(p.name) and p.is_file())
     return sorted(str(p) for p in files if not (_is_bookkeeping(p) or UNFINISHED in p.relative_to(folder).parts))
 
 
@@ -124,24 +154,16 @@ def _is_saved_dataset(folder: Path) -> bool:
 def _source(name: str, kind: str = "") -> Source:
     path = os.path.abspath(name)
     try:
-        kind = kind or _kind(path)
-        return Source(path, kind, *_stat(path, kind))
+        kind, array = (kind, False) if kind else recognise(path)
+        size, mtime_ns, ctime_ns = _stat(path, kind)
     except OSError as error:
         raise CptError(f"Cannot read the input {name}: {error.strerror}.") from error
+    return Source(path, kind, size, mtime_ns, ctime_ns, array)
 
 
-def _stat(path: str, kind: str) -> tuple[int, int]:
-    """Return size and time of change of a file, of a saved dataset's Arrow files together."""
+def _stat(path: str, kind: str) -> tuple[int, int, int]:
+    """Return size and times of change of a file, of a saved dataset's Arrow files together."""
     files = sorted(Path(path).glob("*.arrow")) if kind == "dataset" else [Path(path)]
     stats = [file.stat() for file in files]
-    return sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)
-
-
-def _kind(path: str) -> str:
-    """Tell the format from the first bytes: names lie more often than contents."""
-    with open(path, "rb") as file:
-        magic = file.read(4)
-    if magic.startswith(b"\x1f\x8b"):
-        return "gzip"
-    known = {b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "parquet"}
-    return known.get(magic, "plain")
+    mtime_ns, ctime_ns = (max((getattr(s, f"st_{kind}_ns") for s in stats), default=0) for kind in ("mtime", "ctime"))
+    return sum(s.st_size for s in stats), mtime_ns, ctime_ns

@@ -17,13 +17,13 @@ from typing import Any
 import orjson
 
 from nemo_cpt.corpus.duplicates import HeldOut, fingerprint, sketch
-from nemo_cpt.corpus.encode import texts_of
-from nemo_cpt.corpus.feed import Feed, Task
+from nemo_cpt.corpus.feed import Feed, Task, check_unchanged, lines_of, texts_of
 from nemo_cpt.corpus.files import locked, make_folder, sync_directory, write_whole
-from nemo_cpt.corpus.lines import Problem, parse_lines, read_range
+from nemo_cpt.corpus.lines import Reading, parse_lines
 from nemo_cpt.corpus.manifest import changed_input, describe_inputs
 from nemo_cpt.corpus.progress import ProgressBar
 from nemo_cpt.corpus.sources import UNFINISHED, Inputs, Source, list_sources
+from nemo_cpt.corpus.tally import Policy, Tally
 from nemo_cpt.corpus.workers import count_processes
 from nemo_cpt.errors import CptError
 
@@ -70,6 +70,7 @@ def split(
     similarity: float = 0.8,
     drop: str = "none",
     on_error: str = "stop",
+    max_skipped: float | None = None,
     workers: int | None = None,
     overwrite: bool = False,
     quiet: bool = False,
@@ -90,6 +91,7 @@ def split(
             MinHash, which finds nearly all above it.
         drop: Training documents to leave out: `none`, `exact` duplicates of held-out ones, or `near` ones as well.
         on_error: As for `prepare`.
+        max_skipped: As for `prepare`; of the held-out inputs and of the others, each by itself.
         workers: Processes; all CPUs that this process may use by default.
         overwrite: Replace an existing split, and any `train.jsonl`, `validation.jsonl` and `test.jsonl` of the folder.
         quiet: Show no progress.
@@ -100,8 +102,9 @@ def split(
             or files of another origin, another process splits into it, or it cannot be written.
     """
     processes = count_processes(workers)
-    _check_options(validation, test, similarity, drop, on_error)
-    job = _Split(inputs, validation, test, json_key, similarity, drop, on_error == "skip")
+    policy = Policy.of(on_error, max_skipped)
+    _check_options(validation, test, similarity, drop)
+    job = _Split(inputs, validation, test, json_key, similarity, drop, policy)
     folder = Path(output_folder)
     job.check_targets(folder)
     if not (overwrite or (folder / LOCK).exists()) and (report := job.existing(folder)) is not None:
@@ -114,9 +117,7 @@ def split(
         raise CptError(f"Cannot split into {folder}: {error}. Mend that and run the same command again.") from error
 
 
-def _check_options(
-    validation: float | Inputs, test: float | Inputs, similarity: float, drop: str, on_error: str
-) -> None:
+def _check_options(validation: float | Inputs, test: float | Inputs, similarity: float, drop: str) -> None:
     shares = [share for share in (validation, test) if isinstance(share, int | float)]
     if any(not 0 <= share < 1 for share in shares) or sum(shares) >= 1:
         raise CptError(f"validation is {validation} and test {test}; shares lie between 0 and 1, together below 1.")
@@ -126,8 +127,6 @@ def _check_options(
         raise CptError(f"similarity is {similarity}; it must lie above 0 and not above 1.")
     if drop not in DROPS:
         raise CptError(f"drop is {drop!r}; it can be {', '.join(DROPS)}.")
-    if on_error not in ("stop", "skip"):
-        raise CptError(f"on_error is {on_error!r}; it can be 'stop' or 'skip'.")
 
 
 @dataclass
@@ -138,8 +137,7 @@ class _Portion:
     prints: list[tuple[str, int, Any]] = field(default_factory=list)
     kin: dict[str, int] = field(default_factory=dict)
     dropped: int = 0
-    problems: list[Problem] = field(default_factory=list)
-    read: int = 0
+    reading: Reading = field(default_factory=Reading)
 
 
 class _Split:
@@ -153,9 +151,9 @@ class _Split:
         json_key: str,
         similarity: float,
         drop: str,
-        skip: bool,
+        policy: Policy,
     ) -> None:
-        self.json_key, self.drop, self.skip = json_key, drop, skip
+        self.json_key, self.drop, self.policy = json_key, drop, policy
         self.shares, self.given = dict[str, float](), dict[str, list[Source]]()
         for name, value in (("validation", validation), ("test", test)):
             if isinstance(value, int | float):
@@ -168,6 +166,7 @@ class _Split:
             raise CptError("All inputs are held out; there is nothing to train on.")
         self.held_out = HeldOut(similarity)
         self.report = SplitReport()
+        self.hashes = dict[str, str]()  # of each input, by its path
         self.options = {"shares": self.shares, "json_key": json_key, "similarity": similarity, "drop": drop}
 
     @property
@@ -236,12 +235,14 @@ class _Split:
         with ExitStack() as stack:
             files = {name: stack.enter_context((work / f"{name}.jsonl").open("wb")) for name in [*drawn, "train"]}
             bar = stack.enter_context(ProgressBar("holding out", _size(self.sources) * bool(drawn), quiet))
-            for sources in self.given.values():
-                self._pass(sources, self.take_all, workers, files, None)
+            tallies = [self._pass(sources, self.take_all, workers, files, None) for sources in self.given.values()]
             if drawn:
                 self._pass(self.sources, self.take_held_out, workers, files, bar)
             bar = stack.enter_context(ProgressBar("splitting", _size(self.sources), quiet))
-            self._pass(self.sources, self.take_training, workers, files, bar)
+            tallies.append(self._pass(self.sources, self.take_training, workers, files, bar))
+            for tally in tallies:
+                for reason, count in tally.skipped.items():
+                    self.report.skipped[reason] = self.report.skipped.get(reason, 0) + count
             for file in files.values():
                 file.flush()
                 os.fsync(file.fileno())
@@ -260,18 +261,26 @@ class _Split:
         workers: int,
         files: dict[str, Any],
         bar: ProgressBar | None,
-    ) -> None:
-        """Go through inputs once and collect what the workers found, in order."""
-        lines, last = 0, -1
-        passed = sum(self.report.documents.values())
+    ) -> Tally:
+        """Go through inputs once and collect what the workers found, in order.
+
+        Raises:
+            CptError: A line gives no text and is not to be skipped, too many give none, or an input changes.
+        """
+        tally, passed = Tally(), sum(self.report.documents.values())
         for task, portion in _in_order(take, Feed(sources, self.json_key, CHUNK), workers):
-            lines = 0 if task.source != last else lines
-            self._note_problems(task, portion, lines, count=take != self.take_training or not any(self.shares.values()))
-            lines, last = lines + portion.read, task.source
+            source = sources[task.source]
+            if task.last:
+                check_unchanged(source, task)
+                if self.hashes.setdefault(task.path, task.hash) != task.hash:
+                    raise CptError(f"{task.path} changed between two passes. Run again once nothing writes to it.")
+            tally.add(task, portion.reading, source, self.policy)
             self._note(portion, files)
             if bar is not None:
                 before = _size(sources[: task.source])
                 bar.update(before + task.done, sum(self.report.documents.values()) - passed)
+        tally.check(sources, self.policy.max_skipped)
+        return tally
 
     def _note(self, portion: _Portion, files: dict[str, Any]) -> None:
         report = self.report
@@ -288,19 +297,6 @@ class _Split:
         report.exact += portion.kin.get("exact", 0)
         report.near += portion.kin.get("near", 0)
         report.dropped += portion.dropped
-
-    def _note_problems(self, task: Task, portion: _Portion, lines: int, count: bool) -> None:
-        problems = list(portion.problems)
-        if task.damage:
-            problems.append(Problem("damaged", task.damage, portion.read, task.stop))
-        for problem in problems:
-            if not self.skip:
-                raise CptError(
-                    f"{task.path}, line {lines + problem.line + 1}, offset {problem.offset}: {problem.detail}. "
-                    f"Mend it, or leave such lines out with on_error='skip' (--on-error skip)."
-                )
-            if count:  # both passes over the inputs meet the same lines
-                self.report.skipped[problem.reason] = self.report.skipped.get(problem.reason, 0) + 1
 
     def side(self, text: str) -> tuple[str, int]:
         """Return the set that a text belongs to, and its fingerprint."""
@@ -347,21 +343,18 @@ class _Split:
         return portion
 
     def _documents(self, task: Task, portion: _Portion) -> Iterator[tuple[bytes, str]]:
-        """Yield a task's documents, line and text, and note its problems."""
+        """Yield a task's documents, line and text, and note how it was read."""
         if isinstance(task.data, list):
             found = texts_of(task, self.json_key)
-            portion.problems, portion.read = found.problems, found.lines
+            portion.reading = found.reading
             yield from ((orjson.dumps({self.json_key: text}) + b"\n", text) for text in found.texts)
             return
-        offset, block = task.start, task.data
-        if block is None:
-            with open(task.path, "rb") as file:
-                offset, block = read_range(file, task.start, task.stop)
-        for line in io.BytesIO(block):
+        offset = task.start
+        for line in io.BytesIO(lines_of(task)):
             found = parse_lines(line, offset, self.json_key)
-            portion.problems += [Problem(p.reason, p.detail, portion.read, p.offset) for p in found.problems]
-            yield from ((line if line.endswith(b"\n") else line + b"\n", text) for text in found.texts)
-            portion.read, offset = portion.read + 1, offset + len(line)
+            portion.reading.add(found.reading)
+            yield from ((line.strip() + b"\n", text) for text in found.texts)
+            offset += len(line)
 
     def vouch(self, work: Path, folder: Path) -> None:
         """Write the report of the finished sets beside them; from here on they only have to be moved."""
@@ -373,7 +366,9 @@ class _Split:
                 f"{left} of the training documents kept are duplicates of held-out ones: the validation loss will look "
                 f"too good. drop='near' (--drop near) leaves them out."
             )
-        record = {"options": self.options, "inputs": describe_inputs(self.all_sources, {}), "report": asdict(report)}
+        hashes = {str(number): self.hashes[source.path] for number, source in enumerate(self.all_sources)}
+        inputs = describe_inputs(self.all_sources, hashes)
+        record = {"options": self.options, "inputs": inputs, "report": asdict(report)}
         write_whole(work / REPORT, orjson.dumps(record, option=orjson.OPT_INDENT_2) + b"\n")
 
 

@@ -4,8 +4,8 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from nemo_cpt.corpus.encode import Layout, lay_out, texts_of
-from nemo_cpt.corpus.feed import Feed
+from nemo_cpt.corpus.encode import Layout, lay_out
+from nemo_cpt.corpus.feed import Feed, texts_of
 from nemo_cpt.corpus.index import read_index, read_tokens
 from nemo_cpt.corpus.kinds import Lookout
 from nemo_cpt.corpus.manifest import read_manifest

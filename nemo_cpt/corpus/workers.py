@@ -15,6 +15,7 @@ from typing import Any
 
 from nemo_cpt.corpus.encode import Encoded, Layout, encode_task
 from nemo_cpt.corpus.feed import Task
+from nemo_cpt.corpus.files import write_at
 from nemo_cpt.corpus.kinds import Lookout
 from nemo_cpt.corpus.tokenizer import Encoder, FastEncoder
 from nemo_cpt.errors import CptError
@@ -113,8 +114,8 @@ class Pool:
 
     def _death(self, worker: Worker) -> CptError:
         ended = how_it_ended(worker.process)
-        again = " (with fewer workers, if memory is short)" if worker.process.exitcode == -signal.SIGKILL else ""
-        return CptError(f"A worker process died with {ended}. Run the same command again: it resumes{again}.")
+        hint = " The system may have run out of memory: use fewer workers." if "SIGKILL" in ended else ""
+        return CptError(f"A worker process died with {ended}.{hint} Run the same command again.")
 
     def stop(self) -> None:
         """End the workers: those that wait leave at the closed pipe, those that work are killed."""
@@ -154,7 +155,7 @@ def _serve(
                 connection.send(encoded)
             else:
                 index, offset = arguments
-                _write_at(output, held.pop(index), offset)
+                _write(output, held.pop(index), offset)
                 connection.send(index)
     except CptError as error:
         connection.send(error)
@@ -179,14 +180,12 @@ def _encode(task: Task, encoder: Encoder, layout: Layout, lookout: Lookout | Non
         ) from error
 
 
-def _write_at(output: int, pieces: list[bytes], offset: int) -> None:
+def _write(output: int, pieces: list[bytes], offset: int) -> None:
     try:
         for piece in pieces:
-            view = memoryview(piece)
-            while view:
-                written = os.pwrite(output, view, offset)
-                view, offset = view[written:], offset + written
+            write_at(output, piece, offset)
+            offset += len(piece)
     except OSError as error:
         raise CptError(
-            f"Cannot write the tokens: {error.strerror}. Make room and run the same command again: it resumes."
+            f"Cannot write the tokens: {error.strerror}. Make room and run the same command again."
         ) from error

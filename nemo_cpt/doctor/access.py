@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from nemo_cpt.doctor.examination import Examination, alongside
 from nemo_cpt.doctor.finding import Finding
 from nemo_cpt.hub import TOKEN_PAGE
+from nemo_cpt.urls import hide_credentials
 
 GATED = "meta-llama/Llama-3.1-8B"
 PROCESS_SECONDS = 15  # a name server that does not answer holds longer than the request's own limit
@@ -35,7 +36,7 @@ def hugging_face(examination: Examination) -> Finding:
         return Finding(name, "warning", f"no answer in {PROCESS_SECONDS} s", NETWORK_CURE)
     except subprocess.CalledProcessError as error:
         last = (error.stderr.strip().splitlines() or [f"exit code {error.returncode}"])[-1]
-        return Finding(name, "warning", f"could not be asked: {last}", "pip install huggingface_hub")
+        return Finding(name, "warning", f"could not be asked: {hide_credentials(last)}", "pip install huggingface_hub")
     return _judged(name, repository, json.loads(done.stdout.splitlines()[-1]))
 
 

@@ -22,7 +22,9 @@ def ask(repository: str) -> dict[str, Any]:
     from huggingface_hub.utils import build_hf_headers, get_session, validate_repo_id
     from requests.exceptions import RequestException
 
-    told: dict[str, Any] = {"endpoint": constants.ENDPOINT, "token": bool(get_token())}
+    from nemo_cpt.urls import public_url
+
+    told: dict[str, Any] = {"endpoint": public_url(constants.ENDPOINT), "token": bool(get_token())}
     url = f"{constants.ENDPOINT}/{repository}/resolve/main/config.json"
     try:
         validate_repo_id(repository)

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 from corpus_helpers import write_jsonl
+from hypothesis import settings
+
+settings.register_profile("corpus", deadline=None)  # the machine may be busy
+settings.load_profile("corpus")
 
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"

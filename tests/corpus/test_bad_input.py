@@ -53,7 +53,7 @@ def test_a_bad_line_stops_with_its_place(
 def test_skipped_lines_are_counted_and_listed(tmp_path: Path, small: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_bytes(b"".join(GOOD * 10 + line for line, *_ in BAD))
-    report = prepare(path, tmp_path / "out", small, on_error="skip", chunk_bytes=100, quiet=True)
+    report = prepare(path, tmp_path / "out", small, on_error="skip", max_skipped=0.1, chunk_bytes=100, quiet=True)
     assert report.skipped == {reason: 1 for _, reason, *_ in BAD}
     listed = [json.loads(line) for line in Path(f"{report.prefix}.skipped.jsonl").read_text().splitlines()]
     assert [(entry["reason"], entry["line"]) for entry in listed] == [
@@ -75,7 +75,11 @@ def test_a_truncated_file_is_noticed(tmp_path: Path, small: Path, suffix: str, c
     path.write_bytes(packed[: int(len(packed) * cut)])
     with pytest.raises(CptError, match=rf"cut.jsonl.{suffix}, line \d+, byte offset \d+: the (gzip|zstd) file"):
         prepare(path, tmp_path / "out", small, quiet=True)
-    report = prepare(path, tmp_path / "out", small, on_error="skip", quiet=True)
+    with pytest.raises(
+        CptError, match=rf"{path.stat().st_size:,} bytes are in files that break off.*: 100 % of the inputs"
+    ):
+        prepare(path, tmp_path / "out", small, on_error="skip", quiet=True)
+    report = prepare(path, tmp_path / "out", small, on_error="skip", max_skipped=1, quiet=True)
     assert report.skipped == {"damaged": 1}
     assert len(made) * cut * 0.6 < report.documents < len(made)
 
@@ -147,13 +151,16 @@ def test_a_corrupt_page_of_a_parquet_file_is_noticed(tmp_path: Path, small: Path
     made = corrupt_parquet(path, page=2)
     with pytest.raises(CptError, match=r"p.parquet, line 2001, row 2000: the Parquet file breaks near its row 2000: "):
         prepare(path, tmp_path / "out", small, quiet=True)
-    report = prepare(path, tmp_path / "out", small, on_error="skip", quiet=True)
+    with pytest.raises(CptError, match=r"--max-skipped 1\). The next run goes on after 2,000 documents"):
+        prepare(path, tmp_path / "out", small, on_error="skip", quiet=True)
+    report = prepare(path, tmp_path / "out", small, on_error="skip", max_skipped=1, quiet=True)
     assert (report.status, report.documents, report.skipped) == ("resumed", 2000, {"damaged": 1})
     expected = prepare(write_jsonl(tmp_path / "good.jsonl", made[:2000]), tmp_path / "expected", small, quiet=True)
     assert same_files(report.prefix, expected.prefix)
     with pytest.raises(CptError, match=r"p.parquet, line 2001, .*the Parquet file breaks"):
         split(path, tmp_path / "sets", validation=0.1, quiet=True)
-    assert split(path, tmp_path / "sets", validation=0.1, on_error="skip", quiet=True).skipped == {"damaged": 1}
+    sets = split(path, tmp_path / "sets", validation=0.1, on_error="skip", max_skipped=1, quiet=True)
+    assert sets.skipped == {"damaged": 1}
 
 
 def test_a_parquet_file_that_is_corrupt_from_its_start_on(tmp_path: Path, jsonl: Path, small: Path) -> None:
@@ -161,8 +168,21 @@ def test_a_parquet_file_that_is_corrupt_from_its_start_on(tmp_path: Path, jsonl:
     with pytest.raises(CptError, match=r"line 1, row 0: the Parquet file breaks near its row 0"):
         prepare(tmp_path / "p.parquet", tmp_path / "out", small, quiet=True)
     inputs = [tmp_path / "p.parquet", jsonl]
-    report = prepare(inputs, tmp_path / "out", small, on_error="skip", quiet=True)
-    assert (report.documents, report.skipped) == (len(jsonl.read_bytes().splitlines()), {"damaged": 1})
+    with pytest.raises(CptError, match=r"p.parquet: none of its 0 lines gives a text .*take it out of the inputs"):
+        prepare(inputs, tmp_path / "out", small, on_error="skip", max_skipped=1, quiet=True)
+
+
+def test_rotten_bytes_of_a_parquet_file_with_checksums_are_noticed(tmp_path: Path, small: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    table = pa.table({"text": [f"document {number}" for number in range(100)]})
+    options = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
+    parquet.write_table(table, tmp_path / "p.parquet", **options)
+    content = (tmp_path / "p.parquet").read_bytes()
+    (tmp_path / "p.parquet").write_bytes(content.replace(b"document 50", b"document 05"))
+    with pytest.raises(CptError, match=r"the Parquet file breaks near its row 0: .*CRC"):
+        prepare(tmp_path / "p.parquet", tmp_path / "out", small, quiet=True)
 
 
 @pytest.mark.parametrize("change", ["grows", "shrinks"])
@@ -242,7 +262,7 @@ def test_a_folder_is_listed_without_what_commands_wrote_there(tmp_path: Path, te
     write_jsonl(folder / ".part" / "train.jsonl", texts)
     (folder / "raw.jsonl").unlink()
     (folder / "more.jsonl").write_text("{bad\n" + (folder / "test.jsonl").read_text("utf-8"))
-    prepare(folder, folder / "ds", small, on_error="skip", quiet=True)
+    prepare(folder, folder / "ds", small, on_error="skip", max_skipped=0.02, quiet=True)
     (folder / "x.jsonl.part").touch()
     (folder / "x.jsonl.part.json").write_text("{}")
     (folder / "notes_document.json").write_text('{"text": "a corpus of the user"}\n')

@@ -84,9 +84,11 @@ def test_errors_end_with_code_2_and_no_traceback(tmp_path: Path, small: Path) ->
     assert result.returncode == 2
     assert "bad.jsonl, line 2, byte offset 15: not JSON" in result.stderr
     assert "Traceback" not in result.stderr
-    skipped = nemo_cpt(
-        "prepare", tmp_path / "bad.jsonl", "-o", tmp_path / "ds", "-t", small, "--on-error", "skip", "--json"
-    )
+    skipping = ("prepare", tmp_path / "bad.jsonl", "-o", tmp_path / "ds", "-t", small, "--on-error", "skip", "--json")
+    refused = nemo_cpt(*skipping)
+    assert refused.returncode == 2
+    assert "1 of 2 lines give no text (not_json 1): 50 %" in refused.stderr
+    skipped = nemo_cpt(*skipping, "--max-skipped", "0.5")
     assert json.loads(skipped.stdout)["skipped"] == {"not_json": 1}
 
 

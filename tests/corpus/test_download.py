@@ -1,6 +1,7 @@
 """Downloads from a real server on this machine: resumed, verified, refused."""
 
 import json
+import re
 import ssl
 import subprocess
 import threading
@@ -10,10 +11,13 @@ from pathlib import Path
 
 import pytest
 
+import nemo_cpt.corpus
 from nemo_cpt.corpus import fetch
 from nemo_cpt.corpus.catalogue import CORPORA
-from nemo_cpt.corpus.download import CHECKSUMS, URLS
+from nemo_cpt.corpus.download import CHECKSUMS, LOCK, URLS
+from nemo_cpt.corpus.files import locked
 from nemo_cpt.errors import CptError
+from tests.support.crashes import killed_at, lines_of
 
 CONTENT = bytes(range(256)) * 20_000
 
@@ -26,9 +30,9 @@ class Server(ThreadingHTTPServer):
         self.content, self.etag = CONTENT, '"one"'
         self.break_after: list[int] = []  # bytes after which the next answers break off
         self.ranges, self.status, self.kind = True, 200, "application/gzip"
-        self.sizes = ("Content-Length",)  # the headers that say how much there is
-        self.shift = 0  # bytes earlier than asked for, where an answer begins
+        self.sizes = ("Content-Length", "Content-Range")  # the headers that say how much there is
         self.asked: list[str] = []
+        self.location = ""  # where it sends everybody
 
     @property
     def url(self) -> str:
@@ -42,10 +46,14 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         server = self.server
         server.asked.append(self.headers.get("Range", "all"))
+        if server.location:
+            self.send_response(302)
+            self.send_header("Location", server.location)
+            return self.end_headers()
         if server.status != 200:
             return self.send_error(server.status)
         asked = self.headers.get("Range") if server.ranges and self.headers.get("If-Range") == server.etag else None
-        start = int(asked.removeprefix("bytes=").removesuffix("-")) - server.shift if asked else 0
+        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
         size = len(server.content)
         if start >= size:
             return self.send_error(416)
@@ -107,23 +115,24 @@ def test_a_later_run_continues(tmp_path: Path, server: Server) -> None:
     assert server.asked[-1] == "bytes=300000-"
 
 
-@pytest.mark.parametrize("shift", [0, 1000])
-def test_the_size_of_a_continued_file_is_taken_from_its_range(tmp_path: Path, server: Server, shift: int) -> None:
+def test_the_size_of_a_continued_file_is_taken_from_its_range(tmp_path: Path, server: Server) -> None:
     server.break_after = [300_000, 0, 0, 0, 0]
     with pytest.raises(CptError):
         fetch(server.url, tmp_path, quiet=True, patience=0.01)
-    server.sizes, server.shift = ("Content-Range",), shift
+    server.sizes = ("Content-Range",)
     server.break_after = [50_000]  # no Content-Length tells that this answer is cut short
     assert get(server, tmp_path)[0] == "resumed"
-    assert server.asked[-2:] == ["bytes=300000-", f"bytes={350_000 - shift}-"]
+    assert server.asked[-2:] == ["bytes=300000-", "bytes=350000-"]
 
 
-def test_a_part_without_a_size_is_continued(tmp_path: Path, server: Server) -> None:
+def test_a_part_without_a_size_is_not_continued(tmp_path: Path, server: Server) -> None:
     server.break_after = [300_000, 0, 0, 0, 0]
     with pytest.raises(CptError):
         fetch(server.url, tmp_path, quiet=True, patience=0.01)
     server.sizes, server.break_after = (), [50_000]
-    assert get(server, tmp_path)[0] == "resumed"
+    with pytest.raises(CptError, match="does not say how long"):
+        fetch(server.url, tmp_path, quiet=True, patience=0.01)
+    assert server.asked[-2:] == ["bytes=300000-", "all"]
 
 
 def test_a_part_longer_than_the_file_is_begun_anew(tmp_path: Path, server: Server) -> None:
@@ -171,10 +180,93 @@ def test_a_folder_of_an_older_version_stays_usable(tmp_path: Path, server: Serve
     assert fetch(server.url, tmp_path, quiet=True)[0].status == "unchanged"
 
 
-def test_no_password_is_noted(tmp_path: Path, server: Server) -> None:
-    fetch(server.url.replace("http://", "http://user:secret@"), tmp_path, quiet=True)
-    assert "secret" not in (tmp_path / URLS).read_text()
-    assert get(server, tmp_path)[0] == "unchanged"
+SIGNED = {
+    "password": lambda url: url.replace("http://", "http://user:geheim@"),
+    "Amazon": lambda url: f"{url}&X-Amz-Credential=geheim&X-Amz-Date=20261126&X-Amz-Signature=geheim",
+    "Azure": lambda url: f"{url}&sv=2024-11-04&se=2026-11-27&sr=b&sp=r&sig=geheim%2B",
+    "a long value": lambda url: f"{url}&k=geheimgeheimgeheim",
+    "fragment": lambda url: f"{url}#access_token=geheim",
+}
+
+
+@pytest.mark.parametrize("kind", SIGNED)
+def test_no_credentials_reach_the_disk_a_message_or_a_report(tmp_path: Path, server: Server, kind: str) -> None:
+    url = SIGNED[kind](server.url)
+
+    def kept() -> str:
+        return "".join(path.read_text("utf-8", "replace") for path in tmp_path.iterdir())
+
+    for status, message in ((404, "answers 404"), (503, "Cannot fetch")):
+        server.status = status
+        with pytest.raises(CptError, match=message) as refused:
+            fetch(url, tmp_path, quiet=True, patience=0.001)
+        assert "geheim" not in str(refused.value) + kept()
+        assert "geheim" not in str(refused.value.__cause__)  # which a traceback would show
+    server.status, server.break_after = 200, [300_000, 0, 0, 0, 0]
+    with pytest.raises(CptError, match="the same command continues it") as broken:
+        fetch(url, tmp_path, quiet=True, patience=0.001)
+    assert (tmp_path / "corpus.jsonl.gz.part.json").exists()
+    assert "geheim" not in str(broken.value) + kept()
+    [fetched] = fetch(url, tmp_path, quiet=True)
+    assert fetched.status == "resumed"
+    assert "geheim" not in fetched.url + kept()
+    assert fetch(url, tmp_path, quiet=True)[0].status == "unchanged"
+
+
+def test_a_server_that_is_not_there_is_named_without_credentials(tmp_path: Path, server: Server) -> None:
+    server.server_close()
+    url = f"{server.url}&sig=geheim".replace("http://", "http://user:geheim@")
+    shown = re.escape(f"{server.url}&sig=*")
+    with pytest.raises(CptError, match=f"Cannot fetch {shown}: .*Connection refused") as error:
+        fetch(url, tmp_path, quiet=True, patience=0.001)
+    assert "geheim" not in str(error.value)
+
+
+def test_what_an_older_version_noted_is_cleaned_and_still_known(tmp_path: Path, server: Server) -> None:
+    get(server, tmp_path)
+    url = f"{server.url}&X-Amz-Signature=geheim"
+    (tmp_path / URLS).write_text(f"{url}  corpus.jsonl.gz\n")
+    assert fetch(f"{server.url}&X-Amz-Signature=renewed", tmp_path, quiet=True)[0].status == "unchanged"
+    fetch(url.replace("corpus.", "more."), tmp_path, quiet=True)
+    assert "geheim" not in (tmp_path / URLS).read_text()
+
+
+def test_a_renewed_signature_continues_the_download(tmp_path: Path, server: Server) -> None:
+    server.break_after = [300_000, 0, 0, 0, 0]
+    with pytest.raises(CptError, match="continues it"):
+        fetch(f"{server.url}&X-Amz-Date=1&X-Amz-Signature=one", tmp_path, quiet=True, patience=0.001)
+    [fetched] = fetch(f"{server.url}&X-Amz-Date=2&X-Amz-Signature=two", tmp_path, quiet=True)
+    assert fetched.status == "resumed"
+
+
+def test_twenty_kills_leave_nothing_that_the_next_run_does_not_use_or_remove(tmp_path: Path, server: Server) -> None:
+    folder = tmp_path / "killed"
+
+    def run(target: Path = folder) -> None:
+        fetch(server.url, target, quiet=True, patience=0.001)
+
+    code, kills = Path(nemo_cpt.corpus.__file__).parent, 0
+    lines = lines_of(lambda: run(tmp_path / "counted"), code)
+    for point in range(20):
+        server.break_after = [(point + 1) * 200_000]
+        kills += killed_at(1 + lines.count * point // 20, run, code)[0]
+        if point % 4 == 3:
+            get(server, folder)
+            (folder / "corpus.jsonl.gz").unlink()
+    assert kills >= 15
+    server.break_after = []
+    assert get(server, folder)[0] == "fetched"
+    (folder / ".fetch.lock").touch()  # of a killed run
+    path = folder / "corpus.jsonl.gz"
+    path.unlink()
+    get(server, folder)
+
+
+def test_two_fetches_into_one_folder_do_not_meet(tmp_path: Path, server: Server) -> None:
+    with locked(tmp_path / LOCK, 0), pytest.raises(CptError, match="Another process is writing this output"):
+        fetch(server.url, tmp_path, quiet=True, patience=0)
+    assert server.asked == []
+    assert get(server, tmp_path)[0] == "fetched"
 
 
 def test_the_names_of_the_notes_are_refused(tmp_path: Path, server: Server) -> None:
@@ -215,7 +307,8 @@ def test_refusals(tmp_path: Path, server: Server) -> None:
     assert not list(tmp_path.glob("corpus*"))
 
 
-def test_certificates_are_verified(tmp_path: Path, server: Server) -> None:
+def encrypt(server: Server, tmp_path: Path) -> tuple[str, Path]:
+    """Let a server speak TLS; return its address and its certificate."""
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     subject = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
     files = ["-keyout", str(key), "-out", str(certificate)]
@@ -225,7 +318,11 @@ def test_certificates_are_verified(tmp_path: Path, server: Server) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
     server.socket = context.wrap_socket(server.socket, server_side=True)
-    secure = server.url.replace("http:", "https:")
+    return server.url.replace("http:", "https:"), certificate
+
+
+def test_certificates_are_verified(tmp_path: Path, server: Server) -> None:
+    secure, certificate = encrypt(server, tmp_path)
     with pytest.raises(CptError, match=r"certificate of 127.0.0.1 cannot be verified"):
         fetch(secure, tmp_path / "out", quiet=True)
     assert server.asked == []
@@ -233,6 +330,21 @@ def test_certificates_are_verified(tmp_path: Path, server: Server) -> None:
         patch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
         [fetched] = fetch(secure, tmp_path / "out", quiet=True)
     assert Path(fetched.path).read_bytes() == CONTENT
+
+
+def test_an_encrypted_address_leads_to_none_that_is_not(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secure, certificate = encrypt(server, tmp_path)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+    with Server() as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        server.location = other.url
+        with pytest.raises(CptError, match=r"https://.* leads on to http://127.0.0.1.*, which is not encrypted"):
+            fetch(secure, tmp_path / "out", quiet=True)
+        assert (len(server.asked), other.asked) == (1, [])
+        other.shutdown()
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.parametrize(

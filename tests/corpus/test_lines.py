@@ -1,49 +1,83 @@
-"""The range cutter and the line parser."""
+"""The feed's cutting of files into tasks, and the line parser."""
 
-import io
+import gzip
 import json
-from itertools import pairwise
+from pathlib import Path
 
 import pytest
+import xxhash
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_cpt.corpus.lines import cut_ranges, parse_lines, read_range
+from nemo_cpt.corpus.feed import Feed, lines_of, texts_of
+from nemo_cpt.corpus.lines import parse_lines
+from nemo_cpt.corpus.sources import InputChangedError, Source
+from nemo_cpt.errors import CptError
 
 CONTENTS = st.lists(st.sampled_from([b"\n", b"\r\n", b"a", b"\n\n", b"{}", "語".encode(), b"x" * 40]), max_size=60).map(
     b"".join
 )
 
 
-class NamedBytes(io.BytesIO):
-    name = "corpus.jsonl"
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("feed") / "corpus.jsonl"
 
 
-@given(content=CONTENTS | st.binary(max_size=300), step=st.integers(1, 50))
+def source_of(path: Path, content: bytes, kind: str) -> Source:
+    pack = {"plain": bytes, "gzip": gzip.compress, "zstd": zstandard.compress}[kind]
+    path.write_bytes(pack(content))
+    return Source(str(path), kind, path.stat().st_size, path.stat().st_mtime_ns, path.stat().st_ctime_ns)
+
+
+@given(
+    content=CONTENTS | st.binary(max_size=300), step=st.integers(1, 50), kind=st.sampled_from(["plain", "gzip", "zstd"])
+)
 @settings(max_examples=500)
-def test_every_cut_gives_every_line_once(content: bytes, step: int) -> None:
-    file = NamedBytes(content)
-    blocks = [read_range(file, start, stop) for start, stop in cut_ranges(0, len(content), step)]
-    assert b"".join(block for _, block in blocks) == content
-    for offset, block in blocks:
-        if block:
-            assert content[offset : offset + len(block)] == block
-            assert offset == 0 or content[offset - 1 : offset] == b"\n"
-            assert block.endswith(b"\n") or offset + len(block) == len(content)
+def test_every_cut_gives_every_line_once(path: Path, content: bytes, step: int, kind: str) -> None:
+    tasks = list(Feed([source_of(path, content, kind)], "text", step))
+    blocks = [lines_of(task) for task in tasks]
+    assert b"".join(blocks) == content
+    assert [task.start for task in tasks] == [0, *(task.stop for task in tasks[:-1])]
+    assert [task.index for task in tasks] == list(range(len(tasks)))
+    assert [task.last for task in tasks] == [False] * (len(tasks) - 1) + [True]
+    for task, block in zip(tasks, blocks, strict=True):
+        assert content[task.start : task.stop] == block
+        assert block.endswith(b"\n") or task.last
+    assert tasks[-1].hash == xxhash.xxh3_128_hexdigest(path.read_bytes())
 
 
-@given(content=CONTENTS, cuts=st.sets(st.integers(1, 200)))
-def test_uneven_cuts_give_every_line_once(content: bytes, cuts: set[int]) -> None:
-    edges = [0, *sorted(cut for cut in cuts if cut < len(content)), len(content)]
-    pairs = [(a, b) for a, b in pairwise(edges) if a < b]
-    assert b"".join(read_range(NamedBytes(content), a, b)[1] for a, b in pairs) == content
+@given(content=CONTENTS, step=st.integers(1, 50), other_step=st.integers(1, 50), data=st.data())
+def test_a_feed_goes_on_from_any_task(
+    path: Path, content: bytes, step: int, other_step: int, data: st.DataObject
+) -> None:
+    kind = data.draw(st.sampled_from(["plain", "gzip", "zstd"]))
+    source = source_of(path, content, kind)
+    tasks = list(Feed([source], "text", step))
+    done = data.draw(st.sampled_from(tasks))
+    if done.last:
+        return
+    rest = Feed([source], "text", other_step, (0, done.stop), done.hash)
+    assert b"".join(map(lines_of, rest)) == content[done.stop :]
+    changed = data.draw(st.integers(0, done.stop - 1))
+    altered = content[:changed] + bytes([content[changed] ^ 1]) + content[changed + 1 :]
+    for other in (altered, content[:changed], b"more" + content):
+        with pytest.raises(InputChangedError, match="changed after a part of it was read"):
+            list(Feed([source_of(path, other, kind)], "text", other_step, (0, done.stop), done.hash))
 
 
-@given(start=st.integers(0, 10_000), size=st.integers(0, 10_000), step=st.integers(1, 3_000))
-def test_ranges_cover_the_rest_of_the_file(start: int, size: int, step: int) -> None:
-    covered = [byte for pair in cut_ranges(start, size, step) for byte in pair]
-    assert covered[2::2] == covered[1:-1:2]
-    assert (covered[0], covered[-1]) == (start, size) if start < size else not covered
+@given(content=CONTENTS, step=st.integers(1, 50), data=st.data())
+def test_lines_that_changed_since_they_were_hashed_are_not_read(
+    path: Path, content: bytes, step: int, data: st.DataObject
+) -> None:
+    for task in Feed([source_of(path, content, "plain")], "text", step):
+        if task.stop > task.start:
+            at = data.draw(st.integers(task.start, task.stop - 1))
+            path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+            with pytest.raises(CptError, match="changed while it was being read"):
+                lines_of(task)
+            path.write_bytes(content)
 
 
 @given(
@@ -51,14 +85,12 @@ def test_ranges_cover_the_rest_of_the_file(start: int, size: int, step: int) -> 
     ascii_only=st.booleans(),
     step=st.integers(1, 64),
 )
-def test_ranges_parsed_apart_give_all_texts_in_order(texts: list[str], ascii_only: bool, step: int) -> None:
+def test_tasks_parsed_apart_give_all_texts_in_order(path: Path, texts: list[str], ascii_only: bool, step: int) -> None:
     content = "".join(json.dumps({"text": text}, ensure_ascii=ascii_only) + "\n" for text in texts).encode()
-    file = NamedBytes(content)
     found = []
-    for start, stop in cut_ranges(0, len(content), step):
-        offset, block = read_range(file, start, stop)
-        part = parse_lines(block, offset, "text")
-        assert not part.problems
+    for task in Feed([source_of(path, content, "plain")], "text", step):
+        part = texts_of(task, "text")
+        assert not part.reading.problems
         found += part.texts
     assert found == texts
 
@@ -84,12 +116,14 @@ def test_a_bad_line_is_located(line: bytes, reason: str, at: int) -> None:
     before = b'{"text": "first"}\n'
     found = parse_lines(before + line + b"\n" + before, 1000, "text")
     assert found.texts == ["first", "first"]
-    [problem] = found.problems
+    [problem] = found.reading.problems
     assert (problem.reason, problem.line, problem.offset) == (reason, 1, 1000 + len(before) + at)
+    assert (problem.nbytes, found.reading.nbytes) == (len(line) + 1, 2 * len(before) + len(line) + 1)
 
 
 def test_what_pythons_json_reads_counts() -> None:
     block = b'\xef\xbb\xbf{"text": "bom"}\r\n\n  \n{"text": "nan", "score": NaN}\n{"text": "last"}'
     found = parse_lines(block, 0, "text")
     assert found.texts == ["bom", "nan", "last"]
-    assert (found.lines, found.blank, found.problems) == (5, 2, [])
+    reading = found.reading
+    assert (reading.lines, reading.blank, reading.texts, reading.problems) == (5, 2, 3, [])

@@ -1,6 +1,7 @@
 """Held-out sets: stable under more data, free of duplicates where asked."""
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -89,6 +90,8 @@ def test_a_finished_split_is_not_repeated(tmp_path: Path, documents: list[str]) 
     first = split(source, tmp_path / "out", validation=0.1, quiet=True)
     again = split(source, tmp_path / "out", validation=0.1, quiet=True)
     assert (again.status, again.documents, again.files) == ("unchanged", first.documents, first.files)
+    os.utime(source)  # touched, but the same bytes
+    assert split(source, tmp_path / "out", validation=0.1, quiet=True).status == "unchanged"
     with pytest.raises(CptError, match="holds another split"):
         split(source, tmp_path / "out", validation=0.2, quiet=True)
     write_jsonl(source, documents[:301])

@@ -1,4 +1,4 @@
-"""The SmolLM2 recipe describes the model that the import makes of SmolLM2's own config.json; what its example trains."""
+"""The SmolLM2 recipe describes the model that the import makes of SmolLM2's config.json; what its example trains."""
 
 import importlib.util
 import json
