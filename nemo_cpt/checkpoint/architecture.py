@@ -171,7 +171,8 @@ def _refuse_unknown(config: Mapping[str, Any], where: str, ignore_fields: Collec
 def _uniform_layers(value: Any, config: Mapping[str, Any]) -> bool:
     """Whether all layers attend alike, and as the rest of the config says."""
     sliding = config["model_type"] == "mistral" and config.get("sliding_window", 4096) is not None
-    return isinstance(value, list) and set(value) <= {"sliding_attention" if sliding else "full_attention"}
+    kind = "sliding_attention" if sliding else "full_attention"
+    return isinstance(value, list) and all(each == kind for each in value)
 
 
 def _own_class(value: Any, config: Mapping[str, Any]) -> bool:

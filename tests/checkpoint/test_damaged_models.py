@@ -139,6 +139,7 @@ def test_untied_head_in_a_config_that_ties(hf: Path) -> None:
         ("use_sliding_window", True),
         ("layer_types", ["full_attention", "sliding_attention"] * 2),
         ("layer_types", 5),
+        ("layer_types", [["full_attention"]]),
         ("sliding_window", 4096),
         ("architectures", ["OtherLlamaForCausalLM"]),
         ("auto_map", {"AutoModelForCausalLM": "modeling.OtherLlamaForCausalLM"}),
