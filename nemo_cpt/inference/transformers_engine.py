@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from nemo_cpt.checkpoint.transformers_config import transformers_config
 from nemo_cpt.errors import CptError
 from nemo_cpt.inference.decoding import Decoder, Request
 from nemo_cpt.inference.engine import Message, Piece, Prompt, Reply, Sampling, check_messages
@@ -37,7 +38,8 @@ class TransformersEngine:
         wanted = "float32" if dtype == "auto" and device == "cpu" else dtype
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
-            self.network = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted).to(device).eval()
+            config = transformers_config(folder)
+            self.network = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=wanted).to(device).eval()
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise CptError(f"{folder} cannot be loaded by transformers: {error}") from error
         if chat_template is not None:

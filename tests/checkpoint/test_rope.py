@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_models as models
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -235,3 +236,17 @@ def test_transformers_is_handed_what_it_understands(tmp_path: Path) -> None:
         transformers_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))  # what is not ours is left to it
     assert transformers_config(tmp_path).model_type == "gpt2"
+
+
+def test_whoever_loads_a_model_reads_its_rope_parameters(tmp_path: Path) -> None:
+    from nemo_cpt.inference.transformers_engine import TransformersEngine
+
+    hf = models.make("llama31", tmp_path / "hf")
+    before = TransformersEngine(hf, device="cpu").network
+    config = json.loads((hf / "config.json").read_text())
+    config["rope_parameters"] = {"rope_theta": config.pop("rope_theta"), **config.pop("rope_scaling")}
+    (hf / "config.json").write_text(json.dumps(config))
+    after = TransformersEngine(hf, device="cpu").network
+    tokens = torch.arange(5, 45)[None]
+    with torch.no_grad():
+        assert torch.equal(before(tokens).logits, after(tokens).logits)
