@@ -20,7 +20,7 @@ if __name__ == "__main__":
         "llm",
         "gpu",
         gpus_per_node=8,
-        time="4:00:00",
+        time="6:00:00",
         container_image="nvcr.io#nvidia/nemo:25.07",
         mounts=["/lustre/me/data:/data"],
         setup=["export NCCL_IB_TIMEOUT=22"],

@@ -9,25 +9,23 @@ file: nobody knows whether it saved.
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from nemo_cpt import signals
 from nemo_cpt.errors import CptError, StoppedEarlyError
 from nemo_cpt.executors.tracking import continue_wandb_run
-from nemo_cpt.signals import shield_children
 
 MARKER = "NEMO_CPT_PREEMPTED"  # names the file that a task leaves which was told to stop: empty once it saved
 UNTRAINED = "nothing was trained yet"  # what stands in that file where there was nothing to save
 REFUSAL = "NEMO_CPT_REFUSED"  # names the one of a task that a CptError ended
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 def main() -> None:
     """Run the task that the command line names."""
-    listen(_as_sigterm, (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP))
-    listen(_end_untrained, (signal.SIGTERM,))
-    shield_children()
+    signals.listen(_as_sigterm, signals.STOP_SIGNALS)
+    signals.listen(_end_untrained, [signal.SIGTERM])
+    signals.shield_children()
     try:
         _run_task()
     except StoppedEarlyError as stop:
@@ -72,22 +70,18 @@ def _leave(variable: str) -> bool:
     return bool(file)
 
 
-def listen(handler: Callable[[int, Any], None], numbers: Iterable[int]) -> None:
-    """Call `handler` on these signals, also on those that were held back until now; SIGHUP only if nohup has not
-    had it ignored."""
-    heard = [n for n in numbers if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
-    for number in heard:
-        signal.signal(number, handler)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, heard)
-
-
 def _as_sigterm(number: int, frame: Any) -> None:
     """Clusters send SIGUSR1 or SIGTERM ahead of the limit; a task that listens itself listens to one."""
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _end_untrained(number: int, frame: Any) -> NoReturn:
-    """Leave the marker and end without unwinding: code that is being imported may catch any exception."""
+def _end_untrained(number: int, frame: Any) -> None:
+    """Leave the marker and end without unwinding: code that is being imported may catch any exception.
+
+    Behind a training it does nothing: the process has saved and is about to end, or to say what went wrong.
+    """
+    if signals.training_began:
+        return
     if file := os.environ.get(MARKER):
         Path(file).write_text(UNTRAINED)
     os.write(2, f"nemo_cpt: told to stop, {UNTRAINED}\n".encode())

@@ -18,9 +18,9 @@ from functools import wraps
 from typing import Any
 
 from nemo_cpt.executors.environment import forget_secrets
-from nemo_cpt.executors.runner import SIGNALS, listen
-from nemo_cpt.executors.supervisor import FROM_LAUNCHER, MARKER_PREFIX, RUNNER, held
+from nemo_cpt.executors.supervisor import FROM_LAUNCHER, MARKER_PREFIX, RUNNER
 from nemo_cpt.planning.saving import window_within
+from nemo_cpt.signals import STOP_SIGNALS, held, listen
 
 GRACE = "terminationGracePeriodSeconds"  # of a pod's spec
 SECONDS_TO_SAVE = 600
@@ -76,7 +76,7 @@ def supervise_local_jobs() -> None:
 
     @wraps(start)
     def start_listening(*args: Any, **kwargs: Any) -> Any:
-        with held((*SIGNALS, FROM_LAUNCHER)):
+        with held((*STOP_SIGNALS, FROM_LAUNCHER)):
             return start(*args, **kwargs)
 
     PersistentLocalScheduler._to_popen_request = request_supervised
@@ -147,9 +147,9 @@ def pass_signals_on() -> None:
     @wraps(enter)
     def enter_and_listen(experiment: Any) -> Any:
         if threading.current_thread() is threading.main_thread():
-            experiment._handlers_before = {number: signal.getsignal(number) for number in SIGNALS}
+            experiment._handlers_before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
             signals: Counter[int] = Counter()
-            listen(lambda number, frame: _pass_on(experiment, number, signals), SIGNALS)
+            listen(lambda number, frame: _pass_on(experiment, number, signals), STOP_SIGNALS)
         return enter(experiment)
 
     @wraps(leave)

@@ -14,12 +14,12 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 
 from nemo_cpt.errors import CptError, StoppedEarlyError
-from nemo_cpt.executors.runner import MARKER, REFUSAL, SIGNALS, UNTRAINED, listen
+from nemo_cpt.executors.runner import MARKER, REFUSAL, UNTRAINED
+from nemo_cpt.signals import STOP_SIGNALS, held, listen
 
 MARKER_PREFIX = "preempted-"  # of the file in a job's folder that says: it was told to stop, and nothing is lost
 REFUSAL_PREFIX = "refused-"  # of the one that says: a CptError ended it
@@ -53,7 +53,7 @@ class Supervisor:
         A CptError is not tried again: it says what the user must change. Its exit code is 2, also under torchrun,
         which turns every failure of a worker into 1.
         """
-        listen(self._stop, (*SIGNALS, FROM_LAUNCHER))
+        listen(self._stop, (*STOP_SIGNALS, FROM_LAUNCHER))
         for restart in range(self.max_restarts + 1):
             code = self._run_once()
             if self.refusal.exists():
@@ -66,10 +66,7 @@ class Supervisor:
             if restart < self.max_restarts:
                 _say(f"exit code {code}; restart {restart + 1} of {self.max_restarts}")
         if code and self.told:
-            print(
-                "nemo_cpt: told to stop, and ended unsaved; the same command goes on from the last checkpoint",
-                flush=True,
-            )
+            _say("told to stop, and ended unsaved; the same command goes on from the last checkpoint")
         return code
 
     def _how_it_stopped(self, code: int) -> str:
@@ -91,7 +88,7 @@ class Supervisor:
             self.marker.write_text(UNTRAINED)
             return 0
         words = {MARKER: str(self.marker), REFUSAL: str(self.refusal)}
-        with held(SIGNALS if RUNNER in self.command else ()):
+        with held(STOP_SIGNALS if RUNNER in self.command else ()):
             # A session of its own, so that a signal to this process's group reaches the job through _signal_job alone.
             self.child = subprocess.Popen(self.command, start_new_session=True, env=os.environ | words)
         code = self._wait(self.child)
@@ -151,19 +148,6 @@ def _end(leader: int) -> None:
         for kill in (os.killpg, os.kill):  # a worker that leads no group is no group's name
             with contextlib.suppress(ProcessLookupError):
                 kill(pid, signal.SIGKILL)
-
-
-@contextlib.contextmanager
-def held(numbers: Iterable[int]) -> Iterator[None]:
-    """Hold signals back from this thread, and from what it starts until that lets them through (pthread_sigmask).
-
-    A process that is signalled before it can listen would die of it.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def children(pid: int) -> list[int]:

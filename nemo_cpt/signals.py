@@ -10,13 +10,32 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import resource_tracker
 from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+training_began = False  # in this process: from then on there may be something to save
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LIBC = ctypes.CDLL(None)
+
+
+def listen(handler: Callable[[int, Any], None], numbers: Iterable[int]) -> None:
+    """Call `handler` on signals, also on those that were held back until now; not on a SIGHUP that nohup ignores."""
+    heard = [each for each in numbers if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
+    for number in heard:
+        signal.signal(number, handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, heard)
+
+
+@contextlib.contextmanager
+def held(numbers: Iterable[int]) -> Iterator[None]:
+    """Hold signals back from this thread until the block ends, and from what it starts until that listens."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def shield_children() -> None:
@@ -36,28 +55,18 @@ def shield_children() -> None:
     multiprocessing.popen_fork.Popen.terminate = multiprocessing.popen_fork.Popen.kill  # type: ignore[method-assign]
     subprocess.Popen.__init__ = _shielded(subprocess.Popen.__init__)  # type: ignore[method-assign]
     subprocess.Popen.terminate = subprocess.Popen.kill  # type: ignore[method-assign]
-    with _blocked():
+    with held(STOP_SIGNALS):
         resource_tracker.ensure_running()  # within the first start by `spawn` it would unblock what is blocked there
 
 
 def _shielded(start: Callable[..., Any]) -> Any:
     @functools.wraps(start)
     def start_with_signals_blocked(*args: Any, **kwargs: Any) -> Any:
-        with _blocked():
+        with held(STOP_SIGNALS):
             return start(*args, **kwargs)
 
     start_with_signals_blocked.shielded = True  # type: ignore[attr-defined]
     return start_with_signals_blocked
-
-
-@contextlib.contextmanager
-def _blocked() -> Iterator[None]:
-    """A signal that comes meanwhile waits for the end of the block."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _start: Callable[[Any], None] = multiprocessing.process.BaseProcess.start

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from nemo.lightning.pytorch.callbacks import PreemptionCallback
 
+from nemo_cpt import signals
 from nemo_cpt.errors import StoppedEarlyError
 from nemo_cpt.signals import STOP_SIGNALS, shield_children
 from nemo_cpt.training.checkpoints import save_now
@@ -79,6 +80,7 @@ class SaveWhenStopped(PreemptionCallback):
         for number in STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._handlers_before[number] = signal.signal(number, self._note)
+        signals.training_began = True
 
     def _note(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT and self._signal == signal.SIGINT:

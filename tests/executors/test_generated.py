@@ -8,17 +8,20 @@ import signal
 import subprocess
 import sys
 import tarfile
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import nemo_run as run
 import pytest
 import yaml
 from docker.models.containers import _create_container_args
 from helpers import git, wait_until
+from nemo_run.core.execution.docker import DockerContainer
 from sky_stand_in import install
 
 from nemo_cpt import CptError
-from nemo_cpt.executors import docker, kubernetes, skypilot, slurm
+from nemo_cpt.executors import docker, kubernetes, skypilot, slurm, stopping
 from nemo_cpt.executors.code import CodeSnapshot
 
 
@@ -91,6 +94,7 @@ def started_as_in_a_container(task, executor):
     experiment.jobs[0]._dryrun_info.request.containers[0].run(engine, id="1")
     command = [word.replace("/nemo_run/", f"{job}/") for word in shlex.split(engine.created["command"])]
     environ = engine.created["environment"] | {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
+    environ["PYTHONPATH"] = str(Path(__file__).parents[2])  # this checkout, which the image would have installed
     return job, subprocess.Popen(command, env=environ, start_new_session=True)
 
 
@@ -110,6 +114,61 @@ def test_a_container_that_is_stopped_saves(project, tmp_path):
     assert "nemo_cpt: stopped ahead of the end, saved" in log_of(job)
     (status,) = job.glob("status_*.out")
     assert json.loads(status.read_text())["exit_code"] == "75"
+
+
+def test_a_container_that_is_stopped_while_it_imports_says_that_nothing_is_lost(project, tmp_path):
+    import tasks
+
+    importing = tmp_path / "importing"
+    executor = docker(gpus=2, env={"NEVER_IMPORTED_AT_FIRST": str(importing)})
+    job, container = started_as_in_a_container(run.Partial(tasks.report, path=str(tmp_path / "seen")), executor)
+    wait_until(importing.exists)
+    os.killpg(container.pid, signal.SIGTERM)
+    assert container.wait(60) == 75
+    assert "stopped ahead of the end, nothing was trained yet" in log_of(job)
+
+
+class Container:
+    """A container of the engine's that is a process group here."""
+
+    def __init__(self, process):
+        self.process = process
+
+    def kill(self, **named):
+        os.killpg(self.process.pid, signal.Signals[named["signal"]])
+
+    def stop(self, timeout):
+        self.kill(signal="SIGTERM")
+        self.process.wait(timeout)
+
+    def remove(self, force):
+        self.process.kill()
+
+
+def test_a_container_that_is_cancelled_saves_before_nemo_run_removes_it(project, tmp_path, monkeypatch):
+    """By `nemo-cpt cancel`, and when the launcher ends, on Ctrl-C or of an error."""
+    import tasks
+
+    task = run.Partial(tasks.count, path=str(tmp_path / "counter"), until=1000)
+    job, process = started_as_in_a_container(task, docker(gpus=2))
+    wait_until(lambda: log_of(job).count("starting at") == 2)
+    monkeypatch.setattr(DockerContainer, "get_container", lambda *args, **kwargs: Container(process))
+    DockerContainer(name="t", command=[], executor=docker(), extra_env={}).delete(client=None, id="1")
+    assert process.wait(1) == 75
+    assert log_of(job).count("stopped at") == 2
+
+
+def test_a_signal_to_the_launcher_reaches_its_containers(project, tmp_path):
+    import tasks
+
+    task = run.Partial(tasks.count, path=str(tmp_path / "counter"), until=1000)
+    job, process = started_as_in_a_container(task, docker(gpus=2))
+    wait_until(lambda: log_of(job).count("starting at") == 2)
+    request = SimpleNamespace(get_containers=lambda client: [Container(process)])
+    scheduler = SimpleNamespace(_scheduled_reqs=[request], _docker_client=None)
+    runner = SimpleNamespace(_scheduler_instances={"docker_persistent": scheduler})
+    stopping._pass_on(SimpleNamespace(_runner=runner), signal.SIGTERM, Counter())
+    assert process.wait(60) == 75
 
 
 def test_a_container_whose_torchrun_hides_that_the_user_must_change_something(project):
@@ -174,6 +233,44 @@ def test_slurm_without_an_account_gpus_or_time_names_none(project):
     _, request = prepared(slurm(tasks_per_node=1))
     script = request.materialize()
     assert not [word for word in ("account", "gpu", "time=", "partition", "mpi") if f"--{word}" in script]
+
+
+@pytest.fixture(scope="module")
+def headline():
+    """The recipe for 8 GPUs, and the seconds that a step and its checkpoint take on the slowest GPU that holds it."""
+    from nemo_cpt import planning
+    from nemo_cpt.planning.saving import saving
+    from nemo_cpt.recipes import llama31_8b
+
+    recipe = llama31_8b.continual_pretrain()
+    return recipe, saving(planning.read(recipe))
+
+
+def window_of(recipe, executor):
+    with run.Experiment("t", executor=executor, enable_goodbye_message=False) as experiment:
+        experiment.add(recipe, name="t")
+        return experiment.jobs[0].executor
+
+
+def test_a_recipes_plan_says_how_early_its_job_is_told_to_stop(project, headline, capfd):
+    """Of the headline recipe a step took 144 s, and its checkpoint of 112 GB 80 s and more."""
+    recipe, needed = headline
+    assert needed.window >= 2 * needed.seconds > 2 * (144 + 80)
+    for limit in (None, "4:00:00"):
+        assert window_of(recipe, slurm(gpus_per_node=8, time=limit)).preempt_seconds == needed.window
+    assert "warning" not in capfd.readouterr().err
+    short = window_of(recipe, slurm(gpus_per_node=8, time="10"))
+    assert short.preempt_seconds == 300  # half of it: the rest is for training
+    assert f"the job may take {needed.window} s to save" in capfd.readouterr().err
+    for given in (0, 60):
+        assert window_of(recipe, slurm(gpus_per_node=8, time="10", preempt_seconds=given)).preempt_seconds == given
+
+
+def test_without_a_signal_ahead_of_the_limit_none_is_asked_for(project):
+    _, request = prepared(slurm(tasks_per_node=1, time="10", preempt_seconds=0))
+    assert "--signal" not in request.materialize()
+    _, request = prepared(slurm(tasks_per_node=1, time="10"))  # no recipe: 600 s, or half of the limit
+    assert "#SBATCH --signal=TERM@300" in request.materialize()
 
 
 def test_slurm_gres_stands_for_the_gpus(project):
@@ -319,6 +416,14 @@ def test_kubernetes_train_job(project, kube_config):
     assert f'PYTHONPATH="$(echo {executor.code_dir}/code:' in launched
     assert "; exec python -m nemo_cpt.executors.supervisor" in launched  # the first process is signalled
     assert "--max-restarts 2 -- torchrun" in launched
+
+
+def test_a_pod_has_the_time_that_its_recipe_needs_to_save(project, kube_config, headline):
+    recipe, needed = headline
+    pod = window_of(recipe, kubernetes("img", 8, "work")).pod_spec_overrides
+    assert pod["terminationGracePeriodSeconds"] == needed.window
+    given = window_of(recipe, kubernetes("img", 8, "work", preempt_seconds=120)).pod_spec_overrides
+    assert given["terminationGracePeriodSeconds"] == 120
 
 
 def test_kubernetes_ships_what_is_not_committed(project, kube_config, monkeypatch):

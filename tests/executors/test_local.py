@@ -126,6 +126,16 @@ def test_a_job_that_saved_is_neither_finished_nor_restarted(tmp_path, number):
     assert marker.exists()
 
 
+def test_signals_of_several_kinds_are_one_stop(tmp_path):
+    """As of a session that ends, or of a service that is stopped, whose every process is signalled."""
+    slowly = SAVES.replace("(Path({marker!r})", "(time.sleep(1), Path({marker!r})")
+    job = supervised(tmp_path / "m", slowly.format(marker=str(tmp_path / "m")))
+    assert job.stdout.readline() == "started\n"
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGHUP, supervisor.FROM_LAUNCHER):
+        job.send_signal(number)
+    assert job.wait(10) == 75
+
+
 def test_a_second_signal_ends_a_job_that_does_not_listen(tmp_path):
     job = supervised(tmp_path / "m", STUBBORN, "--max-restarts", "1")
     assert job.stdout.readline() == "started\n"
@@ -138,12 +148,24 @@ def test_a_second_signal_ends_a_job_that_does_not_listen(tmp_path):
 
 def test_a_signal_before_the_supervisor_listens_is_not_lost(tmp_path):
     """Nor does it end it: who starts it holds signals back until it does, and nothing is started then."""
-    with supervisor.held(supervisor.SIGNALS):
+    with supervisor.held(supervisor.STOP_SIGNALS):
         job = supervised(tmp_path / "m", "print('started')")
     job.terminate()
     printed, _ = job.communicate(timeout=10)
     assert (printed.count("started"), job.returncode) == (0, 75)
     assert "stopped ahead of the end, nothing was trained yet" in printed
+
+
+@pytest.mark.parametrize(("began", "printed", "code"), [(False, "nothing was trained yet", 75), (True, "saved\n", 0)])
+def test_a_signal_ends_a_task_until_its_training_begins_and_not_behind_it(tmp_path, began, printed, code):
+    told = (
+        "import os, signal; from nemo_cpt import signals; from nemo_cpt.executors import runner; "
+        f"signals.listen(runner._end_untrained, [signal.SIGTERM]); signals.training_began = {began}; "
+        "os.kill(os.getpid(), signal.SIGTERM); print('saved')"
+    )
+    job = supervised(tmp_path / "m", told)
+    assert printed in job.communicate(timeout=20)[0]
+    assert job.returncode == code
 
 
 def test_torchrun_that_has_no_workers_yet_is_ended(tmp_path):
