@@ -406,8 +406,6 @@ def check_resumed(checkpoint: str | os.PathLike[str], base: str | os.PathLike[st
     Raises:
         CptError: the model or the base is another one, or the run was trained with fewer rows than its base has.
     """
-    from nemo_cpt.checkpoint.lora import is_lora
-
     checkpoint = Path(checkpoint)
     was = read_base(checkpoint)
     stated = constants_of_nemo(model) if model is not None else {}
@@ -418,9 +416,7 @@ def check_resumed(checkpoint: str | os.PathLike[str], base: str | os.PathLike[st
             f"{described(found, 'the recipe', 'the checkpoint')}: take those values again, or give the run another name"
         )
     if base is not None and Path(base).exists():
-        _check_same_kind(checkpoint, was, read_base(base))
-    if is_lora(checkpoint):
-        _check_adapted_base(checkpoint, base)
+        _check_same_base(checkpoint, was, read_base(base))
     rows = embedding_rows(checkpoint)
     if rows is not None and rows < was.rows:
         raise CptError(
@@ -429,32 +425,34 @@ def check_resumed(checkpoint: str | os.PathLike[str], base: str | os.PathLike[st
         )
 
 
-def _check_same_kind(checkpoint: Path, was: Base, base: Base) -> None:
-    """Refuse another kind of base than the run's; what a training may change is compared with the recipe's model."""
+def _check_same_base(checkpoint: Path, was: Base, base: Base) -> None:
+    """Refuse another base than the run's; what a training may change is compared with the recipe's model."""
     fixed = {name: value for name, value in was.constants.items() if name not in CHANGEABLE}
-    if found := differences(fixed, base.constants):
+    found = described(differences(fixed, base.constants), "the checkpoint", "the base")
+    if not found and _has_other_weights(checkpoint, base.folder):
+        found = "which has other weights"
+    if found:
         raise CptError(
-            f"the run is another base's than {base.folder} up to {checkpoint}, "
-            f"{described(found, 'the checkpoint', 'the base')}: name its own base, or give the run another name"
+            f"the run is another base's than {base.folder} up to {checkpoint}, {found}: name its own base, or give the "
+            "run another name"
         )
 
 
-def _check_adapted_base(checkpoint: Path, base: str | os.PathLike[str] | None) -> None:
-    """Refuse adapters of another base than the recipe names: NeMo adds them to the one that they record."""
-    from nemo_cpt.checkpoint.lora import recorded_base
+def _has_other_weights(checkpoint: Path, base: Path) -> bool:
+    """Whether adapters were trained on other weights than a base's: NeMo adds them to those that they record."""
+    from nemo_cpt.checkpoint.lora import is_lora, recorded_base
+    from nemo_cpt.checkpoint.weight_sums import read_sums
 
-    recorded = recorded_base(checkpoint)
-    if recorded is None or base is None or not Path(base).exists() or recorded.samefile(base):
-        return
-    constants = [read_base(each).constants for each in (recorded, base)]
-    if differences(*constants) or _fingerprint(recorded) != _fingerprint(Path(base)):
-        raise CptError(
-            f"{checkpoint} holds adapters of the base {recorded}, the recipe names {base}, which is another model: "
-            "name that base again, or give the run another name"
-        )
+    recorded = recorded_base(checkpoint) if is_lora(checkpoint) else None
+    if recorded is None or recorded.samefile(base):
+        return False
+    was, now = (read_sums([each / HF_FOLDER]) for each in (recorded, base))
+    if was is None or now is None:  # an import of 0.1.0, or a training's checkpoint
+        return _sampled(recorded) != _sampled(base)
+    return was != now
 
 
-def _fingerprint(base: Path) -> list[tuple[str, str]]:
+def _sampled(base: Path) -> list[tuple[str, str]]:
     from nemo_cpt.corpus.index import sample_digest
 
     return [(path.name, sample_digest(path)) for path in sorted(base.glob("weights/*.distcp"))]

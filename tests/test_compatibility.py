@@ -383,12 +383,16 @@ def test_adapters_are_resumed_on_their_own_base_only(kin: Path, tmp_path: Path) 
     record = trained / "weights/adapter_metadata.json"
     record.write_text(json.dumps({"model_ckpt_path": str(tmp_path / "base")}))
     shutil.copytree(tmp_path / "base", tmp_path / "copy")
-    for base in (tmp_path / "base", tmp_path / "copy", tmp_path / "gone", None):
-        check_resumed(trained, base)
-    for other in ("llama2", "llama31"):  # other weights; other constants
-        with pytest.raises(
-            CptError, match=rf"adapters of the base .*base, the recipe names .*{other}, which is another"
-        ):
-            check_resumed(trained, kin / other)
+    hf = small_models.make("llama3", tmp_path / "other_hf", seed=1)
+    import_hf(hf, tmp_path / "other")
+    for _ in ("by the imports' sums", "by samples of the files"):
+        for base in (tmp_path / "base", tmp_path / "copy", tmp_path / "gone", None):
+            check_resumed(trained, base)
+        with pytest.raises(CptError, match=r"another base.s than .*other up to .*, which has other weights: name"):
+            check_resumed(trained, tmp_path / "other")
+        for sums in tmp_path.glob("*/hf/.weights.json"):
+            sums.unlink()
+    with pytest.raises(CptError, match=r"another base's than .*qwen2 up to .*attention_bias .* is False in the check"):
+        check_resumed(trained, kin / "qwen2")
     with pytest.raises(CptError, match="holds a LoRA run's adapters, not a model: merge them with `nemo-cpt export`"):
         guards.check_base(trained)

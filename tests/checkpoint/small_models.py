@@ -64,11 +64,11 @@ SHAPES = {
 _CLASSES = {LlamaConfig: LlamaForCausalLM, MistralConfig: MistralForCausalLM, Qwen2Config: Qwen2ForCausalLM}
 
 
-def make(shape: str, folder: Path, **changes) -> Path:
+def make(shape: str, folder: Path, seed: int = 0, **changes) -> Path:
     """Save a random model of a shape, in shards, with tokenizer and generation settings; returns the folder."""
     config_class, settings, dtype = SHAPES[shape]
     config = config_class(**{**_SIZES, **settings, **changes})
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = _CLASSES[config_class](config)
     _randomise(model)
     model = model.to(dtype)
