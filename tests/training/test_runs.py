@@ -15,7 +15,7 @@ from nemo_cpt.evaluation.loss import language_model_loss
 from nemo_cpt.recipes import llama31_8b, tiny
 from nemo_cpt.training.callbacks import StopAtStep
 from nemo_cpt.training.metrics import read_metrics
-from nemo_cpt.training.resume import is_complete, newest_complete_checkpoint
+from nemo_cpt.training.run_folder import newest_whole
 from tests.training import jobs
 
 STEPS = 6
@@ -77,9 +77,9 @@ def test_three_resumptions_equal_an_uninterrupted_run(world: Path, blend: Any, r
 
 
 def test_a_new_run_from_a_training_checkpoint_starts_a_fresh_schedule(world: Path, blend: Any, reference: str) -> None:
-    checkpoint = newest_complete_checkpoint(world / "runs" / reference / "checkpoints")
+    checkpoint = newest_whole(world / "runs" / reference / "checkpoints")
     assert checkpoint is not None
-    job = functools.partial(continue_from, world, blend, checkpoint)
+    job = functools.partial(continue_from, world, blend, checkpoint.path)
     assert jobs.run(job, log=world / "fresh.log") == 0, (world / "fresh.log").read_text()[-3000:]
     assert metrics(world, "fresh", "lr") == metrics(world, reference, "lr")
     trained = metrics(world, reference, "val_loss_ja")[STEPS]
@@ -101,7 +101,7 @@ def test_a_killed_run_comes_back(world: Path, blend: Any, reference: str) -> Non
         started = jobs.launch(functools.partial(train, world, blend, "killed"), log=world / "killed.log")
         wait()
         jobs.kill(started)
-    assert newest_complete_checkpoint(checkpoints) is not None
+    assert newest_whole(checkpoints) is not None
     assert STEPS not in metrics(world, "killed")
     assert start(world, blend, "killed") == 0, (world / "killed.log").read_text()[-3000:]
     assert metrics(world, "killed") == metrics(world, reference)
@@ -109,7 +109,7 @@ def test_a_killed_run_comes_back(world: Path, blend: Any, reference: str) -> Non
 
 def until_there_is_a_checkpoint(folder: Path, patience: float = 120) -> None:
     deadline = time.monotonic() + patience
-    while not newest_complete_checkpoint(folder):
+    while not newest_whole(folder):
         assert time.monotonic() < deadline, "no checkpoint was written"
         time.sleep(0.05)
 
@@ -118,15 +118,6 @@ def test_a_finished_run_started_again_does_nothing(world: Path, blend: Any, refe
     before = (world / "runs" / reference / "metrics" / "steps.jsonl").read_text()
     assert start(world, blend, reference) == 0, (world / "reference.log").read_text()[-3000:]
     assert (world / "runs" / reference / "metrics" / "steps.jsonl").read_text() == before
-
-
-def test_an_unfinished_checkpoint_is_passed_over(tmp_path: Path) -> None:
-    for name in ("steps=2", "steps=4"):
-        (tmp_path / name / "weights").mkdir(parents=True)
-        (tmp_path / name / "weights" / "metadata.json").write_text("{}")
-    (tmp_path / "steps=4-unfinished").touch()
-    assert not is_complete(tmp_path / "steps=4")
-    assert newest_complete_checkpoint(tmp_path) == tmp_path / "steps=2"
 
 
 def train_adapters(
@@ -158,7 +149,9 @@ def test_embeddings_train_beside_adapters_at_their_own_rate_resume_and_are_expor
         job = functools.partial(train_adapters, world, blend, stop_at, "embeddings", 5e-3)
         assert jobs.run(job, log=log) == 0, log.read_text()[-3000:]
     assert metrics(world, "embeddings")[STEPS] < metrics(world, "embeddings")[1] - 0.5
-    checkpoint = newest_complete_checkpoint(world / "runs/embeddings/checkpoints")
+    newest = newest_whole(world / "runs/embeddings/checkpoints")
+    assert newest is not None
+    checkpoint = newest.path
     export_hf(checkpoint, world / "embeddings_hf")
     loss = language_model_loss(world / "embeddings_hf", str(world / "ds/ja_validation"), seq_length=64, samples=8)
     assert loss == pytest.approx(metrics(world, "embeddings", "val_loss_ja")[STEPS], abs=1e-4)

@@ -1,0 +1,72 @@
+"""Runs that are told to stop, or killed: what they leave at their end equals what an unbroken run leaves."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.interruptions import Hit, Runs, Setting
+
+STOPPED, KILLED = 75, -9
+
+
+@pytest.fixture(scope="module")
+def runs(world: Path, blend: Any, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    made = Runs(world, blend, tmp_path_factory.mktemp("stops"))
+    assert made.start("unbroken", Setting()) == 0, made.log("unbroken").read_text()[-3000:]
+    return made
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "hits"),
+    [
+        ("sanity", Setting(), [Hit("on_validation_batch_end", 0, "SIGHUP")]),
+        ("first_step", Setting(workers=2), [Hit("on_train_batch_start", 0)]),
+        ("before_the_first_checkpoint", Setting(workers=2), [Hit("on_train_batch_start", 1)]),
+        ("behind_a_checkpoint", Setting(), [Hit("on_train_batch_start", 4)]),
+        ("behind_a_checkpoint_with_workers", Setting(workers=2), [Hit("on_train_batch_start", 4, "SIGUSR1")]),
+        ("checkpoint_in_flight", Setting(workers=2, asynchronous=True), [Hit("on_train_batch_start", 3, "SIGINT")]),
+        ("within_a_write", Setting(), [Hit("weights", 3, call=5)]),
+        ("at_a_validated_step", Setting(), [Hit("on_train_batch_end", 6, everyone=False)]),
+        ("within_a_validation", Setting(workers=2), [Hit("on_validation_batch_end", 6)]),
+        ("within_the_last_validation", Setting(asynchronous=True), [Hit("on_validation_batch_end", 8)]),
+        (
+            "again_and_again",
+            Setting(),
+            [Hit("on_train_batch_start", 1), Hit("on_train_batch_end", 4, "SIGINT"), Hit("on_validation_end", 6)],
+        ),
+    ],
+)  # fmt: skip
+def test_a_stop_saves_and_loses_nothing(runs: Runs, name: str, setting: Setting, hits: list[Hit]) -> None:
+    codes = runs.broken(name, setting, hits)
+    assert codes == [STOPPED] * len(hits) + [0], runs.log(name).read_text()[-3000:]
+    assert runs.differences(name, "unbroken") == []
+
+
+@pytest.mark.parametrize("ranks", [None, (1,)])
+def test_a_stop_of_two_ranks_whichever_is_told(runs: Runs, ranks: tuple[int, ...] | None) -> None:
+    setting = Setting(processes=2)
+    if not (runs.folder / "unbroken_2").exists():
+        assert runs.start("unbroken_2", setting) == 0, runs.log("unbroken_2").read_text()[-3000:]
+    name = f"two_{'all' if ranks is None else 'one'}"
+    codes = runs.broken(name, setting, [Hit("on_train_batch_start", 4, ranks=ranks)])
+    assert codes == [STOPPED, 0], runs.log(name).read_text()[-3000:]
+    assert runs.differences(name, "unbroken_2") == []
+
+
+@pytest.mark.parametrize(
+    "hit",
+    [
+        Hit("marker", 3, "SIGKILL"),
+        Hit("weights", 6, "SIGKILL", call=3),
+        Hit("config", 6, "SIGKILL"),
+        Hit("unmarking", 6, "SIGKILL"),
+        Hit("link", 6, "SIGKILL"),
+        Hit("on_train_batch_start", 7, "SIGKILL", everyone=False),
+    ],
+    ids=lambda hit: hit.where,
+)
+def test_a_kill_costs_steps_but_nothing_of_the_result(runs: Runs, hit: Hit) -> None:
+    name = f"killed_{hit.where}"
+    assert runs.broken(name, Setting(), [hit]) == [KILLED, 0], runs.log(name).read_text()[-3000:]
+    assert runs.differences(name, "unbroken") == []
