@@ -49,8 +49,8 @@ def end_warnings(tokenizer: Tokenizer, eod: int | None, named: bool) -> list[str
         )
     if tokenizer.pad and tokenizer.pad[1] == eod:
         warnings.append(
-            f"{tokenizer.pad[0]} ends documents and is the padding token. The recipes here train on it; NeMo's and "
-            "Megatron's own data modules would overwrite it with token 0 and leave it out of the loss."
+            f"{tokenizer.pad[0]} ends documents and is the padding token. The recipes here train on it; without them, "
+            "NeMo's and Megatron's data modules overwrite it with token 0 and leave it out of the loss."
         )
     return warnings
 

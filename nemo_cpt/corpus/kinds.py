@@ -32,7 +32,7 @@ class Passage:
 
 
 def kind_of(character: str) -> str:
-    """Return a character's kind, such as `CYRILLIC Lu`: 700 of them cover Unicode.
+    """Return a character's kind, such as `CYRILLIC Lu`; some 750 of them cover Unicode.
 
     The first word of a letter's, mark's or number's name is its script; other characters go by their block of 256.
     """
