@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +163,10 @@ def _described(path: Path) -> str:
 def _train(runs: Runs, name: str, setting: Setting, hit: Hit | None, changes: dict[str, Any]) -> None:
     settings = {"seq_length": 64, "global_batch_size": 8, "max_steps": STEPS, "val_check_interval": INTERVAL} | changes
     settings |= {"name": name, "directory": str(runs.folder), "processes": setting.processes}
-    recipe = tiny.continual_pretrain(str(runs.world / "base"), runs.blend, **settings)
+    blend = replace(runs.blend, validation=settings.pop("validation", runs.blend.validation))
+    limit = settings.pop("limit_val_batches", 1)
+    recipe = tiny.continual_pretrain(str(runs.world / "base"), blend, **settings)
+    recipe.trainer.limit_val_batches = limit
     recipe.data.num_workers, recipe.data.persistent_workers = setting.workers, setting.workers > 0
     recipe.trainer.strategy.ckpt_async_save = setting.asynchronous
     recipe.trainer.callbacks.append(run.Config(Hits, hit or Hit("on_train_batch_end", -1)))

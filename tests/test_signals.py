@@ -1,0 +1,78 @@
+"""What a job starts lives through the signals that stop the job, and ends with it."""
+
+import subprocess
+import sys
+
+import psutil
+
+STARTS = """
+import multiprocessing, os, signal, subprocess, sys, time
+from nemo_cpt.signals import STOP_SIGNALS, shield_children
+
+def child(pipe):
+    grandchild = multiprocessing.get_context("fork").Process(target=time.sleep, args=(1000,))
+    grandchild.start()
+    pipe.send((os.getpid(), grandchild.pid))
+    time.sleep(1000)
+
+if __name__ == "__main__":
+    os.setsid()
+    if "shielded" in sys.argv:
+        shield_children()
+    pids, manager = [], None
+    for method in ("fork", "spawn"):
+        ours, theirs = multiprocessing.get_context(method).Pipe()
+        multiprocessing.get_context(method).Process(target=child, args=(theirs,)).start()
+        pids += ours.recv()
+    manager = multiprocessing.get_context("spawn").Manager()
+    queue, command = manager.Queue(), subprocess.Popen(["sleep", "1000"])
+    pids += [manager._process.pid, command.pid]
+    caught = []
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda number, frame: caught.append(number))
+        os.killpg(0, number)
+    assert caught == list(STOP_SIGNALS)
+    print(*pids, flush=True)
+    sys.stdin.readline()
+    if "shielded" in sys.argv:
+        queue.put(1)
+        assert queue.get() == 1
+    command.terminate()
+    print(command.wait(), flush=True)
+    sys.stdin.readline()
+"""
+
+
+def started(tmp_path, *arguments):
+    script = tmp_path / "starts.py"
+    script.write_text(STARTS)
+    job = subprocess.Popen(
+        [sys.executable, str(script), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    return job, [int(pid) for pid in job.stdout.readline().split()]
+
+
+def go_on(job):
+    job.stdin.write("\n")
+    job.stdin.flush()
+
+
+def test_every_kind_of_child_lives_through_the_signals_and_dies_with_the_job(tmp_path):
+    job, pids = started(tmp_path, "shielded")
+    assert len(pids) == 6
+    processes = [psutil.Process(pid) for pid in pids]
+    assert all(each.status() != psutil.STATUS_ZOMBIE for each in processes)
+    go_on(job)
+    assert job.stdout.readline() == "-9\n"  # who ends a child on purpose ends it: it does not hear SIGTERM
+    job.kill()
+    job.wait()
+    _, alive = psutil.wait_procs(processes, timeout=60)
+    assert alive == []
+
+
+def test_without_the_shield_they_die_of_them(tmp_path):
+    job, pids = started(tmp_path)
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids[2:] if psutil.pid_exists(pid)], timeout=10)
+    assert not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in alive)
+    job.kill()
+    job.wait()

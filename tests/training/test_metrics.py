@@ -1,0 +1,56 @@
+"""The file of a run's metrics, read after whatever happened to it."""
+
+import json
+from pathlib import Path
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nemo_cpt.training.metrics import METRICS_FILE, RESUMED_FROM, append_metrics, read_metrics
+
+
+def steps(folder: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in read_metrics(folder)]
+
+
+def write(folder: Path, *lines: dict) -> None:
+    for line in lines:
+        append_metrics(folder, line)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    assert read_metrics(tmp_path) == []
+
+
+def test_a_steps_training_and_validation_are_one(tmp_path: Path) -> None:
+    write(tmp_path, {"step": 0, "val_loss_ja": 9.0}, {"step": 1, "loss": 5.0}, {"step": 1, "val_loss_ja": 4.0})
+    assert read_metrics(tmp_path) == [{"step": 0, "val_loss_ja": 9.0}, {"step": 1, "loss": 5.0, "val_loss_ja": 4.0}]
+
+
+def test_steps_that_were_done_again_count_as_they_were_done_last(tmp_path: Path) -> None:
+    write(tmp_path, {RESUMED_FROM: 0}, *({"step": step, "loss": 1.0} for step in (1, 2, 3, 4)))
+    write(tmp_path, {RESUMED_FROM: 2}, {"step": 3, "loss": 2.0})
+    assert steps(tmp_path) == [(1, 1.0), (2, 1.0), (3, 2.0)]  # step 4 is not done again yet: it is not there
+
+
+def test_a_torn_line_does_not_swallow_the_next(tmp_path: Path) -> None:
+    write(tmp_path, {"step": 1, "loss": 1.0}, {"step": 2, "loss": 1.0})
+    path = tmp_path / METRICS_FILE
+    path.write_bytes(path.read_bytes()[:-5])
+    write(tmp_path, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 2.0})
+    assert steps(tmp_path) == [(1, 1.0), (2, 2.0), (3, 2.0)]
+    assert len(path.read_bytes().splitlines()) == 4
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.integers(0, 200), st.binary(max_size=20))
+def test_whatever_was_cut_or_written_between_whole_lines_are_read(tmp_path: Path, cut: int, junk: bytes) -> None:
+    path = tmp_path / METRICS_FILE
+    path.unlink(missing_ok=True)
+    write(tmp_path, *({"step": step, "loss": 1.0} for step in range(5)))
+    kept = path.read_bytes()[:cut]
+    path.write_bytes(kept + junk)
+    write(tmp_path, {"step": 9, "loss": 3.0})
+    whole = [line for line in kept.split(b"\n")[:-1]]
+    expected = {json.loads(line)["step"] for line in whole} | {9}
+    assert expected <= {step for step, _ in ((line.get("step"), 0) for line in read_metrics(tmp_path))}

@@ -1,0 +1,146 @@
+"""Which checkpoint of a run counts, and what happens to those that do not."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_cpt.training.run_folder import Checkpoint, checkpoints, damaged_since, finished, newest_whole
+from tests.support.interruptions import Runs, Setting
+
+DAMAGES = {
+    "cut": lambda path: os.truncate(path / "weights/__0_1.distcp", 1000),
+    "deleted": lambda path: (path / "weights/__0_0.distcp").unlink(),
+    "metadata emptied": lambda path: (path / "weights/.metadata").write_bytes(b""),
+    "metadata deleted": lambda path: (path / "weights/.metadata").unlink(),
+    "no metadata.json": lambda path: (path / "weights/metadata.json").unlink(),
+    "metadata.json cut": lambda path: (path / "weights/metadata.json").write_text('{"shar'),
+    "common.pt cut": lambda path: os.truncate(path / "weights/common.pt", 2000),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(world: Path, blend: Any, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    made = Runs(world, blend, tmp_path_factory.mktemp("folder"))
+    assert made.start("whole", Setting()) == 0, made.log("whole").read_text()[-3000:]
+    return made
+
+
+@pytest.fixture
+def folder(runs: Runs, tmp_path: Path) -> Path:
+    """A copy of a run's checkpoints, of steps 3, 6 and 8."""
+    return Path(shutil.copytree(runs.folder / "whole/checkpoints", tmp_path / "checkpoints", symlinks=True))
+
+
+def of_step(folder: Path, step: int) -> Path:
+    (found,) = (each.path for each in checkpoints(folder) if each.step == step)
+    return found
+
+
+def test_links_and_unfinished_ones_do_not_count(folder: Path) -> None:
+    assert [each.step for each in checkpoints(folder)] == [8, 6, 3]
+    of_step(folder, 8).with_name(of_step(folder, 8).name + "-unfinished").touch()
+    assert [each.step for each in checkpoints(folder)] == [6, 3]
+    assert damaged_since(folder) == []  # it was being written when its run was killed, which is no damage
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_one_is_passed_over_and_its_fault_named(folder: Path, damage: str) -> None:
+    DAMAGES[damage](of_step(folder, 8))
+    assert newest_whole(folder).step == 6
+    (found,) = damaged_since(folder)
+    assert found.step == 8
+    assert str(found.path) in found.fault
+
+
+def test_the_newest_is_the_one_of_the_highest_step_whatever_its_time(folder: Path) -> None:
+    for step, stamp in ((8, 100), (6, 300), (3, 200)):
+        for path in (of_step(folder, step), *of_step(folder, step).rglob("*")):
+            os.utime(path, (stamp, stamp))
+    assert newest_whole(folder).step == 8
+    renamed = of_step(folder, 3).rename(folder / "best")  # a name that does not say
+    assert Checkpoint(renamed).step == 3
+    (renamed / "run.json").unlink()
+    assert Checkpoint(renamed).step == -1
+
+
+def test_a_run_of_an_older_version_says_its_step_by_its_name(folder: Path) -> None:
+    for each in checkpoints(folder):
+        (each.path / "run.json").unlink()
+    assert [each.step for each in checkpoints(folder)] == [8, 6, 3]
+
+
+def test_finished(folder: Path) -> None:
+    assert "has step 8 of max_steps 8" in finished(folder, 8)
+    assert finished(folder, 9) is None
+    assert finished(folder, -1) is None  # without a limit
+    record = of_step(folder, 8) / "run.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"validation_pending": True}))
+    assert finished(folder, 8) is None
+    assert finished(folder / "nothing", 8) is None
+
+
+def test_a_run_goes_on_from_the_newest_whole_one_and_says_so(runs: Runs) -> None:
+    name = "damaged"
+    shutil.copytree(runs.folder / "whole", runs.folder / name, symlinks=True)
+    DAMAGES["cut"](of_step(runs.folder / name / "checkpoints", 8))
+    assert runs.start(name, Setting()) == 0, runs.log(name).read_text()[-3000:]
+    said = runs.log(name).read_text()
+    assert "weights/__0_1.distcp holds 1000 of at least" in said
+    assert "resuming from steps=6" in said
+    aside = runs.folder / name / "checkpoints" / "damaged"
+    assert [path.name[:8] for path in aside.iterdir()] == ["steps=8-"]
+    shutil.rmtree(aside)
+    assert runs.differences(name, "whole") == []
+
+
+def test_without_a_whole_one_it_does_not_begin_anew_by_itself(runs: Runs) -> None:
+    name = "all_damaged"
+    shutil.copytree(runs.folder / "whole", runs.folder / name, symlinks=True)
+    for each in checkpoints(runs.folder / name / "checkpoints"):
+        DAMAGES["deleted"](each.path)
+    before = runs.left(name)
+    assert runs.start(name, Setting()) == 2
+    said = runs.log(name).read_text()
+    assert "no checkpoint of this run" in said
+    assert "Copy one of them again; to train anew from the base instead, remove" in said
+    assert runs.left(name) == before
+
+
+def test_a_finished_run_is_left_alone(runs: Runs) -> None:
+    def contents() -> dict[str, float]:
+        return {str(path): path.lstat().st_mtime for path in (runs.folder / "whole").rglob("*")}
+
+    before = contents()
+    assert runs.start("whole", Setting()) == 0
+    assert "the run is finished" in runs.log("whole").read_text()
+    assert contents() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "kept"),
+    [
+        ("no_validation", {"validation": {}}, ["steps=3", "steps=6", "steps=8", "steps=8-last -> steps=8"]),
+        ("limit_0", {"limit_val_batches": 0}, ["steps=3", "steps=6", "steps=8", "steps=8-last -> steps=8"]),
+        (
+            "every_2",
+            {"validation": {}, "save_every": 2},
+            ["steps=4", "steps=6", "steps=8", "steps=8-last -> steps=8"],
+        ),
+    ],
+)
+def test_checkpoints_without_validation(runs: Runs, name: str, changes: dict, kept: list[str]) -> None:
+    assert runs.start(name, Setting(), **changes) == 0, runs.log(name).read_text()[-3000:]
+    assert runs.left(name)["checkpoints"] == kept
+
+
+def test_an_interval_beyond_the_end_validates_at_the_end(runs: Runs) -> None:
+    assert runs.start("beyond", Setting(), max_steps=3, val_check_interval=15) == 0
+    assert "val_check_interval 15 is above max_steps 3: validating and saving once, at the end" in (
+        runs.log("beyond").read_text()
+    )
+    assert [step for step, _ in runs.left("beyond")["validations"]] == [0, 3]
+    assert len(runs.left("beyond")["checkpoints"]) == 2  # and the link to it
