@@ -173,8 +173,8 @@ class RunCheckpoint(nl.ModelCheckpoint):
         for path in ranked[self.save_top_k :]:
             if path != newest:
                 self._del_model_without_trainer(str(path))
-                del kept[path]
-        self.best_k_models = {str(path): torch.tensor(kept[path]) for path in ranked if path in kept}
+        # Of more than save_top_k Lightning would never again remove one.
+        self.best_k_models = {str(path): torch.tensor(kept[path]) for path in ranked[: self.save_top_k]}
         self._remove_invalid_entries_from_topk()
 
 

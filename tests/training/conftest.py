@@ -11,7 +11,12 @@ import pytest
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `base_hf`, `base` (NeMo) and `ds/{ja,en}_{train,validation}`."""
+    """A folder with what `make_world` puts there."""
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def make_world(folder: Path) -> Path:
+    """Put `base_hf`, `base` (NeMo) and `ds/{ja,en}_{train,validation}` into a folder."""
     import torch
 
     from nemo_cpt.checkpoint import import_hf
@@ -19,7 +24,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from nemo_cpt.demo import base
 
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("world")
     texts = {language: _texts(language) for language in ("ja", "en")}
     tokenizer = base.train_tokenizer(texts["ja"] + texts["en"], vocab_size=512)
     base.pretrain(texts["en"], tokenizer, folder / "base_hf", steps=40, progress=lambda step, loss: None, lr=5e-3)
