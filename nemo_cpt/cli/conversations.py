@@ -27,6 +27,8 @@ def prepare_conversations(inputs: Sequence[str], output: str, tokenizer: str, js
         return print_json(asdict(report))
     rows = {"set": f"{report.prefix} ({report.status})"} | _counts(report) | {"encoder": report.encoder}
     rows["tokenizer"] = f"{report.tokenizer['sha256'][:16]}, {report.tokenizer['vocabulary_size']:,} ids"
+    if report.compared:
+        rows["compared"] = f"{report.compared:,} passages are what the reference tokenizer gives"
     if report.rates:
         rows["speed"] = (
             f"{report.rates['conversations_per_second']:,.0f} conversations/s, "

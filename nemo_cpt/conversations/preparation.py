@@ -13,7 +13,7 @@ from nemo_cpt.conversations.forms import AUTO, Conversation, check_form, read_co
 from nemo_cpt.conversations.inspection import SEQ_LENGTH, Fitting, fit_and_pack, warnings_of
 from nemo_cpt.conversations.templates import TRAIN_ON, ChatTemplate, load_template
 from nemo_cpt.corpus.choice import PROBES
-from nemo_cpt.corpus.encode import BATCH, Encoded, Work, count_lengths
+from nemo_cpt.corpus.encode import BATCH, COMPARED_TASKS, Encoded, Work, choose_passages, count_lengths
 from nemo_cpt.corpus.feed import Feed, Task, take_from
 from nemo_cpt.corpus.index import dtype_for
 from nemo_cpt.corpus.job import SAMPLE_BYTES, SAMPLE_TEXTS
@@ -46,6 +46,7 @@ class ConversationReport:
         tokenizer: `name`, `sha256`, `vocabulary_size`, `eos` and `bos` as [text, id].
         template: `name`, `sha256`, `text`, and the `stop` token and other special `tokens` that it uses.
         fitting: How the conversations fit into sequences.
+        compared: Passages that the encoder and the reference tokenizer were compared on while it worked.
         seconds: Time spent reading, encoding and writing, over all runs.
         rates: Of this run, by name: `conversations_per_second`, `megabytes_per_second` (10^6 bytes of input),
             `tokens_per_second`.
@@ -66,6 +67,7 @@ class ConversationReport:
     tokenizer: dict[str, Any]
     template: dict[str, Any]
     fitting: Fitting
+    compared: int
     seconds: float
     rates: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -183,6 +185,7 @@ class ConversationWork:
 
     def __call__(self, task: Task) -> tuple[Encoded, list[list[bytes]]]:
         """Encode a task; see `Work`."""
+        import numpy as np
 
         found = take_from(task, self._reader)
         encoded, counts = Encoded(found.reading), Counter[str]()
@@ -291,7 +294,7 @@ def _report(prefix: str, status: str, rates: dict[str, float], seq_length: int, 
     warnings = warnings_of(manifest["trained"], manifest["tokens"], fitting, too_long)
     if skipped := sum(manifest["skipped"].values()):
         warnings.insert(0, f"{skipped} lines were left out; {prefix}.skipped.jsonl lists them.")
-    same = ("answers", "tokens", "trained", "longest", "forms", "skipped", "dtype", "encoder", "tokenizer", "template")
+    same = ("answers", "tokens", "trained", "longest", "forms", "skipped", "dtype", "encoder", "compared")
     return ConversationReport(
         prefix=prefix,
         status=status,
@@ -300,5 +303,7 @@ def _report(prefix: str, status: str, rates: dict[str, float], seq_length: int, 
         seconds=manifest["seconds"],
         rates={name.replace("documents", "conversations"): rate for name, rate in rates.items()},
         warnings=warnings,
+        tokenizer=manifest["tokenizer"],
+        template=manifest["template"],
         **{name: manifest[name] for name in same},
     )

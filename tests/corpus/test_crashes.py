@@ -135,7 +135,6 @@ def test_a_worker_that_has_ended_is_asked_why() -> None:
     def fail(task: Task) -> tuple[Encoded, list[list[bytes]]]:
         raise CptError("the disk is full")
 
-    fail.name = "none"  # type: ignore[attr-defined]
     pool = Pool(1, cast(Work, fail), [])
     task = Task(0, 0, "a", 0, 0, None, 0, "", False, 0, "")
     pool.give(pool.workers[0], task)
