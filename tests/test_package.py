@@ -9,7 +9,17 @@ import pytest
 
 CHECKOUT = Path(__file__).parents[1]
 
-LIGHT = ["nemo_cpt", "nemo_cpt.corpus", "nemo_cpt.executors", "nemo_cpt.recipes", "nemo_cpt.checkpoint"]
+LIGHT = [
+    "nemo_cpt",
+    "nemo_cpt.checkpoint",
+    "nemo_cpt.conversations",
+    "nemo_cpt.conversations.preparation",
+    "nemo_cpt.conversations.special_rows",
+    "nemo_cpt.conversations.synthesis",
+    "nemo_cpt.corpus",
+    "nemo_cpt.executors",
+    "nemo_cpt.recipes",
+]
 
 
 @pytest.mark.parametrize("module", LIGHT)

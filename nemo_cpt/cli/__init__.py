@@ -20,7 +20,15 @@ def main() -> None:
     """Run the command line; a CptError becomes its message on stderr and exit code 2."""
     # torch warns of a package that NeMo's requirements install; no user can do anything about it.
     warnings.filterwarnings("ignore", message="The pynvml package is deprecated")
-    from nemo_cpt.cli import checkpoint, corpus, doctor, inference, launch, planning  # noqa: F401  each registers its commands on `app`
+    from nemo_cpt.cli import (  # noqa: F401  each registers its commands on `app`
+        checkpoint,
+        conversations,
+        corpus,
+        doctor,
+        inference,
+        launch,
+        planning,
+    )
 
     try:
         app()

@@ -1,6 +1,5 @@
 """Commands of `nemo-cpt`: corpora, from the network to Megatron datasets."""
 
-import json as jsonlib
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -9,18 +8,32 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nemo_cpt.cli import app
-from nemo_cpt.cli.tables import print_pairs, print_plain
+from nemo_cpt.cli.conversations import inspect_conversations, prepare_conversations
+from nemo_cpt.cli.tables import print_json, print_plain, print_report
+from nemo_cpt.errors import CptError
 
 if TYPE_CHECKING:
     from nemo_cpt.corpus.inspection import Inspection
 
 PANEL = "Corpora"
+OF_TEXTS = (
+    "json_key",
+    "append_eod",
+    "eod_token",
+    "prepend_bos",
+    "split_special_tokens",
+    "keep_empty_documents",
+    "verify",
+)
+OF_CONVERSATIONS = ("form", "system", "train_on", "seq_length", "too_long")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Key = Annotated[str, typer.Option(help="The field that holds the text.")]
 OnError = Annotated[str, typer.Option(help="stop at a line that gives no text, or skip it.")]
 MaxSkipped = Annotated[float | None, typer.Option(help="Share that --on-error skip may leave out; 0.01 by default.")]
 Workers = Annotated[int | None, typer.Option(help="Processes; all CPUs by default.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+SeqLength = Annotated[int, typer.Option(help="Conversations: of a training's sequences, for the report.")]
+TooLong = Annotated[str, typer.Option(help="Conversations: drop or cut longer ones, for the report.")]
 Inputs = Annotated[
     list[str], typer.Argument(help="Files, folders, globs (JSON lines or arrays, gzip, zstd, Parquet) or hf:NAME.")
 ]
@@ -28,8 +41,11 @@ Inputs = Annotated[
 
 @app.command(rich_help_panel=PANEL)
 def prepare(
+    context: typer.Context,
     inputs: Inputs,
-    output: Annotated[str, typer.Option("--output", "-o", help="Prefix; _text_document.bin and .idx are appended.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="Prefix; _text_document or _conversations is appended.")
+    ],
     tokenizer: Annotated[str, typer.Option("--tokenizer", "-t", help="Folder or hub name.")],
     json_key: Key = "text",
     append_eod: Annotated[bool, typer.Option(help="End each document with the tokenizer's EOS.")] = True,
@@ -52,10 +68,28 @@ def prepare(
         ),
     ] = None,
     fast: Annotated[bool, typer.Option(help="Use fastokens where it agrees with the reference.")] = True,
+    template: Annotated[
+        str | None,
+        typer.Option(help="Conversations: llama3, chatml, alpaca-ja, -en, -zh, tokenizer (its own), or a Jinja file."),
+    ] = None,
+    form: Annotated[
+        str, typer.Option(help="Conversations: auto, messages, sharegpt, alpaca, or a pair of fields: query/answer.")
+    ] = "auto",
+    system: Annotated[str | None, typer.Option(help="Conversations: a system message for those without one.")] = None,
+    train_on: Annotated[str, typer.Option(help="Conversations: assistant, last or all.")] = "assistant",
+    seq_length: SeqLength = 4096,
+    too_long: TooLong = "drop",
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Tokenize text into a Megatron dataset; a killed run resumes when it is started again."""
+    """Tokenize text, or conversations with a template, for Megatron; a killed run resumes when it is started again."""
+    if template is not None:
+        _refuse(context, OF_TEXTS, "belongs to texts, and --template makes this a preparation of conversations")
+        chosen: dict[str, Any] = {"form": form, "system": system, "train_on": train_on, "seq_length": seq_length}
+        chosen |= {"too_long": too_long, "workers": workers, "on_error": on_error, "max_skipped": max_skipped}
+        chosen |= {"fast": fast, "overwrite": overwrite}
+        return prepare_conversations(inputs, output, tokenizer, json, template=template, **chosen)
+    _refuse(context, OF_CONVERSATIONS, "belongs to conversations: name their --template too")
     from nemo_cpt.corpus import prepare as run
 
     report = run(
@@ -76,7 +110,7 @@ def prepare(
         overwrite=overwrite,
     )
     if json:
-        return _print_json(asdict(report))
+        return print_json(asdict(report))
     rows: dict[str, Any] = {
         "dataset": f"{report.prefix} ({report.status})",
         "documents": f"{report.documents:,}",
@@ -100,7 +134,15 @@ def prepare(
     if report.verified:
         kinds = f"documents of {report.kinds:,} scripts and categories"
         rows["verified"] = f"{report.verified:,} documents, and {kinds}, are what transformers gives"
-    _print_rows(rows, report.warnings)
+    print_report(rows, report.warnings)
+
+
+def _refuse(context: typer.Context, names: tuple[str, ...], why: str) -> None:
+    """Refuse options that were given and would do nothing."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise CptError(f"--{name.replace('_', '-')} {why}.")
 
 
 def _markers(markers: dict[str, list[Any] | None]) -> str:
@@ -110,19 +152,27 @@ def _markers(markers: dict[str, list[Any] | None]) -> str:
 
 @app.command(rich_help_panel=PANEL)
 def inspect(
-    prefix: Annotated[str, typer.Argument(help="ds/ja_text_document, or ds/ja.")],
+    context: typer.Context,
+    prefix: Annotated[str, typer.Argument(help="ds/ja_text_document or ds/ja; sft/ja_conversations or sft/ja.")],
     tokenizer: Annotated[
         str | None, typer.Option("--tokenizer", "-t", help="Decode with it, and check against it.")
     ] = None,
-    samples: Annotated[int, typer.Option(help="Documents to show.")] = 3,
+    samples: Annotated[int, typer.Option(help="Documents to show, or conversations.")] = 3,
+    seq_length: SeqLength = 4096,
+    too_long: TooLong = "drop",
     json: Json = False,
 ) -> None:
     """Describe a dataset: documents, tokens, lengths, samples; diagnose a damaged one."""
+    from nemo_cpt.conversations.dataset import is_conversations
+
+    if is_conversations(prefix):
+        return inspect_conversations(prefix, tokenizer, samples, json, seq_length=seq_length, too_long=too_long)
+    _refuse(context, ("seq_length", "too_long"), "belongs to conversations, and this is a dataset of texts")
     from nemo_cpt.corpus import inspect as run
 
     report = run(prefix, tokenizer, samples)
     if json:
-        return _print_json(asdict(report))
+        return print_json(asdict(report))
     vocabulary = (
         f"of {report.vocabulary_size:,}" if report.vocabulary_size else "of an unknown vocabulary (--tokenizer)"
     )
@@ -134,7 +184,7 @@ def inspect(
         "lengths": ", ".join(f"{value:,} (p{percentile})" for percentile, value in report.percentiles.items()),
         "last token": _end(report.end),
     }
-    _print_rows(rows, report.warnings)
+    print_report(rows, report.warnings)
     _print_histogram(report)
     for sample in report.samples:
         text = f": {sample['text']!r}" if sample["text"] is not None else f": {sample['ids']} …"
@@ -200,11 +250,11 @@ def split(
         overwrite=overwrite,
     )
     if json:
-        return _print_json(asdict(report))
+        return print_json(asdict(report))
     rows = {name: f"{count:,} documents, {report.files.get(name, 'given')}" for name, count in report.documents.items()}
     rows["duplicates"] = f"{report.exact:,} exact, {report.near:,} near; {report.dropped:,} dropped"
     rows["status"] = report.status
-    _print_rows(rows, report.warnings)
+    print_report(rows, report.warnings)
 
 
 def _share_or_inputs(value: str) -> float | str:
@@ -227,20 +277,10 @@ def fetch(
 
     if corpus is None:
         known = {name: asdict(entry) for name, entry in CORPORA.items()}
-        return _print_json(known) if json else _print_rows({name: entry.note for name, entry in CORPORA.items()}, [])
+        return print_json(known) if json else print_report({name: entry.note for name, entry in CORPORA.items()}, [])
     from nemo_cpt.corpus import fetch as run
 
     files = run(corpus, output)
     if json:
-        return _print_json({"files": [asdict(file) for file in files]})
-    _print_rows({file.path: f"{file.size:,} bytes, {file.status} {file.sha256[:16]}" for file in files}, [])
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    print(jsonlib.dumps(value, ensure_ascii=False, indent=2))
-
-
-def _print_rows(rows: dict[str, Any], warnings: list[str]) -> None:
-    print_pairs(rows.items())
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        return print_json({"files": [asdict(file) for file in files]})
+    print_report({file.path: f"{file.size:,} bytes, {file.status} {file.sha256[:16]}" for file in files}, [])

@@ -1,7 +1,9 @@
 """Tables on a terminal; tab-separated lines, which no terminal's width cuts, elsewhere."""
 
+import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 
 def print_pairs(pairs: Iterable[tuple[str, object]]) -> None:
@@ -38,3 +40,15 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 def print_plain(rows: Iterable[Sequence[str]]) -> None:
     """Print rows as tab-separated lines."""
     print("\n".join("\t".join(row) for row in rows))
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """Print one JSON object."""
+    print(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+def print_report(rows: Mapping[str, object], warnings: Iterable[str]) -> None:
+    """Print names and values, and warnings on stderr."""
+    print_pairs(rows.items())
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)

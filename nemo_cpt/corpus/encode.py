@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 from nemo_cpt.corpus.feed import Task, texts_of
 from nemo_cpt.corpus.index import ITEMSIZE
@@ -37,15 +37,16 @@ class Layout:
 
 @dataclass
 class Encoded:
-    """What became of a task; `payload` stays in the worker, the rest travels.
+    """What became of a task; its payloads stay in the worker, the rest travels.
 
     Attributes:
         lengths: int32 lengths of its documents as bytes, with 0 for an empty one that is kept.
-        nbytes: Size of the payload.
+        nbytes: Size of the tokens.
         largest: Largest token id, -1 where there is none.
         special: How often each special token stood in the texts, by id.
         passages: What is to be encoded by the reference as well.
         reading: What the task's lines held.
+        counts: Whatever else is to be counted, by name.
     """
 
     reading: Reading
@@ -58,12 +59,38 @@ class Encoded:
     empty: int = 0
     special: dict[int, int] = field(default_factory=dict)
     passages: list[Passage] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+class Work(Protocol):
+    """What workers do with a task.
+
+    Attributes:
+        encoder: What encodes texts in it.
+    """
+
+    encoder: Encoder
+
+    def __call__(self, task: Task) -> tuple[Encoded, list[list[bytes]]]:
+        """Return what became of a task, and what goes into each output file, in pieces."""
+
+
+class TextWork:
+    """Encodes texts; each worker's copy has a lookout of its own."""
+
+    def __init__(self, encoder: Encoder, layout: Layout, lookout: Lookout | None) -> None:
+        self.encoder, self._layout, self._lookout = encoder, layout, lookout
+
+    def __call__(self, task: Task) -> tuple[Encoded, list[list[bytes]]]:
+        """Encode a task; see `Work`."""
+        encoded, pieces = encode_task(task, self.encoder, self._layout, self._lookout)
+        return encoded, [pieces]
 
 
 def encode_task(
     task: Task, encoder: Encoder, layout: Layout, lookout: Lookout | None = None
 ) -> tuple[Encoded, list[bytes]]:
-    """Read and encode a task; return its description and its payload in pieces.
+    """Read and encode a task; return its description and its tokens in pieces.
 
     With a lookout it also chooses passages to compare: a document of each fourth task, and the surroundings of
     characters of a kind that is new to the lookout.
@@ -79,21 +106,35 @@ def encode_task(
         _count_special(ids, layout.special, encoded.special)
         encoded.largest = max(encoded.largest, int(ids.max()) if len(ids) else -1)
         if lookout is not None:
-            encoded.passages += _characteristic(texts, encoder, lookout)
-            if i == 0 and task.index % COMPARED_TASKS == 0:
-                encoded.passages.append(_document(texts, ids, offsets, encoder))
+            first = i == 0 and task.index % COMPARED_TASKS == 0
+            encoded.passages += choose_passages(texts, ids, offsets, encoder, lookout, first)
         piece, lens = lay_out(ids, offsets, layout)
         encoded.empty += int(np.count_nonzero(lens == 0))
         pieces.append(piece)
         lengths.append(lens if layout.keep_empty else lens[lens > 0])
+    count_lengths(encoded, lengths)
+    encoded.nbytes = sum(map(len, pieces))
+    return encoded, pieces
+
+
+def count_lengths(encoded: Encoded, lengths: list[Any]) -> None:
+    """Count in the documents' lengths, int32 arrays of shape [documents of a batch]."""
+    import numpy as np
+
     if lengths:
         all_lengths = np.concatenate(lengths)
         encoded.lengths = all_lengths.tobytes()
         encoded.documents = len(all_lengths)
         encoded.tokens = int(all_lengths.sum(dtype=np.int64))
         encoded.longest = int(all_lengths.max(initial=0))
-    encoded.nbytes = sum(map(len, pieces))
-    return encoded, pieces
+
+
+def choose_passages(
+    texts: list[str], ids: Any, offsets: Any, encoder: Encoder, lookout: Lookout, document: bool
+) -> list[Passage]:
+    """Choose passages of a batch to compare: where a kind of character is new, and a document if one is wanted."""
+    found = _characteristic(texts, encoder, lookout)
+    return [*found, _document(texts, ids, offsets, encoder)] if document else found
 
 
 def _characteristic(texts: list[str], encoder: Encoder, lookout: Lookout) -> list[Passage]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_cpt.corpus.files import read_at
-from nemo_cpt.corpus.lines import Texts, parse_lines, parse_rows
+from nemo_cpt.corpus.lines import Take, Texts, TextUnder, parse_lines, parse_rows
 from nemo_cpt.corpus.sources import HUB, InputChangedError, Source
 from nemo_cpt.corpus.unpacking import PIECE, DamagedError, array_to_lines, unpack
 from nemo_cpt.errors import CptError
@@ -25,7 +25,8 @@ class Task:
         path: Its path.
         start: First byte of the (decompressed) file, or first row.
         stop: Where the next stretch begins.
-        data: The lines as bytes, or a column's values as a list; None for lines that the worker reads itself.
+        data: The lines as bytes, or rows as a list of a column's values or of objects; None for lines that the worker
+            reads itself.
         done: Bytes of the input on disk read so far, for the progress.
         damage: Why the input ends here though it is not complete; empty for a sound one.
         last: True for the last stretch of its input.
@@ -52,7 +53,7 @@ class Feed:
 
     Args:
         sources: The inputs in order.
-        json_key: Name of the text's column in Parquet files and datasets.
+        json_key: Name of the text's column in Parquet files and datasets; None for objects of all columns.
         chunk_bytes: Size of a task.
         cursor: Number of the input and the position in it where the first task begins.
         before: The `hash` of the task that ended there; what lies before the cursor must still have it.
@@ -61,7 +62,7 @@ class Feed:
     def __init__(
         self,
         sources: list[Source],
-        json_key: str,
+        json_key: str | None,
         chunk_bytes: int,
         cursor: tuple[int, int] = (0, 0),
         before: str = "",
@@ -174,8 +175,8 @@ def _blocks(source: Source, chunk_bytes: int) -> Iterator[_Part]:
         yield _Part(rest, source.size, damage=damage, last=True, whole=file.hexdigest())
 
 
-def _rows(source: Source, key: str) -> Iterator[_Part]:
-    """Yield the values of the text column, `ROWS` rows at once."""
+def _rows(source: Source, key: str | None) -> Iterator[_Part]:
+    """Yield the values of a column, or objects of all of them, `ROWS` rows at once."""
     batches, total = _open_rows(source, key)
     row, damage, values = 0, "", list[Any]()
     try:
@@ -195,7 +196,7 @@ def _as_bytes(block: Any) -> Any:
         return block
     try:
         return "\0".join(block).encode("utf-8", "surrogatepass")
-    except TypeError:  # a value that is no text; the lines' owner will hear of it
+    except TypeError:  # objects, or a value that is no text; the lines' owner will hear of it
         return repr(block).encode("utf-8", "surrogatepass")
 
 
@@ -205,9 +206,19 @@ def texts_of(task: Task, json_key: str) -> Texts:
     Raises:
         CptError: The file changed since the task was made.
     """
+    text = TextUnder(json_key)
+    return take_from(task, text, text.of_column)
+
+
+def take_from(task: Task, take: Take, take_row: Take | None = None) -> Texts:
+    """Take something from each of a task's lines or rows; where rows are no objects, `take_row` says what.
+
+    Raises:
+        CptError: The file changed since the task was made.
+    """
     if isinstance(task.data, list):
-        return parse_rows(task.data, task.start, json_key)
-    return parse_lines(lines_of(task), task.start, json_key)
+        return parse_rows(task.data, task.start, take_row or take)
+    return parse_lines(lines_of(task), task.start, take)
 
 
 def lines_of(task: Task) -> bytes:
@@ -324,18 +335,20 @@ def _sound(batches: Iterator[list[Any]], kind: str) -> Iterator[list[Any]]:
         raise DamagedError(f"the {what} breaks near its row {row}: {error}") from error
 
 
-def _open_rows(source: Source, key: str) -> tuple[Iterator[list[Any]], int]:
-    """Return batches of the text column's values, and the number of rows."""
+def _open_rows(source: Source, key: str | None) -> tuple[Iterator[list[Any]], int]:
+    """Return batches of a column's values, or of objects of all columns, and the number of rows."""
     if source.kind == "parquet":
         return _open_parquet(source.path, key)
     dataset = _open_dataset(source)
+    if key is None:
+        return (table.to_pylist() for table in dataset.with_format("arrow").iter(batch_size=ROWS)), len(dataset)
     if key not in dataset.column_names:
         raise CptError(f"{source.path} has no column {key!r}; it has {', '.join(dataset.column_names)}.")
     tables = dataset.select_columns([key]).with_format("arrow").iter(batch_size=ROWS)
     return (table.column(key).to_pylist() for table in tables), len(dataset)
 
 
-def _open_parquet(path: str, key: str) -> tuple[Iterator[list[Any]], int]:
+def _open_parquet(path: str, key: str | None) -> tuple[Iterator[list[Any]], int]:
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -343,6 +356,9 @@ def _open_parquet(path: str, key: str) -> tuple[Iterator[list[Any]], int]:
         file = parquet.ParquetFile(path, page_checksum_verification=True)  # of pages that have one
     except (pa.ArrowInvalid, OSError) as error:
         raise CptError(f"{path} is not a whole Parquet file: {error}.") from error
+    if key is None:
+        batches = file.iter_batches(batch_size=ROWS, use_threads=False)
+        return (batch.to_pylist() for batch in batches), file.metadata.num_rows
     if key not in file.schema_arrow.names:
         raise CptError(f"{path} has no column {key!r}; it has {', '.join(file.schema_arrow.names)}.")
     batches = file.iter_batches(batch_size=ROWS, columns=[key], use_threads=False)

@@ -91,7 +91,7 @@ def inspect(
         documents=index.documents,
         tokens=index.tokens,
         nbytes=index.tokens * index.itemsize,
-        percentiles=_percentiles(lengths),
+        percentiles=percentiles(lengths),
         histogram=_histogram(lengths),
         empty=int((lengths == 0).sum()),
         highest=highest,
@@ -134,7 +134,8 @@ def _document_lengths(index: Index) -> Any:
     return np.diff(ends[index.document_indices])
 
 
-def _percentiles(lengths: Any) -> dict[int, int]:
+def percentiles(lengths: Any) -> dict[int, int]:
+    """Return the value at each of `PERCENTILES`, none for no values."""
     import numpy as np
 
     if len(lengths) == 0:

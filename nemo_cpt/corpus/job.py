@@ -7,13 +7,12 @@ from contextlib import suppress
 from typing import Any
 
 from nemo_cpt.corpus.choice import Comparison, UnlikeReferenceError
-from nemo_cpt.corpus.encode import Encoded, Layout
+from nemo_cpt.corpus.encode import Encoded, Work
 from nemo_cpt.corpus.feed import Feed, Task, check_unchanged, texts_of
 from nemo_cpt.corpus.journal import Journal, ReadInput
 from nemo_cpt.corpus.progress import ProgressBar
 from nemo_cpt.corpus.sources import Source
 from nemo_cpt.corpus.tally import Policy
-from nemo_cpt.corpus.tokenizer import Encoder
 from nemo_cpt.corpus.workers import Pool, Worker
 from nemo_cpt.errors import CptError
 
@@ -40,7 +39,6 @@ class Job:
     Args:
         tasks: The tasks from there on.
         sources: The inputs in order.
-        layout: How documents are laid out.
         journal: The output's journal, open.
         policy: What to do with lines that give no text.
         checkpoint_seconds: Time between checkpoints.
@@ -50,15 +48,14 @@ class Job:
         self,
         tasks: Iterator[Task],
         sources: list[Source],
-        layout: Layout,
         journal: Journal,
         policy: Policy,
         checkpoint_seconds: float,
     ) -> None:
-        self.tasks, self.sources, self.layout, self.journal, self.policy = tasks, sources, layout, journal, policy
+        self.tasks, self.sources, self.journal, self.policy = tasks, sources, journal, policy
         self.progress = journal.progress
         self.checkpoint_seconds = checkpoint_seconds
-        self.offset = self.progress.nbytes  # where the next task's tokens go
+        self.offsets = journal.sizes(self.progress)  # where the next task's payloads go
         self.ready: dict[int, tuple[Worker, Task, Encoded]] = {}  # encoded, but an earlier task is not
         self.placed: deque[tuple[Task, Encoded]] = deque()  # told where to go, in order
         self.written: set[int] = set()
@@ -71,11 +68,11 @@ class Job:
         self.begin = self.saved = time.monotonic()
         self.saved_bytes = self.progress.nbytes
 
-    def run(self, encoder: Encoder, workers: int, bar: ProgressBar, comparison: Comparison | None = None) -> None:
+    def run(self, work: Work, workers: int, bar: ProgressBar, comparison: Comparison | None = None) -> None:
         """Encode and write everything that is left; a failure leaves a checkpoint from which the next run goes on.
 
         Args:
-            encoder: What encodes.
+            work: What workers do.
             workers: Processes.
             bar: The progress.
             comparison: What compares passages of the corpus with the reference, before each checkpoint.
@@ -84,7 +81,7 @@ class Job:
             CptError: As `prepare`.
         """
         self.comparison = comparison
-        pool = Pool(workers, encoder, self.layout, self.journal.bin, comparison is not None)
+        pool = Pool(workers, work, self.journal.outputs)
         begun = (self.progress.entries, self.progress.tokens)
         try:
             for _ in self._turns(pool):
@@ -133,9 +130,10 @@ class Job:
             self.ready[task.index] = (worker, task, encoded)
         while self.next_index in self.ready:
             owner, task, encoded = self.ready.pop(self.next_index)
-            pool.write(owner, task.index, self.offset)
+            pool.write(owner, task.index, self.offsets)
             self.placed.append((task, encoded))
-            self.offset += encoded.nbytes
+            sizes = self.journal.sizes(encoded)
+            self.offsets = [offset + size for offset, size in zip(self.offsets, sizes, strict=True)]
             self.next_index += 1
         while self.placed and self.placed[0][0].index in self.written:
             task, encoded = self.placed.popleft()
@@ -161,6 +159,8 @@ class Job:
         progress.read = sum(source.size for source in self.sources[: task.source]) + task.done
         for number, count in encoded.special.items():
             progress.special[str(number)] = progress.special.get(str(number), 0) + count
+        for name, count in encoded.counts.items():
+            progress.counts[name] = progress.counts.get(name, 0) + count
         self.lengths.append(encoded.lengths)
         if self.comparison:
             self.comparison.add(encoded.passages)

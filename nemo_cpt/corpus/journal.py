@@ -1,14 +1,14 @@
 """What makes a killed run resumable: a journal beside the unfinished output.
 
-`PREFIX.bin.part` holds tokens, `PREFIX.lens.part` int32 document lengths, `PREFIX.journal` one JSON record a line: the
-job, then checkpoints, each written only after the bytes that it vouches for are on the disk. Resuming cuts both files
-to the last one.
+`PREFIX.bin.part` holds tokens (and `PREFIX.mask.part`, where there is one, a byte for each), `PREFIX.lens.part` int32
+document lengths, `PREFIX.journal` one JSON record a line: the job, then checkpoints, each written only after the bytes
+that it vouches for are on the disk. Resuming cuts the files to the last one.
 """
 
 import io
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
@@ -20,6 +20,8 @@ import orjson
 from nemo_cpt.corpus.files import open_locked, sync_directory, write_at
 from nemo_cpt.corpus.tally import Tally
 from nemo_cpt.errors import CptError
+
+SIZES = {"bin": "nbytes", "mask": "tokens"}  # files that workers write, and which count is their size
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Progress:
         entries: Document lengths written.
         largest: Largest token id of the texts.
         special: Literal special tokens, by id.
+        counts: Whatever else a kind of job counts, by name.
         probes: What the tokenizer makes of the probe texts, see `probes`.
         compared: Passages that were compared with the reference tokenizer.
         tally: What was read, and what was left out.
@@ -53,6 +56,7 @@ class Progress:
     empty: int = 0
     seconds: float = 0.0
     special: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
     tally: Tally = field(default_factory=Tally)
     encoder: str = ""
     probes: dict[str, str] = field(default_factory=dict)
@@ -87,22 +91,26 @@ class Journal:
     Args:
         prefix: Megatron's full prefix.
         job: What makes two runs the same job, whatever their inputs; must be JSON.
+        files: Which of `SIZES` workers write.
 
     Attributes:
+        outputs: Open descriptors of these files, in order.
         progress: How far the job is.
         saved: How far it is on the disk.
         inputs: The inputs read to their end, in order, as far as the disk knows them.
     """
 
-    def __init__(self, prefix: str, job: dict[str, Any]) -> None:
+    def __init__(self, prefix: str, job: dict[str, Any], files: Sequence[str] = ("bin",)) -> None:
         self.prefix, self.path = prefix, Path(prefix + ".journal")
-        self.bin_path, self.lens_path = Path(prefix + ".bin.part"), Path(prefix + ".lens.part")
+        self.parts = {name: Path(f"{prefix}.{name}.part") for name in files}
+        self.lens_path = Path(prefix + ".lens.part")
         self.job = job
         self.progress, self.saved = Progress(), Progress()
         self.inputs: list[ReadInput] = []
         self._file: Any = None
         self._sound = 0  # bytes of the journal that hold whole records
-        self.bin = self.lens = -1
+        self.outputs: list[int] = []
+        self.lens = -1
 
     def open(self, discard: bool, patience: float) -> bool:
         """Take the lock and find the last checkpoint; return whether there is one to go on from.
@@ -146,8 +154,8 @@ class Journal:
         self._close_parts()
         self.progress, self.saved, self.inputs, self._sound = Progress(), Progress(), [], 0
         os.ftruncate(self._file.fileno(), 0)  # first: a journal must not outlive what it vouches for
-        self.bin_path.unlink(missing_ok=True)  # not truncated: an orphan may still hold the old one
-        self.lens_path.unlink(missing_ok=True)
+        for path in (*self.parts.values(), self.lens_path):
+            path.unlink(missing_ok=True)  # not truncated: an orphan may still hold the old one
         try:
             with self._writing():
                 self._append({"job": self.job})
@@ -180,7 +188,8 @@ class Journal:
         if records[0].get("job") != self.job:
             return self._other_job(records[0].get("job") or {})
         last = Progress.of(records)
-        for path, size in ((self.bin_path, last.nbytes), (self.lens_path, last.entries * 4)):
+        sizes = zip(self.parts.values(), self.sizes(last), strict=True)
+        for path, size in (*sizes, (self.lens_path, last.entries * 4)):
             have = path.stat().st_size if path.exists() else 0
             if have < size and not last.finished:
                 return (
@@ -198,11 +207,16 @@ class Journal:
         )
 
     def _open_parts(self) -> None:
-        """Open both files, cut to what the disk is known to hold of them."""
-        self.bin = os.open(self.bin_path, os.O_RDWR | os.O_CREAT, 0o644)
+        """Open the files, cut to what the disk is known to hold of them."""
+        for path, size in zip(self.parts.values(), self.sizes(self.saved), strict=True):
+            self.outputs.append(os.open(path, os.O_RDWR | os.O_CREAT, 0o644))
+            os.ftruncate(self.outputs[-1], size)
         self.lens = os.open(self.lens_path, os.O_RDWR | os.O_CREAT, 0o644)
-        os.ftruncate(self.bin, self.saved.nbytes)
         os.ftruncate(self.lens, self.saved.entries * 4)
+
+    def sizes(self, counted: Any) -> list[int]:
+        """Return how many bytes of each output file belong to a progress, or to what became of a task."""
+        return [getattr(counted, SIZES[name]) for name in self.parts]
 
     def checkpoint(self, lengths: bytes, problems: list[dict[str, Any]], inputs: list[ReadInput]) -> None:
         """Make everything up to `self.progress` survive a crash; one that fails changes nothing.
@@ -216,7 +230,8 @@ class Journal:
             CptError: The disk is full.
         """
         with self._writing():
-            os.fdatasync(self.bin)
+            for output in self.outputs:
+                os.fdatasync(output)
             write_at(self.lens, lengths, self.saved.entries * 4)  # over what a failed checkpoint left there
             os.fdatasync(self.lens)
             record = {"problems": problems, "inputs": [asdict(entry) for entry in inputs]}
@@ -235,7 +250,8 @@ class Journal:
 
     def cut_tokens(self) -> None:
         """Give back the room of tokens that no checkpoint will count in; nobody may be writing any more."""
-        os.ftruncate(self.bin, self.progress.nbytes)
+        for output, size in zip(self.outputs, self.sizes(self.progress), strict=True):
+            os.ftruncate(output, size)
 
     def _append(self, record: dict[str, Any]) -> None:
         body = orjson.dumps(record)
@@ -252,8 +268,9 @@ class Journal:
 
     def remove(self) -> None:
         """Delete what is not output: the output is whole, or there was nothing to keep."""
-        for end in (".bin.part", ".lens.part", ".idx.part", ".json.part", ".skipped.jsonl.part", ".journal"):
-            Path(self.prefix + end).unlink(missing_ok=True)
+        ends = (".lens.part", ".idx.part", ".json.part", ".skipped.jsonl.part", ".journal")
+        for path in (*self.parts.values(), *(Path(self.prefix + end) for end in ends)):
+            path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Let go of files and lock."""
@@ -262,7 +279,7 @@ class Journal:
             self._file.close()
 
     def _close_parts(self) -> None:
-        for descriptor in (self.bin, self.lens):
+        for descriptor in (*self.outputs, self.lens):
             if descriptor >= 0:
                 os.close(descriptor)
-        self.bin = self.lens = -1
+        self.outputs, self.lens = [], -1

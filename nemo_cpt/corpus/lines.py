@@ -1,13 +1,29 @@
-"""A block of lines (rows) turned into texts."""
+"""A block of lines (rows) turned into texts, or into whatever else is taken from each."""
 
 import io
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import orjson
 
 from nemo_cpt.corpus.formats import BOM
+
+Take = Callable[[Any], Any]  # turns a line's value, or a row's, into what is wanted of it, or raises UnusableError
+
+
+class UnusableError(Exception):
+    """A line (row) holds nothing that can be used.
+
+    Attributes:
+        reason: One of the kinds that a report counts, such as `missing_key`.
+        detail: A sentence for people.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason, self.detail = reason, detail
 
 
 @dataclass(frozen=True)
@@ -58,87 +74,111 @@ class Reading:
 
 @dataclass
 class Texts:
-    """The texts of a block, and how it was read."""
+    """The texts of a block, or what else was taken from its lines, and how it was read."""
 
-    texts: list[str]
+    texts: list[Any]
     reading: Reading
 
 
-def parse_lines(block: bytes, offset: int, key: str) -> Texts:
-    """Take the text under `key` from each JSON object of a block of lines that begins at byte `offset` of its file."""
+def parse_lines(block: bytes, offset: int, take: Take) -> Texts:
+    """Take something from the JSON value of each line of a block that begins at byte `offset` of its file."""
     if offset == 0 and block.startswith(BOM):
         block, offset = block[len(BOM) :], len(BOM)
-    reading, texts = Reading(nbytes=len(block)), list[str]()
+    reading, texts = Reading(nbytes=len(block)), list[Any]()
     append, loads = texts.append, orjson.loads
     for raw in io.BytesIO(block):
         try:
-            text = loads(raw)[key]
-            if type(text) is not str:
-                raise TypeError
-            append(text)
-        except (ValueError, KeyError, TypeError):
+            append(take(loads(raw)))
+        except (ValueError, UnusableError):
             if raw.isspace():
                 reading.blank += 1
-            elif isinstance(found := _second_look(raw, key), str):
-                append(found)
             else:
-                reason, detail, at = found
-                reading.problems.append(Problem(reason, detail, reading.lines, offset + at, len(raw)))
+                try:
+                    append(_second_look(raw, take))
+                except _BadLineError as bad:
+                    reading.problems.append(Problem(bad.reason, bad.detail, reading.lines, offset + bad.at, len(raw)))
         offset += len(raw)
         reading.lines += 1
     reading.texts = len(texts)
     return Texts(texts, reading)
 
 
-def _second_look(raw: bytes, key: str) -> str | tuple[str, str, int]:
-    """Read a line that orjson refused with Python's json, which the references use: it may take it, or say why not.
+class _BadLineError(UnusableError):
+    """A line is wrong at one of its bytes."""
 
-    Returns:
-        The text, or the reason, the sentence and the byte of the line where it is wrong.
-    """
+    def __init__(self, reason: str, detail: str, at: int = 0) -> None:
+        super().__init__(reason, detail)
+        self.at = at
+
+
+def _second_look(raw: bytes, take: Take) -> Any:
+    """Read a line that orjson refused with Python's json, which the references use: it may take it, or say why not."""
     try:
         value = json.loads(raw.rstrip(b"\r\n").decode("utf-8"))
     except UnicodeDecodeError as error:
-        return "invalid_utf8", f"byte 0x{raw[error.start]:02x} is not UTF-8 ({error.reason})", error.start
+        detail = f"byte 0x{raw[error.start]:02x} is not UTF-8 ({error.reason})"
+        raise _BadLineError("invalid_utf8", detail, error.start) from None
     except json.JSONDecodeError as error:
-        return "not_json", f"not JSON: {error.msg}", len(raw.decode("utf-8")[: error.pos].encode())
+        at = len(raw.decode("utf-8")[: error.pos].encode())
+        raise _BadLineError("not_json", f"not JSON: {error.msg}", at) from None
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 1,000 brackets in a row
-        return "not_json", f"JSON that Python does not read: {error}", 0
-    reason, detail = _wrong(value, key)
-    return (reason, detail, 0) if reason else value[key]
+        raise _BadLineError("not_json", f"JSON that Python does not read: {error}") from None
+    try:
+        found = take(value)
+        if isinstance(found, str):
+            refuse_surrogates(found, "its text")  # which orjson does
+    except UnusableError as error:
+        raise _BadLineError(error.reason, error.detail) from None
+    return found
 
 
-def _wrong(value: Any, key: str) -> tuple[str, str]:
-    """Return the reason and the sentence for a JSON value that holds no usable text, ("", "") for one that does."""
-    if not isinstance(value, dict):
-        return "not_an_object", f"a JSON {type(value).__name__}, not an object with the key {key!r}"
-    if key not in value:
-        return "missing_key", f"no key {key!r}; it has {', '.join(map(repr, list(value)[:8])) or 'none'}"
-    return wrong_text(value[key], key)
+@dataclass(frozen=True)
+class TextUnder:
+    """Takes the text under a key."""
+
+    key: str
+
+    def __call__(self, value: Any) -> str:
+        """Return the text of an object."""
+        if not isinstance(value, dict):
+            detail = f"a JSON {type(value).__name__}, not an object with the key {self.key!r}"
+            raise UnusableError("not_an_object", detail)
+        if self.key not in value:
+            have = ", ".join(map(repr, list(value)[:8])) or "none"
+            raise UnusableError("missing_key", f"no key {self.key!r}; it has {have}")
+        return self.of_column(value[self.key])
+
+    def of_column(self, text: Any) -> str:
+        """Return the text that a value of the key's column is."""
+        if type(text) is not str:
+            what = "null" if text is None else f"a {type(text).__name__}"
+            raise UnusableError("not_a_string", f"{self.key!r} is {what}, not a string")
+        return text
 
 
-def wrong_text(text: Any, key: str) -> tuple[str, str]:
-    """Return the reason and the sentence for a value that is no usable text, ("", "") for one that is."""
-    if not isinstance(text, str):
-        return "not_a_string", f"{key!r} is {'null' if text is None else f'a {type(text).__name__}'}, not a string"
+def refuse_surrogates(text: str, name: str) -> None:
+    """Check that a text holds no half of a surrogate pair, which JSON can write and UTF-8 cannot.
+
+    Raises:
+        UnusableError: It does.
+    """
+    if text.isascii():
+        return
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        return (
-            "lone_surrogate",
-            f"{key!r} holds the lone surrogate U+{ord(text[error.start]):04X}, which is no character",
-        )
-    return "", ""
+        code = ord(text[error.start])
+        detail = f"{name} holds the lone surrogate U+{code:04X}, which is no character"
+        raise UnusableError("lone_surrogate", detail) from None
 
 
-def parse_rows(values: list[Any], row: int, key: str) -> Texts:
-    """Take the texts from the values of a column, the first of which is row `row` of its file."""
-    reading, texts = Reading(lines=len(values)), list[str]()
+def parse_rows(values: list[Any], row: int, take: Take) -> Texts:
+    """Take something from each row's value, the first of which is row `row` of its file."""
+    reading, texts = Reading(lines=len(values)), list[Any]()
     for i, value in enumerate(values):
-        reason, detail = ("", "") if type(value) is str else wrong_text(value, key)
-        if reason:
-            reading.problems.append(Problem(reason, detail, i, row + i))
-        else:
-            texts.append(value)
+        try:
+            texts.append(take(value))
+        except UnusableError as error:
+            reading.problems.append(Problem(error.reason, error.detail, i, row + i))
     reading.texts = len(texts)
     return Texts(texts, reading)

@@ -1,40 +1,20 @@
 """Text files to a Megatron dataset, as fast as the tokenizer allows and resumable at any moment."""
 
 import os
-import time
-from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass, field, fields
-from itertools import chain
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-import orjson
-
-import nemo_cpt
-from nemo_cpt.corpus.choice import Rivals, choose_encoder
-from nemo_cpt.corpus.encode import Layout
+from nemo_cpt.corpus.encode import Layout, TextWork, Work
 from nemo_cpt.corpus.ending import end_of_document, end_warnings
-from nemo_cpt.corpus.feed import Feed, Task, hash_source
-from nemo_cpt.corpus.files import make_folder, sync_directory, write_whole
-from nemo_cpt.corpus.index import dtype_for, read_index, write_index
-from nemo_cpt.corpus.job import Job, first_texts
-from nemo_cpt.corpus.journal import Journal
-from nemo_cpt.corpus.manifest import (
-    FORMAT,
-    changed_input,
-    describe_inputs,
-    manifest_path,
-    read_manifest,
-    write_manifest,
-)
-from nemo_cpt.corpus.probes import probe
-from nemo_cpt.corpus.progress import ProgressBar
-from nemo_cpt.corpus.sources import InputChangedError, Inputs, Source, list_sources
+from nemo_cpt.corpus.index import dtype_for
+from nemo_cpt.corpus.job import first_texts
+from nemo_cpt.corpus.kinds import Lookout
+from nemo_cpt.corpus.manifest import read_manifest
+from nemo_cpt.corpus.output import HeadStart, Output, Run
+from nemo_cpt.corpus.sources import Inputs, Source, list_sources
 from nemo_cpt.corpus.tally import Policy
-from nemo_cpt.corpus.tokenizer import Tokenizer, load_tokenizer
-from nemo_cpt.corpus.tokenizer_files import settings_hash
+from nemo_cpt.corpus.tokenizer import Encoder, Tokenizer, load_tokenizer
 from nemo_cpt.corpus.verify import verify_documents
 from nemo_cpt.corpus.workers import count_processes
 from nemo_cpt.errors import CptError
@@ -154,16 +134,16 @@ def prepare(
     count = count_processes(workers)
     sources = list_sources(inputs)
     prefix = f"{output_prefix}_{json_key}_document"
-    head_start = _HeadStart(fast and (overwrite or not Path(prefix + ".idx").exists()), split_special_tokens)
+    head_start = HeadStart(fast and (overwrite or not Path(prefix + ".idx").exists()), split_special_tokens)
     with head_start:
         loaded = load_tokenizer(tokenizer, head_start.begin)
         eod = end_of_document(loaded, eod_token) if append_eod else None
         layout = _layout(loaded, json_key, eod, prepend_bos, keep_empty_documents)
-        output = _Output(prefix, sources, loaded, layout, split_special_tokens)
+        output = _TextOutput(prefix, sources, loaded, layout, split_special_tokens)
         status, rates = "unchanged", dict[str, float]()
         if not output.is_there(overwrite):
             compare = verify != 0
-            run = _Run(policy, fast, compare, count, chunk_bytes, checkpoint_seconds, patience, quiet, head_start)
+            run = Run(policy, fast, compare, count, chunk_bytes, checkpoint_seconds, patience, quiet, head_start)
             status, rates = output.make(run, overwrite)
     verified, kinds = 0, 0
     if verify:
@@ -185,50 +165,11 @@ def _layout(tokenizer: Tokenizer, json_key: str, eod: int | None, prepend_bos: b
     )
 
 
-class _HeadStart:
-    """The encoders' loading, begun as soon as the tokenizer's file is known: it takes most of a short run's time."""
-
-    def __init__(self, wanted: bool, split_special_tokens: bool) -> None:
-        self._wanted, self._split = wanted, split_special_tokens
-        self.rivals: Rivals | None = None
-
-    def begin(self, definition: Path) -> None:
-        """Begin to load, where there will be something to encode."""
-        if self._wanted:
-            self.rivals = Rivals(definition, self._split)
-
-    def __enter__(self) -> "_HeadStart":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.rivals is not None:
-            self.rivals.close()
-
-
-@dataclass(frozen=True)
-class _Run:
-    """The options that do not change the output."""
-
-    policy: Policy
-    fast: bool
-    compare: bool
-    workers: int
-    chunk_bytes: int
-    checkpoint_seconds: float
-    patience: float
-    quiet: bool
-    head_start: _HeadStart
-
-
-class _Output:
-    """A dataset to be, and the files that it consists of."""
+class _TextOutput(Output):
+    """A dataset of texts."""
 
     def __init__(self, prefix: str, sources: list[Source], tokenizer: Tokenizer, layout: Layout, split: bool) -> None:
-        self.prefix, self.sources, self.tokenizer, self.layout, self.split = prefix, sources, tokenizer, layout, split
-        self.bin, self.idx = Path(prefix + ".bin"), Path(prefix + ".idx")
-        self.options = {
+        options = {
             "tokenizer_sha256": tokenizer.sha256,
             "json_key": layout.json_key,
             "tokenizer_reading": tokenizer.reading,
@@ -237,173 +178,26 @@ class _Output:
             "split_special_tokens": split,
             "keep_empty_documents": layout.keep_empty,
         }
-        self.journal = Journal(prefix, self.options)
+        super().__init__(prefix, sources, tokenizer, layout.dtype, options, layout.json_key, split)
+        self.layout = layout
 
-    def is_there(self, overwrite: bool) -> bool:
-        """Say whether the finished dataset of this very job exists.
+    def samples(self) -> list[str]:
+        """Return the first documents; see `Output`."""
+        return first_texts(self.sources, self.layout.json_key)
 
-        Raises:
-            CptError: Something else has its name, and may not be replaced.
-        """
-        if overwrite or self.journal.is_finished() or not (self.bin.exists() or self.idx.exists()):
-            return False
-        if not manifest_path(self.prefix).exists():
-            raise CptError(self._refusal("it has no manifest, so that nobody knows what it was made of"))
-        manifest = read_manifest(self.prefix)
-        for key, value in self.options.items():
-            if manifest["options"].get(key) != value:
-                raise CptError(self._refusal(f"its {key} is {manifest['options'].get(key)!r}, not {value!r}"))
-        if (change := changed_input(self.sources, manifest["inputs"])) is not None:
-            raise CptError(self._refusal(change))
-        read_index(self.prefix)
-        return True
+    def make_work(self, encoder: Encoder, lookout: Lookout | None) -> tuple[Work, str]:
+        """Return the encoding of texts; see `Output`."""
+        return TextWork(encoder, self.layout, lookout), ""
 
-    def _refusal(self, reason: str) -> str:
-        return (
-            f"{self.prefix}.bin or .idx exists and is not what this job would write: {reason}. "
-            f"Take another output prefix, or replace it with overwrite=True (--overwrite)."
-        )
-
-    def make(self, run: _Run, overwrite: bool) -> tuple[str, dict[str, float]]:
-        """Write the dataset, or the rest of it; return the status and this run's rates."""
-        make_folder(self.idx.parent)
-        journal, rates = self.journal, dict[str, float]()
-        resumed = journal.open(overwrite, run.patience)
-        try:
-            try:
-                tasks = self._tasks_left(run)
-            except InputChangedError:
-                if not overwrite:
-                    raise
-                journal.begin_anew()
-                resumed, tasks = False, self._tasks_left(run)
-            if not journal.progress.finished:
-                rates = self._encode(run, tasks)
-            journal.progress.tally.check(self.sources, run.policy.max_skipped)
-            self._put_in_place()
-        except BaseException as error:
-            if not (journal.saved.source or journal.saved.position):
-                journal.remove()  # nothing to resume
-            elif type(error) is CptError:
-                raise CptError(f"{error} The next run goes on after {journal.saved.entries:,} documents.") from error
-            raise
-        finally:
-            journal.close()
-        return ("resumed" if resumed else "written"), rates
-
-    def _tasks_left(self, run: _Run) -> Iterator[Task]:
-        """Return the tasks that are left; what an earlier run read must still be there.
-
-        Raises:
-            InputChangedError: It is not.
-        """
-        read, progress = self.journal.inputs, self.journal.progress
-        begun = len(read) + bool(progress.position)
-        if begun > len(self.sources) or (progress.finished and begun < len(self.sources)):
-            raise InputChangedError(
-                f"The unfinished run of {self.journal.path} had begun {begun} inputs, now there are {len(self.sources)}"
-            )
-        for source, before in zip(self.sources, read, strict=False):
-            as_read = source.kind != "hub" and source.stamp == before.stamp
-            if not as_read and hash_source(source) != before.hash:
-                raise InputChangedError(f"{source.path} is not what the unfinished run of {self.journal.path} read")
-        cursor = (progress.source, progress.position)
-        tasks = iter(Feed(self.sources, self.layout.json_key, run.chunk_bytes, cursor, progress.before))
-        return chain([first] if (first := next(tasks, None)) else [], tasks)  # the first compares what lies before it
-
-    def _encode(self, run: _Run, tasks: Iterator[Task]) -> dict[str, float]:
-        progress = self.journal.progress
-        samples = first_texts(self.sources, self.layout.json_key)
-        rivals = run.head_start.rivals
-        with closing(choose_encoder(self.tokenizer, samples, self.split, run.fast, rivals)) as choice:
-            if not run.compare:
-                choice.close()
-            progress.encoder, progress.probes = choice.why, probe(choice.encoder)
-            before = (progress.entries, progress.read, progress.tokens)
-            begin = time.monotonic()
-            job = Job(tasks, self.sources, self.layout, self.journal, run.policy, run.checkpoint_seconds)
-            with ProgressBar(Path(self.prefix).name, sum(source.size for source in self.sources), run.quiet) as bar:
-                job.run(choice.encoder, run.workers, bar, choice.comparison())
-        seconds = max(time.monotonic() - begin, 1e-9)
-        documents, size, tokens = (now - was for now, was in zip(self._totals(), before, strict=True))
+    def describe(self) -> dict[str, Any]:
+        """Return what stands around documents; see `Output`."""
         return {
-            "documents_per_second": documents / seconds,
-            "megabytes_per_second": size / 1e6 / seconds,
-            "tokens_per_second": tokens / seconds,
+            "markers": {"eod": self._marker(self.layout.eod), "bos": self._marker(self.layout.bos)},
+            "largest": max(self.journal.progress.largest, self.layout.bos or -1, self.layout.eod or -1),
         }
-
-    def _totals(self) -> tuple[int, int, int]:
-        progress = self.journal.progress
-        return progress.entries, progress.read, progress.tokens
-
-    def _put_in_place(self) -> None:
-        """Give the finished parts their names, the `.idx` last; each step may be repeated after a crash.
-
-        Raises:
-            CptError: There is no token, or the disk is full.
-        """
-        journal = self.journal
-        if journal.progress.tokens == 0:
-            journal.begin_anew()  # nothing to keep
-            raise CptError(f"The inputs hold no document (first input: {self.sources[0].path}); nothing was written.")
-        try:
-            if journal.bin_path.exists():
-                self.idx.unlink(missing_ok=True)  # an old index beside the new tokens would be wrong
-                sync_directory(self.idx.parent)
-                journal.bin_path.rename(self.bin)
-            self._write_skipped()
-            write_manifest(self.prefix, self._manifest())
-            if journal.lens_path.exists():  # else the run was killed after this step
-                write_index(self.idx, journal.lens_path, self.layout.dtype)
-            journal.remove()
-        except OSError as error:
-            raise CptError(
-                f"Cannot write {self.prefix}: {error.strerror}. Make room and run the same command again."
-            ) from error
-
-    def _write_skipped(self) -> None:
-        path = Path(self.prefix + ".skipped.jsonl")
-        problems = self.journal.problems()
-        path.unlink(missing_ok=True)
-        if problems:
-            write_whole(path, b"".join(orjson.dumps(problem) + b"\n" for problem in problems))
 
     def _marker(self, number: int | None) -> list[Any] | None:
         return None if number is None else [self.tokenizer.text_of(number), number]
-
-    def _manifest(self) -> dict[str, Any]:
-        progress, tokenizer = self.journal.progress, self.tokenizer
-        names = {str(number): text for text, number in tokenizer.special.items()}
-        hashes = {str(number): read.hash for number, read in enumerate(self.journal.inputs)}
-        return {
-            "format": FORMAT,
-            "made_by": f"nemo_cpt {nemo_cpt.__version__}",
-            "tokenizer": {
-                "name": tokenizer.name,
-                "sha256": tokenizer.sha256,
-                "settings_sha256": settings_hash(Path(tokenizer.folder)),
-                "vocabulary_size": tokenizer.vocabulary_size,
-                "eos": tokenizer.eos,
-                "bos": tokenizer.bos,
-                "pad": tokenizer.pad,
-            },
-            "probes": progress.probes,
-            "markers": {"eod": self._marker(self.layout.eod), "bos": self._marker(self.layout.bos)},
-            "options": self.options,
-            "encoder": progress.encoder,
-            "dtype": self.layout.dtype,
-            "documents": progress.entries,
-            "tokens": progress.tokens,
-            "longest": progress.longest,
-            "largest": max(progress.largest, self.layout.bos or -1, self.layout.eod or -1),
-            "empty": progress.empty,
-            "blank_lines": progress.tally.blank,
-            "compared": progress.compared,
-            "skipped": progress.tally.skipped,
-            "special_tokens": {names[number]: count for number, count in progress.special.items()},
-            "seconds": round(progress.seconds, 3),
-            "inputs": describe_inputs(self.sources, hashes),
-        }
 
 
 def _report(

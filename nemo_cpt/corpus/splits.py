@@ -19,7 +19,7 @@ import orjson
 from nemo_cpt.corpus.duplicates import HeldOut, fingerprint, sketch
 from nemo_cpt.corpus.feed import Feed, Task, check_unchanged, lines_of, texts_of
 from nemo_cpt.corpus.files import locked, make_folder, sync_directory, write_whole
-from nemo_cpt.corpus.lines import Reading, parse_lines
+from nemo_cpt.corpus.lines import Reading, TextUnder, parse_lines
 from nemo_cpt.corpus.manifest import changed_input, describe_inputs
 from nemo_cpt.corpus.progress import ProgressBar
 from nemo_cpt.corpus.sources import UNFINISHED, Inputs, Source, list_sources
@@ -351,7 +351,7 @@ class _Split:
             return
         offset = task.start
         for line in io.BytesIO(lines_of(task)):
-            found = parse_lines(line, offset, self.json_key)
+            found = parse_lines(line, offset, TextUnder(self.json_key))
             portion.reading.add(found.reading)
             yield from ((line.strip() + b"\n", text) for text in found.texts)
             offset += len(line)

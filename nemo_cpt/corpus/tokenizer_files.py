@@ -30,7 +30,8 @@ FILES = (
     "vocab.txt",
 )
 VOCABULARY_FILES = tuple(name for name in FILES if name not in (CONFIG, SPECIAL_MAP))
-OTHER_FILES = ("*.model", "*.spm", "*.tiktoken", "config.json", "generation_config.json")  # of a hub's repository
+# Of a hub's repository
+OTHER_FILES = ("*.model", "*.spm", "*.tiktoken", "*.jinja", "config.json", "generation_config.json")
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")

@@ -1,23 +1,24 @@
 """Forked processes that encode tasks and write them where they are told.
 
-A worker gets ("encode", task) and answers with an `Encoded`, keeping the payload; it gets ("write", index, offset) once
-all earlier tasks' sizes are known, and answers with the index. So the output does not depend on the number of workers.
+A worker gets ("encode", task) and answers with an `Encoded`, keeping the payloads; it gets ("write", index, offsets)
+once all earlier tasks' sizes are known, and answers with the index. So the output does not depend on the number of
+workers.
 """
 
 import gc
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from nemo_cpt.corpus.encode import Encoded, Layout, encode_task
+from nemo_cpt.corpus.encode import Encoded, Work
 from nemo_cpt.corpus.feed import Task
 from nemo_cpt.corpus.files import write_at
-from nemo_cpt.corpus.kinds import Lookout
-from nemo_cpt.corpus.tokenizer import Encoder, FastEncoder
+from nemo_cpt.corpus.tokenizer import FastEncoder
 from nemo_cpt.errors import CptError
 
 AHEAD = 2  # payloads that a worker may hold while an earlier task is still being encoded
@@ -56,9 +57,9 @@ def count_processes(workers: int | None) -> int:
 
 
 class Pool:
-    """`count` workers over one output file, which choose passages to compare if asked to."""
+    """`count` workers over the output files."""
 
-    def __init__(self, count: int, encoder: Encoder, layout: Layout, output: int, compare: bool = False) -> None:
+    def __init__(self, count: int, work: Work, outputs: Sequence[int]) -> None:
         gc.collect()
         gc.freeze()  # else the children's first collection copies the pages that they share
         context = multiprocessing.get_context("fork")
@@ -66,8 +67,7 @@ class Pool:
         for _ in range(count):
             ours, theirs = context.Pipe()
             others = [worker.connection for worker in self.workers] + [ours]
-            arguments = (theirs, others, encoder, layout, output, compare)
-            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process = context.Process(target=_serve, args=(theirs, others, work, outputs), daemon=True)
             process.start()
             theirs.close()
             self.workers.append(Worker(process, ours))
@@ -78,15 +78,23 @@ class Pool:
         worker.task = task
         self._send(worker, ("encode", task))
 
-    def write(self, worker: Worker, index: int, offset: int) -> None:
-        """Tell a worker where a task's payload goes."""
-        self._send(worker, ("write", index, offset))
+    def write(self, worker: Worker, index: int, offsets: Sequence[int]) -> None:
+        """Tell a worker where a task's payloads go."""
+        self._send(worker, ("write", index, offsets))
 
     def _send(self, worker: Worker, message: tuple[Any, ...]) -> None:
         try:
             worker.connection.send(message)
         except OSError:
-            raise self._death(worker) from None
+            raise self._last_word(worker) from None
+
+    def _last_word(self, worker: Worker) -> CptError:
+        """Return what a worker that has ended said was wrong; answers from before may lie in front of it."""
+        with suppress(EOFError, OSError):
+            while worker.connection.poll():
+                if isinstance(answer := worker.connection.recv(), CptError):
+                    return answer
+        return self._death(worker)
 
     def answers(self, timeout: float | None) -> Iterator[tuple[Worker, Any]]:
         """Yield what workers have to say: (worker, (task, Encoded)) or (worker, index written).
@@ -132,30 +140,23 @@ def how_it_ended(process: Any) -> str:
     return f"signal {-code} ({signal.Signals(-code).name})" if code and code < 0 else f"exit code {code}"
 
 
-def _serve(
-    connection: Connection,
-    others: list[Connection],
-    encoder: Encoder,
-    layout: Layout,
-    output: int,
-    compare: bool,
-) -> None:
+def _serve(connection: Connection, others: list[Connection], work: Work, outputs: Sequence[int]) -> None:
     """Be a worker until the parent closes the pipe or dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for other in others:  # held open here, they would hide the parent's death from the others
         other.close()
-    held: dict[int, list[bytes]] = {}
-    lookout = Lookout() if compare else None
+    held: dict[int, list[list[bytes]]] = {}
     try:
         while True:
             kind, *arguments = connection.recv()
             if kind == "encode":
-                encoded, held[arguments[0].index] = _encode(arguments[0], encoder, layout, lookout)
+                encoded, held[arguments[0].index] = _encode(arguments[0], work)
                 connection.send(encoded)
             else:
-                index, offset = arguments
-                _write(output, held.pop(index), offset)
+                index, offsets = arguments
+                for output, pieces, offset in zip(outputs, held.pop(index), offsets, strict=True):
+                    _write(output, pieces, offset)
                 connection.send(index)
     except CptError as error:
         connection.send(error)
@@ -163,9 +164,9 @@ def _serve(
         pass
 
 
-def _encode(task: Task, encoder: Encoder, layout: Layout, lookout: Lookout | None) -> tuple[Encoded, list[bytes]]:
+def _encode(task: Task, work: Work) -> tuple[Encoded, list[list[bytes]]]:
     try:
-        return encode_task(task, encoder, layout, lookout)
+        return work(task)
     except OSError as error:
         raise CptError(f"Cannot read {task.path}: {error.strerror}.") from error
     except MemoryError:
@@ -175,8 +176,8 @@ def _encode(task: Task, encoder: Encoder, layout: Layout, lookout: Lookout | Non
     except BaseException as error:  # a Rust panic is no Exception
         cure = " Run again with fast=False (--no-fast), which takes the reference tokenizer."
         raise CptError(
-            f"{encoder.name} failed between the bytes {task.start} and {task.stop} of {task.path}: {error!r}."
-            f"{cure if isinstance(encoder, FastEncoder) else ''}"
+            f"{work.encoder.name} failed between the bytes {task.start} and {task.stop} of {task.path}: {error!r}."
+            f"{cure if isinstance(work.encoder, FastEncoder) else ''}"
         ) from error
 
 

@@ -5,6 +5,7 @@ import os
 import random
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import cast
 
 import psutil
 import pytest
@@ -12,6 +13,9 @@ from corpus_helpers import error_of_a_full_disk, same_files, write_jsonl
 
 import nemo_cpt.corpus
 from nemo_cpt.corpus import prepare, read_index, read_manifest, split
+from nemo_cpt.corpus.encode import Encoded, Work
+from nemo_cpt.corpus.feed import Task
+from nemo_cpt.corpus.workers import Pool
 from nemo_cpt.errors import CptError
 from tests.support.crashes import Lines, go_on, killed_at, lines_of, paused_at
 
@@ -123,6 +127,21 @@ def test_a_dead_worker_is_reported_and_the_next_run_resumes(
     report = prepare(corpus, tmp_path / "ds", small, quiet=True)
     assert report.status == "resumed"
     assert same_files(report.prefix, expected)
+
+
+def test_a_worker_that_has_ended_is_asked_why() -> None:
+    """It may have said so just before it was sent something."""
+
+    def fail(task: Task) -> tuple[Encoded, list[list[bytes]]]:
+        raise CptError("the disk is full")
+
+    pool = Pool(1, cast(Work, fail), [])
+    task = Task(0, 0, "a", 0, 0, None, 0, "", False, 0, "")
+    pool.give(pool.workers[0], task)
+    pool.workers[0].process.join()
+    with pytest.raises(CptError, match="the disk is full"):
+        pool.write(pool.workers[0], 0, [])
+    pool.stop()
 
 
 def test_a_full_disk_is_reported_and_the_next_run_resumes(

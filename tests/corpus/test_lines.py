@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_cpt.corpus.feed import Feed, lines_of, texts_of
-from nemo_cpt.corpus.lines import parse_lines
+from nemo_cpt.corpus.lines import TextUnder, parse_lines
 from nemo_cpt.corpus.sources import InputChangedError, Source
 from nemo_cpt.errors import CptError
 
@@ -114,7 +114,7 @@ def test_tasks_parsed_apart_give_all_texts_in_order(path: Path, texts: list[str]
 )
 def test_a_bad_line_is_located(line: bytes, reason: str, at: int) -> None:
     before = b'{"text": "first"}\n'
-    found = parse_lines(before + line + b"\n" + before, 1000, "text")
+    found = parse_lines(before + line + b"\n" + before, 1000, TextUnder("text"))
     assert found.texts == ["first", "first"]
     [problem] = found.reading.problems
     assert (problem.reason, problem.line, problem.offset) == (reason, 1, 1000 + len(before) + at)
@@ -123,7 +123,7 @@ def test_a_bad_line_is_located(line: bytes, reason: str, at: int) -> None:
 
 def test_what_pythons_json_reads_counts() -> None:
     block = b'\xef\xbb\xbf{"text": "bom"}\r\n\n  \n{"text": "nan", "score": NaN}\n{"text": "last"}'
-    found = parse_lines(block, 0, "text")
+    found = parse_lines(block, 0, TextUnder("text"))
     assert found.texts == ["bom", "nan", "last"]
     reading = found.reading
     assert (reading.lines, reading.blank, reading.texts, reading.problems) == (5, 2, 3, [])
