@@ -1,5 +1,6 @@
 """The one exception for what the user can mend, and a kind of it for what only has to be started again."""
 
+import io
 import sys
 from types import TracebackType
 
@@ -32,7 +33,9 @@ def exit_with_the_message() -> None:
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if not isinstance(error, CptError):
             return others(kind, error, trace)
-        print(f"nemo_cpt: {error}", file=sys.stderr, flush=True)
+        # torch.distributed calls earlier hooks with a buffer as sys.stderr, and loses that where one of them exits.
+        stream = sys.__stderr__ if isinstance(sys.stderr, io.StringIO) else sys.stderr
+        print(f"nemo_cpt: {error}", file=stream, flush=True)
         sys.exit(error.exit_code)
 
     sys.excepthook = hook

@@ -45,6 +45,17 @@ def test_a_cpt_error_ends_a_process_with_its_message_and_2() -> None:
     assert (done.returncode, done.stderr) == (2, "nemo_cpt: lr is 0\n")
 
 
+def test_its_message_is_not_lost_behind_the_hook_of_torch_distributed() -> None:
+    code = (
+        "import torch.distributed as dist; from nemo_cpt import errors; errors.exit_with_the_message()\n"
+        "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
+        "raise errors.CptError('lr is 0')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "nemo_cpt: lr is 0\n" in done.stderr
+
+
 def test_other_errors_keep_their_traceback() -> None:
     code = "from nemo_cpt import errors; errors.exit_with_the_message(); raise ValueError('odd')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

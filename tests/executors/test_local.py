@@ -225,7 +225,7 @@ def launch(project, tmp_path):
         os.close(its)
         started.append(launcher)
         if wait:
-            wait_until(lambda: log_of(tmp_path).count("starting at") == 2)
+            wait_until(lambda: log_of(tmp_path).count("starting at") == 2, 180)
         return launcher, terminal, printed
 
     yield start
@@ -253,7 +253,7 @@ def test_a_launcher_that_is_stopped_lets_its_job_save_and_goes_on_when_started_a
     """torchrun is between: by itself it would end the workers, and NeMo-Run would leave them behind."""
     launcher, _, printed = launch()
     launcher.send_signal(number)
-    assert launcher.wait(60) == 1
+    assert launcher.wait(120) == 1
     printed.seek(0)
     said = printed.read()
     assert "nemo_cpt.errors.StoppedEarlyError: task t ended as FAILED" in said
@@ -261,7 +261,7 @@ def test_a_launcher_that_is_stopped_lets_its_job_save_and_goes_on_when_started_a
     stopped = int((project / "counter").read_text())
     assert str(tmp_path) not in subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True).stdout
     again, _, printed = launch(until=stopped + 3, wait=False)
-    assert again.wait(60) == 0
+    assert again.wait(120) == 0
     printed.seek(0)
     assert f"starting at {stopped}" in printed.read()
 
@@ -269,11 +269,11 @@ def test_a_launcher_that_is_stopped_lets_its_job_save_and_goes_on_when_started_a
 def test_a_terminal_that_is_closed_and_a_launcher_that_is_killed_let_the_job_save(project, tmp_path, launch):
     launcher, terminal, _ = launch()
     os.close(terminal)  # the window, or the connection
-    assert launcher.wait(60) == 1
+    assert launcher.wait(120) == 1
     assert log_of(tmp_path).count("stopped at") == 2
     assert [task["status"] for task in jobs.status(None)["tasks"]] == ["STOPPED"]
     launcher, _, _ = launch(wait=False)
-    wait_until(lambda: log_of(tmp_path).count("starting at") == 4)
+    wait_until(lambda: log_of(tmp_path).count("starting at") == 4, 180)
     os.killpg(launcher.pid, signal.SIGKILL)
     wait_until(lambda: log_of(tmp_path).count("stopped at") == 4)
     wait_until(lambda: [task["status"] for task in jobs.status(None)["tasks"]] == ["STOPPED"])
@@ -284,7 +284,7 @@ def test_under_nohup_a_job_outlives_its_terminal(project, tmp_path, launch):
     launcher, terminal, _ = launch(until=30, **ignored)
     os.close(terminal)
     launcher.send_signal(signal.SIGHUP)
-    assert launcher.wait(60) == 0
+    assert launcher.wait(120) == 0
     assert log_of(tmp_path).count("counted to 30") == 2
 
 
