@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from nemo_cpt.checkpoint.architecture import Architecture
 from nemo_cpt.checkpoint.context import HF_FOLDER
 from nemo_cpt.checkpoint.files import require_tokenizer
-from nemo_cpt.checkpoint.safetensors_files import HFWeights
 from nemo_cpt.errors import CptError
 
 if TYPE_CHECKING:
     from nemo_cpt.checkpoint.nemo_weights import NemoWeights
+    from nemo_cpt.checkpoint.safetensors_files import HFWeights
 
 _UNFINISHED = "-unfinished"  # NeMo's marker beside a checkpoint that is being written or removed
 
@@ -84,7 +84,8 @@ def carried_places(nemo: Path) -> list[Path]:
 
 def base_weights(base: Path, arch: Architecture) -> NemoWeights | HFWeights:
     """The weights of a base, be it an imported NeMo checkpoint or a Hugging Face folder."""
-    from nemo_cpt.checkpoint.nemo_weights import NemoWeights
+    from nemo_cpt.checkpoint.nemo_weights import NemoWeights  # these need numpy, the small files do not
+    from nemo_cpt.checkpoint.safetensors_files import HFWeights
 
     return NemoWeights(base, arch) if (base / "weights").is_dir() else HFWeights(base)
 

@@ -75,8 +75,13 @@ OTHERS = (
     Package("rensa", ">=0.5,<0.6"),
     Package("xxhash", ">=3.5"),
     Package("fastokens", ">=0.3.5,<0.4"),
+    Package("openai", ">=1.60,<3"),
+    Package("fastapi", ">=0.115"),
+    Package("uvicorn", ">=0.30"),
+    Package("prometheus_client", ">=0.20"),
+    Package("prompt_toolkit", ">=3.0.40"),
 )
-"""For corpora, plots and old checkpoints: a training ran on the GPU without them, or with later ones."""
+"""For corpora, plots, chat, serving and old checkpoints: a training ran on the GPU without them, or with later ones."""
 
 _COMMON = {
     "megatron-core": "0.15.3",

@@ -104,7 +104,9 @@ class Chat:
                     yield
 
     def _side_by_side(self, replies: list[str]) -> Group:
-        table = Table(*(escape(engine.name) for engine in self.engines), expand=True)
+        # A folder by its last name: whole paths leave no room, and often begin alike.
+        names = [Path(engine.name).name if Path(engine.name).exists() else engine.name for engine in self.engines]
+        table = Table(*map(escape, names), expand=True)
         table.add_row(*map(Text, replies))
         return Group(table)
 

@@ -16,7 +16,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nemo_cpt.checkpoint.distributed_reader import DistributedReader
 from nemo_cpt.errors import CptError
 from nemo_cpt.training.preconditions import UNFINISHED
 
@@ -44,6 +43,8 @@ class Checkpoint:
 
         The content is not read: damage that keeps the sizes is found by `nemo-cpt verify`.
         """
+        from nemo_cpt.checkpoint.distributed_reader import DistributedReader  # needs numpy, which the doctor may miss
+
         weights = self.path / "weights"
         try:
             DistributedReader(weights).check_sizes()

@@ -175,11 +175,10 @@ def test_fields_are_checked_and_set(tmp_path):
 
 
 def test_a_slurm_job_and_the_recipes_trainer_agree():
-    from nemo.lightning.pytorch.callbacks import PreemptionCallback
-
     from nemo_cpt.cli.task import build_recipe
     from nemo_cpt.executors import slurm
     from nemo_cpt.executors.stopping import save_on_sigterm
+    from nemo_cpt.training.preemption import SaveWhenStopped
 
     recipe = build_recipe("llama31_8b.continual_pretrain", {"gpus_per_node": 4})
     job = slurm(nodes=2)
@@ -188,7 +187,7 @@ def test_a_slurm_job_and_the_recipes_trainer_agree():
         save_on_sigterm(recipe)
     assert (recipe.trainer.num_nodes, job.ntasks_per_node, job.gpus_per_node) == (2, 4, 4)
     kinds = [callback.__fn_or_cls__ for callback in recipe.trainer.callbacks]
-    assert kinds.count(PreemptionCallback) == 1
+    assert kinds.count(SaveWhenStopped) == 1
     with pytest.raises(CptError, match="devices=4, and the job 8 tasks"):
         slurm(gpus_per_node=8).fit(recipe)
 
@@ -216,7 +215,7 @@ def test_each_example_builds_its_recipe_and_what_would_be_submitted(example, tmp
     assert job._dryrun_info.request
     assert job.executor.nproc_per_node() == recipe.trainer.devices
     assert job.executor.nnodes() == job.task.trainer.num_nodes
-    assert "PreemptionCallback" in str(job.task.trainer.callbacks)
+    assert "SaveWhenStopped" in str(job.task.trainer.callbacks)
 
 
 def _with_a_cluster_configured(example, folder, monkeypatch):

@@ -21,7 +21,8 @@ from nemo_cpt.errors import CptError
 from nemo_cpt.recipes import parts, tiny
 from nemo_cpt.training import guards
 from nemo_cpt.training.data import BlendDataModule, blend_of
-from nemo_cpt.training.resume import check_base, newest_complete_checkpoint
+from nemo_cpt.training.resume import check_base
+from nemo_cpt.training.run_folder import newest_whole
 from tests.training import jobs
 
 
@@ -138,24 +139,26 @@ def test_a_rope_base_is_changed_on_purpose_or_not_at_all(world: Path, blend: Any
     assert jobs.run(functools.partial(meant, ()), log=log) == 2, log.read_text()[-3000:]
     assert "rope_theta (NeMo: rotary_base) is 5000000.0 in the recipe and 500000.0 in the base" in log.read_text()
     assert jobs.run(functools.partial(meant, ("rope_theta",)), log=log) == 0, log.read_text()[-3000:]
-    export_hf(newest_complete_checkpoint(world / "runs/longer/checkpoints"), world / "longer_hf")
+    newest = newest_whole(world / "runs/longer/checkpoints")
+    assert newest is not None
+    export_hf(newest.path, world / "longer_hf")
     assert read_architecture(world / "longer_hf").rope_theta == 5e6
 
-    back = functools.partial(_train_with_a_rope_base, world, blend, "longer", "base", 5e5, ())
+    back = functools.partial(_train_with_a_rope_base, world, blend, "longer", "base", 5e5, (), 4)
     assert jobs.run(back, log=log) == 2, log.read_text()[-3000:]
     assert "rope_theta (NeMo: rotary_base) is 500000.0 in the recipe and 5000000.0 in the checkpoint" in log.read_text()
     _make_deeper(world / "base", world / "deeper")
-    elsewhere = functools.partial(_train_with_a_rope_base, world, blend, "longer", "deeper", 5e6, ("rope_theta",))
+    elsewhere = functools.partial(_train_with_a_rope_base, world, blend, "longer", "deeper", 5e6, ("rope_theta",), 4)
     assert jobs.run(elsewhere, log=log) == 2, log.read_text()[-3000:]
     assert "num_hidden_layers (NeMo: num_layers) is 4 in the checkpoint and 5 in the base" in log.read_text()
 
 
 def _train_with_a_rope_base(
-    world: Path, blend: Any, name: str, base: str, rotary_base: float, unlike_base: tuple[str, ...]
+    world: Path, blend: Any, name: str, base: str, rotary_base: float, unlike_base: tuple[str, ...], max_steps: int = 2
 ) -> None:
     made = tiny.continual_pretrain(
         str(world / base), blend, model=parts.model_like(str(world / base), seq_length=64), name=name,
-        directory=str(world / "runs"), seq_length=64, global_batch_size=8, max_steps=2, val_check_interval=2,
+        directory=str(world / "runs"), seq_length=64, global_batch_size=8, max_steps=max_steps, val_check_interval=2,
         unlike_base=unlike_base,
     )  # fmt: skip
     made.model.config.rotary_base = rotary_base

@@ -30,7 +30,7 @@ def train(world: Path, blend: Any, max_steps: int, patched: bool = True) -> None
         upstream.multiply_shapes_with_numpy_2 = lambda: None
     recipe = tiny.continual_pretrain(
         str(world / "base"), blend, processes=2, name=f"numpy_2_{patched}", directory=str(world / "runs"),
-        seq_length=64, global_batch_size=8, max_steps=max_steps, val_check_interval=2,
+        seq_length=64, global_batch_size=8, max_steps=max_steps, val_check_interval=2, extend="stretch",
     )  # fmt: skip
     assert recipe.trainer.strategy.ckpt_parallel_load
     run.run(recipe, direct=True)

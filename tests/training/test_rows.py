@@ -22,7 +22,7 @@ from nemo_cpt.recipes import llama31_8b, parts, tiny
 from nemo_cpt.training import guards
 from nemo_cpt.training.cpu import UNFUSED
 from nemo_cpt.training.metrics import read_metrics
-from nemo_cpt.training.resume import newest_complete_checkpoint
+from nemo_cpt.training.run_folder import newest_whole
 from tests.training import jobs
 
 ROWS, PADDED = 600, 608  # of 512 tokens; neither a multiple of 128 nor what NeMo would make of the tokens
@@ -86,7 +86,9 @@ def test_a_base_with_more_rows_than_tokens_trains_and_is_exported(
     held_out = {"prefix": str(bases / "ds/ja_validation"), "seq_length": 64, "samples": 8}
     # The rows of padding take part in Megatron's softmax, with logits near 0; NeMo's cut to 512 rows shows as 0.3.
     assert losses[0] == pytest.approx(language_model_loss(bases / f"{base}_hf", **held_out), abs=0.02)
-    checkpoint = newest_complete_checkpoint(bases / "runs" / name / "checkpoints")
+    newest = newest_whole(bases / "runs" / name / "checkpoints")
+    assert newest is not None
+    checkpoint = newest.path
     assert read_model_config(checkpoint)["vocab_size"] == PADDED
     assert embedding_rows(checkpoint) == (None if "lora" in settings else PADDED)
     export_hf(checkpoint, bases / f"{name}_hf")
