@@ -258,7 +258,11 @@ class Journal:
         line = b"%08x " % zlib.crc32(body) + body + b"\n"
         descriptor = self._file.fileno()
         os.ftruncate(descriptor, self._sound)  # a record that a full disk tore would hide all that follow it
-        write_at(descriptor, line, self._sound)
+        try:
+            write_at(descriptor, line, self._sound)
+        except OSError:
+            os.ftruncate(descriptor, self._sound)  # the last whole record stays the last line, for whoever reads it
+            raise
         os.fdatasync(descriptor)
         self._sound += len(line)
 

@@ -159,7 +159,7 @@ def _train_with_a_rope_base(
     made = tiny.continual_pretrain(
         str(world / base), blend, model=parts.model_like(str(world / base), seq_length=64), name=name,
         directory=str(world / "runs"), seq_length=64, global_batch_size=8, max_steps=max_steps, val_check_interval=2,
-        unlike_base=unlike_base,
+        unlike_base=unlike_base, extend="stretch",
     )  # fmt: skip
     made.model.config.rotary_base = rotary_base
     run.run(made, direct=True)
