@@ -1,12 +1,12 @@
 """From what users have to an engine: a Hugging Face folder as it is, NeMo checkpoints through a cache of exports."""
 
 import hashlib
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_cpt.cache import cache_folder
 from nemo_cpt.checkpoint import export_hf
 from nemo_cpt.errors import CptError
 from nemo_cpt.inference.engine import Engine
@@ -81,7 +81,7 @@ def hugging_face_folder(
     checkpoint = _checkpoint(path)
     if checkpoint != path:
         say(f"the newest complete checkpoint of {path} is {checkpoint.name}")
-    export = _cache() / _content_key(checkpoint, base)
+    export = cache_folder("exports") / _content_key(checkpoint, base)
     if export.exists():
         say(f"its export is in the cache: {export}")
         return export
@@ -127,7 +127,3 @@ def _content_key(checkpoint: Path, base: str | Path | None) -> str:
                 file.seek(place)
                 digest.update(file.read(SAMPLED_BYTES))
     return digest.hexdigest()[:32]
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "nemo_cpt", "exports")

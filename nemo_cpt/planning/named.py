@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from nemo_cpt.cache import cache_folder
 from nemo_cpt.errors import CptError
 from nemo_cpt.planning.workload import Workload
 
@@ -35,7 +36,7 @@ def workload(recipe: str, arguments: Mapping[str, Any], fields: Sequence[str] = 
         CptError: the recipe objects, a field does not exist, or the planner cannot read it.
     """
     request = json.dumps([recipe, {name: _plain(value) for name, value in arguments.items()}, list(fields)])
-    path = _cache() / f"{_key(request)}.json"
+    path = cache_folder("workloads") / f"{_key(request)}.json"
     remembered = json.loads(path.read_text()) if path.is_file() else None
     if remembered and remembered["digest"] == _digest(remembered["configuration"]):
         return _workload(remembered["workload"])
@@ -68,10 +69,6 @@ def _built(request: str) -> str:
     if done.returncode:
         raise CptError(f"the recipe could not be built to be planned:\n{done.stderr.strip()[-2000:]}")
     return done.stdout.strip().splitlines()[-1]
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "nemo_cpt", "workloads")
 
 
 def _key(request: str) -> str:
