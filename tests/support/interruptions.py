@@ -42,11 +42,11 @@ class Hit:
 
     Attributes:
         where: one of `HOOKS`, or of `WRITE_POINTS` within a save.
-        step: the optimizer steps that are done then.
+        step: the optimizer steps that are done then; within a save, which may be of an earlier step, at least so many.
         signal: its name.
         everyone: it goes to every process of the job, as Slurm's and a terminal's do; else to the ranks alone.
         ranks: those that are hit; None for all.
-        call: of a write point, which call of this step's save is hit.
+        call: of a write point, which call from this step on is hit.
     """
 
     where: str
@@ -75,7 +75,10 @@ class Hits(pl.Callback):
 
     def _reached(self, trainer: pl.Trainer) -> None:
         chosen = self.hit.ranks is None or trainer.global_rank in self.hit.ranks
-        if chosen and trainer.global_step == self.hit.step:
+        here = trainer.global_step == self.hit.step or (
+            self.hit.where in WRITE_POINTS and trainer.global_step > self.hit.step
+        )
+        if chosen and here:
             self.calls += 1
             if self.calls == self.hit.call:
                 self.hit.send()
