@@ -31,7 +31,7 @@ def main() -> None:
     except StoppedEarlyError as stop:
         print(f"nemo_cpt: {stop}", flush=True)
         # With a marker 0: any other code would have srun or torchrun end the tasks that are still at it.
-        sys.exit(0 if _leave(MARKER) else stop.exit_code)
+        sys.exit(0 if _leave(MARKER, "" if stop.trained else UNTRAINED) else stop.exit_code)
     except CptError as error:
         _leave(REFUSAL)
         print(f"nemo_cpt: {error}", file=sys.stderr, flush=True)
@@ -63,10 +63,10 @@ def _run_task() -> None:
         command.invoke(context)
 
 
-def _leave(variable: str) -> bool:
-    """Make the file that an environment variable names; return whether there is one."""
+def _leave(variable: str, words: str = "") -> bool:
+    """Write the file that an environment variable names; return whether there is one."""
     if file := os.environ.get(variable):
-        Path(file).touch()
+        Path(file).write_text(words)
     return bool(file)
 
 
@@ -82,8 +82,7 @@ def _end_untrained(number: int, frame: Any) -> None:
     """
     if signals.training_began:
         return
-    if file := os.environ.get(MARKER):
-        Path(file).write_text(UNTRAINED)
+    _leave(MARKER, UNTRAINED)
     os.write(2, f"nemo_cpt: told to stop, {UNTRAINED}\n".encode())
     os._exit(0)
 

@@ -19,12 +19,13 @@ import nemo_run as run
 from nemo.utils import AppState
 
 from nemo_cpt.recipes import tiny
+from nemo_cpt.training import upstream_loops
 from nemo_cpt.training.metrics import read_metrics
 from tests.training import jobs
 
 STEPS, INTERVAL = 8, 3  # the last step is validated besides: 3, 6, 8
 
-HOOKS = ("on_train_batch_start", "on_train_batch_end", "on_validation_batch_end", "on_validation_end")
+HOOKS = ("on_train_batch_start", "on_train_batch_end", "on_validation_batch_end", "on_validation_end", "on_train_start")
 _NEMO = "nemo.lightning.pytorch.callbacks.model_checkpoint:ModelCheckpoint"
 _MEGATRON = "megatron.core.dist_checkpointing"
 WRITE_POINTS = {  # within the saving of a checkpoint, in this order: what is called, and whether before or after it
@@ -128,11 +129,13 @@ class Setting:
         workers: of each data loader; they persist.
         asynchronous: checkpoints are written by processes of their own while the training goes on.
         processes: data-parallel ranks.
+        unpatched: a function of `upstream_loops` that leaves what it patches as it is.
     """
 
     workers: int = 0
     asynchronous: bool = False
     processes: int = 1
+    unpatched: str = ""
 
 
 class Runs:
@@ -182,6 +185,8 @@ def _described(path: Path) -> str:
 
 
 def _train(runs: Runs, name: str, setting: Setting, hit: Hit | None, changes: dict[str, Any]) -> None:
+    if setting.unpatched:
+        setattr(upstream_loops, setting.unpatched, lambda original=None: original)
     settings = {"seq_length": 64, "global_batch_size": 8, "max_steps": STEPS, "val_check_interval": INTERVAL} | changes
     settings |= {"name": name, "directory": str(runs.folder), "processes": setting.processes}
     blend = replace(runs.blend, validation=settings.pop("validation", runs.blend.validation))
