@@ -9,6 +9,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from torch.distributed.checkpoint.api import CheckpointException
+
 from nemo_cpt.errors import CptError
 from nemo_cpt.training.preconditions import UNFINISHED
 from nemo_cpt.training.run_folder import newest_whole
@@ -37,7 +39,7 @@ def say_which_disk_is_full(run_folder: Path, checkpoints: Path, clear_away: bool
         yield
     except CptError:
         raise
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # the latter is PyTorch's, and a BaseException
         folder = checkpoints if checkpoints.is_dir() else run_folder
         what = _refusal(folder) or _complaint(error)
         if what is None:

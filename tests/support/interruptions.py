@@ -5,6 +5,7 @@ A job signals itself where it is to be hit, so that a busy machine changes nothi
 
 import contextlib
 import functools
+import json
 import multiprocessing
 import os
 import shutil
@@ -20,7 +21,7 @@ from nemo.utils import AppState
 
 from nemo_cpt.recipes import tiny
 from nemo_cpt.training import upstream_loops
-from nemo_cpt.training.metrics import read_metrics
+from nemo_cpt.training.metrics import METRICS_FILE, read_metrics
 from tests.training import jobs
 
 STEPS, INTERVAL = 8, 3  # the last step is validated besides: 3, 6, 8
@@ -173,6 +174,10 @@ class Runs:
             "validations": [(line["step"], line["val_loss_ja"]) for line in measured if "val_loss_ja" in line],
             "steps": [(line["step"], line["reduced_train_loss"], line["lr"]) for line in measured if "lr" in line],
         }
+
+    def lines(self, name: str) -> list[dict[str, float]]:
+        """Every line of a run's metrics, also of what was done again."""
+        return [json.loads(line) for line in (self.folder / name / METRICS_FILE).read_text().splitlines()]
 
     def differences(self, name: str, unbroken: str) -> list[str]:
         """What a run left that is not as the unbroken one's."""
