@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_models as models
 import torch
 from transformers import AutoModelForCausalLM
 
 from nemo_cpt.checkpoint import export_hf, import_hf, verify
 from nemo_cpt.checkpoint.layout import PREFIX
 from nemo_cpt.checkpoint.nemo_model import nemo_logits, one_process
+from tests.support import small_models as models
 
 
 def _transformers_logits(hf: Path, ids: list[int]) -> torch.Tensor:
