@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_cpt.errors import CptError, StoppedEarlyError, exit_with_the_message
-from nemo_cpt.executors import pods, stopping, window
+from nemo_cpt.executors import examination, pods, stopping, window
 from nemo_cpt.executors.supervisor import MARKER_PREFIX
 
 LOG_LINES = 25
@@ -21,6 +21,7 @@ _MESSAGE = re.compile(r"(\[default\d+\]:)?nemo_cpt: ")  # how a CptError ends a 
 def apply() -> None:
     """Put every cure in place, once a process."""
     exit_with_the_message()
+    examination.examine_before_launch()
     stopping.supervise_local_jobs()
     stopping.supervise_containers()
     stopping.supervise_cloud_jobs()

@@ -18,6 +18,7 @@ from nemo_cpt.checkpoint.context import nemo_model
 from nemo_cpt.compatibility import read_base
 from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
+from nemo_cpt.executors.examination import examine_before_launch
 from nemo_cpt.training.adapters import EmbeddingRateOptimizer
 from nemo_cpt.training.callbacks import MetricsFile, ValidationLossBySet
 from nemo_cpt.training.checkpoints import RunCheckpoint
@@ -28,6 +29,8 @@ from nemo_cpt.training.logger import RunLogger
 from nemo_cpt.training.memory import OutOfMemoryAdvice
 from nemo_cpt.training.preemption import SaveWhenStopped
 from nemo_cpt.training.resume import KEPT_TOKENIZER, ResumeOrStartFromBase
+
+examine_before_launch()  # of every recipe, whatever executor it is given
 
 
 def trainer(

@@ -4,6 +4,7 @@ import ast
 import json as jsonlib
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,6 @@ import typer
 
 from nemo_cpt.cli import app
 from nemo_cpt.cli.launch import PANEL, Json, Pairs
-from nemo_cpt.errors import CptError
 
 if TYPE_CHECKING:
     from nemo_cpt.cli.catalog import Function
@@ -68,31 +68,6 @@ def doctor(
         raise typer.Exit(EXIT_RED)
 
 
-def preflight(job: "Job", force: bool) -> None:
-    """Examine a job before its launch: warnings are printed, errors refuse it.
-
-    Args:
-        job: as `describe` gives it.
-        force: launch it all the same; its errors are printed as warnings are.
-
-    Raises:
-        CptError: something would stop the job; the message holds everything found, with its cure.
-    """
-    from nemo_cpt.doctor import FITTING, PREFLIGHT, Examination, examine, worst
-
-    examination = Examination(job)
-    findings = examine(PREFLIGHT, examination, seconds=20)
-    if worst(findings) != "error":
-        findings += examine(FITTING, examination, seconds=300)
-    errors = [each for each in findings if each.state == "error"]
-    for each in findings:
-        if each.state == "warning" or (force and each.state == "error"):
-            print(f"nemo-cpt: {each.state}: {_sentence(each)}", file=sys.stderr)
-    if errors and not force:
-        listed = "\n".join(f"  {_sentence(each)}" for each in errors)
-        raise CptError(f"{job.recipe} is not launched (--force launches it all the same):\n{listed}")
-
-
 def describe(
     function: "Function", arguments: Mapping[str, Any], fields: Sequence[str], executor: str, options: Sequence[str]
 ) -> "Job":
@@ -109,6 +84,8 @@ def describe(
         CptError: there is no such executor, an option is wrong, or a field has the wrong type.
     """
     from nemo_cpt.doctor import Job
+    from nemo_cpt.doctor.job import checkpoints_at_once
+    from nemo_cpt.planning.named import workload
 
     given = {name: _default(function, name) for name in function.parameters} | dict(arguments)
     pairs = (field.partition("=") for field in fields)
@@ -117,9 +94,8 @@ def describe(
     data = given.get("data")
     return Job(
         recipe=function.name,
-        arguments=dict(arguments),
-        fields=tuple(fields),
         place=place(executor, options),
+        planned=partial(workload, function.name, arguments, fields),
         model=_model(function, fields),
         unlike_base=tuple(given.get("unlike_base") or ()),
         base=None if given.get("base") is None else str(given["base"]),
@@ -135,8 +111,11 @@ def describe(
         global_batch_size=int(given.get("global_batch_size") or 0),
         seq_length=int(given.get("seq_length") or 0),
         max_steps=int(given.get("max_steps") or 0),
-        checkpoints=_checkpoints(given),
+        checkpoints=checkpoints_at_once(
+            int(given.get("max_steps") or 1), int(given.get("val_check_interval") or 1), int(given.get("save_top_k", 3))
+        ),
         attention_backend=str(given.get("attention_backend") or "auto").rpartition(".")[2],
+        logs_to_wandb=any(field.startswith("log.wandb") for field in fields),
     )
 
 
@@ -241,13 +220,6 @@ def _lora_rank(function: "Function", given: Mapping[str, Any]) -> int | None:
     return int(given["rank"] or 128) if "rank" in given else None
 
 
-def _checkpoints(given: Mapping[str, Any]) -> int:
-    """Checkpoints on the disk at once: the best ones, and the one that is written before the worst is removed."""
-    steps, interval = int(given.get("max_steps") or 1), int(given.get("val_check_interval") or 1)
-    written, kept = max(-(-steps // max(interval, 1)), 1), given.get("save_top_k", 3)
-    return written if int(kept) < 0 else min(written, int(kept) + 1)
-
-
 def print_findings(findings: Sequence["Finding"]) -> None:
     """One screen on a terminal; tab-separated lines elsewhere: state, check, what was found, the cure."""
     if not sys.stdout.isatty():
@@ -272,7 +244,3 @@ def print_findings(findings: Sequence["Finding"]) -> None:
 def _verdict(findings: Sequence["Finding"]) -> str:
     counts = {state: sum(each.state == state for each in findings) for state in MARKS}
     return f"{counts['error']} red, {counts['warning']} yellow, {counts['ok']} green, {counts['skipped']} not looked at"
-
-
-def _sentence(finding: "Finding") -> str:
-    return f"{finding.name}: {finding.found}" + (f"; {finding.cure}" if finding.cure else "")

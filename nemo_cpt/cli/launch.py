@@ -84,8 +84,9 @@ def run(
     (trainer.log_every_n_steps=5) are checked before submission to another machine, which imports NeMo; so does --check.
     """
     from nemo_cpt.cli import jobs
-    from nemo_cpt.cli.doctor import describe, preflight
+    from nemo_cpt.cli.doctor import describe
     from nemo_cpt.cli.task import build_recipe, nothing_to_train
+    from nemo_cpt.doctor.preflight import preflight
 
     function, arguments, fields, options = _split(recipe, overrides or [])
     with _only_json_on_stdout(json):
@@ -93,7 +94,7 @@ def run(
         if job.place.same_files and (said := nothing_to_train(function.name, arguments, fields, job.place.here)):
             print(said if not json else jsonlib.dumps({"finished": said}), file=sys.__stdout__)
             return
-        preflight(job, force=force or dryrun)
+        preflight(job, force=force or dryrun, how_to_force="--force", speaker="nemo-cpt")
         if check or (fields and executor != "local"):
             build_recipe(function.name, arguments, fields)
         where = jobs.make_executor(executor, options, function.processes(arguments))

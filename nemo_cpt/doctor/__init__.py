@@ -22,6 +22,7 @@ PREFLIGHT: tuple[Check, ...] = (
     network.interfaces,
     network.rendezvous,
     material.base,
+    material.run_folder,
     material.data,
     material.vocabulary,
     material.disk,
@@ -55,7 +56,14 @@ CHECKS: tuple[Check, ...] = (
 )
 """The whole examination of a machine."""
 
-JOB_CHECKS: tuple[Check, ...] = (material.base, material.data, material.vocabulary, fitting.fit, slurm.saving_in_time)
+JOB_CHECKS: tuple[Check, ...] = (
+    material.base,
+    material.run_folder,
+    material.data,
+    material.vocabulary,
+    fitting.fit,
+    slurm.saving_in_time,
+)
 """What is looked at besides, where a recipe is named."""
 
 __all__ = [

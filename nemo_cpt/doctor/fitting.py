@@ -4,7 +4,6 @@ from nemo_cpt.doctor.examination import Examination
 from nemo_cpt.doctor.finding import Finding
 from nemo_cpt.doctor.job import Job
 from nemo_cpt.planning import Plan, plan_workload
-from nemo_cpt.planning.named import workload
 from nemo_cpt.planning.search import nearest_that_fits
 
 
@@ -20,8 +19,7 @@ def fit(examination: Examination) -> Finding:
     room = _room_gib(examination, job)
     if room is None:
         return Finding("fit", "skipped", "the card is not known here: nemo-cpt plan RECIPE --gpu-memory 80")
-    work = workload(job.recipe, job.arguments, job.fields)
-    planned = plan_workload(work, room)
+    planned = plan_workload(job.workload(), room)
     if planned.fits:
         return Finding("fit", "ok", planned.verdict)
     return Finding("fit", "error", planned.verdict, _cure(planned, room))
