@@ -23,8 +23,7 @@ TABLE = "| NVIDIA-SMI 550.54.15    Driver Version: 550.54.15    CUDA Version: 12
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `hf`, `base` (NeMo), `deeper` (another model), datasets in `ds` (ja, en, held_out; other: of another
-    vocabulary)."""
+    """A folder with `hf`, `base` (NeMo), `deeper` (another model), `ds/` (ja, en, held_out; other's vocabulary)."""
     import small_models
 
     from nemo_cpt.checkpoint import import_hf

@@ -100,12 +100,12 @@ def test_a_checkpoint_that_is_not_the_recipes(world, resumed):
     with pytest.raises(CptError) as refused:
         look(model=TINY | {"num_layers": 3})
     assert str(refused.value).startswith(f"the run was trained as another model up to {resumed}, num_hidden_layers")
-    with pytest.raises(CptError, match="the run is another base's than .*num_layers. is 4 in the checkpoint and 5"):
+    with pytest.raises(CptError, match=r"the run is another base's than .*num_layers. is 4 in the checkpoint and 5"):
         look(base=str(world / "deeper"))
     assert look(max_steps=5).found.startswith(f"the run is finished: {resumed} has step 5 of max_steps 5")
     assert look(place=Place("docker", same_files=False)).state == "skipped"
     (resumed / "weights" / "common.pt").unlink()
-    with pytest.raises(CptError, match="no checkpoint of this run .* is whole"):
+    with pytest.raises(CptError, match=r"no checkpoint of this run .* is whole"):
         look()
 
 
