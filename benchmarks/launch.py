@@ -110,7 +110,7 @@ def _first_step(folder: Path, recipe: list[str]) -> dict[str, float]:
 
 
 def _slurm(folder: Path, recipe: list[str]) -> dict[str, float | str]:
-    from slurm_cluster import SlurmCluster, missing
+    from tests.support.slurm_cluster import SlurmCluster, missing
 
     if reason := missing():
         return {"slurm": reason}

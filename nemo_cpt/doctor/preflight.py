@@ -2,10 +2,7 @@
 
 import sys
 
-from nemo_cpt.doctor import FITTING, PREFLIGHT
-from nemo_cpt.doctor.examination import Examination, examine
-from nemo_cpt.doctor.finding import worst
-from nemo_cpt.doctor.job import Job
+from nemo_cpt.doctor import FITTING, PREFLIGHT, Examination, Job, examine, worst
 from nemo_cpt.errors import CptError
 
 

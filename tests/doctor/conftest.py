@@ -24,10 +24,9 @@ TABLE = "| NVIDIA-SMI 550.54.15    Driver Version: 550.54.15    CUDA Version: 12
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `hf`, `base` (NeMo), `deeper` (another model), `ds/` (ja, en, held_out; other's vocabulary)."""
-    import small_models
-
     from nemo_cpt.checkpoint import import_hf
     from nemo_cpt.corpus import prepare
+    from tests.support import small_models
 
     folder = tmp_path_factory.mktemp("doctor")
     import_hf(small_models.make("llama31", folder / "hf", **TINY), folder / "base")
