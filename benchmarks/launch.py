@@ -20,8 +20,9 @@ from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for tests.support
+
 BIN = Path(sys.executable).parent
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "executors"))
 
 
 def main() -> None:

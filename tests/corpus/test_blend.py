@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nemo_cpt.corpus import Blend, read_index
-from nemo_cpt.corpus.dataset import presets
+from nemo_cpt.corpus import Blend, presets, read_index
 from nemo_cpt.errors import CptError
 from tests.support.corpus_helpers import write_reference
 

@@ -2,14 +2,11 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
 TESTS = Path(__file__).parents[1]
-sys.path.insert(0, str(TESTS / "checkpoint"))  # for small_models
-sys.path.insert(0, str(TESTS / "executors"))  # for slurm_cluster
 
 TINY = {  # the shape of nemo_cpt.recipes.tiny.model
     "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,

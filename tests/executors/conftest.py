@@ -4,11 +4,8 @@ import io
 import json
 import sys
 from importlib.resources import files
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))  # for slurm_cluster and helpers
 
 DOCUMENTS = 60
 

@@ -2,10 +2,10 @@
 
 import nemo_run as run
 import pytest
-from test_slurm import log_of, submit
 
 from nemo_cpt.executors import slurm
 from nemo_cpt.training.metrics import read_metrics
+from tests.executors.test_slurm import log_of, submit
 from tests.support.executor_jobs import recipe_arguments, wait_until
 
 STEPS, INTERVAL = 25, 5
