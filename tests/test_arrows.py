@@ -9,9 +9,9 @@ CHECKOUT = Path(__file__).parents[1]
 
 # From the bottom up: a room imports rooms of the lines above it alone.
 LAYERS = (
-    ("constants", "urls", "quiet", "recipe_models", "signals"),
+    ("constants", "urls", "quiet", "signals"),
     ("errors", "cpu_stack"),
-    ("cache", "hub"),
+    ("cache", "hub", "recipe_models"),
     ("corpus", "checkpoint"),
     ("compatibility", "conversations"),
     ("training",),

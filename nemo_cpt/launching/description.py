@@ -9,11 +9,14 @@ from typing import Any
 from nemo_cpt import catalog
 from nemo_cpt.catalog import Function
 from nemo_cpt.catalog.workloads import workload
+from nemo_cpt.checkpoint.context import config_arguments
+from nemo_cpt.compatibility import read_base
 from nemo_cpt.corpus import Blend
 from nemo_cpt.doctor import Job, Place
 from nemo_cpt.doctor.job import checkpoints_at_once
+from nemo_cpt.errors import CptError
 from nemo_cpt.launching.executor import make_executor
-from nemo_cpt.recipe_models import model_config
+from nemo_cpt.recipe_models import LIKE_BASE, model_config, module_named
 
 MODEL = "model.config."
 # Fields of a recipe's config that say the same as one of its arguments, and that argument's type.
@@ -57,7 +60,7 @@ def describe(
         recipe=function.name,
         place=place(executor, options),
         planned=partial(workload, function.name, arguments, fields),
-        model=_model(function, fields),
+        model=_model(function, given, fields),
         unlike_base=tuple(given.get("unlike_base") or ()),
         base=None if given.get("base") is None else str(given["base"]),
         data=_default_data(function) if data is None else data,
@@ -80,13 +83,31 @@ def describe(
     )
 
 
-def _model(function: Function, fields: Sequence[str]) -> dict[str, Any]:
-    """The model config that the recipe's module declares, with the fields of it that are given."""
-    config = model_config(function.path)
+def _model(function: Function, given: Mapping[str, Any], fields: Sequence[str]) -> dict[str, Any]:
+    """The model config that the recipe's module declares, or `model=` stands for, with the fields of it that are given.
+
+    Raises:
+        CptError: there is no such model.
+    """
+    model = given.get("model")
+    if model == LIKE_BASE:
+        config = _of_base(given.get("base"))
+    else:
+        config = model_config(module_named(model) if model else function.path)
     for path, _, text in (field.partition("=") for field in fields if config):
         if path.startswith(MODEL):
             config[path.removeprefix(MODEL)] = _literal(text)
     return config
+
+
+def _of_base(base: str | None) -> dict[str, Any]:
+    """What a base's config.json makes of NeMo's model config; empty for a base that the doctor will find wanting."""
+    try:
+        architecture = read_base(base).architecture if base else None
+    except CptError:
+        return {}
+    arguments = config_arguments(architecture) if architecture else {}
+    return {name: value for name, value in arguments.items() if name != "vocab_size"}  # the weights' rows decide
 
 
 def _literal(text: str) -> Any:
