@@ -36,14 +36,14 @@ def examine_before_launch() -> None:
         experiment: Any, sequential: bool = False, detach: bool = False, tail_logs: bool = False, direct: bool = False
     ) -> Any:
         if not (direct or experiment._launched or experiment._reconstruct):
-            for each, executor, comes_first in _tasks(experiment, sequential):
-                _examine(each, place_of(executor), comes_first)
+            for each, executor, comes_first in tasks_of(experiment, sequential):
+                examine_task(each, place_of(executor), comes_first)
         return launch(experiment, sequential, detach, tail_logs, direct)
 
     @wraps(run_here)
     def examine_and_run_here(configured: Any, dryrun: bool = False) -> None:
         if not dryrun:
-            _examine(configured, place_of(None))
+            examine_task(configured, place_of(None))
         run_here(configured, dryrun)
 
     Experiment.run = examine_and_launch
@@ -51,8 +51,8 @@ def examine_before_launch() -> None:
         module.direct_run_fn = examine_and_run_here
 
 
-def _tasks(experiment: Any, sequential: bool) -> Iterator[tuple[Any, Any, bool]]:
-    """The tasks of an experiment, each with its executor and whether it starts with nothing before it."""
+def tasks_of(experiment: Any, sequential: bool) -> Iterator[tuple[Any, Any, bool]]:
+    """Yield the tasks of an experiment, each with its executor and whether it waits for no other."""
     for number, job in enumerate(experiment.jobs):
         comes_first = not job.dependencies and not (sequential and number)
         if hasattr(job, "tasks"):  # a group
@@ -62,8 +62,17 @@ def _tasks(experiment: Any, sequential: bool) -> Iterator[tuple[Any, Any, bool]]
             yield job.task, job.executor, comes_first
 
 
-def _examine(task: Any, place: "Place", comes_first: bool = True) -> None:
-    """Examine what trains; of a task that waits for others, files are not looked at, because they may make them."""
+def examine_task(task: Any, place: "Place", comes_first: bool = True) -> None:
+    """Examine what trains; of a task that waits for others, files are not looked at, because they may make them.
+
+    Args:
+        task: of NeMo-Run's.
+        place: where it is to run.
+        comes_first: it waits for no other.
+
+    Raises:
+        CptError: something would stop it.
+    """
     from nemo_cpt.doctor.built import job_of
     from nemo_cpt.doctor.preflight import preflight
 

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from nemo_cpt.doctor import Examination, Job, Place, inputs
 from nemo_cpt.errors import CptError
 from nemo_cpt.planning import checkpoint_size
 from nemo_cpt.recipe_models import model_config
+from tests.support.executor_jobs import held_by_another_process
 
 LLAMA31_8B = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -117,24 +116,11 @@ def test_data_are_compared_with_the_checkpoint_that_is_resumed(world, resumed):
     assert inputs.vocabulary(Examination(job(world, "other", **given))).state == "error"
 
 
-@pytest.fixture
-def held(tmp_path):
-    """A folder that a process holds, and that process's id."""
-    hold = (
-        f"import sys, pathlib; from nemo_cpt.training.run_lock import hold; hold(pathlib.Path({str(tmp_path)!r}))\n"
-        "print('held', flush=True); sys.stdin.read()"
-    )
-    holder = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert holder.stdout.readline() == "held\n"
-    yield tmp_path, holder.pid
-    holder.communicate()
-
-
-def test_a_folder_that_another_job_holds(world, held):
-    folder, holder = held
-    here = inputs.run_folder(Examination(job(world, directory=folder)))
-    assert (here.state, here.found.startswith(f"{folder} is in use by process {holder} on ")) == ("error", True)
-    queued = inputs.run_folder(Examination(job(world, directory=folder, place=Place("slurm", here=False))))
+def test_a_folder_that_another_job_holds(world, tmp_path):
+    with held_by_another_process(tmp_path) as holder:
+        here = inputs.run_folder(Examination(job(world, directory=tmp_path)))
+        queued = inputs.run_folder(Examination(job(world, directory=tmp_path, place=Place("slurm", here=False))))
+    assert (here.state, here.found.startswith(f"{tmp_path} is in use by process {holder} on ")) == ("error", True)
     assert (queued.state, queued.found) == ("warning", here.found)
 
 
