@@ -6,8 +6,8 @@ quotes or brackets inside a line, and names in Latin letters, do not change the 
 
 Japanese, Korean and Chinese are told apart by their characters. Kana make a sentence Japanese and Hangul Korean. Han
 alone is Chinese or Japanese: Traditional Chinese where Big5 has more of its characters than GB 2312, Simplified where
-GB 2312 has more, Japanese where only JIS X 0208 has them all. Where the characters are those of several (東京, 可以), the
-rest of the reply decides, and then the language asked in. Everything else is told by lingua, restricted to `KNOWN`.
+GB 2312 has more, Japanese where only JIS X 0208 has them all. Where they are characters of several (東京), the rest of
+the reply decides, and then the language asked in. Everything else is told by lingua, restricted to `KNOWN`.
 """
 
 import math
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from nemo_cpt.errors import CptError
 
 if TYPE_CHECKING:
-    from nemo_cpt.inference.engine import Prompt
+    from nemo_cpt.inference.engine import Message, Prompt
 
 KNOWN = {  # as BCP 47 names them, but for what lingua calls Chinese
     "ja": "Japanese",
@@ -49,7 +49,7 @@ KNOWN = {  # as BCP 47 names them, but for what lingua calls Chinese
 }
 MIXED, UNDECIDED, EMPTY, ROMAJI = "mixed", "undecided", "empty", "ja-latn"
 LARGEST_FOREIGN = 0.15  # of a reply in other languages before it is mixed
-FEWEST_LETTERS = 20  # by which a language that is neither English nor the one asked in can be told
+FEWEST_LETTERS = 12  # by which a language that is neither English nor the one asked in can be told
 LONGEST_QUOTE = 60  # characters; a longer one is a text of its own
 MOST_KANJI = 20  # different ones in a row without kana in Japanese: names of offices, not sentences
 
@@ -65,16 +65,16 @@ SYSTEM_PROMPTS = {
 _NO_LANGUAGE = re.compile(
     r"```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]*`"  # code, also of a fence that the reply's end cut
     r"|\$\$.*?\$\$|\\\[.*?\\\]|\\\(.*?\\\)|\$(?!\s)[^$\n]*[^$\s]\$(?!\d)"  # formulas
-    r"|<\|[^|<>\n]*\|>|</?[A-Za-z][^<>\n]*>"  # special tokens and tags
+    r"|<\|[^|<>\n]*\|>|</?[A-Za-z][^<>\n]*>|^(?:assistant|user|system):?$"  # special tokens, tags, roles
     r"|(?:https?|ftp)://[!-~]+|www\.[!-~]+|[\w.+-]+@[\w-]+\.[\w.-]+"  # addresses
     r"|(?<![A-Za-z])[A-Za-z_.-]*[0-9_][A-Za-z0-9_.-]*",  # numbers, H2O, snake_case
-    re.DOTALL | re.ASCII,
+    re.DOTALL | re.ASCII | re.MULTILINE,
 )
 _QUOTED = re.compile(
     rf"\([^()\n]{{,{LONGEST_QUOTE}}}\)|\"[^\"\n]{{,{LONGEST_QUOTE}}}\"|“[^“”\n]{{,{LONGEST_QUOTE}}}”"
     rf"|「[^「」\n]{{,{LONGEST_QUOTE}}}」|『[^『』\n]{{,{LONGEST_QUOTE}}}』|《[^《》\n]{{,{LONGEST_QUOTE}}}》"
 )
-_SENTENCE = re.compile(r"[^\n。!?.]+(?:[!?.](?!\s|$)[^\n。!?.]*)*[。!?.]*")
+_SENTENCE_END = re.compile(r"(?<=。)|(?<=[.!?])(?![!-~])")  # not in 3.14 or example.com
 _KANA, _HANGUL = r"\u3041-\u3096\u30a1-\u30fa", r"\u1100-\u11ff\u3131-\u318e\uac00-\ud7a3"
 _HAN = r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _EAST_ASIAN = re.compile(f"[{_KANA}{_HANGUL}{_HAN}]")
@@ -83,22 +83,25 @@ _HAN_RUN = re.compile(f"[{_HAN}々]+")
 _LATIN_WORD = re.compile(r"[A-Za-z\u00c0-\u024f\u1e00-\u1eff]+(?:['’-][A-Za-z\u00c0-\u024f\u1e00-\u1eff]+)*")
 _LATIN_RUN = re.compile(f"[^{_KANA}{_HANGUL}{_HAN}。、，]+")
 _CLAUSE_WORDS = 4
-_ENGLISH = frozenset(
-    "a an and any are as at be by but can did do does for from had has have he hello her here hi his how i if in is it"
-    " just me my no not of okay on or our please she should so sorry sure thank thanks that the their them then there"
-    " these they this to was we well were what when where which who why will with would yes you your".split()
+_ENGLISH = re.compile(  # words that no list of names has
+    r"\b(?:a|an|and|answer|any|are|as|at|be|by|but|can|did|do|does|for|from|had|has|have|he|hello|her|here|hi|his|how|i|if|in|is"
+    r"|it|just|me|my|no|not|of|okay|on|or|our|please|she|should|so|sorry|sure|thanks?|that|the|their|them|then|there"
+    r"|these|they|this|to|was|we|well|were|what|when|where|which|who|why|will|with|would|yes|you|your)\b",
+    re.IGNORECASE,
 )
 # Words of Chinese sentences that no Japanese text has without kana beside them.
 _CHINESE = re.compile(
     "[是了你她它這这們们很嗎吗呢吧啊就沒没您哪什麼么嘛咱俺]|我[^々]|不(?:知|能|會|会|要|用)|可以|所以|因[為为]|如果|的[^々的]"
 )
 _SYLLABLES = re.compile(
-    r"(?:(?:[kgsztdnhbpmrfjwy]|[kgsztcnhbpmr]y|sh|ch|ts|([kstpcg])\1[hs]?|([kstp])\2y)?[aiueoāīūēō]|n)+"
+    r"(?:(?:[kgsztdnhbpmrfjwy]|[kgsztcnhbpmr]y|sh|ch|ts|([kstpcg])\1[hs]?|([kstp])\2y)?[aiueoāīūēō]|n)+",
+    re.IGNORECASE,
 )
-_PARTICLES = frozenset("wa ga wo no ni de to mo o e ka".split())
-_ROMAJI = frozenset(
-    "arigatou arigato gozaimasu gozaimashita konnichiwa konbanwa ohayou sayounara sumimasen desu deshita deshou masu"
-    " kudasai hai iie watashi nihon nihongo kore sore wa ga wo".split()
+_PARTICLE = re.compile(r"\b(?:wa|ga|wo|no|ni|de|to|mo|o|e|ka)\b", re.IGNORECASE)
+_ROMAJI_WORD = re.compile(
+    r"\b(?:wa|ga|wo|hai|iie|kore|sore|watashi|nihon|nihongo|desu|deshita|deshou|kudasai|sumimasen|arigatou?|gozaimashita"
+    r"|konnichiwa|konbanwa|ohayou|sayounara|\w*(?:masu|mashita|masen))\b",
+    re.IGNORECASE,
 )
 
 
@@ -133,7 +136,7 @@ def judge_language(reply: str, asked: str) -> Verdict:
     weights, open_ = Counter[str](), list[tuple[int, tuple[str, ...]]]()
     for line in _NO_LANGUAGE.sub(" ", text).splitlines():
         unquoted = _QUOTED.sub(" ", line)
-        for sentence in _SENTENCE.findall(unquoted if any(map(str.isalpha, unquoted)) else line):
+        for sentence in _SENTENCE_END.split(unquoted if any(map(str.isalpha, unquoted)) else line):
             for part in _parts(sentence):
                 candidates = _candidates(part, asked)
                 if len(candidates) == 1:
@@ -179,9 +182,8 @@ def _candidates(part: str, asked: str) -> tuple[str, ...]:
     east_asian, words = _EAST_ASIAN.findall(part), _LATIN_WORD.findall(part)
     if not east_asian:
         return _of_other_scripts(part, words, asked)
-    has_english_grammar = any(word.lower() in _ENGLISH for word in words)
     outweighed = sum(map(len, words)) > len("".join(east_asian).encode())
-    if has_english_grammar and outweighed and not _GRAMMAR.search(part):
+    if outweighed and _ENGLISH.search(part) and not _GRAMMAR.search(part):
         return ("en",)
     return _of_east_asian(part)
 
@@ -215,9 +217,9 @@ def _of_other_scripts(part: str, words: list[str], asked: str) -> tuple[str, ...
         return ()
     if not words:
         return _first(_confidences(part))
-    if _is_romaji(words):
+    if _is_romaji(part, words):
         return (ROMAJI,)
-    if all(word[0].isupper() and word.lower() not in _ENGLISH for word in words):
+    if all(word[0].isupper() for word in words) and not _ENGLISH.search(part):
         return _of_names(part, asked)
     return _of_latin(part, words, asked)
 
@@ -245,11 +247,10 @@ def _first(confidences: Mapping[str, float]) -> tuple[str, ...]:
     return (best,) if best is not None and confidences[best] > 0 else ()
 
 
-def _is_romaji(words: list[str]) -> bool:
-    lower = [word.lower() for word in words]
-    spelled = sum(len(word) for word in lower if _SYLLABLES.fullmatch(word))
-    marks = sum(word in _ROMAJI or word.endswith(("masu", "mashita", "masen")) for word in lower)
-    return spelled > 0.9 * sum(map(len, lower)) and (marks > 0 or sum(word in _PARTICLES for word in lower) > 2)
+def _is_romaji(part: str, words: list[str]) -> bool:
+    spelled = sum(len(word) for word in words if _SYLLABLES.fullmatch(word))
+    told = _ROMAJI_WORD.search(part) or len(_PARTICLE.findall(part)) > 2
+    return bool(told) and spelled > 0.9 * sum(map(len, words))
 
 
 @lru_cache(4096)
@@ -387,5 +388,5 @@ def wrap(question: str, wrapper: str, asked: str, *, chat_template: bool) -> "Pr
         if wrapper == "chat":
             raise CptError('the model has no chat template, which the wrapper "chat" needs; take "none" or "system"')
         return f"{system}\n\n{question}\n"
-    user = [{"role": "user", "content": question}]
-    return [{"role": "system", "content": system}, *user] if wrapper == "system" else user
+    before: list[Message] = [{"role": "system", "content": system}] if wrapper == "system" else []
+    return [*before, {"role": "user", "content": question}]
