@@ -49,7 +49,7 @@ KNOWN = {  # as BCP 47 names them, but for what lingua calls Chinese
 }
 MIXED, UNDECIDED, EMPTY, ROMAJI = "mixed", "undecided", "empty", "ja-latn"
 LARGEST_FOREIGN = 0.15  # of a reply in other languages before it is mixed
-FEWEST_LETTERS = 12  # by which a language that is neither English nor the one asked in can be told
+FEWEST_LETTERS = 16  # by which a language that is neither English nor the one asked in can be told
 LONGEST_QUOTE = 60  # characters; a longer one is a text of its own
 MOST_KANJI = 20  # different ones in a row without kana in Japanese: names of offices, not sentences
 
@@ -91,7 +91,7 @@ _ENGLISH = re.compile(  # words that no list of names has
 )
 # Words of Chinese sentences that no Japanese text has without kana beside them.
 _CHINESE = re.compile(
-    "[是了你她它這这們们很嗎吗呢吧啊就沒没您哪什麼么嘛咱俺]|我[^々]|不(?:知|能|會|会|要|用)|可以|所以|因[為为]|如果|的[^々的]"
+    "[是了你她它這这們们很嗎吗呢吧啊就沒没您哪什麼么嘛咱俺]|我[^々]|不(?:知|能|會|会|要|用)|可以|所以|因[為为]|如果|有[幾几哪]|多[久少]|的[^々的]"
 )
 _SYLLABLES = re.compile(
     r"(?:(?:[kgsztdnhbpmrfjwy]|[kgsztcnhbpmr]y|sh|ch|ts|([kstpcg])\1[hs]?|([kstp])\2y)?[aiueoāīūēō]|n)+",
