@@ -50,6 +50,7 @@ KNOWN = {  # as BCP 47 names them, but for what lingua calls Chinese
 MIXED, UNDECIDED, EMPTY, ROMAJI = "mixed", "undecided", "empty", "ja-latn"
 LARGEST_FOREIGN = 0.15  # of a reply in other languages before it is mixed
 FEWEST_LETTERS = 16  # by which a language that is neither English nor the one asked in can be told
+READ = 200  # characters of a sentence that lingua reads; in long repetitions its probabilities underflow to 0
 LONGEST_QUOTE = 60  # characters; a longer one is a text of its own
 MOST_KANJI = 20  # different ones in a row without kana in Japanese: names of offices, not sentences
 
@@ -64,10 +65,10 @@ SYSTEM_PROMPTS = {
 
 _NO_LANGUAGE = re.compile(
     r"```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]*`"  # code, also of a fence that the reply's end cut
-    r"|\$\$.*?\$\$|\\\[.*?\\\]|\\\(.*?\\\)|\$(?!\s)[^$\n]*[^$\s]\$(?!\d)"  # formulas
+    r"|\$\$.{,999}?\$\$|\\\[.{,999}?\\\]|\\\(.{,999}?\\\)|\$(?!\s)[^$\n]*[^$\s]\$(?!\d)"  # formulas
     r"|<\|[^|<>\n]*\|>|</?[A-Za-z][^<>\n]*>|^(?:assistant|user|system):?$"  # special tokens, tags, roles
-    r"|(?:https?|ftp)://[!-~]+|www\.[!-~]+|[\w.+-]+@[\w-]+\.[\w.-]+"  # addresses
-    r"|(?<![A-Za-z])[A-Za-z_.-]*[0-9_][A-Za-z0-9_.-]*",  # numbers, H2O, snake_case
+    r"|(?:https?|ftp)://[!-~]+|www\.[!-~]+|(?<![\w.+-])[\w.+-]+@[\w-]+\.[\w.-]+"  # addresses
+    r"|(?<![A-Za-z_.-])[A-Za-z_.-]*[0-9_][A-Za-z0-9_.-]*",  # numbers, H2O, snake_case
     re.DOTALL | re.ASCII | re.MULTILINE,
 )
 _QUOTED = re.compile(
@@ -94,7 +95,7 @@ _CHINESE = re.compile(
     "[是了你她它這这們们很嗎吗呢吧啊就沒没您哪什麼么嘛咱俺]|我[^々]|不(?:知|能|會|会|要|用)|可以|所以|因[為为]|如果|有[幾几哪]|多[久少]|的[^々的]"
 )
 _SYLLABLES = re.compile(
-    r"(?:(?:[kgsztdnhbpmrfjwy]|[kgsztcnhbpmr]y|sh|ch|ts|([kstpcg])\1[hs]?|([kstp])\2y)?[aiueoāīūēō]|n)+",
+    r"(?:(?:[kgsztdnhbpmrfjwy]|[kgsztcnhbpmr]y|sh|ch|ts|([kstpcg])\1[hs]?|([kstp])\2y)?[aiueoāīūēō]|n(?![aiueoāīūēōy]))+",
     re.IGNORECASE,
 )
 _PARTICLE = re.compile(r"\b(?:wa|ga|wo|no|ni|de|to|mo|o|e|ka)\b", re.IGNORECASE)
@@ -233,7 +234,7 @@ def _of_latin(part: str, words: list[str], asked: str) -> tuple[str, ...]:
     confidences = _confidences(part)
     expected = {code: confidences.get(code, 0.0) for code in ("en", asked) if _is_latin(code)}
     guess = _first(confidences)
-    if sum(map(len, words)) < FEWEST_LETTERS or confidences[guess[0]] < 2 * max(expected.values()):
+    if not guess or sum(map(len, words)) < FEWEST_LETTERS or confidences[guess[0]] < 2 * max(expected.values()):
         return _first(expected)
     return guess
 
@@ -255,7 +256,7 @@ def _is_romaji(part: str, words: list[str]) -> bool:
 
 @lru_cache(4096)
 def _confidences(text: str) -> dict[str, float]:
-    values = _detector().compute_language_confidence_values(text)
+    values = _detector().compute_language_confidence_values(text[:READ])
     return {_code(each.language): each.value for each in values if each.value > 0}
 
 

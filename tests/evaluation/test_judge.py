@@ -2,6 +2,9 @@
 
 import json
 import re
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +25,7 @@ from nemo_cpt.inference.endpoint import EndpointEngine
 from nemo_cpt.inference.engine import Prompt, Reply, Sampling
 from tests.support.chat_server import NAME, Body, ChatServer, FaultError
 
+CHECKOUT = Path(__file__).parents[2]
 QUESTIONS = [
     JudgeQuestion("1", "math", ("2+3は？", "その二倍は？"), ("5", "10")),
     JudgeQuestion("2", "writing", ("春の俳句を作って。", "秋にして。")),
@@ -214,6 +218,31 @@ class TestFailures:
             again = judged(server)
         assert not server.asked
         assert again == report
+
+    def test_a_run_that_was_killed_goes_on(self, tmp_path: Path) -> None:
+        code = (
+            "import sys; from tests.evaluation.test_judge import *\n"
+            "judge = EndpointEngine(sys.argv[1], concurrency=1)\n"
+            "run_judge({name: Answers(name) for name in ('before', 'after')}, judge, QUESTIONS, sys.argv[2])"
+        )
+        started = threading.Event()
+
+        def kill_at_ten(body: Body, number: int) -> str:
+            started.wait()
+            if number == 10:
+                process.kill()
+            return prefers_after(body, number)
+
+        with ChatServer(kill_at_ten) as server:
+            process = subprocess.Popen([sys.executable, "-c", code, server.url, str(tmp_path)], cwd=CHECKOUT)
+            started.set()
+            assert process.wait() == -signal.SIGKILL
+        with ChatServer(prefers_after) as server:
+            report = run_judge(
+                {name: Answers(name) for name in ("before", "after")}, EndpointEngine(server.url), QUESTIONS, tmp_path
+            )
+        assert len(server.asked) <= 24 - 8  # the ninth may have come without being kept
+        assert report.scores("after") == {"1": 8, "2": 8, "3": 8}
 
     def test_a_torn_line_is_asked_for_again(self, judged: Callable[..., JudgeReport], tmp_path: Path) -> None:
         with ChatServer(prefers_after) as server:

@@ -106,6 +106,13 @@ class TestVerdict:
     def test_of_characters_that_several_languages_have(self, reply: str, asked: str, expected: str) -> None:
         assert judge_language(reply, asked).language == expected
 
+    @pytest.mark.parametrize(
+        "unit", ["na", "a", "$a", "a ", "kya", "<a", '"a', "-", "1.", "\\\\[", "は the cat sat on a mat"]
+    )
+    def test_of_long_repetitions_comes_soon(self, unit: str) -> None:
+        verdict = judge_language(unit * 5000 + "x", "ja")
+        assert verdict.language in {*KNOWN, MIXED, UNDECIDED}
+
     def test_counts_text_by_its_bytes(self) -> None:
         shares = judge_language("これは本です。It is a book.", "ja").shares
         assert shares == {"ja": pytest.approx(18 / 27), "en": pytest.approx(9 / 27)}
