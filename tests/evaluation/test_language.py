@@ -18,6 +18,7 @@ from nemo_cpt.evaluation.language import (
     EMPTY,
     KNOWN,
     MIXED,
+    OTHER,
     ROMAJI,
     UNDECIDED,
     judge_language,
@@ -80,7 +81,7 @@ class TestVerdict:
     @given(st.text(max_size=200), st.sampled_from(sorted(KNOWN)))
     def test_of_any_text_is_a_class_with_shares(self, text: str, asked: str) -> None:
         verdict = judge_language(text, asked)
-        assert verdict.language in {*KNOWN, MIXED, UNDECIDED, EMPTY, ROMAJI}
+        assert verdict.language in {*KNOWN, MIXED, UNDECIDED, EMPTY, ROMAJI, OTHER}
         assert not verdict.shares or sum(verdict.shares.values()) == pytest.approx(1)
         assert bool(verdict.shares) == (verdict.language not in (UNDECIDED, EMPTY))
 
@@ -99,6 +100,11 @@ class TestVerdict:
             ("駅前", "zh-tw", "ja"),  # 駅 is in neither
             ("東京\nです", "zh-tw", "ja"),  # the rest of the reply decides before the language asked in
             ("可以。没问题。", "zh-tw", "zh-cn"),
+            ("Я люблю Python и PyTorch.", "ja", "ru"),
+            ("Python คือภาษาโปรแกรม", "ja", "th"),
+            ("Το Τόκιο είναι η πρωτεύουσα.", "ja", OTHER),
+            ("π", "ja", UNDECIDED),
+            ("大学", "en", "zh-cn"),  # nothing tells
             ("これは本です。" * 5 + "It is a book.", "ja", "ja"),
             ("これは本です。It is a book.", "ja", MIXED),
         ],
