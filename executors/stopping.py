@@ -1,4 +1,4 @@
-"""Jobs that save when they are told to stop, wherever they run; cures of NeMo-Run's and TorchX's defects there.
+"""Jobs that save when they are told to stop, wherever they run; patches of NeMo-Run's and TorchX's defects there.
 
 The signal's way: launcher, or `docker stop` -> `supervisor` -> the workers, whose PreemptionCallback saves at the end
 of the step. Slurm signals the workers itself. A launcher that has ended is a signal, too.
@@ -19,7 +19,7 @@ from typing import Any
 
 from nemo_cpt.executors.environment import forget_secrets
 from nemo_cpt.executors.supervisor import FROM_LAUNCHER, MARKER_PREFIX, RUNNER
-from nemo_cpt.planning.saving import window_within
+from nemo_cpt.planning.save_window import window_within
 from nemo_cpt.signals import STOP_SIGNALS, held, listen
 
 GRACE = "terminationGracePeriodSeconds"  # of a pod's spec

@@ -25,7 +25,7 @@ from nemo_cpt.training.data import BlendDataModule
 from nemo_cpt.training.gradients import EveryTrainableParameterHasGradient
 from nemo_cpt.training.guards import Guards
 from nemo_cpt.training.logger import RunLogger
-from nemo_cpt.training.memory import OutOfMemoryAdvice
+from nemo_cpt.training.oom_advice import OutOfMemoryAdvice
 from nemo_cpt.training.preemption import SaveWhenStopped
 from nemo_cpt.training.resume import KEPT_TOKENIZER, ResumeOrStartFromBase
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from nemo_cpt.corpus.index import full_prefix
+from nemo_cpt.corpus.dataset.index import full_prefix
 
 _OPTIMIZER = ("optimizer", "adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "clip_grad", "sgd_momentum")
 _NOT_OF_A_SCHEDULE = ("interval", "frequency", "monitor", "max_steps")  # max_steps: NeMo takes the trainer's

@@ -82,7 +82,7 @@ def describe(shape: str, folder: Path, **changes) -> Path:
     """A NeMo base of a shape as an import would write it, without its weights: only what it says of itself."""
     from nemo_cpt.checkpoint.architecture import read_architecture
     from nemo_cpt.checkpoint.context import write_context
-    from nemo_cpt.checkpoint.files import copy_small_files
+    from nemo_cpt.checkpoint.folders import copy_small_files
 
     config_class, settings, _ = SHAPES[shape]
     config_class(**{**_SIZES, **settings, **changes}, dtype="bfloat16").save_pretrained(folder / "hf")

@@ -12,7 +12,7 @@ import torch
 
 from nemo_cpt.checkpoint import import_hf, verify
 from nemo_cpt.checkpoint.architecture import read_architecture
-from nemo_cpt.checkpoint.verifying import _long_prompt
+from nemo_cpt.checkpoint.verification import _long_prompt
 from nemo_cpt.errors import CptError
 
 

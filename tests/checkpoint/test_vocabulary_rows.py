@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from nemo_cpt.checkpoint import export_hf, import_hf
 from nemo_cpt.checkpoint.model_config import read_model_config
-from nemo_cpt.checkpoint.tokenizer_files import count_token_ids
+from nemo_cpt.checkpoint.tokenizer_ids import count_token_ids
 from nemo_cpt.errors import CptError
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from nemo_cpt import CptError
-from nemo_cpt.cli import catalog, jobs
-from nemo_cpt.cli.doctor import describe
-from nemo_cpt.cli.scripts import write_script
+from nemo_cpt import CptError, catalog
 from nemo_cpt.executors import ssh
+from nemo_cpt.launching import jobs
+from nemo_cpt.launching.description import describe
+from nemo_cpt.launching.scripts import write_script
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "executors"))  # for sky_stand_in
 
@@ -95,7 +95,10 @@ def on_a_terminal(*command):
 
 
 def test_types_are_whole_in_a_terminals_table():
-    shown = "from nemo_cpt.cli import catalog, launch; launch._print_parameters(catalog.executor('local'))"
+    shown = (
+        "from nemo_cpt import catalog; from nemo_cpt.cli import launch; "
+        "launch._print_parameters(catalog.executor('local'))"
+    )
     assert "Mapping[str, str] | None" in on_a_terminal("-c", shown)
     closing = "from nemo_cpt.cli.tables import print_table; print_table(('what',), [('a/[x] b/[/x]',)])"
     assert "a/[x] b/[/x]" in on_a_terminal("-c", closing)
@@ -157,7 +160,7 @@ def test_executor_of_the_users_own_file(tmp_path):
 
 
 def test_fields_are_checked_and_set(tmp_path):
-    from nemo_cpt.cli.task import build_recipe
+    from nemo_cpt.catalog.build import build_recipe
 
     data = {"train": {"ds/ja": 1.0}}
     given = {"base": "b", "data": data}
@@ -175,7 +178,7 @@ def test_fields_are_checked_and_set(tmp_path):
 
 
 def test_a_slurm_job_and_the_recipes_trainer_agree():
-    from nemo_cpt.cli.task import build_recipe
+    from nemo_cpt.catalog.build import build_recipe
     from nemo_cpt.executors import slurm
     from nemo_cpt.executors.stopping import save_on_sigterm
     from nemo_cpt.training.preemption import SaveWhenStopped
@@ -261,7 +264,7 @@ time.sleep(100)
 
 
 def test_cancel_ends_a_local_job_from_another_shell_and_nothing_else(tmp_path, start):
-    from nemo_cpt.cli.jobs import _end_processes, _processes
+    from nemo_cpt.launching.jobs import _end_processes, _processes
 
     job, saved = tmp_path / "t", tmp_path / "saved"
     job.mkdir()
@@ -280,7 +283,7 @@ def test_cancel_ends_a_local_job_from_another_shell_and_nothing_else(tmp_path, s
 
 
 def test_cancel_kills_what_does_not_end_in_time(tmp_path, start):
-    from nemo_cpt.cli.jobs import _end_processes
+    from nemo_cpt.launching.jobs import _end_processes
 
     ignores = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('started'); time.sleep(100)"
     supervisor = start(*supervised(tmp_path, ignores))
@@ -294,7 +297,7 @@ def test_cancel_of_another_users_job_says_so(tmp_path, start):
     supervisor = start(*supervised(tmp_path, "import time; print('started'); time.sleep(100)"))
     assert supervisor.stdout.readline() == "started\n"
     code = (
-        "import os, sys; from nemo_cpt.cli import jobs; from nemo_cpt import CptError; os.setuid(65534)\n"
+        "import os, sys; from nemo_cpt.launching import jobs; from nemo_cpt import CptError; os.setuid(65534)\n"
         f"try: jobs._end_processes({str(tmp_path)!r})\n"
         "except CptError as error: print(error)"
     )

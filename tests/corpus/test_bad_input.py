@@ -14,7 +14,7 @@ from corpus_helpers import same_files, write_jsonl
 
 import nemo_cpt.corpus
 from nemo_cpt.corpus import prepare, split
-from nemo_cpt.corpus.sources import list_sources
+from nemo_cpt.corpus.reading.sources import list_sources
 from nemo_cpt.errors import CptError
 from tests.support.crashes import go_on, lines_of, paused_at
 

@@ -9,7 +9,8 @@ import pytest
 import yaml
 from corpus_helpers import write_reference
 
-from nemo_cpt.corpus import Blend, presets, read_index
+from nemo_cpt.corpus import Blend, read_index
+from nemo_cpt.corpus.dataset import presets
 from nemo_cpt.errors import CptError
 
 

@@ -23,9 +23,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_cpt.corpus import prepare, split
-from nemo_cpt.corpus.feed import Feed, texts_of
-from nemo_cpt.corpus.sources import list_sources
-from nemo_cpt.corpus.tally import Policy, Tally
+from nemo_cpt.corpus.reading.chunks import Feed, texts_of
+from nemo_cpt.corpus.reading.sources import list_sources
+from nemo_cpt.corpus.reading.tally import Policy, Tally
 from nemo_cpt.errors import CptError
 
 

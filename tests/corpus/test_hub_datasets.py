@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from corpus_helpers import same_files, write_jsonl, write_reference
 
-from nemo_cpt.corpus.download import CHECKSUMS, URLS
+from nemo_cpt.corpus.fetching.fetch import CHECKSUMS, URLS
 
 NAME, TOKEN = "someone/news", "hf_secretsecretsecretsecretsecret"
 

@@ -10,7 +10,7 @@ from corpus_helpers import same_files
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from nemo_cpt.corpus import full_prefix, max_token_id, read_index
-from nemo_cpt.corpus.index import (
+from nemo_cpt.corpus.dataset.index import (
     SAMPLE_TOKENS,
     dtype_for,
     fingerprint,

@@ -11,7 +11,7 @@ from corpus_helpers import error_of_a_full_disk, write_jsonl
 
 import nemo_cpt.corpus
 from nemo_cpt.corpus import split
-from nemo_cpt.corpus.duplicates import fingerprint, sketch
+from nemo_cpt.corpus.splitting.duplicates import fingerprint, sketch
 from nemo_cpt.errors import CptError
 from tests.support.crashes import go_on, lines_of, paused_at
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from nemo_cpt.corpus.tokenizer_files import NEUTRAL
+from nemo_cpt.corpus.tokenization.tokenizer_files import NEUTRAL
 
 LINES = [
     "the quick brown fox jumps over the lazy dog",

@@ -86,7 +86,7 @@ def train(arguments, fields, folder, waits):
     import fiddle as fdl
     import lightning.pytorch as pl
     import nemo_run as run
-    from nemo_cpt.cli.task import build_recipe
+    from nemo_cpt.catalog.build import build_recipe
     from nemo_cpt.executors.stopping import save_on_sigterm
 
     class Wait(pl.Callback):

@@ -239,7 +239,7 @@ def test_slurm_without_an_account_gpus_or_time_names_none(project):
 def headline():
     """The recipe for 8 GPUs, and the seconds that a step and its checkpoint take on the slowest GPU that holds it."""
     from nemo_cpt import planning
-    from nemo_cpt.planning.saving import saving
+    from nemo_cpt.planning.save_window import saving
     from nemo_cpt.recipes import llama31_8b
 
     recipe = llama31_8b.continual_pretrain()

@@ -9,8 +9,8 @@ import pytest
 from helpers import recipe_arguments
 
 from nemo_cpt import CptError
-from nemo_cpt.cli import jobs
 from nemo_cpt.executors import local
+from nemo_cpt.launching import jobs
 
 
 def test_a_failed_experiment_is_found_again(project):

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 from nemo_cpt.checkpoint import export_hf, import_hf
 from nemo_cpt.checkpoint.model_config import read_model_config
 from nemo_cpt.compatibility import check_model, embedding_rows, read_base, rows_to_build
-from nemo_cpt.corpus import Blend, index, prepare
+from nemo_cpt.corpus import Blend, prepare
+from nemo_cpt.corpus.dataset import index
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation.bits_per_byte import sequences_loss
 from nemo_cpt.inference.transformers_engine import TransformersEngine
