@@ -251,7 +251,7 @@ def _refuse_double_bos(engine: TransformersEngine, tokens: torch.Tensor, prefix:
 
 
 def _first_of_documents(engine: TransformersEngine, prefix: str | Path) -> str:
-    from nemo_cpt.corpus.index import read_tokens
+    from nemo_cpt.corpus.dataset.index import read_tokens
 
     index = read_index(prefix)
     first = next((int(ids[0]) for at in range(index.documents) if len(ids := read_tokens(index, at))), None)
@@ -303,7 +303,7 @@ class _ByteCounter:
         self._check(tokenizer)
 
     def _check(self, tokenizer: Any) -> None:
-        from nemo_cpt.corpus.probes import TEXTS
+        from nemo_cpt.corpus.tokenization.probes import TEXTS
 
         for text in TEXTS:
             ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids

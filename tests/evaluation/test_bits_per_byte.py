@@ -197,8 +197,8 @@ def test_an_id_beyond_the_rows(world: Path, tmp_path: Path) -> None:
     [
         ({"seq_length": 0, "samples": 2}, "seq_length 0"),
         ({"seq_length": 64, "samples": 0}, "samples 0"),
-        ({"seq_length": 100_000, "samples": 2}, r"100,000 tokens of a sequence do not fit .* whose context is"),
-        ({"seq_length": 100_000}, "not enough for one sequence of 100,000"),
+        ({"seq_length": 10**6, "samples": 2}, r"1,000,000 tokens of a sequence do not fit .* whose context is"),
+        ({"seq_length": 10**6}, "not enough for one sequence of 1,000,000"),
     ],
 )
 def test_numbers_that_cannot_be(engine: TransformersEngine, world: Path, numbers: dict[str, Any], message: str) -> None:
