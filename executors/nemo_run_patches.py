@@ -12,6 +12,7 @@ from typing import Any
 from nemo_cpt.errors import CptError, StoppedEarlyError
 from nemo_cpt.executors import pods, stopping, window
 from nemo_cpt.executors.supervisor import MARKER_PREFIX
+from nemo_cpt.planning.save_window import window_within
 
 LOG_LINES = 25
 _MESSAGE = re.compile(r"(\[default\d+\]:)?nemo_cpt: ")  # how a CptError ends a task, also under torchrun
@@ -32,6 +33,23 @@ def apply() -> None:
     pods.find_configs()
     pods.ship_code()
     pods.supervise_jobs()
+
+
+def give_time_to_save(executor: Any, needed: Callable[[], int | None]) -> None:
+    """Let Slurm's and Kubernetes' jobs be told early enough ahead of their end, unless the user said how early.
+
+    Args:
+        executor: any; others are not told ahead.
+        needed: called where it is wanted; returns the seconds, None where they are not known.
+    """
+    from nemo_run.core.execution.kubeflow import KubeflowExecutor
+
+    from nemo_cpt.executors.slurm_job import SlurmJob  # imports NeMo-Run
+
+    if isinstance(executor, SlurmJob) and executor.preempt_seconds is None:
+        executor.give_time_to_save(needed())
+    elif isinstance(executor, KubeflowExecutor) and executor.pod_spec_overrides.get(stopping.GRACE) is None:
+        executor.pod_spec_overrides = executor.pod_spec_overrides | {stopping.GRACE: window_within(None, needed())}
 
 
 def raise_when_a_task_failed() -> None:
@@ -79,7 +97,7 @@ def admit_slurm_job() -> None:
             stopping.save_on_sigterm(task)
         if isinstance(executor, SlurmJob):
             executor.fit(task)
-        stopping.give_time_to_save(executor, lambda: window.seconds_to_save(task))
+        give_time_to_save(executor, lambda: window.seconds_to_save(task))
         return add(experiment, task, executor, *args, **kwargs)
 
     Experiment._add_single_job = fit_and_add

@@ -5,7 +5,6 @@ import itertools
 import json
 import random
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,7 @@ from nemo_cpt.launching import yaml_file
 from nemo_cpt.recipe_models import model_config, recipe_modules
 from nemo_cpt.recipes import llama31_8b, parts, smollm2, tiny
 from nemo_cpt.training import guards
-
-sys.path.insert(0, str(Path(__file__).with_name("checkpoint")))
-import small_models
+from tests.support import small_models
 
 # Of one size, so that nothing but their content tells them apart.
 KIN: dict[str, tuple[str, dict[str, Any]]] = {

@@ -87,6 +87,7 @@ def run(
     from nemo_cpt.catalog.build import build_recipe
     from nemo_cpt.launching import jobs
     from nemo_cpt.launching.description import describe
+    from nemo_cpt.launching.executor import make_executor
     from nemo_cpt.launching.preflight import preflight
     from nemo_cpt.launching.task import nothing_to_train
 
@@ -99,7 +100,7 @@ def run(
         preflight(job, force=force or dryrun)
         if check or (fields and executor != "local"):
             build_recipe(function.name, arguments, fields)
-        where = jobs.make_executor(executor, options, function.processes(arguments))
+        where = make_executor(executor, options, function.processes(arguments))
         if function.gpus(arguments):
             jobs.give_time_to_save(where, function, arguments, fields)
         result = jobs.submit(function, arguments, fields, where, detach, dryrun)

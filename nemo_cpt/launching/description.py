@@ -9,7 +9,7 @@ from nemo_cpt import catalog
 from nemo_cpt.catalog import Function
 from nemo_cpt.corpus import Blend
 from nemo_cpt.doctor import Job, Place
-from nemo_cpt.launching import jobs
+from nemo_cpt.launching.executor import make_executor
 from nemo_cpt.recipe_models import model_config
 
 MODEL = "model.config."
@@ -106,7 +106,7 @@ def place(executor: str, options: Sequence[str]) -> Place:
     described = catalog.executor(executor)
     given = catalog.parse(described, options, prefix="executor.")
     if set(given) - set(described.parameters):
-        jobs.make_executor(executor, options, 1)  # it alone knows sbatch's directives, and takes seconds to say so
+        make_executor(executor, options, 1)  # it alone knows sbatch's directives, and takes seconds to say so
     container, tunnelled = given.get("container_image"), given.get("tunnel", "local") != "local"
     submits = executor == "slurm" and not tunnelled
     return Place(

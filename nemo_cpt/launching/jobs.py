@@ -6,7 +6,6 @@ import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from importlib.util import module_from_spec, spec_from_file_location
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,36 +17,12 @@ from nemo_cpt.executors.supervisor import processes
 MODULES = {"nemo_cpt.executors.supervisor", "nemo_cpt.executors.runner"}  # what `stopping.supervise` starts
 
 
-def make_executor(name: str, options: Sequence[str], processes: int) -> Any:
-    """Return an executor by name, with `key=value` options, or the one a function of the user's makes.
-
-    Args:
-        name: `local`, `slurm`, ... or `FILE.py:FUNCTION`.
-        options: for an executor by name, its arguments.
-        processes: processes on a node that the recipe needs; the default of the executor's own count.
-
-    Raises:
-        CptError: there is no such executor, file or function, or an option is wrong.
-    """
-    file, _, function = name.partition(":")
-    if file.endswith(".py"):
-        return _from_file(Path(file), function)
-    from nemo_cpt import executors
-
-    described = catalog.executor(name)
-    given = catalog.parse(described, options, prefix="executor.")
-    count = next((each for each in ("processes", "tasks_per_node") if each in described.parameters), None)
-    if count and not {count, "gpus_per_node", "gpus"} & set(given):
-        given[count] = processes
-    return getattr(executors, name)(**given)
-
-
 def give_time_to_save(
     executor: Any, recipe: catalog.Function, arguments: Mapping[str, Any], fields: Sequence[str]
 ) -> None:
     """Have the job told to stop as early ahead of its end as the plan of its recipe needs to save."""
     from nemo_cpt.catalog.workloads import workload
-    from nemo_cpt.executors import stopping
+    from nemo_cpt.executors import nemo_run_patches
     from nemo_cpt.planning.save_window import saving
 
     def needed() -> int | None:
@@ -56,7 +31,7 @@ def give_time_to_save(
         except CptError:  # a recipe that the planner cannot read may run all the same
             return None
 
-    stopping.give_time_to_save(executor, needed)
+    nemo_run_patches.give_time_to_save(executor, needed)
 
 
 def submit(
@@ -213,19 +188,3 @@ def _signal(pid: int, number: signal.Signals) -> None:
         pass  # it ended since it was listed
     except PermissionError:
         raise CptError(f"the job's process {pid} is another user's: cancel the experiment as that user") from None
-
-
-def _from_file(file: Path, function: str) -> Any:
-    if not file.is_file() or not function:
-        raise CptError(f"executor {file}:{function}: give FILE.py:FUNCTION of a file that exists")
-    spec = spec_from_file_location(file.stem, file)
-    if spec is None or spec.loader is None:
-        raise CptError(f"executor {file}: not a Python file")
-    module = module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise CptError(f"executor {file} cannot be imported: {type(error).__name__}: {error}") from error
-    if not hasattr(module, function):
-        raise CptError(f"{file} has no {function}; {catalog.nearest(function, vars(module))}")
-    return getattr(module, function)()

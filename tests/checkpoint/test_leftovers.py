@@ -9,11 +9,11 @@ import threading
 from pathlib import Path
 
 import pytest
-import small_models as models
 
 from nemo_cpt.checkpoint import export_hf, import_hf
 from nemo_cpt.checkpoint.folders import new_folder
 from nemo_cpt.errors import CptError
+from tests.support import small_models as models
 
 # Writes, says where, and waits to be killed: the progress is called inside the block that fills the folder.
 WRITER = """

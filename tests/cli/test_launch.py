@@ -16,9 +16,8 @@ from nemo_cpt import CptError, catalog
 from nemo_cpt.executors import ssh
 from nemo_cpt.launching import jobs
 from nemo_cpt.launching.description import describe
+from nemo_cpt.launching.executor import make_executor
 from nemo_cpt.launching.scripts import write_script
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "executors"))  # for sky_stand_in
 
 COMMAND = [sys.executable, "-m", "nemo_cpt.cli"]
 
@@ -154,9 +153,9 @@ def test_copy_writes_a_script_that_is_python_and_does_not_overwrite(tmp_path):
 def test_executor_of_the_users_own_file(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("def cluster():\n    from nemo_cpt.executors import local\n    return local(processes=3)\n")
-    assert jobs.make_executor(f"{file}:cluster", [], 1).ntasks_per_node == 3
+    assert make_executor(f"{file}:cluster", [], 1).ntasks_per_node == 3
     with pytest.raises(CptError, match="has no clutser; near: cluster"):
-        jobs.make_executor(f"{file}:clutser", [], 1)
+        make_executor(f"{file}:clutser", [], 1)
 
 
 def test_fields_are_checked_and_set(tmp_path):
@@ -229,7 +228,7 @@ def _with_a_cluster_configured(example, folder, monkeypatch):
         (folder / "config").write_text(json.dumps(parts | {"current-context": "c"}))
         monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(folder / "config"))
     if example == "launch_skypilot":
-        from sky_stand_in import install
+        from tests.support.sky_stand_in import install
 
         install(monkeypatch)
         for name in ("checkpoints", "ds"):

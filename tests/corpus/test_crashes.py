@@ -9,7 +9,6 @@ from typing import cast
 
 import psutil
 import pytest
-from corpus_helpers import error_of_a_full_disk, same_files, write_jsonl
 
 import nemo_cpt.corpus
 from nemo_cpt.corpus import prepare, read_index, read_manifest, split
@@ -17,6 +16,7 @@ from nemo_cpt.corpus.preparing.encode import Encoded, Work
 from nemo_cpt.corpus.preparing.workers import Pool
 from nemo_cpt.corpus.reading.chunks import Task
 from nemo_cpt.errors import CptError
+from tests.support.corpus_helpers import error_of_a_full_disk, same_files, write_jsonl
 from tests.support.crashes import Lines, go_on, killed_at, lines_of, paused_at
 
 KILLS = 50

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizer_folders
-from corpus_helpers import same_files, write_jsonl, write_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +22,8 @@ from nemo_cpt.corpus.tokenization.characters import PER_KIND, WHOLE, Lookout, ki
 from nemo_cpt.corpus.tokenization.encoder_choice import Reference
 from nemo_cpt.corpus.tokenization.tokenizer import FastEncoder, load_tokenizer
 from nemo_cpt.errors import CptError
+from tests.support import tokenizer_folders
+from tests.support.corpus_helpers import same_files, write_jsonl, write_reference
 
 Json = dict[str, Any]
 FLAGS = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}

@@ -20,7 +20,7 @@ def cache(tmp_path_factory, monkeypatch):
 @pytest.fixture(scope="module")
 def llama31_8b(tmp_path_factory) -> Path:
     """A base that says to be Llama-3.1-8B, with the tokenizer of `world`."""
-    import small_models
+    from tests.support import small_models
 
     rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     return small_models.describe(

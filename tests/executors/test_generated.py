@@ -16,13 +16,13 @@ import nemo_run as run
 import pytest
 import yaml
 from docker.models.containers import _create_container_args
-from helpers import git, wait_until
 from nemo_run.core.execution.docker import DockerContainer
-from sky_stand_in import install
 
 from nemo_cpt import CptError
 from nemo_cpt.executors import docker, kubernetes, skypilot, slurm, stopping
 from nemo_cpt.executors.code import CodeSnapshot
+from tests.support.executor_jobs import git, wait_until
+from tests.support.sky_stand_in import install
 
 
 def prepared(executor, name="t"):

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import nemo_run as run
 import pytest
-from helpers import assert_no_secret, wait_until
 
 from nemo_cpt import CptError
 from nemo_cpt.errors import StoppedEarlyError
@@ -17,6 +16,7 @@ from nemo_cpt.executors import local, supervisor
 from nemo_cpt.executors.environment import GPU_VARIABLES
 from nemo_cpt.launching import jobs
 from nemo_cpt.launching.description import place
+from tests.support.executor_jobs import assert_no_secret, wait_until
 
 
 def test_import_takes_neither_torch_nor_nemo():

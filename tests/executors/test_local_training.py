@@ -6,12 +6,12 @@ import threading
 
 import nemo_run as run
 import pytest
-from helpers import losses, recipe_arguments, wait_until
 
 from nemo_cpt.errors import StoppedEarlyError
 from nemo_cpt.executors import local
 from nemo_cpt.executors.tracking import EXPERIMENT, continue_wandb_run
 from nemo_cpt.launching import jobs
+from tests.support.executor_jobs import losses, recipe_arguments, wait_until
 
 
 @pytest.mark.timeout(400)

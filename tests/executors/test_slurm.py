@@ -7,12 +7,12 @@ from pathlib import Path
 
 import nemo_run as run
 import pytest
-from helpers import assert_no_secret, wait_until
 
 from nemo_cpt import CptError
 from nemo_cpt.errors import StoppedEarlyError
 from nemo_cpt.executors import slurm
 from nemo_cpt.launching import jobs
+from tests.support.executor_jobs import assert_no_secret, wait_until
 
 
 def submit(task, executor):

@@ -17,8 +17,8 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from nemo.lightning.io.pl import MegatronCheckpointIO
 from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
 
+from nemo_cpt.cpu_stack import cpu_stack
 from nemo_cpt.training import patches
-from nemo_cpt.training.cpu import cpu_stack
 
 FORK = multiprocessing.get_context("fork")
 

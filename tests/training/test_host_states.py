@@ -9,9 +9,9 @@ import torch
 
 from nemo_cpt.checkpoint.nemo_model import one_process
 from nemo_cpt.constants import ADAM_STATES
+from nemo_cpt.cpu_stack import cpu_stack
 from nemo_cpt.errors import CptError
 from nemo_cpt.training import host_states, patches
-from nemo_cpt.training.cpu import cpu_stack
 
 ON_GPU = torch.cuda.is_available() and find_spec("transformer_engine") is not None
 

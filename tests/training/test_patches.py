@@ -7,9 +7,9 @@ from unittest import mock
 import pytest
 import torch
 
+from nemo_cpt.cpu_stack import UNFUSED, cpu_stack
 from nemo_cpt.errors import CptError
 from nemo_cpt.training import patches
-from nemo_cpt.training.cpu import UNFUSED, cpu_stack
 from nemo_cpt.training.gradients import EveryTrainableParameterHasGradient
 from nemo_cpt.training.patching import replace
 

@@ -14,7 +14,7 @@ def resave(rank: int, source: Path, dest: Path) -> None:
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from nemo_cpt.training.cpu import cpu_stack
+    from nemo_cpt.cpu_stack import cpu_stack
 
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(str(dest / "store"), TENSOR * PIPELINE)
@@ -38,7 +38,7 @@ def build(source: Path) -> Any:
     from nemo.collections.llm.gpt.model.base import local_layer_spec
     from nemo.lightning import io
 
-    from nemo_cpt.training.cpu import UNFUSED
+    from nemo_cpt.cpu_stack import UNFUSED
 
     description = io.load_context(source / "context", subpath="model.config", build=False)
     parallel = {

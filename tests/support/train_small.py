@@ -84,7 +84,7 @@ def model(base: Path, edits: Mapping[str, Any]) -> Any:
     from nemo.collections.llm.gpt.model.base import local_layer_spec
     from nemo.lightning import io
 
-    from nemo_cpt.training.cpu import UNFUSED
+    from nemo_cpt.cpu_stack import UNFUSED
 
     description = io.load_context(base / "context", subpath="model", build=False)
     overrides = {**UNFUSED, "params_dtype": torch.float32, "bf16": False, "transformer_layer_spec": local_layer_spec}

@@ -12,8 +12,7 @@ import multiprocessing
 import sys
 from pathlib import Path
 
-import resave_parallel
-import train_small
+from tests.support import resave_parallel, train_small
 
 
 def main() -> None:
