@@ -123,5 +123,5 @@ def test_what_cannot_be_trained_on_is_refused(
 
 
 def test_a_length_that_nothing_fits_is_refused(sets: Path) -> None:
-    with pytest.raises(CptError, match="None of the 40 conversations .* fits into a sequence of 5 positions"):
+    with pytest.raises(CptError, match=r"None of the 40 conversations .* fits into a sequence of 5 positions"):
         TrainingSequences(Conversations({str(sets / "a"): 1.0}), 5)

@@ -51,3 +51,25 @@ def blend(world: Path) -> Any:
         share=0.25,
         validation={language: str(world / f"ds/{language}_validation") for language in ("ja", "en")},
     )
+
+
+@pytest.fixture(scope="session")
+def chats(world: Path) -> Any:
+    """Conversations in `world`: 60 to train on, 11 held out; 20 to 70 positions each with the small tokenizer."""
+    from nemo_cpt.conversations import Conversations, prepare
+
+    template = world / "template.jinja"
+    template.write_text(
+        "{{- bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}Q: {{ message['content'] }}\n"
+        "{% else %}A: {{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}A: {% endif %}"
+    )
+    for name, numbers in (("train", range(60)), ("validation", range(60, 71))):
+        lines = world / f"chats_{name}.jsonl"
+        lines.write_text("".join(json.dumps(_pair(number)) + "\n" for number in numbers))
+        prepare(lines, world / "sft" / name, world / "base_hf", template=str(template), workers=1, quiet=True)
+    return Conversations(train={str(world / "sft/train"): 1.0}, validation={"chats": str(world / "sft/validation")})
+
+
+def _pair(number: int) -> dict[str, str]:
+    return {"query": f"{number} + {number}?", "answer": f"It is {2 * number}." + " Yes." * (number % 7)}
