@@ -1,4 +1,4 @@
-"""Instruction tuning, for all models: what their recipes share.
+"""Instruction tuning, whatever the model: the recipes' shared function and their default data.
 
 The loss counts every trained token of a step once (`calculate_per_token_loss`), so that the result does not depend on
 the micro batch, on which conversations share a sequence, or on how many GPUs share the batch.
@@ -85,9 +85,9 @@ def instruction_tune(
         lr: peak learning rate.
         min_lr: learning rate at the end.
         warmup_steps: 3 % of the steps when None.
-        unlike_base: see `llama31_8b.continual_pretrain`.
-        save_every: see `llama31_8b.continual_pretrain`.
-        extend: see `llama31_8b.continual_pretrain`.
+        unlike_base: see `continual.continual_pretrain`.
+        save_every: see `continual.continual_pretrain`.
+        extend: see `continual.continual_pretrain`.
 
     Returns:
         A run.Partial of `llm.finetune`; every field stays editable.

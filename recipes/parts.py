@@ -16,7 +16,7 @@ from nemo.utils.exp_manager import TimingCallback
 
 from nemo_cpt.checkpoint.base import carried_places
 from nemo_cpt.checkpoint.context import nemo_model
-from nemo_cpt.checkpoint.files import has_tokenizer
+from nemo_cpt.checkpoint.folders import has_tokenizer
 from nemo_cpt.compatibility import read_base
 from nemo_cpt.conversations import Conversations
 from nemo_cpt.corpus import Blend
@@ -29,7 +29,7 @@ from nemo_cpt.training.data import BlendDataModule
 from nemo_cpt.training.gradients import EveryTrainableParameterHasGradient
 from nemo_cpt.training.guards import Guards
 from nemo_cpt.training.logger import RunLogger
-from nemo_cpt.training.memory import OutOfMemoryAdvice
+from nemo_cpt.training.oom_advice import OutOfMemoryAdvice
 from nemo_cpt.training.preemption import SaveWhenStopped
 from nemo_cpt.training.resume import KEPT_TOKENIZER, ResumeOrStartFromBase
 

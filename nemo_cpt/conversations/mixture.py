@@ -15,7 +15,7 @@ from nemo_cpt.conversations.dataset import (
     open_conversations,
 )
 from nemo_cpt.conversations.packing import Packing, pack
-from nemo_cpt.corpus.blend import BlendReport, check_distinct, check_held_out, check_mapping, check_weights
+from nemo_cpt.corpus.dataset.blend import BlendReport, check_distinct, check_held_out, check_mapping, check_weights
 from nemo_cpt.errors import CptError
 
 KIND = "mixture of conversations"

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from nemo_cpt.doctor.examination import Examination, alongside
-from nemo_cpt.doctor.finding import Finding
+from nemo_cpt.doctor.examination import Examination, Finding, alongside
 from nemo_cpt.hub import TOKEN_PAGE
 from nemo_cpt.urls import hide_credentials
 

@@ -1,10 +1,13 @@
-"""The GPUs that a job takes here: how many, how large, how free."""
+"""The GPUs that a job takes: how many, how large, how free, and by the planner whether it fits into their memory."""
 
 from collections.abc import Sequence
 
-from nemo_cpt.doctor.examination import Examination
-from nemo_cpt.doctor.finding import Finding, State
+from nemo_cpt.catalog.workloads import workload
+from nemo_cpt.doctor.examination import Examination, Finding, State
+from nemo_cpt.doctor.job import Job
 from nemo_cpt.doctor.nvidia import Gpu, GpuProcess
+from nemo_cpt.planning import Plan, plan_workload
+from nemo_cpt.planning.search import nearest_that_fits
 
 USED_MIB = 1024  # a display or a monitor takes less
 AS_SOLD = 0.9  # a card of 48 GB shows 44.99 GiB with ECC on
@@ -53,6 +56,25 @@ def gpu_memory(examination: Examination) -> Finding:
     return Finding("GPU memory", "error" if hopeless else "warning", found, cure)
 
 
+def fit(examination: Examination) -> Finding:
+    """Whether the planner finds that the job fits; the nearest setting that would, where it does not.
+
+    The card is the one that is here, else the one that the recipe is made for. The first time, this builds the recipe,
+    in a process that imports NeMo.
+    """
+    job = examination.job
+    if job is None or not job.gpus_per_node:
+        return Finding("fit", "skipped", "the job takes no GPU")
+    room = _room_gib(examination, job)
+    if room is None:
+        return Finding("fit", "skipped", "the card is not known here: nemo-cpt plan RECIPE --gpu-memory 80")
+    work = workload(job.recipe, job.arguments, job.fields)
+    planned = plan_workload(work, room)
+    if planned.fits:
+        return Finding("fit", "ok", planned.verdict)
+    return Finding("fit", "error", planned.verdict, _what_would_fit(planned, room))
+
+
 def _busy(gpu: Gpu, processes: Sequence[GpuProcess]) -> str:
     own = sorted((each for each in processes if each.gpu_uuid == gpu.uuid), key=lambda each: -(each.used_mib or 0))
     who = ", ".join(_who(process) for process in own[:3]) or "no process is shown (another container's, or another's)"
@@ -83,3 +105,16 @@ def _gib(mib: int | None) -> float:
 
 def _elsewhere() -> str:
     return "take fewer (gpus_per_node=), run it elsewhere (--executor), or try tiny.continual_pretrain on the CPU"
+
+
+def _room_gib(examination: Examination, job: Job) -> float | None:
+    """The total of the smallest GPU that the job takes: of those here, else of the one that the recipe is made for."""
+    sizes = [gpu.total_mib for gpu in examination.visible_gpus[: job.gpus_here] if gpu.total_mib]
+    return min(sizes) / 1024 if sizes else job.gpu_memory_gib
+
+
+def _what_would_fit(planned: Plan, room: float) -> str:
+    found = nearest_that_fits(planned.workload, room, None)
+    if found is None:
+        return "a larger card, more of them, LoRA, or a smaller model"
+    return "; ".join(f"{each.knob} {each.before} -> {each.after}" for each in found.changes)

@@ -5,11 +5,10 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 
-from nemo_cpt.doctor.examination import Examination
-from nemo_cpt.doctor.finding import Finding
+from nemo_cpt.catalog.workloads import workload
+from nemo_cpt.doctor.examination import Examination, Finding
 from nemo_cpt.errors import CptError
-from nemo_cpt.planning.named import workload
-from nemo_cpt.planning.saving import saving, window_within
+from nemo_cpt.planning.save_window import saving, window_within
 
 COMMANDS = ("sbatch", "squeue", "sinfo", "scontrol")
 SECONDS = 15

@@ -16,7 +16,7 @@ from nemo_cpt.conversations.dataset import Fit, conversations_prefix, lay_out, o
 from nemo_cpt.conversations.mixture import SEED, Conversations, TrainingSequences, other_than_replay, sequences_of
 from nemo_cpt.conversations.packing import Packing
 from nemo_cpt.corpus import Blend
-from nemo_cpt.corpus.blend import check_distinct
+from nemo_cpt.corpus.dataset.blend import check_distinct
 from nemo_cpt.errors import CptError
 from nemo_cpt.training.data import NamedSetsDataModule, blend_of, weights_of, whole_batches
 from nemo_cpt.training.datasets import TRAIN, VALIDATION, FirstSamples

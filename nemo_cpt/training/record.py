@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from nemo_cpt.corpus.index import full_prefix
+from nemo_cpt.corpus.dataset.index import full_prefix
 
 _OPTIMIZER = ("optimizer", "adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "clip_grad", "sgd_momentum")
 _DATA = ("global_batch_size", "seq_length", "seed", "too_long", "replay_share")

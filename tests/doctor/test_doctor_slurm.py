@@ -1,12 +1,12 @@
 """Slurm's commands and partitions: a real cluster where one can be started, scripts in sinfo's place elsewhere."""
 
 import pytest
-from slurm_cluster import SlurmCluster, missing
 
 from nemo_cpt import CptError
 from nemo_cpt.doctor import Examination, Job, Place
 from nemo_cpt.doctor.slurm import COMMANDS, saving_in_time, slurm
 from nemo_cpt.planning import Workload
+from tests.support.slurm_cluster import SlurmCluster, missing
 
 GPU_LINES = "gpu*|up|4|gpu:h100:8\\ncpu|up|9|(null)\\nold|down|2|gpu:v100:4\\n"
 

@@ -201,7 +201,7 @@ def test_any_text_is_survived(printed):
 
 
 def test_the_executors_gpus_count(monkeypatch):
-    from nemo_cpt.cli.doctor import place
+    from nemo_cpt.launching.description import place
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7")
     assert place("local", ["gpus=2"]).environ["CUDA_VISIBLE_DEVICES"] == "3,5"

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import nemo_run as run
 import pytest
-from helpers import assert_no_secret, wait_until
 
 from nemo_cpt import CptError
-from nemo_cpt.cli import jobs
-from nemo_cpt.cli.doctor import place
 from nemo_cpt.errors import StoppedEarlyError
 from nemo_cpt.executors import local, supervisor
 from nemo_cpt.executors.environment import GPU_VARIABLES
+from nemo_cpt.launching import jobs
+from nemo_cpt.launching.description import place
+from tests.support.executor_jobs import assert_no_secret, wait_until
 
 
 def test_import_takes_neither_torch_nor_nemo():
@@ -326,7 +326,7 @@ def test_a_failed_task_raises_with_its_last_lines_and_path(project):
 
 
 def test_upstream_still_ends_quietly_after_a_failure(project, monkeypatch):
-    """The cure `raise_when_a_task_failed` can go once this fails."""
+    """The patch `raise_when_a_task_failed` can go once this fails."""
     import tasks
 
     executor = local()

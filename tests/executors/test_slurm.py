@@ -7,12 +7,12 @@ from pathlib import Path
 
 import nemo_run as run
 import pytest
-from helpers import assert_no_secret, wait_until
 
 from nemo_cpt import CptError
-from nemo_cpt.cli import jobs
 from nemo_cpt.errors import StoppedEarlyError
 from nemo_cpt.executors import slurm
+from nemo_cpt.launching import jobs
+from tests.support.executor_jobs import assert_no_secret, wait_until
 
 
 def submit(task, executor):
@@ -215,7 +215,7 @@ def test_sbatch_missing(project, monkeypatch):
 
 
 def test_upstream_still_needs_an_accounting_database(slurm_here, project):
-    """The cure in SlurmJobScheduler.describe can go once this fails."""
+    """The patch in SlurmJobScheduler.describe can go once this fails."""
     assert "accounting storage is disabled" in subprocess.run(["sacct"], capture_output=True, text=True).stderr
     import inspect
 

@@ -77,7 +77,7 @@ def test_megatron_overwrites_its_padding_token_without_the_patch(
 ) -> None:
     texts = documents(seed=1)
     prefix = write(tmp_path / "text", texts)
-    monkeypatch.setattr(GPTDataset, "__init__", GPTDataset.__init__.cures)
+    monkeypatch.setattr(GPTDataset, "__init__", GPTDataset.__init__.unpatched)
     built = dataset(prefix, pad=pad)
     assert sequences(built) != expected(built, texts)
     assert any(not sample["loss_mask"].all() and pad not in sample["labels"] for sample in built)  # another one's mask

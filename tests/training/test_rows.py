@@ -15,12 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 from nemo_cpt.checkpoint import export_hf, import_hf
 from nemo_cpt.checkpoint.model_config import read_model_config
 from nemo_cpt.compatibility import check_model, embedding_rows, read_base, rows_to_build
-from nemo_cpt.corpus import Blend, index, prepare
+from nemo_cpt.corpus import Blend, prepare
+from nemo_cpt.corpus.dataset import index
+from nemo_cpt.cpu_stack import UNFUSED
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation.loss import language_model_loss
 from nemo_cpt.recipes import llama31_8b, parts, tiny
 from nemo_cpt.training import guards
-from nemo_cpt.training.cpu import UNFUSED
 from nemo_cpt.training.metrics import read_metrics
 from nemo_cpt.training.run_folder import newest_whole
 from tests.training import jobs
