@@ -11,16 +11,14 @@ from pathlib import Path
 import nemo_run as run
 from nemo.collections import llm
 
-from nemo_cpt.conversations import Conversations
+from nemo_cpt.conversations import Conversations, mixture
 from nemo_cpt.conversations.dataset import conversations_prefix
 from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
 from nemo_cpt.recipes import parts
 from nemo_cpt.training.guards import check_batches, check_belonging
 
-EPOCHS = 2.0  # Tülu 3 (arXiv 2411.15124) for Llama-3.1-8B
 UNCOUNTED_STEPS = 300  # in a recipe that is made where its conversations are not
-REPLAY_SHARE = 0.05  # for a weak shift of the distribution (arXiv 2403.08763)
 
 
 def default_data() -> Conversations:
@@ -99,7 +97,7 @@ def instruction_tune(
     model_parallel = tensor_model_parallel_size * pipeline_model_parallel_size
     check_batches(global_batch_size, micro_batch_size, num_nodes * gpus_per_node, model_parallel)
     data = data or default_data()
-    share = (REPLAY_SHARE if replay_share is None else replay_share) if replay else replay_share or 0.0
+    share = mixture.replay_share(replay, replay_share)
     steps, uncounted = _steps(data, epochs, max_steps, global_batch_size, seq_length, share)
     recipe = run.Partial(
         llm.finetune,
@@ -165,7 +163,7 @@ def _steps(
         raise CptError(f"epochs is {epochs:g} and max_steps {max_steps}: give one of them")
     if max_steps is not None:
         return max_steps, None
-    epochs = EPOCHS if epochs is None else epochs
+    epochs = mixture.EPOCHS if epochs is None else epochs
     if not isinstance(data, Conversations) or not all(
         Path(conversations_prefix(prefix) + ".idx").exists() for prefix in data.train
     ):

@@ -14,6 +14,7 @@ from nemo_cpt.corpus import Blend
 from nemo_cpt.planning import ALLOWED, fit
 from nemo_cpt.recipes import continual, instruction
 from nemo_cpt.recipes.continual import with_lora as with_lora
+from nemo_cpt.training.guards import check_belonging
 
 DEFAULT_BASE = "checkpoints/Llama-3.1-8B"
 SFT_SEQ_LENGTH, SFT_RANK = 4096, 32
@@ -248,6 +249,7 @@ def instruction_tune_single_gpu(
     recipe = instruction_tune(base, data, name=name, seq_length=wanted, lr=lr, **ONE_GPU | kwargs)
     given_up = [knob for knob, value in (("rank", rank), ("seq_length", seq_length)) if value is None]
     recipe = with_lora(recipe, rank or SFT_RANK, embeddings_lr)
+    check_belonging(recipe)
     fitted = fit(recipe, gpu_memory_gib, allow=[*ALLOWED, *given_up]).recipe
     if fitted.data.seq_length == wanted:
         return fitted

@@ -20,6 +20,8 @@ from nemo_cpt.errors import CptError
 
 KIND = "mixture of conversations"
 SEED = 1234  # of the order, as NeMo's data modules have it
+EPOCHS = 2.0  # of a tuning, where nothing else is said: Tülu 3's for Llama-3.1-8B (arXiv 2411.15124)
+REPLAY_SHARE = 0.05  # of text that is replayed, likewise: for a weak shift of the distribution (arXiv 2403.08763)
 MANY_LEFT_OUT = 0.05
 MANY_EPOCHS = 8  # the tuned model's answers on held-out questions get worse long before
 
@@ -150,6 +152,11 @@ def _warnings(data: Conversations, sequences: "TrainingSequences", epochs: float
     if not data.validation:
         warnings.append("There is no validation set: nothing will show overfitting.")
     return warnings
+
+
+def replay_share(replay: Any, share: float | None) -> float:
+    """Return the share of the sequences that are replayed text: as given, else `REPLAY_SHARE` of what there is."""
+    return share if share is not None else REPLAY_SHARE if replay is not None else 0.0
 
 
 def other_than_replay(samples: int, share: float) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nemo_cpt.conversations import Conversations
     from nemo_cpt.corpus import Blend
 
 
@@ -51,6 +52,7 @@ class Job:
         unlike_base: in what that differs from the base's on purpose.
         base: folder of the NeMo checkpoint to start from; None where the recipe names none.
         data: what it trains on; None where that cannot be known without building the recipe.
+        replay: pretraining text that is mixed into conversations.
         tokenizer: folder or hub name; None for the base's own.
         directory: folder that the run writes to.
         gpus_per_node: GPUs of each machine; 0 for a recipe of CPU processes.
@@ -73,7 +75,8 @@ class Job:
     model: Mapping[str, Any] = field(default_factory=dict)
     unlike_base: Sequence[str] = ()
     base: str | None = None
-    data: "Blend | None" = None
+    data: "Blend | Conversations | None" = None
+    replay: "Blend | None" = None
     tokenizer: str | None = None
     directory: Path = Path("results")
     gpus_per_node: int = 0

@@ -75,6 +75,8 @@ class Guards(pl.Callback):
             _prefixes(trainer.datamodule),
             self.unlike_base,
         )
+        if not trainer.ckpt_path and freezes_embeddings(getattr(pl_module, "model_transform", None)):
+            warnings += compatibility.check_template(base, _prefixes(trainer.datamodule))
         for warning in warnings:
             print(f"nemo_cpt: warning: {warning}", file=sys.stderr, flush=True)
         tensor_parallel = trainer.strategy.tensor_model_parallel_size
@@ -140,13 +142,18 @@ def check_belonging(recipe: Any) -> None:
     if base is None or not Path(base).exists():
         return
     guards = [each for each in recipe.trainer.callbacks if getattr(each, "__fn_or_cls__", None) is Guards]
-    compatibility.check(
-        compatibility.read_base(base),
-        recipe.model.config,
-        getattr(getattr(recipe.data, "tokenizer", None), "pretrained_model_name", None),
-        [prefix for prefix in _prefixes(recipe.data) if Path(full_prefix(prefix) + ".idx").exists()],
-        (guards[0].unlike_base if guards else None) or (),
-    )
+    prefixes = [prefix for prefix in _prefixes(recipe.data) if Path(full_prefix(prefix) + ".idx").exists()]
+    tokenizer = getattr(getattr(recipe.data, "tokenizer", None), "pretrained_model_name", None)
+    unlike_base = (guards[0].unlike_base if guards else None) or ()
+    read = compatibility.read_base(base)
+    compatibility.check(read, recipe.model.config, tokenizer, prefixes, unlike_base)
+    if freezes_embeddings(getattr(recipe, "peft", None)):
+        compatibility.check_template(read, prefixes)
+
+
+def freezes_embeddings(peft: Any) -> bool:
+    """Whether a PEFT, or its config, leaves the embedding and the output layer as they are."""
+    return peft is not None and not _kind(peft).endswith("WithEmbeddings")
 
 
 def _on_rank_zero(trainer: pl.Trainer, action: Callable[[], Any]) -> Any:

@@ -55,7 +55,7 @@ def blend(world: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def chats(world: Path) -> Any:
-    """Conversations in `world`: 60 to train on, 11 held out; 20 to 70 positions each with the small tokenizer."""
+    """Conversations in `world`: 56 to train on, 11 held out; 20 to 70 positions each with the small tokenizer."""
     from nemo_cpt.conversations import Conversations, prepare
 
     template = world / "template.jinja"
@@ -64,7 +64,7 @@ def chats(world: Path) -> Any:
         "{% else %}A: {{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}A: {% endif %}"
     )
-    for name, numbers in (("train", range(60)), ("validation", range(60, 71))):
+    for name, numbers in (("train", range(56)), ("validation", range(60, 71))):
         lines = world / f"chats_{name}.jsonl"
         lines.write_text("".join(json.dumps(_pair(number)) + "\n" for number in numbers))
         prepare(lines, world / "sft" / name, world / "base_hf", template=str(template), workers=1, quiet=True)
