@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def blend(world: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def chats(world: Path) -> Any:
-    """Conversations in `world`: 56 to train on, 11 held out; 20 to 70 positions each with the small tokenizer."""
+    """Conversations in `world`: 64 to train on, 11 held out, of 20 to 110 positions with the small tokenizer."""
     from nemo_cpt.conversations import Conversations, prepare
 
     template = world / "template.jinja"
@@ -64,12 +65,17 @@ def chats(world: Path) -> Any:
         "{% else %}A: {{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}A: {% endif %}"
     )
-    for name, numbers in (("train", range(56)), ("validation", range(60, 71))):
+    pairs = list(_pairs())
+    for name, chosen in (("train", pairs[:64]), ("validation", pairs[64:75])):
         lines = world / f"chats_{name}.jsonl"
-        lines.write_text("".join(json.dumps(_pair(number)) + "\n" for number in numbers))
+        lines.write_text("".join(json.dumps(pair) + "\n" for pair in chosen))
         prepare(lines, world / "sft" / name, world / "base_hf", template=str(template), workers=1, quiet=True)
     return Conversations(train={str(world / "sft/train"): 1.0}, validation={"chats": str(world / "sft/validation")})
 
 
-def _pair(number: int) -> dict[str, str]:
-    return {"query": f"{number} + {number}?", "answer": f"It is {2 * number}." + " Yes." * (number % 7)}
+def _pairs() -> Iterator[dict[str, str]]:
+    """Sentences of the English texts, of which the base has learnt how they look, asked for by their first words."""
+    for text in _texts("en"):
+        for sentence in text.replace("\n", " ").split(". ")[:4]:
+            if 40 <= len(sentence) <= 160:
+                yield {"query": " ".join(sentence.split()[:3]), "answer": f"{sentence}."}

@@ -18,7 +18,7 @@ from nemo_cpt.recipes import tiny
 from nemo_cpt.training.conversations import ConversationDataModule, as_one_sequence, check_layout, with_block_mask
 from tests.training import jobs
 
-LENGTH, SEQUENCES = 256, 8
+LENGTH, SEQUENCES = 256, 16
 
 
 def data_module(world: Path, chats: Conversations, **changes: Any) -> ConversationDataModule:
@@ -189,7 +189,7 @@ def packed(world: Path, chats: Conversations) -> tuple[float, dict[str, torch.Te
         ("micro_batch_2", {"micro_batch_size": 2}),
         ("micro_batch_4", {"micro_batch_size": 4}),
         ("data_parallel", {"processes": 2, "micro_batch_size": 2}),
-        ("unpacked", {"apart": True, "global_batch_size": 56, "micro_batch_size": 4}),
+        ("unpacked", {"apart": True, "global_batch_size": 64, "micro_batch_size": 4}),
     ],
 )
 def test_the_gradient_depends_on_the_conversations_alone(

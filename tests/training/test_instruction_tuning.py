@@ -23,7 +23,7 @@ from tests.training import jobs
 
 LENGTH = 128
 KILLED = -9
-SETTINGS = {"seq_length": LENGTH, "global_batch_size": 4, "micro_batch_size": 2, "epochs": 3, "val_check_interval": 3}
+SETTINGS = {"seq_length": LENGTH, "global_batch_size": 8, "micro_batch_size": 2, "epochs": 3, "val_check_interval": 3}
 
 
 class Seen(pl.Callback):
@@ -105,7 +105,7 @@ def tuned(world: Path, chats: Conversations) -> Path:
 
 
 def test_a_model_learns_the_answers(world: Path, chats: Conversations, tuned: Path) -> None:
-    steps = chats.steps(3, 4, LENGTH)
+    steps = chats.steps(3, 8, LENGTH)
     assert list(losses(world, "unbroken", "reduced_train_loss")) == list(range(1, steps + 1))
     validation = losses(world, "unbroken", "val_loss_chats")
     assert list(validation) == [0, *range(3, steps, 3), steps]
@@ -138,7 +138,7 @@ def test_a_run_that_is_killed_within_an_epoch_goes_on_in_its_order(
     world: Path, chats: Conversations, tuned: Path, name: str, settings: dict[str, Any]
 ) -> None:
     """Without a validation at the start too, where the first one would move the count of what was seen."""
-    once = chats.steps(1, 4, LENGTH)
+    once = chats.steps(1, 8, LENGTH)
     assert start(world, chats, name, Hit("on_train_batch_end", once + 3, "SIGKILL"), **settings) == KILLED
     resumed_at = newest_whole(world / "tuned" / name / "checkpoints").step
     assert resumed_at % once != 0
@@ -167,7 +167,7 @@ def test_from_a_runs_checkpoint_with_replay_and_adapters(
     assert first < before[0] - 1
     assert {"val_loss_en", "val_loss_chats"} <= set().union(*read_metrics(world / "tuned/further"))
     steps = len(losses(world, "further", "reduced_train_loss"))
-    assert steps == chats.steps(1, 4, LENGTH, replay_share=0.25) > chats.steps(1, 4, LENGTH)
+    assert steps == chats.steps(1, 8, LENGTH, replay_share=0.25) > chats.steps(1, 8, LENGTH)
 
 
 class TestRefused:
@@ -177,12 +177,13 @@ class TestRefused:
         tokenizer = base.train_tokenizer(["other words entirely, and a few more of them"] * 3, vocab_size=400)
         tokenizer.save_pretrained(tmp_path / "tokenizer")
         (tmp_path / "chats.jsonl").write_text(json.dumps({"query": "one?", "answer": "two."}) + "\n")
+        other = Conversations({str(tmp_path / "chats"): 1.0})
         prepare(
             tmp_path / "chats.jsonl", tmp_path / "chats", tmp_path / "tokenizer", template="alpaca-en", workers=1,
             quiet=True,
         )  # fmt: skip
         with pytest.raises(CptError, match=r"was made with the tokenizer .* which is not the base's"):
-            tiny.instruction_tune(str(world / "base"), Conversations({str(tmp_path / "chats"): 1.0}))
+            tiny.instruction_tune(str(world / "base"), other, seq_length=512)
 
     def test_epochs_and_steps(self, world: Path, chats: Conversations) -> None:
         with pytest.raises(CptError, match="epochs is 2 and max_steps 5: give one of them"):
