@@ -14,7 +14,7 @@ from nemo.collections.common.tokenizers import AutoTokenizer
 
 from nemo_cpt.conversations import Conversations, Packing, mixture
 from nemo_cpt.errors import CptError
-from nemo_cpt.recipes import tiny
+from nemo_cpt.recipes import smollm2, tiny
 from nemo_cpt.training.conversations import ConversationDataModule, as_one_sequence, check_layout, with_block_mask
 from tests.training import jobs
 
@@ -148,12 +148,14 @@ class KeepGradients(pl.Callback):
 
 
 def _one_step(
-    world: Path, chats: Conversations, name: str, apart: bool, per_token: bool, changes: dict[str, Any]
+    world: Path, chats: Conversations, name: str, apart: bool, per_token: bool, gpu: bool, changes: dict[str, Any]
 ) -> None:
     settings = {"global_batch_size": SEQUENCES, "max_steps": 1, "limit_val_batches": 0, "lr": 1e-3} | changes
-    recipe = tiny.instruction_tune(
-        str(world / "base"), chats, name=name, directory=str(world / "steps"), seq_length=LENGTH, **settings
-    )
+    settings |= {"name": name, "directory": str(world / "steps"), "seq_length": LENGTH}
+    if gpu:
+        recipe = smollm2.instruction_tune(str(world / "base"), chats, model=tiny.model(LENGTH), **settings)
+    else:
+        recipe = tiny.instruction_tune(str(world / "base"), chats, **settings)
     recipe.optim.config.clip_grad = 0.0
     recipe.model.config.calculate_per_token_loss = per_token
     recipe.trainer.callbacks.append(run.Config(KeepGradients, path=str(world / f"{name}.pt")))
@@ -167,10 +169,17 @@ def _apart(lengths: Any, seq_length: int, seed: int = 0) -> Packing:
 
 
 def gradients(
-    world: Path, chats: Conversations, name: str, *, apart: bool = False, per_token: bool = True, **changes: Any
+    world: Path,
+    chats: Conversations,
+    name: str,
+    *,
+    apart: bool = False,
+    per_token: bool = True,
+    gpu: bool = False,
+    **changes: Any,
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """The loss and the gradients of a run's first step."""
-    job = functools.partial(_one_step, world, chats, name, apart, per_token, changes)
+    job = functools.partial(_one_step, world, chats, name, apart, per_token, gpu, changes)
     log = world / f"{name}.log"
     assert jobs.run(job, changes.get("processes", 1), log=log) == 0, log.read_text()[-3000:]
     return torch.load(world / f"{name}.pt", weights_only=True)
@@ -201,6 +210,22 @@ def test_the_gradient_depends_on_the_conversations_alone(
     assert largest > 1e-3
     for key, expected in packed[1].items():
         assert torch.allclose(found[key], expected, rtol=1e-4, atol=1e-5 * largest), key
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+def test_transformer_engine_keeps_conversations_apart_as_the_mask_does(
+    world: Path, chats: Conversations, packed: Any, micro_batch_size: int
+) -> None:
+    """In bf16, by the stretches' starts, against fp32 with a block-diagonal mask."""
+    name = f"transformer_engine_{micro_batch_size}"
+    loss, found = gradients(world, chats, name, gpu=True, micro_batch_size=micro_batch_size)
+    assert loss == pytest.approx(packed[0], rel=5e-3)
+    shared = [key for key in packed[1] if key.endswith("weight") and key in found and "norm" not in key]
+    assert len(shared) > 10
+    for key in shared:
+        one, two = found[key].float().cpu().flatten(), packed[1][key].flatten()
+        assert torch.nn.functional.cosine_similarity(one, two, dim=0) > 0.99, key
 
 
 def test_it_would_depend_on_more_without_the_loss_per_token(world: Path, chats: Conversations, packed: Any) -> None:
