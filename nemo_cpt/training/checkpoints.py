@@ -39,6 +39,7 @@ class RunCheckpoint(nl.ModelCheckpoint):
     """
 
     monitor: str | None
+    always_save_context: bool
 
     def __init__(self, save_every: Optional[int] = None, **kwargs: Any) -> None:  # noqa: UP045  NeMo-Run cannot parse it
         if save_every is not None and save_every < 1:

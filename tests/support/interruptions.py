@@ -20,7 +20,7 @@ import nemo_run as run
 from nemo.utils import AppState
 
 from nemo_cpt.recipes import tiny
-from nemo_cpt.training import upstream_loops
+from nemo_cpt.training import loop_patches
 from nemo_cpt.training.metrics import METRICS_FILE, read_metrics
 from tests.training import jobs
 
@@ -130,7 +130,7 @@ class Setting:
         workers: of each data loader; they persist.
         asynchronous: checkpoints are written by processes of their own while the training goes on.
         processes: data-parallel ranks.
-        unpatched: a function of `upstream_loops` that leaves what it patches as it is.
+        unpatched: a function of `loop_patches` that leaves what it patches as it is.
     """
 
     workers: int = 0
@@ -191,7 +191,7 @@ def _described(path: Path) -> str:
 
 def _train(runs: Runs, name: str, setting: Setting, hit: Hit | None, changes: dict[str, Any]) -> None:
     if setting.unpatched:
-        setattr(upstream_loops, setting.unpatched, lambda original=None: original)
+        setattr(loop_patches, setting.unpatched, lambda original=None: original)
     settings = {"seq_length": 64, "global_batch_size": 8, "max_steps": STEPS, "val_check_interval": INTERVAL} | changes
     settings |= {"name": name, "directory": str(runs.folder), "processes": setting.processes}
     blend = replace(runs.blend, validation=settings.pop("validation", runs.blend.validation))
