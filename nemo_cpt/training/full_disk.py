@@ -33,7 +33,7 @@ def say_which_disk_is_full(run_folder: Path, checkpoints: Path, clear_away: bool
         clear_away: remove what is unfinished there; for rank 0.
 
     Raises:
-        CptError: a write failed for want of room, or because the folder cannot be written any more.
+        CptError: a write failed for want of room.
     """
     try:
         yield
@@ -54,20 +54,23 @@ def say_which_disk_is_full(run_folder: Path, checkpoints: Path, clear_away: bool
             else "No checkpoint was written yet, and the same command starts again"
         )
         free = shutil.disk_usage(folder).free
-        raise CptError(f"{what}. {kept}, once there is room ({free / 1e9:.2f} GB are free in {folder})") from error
+        raise CptError(
+            f"{what} ({type(error).__name__}). {kept}, once there is room ({free / 1e9:.2f} GB are free in {folder})"
+        ) from error
 
 
 def _refusal(folder: Path) -> str | None:
-    """What the disk says to a small file in `folder`; None if it takes it."""
+    """What a full disk says to a small file in `folder`; None if it takes the file."""
     probe = folder / f".room-{uuid.uuid4().hex[:8]}"
     try:
         with open(probe, "wb") as file:
             file.write(bytes(_PROBE_BYTES))
             os.fsync(file.fileno())
     except OSError as error:
-        return f"{folder} cannot be written any more: {error.strerror}"
+        return f"{folder} cannot be written any more: {error.strerror}" if error.errno in _NO_ROOM else None
     finally:
-        probe.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            probe.unlink()
     return None
 
 
