@@ -18,6 +18,7 @@ from typing import Any
 import lightning.pytorch as pl
 import nemo_run as run
 from nemo.utils import AppState
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nemo_cpt.recipes import tiny
 from nemo_cpt.training import loop_patches
@@ -178,6 +179,13 @@ class Runs:
     def lines(self, name: str) -> list[dict[str, float]]:
         """Every line of a run's metrics, also of what was done again."""
         return [json.loads(line) for line in (self.folder / name / METRICS_FILE).read_text().splitlines()]
+
+    def logged(self, name: str) -> list[int]:
+        """The steps that a run's last start gave its logger, TensorBoard, with the training's losses."""
+        newest = max((self.folder / "tb_logs" / name).glob("events*"), key=lambda path: path.stat().st_mtime_ns)
+        events = EventAccumulator(str(newest))
+        events.Reload()
+        return [event.step for event in events.Scalars("reduced_train_loss")]
 
     def differences(self, name: str, unbroken: str) -> list[str]:
         """What a run left that is not as the unbroken one's."""
