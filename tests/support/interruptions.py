@@ -181,11 +181,11 @@ class Runs:
         return [json.loads(line) for line in (self.folder / name / METRICS_FILE).read_text().splitlines()]
 
     def logged(self, name: str) -> list[int]:
-        """The steps that a run's last start gave its logger, TensorBoard, with the training's losses."""
+        """The steps that a run's last start gave its logger, TensorBoard, with the validations' losses."""
         newest = max((self.folder / "tb_logs" / name).glob("events*"), key=lambda path: path.stat().st_mtime_ns)
         events = EventAccumulator(str(newest))
         events.Reload()
-        return [event.step for event in events.Scalars("reduced_train_loss")]
+        return [event.step for event in events.Scalars("val_loss")]
 
     def differences(self, name: str, unbroken: str) -> list[str]:
         """What a run left that is not as the unbroken one's."""
