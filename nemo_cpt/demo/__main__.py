@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_cpt.demo import report as reporting
-from nemo_cpt.demo.console import console, followed, quietly, say
+from nemo_cpt.demo.console import bar, console, followed, quietly, say
 from nemo_cpt.errors import CptError
 from nemo_cpt.training.metrics import read_metrics
 
@@ -77,7 +77,7 @@ def _pretrain_base(corpus: dict[str, list[str]]) -> None:
 
     say("A base to continue from: a small Llama-3.1-shaped model, pretrained on English alone with plain PyTorch")
     tokenizer = base.train_tokenizer(corpus["ja"] + corpus["en"])
-    with _bar("pretraining", BASE_STEPS) as progress:
+    with bar("pretraining", BASE_STEPS) as progress:
         base.pretrain(corpus["en"], tokenizer, FOLDER / "base_hf", steps=BASE_STEPS, progress=progress)
 
 

@@ -20,7 +20,7 @@ def say(step: str) -> None:
 
 
 @contextmanager
-def _bar(title: str, total: int) -> Iterator[Callable[[int, float], None]]:
+def bar(title: str, total: int) -> Iterator[Callable[[int, float], None]]:
     """A progress bar on a terminal, ten plain lines elsewhere; yields a function of the step and its loss."""
     columns = (TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
@@ -47,7 +47,7 @@ def followed(run_folder: Path, total: int) -> Iterator[None]:
                     shown = int(line["step"])
                     progress(shown, line["reduced_train_loss"])
 
-    with _bar("loading NeMo, then training", total) as progress:
+    with bar("loading NeMo, then training", total) as progress:
         follower = Thread(target=follow, args=(progress,), daemon=True)
         follower.start()
         try:
