@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_cpt import signals
-from nemo_cpt.errors import CptError, StoppedEarlyError
+from nemo_cpt.errors import CptError, StoppedEarlyError, say
 from nemo_cpt.executors.tracking import continue_wandb_run
 
 MARKER = "NEMO_CPT_PREEMPTED"  # names the file that a task leaves which was told to stop: empty once it saved
@@ -29,15 +29,16 @@ def main() -> None:
     try:
         _run_task()
     except StoppedEarlyError as stop:
-        print(f"nemo_cpt: {stop}", flush=True)
+        left = _leave(MARKER)
+        say(f"nemo_cpt: {stop.message}")
         # With a marker 0: any other code would have srun or torchrun end the tasks that are still at it.
-        sys.exit(0 if _leave(MARKER) else stop.exit_code)
+        sys.exit(0 if left else stop.exit_code)
     except CptError as error:
         _leave(REFUSAL)
-        print(f"nemo_cpt: {error}", file=sys.stderr, flush=True)
+        say(f"nemo_cpt: {error.message}", sys.stderr)
         sys.exit(error.exit_code)
     except SystemExit as end:
-        print(f"nemo_cpt: the task ended itself: sys.exit({end.code!r})", file=sys.stderr, flush=True)
+        say(f"nemo_cpt: the task ended itself: sys.exit({end.code!r})", sys.stderr)
         raise
 
 

@@ -5,20 +5,15 @@ blog on continual pretraining with NeMo): 150 steps of 1024 x 8192 tokens = 1.26
 rates are Swallow's for the same model too.
 """
 
-from collections.abc import Sequence
-
 import nemo_run as run
 from nemo.collections import llm
-from nemo.collections.llm.peft import LoRA
 
 from nemo_cpt.corpus import Blend
 from nemo_cpt.planning import ALLOWED, fit
-from nemo_cpt.recipes import parts
-from nemo_cpt.training.adapters import LoRAWithEmbeddings
-from nemo_cpt.training.guards import check_batches, check_belonging
+from nemo_cpt.recipes import continual
+from nemo_cpt.recipes.continual import with_lora as with_lora
 
 DEFAULT_BASE = "checkpoints/Llama-3.1-8B"
-LINEAR_LAYERS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 ONE_GPU = {"gpus_per_node": 1, "tensor_model_parallel_size": 1}
 
 
@@ -27,65 +22,35 @@ def model(seq_length: int = 8192) -> run.Config[llm.LlamaModel]:
     return run.Config(llm.LlamaModel, config=run.Config(llm.Llama31Config8B, seq_length=seq_length))
 
 
-def default_data() -> Blend:
-    """Japanese with a quarter of English replay, the share that Ibrahim et al. (arXiv 2403.08763) find best for a
-    strong shift, and a validation set of each language."""
-    return Blend.replay("ds/ja", "ds/en", share=0.25, validation={"ja": "ds/ja_validation", "en": "ds/en_validation"})
-
-
 @run.cli.factory(target=llm.pretrain, name="llama31_8b_cpt")
 def continual_pretrain(
     base: str = DEFAULT_BASE,
     data: Blend | None = None,
     *,
-    model: run.Config | None = None,
-    tokenizer: str | None = None,
     name: str = "llama31_8b_cpt",
-    directory: str = "results",
-    num_nodes: int = 1,
     gpus_per_node: int = 8,
     tensor_model_parallel_size: int = 2,
-    pipeline_model_parallel_size: int = 1,
-    context_parallel_size: int = 1,
     seq_length: int = 8192,
     global_batch_size: int = 1024,
-    micro_batch_size: int = 1,
     max_steps: int = 150,
     val_check_interval: int = 15,
     lr: float = 2.5e-5,
-    min_lr: float | None = None,
-    warmup_steps: int | None = None,
-    unlike_base: Sequence[str] = (),
-    save_every: int | None = None,
-    extend: str | None = None,
+    **kwargs,
 ) -> run.Partial:
     """Every parameter, on one node of 8 GPUs of 80 GB by default.
 
     Args:
-        base: folder of the NeMo checkpoint to continue from, made by `nemo-cpt import`.
-        data: what to train and validate on; `default_data()` when None.
-        model: another model of the kin, as a run.Config; Llama-3.1-8B when None.
-        tokenizer: folder or hub name of a Hugging Face tokenizer; the base's own when None.
-        name: the run's name; its checkpoints and logs go to `directory/name`.
-        directory: where runs are kept.
-        num_nodes: machines.
-        gpus_per_node: GPUs of each.
-        tensor_model_parallel_size: GPUs that share each layer.
-        pipeline_model_parallel_size: groups of layers on different GPUs.
-        context_parallel_size: GPUs that share each sequence.
-        seq_length: tokens of a sequence.
-        global_batch_size: sequences of a step, over all GPUs.
-        micro_batch_size: sequences of one forward pass on one GPU.
-        max_steps: steps, and the length of the learning-rate schedule.
-        val_check_interval: steps between validations; the last step is validated as well.
-        lr: peak learning rate.
-        min_lr: learning rate at the end; a tenth of `lr` when None.
-        warmup_steps: `parts.default_warmup(max_steps)` when None, 15 of 150.
-        unlike_base: in what the model differs from its base on purpose, of rope_theta, rope_scaling, sliding_window,
-            rms_norm_eps and eos_token_id; an export writes it into config.json. Anything else that differs is refused.
-        save_every: steps between checkpoints; one follows each validation when None.
-        extend: "rewarm", "stretch" or "keep": what becomes of the learning rate when the run is resumed with another
-            max_steps, lr, min_lr or warmup_steps; see `ResumeOrStartFromBase`.
+        base: see `continual.continual_pretrain`.
+        data: see `continual.continual_pretrain`.
+        name: see `continual.continual_pretrain`.
+        gpus_per_node: see `continual.continual_pretrain`.
+        tensor_model_parallel_size: see `continual.continual_pretrain`.
+        seq_length: see `continual.continual_pretrain`.
+        global_batch_size: see `continual.continual_pretrain`.
+        max_steps: see `continual.continual_pretrain`.
+        val_check_interval: see `continual.continual_pretrain`.
+        lr: see `continual.continual_pretrain`.
+        **kwargs: see `continual.continual_pretrain`.
 
     Returns:
         A run.Partial of `llm.pretrain`; every field stays editable.
@@ -98,38 +63,19 @@ def continual_pretrain(
         >>> recipe = continual_pretrain(data=Blend.replay("ds/ja", "ds/en", share=0.25))
         >>> run.run(recipe, executor=local(processes=8))
     """
-    model_parallel = tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size
-    check_batches(global_batch_size, micro_batch_size, num_nodes * gpus_per_node, model_parallel)
-    recipe = run.Partial(
-        llm.pretrain,
-        model=parts.fused(model or _model(seq_length)),
-        data=parts.data(
-            data or default_data(),
-            tokenizer=tokenizer or parts.tokenizer(base, directory, name),
-            seq_length=seq_length,
-            global_batch_size=global_batch_size,
-            micro_batch_size=micro_batch_size,
-        ),
-        trainer=parts.trainer(
-            max_steps=max_steps,
-            val_check_interval=val_check_interval,
-            num_nodes=num_nodes,
-            gpus_per_node=gpus_per_node,
-            tensor_model_parallel_size=tensor_model_parallel_size,
-            pipeline_model_parallel_size=pipeline_model_parallel_size,
-            context_parallel_size=context_parallel_size,
-            sequence_parallel=tensor_model_parallel_size > 1,
-            unlike_base=unlike_base,
-        ),
-        optim=parts.adam(lr=lr, min_lr=min_lr, warmup_steps=warmup_steps, max_steps=max_steps),
-        log=parts.log(directory, name, save_every),
-        resume=parts.resume(base, extend),
+    return continual.continual_pretrain(
+        base=base,
+        data=data,
+        name=name,
+        gpus_per_node=gpus_per_node,
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        seq_length=seq_length,
+        global_batch_size=global_batch_size,
+        max_steps=max_steps,
+        val_check_interval=val_check_interval,
+        lr=lr,
+        **{"model": model(seq_length)} | kwargs,
     )
-    check_belonging(recipe)
-    return recipe
-
-
-_model = model  # the parameter `model` above hides the function
 
 
 @run.cli.factory(target=llm.finetune, name="llama31_8b_cpt_single_gpu")
@@ -214,32 +160,3 @@ def continual_pretrain_full_single_gpu(
     recipe = continual_pretrain(base, data, name=name, **ONE_GPU | sizes | kwargs)
     given_up = ["gradients"] + ["seq_length"] * (seq_length is None)
     return fit(recipe, gpu_memory_gib, allow=[*ALLOWED, *given_up]).recipe
-
-
-def with_lora(recipe: run.Partial, rank: int | None = 128, embeddings_lr: float | None = None) -> run.Partial:
-    """The same run with the base frozen and LoRA trained, through `llm.finetune`: llm.pretrain takes no adapters.
-
-    Args:
-        recipe: a full-parameter recipe; its parts are reused.
-        rank: of the adapters; alpha is twice that.
-        embeddings_lr: peak learning rate of the embedding and the output layer, which are then trained whole; both
-            stay frozen when None. Lower than the adapters' rate: a fifth to a tenth of it is usual (Unsloth,
-            "Continued LLM Pretraining", 2024).
-
-    Raises:
-        CptError: `embeddings_lr` is below the schedule's min_lr.
-    """
-    rank = rank or 128
-    recipe.model.config.gradient_accumulation_fusion = False  # the adapters' gradients are small
-    adapters = LoRA if embeddings_lr is None else LoRAWithEmbeddings
-    return run.Partial(
-        llm.finetune,
-        model=recipe.model,
-        data=recipe.data,
-        trainer=recipe.trainer,
-        optim=recipe.optim if embeddings_lr is None else parts.with_embeddings_rate(recipe.optim, embeddings_lr),
-        log=recipe.log,
-        resume=recipe.resume,
-        peft=run.Config(adapters, dim=rank, alpha=2 * rank, target_modules=LINEAR_LAYERS),
-        tokenizer="data",
-    )

@@ -4,7 +4,7 @@ import nemo_run as run
 from nemo.collections import llm
 
 from nemo_cpt.corpus import Blend
-from nemo_cpt.recipes import llama31_8b
+from nemo_cpt.recipes import continual
 
 DEFAULT_BASE = "checkpoints/SmolLM2-135M"
 
@@ -43,22 +43,22 @@ def continual_pretrain(
     lr: float = 3e-4,
     **kwargs,
 ) -> run.Partial:
-    """`llama31_8b.continual_pretrain` for SmolLM2-135M, every parameter, on one GPU.
+    """Every parameter of SmolLM2-135M, on one GPU.
 
     Args:
-        base: see `llama31_8b.continual_pretrain`.
-        data: see `llama31_8b.continual_pretrain`.
-        name: see `llama31_8b.continual_pretrain`.
-        gpus_per_node: see `llama31_8b.continual_pretrain`.
-        seq_length: see `llama31_8b.continual_pretrain`.
-        global_batch_size: see `llama31_8b.continual_pretrain`.
-        micro_batch_size: see `llama31_8b.continual_pretrain`.
-        max_steps: see `llama31_8b.continual_pretrain`.
-        val_check_interval: see `llama31_8b.continual_pretrain`.
+        base: see `continual.continual_pretrain`.
+        data: see `continual.continual_pretrain`.
+        name: see `continual.continual_pretrain`.
+        gpus_per_node: see `continual.continual_pretrain`.
+        seq_length: see `continual.continual_pretrain`.
+        global_batch_size: see `continual.continual_pretrain`.
+        micro_batch_size: see `continual.continual_pretrain`.
+        max_steps: see `continual.continual_pretrain`.
+        val_check_interval: see `continual.continual_pretrain`.
         limit_val_batches: global batches to validate on from each validation set.
         lr: peak learning rate: a tenth of the 3e-3 at which SmolLM's model of this shape was pretrained
             (config_smollm1_135M.yaml in huggingface/smollm), for batches of a sixtieth of its tokens.
-        **kwargs: see `llama31_8b.continual_pretrain`.
+        **kwargs: see `continual.continual_pretrain`.
 
     Returns:
         A run.Partial of `llm.pretrain`; every field stays editable.
@@ -66,9 +66,9 @@ def continual_pretrain(
     Raises:
         CptError: `data` is no Blend.
     """
-    recipe = llama31_8b.continual_pretrain(
-        base,
-        data,
+    recipe = continual.continual_pretrain(
+        base=base,
+        data=data,
         name=name,
         gpus_per_node=gpus_per_node,
         seq_length=seq_length,
@@ -77,7 +77,7 @@ def continual_pretrain(
         max_steps=max_steps,
         val_check_interval=val_check_interval,
         lr=lr,
-        **{"model": model(seq_length), "tensor_model_parallel_size": 1} | kwargs,
+        **{"model": model(seq_length)} | kwargs,
     )
     recipe.trainer.limit_val_batches = limit_val_batches
     return recipe

@@ -17,9 +17,9 @@ from nemo_cpt.checkpoint.architecture import Architecture, read_json
 from nemo_cpt.checkpoint.arrays import DTYPES, check_finite
 from nemo_cpt.checkpoint.base import base_files, base_weights, carried_places, nemo_folder, unchanged
 from nemo_cpt.checkpoint.exported_config import ExportedConfig, exported_config
-from nemo_cpt.checkpoint.files import copy_small_files, new_folder
+from nemo_cpt.checkpoint.folders import copy_small_files, new_folder
 from nemo_cpt.checkpoint.safetensors_files import SHARD_BYTES, TensorPlan, write_weights
-from nemo_cpt.checkpoint.tokenizer_files import count_token_ids
+from nemo_cpt.checkpoint.tokenizer_ids import count_token_ids
 from nemo_cpt.errors import CptError
 
 

@@ -15,9 +15,9 @@ from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import Architecture, read_architecture
 from nemo_cpt.checkpoint.arrays import bits, check_finite
 from nemo_cpt.checkpoint.context import HF_FOLDER, write_context
-from nemo_cpt.checkpoint.files import copy_small_files, new_folder, require_tokenizer
+from nemo_cpt.checkpoint.folders import copy_small_files, new_folder, require_tokenizer
 from nemo_cpt.checkpoint.safetensors_files import HFWeights
-from nemo_cpt.checkpoint.tokenizer_files import count_token_ids
+from nemo_cpt.checkpoint.tokenizer_ids import count_token_ids
 from nemo_cpt.checkpoint.weight_sums import WeightSums
 from nemo_cpt.errors import CptError
 

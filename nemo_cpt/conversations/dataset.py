@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_cpt.corpus.index import Index, full_prefix, read_index
-from nemo_cpt.corpus.manifest import read_manifest
+from nemo_cpt.corpus.dataset.index import Index, full_prefix, read_index
+from nemo_cpt.corpus.dataset.manifest import read_manifest
 from nemo_cpt.errors import CptError
 
 SUFFIX = "_conversations"

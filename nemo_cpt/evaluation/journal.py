@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from nemo_cpt.corpus.files import make_folder, open_locked
+from nemo_cpt.corpus.atomic_files import make_folder, open_locked
 from nemo_cpt.errors import CptError
 
 

@@ -6,7 +6,7 @@ from nemo.collections import llm
 from nemo.collections.llm.gpt.data.utils import _reconfigure_limit_batches
 
 from nemo_cpt.corpus import Blend
-from nemo_cpt.corpus.blend import check_distinct
+from nemo_cpt.corpus.dataset.blend import check_distinct
 from nemo_cpt.errors import CptError
 from nemo_cpt.training.datasets import TRAIN, VALIDATION, FirstSamples, gpt_dataset
 

@@ -9,11 +9,11 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 
-from nemo_cpt.training import upstream
+from nemo_cpt.training import patches
 
 TRAIN, VALIDATION = 0, 1
 
-upstream.mend_datasets()  # not only in the job's callbacks: Lightning builds the data before it calls them
+patches.mend_datasets()  # not only in the job's callbacks: Lightning builds the data before it calls them
 
 
 def gpt_dataset(

@@ -14,7 +14,7 @@ import torch
 from nemo_cpt import compatibility
 from nemo_cpt.corpus import full_prefix
 from nemo_cpt.errors import CptError, exit_with_the_message
-from nemo_cpt.training import upstream
+from nemo_cpt.training import patches
 from nemo_cpt.training.data import blend_of
 from nemo_cpt.training.preconditions import check_base, check_environment
 from nemo_cpt.training.resume import check_start
@@ -26,8 +26,8 @@ class Guards(pl.Callback):
     """Check inside the job what can only be seen there; every recipe carries it.
 
     At the start: base, data, what belongs together, schedule, environment. In each batch: that every id has a row. At
-    step 0: that the loss is not that of random weights. It gives the model the base's rows, and puts the cures of
-    `nemo_cpt.training.upstream` into effect before the model is built.
+    step 0: that the loss is not that of random weights. It gives the model the base's rows, and puts the patches of
+    `nemo_cpt.training.patches` into effect before the model is built.
 
     Args:
         unlike_base: constants in which the model differs from its base on purpose; see `compatibility.CHANGEABLE`.
@@ -39,7 +39,7 @@ class Guards(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check everything that is known before the model is built, and build it with the base's rows."""
         exit_with_the_message()
-        upstream.apply()
+        patches.apply()
         check_data(type(trainer.datamodule).__name__)
         rows, built = _on_rank_zero(trainer, lambda: self._check_belonging(trainer, pl_module))
         pl_module.config.vocab_size = built

@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from nemo_cpt.corpus.index import full_prefix
+from nemo_cpt.corpus.dataset.index import full_prefix
 
 _OPTIMIZER = ("optimizer", "adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "clip_grad", "sgd_momentum")
 _NOT_OF_A_SCHEDULE = ("interval", "frequency", "monitor", "max_steps")  # max_steps: NeMo takes the trainer's
@@ -39,8 +39,16 @@ class Change:
 
 
 def record_of(trainer: pl.Trainer) -> dict[str, Any]:
-    """What a checkpoint's `run.json` holds: the step, and the settings that the run was started with."""
-    return {"step": trainer.global_step, "settings": settings_of(trainer)}
+    """What a checkpoint's `run.json` holds: the step, the settings that the run was started with, its validation."""
+    return {"step": trainer.global_step, "settings": settings_of(trainer), "validated_on": _validated_on(trainer)}
+
+
+def _validated_on(trainer: pl.Trainer) -> dict[str, Any]:
+    """Where the validation sets are, and the sequences of each: not compared when a run is resumed elsewhere."""
+    sets = {name: str(Path(full_prefix(prefix)).absolute()) for name, prefix in _validation(trainer.datamodule).items()}
+    read = getattr(trainer.datamodule, "_validation_ds", None)
+    samples = len(read) // len(sets) if sets and read is not None else None
+    return {"sets": sets, "samples": samples, "seq_length": getattr(trainer.datamodule, "seq_length", None)}
 
 
 def settings_of(trainer: pl.Trainer) -> dict[str, dict[str, Any]]:

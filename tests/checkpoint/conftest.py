@@ -12,9 +12,8 @@ def nemo_jobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     `hf` has Llama 3.1's shape, `tied_hf` Llama 3.2's; both have more rows than tokens, and not a multiple of 128.
     `nemo` and `tied_nemo` are imported from them; `runs` are trainings from those.
     """
-    import small_models
-
     from nemo_cpt.checkpoint import import_hf
+    from tests.support import small_models
 
     folder = tmp_path_factory.mktemp("nemo_jobs")
     for shape, prefix in (("llama31", ""), ("llama32", "tied_")):

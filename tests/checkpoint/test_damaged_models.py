@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import small_models as models
 import torch
 from safetensors.torch import load_file, save_file
 
 from nemo_cpt.checkpoint import export_hf, import_hf
 from nemo_cpt.errors import CptError
+from tests.support import small_models as models
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ import threading
 from pathlib import Path
 
 import pytest
-import small_models as models
 
 from nemo_cpt.checkpoint import export_hf, import_hf
-from nemo_cpt.checkpoint.files import new_folder
+from nemo_cpt.checkpoint.folders import new_folder
 from nemo_cpt.errors import CptError
+from tests.support import small_models as models
 
 # Writes, says where, and waits to be killed: the progress is called inside the block that fills the folder.
 WRITER = """
@@ -89,7 +89,7 @@ def test_room_is_made_before_it_is_measured(tmp_path: Path, monkeypatch: pytest.
     (left / ".owner").write_text(socket.gethostname())
     (left / "weights").write_bytes(bytes(1000))
     seen: list[bool] = []
-    monkeypatch.setattr("nemo_cpt.checkpoint.files._check_free_space", lambda *args: seen.append(left.exists()))
+    monkeypatch.setattr("nemo_cpt.checkpoint.folders._check_free_space", lambda *args: seen.append(left.exists()))
     with new_folder(tmp_path / "new", 1) as folder:
         (folder / "file").touch()
     assert seen == [False]

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import small_models as models
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -12,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from nemo_cpt.checkpoint import export_hf
 from nemo_cpt.checkpoint.distributed_writer import DistributedWriter
 from nemo_cpt.errors import CptError
+from tests.support import small_models as models
 
 LAYERS, RANK, ALPHA = 4, 4, 8
 # Output and input sizes of small_models' Llama: 4 heads and 2 groups of 12, hidden 48, ffn 80.

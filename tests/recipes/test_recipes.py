@@ -12,12 +12,13 @@ from megatron.core.optimizer import OptimizerConfig
 from nemo.collections import llm
 from nemo_run.core.serialization.yaml import YamlSerializer
 
-from nemo_cpt.cli import yaml_file
+from nemo_cpt.constants import ADAM_STATES
 from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
+from nemo_cpt.launching import yaml_file
 from nemo_cpt.planning import plan
 from nemo_cpt.recipes import llama31_8b, parts, tiny
-from nemo_cpt.training.optimizer import STATES, HostStateOptimizer
+from nemo_cpt.training.optimizer import HostStateOptimizer
 
 RECIPES = [
     llama31_8b.continual_pretrain,
@@ -101,7 +102,7 @@ class TestOneGpu:
         monkeypatch.setattr(OptimizerConfig, "__post_init__", lambda self: None)  # it asks for Transformer Engine
         module = fiddle.build(llama31_8b.continual_pretrain_full_single_gpu().optim)
         assert isinstance(module, HostStateOptimizer)
-        assert module.host_states == STATES
+        assert module.host_states == ADAM_STATES
         assert module.config.exp_avg_dtype == module.config.main_grads_dtype == torch.float32
 
     def test_a_card_too_small_is_refused_with_the_smallest_that_fits(self) -> None:

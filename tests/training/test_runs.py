@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from nemo_cpt.checkpoint import export_hf
 from nemo_cpt.errors import CptError
-from nemo_cpt.evaluation.loss import language_model_loss
+from nemo_cpt.evaluation.bits_per_byte import sequences_loss
+from nemo_cpt.inference.transformers_engine import TransformersEngine
 from nemo_cpt.recipes import llama31_8b, tiny
 from nemo_cpt.training.callbacks import StopAtStep
 from nemo_cpt.training.metrics import read_metrics
@@ -153,7 +154,8 @@ def test_embeddings_train_beside_adapters_at_their_own_rate_resume_and_are_expor
     assert newest is not None
     checkpoint = newest.path
     export_hf(checkpoint, world / "embeddings_hf")
-    loss = language_model_loss(world / "embeddings_hf", str(world / "ds/ja_validation"), seq_length=64, samples=8)
+    engine = TransformersEngine(world / "embeddings_hf", device="cpu")
+    loss = sequences_loss(engine, world / "ds/ja_validation", seq_length=64, samples=8).loss
     assert loss == pytest.approx(metrics(world, "embeddings", "val_loss_ja")[STEPS], abs=1e-4)
     before, after = (load_file(world / folder / "model.safetensors") for folder in ("base_hf", "embeddings_hf"))
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
