@@ -32,6 +32,28 @@ from nemo_cpt.evaluation.questions import SHIPPED, shipped_questions
 CHECKOUT = Path(__file__).parents[2]
 LABELLED = Path(__file__).with_name("replies.jsonl")
 REPLIES = [json.loads(line) for line in LABELLED.read_text("utf-8").splitlines()]
+SENTENCES = {
+    "ja": "明日は友達と海へ行くつもりです。",
+    "zh-tw": "明天我打算和朋友去海邊游泳。",
+    "zh-cn": "明天我打算和朋友去海边游泳，你们要来吗？",
+    "ko": "내일은 친구와 바다에 갈 생각입니다.",
+    "en": "Tomorrow I am going to the sea with a friend.",
+    "de": "Morgen fahre ich mit einem Freund ans Meer.",
+    "fr": "Demain, je vais à la mer avec une amie.",
+    "es": "Mañana voy a la playa con un amigo.",
+    "it": "Domani vado al mare con un'amica.",
+    "pt": "Amanhã vou à praia com um amigo, não é longe.",
+    "nl": "Morgen ga ik met een vriend naar het strand.",
+    "pl": "Jutro jadę z przyjacielem nad morze.",
+    "tr": "Yarın bir arkadaşımla denize gideceğim.",
+    "id": "Besok saya akan pergi ke pantai dengan teman.",
+    "vi": "Ngày mai tôi sẽ đi biển với một người bạn.",
+    "th": "พรุ่งนี้ฉันจะไปทะเลกับเพื่อน",
+    "hi": "कल मैं एक दोस्त के साथ समुद्र तट पर जाऊँगा।",
+    "ar": "غدا سأذهب إلى البحر مع صديق لي.",
+    "ru": "Завтра я поеду на море с другом.",
+    "uk": "Завтра я поїду на море з другом.",
+}
 NO_LANGUAGE = st.sampled_from(
     [
         "```python\nprint('hello there, how are you')\n```",
@@ -118,6 +140,11 @@ class TestVerdict:
     def test_of_long_repetitions_comes_soon(self, unit: str) -> None:
         verdict = judge_language(unit * 5000 + "x", "ja")
         assert verdict.language in {*KNOWN, MIXED, UNDECIDED}
+
+    def test_tells_every_known_language(self) -> None:
+        assert SENTENCES.keys() == KNOWN.keys()
+        told = {asked: [judge_language(each, asked).language for each in SENTENCES.values()] for asked in ("ja", "en")}
+        assert told == {"ja": list(SENTENCES), "en": list(SENTENCES)}
 
     def test_counts_text_by_its_bytes(self) -> None:
         shares = judge_language("これは本です。It is a book.", "ja").shares
