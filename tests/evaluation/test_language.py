@@ -126,6 +126,7 @@ class TestVerdict:
             ("Python คือภาษาโปรแกรม", "ja", "th"),
             ("Το Τόκιο είναι η πρωτεύουσα.", "ja", OTHER),
             ("π", "ja", UNDECIDED),
+            ("\U0003134b", "ja", UNDECIDED),  # a Han character younger than Python's Unicode
             ("大学", "en", "zh-cn"),  # nothing tells
             ("これは本です。" * 5 + "It is a book.", "ja", "ja"),
             ("これは本です。It is a book.", "ja", MIXED),
