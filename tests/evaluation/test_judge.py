@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_cpt.errors import CptError
@@ -384,6 +384,7 @@ class TestPrompts:
     def test_preferences_are_read(self, reply: str, preference: str | None) -> None:
         assert read_preference(reply) == preference
 
+    @settings(deadline=None)
     @given(st.text() | st.text("[]0123456789./ABCtie: "))
     def test_any_reply_can_be_read(self, reply: str) -> None:
         score = read_score(reply)

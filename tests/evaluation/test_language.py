@@ -9,7 +9,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_cpt.errors import CptError
@@ -100,6 +100,7 @@ class TestAgreement:
 
 
 class TestVerdict:
+    @settings(deadline=None)
     @given(st.text(max_size=200), st.sampled_from(sorted(KNOWN)))
     def test_of_any_text_is_a_class_with_shares(self, text: str, asked: str) -> None:
         verdict = judge_language(text, asked)
@@ -107,6 +108,7 @@ class TestVerdict:
         assert not verdict.shares or sum(verdict.shares.values()) == pytest.approx(1)
         assert bool(verdict.shares) == (verdict.language not in (UNDECIDED, EMPTY))
 
+    @settings(deadline=None)
     @given(st.sampled_from([each for each in REPLIES if each["label"] in KNOWN]), NO_LANGUAGE)
     def test_does_not_change_with_what_is_no_language(self, reply: dict[str, str], other: str) -> None:
         alone = judge_language(reply["reply"], reply["asked"])
