@@ -103,7 +103,7 @@ def _sacrebleu_measures(
     except ImportError as error:
         raise CptError("BLEU and chrF need sacrebleu: pip install 'nemo_cpt[eval]'") from error
     most = max(map(len, answers))
-    references = [[each[at] if at < len(each) else None for each in answers] for at in range(most)]
+    references: Any = [[each[at] if at < len(each) else None for each in answers] for at in range(most)]
     for metric in (BLEU(tokenize=BLEU_TOKENIZERS.get(language or "", "13a")), CHRF()):
         # The counts of each reply, which sacrebleu's corpus_score sums: a resample is a sum of its own.
         counts = np.asarray(metric._extract_corpus_statistics(list(replies), references))
