@@ -3,10 +3,10 @@
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import Any
 
 
-def say(what: str, stream: TextIO | None = None) -> None:
+def say(what: str, stream: Any = None) -> None:
     """Print to a stream, by default stdout, or to nowhere where it has no reader any more."""
     stream = stream or sys.stdout
     try:
