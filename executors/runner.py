@@ -31,7 +31,7 @@ def main() -> None:
     try:
         _run_task()
     except StoppedEarlyError as stop:
-        left = _leave(MARKER)
+        left = _leave(MARKER, "" if stop.trained else UNTRAINED)
         say(f"nemo_cpt: {stop.message}")
         # With a marker 0: any other code would have srun or torchrun end the tasks that are still at it.
         sys.exit(0 if left else stop.exit_code)
@@ -66,10 +66,10 @@ def _run_task() -> None:
         command.invoke(context)
 
 
-def _leave(variable: str) -> bool:
-    """Make the file that an environment variable names; return whether there is one."""
+def _leave(variable: str, words: str = "") -> bool:
+    """Write the file that an environment variable names; return whether there is one."""
     if file := os.environ.get(variable):
-        Path(file).touch()
+        Path(file).write_text(words)
     return bool(file)
 
 
@@ -85,8 +85,7 @@ def _end_untrained(number: int, frame: Any) -> None:
     """
     if signals.training_began:
         return
-    if file := os.environ.get(MARKER):
-        Path(file).write_text(UNTRAINED)
+    _leave(MARKER, UNTRAINED)
     os.write(2, f"nemo_cpt: told to stop, {UNTRAINED}\n".encode())
     os._exit(0)
 

@@ -29,9 +29,17 @@ class CptError(Exception):
 
 
 class StoppedEarlyError(CptError):
-    """A job was told to stop, and saved: nothing is wrong, and the run is not finished."""
+    """A job was told to stop, and nothing that it trained is lost: nothing is wrong, and the run is not finished.
+
+    Attributes:
+        trained: it did at least a step, and has saved; else this start left nothing.
+    """
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+    def __init__(self, message: object, trained: bool = True) -> None:
+        super().__init__(message)
+        self.trained = trained
 
 
 def exit_with_the_message() -> None:

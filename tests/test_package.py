@@ -17,6 +17,8 @@ LIGHT = [
     "nemo_cpt.conversations.special_rows",
     "nemo_cpt.conversations.synthesis",
     "nemo_cpt.corpus",
+    "nemo_cpt.evaluation.judge",
+    "nemo_cpt.evaluation.language",
     "nemo_cpt.executors",
     "nemo_cpt.recipes",
 ]

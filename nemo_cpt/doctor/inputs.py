@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nemo_cpt import compatibility, corpus
 from nemo_cpt.checkpoint.architecture import Architecture, read_architecture
+from nemo_cpt.checkpoint.base import carried_places
 from nemo_cpt.checkpoint.folders import has_tokenizer
 from nemo_cpt.doctor.examination import Examination, Finding, from_error
 from nemo_cpt.doctor.job import Job
@@ -16,6 +17,7 @@ from nemo_cpt.training.preconditions import UNFINISHED, check_base
 from nemo_cpt.training.run_folder import Checkpoint, finished, newest_whole, to_resume
 from nemo_cpt.training.run_lock import check_free
 
+_LONG = 4096  # a length to look at the data with, where the recipe's source does not say its own
 BYTES_OF_DTYPE = {"float32": 4}  # bf16 and fp16 have 2
 
 
@@ -33,7 +35,7 @@ def base(examination: Examination) -> Finding:
     try:
         check_base(folder)
         _check_whole(folder)
-        if job.tokenizer is None and not has_tokenizer(folder / "hf"):
+        if job.tokenizer is None and not any(map(has_tokenizer, carried_places(folder))):
             raise CptError(f"{folder}/hf holds no tokenizer: import the model again, or give the recipe tokenizer=")
         warnings = compatibility.check_model(compatibility.read_base(folder), job.model, job.unlike_base)
     except CptError as error:
@@ -72,7 +74,9 @@ def data(examination: Examination) -> Finding:
     if job.data is None:
         return Finding("data", "skipped", f"{job.recipe}'s default data cannot be read from its source")
     try:
-        report = job.data.report(job.global_batch_size or 1, job.seq_length or 1, job.max_steps or 1)
+        report = job.data.report(job.global_batch_size or 1, job.seq_length or _LONG, job.max_steps or 1)
+        if job.replay is not None:
+            job.replay.check()
     except CptError as error:
         return from_error("data", error)
     tokens = sum(each["tokens"] for each in report.sets)
@@ -95,6 +99,8 @@ def vocabulary(examination: Examination) -> Finding:
         base = compatibility.read_base(weights)
         warnings = compatibility.check_tokenizer(base, job.tokenizer)
         warnings += compatibility.check_data(base, prefixes, job.unlike_base, job.tokenizer)
+        if job.lora_rank is not None and not job.trained_embeddings:
+            warnings += compatibility.check_template(base, prefixes)
     except CptError as error:
         return from_error(name, error)
     if warnings:
@@ -161,7 +167,7 @@ def _resumed(job: Job) -> Checkpoint | None:
 
 def _prefixes(job: Job) -> list[str]:
     try:
-        return job.data.prefixes() if job.data else []
+        return [prefix for each in (job.data, job.replay) if each is not None for prefix in each.prefixes()]
     except AttributeError:  # no mapping: the check of the data says so
         return []
 

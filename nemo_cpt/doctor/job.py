@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_cpt.errors import CptError
 
 if TYPE_CHECKING:
+    from nemo_cpt.conversations import Conversations
     from nemo_cpt.corpus import Blend
     from nemo_cpt.planning import Workload
 
@@ -53,6 +54,7 @@ class Job:
         unlike_base: in what that differs from the base's on purpose.
         base: folder of the NeMo checkpoint to start from; None where the recipe names none.
         data: what it trains on; None where that cannot be known without building the recipe.
+        replay: pretraining text that is mixed into conversations.
         tokenizer: folder or hub name; None for the base's own.
         directory: folder that the run writes to.
         gpus_per_node: GPUs of each machine; 0 for a recipe of CPU processes.
@@ -75,7 +77,8 @@ class Job:
     model: Any = field(default_factory=dict)
     unlike_base: Sequence[str] = ()
     base: str | None = None
-    data: "Blend | None" = None
+    data: "Blend | Conversations | None" = None
+    replay: "Blend | None" = None
     tokenizer: str | None = None
     directory: Path = Path("results")
     gpus_per_node: int = 0
@@ -116,9 +119,9 @@ def checkpoints_at_once(max_steps: int, interval: int, kept: int) -> int:
     """Checkpoints on the disk at once: the best ones, and the one that is written before the worst is removed.
 
     Args:
-        max_steps: of the run.
+        max_steps: of the run; 0 where it is not known.
         interval: steps between checkpoints.
         kept: the recipe's `save_top_k`; negative for all.
     """
-    written = max(-(-max(max_steps, 1) // max(interval, 1)), 1)
-    return written if kept < 0 else min(written, kept + 1)
+    written = max(-(-max_steps // max(interval, 1)), 1)
+    return written if kept < 0 else min(written if max_steps else kept + 1, kept + 1)

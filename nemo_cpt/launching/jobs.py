@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,10 @@ def submit(
 
     from nemo_cpt.launching.task import run_recipe
 
-    plain = {name: asdict(value) if name == "data" and value else value for name, value in arguments.items()}
+    plain: dict[str, Any] = {
+        name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+        for name, value in arguments.items()
+    }
     task = run.Partial(run_recipe, recipe=recipe.name, arguments=plain, overrides=fields)
     title = recipe.name.replace(".", "-")
     with run.Experiment(title, executor=executor, enable_goodbye_message=False) as experiment:
