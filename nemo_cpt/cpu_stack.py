@@ -87,7 +87,7 @@ def _patches() -> Iterator[Any]:
 
     for name, function in _cuda_functions().items():
         yield mock.patch.object(torch.cuda, name, function)
-    # Where Transformer Engine is installed, Megatron takes its norms, which know CUDA tensors only, in plain models too.
+    # Where Transformer Engine is installed, Megatron takes its norms, which know CUDA alone, for plain models too.
     for module, name in ((transformer_block, "LayerNormImpl"), (gpt_layer_specs, "LNImpl")):
         yield mock.patch.object(module, name, WrappedTorchNorm)
     yield mock.patch.object(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
