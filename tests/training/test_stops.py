@@ -101,7 +101,7 @@ def test_without_any_of_the_patched_loops_a_run_is_another(runs: Runs, unpatched
 
 @pytest.mark.parametrize("unpatched", ["", "_count_global_steps"])
 def test_loggers_go_on_behind_the_step_of_the_checkpoint(runs: Runs, unpatched: str) -> None:
-    """Of steps 6 and 8, which loggers count from 0; the checkpoint of step 3 was written within the hooks of its step."""
+    """Of steps 6 and 8, which loggers count from 0; the checkpoint was written within the hooks of step 3."""
     name = f"logged{unpatched}"
     codes = runs.broken(name, Setting(unpatched=unpatched), [Hit("on_train_batch_start", 4, "SIGKILL")])
     assert codes == [KILLED, 0], runs.log(name).read_text()[-3000:]
