@@ -2,9 +2,11 @@
 
 import contextlib
 import errno
+import logging
 import os
 import re
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +38,8 @@ def say_which_disk_is_full(run_folder: Path, checkpoints: Path, clear_away: bool
         CptError: a write failed for want of room.
     """
     try:
-        yield
+        with _log_files_do_not_complain():
+            yield
     except CptError:
         raise
     except (Exception, CheckpointException) as error:  # the latter is PyTorch's, and a BaseException
@@ -57,6 +60,22 @@ def say_which_disk_is_full(run_folder: Path, checkpoints: Path, clear_away: bool
         raise CptError(
             f"{what} ({type(error).__name__}). {kept}, once there is room ({free / 1e9:.2f} GB are free in {folder})"
         ) from error
+
+
+@contextlib.contextmanager
+def _log_files_do_not_complain() -> Iterator[None]:
+    """Pass over lines that a log file has no room for, each with a traceback: metrics and checkpoints say it once."""
+    complain = logging.Handler.handleError
+
+    def handle_error(handler: logging.Handler, record: logging.LogRecord) -> None:
+        if getattr(sys.exc_info()[1], "errno", None) not in _NO_ROOM:
+            complain(handler, record)
+
+    logging.Handler.handleError = handle_error  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        logging.Handler.handleError = complain  # type: ignore[method-assign]
 
 
 def _refusal(folder: Path) -> str | None:

@@ -1,5 +1,7 @@
 """A disk that is full during a training: one line that says so, the last checkpoint whole, and nothing lost later."""
 
+import contextlib
+import logging
 import os
 import shutil
 import subprocess
@@ -9,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from nemo_cpt.training.full_disk import say_which_disk_is_full
 from nemo_cpt.training.run_folder import newest_whole
 from tests.support.interruptions import Hit, Runs, Setting
 
@@ -65,3 +68,17 @@ def test_it_is_said_and_nothing_is_lost(runs: Runs, name: str, setting: Setting,
     if setting.processes == 1:
         assert runs.differences(name, "unbroken") == []
     shutil.rmtree(runs.folder / name)  # room for the next
+
+
+def test_a_log_file_without_room_does_not_complain_line_by_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger, file = logging.Logger("test"), logging.FileHandler("/dev/full")
+    logger.addHandler(file)
+    with say_which_disk_is_full(tmp_path, tmp_path, clear_away=False):
+        logger.warning("lost")
+    assert capsys.readouterr().err == ""
+    logger.warning("lost")
+    assert "Logging error" in capsys.readouterr().err
+    with contextlib.suppress(OSError):
+        file.close()
