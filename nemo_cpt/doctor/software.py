@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_cpt.doctor.examination import Examination, Finding, State, alongside
-from nemo_cpt.doctor.versions import IMPORTED, MEASURED, OLDEST_DRIVER, OTHERS, PYTHONS, STACK, Package
+from nemo_cpt.doctor.versions import MEASURED, OLDEST_DRIVER, OTHERS, PYTHONS, STACK, Package, required
 
 if TYPE_CHECKING:
     from packaging.version import Version
@@ -35,17 +35,21 @@ def packages(examination: Examination) -> Iterator[Finding]:
     if not _this_environment(examination):
         yield Finding("packages", "skipped", f"the job on {examination.place.executor} uses its own")
         return
-    for package in STACK:
-        yield _of_package(package, examination)
-    yield from (each for package in IMPORTED if (each := _of_package(package, examination)).state != "ok")
-    others = [(package, _of_package(package, examination)) for package in OTHERS]
-    wrong = {package: each for package, each in others if each.state != "ok"}
+    known = required()
+    if not known:
+        found = "not compared: nemo_cpt's files are here without the metadata that declare what it requires"
+        yield Finding("packages", "warning", found, "install it: pip install PATH_OF_ITS_CHECKOUT")
+        return
+    of_all = {name: _of_package(package, examination) for name, package in known.items()}
+    yield from (of_all[name] for name in STACK)
+    yield from (each for name, each in of_all.items() if name not in (*STACK, *OTHERS) and each.state != "ok")
+    wrong = [of_all[name] for name in OTHERS if name in known and of_all[name].state != "ok"]
     if wrong:
-        found = "; ".join(f"{each.name} {each.found}" for each in wrong.values())
-        names = " ".join(f"'{package.name}{package.works}'" for package in wrong)
+        found = "; ".join(f"{each.name} {each.found}" for each in wrong)
+        names = " ".join(known[each.name].cure.removeprefix("pip install ") for each in wrong)
         yield Finding("other packages", "warning", found, f"pip install {names}")
     else:
-        yield Finding("other packages", "ok", f"{len(IMPORTED) + len(OTHERS)}, each in its range")
+        yield Finding("other packages", "ok", f"{len(known) - len(STACK)}, each in its range")
 
 
 def combination(examination: Examination) -> Finding:
