@@ -11,9 +11,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from nemo_cpt import catalog
 from nemo_cpt.errors import CptError
-from nemo_cpt.executors.supervisor import processes, seconds_to_save
+from nemo_cpt.executors.supervisor import seconds_to_save
 
 MODULES = {"nemo_cpt.executors.supervisor", "nemo_cpt.executors.runner"}  # what `stopping.supervise` starts
 
@@ -149,12 +151,11 @@ def _state(task: Mapping[str, Any]) -> str:
 
 def _processes(job_dir: str) -> Iterator[int]:
     """Processes that run a module of ours (`-m MODULE`) on a file in the job's folder."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            words = (folder / "cmdline").read_text(errors="replace").split("\0")
-            modules = {word for option, word in pairwise(words) if option == "-m"}
-            if modules & MODULES and any(word.startswith(f"{job_dir}/") for word in words):
-                yield int(folder.name)
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or ()  # None where it may not be read
+        modules = {word for option, word in pairwise(words) if option == "-m"}
+        if modules & MODULES and any(word.startswith(f"{job_dir}/") for word in words):
+            yield process.pid
 
 
 def _end_processes(job_dir: str) -> bool:
@@ -167,7 +168,7 @@ def _end_processes(job_dir: str) -> bool:
         CptError: the job is another user's.
     """
     every = set(_processes(job_dir))
-    parents = {pid: parent for pid, (parent, _) in processes().items()}
+    parents = _parents()
     supervisors = [pid for pid in every if parents.get(pid) not in every]
     patience = max(map(seconds_to_save, supervisors), default=0)
     job, deadline, in_time = _with_descendants(every), time.monotonic() + patience, True
@@ -186,11 +187,17 @@ def _end_processes(job_dir: str) -> bool:
 
 def _with_descendants(pids: set[int]) -> set[int]:
     """Those of the processes that have not ended, and what they started and has not."""
-    alive = {pid: parent for pid, (parent, state) in processes().items() if state != "Z"}
-    found = pids & alive.keys()
-    while more := {pid for pid, parent in alive.items() if parent in found} - found:
+    parents = _parents()
+    found = pids & parents.keys()
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
         found |= more
     return found
+
+
+def _parents() -> dict[int, int]:
+    """Each process's parent; without zombies, which hold nothing any more and stay until their parent asks."""
+    every = psutil.process_iter(["ppid", "status"])
+    return {each.pid: each.info["ppid"] for each in every if each.info["status"] != psutil.STATUS_ZOMBIE}
 
 
 def _signal(pid: int, number: signal.Signals) -> None:
