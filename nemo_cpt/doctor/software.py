@@ -107,7 +107,9 @@ def driver(examination: Examination) -> Finding:
         return Finding("NVIDIA driver", red, nvidia.problem, _driver_cure(nvidia.problem))
     if not nvidia.driver:
         cure = "install NVIDIA's driver; in a container, start it with `--gpus all`"
-        return Finding("NVIDIA driver", "error" if needed else "skipped", "none: nvidia-smi is not here", cure * needed)
+        return Finding(
+            "NVIDIA driver", "error" if needed else "skipped", "none: libnvidia-ml.so.1 is not here", cure * needed
+        )
     found = f"{nvidia.driver}" + (f", for CUDA up to {nvidia.cuda}" if nvidia.cuda else "")
     built = torch_cuda() if _this_environment(examination) else None
     if built is None and _this_environment(examination) and _installed("torch") is not None:
@@ -124,7 +126,7 @@ def _compared(found: str, driver: str, serves: str, built: str) -> Finding:
     major, branch = int(built.partition(".")[0]), int(re.match(r"\d*", driver)[0] or 0)  # type: ignore[index]
     newest = tuple(map(int, serves.split("."))) if serves else None
     oldest = OLDEST_DRIVER.get(major)
-    # nvidia-smi's word counts first: in a container with CUDA's forward compatibility an old branch serves more.
+    # The driver's word counts first: in a container with CUDA's forward compatibility an old branch serves more.
     if (newest and newest[0] < major) or (newest is None and oldest and branch < oldest):
         cure = (
             f"update the driver to {oldest or 'a later branch'} or later, or install a torch built for CUDA "
@@ -140,7 +142,9 @@ def _compared(found: str, driver: str, serves: str, built: str) -> Finding:
 def _driver_cure(problem: str) -> str:
     if "mismatch" in problem:
         return "the driver was updated under the running kernel module: reboot, or reload the nvidia modules"
-    if "No devices" in problem or "lists no GPU" in problem:
+    if "GPU is lost" in problem or "requires restart" in problem:
+        return "a GPU no longer answers: restart the machine (dmesg has the reason, as an Xid)"
+    if "lists no GPU" in problem:
         return "no GPU is passed in: start the container with `--gpus all`, the Slurm job with --gpus-per-node"
     return "load the driver (modprobe nvidia; dmesg says why it fails), or restart the container with `--gpus all`"
 
