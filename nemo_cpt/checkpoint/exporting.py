@@ -105,10 +105,12 @@ def export_hf(
     if adapter and not lora:
         raise CptError(f"{nemo} is no LoRA checkpoint (no weights/adapter_metadata.json): leave adapter=True away.")
     files = base_files(nemo, base)
+    # A run that is under way keeps its newest checkpoints alone: this one may be replaced while it is read.
     with unchanged(nemo) as check_unchanged:
         config = exported_config(nemo, files, ignore_fields)
         write: Callable[[Path], dict[str, Any]]
         if adapter:
+            # Adapters are small: no room has to be looked for.
             size = 0
             write = partial(_write_adapter, nemo, config, files, _checked(dtype or "float32"))
         else:
@@ -119,9 +121,10 @@ def export_hf(
             size = sum(plan.nbytes for plan in plans)
             load = _counted(model, plans, progress)
             write = partial(_write_model, model, config.with_dtype(dtype), files, plans, load, shard_bytes)
+        # 64 MiB beside the weights: tokenizer, index and configuration.
         with new_folder(dest, size + 64 * 2**20) as folder:
             written = write(folder)
-            check_unchanged()
+            check_unchanged()  # before the folder gets its name
     return ExportReport(
         source=str(source),
         dest=str(dest),
@@ -180,6 +183,7 @@ def _write_model(
     folder: Path,
 ) -> dict[str, Any]:
     names = copy_small_files(files, folder)
+    # Unchanged, config.json stays the copy of the base's, byte for byte.
     if config.changes:
         (folder / "config.json").write_text(json.dumps(config.fields, indent=2) + "\n", encoding="utf-8")
     names += write_weights(folder, plans, load, shard_bytes)
@@ -237,6 +241,7 @@ def _counted(
 
     def load(name: str) -> Iterator[np.ndarray]:
         nonlocal done
+        # Before anything of the block is written: a run that diverged must not leave a model that loads.
         for block in model.blocks(name):
             check_finite(block, name, model.where)
             yield block

@@ -90,6 +90,7 @@ def import_hf(
     weights = HFWeights(source)
     slots = layout.slots(arch)
     dropped = _check_tensors(weights, slots, arch)
+    # The weights' own dtype where config.json does not say: nothing is cast.
     arch = arch.with_dtype(arch.dtype or weights.infos[slots[0].name].dtype)
     total = sum(weights.infos[slot.name].nbytes for slot in slots)
     with new_folder(dest, total + 64 * 2**20) as folder:
@@ -178,6 +179,7 @@ def _write_weights(
     total = sum(weights.infos[slot.name].nbytes for slot in slots)
     done, sums = 0, WeightSums()
     with DistributedWriter(folder) as writer:
+        # So that groupby finds what Megatron joins (q, k and v; gate and up); what is outside the layers comes first.
         ordered = sorted(slots, key=lambda slot: (slot.layer is not None, slot.layer or 0, slot.key))
         for _, group in groupby(ordered, key=lambda slot: (slot.layer, slot.key)):
             members = list(group)
@@ -196,6 +198,7 @@ def _write_group(
     sums: WeightSums,
 ) -> None:
     first = slots[0]
+    # Interleaved by query group in Megatron, so all three are needed at once; they are a few MB.
     if first.part == "q":
         parts = {slot.part: weights.read(slot.name) for slot in slots}
         for slot in slots:
@@ -205,6 +208,7 @@ def _write_group(
         _add(writer, first, merged, merged.shape, 0, arch)
         return
     row = 0
+    # Gate and up stand one above the other: each is written at its row as it comes.
     shape = (sum(slot.shape[0] for slot in slots), *first.shape[1:])
     for slot in slots:
         for block in weights.blocks(slot.name):
@@ -227,6 +231,7 @@ def _add(
     arch: Architecture,
 ) -> None:
     offset = (row, *[0] * (len(shape) - 1))
+    # Megatron saves the layers of one kind as one tensor, [layers, ...], of which this is a slice.
     if slot.layer is not None:
         shape, offset = (arch.num_hidden_layers, *shape), (slot.layer, *offset)
     writer.add(layout.PREFIX + slot.key, tensor, shape, offset)
