@@ -6,10 +6,12 @@ which the CPU stack has, gets a block-diagonal mask instead.
 """
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 import torch
+from nemo.utils.get_rank import is_global_rank_zero
 from torch.utils.data import Dataset
 
 from nemo_cpt.conversations.dataset import Fit, conversations_prefix, lay_out, open_conversations
@@ -107,6 +109,8 @@ class ConversationDataModule(NamedSetsDataModule):
         replayed = samples - other_than_replay(samples, self.replay_share)
         texts = self._text(self.replay.shares(), replayed, TRAIN) if self.replay and replayed else None
         order = TrainingSequences(self.conversations, self.seq_length, self.seed)
+        for sentence in order.left_out() if is_global_rank_zero() else []:
+            print(f"nemo_cpt: warning: {sentence}", file=sys.stderr, flush=True)
         self._train_ds = _Training(order, samples, texts, self.replay_share, self.create_attention_mask)
         self._validation_ds = self._build_validation(whole_batches(trainer_limit_val_batches))
         self._test_ds = None
@@ -128,6 +132,11 @@ class ConversationDataModule(NamedSetsDataModule):
         self.validation_weights = {}
         for name, prefix in self._conversation_sets().items():
             chats = _OneSet(prefix, self.seq_length, self.too_long)
+            if not len(chats):
+                raise CptError(
+                    f"no conversation of the validation set {name!r} ({prefix}) fits into a sequence of "
+                    f"{self.seq_length} positions: take a larger seq_length, or too_long=cut"
+                )
             batches = min(most, math.ceil(len(chats) / self.global_batch_size))
             starts = range(0, batches * self.global_batch_size, self.global_batch_size)
             self.validation_weights[name] = [chats.trained(start, self.global_batch_size) for start in starts]
