@@ -9,8 +9,8 @@ from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
-from nemo_cpt.errors import CptError, StoppedEarlyError
-from nemo_cpt.executors import pods, stopping, window
+from nemo_cpt.errors import CptError, StoppedEarlyError, exit_with_the_message
+from nemo_cpt.executors import examination, pods, stopping, window
 from nemo_cpt.executors.supervisor import MARKER_PREFIX
 from nemo_cpt.planning.save_window import window_within
 
@@ -21,6 +21,8 @@ _MESSAGE = re.compile(r"(\[default\d+\]:)?nemo_cpt: ")  # how a CptError ends a 
 @cache
 def apply() -> None:
     """Put every patch in place, once a process."""
+    exit_with_the_message()
+    examination.examine_before_launch()
     stopping.supervise_local_jobs()
     stopping.supervise_containers()
     stopping.supervise_cloud_jobs()
@@ -138,16 +140,23 @@ def raise_for_states(experiment: Any) -> None:
     StoppedEarlyError where all of them were told to stop, and saved.
     """
     failed = [job for job in experiment.jobs if job.state.name != "SUCCEEDED"]
+    if failed and all(stopped_early(job.executor.job_dir) for job in failed):
+        raise StoppedEarlyError("\n".join(f"task {job.id}: {last_word(job.executor.job_dir)}" for job in failed))
     if failed:
-        report = "\n".join(
-            f"task {job.id} ended as {job.state.name}. {log_tail(job.executor.job_dir)}" for job in failed
-        )
-        raise (StoppedEarlyError if all(stopped_early(job.executor.job_dir) for job in failed) else CptError)(report)
+        report = (f"task {job.id} ended as {job.state.name}. {log_tail(job.executor.job_dir)}" for job in failed)
+        raise CptError("\n".join(report))
 
 
 def stopped_early(job_dir: str) -> bool:
     """Return whether a job was told to stop, and saved, by what its supervisor left in its folder."""
     return any(Path(job_dir).rglob(f"{MARKER_PREFIX}*"))
+
+
+def last_word(job_dir: str) -> str:
+    """Return what a job that was stopped said of its end, as its newest log has it."""
+    log = newest_log(Path(job_dir))
+    said = [line for line in log.read_text(errors="replace").splitlines() if _MESSAGE.match(line)] if log else []
+    return _MESSAGE.sub("", said[-1]) if said else "stopped ahead of the end, and nothing is lost"
 
 
 def log_tail(job_dir: str, lines: int = LOG_LINES) -> str:

@@ -188,14 +188,15 @@ def check_model(base: Base, model: Any, unlike_base: Collection[str] = ()) -> li
 
 
 def _model_cure(base: Base, found: Iterable[Difference]) -> str:
-    from nemo_cpt.recipe_models import model_config, recipe_modules
+    from nemo_cpt.recipe_models import LIKE_BASE, model_config, recipe_modules
 
     theirs = {name: value for name, value in base.constants.items() if name != ROWS}
     recipes = [each.stem for each in recipe_modules() if not differences(constants_of_nemo(model_config(each)), theirs)]
-    cure = f"run {recipes[0]}, whose model it is" if recipes else f"give model=parts.model_like({str(base.folder)!r})"
+    cure = f"run {recipes[0]}, whose model it is, or" if recipes else ""
+    cure += f" give model={LIKE_BASE}, which takes the base's shape"
     names = [each.name for each in found]
     changeable = base.architecture and all(can_be_written(each, base.architecture) for each in found)
-    return cure + (f"; if the change is meant, say so with unlike_base={names}" if changeable else "")
+    return cure.strip() + (f"; if the change is meant, say so with unlike_base={names}" if changeable else "")
 
 
 def rows_to_build(base: Base, model: Any, tensor_model_parallel_size: int) -> int:

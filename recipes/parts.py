@@ -21,6 +21,8 @@ from nemo_cpt.compatibility import read_base
 from nemo_cpt.conversations import Conversations
 from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
+from nemo_cpt.executors.examination import examine_before_launch
+from nemo_cpt.recipe_models import LIKE_BASE, module_named
 from nemo_cpt.training.adapters import EmbeddingRateOptimizer
 from nemo_cpt.training.callbacks import MetricsFile, ValidationLossBySet
 from nemo_cpt.training.checkpoints import RunCheckpoint
@@ -32,6 +34,8 @@ from nemo_cpt.training.logger import RunLogger
 from nemo_cpt.training.oom_advice import OutOfMemoryAdvice
 from nemo_cpt.training.preemption import SaveWhenStopped
 from nemo_cpt.training.resume import KEPT_TOKENIZER, ResumeOrStartFromBase
+
+examine_before_launch()  # of every recipe, whatever executor it is given
 
 
 def trainer(
@@ -102,6 +106,19 @@ def model_like(base: str, seq_length: int) -> run.Config:
     arguments = {name: value for name, value in config.arguments.items() if name not in of_the_import}
     classes = [getattr(import_module(each.target.module), each.target.name) for each in (model, config)]
     return run.Config(classes[0], config=run.Config(classes[1], **arguments | {"seq_length": seq_length}))
+
+
+def model_of(model: run.Config | str, base: str, seq_length: int) -> run.Config:
+    """The model that a recipe's `model=` stands for; see `continual.continual_pretrain`.
+
+    Raises:
+        CptError: there is no module of that name, or the base does not say its shape.
+    """
+    if not isinstance(model, str):
+        return model
+    if model == LIKE_BASE:
+        return model_like(base, seq_length)
+    return import_module(f"nemo_cpt.recipes.{module_named(model).stem}").model(seq_length)
 
 
 def fused(model: run.Config) -> run.Config:

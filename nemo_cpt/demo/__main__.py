@@ -197,18 +197,20 @@ def _newest_step(name: str) -> int:
 
 
 def _evaluate(resumed_from: int) -> dict[str, Any]:
-    from nemo_cpt.evaluation.loss import language_model_loss
+    from nemo_cpt.evaluation.bits_per_byte import sequences_loss
+    from nemo_cpt.inference.transformers_engine import TransformersEngine
 
     _say("The exported models, loaded by plain transformers, on the held-out text")
 
     def losses(model: str) -> dict[str, float]:
+        engine = TransformersEngine(FOLDER / model, device="cpu")
         return {
-            language: language_model_loss(
-                FOLDER / model,
-                str(FOLDER / "ds" / f"{language}_validation"),
+            language: sequences_loss(
+                engine,
+                FOLDER / "ds" / f"{language}_validation",
                 seq_length=SEQ_LENGTH,
                 samples=VALIDATION_SAMPLES,
-            )
+            ).loss
             for language in reporting.LANGUAGES
         }
 

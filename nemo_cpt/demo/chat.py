@@ -101,12 +101,12 @@ def _show_replies() -> None:
 def _replies(folder: Path) -> list[Any]:
     from nemo_cpt.conversations import load_template
     from nemo_cpt.corpus.tokenization.tokenizer import load_tokenizer
-    from nemo_cpt.inference.engine import Sampling
+    from nemo_cpt.inference.engine import Prompt, Sampling
     from nemo_cpt.inference.transformers_engine import TransformersEngine
 
     template = load_template(TEMPLATE, load_tokenizer(folder)).text
     engine = TransformersEngine(folder, chat_template=template)  # the model before has none of its own
-    prompts = [[{"role": "user", "content": question}] for question in ASKED]
+    prompts: list[Prompt] = [[{"role": "user", "content": question}] for question in ASKED]
     found = dict(engine.generate(prompts, Sampling(max_tokens=MOST_TOKENS)))
     return [found[number] for number in range(len(ASKED))]
 

@@ -40,8 +40,17 @@ class Change:
 
 
 def record_of(trainer: pl.Trainer) -> dict[str, Any]:
-    """What a checkpoint's `run.json` holds: the step, and the settings that the run was started with."""
-    return {"step": trainer.global_step, "settings": settings_of(trainer)}
+    """What a checkpoint's `run.json` holds: the step, the settings that the run was started with, its validation."""
+    return {"step": trainer.global_step, "settings": settings_of(trainer), "validated_on": _validated_on(trainer)}
+
+
+def _validated_on(trainer: pl.Trainer) -> dict[str, Any]:
+    """Where the validation sets are, and the sequences of each: not compared when a run is resumed elsewhere."""
+    found = _validation_sets(trainer.datamodule)
+    sets = {name: str(Path(full_prefix(prefix)).absolute()) for name, prefix in found.items()}
+    read = getattr(trainer.datamodule, "_validation_ds", None)
+    samples = len(read) // len(sets) if sets and read is not None else None
+    return {"sets": sets, "samples": samples, "seq_length": getattr(trainer.datamodule, "seq_length", None)}
 
 
 def settings_of(trainer: pl.Trainer) -> dict[str, dict[str, Any]]:

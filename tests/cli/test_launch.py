@@ -18,6 +18,7 @@ from nemo_cpt.launching import jobs
 from nemo_cpt.launching.description import describe
 from nemo_cpt.launching.executor import make_executor
 from nemo_cpt.launching.scripts import write_script
+from tests.support.executor_jobs import held_by_another_process
 
 COMMAND = [sys.executable, "-m", "nemo_cpt.cli"]
 
@@ -233,6 +234,21 @@ def _with_a_cluster_configured(example, folder, monkeypatch):
         install(monkeypatch)
         for name in ("checkpoints", "ds"):
             (folder / name).mkdir()
+
+
+def test_a_second_start_is_refused_before_nemo_is_imported(tmp_path):
+    """What holds the folder is named; the base need not even be there."""
+    arguments = ["nemo-cpt", "run", "tiny", "base=b", "data={train: {d: 1}}", f"directory={tmp_path}", "name=r"]
+    second = (
+        f"import atexit, sys; sys.argv = {arguments}; from nemo_cpt.cli import main\n"
+        "atexit.register(lambda: print([name for name in ('torch', 'nemo', 'nemo_run') if name in sys.modules]))\n"
+        "main()"
+    )
+    with held_by_another_process(tmp_path / "r") as holder:
+        done = subprocess.run([sys.executable, "-c", second], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "[]\n")
+    assert done.stderr.startswith(f"nemo-cpt: {tmp_path}/r is in use by process {holder} on ")
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.fixture
