@@ -99,7 +99,7 @@ def vocabulary(examination: Examination) -> Finding:
         base = compatibility.read_base(weights)
         warnings = compatibility.check_tokenizer(base, job.tokenizer)
         warnings += compatibility.check_data(base, prefixes, job.unlike_base, job.tokenizer)
-        if job.lora_rank is not None and not job.trained_embeddings:
+        if newest is None and job.lora_rank is not None and not job.trained_embeddings:
             warnings += compatibility.check_template(base, prefixes)
     except CptError as error:
         return from_error(name, error)

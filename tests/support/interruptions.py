@@ -19,6 +19,7 @@ import nemo_run as run
 from nemo.utils import AppState
 
 from nemo_cpt.recipes import tiny
+from nemo_cpt.training import loop_patches
 from nemo_cpt.training.metrics import read_metrics
 from tests.training import jobs
 
