@@ -1,13 +1,12 @@
 """`make chat-demo`: the demo's model, continually pretrained, is taught to answer; three replies before and after."""
 
-import os
 import sys
 import time
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from nemo_cpt.demo.__main__ import FOLDER, _followed, _quietly, _say, console
+from nemo_cpt.demo.narration import FOLDER, console, followed, quietly, say, set_up
 from nemo_cpt.errors import CptError
 from nemo_cpt.training.metrics import read_metrics
 from nemo_cpt.training.run_folder import newest_whole
@@ -21,9 +20,7 @@ MOST_TOKENS = 60
 def main() -> None:
     """Every step, narrated; needs what `make demo` left."""
     started = time.monotonic()
-    os.environ.setdefault("NEMORUN_HOME", str(FOLDER.absolute() / "nemo_run"))
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    set_up()
     newest = newest_whole(FOLDER / "runs" / "with_replay" / "checkpoints")
     if newest is None or not (FOLDER / "with_replay_hf").is_dir():
         raise CptError(f"there is no finished demo in {FOLDER}: run `make demo` first")
@@ -38,7 +35,7 @@ def _prepare() -> None:
     from nemo_cpt.conversations import prepare
     from nemo_cpt.corpus import split
 
-    _say("The conversations that ship with the package: 300 questions and answers; a tenth is held out")
+    say("The conversations that ship with the package: 300 questions and answers; a tenth is held out")
     for language in ("ja", "en"):
         source = str(files("nemo_cpt.demo") / "conversations" / f"{language}.jsonl")
         split(source, FOLDER / "chats" / language, validation=0.1, json_key="query", quiet=True)
@@ -57,7 +54,7 @@ def _tune(base: Path) -> None:
     from nemo_cpt.demo.train import instruction_tune
     from nemo_cpt.executors import local
 
-    _say(f"Instruction tuning of the continually pretrained model, {EPOCHS} epochs")
+    say(f"Instruction tuning of the continually pretrained model, {EPOCHS} epochs")
     sets = {part: {language: str((FOLDER / "sft" / f"{language}_{part}").absolute()) for language in ("ja", "en")}
             for part in ("train", "validation")}  # fmt: skip
     task = run.Partial(
@@ -71,7 +68,7 @@ def _tune(base: Path) -> None:
         seq_length=SEQ_LENGTH,
         global_batch_size=GLOBAL_BATCH_SIZE,
     )
-    with _followed(FOLDER / "runs" / NAME, _steps(sets["train"])), _quietly():
+    with followed(FOLDER / "runs" / NAME, _steps(sets["train"])), quietly():
         run.run(task, executor=local(), name=f"demo_{NAME}", tail_logs=False)
 
 
@@ -89,7 +86,7 @@ def _show_losses() -> None:
 
 
 def _show_replies() -> None:
-    _say("Replies before and after, the most probable token each time. A model this small knows next to nothing:")
+    say("Replies before and after, the most probable token each time. A model this small knows next to nothing:")
     replies = [_replies(FOLDER / f"{model}_hf") for model in ("with_replay", NAME)]
     for question, *answers in zip(ASKED, *replies, strict=True):
         console.print(f"  [bold]{question}[/]")
