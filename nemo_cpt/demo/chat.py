@@ -1,12 +1,14 @@
 """`make chat-demo`: the demo's model, continually pretrained, is taught to answer; three replies before and after."""
 
+import os
 import sys
 import time
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from nemo_cpt.demo.narration import FOLDER, console, followed, quietly, say, set_up
+from nemo_cpt.demo.__main__ import FOLDER
+from nemo_cpt.demo.console import console, followed, quietly, say
 from nemo_cpt.errors import CptError
 from nemo_cpt.training.metrics import read_metrics
 from nemo_cpt.training.run_folder import newest_whole
@@ -20,7 +22,9 @@ MOST_TOKENS = 60
 def main() -> None:
     """Every step, narrated; needs what `make demo` left."""
     started = time.monotonic()
-    set_up()
+    os.environ.setdefault("NEMORUN_HOME", str(FOLDER.absolute() / "nemo_run"))
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     newest = newest_whole(FOLDER / "runs" / "with_replay" / "checkpoints")
     if newest is None or not (FOLDER / "with_replay_hf").is_dir():
         raise CptError(f"there is no finished demo in {FOLDER}: run `make demo` first")

@@ -1,8 +1,6 @@
-"""How the demos tell what they do: steps, progress bars, and a job's metrics while it runs."""
+"""What the demos show while they run: a headline a step, and a job's progress from its metrics file."""
 
-import os
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,25 +11,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from nemo_cpt.training.metrics import read_metrics
 
-FOLDER = Path("demo")
 console = Console(soft_wrap=True, highlight=False)
 
 
-def set_up() -> None:
-    """Keep everything in the demo's folder, ask no hub, and silence what says nothing on a CPU."""
-    os.environ.setdefault("NEMORUN_HOME", str(FOLDER.absolute() / "nemo_run"))
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a model this small gains nothing from more, and loses on a busy CPU
-    for message in (
-        "The pynvml package is deprecated",
-        "Transformer Engine and Apex",
-        "Failed to create unified memory",
-    ):
-        warnings.filterwarnings("ignore", message=message)
-
-
 def say(step: str) -> None:
-    """Head a step."""
+    """Print a step's headline."""
     console.print(f"\n[bold cyan]▸ {step}[/]")
 
 
