@@ -14,11 +14,9 @@ import torch
 from nemo.utils.get_rank import is_global_rank_zero
 from torch.utils.data import Dataset
 
-from nemo_cpt.conversations.dataset import Fit, conversations_prefix, lay_out, open_conversations
+from nemo_cpt.conversations.dataset import conversations_prefix, lay_out, open_conversations
 from nemo_cpt.conversations.mixture import SEED, Conversations, TrainingSequences, other_than_replay, sequences_of
-from nemo_cpt.conversations.packing import Packing
 from nemo_cpt.corpus import Blend
-from nemo_cpt.corpus.dataset.blend import check_distinct
 from nemo_cpt.errors import CptError
 from nemo_cpt.training.data import NamedSetsDataModule, blend_of, weights_of, whole_batches
 from nemo_cpt.training.datasets import TRAIN, VALIDATION, FirstSamples
@@ -172,7 +170,6 @@ def check(conversations: Conversations, replay: Blend | None, replay_share: floa
     replay.check()
     if twice := sorted(set(conversations.validation) & set(replay.validation)):
         raise CptError(f"conversations and replay both have a validation set {twice[0]!r}: call one otherwise")
-    check_distinct(replay.prefixes())
 
 
 def check_replay(replay: Blend | None, share: float) -> None:
@@ -254,8 +251,6 @@ class _OneSet(Sequence[dict[str, Any]]):
 
     def __init__(self, prefix: str, seq_length: int, too_long: str) -> None:
         self.chats = open_conversations(prefix)
-        self.packing: Packing
-        self.fit: Fit
         self.packing, self.fit = sequences_of(self.chats, seq_length, too_long)
 
     def __len__(self) -> int:
