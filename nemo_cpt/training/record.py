@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from nemo_cpt.conversations.dataset import is_conversations
 from nemo_cpt.corpus.dataset.index import full_prefix
 
 _OPTIMIZER = ("optimizer", "adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "clip_grad", "sgd_momentum")
@@ -45,12 +46,15 @@ def record_of(trainer: pl.Trainer) -> dict[str, Any]:
 
 
 def _validated_on(trainer: pl.Trainer) -> dict[str, Any]:
-    """Where the validation sets are, and the sequences of each: not compared when a run is resumed elsewhere."""
-    found = _validation_sets(trainer.datamodule)
-    sets = {name: str(Path(full_prefix(prefix)).absolute()) for name, prefix in found.items()}
-    read = getattr(trainer.datamodule, "_validation_ds", None)
-    samples = len(read) // len(sets) if sets and read is not None else None
-    return {"sets": sets, "samples": samples, "seq_length": getattr(trainer.datamodule, "seq_length", None)}
+    """Where the validation texts are, and the sequences of each: not compared when a run is resumed elsewhere."""
+    data = trainer.datamodule
+    texts = {name: prefix for name, prefix in _validation_sets(data).items() if not is_conversations(prefix)}
+    batches = next((len(getattr(data, "validation_weights", {}).get(name, [])) for name in texts), None)
+    return {
+        "sets": {name: str(Path(full_prefix(prefix)).absolute()) for name, prefix in texts.items()},
+        "samples": batches and batches * data.global_batch_size,
+        "seq_length": getattr(data, "seq_length", None),
+    }
 
 
 def settings_of(trainer: pl.Trainer) -> dict[str, dict[str, Any]]:

@@ -147,8 +147,10 @@ class TestInstructionTuning:
     def test_a_shorter_sequence_that_fits_has_its_own_epochs(self, monkeypatch) -> None:
         counted = []
         monkeypatch.setattr(instruction, "_steps", lambda *sizes: counted.append(sizes[4]) or (300, None))
-        recipe = llama31_8b.instruction_tune_single_gpu(gpu_memory_gib=24, rank=256, embeddings_lr=None)
-        assert counted[-1] == recipe.data.seq_length
+        monkeypatch.setattr(llama31_8b, "SFT_SEQ_LENGTH", 8192)
+        recipe = llama31_8b.instruction_tune_single_gpu(gpu_memory_gib=24, rank=64)
+        assert counted[-1] == recipe.data.seq_length < 8192
+        assert recipe.peft.dim == 64
 
     def test_a_replay_has_a_share(self) -> None:
         recipe = smollm2.instruction_tune(replay=Blend({"ds/en": 1.0}, {"en": "ds/en_validation"}), max_steps=9)
