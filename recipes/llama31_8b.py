@@ -9,12 +9,11 @@ from collections.abc import Sequence
 
 import nemo_run as run
 from nemo.collections import llm
-from nemo.collections.llm.peft import LoRA
 
 from nemo_cpt.corpus import Blend
 from nemo_cpt.planning import ALLOWED, fit
 from nemo_cpt.recipes import parts
-from nemo_cpt.training.adapters import LoRAWithEmbeddings
+from nemo_cpt.training.adapters import adapters_class
 from nemo_cpt.training.guards import check_batches, check_belonging
 
 DEFAULT_BASE = "checkpoints/Llama-3.1-8B"
@@ -144,6 +143,7 @@ def continual_pretrain_single_gpu(
     global_batch_size: int = 32,
     lr: float = 1e-4,
     embeddings_lr: float | None = None,
+    peft_scheme: str = "lora",
     **kwargs,
 ) -> run.Partial:
     """LoRA on every linear layer, on one GPU of 48 GB by default; of 24 GB with a lower rank.
@@ -164,18 +164,20 @@ def continual_pretrain_single_gpu(
         lr: peak learning rate of the adapters.
         embeddings_lr: peak learning rate of the embedding and the output layer, trained whole beside the adapters
             (16 GiB more); frozen when None. See `with_lora`.
+        peft_scheme: "lora" or "dora". See `with_lora`.
         **kwargs: see `continual_pretrain`.
 
     Returns:
         A run.Partial of `llm.finetune`; every field stays editable.
 
     Raises:
-        CptError: nothing fits the card; `data` is no Blend.
+        CptError: nothing fits the card; `data` is no Blend; there is no such `peft_scheme`.
     """
     sizes = {"seq_length": seq_length or 8192, "global_batch_size": global_batch_size}
     recipe = continual_pretrain(base, data, name=name, lr=lr, **ONE_GPU | sizes | kwargs)
     given_up = [knob for knob, value in (("rank", rank), ("seq_length", seq_length)) if value is None]
-    return fit(with_lora(recipe, rank, embeddings_lr), gpu_memory_gib, allow=[*ALLOWED, *given_up]).recipe
+    adapted = with_lora(recipe, rank, embeddings_lr, peft_scheme)
+    return fit(adapted, gpu_memory_gib, allow=[*ALLOWED, *given_up]).recipe
 
 
 @run.cli.factory(target=llm.pretrain, name="llama31_8b_cpt_full_single_gpu")
@@ -216,7 +218,9 @@ def continual_pretrain_full_single_gpu(
     return fit(recipe, gpu_memory_gib, allow=[*ALLOWED, *given_up]).recipe
 
 
-def with_lora(recipe: run.Partial, rank: int | None = 128, embeddings_lr: float | None = None) -> run.Partial:
+def with_lora(
+    recipe: run.Partial, rank: int | None = 128, embeddings_lr: float | None = None, peft_scheme: str = "lora"
+) -> run.Partial:
     """The same run with the base frozen and LoRA trained, through `llm.finetune`: llm.pretrain takes no adapters.
 
     Args:
@@ -225,13 +229,14 @@ def with_lora(recipe: run.Partial, rank: int | None = 128, embeddings_lr: float 
         embeddings_lr: peak learning rate of the embedding and the output layer, which are then trained whole; both
             stay frozen when None. Lower than the adapters' rate: a fifth to a tenth of it is usual (Unsloth,
             "Continued LLM Pretraining", 2024).
+        peft_scheme: "lora", or "dora", which trains the norms of the weights' rows beside low-rank changes of their
+            directions (arXiv 2402.09353); `nemo-cpt plan` tells what it costs.
 
     Raises:
-        CptError: `embeddings_lr` is below the schedule's min_lr.
+        CptError: `embeddings_lr` is below the schedule's min_lr; there is no such `peft_scheme`.
     """
-    rank = rank or 128
+    rank, adapters = rank or 128, adapters_class(peft_scheme, embeddings_lr is not None)
     recipe.model.config.gradient_accumulation_fusion = False  # the adapters' gradients are small
-    adapters = LoRA if embeddings_lr is None else LoRAWithEmbeddings
     return run.Partial(
         llm.finetune,
         model=recipe.model,

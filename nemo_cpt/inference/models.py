@@ -10,7 +10,7 @@ from nemo_cpt.cache import cache_folder
 from nemo_cpt.checkpoint import export_hf
 from nemo_cpt.errors import CptError
 from nemo_cpt.inference.engine import Engine
-from nemo_cpt.training.run_folder import newest_whole
+from nemo_cpt.training.run_folder import RUN_JSON, newest_whole
 
 if TYPE_CHECKING:
     from nemo_cpt.inference.transformers_engine import TransformersEngine
@@ -68,7 +68,7 @@ def hugging_face_folder(
     """Return the Hugging Face folder of a model; a NeMo checkpoint is exported into the cache first.
 
     The export is kept under `$XDG_CACHE_HOME/nemo_cpt/exports` (`~/.cache` by default), named by the checkpoint's
-    content: the size of every weights file and 64 KiB at sixteen places of it.
+    content: the size of every weights file and 64 KiB at sixteen places of it, and what it records of its run.
 
     Raises:
         CptError: there is no model at `model`, or it cannot be exported.
@@ -119,7 +119,8 @@ def _advice(model: str) -> str:
 def _content_key(checkpoint: Path, base: str | Path | None) -> str:
     digest = hashlib.sha256(str(Path(base).resolve() if base else "").encode())
     files = sorted(path for path in (checkpoint / "weights").rglob("*") if path.is_file())
-    for path in [*files, *sorted((checkpoint / "context").glob("io.json"))]:
+    records = [path for path in (checkpoint / "context" / "io.json", checkpoint / RUN_JSON) if path.is_file()]
+    for path in [*files, *records]:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:

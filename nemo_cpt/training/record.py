@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from nemo_cpt.checkpoint.chat_template import RECORD, recorded_template
 from nemo_cpt.corpus.index import full_prefix
 
 _OPTIMIZER = ("optimizer", "adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "clip_grad", "sgd_momentum")
@@ -39,18 +40,23 @@ class Change:
 
 
 def record_of(trainer: pl.Trainer) -> dict[str, Any]:
-    """What a checkpoint's `run.json` holds: the step, and the settings that the run was started with."""
-    return {"step": trainer.global_step, "settings": settings_of(trainer)}
+    """What a checkpoint's `run.json` holds: the step, and how the run was started."""
+    return {"step": trainer.global_step, **_start(trainer)}
 
 
 def settings_of(trainer: pl.Trainer) -> dict[str, dict[str, Any]]:
-    """A run's settings by group, as they were when this was first called: what decides its losses, step by step.
+    """A run's settings by group, as they were at its start: what decides its losses, step by step.
 
     The model's own shape and constants are compared elsewhere, with the base's.
     """
+    return _start(trainer)["settings"]
+
+
+def _start(trainer: pl.Trainer) -> dict[str, Any]:
+    """A run's settings and chat template as they were when this was first called."""
     if trainer not in _known:
         data = trainer.datamodule
-        _known[trainer] = {
+        settings = {
             "schedule": _schedule(trainer),
             "optimizer": {name: getattr(_optimizer(trainer), name, None) for name in _OPTIMIZER},
             "data": {name: getattr(data, name, None) for name in ("global_batch_size", "seq_length", "seed")}
@@ -59,7 +65,19 @@ def settings_of(trainer: pl.Trainer) -> dict[str, dict[str, Any]]:
             "layout": _layout(trainer),
             "validation": {"sets": {name: _content(prefix) for name, prefix in _validation(data).items()}},
         }
+        _known[trainer] = {"settings": settings, RECORD: _template(trainer)}
     return _known[trainer]
+
+
+def _template(trainer: pl.Trainer) -> Mapping[str, Any] | None:
+    """The chat template of the data's conversations, as their manifest has it, for exports of the checkpoints.
+
+    A run that reads texts alone hands on what the checkpoint that it started from has recorded.
+    """
+    base = getattr(trainer.strategy, "restore_config", None)
+    start = trainer.ckpt_path or getattr(base, "path", None)
+    own = getattr(trainer.datamodule, "template", None)
+    return own or (recorded_template(str(start).removesuffix("/weights")) if start else None)
 
 
 def changes(was: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]) -> list[Change]:

@@ -25,9 +25,11 @@ def apply() -> None:
 
     Call it inside the job, before the model is built.
     """
-    from nemo_cpt.training import upstream_loops
+    from nemo_cpt.training import upstream_dora, upstream_loops
 
     upstream_loops.validate_by_global_step()
+    upstream_dora.take_dora_norms_of_whole_rows()
+    upstream_dora.save_dora_magnitudes_like_their_rows()
     fold_gradient_of_frozen_linear()
     give_recomputed_layers_a_gradient()
     add_lora_in_one_pass()
