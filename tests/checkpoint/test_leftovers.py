@@ -57,7 +57,7 @@ def test_of_an_import_and_of_an_export(hf: Path, tmp_path: Path, capsys: pytest.
         assert _partials(tmp_path) == [partial]
         (import_hf if function == "import_hf" else export_hf)(source, tmp_path / name)
         assert _partials(tmp_path) == []
-        assert f"Removing {partial}, which a killed import or export left" in capsys.readouterr().err
+        assert f"Removing {partial}, which a killed import, export or merge left" in capsys.readouterr().err
         assert not list((tmp_path / name).glob(".*"))
 
 

@@ -9,7 +9,7 @@ EDITS = {"rotary_base": 5e6, "scale_factor": 16.0, "layernorm_epsilon": 1e-4}
 
 
 def train(base: Path, dest: Path, name: str) -> None:
-    """Train what `base` holds, in full, or with adapters (`lora`, `dora`), or as another model of its shape (`edited`)."""
+    """Train what `base` holds, in full, with adapters (`lora`, `dora`), or as another model of its shape (`edited`)."""
     import nemo.collections.llm.peft.lora as nemo_lora
     import torch
     from megatron.core.optimizer import OptimizerConfig
