@@ -109,7 +109,7 @@ def on_local_layers() -> Any:
     from megatron.core.transformer.transformer_config import TransformerConfig
     from nemo.lightning import io
 
-    from nemo_cpt.training.cpu import UNFUSED, cpu_stack
+    from nemo_cpt.cpu_stack import UNFUSED, cpu_stack
 
     post_init, transforms = TransformerConfig.__post_init__, io.apply_transforms
 

@@ -123,7 +123,7 @@ def run_tiktoken(job: Job) -> None:
 
 def run_pure(job: Job) -> None:
     """fastokens alone: texts in memory, ids thrown away."""
-    from nemo_cpt.corpus.tokenizer import FastEncoder
+    from nemo_cpt.corpus.tokenization.tokenizer import FastEncoder
 
     encoder = FastEncoder(job.tokenizer / "tokenizer.json", False)
     parts = list(batches(job.text, 256))

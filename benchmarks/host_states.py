@@ -55,7 +55,7 @@ def train(folder: Path, layers: int, until: int, send: Any) -> None:
     import lightning.pytorch as pl
     import torch
 
-    from nemo_cpt.training import upstream
+    from nemo_cpt.training import patches
 
     seen: dict[str, Any] = {"seconds": {}, "host_gib": {}, "step_s": [], "losses": []}
 
@@ -81,7 +81,7 @@ def train(folder: Path, layers: int, until: int, send: Any) -> None:
         send.send(seen)
         os._exit(0)
 
-    upstream.apply()
+    patches.apply()
     built = fiddle.build(recipe(folder, layers))
     trainer = built.keywords["trainer"]
     trainer.callbacks.append(Recorder())

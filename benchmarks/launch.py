@@ -20,8 +20,9 @@ from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for tests.support
+
 BIN = Path(sys.executable).parent
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "executors"))
 
 
 def main() -> None:
@@ -110,7 +111,7 @@ def _first_step(folder: Path, recipe: list[str]) -> dict[str, float]:
 
 
 def _slurm(folder: Path, recipe: list[str]) -> dict[str, float | str]:
-    from slurm_cluster import SlurmCluster, missing
+    from tests.support.slurm_cluster import SlurmCluster, missing
 
     if reason := missing():
         return {"slurm": reason}

@@ -183,7 +183,7 @@ def recipe(setting: Setting) -> Any:
         partial.trainer.strategy.ddp.grad_reduce_in_fp32 = precision.grad_reduce_in_fp32 = False
         partial.optim.config.main_grads_dtype = torch.bfloat16
     if setting.host_states:
-        from nemo_cpt.planning.applying import keep_states_on_host
+        from nemo_cpt.planning.recipe_writer import keep_states_on_host
 
         keep_states_on_host(partial)
     if setting.fp8:
@@ -236,10 +236,10 @@ def _train(setting: Setting, callback: Any) -> None:
     from nemo.collections import llm
     from nemo.collections.common.tokenizers.null_tokenizer import NullTokenizer
 
-    from nemo_cpt.training import upstream
+    from nemo_cpt.training import patches
     from nemo_cpt.training.gradients import EveryTrainableParameterHasGradient
 
-    upstream.apply()
+    patches.apply()
     partial = recipe(setting)
     data = partial.data
     partial.data = run.Config(

@@ -20,8 +20,8 @@ from pathlib import Path
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
+from nemo_cpt.constants import ADAM_STATES as ADAM_STATES
 from nemo_cpt.planning import ALLOWED, Workload, fit_workload
-from nemo_cpt.training.adam import STATES as ADAM_STATES
 
 BF16_TFLOPS = 790.0  # an 8192 x 8192 x 8192 product of random bf16 numbers on the H200 used
 MATMUL_PARAMETERS = 7.505e9  # 8.030e9 less the input embedding
@@ -74,7 +74,7 @@ class Case:
     steps: int = 10
     warm_up: int = 2
     cap_gib: float | None = None
-    cures: bool = True
+    patches: bool = True
     stack: str = "nemo_cpt"
     layers: int = LAYERS
     profile: bool = False
@@ -101,7 +101,7 @@ CASES: dict[str, Case] = {
     "stock_lora": Case(setting=lora(141, **PUBLISHED), stack="nemo_stock"),
     "transformers_peft": Case(setting=lora(141, **PUBLISHED), stack="transformers"),
     "lora_mbs1": Case(setting=lora(141, **SINGLE), steps=6),
-    "uncured_mbs1": Case(setting=lora(141, cross_entropy_fusion_impl="native", **SINGLE), steps=6, cures=False),
+    "unpatched_mbs1": Case(setting=lora(141, cross_entropy_fusion_impl="native", **SINGLE), steps=6, patches=False),
     "stock_lora_mbs1": Case(setting=lora(141, **SINGLE), stack="nemo_stock", steps=6),
     "stock_pretrain": Case(setting=full(141), stack="nemo_stock", steps=4),
     "full_bf16_states": Case(setting=full(141, **BF16_STATES), steps=6),
@@ -117,7 +117,7 @@ CASES["full141_batch128"] = dataclasses.replace(CASES["full141"], global_batch_s
 GROUPS: dict[str, list[str]] = {
     "published": ["lora", "lora_fp8", "stock_lora", "transformers_peft"],
     "batches": ["lora_batch32", "lora_fp8_batch32", "lora48", "full141_batch128"],
-    "defect": ["lora_mbs1", "uncured_mbs1", "stock_lora_mbs1"],
+    "defect": ["lora_mbs1", "unpatched_mbs1", "stock_lora_mbs1"],
     "budgets": ["lora24", "lora48", "lora80", "full48", "full80", "full141"],
     "ladder": ["full_bf16_states", "full_bf16_gradients", "full141", "full80", "full48"],
 }
@@ -236,12 +236,12 @@ def train(case: Case, record: dict) -> None:
     from nemo.collections import llm
     from nemo.collections.common.tokenizers.null_tokenizer import NullTokenizer
 
-    from nemo_cpt.training import upstream
+    from nemo_cpt.training import patches
     from nemo_cpt.training.gradients import EveryTrainableParameterHasGradient
     from nemo_cpt.training.optimizer import HostStateOptimizer
 
-    if case.cures:
-        upstream.apply()
+    if case.unpatched:
+        patches.apply()
     setting = case.setting
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}
     full_parameter = setting.lora_rank is None
@@ -295,7 +295,7 @@ def train(case: Case, record: dict) -> None:
         devices=1, accelerator="gpu", strategy=strategy, plugins=precision, max_steps=case.steps + case.profile,
         limit_val_batches=0, val_check_interval=None, log_every_n_steps=1, num_sanity_val_steps=0,
         enable_checkpointing=False, logger=False, use_distributed_sampler=False, enable_progress_bar=False,
-        callbacks=[EveryTrainableParameterHasGradient()] * case.cures + [recorder(case, record)],
+        callbacks=[EveryTrainableParameterHasGradient()] * case.unpatched + [recorder(case, record)],
     )  # fmt: skip
     peft = None if full_parameter else llm.peft.LoRA(dim=setting.lora_rank, alpha=2 * setting.lora_rank)
     llm.train(

@@ -57,7 +57,7 @@ def docker(
     """
     import nemo_run as run
 
-    from nemo_cpt.executors import upstream
+    from nemo_cpt.executors import nemo_run_patches
 
     if gpus < -1 or (processes is not None and processes < 1):
         raise CptError(f"docker(gpus={gpus}, processes={processes}): gpus is -1 or more, processes 1 or more")
@@ -70,7 +70,7 @@ def docker(
     if names:  # NeMo-Run starts the task by `bash -c`, which reads BASH_ENV first
         volumes.append(f"{keep_secrets('docker', names)}:{SECRETS_IN_CONTAINER}:ro")
         variables["BASH_ENV"] = SECRETS_IN_CONTAINER
-    upstream.apply()
+    nemo_run_patches.apply()
     return run.DockerExecutor(
         container_image=image,
         num_gpus=gpus or None,

@@ -72,11 +72,11 @@ def kubernetes(
     from nemo_run import Packager
     from nemo_run.core.execution.kubeflow import KubeflowExecutor
 
-    from nemo_cpt.executors import upstream
+    from nemo_cpt.executors import nemo_run_patches
     from nemo_cpt.executors.code import CodeSnapshot
     from nemo_cpt.executors.stopping import GRACE
 
-    upstream.apply()
+    nemo_run_patches.apply()
     mounted = {"/dev/shm": {"emptyDir": {"medium": "Memory", "sizeLimit": shm_size}}} | {
         path: {"persistentVolumeClaim": {"claimName": claim}} for path, claim in (claims or {}).items()
     }

@@ -44,11 +44,11 @@ def local(
     """
     import nemo_run as run
 
-    from nemo_cpt.executors import upstream
+    from nemo_cpt.executors import nemo_run_patches
 
     processes = processes if processes is not None else max(gpus or 1, 1)
     _check_counts(processes, gpus, nodes, max_restarts)
-    upstream.apply()
+    nemo_run_patches.apply()
     return run.LocalExecutor(
         ntasks_per_node=processes,
         nodes=nodes,

@@ -1,4 +1,4 @@
-"""Cures of NeMo-Run's Kubeflow executor: configs and code that pods do not find, restarts that do not happen."""
+"""Patches of NeMo-Run's Kubeflow executor: configs and code that pods do not find, restarts that do not happen."""
 
 import tarfile
 from collections.abc import Callable

@@ -61,7 +61,7 @@ def skypilot(
         raise CptError(f"skypilot(nodes={nodes}, gpus_per_node={gpus_per_node}): at least 1 of each")
     import nemo_run as run
 
-    from nemo_cpt.executors import upstream
+    from nemo_cpt.executors import nemo_run_patches
 
     names = checked_secrets(secrets)
     copied = {target: source for source, _, target in (each.partition(":") for each in existing_mounts(mounts))}
@@ -69,7 +69,7 @@ def skypilot(
     if names:  # SkyPilot's scripts read ~/.bashrc
         copied[SECRETS_THERE] = str(keep_secrets("skypilot", names))
         lines.append(f"chmod 600 {SECRETS_THERE}; echo '. {SECRETS_THERE}' >> ~/.bashrc")
-    upstream.apply()
+    nemo_run_patches.apply()
     try:
         return run.SkypilotExecutor(
             gpus=gpus,

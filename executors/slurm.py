@@ -137,11 +137,11 @@ def slurm(
 
     import nemo_run as run
 
-    from nemo_cpt.executors import upstream
+    from nemo_cpt.executors import nemo_run_patches
     from nemo_cpt.executors.code import CodeSnapshot
     from nemo_cpt.executors.slurm_job import RunLog, SlurmJob
 
-    upstream.apply()
+    nemo_run_patches.apply()
     return SlurmJob(
         account=account,
         partition=partition,

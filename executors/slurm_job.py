@@ -26,7 +26,7 @@ from nemo_cpt.executors.runner import MARKER, REFUSAL
 from nemo_cpt.executors.stopping import with_our_runner
 from nemo_cpt.executors.supervisor import MARKER_PREFIX, REFUSAL_PREFIX
 from nemo_cpt.executors.tracking import EXPERIMENT
-from nemo_cpt.planning.saving import window_within
+from nemo_cpt.planning.save_window import window_within
 
 SBATCH = "sbatch"
 SECRETS_FILE = "secrets.env"

@@ -1,4 +1,4 @@
-"""Jobs that save when they are told to stop, wherever they run; cures of NeMo-Run's and TorchX's defects there.
+"""Jobs that save when they are told to stop, wherever they run; patches of NeMo-Run's and TorchX's defects there.
 
 The signal's way: launcher, or `docker stop` -> `supervisor` -> the workers, whose PreemptionCallback saves at the end
 of the step. Slurm signals the workers itself. A launcher that has ended is a signal, too.
@@ -19,7 +19,6 @@ from typing import Any
 
 from nemo_cpt.executors.environment import forget_secrets
 from nemo_cpt.executors.supervisor import FROM_LAUNCHER, MARKER_PREFIX, RUNNER
-from nemo_cpt.planning.saving import window_within
 from nemo_cpt.signals import STOP_SIGNALS, held, listen
 
 GRACE = "terminationGracePeriodSeconds"  # of a pod's spec
@@ -42,23 +41,6 @@ def save_on_sigterm(task: Any) -> None:
     if SaveWhenStopped not in classes:
         others = [each for each, kind in zip(callbacks, classes, strict=True) if kind is not PreemptionCallback]
         trainer.callbacks = [*others, run.Config(SaveWhenStopped)]
-
-
-def give_time_to_save(executor: Any, needed: Callable[[], int | None]) -> None:
-    """Let Slurm's and Kubernetes' jobs be told early enough ahead of their end, unless the user said how early.
-
-    Args:
-        executor: any; others are not told ahead.
-        needed: called where it is wanted; returns the seconds, None where they are not known.
-    """
-    from nemo_run.core.execution.kubeflow import KubeflowExecutor
-
-    from nemo_cpt.executors.slurm_job import SlurmJob
-
-    if isinstance(executor, SlurmJob) and executor.preempt_seconds is None:
-        executor.give_time_to_save(needed())
-    elif isinstance(executor, KubeflowExecutor) and executor.pod_spec_overrides.get(GRACE) is None:
-        executor.pod_spec_overrides = executor.pod_spec_overrides | {GRACE: window_within(None, needed())}
 
 
 def supervise_local_jobs() -> None:

@@ -17,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 from types import FrameType
 
-from nemo_cpt.errors import CptError, StoppedEarlyError
+from nemo_cpt.errors import CptError, StoppedEarlyError, say
 from nemo_cpt.executors.runner import MARKER, REFUSAL, UNTRAINED
 from nemo_cpt.signals import STOP_SIGNALS, held, listen
 
@@ -59,14 +59,14 @@ class Supervisor:
             if self.refusal.exists():
                 return CptError.exit_code
             if stopped := self._how_it_stopped(code):
-                _say(f"stopped ahead of the end, {stopped}; the same command goes on from there")
+                say(f"nemo_cpt: stopped ahead of the end, {stopped}; the same command goes on from there")
                 return StoppedEarlyError.exit_code
             if code in (0, CptError.exit_code) or self.told:
                 break
             if restart < self.max_restarts:
-                _say(f"exit code {code}; restart {restart + 1} of {self.max_restarts}")
+                say(f"nemo_cpt: exit code {code}; restart {restart + 1} of {self.max_restarts}")
         if code and self.told:
-            _say("told to stop, and ended unsaved; the same command goes on from the last checkpoint")
+            say("nemo_cpt: told to stop, and ended unsaved; the same command goes on from the last checkpoint")
         return code
 
     def _how_it_stopped(self, code: int) -> str:
@@ -136,10 +136,6 @@ class Supervisor:
             self.marker.write_text(UNTRAINED)
             self.child.kill()
         self.child.send_signal(signal.SIGCONT)
-
-
-def _say(what: str) -> None:
-    print(f"nemo_cpt: {what}", flush=True)
 
 
 def _end(leader: int) -> None:

@@ -16,7 +16,7 @@ def seconds_to_save(task: Any) -> int | None:
         task: a run.Partial, of a recipe or not.
     """
     from nemo_cpt import planning
-    from nemo_cpt.planning.saving import saving
+    from nemo_cpt.planning.save_window import saving
 
     if getattr(getattr(task, "trainer", None), "accelerator", None) != "gpu":
         return None

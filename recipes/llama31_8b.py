@@ -1,23 +1,23 @@
-"""Continual pretraining of Llama-3.1-8B.
+"""Continual pretraining and instruction tuning of Llama-3.1-8B.
 
-The defaults are those of the recorded run that taught Llama-3.1-8B Japanese on one node of 8 H100 (NVIDIA's Japanese
-blog on continual pretraining with NeMo): 150 steps of 1024 x 8192 tokens = 1.26 B tokens in about 6 hours. Its learning
-rates are Swallow's for the same model too.
+The defaults of continual pretraining are those of the recorded run that taught Llama-3.1-8B Japanese on one node of 8
+H100 (NVIDIA's Japanese blog on continual pretraining with NeMo): 150 steps of 1024 x 8192 tokens = 1.26 B tokens in
+about 6 hours. Its learning rates are Swallow's for the same model too. Those of instruction tuning are in
+`instruction.instruction_tune`.
 """
-
-from collections.abc import Sequence
 
 import nemo_run as run
 from nemo.collections import llm
 
+from nemo_cpt.conversations import Conversations
 from nemo_cpt.corpus import Blend
 from nemo_cpt.planning import ALLOWED, fit
-from nemo_cpt.recipes import parts
-from nemo_cpt.training.adapters import adapters_class
-from nemo_cpt.training.guards import check_batches, check_belonging
+from nemo_cpt.recipes import continual, instruction
+from nemo_cpt.recipes.continual import with_lora as with_lora
+from nemo_cpt.training.guards import check_belonging
 
 DEFAULT_BASE = "checkpoints/Llama-3.1-8B"
-LINEAR_LAYERS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+SFT_SEQ_LENGTH, SFT_RANK = 4096, 32
 ONE_GPU = {"gpus_per_node": 1, "tensor_model_parallel_size": 1}
 
 
@@ -26,65 +26,35 @@ def model(seq_length: int = 8192) -> run.Config[llm.LlamaModel]:
     return run.Config(llm.LlamaModel, config=run.Config(llm.Llama31Config8B, seq_length=seq_length))
 
 
-def default_data() -> Blend:
-    """Japanese with a quarter of English replay, the share that Ibrahim et al. (arXiv 2403.08763) find best for a
-    strong shift, and a validation set of each language."""
-    return Blend.replay("ds/ja", "ds/en", share=0.25, validation={"ja": "ds/ja_validation", "en": "ds/en_validation"})
-
-
 @run.cli.factory(target=llm.pretrain, name="llama31_8b_cpt")
 def continual_pretrain(
     base: str = DEFAULT_BASE,
     data: Blend | None = None,
     *,
-    model: run.Config | None = None,
-    tokenizer: str | None = None,
     name: str = "llama31_8b_cpt",
-    directory: str = "results",
-    num_nodes: int = 1,
     gpus_per_node: int = 8,
     tensor_model_parallel_size: int = 2,
-    pipeline_model_parallel_size: int = 1,
-    context_parallel_size: int = 1,
     seq_length: int = 8192,
     global_batch_size: int = 1024,
-    micro_batch_size: int = 1,
     max_steps: int = 150,
     val_check_interval: int = 15,
     lr: float = 2.5e-5,
-    min_lr: float | None = None,
-    warmup_steps: int | None = None,
-    unlike_base: Sequence[str] = (),
-    save_every: int | None = None,
-    extend: str | None = None,
+    **kwargs,
 ) -> run.Partial:
     """Every parameter, on one node of 8 GPUs of 80 GB by default.
 
     Args:
-        base: folder of the NeMo checkpoint to continue from, made by `nemo-cpt import`.
-        data: what to train and validate on; `default_data()` when None.
-        model: another model of the kin, as a run.Config; Llama-3.1-8B when None.
-        tokenizer: folder or hub name of a Hugging Face tokenizer; the base's own when None.
-        name: the run's name; its checkpoints and logs go to `directory/name`.
-        directory: where runs are kept.
-        num_nodes: machines.
-        gpus_per_node: GPUs of each.
-        tensor_model_parallel_size: GPUs that share each layer.
-        pipeline_model_parallel_size: groups of layers on different GPUs.
-        context_parallel_size: GPUs that share each sequence.
-        seq_length: tokens of a sequence.
-        global_batch_size: sequences of a step, over all GPUs.
-        micro_batch_size: sequences of one forward pass on one GPU.
-        max_steps: steps, and the length of the learning-rate schedule.
-        val_check_interval: steps between validations; the last step is validated as well.
-        lr: peak learning rate.
-        min_lr: learning rate at the end; a tenth of `lr` when None.
-        warmup_steps: `parts.default_warmup(max_steps)` when None, 15 of 150.
-        unlike_base: in what the model differs from its base on purpose, of rope_theta, rope_scaling, sliding_window,
-            rms_norm_eps and eos_token_id; an export writes it into config.json. Anything else that differs is refused.
-        save_every: steps between checkpoints; one follows each validation when None.
-        extend: "rewarm", "stretch" or "keep": what becomes of the learning rate when the run is resumed with another
-            max_steps, lr, min_lr or warmup_steps; see `ResumeOrStartFromBase`.
+        base: see `continual.continual_pretrain`.
+        data: see `continual.continual_pretrain`.
+        name: see `continual.continual_pretrain`.
+        gpus_per_node: see `continual.continual_pretrain`.
+        tensor_model_parallel_size: see `continual.continual_pretrain`.
+        seq_length: see `continual.continual_pretrain`.
+        global_batch_size: see `continual.continual_pretrain`.
+        max_steps: see `continual.continual_pretrain`.
+        val_check_interval: see `continual.continual_pretrain`.
+        lr: see `continual.continual_pretrain`.
+        **kwargs: see `continual.continual_pretrain`.
 
     Returns:
         A run.Partial of `llm.pretrain`; every field stays editable.
@@ -97,38 +67,19 @@ def continual_pretrain(
         >>> recipe = continual_pretrain(data=Blend.replay("ds/ja", "ds/en", share=0.25))
         >>> run.run(recipe, executor=local(processes=8))
     """
-    model_parallel = tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size
-    check_batches(global_batch_size, micro_batch_size, num_nodes * gpus_per_node, model_parallel)
-    recipe = run.Partial(
-        llm.pretrain,
-        model=parts.fused(model or _model(seq_length)),
-        data=parts.data(
-            data or default_data(),
-            tokenizer=tokenizer or parts.tokenizer(base, directory, name),
-            seq_length=seq_length,
-            global_batch_size=global_batch_size,
-            micro_batch_size=micro_batch_size,
-        ),
-        trainer=parts.trainer(
-            max_steps=max_steps,
-            val_check_interval=val_check_interval,
-            num_nodes=num_nodes,
-            gpus_per_node=gpus_per_node,
-            tensor_model_parallel_size=tensor_model_parallel_size,
-            pipeline_model_parallel_size=pipeline_model_parallel_size,
-            context_parallel_size=context_parallel_size,
-            sequence_parallel=tensor_model_parallel_size > 1,
-            unlike_base=unlike_base,
-        ),
-        optim=parts.adam(lr=lr, min_lr=min_lr, warmup_steps=warmup_steps, max_steps=max_steps),
-        log=parts.log(directory, name, save_every),
-        resume=parts.resume(base, extend),
+    return continual.continual_pretrain(
+        base=base,
+        data=data,
+        name=name,
+        gpus_per_node=gpus_per_node,
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        seq_length=seq_length,
+        global_batch_size=global_batch_size,
+        max_steps=max_steps,
+        val_check_interval=val_check_interval,
+        lr=lr,
+        **{"model": model(seq_length)} | kwargs,
     )
-    check_belonging(recipe)
-    return recipe
-
-
-_model = model  # the parameter `model` above hides the function
 
 
 @run.cli.factory(target=llm.finetune, name="llama31_8b_cpt_single_gpu")
@@ -218,33 +169,95 @@ def continual_pretrain_full_single_gpu(
     return fit(recipe, gpu_memory_gib, allow=[*ALLOWED, *given_up]).recipe
 
 
-def with_lora(
-    recipe: run.Partial, rank: int | None = 128, embeddings_lr: float | None = None, peft_scheme: str = "lora"
+@run.cli.factory(target=llm.finetune, name="llama31_8b_sft")
+def instruction_tune(
+    base: str = DEFAULT_BASE,
+    data: Conversations | None = None,
+    *,
+    name: str = "llama31_8b_sft",
+    gpus_per_node: int = 8,
+    tensor_model_parallel_size: int = 2,
+    seq_length: int = 4096,
+    lr: float = 5e-6,
+    **kwargs,
 ) -> run.Partial:
-    """The same run with the base frozen and LoRA trained, through `llm.finetune`: llm.pretrain takes no adapters.
+    """Instruction tuning of every parameter, on one node of 8 GPUs of 80 GB by default.
 
     Args:
-        recipe: a full-parameter recipe; its parts are reused.
-        rank: of the adapters; alpha is twice that.
-        embeddings_lr: peak learning rate of the embedding and the output layer, which are then trained whole; both
-            stay frozen when None. Lower than the adapters' rate: a fifth to a tenth of it is usual (Unsloth,
-            "Continued LLM Pretraining", 2024).
-        peft_scheme: "lora", or "dora", which trains the norms of the weights' rows beside low-rank changes of their
-            directions (arXiv 2402.09353); `nemo-cpt plan` tells what it costs.
+        base: see `instruction.instruction_tune`.
+        data: see `instruction.instruction_tune`.
+        name: see `instruction.instruction_tune`.
+        gpus_per_node: see `instruction.instruction_tune`.
+        tensor_model_parallel_size: see `instruction.instruction_tune`.
+        seq_length: see `instruction.instruction_tune`.
+        lr: peak learning rate, Tülu 3's (arXiv 2411.15124) and that of NeMo's own llama31_8b.finetune_recipe.
+        **kwargs: see `instruction.instruction_tune`.
+
+    Returns:
+        A run.Partial of `llm.finetune`; every field stays editable.
 
     Raises:
-        CptError: `embeddings_lr` is below the schedule's min_lr; there is no such `peft_scheme`.
+        CptError: as `instruction.instruction_tune`.
     """
-    rank, adapters = rank or 128, adapters_class(peft_scheme, embeddings_lr is not None)
-    recipe.model.config.gradient_accumulation_fusion = False  # the adapters' gradients are small
-    return run.Partial(
-        llm.finetune,
-        model=recipe.model,
-        data=recipe.data,
-        trainer=recipe.trainer,
-        optim=recipe.optim if embeddings_lr is None else parts.with_embeddings_rate(recipe.optim, embeddings_lr),
-        log=recipe.log,
-        resume=recipe.resume,
-        peft=run.Config(adapters, dim=rank, alpha=2 * rank, target_modules=LINEAR_LAYERS),
-        tokenizer="data",
+    return instruction.instruction_tune(
+        base=base,
+        data=data,
+        name=name,
+        gpus_per_node=gpus_per_node,
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        seq_length=seq_length,
+        lr=lr,
+        **{"model": model(seq_length)} | kwargs,
     )
+
+
+@run.cli.factory(target=llm.finetune, name="llama31_8b_sft_single_gpu")
+def instruction_tune_single_gpu(
+    base: str = DEFAULT_BASE,
+    data: Conversations | None = None,
+    *,
+    gpu_memory_gib: int = 48,
+    name: str = "llama31_8b_sft_single_gpu",
+    rank: int | None = None,
+    seq_length: int | None = None,
+    lr: float = 1e-4,
+    embeddings_lr: float | None = None,
+    peft_scheme: str = "lora",
+    **kwargs,
+) -> run.Partial:
+    """Instruction tuning with LoRA on every linear layer, on one GPU of 48 GB by default; of 24 GB as well.
+
+    Adapters of rank 32 and alpha of twice the rank: instructions take less of them than a language does (arXiv
+    2405.09673 tries 16 to 256). Micro batch and recomputation are what `planning.fit` finds fastest for the card with
+    5 % to spare; where that rank does not fit, it is halved until it does, then the sequence.
+
+    Args:
+        base: see `instruction.instruction_tune`.
+        data: see `instruction.instruction_tune`. The special tokens of its template must have been trained in the base,
+            or embeddings_lr be given.
+        gpu_memory_gib: the card's memory as sold.
+        name: see `instruction.instruction_tune`.
+        rank: rank of the adapters; 32, or the largest half of it that fits, when None.
+        seq_length: see `instruction.instruction_tune`; 4096, or the largest half of it that fits, when None.
+        lr: peak learning rate of the adapters, that of NeMo's own llama31_8b.finetune_recipe for LoRA.
+        embeddings_lr: see `continual_pretrain_single_gpu`.
+        peft_scheme: see `continual_pretrain_single_gpu`.
+        **kwargs: see `instruction_tune`.
+
+    Returns:
+        A run.Partial of `llm.finetune`; every field stays editable.
+
+    Raises:
+        CptError: nothing fits the card; or as `instruction.instruction_tune`.
+    """
+    wanted = seq_length or SFT_SEQ_LENGTH
+    recipe = instruction_tune(base, data, name=name, seq_length=wanted, lr=lr, **ONE_GPU | kwargs)
+    given_up = [knob for knob, value in (("rank", rank), ("seq_length", seq_length)) if value is None]
+    recipe = with_lora(recipe, rank or SFT_RANK, embeddings_lr, peft_scheme)
+    check_belonging(recipe)
+    fitted = fit(recipe, gpu_memory_gib, allow=[*ALLOWED, *given_up]).recipe
+    if fitted.data.seq_length == wanted:
+        return fitted
+    shorter = {"seq_length": fitted.data.seq_length}  # has other epochs
+    same = {"rank": rank, "lr": lr, "embeddings_lr": embeddings_lr, "peft_scheme": peft_scheme}
+    return instruction_tune_single_gpu(base, data, gpu_memory_gib=gpu_memory_gib, name=name, **same | shorter | kwargs)

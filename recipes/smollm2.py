@@ -1,10 +1,14 @@
-"""Continual pretraining of SmolLM2-135M: a real pretrained model that one GPU teaches a language in minutes."""
+"""Continual pretraining and instruction tuning of SmolLM2-135M.
+
+A real pretrained model that one GPU teaches a language in minutes.
+"""
 
 import nemo_run as run
 from nemo.collections import llm
 
+from nemo_cpt.conversations import Conversations
 from nemo_cpt.corpus import Blend
-from nemo_cpt.recipes import llama31_8b
+from nemo_cpt.recipes import continual, instruction
 
 DEFAULT_BASE = "checkpoints/SmolLM2-135M"
 
@@ -43,22 +47,22 @@ def continual_pretrain(
     lr: float = 3e-4,
     **kwargs,
 ) -> run.Partial:
-    """`llama31_8b.continual_pretrain` for SmolLM2-135M, every parameter, on one GPU.
+    """Every parameter of SmolLM2-135M, on one GPU.
 
     Args:
-        base: see `llama31_8b.continual_pretrain`.
-        data: see `llama31_8b.continual_pretrain`.
-        name: see `llama31_8b.continual_pretrain`.
-        gpus_per_node: see `llama31_8b.continual_pretrain`.
-        seq_length: see `llama31_8b.continual_pretrain`.
-        global_batch_size: see `llama31_8b.continual_pretrain`.
-        micro_batch_size: see `llama31_8b.continual_pretrain`.
-        max_steps: see `llama31_8b.continual_pretrain`.
-        val_check_interval: see `llama31_8b.continual_pretrain`.
+        base: see `continual.continual_pretrain`.
+        data: see `continual.continual_pretrain`.
+        name: see `continual.continual_pretrain`.
+        gpus_per_node: see `continual.continual_pretrain`.
+        seq_length: see `continual.continual_pretrain`.
+        global_batch_size: see `continual.continual_pretrain`.
+        micro_batch_size: see `continual.continual_pretrain`.
+        max_steps: see `continual.continual_pretrain`.
+        val_check_interval: see `continual.continual_pretrain`.
         limit_val_batches: global batches to validate on from each validation set.
         lr: peak learning rate: a tenth of the 3e-3 at which SmolLM's model of this shape was pretrained
             (config_smollm1_135M.yaml in huggingface/smollm), for batches of a sixtieth of its tokens.
-        **kwargs: see `llama31_8b.continual_pretrain`.
+        **kwargs: see `continual.continual_pretrain`.
 
     Returns:
         A run.Partial of `llm.pretrain`; every field stays editable.
@@ -66,9 +70,9 @@ def continual_pretrain(
     Raises:
         CptError: `data` is no Blend.
     """
-    recipe = llama31_8b.continual_pretrain(
-        base,
-        data,
+    recipe = continual.continual_pretrain(
+        base=base,
+        data=data,
         name=name,
         gpus_per_node=gpus_per_node,
         seq_length=seq_length,
@@ -77,7 +81,52 @@ def continual_pretrain(
         max_steps=max_steps,
         val_check_interval=val_check_interval,
         lr=lr,
-        **{"model": model(seq_length), "tensor_model_parallel_size": 1} | kwargs,
+        **{"model": model(seq_length)} | kwargs,
     )
     recipe.trainer.limit_val_batches = limit_val_batches
     return recipe
+
+
+@run.cli.factory(target=llm.finetune, name="smollm2_sft")
+def instruction_tune(
+    base: str = DEFAULT_BASE,
+    data: Conversations | None = None,
+    *,
+    name: str = "smollm2_sft",
+    gpus_per_node: int = 1,
+    seq_length: int = 1024,
+    global_batch_size: int = 16,
+    micro_batch_size: int = 8,
+    lr: float = 3e-4,
+    **kwargs,
+) -> run.Partial:
+    """Instruction tuning of SmolLM2-135M, every parameter, on one GPU.
+
+    Args:
+        base: see `instruction.instruction_tune`.
+        data: see `instruction.instruction_tune`.
+        name: see `instruction.instruction_tune`.
+        gpus_per_node: see `instruction.instruction_tune`.
+        seq_length: see `instruction.instruction_tune`.
+        global_batch_size: see `instruction.instruction_tune`.
+        micro_batch_size: see `instruction.instruction_tune`.
+        lr: peak learning rate, that of `continual_pretrain`.
+        **kwargs: see `instruction.instruction_tune`.
+
+    Returns:
+        A run.Partial of `llm.finetune`; every field stays editable.
+
+    Raises:
+        CptError: as `instruction.instruction_tune`.
+    """
+    return instruction.instruction_tune(
+        base=base,
+        data=data,
+        name=name,
+        gpus_per_node=gpus_per_node,
+        seq_length=seq_length,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        lr=lr,
+        **{"model": model(seq_length)} | kwargs,
+    )

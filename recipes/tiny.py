@@ -4,8 +4,9 @@ import nemo_run as run
 from nemo.collections import llm
 from nemo.collections.llm.gpt.model.llama import Llama31Config
 
+from nemo_cpt.conversations import Conversations
 from nemo_cpt.corpus import Blend
-from nemo_cpt.recipes import llama31_8b
+from nemo_cpt.recipes import continual, instruction
 from nemo_cpt.training.cpu import on_cpu
 
 
@@ -39,27 +40,27 @@ def continual_pretrain(
     lr: float = 1e-3,
     **kwargs,
 ) -> run.Partial:
-    """`llama31_8b.continual_pretrain` for the tiny model, on the CPU.
+    """Every parameter of the tiny model, on the CPU.
 
     Args:
-        base: see `llama31_8b.continual_pretrain`.
-        data: see `llama31_8b.continual_pretrain`.
+        base: see `continual.continual_pretrain`.
+        data: see `continual.continual_pretrain`.
         processes: processes of the run, over gloo.
-        name: see `llama31_8b.continual_pretrain`.
-        seq_length: see `llama31_8b.continual_pretrain`.
-        global_batch_size: see `llama31_8b.continual_pretrain`.
-        micro_batch_size: see `llama31_8b.continual_pretrain`.
-        max_steps: see `llama31_8b.continual_pretrain`.
-        val_check_interval: see `llama31_8b.continual_pretrain`.
+        name: see `continual.continual_pretrain`.
+        seq_length: see `continual.continual_pretrain`.
+        global_batch_size: see `continual.continual_pretrain`.
+        micro_batch_size: see `continual.continual_pretrain`.
+        max_steps: see `continual.continual_pretrain`.
+        val_check_interval: see `continual.continual_pretrain`.
         lr: peak learning rate; a model this small wants a larger one.
-        **kwargs: see `llama31_8b.continual_pretrain`.
+        **kwargs: see `continual.continual_pretrain`.
 
     Returns:
         A run.Partial of `llm.pretrain` that runs on the CPU.
     """
-    recipe = llama31_8b.continual_pretrain(
-        base,
-        data,
+    recipe = continual.continual_pretrain(
+        base=base,
+        data=data,
         name=name,
         gpus_per_node=processes,
         seq_length=seq_length,
@@ -68,6 +69,48 @@ def continual_pretrain(
         max_steps=max_steps,
         val_check_interval=val_check_interval,
         lr=lr,
-        **{"model": model(seq_length), "tensor_model_parallel_size": 1} | kwargs,
+        **{"model": model(seq_length)} | kwargs,
+    )
+    return on_cpu(recipe, processes)
+
+
+def instruction_tune(
+    base: str,
+    data: Conversations,
+    *,
+    processes: int = 1,
+    name: str = "tiny_sft",
+    seq_length: int = 128,
+    global_batch_size: int = 8,
+    micro_batch_size: int = 4,
+    lr: float = 1e-3,
+    **kwargs,
+) -> run.Partial:
+    """Instruction tuning of the tiny model, on the CPU.
+
+    Args:
+        base: see `instruction.instruction_tune`.
+        data: see `instruction.instruction_tune`.
+        processes: processes of the run, over gloo.
+        name: see `instruction.instruction_tune`.
+        seq_length: see `instruction.instruction_tune`.
+        global_batch_size: see `instruction.instruction_tune`.
+        micro_batch_size: see `instruction.instruction_tune`.
+        lr: peak learning rate; a model this small wants a larger one.
+        **kwargs: see `instruction.instruction_tune`.
+
+    Returns:
+        A run.Partial of `llm.finetune` that runs on the CPU.
+    """
+    recipe = instruction.instruction_tune(
+        base=base,
+        data=data,
+        name=name,
+        gpus_per_node=processes,
+        seq_length=seq_length,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        lr=lr,
+        **{"model": model(seq_length)} | kwargs,
     )
     return on_cpu(recipe, processes)

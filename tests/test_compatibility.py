@@ -5,7 +5,6 @@ import itertools
 import json
 import random
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,17 +19,15 @@ from nemo_cpt.checkpoint import import_hf
 from nemo_cpt.checkpoint.architecture import read_architecture
 from nemo_cpt.checkpoint.context import write_context
 from nemo_cpt.checkpoint.model_config import constants_of, constants_of_nemo
-from nemo_cpt.cli import yaml_file
 from nemo_cpt.compatibility import check_data, check_model, check_resumed, check_tokenizer, read_base
 from nemo_cpt.corpus import Blend, prepare
-from nemo_cpt.doctor import Examination, Job, material
+from nemo_cpt.doctor import Examination, Job, inputs
 from nemo_cpt.errors import CptError
+from nemo_cpt.launching import yaml_file
 from nemo_cpt.recipe_models import model_config, recipe_modules
 from nemo_cpt.recipes import llama31_8b, parts, smollm2, tiny
 from nemo_cpt.training import guards
-
-sys.path.insert(0, str(Path(__file__).with_name("checkpoint")))
-import small_models
+from tests.support import small_models
 
 # Of one size, so that nothing but their content tells them apart.
 KIN: dict[str, tuple[str, dict[str, Any]]] = {
@@ -140,7 +137,7 @@ def test_a_135m_base_for_the_8b_recipe_is_refused_everywhere_in_the_same_words(s
     with pytest.raises(CptError, match=words):
         guards.check_belonging(made)
     (module,) = (path for path in recipe_modules() if path.stem == "llama31_8b")
-    found = material.base(Examination(Job("r", base=str(smollm2_base), model=model_config(module))))
+    found = inputs.base(Examination(Job("r", base=str(smollm2_base), model=model_config(module))))
     assert found.state == "error"
     assert made_of(found) == message_of(lambda: guards.check_belonging(made))
     smollm2.continual_pretrain(str(smollm2_base))

@@ -4,11 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nemo_cpt.checkpoint.downloading import DownloadReport, download
     from nemo_cpt.checkpoint.exporting import ExportReport, export_hf
-    from nemo_cpt.checkpoint.hub import DownloadReport, download
     from nemo_cpt.checkpoint.importing import ImportReport, import_hf
     from nemo_cpt.checkpoint.merging import MergeReport, merge
-    from nemo_cpt.checkpoint.verifying import VerifyReport, verify
+    from nemo_cpt.checkpoint.verification import VerifyReport, verify
 
 _HOMES = {
     "import_hf": "importing",
@@ -17,10 +17,10 @@ _HOMES = {
     "ExportReport": "exporting",
     "merge": "merging",
     "MergeReport": "merging",
-    "download": "hub",
-    "DownloadReport": "hub",
-    "verify": "verifying",
-    "VerifyReport": "verifying",
+    "download": "downloading",
+    "DownloadReport": "downloading",
+    "verify": "verification",
+    "VerifyReport": "verification",
 }
 __all__ = [
     "DownloadReport",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from nemo_cpt.checkpoint.architecture import Architecture
 from nemo_cpt.checkpoint.context import HF_FOLDER
-from nemo_cpt.checkpoint.files import require_tokenizer
+from nemo_cpt.checkpoint.folders import require_tokenizer
 from nemo_cpt.errors import CptError
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_cpt.checkpoint.architecture import read_json
+from nemo_cpt.checkpoint.context import RUN_JSON
 from nemo_cpt.errors import CptError
-from nemo_cpt.training.run_folder import RUN_JSON
 
 NONE = "none"  # as a choice: the base's files as they are
 RECORD = "template"  # in run.json
@@ -84,7 +84,7 @@ def choose_template(checkpoint: Path, files: Path, choice: str | None) -> Instru
     if choice == NONE:
         return None
     from nemo_cpt.conversations.templates import load_template
-    from nemo_cpt.corpus.tokenizer import load_tokenizer
+    from nemo_cpt.corpus.tokenization.tokenizer import load_tokenizer
 
     found = load_template(choice, load_tokenizer(files))
     return InstructionTemplate(found.name, found.text, found.stop, found.tokens)
@@ -130,7 +130,7 @@ def with_end(ends: int | list[int] | None, stop: int) -> int | list[int]:
 def template_differences(folder: Path, template: InstructionTemplate) -> Iterator[str]:
     """Where a folder asks a model otherwise than it was tuned, or does not end its replies where it does, in words."""
     from nemo_cpt.conversations.templates import OWN, load_template, own_template
-    from nemo_cpt.corpus.tokenizer import load_tokenizer
+    from nemo_cpt.corpus.tokenization.tokenizer import load_tokenizer
 
     if own_template(folder) != template.text:
         yield f"{folder} has {'another' if own_template(folder) else 'no'} chat template"

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from nemo_cpt.checkpoint.arrays import bits
-from nemo_cpt.checkpoint.files import write_pieces
+from nemo_cpt.checkpoint.folders import write_pieces
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

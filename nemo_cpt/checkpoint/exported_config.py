@@ -10,7 +10,7 @@ from typing import Any
 from nemo_cpt.checkpoint.architecture import Architecture, parse_config, read_json
 from nemo_cpt.checkpoint.base import carried_places
 from nemo_cpt.checkpoint.chat_template import with_end
-from nemo_cpt.checkpoint.files import VOCABULARIES
+from nemo_cpt.checkpoint.folders import VOCABULARIES
 from nemo_cpt.checkpoint.model_config import (
     Difference,
     constants_of_nemo,

@@ -14,10 +14,10 @@ from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import Architecture, read_architecture
 from nemo_cpt.checkpoint.arrays import bits
 from nemo_cpt.checkpoint.context import HF_FOLDER
-from nemo_cpt.checkpoint.files import copy_small_files, new_folder, require_tokenizer
+from nemo_cpt.checkpoint.folders import copy_small_files, new_folder, require_tokenizer
 from nemo_cpt.checkpoint.nemo_writer import Tensors, write_nemo
 from nemo_cpt.checkpoint.safetensors_files import HFWeights
-from nemo_cpt.checkpoint.tokenizer_files import count_token_ids
+from nemo_cpt.checkpoint.tokenizer_ids import count_token_ids
 from nemo_cpt.errors import CptError
 
 

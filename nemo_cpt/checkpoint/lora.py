@@ -206,7 +206,7 @@ def _refuse_others(weights: NemoWeights, nemo: Path) -> None:
 
 
 def _refuse_unpatched(weights: NemoWeights, nemo: Path) -> None:
-    """Refuse DoRA that plain NeMo trained at a tensor-parallel size above 1, where it is no method (`upstream_dora`).
+    """Refuse DoRA that plain NeMo trained at a tensor-parallel size above 1, where it is no method (`dora_patches`).
 
     It is seen by the pieces of linear_fc1's magnitudes: one a rank, where a patched NeMo cuts them as `linear_out`.
     """
@@ -216,7 +216,7 @@ def _refuse_unpatched(weights: NemoWeights, nemo: Path) -> None:
             if 1 < pieces < weights.reader.pieces(key.replace(_MAGNITUDE, "linear_out.weight"), -2):
                 raise CptError(
                     f"{nemo} was trained with DoRA on {pieces} tensor-parallel ranks, which NeMo 2.7 gets wrong where "
-                    "this library does not patch it (nemo_cpt/training/upstream_dora.py): each rank had other "
+                    "this library does not patch it (nemo_cpt/training/dora_patches.py): each rank had other "
                     "magnitudes, and one rank's were saved. Train again by this library's recipes, or with LoRA."
                 )
 

@@ -38,7 +38,7 @@ def nemo_logits(nemo: str | Path, prompts: list[list[int]]) -> list[torch.Tensor
     """
     import torch
 
-    from nemo_cpt.training.cpu import cpu_stack
+    from nemo_cpt.cpu_stack import cpu_stack
 
     with cpu_stack(), one_process(), torch.no_grad():
         model = _build(Path(nemo), max(map(len, prompts)))
@@ -57,7 +57,7 @@ def _build(nemo: Path, length: int) -> Any:
     import torch
     from nemo.collections.llm.gpt.model.base import local_layer_spec
 
-    from nemo_cpt.training.cpu import UNFUSED
+    from nemo_cpt.cpu_stack import UNFUSED
 
     recorded = read_model_config(nemo)
     fields = {name: recorded[name] for name in FIELDS if name in recorded}

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from nemo_cpt.checkpoint.architecture import read_json
 from nemo_cpt.checkpoint.arrays import BLOCK_BYTES, DTYPES, Buffers, bits, cast, read_into
 from nemo_cpt.checkpoint.download_record import check_file, read_record
-from nemo_cpt.checkpoint.files import write_pieces
+from nemo_cpt.checkpoint.folders import write_pieces
 from nemo_cpt.errors import CptError
 
 _CODES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}

@@ -14,8 +14,8 @@ from nemo_cpt.checkpoint.architecture import Architecture
 from nemo_cpt.checkpoint.base import base_files, base_weights, carried_places
 from nemo_cpt.checkpoint.chat_template import InstructionTemplate, choose_template, write_template
 from nemo_cpt.checkpoint.exported_config import ExportedConfig, exported_config
-from nemo_cpt.checkpoint.files import copy_small_files
-from nemo_cpt.checkpoint.tokenizer_files import count_token_ids
+from nemo_cpt.checkpoint.folders import copy_small_files
+from nemo_cpt.checkpoint.tokenizer_ids import count_token_ids
 from nemo_cpt.errors import CptError
 
 

@@ -13,7 +13,7 @@ from nemo_cpt.cli.tables import print_json, print_plain, print_report
 from nemo_cpt.errors import CptError
 
 if TYPE_CHECKING:
-    from nemo_cpt.corpus.inspection import Inspection
+    from nemo_cpt.corpus.dataset.inspection import Inspection
 
 PANEL = "Corpora"
 OF_TEXTS = (
@@ -273,7 +273,7 @@ def fetch(
     json: Json = False,
 ) -> None:
     """Download a corpus; certificates are verified, checksums kept, interrupted downloads resumed."""
-    from nemo_cpt.corpus.catalogue import CORPORA
+    from nemo_cpt.corpus.fetching.known_corpora import CORPORA
 
     if corpus is None:
         known = {name: asdict(entry) for name, entry in CORPORA.items()}

@@ -1,40 +1,20 @@
 """Command of `nemo-cpt`: what would stop a job, and the same looked at before each launch."""
 
-import ast
 import json as jsonlib
 import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from nemo_cpt.cli import app
 from nemo_cpt.cli.launch import PANEL, Json, Pairs
-from nemo_cpt.errors import CptError
 
 if TYPE_CHECKING:
-    from nemo_cpt.cli.catalog import Function
-    from nemo_cpt.doctor import Finding, Job, Place
+    from nemo_cpt.doctor import Finding
 
 EXIT_RED = 3
-MODEL = "model.config."
 MARKS = {"ok": ("✔", "green"), "warning": ("!", "yellow"), "error": ("✘", "red"), "skipped": ("–", "dim")}
-# Fields of a recipe's config that say the same as one of its arguments, and that argument's type.
-FIELDS = {
-    "resume.base": ("base", "str | None"),
-    "data.tokenizer.pretrained_model_name": ("tokenizer", "str | None"),
-    "log.log_dir": ("directory", "str | None"),
-    "log.name": ("name", "str | None"),
-    "log.ckpt.save_top_k": ("save_top_k", "int"),
-    "trainer.devices": ("gpus_per_node", "int"),
-    "trainer.num_nodes": ("num_nodes", "int"),
-    "trainer.max_steps": ("max_steps", "int"),
-    "trainer.val_check_interval": ("val_check_interval", "int | float | None"),
-    "trainer.strategy.tensor_model_parallel_size": ("tensor_model_parallel_size", "int"),
-    "peft.dim": ("rank", "int"),
-    "model.config.attention_backend": ("attention_backend", "str | None"),
-}
 
 
 @app.command(rich_help_panel=PANEL)
@@ -51,12 +31,13 @@ def doctor(
 
     Ends with 0 where nothing is red, with 3 where something is, with 2 where the command itself is wrong.
     """
-    from nemo_cpt.cli.launch import _split
+    from nemo_cpt import catalog
     from nemo_cpt.doctor import CHECKS, JOB_CHECKS, Examination, examine, worst
+    from nemo_cpt.launching.description import describe
 
     job = None
     if recipe is not None:
-        function, arguments, fields, options = _split(recipe, overrides or [])
+        function, arguments, fields, options = catalog.split(recipe, overrides or [])
         job = describe(function, arguments, fields, executor, options)
     findings = examine(CHECKS + JOB_CHECKS * (job is not None), Examination(job, ranks, nodes, hub))
     if json:
@@ -66,186 +47,6 @@ def doctor(
         print_findings(findings)
     if worst(findings) == "error":
         raise typer.Exit(EXIT_RED)
-
-
-def preflight(job: "Job", force: bool) -> None:
-    """Examine a job before its launch: warnings are printed, errors refuse it.
-
-    Args:
-        job: as `describe` gives it.
-        force: launch it all the same; its errors are printed as warnings are.
-
-    Raises:
-        CptError: something would stop the job; the message holds everything found, with its cure.
-    """
-    from nemo_cpt.doctor import FITTING, PREFLIGHT, Examination, examine, worst
-
-    examination = Examination(job)
-    findings = examine(PREFLIGHT, examination, seconds=20)
-    if worst(findings) != "error":
-        findings += examine(FITTING, examination, seconds=300)
-    errors = [each for each in findings if each.state == "error"]
-    for each in findings:
-        if each.state == "warning" or (force and each.state == "error"):
-            print(f"nemo-cpt: {each.state}: {_sentence(each)}", file=sys.stderr)
-    if errors and not force:
-        listed = "\n".join(f"  {_sentence(each)}" for each in errors)
-        raise CptError(f"{job.recipe} is not launched (--force launches it all the same):\n{listed}")
-
-
-def describe(
-    function: "Function", arguments: Mapping[str, Any], fields: Sequence[str], executor: str, options: Sequence[str]
-) -> "Job":
-    """What a recipe's source and its arguments say of the job, without importing NeMo.
-
-    Args:
-        function: the recipe, as the catalog reads it.
-        arguments: those given.
-        fields: `path.to.field=value` on its config.
-        executor: its name, or FILE.py:FUNCTION.
-        options: `key=value` of the executor.
-
-    Raises:
-        CptError: there is no such executor, an option is wrong, or a field has the wrong type.
-    """
-    from nemo_cpt.doctor import Job
-
-    given = {name: _default(function, name) for name in function.parameters} | dict(arguments)
-    pairs = (field.partition("=") for field in fields)
-    given |= {FIELDS[path][0]: _field(path, text) for path, _, text in pairs if path in FIELDS}
-    on_cpu = "processes" in function.parameters
-    data = given.get("data")
-    return Job(
-        recipe=function.name,
-        arguments=dict(arguments),
-        fields=tuple(fields),
-        place=place(executor, options),
-        model=_model(function, fields),
-        unlike_base=tuple(given.get("unlike_base") or ()),
-        base=None if given.get("base") is None else str(given["base"]),
-        data=_default_data(function) if data is None else data,
-        tokenizer=given.get("tokenizer"),
-        directory=Path(str(given.get("directory") or "results"), str(given.get("name") or "")),
-        gpus_per_node=0 if on_cpu else int(given.get("gpus_per_node") or 1),
-        num_nodes=int(given.get("num_nodes") or 1),
-        tensor_model_parallel_size=int(given.get("tensor_model_parallel_size") or 1),
-        lora_rank=_lora_rank(function, given),
-        trained_embeddings=given.get("embeddings_lr") is not None,
-        gpu_memory_gib=given.get("gpu_memory_gib"),
-        global_batch_size=int(given.get("global_batch_size") or 0),
-        seq_length=int(given.get("seq_length") or 0),
-        max_steps=int(given.get("max_steps") or 0),
-        checkpoints=_checkpoints(given),
-        attention_backend=str(given.get("attention_backend") or "auto").rpartition(".")[2],
-    )
-
-
-def _model(function: "Function", fields: Sequence[str]) -> dict[str, Any]:
-    """The model config that the recipe's module declares, with the fields of it that are given."""
-    from nemo_cpt.recipe_models import model_config
-
-    config = model_config(function.path)
-    for path, _, text in (field.partition("=") for field in fields if config):
-        if path.startswith(MODEL):
-            config[path.removeprefix(MODEL)] = _literal(text)
-    return config
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
-def place(executor: str, options: Sequence[str]) -> "Place":
-    """Where an executor runs a job, from its name and options alone.
-
-    Raises:
-        CptError: there is no such executor, or an option is wrong.
-    """
-    from nemo_cpt.cli import catalog, jobs
-    from nemo_cpt.doctor import Place
-    from nemo_cpt.executors.environment import job_env
-    from nemo_cpt.executors.local import visible_gpus
-    from nemo_cpt.executors.window import seconds_of
-
-    if executor.partition(":")[0].endswith(".py"):
-        return Place(executor, here=False, same_packages=False, same_files=False)
-    described = catalog.executor(executor)
-    given = catalog.parse(described, options, prefix="executor.")
-    if set(given) - set(described.parameters):
-        jobs.make_executor(executor, options, 1)  # it alone knows sbatch's directives, and takes seconds to say so
-    container, tunnelled = given.get("container_image"), given.get("tunnel", "local") != "local"
-    submits = executor == "slurm" and not tunnelled
-    return Place(
-        executor,
-        here=executor in ("local", "docker"),
-        same_packages=executor == "local" or (submits and not container and not given.get("venv")),
-        same_files=executor == "local" or (submits and not container),
-        slurm=submits,
-        partition=given.get("partition"),
-        nodes=given.get("nodes"),
-        limit_seconds=seconds_of(str(given.get("time"))),
-        preempt_seconds=given.get("preempt_seconds"),
-        environ=visible_gpus(given.get("gpus") if executor == "local" else None) | job_env(given.get("env")),
-    )
-
-
-def _field(path: str, text: str) -> Any:
-    """The value of one of `FIELDS`, of its type; quotes around it are taken off, as NeMo-Run does."""
-    from nemo_cpt.cli import catalog
-
-    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
-    return catalog.parse_value(path, text[1:-1] if quoted else text, FIELDS[path][1])
-
-
-def _default(function: "Function", name: str) -> Any:
-    """A parameter's default where its source is a literal, or a constant of the recipe's module; else None."""
-    from nemo_cpt.cli import catalog
-
-    source = function.parameters[name].default
-    if source is None:
-        return None
-    value = catalog.assigned(function.path, source) if source.isidentifier() else None
-    source = ast.unparse(value) if value else source
-    try:
-        return ast.literal_eval(source)
-    except (ValueError, SyntaxError):
-        is_a_word = source.replace("/", "").replace("-", "").replace(".", "").replace("_", "").isalnum()
-        return source if is_a_word else None
-
-
-def _default_data(function: "Function") -> Any:
-    """The blend that the module's `default_data()` returns, where it is made of literals; else None."""
-    from nemo_cpt.cli import catalog
-    from nemo_cpt.corpus import Blend
-
-    node = catalog.functions(function.path).get("default_data")
-    call = node.body[-1].value if node and isinstance(node.body[-1], ast.Return) else None
-    if isinstance(call, ast.Call) and ast.unparse(call.func) in ("Blend", "Blend.replay"):
-        return _called(Blend.replay if "." in ast.unparse(call.func) else Blend, call)
-    return None
-
-
-def _called(make: Any, call: ast.Call) -> Any:
-    try:
-        positional = [ast.literal_eval(each) for each in call.args]
-        return make(*positional, **{str(word.arg): ast.literal_eval(word.value) for word in call.keywords})
-    except (ValueError, TypeError):
-        return None
-
-
-def _lora_rank(function: "Function", given: Mapping[str, Any]) -> int | None:
-    """The adapters' rank: as given, or the recipes' own; None for a recipe that has none."""
-    return int(given["rank"] or 128) if "rank" in given else None
-
-
-def _checkpoints(given: Mapping[str, Any]) -> int:
-    """Checkpoints on the disk at once: the best ones, and the one that is written before the worst is removed."""
-    steps, interval = int(given.get("max_steps") or 1), int(given.get("val_check_interval") or 1)
-    written, kept = max(-(-steps // max(interval, 1)), 1), given.get("save_top_k", 3)
-    return written if int(kept) < 0 else min(written, int(kept) + 1)
 
 
 def print_findings(findings: Sequence["Finding"]) -> None:
@@ -272,7 +73,3 @@ def print_findings(findings: Sequence["Finding"]) -> None:
 def _verdict(findings: Sequence["Finding"]) -> str:
     counts = {state: sum(each.state == state for each in findings) for state in MARKS}
     return f"{counts['error']} red, {counts['warning']} yellow, {counts['ok']} green, {counts['skipped']} not looked at"
-
-
-def _sentence(finding: "Finding") -> str:
-    return f"{finding.name}: {finding.found}" + (f"; {finding.cure}" if finding.cure else "")

@@ -11,10 +11,9 @@ import typer
 
 from nemo_cpt.cli import app
 from nemo_cpt.cli.tables import print_table
-from nemo_cpt.errors import CptError
 
 if TYPE_CHECKING:
-    from nemo_cpt.cli.catalog import Function
+    from nemo_cpt.catalog import Function
 
 PANEL = "Recipes and jobs"
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -31,7 +30,7 @@ def recipes_command(
     recipe: Annotated[str | None, typer.Argument(help="Show the parameters of one recipe.")] = None, json: Json = False
 ) -> None:
     """List the recipes, or one recipe's parameters."""
-    from nemo_cpt.cli import catalog
+    from nemo_cpt import catalog
 
     found = [catalog.recipe(recipe)] if recipe else list(catalog.recipes().values())
     if json:
@@ -46,9 +45,10 @@ def recipes_command(
 @app.command(rich_help_panel=PANEL)
 def show(recipe: Recipe, overrides: Pairs = None) -> None:
     """Print the resolved config of a recipe as YAML."""
-    from nemo_cpt.cli.task import build_recipe
+    from nemo_cpt import catalog
+    from nemo_cpt.catalog.build import build_recipe
 
-    function, arguments, fields, _ = _split(recipe, overrides or [])
+    function, arguments, fields, _ = catalog.split(recipe, overrides or [])
     partial = build_recipe(function.name, arguments, fields)
     from nemo_run.core.serialization.yaml import YamlSerializer
 
@@ -58,8 +58,8 @@ def show(recipe: Recipe, overrides: Pairs = None) -> None:
 @app.command(rich_help_panel=PANEL)
 def copy(recipe: Recipe, file: Annotated[Path, typer.Argument(help="Where to write the script.")]) -> None:
     """Copy a recipe into a script to edit and run."""
-    from nemo_cpt.cli import catalog
-    from nemo_cpt.cli.scripts import write_script
+    from nemo_cpt import catalog
+    from nemo_cpt.launching.scripts import write_script
 
     write_script(catalog.recipe(recipe), file)
     print(f"wrote {file}; edit it, then: python {file}")
@@ -83,20 +83,24 @@ def run(
     time that the recipe is run with these arguments (20 s); what it read is remembered. Fields of the config
     (trainer.log_every_n_steps=5) are checked before submission to another machine, which imports NeMo; so does --check.
     """
-    from nemo_cpt.cli import jobs
-    from nemo_cpt.cli.doctor import describe, preflight
-    from nemo_cpt.cli.task import build_recipe, nothing_to_train
+    from nemo_cpt import catalog
+    from nemo_cpt.catalog.build import build_recipe
+    from nemo_cpt.doctor.preflight import preflight
+    from nemo_cpt.launching import jobs
+    from nemo_cpt.launching.description import describe
+    from nemo_cpt.launching.executor import make_executor
+    from nemo_cpt.launching.task import nothing_to_train
 
-    function, arguments, fields, options = _split(recipe, overrides or [])
+    function, arguments, fields, options = catalog.split(recipe, overrides or [])
     with _only_json_on_stdout(json):
         job = describe(function, arguments, fields, executor, options)
         if job.place.same_files and (said := nothing_to_train(function.name, arguments, fields, job.place.here)):
             print(said if not json else jsonlib.dumps({"finished": said}), file=sys.__stdout__)
             return
-        preflight(job, force=force or dryrun)
+        preflight(job, force=force or dryrun, how_to_force="--force", speaker="nemo-cpt")
         if check or (fields and executor != "local"):
             build_recipe(function.name, arguments, fields)
-        where = jobs.make_executor(executor, options, function.processes(arguments))
+        where = make_executor(executor, options, function.processes(arguments))
         if function.gpus(arguments):
             jobs.give_time_to_save(where, function, arguments, fields)
         result = jobs.submit(function, arguments, fields, where, detach, dryrun)
@@ -107,7 +111,7 @@ def run(
 @app.command(rich_help_panel=PANEL)
 def status(experiment: Experiment = None, json: Json = False) -> None:
     """Show the state of an experiment's tasks."""
-    from nemo_cpt.cli import jobs
+    from nemo_cpt.launching import jobs
 
     with _only_json_on_stdout(json):
         found = jobs.status(experiment)
@@ -126,7 +130,7 @@ def logs(
     lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="Lines from the end.")] = 100,
 ) -> None:
     """Print the end of the logs of an experiment's tasks, headed by their paths."""
-    from nemo_cpt.cli import jobs
+    from nemo_cpt.launching import jobs
 
     print(jobs.logs(experiment, lines))
 
@@ -134,7 +138,7 @@ def logs(
 @app.command(rich_help_panel=PANEL)
 def cancel(experiment: Experiment = None, json: Json = False) -> None:
     """Stop an experiment's tasks that are queued or running."""
-    from nemo_cpt.cli import jobs
+    from nemo_cpt.launching import jobs
 
     with _only_json_on_stdout(json):
         cancelled = jobs.cancel(experiment)
@@ -146,21 +150,6 @@ def _only_json_on_stdout(json: bool) -> Iterator[None]:
     """With --json, let what is printed within, NeMo-Run's panels and the job's log, go to stderr."""
     with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
         yield
-
-
-def _split(recipe: str, pairs: list[str]) -> tuple["Function", dict[str, Any], list[str], list[str]]:
-    """Part the pairs into the recipe's arguments, fields of its config, and the executor's options."""
-    from nemo_cpt.cli import catalog
-
-    function = catalog.recipe(recipe)
-    options = [pair.removeprefix("executor.") for pair in pairs if pair.startswith("executor.")]
-    own = [pair for pair in pairs if not pair.startswith("executor.")]
-    fields = [pair for pair in own if "." in pair.partition("=")[0]]
-    arguments = catalog.parse(function, [pair for pair in own if pair not in fields])
-    missing = [name for name, each in function.parameters.items() if each.default is None and name not in arguments]
-    if missing and missing != ["**"]:
-        raise CptError(f"{function.name} needs {', '.join(f'{name}=...' for name in missing)}")
-    return function, arguments, fields, options
 
 
 def _required(function: "Function") -> str:

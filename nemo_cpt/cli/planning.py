@@ -50,10 +50,10 @@ def plan(
 
 def read(recipe: str, overrides: list[str] | None, gpus: int | None) -> "Workload":
     """Read a recipe's workload, for another number of GPUs if given."""
-    from nemo_cpt.cli.launch import _split
-    from nemo_cpt.planning.named import workload
+    from nemo_cpt import catalog
+    from nemo_cpt.catalog.workloads import workload
 
-    function, arguments, fields, _ = _split(recipe, overrides or [])
+    function, arguments, fields, _ = catalog.split(recipe, overrides or [])
     work = workload(function.name, arguments, fields)
     if gpus is None:
         return work

@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from nemo_cpt.cli import catalog
+from nemo_cpt import catalog
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def _offer_yaml_as_a_factory() -> None:
         return
     import nemo_run as run
 
-    from nemo_cpt.cli import yaml_file
+    from nemo_cpt.launching import yaml_file
 
     at = sys.argv.index("--yaml")
     recipe = yaml_file.load(sys.argv[at + 1])
@@ -47,9 +47,9 @@ def _register_executors() -> None:
     import nemo_run as run
 
     from nemo_cpt import executors
-    from nemo_cpt.executors import upstream
+    from nemo_cpt.executors import nemo_run_patches
 
-    upstream.parse_new_unions()
+    nemo_run_patches.parse_new_unions()
     for name in executors.__all__:
         function = getattr(executors, name)
         if not isinstance(function, type):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from nemo_cpt.corpus.tokenizer import Encoder, Tokenizer
+from nemo_cpt.corpus.tokenization.tokenizer import Encoder, Tokenizer
 from nemo_cpt.errors import CptError
 
 Pieces = list[tuple[str, bool]]

@@ -15,7 +15,7 @@ from typing import Any
 import orjson
 
 from nemo_cpt.conversations.questions import Document, Question, language_of
-from nemo_cpt.corpus.duplicates import HeldOut, fingerprint, sketch
+from nemo_cpt.corpus.splitting.duplicates import HeldOut, fingerprint, sketch
 from nemo_cpt.errors import CptError
 
 GROUNDED = "grounded"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from nemo_cpt.corpus.lines import UnusableError, refuse_surrogates
+from nemo_cpt.corpus.reading.lines import UnusableError, refuse_surrogates
 from nemo_cpt.errors import CptError
 
 AUTO = "auto"

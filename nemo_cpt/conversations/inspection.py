@@ -9,8 +9,8 @@ from typing import Any
 from nemo_cpt.conversations.dataset import ConversationSet, open_conversations
 from nemo_cpt.conversations.encode import load_backend
 from nemo_cpt.conversations.packing import pack
-from nemo_cpt.corpus.inspection import check_index, percentiles
-from nemo_cpt.corpus.tokenizer import load_tokenizer
+from nemo_cpt.corpus.dataset.inspection import check_index, percentiles
+from nemo_cpt.corpus.tokenization.tokenizer import load_tokenizer
 from nemo_cpt.errors import CptError
 
 SEQ_LENGTH = 4096  # what is reported of packing where no length is given

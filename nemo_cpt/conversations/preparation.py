@@ -12,18 +12,18 @@ from nemo_cpt.conversations.encode import PieceEncoder, Pieces, choose_piece_enc
 from nemo_cpt.conversations.forms import AUTO, Conversation, check_form, read_conversation
 from nemo_cpt.conversations.inspection import SEQ_LENGTH, Fitting, fit_and_pack, warnings_of
 from nemo_cpt.conversations.templates import TRAIN_ON, ChatTemplate, load_template
-from nemo_cpt.corpus.choice import PROBES
-from nemo_cpt.corpus.encode import BATCH, COMPARED_TASKS, Encoded, Work, choose_passages, count_lengths
-from nemo_cpt.corpus.feed import Feed, Task, take_from
-from nemo_cpt.corpus.index import dtype_for
-from nemo_cpt.corpus.job import SAMPLE_BYTES, SAMPLE_TEXTS
-from nemo_cpt.corpus.kinds import Lookout
-from nemo_cpt.corpus.lines import UnusableError
-from nemo_cpt.corpus.output import HeadStart, Output, Run
-from nemo_cpt.corpus.sources import Inputs, Source, list_sources
-from nemo_cpt.corpus.tally import Policy
-from nemo_cpt.corpus.tokenizer import Encoder, Tokenizer, load_tokenizer
-from nemo_cpt.corpus.workers import count_processes
+from nemo_cpt.corpus.dataset.index import dtype_for
+from nemo_cpt.corpus.preparing.encode import BATCH, COMPARED_TASKS, Encoded, Work, choose_passages, count_lengths
+from nemo_cpt.corpus.preparing.job import SAMPLE_BYTES, SAMPLE_TEXTS
+from nemo_cpt.corpus.preparing.output import HeadStart, Output, Run
+from nemo_cpt.corpus.preparing.workers import count_processes
+from nemo_cpt.corpus.reading.chunks import Feed, Task, take_from
+from nemo_cpt.corpus.reading.lines import UnusableError
+from nemo_cpt.corpus.reading.sources import Inputs, Source, list_sources
+from nemo_cpt.corpus.reading.tally import Policy
+from nemo_cpt.corpus.tokenization.characters import Lookout
+from nemo_cpt.corpus.tokenization.encoder_choice import PROBES
+from nemo_cpt.corpus.tokenization.tokenizer import Encoder, Tokenizer, load_tokenizer
 from nemo_cpt.errors import CptError
 
 

@@ -19,8 +19,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nemo_cpt.conversations.forms import Conversation
-from nemo_cpt.corpus.lines import UnusableError
-from nemo_cpt.corpus.tokenizer import Tokenizer
+from nemo_cpt.corpus.reading.lines import UnusableError
+from nemo_cpt.corpus.tokenization.tokenizer import Tokenizer
 from nemo_cpt.errors import CptError
 
 SHIPPED = ("alpaca-en", "alpaca-ja", "alpaca-zh", "chatml", "llama3")

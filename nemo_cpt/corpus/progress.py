@@ -7,17 +7,21 @@ from typing import Any
 
 
 class ProgressBar:
-    """Progress over a known number of bytes, on stderr so that stdout stays machine-readable.
+    """Progress over a known number of bytes or other units, on stderr so that stdout stays machine-readable.
 
     Args:
         title: What is being done.
-        total: Bytes to go through; 0 where it is unknown.
+        total: Bytes (or units) to go through; 0 where it is unknown.
         quiet: Show nothing.
         interval: Seconds between two lines where stderr is no terminal.
+        unit: What is counted, where that is no bytes.
     """
 
-    def __init__(self, title: str, total: int, quiet: bool = False, interval: float = 10.0) -> None:
+    def __init__(
+        self, title: str, total: int, quiet: bool = False, interval: float = 10.0, unit: str | None = None
+    ) -> None:
         self.title, self.total, self.quiet, self.interval = title, total, quiet, interval
+        self.unit, self._scale = (unit, 1.0) if unit else ("MB", 1e6)
         self._begin = self._shown = time.monotonic()
         self._start: int | None = None
         self._bar: Any = None
@@ -61,7 +65,7 @@ class ProgressBar:
         self._shown = now
         seconds = max(now - self._begin, 1e-9)
         rate = (done - self._start) / seconds
-        rates = f"{rate / 1e6:,.1f} MB/s"
+        rates = f"{rate / self._scale:,.1f} {self.unit}/s"
         if documents:
             rates = f"{documents / seconds:,.0f} documents/s, {rates}, {tokens / 1e6:,.1f} M tokens"
         if self._bar is not None:
@@ -71,6 +75,6 @@ class ProgressBar:
 
     def _plain(self, done: int, rate: float) -> str:
         if not self.total:
-            return f"{done / 1e6:,.0f} MB, "
+            return f"{done / self._scale:,.0f} {self.unit}, "
         left = f", {(self.total - done) / rate:,.0f} s left" if rate > 0 else ""
-        return f"{100 * done / self.total:.0f} % of {self.total / 1e6:,.0f} MB{left}, "
+        return f"{100 * done / self.total:.0f} % of {self.total / self._scale:,.0f} {self.unit}{left}, "

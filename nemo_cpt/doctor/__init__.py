@@ -5,9 +5,8 @@ are the whole examination, `PREFLIGHT` what `nemo-cpt run` looks at before each 
 these lists takes part.
 """
 
-from nemo_cpt.doctor import access, fitting, gpus, host, material, network, slurm, software
-from nemo_cpt.doctor.examination import Check, Examination, examine
-from nemo_cpt.doctor.finding import Finding, worst
+from nemo_cpt.doctor import access, gpus, host, inputs, network, slurm, software
+from nemo_cpt.doctor.examination import Check, Examination, Finding, examine, worst
 from nemo_cpt.doctor.job import Job, Place
 
 PREFLIGHT: tuple[Check, ...] = (
@@ -21,15 +20,16 @@ PREFLIGHT: tuple[Check, ...] = (
     host.device_connections,
     network.interfaces,
     network.rendezvous,
-    material.base,
-    material.data,
-    material.vocabulary,
-    material.disk,
+    inputs.base,
+    inputs.run_folder,
+    inputs.data,
+    inputs.vocabulary,
+    inputs.disk,
     slurm.slurm,
 )
 """Quick ones: no process is started but nvidia-smi and sinfo."""
 
-FITTING: tuple[Check, ...] = (fitting.fit, slurm.saving_in_time)
+FITTING: tuple[Check, ...] = (gpus.fit, slurm.saving_in_time)
 """Looked at before a launch where nothing else is red: the first time it takes as long as NeMo's import."""
 
 CHECKS: tuple[Check, ...] = (
@@ -48,14 +48,21 @@ CHECKS: tuple[Check, ...] = (
     network.interfaces,
     network.rendezvous,
     network.ranks,
-    material.disk,
+    inputs.disk,
     access.hugging_face,
     access.weights_and_biases,
     slurm.slurm,
 )
 """The whole examination of a machine."""
 
-JOB_CHECKS: tuple[Check, ...] = (material.base, material.data, material.vocabulary, fitting.fit, slurm.saving_in_time)
+JOB_CHECKS: tuple[Check, ...] = (
+    inputs.base,
+    inputs.run_folder,
+    inputs.data,
+    inputs.vocabulary,
+    gpus.fit,
+    slurm.saving_in_time,
+)
 """What is looked at besides, where a recipe is named."""
 
 __all__ = [

@@ -1,10 +1,12 @@
-"""The GPUs that a job takes here: how many, how large, how free."""
+"""The GPUs that a job takes: how many, how large, how free, and by the planner whether it fits into their memory."""
 
 from collections.abc import Sequence
 
-from nemo_cpt.doctor.examination import Examination
-from nemo_cpt.doctor.finding import Finding, State
+from nemo_cpt.doctor.examination import Examination, Finding, State
+from nemo_cpt.doctor.job import Job
 from nemo_cpt.doctor.nvidia import Gpu, GpuProcess
+from nemo_cpt.planning import Plan, plan_workload
+from nemo_cpt.planning.search import nearest_that_fits
 
 USED_MIB = 1024  # a display or a monitor takes less
 AS_SOLD = 0.9  # a card of 48 GB shows 44.99 GiB with ECC on
@@ -18,12 +20,12 @@ def gpus(examination: Examination) -> Finding:
     wanted = job.gpus_here if job else 0
     if not examination.has_gpus:
         found = "none" if wanted == 0 else f"none, and {job.recipe if job else ''} takes {wanted}"
-        return Finding("GPUs", "error" if wanted else "skipped", found, _elsewhere() if wanted else "")
+        return Finding("GPUs", "error" if wanted else "skipped", found, _elsewhere(0) if wanted else "")
     found = _described(seen) if seen else f"none of {len(examination.nvidia.gpus)} is visible"
     if len(seen) < max(wanted, 1):
         visible = examination.environ.get("CUDA_VISIBLE_DEVICES")
         hidden = visible is not None and len(examination.nvidia.gpus) >= wanted
-        cure = f"CUDA_VISIBLE_DEVICES={visible!r} hides them: unset it" if hidden else _elsewhere()
+        cure = f"CUDA_VISIBLE_DEVICES={visible!r} hides them: unset it" if hidden else _elsewhere(len(seen))
         state: State = "error" if wanted else "skipped"
         return Finding("GPUs", state, f"{found}; the job takes {wanted}" if wanted else found, cure if wanted else "")
     small = [gpu for gpu in seen[:wanted] if job and job.gpu_memory_gib and _gib(gpu.total_mib) < _enough(job)]
@@ -51,6 +53,24 @@ def gpu_memory(examination: Examination) -> Finding:
     # Half a card gone: none of the recipes' settings, which fill it, can fit.
     hopeless = [gpu for gpu in busy if job and (gpu.used_mib or 0) > (gpu.total_mib or 0) / 2]
     return Finding("GPU memory", "error" if hopeless else "warning", found, cure)
+
+
+def fit(examination: Examination) -> Finding:
+    """Whether the planner finds that the job fits; the nearest setting that would, where it does not.
+
+    The card is the one that is here, else the one that the recipe is made for. The first time, this builds the recipe,
+    in a process that imports NeMo.
+    """
+    job = examination.job
+    if job is None or not job.gpus_per_node:
+        return Finding("fit", "skipped", "the job takes no GPU")
+    room = _room_gib(examination, job)
+    if room is None:
+        return Finding("fit", "skipped", "the card is not known here: nemo-cpt plan RECIPE --gpu-memory 80")
+    planned = plan_workload(job.workload(), room)
+    if planned.fits:
+        return Finding("fit", "ok", planned.verdict)
+    return Finding("fit", "error", planned.verdict, _what_would_fit(planned, room))
 
 
 def _busy(gpu: Gpu, processes: Sequence[GpuProcess]) -> str:
@@ -81,5 +101,19 @@ def _gib(mib: int | None) -> float:
     return float("inf") if mib is None else mib / 1024
 
 
-def _elsewhere() -> str:
-    return "take fewer (gpus_per_node=), run it elsewhere (--executor), or try tiny.continual_pretrain on the CPU"
+def _elsewhere(there: int) -> str:
+    fewer = f"take fewer (gpus_per_node={there}), " if there else ""
+    return f"{fewer}run it elsewhere, by another executor, or try tiny.continual_pretrain on the CPU"
+
+
+def _room_gib(examination: Examination, job: Job) -> float | None:
+    """The total of the smallest GPU that the job takes: of those here, else of the one that the recipe is made for."""
+    sizes = [gpu.total_mib for gpu in examination.visible_gpus[: job.gpus_here] if gpu.total_mib]
+    return min(sizes) / 1024 if sizes else job.gpu_memory_gib
+
+
+def _what_would_fit(planned: Plan, room: float) -> str:
+    found = nearest_that_fits(planned.workload, room, None)
+    if found is None:
+        return "a larger card, more of them, LoRA, or a smaller model"
+    return "; ".join(f"{each.knob} {each.before} -> {each.after}" for each in found.changes)

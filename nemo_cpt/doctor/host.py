@@ -3,8 +3,7 @@
 import os
 import resource
 
-from nemo_cpt.doctor.examination import Examination
-from nemo_cpt.doctor.finding import Finding, from_error
+from nemo_cpt.doctor.examination import Examination, Finding, from_error
 from nemo_cpt.doctor.versions import SHM_GIB
 from nemo_cpt.errors import CptError
 from nemo_cpt.training.preconditions import check_environment

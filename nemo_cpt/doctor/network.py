@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_cpt.doctor.allreduce import MARK
-from nemo_cpt.doctor.examination import Examination, alongside
-from nemo_cpt.doctor.finding import Finding
+from nemo_cpt.doctor.examination import Examination, Finding, alongside
 
 RANK_SECONDS = 90  # importing torch on several ranks of a slow file system takes most of it
 CONNECT_SECONDS = 3

@@ -11,8 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_cpt.doctor.examination import Examination, alongside
-from nemo_cpt.doctor.finding import Finding, State
+from nemo_cpt.doctor.examination import Examination, Finding, State, alongside
 from nemo_cpt.doctor.versions import IMPORTED, MEASURED, OLDEST_DRIVER, OTHERS, PYTHONS, STACK, Package
 
 if TYPE_CHECKING:

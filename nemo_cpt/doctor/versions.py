@@ -44,7 +44,7 @@ STACK = (
     Package("lightning", ">=2.4,<2.5", "NeMo 2.7 pins it"),
     Package("transformers", ">=4.57,<5", "NeMo 2.7 was written for 4"),
     Package("huggingface_hub", ">=0.36,<1", "transformers 4 refuses 1.0"),
-    Package("numpy", ">=1.26"),  # Megatron Core asks for 1, and misses one name in 2: training/upstream.py gives it
+    Package("numpy", ">=1.26"),  # Megatron Core asks for 1, and misses one name in 2: training/patches.py gives it
 )
 """Each has a line of its own in the report."""
 

@@ -3,8 +3,11 @@
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from threading import Event
 from typing import Any, cast
 
+import httpx
 import openai
 
 from nemo_cpt.errors import CptError
@@ -22,7 +25,8 @@ class EndpointEngine:
         api_key: the key; never part of a message or a log.
         concurrency: requests at once in `generate`; the server batches them.
         timeout: seconds to wait for an answer.
-        retries: tries after a connection error, a 408, a 409, a 429 or a 5xx, with exponential backoff.
+        retries: tries after a connection error, a reply that breaks off, a 408, a 409, a 429 or a 5xx, with exponential
+            backoff.
 
     Raises:
         CptError: the server does not answer, or lists several models and none was named.
@@ -34,51 +38,71 @@ class EndpointEngine:
     ) -> None:  # fmt: skip
         address = url.rstrip("/")
         address = address if address.endswith("/v1") else f"{address}/v1"
-        self.url, self.concurrency = address, concurrency
+        self.url, self.concurrency, self.retries = address, concurrency, retries
         self.client = openai.OpenAI(base_url=address, api_key=api_key or NO_KEY, timeout=timeout, max_retries=retries)
         self.model = model or self._only_model()
         self.name = f"{self.model} at {address}"
 
     def _only_model(self) -> str:
-        models = [each.id for each in _explained(self.url, lambda: list(self.client.models.list()))]
+        try:
+            models = [each.id for each in self.client.models.list()]
+        except (openai.OpenAIError, httpx.HTTPError, ValueError, TypeError) as error:
+            raise _as_cpt_error(self.url, error) from error
         if len(models) != 1:
             raise CptError(f"{self.url} serves {', '.join(models) or 'no model'}: name the one to ask")
         return models[0]
 
     def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[Piece]:
         """Yield one reply's pieces as they come; closing the iterator closes the connection."""
-        answer = _explained(self.url, lambda: self._ask(prompt, sampling, stream=True))
-        with answer as chunks:
-            for chunk in _explained_while_read(self.url, chunks):
-                for choice in chunk.choices:
-                    text = choice.text if isinstance(prompt, str) else choice.delta.content
-                    if text or choice.finish_reason:
-                        yield Piece(text or "", _reason(choice.finish_reason) if choice.finish_reason else None)
+        for part in self._parts(prompt, sampling):
+            if part.text or part.reason:
+                yield Piece(part.text, _reason(part.reason) if part.reason else None)
 
     def generate(self, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[tuple[int, Reply]]:
-        """Yield each prompt's index and reply, in the order in which they end."""
+        """Yield each prompt's index and reply, in the order in which they end; after an error, those under way too."""
+        halted, errors = Event(), list[BaseException]()
         with ThreadPoolExecutor(self.concurrency) as pool:
-            asked = {pool.submit(self._reply, prompt, sampling): index for index, prompt in enumerate(prompts)}
+            asked = {
+                pool.submit(self._reply_unless, halted, each, sampling): index for index, each in enumerate(prompts)
+            }
             try:
                 for done in as_completed(asked):
-                    yield asked[done], done.result()
-            finally:  # an error, or a caller who has had enough: what has not begun is not asked
-                for each in asked:
-                    each.cancel()
+                    if (error := done.exception()) is not None:
+                        errors.append(error)
+                    elif (reply := done.result()) is not None:
+                        yield asked[done], reply  # also after an error: what has begun is paid for
+            finally:
+                halted.set()  # a caller who has had enough
+        if errors:
+            raise errors[0]
+
+    def _reply_unless(self, halted: Event, prompt: Prompt, sampling: Sampling) -> Reply | None:
+        """One whole reply; None where another failed before this one began."""
+        if halted.is_set():
+            return None
+        try:
+            return self._reply(prompt, sampling)
+        except BaseException:
+            halted.set()
+            raise
 
     def _reply(self, prompt: Prompt, sampling: Sampling) -> Reply:
+        """One whole reply; one that breaks off is asked for again."""
+        for attempt in range(self.retries):
+            try:
+                return self._streamed_reply(prompt, sampling)
+            except BrokenOffError:
+                time.sleep(min(0.5 * 2**attempt, 8))
+        return self._streamed_reply(prompt, sampling)
+
+    def _streamed_reply(self, prompt: Prompt, sampling: Sampling) -> Reply:
         """One whole reply, streamed all the same: the first token's time is to be known."""
         started, first, text, reason = time.monotonic(), 0.0, "", "stop"
         usage: Any = None
-        answer = _explained(self.url, lambda: self._ask(prompt, sampling, stream=True))
-        with answer as chunks:
-            for chunk in _explained_while_read(self.url, chunks):
-                usage = chunk.usage or usage
-                for choice in chunk.choices:
-                    new = choice.text if isinstance(prompt, str) else choice.delta.content
-                    first = first or (time.monotonic() if new else 0.0)
-                    text += new or ""
-                    reason = choice.finish_reason or reason
+        for part in self._parts(prompt, sampling):
+            first = first or (time.monotonic() if part.text else 0.0)
+            text += part.text
+            reason, usage = part.reason or reason, part.usage or usage
         end = time.monotonic()
         return Reply(
             text,
@@ -89,7 +113,21 @@ class EndpointEngine:
             seconds=end - started,
         )
 
-    def _ask(self, prompt: Prompt, sampling: Sampling, stream: bool) -> Any:
+    def _parts(self, prompt: Prompt, sampling: Sampling) -> Iterator["_Part"]:
+        begun = False
+        try:
+            with self._ask(prompt, sampling) as chunks:
+                begun = True
+                for chunk in chunks:
+                    yield _part(chunk)
+        except (openai.APIConnectionError, httpx.HTTPError) as error:
+            if begun:
+                raise BrokenOffError(f"{self.url} broke a reply off ({error.__cause__ or error})") from error
+            raise _as_cpt_error(self.url, error) from error
+        except (openai.OpenAIError, ValueError) as error:  # ValueError: a line that is no JSON
+            raise _as_cpt_error(self.url, error) from error
+
+    def _ask(self, prompt: Prompt, sampling: Sampling) -> Any:
         settings: dict[str, Any] = {
             "model": self.model,
             "max_tokens": sampling.max_tokens,
@@ -97,7 +135,7 @@ class EndpointEngine:
             "top_p": sampling.top_p,
             "seed": sampling.seed,
             "stop": list(sampling.stop) or None,
-            "stream": stream,
+            "stream": True,
             "stream_options": {"include_usage": True},
         }
         # Not OpenAI's own; vLLM, SGLang and this project's server take them.
@@ -117,18 +155,29 @@ class EndpointEngine:
         self.client.close()
 
 
-def _explained(url: str, ask: Any) -> Any:
-    try:
-        return ask()
-    except openai.OpenAIError as error:
-        raise _as_cpt_error(url, error) from error
+class BrokenOffError(CptError):
+    """A reply began and did not come to its end."""
 
 
-def _explained_while_read(url: str, chunks: Iterable[Any]) -> Iterator[Any]:
+@dataclass(frozen=True)
+class _Part:
+    text: str
+    reason: str | None
+    usage: Any
+
+
+def _part(chunk: Any) -> _Part:
+    """Read a chunk of a stream, of a chat or a completion.
+
+    Raises:
+        ValueError: it is none.
+    """
     try:
-        yield from chunks
-    except (openai.OpenAIError, ValueError) as error:  # ValueError: a line that is no JSON
-        raise _as_cpt_error(url, error) from error
+        choice = chunk.choices[0] if len(chunk.choices) else None  # an empty list comes with the usage
+        text = (choice.delta.content if hasattr(choice, "delta") else choice.text) if choice else ""
+        return _Part(text or "", choice.finish_reason if choice else None, chunk.usage)
+    except (AttributeError, TypeError, IndexError) as error:
+        raise ValueError(f"a chunk without choices: {str(chunk)[:80]}") from error
 
 
 def _as_cpt_error(url: str, error: Exception) -> CptError:

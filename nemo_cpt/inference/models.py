@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_cpt.cache import cache_folder
 from nemo_cpt.checkpoint import export_hf
+from nemo_cpt.checkpoint.context import RUN_JSON
 from nemo_cpt.errors import CptError
 from nemo_cpt.inference.engine import Engine
-from nemo_cpt.training.run_folder import RUN_JSON, newest_whole
+from nemo_cpt.training.run_folder import newest_whole
 
 if TYPE_CHECKING:
     from nemo_cpt.inference.transformers_engine import TransformersEngine
@@ -116,11 +117,20 @@ def _advice(model: str) -> str:
     return ""
 
 
+def folder_key(folder: Path) -> str:
+    """A digest by which a Hugging Face folder's content is known: every file's size, and 64 KiB at sixteen places."""
+    return _sampled(hashlib.sha256(), [path for path in folder.iterdir() if path.is_file()])
+
+
 def _content_key(checkpoint: Path, base: str | Path | None) -> str:
+    files = [path for path in (checkpoint / "weights").rglob("*") if path.is_file()]
     digest = hashlib.sha256(str(Path(base).resolve() if base else "").encode())
-    files = sorted(path for path in (checkpoint / "weights").rglob("*") if path.is_file())
     records = [path for path in (checkpoint / "context" / "io.json", checkpoint / RUN_JSON) if path.is_file()]
-    for path in [*files, *records]:
+    return _sampled(digest, [*files, *records])
+
+
+def _sampled(digest: Any, files: list[Path]) -> str:
+    for path in sorted(files):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:

@@ -7,7 +7,7 @@ Neither builds a model, nor imports torch or NeMo by itself. docs/planning.md ho
 from nemo_cpt.planning.hardware import GPUS, Gpu
 from nemo_cpt.planning.memory import HostMemory, StageMemory
 from nemo_cpt.planning.plans import Plan, plan, plan_workload
-from nemo_cpt.planning.reading import read
+from nemo_cpt.planning.recipe_reader import read
 from nemo_cpt.planning.search import ALLOWED, Change, Fit, fit, fit_workload
 from nemo_cpt.planning.throughput import Speed
 from nemo_cpt.planning.workload import Workload

@@ -10,9 +10,9 @@ import dataclasses
 import itertools
 from math import inf, lcm
 
+from nemo_cpt.constants import ADAM_SLICE_ELEMENTS
 from nemo_cpt.planning.hardware import GIB
 from nemo_cpt.planning.workload import Workload
-from nemo_cpt.training.adam import SLICE_ELEMENTS
 
 WORKSPACES = 99 * 2**20  # of cuBLAS, PyTorch's and Transformer Engine's, on one H200
 CONTEXT = int(2.055 * GIB)  # CUDA's context and the kernels loaded, beside what PyTorch reserves
@@ -80,7 +80,7 @@ def stage_memory(work: Workload, stage: int, room: float = inf) -> StageMemory:
     The loss (activations of all micro batches in flight, and the logits), the backward pass of one layer (after its
     recomputation, where it is recomputed), the optimizer's step, and the initialisation (weights and their copies in
     Megatron's buffers at once, where `room`, the bytes on the card, holds them: else the weights wait on the host, see
-    `upstream.wrap_without_room_for_two_copies`).
+    `patches.wrap_without_room_for_two_copies`).
     """
     resident = resident_bytes(work, stage)
     moments = {
@@ -282,7 +282,7 @@ def activation_bytes(work: Workload, stage: int) -> int:
     kept = (layers - recomputed) * layer_bytes_per_token(work) * work.tokens + inputs * hidden
     ends = 2 if stage == work.last_stage else 1  # the stage's input; the last norm's output
     if stage == 0 and work.lora_rank is not None and work.recompute != "none":
-        ends += 2  # the embedding's output requires a gradient (upstream.give_recomputed_layers_a_gradient)
+        ends += 2  # the embedding's output requires a gradient (patches.give_recomputed_layers_a_gradient)
     return int(kept + ends * hidden)
 
 
@@ -333,14 +333,14 @@ def _backward(work: Workload, stage: int) -> dict[str, int]:
 
 
 def _optimizer_temporaries(work: Workload, stage: int) -> int:
-    """Adam's copies in fp32: of a slice's moments (upstream.step_adam_in_slices), or of all bf16 gradients."""
+    """Adam's copies in fp32: of a slice's moments (patches.step_adam_in_slices), or of all bf16 gradients."""
     share = trained_parameters(work, stage) // work.optimizer_shards
     if not work.precision_aware:
         return 4 * share if work.grad_bytes < 4 else 0
     if work.exp_avg_bytes == work.exp_avg_sq_bytes == 4 or {"exp_avg", "exp_avg_sq"} <= set(work.host_states):
         return 0
     largest = max(_parameter_sizes(work, stage)) // work.optimizer_shards
-    return min(share, max(largest, SLICE_ELEMENTS)) * (8 if work.fp8_moments else 10)
+    return min(share, max(largest, ADAM_SLICE_ELEMENTS)) * (8 if work.fp8_moments else 10)
 
 
 def _initialisation(work: Workload, stage: int, room: float) -> dict[str, int]:
@@ -387,7 +387,7 @@ def host_memory(work: Workload) -> HostMemory:
     """Return a node's host memory: its processes, states kept there, and the copy that a checkpoint is written from.
 
     Megatron writes checkpoints from a copy in pinned host memory, asynchronously or not, whose memory PyTorch keeps for
-    the next one; there are never two (upstream.write_one_checkpoint_at_a_time). Measured: the copy of the whole 8B on
+    the next one; there are never two (patches.write_one_checkpoint_at_a_time). Measured: the copy of the whole 8B on
     four H200 125.3 GiB, 125.3 here, and of its first three layers on one 23.85, 23.84 here; the node with the former
     143, 143 here. States that are kept in host memory are written from there (`training/host_states.py`);
     benchmarks/host_states.py: 34.9 GiB of a process with 2.8 B parameters, 34.3 here.

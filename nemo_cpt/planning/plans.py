@@ -6,7 +6,7 @@ from typing import Any
 from nemo_cpt.planning import hardware, memory, throughput
 from nemo_cpt.planning.hardware import GIB, Gpu
 from nemo_cpt.planning.memory import HostMemory, StageMemory
-from nemo_cpt.planning.reading import read
+from nemo_cpt.planning.recipe_reader import read
 from nemo_cpt.planning.throughput import Speed
 from nemo_cpt.planning.workload import Workload
 

@@ -5,18 +5,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nemo_cpt.constants import ADAM_STATES, MEMORY_MARGIN
 from nemo_cpt.errors import CptError
 from nemo_cpt.planning import hardware, memory, throughput
-from nemo_cpt.planning.applying import apply
 from nemo_cpt.planning.hardware import GIB, Gpu
 from nemo_cpt.planning.plans import Plan, plan_workload
-from nemo_cpt.planning.reading import read
+from nemo_cpt.planning.recipe_reader import read
+from nemo_cpt.planning.recipe_writer import apply
 from nemo_cpt.planning.workload import Workload
-from nemo_cpt.training.adam import STATES
 
 ALLOWED = ("recompute", "micro_batch", "loss", "host_states", "layout")
 FALLBACKS = ("gradients", "rank", "seq_length")
-MARGIN = 0.05
 MICRO_BATCHES = (1, 2, 4, 8)
 SHORTEST, LOWEST_RANK = 1024, 8
 
@@ -66,7 +65,7 @@ def fit(
     gpu_memory_gib: float | None = None,
     gpu: str | None = None,
     *,
-    margin: float = MARGIN,
+    margin: float = MEMORY_MARGIN,
     allow: Sequence[str] = ALLOWED,
 ) -> Fit:
     """Change a recipe so that it fits and runs as fast as it can.
@@ -99,7 +98,7 @@ def fit_workload(
     gpu_memory_gib: float | None = None,
     gpu: str | None = None,
     *,
-    margin: float = MARGIN,
+    margin: float = MEMORY_MARGIN,
     allow: Sequence[str] = ALLOWED,
 ) -> Fit:
     """Find the fastest setting of a workload that fits; see `fit`."""
@@ -210,7 +209,7 @@ def _states(work: Workload, allow: Sequence[str]) -> list[dict[str, Any]]:
         return [as_they_are]
     return [
         as_they_are,
-        {"host_states": STATES, "precision_aware": True, "master_bytes": 2, "distributed_optimizer": True},
+        {"host_states": ADAM_STATES, "precision_aware": True, "master_bytes": 2, "distributed_optimizer": True},
     ]
 
 

@@ -121,7 +121,7 @@ def _activation_traffic(work: Workload) -> float:
     traffic = kept * (layers + RECOMPUTED * work.recomputed(layers))
     if work.dora:
         traffic += 12 * layers * work.linear_parameters / work.tensor_model_parallel_size
-    if work.lora_rank and work.tensor_model_parallel_size > 1:  # upstream.add_lora_in_one_pass leaves these alone
+    if work.lora_rank and work.tensor_model_parallel_size > 1:  # patches.add_lora_in_one_pass leaves these alone
         outputs = sum(work.widths[name][1] for name in work.lora_targets) / work.tensor_model_parallel_size
         traffic += 8 * layers * outputs * work.tokens * work.weight_bytes
     return traffic + work.logits * (6 if work.loss == "te" else 20)

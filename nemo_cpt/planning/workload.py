@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Any, Literal
 
+from nemo_cpt.constants import ADAM_STATES
 from nemo_cpt.errors import CptError
-from nemo_cpt.training.adam import STATES
 
 LINEAR = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
@@ -185,7 +185,7 @@ class Workload:
     @property
     def states(self) -> dict[str, int]:
         """Bytes a parameter of Adam's states, by name."""
-        return dict(zip(STATES, (self.exp_avg_bytes, self.exp_avg_sq_bytes, self.master_bytes), strict=True))
+        return dict(zip(ADAM_STATES, (self.exp_avg_bytes, self.exp_avg_sq_bytes, self.master_bytes), strict=True))
 
     @property
     def host_state_bytes(self) -> int:

@@ -1,1 +1,1 @@
-"""What acts inside the job: data, schedules, guards, the CPU stack, cures of upstream defects."""
+"""What acts inside the job: data, schedules, guards, the CPU stack, patches of upstream defects."""

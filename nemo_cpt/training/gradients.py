@@ -15,7 +15,7 @@ class EveryTrainableParameterHasGradient(pl.Callback):
     """Stops the run after its first step when a trainable parameter received no gradient.
 
     A parameter outside the autograd graph keeps its initial value without a sign in the loss: LoRA with full recompute
-    lost 80 of 128 adapters so (see `nemo_cpt.training.upstream`). A gradient of zeros counts as received: the first
+    lost 80 of 128 adapters so (see `nemo_cpt.training.patches`). A gradient of zeros counts as received: the first
     matrix of a LoRA adapter has one, as the second is zero. Costs a hook a parameter, for the first step alone.
 
     Raises:
@@ -53,8 +53,8 @@ class EveryTrainableParameterHasGradient(pl.Callback):
             shown = ", ".join(missing[:NAMED_AT_MOST]) + (" ..." if len(missing) > NAMED_AT_MOST else "")
             raise CptError(
                 f"{len(missing)} trainable parameters received no gradient in the first step and would never be "
-                f"trained: {shown}. Freeze them if that is meant. Otherwise the job runs without the cures of "
-                "nemo_cpt.training.upstream (call its apply() before the model is built), or with a recompute "
+                f"trained: {shown}. Freeze them if that is meant. Otherwise the job runs without the patches of "
+                "nemo_cpt.training.patches (call its apply() before the model is built), or with a recompute "
                 "setting that they do not cover: try recompute_granularity=None."
             )
 

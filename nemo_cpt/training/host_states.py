@@ -29,7 +29,7 @@ class HostStates:
 
     Args:
         adam: a `transformer_engine.pytorch.optimizers.FusedAdam`; some of its methods are replaced on the instance.
-        names: any of `adam.STATES`.
+        names: any of `constants.ADAM_STATES`.
     """
 
     def __init__(self, adam: Any, names: Iterable[str]):

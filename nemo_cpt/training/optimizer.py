@@ -11,8 +11,8 @@ import torch
 from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
 
+from nemo_cpt.constants import ADAM_STATES
 from nemo_cpt.errors import CptError
-from nemo_cpt.training.adam import STATES
 from nemo_cpt.training.host_states import HostStates, write_checkpoints_in_threads
 
 
@@ -30,7 +30,7 @@ class HostStateOptimizer(nl.MegatronOptimizerModule):
         CptError: A name that is no state of Adam, or a configuration that keeps the states elsewhere.
     """
 
-    def __init__(self, config: OptimizerConfig, host_states: Iterable[str] = STATES, **kwargs: Any):
+    def __init__(self, config: OptimizerConfig, host_states: Iterable[str] = ADAM_STATES, **kwargs: Any):
         super().__init__(config, **kwargs)
         self.host_states = tuple(host_states)
         self._states: list[HostStates] = []
@@ -63,9 +63,9 @@ class HostStateOptimizer(nl.MegatronOptimizerModule):
 
 
 def _check(config: OptimizerConfig, host_states: tuple[str, ...]) -> None:
-    unknown = [name for name in host_states if name not in STATES]
+    unknown = [name for name in host_states if name not in ADAM_STATES]
     if unknown:
-        raise CptError(f"host_states names {unknown}; Adam's states are {list(STATES)}.")
+        raise CptError(f"host_states names {unknown}; Adam's states are {list(ADAM_STATES)}.")
     if not config.use_precision_aware_optimizer:
         raise CptError(
             "host_states needs OptimizerConfig(use_precision_aware_optimizer=True, use_distributed_optimizer=True); "

@@ -10,9 +10,10 @@ from typing import Any
 import lightning.pytorch as pl
 
 from nemo_cpt.checkpoint.chat_template import RECORD, recorded_template
-from nemo_cpt.corpus.index import full_prefix
+from nemo_cpt.corpus.dataset.index import full_prefix
 
 _OPTIMIZER = ("optimizer", "adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "clip_grad", "sgd_momentum")
+_DATA = ("global_batch_size", "seq_length", "seed", "too_long", "replay_share")
 _NOT_OF_A_SCHEDULE = ("interval", "frequency", "monitor", "max_steps")  # max_steps: NeMo takes the trainer's
 _SAMPLE_BYTES = 2**16
 
@@ -40,8 +41,17 @@ class Change:
 
 
 def record_of(trainer: pl.Trainer) -> dict[str, Any]:
-    """What a checkpoint's `run.json` holds: the step, and how the run was started."""
-    return {"step": trainer.global_step, **_start(trainer)}
+    """What a checkpoint's `run.json` holds: the step, how the run was started, its validation."""
+    return {"step": trainer.global_step, **_start(trainer), "validated_on": _validated_on(trainer)}
+
+
+def _validated_on(trainer: pl.Trainer) -> dict[str, Any]:
+    """Where the validation sets are, and the sequences of each: not compared when a run is resumed elsewhere."""
+    found = _validation_sets(trainer.datamodule)
+    sets = {name: str(Path(full_prefix(prefix)).absolute()) for name, prefix in found.items()}
+    read = getattr(trainer.datamodule, "_validation_ds", None)
+    samples = len(read) // len(sets) if sets and read is not None else None
+    return {"sets": sets, "samples": samples, "seq_length": getattr(trainer.datamodule, "seq_length", None)}
 
 
 def settings_of(trainer: pl.Trainer) -> dict[str, dict[str, Any]]:
@@ -59,11 +69,10 @@ def _start(trainer: pl.Trainer) -> dict[str, Any]:
         settings = {
             "schedule": _schedule(trainer),
             "optimizer": {name: getattr(_optimizer(trainer), name, None) for name in _OPTIMIZER},
-            "data": {name: getattr(data, name, None) for name in ("global_batch_size", "seq_length", "seed")}
-            | {"train": _blend(data)},
+            "data": {name: getattr(data, name, None) for name in _DATA} | {"train": _training_sets(data)},
             "adapters": _adapters(trainer),
             "layout": _layout(trainer),
-            "validation": {"sets": {name: _content(prefix) for name, prefix in _validation(data).items()}},
+            "validation": {"sets": {name: _content(prefix) for name, prefix in _validation_sets(data).items()}},
         }
         _known[trainer] = {"settings": settings, RECORD: _template(trainer)}
     return _known[trainer]
@@ -117,21 +126,21 @@ def _layout(trainer: pl.Trainer) -> dict[str, Any]:
     }
 
 
-def _blend(data: Any) -> list[list[Any]] | None:
-    blend = getattr(data, "blend", None)
-    return blend and [[weight, _content(prefix)] for prefix, weight in blend.shares().items()]
+def _training_sets(data: Any) -> list[list[Any]] | None:
+    sets = getattr(data, "training_sets", None)
+    return sets and [[weight, _content(prefix)] for prefix, weight in sets.items()]
 
 
-def _validation(data: Any) -> dict[str, str]:
-    blend = getattr(data, "blend", None)
-    return dict(blend.validation) if blend else {}
+def _validation_sets(data: Any) -> dict[str, str]:
+    return getattr(data, "validation_sets", None) or {}
 
 
 def _content(prefix: str) -> str:
     """A dataset's name, and a hash of its files' sizes, beginnings and ends: the same wherever it was copied to."""
     digest = hashlib.blake2b(digest_size=8)
-    for suffix in (".idx", ".bin"):
-        with open(full_prefix(prefix) + suffix, "rb") as file:
+    full = full_prefix(prefix)
+    for suffix in (".idx", ".bin", *([".mask"] if Path(full + ".mask").exists() else [])):  # conversations have one
+        with open(full + suffix, "rb") as file:
             size = file.seek(0, 2)
             digest.update(size.to_bytes(8, "little"))
             for start in (0, max(size - _SAMPLE_BYTES, 0)):

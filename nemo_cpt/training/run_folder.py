@@ -16,10 +16,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from nemo_cpt.checkpoint.context import RUN_JSON
 from nemo_cpt.errors import CptError
 from nemo_cpt.training.preconditions import UNFINISHED
-
-RUN_JSON = "run.json"
 
 
 @dataclass(frozen=True)
@@ -86,6 +85,22 @@ def checkpoints(folder: Path) -> list[Checkpoint]:
 def newest_whole(folder: Path) -> Checkpoint | None:
     """The newest checkpoint in a run's `checkpoints` folder of which everything is there."""
     return next((each for each in checkpoints(folder) if each.fault is None), None)
+
+
+def to_resume(folder: Path) -> Checkpoint | None:
+    """The checkpoint in a run's `checkpoints` folder that it would go on from; None for a run that has yet to start.
+
+    Raises:
+        CptError: there are checkpoints, and none of them is whole.
+    """
+    newest, damaged = newest_whole(folder), damaged_since(folder)
+    if newest is None and damaged:
+        faults = "; ".join(f"{each.path.name}: {each.fault}" for each in damaged)
+        raise CptError(
+            f"no checkpoint of this run in {folder} is whole ({faults}). Copy one of them again; to train anew from "
+            f"the base instead, remove {folder}, or give the run another name"
+        )
+    return newest
 
 
 def damaged_since(folder: Path) -> list[Checkpoint]:

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import small_models as models
+from tests.support import small_models as models
 
 
 def _run(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -3,14 +3,14 @@
 import json
 from pathlib import Path
 
-import dora_parallel
 import pytest
-import small_models as models
 import torch
 from transformers import AutoModelForCausalLM
 
 from nemo_cpt.checkpoint import export_hf, verify
 from nemo_cpt.errors import CptError
+from tests.support import dora_parallel
+from tests.support import small_models as models
 
 TOKENS = torch.arange(5, 45)[None]
 

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_models as models
 from transformers import AutoConfig
 
 from nemo_cpt.checkpoint import export_hf, import_hf, verify
 from nemo_cpt.checkpoint.architecture import read_architecture
 from nemo_cpt.checkpoint.rope import Rope, RopeScaling, older_spelling_differs
 from nemo_cpt.errors import CptError
+from tests.support import small_models as models
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import small_models as models
 
 from nemo_cpt.checkpoint import download, import_hf
 from nemo_cpt.errors import CptError
+from tests.support import small_models as models
 
 REPO, COMMIT, TOKEN = "someone/small-llama", "a" * 40, "hf_secretsecretsecretsecretsecret"
 

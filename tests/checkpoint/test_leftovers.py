@@ -1,4 +1,4 @@
-"""What a killed import or export left is removed by the next one of its kind; nothing else is."""
+"""What a killed import, export or merge left is removed by the next one of its kind; nothing else is."""
 
 import os
 import signal
@@ -9,11 +9,11 @@ import threading
 from pathlib import Path
 
 import pytest
-import small_models as models
 
-from nemo_cpt.checkpoint import export_hf, import_hf
-from nemo_cpt.checkpoint.files import new_folder
+from nemo_cpt.checkpoint import export_hf, import_hf, merge
+from nemo_cpt.checkpoint.folders import new_folder
 from nemo_cpt.errors import CptError
+from tests.support import small_models as models
 
 # Writes, says where, and waits to be killed: the progress is called inside the block that fills the folder.
 WRITER = """
@@ -61,6 +61,16 @@ def test_of_an_import_and_of_an_export(hf: Path, tmp_path: Path, capsys: pytest.
         assert not list((tmp_path / name).glob(".*"))
 
 
+def test_of_a_merge(nemo_jobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (source,) = (nemo_jobs / "runs" / "lora" / "checkpoints").glob("*-last")
+    process, partial = _start("merge", source, tmp_path / "out")
+    _kill(process)
+    assert not (tmp_path / "out").exists()
+    merge(source, tmp_path / "out")
+    assert f"Removing {partial}" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_one_that_is_being_written_is_left(hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     process, partial = _start("import_hf", hf, tmp_path / "nemo")
     import_hf(hf, tmp_path / "nemo")
@@ -89,7 +99,7 @@ def test_room_is_made_before_it_is_measured(tmp_path: Path, monkeypatch: pytest.
     (left / ".owner").write_text(socket.gethostname())
     (left / "weights").write_bytes(bytes(1000))
     seen: list[bool] = []
-    monkeypatch.setattr("nemo_cpt.checkpoint.files._check_free_space", lambda *args: seen.append(left.exists()))
+    monkeypatch.setattr("nemo_cpt.checkpoint.folders._check_free_space", lambda *args: seen.append(left.exists()))
     with new_folder(tmp_path / "new", 1) as folder:
         (folder / "file").touch()
     assert seen == [False]

@@ -4,15 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
-import small_models as models
 import torch
-from dora_parallel import transform_context
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from nemo_cpt.checkpoint import export_hf
 from nemo_cpt.checkpoint.distributed_writer import DistributedWriter
 from nemo_cpt.errors import CptError
+from tests.support import small_models as models
+from tests.support.dora_parallel import transform_context
 
 LAYERS, RANK, ALPHA = 4, 4, 8
 # Output and input sizes of small_models' Llama: 4 heads and 2 groups of 12, hidden 48, ffn 80.

@@ -2,16 +2,15 @@
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import test_leftovers as leftovers
 
 from nemo_cpt.checkpoint import export_hf, import_hf, merge, verify
 from nemo_cpt.errors import CptError
+from tests.support import small_models as models
 
 
 def _checkpoint(folder: Path, run: str) -> Path:
@@ -78,8 +77,6 @@ def test_a_whole_model_has_nothing_to_merge(nemo_jobs: Path, tmp_path: Path) -> 
 
 
 def test_another_base_is_refused_and_nothing_is_left(nemo_jobs: Path, tmp_path: Path) -> None:
-    import small_models as models
-
     other = models.make("llama31", tmp_path / "other", seed=1, vocab_size=models.MORE_ROWS)
     with pytest.raises(CptError, match="is not what the adapters were trained on"):
         merge(_checkpoint(nemo_jobs, "dora"), tmp_path / "out", base=other)
@@ -87,19 +84,6 @@ def test_another_base_is_refused_and_nothing_is_left(nemo_jobs: Path, tmp_path: 
     (tmp_path / "out").mkdir()
     with pytest.raises(CptError, match="exists already"):
         merge(_checkpoint(nemo_jobs, "dora"), tmp_path / "out")
-
-
-def test_what_a_killed_merge_left_goes_with_the_next(
-    nemo_jobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = _checkpoint(nemo_jobs, "lora")
-    process, partial = leftovers._start("merge", source, tmp_path / "out")
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert not (tmp_path / "out").exists()
-    merge(source, tmp_path / "out")
-    assert f"Removing {partial}" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_the_command(nemo_jobs: Path, tmp_path: Path) -> None:

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_models as models
 
 from nemo_cpt.checkpoint import import_hf
 from nemo_cpt.checkpoint.architecture import parse_config, read_architecture
 from nemo_cpt.checkpoint.model_config import constants_of, constants_of_nemo, described, differences, read_model_config
+from tests.support import small_models as models
 
 LLAMA31_8B = {
     "model_type": "llama",

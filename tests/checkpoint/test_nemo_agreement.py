@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_models as models
 import torch
 from transformers import AutoModelForCausalLM
 
 from nemo_cpt.checkpoint import export_hf, import_hf, verify
 from nemo_cpt.checkpoint.layout import PREFIX
 from nemo_cpt.checkpoint.nemo_model import nemo_logits, one_process
+from tests.support import small_models as models
 
 
 def _transformers_logits(hf: Path, ids: list[int]) -> torch.Tensor:
@@ -34,7 +34,7 @@ def _logits_by_nemos_own_loaders(nemo: Path, ids: list[int]) -> torch.Tensor:
     """The context through NeMo's reader and the weights through Megatron's, as a training takes them."""
     from megatron.core import dist_checkpointing
 
-    from nemo_cpt.training.cpu import cpu_stack
+    from nemo_cpt.cpu_stack import cpu_stack
 
     with cpu_stack(), one_process(), torch.no_grad():
         model = _described_by_the_context(nemo)
@@ -52,7 +52,7 @@ def _described_by_the_context(nemo: Path) -> Any:
     from nemo.collections.llm.gpt.model.base import local_layer_spec
     from nemo.lightning import io
 
-    from nemo_cpt.training.cpu import UNFUSED
+    from nemo_cpt.cpu_stack import UNFUSED
 
     description = io.load_context(nemo / "context", subpath="model.config", build=False)
     fields = {**UNFUSED, "params_dtype": torch.float32, "bf16": False, "fp16": False}

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_models as models
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -18,6 +17,7 @@ from nemo_cpt.checkpoint.context import config_arguments
 from nemo_cpt.checkpoint.rope import Rope, older_spelling_differs, set_rope
 from nemo_cpt.checkpoint.transformers_config import transformers_config
 from nemo_cpt.errors import CptError
+from tests.support import small_models as models
 
 SHAPE = {
     "hidden_size": 64,

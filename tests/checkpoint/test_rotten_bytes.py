@@ -5,12 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import small_models as models
 
 from nemo_cpt.checkpoint import export_hf, import_hf, verify
 from nemo_cpt.checkpoint.distributed_reader import DistributedReader
 from nemo_cpt.checkpoint.nemo_model import nemo_logits
 from nemo_cpt.errors import CptError
+from tests.support import small_models as models
 
 QKV = "module.decoder.layers.self_attention.linear_qkv.weight"
 FC1 = "module.decoder.layers.mlp.linear_fc1.weight"

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-import small_models as models
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_cpt.checkpoint import export_hf, import_hf, verify
+from tests.support import small_models as models
 
 
 @pytest.mark.parametrize("shape", models.SHAPES)

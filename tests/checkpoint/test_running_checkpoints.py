@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import small_models as models
 
 from nemo_cpt.checkpoint import export_hf, import_hf, verify
 from nemo_cpt.errors import CptError
+from tests.support import small_models as models
 
 
 @pytest.fixture

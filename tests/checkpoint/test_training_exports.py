@@ -5,13 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-import small_models as models
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from nemo_cpt.checkpoint import export_hf, import_hf, verify
 from nemo_cpt.errors import CptError
+from tests.support import small_models as models
 
 TOKENS = torch.arange(5, 45)[None]
 

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_models as models
 import torch
 from transformers import AutoModelForCausalLM
 
 from nemo_cpt.checkpoint import import_hf
 from nemo_cpt.checkpoint.nemo_model import one_process
+from tests.support import small_models as models
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_models as models
 import torch
 
 from nemo_cpt.checkpoint import import_hf, verify
 from nemo_cpt.checkpoint.architecture import read_architecture
-from nemo_cpt.checkpoint.verifying import _long_prompt
+from nemo_cpt.checkpoint.verification import _long_prompt
 from nemo_cpt.errors import CptError
+from tests.support import small_models as models
 
 
 def _imported(shape: str, folder: Path, **changes: Any) -> tuple[Path, Path]:

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_models as models
 from transformers import AutoTokenizer
 
 from nemo_cpt.checkpoint import export_hf, import_hf
 from nemo_cpt.checkpoint.model_config import read_model_config
-from nemo_cpt.checkpoint.tokenizer_files import count_token_ids
+from nemo_cpt.checkpoint.tokenizer_ids import count_token_ids
 from nemo_cpt.errors import CptError
+from tests.support import small_models as models
 
 
 @pytest.mark.parametrize("rows", [251, 256, 300, 384])

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from nemo_cpt import CptError
-from nemo_cpt.cli import catalog, jobs
-from nemo_cpt.cli.doctor import describe
-from nemo_cpt.cli.scripts import write_script
+from nemo_cpt import CptError, catalog
 from nemo_cpt.executors import ssh
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "executors"))  # for sky_stand_in
+from nemo_cpt.launching import jobs
+from nemo_cpt.launching.description import describe
+from nemo_cpt.launching.executor import make_executor
+from nemo_cpt.launching.scripts import write_script
+from tests.support.executor_jobs import held_by_another_process
 
 COMMAND = [sys.executable, "-m", "nemo_cpt.cli"]
 
@@ -95,7 +95,10 @@ def on_a_terminal(*command):
 
 
 def test_types_are_whole_in_a_terminals_table():
-    shown = "from nemo_cpt.cli import catalog, launch; launch._print_parameters(catalog.executor('local'))"
+    shown = (
+        "from nemo_cpt import catalog; from nemo_cpt.cli import launch; "
+        "launch._print_parameters(catalog.executor('local'))"
+    )
     assert "Mapping[str, str] | None" in on_a_terminal("-c", shown)
     closing = "from nemo_cpt.cli.tables import print_table; print_table(('what',), [('a/[x] b/[/x]',)])"
     assert "a/[x] b/[/x]" in on_a_terminal("-c", closing)
@@ -151,13 +154,13 @@ def test_copy_writes_a_script_that_is_python_and_does_not_overwrite(tmp_path):
 def test_executor_of_the_users_own_file(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("def cluster():\n    from nemo_cpt.executors import local\n    return local(processes=3)\n")
-    assert jobs.make_executor(f"{file}:cluster", [], 1).ntasks_per_node == 3
+    assert make_executor(f"{file}:cluster", [], 1).ntasks_per_node == 3
     with pytest.raises(CptError, match="has no clutser; near: cluster"):
-        jobs.make_executor(f"{file}:clutser", [], 1)
+        make_executor(f"{file}:clutser", [], 1)
 
 
 def test_fields_are_checked_and_set(tmp_path):
-    from nemo_cpt.cli.task import build_recipe
+    from nemo_cpt.catalog.build import build_recipe
 
     data = {"train": {"ds/ja": 1.0}}
     given = {"base": "b", "data": data}
@@ -175,7 +178,7 @@ def test_fields_are_checked_and_set(tmp_path):
 
 
 def test_a_slurm_job_and_the_recipes_trainer_agree():
-    from nemo_cpt.cli.task import build_recipe
+    from nemo_cpt.catalog.build import build_recipe
     from nemo_cpt.executors import slurm
     from nemo_cpt.executors.stopping import save_on_sigterm
     from nemo_cpt.training.preemption import SaveWhenStopped
@@ -226,11 +229,26 @@ def _with_a_cluster_configured(example, folder, monkeypatch):
         (folder / "config").write_text(json.dumps(parts | {"current-context": "c"}))
         monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(folder / "config"))
     if example == "launch_skypilot":
-        from sky_stand_in import install
+        from tests.support.sky_stand_in import install
 
         install(monkeypatch)
         for name in ("checkpoints", "ds"):
             (folder / name).mkdir()
+
+
+def test_a_second_start_is_refused_before_nemo_is_imported(tmp_path):
+    """What holds the folder is named; the base need not even be there."""
+    arguments = ["nemo-cpt", "run", "tiny", "base=b", "data={train: {d: 1}}", f"directory={tmp_path}", "name=r"]
+    second = (
+        f"import atexit, sys; sys.argv = {arguments}; from nemo_cpt.cli import main\n"
+        "atexit.register(lambda: print([name for name in ('torch', 'nemo', 'nemo_run') if name in sys.modules]))\n"
+        "main()"
+    )
+    with held_by_another_process(tmp_path / "r") as holder:
+        done = subprocess.run([sys.executable, "-c", second], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "[]\n")
+    assert done.stderr.startswith(f"nemo-cpt: {tmp_path}/r is in use by process {holder} on ")
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.fixture
@@ -261,7 +279,7 @@ time.sleep(100)
 
 
 def test_cancel_ends_a_local_job_from_another_shell_and_nothing_else(tmp_path, start):
-    from nemo_cpt.cli.jobs import _end_processes, _processes
+    from nemo_cpt.launching.jobs import _end_processes, _processes
 
     job, saved = tmp_path / "t", tmp_path / "saved"
     job.mkdir()
@@ -280,7 +298,7 @@ def test_cancel_ends_a_local_job_from_another_shell_and_nothing_else(tmp_path, s
 
 
 def test_cancel_kills_what_does_not_end_in_time(tmp_path, start):
-    from nemo_cpt.cli.jobs import _end_processes
+    from nemo_cpt.launching.jobs import _end_processes
 
     ignores = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('started'); time.sleep(100)"
     supervisor = start(*supervised(tmp_path, ignores))
@@ -294,7 +312,7 @@ def test_cancel_of_another_users_job_says_so(tmp_path, start):
     supervisor = start(*supervised(tmp_path, "import time; print('started'); time.sleep(100)"))
     assert supervisor.stdout.readline() == "started\n"
     code = (
-        "import os, sys; from nemo_cpt.cli import jobs; from nemo_cpt import CptError; os.setuid(65534)\n"
+        "import os, sys; from nemo_cpt.launching import jobs; from nemo_cpt import CptError; os.setuid(65534)\n"
         f"try: jobs._end_processes({str(tmp_path)!r})\n"
         "except CptError as error: print(error)"
     )

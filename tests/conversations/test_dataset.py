@@ -10,7 +10,7 @@ import pytest
 from nemo_cpt.conversations import inspect_conversations, lay_out, open_conversations, pack, prepare
 from nemo_cpt.conversations.dataset import ConversationSet, is_conversations
 from nemo_cpt.corpus import prepare as prepare_texts
-from nemo_cpt.corpus.tokenizer import load_tokenizer
+from nemo_cpt.corpus.tokenization.tokenizer import load_tokenizer
 from nemo_cpt.errors import CptError
 from tests.conversations.helpers import pairs, turns, write_lines
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_cpt.conversations.forms import Conversation, check_form, read_conversation
-from nemo_cpt.corpus.lines import UnusableError
+from nemo_cpt.corpus.reading.lines import UnusableError
 from nemo_cpt.errors import CptError
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from nemo_cpt.conversations import open_conversations, prepare
 from nemo_cpt.conversations.templates import SHIPPED, load_template
-from nemo_cpt.corpus.tokenizer import load_tokenizer
+from nemo_cpt.corpus.tokenization.tokenizer import load_tokenizer
 from tests.conversations.helpers import write_lines
 from tests.conversations.oracle import MARKED, generate, loaded, masks
 

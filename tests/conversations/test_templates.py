@@ -8,8 +8,8 @@ import pytest
 
 from nemo_cpt.conversations.forms import Conversation, read_conversation
 from nemo_cpt.conversations.templates import OWN, SHIPPED, load_template
-from nemo_cpt.corpus.lines import UnusableError
-from nemo_cpt.corpus.tokenizer import load_tokenizer
+from nemo_cpt.corpus.reading.lines import UnusableError
+from nemo_cpt.corpus.tokenization.tokenizer import load_tokenizer
 from nemo_cpt.errors import CptError
 
 TURNS = [

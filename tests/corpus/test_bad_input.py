@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from corpus_helpers import same_files, write_jsonl
 
 import nemo_cpt.corpus
 from nemo_cpt.corpus import prepare, split
-from nemo_cpt.corpus.sources import list_sources
+from nemo_cpt.corpus.reading.sources import list_sources
 from nemo_cpt.errors import CptError
+from tests.support.corpus_helpers import same_files, write_jsonl
 from tests.support.crashes import go_on, lines_of, paused_at
 
 CODE = Path(nemo_cpt.corpus.__file__).parent

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from corpus_helpers import write_reference
 
 from nemo_cpt.corpus import Blend, presets, read_index
 from nemo_cpt.errors import CptError
+from tests.support.corpus_helpers import write_reference
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from nemo_cpt.corpus.catalogue import CORPORA
+from nemo_cpt.corpus.fetching.known_corpora import CORPORA
 
 
 def nemo_cpt(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -9,14 +9,14 @@ from typing import cast
 
 import psutil
 import pytest
-from corpus_helpers import error_of_a_full_disk, same_files, write_jsonl
 
 import nemo_cpt.corpus
 from nemo_cpt.corpus import prepare, read_index, read_manifest, split
-from nemo_cpt.corpus.encode import Encoded, Work
-from nemo_cpt.corpus.feed import Task
-from nemo_cpt.corpus.workers import Pool
+from nemo_cpt.corpus.preparing.encode import Encoded, Work
+from nemo_cpt.corpus.preparing.workers import Pool
+from nemo_cpt.corpus.reading.chunks import Task
 from nemo_cpt.errors import CptError
+from tests.support.corpus_helpers import error_of_a_full_disk, same_files, write_jsonl
 from tests.support.crashes import Lines, go_on, killed_at, lines_of, paused_at
 
 KILLS = 50
@@ -91,7 +91,7 @@ def test_fifty_kills(tmp_path: Path, corpus: Path, small: Path, lines: Lines, ex
 def test_a_run_killed_while_it_tidied_up_is_finished(
     tmp_path: Path, corpus: Path, small: Path, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nemo_cpt.corpus.journal import Journal
+    from nemo_cpt.corpus.preparing.journal import Journal
 
     def die(journal: Journal) -> None:
         journal.lens_path.unlink()

@@ -18,15 +18,15 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from corpus_helpers import same_files, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_cpt.corpus import prepare, split
-from nemo_cpt.corpus.feed import Feed, texts_of
-from nemo_cpt.corpus.sources import list_sources
-from nemo_cpt.corpus.tally import Policy, Tally
+from nemo_cpt.corpus.reading.chunks import Feed, texts_of
+from nemo_cpt.corpus.reading.sources import list_sources
+from nemo_cpt.corpus.reading.tally import Policy, Tally
 from nemo_cpt.errors import CptError
+from tests.support.corpus_helpers import same_files, write_jsonl
 
 
 def read(paths: list[Path], step: int = 64, skip: bool = False, max_skipped: float = 0.01) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nemo_cpt.corpus import fetch
-from nemo_cpt.corpus.download import ATTEMPTS, CHECKSUMS, URLS
+from nemo_cpt.corpus.fetching.fetch import ATTEMPTS, CHECKSUMS, URLS
 from nemo_cpt.errors import CptError
 
 OLD, NEW = (random.Random(seed).randbytes(3_000_000) for seed in (1, 2))

@@ -14,9 +14,9 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from corpus_helpers import same_files, write_jsonl, write_reference
 
-from nemo_cpt.corpus.download import CHECKSUMS, URLS
+from nemo_cpt.corpus.fetching.fetch import CHECKSUMS, URLS
+from tests.support.corpus_helpers import same_files, write_jsonl, write_reference
 
 NAME, TOKEN = "someone/news", "hf_secretsecretsecretsecretsecret"
 

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpus_helpers import same_files
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from nemo_cpt.corpus import full_prefix, max_token_id, read_index
-from nemo_cpt.corpus.index import (
+from nemo_cpt.corpus.dataset.index import (
     SAMPLE_TOKENS,
     dtype_for,
     fingerprint,
@@ -19,6 +18,7 @@ from nemo_cpt.corpus.index import (
     write_index,
 )
 from nemo_cpt.errors import CptError
+from tests.support.corpus_helpers import same_files
 
 
 def write_pair(prefix: Path, documents: list[list[int]], dtype: str) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from nemo_cpt.corpus import inspect, prepare
-from nemo_cpt.corpus.index import HEADER
+from nemo_cpt.corpus.dataset.index import HEADER
 from nemo_cpt.errors import CptError
 
 

@@ -10,9 +10,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_cpt.corpus.feed import Feed, lines_of, texts_of
-from nemo_cpt.corpus.lines import TextUnder, parse_lines
-from nemo_cpt.corpus.sources import InputChangedError, Source
+from nemo_cpt.corpus.reading.chunks import Feed, lines_of, texts_of
+from nemo_cpt.corpus.reading.lines import TextUnder, parse_lines
+from nemo_cpt.corpus.reading.sources import InputChangedError, Source
 from nemo_cpt.errors import CptError
 
 CONTENTS = st.lists(st.sampled_from([b"\n", b"\r\n", b"a", b"\n\n", b"{}", "語".encode(), b"x" * 40]), max_size=60).map(

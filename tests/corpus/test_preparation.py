@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from corpus_helpers import same_files, write_jsonl, write_reference
 
 from nemo_cpt.corpus import prepare, read_index, read_manifest
-from nemo_cpt.corpus.index import read_tokens
+from nemo_cpt.corpus.dataset.index import read_tokens
 from nemo_cpt.errors import CptError
+from tests.support.corpus_helpers import same_files, write_jsonl, write_reference
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from corpus_helpers import write_jsonl
 
 from nemo_cpt.corpus import max_token_id, prepare, read_manifest
-from nemo_cpt.corpus.probes import TEXTS, first_difference, probe
-from nemo_cpt.corpus.tokenizer import load_tokenizer
+from nemo_cpt.corpus.tokenization.probes import TEXTS, first_difference, probe
+from nemo_cpt.corpus.tokenization.tokenizer import load_tokenizer
+from tests.support.corpus_helpers import write_jsonl
 
 
 @pytest.mark.parametrize("fast", [True, False])

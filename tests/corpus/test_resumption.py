@@ -13,14 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpus_helpers import error_of_a_full_disk, same_files, write_jsonl
 
 import nemo_cpt.corpus
 from nemo_cpt.corpus import prepare, read_index, read_manifest, split
-from nemo_cpt.corpus.journal import Journal
-from nemo_cpt.corpus.sources import InputChangedError
-from nemo_cpt.corpus.tally import Tally
+from nemo_cpt.corpus.preparing.journal import Journal
+from nemo_cpt.corpus.reading.sources import InputChangedError
+from nemo_cpt.corpus.reading.tally import Tally
 from nemo_cpt.errors import CptError
+from tests.support.corpus_helpers import error_of_a_full_disk, same_files, write_jsonl
 from tests.support.crashes import go_on, lines_of, paused_at
 
 CODE = Path(nemo_cpt.corpus.__file__).parent

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import orjson
 import pytest
-from corpus_helpers import error_of_a_full_disk, write_jsonl
 
 import nemo_cpt.corpus
 from nemo_cpt.corpus import split
-from nemo_cpt.corpus.duplicates import fingerprint, sketch
+from nemo_cpt.corpus.splitting.duplicates import fingerprint, sketch
 from nemo_cpt.errors import CptError
+from tests.support.corpus_helpers import error_of_a_full_disk, write_jsonl
 from tests.support.crashes import go_on, lines_of, paused_at
 
 CODE = Path(nemo_cpt.corpus.__file__).parent

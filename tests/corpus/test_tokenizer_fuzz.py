@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizer_folders
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from nemo_cpt.corpus.choice import first_difference, probes_of
-from nemo_cpt.corpus.tokenizer import FastEncoder, Tokenizer, load_tokenizer
+from nemo_cpt.corpus.tokenization.encoder_choice import first_difference, probes_of
+from nemo_cpt.corpus.tokenization.tokenizer import FastEncoder, Tokenizer, load_tokenizer
 from nemo_cpt.errors import CptError
+from tests.support import tokenizer_folders
 
 
 def by_transformers(folder: Path) -> Any:

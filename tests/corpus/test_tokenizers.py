@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizer_folders
-from corpus_helpers import same_files, write_jsonl, write_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_cpt.corpus import prepare, read_index, read_manifest, tokenizer_files
-from nemo_cpt.corpus.choice import Reference
-from nemo_cpt.corpus.index import read_tokens
-from nemo_cpt.corpus.kinds import PER_KIND, WHOLE, Lookout, kind_of
-from nemo_cpt.corpus.tokenizer import FastEncoder, load_tokenizer
+from nemo_cpt.corpus import prepare, read_index, read_manifest
+from nemo_cpt.corpus.dataset.index import read_tokens
+from nemo_cpt.corpus.tokenization import tokenizer_files
+from nemo_cpt.corpus.tokenization.characters import PER_KIND, WHOLE, Lookout, kind_of
+from nemo_cpt.corpus.tokenization.encoder_choice import Reference
+from nemo_cpt.corpus.tokenization.tokenizer import FastEncoder, load_tokenizer
 from nemo_cpt.errors import CptError
+from tests.support import tokenizer_folders
+from tests.support.corpus_helpers import same_files, write_jsonl, write_reference
 
 Json = dict[str, Any]
 FLAGS = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from nemo_cpt.cli import catalog
-from nemo_cpt.cli.doctor import describe, place
-from nemo_cpt.cli.launch import _split
+from nemo_cpt import catalog
 from nemo_cpt.errors import CptError
+from nemo_cpt.launching.description import describe, place
 
 SECRET = "planted0123456789abcdef0123456789abcdef0"
 QUIET = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "WANDB_API_KEY": SECRET, "HF_TOKEN": SECRET}
@@ -39,7 +38,7 @@ def material(world: Path, *train: str, base: Path | None = None) -> list[str]:
 
 
 def described(recipe: str, *pairs: str, executor: str = "local"):
-    function, arguments, fields, options = _split(recipe, list(pairs))
+    function, arguments, fields, options = catalog.split(recipe, list(pairs))
     return describe(function, arguments, fields, executor, options)
 
 
@@ -85,7 +84,8 @@ def test_one_thread_alone_imports(world):
     """Python deadlocks now and then where two threads import; once in a dozen runs it did."""
     code = (
         "import sys, threading\n"
-        "from nemo_cpt.cli import doctor, launch\n"
+        "from nemo_cpt import catalog\n"
+        "from nemo_cpt.launching.description import describe\n"
         "from nemo_cpt.doctor import CHECKS, JOB_CHECKS, Examination, examine\n"
         "importing = {}\n"
         "class Spy:\n"
@@ -93,8 +93,8 @@ def test_one_thread_alone_imports(world):
         "        looked_for = ('torch', 'transformer_engine')\n"
         "        if name not in looked_for and name not in sys.builtin_module_names:\n"
         "            importing.setdefault(threading.current_thread().name, name)\n"
-        f"function, arguments, fields, options = launch._split('tiny', {material(world)!r})\n"
-        "job = doctor.describe(function, arguments, fields, 'local', options)\n"
+        f"function, arguments, fields, options = catalog.split('tiny', {material(world)!r})\n"
+        "job = describe(function, arguments, fields, 'local', options)\n"
         "sys.meta_path.insert(0, Spy())\n"
         "examine(CHECKS + JOB_CHECKS, Examination(job, ranks=2, hub='a/b'))\n"
         "print(*importing.items(), sep='|')\n"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_cpt.doctor import Examination, fitting
+from nemo_cpt.doctor import Examination, gpus
 from tests.doctor.test_doctor_command import described, material, nemo_cpt
 
 ADA = "0, GPU-11111111-aaaa, 48512, 48012, Disabled, 550.54.15, NVIDIA RTX 6000 Ada Generation"
@@ -20,7 +20,7 @@ def cache(tmp_path_factory, monkeypatch):
 @pytest.fixture(scope="module")
 def llama31_8b(tmp_path_factory) -> Path:
     """A base that says to be Llama-3.1-8B, with the tokenizer of `world`."""
-    import small_models
+    from tests.support import small_models
 
     rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     return small_models.describe(
@@ -33,7 +33,7 @@ def llama31_8b(tmp_path_factory) -> Path:
 def test_every_parameter_does_not_fit_in_48_gb_and_run_says_what_would(world, llama31_8b, machine) -> None:
     machine(ADA)
     recipe = ("llama31_8b", *material(world, base=llama31_8b), *ONE_GPU)
-    found = fitting.fit(Examination(described(*recipe)))
+    found = gpus.fit(Examination(described(*recipe)))
     assert (found.state, found.name) == ("error", "fit")
     assert "does not fit" in found.found
     assert "of 47.4 GiB" in found.found
@@ -42,7 +42,7 @@ def test_every_parameter_does_not_fit_in_48_gb_and_run_says_what_would(world, ll
 
 def test_lora_fits_in_48_gb(world, llama31_8b, machine) -> None:
     machine(ADA)
-    found = fitting.fit(
+    found = gpus.fit(
         Examination(described("llama31_8b.continual_pretrain_single_gpu", *material(world, base=llama31_8b)))
     )
     assert found.state == "ok"
@@ -58,6 +58,6 @@ def test_run_refuses_what_does_not_fit(world, llama31_8b, machine) -> None:
 
 def test_a_job_on_the_cpu_or_on_an_unknown_card_is_skipped(world, llama31_8b, machine) -> None:
     machine("")
-    assert fitting.fit(Examination(described("tiny", *material(world)))).state == "skipped"
-    skipped = fitting.fit(Examination(described("llama31_8b", *material(world, base=llama31_8b))))
+    assert gpus.fit(Examination(described("tiny", *material(world)))).state == "skipped"
+    skipped = gpus.fit(Examination(described("llama31_8b", *material(world, base=llama31_8b))))
     assert (skipped.state, "card is not known" in skipped.found) == ("skipped", True)

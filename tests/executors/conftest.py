@@ -4,11 +4,8 @@ import io
 import json
 import sys
 from importlib.resources import files
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))  # for slurm_cluster and helpers
 
 DOCUMENTS = 60
 
@@ -86,7 +83,7 @@ def train(arguments, fields, folder, waits):
     import fiddle as fdl
     import lightning.pytorch as pl
     import nemo_run as run
-    from nemo_cpt.cli.task import build_recipe
+    from nemo_cpt.catalog.build import build_recipe
     from nemo_cpt.executors.stopping import save_on_sigterm
 
     class Wait(pl.Callback):
@@ -116,9 +113,10 @@ def crash_once(path):
 def project(tmp_path, monkeypatch):
     """A committed repository with tasks.py, as current folder; NeMo-Run's records go beside it."""
     import nemo_run.config
-    from helpers import git
     from nemo_run.run.torchx_backend.schedulers import local as local_scheduler
     from nemo_run.run.torchx_backend.schedulers import slurm as slurm_scheduler
+
+    from tests.support.executor_jobs import git
 
     folder = tmp_path / "project"
     folder.mkdir()
@@ -161,7 +159,7 @@ def material(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
-    from slurm_cluster import SlurmCluster, missing
+    from tests.support.slurm_cluster import SlurmCluster, missing
 
     if reason := missing():
         pytest.skip(reason)

@@ -16,13 +16,13 @@ import nemo_run as run
 import pytest
 import yaml
 from docker.models.containers import _create_container_args
-from helpers import git, wait_until
 from nemo_run.core.execution.docker import DockerContainer
-from sky_stand_in import install
 
 from nemo_cpt import CptError
 from nemo_cpt.executors import docker, kubernetes, skypilot, slurm, stopping
 from nemo_cpt.executors.code import CodeSnapshot
+from tests.support.executor_jobs import git, wait_until
+from tests.support.sky_stand_in import install
 
 
 def prepared(executor, name="t"):
@@ -239,7 +239,7 @@ def test_slurm_without_an_account_gpus_or_time_names_none(project):
 def headline():
     """The recipe for 8 GPUs, and the seconds that a step and its checkpoint take on the slowest GPU that holds it."""
     from nemo_cpt import planning
-    from nemo_cpt.planning.saving import saving
+    from nemo_cpt.planning.save_window import saving
     from nemo_cpt.recipes import llama31_8b
 
     recipe = llama31_8b.continual_pretrain()

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import nemo_run as run
 import pytest
-from helpers import recipe_arguments
 
 from nemo_cpt import CptError
-from nemo_cpt.cli import jobs
 from nemo_cpt.executors import local
+from nemo_cpt.launching import jobs
+from tests.support.executor_jobs import recipe_arguments
 
 
 def test_a_failed_experiment_is_found_again(project):

@@ -6,19 +6,19 @@ import threading
 
 import nemo_run as run
 import pytest
-from helpers import losses, recipe_arguments, wait_until
 
-from nemo_cpt.cli import jobs
 from nemo_cpt.errors import StoppedEarlyError
 from nemo_cpt.executors import local
 from nemo_cpt.executors.tracking import EXPERIMENT, continue_wandb_run
+from nemo_cpt.launching import jobs
+from tests.support.executor_jobs import losses, recipe_arguments, wait_until
 
 
 @pytest.mark.timeout(400)
 def test_stopped_it_goes_on_at_its_step_and_in_its_wandb_run(project, material, tmp_path, monkeypatch):
     from lightning.pytorch.loggers import WandbLogger
 
-    from nemo_cpt.cli.task import build_recipe
+    from nemo_cpt.catalog.build import build_recipe
 
     for name in ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
@@ -28,7 +28,7 @@ def test_stopped_it_goes_on_at_its_step_and_in_its_wandb_run(project, material, 
     recipe.log.wandb = run.Config(WandbLogger, project="cpt", save_dir=str(tmp_path))
     stopped = threading.Thread(target=stop_this_process_at_step, args=(3, results), daemon=True)
     stopped.start()
-    with pytest.raises(StoppedEarlyError, match="nemo_cpt: stopped ahead of the end, saved"):
+    with pytest.raises(StoppedEarlyError, match="task t: stopped ahead of the end, saved"):
         run.run(recipe, executor=local(), name="t")
     stopped.join()
     assert [task["status"] for task in jobs.status(None)["tasks"]] == ["STOPPED"]

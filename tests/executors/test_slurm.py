@@ -7,12 +7,12 @@ from pathlib import Path
 
 import nemo_run as run
 import pytest
-from helpers import assert_no_secret, wait_until
 
 from nemo_cpt import CptError
-from nemo_cpt.cli import jobs
 from nemo_cpt.errors import StoppedEarlyError
 from nemo_cpt.executors import slurm
+from nemo_cpt.launching import jobs
+from tests.support.executor_jobs import assert_no_secret, wait_until
 
 
 def submit(task, executor):
@@ -95,7 +95,7 @@ def test_stopped_without_requeueing_it_is_neither_finished_nor_failed(slurm_here
     counter = tmp_path / "counter"
     stop = threading.Thread(target=stop_the_job, args=(slurm_here, counter), daemon=True)
     stop.start()
-    with pytest.raises(StoppedEarlyError, match="nemo_cpt: told to stop, saved"):
+    with pytest.raises(StoppedEarlyError, match="task t: told to stop, saved"):
         run.run(
             run.Partial(tasks.count, path=str(counter), until=1000),
             executor=slurm(tasks_per_node=1, time="5", requeue=False),
@@ -215,7 +215,7 @@ def test_sbatch_missing(project, monkeypatch):
 
 
 def test_upstream_still_needs_an_accounting_database(slurm_here, project):
-    """The cure in SlurmJobScheduler.describe can go once this fails."""
+    """The patch in SlurmJobScheduler.describe can go once this fails."""
     assert "accounting storage is disabled" in subprocess.run(["sacct"], capture_output=True, text=True).stderr
     import inspect
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import nemo_run as run
 import pytest
-from helpers import wait_until
-from test_slurm import submit
 
 from nemo_cpt import CptError
 from nemo_cpt.executors import slurm
+from tests.executors.test_slurm import submit
+from tests.support.executor_jobs import wait_until
 
 
 def acts(path, *names, **options):

@@ -2,11 +2,11 @@
 
 import nemo_run as run
 import pytest
-from helpers import recipe_arguments, wait_until
-from test_slurm import log_of, submit
 
 from nemo_cpt.executors import slurm
 from nemo_cpt.training.metrics import read_metrics
+from tests.executors.test_slurm import log_of, submit
+from tests.support.executor_jobs import recipe_arguments, wait_until
 
 STEPS, INTERVAL = 25, 5
 AS_ON_GPUS = ["data.num_workers=2", "data.persistent_workers=true", "trainer.strategy.ckpt_async_save=true"]

@@ -18,7 +18,7 @@ from nemo_cpt.executors import slurm, ssh
 @pytest.fixture(scope="module")
 def login_node(cluster, tmp_path_factory):
     """An sshd with its own keys; returns its port and the private key that it takes."""
-    from slurm_cluster import free_port
+    from tests.support.slurm_cluster import free_port
 
     sshd = shutil.which("sshd")
     if not sshd or not shutil.which("rsync"):

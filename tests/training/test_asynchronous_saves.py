@@ -17,8 +17,8 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from nemo.lightning.io.pl import MegatronCheckpointIO
 from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
 
-from nemo_cpt.training import upstream
-from nemo_cpt.training.cpu import cpu_stack
+from nemo_cpt.cpu_stack import cpu_stack
+from nemo_cpt.training import patches
 
 FORK = multiprocessing.get_context("fork")
 
@@ -36,13 +36,13 @@ def megatron(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def unpatched(monkeypatch: pytest.MonkeyPatch) -> None:
-    upstream.apply()
+    patches.apply()
     for owner, name in [
         (AsyncFinalizableCheckpointIO, "save_checkpoint"),
         (TemporalAsyncCaller, "schedule_async_call"),
         (TemporalAsyncCaller, "close"),
     ]:
-        monkeypatch.setattr(owner, name, getattr(owner, name).cures)
+        monkeypatch.setattr(owner, name, getattr(owner, name).unpatched)
 
 
 class Saves:
@@ -81,7 +81,7 @@ class Saves:
 
 @pytest.mark.usefixtures("megatron")
 def test_a_save_waits_for_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    upstream.apply()
+    patches.apply()
     saves = Saves(tmp_path, monkeypatch)
     assert [saves.save(step) for step in (1, 2, 3)] == [1, 1, 1]
     assert [saves.written(step) for step in (1, 2)] == [1, 2]
@@ -131,7 +131,7 @@ def save_beside_a_batch() -> list[float]:
 
 @pytest.mark.usefixtures("megatron")
 def test_what_is_written_is_what_was_staged() -> None:
-    upstream.apply()
+    patches.apply()
     assert save_beside_a_batch() == [1.0] * 8
 
 
@@ -170,7 +170,7 @@ class TestOnGpu:
         return batch.data_ptr() == addresses[0], written.get()
 
     def test_a_batch_gets_other_memory(self) -> None:
-        upstream.apply()
+        patches.apply()
         assert self.save_beside_a_batch() == (False, [1.0, 1.0])
 
     @pytest.mark.usefixtures("unpatched")

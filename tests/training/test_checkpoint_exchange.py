@@ -13,12 +13,12 @@ from nemo.lightning import _strategy_lib
 from nemo.lightning.megatron_parallel import MegatronParallel
 
 from nemo_cpt.recipes import tiny
-from nemo_cpt.training import upstream
+from nemo_cpt.training import patches
 from nemo_cpt.training.metrics import read_metrics
 from tests.training import jobs
 
 
-def train_asking_for_extra_states(world: Path, blend: Any, name: str, cured: bool) -> None:
+def train_asking_for_extra_states(world: Path, blend: Any, name: str, patched: bool) -> None:
     recipe = tiny.continual_pretrain(
         str(world / "base"), blend, name=name, directory=str(world / "runs"), seq_length=64, global_batch_size=4,
         max_steps=1, val_check_interval=1,
@@ -34,23 +34,23 @@ def train_asking_for_extra_states(world: Path, blend: Any, name: str, cured: boo
         assert state.pop("module.decoder.unwritten._extra_state").numel() == 0  # the model's own came back
         give(model, checkpoint, *args, **kwargs)
 
-    cure = None if cured else mock.patch.object(upstream, "load_checkpoints_written_without_transformer_engine")
+    patch = None if patched else mock.patch.object(patches, "load_checkpoints_written_without_transformer_engine")
     with (
         mock.patch.object(MegatronParallel, "sharded_state_dict", with_extra_state),
         mock.patch.object(_strategy_lib, "load_model_state_dict", without_extra_state),
-        cure or mock.MagicMock(),
+        patch or mock.MagicMock(),
     ):
         run.run(recipe, direct=True)
 
 
-@pytest.mark.parametrize("cured", [True, False])
-def test_a_missing_extra_state_does_not_end_the_load(world: Path, blend: Any, cured: bool) -> None:
-    name = f"extra_state_{cured}"
+@pytest.mark.parametrize("patched", [True, False])
+def test_a_missing_extra_state_does_not_end_the_load(world: Path, blend: Any, patched: bool) -> None:
+    name = f"extra_state_{patched}"
     code = jobs.run(
-        functools.partial(train_asking_for_extra_states, world, blend, name, cured), log=world / f"{name}.log"
+        functools.partial(train_asking_for_extra_states, world, blend, name, patched), log=world / f"{name}.log"
     )
-    assert (code == 0) is cured, (world / f"{name}.log").read_text()[-3000:]
-    if cured:
+    assert (code == 0) is patched, (world / f"{name}.log").read_text()[-3000:]
+    if patched:
         assert read_metrics(world / "runs" / name)[0]["val_loss_en"] < 6
     else:
         assert "unwritten._extra_state" in (world / f"{name}.log").read_text()

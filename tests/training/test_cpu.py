@@ -5,7 +5,7 @@ import torch
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
-from nemo_cpt.training.cpu import cpu_stack
+from nemo_cpt.cpu_stack import cpu_stack
 
 WATCHED = [
     (torch.cuda, "current_device"),

@@ -12,7 +12,8 @@ from nemo.collections.common.tokenizers import AutoTokenizer
 from torch.utils.data import DataLoader
 
 from nemo_cpt.errors import CptError
-from nemo_cpt.evaluation.loss import language_model_loss
+from nemo_cpt.evaluation.bits_per_byte import sequences_loss
+from nemo_cpt.inference.transformers_engine import TransformersEngine
 from nemo_cpt.training.data import BlendDataModule
 from nemo_cpt.training.datasets import VALIDATION
 from tests.training.small_datasets import EOS, ORDINARY, SEQ_LENGTH, dataset, documents, expected, sequences, write
@@ -77,7 +78,7 @@ def test_megatron_overwrites_its_padding_token_without_the_patch(
 ) -> None:
     texts = documents(seed=1)
     prefix = write(tmp_path / "text", texts)
-    monkeypatch.setattr(GPTDataset, "__init__", GPTDataset.__init__.cures)
+    monkeypatch.setattr(GPTDataset, "__init__", GPTDataset.__init__.unpatched)
     built = dataset(prefix, pad=pad)
     assert sequences(built) != expected(built, texts)
     assert any(not sample["loss_mask"].all() and pad not in sample["labels"] for sample in built)  # another one's mask
@@ -121,7 +122,8 @@ def test_evaluation_reads_what_training_validates_on(world: Path, blend: Any) ->
     module = data_module(world, blend)
     module.build(10, 5, 2, 0)
     losses = [_loss(world, module._validation_ds[index]) for index in range(8, 16)]
-    loss = language_model_loss(world / "base_hf", blend.validation["en"], seq_length=64, samples=8)
+    engine = TransformersEngine(world / "base_hf", device="cpu")
+    loss = sequences_loss(engine, blend.validation["en"], seq_length=64, samples=8).loss
     assert loss == pytest.approx(sum(losses) / 8, abs=1e-4)
 
 
@@ -132,3 +134,11 @@ def _loss(world: Path, sample: dict[str, torch.Tensor]) -> float:
     with torch.inference_mode():
         logits = model(input_ids=sample["tokens"][None]).logits[0]
     return torch.nn.functional.cross_entropy(logits, sample["labels"]).item()
+
+
+def test_a_longer_run_reads_in_the_same_order_while_it_needs_no_further_pass(tmp_path: Path) -> None:
+    """What a resumption with a larger `max_steps` does to the data; 28 sequences are a pass."""
+    prefix = write(tmp_path / "text", documents(seed=1))
+    short, longer, second_pass = (sequences(dataset(prefix, samples=count)) for count in (10, 24, 40))
+    assert longer[:10] == short[:10]
+    assert second_pass[:10] != short[:10]

@@ -15,9 +15,9 @@ from nemo.collections import llm
 from nemo_cpt.checkpoint import export_hf
 from nemo_cpt.checkpoint.architecture import read_architecture
 from nemo_cpt.checkpoint.context import write_context
-from nemo_cpt.cli.task import run_recipe
 from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
+from nemo_cpt.launching.task import run_recipe
 from nemo_cpt.recipes import parts, tiny
 from nemo_cpt.training import guards
 from nemo_cpt.training.data import BlendDataModule, blend_of

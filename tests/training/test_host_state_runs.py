@@ -7,13 +7,13 @@ from typing import Any
 import nemo_run as run
 import pytest
 
-from nemo_cpt.planning.applying import keep_states_on_host
+from nemo_cpt.planning.recipe_writer import keep_states_on_host
 from nemo_cpt.recipes import llama31_8b, tiny
 from nemo_cpt.training.callbacks import StopAtStep
 from nemo_cpt.training.metrics import read_metrics
 from tests.training import jobs
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]  # six starts of NeMo, four at a time
 STEPS = 6
 
 

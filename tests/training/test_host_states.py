@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from nemo_cpt.checkpoint.nemo_model import one_process
+from nemo_cpt.constants import ADAM_STATES
+from nemo_cpt.cpu_stack import cpu_stack
 from nemo_cpt.errors import CptError
-from nemo_cpt.training import host_states, upstream
-from nemo_cpt.training.adam import STATES
-from nemo_cpt.training.cpu import cpu_stack
+from nemo_cpt.training import host_states, patches
 
 ON_GPU = torch.cuda.is_available() and find_spec("transformer_engine") is not None
 
@@ -41,7 +41,7 @@ class Adam(torch.optim.Optimizer):
     """The methods of Transformer Engine's FusedAdam that are replaced, in its words; with bf16 first moments."""
 
     store_param_remainders = True
-    name_to_dtype_map = dict.fromkeys(STATES, torch.float32) | {"exp_avg": torch.bfloat16}
+    name_to_dtype_map = dict.fromkeys(ADAM_STATES, torch.float32) | {"exp_avg": torch.bfloat16}
 
     def __init__(self, params):
         super().__init__(params, {"lr": 1e-3})
@@ -142,7 +142,7 @@ class TestStates:
         assert (first == 0.0).all()
 
     def test_states_that_are_there_are_not_made_again(self, adam):
-        states = host_states.HostStates(adam, STATES)
+        states = host_states.HostStates(adam, ADAM_STATES)
         states.allocate()
         param = adam.param_groups[0]["params"][1]
         adam.state[param]["exp_avg_sq"].fill_(7.0)
@@ -152,11 +152,11 @@ class TestStates:
         assert (adam.state[param]["exp_avg_sq"] == 0.0).all()
 
     def test_a_checkpoint_is_written_from_and_read_into_the_states_themselves(self, adam):
-        states = host_states.HostStates(adam, STATES)
+        states = host_states.HostStates(adam, ADAM_STATES)
         states.allocate()
         param = adam.param_groups[0]["params"][0]
         unscaled = {
-            "param" if name == "master_param" else name: adam.get_unscaled_state(param, name) for name in STATES
+            "param" if name == "master_param" else name: adam.get_unscaled_state(param, name) for name in ADAM_STATES
         }
         written = states.for_checkpoint(unscaled)
         assert {name: tensor.dtype for name, tensor in written.items()} == {
@@ -177,7 +177,7 @@ class TestStates:
         assert written["exp_avg"] is written["param"] is moment
 
     def test_states_from_elsewhere_are_copied(self, adam):
-        host_states.HostStates(adam, STATES)
+        host_states.HostStates(adam, ADAM_STATES)
         values = {"exp_avg_sq": torch.full((3, 2), 5.0), "master_param": torch.full((3, 2), 4, dtype=torch.int16)}
         groups = adam.state_dict()["param_groups"]
         adam.load_state_dict({"state": {1: values}, "param_groups": [groups[0] | {"lr": 0.5}]})
@@ -260,9 +260,9 @@ class TestOnTheGpu:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_states_on_the_host_give_the_same_weights_to_the_last_bit(self, dtype):
-        upstream.step_adam_in_slices()
+        patches.step_adam_in_slices()
         on_device, _ = self.train((), dtype)
-        on_host, adam = self.train(STATES, dtype)
+        on_host, adam = self.train(ADAM_STATES, dtype)
         assert all(torch.equal(a, b) for a, b in zip(on_device, on_host, strict=True))
         state = adam.state_dict()["state"][1]
         assert all(torch.isfinite(value.float().cpu()).all() for value in state.values())

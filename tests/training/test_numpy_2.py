@@ -10,7 +10,7 @@ import pytest
 from megatron.core.dist_checkpointing import exchange_utils
 
 from nemo_cpt.recipes import tiny
-from nemo_cpt.training import upstream
+from nemo_cpt.training import patches
 from nemo_cpt.training.metrics import read_metrics
 from tests.training import jobs
 
@@ -27,7 +27,7 @@ def train(world: Path, blend: Any, max_steps: int, patched: bool = True) -> None
     for name in GONE.split():
         vars(numpy).pop(name, None)
     if not patched:
-        upstream.multiply_shapes_with_numpy_2 = lambda: None
+        patches.multiply_shapes_with_numpy_2 = lambda: None
     recipe = tiny.continual_pretrain(
         str(world / "base"), blend, processes=2, name=f"numpy_2_{patched}", directory=str(world / "runs"),
         seq_length=64, global_batch_size=8, max_steps=max_steps, val_check_interval=2, extend="stretch",
@@ -54,7 +54,7 @@ def test_they_cannot_without_the_patch(world: Path, blend: Any) -> None:
 def test_numpy_itself_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exchange_utils, "np", numpy)
     monkeypatch.delattr(numpy, "product", raising=False)
-    upstream.multiply_shapes_with_numpy_2()
+    patches.multiply_shapes_with_numpy_2()
     assert exchange_utils.np.product((3, 4)) == 12
     assert exchange_utils.np.asarray is numpy.asarray
     assert not hasattr(numpy, "product")

@@ -15,12 +15,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 from nemo_cpt.checkpoint import export_hf, import_hf
 from nemo_cpt.checkpoint.model_config import read_model_config
 from nemo_cpt.compatibility import check_model, embedding_rows, read_base, rows_to_build
-from nemo_cpt.corpus import Blend, index, prepare
+from nemo_cpt.corpus import Blend, prepare
+from nemo_cpt.corpus.dataset import index
+from nemo_cpt.cpu_stack import UNFUSED
 from nemo_cpt.errors import CptError
-from nemo_cpt.evaluation.loss import language_model_loss
+from nemo_cpt.evaluation.bits_per_byte import sequences_loss
+from nemo_cpt.inference.transformers_engine import TransformersEngine
 from nemo_cpt.recipes import llama31_8b, parts, tiny
 from nemo_cpt.training import guards
-from nemo_cpt.training.cpu import UNFUSED
 from nemo_cpt.training.metrics import read_metrics
 from nemo_cpt.training.run_folder import newest_whole
 from tests.training import jobs
@@ -83,9 +85,10 @@ def test_a_base_with_more_rows_than_tokens_trains_and_is_exported(
     job = functools.partial(train, bases, blend, base, name, **settings)
     assert jobs.run(job, processes, log=log) == 0, log.read_text()[-3000:]
     losses = [line["val_loss_ja"] for line in read_metrics(bases / "runs" / name) if "val_loss_ja" in line]
-    held_out = {"prefix": str(bases / "ds/ja_validation"), "seq_length": 64, "samples": 8}
+    engine = TransformersEngine(bases / f"{base}_hf", device="cpu")
+    held_out = sequences_loss(engine, bases / "ds/ja_validation", seq_length=64, samples=8)
     # The rows of padding take part in Megatron's softmax, with logits near 0; NeMo's cut to 512 rows shows as 0.3.
-    assert losses[0] == pytest.approx(language_model_loss(bases / f"{base}_hf", **held_out), abs=0.02)
+    assert losses[0] == pytest.approx(held_out.loss, abs=0.02)
     newest = newest_whole(bases / "runs" / name / "checkpoints")
     assert newest is not None
     checkpoint = newest.path

@@ -1,7 +1,6 @@
 """Whole runs on the CPU through llm.pretrain: parallel layouts, resumption, kills."""
 
 import functools
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ from safetensors.torch import load_file
 
 from nemo_cpt.checkpoint import export_hf
 from nemo_cpt.errors import CptError
-from nemo_cpt.evaluation.loss import language_model_loss
+from nemo_cpt.evaluation.bits_per_byte import sequences_loss
+from nemo_cpt.inference.transformers_engine import TransformersEngine
 from nemo_cpt.recipes import llama31_8b, tiny
 from nemo_cpt.training.callbacks import StopAtStep
 from nemo_cpt.training.metrics import read_metrics
@@ -94,26 +94,6 @@ def continue_from(world: Path, blend: Any, checkpoint: Path) -> None:
     run.run(recipe, direct=True)
 
 
-def test_a_killed_run_comes_back(world: Path, blend: Any, reference: str) -> None:
-    """Killed in its start-up, behind its first checkpoint, and in the start-up of the resumption."""
-    checkpoints = world / "runs" / "killed" / "checkpoints"
-    for wait in (lambda: time.sleep(2), lambda: until_there_is_a_checkpoint(checkpoints), lambda: time.sleep(2)):
-        started = jobs.launch(functools.partial(train, world, blend, "killed"), log=world / "killed.log")
-        wait()
-        jobs.kill(started)
-    assert newest_whole(checkpoints) is not None
-    assert STEPS not in metrics(world, "killed")
-    assert start(world, blend, "killed") == 0, (world / "killed.log").read_text()[-3000:]
-    assert metrics(world, "killed") == metrics(world, reference)
-
-
-def until_there_is_a_checkpoint(folder: Path, patience: float = 120) -> None:
-    deadline = time.monotonic() + patience
-    while not newest_whole(folder):
-        assert time.monotonic() < deadline, "no checkpoint was written"
-        time.sleep(0.05)
-
-
 def test_a_finished_run_started_again_does_nothing(world: Path, blend: Any, reference: str) -> None:
     before = (world / "runs" / reference / "metrics" / "steps.jsonl").read_text()
     assert start(world, blend, reference) == 0, (world / "reference.log").read_text()[-3000:]
@@ -153,7 +133,8 @@ def test_embeddings_train_beside_adapters_at_their_own_rate_resume_and_are_expor
     assert newest is not None
     checkpoint = newest.path
     export_hf(checkpoint, world / "embeddings_hf")
-    loss = language_model_loss(world / "embeddings_hf", str(world / "ds/ja_validation"), seq_length=64, samples=8)
+    engine = TransformersEngine(world / "embeddings_hf", device="cpu")
+    loss = sequences_loss(engine, world / "ds/ja_validation", seq_length=64, samples=8).loss
     assert loss == pytest.approx(metrics(world, "embeddings", "val_loss_ja")[STEPS], abs=1e-4)
     before, after = (load_file(world / folder / "model.safetensors") for folder in ("base_hf", "embeddings_hf"))
     for name in ("model.embed_tokens.weight", "lm_head.weight"):

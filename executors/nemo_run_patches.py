@@ -1,0 +1,190 @@
+"""Patches of NeMo-Run's defects, each a function named for what it mends; `apply` puts all of them in place.
+
+Seen in nemo_run 0.11.1. Each has a test that fails when NeMo-Run no longer needs it.
+"""
+
+import re
+from collections.abc import Callable
+from functools import cache, wraps
+from pathlib import Path
+from typing import Any
+
+from nemo_cpt.errors import CptError, StoppedEarlyError, exit_with_the_message
+from nemo_cpt.executors import examination, pods, stopping, window
+from nemo_cpt.executors.supervisor import MARKER_PREFIX
+from nemo_cpt.planning.save_window import window_within
+
+LOG_LINES = 25
+_MESSAGE = re.compile(r"(\[default\d+\]:)?nemo_cpt: ")  # how a CptError ends a task, also under torchrun
+
+
+@cache
+def apply() -> None:
+    """Put every patch in place, once a process."""
+    exit_with_the_message()
+    examination.examine_before_launch()
+    stopping.supervise_local_jobs()
+    stopping.supervise_containers()
+    stopping.supervise_cloud_jobs()
+    stopping.pass_signals_on()
+    stopping.wait_until_saved()
+    stopping.let_containers_save()
+    raise_when_a_task_failed()
+    admit_slurm_job()
+    say_why_ssh_fails()
+    pods.find_configs()
+    pods.ship_code()
+    pods.supervise_jobs()
+
+
+def give_time_to_save(executor: Any, needed: Callable[[], int | None]) -> None:
+    """Let Slurm's and Kubernetes' jobs be told early enough ahead of their end, unless the user said how early.
+
+    Args:
+        executor: any; others are not told ahead.
+        needed: called where it is wanted; returns the seconds, None where they are not known.
+    """
+    from nemo_run.core.execution.kubeflow import KubeflowExecutor
+
+    from nemo_cpt.executors.slurm_job import SlurmJob  # imports NeMo-Run
+
+    if isinstance(executor, SlurmJob) and executor.preempt_seconds is None:
+        executor.give_time_to_save(needed())
+    elif isinstance(executor, KubeflowExecutor) and executor.pod_spec_overrides.get(stopping.GRACE) is None:
+        executor.pod_spec_overrides = executor.pod_spec_overrides | {stopping.GRACE: window_within(None, needed())}
+
+
+def raise_when_a_task_failed() -> None:
+    """Make an experiment whose task failed raise CptError on exit.
+
+    NeMo-Run prints the state and goes on, so that scripts end with exit code 0
+    (https://github.com/NVIDIA-NeMo/Run/issues/289).
+    """
+    from nemo_run.run.experiment import Experiment
+
+    leave: Callable[..., Any] = Experiment.__exit__
+
+    @wraps(leave)
+    def leave_and_raise(experiment: Any, kind: Any, error: Any, trace: Any) -> None:
+        leave(experiment, kind, error, trace)
+        if kind is None and experiment._launched and not getattr(experiment, "detach", False):
+            raise_for_states(experiment)
+
+    Experiment.__exit__ = leave_and_raise
+
+
+def admit_slurm_job() -> None:
+    """Let NeMo-Run run our extension of its SlurmExecutor, which it looks up by exact class, and fit tasks to it.
+
+    The extension mends: jobs cancelled on clusters without an accounting database, jobs that do not come back after
+    preemption, `--requeue` that cannot be turned off, secrets and unquoted values in the script.
+    """
+    from nemo_run.run.experiment import Experiment
+    from nemo_run.run.torchx_backend.schedulers import slurm as scheduler
+    from nemo_run.run.torchx_backend.schedulers.api import EXECUTOR_MAPPING
+
+    from nemo_cpt.executors.slurm_job import SlurmJob, create_scheduler
+
+    EXECUTOR_MAPPING[SlurmJob] = "slurm_tunnel"
+    scheduler.create_scheduler = create_scheduler
+    for kind in ("PARALLEL", "DETACH", "DEPENDENCY"):
+        name = f"_{kind}_SUPPORTED_EXECUTORS"
+        setattr(Experiment, name, (*getattr(Experiment, name), SlurmJob))
+    add: Callable[..., str] = Experiment._add_single_job
+
+    @wraps(add)
+    def fit_and_add(experiment: Any, task: Any, executor: Any, *args: Any, **kwargs: Any) -> str:
+        if hasattr(task, "clone"):
+            task, executor = task.clone(), executor.clone()
+            stopping.save_on_sigterm(task)
+        if isinstance(executor, SlurmJob):
+            executor.fit(task)
+        give_time_to_save(executor, lambda: window.seconds_to_save(task))
+        return add(experiment, task, executor, *args, **kwargs)
+
+    Experiment._add_single_job = fit_and_add
+
+
+def say_why_ssh_fails() -> None:
+    """Raise CptError where NeMo-Run's SSH tunnel ends the process without a word, or with a traceback."""
+    import paramiko
+    from nemo_run.core.tunnel.client import SSHTunnel
+
+    authenticate: Callable[..., None] = SSHTunnel._authenticate
+
+    @wraps(authenticate)
+    def authenticate_or_say(tunnel: Any) -> None:
+        where = f"SSH to {tunnel.user}@{tunnel.host}, port {tunnel.port or 22}"
+        try:
+            authenticate(tunnel)
+        except SystemExit as error:
+            raise CptError(f"{where}: neither the key {tunnel.identity} nor a password was accepted") from error
+        except (OSError, paramiko.SSHException) as error:
+            raise CptError(f"{where}: {error}") from error
+
+    SSHTunnel._authenticate = authenticate_or_say
+
+
+def parse_new_unions() -> None:
+    """Let NeMo-Run's command line take values for parameters annotated as `str | None`; it knows Optional[str] only."""
+    from types import UnionType
+
+    from nemo_run.cli.cli_parser import type_parser
+
+    type_parser.parsers[UnionType] = type_parser.parse_union
+
+
+def raise_for_states(experiment: Any) -> None:
+    """Raise CptError for the tasks of a finished experiment that did not succeed, with their logs' last lines.
+
+    StoppedEarlyError where all of them were told to stop, and saved.
+    """
+    failed = [job for job in experiment.jobs if job.state.name != "SUCCEEDED"]
+    if failed and all(stopped_early(job.executor.job_dir) for job in failed):
+        raise StoppedEarlyError("\n".join(f"task {job.id}: {last_word(job.executor.job_dir)}" for job in failed))
+    if failed:
+        report = (f"task {job.id} ended as {job.state.name}. {log_tail(job.executor.job_dir)}" for job in failed)
+        raise CptError("\n".join(report))
+
+
+def stopped_early(job_dir: str) -> bool:
+    """Return whether a job was told to stop, and saved, by what its supervisor left in its folder."""
+    return any(Path(job_dir).rglob(f"{MARKER_PREFIX}*"))
+
+
+def last_word(job_dir: str) -> str:
+    """Return what a job that was stopped said of its end, as its newest log has it."""
+    log = newest_log(Path(job_dir))
+    said = [line for line in log.read_text(errors="replace").splitlines() if _MESSAGE.match(line)] if log else []
+    return _MESSAGE.sub("", said[-1]) if said else "stopped ahead of the end, and nothing is lost"
+
+
+def log_tail(job_dir: str, lines: int = LOG_LINES) -> str:
+    """Return the last lines of a job's newest log under `job_dir`, headed by its path."""
+    log = newest_log(Path(job_dir))
+    if log is None:
+        return f"It left no log in {job_dir}"
+    printed = log.read_text(errors="replace").rstrip().splitlines()
+    last = (_of_workers(printed) or printed)[-lines:]
+    if last and _MESSAGE.match(last[-1]):  # it says what is wrong; what came before adds nothing
+        last = last[-1:]
+    return "\n".join([f"The last lines of {log}:", *(f"    {line}" for line in last)])
+
+
+def _of_workers(printed: list[str]) -> list[str]:
+    """The workers' lines, which torchrun prefixes, and ours: its summary comes last and hides what they said."""
+    if not any(line.startswith("[default") for line in printed):
+        return []
+    return [line for line in printed if line.startswith(("[default", "nemo_cpt:"))]
+
+
+def newest_log(job_dir: Path) -> Path | None:
+    """Return the log file of a job that was written last and is not empty, or None.
+
+    Local tasks leave `combined.log`, Slurm's `log-*.out` (the tasks) and `sbatch_*.out` (the batch script).
+    """
+    for pattern in ("**/combined.log", "**/log[-_]*.out", "**/sbatch_*.out", "**/std*.log"):
+        logs = [path for path in job_dir.glob(pattern) if path.stat().st_size]
+        if logs:
+            return max(logs, key=lambda path: path.stat().st_mtime)
+    return None

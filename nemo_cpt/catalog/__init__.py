@@ -1,0 +1,33 @@
+"""What recipes and executors there are, by name: read from their source, built, and their workloads remembered."""
+
+from nemo_cpt.catalog.source import (
+    Function,
+    Parameter,
+    assigned,
+    default_data,
+    executor,
+    functions,
+    mixture_of,
+    nearest,
+    parse,
+    parse_value,
+    recipe,
+    recipes,
+    split,
+)
+
+__all__ = [
+    "Function",
+    "Parameter",
+    "assigned",
+    "default_data",
+    "executor",
+    "functions",
+    "mixture_of",
+    "nearest",
+    "parse",
+    "parse_value",
+    "recipe",
+    "recipes",
+    "split",
+]

@@ -1,0 +1,85 @@
+"""A recipe called by its name, and fields of what it returns changed as a command line says."""
+
+import difflib
+import inspect
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+from nemo_cpt.catalog import source
+from nemo_cpt.errors import CptError
+
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def build_recipe(recipe: str, arguments: Mapping[str, Any], overrides: Sequence[str] = ()) -> Any:
+    """Call a recipe function and change fields of what it returns.
+
+    Args:
+        recipe: `module.function` in nemo_cpt.recipes.
+        arguments: the function's; a mapping for a Blend or for Conversations stands for their fields.
+        overrides: `path.to.field=value` on the run.Partial, type-checked by the field's annotation.
+
+    Returns:
+        The run.Partial.
+
+    Raises:
+        CptError: a field does not exist (with the nearest names), a value has the wrong type, or the recipe objects.
+    """
+    module, _, function = recipe.rpartition(".")
+    parameters = source.recipe(recipe).parameters
+    given = {name: _made(value, parameters[name].annotation) if name in parameters else value
+             for name, value in arguments.items()}  # fmt: skip
+    partial = getattr(import_module(f"nemo_cpt.recipes.{module}"), function)(**given)
+    for override in overrides:
+        _override(partial, override)
+    return partial
+
+
+def _made(value: Any, annotation: str) -> Any:
+    """A mixture from its fields; any other value as it is."""
+    kind = source.mixture_of(annotation) if isinstance(value, Mapping) else None
+    return kind(**value) if kind else value
+
+
+def _override(partial: Any, override: str) -> None:
+    from nemo_run.cli.cli_parser import parse_value
+
+    from nemo_cpt.executors import nemo_run_patches
+
+    nemo_run_patches.parse_new_unions()
+    path, _, text = override.partition("=")
+    *parents, name = path.split(".")
+    config = partial
+    for parent in parents:
+        _check_field(config, parent, path)
+        config = getattr(config, parent)
+    _check_field(config, name, path)
+    annotation = _fields(config.__fn_or_cls__)[name].annotation
+    try:
+        value = parse_value(text, None if annotation is inspect.Parameter.empty else annotation)
+    except Exception as error:
+        raise CptError(f"{override}: expected {annotation} ({error})") from error
+    setattr(config, name, value)
+
+
+def _check_field(config: Any, name: str, path: str) -> None:
+    function = getattr(config, "__fn_or_cls__", None)
+    if function is None:
+        raise CptError(f"{path}: {name} is a field of a plain value, {config!r}, which has none")
+    fields = _fields(function)
+    if name not in fields:
+        near = difflib.get_close_matches(name, fields, n=3, cutoff=0.5) or fields
+        raise CptError(f"{path}: {function.__name__} has no field {name}; near: {', '.join(near)}")
+
+
+def _fields(function: Any) -> dict[str, inspect.Parameter]:
+    """A function's parameters by name; of a class that passes on **kwargs, also those of the classes it extends."""
+    found: dict[str, inspect.Parameter] = {}
+    for owner in function.__mro__ if isinstance(function, type) else [function]:
+        parameters = inspect.signature(owner).parameters.values()
+        kinds = {parameter.kind for parameter in parameters}
+        found = {each.name: each for each in parameters if each.kind not in VARIADIC} | found
+        if inspect.Parameter.VAR_KEYWORD not in kinds:
+            break
+    return found

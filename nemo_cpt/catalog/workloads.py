@@ -1,0 +1,120 @@
+"""Workloads of recipes by name: built in a process of its own, which imports NeMo, and remembered on the disk.
+
+The first plan of a recipe takes as long as NeMo's import; the same one again, for another card, a tenth of a second.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from nemo_cpt.cache import cache_folder
+from nemo_cpt.catalog import source
+from nemo_cpt.errors import CptError
+from nemo_cpt.planning.workload import Workload
+
+SECONDS = 300  # for the process that builds the recipe
+SOURCES = ("nemo_cpt.recipes", "nemo_cpt.planning", "nemo_cpt.training", "nemo_cpt.catalog")
+VERSIONS = ("nemo_toolkit", "nemo_run", "megatron-core")
+
+
+def workload(recipe: str, arguments: Mapping[str, Any], fields: Sequence[str] = ()) -> Workload:
+    """Return the workload of a recipe by name.
+
+    Args:
+        recipe: `module.function` in nemo_cpt.recipes.
+        arguments: the function's.
+        fields: `path.to.field=value` on its config.
+
+    Raises:
+        CptError: the recipe objects, a field does not exist, or the planner cannot read it.
+    """
+    request = json.dumps([recipe, {name: _plain(value) for name, value in arguments.items()}, list(fields)])
+    path = cache_folder("workloads") / f"{_key(request + _counted(recipe, arguments))}.json"
+    remembered = json.loads(path.read_text()) if path.is_file() else None
+    if remembered and remembered["digest"] == _digest(remembered["configuration"]):
+        return _workload(remembered["workload"])
+    text = _built(request)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(text)
+    partial.rename(path)
+    return _workload(json.loads(text)["workload"])
+
+
+def _workload(fields: Mapping[str, Any]) -> Workload:
+    values: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
+    return Workload(**values)
+
+
+def _plain(value: Any) -> Any:
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+
+
+def _counted(recipe: str, arguments: Mapping[str, Any]) -> str:
+    """What tells the files from others whose epochs a recipe counts: their sizes and times."""
+    function = source.recipe(recipe)
+    if "epochs" not in function.parameters or arguments.get("max_steps") is not None:
+        return ""
+    data = arguments.get("data") or source.default_data(function)
+    indices = [Path(prefix + ".idx").absolute() for prefix in data.prefixes()] if data else []
+    stats = [(str(path), path.stat()) for path in indices if path.is_file()]
+    return json.dumps([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats])
+
+
+def _built(request: str) -> str:
+    """The workload, and what of the base it was read from, as JSON, from a process that imports NeMo."""
+    command = [sys.executable, "-m", "nemo_cpt.catalog.workloads"]
+    try:
+        done = subprocess.run(command, input=request, capture_output=True, text=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise CptError(f"the recipe was not built in {SECONDS} s: is the file system of the packages slow?") from error
+    if done.returncode == CptError.exit_code:
+        raise CptError(done.stderr.strip().splitlines()[-1])
+    if done.returncode:
+        raise CptError(f"the recipe could not be built to be planned:\n{done.stderr.strip()[-2000:]}")
+    return done.stdout.strip().splitlines()[-1]
+
+
+def _key(request: str) -> str:
+    """A digest of what the workload depends on: the request, our sources, versions."""
+    digest = hashlib.sha256(request.encode())
+    for name in VERSIONS:
+        digest.update(version(name).encode())
+    for package in SOURCES:
+        spec = find_spec(package)
+        for folder in spec.submodule_search_locations if spec and spec.submodule_search_locations else []:
+            for path in sorted(Path(folder).glob("*.py")):
+                digest.update(path.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _digest(configuration: str) -> str:
+    """Of the base's config.json, from which the vocabulary's size comes; empty while it is not there."""
+    path = Path(configuration)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def _main() -> None:
+    from nemo_cpt.catalog.build import build_recipe
+    from nemo_cpt.planning.recipe_reader import configuration_of, read
+
+    recipe, arguments, fields = json.load(sys.stdin)
+    try:
+        partial = build_recipe(recipe, arguments, fields)
+        found, configuration = read(partial), str(configuration_of(partial))
+    except CptError as error:
+        print(" ".join(str(error).split("\n")), file=sys.stderr)
+        sys.exit(error.exit_code)
+    print(json.dumps({"workload": asdict(found), "configuration": configuration, "digest": _digest(configuration)}))
+
+
+if __name__ == "__main__":
+    _main()

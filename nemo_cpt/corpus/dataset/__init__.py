@@ -1,0 +1,1 @@
+"""A Megatron dataset on disk: its index, its manifest, a look into it, and blends of several."""

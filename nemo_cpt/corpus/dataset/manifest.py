@@ -1,0 +1,75 @@
+"""The manifest beside a dataset, `PREFIX_text_document.json`: what it was made of, with what, and what came out."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from nemo_cpt.corpus.atomic_files import write_whole
+from nemo_cpt.corpus.dataset.index import full_prefix
+from nemo_cpt.corpus.reading.chunks import hash_source
+from nemo_cpt.corpus.reading.sources import Source
+from nemo_cpt.errors import CptError
+
+FORMAT = 1
+
+
+def manifest_path(prefix: str | os.PathLike[str]) -> Path:
+    """Return where a dataset's manifest is."""
+    return Path(full_prefix(prefix) + ".json")
+
+
+def read_manifest(prefix: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a dataset's manifest.
+
+    Returns:
+        Its JSON object; among its keys: `tokenizer` (`name`, `sha256`, `vocabulary_size`, `eos`), `probes` (ids by
+        text), `largest` (token id), `inputs` (`path`, `size`, `mtime_ns`, `hash`), `options`, `documents`, `tokens`,
+        `dtype`, `encoder`. Datasets that version 0.1.0 made have neither `probes` nor `largest`.
+
+    Raises:
+        CptError: There is none (the dataset was not made by `prepare`), or it is damaged.
+    """
+    path = manifest_path(prefix)
+    try:
+        manifest = orjson.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CptError(f"There is no manifest {path}: the dataset was not made by `nemo-cpt prepare`.") from None
+    except ValueError as error:
+        raise CptError(f"The manifest {path} is damaged: {error}.") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CptError(f"{path} is not a manifest of `nemo-cpt prepare`, or one of another version.")
+    return manifest
+
+
+def write_manifest(prefix: str, manifest: dict[str, Any]) -> None:
+    """Write a dataset's manifest."""
+    write_whole(Path(prefix + ".json"), orjson.dumps(manifest, option=orjson.OPT_INDENT_2) + b"\n")
+
+
+def describe_inputs(sources: list[Source], hashes: dict[str, str]) -> list[dict[str, Any]]:
+    """Return the manifest's entry for each input."""
+    return [
+        {"path": s.path, "kind": s.kind, "size": s.size, "mtime_ns": s.mtime_ns, "hash": hashes.get(str(number), "")}
+        for number, s in enumerate(sources)
+    ]
+
+
+def changed_input(sources: list[Source], recorded: list[dict[str, Any]]) -> str | None:
+    """Return what differs between the inputs and those of a manifest, None if they hold the same bytes.
+
+    A file whose size and time are as recorded counts as unchanged; one that was moved or touched is hashed, and a
+    dataset of the hub is asked for its fingerprint.
+    """
+    if len(sources) != len(recorded):
+        return f"there were {len(recorded)} inputs, now there are {len(sources)}"
+    for source, was in zip(sources, recorded, strict=True):
+        as_listed = (source.path, source.size, source.mtime_ns) == (was["path"], was["size"], was["mtime_ns"])
+        if as_listed and source.kind != "hub":
+            continue
+        if source.size != was["size"] or source.kind != was["kind"]:
+            return f"{source.path} is not the {was['path']} of {was['size']} bytes that it was made of"
+        if hash_source(source) != was["hash"]:
+            return f"the content of {source.path} changed"
+    return None

@@ -1,0 +1,400 @@
+"""Corpora from the network: resumed where they stopped, with certificates verified and checksums kept."""
+
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from nemo_cpt.corpus.atomic_files import locked, make_folder, sync_directory, write_whole
+from nemo_cpt.corpus.fetching.known_corpora import CORPORA
+from nemo_cpt.corpus.progress import ProgressBar
+from nemo_cpt.corpus.reading.sources import HUB
+from nemo_cpt.errors import CptError
+from nemo_cpt.hub import explained, progress_bars
+from nemo_cpt.urls import public_url
+
+CHECKSUMS = "SHA256SUMS"
+URLS = "SHA256SUMS.urls"  # where each file came from, in lines like those of SHA256SUMS
+LOCK = ".fetch.lock"
+LOCAL = ("localhost", "127.0.0.1", "::1")
+PACKED = {"gzip": (".gz", ".tgz"), "zstd": (".zst",), "br": (".br",)}  # files that a server may call an encoding
+PIECE = 1 << 20
+ATTEMPTS = 5
+TIMEOUT = (20, 60)  # seconds to connect, and between two pieces
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A file that `fetch` got.
+
+    Attributes:
+        path: Where it is.
+        url: Where it came from.
+        size: Its bytes.
+        sha256: Its checksum.
+        status: `fetched`, `resumed` or `unchanged`.
+    """
+
+    path: str
+    url: str
+    size: int
+    sha256: str
+    status: str
+
+
+def fetch(corpus: str, folder: str | os.PathLike[str], *, quiet: bool = False, patience: float = 2.0) -> list[Fetched]:
+    """Download a corpus; what is there already is checked against `SHA256SUMS`, what is there in part is continued.
+
+    Args:
+        corpus: A name of the catalogue (`llm-jp/ja_wiki`, `wikinews-zhtw`, `wikimedia/enwiki`), a URL, or `hf:NAME`.
+        folder: Where its files go.
+        quiet: Show no progress.
+        patience: Seconds before the second attempt after a broken connection, doubled each time, five attempts in all;
+            and to wait for another process that fetches into the folder.
+
+    Raises:
+        CptError: The corpus is unknown, the server refuses or its certificate is not valid, the folder has a file of
+            that name which came from elsewhere, or it cannot be written.
+    """
+    urls = _urls(corpus)
+    target = Path(folder)
+    make_folder(target)
+    found: list[Fetched] = []
+    for url in urls:
+        if url.startswith(HUB):
+            with locked(target / LOCK, patience):
+                found += _fetch_dataset(url, target, quiet)
+        else:
+            found.append(_Download(url, target, quiet, patience).run())
+    return found
+
+
+def _urls(corpus: str) -> tuple[str, ...]:
+    if corpus in CORPORA:
+        return CORPORA[corpus].urls
+    if corpus.startswith((HUB, "https://")):
+        return (corpus,)
+    if corpus.startswith("http://") and urlsplit(corpus).hostname in LOCAL:
+        return (corpus,)
+    if corpus.startswith("http://"):
+        raise CptError(f"{corpus} is not encrypted: nobody could tell whether it arrives unchanged. Use https.")
+    raise CptError(f"There is no corpus {corpus!r}. Known are {', '.join(CORPORA)}, https:// addresses and {HUB}NAME.")
+
+
+def _fetch_dataset(url: str, folder: Path, quiet: bool) -> list[Fetched]:
+    """Get a dataset of the hub; its own client resumes and leaves alone what is there."""
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    name, known = url.removeprefix(HUB), read_checksums(folder)
+    page, shown = f"{constants.ENDPOINT}/datasets/{name}", not quiet and sys.stderr.isatty()
+    with _writing(folder), explained("dataset", name, page), progress_bars(shown):
+        info = HfApi().dataset_info(name)
+        names = sorted(file.rfilename for file in info.siblings or [] if not file.rfilename.startswith("."))
+        _claim(folder, url, names)
+        snapshot_download(name, repo_type="dataset", revision=info.sha, local_dir=folder, allow_patterns=names)
+    found = []
+    for file in names:
+        path, checksum = folder / file, hash_of(folder / file)
+        status = "unchanged" if known.get(file) == checksum else "fetched"
+        found.append(Fetched(str(path), url, path.stat().st_size, checksum, status))
+    _keep(folder, CHECKSUMS, dict(zip(names, (file.sha256 for file in found), strict=True)))
+    return found
+
+
+def _claim(folder: Path, url: str, names: list[str]) -> None:
+    """Note that files come from `url`, before its client writes them: it replaces what is there.
+
+    Raises:
+        CptError: A file is there that did not come from `url`.
+    """
+    known, urls = _read(folder, CHECKSUMS), _read(folder, URLS)
+    for name in names:
+        fetched = name in known or urls.get(name) == url  # the latter: an earlier run was interrupted
+        _check_origin(folder / name, url, fetched, urls.get(name))
+    _keep(folder, URLS, dict.fromkeys(names, url))
+
+
+def _check_origin(path: Path, url: str, fetched: bool, origin: str | None) -> None:
+    """Raise if a file is there that is not from `url`; of what older versions fetched, the origin is not known."""
+    if not path.exists():
+        return
+    if not fetched:
+        raise CptError(
+            f"{path} exists and is not in {CHECKSUMS}: it was not fetched, and would be replaced. Move it away, or "
+            "take another folder."
+        )
+    if origin is not None and public_url(origin) != url:
+        raise CptError(f"{path} came from {origin}, not from {url}. Delete it, or take another folder.")
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CptError(f"Cannot write to {folder}: {error.strerror or error}. A rerun goes on.") from error
+
+
+class _BrokenError(Exception):
+    """An answer that is not what was asked for, or not all of it; the next attempt may get it."""
+
+
+class _Download:
+    """One file on its way. `shown` is its address as it may be shown and kept, `url` with what gives access."""
+
+    def __init__(self, url: str, folder: Path, quiet: bool, patience: float) -> None:
+        self.url, self.shown = url, public_url(url)
+        self.folder, self.quiet, self.patience = folder, quiet, patience
+        self.name = Path(urlsplit(url).path).name
+        if not self.name:
+            raise CptError(f"{self.shown} names no file.")
+        if self.name in (CHECKSUMS, URLS) or self.name.endswith((".part", ".part.json")):
+            raise CptError(f"{self.shown} cannot be fetched: {self.name} is where fetch keeps its own notes.")
+        self.path = folder / self.name
+        self.part, self.state = folder / f"{self.name}.part", folder / f"{self.name}.part.json"
+        self.resumed = False
+
+    def run(self) -> Fetched:
+        """Get the file, or check the one that is there.
+
+        Raises:
+            CptError: As `fetch`.
+        """
+        if (there := self._there()) is not None:
+            return there
+        with locked(self.folder / LOCK, self.patience):
+            if (there := self._there()) is not None:  # another process has got it meanwhile
+                return there
+            self._attempt_often()
+            checksum = hash_of(self.part)
+            # The notes come first: a file without them would be taken for the user's own
+            _keep(self.folder, URLS, {self.name: self.shown})
+            _keep(self.folder, CHECKSUMS, {self.name: checksum})
+            self.part.rename(self.path)
+            sync_directory(self.folder)
+            self._tidy()
+        return self._fetched(checksum, "resumed" if self.resumed else "fetched")
+
+    def _there(self) -> Fetched | None:
+        """Return the file that an earlier run got, None if there is none.
+
+        Raises:
+            CptError: It is damaged, or another file has its name.
+        """
+        known = read_checksums(self.folder).get(self.name)
+        _check_origin(self.path, self.shown, known is not None, _read(self.folder, URLS).get(self.name))
+        if not (known and self.path.exists()):
+            return None
+        if hash_of(self.path) != known:
+            raise CptError(f"{self.path} is not what {CHECKSUMS} says; delete it to fetch it again.")
+        with suppress(OSError):  # a folder that may only be read holds nothing to tidy
+            self._tidy()
+        return self._fetched(known, "unchanged")
+
+    def _tidy(self) -> None:
+        """Remove what only an unfinished download needs; a killed run may have left it."""
+        for path in (self.part, self.state, self.folder / CHECKSUMS, self.folder / URLS):
+            path.with_name(f"{path.name}.part").unlink(missing_ok=True)
+        self.part.unlink(missing_ok=True)
+        self.state.unlink(missing_ok=True)
+
+    def _fetched(self, checksum: str, status: str) -> Fetched:
+        return Fetched(str(self.path), self.shown, self.path.stat().st_size, checksum, status)
+
+    def _attempt_often(self) -> None:
+        """Try until the whole file is here. Other libraries' errors are not chained: they hold the whole address."""
+        import requests
+        from requests import exceptions
+        from urllib3.exceptions import HTTPError
+
+        permanent = (exceptions.InvalidURL, exceptions.InvalidSchema, exceptions.TooManyRedirects)
+        with _session(self.url) as session:
+            for attempt in range(ATTEMPTS):
+                try:
+                    return self._attempt(session)
+                except exceptions.SSLError as error:
+                    raise CptError(
+                        f"The certificate of {urlsplit(self.url).hostname} cannot be verified: {error}. Behind a proxy "
+                        "with its own certificate, set REQUESTS_CA_BUNDLE to it; there is no way to switch the check "
+                        "off."
+                    ) from None
+                except permanent as error:
+                    raise CptError(f"{self.shown} cannot be fetched: {error}") from None
+                except (_BrokenError, requests.RequestException, HTTPError) as error:
+                    if attempt == ATTEMPTS - 1:
+                        raise CptError(f"Cannot fetch {self.shown}: {error}. {self._outlook()}") from None
+                    time.sleep(self.patience * 2**attempt)
+                except OSError as error:
+                    raise CptError(f"Cannot write {self.part}: {error.strerror}. Make room, run it again.") from error
+
+    def _outlook(self) -> str:
+        have, _ = self._noted()
+        return f"What arrived is in {self.part}; the same command continues it." if have else "Try again later."
+
+    def _attempt(self, session: Any) -> None:
+        """Ask for what is missing and write it.
+
+        Raises:
+            _BrokenError: The answer is cut short, or does not continue what is here.
+        """
+        have, noted = self._noted()
+        headers = {"Accept-Encoding": "identity"}
+        if have:
+            headers |= {"Range": f"bytes={have}-", "If-Range": noted["validator"]}
+        with session.get(self.url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
+            begin, total = _place(answer)
+            if answer.status_code == 416 and have == noted.get("total") == (total or have):
+                return
+            self._check(answer)
+            if answer.status_code == 206 and not (have == begin and _continues(answer, total, noted)):
+                self.state.unlink(missing_ok=True)  # begin anew
+                raise _BrokenError(
+                    "the server answers with a part of another file, or with another part than was asked for"
+                )
+            have = begin
+            self.resumed = have > 0
+            self._note(answer, total)
+            with self.part.open("r+b" if have else "wb") as file, ProgressBar(self.name, total, self.quiet) as bar:
+                file.truncate(have)
+                file.seek(have)
+                for piece in answer.raw.stream(PIECE, decode_content=False):
+                    file.write(piece)
+                    have += len(piece)
+                    bar.update(have)
+                file.flush()
+                os.fsync(file.fileno())
+        if total and have != total:
+            raise _BrokenError(f"{have} of {total} bytes arrived")
+        if not have:
+            self._tidy()
+            raise CptError(f"{self.shown} is an empty file.")
+
+    def _check(self, answer: Any) -> None:
+        """Check that an answer brings a file's bytes, and that its end can be told from a broken connection.
+
+        Raises:
+            CptError: It does not, and will not.
+            _BrokenError: It may the next time.
+        """
+        status, headers = answer.status_code, answer.headers
+        if status == 416:
+            self.state.unlink(missing_ok=True)  # what is here is longer than the file: begin anew
+            raise _BrokenError("the server has no such range")
+        if status >= 500 or status == 429:
+            raise _BrokenError(f"the server answers {status} {answer.reason}")
+        if status not in (200, 206):
+            raise CptError(f"The server answers {status} {answer.reason} for {self.shown}.")
+        if headers.get("Content-Type", "").startswith("text/html"):
+            raise CptError(f"{self.shown} answers with a web page, not with data: it may want a login, or have moved.")
+        packed = headers.get("Content-Encoding", "identity").removeprefix("x-")
+        if packed != "identity" and not self.name.endswith(PACKED.get(packed, ())):
+            raise CptError(
+                f"{self.shown} is sent compressed ({packed}) though the file itself was asked for: its bytes and its "
+                "checksum would be others than the file's. Get it in another way."
+            )
+        if status == 200 and not _is_chunked(answer) and not headers.get("Content-Length", "").isdigit():
+            raise CptError(
+                f"The server does not say how long {self.shown} is: nobody could tell the whole file from one that "
+                "breaks off. Get it in another way, and compare its size."
+            )
+
+    def _noted(self) -> tuple[int, dict[str, Any]]:
+        """Return how much is here and what the server said about the file; nothing counts without a validator."""
+        try:
+            noted = json.loads(self.state.read_text("utf-8"))
+            if public_url(noted["url"]) == self.shown and noted["validator"]:
+                return self.part.stat().st_size, noted
+        except (OSError, ValueError, KeyError):
+            pass
+        return 0, {}
+
+    def _note(self, answer: Any, total: int) -> None:
+        noted = {"url": self.shown, "total": total, "validator": _validator(answer)}
+        noted["modified"] = answer.headers.get("Last-Modified", "")
+        write_whole(self.state, json.dumps(noted).encode())
+
+
+def _session(url: str) -> Any:
+    """Return a session in which an address that is not encrypted is not even asked, but for this machine's own."""
+    import requests
+    from requests.adapters import HTTPAdapter
+
+    local = url.startswith("http://")
+
+    class OnlyHere(HTTPAdapter):
+        def send(self, request: Any, *arguments: Any, **options: Any) -> Any:
+            if local and urlsplit(request.url).hostname in LOCAL:
+                return super().send(request, *arguments, **options)
+            raise CptError(
+                f"{public_url(url)} leads on to {public_url(request.url)}, which is not encrypted: nobody could tell "
+                "whether it arrives unchanged. It was not asked."
+            )
+
+    session = requests.Session()
+    session.mount("http://", OnlyHere())
+    return session
+
+
+def _place(answer: Any) -> tuple[int, int]:
+    """Return where an answer's bytes begin, and the size of the whole file, 0 if unsaid; -1 if the place is unsaid."""
+    length = answer.headers.get("Content-Length", "")
+    size = int(length) if length.isdigit() and not _is_chunked(answer) else 0
+    if answer.status_code not in (206, 416):
+        return 0, size
+    said = re.fullmatch(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)", answer.headers.get("Content-Range", "").strip())
+    begin, end, total = said.groups() if said else (None, None, None)
+    whole = int(total) if total and total != "*" else 0
+    if begin is None or end is None or (size and size != int(end) - int(begin) + 1):
+        return -1, whole
+    return int(begin), whole
+
+
+def _is_chunked(answer: Any) -> bool:
+    return "chunked" in answer.headers.get("Transfer-Encoding", "").lower()
+
+
+def _validator(answer: Any) -> str:
+    etag = answer.headers.get("ETag", "")
+    return ("" if etag.startswith("W/") else etag) or answer.headers.get("Last-Modified", "")
+
+
+def _continues(answer: Any, total: int, noted: dict[str, Any]) -> bool:
+    """Say whether a part belongs to the file that was noted; a server may well ignore If-Range."""
+    modified = answer.headers.get("Last-Modified", "")
+    same_time = not modified or modified == noted.get("modified", modified)
+    same_file = _validator(answer) == noted.get("validator") and same_time
+    return same_file and bool(total) and total == (noted["total"] or total)
+
+
+def hash_of(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_checksums(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file that `fetch` brought into a folder, by name."""
+    return _read(folder, CHECKSUMS)
+
+
+def _read(folder: Path, notes: str) -> dict[str, str]:
+    """Return what stands before each name in a file of notes, by name; nothing where there are none."""
+    path = folder / notes
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    return {name: value for value, _, name in (line.partition("  ") for line in lines)}
+
+
+def _keep(folder: Path, notes: str, new: dict[str, str]) -> None:
+    """Add to a file of notes, in the form of `sha256sum`."""
+    values = _read(folder, notes) | new
+    if notes == URLS:
+        values = {name: public_url(url) for name, url in values.items()}
+    write_whole(folder / notes, "".join(f"{value}  {name}\n" for name, value in sorted(values.items())).encode())

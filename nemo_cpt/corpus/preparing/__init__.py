@@ -1,0 +1,1 @@
+"""Texts to a Megatron dataset: the job, its processes and its journal."""

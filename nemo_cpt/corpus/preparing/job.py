@@ -1,0 +1,179 @@
+"""The running of a `prepare` job: tasks out to the workers, results back in order, checkpoints in between."""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+from nemo_cpt.corpus.preparing.encode import Encoded, Work
+from nemo_cpt.corpus.preparing.journal import Journal, ReadInput
+from nemo_cpt.corpus.preparing.workers import Pool, Worker
+from nemo_cpt.corpus.progress import ProgressBar
+from nemo_cpt.corpus.reading.chunks import Feed, Task, check_unchanged, texts_of
+from nemo_cpt.corpus.reading.sources import Source
+from nemo_cpt.corpus.reading.tally import Policy
+from nemo_cpt.corpus.tokenization.encoder_choice import Comparison, UnlikeReferenceError
+from nemo_cpt.errors import CptError
+
+CHECKPOINT_BYTES = 1 << 30
+SAMPLE_TEXTS, SAMPLE_BYTES = 100, 300_000
+
+
+def first_texts(sources: list[Source], json_key: str) -> list[str]:
+    """Return the corpus' first documents, to try tokenizers on: at most 100, 300 kB of them or a single one."""
+    texts: list[str] = []
+    size = 0
+    for task in Feed(sources, json_key, 1 << 18):
+        for text in texts_of(task, json_key).texts:
+            size += len(text.encode())
+            if texts and (size > SAMPLE_BYTES or len(texts) == SAMPLE_TEXTS):
+                return texts
+            texts.append(text)
+    return texts
+
+
+class Job:
+    """One run over what an open journal says is still to do.
+
+    Args:
+        tasks: The tasks from there on.
+        sources: The inputs in order.
+        journal: The output's journal, open.
+        policy: What to do with lines that give no text.
+        checkpoint_seconds: Time between checkpoints.
+    """
+
+    def __init__(
+        self,
+        tasks: Iterator[Task],
+        sources: list[Source],
+        journal: Journal,
+        policy: Policy,
+        checkpoint_seconds: float,
+    ) -> None:
+        self.tasks, self.sources, self.journal, self.policy = tasks, sources, journal, policy
+        self.progress = journal.progress
+        self.checkpoint_seconds = checkpoint_seconds
+        self.offsets = journal.sizes(self.progress)  # where the next task's payloads go
+        self.ready: dict[int, tuple[Worker, Task, Encoded]] = {}  # encoded, but an earlier task is not
+        self.placed: deque[tuple[Task, Encoded]] = deque()  # told where to go, in order
+        self.written: set[int] = set()
+        self.next_index = 0
+        self.lengths: list[bytes] = []
+        self.problems: list[dict[str, Any]] = []
+        self.comparison: Comparison | None = None
+        self.inputs: list[ReadInput] = []
+        self.before = self.progress.seconds
+        self.begin = self.saved = time.monotonic()
+        self.saved_bytes = self.progress.nbytes
+
+    def run(self, work: Work, workers: int, bar: ProgressBar, comparison: Comparison | None = None) -> None:
+        """Encode and write everything that is left; a failure leaves a checkpoint from which the next run goes on.
+
+        Args:
+            work: What workers do.
+            workers: Processes.
+            bar: The progress.
+            comparison: What compares passages of the corpus with the reference, before each checkpoint.
+
+        Raises:
+            CptError: As `prepare`.
+        """
+        self.comparison = comparison
+        pool = Pool(workers, work, self.journal.outputs)
+        begun = (self.progress.entries, self.progress.tokens)
+        try:
+            for _ in self._turns(pool):
+                bar.update(self.progress.read, self.progress.entries - begun[0], self.progress.tokens - begun[1])
+            self.progress.finished = True
+            pool.stop()
+            self._checkpoint()
+        except UnlikeReferenceError:
+            pool.stop()
+            self.journal.begin_anew()  # earlier checkpoints compared passages alone: they are not vouched for either
+            raise
+        except BaseException as error:
+            pool.stop()
+            if isinstance(error, CptError):  # Ctrl-C may come between two counts that belong together
+                with suppress(CptError):  # of a full disk; the last checkpoint still holds
+                    self.journal.cut_tokens()
+                    self._checkpoint()
+            raise
+
+    def _turns(self, pool: Pool) -> Any:
+        """Keep the workers busy until nothing is left; yield after each round."""
+        queue, more = deque[Task](), True
+        while more or queue or self._outstanding(pool):
+            if more and len(queue) < len(pool.workers):
+                task = next(self.tasks, None)
+                more = task is not None
+                queue.extend([task] if task else [])
+            for worker in pool.workers:
+                if queue and worker.free:
+                    pool.give(worker, queue.popleft())
+            hungry = more and len(queue) < len(pool.workers)
+            for worker, answer in pool.answers(0 if hungry else 1.0) if self._outstanding(pool) else ():
+                self._take(pool, worker, answer)
+            self._maybe_checkpoint()
+            yield
+
+    def _outstanding(self, pool: Pool) -> bool:
+        return any(worker.task or worker.held for worker in pool.workers)
+
+    def _take(self, pool: Pool, worker: Worker, answer: Any) -> None:
+        """Place results whose predecessors' sizes are all known; absorb those whose predecessors are all written."""
+        if isinstance(answer, int):
+            self.written.add(answer)
+        else:
+            task, encoded = answer
+            self.ready[task.index] = (worker, task, encoded)
+        while self.next_index in self.ready:
+            owner, task, encoded = self.ready.pop(self.next_index)
+            pool.write(owner, task.index, self.offsets)
+            self.placed.append((task, encoded))
+            sizes = self.journal.sizes(encoded)
+            self.offsets = [offset + size for offset, size in zip(self.offsets, sizes, strict=True)]
+            self.next_index += 1
+        while self.placed and self.placed[0][0].index in self.written:
+            task, encoded = self.placed.popleft()
+            self.written.discard(task.index)
+            self._absorb(task, encoded)
+
+    def _absorb(self, task: Task, encoded: Encoded) -> None:
+        """Count a written task in; tasks come in the inputs' order."""
+        progress, source = self.progress, self.sources[task.source]
+        if task.last:
+            check_unchanged(source, task)
+        self.problems += progress.tally.add(task, encoded.reading, source, self.policy)
+        progress.nbytes += encoded.nbytes
+        progress.entries += encoded.documents
+        progress.tokens += encoded.tokens
+        progress.longest = max(progress.longest, encoded.longest)
+        progress.largest = max(progress.largest, encoded.largest)
+        progress.empty += encoded.empty
+        progress.source, progress.position, progress.before = task.source, task.stop, task.hash
+        if task.last:
+            self.inputs.append(ReadInput(source.stamp, task.hash))
+            progress.source, progress.position, progress.before = task.source + 1, 0, ""
+        progress.read = sum(source.size for source in self.sources[: task.source]) + task.done
+        for number, count in encoded.special.items():
+            progress.special[str(number)] = progress.special.get(str(number), 0) + count
+        for name, count in encoded.counts.items():
+            progress.counts[name] = progress.counts.get(name, 0) + count
+        self.lengths.append(encoded.lengths)
+        if self.comparison:
+            self.comparison.add(encoded.passages)
+
+    def _maybe_checkpoint(self) -> None:
+        old = time.monotonic() - self.saved > self.checkpoint_seconds
+        if old or self.progress.nbytes - self.saved_bytes > CHECKPOINT_BYTES:
+            self._checkpoint()
+
+    def _checkpoint(self) -> None:
+        if self.comparison:
+            self.progress.compared += self.comparison.run()  # first: what differs is not vouched for
+        self.progress.seconds = self.before + time.monotonic() - self.begin
+        self.journal.checkpoint(b"".join(self.lengths), self.problems, self.inputs)
+        self.lengths, self.problems, self.inputs = [], [], []
+        self.saved, self.saved_bytes = time.monotonic(), self.progress.nbytes

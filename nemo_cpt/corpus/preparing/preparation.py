@@ -1,0 +1,238 @@
+"""Text files to a Megatron dataset, as fast as the tokenizer allows and resumable at any moment."""
+
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from nemo_cpt.corpus.dataset.index import dtype_for
+from nemo_cpt.corpus.dataset.manifest import read_manifest
+from nemo_cpt.corpus.preparing.encode import Layout, TextWork, Work
+from nemo_cpt.corpus.preparing.job import first_texts
+from nemo_cpt.corpus.preparing.output import HeadStart, Output, Run
+from nemo_cpt.corpus.preparing.reference_check import verify_documents
+from nemo_cpt.corpus.preparing.workers import count_processes
+from nemo_cpt.corpus.reading.sources import Inputs, Source, list_sources
+from nemo_cpt.corpus.reading.tally import Policy
+from nemo_cpt.corpus.tokenization.characters import Lookout
+from nemo_cpt.corpus.tokenization.document_end import end_of_document, end_warnings
+from nemo_cpt.corpus.tokenization.tokenizer import Encoder, Tokenizer, load_tokenizer
+from nemo_cpt.errors import CptError
+
+LONG = 131072  # where tokenizers begin to warn, needlessly: Megatron cuts documents at seq_length itself
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """What `prepare` did.
+
+    Attributes:
+        prefix: Megatron's prefix of the dataset, without .bin or .idx.
+        status: `written`, `resumed` (written, the first part by an earlier run) or `unchanged` (it was there already).
+        documents: Documents in the dataset.
+        tokens: Tokens in it, end-of-document tokens included.
+        longest: Tokens of the longest document.
+        empty: Texts without tokens.
+        skipped: Lines left out, by reason.
+        special_tokens: How often the texts hold a special token literally, by its text.
+        dtype: `int32` or `uint16`.
+        encoder: What encoded, and why that.
+        tokenizer: `name`, `sha256`, `vocabulary_size`, `eos` and `bos` as [text, id].
+        markers: What stands after (`eod`) and before (`bos`) each document, as [text, id] or None.
+        seconds: Time spent reading, encoding and writing, over all runs.
+        rates: Of this run, by name: `documents_per_second`, `megabytes_per_second` (10^6 bytes of input),
+            `tokens_per_second`.
+        compared: Passages that the encoder and the reference tokenizer were compared on while the corpus was encoded.
+        verified: Random documents of the finished file compared with transformers' tokenizer.
+        kinds: Scripts and categories of Unicode in the corpus of which documents were compared with it too.
+        warnings: Sentences for people.
+    """
+
+    prefix: str
+    status: str
+    documents: int
+    tokens: int
+    longest: int
+    empty: int
+    skipped: dict[str, int]
+    special_tokens: dict[str, int]
+    dtype: str
+    encoder: str
+    tokenizer: dict[str, Any]
+    seconds: float
+    markers: dict[str, list[Any] | None] = field(default_factory=dict)
+    rates: dict[str, float] = field(default_factory=dict)
+    compared: int = 0
+    verified: int = 0
+    kinds: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+
+def prepare(
+    inputs: Inputs,
+    output_prefix: str | os.PathLike[str],
+    tokenizer: str | os.PathLike[str],
+    *,
+    json_key: str = "text",
+    append_eod: bool = True,
+    eod_token: str | None = None,
+    prepend_bos: bool = False,
+    workers: int | None = None,
+    on_error: str = "stop",
+    max_skipped: float | None = None,
+    split_special_tokens: bool = False,
+    keep_empty_documents: bool = False,
+    verify: int | None = None,
+    fast: bool = True,
+    overwrite: bool = False,
+    quiet: bool = False,
+    chunk_bytes: int = 2 << 20,
+    checkpoint_seconds: float = 15.0,
+    patience: float = 10.0,
+) -> PrepareReport:
+    """Tokenize a corpus into a Megatron dataset, `OUTPUT_PREFIX_text_document.bin` and `.idx`.
+
+    The files are those that NeMo's `preprocess_data_for_megatron.py` and Megatron-LM's `tools/preprocess_data.py`
+    write, byte for byte. A run that is killed resumes when it is called again; one that is finished does nothing when
+    it is called again.
+
+    Args:
+        inputs: A file, folder, glob or list of them: JSON lines (plain, gzip, zstd), Parquet, a dataset saved by
+            `datasets`, or `hf:NAME[@CONFIG][:SPLIT]`.
+        output_prefix: Where the dataset goes; `_{json_key}_document.bin` and `.idx` are appended.
+        tokenizer: Folder or hub name of a Hugging Face tokenizer.
+        json_key: The field that holds the text.
+        append_eod: Put an end-of-document token after each document.
+        eod_token: That token's text; the tokenizer's EOS by default.
+        prepend_bos: Put the tokenizer's BOS before each document; the reference scripts do not.
+        workers: Processes; all CPUs that this process may use by default.
+        on_error: `stop` at a line that gives no text, or `skip` it, count it and list it in
+            `..._document.skipped.jsonl`. A file of which no line gives a text is an error all the same.
+        max_skipped: The share of the inputs that may be skipped, 0.01 by default: of their lines, of the lines' bytes,
+            and of the bytes of files that break off, whichever is the most.
+        split_special_tokens: Encode `<|end_of_text|>` and the like in a text as ordinary text; the reference scripts
+            make them control tokens.
+        keep_empty_documents: Give an empty text a document of no tokens, as Megatron-LM's script does; NeMo's leaves it
+            out.
+        verify: By default the encoder is compared with the reference tokenizer on passages of the corpus, while it
+            works: one document of 8 MB, and two passages for each script and category of Unicode. 0 compares nothing; a
+            number also encodes so many documents of the finished file, chosen at random, and two for each script and
+            category again, with transformers itself, which reads the inputs once more.
+        fast: Use fastokens where it agrees with the reference tokenizer; False takes the reference at once.
+        overwrite: Replace an existing dataset, and an unfinished one of another job.
+        quiet: Show no progress.
+        chunk_bytes: Size of a worker's portion; the output does not depend on it.
+        checkpoint_seconds: About so much work is lost when the run is killed.
+        patience: Seconds to wait for another process that writes this output, such as the last workers of a killed run.
+
+    Raises:
+        CptError: An input, the tokenizer or an option is unusable, the output exists, or the disk is full.
+    """
+    policy = Policy.of(on_error, max_skipped)
+    if verify is not None and verify < 0:
+        raise CptError(f"verify is {verify}; it is a number of documents, 0 for none.")
+    count = count_processes(workers)
+    sources = list_sources(inputs)
+    prefix = f"{output_prefix}_{json_key}_document"
+    head_start = HeadStart(fast and (overwrite or not Path(prefix + ".idx").exists()), split_special_tokens)
+    with head_start:
+        loaded = load_tokenizer(tokenizer, head_start.begin)
+        eod = end_of_document(loaded, eod_token) if append_eod else None
+        layout = _layout(loaded, json_key, eod, prepend_bos, keep_empty_documents)
+        output = _TextOutput(prefix, sources, loaded, layout, split_special_tokens)
+        status, rates = "unchanged", dict[str, float]()
+        if not output.is_there(overwrite):
+            compare = verify != 0
+            run = Run(policy, fast, compare, count, chunk_bytes, checkpoint_seconds, patience, quiet, head_start)
+            status, rates = output.make(run, overwrite)
+    verified, kinds = 0, 0
+    if verify:
+        verified, kinds = verify_documents(output.prefix, sources, loaded, layout, split_special_tokens, verify)
+    warnings = end_warnings(loaded, layout.eod, named=eod_token is not None)
+    return _report(output.prefix, status, rates, verified, kinds, warnings)
+
+
+def _layout(tokenizer: Tokenizer, json_key: str, eod: int | None, prepend_bos: bool, keep_empty: bool) -> Layout:
+    if prepend_bos and tokenizer.bos is None:
+        raise CptError(f"{tokenizer.name} has no BOS token; use prepend_bos=False.")
+    return Layout(
+        json_key=json_key,
+        dtype=dtype_for(max(tokenizer.vocabulary_size, tokenizer.highest + 1)),
+        bos=tokenizer.bos[1] if prepend_bos and tokenizer.bos else None,
+        eod=eod,
+        keep_empty=keep_empty,
+        special=tuple(sorted(tokenizer.special.values())),
+    )
+
+
+class _TextOutput(Output):
+    """A dataset of texts."""
+
+    def __init__(self, prefix: str, sources: list[Source], tokenizer: Tokenizer, layout: Layout, split: bool) -> None:
+        options = {
+            "tokenizer_sha256": tokenizer.sha256,
+            "json_key": layout.json_key,
+            "tokenizer_reading": tokenizer.reading,
+            "eod": layout.eod,
+            "bos": layout.bos,
+            "split_special_tokens": split,
+            "keep_empty_documents": layout.keep_empty,
+        }
+        super().__init__(prefix, sources, tokenizer, layout.dtype, options, layout.json_key, split)
+        self.layout = layout
+
+    def samples(self) -> list[str]:
+        """Return the first documents; see `Output`."""
+        return first_texts(self.sources, self.layout.json_key)
+
+    def make_work(self, encoder: Encoder, lookout: Lookout | None) -> tuple[Work, str]:
+        """Return the encoding of texts; see `Output`."""
+        return TextWork(encoder, self.layout, lookout), ""
+
+    def describe(self) -> dict[str, Any]:
+        """Return what stands around documents; see `Output`."""
+        return {
+            "markers": {"eod": self._marker(self.layout.eod), "bos": self._marker(self.layout.bos)},
+            "largest": max(self.journal.progress.largest, self.layout.bos or -1, self.layout.eod or -1),
+        }
+
+    def _marker(self, number: int | None) -> list[Any] | None:
+        return None if number is None else [self.tokenizer.text_of(number), number]
+
+
+def _report(
+    prefix: str, status: str, rates: dict[str, float], verified: int, kinds: int, warnings: list[str]
+) -> PrepareReport:
+    manifest = read_manifest(prefix)
+    same = {entry.name for entry in fields(PrepareReport)} & manifest.keys()
+    values = {name: manifest[name] for name in same}
+    return PrepareReport(
+        prefix=prefix,
+        status=status,
+        rates=rates,
+        verified=verified,
+        kinds=kinds,
+        warnings=[*warnings, *_warnings(prefix, manifest)],
+        **values,
+    )
+
+
+def _warnings(prefix: str, manifest: dict[str, Any]) -> list[str]:
+    """Return what the user should know about a finished dataset."""
+    warnings = []
+    if skipped := sum(manifest["skipped"].values()):
+        warnings.append(f"{skipped} lines were left out; {prefix}.skipped.jsonl lists them.")
+    if special := manifest["special_tokens"]:
+        found = ", ".join(f"{text} {count} times" for text, count in special.items())
+        warnings.append(
+            f"The texts hold special tokens literally ({found}); they became control tokens, as with NeMo's and "
+            "Megatron's "
+            f"scripts. split_special_tokens=True (--split-special-tokens) makes them ordinary text."
+        )
+    if manifest["longest"] > LONG:
+        warnings.append(
+            f"The longest document has {manifest['longest']:,} tokens. It stays whole: Megatron cuts at seq_length "
+            "itself, "
+            f"and the tokenizer's warnings about {LONG:,} tokens do not matter here."
+        )
+    return warnings

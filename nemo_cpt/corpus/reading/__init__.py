@@ -1,0 +1,1 @@
+"""Inputs, whatever their format, as chunks of lines and texts."""

@@ -1,0 +1,392 @@
+"""The inputs cut into tasks, in order: ranges of lines for the workers to read, or what only one process can read."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from nemo_cpt.corpus.atomic_files import read_at
+from nemo_cpt.corpus.reading.decompression import PIECE, DamagedError, array_to_lines, unpack
+from nemo_cpt.corpus.reading.lines import Take, Texts, TextUnder, parse_lines, parse_rows
+from nemo_cpt.corpus.reading.sources import HUB, InputChangedError, Source
+from nemo_cpt.errors import CptError
+
+ROWS = 1000
+
+
+@dataclass(frozen=True)
+class Task:
+    """A stretch of one input: whole lines, or rows.
+
+    Attributes:
+        index: Number of the task in this run.
+        source: Number of the input.
+        path: Its path.
+        start: First byte of the (decompressed) file, or first row.
+        stop: Where the next stretch begins.
+        data: The lines as bytes, or rows as a list of a column's values or of objects; None for lines that the worker
+            reads itself.
+        done: Bytes of the input on disk read so far, for the progress.
+        damage: Why the input ends here though it is not complete; empty for a sound one.
+        last: True for the last stretch of its input.
+        digest: xxh3-64 of lines that the worker reads itself.
+        hash: xxh3-128 of the input's content up to `stop`, in hexadecimal; for its last stretch, of its bytes as stored
+            (of a dataset of the hub, the fingerprint).
+    """
+
+    index: int
+    source: int
+    path: str
+    start: int
+    stop: int
+    data: bytes | list[Any] | None
+    done: int
+    damage: str
+    last: bool
+    digest: int
+    hash: str
+
+
+class Feed:
+    """An iterator of tasks that hashes the inputs on the way.
+
+    Args:
+        sources: The inputs in order.
+        json_key: Name of the text's column in Parquet files and datasets; None for objects of all columns.
+        chunk_bytes: Size of a task.
+        cursor: Number of the input and the position in it where the first task begins.
+        before: The `hash` of the task that ended there; what lies before the cursor must still have it.
+    """
+
+    def __init__(
+        self,
+        sources: list[Source],
+        json_key: str | None,
+        chunk_bytes: int,
+        cursor: tuple[int, int] = (0, 0),
+        before: str = "",
+    ) -> None:
+        self.sources, self.json_key, self.chunk_bytes = sources, json_key, chunk_bytes
+        self.cursor, self.before = cursor, before
+        self._indices = count()
+
+    def __iter__(self) -> Iterator[Task]:
+        """Yield the tasks.
+
+        Raises:
+            InputChangedError: What lies before the cursor is not what it was.
+            CptError: An input cannot be opened.
+        """
+        first, position = self.cursor
+        for number in range(first, len(self.sources)):
+            yield from self._tasks(number, position if number == first else 0)
+
+    def _tasks(self, number: int, start: int) -> Iterator[Task]:
+        """Yield one input's tasks from `start` on; what lies before is read and compared."""
+        import xxhash
+
+        source, content, position = self.sources[number], xxhash.xxh3_128(), 0
+        for part in self._parts(source):
+            known, block = part.block[: max(start - position, 0)], part.block[max(start - position, 0) :]
+            content.update(_as_bytes(known))
+            position += len(known)
+            if (known and position == start) or (part.last and position < start):
+                self._check_cursor(source, position, content.hexdigest())
+            content.update(_as_bytes(block))
+            if block or part.last:
+                begin, position = position, position + len(block)
+                yield Task(
+                    index=next(self._indices),
+                    source=number,
+                    path=source.path,
+                    start=begin,
+                    stop=position,
+                    data=None if part.in_place else block,
+                    done=part.done,
+                    damage=part.damage,
+                    last=part.last,
+                    digest=xxhash.xxh3_64_intdigest(block) if part.in_place else 0,
+                    hash=part.whole or content.hexdigest(),
+                )
+
+    def _check_cursor(self, source: Source, position: int, before: str) -> None:
+        if (position, before) != (self.cursor[1], self.before):
+            raise InputChangedError(f"{source.path} changed after a part of it was read")
+
+    def _parts(self, source: Source) -> Iterator["_Part"]:
+        if source.kind in ("parquet", "dataset", "hub"):
+            return _rows(source, self.json_key)
+        if source.kind == "plain" and not source.array:
+            return _ranges(source, self.chunk_bytes)
+        return _blocks(source, self.chunk_bytes)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a reader found next: whole lines or rows.
+
+    Attributes:
+        done: Bytes of the input on disk read so far.
+        in_place: The lines are read again by whoever wants them; these bytes are gone when the reader goes on.
+        damage: Why the input ends here though it is not complete.
+        last: Nothing follows.
+        whole: Of the last part, the hash of the input as stored where it differs from that of its content.
+    """
+
+    block: Any
+    done: int
+    in_place: bool = False
+    damage: str = ""
+    last: bool = False
+    whole: str = ""
+
+
+def _ranges(source: Source, chunk_bytes: int) -> Iterator[_Part]:
+    """Yield a plain file's lines, through one buffer: they are hashed here and read by the workers."""
+    buffer, have, done = bytearray(chunk_bytes), 0, 0
+    with open(source.path, "rb", buffering=0) as file:
+        while done < source.size and (got := file.readinto(memoryview(buffer)[have : have + source.size - done])):
+            have, done = have + got, done + got
+            if done == source.size:
+                break
+            if cut := buffer.rfind(b"\n", 0, have) + 1:
+                yield _Part(memoryview(buffer)[:cut], done, in_place=True)
+                buffer[: have - cut] = buffer[cut:have]
+                have -= cut
+            elif have == len(buffer):  # a longer line; a view of the old buffer may still be about
+                buffer = buffer + bytes(have)
+        yield _Part(memoryview(buffer)[:have], done, in_place=True, last=True)
+
+
+def _blocks(source: Source, chunk_bytes: int) -> Iterator[_Part]:
+    """Yield blocks of whole lines of a file that only one process can read: a compressed one, a JSON array."""
+    with HashingFile(source.path) as file:
+        pieces = unpack(file, source.kind)
+        rest, damage = b"", ""
+        try:
+            for piece in _gather(array_to_lines(pieces) if source.array else pieces, chunk_bytes):
+                rest += piece
+                while cut := _whole_lines(rest, chunk_bytes):
+                    yield _Part(rest[:cut], file.tell())
+                    rest = rest[cut:]
+        except DamagedError as error:
+            damage, rest = str(error), rest[: rest.rfind(b"\n") + 1]
+        yield _Part(rest, source.size, damage=damage, last=True, whole=file.hexdigest())
+
+
+def _rows(source: Source, key: str | None) -> Iterator[_Part]:
+    """Yield the values of a column, or objects of all of them, `ROWS` rows at once."""
+    batches, total = _open_rows(source, key)
+    row, damage, values = 0, "", list[Any]()
+    try:
+        for following in _sound(batches, source.kind):
+            if values:
+                row += len(values)
+                yield _Part(values, source.size * row // max(total, 1))
+            values = following
+    except DamagedError as error:
+        damage = str(error)
+    yield _Part(values, source.size, damage=damage, last=True, whole=hash_source(source))
+
+
+def _as_bytes(block: Any) -> Any:
+    """Return lines as they are, and rows as bytes that differ where the rows do."""
+    if not isinstance(block, list):
+        return block
+    try:
+        return "\0".join(block).encode("utf-8", "surrogatepass")
+    except TypeError:  # objects, or a value that is no text; the lines' owner will hear of it
+        return repr(block).encode("utf-8", "surrogatepass")
+
+
+def texts_of(task: Task, json_key: str) -> Texts:
+    """Read a task's texts.
+
+    Raises:
+        CptError: The file changed since the task was made.
+    """
+    text = TextUnder(json_key)
+    return take_from(task, text, text.of_column)
+
+
+def take_from(task: Task, take: Take, take_row: Take | None = None) -> Texts:
+    """Take something from each of a task's lines or rows; where rows are no objects, `take_row` says what.
+
+    Raises:
+        CptError: The file changed since the task was made.
+    """
+    if isinstance(task.data, list):
+        return parse_rows(task.data, task.start, take_row or take)
+    return parse_lines(lines_of(task), task.start, take)
+
+
+def lines_of(task: Task) -> bytes:
+    """Return a task's lines.
+
+    Raises:
+        CptError: The file changed since the task was made.
+    """
+    import xxhash
+
+    if task.data is not None:
+        return bytes(task.data)
+    with open(task.path, "rb", buffering=0) as file:
+        block = read_at(file.fileno(), task.stop - task.start, task.start)
+    if xxhash.xxh3_64_intdigest(block) != task.digest:
+        raise _changed(task)
+    return block
+
+
+def check_unchanged(source: Source, last: Task) -> None:
+    """Check that an input is still what was read of it.
+
+    Args:
+        source: The input.
+        last: Its last task.
+
+    Raises:
+        CptError: It changed meanwhile.
+    """
+    # Rows are read before they are hashed, so that only the time of a change tells
+    if not source.unchanged() and (isinstance(last.data, list) or hash_source(source) != last.hash):
+        raise _changed(last)
+
+
+def _changed(task: Task) -> CptError:
+    return CptError(f"{task.path} changed while it was being read. Run again once nothing writes to it.")
+
+
+class HashingFile:
+    """A file read forward; what is read is hashed."""
+
+    def __init__(self, path: str) -> None:
+        import xxhash
+
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  closed by __exit__
+        self._hash = xxhash.xxh3_128()
+
+    def __enter__(self) -> "HashingFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def read(self, size: int) -> bytes:
+        """Return up to `size` bytes, none at the end."""
+        piece = self._file.read(size)
+        self._hash.update(piece)
+        return piece
+
+    def tell(self) -> int:
+        """Return how many bytes were read."""
+        return self._file.tell()
+
+    def hexdigest(self) -> str:
+        """Return the hash of the whole file; hashes what has not been read yet."""
+        while self.read(PIECE):
+            pass
+        return self._hash.hexdigest()
+
+
+def hash_file(path: str) -> str:
+    """Return the xxh3-128 of a file's bytes, in hexadecimal."""
+    with HashingFile(path) as file:
+        return file.hexdigest()
+
+
+def _gather(pieces: Iterator[bytes], size: int) -> Iterator[bytes]:
+    """Join pieces to such of at least `size` bytes; what comes before an error is given before it."""
+    gathered: list[bytes] = []
+    try:
+        for piece in pieces:
+            gathered.append(piece)
+            if sum(map(len, gathered)) >= size:
+                yield b"".join(gathered)
+                gathered.clear()
+    except DamagedError:
+        yield b"".join(gathered)
+        raise
+    yield b"".join(gathered)
+
+
+def _whole_lines(block: bytes, size: int) -> int:
+    """Return how many bytes of a block to cut off: whole lines, about `size` bytes; 0 for a shorter block."""
+    if len(block) < size:
+        return 0
+    return block.rfind(b"\n", 0, size) + 1 or block.find(b"\n", size) + 1
+
+
+def _sound(batches: Iterator[list[Any]], kind: str) -> Iterator[list[Any]]:
+    """Yield batches of rows until one cannot be read.
+
+    Raises:
+        DamagedError: One cannot: a page that does not decompress, an invalid string.
+    """
+    import pyarrow as pa
+
+    row = 0
+    try:
+        for values in batches:
+            yield values
+            row += len(values)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        what = "Parquet file" if kind == "parquet" else "dataset"
+        raise DamagedError(f"the {what} breaks near its row {row}: {error}") from error
+
+
+def _open_rows(source: Source, key: str | None) -> tuple[Iterator[list[Any]], int]:
+    """Return batches of a column's values, or of objects of all columns, and the number of rows."""
+    if source.kind == "parquet":
+        return _open_parquet(source.path, key)
+    dataset = _open_dataset(source)
+    if key is None:
+        return (table.to_pylist() for table in dataset.with_format("arrow").iter(batch_size=ROWS)), len(dataset)
+    if key not in dataset.column_names:
+        raise CptError(f"{source.path} has no column {key!r}; it has {', '.join(dataset.column_names)}.")
+    tables = dataset.select_columns([key]).with_format("arrow").iter(batch_size=ROWS)
+    return (table.column(key).to_pylist() for table in tables), len(dataset)
+
+
+def _open_parquet(path: str, key: str | None) -> tuple[Iterator[list[Any]], int]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path, page_checksum_verification=True)  # of pages that have one
+    except (pa.ArrowInvalid, OSError) as error:
+        raise CptError(f"{path} is not a whole Parquet file: {error}.") from error
+    if key is None:
+        batches = file.iter_batches(batch_size=ROWS, use_threads=False)
+        return (batch.to_pylist() for batch in batches), file.metadata.num_rows
+    if key not in file.schema_arrow.names:
+        raise CptError(f"{path} has no column {key!r}; it has {', '.join(file.schema_arrow.names)}.")
+    batches = file.iter_batches(batch_size=ROWS, columns=[key], use_threads=False)
+    return (batch.column(0).to_pylist() for batch in batches), file.metadata.num_rows
+
+
+def _open_dataset(source: Source) -> Any:
+    import datasets
+
+    try:
+        if source.kind == "dataset":
+            return datasets.load_from_disk(source.path)
+        name, _, split = source.path.removeprefix(HUB).partition(":")
+        name, _, config = name.partition("@")
+        return datasets.load_dataset(name, config or None, split=split or "train")
+    except Exception as error:  # the library has its own kinds, its dependencies have theirs
+        raise CptError(f"Cannot open the dataset {source.path}: {error}") from error
+
+
+def hash_source(source: Source) -> str:
+    """Return the hash of an input's bytes; of a dataset of the hub, its fingerprint."""
+    if source.kind == "hub":
+        return f"fingerprint:{_open_dataset(source)._fingerprint}"
+    return _hash_folder(source.path) if source.kind == "dataset" else hash_file(source.path)
+
+
+def _hash_folder(folder: str) -> str:
+    import xxhash
+
+    hashes = "".join(hash_file(str(path)) for path in sorted(Path(folder).glob("*.arrow")))
+    return xxhash.xxh3_128(hashes.encode()).hexdigest()

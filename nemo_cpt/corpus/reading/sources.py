@@ -1,0 +1,169 @@
+"""The inputs of `prepare`: what a path, folder, glob or dataset name stands for."""
+
+import glob
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_cpt.corpus.reading.formats import recognise
+from nemo_cpt.errors import CptError
+
+# In a folder: also what is packed in a way that is not read, so that it is named and not left out
+_NAME = re.compile(
+    r"\.(jsonl|json|ndjson|parquet)(\.(gz|gzip|zst|zstd|bz2|xz|lzma|lz4|sz|snappy|br|z|zip|7z|rar|tar))?$",
+    re.IGNORECASE,
+)
+HUB = "hf:"
+UNFINISHED = ".part"  # the folder in which `split` works
+DATASET_DICT = "dataset_dict.json"
+Inputs = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input file, or one dataset.
+
+    Attributes:
+        path: Absolute path, or `hf:NAME[@CONFIG][:SPLIT]`.
+        kind: `plain`, `gzip`, `zstd`, `parquet`, `dataset` (saved on disk) or `hub`.
+        size: Bytes on disk; 0 for a dataset of the hub.
+        mtime_ns: Time of the last change of its content, in nanoseconds since 1970, as programs may set it.
+        ctime_ns: Time of the last change of anything about it, which the system alone sets.
+        array: Whether its text is a JSON array and not JSON lines.
+    """
+
+    path: str
+    kind: str
+    size: int
+    mtime_ns: int
+    ctime_ns: int = 0
+    array: bool = False
+
+    @property
+    def stamp(self) -> list[Any]:
+        """What is different for any other file, and for this one after any change."""
+        return [self.path, self.size, self.mtime_ns, self.ctime_ns]
+
+    def unchanged(self) -> bool:
+        """Say whether the file is still as it was when it was listed."""
+        try:
+            return self.kind == "hub" or [self.path, *_stat(self.path, self.kind)] == self.stamp
+        except OSError:
+            return False
+
+
+class InputChangedError(CptError):
+    """What an unfinished output was made of is not there any more: its rest would not belong to its beginning."""
+
+    def __init__(self, change: str) -> None:
+        super().__init__(
+            f"{change}: the output would become a mixture of the two. Take another output, or begin anew with "
+            "overwrite=True (--overwrite)."
+        )
+
+
+def list_sources(inputs: Inputs) -> list[Source]:
+    """List the files that the inputs stand for; the order is that of the inputs, sorted within each folder and glob.
+
+    Args:
+        inputs: A path, a folder (all its JSON lines and Parquet files, recursively, but not what `fetch`, `split` and
+            `prepare` write beside them), a glob, `hf:NAME[@CONFIG][:SPLIT]`, or a list of them.
+
+    Raises:
+        CptError: An input does not exist, stands for no file, or is listed twice; there is none; or a folder holds
+            datasets saved by `datasets` of which one must be named.
+    """
+    given = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
+    sources = [source for item in given for source in _expand(str(item))]
+    if not sources:
+        raise CptError("There is no input: name at least one file, folder, glob or dataset.")
+    seen: set[str] = set()
+    for source in sources:
+        if source.path in seen:
+            raise CptError(f"{source.path} is among the inputs twice; its documents would be written twice.")
+        seen.add(source.path)
+    return sources
+
+
+def _expand(item: str) -> list[Source]:
+    if item.startswith(HUB):
+        return [Source(item, "hub", 0, 0)]
+    path = Path(item)
+    if path.is_dir():
+        return [_source(str(path), "dataset")] if _is_saved_dataset(path) else _files(item, _in_folder(path))
+    if path.exists():
+        return [_source(item)]
+    if glob.has_magic(item):
+        matches = sorted(name for name in glob.glob(item, recursive=True) if not os.path.isdir(name))
+        return _files(item, matches)
+    if "://" in item:
+        raise CptError(f"The input {item} is an address; bring it here with `nemo-cpt fetch` first.")
+    raise CptError(f"There is no input {item}. For a dataset of the Hugging Face hub, write {HUB}NAME.")
+
+
+def _files(item: str, names: Iterable[str]) -> list[Source]:
+    sources = [_source(name) for name in names]
+    if not sources:
+        raise CptError(
+            f"The input {item} stands for no file (.jsonl, .json, .ndjson, also with .gz or .zst; .parquet)."
+        )
+    return sources
+
+
+def _in_folder(folder: Path) -> list[str]:
+    """List a folder's data files; the Arrow files of a saved dataset are none, so that it must be named itself.
+
+    Raises:
+        CptError: The folder is, or holds, a dataset saved by `datasets`.
+    """
+    paths = sorted(folder.rglob("*"))
+    _refuse_saved_datasets(folder, paths)
+    files = (p for p in paths if _NAME.search(p.name) and p.is_file())
+    return sorted(str(p) for p in files if not (_is_bookkeeping(p) or UNFINISHED in p.relative_to(folder).parts))
+
+
+def _refuse_saved_datasets(folder: Path, paths: list[Path]) -> None:
+    splits = [str(p.parent) for p in paths if p.name == "state.json" and _is_saved_dataset(p.parent)]
+    if splits:
+        what = "is a saved dataset of several splits" if (folder / DATASET_DICT).exists() else "holds saved datasets"
+        raise CptError(f"{folder} {what}; name the one that you mean, or a list: {', '.join(splits)}.")
+
+
+def _is_bookkeeping(path: Path) -> bool:
+    """Say whether `fetch`, `split` or `prepare` wrote a file beside data; only its neighbours tell it from data."""
+    name = path.name
+    if name == "split.json":
+        neighbours = ["train.jsonl"]
+    elif name.endswith(".part.json"):
+        neighbours = [name.removesuffix(".json"), name.removesuffix(".part.json")]
+    elif name.endswith(("_document.json", "_document.skipped.jsonl")):
+        prefix = name.removesuffix(".json").removesuffix(".skipped.jsonl")
+        neighbours = [prefix + ".idx", prefix + ".journal"]
+    else:
+        return name == "dataset_info.json"
+    return any(path.with_name(neighbour).exists() for neighbour in neighbours)
+
+
+def _is_saved_dataset(folder: Path) -> bool:
+    return (folder / "dataset_info.json").exists() and (folder / "state.json").exists()
+
+
+def _source(name: str, kind: str = "") -> Source:
+    path = os.path.abspath(name)
+    try:
+        kind, array = (kind, False) if kind else recognise(path)
+        size, mtime_ns, ctime_ns = _stat(path, kind)
+    except OSError as error:
+        raise CptError(f"Cannot read the input {name}: {error.strerror}.") from error
+    return Source(path, kind, size, mtime_ns, ctime_ns, array)
+
+
+def _stat(path: str, kind: str) -> tuple[int, int, int]:
+    """Return size and times of change of a file, of a saved dataset's Arrow files together."""
+    files = sorted(Path(path).glob("*.arrow")) if kind == "dataset" else [Path(path)]
+    stats = [file.stat() for file in files]
+    mtime_ns, ctime_ns = (max((getattr(s, f"st_{kind}_ns") for s in stats), default=0) for kind in ("mtime", "ctime"))
+    return sum(s.st_size for s in stats), mtime_ns, ctime_ns

@@ -1,0 +1,177 @@
+"""What the inputs held besides texts: where to stop, and how much may be left out."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nemo_cpt.corpus.reading.chunks import Task
+from nemo_cpt.corpus.reading.formats import first_bytes, resemblance
+from nemo_cpt.corpus.reading.lines import Problem, Reading
+from nemo_cpt.corpus.reading.sources import Source
+from nemo_cpt.errors import CptError
+
+MAX_SKIPPED = 0.01
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What to do with lines that give no text.
+
+    Attributes:
+        skip: Leave them out instead of stopping at the first.
+        max_skipped: The share of them that may be left out.
+    """
+
+    skip: bool
+    max_skipped: float
+
+    @classmethod
+    def of(cls, on_error: str, max_skipped: float | None) -> "Policy":
+        """Return the policy that the options `on_error` and `max_skipped` ask for.
+
+        Raises:
+            CptError: One is unusable.
+        """
+        if on_error not in ("stop", "skip"):
+            raise CptError(f"on_error is {on_error!r}; it can be 'stop' or 'skip'.")
+        if max_skipped is not None and on_error == "stop":
+            raise CptError(
+                f"max_skipped is {max_skipped}, and nothing is skipped: add on_error='skip' (--on-error skip)."
+            )
+        if max_skipped is not None and not 0 <= max_skipped <= 1:
+            raise CptError(f"max_skipped is {max_skipped}; it must lie between 0 and 1.")
+        return cls(on_error == "skip", MAX_SKIPPED if max_skipped is None else max_skipped)
+
+
+@dataclass
+class Tally:
+    """Counts of what was read: of all inputs, and (`file_...`) of the one that is being read.
+
+    Attributes:
+        texts: Lines (rows) that gave a text.
+        blank: Lines with nothing on them.
+        nbytes: Bytes of all lines; rows have none.
+        skipped: Lines left out, by reason.
+        skipped_bytes: Their bytes.
+        damaged_bytes: Size on disk of the inputs that break off: nobody knows how much of them is missing.
+        first: The first line left out, with its place and its reason.
+    """
+
+    texts: int = 0
+    blank: int = 0
+    nbytes: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    skipped_bytes: int = 0
+    damaged_bytes: int = 0
+    first: str = ""
+    file_lines: int = 0
+    file_blank: int = 0
+    file_texts: int = 0
+    file_first: str = ""
+
+    def add(self, task: Task, reading: Reading, source: Source, policy: Policy) -> list[dict[str, Any]]:
+        """Count a task in; tasks must come in the inputs' order, so that the first problem is the one reported.
+
+        Returns:
+            The lines that it left out: `path`, `line`, `offset`, `reason`, `detail`.
+
+        Raises:
+            CptError: A line gives no text and is not to be skipped, or hardly one of the input's lines gives one.
+        """
+        problems = self._problems(task, reading)
+        sentences = [self._sentence(task, problem) for problem in problems]
+        texts = self.file_texts + reading.texts
+        if problems and not policy.skip:
+            hint = _hint(source) if self.file_lines + problems[0].line == 0 else ""
+            raise CptError(
+                f"{task.path}, {sentences[0]}. {hint}"
+                "Mend it, or leave such lines out with on_error='skip' (--on-error skip)."
+            )
+        file_first = self.file_first or next(iter(sentences), "")
+        lines, blank = self.file_lines + reading.lines, self.file_blank + reading.blank
+        if task.last:
+            _check_file(source, lines - blank, texts, task.damage, file_first, policy)
+        found = [
+            {"path": task.path, "line": self.file_lines + problem.line + 1}
+            | {key: getattr(problem, key) for key in ("offset", "reason", "detail")}
+            for problem in problems
+        ]
+        self.texts += reading.texts
+        self.blank += reading.blank
+        self.nbytes += reading.nbytes
+        for problem in problems:
+            self.skipped[problem.reason] = self.skipped.get(problem.reason, 0) + 1
+            self.skipped_bytes += problem.nbytes
+        self.damaged_bytes += source.size if task.damage else 0
+        self.first = self.first or (f"{task.path}, {file_first}" if file_first else "")
+        self.file_lines, self.file_blank, self.file_texts, self.file_first = (
+            (0, 0, 0, "") if task.last else (lines, blank, texts, file_first)
+        )
+        return found
+
+    def _problems(self, task: Task, reading: Reading) -> list[Problem]:
+        problems = list(reading.problems)
+        if task.damage:
+            problems.append(Problem("damaged", task.damage, reading.lines, task.stop))
+        elif task.last and self.file_lines + reading.lines == self.file_blank + reading.blank:
+            problems.append(Problem("empty_file", "the file is empty", 0, 0))
+        return problems
+
+    def _sentence(self, task: Task, problem: Problem) -> str:
+        unit = "row" if isinstance(task.data, list) else "byte offset"
+        return f"line {self.file_lines + problem.line + 1}, {unit} {problem.offset}: {problem.detail}"
+
+    def check(self, sources: Sequence[Source], max_skipped: float) -> None:
+        """Check the share of what was left out: of the lines, of their bytes, and of the files that break off.
+
+        Raises:
+            CptError: It is larger than `max_skipped`.
+        """
+        lost = sum(count for reason, count in self.skipped.items() if reason != "empty_file")
+        lines, size = max(self.texts + lost, 1), max(sum(source.size for source in sources), 1)
+        share = max(lost / lines, self.skipped_bytes / max(self.nbytes, 1), self.damaged_bytes / size)
+        if share <= max_skipped:
+            return
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.skipped.items())
+        damaged = (
+            f", and {self.damaged_bytes:,} bytes are in files that break off, of which an unknown part is missing"
+            if self.damaged_bytes
+            else ""
+        )
+        enough = min(math.ceil(share * 100) / 100, 1)
+        raise CptError(
+            f"{lost:,} of {lines:,} lines give no text ({reasons}){damaged}: {100 * share:.3g} % of the inputs, and "
+            f"{100 * max_skipped:g} % may be skipped. The first is {self.first}. Mend them, or allow it with "
+            f"max_skipped={enough:g} (--max-skipped {enough:g})."
+        )
+
+
+def _check_file(source: Source, lines: int, texts: int, damage: str, first: str, policy: Policy) -> None:
+    """Check an input that was read to its end: one that hardly gives a text is of another format than it seems.
+
+    Args:
+        source: The input.
+        lines: Its lines that are not blank.
+        texts: Those that gave a text.
+        damage: Why it is not complete.
+        first: Its first problem.
+        policy: What may be skipped.
+
+    Raises:
+        CptError: None of its lines gives a text, or less than half of them and than is allowed.
+    """
+    lost = lines - texts
+    if (not texts and (lines or damage)) or lost > max(policy.max_skipped, 0.5) * lines:
+        share = "none" if not texts else f"only {texts:,}"
+        raise CptError(
+            f"{source.path}: {share} of its {lines:,} lines gives a text ({first}). {_hint(source)}"
+            "Mend it, or take it out of the inputs: on_error='skip' leaves out lines, not files."
+        )
+
+
+def _hint(source: Source) -> str:
+    """Return what an input seems to be that does not begin with a text."""
+    if source.array or source.kind not in ("plain", "gzip", "zstd"):
+        return ""
+    return resemblance(first_bytes(source.path, source.kind))

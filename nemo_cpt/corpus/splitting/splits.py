@@ -1,0 +1,442 @@
+"""Held-out sets: documents taken by their own hash, so that more data never moves one from validation to training."""
+
+import io
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from nemo_cpt.corpus.atomic_files import locked, make_folder, sync_directory, write_whole
+from nemo_cpt.corpus.dataset.manifest import changed_input, describe_inputs
+from nemo_cpt.corpus.preparing.workers import count_processes
+from nemo_cpt.corpus.progress import ProgressBar
+from nemo_cpt.corpus.reading.chunks import Feed, Task, check_unchanged, lines_of, texts_of
+from nemo_cpt.corpus.reading.lines import Reading, TextUnder, parse_lines
+from nemo_cpt.corpus.reading.sources import UNFINISHED, Inputs, Source, list_sources
+from nemo_cpt.corpus.reading.tally import Policy, Tally
+from nemo_cpt.corpus.splitting.duplicates import HeldOut, fingerprint, sketch
+from nemo_cpt.errors import CptError
+
+CHUNK = 2 << 20
+DROPS = ("none", "exact", "near")
+SETS = ("train", "validation", "test")
+REPORT, LOCK = "split.json", ".split.lock"
+
+
+@dataclass
+class SplitReport:
+    """What `split` did.
+
+    Attributes:
+        status: `written`, or `unchanged` where the same split was there already.
+        files: Path of each set's JSON lines, by `train`, `validation`, `test`.
+        documents: Documents of each set.
+        exact: Training documents equal to a held-out one up to width, case and spacing.
+        near: Further training documents that are near duplicates of a held-out one.
+        dropped: Training documents left out for that.
+        repeated: Held-out documents that came more than once; one of each is kept.
+        skipped: Lines left out, by reason.
+        warnings: Sentences for people.
+    """
+
+    status: str = "written"
+    files: dict[str, str] = field(default_factory=dict)
+    documents: dict[str, int] = field(default_factory=dict)
+    exact: int = 0
+    near: int = 0
+    dropped: int = 0
+    repeated: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+def split(
+    inputs: Inputs,
+    output_folder: str | os.PathLike[str],
+    *,
+    validation: float | Inputs = 0.01,
+    test: float | Inputs = 0.0,
+    json_key: str = "text",
+    similarity: float = 0.8,
+    drop: str = "none",
+    on_error: str = "stop",
+    max_skipped: float | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+    patience: float = 10.0,
+) -> SplitReport:
+    """Write `train.jsonl`, `validation.jsonl` and `test.jsonl` into a folder, and count duplicates between them.
+
+    A document goes where a hash of its text says, which ignores width, case and spacing: equal documents stay together,
+    and a document that was held out once stays held out however the corpus grows.
+
+    Args:
+        inputs: As for `prepare`.
+        output_folder: Where the files go.
+        validation: Share of the documents, or the inputs that already are the validation set.
+        test: The same for the test set; 0 for none.
+        json_key: The field that holds the text.
+        similarity: Jaccard similarity of character 5-grams from which two documents are near duplicates; estimated by
+            MinHash, which finds nearly all above it.
+        drop: Training documents to leave out: `none`, `exact` duplicates of held-out ones, or `near` ones as well.
+        on_error: As for `prepare`.
+        max_skipped: As for `prepare`; of the held-out inputs and of the others, each by itself.
+        workers: Processes; all CPUs that this process may use by default.
+        overwrite: Replace an existing split, and any `train.jsonl`, `validation.jsonl` and `test.jsonl` of the folder.
+        quiet: Show no progress.
+        patience: Seconds to wait for another process that splits into the folder.
+
+    Raises:
+        CptError: An input or an option is unusable, an input lies where a set would go, the folder holds another split
+            or files of another origin, another process splits into it, or it cannot be written.
+    """
+    processes = count_processes(workers)
+    policy = Policy.of(on_error, max_skipped)
+    _check_options(validation, test, similarity, drop)
+    job = _Split(inputs, validation, test, json_key, similarity, drop, policy)
+    folder = Path(output_folder)
+    job.check_targets(folder)
+    if not (overwrite or (folder / LOCK).exists()) and (report := job.existing(folder)) is not None:
+        return report  # without the lock, which a folder that is only to be read does not allow
+    make_folder(folder)
+    try:
+        with locked(folder / LOCK, patience):
+            return job.make(folder, processes, overwrite, quiet)
+    except OSError as error:
+        raise CptError(f"Cannot split into {folder}: {error}. Mend that and run the same command again.") from error
+
+
+def _check_options(validation: float | Inputs, test: float | Inputs, similarity: float, drop: str) -> None:
+    shares = [share for share in (validation, test) if isinstance(share, int | float)]
+    if any(not 0 <= share < 1 for share in shares) or sum(shares) >= 1:
+        raise CptError(f"validation is {validation} and test {test}; shares lie between 0 and 1, together below 1.")
+    if validation == 0 and test == 0:
+        raise CptError("Nothing is held out: give validation or test a share above 0, such as validation=0.01.")
+    if not 0 < similarity <= 1:
+        raise CptError(f"similarity is {similarity}; it must lie above 0 and not above 1.")
+    if drop not in DROPS:
+        raise CptError(f"drop is {drop!r}; it can be {', '.join(DROPS)}.")
+
+
+@dataclass
+class _Portion:
+    """What a worker made of a task: lines by set, sketches of held-out ones, and counts."""
+
+    lines: dict[str, list[bytes]] = field(default_factory=dict)
+    prints: list[tuple[str, int, Any]] = field(default_factory=list)
+    kin: dict[str, int] = field(default_factory=dict)
+    dropped: int = 0
+    reading: Reading = field(default_factory=Reading)
+
+
+class _Split:
+    """One split: its options, and the state that forked workers share."""
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        validation: float | Inputs,
+        test: float | Inputs,
+        json_key: str,
+        similarity: float,
+        drop: str,
+        policy: Policy,
+    ) -> None:
+        self.json_key, self.drop, self.policy = json_key, drop, policy
+        self.shares, self.given = dict[str, float](), dict[str, list[Source]]()
+        for name, value in (("validation", validation), ("test", test)):
+            if isinstance(value, int | float):
+                self.shares[name] = float(value)
+            else:
+                self.given[name] = list_sources(value)
+        held = {source.path for sources in self.given.values() for source in sources}
+        self.sources = [source for source in list_sources(inputs) if source.path not in held]
+        if not self.sources:
+            raise CptError("All inputs are held out; there is nothing to train on.")
+        self.held_out = HeldOut(similarity)
+        self.report = SplitReport()
+        self.hashes = dict[str, str]()  # of each input, by its path
+        self.options = {"shares": self.shares, "json_key": json_key, "similarity": similarity, "drop": drop}
+
+    @property
+    def all_sources(self) -> list[Source]:
+        """All inputs, the held-out ones last."""
+        return self.sources + [source for sources in self.given.values() for source in sources]
+
+    def check_targets(self, folder: Path) -> None:
+        """Check that no input lies where this split writes or deletes.
+
+        Raises:
+            CptError: One does.
+        """
+        targets = {os.path.realpath(folder / name) for name in (*(f"{name}.jsonl" for name in SETS), REPORT)}
+        work = os.path.realpath(folder / UNFINISHED)
+        for source in self.all_sources:
+            path = os.path.realpath(source.path)
+            if path in targets or path.startswith(work + os.sep):
+                raise CptError(f"The input {source.path} lies where the split puts its own files. Take another folder.")
+
+    def existing(self, folder: Path) -> SplitReport | None:
+        """Return the report of this very split if it is there.
+
+        Raises:
+            CptError: Another split is there.
+        """
+        path = folder / REPORT
+        if not path.exists():
+            return None
+        recorded = _read_report(path)
+        change = changed_input(self.all_sources, recorded["inputs"])
+        if recorded["options"] != self.options or change:
+            reason = change or f"its options are {recorded['options']}, not {self.options}"
+            raise CptError(
+                f"{folder} holds another split: {reason}. Take another folder, or overwrite=True (--overwrite)."
+            )
+        return SplitReport(**recorded["report"] | {"status": "unchanged"})
+
+    def make(self, folder: Path, workers: int, overwrite: bool, quiet: bool) -> SplitReport:
+        """Write the sets beside, then move them into their folder; the folder must be locked.
+
+        Raises:
+            CptError: As `split`.
+        """
+        work = folder / UNFINISHED
+        if (work / REPORT).exists():  # killed while it moved them
+            _move_into_place(work, folder)
+        shutil.rmtree(work, ignore_errors=True)
+        if not overwrite:
+            if (report := self.existing(folder)) is not None:
+                return report
+            _refuse_foreign_files(folder)
+        work.mkdir()
+        try:
+            self.write(work, workers, quiet)
+            self.vouch(work, folder)
+            _move_into_place(work, folder)
+        finally:
+            if not (work / REPORT).exists():
+                shutil.rmtree(work, ignore_errors=True)
+        return self.report
+
+    def write(self, work: Path, workers: int, quiet: bool) -> None:
+        """Write the sets into a folder: first the held-out ones, then the training set, compared with them."""
+        drawn = [name for name, share in self.shares.items() if share > 0]
+        with ExitStack() as stack:
+            files = {name: stack.enter_context((work / f"{name}.jsonl").open("wb")) for name in [*drawn, "train"]}
+            bar = stack.enter_context(ProgressBar("holding out", _size(self.sources) * bool(drawn), quiet))
+            tallies = [self._pass(sources, self.take_all, workers, files, None) for sources in self.given.values()]
+            if drawn:
+                self._pass(self.sources, self.take_held_out, workers, files, bar)
+            bar = stack.enter_context(ProgressBar("splitting", _size(self.sources), quiet))
+            tallies.append(self._pass(self.sources, self.take_training, workers, files, bar))
+            for tally in tallies:
+                for reason, count in tally.skipped.items():
+                    self.report.skipped[reason] = self.report.skipped.get(reason, 0) + count
+            for file in files.values():
+                file.flush()
+                os.fsync(file.fileno())
+        for name in drawn:
+            if not self.report.documents.get(name):
+                raise CptError(
+                    f"The {name} set is empty: a share of {self.shares[name]} of so few documents. Raise it."
+                )
+        if not self.report.documents.get("train"):
+            raise CptError("The training set is empty: every document was held out or dropped.")
+
+    def _pass(
+        self,
+        sources: list[Source],
+        take: Callable[[Task], _Portion],
+        workers: int,
+        files: dict[str, Any],
+        bar: ProgressBar | None,
+    ) -> Tally:
+        """Go through inputs once and collect what the workers found, in order.
+
+        Raises:
+            CptError: A line gives no text and is not to be skipped, too many give none, or an input changes.
+        """
+        tally, passed = Tally(), sum(self.report.documents.values())
+        for task, portion in _in_order(take, Feed(sources, self.json_key, CHUNK), workers):
+            source = sources[task.source]
+            if task.last:
+                check_unchanged(source, task)
+                if self.hashes.setdefault(task.path, task.hash) != task.hash:
+                    raise CptError(f"{task.path} changed between two passes. Run again once nothing writes to it.")
+            tally.add(task, portion.reading, source, self.policy)
+            self._note(portion, files)
+            if bar is not None:
+                before = _size(sources[: task.source])
+                bar.update(before + task.done, sum(self.report.documents.values()) - passed)
+        tally.check(sources, self.policy.max_skipped)
+        return tally
+
+    def _note(self, portion: _Portion, files: dict[str, Any]) -> None:
+        report = self.report
+        for (name, text_print, minhash), line in zip(portion.prints, portion.lines.pop("held", []), strict=True):
+            if not self.held_out.add(text_print, minhash):
+                report.repeated += 1
+                continue
+            report.documents[name] = report.documents.get(name, 0) + 1
+            if name in files:
+                files[name].write(line)
+        for name, found in portion.lines.items():
+            files[name].write(b"".join(found))
+            report.documents[name] = report.documents.get(name, 0) + len(found)
+        report.exact += portion.kin.get("exact", 0)
+        report.near += portion.kin.get("near", 0)
+        report.dropped += portion.dropped
+
+    def side(self, text: str) -> tuple[str, int]:
+        """Return the set that a text belongs to, and its fingerprint."""
+        text_print = fingerprint(text)
+        place, limit = text_print / 2**64, 0.0
+        for name, share in self.shares.items():
+            limit += share
+            if place < limit:
+                return name, text_print
+        return "train", text_print
+
+    def take_all(self, task: Task) -> _Portion:
+        """Take all documents of a given held-out set."""
+        name = next(n for n, sources in self.given.items() if any(source.path == task.path for source in sources))
+        portion = _Portion()
+        for _, text in self._documents(task, portion):
+            portion.prints.append((name, fingerprint(text), sketch(text)))
+        portion.lines["held"] = [b""] * len(portion.prints)
+        return portion
+
+    def take_held_out(self, task: Task) -> _Portion:
+        """Take the documents that the hash holds out."""
+        portion = _Portion(lines={"held": []})
+        for line, text in self._documents(task, portion):
+            name, text_print = self.side(text)
+            if name != "train":
+                portion.prints.append((name, text_print, sketch(text)))
+                portion.lines["held"].append(line)
+        return portion
+
+    def take_training(self, task: Task) -> _Portion:
+        """Take the other documents and compare them with those held out."""
+        portion = _Portion(lines={"train": []})
+        for line, text in self._documents(task, portion):
+            if self.side(text)[0] != "train":
+                continue
+            kinship = self.held_out.kinship(text)
+            if kinship:
+                portion.kin[kinship] = portion.kin.get(kinship, 0) + 1
+            if kinship and (self.drop == "near" or self.drop == kinship):
+                portion.dropped += 1
+            else:
+                portion.lines["train"].append(line)
+        return portion
+
+    def _documents(self, task: Task, portion: _Portion) -> Iterator[tuple[bytes, str]]:
+        """Yield a task's documents, line and text, and note how it was read."""
+        if isinstance(task.data, list):
+            found = texts_of(task, self.json_key)
+            portion.reading = found.reading
+            yield from ((orjson.dumps({self.json_key: text}) + b"\n", text) for text in found.texts)
+            return
+        offset = task.start
+        for line in io.BytesIO(lines_of(task)):
+            found = parse_lines(line, offset, TextUnder(self.json_key))
+            portion.reading.add(found.reading)
+            yield from ((line.strip() + b"\n", text) for text in found.texts)
+            offset += len(line)
+
+    def vouch(self, work: Path, folder: Path) -> None:
+        """Write the report of the finished sets beside them; from here on they only have to be moved."""
+        report = self.report
+        report.files = {name: str(folder / f"{name}.jsonl") for name in SETS if (work / f"{name}.jsonl").exists()}
+        left = report.exact + report.near - report.dropped
+        if left:
+            report.warnings.append(
+                f"{left} of the training documents kept are duplicates of held-out ones: the validation loss will look "
+                f"too good. drop='near' (--drop near) leaves them out."
+            )
+        hashes = {str(number): self.hashes[source.path] for number, source in enumerate(self.all_sources)}
+        inputs = describe_inputs(self.all_sources, hashes)
+        record = {"options": self.options, "inputs": inputs, "report": asdict(report)}
+        write_whole(work / REPORT, orjson.dumps(record, option=orjson.OPT_INDENT_2) + b"\n")
+
+
+def _read_report(path: Path) -> dict[str, Any]:
+    try:
+        recorded = orjson.loads(path.read_bytes())
+    except ValueError as error:
+        raise CptError(f"{path} is damaged: {error}. Replace the split with overwrite=True (--overwrite).") from error
+    if not isinstance(recorded, dict) or not {"options", "inputs", "report"} <= recorded.keys():
+        raise CptError(f"{path} is not the report of a split. Take another folder, or overwrite=True (--overwrite).")
+    return recorded
+
+
+def _refuse_foreign_files(folder: Path) -> None:
+    found = [f"{name}.jsonl" for name in SETS if os.path.lexists(folder / f"{name}.jsonl")]
+    if found:
+        raise CptError(
+            f"{folder} holds {', '.join(found)} without a {REPORT}: no split wrote that, and this one would replace or "
+            "delete it. Take another folder, or overwrite=True (--overwrite)."
+        )
+
+
+def _move_into_place(work: Path, folder: Path) -> None:
+    """Move finished sets into their folder, the report last; each step may be repeated after a crash."""
+    files = _read_report(work / REPORT)["report"]["files"]
+    (folder / REPORT).unlink(missing_ok=True)
+    for name in SETS:
+        if (work / f"{name}.jsonl").exists():
+            (work / f"{name}.jsonl").replace(folder / f"{name}.jsonl")
+        elif name not in files:
+            (folder / f"{name}.jsonl").unlink(missing_ok=True)
+    sync_directory(folder)
+    (work / REPORT).replace(folder / REPORT)
+    sync_directory(folder)
+
+
+def _size(sources: Iterable[Source]) -> int:
+    return sum(source.size for source in sources)
+
+
+_take: Callable[[Task], _Portion] | None = (
+    None  # set before the fork, so that the index of held-out documents is shared
+)
+
+
+def _end_with(parent: int) -> None:
+    """Let the kernel end this worker when its parent is killed; it would wait for tasks for ever."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _call(task: Task) -> _Portion:
+    assert _take is not None
+    return _take(task)
+
+
+def _in_order(take: Callable[[Task], _Portion], feed: Feed, workers: int) -> Iterator[tuple[Task, _Portion]]:
+    """Yield each task with what forked workers made of it, in order, a few tasks at a time."""
+    global _take
+    _take = take
+    tasks = iter(feed)
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(workers, mp_context=fork, initializer=_end_with, initargs=(os.getpid(),)) as pool:
+        try:
+            while batch := list(islice(tasks, 4 * workers)):
+                yield from zip(batch, pool.map(_call, batch), strict=True)
+        except BrokenProcessPool:
+            raise CptError("A worker process died; the system may have run out of memory: use fewer workers.") from None

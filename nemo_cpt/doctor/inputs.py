@@ -1,0 +1,198 @@
+"""What a run reads and what it writes: base checkpoint, datasets and their vocabulary, room for its checkpoints."""
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from nemo_cpt import compatibility, corpus
+from nemo_cpt.checkpoint.architecture import Architecture, read_architecture
+from nemo_cpt.checkpoint.base import carried_places
+from nemo_cpt.checkpoint.folders import has_tokenizer
+from nemo_cpt.doctor.examination import Examination, Finding, from_error
+from nemo_cpt.doctor.job import Job
+from nemo_cpt.errors import CptError
+from nemo_cpt.planning import checkpoint_size
+from nemo_cpt.training.preconditions import UNFINISHED, check_base
+from nemo_cpt.training.run_folder import Checkpoint, finished, newest_whole, to_resume
+from nemo_cpt.training.run_lock import check_free
+
+_LONG = 4096  # a length to look at the data with, where the recipe's source does not say its own
+BYTES_OF_DTYPE = {"float32": 4}  # bf16 and fp16 have 2
+
+
+def base(examination: Examination) -> Finding:
+    """Whether the base is a NeMo checkpoint, whole, of the recipe's model, with the tokenizer that it takes from it."""
+    job = examination.job
+    if job is None or not _sees_files(examination):
+        return Finding("base", "skipped", _why_not(examination))
+    if job.base is None:
+        return Finding("base", "skipped", f"{job.recipe} names none that can be read from its source")
+    folder = Path(job.base)
+    newest = _resumed(job)
+    if newest is not None and job.lora_rank is None:
+        return Finding("base", "ok", f"the run goes on from {newest.path}, and does not read the base again")
+    try:
+        check_base(folder)
+        _check_whole(folder)
+        if job.tokenizer is None and not any(map(has_tokenizer, carried_places(folder))):
+            raise CptError(f"{folder}/hf holds no tokenizer: import the model again, or give the recipe tokenizer=")
+        warnings = compatibility.check_model(compatibility.read_base(folder), job.model, job.unlike_base)
+    except CptError as error:
+        return from_error("base", error)
+    if warnings:
+        return Finding("base", "warning", *_sentences(warnings))
+    architecture = base_architecture(folder)
+    size = f", {checkpoint_size.parameters(architecture) / 1e6:,.1f} M parameters" if architecture else ""
+    return Finding("base", "ok", f"{folder}{size}")
+
+
+def run_folder(examination: Examination) -> Finding:
+    """Whether no other job holds the run's folder, and the checkpoint that it would go on from is this recipe's."""
+    job, name = examination.job, "run folder"
+    if job is None or not _sees_files(examination):
+        return Finding(name, "skipped", _why_not(examination))
+    try:
+        check_free(job.directory)
+    except CptError as error:
+        # A job that is queued finds it free, perhaps.
+        return replace(from_error(name, error), state="error" if examination.place.here else "warning")
+    if said := finished(job.directory / "checkpoints", job.max_steps):
+        return Finding(name, "warning", *_sentences([said]))
+    newest = to_resume(job.directory / "checkpoints")
+    if newest is None:
+        return Finding(name, "ok", f"{job.directory} holds no checkpoint yet: the run starts from its base")
+    compatibility.check_resumed(newest.path, job.base, job.model or None)
+    return Finding(name, "ok", f"goes on from {newest.path}, step {newest.step}")
+
+
+def data(examination: Examination) -> Finding:
+    """Whether every dataset of the blend is there and whole, and what its mixture will do to the model."""
+    job = examination.job
+    if job is None or not _sees_files(examination):
+        return Finding("data", "skipped", _why_not(examination))
+    if job.data is None:
+        return Finding("data", "skipped", f"{job.recipe}'s default data cannot be read from its source")
+    try:
+        report = job.data.report(job.global_batch_size or 1, job.seq_length or _LONG, job.max_steps or 1)
+        if job.replay is not None:
+            job.replay.check()
+    except CptError as error:
+        return from_error("data", error)
+    tokens = sum(each["tokens"] for each in report.sets)
+    shares = ", ".join(f"{_short(each['prefix'])} {each['share']:.0%}" for each in report.sets)
+    found = f"{tokens:,} tokens ({shares}); validation: {', '.join(report.validation) or 'none'}"
+    return Finding("data", "warning" if report.warnings else "ok", found, " ".join(report.warnings))
+
+
+def vocabulary(examination: Examination) -> Finding:
+    """Whether the run's tokenizer is its base's, and the datasets were made for it."""
+    job, name = examination.job, "vocabulary"
+    if job is None or job.data is None or not _sees_files(examination):
+        return Finding(name, "skipped", _why_not(examination) if job else "no recipe was named")
+    newest = _resumed(job)
+    weights = newest.path if newest else Path(job.base or "")
+    if not (newest or job.base) or not weights.exists():
+        return Finding(name, "skipped", "there is no base here to compare with")
+    prefixes = [prefix for prefix in _prefixes(job) if Path(corpus.full_prefix(prefix) + ".idx").exists()]
+    try:
+        base = compatibility.read_base(weights)
+        warnings = compatibility.check_tokenizer(base, job.tokenizer)
+        warnings += compatibility.check_data(base, prefixes, job.unlike_base, job.tokenizer)
+        if job.lora_rank is not None and not job.trained_embeddings:
+            warnings += compatibility.check_template(base, prefixes)
+    except CptError as error:
+        return from_error(name, error)
+    if warnings:
+        return Finding(name, "warning", *_sentences(warnings))
+    return Finding(name, "ok", f"{base.rows:,} rows, and every dataset is of the tokenizer in {base.tokenizer}")
+
+
+def disk(examination: Examination) -> Finding:
+    """Whether the disk holds what the run will write: its best checkpoints and the one being written."""
+    job = examination.job
+    if job and not _sees_files(examination):
+        return Finding("disk", "skipped", _why_not(examination))
+    folder = job.directory if job else Path.cwd()
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        return Finding("disk", "error", f"{there} cannot be written", "give the recipe directory=, one that can be")
+    architecture = base_architecture(Path(job.base)) if job and job.base else None
+    if job is None or architecture is None:
+        return Finding("disk", "ok", f"{free / 1e9:,.1f} GB free for {folder}")
+    checkpoint = checkpoint_size.checkpoint_bytes(
+        architecture, job.lora_rank, job.trained_embeddings, on_cpu=job.gpus_per_node == 0
+    )
+    needed = max(job.checkpoints - _already_there(job, checkpoint), 1) * checkpoint
+    found = f"{free / 1e9:,.1f} GB free for {folder}; up to {job.checkpoints} checkpoints of {checkpoint / 1e9:,.3g} GB"
+    if free >= needed:
+        return Finding("disk", "ok", found)
+    cure = f"free {(needed - free) / 1e9:,.1f} GB, or write elsewhere (directory=)"
+    kept = int(free // checkpoint) - 1  # one more is written before the worst is removed
+    if 1 <= kept < job.checkpoints - 1:
+        cure += f", or keep fewer (log.ckpt.save_top_k={kept})"
+    return Finding("disk", "error", found, cure)
+
+
+def base_architecture(folder: Path) -> Architecture | None:
+    """The shape of a base's model, out of the config.json that an import leaves in it; None where there is none."""
+    for place in (folder / "hf", *sorted(folder.glob("context/*/"))):
+        if (place / "config.json").is_file():
+            try:
+                return read_architecture(place)
+            except CptError:  # a shape that this project does not translate can still be trained
+                return None
+    return None
+
+
+def _check_whole(folder: Path) -> None:
+    """Raise CptError for a base that is being written, or of which a copy is short."""
+    if Path(f"{folder}{UNFINISHED}").exists():
+        raise CptError(f"{folder}{UNFINISHED} marks the base as not written to its end: take an older checkpoint")
+    architecture = base_architecture(folder)
+    if architecture is None:
+        return
+    there = sum(path.stat().st_size for path in (folder / "weights").glob("*.distcp"))
+    wanted = checkpoint_size.parameters(architecture) * BYTES_OF_DTYPE.get(architecture.dtype or "", 2)
+    if 0 < there < wanted:
+        raise CptError(
+            f"{folder}/weights holds {there / 1e9:.3g} GB, its model has {wanted / 1e9:.3g} GB: copy or import it again"
+        )
+
+
+def _resumed(job: Job) -> Checkpoint | None:
+    return newest_whole(job.directory / "checkpoints")
+
+
+def _prefixes(job: Job) -> list[str]:
+    try:
+        return [prefix for each in (job.data, job.replay) if each is not None for prefix in each.prefixes()]
+    except AttributeError:  # no mapping: the check of the data says so
+        return []
+
+
+def _sentences(warnings: list[str]) -> tuple[str, str]:
+    """The first sentence of warnings, which is what was found, and the rest."""
+    found, _, rest = " ".join(warnings).partition(". ")
+    return found, rest
+
+
+def _already_there(job: Job, checkpoint: float) -> int:
+    """Checkpoints that this run has on the disk already; they make room for its next ones."""
+    folders = [path for path in job.directory.glob("checkpoints/*") if path.is_dir() and not path.is_symlink()]
+    return min(len(folders), job.checkpoints) if checkpoint else 0
+
+
+def _short(prefix: str) -> str:
+    return str(prefix).removesuffix("_text_document")
+
+
+def _sees_files(examination: Examination) -> bool:
+    return examination.place.same_files
+
+
+def _why_not(examination: Examination) -> str:
+    if examination.job is None:
+        return "no recipe was named"
+    return f"the job on {examination.place.executor} sees other files than this machine"

@@ -1,0 +1,328 @@
+"""The loss of a model on text: nats per token, perplexity, and bits per byte.
+
+Bits per byte, the loss in bits divided by the bytes of the text in UTF-8, is the only one that can be compared across
+tokenizers (The Pile, arXiv 2101.00027, section 3.1).
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from nemo_cpt.compatibility import END_OF_TEXT, check_data, check_largest_id, read_base
+from nemo_cpt.corpus import full_prefix, read_index
+from nemo_cpt.errors import CptError
+from nemo_cpt.inference.transformers_engine import TransformersEngine
+
+DATA_SEED = 1234  # PreTrainingDataModule's default, so that the order is the training job's
+LOGITS_BYTES = 2**30  # of one forward pass, in fp32
+MOST_TOKENS = 16_384  # of one forward pass, however small the vocabulary
+SORTED_WINDOWS = 512  # windows that are sorted by length before they are batched: little padding, flat memory
+WINDOW = 2048  # tokens; the context length of most bases' predecessors, so that all models are given the same windows
+Tell = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class TextLoss:
+    """The loss on a set of texts, by unit: a sequence that a run validates on, or a document.
+
+    Attributes:
+        unit: "sequence" or "document"; what is resampled for an interval.
+        nats: summed cross-entropy of each unit.
+        tokens: tokens predicted in each.
+        bytes: bytes in UTF-8 of the text of those tokens; special tokens have none.
+        first_token: what the model was given before the first token that it predicts, in words.
+    """
+
+    unit: str
+    nats: Sequence[float]
+    tokens: Sequence[int]
+    bytes: Sequence[int]
+    first_token: str
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return math.fsum(self.nats) / sum(self.tokens)
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss), of a token."""
+        return math.exp(self.loss)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits that the model needs for a byte of the text."""
+        return math.fsum(self.nats) / math.log(2) / sum(self.bytes)
+
+
+def sequences_loss(
+    engine: TransformersEngine,
+    prefix: str | Path,
+    *,
+    seq_length: int,
+    samples: int | None = None,
+    tell: Tell = lambda done: None,
+) -> TextLoss:
+    """The loss on the very sequences that a run validates on.
+
+    As in the training, sequences are cut from the documents one after another, so that most begin inside of one, and
+    the token that ends a document is predicted like any other: it counts in the nats, and has no bytes.
+
+    Args:
+        engine: the model, in this process.
+        prefix: Megatron prefix of the tokenized text, as `prepare` wrote it.
+        seq_length: tokens predicted in each sequence.
+        samples: sequences to read, where the text is shorter again from its start; the whole text once when None.
+        tell: called with the sequences that are done.
+
+    Raises:
+        CptError: the text was tokenized for another model, it does not fit the context, or a number is not positive.
+    """
+    samples = whole_sequences(prefix, seq_length) if samples is None else samples
+    if min(seq_length, samples) < 1:
+        raise CptError(f"seq_length {seq_length} and samples {samples} have to be 1 or more")
+    _check_window(engine, seq_length)
+    check_data(read_base(engine.name), [str(prefix)], unlike_base=[END_OF_TEXT])
+    counted = _ByteCounter(engine.tokenizer)
+    dataset, rows = _dataset(engine, prefix, seq_length, samples), _rows(engine)
+    size = _batch_rows(engine, seq_length)
+    nats: list[float] = []
+    sizes: list[int] = []
+    for start in range(0, samples, size):
+        batch = [dataset[index] for index in range(start, min(start + size, samples))]
+        tokens, labels = (torch.stack([sample[name] for sample in batch]) for name in ("tokens", "labels"))
+        check_largest_id(int(torch.maximum(tokens, labels).max()), rows, str(prefix))
+        _refuse_double_bos(engine, tokens, str(prefix))
+        nats += _nats(engine, tokens, labels).sum(1).tolist()
+        sizes += counted(tokens, labels)
+        tell(len(nats))
+    return TextLoss("sequence", nats, [seq_length] * samples, sizes, _first_of_documents(engine, prefix))
+
+
+def whole_sequences(prefix: str | Path, seq_length: int) -> int:
+    """How many whole sequences a text has.
+
+    Raises:
+        CptError: it has less than one.
+    """
+    tokens = read_index(prefix).tokens
+    if tokens <= seq_length:
+        raise CptError(f"{prefix} has {tokens:,} tokens, not enough for one sequence of {seq_length:,} and a label")
+    return (tokens - 1) // seq_length
+
+
+def documents_loss(
+    engine: TransformersEngine,
+    texts: Iterable[str],
+    *,
+    window: int | None = None,
+    overlap: int = 1,
+    tell: Tell = lambda done: None,
+) -> TextLoss:
+    """The loss on whole documents, each from its first token on, through a window that slides over the long ones.
+
+    With an overlap of 1 this is lm-evaluation-harness' `loglikelihood_rolling` (lm_eval/utils.py,
+    `get_rolling_token_windows`): every token is predicted once; the first one from the BOS token (EOS where a
+    tokenizer has no BOS), those of the first window from all before them, those of a later window from that window
+    alone. A larger overlap gives more context, and costs more passes.
+
+    Args:
+        engine: the model, in this process.
+        texts: the documents; gone through once, and never all in memory.
+        window: most tokens of a forward pass; `WINDOW`, or the context if that is shorter, when None.
+        overlap: tokens of a window that it has in common with the window before.
+        tell: called with the documents that were read.
+
+    Raises:
+        CptError: a document begins with the BOS token already, none has any text, or the window does not fit.
+    """
+    window = min(WINDOW, engine.context_length) if window is None else window
+    _check_window(engine, window)
+    if not 1 <= overlap <= window:
+        raise CptError(f"overlap is {overlap}; it must be between 1 and the window, {window}")
+    first, name = _first_token(engine)
+    nats, tokens, sizes = [], [], []
+
+    def windows() -> Iterator[tuple[int, list[int], list[int]]]:
+        for number, text in enumerate(texts):
+            ids = engine.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+            if ids[:1] == [first]:
+                raise CptError(
+                    f"document {number + 1} begins with {name!r}, which every document is given: it would be there "
+                    "twice. Remove it from the text"
+                )
+            nats.append(0.0)
+            tokens.append(len(ids))
+            sizes.append(len(text.encode()))
+            for given, predicted in rolling_windows(ids, first, window, overlap):
+                yield number, given, predicted
+            tell(number + 1)
+
+    waiting = windows()
+    while taken := sorted(islice(waiting, SORTED_WINDOWS), key=lambda each: len(each[1])):
+        while taken:
+            batch = [taken.pop() for _ in range(min(len(taken), _batch_rows(engine, len(taken[-1][1]))))]
+            for (number, *_), value in zip(batch, _window_nats(engine, batch), strict=True):
+                nats[number] += value
+    if not sum(tokens):
+        raise CptError(f"there is no text to measure: {len(tokens)} documents, none with a token")
+    return TextLoss("document", nats, tokens, sizes, f"{name} ({first}), once before each document")
+
+
+def rolling_windows(
+    ids: Sequence[int], first: int, window: int, overlap: int = 1
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield each window of a document: the tokens that are read, and the last of their successors, predicted.
+
+    Args:
+        ids: the document's tokens.
+        first: the token before it.
+        window: most tokens of a window.
+        overlap: tokens of a window that belong to the one before.
+    """
+    whole, done = [first, *ids], 0
+    while done < len(ids):
+        end = min(len(ids), done + window - overlap + 1 if done else window)
+        yield whole[max(0, end - window) if done else 0 : end], list(ids[done:end])
+        done = end
+
+
+@torch.inference_mode()
+def _nats(engine: TransformersEngine, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of each label [rows, columns] after its token [rows, columns]; labels of -100 give 0."""
+    device = engine.network.device
+    logits = engine.network(input_ids=tokens.to(device), use_cache=False).logits.float()
+    losses = cross_entropy(logits.flatten(0, 1), labels.to(device).flatten(), reduction="none")
+    return losses.view(labels.shape).double()
+
+
+def _window_nats(engine: TransformersEngine, batch: Sequence[tuple[int, list[int], list[int]]]) -> list[float]:
+    """The nats of each window's predicted tokens. Padding stands on the right, where causal attention never looks."""
+    width = max(len(given) for _, given, _ in batch)
+    tokens = torch.zeros(len(batch), width, dtype=torch.long)
+    labels = torch.full_like(tokens, -100)
+    for row, (_, given, predicted) in enumerate(batch):
+        tokens[row, : len(given)] = torch.tensor(given)
+        labels[row, len(given) - len(predicted) : len(given)] = torch.tensor(predicted)
+    return _nats(engine, tokens, labels).sum(1).tolist()
+
+
+def _batch_rows(engine: TransformersEngine, width: int) -> int:
+    return max(1, min(MOST_TOKENS, LOGITS_BYTES // 4 // _rows(engine)) // width)
+
+
+def _rows(engine: TransformersEngine) -> int:
+    return engine.network.get_input_embeddings().num_embeddings
+
+
+def _check_window(engine: TransformersEngine, window: int) -> None:
+    if not 1 <= window <= engine.context_length:
+        raise CptError(
+            f"{window:,} tokens of a sequence do not fit {engine.name}, whose context is {engine.context_length:,}: "
+            "give a shorter one"
+        )
+
+
+def _first_token(engine: TransformersEngine) -> tuple[int, str]:
+    """The id and the name of what stands before every document."""
+    tokenizer = engine.tokenizer
+    for number in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if number is not None:
+            return number, tokenizer.convert_ids_to_tokens(number)
+    raise CptError(f"the tokenizer of {engine.name} has neither BOS nor EOS: nothing can stand before a first token")
+
+
+def _refuse_double_bos(engine: TransformersEngine, tokens: torch.Tensor, prefix: str) -> None:
+    bos = engine.tokenizer.bos_token_id
+    if bos is None or bos == engine.tokenizer.eos_token_id:  # where they are one token, an empty document has two
+        return
+    if bool(((tokens[:, :-1] == bos) & (tokens[:, 1:] == bos)).any()):
+        raise CptError(
+            f"{prefix} has documents that begin with {engine.tokenizer.bos_token!r} ({bos}) twice: the model never saw "
+            "that. Prepare it again without the one that stands in the text"
+        )
+
+
+def _first_of_documents(engine: TransformersEngine, prefix: str | Path) -> str:
+    from nemo_cpt.corpus.dataset.index import read_tokens
+
+    index = read_index(prefix)
+    first = next((int(ids[0]) for at in range(index.documents) if len(ids := read_tokens(index, at))), None)
+    begun = first is not None and first == engine.tokenizer.bos_token_id
+    begins = f"{engine.tokenizer.bos_token} ({first}), once" if begun else "no BOS token"
+    return f"as in the training: sequences begin anywhere; the documents' own first token is {begins}"
+
+
+def _dataset(engine: TransformersEngine, prefix: str | Path, seq_length: int, samples: int) -> Any:
+    from nemo_cpt.training.datasets import VALIDATION, gpt_dataset  # imports NeMo
+
+    return gpt_dataset(
+        {full_prefix(prefix): 1.0},
+        samples,
+        VALIDATION,
+        random_seed=DATA_SEED,
+        sequence_length=seq_length,
+        path_to_cache="",
+        tokenizer=SimpleNamespace(eod=engine.tokenizer.eos_token_id, unique_identifiers={"class": "evaluation"}),
+        reset_position_ids=False,
+        create_attention_mask=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+    )
+
+
+class _ByteCounter:
+    """The bytes of text that the labels of sequences stand for, also where a character falls apart into tokens.
+
+    Raises:
+        CptError: the tokenizer's tokens do not say their bytes.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        added = {number: each for number, each in tokenizer.added_tokens_decoder.items()}
+        pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        # Byte-level tokenizers spell the byte of a blank as this character.
+        byte_level = any(piece is not None and "\u0120" in piece for piece in pieces)
+        self.special = torch.zeros(len(pieces), dtype=torch.bool)
+        self.sizes = torch.zeros(len(pieces), dtype=torch.long)
+        for number, piece in enumerate(pieces):
+            if number in added:
+                self.special[number] = added[number].special
+                self.sizes[number] = 0 if added[number].special else len(added[number].content.encode())
+            elif piece is not None:
+                self.sizes[number] = len(piece) if byte_level else _piece_bytes(piece)
+        ids = tokenizer("a", add_special_tokens=False).input_ids
+        self.dummy = int(self.sizes[ids].sum()) - 1  # the blank that sentencepiece puts before a text
+        self._check(tokenizer)
+
+    def _check(self, tokenizer: Any) -> None:
+        from nemo_cpt.corpus.tokenization.probes import TEXTS
+
+        for text in TEXTS:
+            ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+            special = int(self.special[ids].sum())
+            decoded = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            if not special and int(self.sizes[ids].sum()) - self.dummy != len(decoded.encode()):
+                raise CptError(
+                    f"the bytes that the tokens of {type(tokenizer).__name__} stand for are not known (those of "
+                    f"{text!r} are counted wrong): give the text itself, as JSONL"
+                )
+
+    def __call__(self, tokens: torch.Tensor, labels: torch.Tensor) -> list[int]:
+        """Bytes of each row's labels; tokens and labels are [rows, columns]."""
+        begins = self.special[tokens] & ~self.special[labels]
+        return (self.sizes[labels].sum(1) - self.dummy * begins.sum(1)).tolist()
+
+
+def _piece_bytes(piece: str) -> int:
+    """Bytes of a sentencepiece token: `<0xE3>` is a byte, the low block a blank."""
+    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        return 1
+    return len(piece.replace("\u2581", " ").encode())

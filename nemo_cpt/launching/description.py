@@ -1,0 +1,192 @@
+"""What a command line says of a job, for the doctor: read from the recipe's source, without importing NeMo."""
+
+import ast
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from nemo_cpt import catalog
+from nemo_cpt.catalog import Function
+from nemo_cpt.catalog.workloads import workload
+from nemo_cpt.checkpoint.context import config_arguments
+from nemo_cpt.compatibility import read_base
+from nemo_cpt.conversations import Conversations, mixture
+from nemo_cpt.doctor import Job, Place
+from nemo_cpt.doctor.job import checkpoints_at_once
+from nemo_cpt.errors import CptError
+from nemo_cpt.launching.executor import make_executor
+from nemo_cpt.recipe_models import LIKE_BASE, model_config, module_named
+
+MODEL = "model.config."
+# Fields of a recipe's config that say the same as one of its arguments, and that argument's type.
+FIELDS = {
+    "resume.base": ("base", "str | None"),
+    "data.tokenizer.pretrained_model_name": ("tokenizer", "str | None"),
+    "log.log_dir": ("directory", "str | None"),
+    "log.name": ("name", "str | None"),
+    "log.ckpt.save_top_k": ("save_top_k", "int"),
+    "trainer.devices": ("gpus_per_node", "int"),
+    "trainer.num_nodes": ("num_nodes", "int"),
+    "trainer.max_steps": ("max_steps", "int"),
+    "trainer.val_check_interval": ("val_check_interval", "int | float | None"),
+    "trainer.strategy.tensor_model_parallel_size": ("tensor_model_parallel_size", "int"),
+    "peft.dim": ("rank", "int"),
+    "model.config.attention_backend": ("attention_backend", "str | None"),
+}
+
+
+def describe(
+    function: Function, arguments: Mapping[str, Any], fields: Sequence[str], executor: str, options: Sequence[str]
+) -> Job:
+    """What a recipe's source and its arguments say of the job, without importing NeMo.
+
+    Args:
+        function: the recipe, as the catalog reads it.
+        arguments: those given.
+        fields: `path.to.field=value` on its config.
+        executor: its name, or FILE.py:FUNCTION.
+        options: `key=value` of the executor.
+
+    Raises:
+        CptError: there is no such executor, an option is wrong, or a field has the wrong type.
+    """
+    given = {name: _default(function, name) for name in function.parameters} | dict(arguments)
+    pairs = (field.partition("=") for field in fields)
+    given |= {FIELDS[path][0]: _field(path, text) for path, _, text in pairs if path in FIELDS}
+    on_cpu = "processes" in function.parameters
+    data = catalog.default_data(function) if given.get("data") is None else given["data"]
+    given["max_steps"] = _max_steps(given, data)
+    return Job(
+        recipe=function.name,
+        place=place(executor, options),
+        planned=partial(workload, function.name, arguments, fields),
+        model=_model(function, given, fields),
+        unlike_base=tuple(given.get("unlike_base") or ()),
+        base=None if given.get("base") is None else str(given["base"]),
+        data=data,
+        replay=given.get("replay"),
+        tokenizer=given.get("tokenizer"),
+        directory=Path(str(given.get("directory") or "results"), str(given.get("name") or "")),
+        gpus_per_node=0 if on_cpu else int(given.get("gpus_per_node") or 1),
+        num_nodes=int(given.get("num_nodes") or 1),
+        tensor_model_parallel_size=int(given.get("tensor_model_parallel_size") or 1),
+        lora_rank=_lora_rank(function, given),
+        trained_embeddings=given.get("embeddings_lr") is not None,
+        gpu_memory_gib=given.get("gpu_memory_gib"),
+        global_batch_size=int(given.get("global_batch_size") or 0),
+        seq_length=int(given.get("seq_length") or 0),
+        max_steps=given["max_steps"],
+        checkpoints=checkpoints_at_once(
+            given["max_steps"],
+            int(given.get("val_check_interval") or max(given["max_steps"] // 10, 1)),
+            int(given.get("save_top_k", 3)),
+        ),
+        attention_backend=str(given.get("attention_backend") or "auto").rpartition(".")[2],
+        logs_to_wandb=any(field.startswith("log.wandb") for field in fields),
+    )
+
+
+def _model(function: Function, given: Mapping[str, Any], fields: Sequence[str]) -> dict[str, Any]:
+    """The model config that the recipe's module declares, or `model=` stands for, with the fields of it that are given.
+
+    Raises:
+        CptError: there is no such model.
+    """
+    model = given.get("model")
+    if model == LIKE_BASE:
+        config = _of_base(given.get("base"))
+    else:
+        config = model_config(module_named(model) if model else function.path)
+    for path, _, text in (field.partition("=") for field in fields if config):
+        if path.startswith(MODEL):
+            config[path.removeprefix(MODEL)] = _literal(text)
+    return config
+
+
+def _of_base(base: str | None) -> dict[str, Any]:
+    """What a base's config.json makes of NeMo's model config; empty for a base that the doctor will find wanting."""
+    try:
+        architecture = read_base(base).architecture if base else None
+    except CptError:
+        return {}
+    arguments = config_arguments(architecture) if architecture else {}
+    return {name: value for name, value in arguments.items() if name != "vocab_size"}  # the weights' rows decide
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def place(executor: str, options: Sequence[str]) -> Place:
+    """Where an executor runs a job, from its name and options alone.
+
+    Raises:
+        CptError: there is no such executor, or an option is wrong.
+    """
+    from nemo_cpt.executors.environment import job_env
+    from nemo_cpt.executors.local import visible_gpus
+    from nemo_cpt.executors.window import seconds_of
+
+    if executor.partition(":")[0].endswith(".py"):
+        return Place(executor, here=False, same_packages=False, same_files=False)
+    described = catalog.executor(executor)
+    given = catalog.parse(described, options, prefix="executor.")
+    if set(given) - set(described.parameters):
+        make_executor(executor, options, 1)  # it alone knows sbatch's directives, and takes seconds to say so
+    container, tunnelled = given.get("container_image"), given.get("tunnel", "local") != "local"
+    submits = executor == "slurm" and not tunnelled
+    return Place(
+        executor,
+        here=executor in ("local", "docker"),
+        same_packages=executor == "local" or (submits and not container and not given.get("venv")),
+        same_files=executor == "local" or (submits and not container),
+        slurm=submits,
+        partition=given.get("partition"),
+        nodes=given.get("nodes"),
+        limit_seconds=seconds_of(str(given.get("time"))),
+        preempt_seconds=given.get("preempt_seconds"),
+        environ=visible_gpus(given.get("gpus") if executor == "local" else None) | job_env(given.get("env")),
+    )
+
+
+def _field(path: str, text: str) -> Any:
+    """The value of one of `FIELDS`, of its type; quotes around it are taken off, as NeMo-Run does."""
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return catalog.parse_value(path, text[1:-1] if quoted else text, FIELDS[path][1])
+
+
+def _default(function: Function, name: str) -> Any:
+    """A parameter's default where its source is a literal, or a constant of the recipe's module; else None."""
+    source = function.parameters[name].default
+    if source is None:
+        return None
+    value = catalog.assigned(function.path, source) if source.isidentifier() else None
+    source = ast.unparse(value) if value else source
+    try:
+        return ast.literal_eval(source)
+    except (ValueError, SyntaxError):
+        is_a_word = source.replace("/", "").replace("-", "").replace(".", "").replace("_", "").isalnum()
+        return source if is_a_word else None
+
+
+def _max_steps(given: Mapping[str, Any], data: Any) -> int:
+    """A run's steps; of epochs where the data are here; 0 where they cannot be known."""
+    if given.get("max_steps") is not None or not isinstance(data, Conversations):
+        return int(given.get("max_steps") or 0)
+    batch, length = (int(given.get(name) or 0) for name in ("global_batch_size", "seq_length"))
+    if not batch or not length or not all(Path(prefix + ".idx").exists() for prefix in data.prefixes()):
+        return 0
+    share = mixture.replay_share(given.get("replay"), given.get("replay_share"))
+    try:
+        return data.steps(given.get("epochs") or mixture.EPOCHS, batch, length, share)
+    except CptError:  # which the check of the data reports
+        return 0
+
+
+def _lora_rank(function: Function, given: Mapping[str, Any]) -> int | None:
+    """The adapters' rank: as given, or the recipes' own; None for a recipe that has none."""
+    return int(given["rank"] or (32 if "epochs" in given else 128)) if "rank" in given else None

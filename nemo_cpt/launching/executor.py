@@ -1,0 +1,49 @@
+"""An executor by its name and `key=value` options, or from a file of the user's."""
+
+from collections.abc import Sequence
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+from nemo_cpt import catalog
+from nemo_cpt.errors import CptError
+
+
+def make_executor(name: str, options: Sequence[str], processes: int) -> Any:
+    """Return an executor by name, with `key=value` options, or the one a function of the user's makes.
+
+    Args:
+        name: `local`, `slurm`, ... or `FILE.py:FUNCTION`.
+        options: for an executor by name, its arguments.
+        processes: processes on a node that the recipe needs; the default of the executor's own count.
+
+    Raises:
+        CptError: there is no such executor, file or function, or an option is wrong.
+    """
+    file, _, function = name.partition(":")
+    if file.endswith(".py"):
+        return _from_file(Path(file), function)
+    from nemo_cpt import executors
+
+    described = catalog.executor(name)
+    given = catalog.parse(described, options, prefix="executor.")
+    count = next((each for each in ("processes", "tasks_per_node") if each in described.parameters), None)
+    if count and not {count, "gpus_per_node", "gpus"} & set(given):
+        given[count] = processes
+    return getattr(executors, name)(**given)
+
+
+def _from_file(file: Path, function: str) -> Any:
+    if not file.is_file() or not function:
+        raise CptError(f"executor {file}:{function}: give FILE.py:FUNCTION of a file that exists")
+    spec = spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise CptError(f"executor {file}: not a Python file")
+    module = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise CptError(f"executor {file} cannot be imported: {type(error).__name__}: {error}") from error
+    if not hasattr(module, function):
+        raise CptError(f"{file} has no {function}; {catalog.nearest(function, vars(module))}")
+    return getattr(module, function)()

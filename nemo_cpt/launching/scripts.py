@@ -1,0 +1,53 @@
+"""Recipes copied into scripts: a recipe's whole module, with lines that run it."""
+
+import os
+from pathlib import Path
+
+from nemo_cpt.catalog import Function, mixture_of
+from nemo_cpt.errors import CptError
+
+_BASE = '"checkpoints/base"'
+_DATA = {
+    "Blend": 'Blend(train={"ds/ja": 0.75, "ds/en": 0.25}, validation={"ja": "ds/ja_val", "en": "ds/en_val"})',
+    "Conversations": 'Conversations(train={"sft/ja": 1.0}, validation={"ja": "sft/ja_validation"})',
+}
+
+
+def write_script(recipe: Function, file: Path) -> None:
+    """Write a recipe's module and a call of it to `file`.
+
+    Raises:
+        CptError: the file exists, or its folder does not.
+    """
+    if file.exists():
+        raise CptError(f"{file} exists; copy to another name, or remove it")
+    if not file.parent.is_dir():
+        raise CptError(f"{file.parent} is no folder; make it first")
+    partial = file.with_name(f".{file.name}.partial")
+    with partial.open("w") as out:
+        out.write(recipe.path.read_text() + _call(recipe))
+        out.flush()
+        os.fsync(out.fileno())
+    partial.rename(file)
+
+
+def _call(recipe: Function) -> str:
+    function = recipe.name.rpartition(".")[2]
+    data = recipe.parameters.get("data")
+    kind = mixture_of(data.annotation) if data else None
+    examples = {"base": _BASE} | ({"data": _DATA[kind.__name__]} if kind else {})
+    lines = [f"        {name}={value},  # edit" for name, value in examples.items() if name in recipe.parameters]
+    return "\n".join(
+        [
+            "",
+            "",
+            'if __name__ == "__main__":',
+            "    from nemo_cpt.executors import local  # or slurm, docker, skypilot, kubernetes",
+            "",
+            f"    recipe = {function}(",
+            *lines,
+            "    )",
+            f"    run.run(recipe, executor=local(processes={recipe.processes({})}))",
+            "",
+        ]
+    )

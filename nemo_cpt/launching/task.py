@@ -1,0 +1,55 @@
+"""What `nemo-cpt run` submits: the recipe's name and arguments, so that the launcher itself need not import NeMo."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nemo_cpt import catalog
+from nemo_cpt.catalog.build import build_recipe
+from nemo_cpt.launching.description import describe
+
+_FOLDER_FIELDS = ("log.explicit_log_dir", "log.version", "log.use_datetime_version", "log.ckpt.dirpath")
+
+
+def run_recipe(recipe: str, arguments: dict[str, Any], overrides: list[str]) -> None:
+    """Build a recipe in the job and run it: it saves on SIGTERM, and under Slurm its trainer takes the job's nodes.
+
+    A run that is finished, or that another job trains, is left alone before NeMo is imported.
+    """
+    if said := nothing_to_train(recipe, arguments, overrides):
+        return print(f"nemo_cpt: {said}", flush=True)
+    import fiddle as fdl
+
+    from nemo_cpt.executors.stopping import save_on_sigterm
+    from nemo_cpt.training import guards
+
+    partial = build_recipe(recipe, arguments, overrides)
+    if "SLURM_NNODES" in os.environ and hasattr(partial, "trainer"):
+        partial.trainer.num_nodes = int(os.environ["SLURM_NNODES"])
+    guards.check(partial)
+    save_on_sigterm(partial)
+    fdl.build(partial)()
+
+
+def nothing_to_train(recipe: str, arguments: Mapping[str, Any], overrides: Sequence[str], here: bool = True) -> str:
+    """What to say of a run that is finished, by its folder; empty where there are steps to train, or no telling.
+
+    Args:
+        recipe: as for `build_recipe`.
+        arguments: as for `build_recipe`.
+        overrides: as for `build_recipe`.
+        here: the run is to start on this machine, now.
+
+    Raises:
+        CptError: another job holds the run's folder, and it is to start now.
+    """
+    from nemo_cpt.training.run_folder import finished
+    from nemo_cpt.training.run_lock import check_free
+
+    if any(override.partition("=")[0] in _FOLDER_FIELDS for override in overrides):
+        return ""
+    job = describe(catalog.recipe(recipe), arguments, overrides, "local", ())
+    said = finished(job.directory / "checkpoints", job.max_steps)
+    if here and not said:
+        check_free(job.directory)
+    return said or ""

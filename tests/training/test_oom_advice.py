@@ -1,0 +1,30 @@
+import types
+
+import pytest
+import torch
+
+from nemo_cpt.errors import CptError
+from nemo_cpt.training import oom_advice
+
+
+class TestOutOfMemoryAdvice:
+    config = types.SimpleNamespace(num_layers=32, recompute_num_layers=12, cross_entropy_fusion_impl="native")
+
+    def test_it_says_what_to_change_and_keeps_the_allocators_message(self):
+        module = types.SimpleNamespace(config=self.config)
+        error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.96 GiB.")
+        with pytest.raises(CptError) as caught:
+            oom_advice.OutOfMemoryAdvice().on_exception(None, module, error)
+        assert "recompute_num_layers=12 of 32" in str(caught.value)
+        assert 'cross_entropy_fusion_impl="te"' in str(caught.value)
+        assert "Tried to allocate 1.96 GiB" in str(caught.value)
+        assert caught.value.__cause__ is error
+
+    def test_it_does_not_offer_what_is_in_use(self):
+        self_in_use = types.SimpleNamespace(num_layers=32, recompute_num_layers=32, cross_entropy_fusion_impl="te")
+        text = oom_advice.advice(self_in_use, "out of memory")
+        assert "recomputed" not in text
+        assert "cross_entropy" not in text
+
+    def test_other_errors_pass(self):
+        oom_advice.OutOfMemoryAdvice().on_exception(None, types.SimpleNamespace(), ValueError("something else"))
