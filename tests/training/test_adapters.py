@@ -15,8 +15,8 @@ from nemo_cpt.checkpoint import export_hf, import_hf
 from nemo_cpt.checkpoint.chat_template import instruction_template
 from nemo_cpt.compatibility import check_resumed
 from nemo_cpt.errors import CptError
-from nemo_cpt.evaluation.loss import language_model_loss
-from nemo_cpt.recipes import llama31_8b, tiny
+ language_model_loss
+from nemo_cpt.recipes import continual, tiny
 from nemo_cpt.training.callbacks import StopAtStep
 from nemo_cpt.training.data import BlendDataModule
 from nemo_cpt.training.guards import check
@@ -48,7 +48,7 @@ def train_dora(world: Path, blend: Any, stop_at: int | None) -> None:
     recipe.model.config.recompute_num_layers = 3
     if stop_at:
         recipe.trainer.callbacks.append(run.Config(StopAtStep, step=stop_at))
-    run.run(llama31_8b.with_lora(recipe, rank=8, embeddings_lr=5e-3, peft_scheme="dora"), direct=True)
+    run.run(continual.with_lora(recipe, rank=8, embeddings_lr=5e-3, peft_scheme="dora"), direct=True)
 
 
 def tune(world: Path, blend: Any) -> None:
@@ -126,4 +126,4 @@ def test_a_run_on_texts_hands_on_the_template_of_its_start(world: Path, dora: Pa
 
 def test_an_unknown_scheme_is_refused(world: Path, blend: Any) -> None:
     with pytest.raises(CptError, match="peft_scheme is 'ptuning': it can be lora or dora"):
-        llama31_8b.with_lora(recipe_of(world, blend, world / "base", "x"), rank=8, peft_scheme="ptuning")
+        continual.with_lora(recipe_of(world, blend, world / "base", "x"), rank=8, peft_scheme="ptuning")
