@@ -11,7 +11,7 @@ from typing import Any
 
 from nemo_cpt.errors import CptError, StoppedEarlyError, exit_with_the_message
 from nemo_cpt.executors import examination, pods, stopping, window
-from nemo_cpt.executors.supervisor import MARKER_PREFIX
+from nemo_cpt.executors.supervisor import MARKER_PREFIX, TIME_TO_SAVE
 from nemo_cpt.planning.save_window import window_within
 
 LOG_LINES = 25
@@ -27,6 +27,7 @@ def apply() -> None:
     stopping.supervise_containers()
     stopping.supervise_cloud_jobs()
     stopping.pass_signals_on()
+    stopping.print_on_without_readers()
     stopping.wait_until_saved()
     stopping.let_containers_save()
     raise_when_a_task_failed()
@@ -38,17 +39,23 @@ def apply() -> None:
 
 
 def give_time_to_save(executor: Any, needed: Callable[[], int | None]) -> None:
-    """Let Slurm's and Kubernetes' jobs be told early enough ahead of their end, unless the user said how early.
+    """Let jobs be told early enough ahead of their end, and be killed late enough when cancelled.
+
+    What the user said of it stands.
 
     Args:
-        executor: any; others are not told ahead.
+        executor: any; Slurm and Kubernetes end jobs by themselves, local ones and containers are cancelled from here.
         needed: called where it is wanted; returns the seconds, None where they are not known.
     """
+    from nemo_run import DockerExecutor, LocalExecutor
     from nemo_run.core.execution.kubeflow import KubeflowExecutor
 
     from nemo_cpt.executors.slurm_job import SlurmJob  # imports NeMo-Run
 
-    if isinstance(executor, SlurmJob) and executor.preempt_seconds is None:
+    if isinstance(executor, LocalExecutor | DockerExecutor) and TIME_TO_SAVE not in executor.env_vars:
+        seconds = needed()
+        executor.env_vars |= {TIME_TO_SAVE: str(seconds)} if seconds else {}
+    elif isinstance(executor, SlurmJob) and executor.preempt_seconds is None:
         executor.give_time_to_save(needed())
     elif isinstance(executor, KubeflowExecutor) and executor.pod_spec_overrides.get(stopping.GRACE) is None:
         executor.pod_spec_overrides = executor.pod_spec_overrides | {stopping.GRACE: window_within(None, needed())}

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_cpt import signals
-from nemo_cpt.errors import CptError, StoppedEarlyError, say
+from nemo_cpt.errors import CptError, StoppedEarlyError
 from nemo_cpt.executors.tracking import continue_wandb_run
+from nemo_cpt.output import WithoutReaders, say
 
 MARKER = "NEMO_CPT_PREEMPTED"  # names the file that a task leaves which was told to stop: empty once it saved
 UNTRAINED = "nothing was trained yet"  # what stands in that file where there was nothing to save
@@ -26,6 +27,7 @@ def main() -> None:
     signals.listen(_as_sigterm, signals.STOP_SIGNALS)
     signals.listen(_end_untrained, [signal.SIGTERM])
     signals.shield_children()
+    sys.stdout, sys.stderr = WithoutReaders(sys.stdout), WithoutReaders(sys.stderr)
     try:
         _run_task()
     except StoppedEarlyError as stop:

@@ -1,12 +1,12 @@
 """The one exception for what the user can mend, and a kind of it for what only has to be started again."""
 
 import io
-import os
 import sys
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
+from nemo_cpt.output import say
 from nemo_cpt.urls import hide_credentials
 
 
@@ -64,14 +64,3 @@ def _hook_before(others: Callable[..., Any]) -> Callable[..., Any]:
 
     hook.exits_with_the_message = True  # type: ignore[attr-defined]
     return hook
-
-
-def say(what: str, stream: TextIO | None = None) -> None:
-    """Print, to stdout by default, also where nobody reads any more: how a process ends must not depend on that."""
-    stream = stream or sys.stdout
-    try:
-        print(what, file=stream, flush=True)
-    except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())  # the interpreter flushes once more at its end, and fails with code 120
-        os.close(nowhere)

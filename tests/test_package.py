@@ -85,7 +85,7 @@ def test_where_in_a_config_it_was_raised_is_not_said() -> None:
 def test_its_code_holds_where_nobody_reads_the_message() -> None:
     read, write = os.pipe()
     os.close(read)
-    code = "from nemo_cpt.errors import StoppedEarlyError, say\nsay('gone')\nraise StoppedEarlyError('saved')"
+    code = "from nemo_cpt import errors, output\noutput.say('gone')\nraise errors.StoppedEarlyError('saved')"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=write, stderr=write)
     os.close(write)
     assert process.wait() == 75

@@ -4,7 +4,8 @@ import sys
 
 import typer
 
-from nemo_cpt.errors import CptError, say
+from nemo_cpt.errors import CptError
+from nemo_cpt.output import say
 from nemo_cpt.quiet import quiet_imports
 
 app = typer.Typer(

@@ -137,12 +137,19 @@ def logs(
 
 @app.command(rich_help_panel=PANEL)
 def cancel(experiment: Experiment = None, json: Json = False) -> None:
-    """Stop an experiment's tasks that are queued or running."""
+    """Stop an experiment's tasks that are queued or running.
+
+    A local job saves first; it is killed if that takes longer than its plan allows, 10 minutes where there is none.
+    """
     from nemo_cpt.launching import jobs
 
     with _only_json_on_stdout(json):
         cancelled = jobs.cancel(experiment)
-    print(jsonlib.dumps(cancelled) if json else f"cancelled {cancelled['experiment']}: {', '.join(cancelled['tasks'])}")
+    if json:
+        return print(jsonlib.dumps(cancelled))
+    print(f"cancelled {cancelled['experiment']}: {', '.join(cancelled['tasks'])}")
+    for task in cancelled["killed"]:
+        print(f"{task} did not save in time and was killed: it goes on from its last checkpoint")
 
 
 @contextlib.contextmanager

@@ -148,7 +148,7 @@ def judge_language(reply: str, asked: str) -> Verdict:
     told = Counter(weights)
     for weight, candidates in shared:
         weights[max(candidates, key=lambda each: (told[each], each == asked))] += weight
-    return _verdict(weights)
+    return _verdict(+weights)  # without what has no letters that Python's Unicode knows
 
 
 def _verdict(weights: Mapping[str, int]) -> Verdict:

@@ -7,7 +7,6 @@ import pty
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -268,43 +267,41 @@ def supervised(job, code):
     return [*python, "--max-restarts", "0", "--", sys.executable, "-uc", code]
 
 
-SAVES_SLOWLY = """
+SAVES = """
 import signal, subprocess, sys, time
-def save(*_): time.sleep(1); open({file!r}, "w").write("saved"); sys.exit(0)
+def save(*_): open({file!r}, "w").write("saved"); sys.exit(0)
 signal.signal(signal.SIGTERM, save)
-subprocess.Popen(["sleep", "2"])
+subprocess.Popen(["sh", "-c", "until [ -e {file} ]; do sleep 0.1; done; touch {file}.seen"])  # it outlives the job
 print("started")
-time.sleep(100)
+time.sleep(1000)
 """
 
 
 def test_cancel_ends_a_local_job_from_another_shell_and_nothing_else(tmp_path, start):
-    from nemo_cpt.launching.jobs import _end_processes, _processes
-
     job, saved = tmp_path / "t", tmp_path / "saved"
     job.mkdir()
     (job / "log.out").write_text("a line\n")
     reader = start("tail", "-f", f"{job}/log.out")
-    script = start("sh", "-c", f"echo {' '.join(supervised(job, 'x')[:6])}; sleep 100")
-    supervisor = start(*supervised(job, SAVES_SLOWLY.format(file=str(saved))))
+    script = start("sh", "-c", f"echo {' '.join(supervised(job, 'x')[:6])}; sleep 1000")
+    supervisor = start(*supervised(job, SAVES.format(file=str(saved))))
     assert supervisor.stdout.readline() == "started\n"
-    assert list(_processes(str(job))) == [supervisor.pid]
-    beginning = time.time()
-    _end_processes(str(job))
+    assert list(jobs._processes(str(job))) == [supervisor.pid]
+    assert jobs._end_processes(str(job))
     assert saved.read_text() == "saved"
-    assert time.time() - beginning > 1.5  # until what the job started has ended, too
-    assert (supervisor.wait(5), reader.poll(), script.poll()) == (0, None, None)
-    _end_processes(str(job))  # of which nothing is left
+    assert Path(f"{saved}.seen").exists()  # it waited until what the job started had ended, too
+    assert (supervisor.wait(60), reader.poll(), script.poll()) == (0, None, None)
+    assert jobs._end_processes(str(job))  # of which nothing is left
 
 
-def test_cancel_kills_what_does_not_end_in_time(tmp_path, start):
-    from nemo_cpt.launching.jobs import _end_processes
-
-    ignores = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('started'); time.sleep(100)"
+def test_cancel_kills_what_does_not_save_within_its_plans_time(tmp_path, start, monkeypatch, capsys):
+    ignores = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('started'); time.sleep(1000)"
+    monkeypatch.setenv("NEMO_CPT_SECONDS_TO_SAVE", "0")
     supervisor = start(*supervised(tmp_path, ignores))
+    monkeypatch.delenv("NEMO_CPT_SECONDS_TO_SAVE")  # the job's own environment says it
     assert supervisor.stdout.readline() == "started\n"
-    _end_processes(str(tmp_path), patience=0.5)
-    assert supervisor.wait(5) == -signal.SIGKILL
+    assert not jobs._end_processes(str(tmp_path))
+    assert "told to stop; it has 0 s to save, then it is killed" in capsys.readouterr().err
+    assert supervisor.wait(60) == -signal.SIGKILL
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_cpt.errors import CptError
@@ -172,6 +172,27 @@ class TestModels:
                 {"role": "user", "content": "その二倍は？"},
             ],
         ]
+
+    def test_behind_endpoints_are_asked_at_mt_benchs_temperatures(self, tmp_path: Path) -> None:
+        with ChatServer(lambda body, number: "はい。") as server, ChatServer(prefers_after) as judge:
+            model = EndpointEngine(server.url)
+            report = run_judge(
+                {"after": model}, EndpointEngine(judge.url), QUESTIONS, tmp_path, answer_tokens=99, seed=5
+            )
+        temperatures = {body["messages"][0]["content"]: body["temperature"] for body in server.asked}
+        assert temperatures == {"2+3は？": 0, "春の俳句を作って。": 0.7, "虹とは？": 0.1}
+        assert {(body["max_tokens"], body["seed"]) for body in server.asked} == {(99, 5)}
+        assert [len(body["messages"]) for body in server.asked].count(3) == 3
+        assert report.answers == {"after": {each.id: ["はい。", "はい。"] for each in QUESTIONS}}
+
+    def test_with_other_weights_under_the_same_name_are_asked_again(self, tmp_path: Path) -> None:
+        asked = list[int]()
+        with ChatServer(prefers_after) as server:
+            for identity in ("first", "first", "second"):
+                model, judge = Answers("after"), EndpointEngine(server.url)
+                run_judge({"after": model}, judge, QUESTIONS, tmp_path, identities={"after": identity})
+                asked.append(len(model.prompts))
+        assert asked == [6, 0, 6]
 
     def test_without_a_chat_template_are_asked_in_text(self, tmp_path: Path) -> None:
         model = Answers("after", has_chat_template=False)
@@ -363,6 +384,7 @@ class TestPrompts:
     def test_preferences_are_read(self, reply: str, preference: str | None) -> None:
         assert read_preference(reply) == preference
 
+    @settings(deadline=None)
     @given(st.text() | st.text("[]0123456789./ABCtie: "))
     def test_any_reply_can_be_read(self, reply: str) -> None:
         score = read_score(reply)
