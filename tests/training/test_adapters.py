@@ -15,7 +15,8 @@ from nemo_cpt.checkpoint import export_hf, import_hf
 from nemo_cpt.checkpoint.chat_template import instruction_template
 from nemo_cpt.compatibility import check_resumed
 from nemo_cpt.errors import CptError
- language_model_loss
+from nemo_cpt.evaluation.bits_per_byte import sequences_loss
+from nemo_cpt.inference.transformers_engine import TransformersEngine
 from nemo_cpt.recipes import continual, tiny
 from nemo_cpt.training.callbacks import StopAtStep
 from nemo_cpt.training.data import BlendDataModule
@@ -82,7 +83,8 @@ def test_dora_trains_resumes_and_is_exported_as_trained(world: Path, dora: Path)
     assert losses[STEPS] < losses[1] - 0.5
     assert json.loads((dora / "run.json").read_text())["settings"]["adapters"]["peft"] == "DoRAWithEmbeddings"
     export_hf(dora, world / "dora_hf")
-    loss = language_model_loss(world / "dora_hf", str(world / "ds/ja_validation"), seq_length=64, samples=8)
+    engine = TransformersEngine(world / "dora_hf", device="cpu")
+    loss = sequences_loss(engine, world / "ds/ja_validation", seq_length=64, samples=8).loss
     assert loss == pytest.approx(metrics(world, "dora", "val_loss_ja")[STEPS], abs=1e-4)
 
 
