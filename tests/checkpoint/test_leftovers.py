@@ -1,6 +1,7 @@
 """What a killed import, export or merge left is removed by the next one of its kind; nothing else is."""
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -104,6 +105,20 @@ def test_room_is_made_before_it_is_measured(tmp_path: Path, monkeypatch: pytest.
         (folder / "file").touch()
     assert seen == [False]
     assert os.listdir(tmp_path / "new") == ["file"]
+
+
+@pytest.mark.parametrize("room", [0, 2**10, 2**15])
+def test_a_full_disk_in_an_import_or_export_is_one_line_and_leaves_nothing(hf: Path, tmp_path: Path, room: int) -> None:
+    import_hf(hf, tmp_path / "nemo")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for convert, source in ((import_hf, hf), (export_hf, tmp_path / "nemo")):
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, limit[1]))
+            with pytest.raises(CptError, match=r"out could not be written: .*File too large.*Nothing is left of it"):
+                convert(source, tmp_path / "out")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "nemo"]
 
 
 def test_two_at_once_leave_one_whole(tmp_path: Path) -> None:
