@@ -12,8 +12,9 @@ LAYERS = (
     ("constants", "output", "quiet", "signals", "urls"),
     ("errors", "cpu_stack"),
     ("cache", "hub", "recipe_models"),
-    ("corpus", "checkpoint"),
+    ("corpus",),
     ("conversations",),
+    ("checkpoint",),  # an export of a tuned model carries the chat template of its conversations
     ("compatibility",),
     ("training",),
     ("planning", "inference"),
