@@ -103,7 +103,7 @@ def _sacrebleu_measures(
     except ImportError as error:
         raise CptError("BLEU and chrF need sacrebleu: pip install 'nemo_cpt[eval]'") from error
     most = max(map(len, answers))
-    references = [[each[at] if at < len(each) else None for each in answers] for at in range(most)]
+    references: Any = [[each[at] if at < len(each) else None for each in answers] for at in range(most)]
     for metric in (BLEU(tokenize=BLEU_TOKENIZERS.get(language or "", "13a")), CHRF()):
         # The counts of each reply, which sacrebleu's corpus_score sums: a resample is a sum of its own.
         counts = np.asarray(metric._extract_corpus_statistics(list(replies), references))
@@ -121,7 +121,10 @@ def _sacrebleu_name(metric: Any) -> str:
 
 
 def reply_measures(replies: Sequence[Reply]) -> Iterator[Measure]:
-    """What replies are by themselves: how long, how many cut off, how fast."""
+    """What replies are by themselves: how long, how many cut off, how fast.
+
+    Replies share the time of the batch that they are in, so that times have no interval.
+    """
     lengths = [len(reply.text) for reply in replies]
     yield mean("length", lengths, unit="characters")
     cut = [100 * (reply.finish_reason == "length") for reply in replies]
@@ -130,7 +133,7 @@ def reply_measures(replies: Sequence[Reply]) -> Iterator[Measure]:
     yield mean("tokens of a reply", tokens)
     seconds = [reply.seconds for reply in replies]
     first = [reply.first_token_seconds for reply in replies]
-    yield ratio("tokens a second of a reply", tokens, seconds, better="higher")
+    yield ratio("tokens a second of a reply", tokens, seconds, better="higher", resampled=False)
     for name, values in (("time to first token", first), ("latency", seconds)):
         for percent in (50, 95):
-            yield percentile(f"{name}, p{percent}", values, percent, better="lower", unit="s")
+            yield percentile(f"{name}, p{percent}", values, percent, better="lower", unit="s", resampled=False)

@@ -102,7 +102,7 @@ def _conversation(messages: Any) -> tuple[Message, ...]:
 
 
 def _answers(value: Mapping[str, Any]) -> tuple[str, ...]:
-    found = next((value[key] for key in ANSWER_KEYS if value.get(key) is not None), [])
+    found: Any = next((value[key] for key in ANSWER_KEYS if value.get(key) is not None), [])
     return tuple(_text(each, "answer") for each in (found if isinstance(found, list) else [found]))
 
 
