@@ -107,8 +107,8 @@ def _interval(before: Measure | None, after: Measure, seed: int, resamples: int)
         chosen = rng.integers(after.units, size=after.units)
         values[number] = after.value(chosen) - (before.value(chosen) if before else 0)
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(values[np.isfinite(values)], [tail, 1 - tail]) if np.isfinite(values).any() else values[:2]
-    return float(low), float(high)
+    low, high = (float(np.nanquantile(values, share)) for share in (tail, 1 - tail))
+    return low, high
 
 
 def mean(name: str, values: Any, **kwargs: Any) -> Measure:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_cpt import __version__
 from nemo_cpt.corpus.progress import ProgressBar
 from nemo_cpt.errors import CptError
+from nemo_cpt.evaluation import benchmarks
 from nemo_cpt.evaluation.bootstrap import Measure, Row, compare, ratio
 from nemo_cpt.evaluation.candidates import Candidate, Say, described, find_candidates, warnings_of
 from nemo_cpt.evaluation.journal import Journal, key_of
@@ -125,6 +126,7 @@ def evaluate(
     _check_numbers(max_tokens, limit)
     if unknown := [each for each in wrappers if each not in WRAPPERS]:
         raise CptError(f"there is no wrapper {unknown[0]!r}; there are {', '.join(WRAPPERS)}")
+    found_tasks = benchmarks.find_tasks(tasks) if tasks else []
     options = {"base": base, "device": device, "api_key": api_key}
     candidates = find_candidates(model, against, checkpoints_of, options, say)
     everything = not (losses or prompts or tasks or judge)
@@ -144,10 +146,8 @@ def evaluate(
             found.append(work.measure(texts, sets, wrappers))
             candidate.close()
         rows = list(_rows(found, sets, seed))
-        if tasks:
-            from nemo_cpt.evaluation import benchmarks
-
-            rows += benchmarks.rows(candidates, tasks, output, journal, limit=limit, say=say)
+        if found_tasks:
+            rows += benchmarks.rows(candidates, found_tasks, output, journal, limit=limit, say=say)
     judged = _judge(judge, candidates, output, language or "ja", limit, api_key, say) if judge else None
     return Report(
         title=" against ".join(

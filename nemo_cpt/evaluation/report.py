@@ -126,6 +126,8 @@ def _draw_rows(report: Report, pyplot: Any) -> Any:
                 capsize=3,
             )
         axis.set(title=kind, xticks=range(len(chosen)))
+        if kind.endswith("%"):
+            axis.set_ylim(0, 103)
         axis.set_xticklabels([row.group for row in chosen], rotation=30, ha="right", fontsize="small")
         axis.grid(axis="y", alpha=0.3)
     if rows and rows[0].before is not None:
