@@ -2,10 +2,14 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 BIN := .venv/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo chat-demo test lint format clean
 
 demo: .venv/installed
 	$(BIN)/python -m nemo_cpt.demo
+
+chat-demo: .venv/installed
+	test -f demo/report.json || $(BIN)/python -m nemo_cpt.demo
+	$(BIN)/python -m nemo_cpt.demo.chat
 
 test: .venv/installed
 	$(BIN)/python -m pytest --numprocesses 2

@@ -1,4 +1,4 @@
-"""What launching costs: help, listing, from `nemo-cpt run tiny` to the first step, and submission to Slurm.
+"""What launching costs: help, listing, a refused second start, `nemo-cpt run tiny` to its first step, Slurm.
 
     python benchmarks/launch.py [--folder FOLDER] [--repeats 3]
 
@@ -34,7 +34,13 @@ def main() -> None:
     os.environ["NEMORUN_HOME"] = str(folder / "nemo_run")
     results = {"load": os.getloadavg()[0], "cores": os.cpu_count()}
     recipe = _material(folder)
-    for part in (partial(_help, given.repeats), partial(_first_step, folder, recipe), partial(_slurm, folder, recipe)):
+    parts = (
+        partial(_help, given.repeats),
+        partial(_second_start, given.repeats, folder, recipe),
+        partial(_first_step, folder, recipe),
+        partial(_slurm, folder, recipe),
+    )
+    for part in parts:
         results |= part()
         print(json.dumps(results, indent=2), flush=True)
 
@@ -56,9 +62,21 @@ def _help(repeats: int) -> dict[str, float]:
     return {name: round(statistics.median(each), 2) for name, each in times.items()}
 
 
-def _seconds(command: list) -> float:
+def _second_start(repeats: int, folder: Path, recipe: list[str]) -> dict[str, float]:
+    """Seconds until a start is refused whose run's folder another process holds, the median."""
+    from tests.support.executor_jobs import held_by_another_process
+
+    run_folder = folder / "held" / "run"
+    with held_by_another_process(run_folder):
+        command = [BIN / "nemo-cpt", "run", *recipe, f"directory={run_folder.parent}", f"name={run_folder.name}"]
+        times = [_seconds(command, code=2) for _ in range(repeats)]
+    return {"second start refused after": round(statistics.median(times), 2)}
+
+
+def _seconds(command: list, code: int = 0) -> float:
     started = time.monotonic()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    ended = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert ended.returncode == code, command
     return time.monotonic() - started
 
 

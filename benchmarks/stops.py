@@ -1,21 +1,25 @@
 """Trainings that are told to stop or killed at chosen points, against an unbroken run: how many lost what.
 
-    python benchmarks/stops.py [--folder FOLDER] [--kills 100] [--seed 0] [--quick]
+    python benchmarks/stops.py [--folder FOLDER] [--kills 100] [--seed 0] [--at-once 2] [--quick]
 
-Run it in a checkout: the jobs are the tests' (tests/support/interruptions.py), on the CPU. Every case is a run that is
-hit, started again until it is finished, and compared: its checkpoints' names, its validations and its steps with their
-losses and learning rates, which must be equal to the last digit. Stops must end with exit code 75, kills with -9.
+Run it in a checkout: the jobs are the tests' (tests/support/interruptions.py), on the CPU, forked from a process that
+has imported NeMo once. Every case is a run that is hit, started again until it is finished, and compared: its
+checkpoints' names, its validations and its steps with their losses and learning rates, which must be equal to the last
+digit. Stops must end with exit code 75, kills with -9.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import random
+import shutil
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,21 +46,26 @@ def main() -> None:
     options.add_argument("--folder", type=Path, default=None, help="where the base and the runs go")
     options.add_argument("--kills", type=int, default=100)
     options.add_argument("--seed", type=int, default=0, help="of the choice of kill points")
-    options.add_argument("--quick", action="store_true", help="every tenth case")
+    options.add_argument("--at-once", type=int, default=2, help="cases at a time")
+    options.add_argument("--quick", action="store_true", help="every eleventh case")
     given = options.parse_args()
     runs = _runs(given.folder or Path(tempfile.mkdtemp(prefix="stops_")))
-    cases = [*_stops(), *_kills(given.kills, random.Random(given.seed))][:: 10 if given.quick else 1]
+    cases = [*_stops(), *_kills(given.kills, random.Random(given.seed))][:: 11 if given.quick else 1]
+    for setting in {setting.processes: setting for _, setting, _ in cases}.values():
+        _make_unbroken(runs, setting.processes)
     counts: Counter[str] = Counter()
-    for number, (kind, setting, hit) in enumerate(cases):
-        outcome = _outcome(runs, f"case_{number}", setting, hit)
-        counts[f"{kind}: {'equal' if outcome == 'equal' else 'NOT EQUAL'}"] += 1
-        print(f"{number + 1}/{len(cases)}\t{kind}\t{hit}\t{setting}\t{outcome}", flush=True)
+    with ThreadPoolExecutor(given.at_once) as pool:
+        outcomes = pool.map(functools.partial(_outcome, runs), itertools.count(1), *zip(*cases, strict=True))
+        for number, ((kind, setting, hit), outcome) in enumerate(zip(cases, outcomes, strict=True), 1):
+            counts[f"{kind}: {'equal' if outcome == 'equal' else 'NOT EQUAL'}"] += 1
+            print(f"{number}/{len(cases)}\t{kind}\t{hit}\t{setting}\t{outcome}", flush=True)
     print(json.dumps({**counts, "refusal of a second start, seconds": _refusal(runs)}, indent=2))
     sys.exit(any("NOT EQUAL" in kind for kind in counts))
 
 
 def _runs(folder: Path) -> Any:
     """The tests' base and data in `folder`, made unless they are there."""
+    import tests.conftest  # noqa: F401  no hub, one thread: before anything reads them
     from nemo_cpt.corpus import Blend
     from tests.support.interruptions import Runs
     from tests.training.conftest import make_world
@@ -105,18 +114,23 @@ def _kills(count: int, choice: random.Random) -> Iterator[tuple[str, Any, Any]]:
             yield "kill in a step", setting, Hit(choice.choice(HOOKS[:2]), choice.randint(1, 7), "SIGKILL")
 
 
-def _outcome(runs: Any, name: str, setting: Any, hit: Any) -> str:
-    unbroken = f"unbroken_{setting.processes}"
-    if not (runs.folder / unbroken).exists():
-        from tests.support.interruptions import Setting
+def _make_unbroken(runs: Any, processes: int) -> None:
+    from tests.support.interruptions import Setting
 
-        assert runs.start(unbroken, Setting(processes=setting.processes)) == 0, runs.log(unbroken).read_text()[-3000:]
+    name = f"unbroken_{processes}"
+    if not (runs.folder / name).exists():
+        assert runs.start(name, Setting(processes=processes)) == 0, runs.log(name).read_text()[-3000:]
+
+
+def _outcome(runs: Any, number: int, kind: str, setting: Any, hit: Any) -> str:
+    name, wanted = f"case_{number}", [STOPPED if kind == "stop" else KILLED, 0]
     codes = runs.broken(name, setting, [hit])
-    missed = hit.where == "removal" and codes[0] == 0  # nothing was removed at this step
-    wanted = [0 if missed else KILLED if hit.signal == "SIGKILL" else STOPPED, 0]
     if codes != wanted:
         return f"exit codes {codes} instead of {wanted}, see {runs.log(name)}"
-    return "; ".join(runs.differences(name, unbroken)) or "equal"
+    differences = runs.differences(name, f"unbroken_{setting.processes}")
+    if not differences:
+        shutil.rmtree(runs.folder / name)
+    return "; ".join(differences) or "equal"
 
 
 def _refusal(runs: Any) -> float:

@@ -9,9 +9,9 @@ from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
-from nemo_cpt.errors import CptError, StoppedEarlyError
-from nemo_cpt.executors import pods, stopping, window
-from nemo_cpt.executors.supervisor import MARKER_PREFIX
+from nemo_cpt.errors import CptError, StoppedEarlyError, exit_with_the_message
+from nemo_cpt.executors import examination, pods, stopping, window
+from nemo_cpt.executors.supervisor import MARKER_PREFIX, TIME_TO_SAVE
 from nemo_cpt.planning.save_window import window_within
 
 LOG_LINES = 25
@@ -21,10 +21,13 @@ _MESSAGE = re.compile(r"(\[default\d+\]:)?nemo_cpt: ")  # how a CptError ends a 
 @cache
 def apply() -> None:
     """Put every patch in place, once a process."""
+    exit_with_the_message()
+    examination.examine_before_launch()
     stopping.supervise_local_jobs()
     stopping.supervise_containers()
     stopping.supervise_cloud_jobs()
     stopping.pass_signals_on()
+    stopping.print_on_without_readers()
     stopping.wait_until_saved()
     stopping.let_containers_save()
     raise_when_a_task_failed()
@@ -36,17 +39,23 @@ def apply() -> None:
 
 
 def give_time_to_save(executor: Any, needed: Callable[[], int | None]) -> None:
-    """Let Slurm's and Kubernetes' jobs be told early enough ahead of their end, unless the user said how early.
+    """Let jobs be told early enough ahead of their end, and be killed late enough when cancelled.
+
+    What the user said of it stands.
 
     Args:
-        executor: any; others are not told ahead.
+        executor: any; Slurm and Kubernetes end jobs by themselves, local ones and containers are cancelled from here.
         needed: called where it is wanted; returns the seconds, None where they are not known.
     """
+    from nemo_run import DockerExecutor, LocalExecutor
     from nemo_run.core.execution.kubeflow import KubeflowExecutor
 
     from nemo_cpt.executors.slurm_job import SlurmJob  # imports NeMo-Run
 
-    if isinstance(executor, SlurmJob) and executor.preempt_seconds is None:
+    if isinstance(executor, LocalExecutor | DockerExecutor) and TIME_TO_SAVE not in executor.env_vars:
+        seconds = needed()
+        executor.env_vars |= {TIME_TO_SAVE: str(seconds)} if seconds else {}
+    elif isinstance(executor, SlurmJob) and executor.preempt_seconds is None:
         executor.give_time_to_save(needed())
     elif isinstance(executor, KubeflowExecutor) and executor.pod_spec_overrides.get(stopping.GRACE) is None:
         executor.pod_spec_overrides = executor.pod_spec_overrides | {stopping.GRACE: window_within(None, needed())}
@@ -138,16 +147,23 @@ def raise_for_states(experiment: Any) -> None:
     StoppedEarlyError where all of them were told to stop, and saved.
     """
     failed = [job for job in experiment.jobs if job.state.name != "SUCCEEDED"]
+    if failed and all(stopped_early(job.executor.job_dir) for job in failed):
+        raise StoppedEarlyError("\n".join(f"task {job.id}: {last_word(job.executor.job_dir)}" for job in failed))
     if failed:
-        report = "\n".join(
-            f"task {job.id} ended as {job.state.name}. {log_tail(job.executor.job_dir)}" for job in failed
-        )
-        raise (StoppedEarlyError if all(stopped_early(job.executor.job_dir) for job in failed) else CptError)(report)
+        report = (f"task {job.id} ended as {job.state.name}. {log_tail(job.executor.job_dir)}" for job in failed)
+        raise CptError("\n".join(report))
 
 
 def stopped_early(job_dir: str) -> bool:
     """Return whether a job was told to stop, and saved, by what its supervisor left in its folder."""
     return any(Path(job_dir).rglob(f"{MARKER_PREFIX}*"))
+
+
+def last_word(job_dir: str) -> str:
+    """Return what a job that was stopped said of its end, as its newest log has it."""
+    log = newest_log(Path(job_dir))
+    said = [line for line in log.read_text(errors="replace").splitlines() if _MESSAGE.match(line)] if log else []
+    return _MESSAGE.sub("", said[-1]) if said else "stopped ahead of the end, and nothing is lost"
 
 
 def log_tail(job_dir: str, lines: int = LOG_LINES) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from nemo_cpt import signals
 from nemo_cpt.errors import CptError, StoppedEarlyError
 from nemo_cpt.executors.tracking import continue_wandb_run
+from nemo_cpt.output import WithoutReaders, say
 
 MARKER = "NEMO_CPT_PREEMPTED"  # names the file that a task leaves which was told to stop: empty once it saved
 UNTRAINED = "nothing was trained yet"  # what stands in that file where there was nothing to save
@@ -26,18 +27,20 @@ def main() -> None:
     signals.listen(_as_sigterm, signals.STOP_SIGNALS)
     signals.listen(_end_untrained, [signal.SIGTERM])
     signals.shield_children()
+    sys.stdout, sys.stderr = WithoutReaders(sys.stdout), WithoutReaders(sys.stderr)
     try:
         _run_task()
     except StoppedEarlyError as stop:
-        print(f"nemo_cpt: {stop}", flush=True)
+        left = _leave(MARKER, "" if stop.trained else UNTRAINED)
+        say(f"nemo_cpt: {stop.message}")
         # With a marker 0: any other code would have srun or torchrun end the tasks that are still at it.
-        sys.exit(0 if _leave(MARKER) else stop.exit_code)
+        sys.exit(0 if left else stop.exit_code)
     except CptError as error:
         _leave(REFUSAL)
-        print(f"nemo_cpt: {error}", file=sys.stderr, flush=True)
+        say(f"nemo_cpt: {error.message}", sys.stderr)
         sys.exit(error.exit_code)
     except SystemExit as end:
-        print(f"nemo_cpt: the task ended itself: sys.exit({end.code!r})", file=sys.stderr, flush=True)
+        say(f"nemo_cpt: the task ended itself: sys.exit({end.code!r})", sys.stderr)
         raise
 
 
@@ -63,10 +66,10 @@ def _run_task() -> None:
         command.invoke(context)
 
 
-def _leave(variable: str) -> bool:
-    """Make the file that an environment variable names; return whether there is one."""
+def _leave(variable: str, words: str = "") -> bool:
+    """Write the file that an environment variable names; return whether there is one."""
     if file := os.environ.get(variable):
-        Path(file).touch()
+        Path(file).write_text(words)
     return bool(file)
 
 
@@ -82,8 +85,7 @@ def _end_untrained(number: int, frame: Any) -> None:
     """
     if signals.training_began:
         return
-    if file := os.environ.get(MARKER):
-        Path(file).write_text(UNTRAINED)
+    _leave(MARKER, UNTRAINED)
     os.write(2, f"nemo_cpt: told to stop, {UNTRAINED}\n".encode())
     os._exit(0)
 

@@ -18,11 +18,18 @@ from functools import wraps
 from typing import Any
 
 from nemo_cpt.executors.environment import forget_secrets
-from nemo_cpt.executors.supervisor import FROM_LAUNCHER, MARKER_PREFIX, RUNNER
+from nemo_cpt.executors.supervisor import (
+    DEFAULT_TIME_TO_SAVE,
+    FROM_LAUNCHER,
+    MARKER_PREFIX,
+    RUNNER,
+    TIME_TO_SAVE,
+    seconds_to_save,
+)
+from nemo_cpt.output import WithoutReaders, send_nowhere
 from nemo_cpt.signals import STOP_SIGNALS, held, listen
 
 GRACE = "terminationGracePeriodSeconds"  # of a pod's spec
-SECONDS_TO_SAVE = 600
 
 
 def save_on_sigterm(task: Any) -> None:
@@ -164,11 +171,35 @@ def _pass_on(experiment: Any, number: int, signals: "Counter[int]") -> None:
 
 def _leave_terminal() -> None:
     """Print to nowhere from now on: to write to a terminal that was closed is an error."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
         if stat.S_ISCHR(os.fstat(descriptor).st_mode):
-            os.dup2(nowhere, descriptor)
-    os.close(nowhere)
+            send_nowhere(descriptor)
+
+
+def print_on_without_readers() -> None:
+    """Let a launcher whose output nobody reads any more, as behind `| head`, see its jobs to their end.
+
+    NeMo-Run prints their logs, and ends with a traceback and exit code 1 beside jobs that are well.
+    """
+    from nemo_run.run.experiment import Experiment
+
+    enter: Callable[..., Any] = Experiment.__enter__
+    leave: Callable[..., Any] = Experiment.__exit__
+
+    @wraps(enter)
+    def enter_and_guard(experiment: Any) -> Any:
+        experiment._streams_before = sys.stdout, sys.stderr
+        sys.stdout, sys.stderr = map(WithoutReaders, experiment._streams_before)
+        return enter(experiment)
+
+    @wraps(leave)
+    def leave_and_restore(experiment: Any, *error: Any) -> None:
+        try:
+            leave(experiment, *error)
+        finally:
+            sys.stdout, sys.stderr = experiment._streams_before
+
+    Experiment.__enter__, Experiment.__exit__ = enter_and_guard, leave_and_restore
 
 
 def _tell_jobs(experiment: Any) -> bool:
@@ -193,10 +224,11 @@ def wait_until_saved() -> None:
 
     @wraps(kill)
     def wait_and_kill(app: Any) -> None:
-        for pid in _running(app):
+        supervisors = list(_running(app))
+        for pid in supervisors:
             if pid not in _told:  # a second signal would end it at once
                 _tell(pid)
-        deadline = time.monotonic() + SECONDS_TO_SAVE
+        deadline = time.monotonic() + max(map(seconds_to_save, supervisors), default=0)
         while any(_running(app)) and time.monotonic() < deadline:
             time.sleep(0.2)
         kill(app)
@@ -215,7 +247,8 @@ def let_containers_save() -> None:
     def stop_and_delete(container: Any, client: Any, id: str) -> None:
         if (running := container.get_container(client=client, id=id)) is not None:
             with contextlib.suppress(DockerException, OSError):  # it ended, and was removed, in the meantime
-                running.stop(timeout=SECONDS_TO_SAVE)
+                variables = dict(each.partition("=")[::2] for each in running.attrs["Config"]["Env"])
+                running.stop(timeout=int(variables.get(TIME_TO_SAVE, DEFAULT_TIME_TO_SAVE)))
         delete(container, client=client, id=id)
 
     DockerContainer.delete = stop_and_delete

@@ -19,6 +19,7 @@ from types import FrameType
 
 from nemo_cpt.errors import CptError, StoppedEarlyError
 from nemo_cpt.executors.runner import MARKER, REFUSAL, UNTRAINED
+from nemo_cpt.output import say
 from nemo_cpt.signals import STOP_SIGNALS, held, listen
 
 MARKER_PREFIX = "preempted-"  # of the file in a job's folder that says: it was told to stop, and nothing is lost
@@ -26,6 +27,8 @@ REFUSAL_PREFIX = "refused-"  # of the one that says: a CptError ended it
 RUNNER = "nemo_cpt.executors.runner"
 FROM_LAUNCHER = signal.SIGUSR2
 POLL_SECONDS = 0.5
+TIME_TO_SAVE = "NEMO_CPT_SECONDS_TO_SAVE"  # of a job's environment: who cancels the job kills it no sooner
+DEFAULT_TIME_TO_SAVE = 600  # of a job that cannot be planned
 
 
 class Supervisor:
@@ -59,14 +62,14 @@ class Supervisor:
             if self.refusal.exists():
                 return CptError.exit_code
             if stopped := self._how_it_stopped(code):
-                _say(f"stopped ahead of the end, {stopped}; the same command goes on from there")
+                say(f"nemo_cpt: stopped ahead of the end, {stopped}; the same command goes on from there")
                 return StoppedEarlyError.exit_code
             if code in (0, CptError.exit_code) or self.told:
                 break
             if restart < self.max_restarts:
-                _say(f"exit code {code}; restart {restart + 1} of {self.max_restarts}")
+                say(f"nemo_cpt: exit code {code}; restart {restart + 1} of {self.max_restarts}")
         if code and self.told:
-            _say("told to stop, and ended unsaved; the same command goes on from the last checkpoint")
+            say("nemo_cpt: told to stop, and ended unsaved; the same command goes on from the last checkpoint")
         return code
 
     def _how_it_stopped(self, code: int) -> str:
@@ -138,10 +141,6 @@ class Supervisor:
         self.child.send_signal(signal.SIGCONT)
 
 
-def _say(what: str) -> None:
-    print(f"nemo_cpt: {what}", flush=True)
-
-
 def _end(leader: int) -> None:
     """Kill the workers, each with a session of its own under torchrun, and their parent."""
     for pid in [*children(leader), leader]:
@@ -163,6 +162,15 @@ def processes() -> dict[int, tuple[int, str]]:
             state, parent = stat.read_text().rpartition(")")[2].split()[:2]  # a program's name may hold spaces
             found[int(stat.parent.name)] = (int(parent), state)
     return found
+
+
+def seconds_to_save(pid: int) -> int:
+    """Return how long a job, by its supervisor's process id, may take to save when it is told to stop."""
+    try:
+        variables = dict(each.partition("=")[::2] for each in Path(f"/proc/{pid}/environ").read_text().split("\0"))
+        return int(variables[TIME_TO_SAVE])
+    except (OSError, KeyError, ValueError):
+        return DEFAULT_TIME_TO_SAVE
 
 
 def main() -> None:

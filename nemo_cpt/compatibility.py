@@ -28,6 +28,7 @@ from nemo_cpt.checkpoint.model_config import (
 from nemo_cpt.errors import CptError
 
 ROWS = "vocab_size"
+EMBEDDING_TENSOR, HEAD_TENSOR = "model.embed_tokens.weight", "lm_head.weight"  # as Hugging Face names them
 TILE = 16  # rows of a weight that the GPU's matrix products take at once, in bf16 as in fp8
 END_OF_TEXT = "eos_token_id"
 # What a training may change on purpose, such as to a longer context: no tensor's shape depends on it, and an export
@@ -187,14 +188,15 @@ def check_model(base: Base, model: Any, unlike_base: Collection[str] = ()) -> li
 
 
 def _model_cure(base: Base, found: Iterable[Difference]) -> str:
-    from nemo_cpt.recipe_models import model_config, recipe_modules
+    from nemo_cpt.recipe_models import LIKE_BASE, model_config, recipe_modules
 
     theirs = {name: value for name, value in base.constants.items() if name != ROWS}
     recipes = [each.stem for each in recipe_modules() if not differences(constants_of_nemo(model_config(each)), theirs)]
-    cure = f"run {recipes[0]}, whose model it is" if recipes else f"give model=parts.model_like({str(base.folder)!r})"
+    cure = f"run {recipes[0]}, whose model it is, or" if recipes else ""
+    cure += f" give model={LIKE_BASE}, which takes the base's shape"
     names = [each.name for each in found]
     changeable = base.architecture and all(can_be_written(each, base.architecture) for each in found)
-    return cure + (f"; if the change is meant, say so with unlike_base={names}" if changeable else "")
+    return cure.strip() + (f"; if the change is meant, say so with unlike_base={names}" if changeable else "")
 
 
 def rows_to_build(base: Base, model: Any, tensor_model_parallel_size: int) -> int:
@@ -289,6 +291,47 @@ def check_data(
     if END_OF_TEXT in unlike_base:
         return warnings
     return warnings + [each for prefix, manifest in datasets.items() for each in _check_end(base, prefix, manifest)]
+
+
+def check_template(base: Base, prefixes: Iterable[str]) -> list[str]:
+    """Refuse conversations with special tokens that the base never learnt, for a training that freezes their rows.
+
+    A token that is read needs a row of the embedding that was trained, the one that ends an answer also one of the
+    output layer.
+
+    Args:
+        base: as `read_base` gives it.
+        prefixes: of datasets and of conversations, all there and whole.
+
+    Returns:
+        A warning where the base's weights cannot be read.
+
+    Raises:
+        CptError: rows of the template's special tokens are as nothing has trained them.
+    """
+    from nemo_cpt.checkpoint.base import base_weights
+    from nemo_cpt.conversations.special_rows import measure_rows
+
+    template = next((manifest["template"] for each in prefixes if "template" in (manifest := _manifest(each))), None)
+    if template is None or not template["tokens"]:
+        return []
+    if base.architecture is None:
+        return [f"The base {base.folder} carries no config.json: whether it knows the template's tokens is not known."]
+    weights, stop = base_weights(base.folder, base.architecture), [template["stop"]]
+    tokens = {EMBEDDING_TENSOR: template["tokens"]}
+    if not base.architecture.tie_word_embeddings:
+        tokens[HEAD_TENSOR] = dict(stop)
+    rows = {(row.token, row.id) for name, each in tokens.items()
+            for row in measure_rows(weights.read(name), each) if row.untrained}  # fmt: skip
+    if rows:
+        listed = ", ".join(f"{token} ({number})" for token, number in sorted(rows, key=lambda row: row[1]))
+        raise CptError(
+            f"the template {template['name']} uses {listed}, which the base {base.folder} was never trained with (by "
+            "the rows of its embedding and output layer), and these stay frozen: the model could not learn when an "
+            "answer ends. Train them beside the adapters, embeddings_lr=2e-5, or prepare the conversations with a "
+            "template of plain text, nemo-cpt prepare ... --template alpaca-ja (alpaca-en, alpaca-zh)"
+        )
+    return []
 
 
 def _manifest(prefix: str) -> dict[str, Any]:

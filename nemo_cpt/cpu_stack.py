@@ -80,10 +80,16 @@ def _patches() -> Iterator[Any]:
     import nemo.collections.llm.peft.utils as peft_utils
     import nemo.lightning.io.pl as checkpoint_io
     import nemo.lightning.pytorch.strategies.megatron_strategy as megatron_strategy
+    from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.transformer import transformer_block
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
     from nemo.lightning.pytorch.callbacks.progress_printer import ProgressPrinter
 
     for name, function in _cuda_functions().items():
         yield mock.patch.object(torch.cuda, name, function)
+    # Where Transformer Engine is installed, Megatron takes its norms, which know CUDA alone, for plain models too.
+    for module, name in ((transformer_block, "LayerNormImpl"), (gpt_layer_specs, "LNImpl")):
+        yield mock.patch.object(module, name, WrappedTorchNorm)
     yield mock.patch.object(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
     yield mock.patch.object(torch.nn.Module, "cuda", lambda self, *args, **kwargs: self)
     yield mock.patch.object(torch.Tensor, "pin_memory", lambda self, *args, **kwargs: self)

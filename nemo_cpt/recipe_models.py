@@ -7,6 +7,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from nemo_cpt.errors import CptError
+
+LIKE_BASE = "base"  # a recipe's `model=` that stands for the shape of its base
 MODELS = "collections/llm/gpt/model"  # in nemo
 CONFIGS = (  # where the classes of model configs are, as package and file; the nearest first
     ("nemo", f"{MODELS}/llama.py"),
@@ -36,6 +39,18 @@ def model_config(recipes: Path) -> dict[str, Any]:
                 given = {str(word.arg): value for word in node.keywords for value in _literal(word.value)}
                 return {**known, **given}
     return {}
+
+
+def module_named(name: str) -> Path:
+    """Return the module of recipes of a name, for its model.
+
+    Raises:
+        CptError: there is none that declares a model.
+    """
+    modules = {path.stem: path for path in recipe_modules()}
+    if name not in modules:
+        raise CptError(f"model={name}: give {LIKE_BASE}, for the base's own shape, or one of {', '.join(modules)}")
+    return modules[name]
 
 
 def recipe_modules() -> list[Path]:

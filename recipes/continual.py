@@ -21,7 +21,7 @@ def default_data() -> Blend:
 
 
 def continual_pretrain(
-    model: run.Config,
+    model: run.Config | str,
     base: str,
     data: Blend | None = None,
     *,
@@ -48,7 +48,8 @@ def continual_pretrain(
     """Continual pretraining of every parameter: what the recipes of all models share.
 
     Args:
-        model: the model to train, as a run.Config.
+        model: the model to train: "base" for the shape that the base's own config.json has, the name of a module of
+            recipes for that one's (smollm2), or a run.Config.
         base: folder of the NeMo checkpoint to continue from, made by `nemo-cpt import`.
         data: what to train and validate on; `default_data()` when None.
         name: the run's name; its checkpoints and logs go to `directory/name`.
@@ -84,7 +85,7 @@ def continual_pretrain(
     check_batches(global_batch_size, micro_batch_size, num_nodes * gpus_per_node, model_parallel)
     recipe = run.Partial(
         llm.pretrain,
-        model=parts.fused(model),
+        model=parts.fused(parts.model_of(model, base, seq_length)),
         data=parts.data(
             data or default_data(),
             tokenizer=tokenizer or parts.tokenizer(base, directory, name),

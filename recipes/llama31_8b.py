@@ -1,19 +1,23 @@
-"""Continual pretraining of Llama-3.1-8B.
+"""Continual pretraining and instruction tuning of Llama-3.1-8B.
 
-The defaults are those of the recorded run that taught Llama-3.1-8B Japanese on one node of 8 H100 (NVIDIA's Japanese
-blog on continual pretraining with NeMo): 150 steps of 1024 x 8192 tokens = 1.26 B tokens in about 6 hours. Its learning
-rates are Swallow's for the same model too.
+The defaults of continual pretraining are those of the recorded run that taught Llama-3.1-8B Japanese on one node of 8
+H100 (NVIDIA's Japanese blog on continual pretraining with NeMo): 150 steps of 1024 x 8192 tokens = 1.26 B tokens in
+about 6 hours. Its learning rates are Swallow's for the same model too. Those of instruction tuning are in
+`instruction.instruction_tune`.
 """
 
 import nemo_run as run
 from nemo.collections import llm
 
+from nemo_cpt.conversations import Conversations
 from nemo_cpt.corpus import Blend
 from nemo_cpt.planning import ALLOWED, fit
-from nemo_cpt.recipes import continual
+from nemo_cpt.recipes import continual, instruction
 from nemo_cpt.recipes.continual import with_lora as with_lora
+from nemo_cpt.training.guards import check_belonging
 
 DEFAULT_BASE = "checkpoints/Llama-3.1-8B"
+SFT_SEQ_LENGTH, SFT_RANK = 4096, 32
 ONE_GPU = {"gpus_per_node": 1, "tensor_model_parallel_size": 1}
 
 
@@ -160,3 +164,94 @@ def continual_pretrain_full_single_gpu(
     recipe = continual_pretrain(base, data, name=name, **ONE_GPU | sizes | kwargs)
     given_up = ["gradients"] + ["seq_length"] * (seq_length is None)
     return fit(recipe, gpu_memory_gib, allow=[*ALLOWED, *given_up]).recipe
+
+
+@run.cli.factory(target=llm.finetune, name="llama31_8b_sft")
+def instruction_tune(
+    base: str = DEFAULT_BASE,
+    data: Conversations | None = None,
+    *,
+    name: str = "llama31_8b_sft",
+    gpus_per_node: int = 8,
+    tensor_model_parallel_size: int = 2,
+    seq_length: int = 4096,
+    lr: float = 5e-6,
+    **kwargs,
+) -> run.Partial:
+    """Instruction tuning of every parameter, on one node of 8 GPUs of 80 GB by default.
+
+    Args:
+        base: see `instruction.instruction_tune`.
+        data: see `instruction.instruction_tune`.
+        name: see `instruction.instruction_tune`.
+        gpus_per_node: see `instruction.instruction_tune`.
+        tensor_model_parallel_size: see `instruction.instruction_tune`.
+        seq_length: see `instruction.instruction_tune`.
+        lr: peak learning rate, Tülu 3's (arXiv 2411.15124) and that of NeMo's own llama31_8b.finetune_recipe.
+        **kwargs: see `instruction.instruction_tune`.
+
+    Returns:
+        A run.Partial of `llm.finetune`; every field stays editable.
+
+    Raises:
+        CptError: as `instruction.instruction_tune`.
+    """
+    return instruction.instruction_tune(
+        base=base,
+        data=data,
+        name=name,
+        gpus_per_node=gpus_per_node,
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        seq_length=seq_length,
+        lr=lr,
+        **{"model": model(seq_length)} | kwargs,
+    )
+
+
+@run.cli.factory(target=llm.finetune, name="llama31_8b_sft_single_gpu")
+def instruction_tune_single_gpu(
+    base: str = DEFAULT_BASE,
+    data: Conversations | None = None,
+    *,
+    gpu_memory_gib: int = 48,
+    name: str = "llama31_8b_sft_single_gpu",
+    rank: int | None = None,
+    seq_length: int | None = None,
+    lr: float = 1e-4,
+    embeddings_lr: float | None = None,
+    **kwargs,
+) -> run.Partial:
+    """Instruction tuning with LoRA on every linear layer, on one GPU of 48 GB by default; of 24 GB as well.
+
+    Adapters of rank 32 and alpha of twice the rank: instructions take less of them than a language does (arXiv
+    2405.09673 tries 16 to 256). Micro batch and recomputation are what `planning.fit` finds fastest for the card with
+    5 % to spare; where that rank does not fit, it is halved until it does, then the sequence.
+
+    Args:
+        base: see `instruction.instruction_tune`.
+        data: see `instruction.instruction_tune`. The special tokens of its template must have been trained in the base,
+            or embeddings_lr be given.
+        gpu_memory_gib: the card's memory as sold.
+        name: see `instruction.instruction_tune`.
+        rank: rank of the adapters; 32, or the largest half of it that fits, when None.
+        seq_length: see `instruction.instruction_tune`; 4096, or the largest half of it that fits, when None.
+        lr: peak learning rate of the adapters, that of NeMo's own llama31_8b.finetune_recipe for LoRA.
+        embeddings_lr: see `continual_pretrain_single_gpu`.
+        **kwargs: see `instruction_tune`.
+
+    Returns:
+        A run.Partial of `llm.finetune`; every field stays editable.
+
+    Raises:
+        CptError: nothing fits the card; or as `instruction.instruction_tune`.
+    """
+    wanted = seq_length or SFT_SEQ_LENGTH
+    recipe = instruction_tune(base, data, name=name, seq_length=wanted, lr=lr, **ONE_GPU | kwargs)
+    given_up = [knob for knob, value in (("rank", rank), ("seq_length", seq_length)) if value is None]
+    recipe = with_lora(recipe, rank or SFT_RANK, embeddings_lr)
+    check_belonging(recipe)
+    fitted = fit(recipe, gpu_memory_gib, allow=[*ALLOWED, *given_up]).recipe
+    if fitted.data.seq_length == wanted:
+        return fitted
+    shorter = {"rank": rank, "seq_length": fitted.data.seq_length, "embeddings_lr": embeddings_lr}  # has other epochs
+    return instruction_tune_single_gpu(base, data, gpu_memory_gib=gpu_memory_gib, name=name, lr=lr, **shorter | kwargs)

@@ -1,6 +1,6 @@
 """The parts that the recipes share: trainer, optimizer, data, log. Each returns an ordinary, editable run.Config."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -14,13 +14,19 @@ from nemo.collections.llm.recipes.log.default import tensorboard_logger
 from nemo.lightning.pytorch.callbacks import GarbageCollectionCallback
 from nemo.utils.exp_manager import TimingCallback
 
+from nemo_cpt.checkpoint.base import carried_places
 from nemo_cpt.checkpoint.context import nemo_model
+from nemo_cpt.checkpoint.folders import has_tokenizer
 from nemo_cpt.compatibility import read_base
+from nemo_cpt.conversations import Conversations
 from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
+from nemo_cpt.executors.examination import examine_before_launch
+from nemo_cpt.recipe_models import LIKE_BASE, module_named
 from nemo_cpt.training.adapters import EmbeddingRateOptimizer
 from nemo_cpt.training.callbacks import MetricsFile, ValidationLossBySet
 from nemo_cpt.training.checkpoints import RunCheckpoint
+from nemo_cpt.training.conversations import ConversationDataModule, check_replay
 from nemo_cpt.training.data import BlendDataModule
 from nemo_cpt.training.gradients import EveryTrainableParameterHasGradient
 from nemo_cpt.training.guards import Guards
@@ -28,6 +34,8 @@ from nemo_cpt.training.logger import RunLogger
 from nemo_cpt.training.oom_advice import OutOfMemoryAdvice
 from nemo_cpt.training.preemption import SaveWhenStopped
 from nemo_cpt.training.resume import KEPT_TOKENIZER, ResumeOrStartFromBase
+
+examine_before_launch()  # of every recipe, whatever executor it is given
 
 
 def trainer(
@@ -98,6 +106,19 @@ def model_like(base: str, seq_length: int) -> run.Config:
     arguments = {name: value for name, value in config.arguments.items() if name not in of_the_import}
     classes = [getattr(import_module(each.target.module), each.target.name) for each in (model, config)]
     return run.Config(classes[0], config=run.Config(classes[1], **arguments | {"seq_length": seq_length}))
+
+
+def model_of(model: run.Config | str, base: str, seq_length: int) -> run.Config:
+    """The model that a recipe's `model=` stands for; see `continual.continual_pretrain`.
+
+    Raises:
+        CptError: there is no module of that name, or the base does not say its shape.
+    """
+    if not isinstance(model, str):
+        return model
+    if model == LIKE_BASE:
+        return model_like(base, seq_length)
+    return import_module(f"nemo_cpt.recipes.{module_named(model).stem}").model(seq_length)
 
 
 def fused(model: run.Config) -> run.Config:
@@ -206,7 +227,7 @@ def data(
         raise CptError("a training reads no test sets: leave data.test away, and evaluate the exported model on them")
     return run.Config(
         BlendDataModule,
-        paths=[item for prefix, weight in blend.train.items() for item in (weight, prefix)],
+        paths=_in_turn(blend.train),
         validation=dict(blend.validation),
         weighting=blend.weighting,
         tokenizer=run.Config(AutoTokenizer, pretrained_model_name=tokenizer),
@@ -218,10 +239,62 @@ def data(
     )
 
 
+def conversations(
+    data: Conversations,
+    replay: Blend | None,
+    replay_share: float,
+    *,
+    tokenizer: str,
+    seq_length: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    epochs: float | None = None,
+) -> run.Config[ConversationDataModule]:
+    """The data module of conversations, and of the text that is replayed beside them.
+
+    Raises:
+        CptError: the data are of another kind, or the replay's share does not fit them.
+    """
+    if not isinstance(data, Conversations):
+        raise CptError(f"data is {data!r}: give Conversations, such as Conversations(train={{'sft/ja': 1.0}})")
+    if replay is not None and not isinstance(replay, Blend):
+        raise CptError(f"replay is {replay!r}: give a Blend, such as Blend(train={{'ds/en': 1.0}})")
+    check_replay(replay, replay_share)
+    data.check_form()
+    replayed = {
+        "replay_paths": _in_turn(replay.train),
+        "replay_validation": dict(replay.validation),
+        "replay_weighting": replay.weighting,
+        "replay_share": replay_share,
+    } if replay else {}  # fmt: skip
+    return run.Config(
+        ConversationDataModule,
+        paths=_in_turn(data.train),
+        validation=dict(data.validation),
+        too_long=data.too_long,
+        tokenizer=run.Config(AutoTokenizer, pretrained_model_name=tokenizer),
+        seq_length=seq_length,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        num_workers=2,
+        persistent_workers=True,
+        **replayed | ({"epochs": epochs} if epochs else {}),
+    )
+
+
+def _in_turn(weights: Mapping[str, float]) -> list[float | str]:
+    """Megatron's flat list of weights and prefixes."""
+    return [item for prefix, weight in weights.items() for item in (weight, prefix)]
+
+
 def tokenizer(base: str, directory: str, name: str) -> str:
-    """Folder of the base's own tokenizer; where the base is gone, of the copy that the run keeps of it."""
-    own, kept = Path(base, "hf"), Path(directory, name, KEPT_TOKENIZER)
-    return str(kept if kept.is_dir() and not own.is_dir() else own)
+    """Folder of the base's own tokenizer; where the base is gone, of the copy that the run keeps of it.
+
+    An import has it in `hf`, a training's checkpoint in its context.
+    """
+    kept = Path(directory, name, KEPT_TOKENIZER)
+    own = next((place for place in carried_places(Path(base)) if has_tokenizer(place)), None)
+    return str(own or (kept if kept.is_dir() else Path(base, "hf")))
 
 
 def log(directory: str, name: str, save_every: int | None = None) -> run.Config[RunLogger]:

@@ -1,10 +1,14 @@
-"""Continual pretraining of SmolLM2-135M: a real pretrained model that one GPU teaches a language in minutes."""
+"""Continual pretraining and instruction tuning of SmolLM2-135M.
+
+A real pretrained model that one GPU teaches a language in minutes.
+"""
 
 import nemo_run as run
 from nemo.collections import llm
 
+from nemo_cpt.conversations import Conversations
 from nemo_cpt.corpus import Blend
-from nemo_cpt.recipes import continual
+from nemo_cpt.recipes import continual, instruction
 
 DEFAULT_BASE = "checkpoints/SmolLM2-135M"
 
@@ -81,3 +85,48 @@ def continual_pretrain(
     )
     recipe.trainer.limit_val_batches = limit_val_batches
     return recipe
+
+
+@run.cli.factory(target=llm.finetune, name="smollm2_sft")
+def instruction_tune(
+    base: str = DEFAULT_BASE,
+    data: Conversations | None = None,
+    *,
+    name: str = "smollm2_sft",
+    gpus_per_node: int = 1,
+    seq_length: int = 1024,
+    global_batch_size: int = 16,
+    micro_batch_size: int = 8,
+    lr: float = 3e-4,
+    **kwargs,
+) -> run.Partial:
+    """Instruction tuning of SmolLM2-135M, every parameter, on one GPU.
+
+    Args:
+        base: see `instruction.instruction_tune`.
+        data: see `instruction.instruction_tune`.
+        name: see `instruction.instruction_tune`.
+        gpus_per_node: see `instruction.instruction_tune`.
+        seq_length: see `instruction.instruction_tune`.
+        global_batch_size: see `instruction.instruction_tune`.
+        micro_batch_size: see `instruction.instruction_tune`.
+        lr: peak learning rate, that of `continual_pretrain`.
+        **kwargs: see `instruction.instruction_tune`.
+
+    Returns:
+        A run.Partial of `llm.finetune`; every field stays editable.
+
+    Raises:
+        CptError: as `instruction.instruction_tune`.
+    """
+    return instruction.instruction_tune(
+        base=base,
+        data=data,
+        name=name,
+        gpus_per_node=gpus_per_node,
+        seq_length=seq_length,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        lr=lr,
+        **{"model": model(seq_length)} | kwargs,
+    )

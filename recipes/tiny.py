@@ -4,8 +4,9 @@ import nemo_run as run
 from nemo.collections import llm
 from nemo.collections.llm.gpt.model.llama import Llama31Config
 
+from nemo_cpt.conversations import Conversations
 from nemo_cpt.corpus import Blend
-from nemo_cpt.recipes import continual
+from nemo_cpt.recipes import continual, instruction
 from nemo_cpt.training.cpu import on_cpu
 
 
@@ -67,6 +68,48 @@ def continual_pretrain(
         micro_batch_size=micro_batch_size,
         max_steps=max_steps,
         val_check_interval=val_check_interval,
+        lr=lr,
+        **{"model": model(seq_length)} | kwargs,
+    )
+    return on_cpu(recipe, processes)
+
+
+def instruction_tune(
+    base: str,
+    data: Conversations,
+    *,
+    processes: int = 1,
+    name: str = "tiny_sft",
+    seq_length: int = 128,
+    global_batch_size: int = 8,
+    micro_batch_size: int = 4,
+    lr: float = 1e-3,
+    **kwargs,
+) -> run.Partial:
+    """Instruction tuning of the tiny model, on the CPU.
+
+    Args:
+        base: see `instruction.instruction_tune`.
+        data: see `instruction.instruction_tune`.
+        processes: processes of the run, over gloo.
+        name: see `instruction.instruction_tune`.
+        seq_length: see `instruction.instruction_tune`.
+        global_batch_size: see `instruction.instruction_tune`.
+        micro_batch_size: see `instruction.instruction_tune`.
+        lr: peak learning rate; a model this small wants a larger one.
+        **kwargs: see `instruction.instruction_tune`.
+
+    Returns:
+        A run.Partial of `llm.finetune` that runs on the CPU.
+    """
+    recipe = instruction.instruction_tune(
+        base=base,
+        data=data,
+        name=name,
+        gpus_per_node=processes,
+        seq_length=seq_length,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
         lr=lr,
         **{"model": model(seq_length)} | kwargs,
     )

@@ -9,16 +9,18 @@ CHECKOUT = Path(__file__).parents[1]
 
 # From the bottom up: a room imports rooms of the lines above it alone.
 LAYERS = (
-    ("constants", "urls", "recipe_models", "signals"),
+    ("constants", "output", "quiet", "signals", "urls"),
     ("errors", "cpu_stack"),
-    ("cache", "hub"),
+    ("cache", "hub", "recipe_models"),
     ("corpus", "checkpoint"),
-    ("compatibility", "conversations"),
+    ("conversations",),
+    ("compatibility",),
     ("training",),
     ("planning", "inference"),
-    ("evaluation", "executors", "recipes"),
+    ("evaluation", "doctor"),
+    ("executors",),
+    ("recipes",),
     ("catalog",),
-    ("doctor",),
     ("launching",),
     ("demo",),
     ("cli",),

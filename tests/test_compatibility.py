@@ -14,7 +14,7 @@ import pytest
 from nemo.collections import llm
 from nemo_run.core.serialization.yaml import YamlSerializer
 
-from nemo_cpt import compatibility
+from nemo_cpt import catalog, compatibility
 from nemo_cpt.checkpoint import import_hf
 from nemo_cpt.checkpoint.architecture import read_architecture
 from nemo_cpt.checkpoint.context import write_context
@@ -24,6 +24,7 @@ from nemo_cpt.corpus import Blend, prepare
 from nemo_cpt.doctor import Examination, Job, inputs
 from nemo_cpt.errors import CptError
 from nemo_cpt.launching import yaml_file
+from nemo_cpt.launching.description import describe
 from nemo_cpt.recipe_models import model_config, recipe_modules
 from nemo_cpt.recipes import llama31_8b, parts, smollm2, tiny
 from nemo_cpt.training import guards
@@ -145,6 +146,24 @@ def test_a_135m_base_for_the_8b_recipe_is_refused_everywhere_in_the_same_words(s
 
 def made_of(finding: Any) -> str:
     return f"{finding.found}: {finding.cure}"
+
+
+def test_a_recipe_takes_its_bases_shape_also_by_a_word(kin: Path) -> None:
+    """As a command line can say it, where the recipe's own model is another one: what the refusal advises."""
+    base, data = str(kin / "qwen2"), Blend(train={str(kin / "ds" / "qwen2"): 1.0})
+    with pytest.raises(CptError, match="give model=base, which takes the base's shape"):
+        llama31_8b.continual_pretrain(base, data, seq_length=64)
+    arguments = catalog.parse(catalog.recipe("llama31_8b"), [f"base={base}", "model=base", "seq_length=64"])
+    made = llama31_8b.continual_pretrain(**arguments, data=data)
+    assert made.model == parts.fused(parts.model_like(base, 64))
+    told = describe(catalog.recipe("llama31_8b"), arguments, [], "local", [])
+    check_model(read_base(base), told.model)
+    changed = describe(catalog.recipe("llama31_8b"), arguments, ["model.config.num_layers=7"], "local", [])
+    with pytest.raises(CptError, match=r"num_hidden_layers .* is 7 in the recipe"):
+        check_model(read_base(base), changed.model)
+    with pytest.raises(CptError, match="model=bsae: give base, for the base's own shape, or one of llama31_8b, "):
+        describe(catalog.recipe("llama31_8b"), arguments | {"model": "bsae"}, [], "local", [])
+    assert parts.model_of("smollm2", base, 64) == smollm2.model(64)
 
 
 def message_of(action: Any) -> str:

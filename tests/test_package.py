@@ -17,6 +17,8 @@ LIGHT = [
     "nemo_cpt.conversations.special_rows",
     "nemo_cpt.conversations.synthesis",
     "nemo_cpt.corpus",
+    "nemo_cpt.evaluation.judge",
+    "nemo_cpt.evaluation.language",
     "nemo_cpt.executors",
     "nemo_cpt.recipes",
 ]
@@ -39,26 +41,65 @@ def test_the_package_imports_in_under_0_3_s() -> None:
     assert min(seconds("import nemo_cpt") for _ in range(3)) - min(seconds("pass") for _ in range(3)) < 0.3
 
 
-def test_a_cpt_error_ends_a_process_with_its_message_and_2() -> None:
-    code = "from nemo_cpt import errors; errors.exit_with_the_message(); raise errors.CptError('lr is 0')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (2, "nemo_cpt: lr is 0\n")
+RAISES = "from nemo_cpt.errors import CptError, StoppedEarlyError\nraise {}('lr is 0')"
+
+
+def ended(code: str, *options: str, **how: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *options, "-c", code], stderr=subprocess.PIPE, text=True, **how)  # type: ignore[call-overload, no-any-return]
+
+
+@pytest.mark.parametrize(("kind", "code"), [("CptError", 2), ("StoppedEarlyError", 75)])
+def test_what_the_user_can_mend_ends_a_script_with_one_line_and_its_code(kind: str, code: int) -> None:
+    done = ended(RAISES.format(kind))
+    assert (done.returncode, done.stderr) == (code, "nemo_cpt: lr is 0\n")
 
 
 def test_its_message_is_not_lost_behind_the_hook_of_torch_distributed() -> None:
-    code = (
-        "import torch.distributed as dist; from nemo_cpt import errors; errors.exit_with_the_message()\n"
+    done = ended(
+        "import torch.distributed as dist; from nemo_cpt import errors\n"
         "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
         "raise errors.CptError('lr is 0')"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2
     assert "nemo_cpt: lr is 0\n" in done.stderr
 
 
+def test_nor_behind_the_hook_that_typer_puts_in_its_place() -> None:
+    """As in `nemo llm pretrain`; jobs and executors install theirs again within."""
+    done = ended(
+        "import typer; from nemo_cpt import errors; app = typer.Typer()\n"
+        "@app.command()\ndef main() -> None:\n errors.exit_with_the_message(); raise errors.CptError('lr is 0')\n"
+        "app()"
+    )
+    assert (done.returncode, done.stderr) == (2, "nemo_cpt: lr is 0\n")
+
+
+def test_where_in_a_config_it_was_raised_is_not_said() -> None:
+    done = ended(
+        "import fiddle; from nemo_cpt import errors\ndef refuse(): raise errors.CptError('lr is 0')\n"
+        "fiddle.build(fiddle.Config(dict, optim=fiddle.Config(refuse)))"
+    )
+    assert (done.returncode, done.stderr) == (2, "nemo_cpt: lr is 0\n")
+
+
+def test_its_code_holds_where_nobody_reads_the_message() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    code = "from nemo_cpt import errors, output\noutput.say('gone')\nraise errors.StoppedEarlyError('saved')"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=write, stderr=write)
+    os.close(write)
+    assert process.wait() == 75
+
+
+def test_an_interactive_session_goes_on() -> None:
+    done = ended("", "-i", input=RAISES.format("CptError") + "\nprint('goes', 'on')\n", stdout=subprocess.PIPE)
+    assert (done.returncode, done.stdout) == (0, "goes on\n")
+    assert "nemo_cpt: lr is 0\n" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_other_errors_keep_their_traceback() -> None:
-    code = "from nemo_cpt import errors; errors.exit_with_the_message(); raise ValueError('odd')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = ended("import nemo_cpt\nraise ValueError('odd')")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
 

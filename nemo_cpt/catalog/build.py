@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
+from nemo_cpt.catalog import source
 from nemo_cpt.errors import CptError
 
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -16,7 +17,7 @@ def build_recipe(recipe: str, arguments: Mapping[str, Any], overrides: Sequence[
 
     Args:
         recipe: `module.function` in nemo_cpt.recipes.
-        arguments: the function's; a mapping for `data` stands for a Blend's fields.
+        arguments: the function's; a mapping for a Blend or for Conversations stands for their fields.
         overrides: `path.to.field=value` on the run.Partial, type-checked by the field's annotation.
 
     Returns:
@@ -25,16 +26,20 @@ def build_recipe(recipe: str, arguments: Mapping[str, Any], overrides: Sequence[
     Raises:
         CptError: a field does not exist (with the nearest names), a value has the wrong type, or the recipe objects.
     """
-    from nemo_cpt.corpus import Blend
-
     module, _, function = recipe.rpartition(".")
-    given = dict(arguments)
-    if isinstance(given.get("data"), Mapping):
-        given["data"] = Blend(**given["data"])
+    parameters = source.recipe(recipe).parameters
+    given = {name: _made(value, parameters[name].annotation) if name in parameters else value
+             for name, value in arguments.items()}  # fmt: skip
     partial = getattr(import_module(f"nemo_cpt.recipes.{module}"), function)(**given)
     for override in overrides:
         _override(partial, override)
     return partial
+
+
+def _made(value: Any, annotation: str) -> Any:
+    """A mixture from its fields; any other value as it is."""
+    kind = source.mixture_of(annotation) if isinstance(value, Mapping) else None
+    return kind(**value) if kind else value
 
 
 def _override(partial: Any, override: str) -> None:

@@ -227,14 +227,46 @@ def _bool(text: str) -> bool:
     return text.lower() in TRUE
 
 
-def _blend(text: str) -> Any:
-    """A Blend from a YAML or JSON file, or from the same written out: {train: {ds/ja: 0.75}, validation: {...}}."""
+def mixture_of(annotation: str) -> Any:
+    """Return the class of mixtures, Blend or Conversations, that an annotation names; None if it names none."""
+    from nemo_cpt.conversations import Conversations
     from nemo_cpt.corpus import Blend
 
-    fields = yaml.safe_load(Path(text).read_text() if text.endswith((".yaml", ".yml", ".json")) else text)
-    if not isinstance(fields, dict) or not set(fields) <= set(Blend.__dataclass_fields__):
-        raise ValueError(text)
-    return Blend(**fields)
+    kinds = [kind.strip() for kind in annotation.split("|")]
+    return next((each for each in (Blend, Conversations) if each.__name__ in kinds), None)
+
+
+def default_data(function: Function) -> Any:
+    """Return the data that a recipe takes where none are given, if their source is made of literals; else None."""
+    parameter = function.parameters.get("data")
+    kind = mixture_of(parameter.annotation) if parameter and parameter.default is not None else None
+    if kind is None:
+        return None
+    module = {"Conversations": "instruction.py"}.get(kind.__name__, "continual.py")
+    node = functions(function.path.with_name(module)).get("default_data")
+    call = node.body[-1].value if node and isinstance(node.body[-1], ast.Return) else None
+    if not isinstance(call, ast.Call):
+        return None
+    owner, _, method = ast.unparse(call.func).partition(".")
+    try:
+        make = getattr(kind, method) if method else kind
+        arguments = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
+        return make(*map(ast.literal_eval, call.args), **arguments) if owner == kind.__name__ else None
+    except (ValueError, TypeError, AttributeError):
+        return None
+
+
+def _mixture(kind: str) -> Any:
+    """A parser of a YAML or JSON file's path, or of the same written out: {train: {ds/ja: 0.75}, validation: {...}}."""
+
+    def parse_mixture(text: str) -> Any:
+        fields = yaml.safe_load(Path(text).read_text() if text.endswith((".yaml", ".yml", ".json")) else text)
+        make = mixture_of(kind)
+        if not isinstance(fields, dict) or not set(fields) <= set(make.__dataclass_fields__):
+            raise ValueError(text)
+        return make(**fields)
+
+    return parse_mixture
 
 
 def _collection(kind: type) -> Any:
@@ -252,7 +284,8 @@ _PARSERS = {
     "float": float,
     "bool": _bool,
     "Path": Path,
-    "Blend": _blend,
+    "Blend": _mixture("Blend"),
+    "Conversations": _mixture("Conversations"),
     "Sequence": _collection(list),
     "list": _collection(list),
     "tuple": lambda text: tuple(_collection(list)(text)),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_cpt.cache import cache_folder
+from nemo_cpt.catalog import source
 from nemo_cpt.errors import CptError
 from nemo_cpt.planning.workload import Workload
 
@@ -36,7 +37,7 @@ def workload(recipe: str, arguments: Mapping[str, Any], fields: Sequence[str] = 
         CptError: the recipe objects, a field does not exist, or the planner cannot read it.
     """
     request = json.dumps([recipe, {name: _plain(value) for name, value in arguments.items()}, list(fields)])
-    path = cache_folder("workloads") / f"{_key(request)}.json"
+    path = cache_folder("workloads") / f"{_key(request + _counted(recipe, arguments))}.json"
     remembered = json.loads(path.read_text()) if path.is_file() else None
     if remembered and remembered["digest"] == _digest(remembered["configuration"]):
         return _workload(remembered["workload"])
@@ -55,6 +56,17 @@ def _workload(fields: Mapping[str, Any]) -> Workload:
 
 def _plain(value: Any) -> Any:
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+
+
+def _counted(recipe: str, arguments: Mapping[str, Any]) -> str:
+    """What tells the files from others whose epochs a recipe counts: their sizes and times."""
+    function = source.recipe(recipe)
+    if "epochs" not in function.parameters or arguments.get("max_steps") is not None:
+        return ""
+    data = arguments.get("data") or source.default_data(function)
+    indices = [Path(prefix + ".idx").absolute() for prefix in data.prefixes()] if data else []
+    stats = [(str(path), path.stat()) for path in indices if path.is_file()]
+    return json.dumps([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats])
 
 
 def _built(request: str) -> str:
@@ -79,8 +91,8 @@ def _key(request: str) -> str:
     for package in SOURCES:
         spec = find_spec(package)
         for folder in spec.submodule_search_locations if spec and spec.submodule_search_locations else []:
-            for source in sorted(Path(folder).glob("*.py")):
-                digest.update(source.read_bytes())
+            for path in sorted(Path(folder).glob("*.py")):
+                digest.update(path.read_bytes())
     return digest.hexdigest()[:32]
 
 

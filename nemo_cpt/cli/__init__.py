@@ -1,11 +1,12 @@
 """The `nemo-cpt` command: one module a group of commands; each parses, calls one function and prints."""
 
 import sys
-import warnings
 
 import typer
 
 from nemo_cpt.errors import CptError
+from nemo_cpt.output import say
+from nemo_cpt.quiet import quiet_imports
 
 app = typer.Typer(
     name="nemo-cpt",
@@ -18,8 +19,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line; a CptError becomes its message on stderr and exit code 2."""
-    # torch warns of a package that NeMo's requirements install; no user can do anything about it.
-    warnings.filterwarnings("ignore", message="The pynvml package is deprecated")
+    quiet_imports()
     from nemo_cpt.cli import (  # noqa: F401  each registers its commands on `app`
         checkpoint,
         conversations,
@@ -34,7 +34,7 @@ def main() -> None:
     try:
         app()
     except CptError as error:
-        print(f"nemo-cpt: {error}", file=sys.stderr)
+        say(f"nemo-cpt: {error.message}", sys.stderr)
         sys.exit(error.exit_code)
 
 

@@ -85,10 +85,10 @@ def run(
     """
     from nemo_cpt import catalog
     from nemo_cpt.catalog.build import build_recipe
+    from nemo_cpt.doctor.preflight import preflight
     from nemo_cpt.launching import jobs
     from nemo_cpt.launching.description import describe
     from nemo_cpt.launching.executor import make_executor
-    from nemo_cpt.launching.preflight import preflight
     from nemo_cpt.launching.task import nothing_to_train
 
     function, arguments, fields, options = catalog.split(recipe, overrides or [])
@@ -97,7 +97,7 @@ def run(
         if job.place.same_files and (said := nothing_to_train(function.name, arguments, fields, job.place.here)):
             print(said if not json else jsonlib.dumps({"finished": said}), file=sys.__stdout__)
             return
-        preflight(job, force=force or dryrun)
+        preflight(job, force=force or dryrun, how_to_force="--force", speaker="nemo-cpt")
         if check or (fields and executor != "local"):
             build_recipe(function.name, arguments, fields)
         where = make_executor(executor, options, function.processes(arguments))
@@ -137,12 +137,19 @@ def logs(
 
 @app.command(rich_help_panel=PANEL)
 def cancel(experiment: Experiment = None, json: Json = False) -> None:
-    """Stop an experiment's tasks that are queued or running."""
+    """Stop an experiment's tasks that are queued or running.
+
+    A local job saves first; it is killed if that takes longer than its plan allows, 10 minutes where there is none.
+    """
     from nemo_cpt.launching import jobs
 
     with _only_json_on_stdout(json):
         cancelled = jobs.cancel(experiment)
-    print(jsonlib.dumps(cancelled) if json else f"cancelled {cancelled['experiment']}: {', '.join(cancelled['tasks'])}")
+    if json:
+        return print(jsonlib.dumps(cancelled))
+    print(f"cancelled {cancelled['experiment']}: {', '.join(cancelled['tasks'])}")
+    for task in cancelled["killed"]:
+        print(f"{task} did not save in time and was killed: it goes on from its last checkpoint")
 
 
 @contextlib.contextmanager

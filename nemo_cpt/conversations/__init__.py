@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from nemo_cpt.conversations.dataset import open_conversations as open_conversations
     from nemo_cpt.conversations.inspection import ConversationInspection as ConversationInspection
     from nemo_cpt.conversations.inspection import inspect_conversations as inspect_conversations
+    from nemo_cpt.conversations.mixture import Conversations as Conversations
+    from nemo_cpt.conversations.mixture import TrainingSequences as TrainingSequences
     from nemo_cpt.conversations.packing import Packing as Packing
     from nemo_cpt.conversations.packing import pack as pack
     from nemo_cpt.conversations.preparation import ConversationReport as ConversationReport
@@ -22,8 +24,10 @@ _HOMES = {
     "ConversationInspection": "inspection",
     "ConversationReport": "preparation",
     "ConversationSet": "dataset",
+    "Conversations": "mixture",
     "Packing": "packing",
     "SynthesisReport": "synthesis",
+    "TrainingSequences": "mixture",
     "inspect_conversations": "inspection",
     "lay_out": "dataset",
     "load_template": "templates",

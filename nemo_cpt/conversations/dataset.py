@@ -9,7 +9,7 @@ read.
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from nemo_cpt.corpus.dataset.index import Index, full_prefix, read_index
 from nemo_cpt.corpus.dataset.manifest import read_manifest
@@ -144,6 +144,13 @@ def open_conversations(prefix: str | os.PathLike[str]) -> ConversationSet:
     import numpy as np
 
     full = conversations_prefix(prefix)
+    if not any(Path(full + end).exists() for end in (".idx", ".journal")):
+        texts = full_prefix(full.removesuffix(SUFFIX))
+        instead = f" ({texts} is a dataset of texts)" if Path(texts + ".idx").exists() else ""
+        raise CptError(
+            f"There is no set of conversations {full}{instead}. Make it with `nemo-cpt prepare CHATS --template …`, "
+            "or correct the prefix."
+        )
     index, manifest, mask = read_index(full), read_manifest(full), Path(full + ".mask")
     if manifest.get("kind") != KIND or not mask.is_file():
         raise CptError(f"{full} is not a set of conversations. Make one with `nemo-cpt prepare --template …`.")
@@ -158,7 +165,14 @@ def open_conversations(prefix: str | os.PathLike[str]) -> ConversationSet:
     return ConversationSet(full, index, manifest, tokens, np.memmap(mask, dtype=np.uint8, mode="r"))
 
 
-def lay_out(chats: ConversationSet, numbers: Any, fit: Fit) -> dict[str, Any]:
+class Readable(Protocol):
+    """What conversations can be read from by number."""
+
+    def read(self, number: int) -> tuple[Any, Any]:
+        """See `ConversationSet.read`."""
+
+
+def lay_out(chats: Readable, numbers: Any, fit: Fit) -> dict[str, Any]:
     """Put conversations into one sequence, as a training step takes it.
 
     A conversation's tokens are shifted against its own labels, never against the next one's; its positions begin at 0.

@@ -6,17 +6,12 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from threading import Event, Thread
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
 from nemo_cpt.demo import report as reporting
+from nemo_cpt.demo.console import bar, console, followed, quietly, say
 from nemo_cpt.errors import CptError
 from nemo_cpt.training.metrics import read_metrics
 
@@ -24,7 +19,6 @@ FOLDER, MARKER = Path("demo"), ".made_by_the_demo"
 BASE_STEPS, STEPS, STOP_AT = 120, 60, 30
 SEQ_LENGTH, VALIDATION_SAMPLES = 128, 16
 REPLAY = 0.25
-console = Console(soft_wrap=True, highlight=False)
 
 
 def main() -> None:
@@ -64,15 +58,11 @@ def _make_folder() -> None:
     (FOLDER / MARKER).touch()
 
 
-def _say(step: str) -> None:
-    console.print(f"\n[bold cyan]▸ {step}[/]")
-
-
 def _split_corpus() -> dict[str, list[str]]:
     """Write each language's corpus as training and validation JSONL; return the training texts."""
     from nemo_cpt.corpus import split
 
-    _say("The corpus that ships with the package: Japanese and English prose; a tenth of the documents is held out")
+    say("The corpus that ships with the package: Japanese and English prose; a tenth of the documents is held out")
     texts = {}
     for language in reporting.LANGUAGES:
         source = str(files("nemo_cpt.demo") / "corpus" / f"{language}.jsonl")
@@ -85,16 +75,16 @@ def _split_corpus() -> dict[str, list[str]]:
 def _pretrain_base(corpus: dict[str, list[str]]) -> None:
     from nemo_cpt.demo import base
 
-    _say("A base to continue from: a small Llama-3.1-shaped model, pretrained on English alone with plain PyTorch")
+    say("A base to continue from: a small Llama-3.1-shaped model, pretrained on English alone with plain PyTorch")
     tokenizer = base.train_tokenizer(corpus["ja"] + corpus["en"])
-    with _bar("pretraining", BASE_STEPS) as progress:
+    with bar("pretraining", BASE_STEPS) as progress:
         base.pretrain(corpus["en"], tokenizer, FOLDER / "base_hf", steps=BASE_STEPS, progress=progress)
 
 
 def _prepare() -> None:
     from nemo_cpt.corpus import prepare
 
-    _say("Text to Megatron's .bin and .idx, with the base's tokenizer")
+    say("Text to Megatron's .bin and .idx, with the base's tokenizer")
     for part in ("train", "validation"):
         for language in reporting.LANGUAGES:
             source = FOLDER / "text" / language / f"{part}.jsonl"
@@ -105,7 +95,7 @@ def _prepare() -> None:
 def _import_base() -> None:
     from nemo_cpt.checkpoint import import_hf
 
-    _say("Hugging Face to NeMo")
+    say("Hugging Face to NeMo")
     import_hf(FOLDER / "base_hf", FOLDER / "base_nemo")
     console.print(f"  {FOLDER}/base_nemo")
 
@@ -118,7 +108,7 @@ def _train(name: str, weights: dict[str, float], title: str, stop_at: int | None
     from nemo_cpt.executors import local
 
     shares = ", ".join(f"{share:.0%} {reporting.LANGUAGES[language]}" for language, share in weights.items())
-    _say(f"Continual pretraining on {shares}: {title}")
+    say(f"Continual pretraining on {shares}: {title}")
     task = run.Partial(
         continually_pretrain,
         name=name,
@@ -131,63 +121,8 @@ def _train(name: str, weights: dict[str, float], title: str, stop_at: int | None
         stop_at=stop_at,
         export=stop_at is None,
     )
-    with _followed(FOLDER / "runs" / name, stop_at or STEPS), _quietly():  # the job's log is under NEMORUN_HOME
+    with followed(FOLDER / "runs" / name, stop_at or STEPS), quietly():  # the job's log is under NEMORUN_HOME
         run.run(task, executor=local(), name=f"demo_{name}", tail_logs=False)
-
-
-@contextmanager
-def _bar(title: str, total: int) -> Iterator[Callable[[int, float], None]]:
-    """A progress bar on a terminal, ten plain lines elsewhere; yields a function of the step and its loss."""
-    columns = (TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(title, total=total, state="")
-
-        def advance(step: int, loss: float) -> None:
-            progress.update(task, completed=step, state=f"step {step}/{total}, loss {loss:.3f}")
-            if not console.is_terminal and step % max(total // 10, 1) == 0:
-                console.print(f"  step {step}/{total}, loss {loss:.3f}")
-
-        yield advance
-
-
-@contextmanager
-def _followed(run_folder: Path, total: int) -> Iterator[None]:
-    """Show a run's steps from its metrics file while the block runs."""
-    done = Event()
-
-    def follow(progress: Callable[[int, float], None]) -> None:
-        shown = _last_step(run_folder)
-        while not done.wait(0.5):
-            for line in read_metrics(run_folder):
-                if line["step"] > shown and "reduced_train_loss" in line:
-                    shown = int(line["step"])
-                    progress(shown, line["reduced_train_loss"])
-
-    with _bar("loading NeMo, then training", total) as progress:
-        follower = Thread(target=follow, args=(progress,), daemon=True)
-        follower.start()
-        try:
-            yield
-        finally:
-            time.sleep(0.6)  # one more look at the metrics
-            done.set()
-            follower.join()
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep NeMo-Run's own narration out of the demo's; a failed task still raises, with its log."""
-    from nemo_run.core.frontend.console.api import CONSOLE
-
-    CONSOLE.quiet = True
-    try:
-        yield
-    finally:
-        CONSOLE.quiet = False
-
-
-def _last_step(run_folder: Path) -> int:
-    return max((int(line["step"]) for line in read_metrics(run_folder)), default=0)
 
 
 def _newest_step(name: str) -> int:
@@ -200,7 +135,7 @@ def _evaluate(resumed_from: int) -> dict[str, Any]:
     from nemo_cpt.evaluation.bits_per_byte import sequences_loss
     from nemo_cpt.inference.transformers_engine import TransformersEngine
 
-    _say("The exported models, loaded by plain transformers, on the held-out text")
+    say("The exported models, loaded by plain transformers, on the held-out text")
 
     def losses(model: str) -> dict[str, float]:
         engine = TransformersEngine(FOLDER / model, device="cpu")

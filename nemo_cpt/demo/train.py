@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from nemo_cpt.training.run_folder import newest_whole
+
 
 def continually_pretrain(
     name: str,
@@ -47,9 +49,53 @@ def continually_pretrain(
         _export(Path(folder), name)
 
 
+def instruction_tune(
+    name: str,
+    folder: str,
+    base: str,
+    train: dict[str, float],
+    validation: dict[str, str],
+    epochs: float,
+    seq_length: int,
+    global_batch_size: int,
+) -> None:
+    """Teach a checkpoint to answer with the recipe of `nemo_cpt.recipes.tiny`, in `folder`, and export the result.
+
+    Args:
+        name: the run's name.
+        folder: where `runs` is; `NAME_hf` is written there.
+        base: the checkpoint.
+        train: weight of each prepared set.
+        validation: prefix of each named validation set.
+        epochs: how often to go through the conversations.
+        seq_length: positions of a sequence.
+        global_batch_size: sequences of a step.
+    """
+    import nemo_run as run
+
+    from nemo_cpt.checkpoint import export_hf
+    from nemo_cpt.conversations import Conversations
+    from nemo_cpt.recipes import tiny
+    from nemo_cpt.training import guards
+
+    recipe = tiny.instruction_tune(
+        base,
+        Conversations(train, validation),
+        name=name,
+        directory=f"{folder}/runs",
+        epochs=epochs,
+        seq_length=seq_length,
+        global_batch_size=global_batch_size,
+    )
+    guards.check(recipe)
+    run.run(recipe, direct=True)
+    checkpoint = newest_whole(Path(folder, "runs", name, "checkpoints"))
+    assert checkpoint is not None, "a run that ended well has a checkpoint"
+    export_hf(checkpoint.path, Path(folder, f"{name}_hf"), base=Path(folder, "base_hf"))
+
+
 def _export(folder: Path, name: str) -> None:
     from nemo_cpt.checkpoint import export_hf, verify
-    from nemo_cpt.training.run_folder import newest_whole
 
     checkpoint = newest_whole(folder / "runs" / name / "checkpoints")
     assert checkpoint is not None, "a run that ended well has a checkpoint"

@@ -21,6 +21,7 @@ PREFLIGHT: tuple[Check, ...] = (
     network.interfaces,
     network.rendezvous,
     inputs.base,
+    inputs.run_folder,
     inputs.data,
     inputs.vocabulary,
     inputs.disk,
@@ -54,7 +55,14 @@ CHECKS: tuple[Check, ...] = (
 )
 """The whole examination of a machine."""
 
-JOB_CHECKS: tuple[Check, ...] = (inputs.base, inputs.data, inputs.vocabulary, gpus.fit, slurm.saving_in_time)
+JOB_CHECKS: tuple[Check, ...] = (
+    inputs.base,
+    inputs.run_folder,
+    inputs.data,
+    inputs.vocabulary,
+    gpus.fit,
+    slurm.saving_in_time,
+)
 """What is looked at besides, where a recipe is named."""
 
 __all__ = [

@@ -83,9 +83,8 @@ def weights_and_biases(examination: Examination) -> Finding:
     path = Path(environ.get("NETRC") or Path.home() / ".netrc")
     if _has_entry(path, host):
         return Finding("wandb", "ok", f"logged in to {host} by {path}")
-    wants = examination.job is not None and any(field.startswith("log.wandb") for field in examination.job.fields)
     cure = "run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline"
-    if wants:
+    if examination.job is not None and examination.job.logs_to_wandb:
         return Finding("wandb", "error", f"the recipe logs to it, and there is no key for {host}", cure)
     return Finding("wandb", "skipped", f"no key for {host}; recipes log to TensorBoard and metrics/")
 

@@ -31,6 +31,9 @@ class Finding:
     found: str
     cure: str = ""
 
+    def __str__(self) -> str:
+        return f"{self.name}: {self.found}" + (f"; {self.cure}" if self.cure else "")
+
     def as_dict(self) -> dict[str, Any]:
         """The finding as a JSON-serialisable dict."""
         return asdict(self)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from nemo_cpt.catalog.workloads import workload
 from nemo_cpt.doctor.examination import Examination, Finding, State
 from nemo_cpt.doctor.job import Job
 from nemo_cpt.doctor.nvidia import Gpu, GpuProcess
@@ -21,12 +20,12 @@ def gpus(examination: Examination) -> Finding:
     wanted = job.gpus_here if job else 0
     if not examination.has_gpus:
         found = "none" if wanted == 0 else f"none, and {job.recipe if job else ''} takes {wanted}"
-        return Finding("GPUs", "error" if wanted else "skipped", found, _elsewhere() if wanted else "")
+        return Finding("GPUs", "error" if wanted else "skipped", found, _elsewhere(0) if wanted else "")
     found = _described(seen) if seen else f"none of {len(examination.nvidia.gpus)} is visible"
     if len(seen) < max(wanted, 1):
         visible = examination.environ.get("CUDA_VISIBLE_DEVICES")
         hidden = visible is not None and len(examination.nvidia.gpus) >= wanted
-        cure = f"CUDA_VISIBLE_DEVICES={visible!r} hides them: unset it" if hidden else _elsewhere()
+        cure = f"CUDA_VISIBLE_DEVICES={visible!r} hides them: unset it" if hidden else _elsewhere(len(seen))
         state: State = "error" if wanted else "skipped"
         return Finding("GPUs", state, f"{found}; the job takes {wanted}" if wanted else found, cure if wanted else "")
     small = [gpu for gpu in seen[:wanted] if job and job.gpu_memory_gib and _gib(gpu.total_mib) < _enough(job)]
@@ -68,8 +67,7 @@ def fit(examination: Examination) -> Finding:
     room = _room_gib(examination, job)
     if room is None:
         return Finding("fit", "skipped", "the card is not known here: nemo-cpt plan RECIPE --gpu-memory 80")
-    work = workload(job.recipe, job.arguments, job.fields)
-    planned = plan_workload(work, room)
+    planned = plan_workload(job.workload(), room)
     if planned.fits:
         return Finding("fit", "ok", planned.verdict)
     return Finding("fit", "error", planned.verdict, _what_would_fit(planned, room))
@@ -103,8 +101,9 @@ def _gib(mib: int | None) -> float:
     return float("inf") if mib is None else mib / 1024
 
 
-def _elsewhere() -> str:
-    return "take fewer (gpus_per_node=), run it elsewhere (--executor), or try tiny.continual_pretrain on the CPU"
+def _elsewhere(there: int) -> str:
+    fewer = f"take fewer (gpus_per_node={there}), " if there else ""
+    return f"{fewer}run it elsewhere, by another executor, or try tiny.continual_pretrain on the CPU"
 
 
 def _room_gib(examination: Examination, job: Job) -> float | None:

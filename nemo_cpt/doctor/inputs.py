@@ -2,18 +2,22 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from nemo_cpt import compatibility, corpus
 from nemo_cpt.checkpoint.architecture import Architecture, read_architecture
+from nemo_cpt.checkpoint.base import carried_places
 from nemo_cpt.checkpoint.folders import has_tokenizer
 from nemo_cpt.doctor.examination import Examination, Finding, from_error
 from nemo_cpt.doctor.job import Job
 from nemo_cpt.errors import CptError
 from nemo_cpt.planning import checkpoint_size
 from nemo_cpt.training.preconditions import UNFINISHED, check_base
-from nemo_cpt.training.run_folder import newest_whole
+from nemo_cpt.training.run_folder import Checkpoint, finished, newest_whole, to_resume
+from nemo_cpt.training.run_lock import check_free
 
+_LONG = 4096  # a length to look at the data with, where the recipe's source does not say its own
 BYTES_OF_DTYPE = {"float32": 4}  # bf16 and fp16 have 2
 
 
@@ -25,13 +29,13 @@ def base(examination: Examination) -> Finding:
     if job.base is None:
         return Finding("base", "skipped", f"{job.recipe} names none that can be read from its source")
     folder = Path(job.base)
-    newest = newest_whole(job.directory / "checkpoints")
+    newest = _resumed(job)
     if newest is not None and job.lora_rank is None:
         return Finding("base", "ok", f"the run goes on from {newest.path}, and does not read the base again")
     try:
         check_base(folder)
         _check_whole(folder)
-        if job.tokenizer is None and not has_tokenizer(folder / "hf"):
+        if job.tokenizer is None and not any(map(has_tokenizer, carried_places(folder))):
             raise CptError(f"{folder}/hf holds no tokenizer: import the model again, or give the recipe tokenizer=")
         warnings = compatibility.check_model(compatibility.read_base(folder), job.model, job.unlike_base)
     except CptError as error:
@@ -43,6 +47,25 @@ def base(examination: Examination) -> Finding:
     return Finding("base", "ok", f"{folder}{size}")
 
 
+def run_folder(examination: Examination) -> Finding:
+    """Whether no other job holds the run's folder, and the checkpoint that it would go on from is this recipe's."""
+    job, name = examination.job, "run folder"
+    if job is None or not _sees_files(examination):
+        return Finding(name, "skipped", _why_not(examination))
+    try:
+        check_free(job.directory)
+    except CptError as error:
+        # A job that is queued finds it free, perhaps.
+        return replace(from_error(name, error), state="error" if examination.place.here else "warning")
+    if said := finished(job.directory / "checkpoints", job.max_steps):
+        return Finding(name, "warning", *_sentences([said]))
+    newest = to_resume(job.directory / "checkpoints")
+    if newest is None:
+        return Finding(name, "ok", f"{job.directory} holds no checkpoint yet: the run starts from its base")
+    compatibility.check_resumed(newest.path, job.base, job.model or None)
+    return Finding(name, "ok", f"goes on from {newest.path}, step {newest.step}")
+
+
 def data(examination: Examination) -> Finding:
     """Whether every dataset of the blend is there and whole, and what its mixture will do to the model."""
     job = examination.job
@@ -51,7 +74,9 @@ def data(examination: Examination) -> Finding:
     if job.data is None:
         return Finding("data", "skipped", f"{job.recipe}'s default data cannot be read from its source")
     try:
-        report = job.data.report(job.global_batch_size or 1, job.seq_length or 1, job.max_steps or 1)
+        report = job.data.report(job.global_batch_size or 1, job.seq_length or _LONG, job.max_steps or 1)
+        if job.replay is not None:
+            job.replay.check()
     except CptError as error:
         return from_error("data", error)
     tokens = sum(each["tokens"] for each in report.sets)
@@ -65,13 +90,17 @@ def vocabulary(examination: Examination) -> Finding:
     job, name = examination.job, "vocabulary"
     if job is None or job.data is None or not _sees_files(examination):
         return Finding(name, "skipped", _why_not(examination) if job else "no recipe was named")
-    if job.base is None or not Path(job.base).exists():
+    newest = _resumed(job)
+    weights = newest.path if newest else Path(job.base or "")
+    if not (newest or job.base) or not weights.exists():
         return Finding(name, "skipped", "there is no base here to compare with")
     prefixes = [prefix for prefix in _prefixes(job) if Path(corpus.full_prefix(prefix) + ".idx").exists()]
     try:
-        base = compatibility.read_base(job.base)
+        base = compatibility.read_base(weights)
         warnings = compatibility.check_tokenizer(base, job.tokenizer)
         warnings += compatibility.check_data(base, prefixes, job.unlike_base, job.tokenizer)
+        if job.lora_rank is not None and not job.trained_embeddings:
+            warnings += compatibility.check_template(base, prefixes)
     except CptError as error:
         return from_error(name, error)
     if warnings:
@@ -132,9 +161,13 @@ def _check_whole(folder: Path) -> None:
         )
 
 
+def _resumed(job: Job) -> Checkpoint | None:
+    return newest_whole(job.directory / "checkpoints")
+
+
 def _prefixes(job: Job) -> list[str]:
     try:
-        return job.data.prefixes() if job.data else []
+        return [prefix for each in (job.data, job.replay) if each is not None for prefix in each.prefixes()]
     except AttributeError:  # no mapping: the check of the data says so
         return []
 

@@ -1,12 +1,16 @@
 """What the doctor knows of a job: from a recipe's arguments and an executor's options, with nothing imported."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_cpt.errors import CptError
+
 if TYPE_CHECKING:
+    from nemo_cpt.conversations import Conversations
     from nemo_cpt.corpus import Blend
+    from nemo_cpt.planning import Workload
 
 
 @dataclass(frozen=True)
@@ -44,13 +48,13 @@ class Job:
 
     Attributes:
         recipe: `module.function`.
-        arguments: the recipe's arguments as parsed.
-        fields: `path.to.field=value` on the recipe's config.
         place: where it runs.
-        model: its model config by field, see `recipe_models.model_config`; empty where the source does not say.
+        planned: reads its workload for the planner; None where nothing does.
+        model: its model config, or that's fields (`recipe_models.model_config`); empty where the source does not say.
         unlike_base: in what that differs from the base's on purpose.
         base: folder of the NeMo checkpoint to start from; None where the recipe names none.
         data: what it trains on; None where that cannot be known without building the recipe.
+        replay: pretraining text that is mixed into conversations.
         tokenizer: folder or hub name; None for the base's own.
         directory: folder that the run writes to.
         gpus_per_node: GPUs of each machine; 0 for a recipe of CPU processes.
@@ -64,16 +68,17 @@ class Job:
         max_steps: steps; likewise.
         checkpoints: how many checkpoints lie on the disk at once, at most.
         attention_backend: Megatron's.
+        logs_to_wandb: whether it has a logger for W&B.
     """
 
     recipe: str
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    fields: Sequence[str] = ()
     place: Place = field(default_factory=Place)
-    model: Mapping[str, Any] = field(default_factory=dict)
+    planned: "Callable[[], Workload] | None" = None
+    model: Any = field(default_factory=dict)
     unlike_base: Sequence[str] = ()
     base: str | None = None
-    data: "Blend | None" = None
+    data: "Blend | Conversations | None" = None
+    replay: "Blend | None" = None
     tokenizer: str | None = None
     directory: Path = Path("results")
     gpus_per_node: int = 0
@@ -87,6 +92,17 @@ class Job:
     max_steps: int = 0
     checkpoints: int = 4
     attention_backend: str = "auto"
+    logs_to_wandb: bool = False
+
+    def workload(self) -> "Workload":
+        """What the planner reads of it.
+
+        Raises:
+            CptError: it cannot be planned.
+        """
+        if self.planned is None:
+            raise CptError(f"{self.recipe} says nothing that the planner could read")
+        return self.planned()
 
     @property
     def gpus_here(self) -> int:
@@ -97,3 +113,15 @@ class Job:
     def nodes(self) -> int:
         """Machines of the job: the executor's word before the recipe's."""
         return self.place.nodes or self.num_nodes
+
+
+def checkpoints_at_once(max_steps: int, interval: int, kept: int) -> int:
+    """Checkpoints on the disk at once: the best ones, and the one that is written before the worst is removed.
+
+    Args:
+        max_steps: of the run; 0 where it is not known.
+        interval: steps between checkpoints.
+        kept: the recipe's `save_top_k`; negative for all.
+    """
+    written = max(-(-max_steps // max(interval, 1)), 1)
+    return written if kept < 0 else min(written if max_steps else kept + 1, kept + 1)

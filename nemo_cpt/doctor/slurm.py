@@ -5,7 +5,6 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 
-from nemo_cpt.catalog.workloads import workload
 from nemo_cpt.doctor.examination import Examination, Finding
 from nemo_cpt.errors import CptError
 from nemo_cpt.planning.save_window import saving, window_within
@@ -52,7 +51,7 @@ def saving_in_time(examination: Examination) -> Finding:
     if job is None or not place.slurm or not job.gpus_per_node or not shutil.which("scontrol"):
         return Finding("saving", "skipped", "no job for GPUs that a Slurm of this machine would end")
     try:
-        needed = saving(workload(job.recipe, job.arguments, job.fields))
+        needed = saving(job.workload())
     except CptError as error:  # what the planner cannot read may run all the same
         return Finding("saving", "warning", f"the recipe cannot be planned: {error}", "compare the window by hand")
     window = place.preempt_seconds

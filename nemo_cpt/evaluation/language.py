@@ -47,9 +47,10 @@ KNOWN = {  # as BCP 47 names them, but for what lingua calls Chinese
     "ru": "Russian",
     "uk": "Ukrainian",
 }
-MIXED, UNDECIDED, EMPTY, ROMAJI = "mixed", "undecided", "empty", "ja-latn"
+MIXED, UNDECIDED, EMPTY, ROMAJI, OTHER = "mixed", "undecided", "empty", "ja-latn", "other"
 LARGEST_FOREIGN = 0.15  # of a reply in other languages before it is mixed
 FEWEST_LETTERS = 16  # by which a language that is neither English nor the one asked in can be told
+READ = 200  # characters of a sentence that lingua reads; in long repetitions its probabilities underflow to 0
 LONGEST_QUOTE = 60  # characters; a longer one is a text of its own
 MOST_KANJI = 20  # different ones in a row without kana in Japanese: names of offices, not sentences
 
@@ -64,10 +65,10 @@ SYSTEM_PROMPTS = {
 
 _NO_LANGUAGE = re.compile(
     r"```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]*`"  # code, also of a fence that the reply's end cut
-    r"|\$\$.*?\$\$|\\\[.*?\\\]|\\\(.*?\\\)|\$(?!\s)[^$\n]*[^$\s]\$(?!\d)"  # formulas
+    r"|\$\$.{,999}?\$\$|\\\[.{,999}?\\\]|\\\(.{,999}?\\\)|\$(?!\s)[^$\n]*[^$\s]\$(?!\d)"  # formulas
     r"|<\|[^|<>\n]*\|>|</?[A-Za-z][^<>\n]*>|^(?:assistant|user|system):?$"  # special tokens, tags, roles
-    r"|(?:https?|ftp)://[!-~]+|www\.[!-~]+|[\w.+-]+@[\w-]+\.[\w.-]+"  # addresses
-    r"|(?<![A-Za-z])[A-Za-z_.-]*[0-9_][A-Za-z0-9_.-]*",  # numbers, H2O, snake_case
+    r"|(?:https?|ftp)://[!-~]+|www\.[!-~]+|(?<![\w.+-])[\w.+-]+@[\w-]+\.[\w.-]+"  # addresses
+    r"|(?<![A-Za-z_.-])[A-Za-z_.-]*[0-9_][A-Za-z0-9_.-]*",  # numbers, H2O, snake_case
     re.DOTALL | re.ASCII | re.MULTILINE,
 )
 _QUOTED = re.compile(
@@ -81,10 +82,11 @@ _EAST_ASIAN = re.compile(f"[{_KANA}{_HANGUL}{_HAN}]")
 _GRAMMAR = re.compile(f"[\u3041-\u3096{_HANGUL}]")  # Hiragana and Hangul: what makes sentences of names
 _HAN_RUN = re.compile(f"[{_HAN}々]+")
 _LATIN_WORD = re.compile(r"[A-Za-z\u00c0-\u024f\u1e00-\u1eff]+(?:['’-][A-Za-z\u00c0-\u024f\u1e00-\u1eff]+)*")
+_WORD = re.compile(r"[^\W\d_]{3}")  # π and Ω are no Greek
 _LATIN_RUN = re.compile(f"[^{_KANA}{_HANGUL}{_HAN}。、，]+")
 _CLAUSE_WORDS = 4
 _ENGLISH = re.compile(  # words that no list of names has
-    r"\b(?:a|an|and|answer|any|are|as|at|be|by|but|can|did|do|does|for|from|had|has|have|he|hello|her|here|hi|his|how|i|if|in|is"
+    r"\b(?:an|and|answer|any|are|as|at|be|by|but|can|did|do|does|for|from|had|has|have|he|hello|her|here|hi|his|how|if|in|is"
     r"|it|just|me|my|no|not|of|okay|on|or|our|please|she|should|so|sorry|sure|thanks?|that|the|their|them|then|there"
     r"|these|they|this|to|was|we|well|were|what|when|where|which|who|why|will|with|would|yes|you|your)\b",
     re.IGNORECASE,
@@ -94,7 +96,7 @@ _CHINESE = re.compile(
     "[是了你她它這这們们很嗎吗呢吧啊就沒没您哪什麼么嘛咱俺]|我[^々]|不(?:知|能|會|会|要|用)|可以|所以|因[為为]|如果|有[幾几哪]|多[久少]|的[^々的]"
 )
 _SYLLABLES = re.compile(
-    r"(?:(?:[kgsztdnhbpmrfjwy]|[kgsztcnhbpmr]y|sh|ch|ts|([kstpcg])\1[hs]?|([kstp])\2y)?[aiueoāīūēō]|n)+",
+    r"(?:(?:[kgsztdnhbpmrfjwy]|[kgsztcnhbpmr]y|sh|ch|ts|([kstpcg])\1[hs]?|([kstp])\2y)?[aiueoāīūēō]|n(?![aiueoāīūēōy]))+",
     re.IGNORECASE,
 )
 _PARTICLE = re.compile(r"\b(?:wa|ga|wo|no|ni|de|to|mo|o|e|ka)\b", re.IGNORECASE)
@@ -110,8 +112,8 @@ class Verdict:
     """What a reply is in.
 
     Attributes:
-        language: one of `KNOWN`, `ja-latn` for Japanese in Latin letters, `mixed`, `undecided` where nothing tells a
-            language (numbers, code, names), or `empty`.
+        language: one of `KNOWN`, `ja-latn` for Japanese in Latin letters, `other` for scripts that none of `KNOWN`
+            has, `mixed`, `undecided` where nothing tells a language (numbers, code, names), or `empty`.
         shares: the part of its text in each language, where any can be told.
     """
 
@@ -133,20 +135,20 @@ def judge_language(reply: str, asked: str) -> Verdict:
     text = unicodedata.normalize("NFKC", reply)
     if not text.strip():
         return Verdict(EMPTY, {})
-    weights, open_ = Counter[str](), list[tuple[int, tuple[str, ...]]]()
+    weights, shared = Counter[str](), list[tuple[int, tuple[str, ...]]]()
     for line in _NO_LANGUAGE.sub(" ", text).splitlines():
         unquoted = _QUOTED.sub(" ", line)
-        for sentence in _SENTENCE_END.split(unquoted if any(map(str.isalpha, unquoted)) else line):
+        for sentence in _SENTENCE_END.split(unquoted if _letters(unquoted) else line):
             for part in _parts(sentence):
                 candidates = _candidates(part, asked)
                 if len(candidates) == 1:
                     weights[candidates[0]] += _weight(part)
                 elif candidates:
-                    open_.append((_weight(part), candidates))
+                    shared.append((_weight(part), candidates))
     told = Counter(weights)
-    for weight, candidates in open_:
+    for weight, candidates in shared:
         weights[max(candidates, key=lambda each: (told[each], each == asked))] += weight
-    return _verdict(weights)
+    return _verdict(+weights)  # without what has no letters that Python's Unicode knows
 
 
 def _verdict(weights: Mapping[str, int]) -> Verdict:
@@ -156,6 +158,10 @@ def _verdict(weights: Mapping[str, int]) -> Verdict:
     shares = {code: weight / total for code, weight in sorted(weights.items(), key=lambda each: (-each[1], each[0]))}
     first = next(iter(shares))
     return Verdict(first if 1 - shares[first] < LARGEST_FOREIGN else MIXED, shares)
+
+
+def _letters(text: str) -> int:
+    return sum(map(str.isalpha, text))
 
 
 def _weight(text: str) -> int:
@@ -213,13 +219,15 @@ def _missing(letters: str, encoding: str) -> int:
 
 
 def _of_other_scripts(part: str, words: list[str], asked: str) -> tuple[str, ...]:
-    if not any(map(str.isalpha, part)):
-        return ()
+    others = _LATIN_WORD.sub(" ", part)
+    only_names = all(word[0].isupper() for word in words) and not _ENGLISH.search(part)
+    if _letters(others) * 2 > _letters(part) or (only_names and _WORD.search(others)):
+        return _first(_confidences(others)) or ((OTHER,) if _WORD.search(others) else ())
     if not words:
-        return _first(_confidences(part))
+        return ()
     if _is_romaji(part, words):
         return (ROMAJI,)
-    if all(word[0].isupper() for word in words) and not _ENGLISH.search(part):
+    if only_names:
         return _of_names(part, asked)
     return _of_latin(part, words, asked)
 
@@ -233,7 +241,7 @@ def _of_latin(part: str, words: list[str], asked: str) -> tuple[str, ...]:
     confidences = _confidences(part)
     expected = {code: confidences.get(code, 0.0) for code in ("en", asked) if _is_latin(code)}
     guess = _first(confidences)
-    if sum(map(len, words)) < FEWEST_LETTERS or confidences[guess[0]] < 2 * max(expected.values()):
+    if not guess or sum(map(len, words)) < FEWEST_LETTERS or confidences[guess[0]] < 2 * max(expected.values()):
         return _first(expected)
     return guess
 
@@ -255,7 +263,7 @@ def _is_romaji(part: str, words: list[str]) -> bool:
 
 @lru_cache(4096)
 def _confidences(text: str) -> dict[str, float]:
-    values = _detector().compute_language_confidence_values(text)
+    values = _detector().compute_language_confidence_values(text[:READ])
     return {_code(each.language): each.value for each in values if each.value > 0}
 
 

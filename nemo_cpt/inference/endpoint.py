@@ -105,7 +105,8 @@ class EndpointEngine:
             reason, usage = part.reason or reason, part.usage or usage
         end = time.monotonic()
         return Reply(
-            text,
+            # Servers that escape JSON may send the halves of an emoji in two chunks.
+            text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"),
             _reason(reason),
             prompt_tokens=usage.prompt_tokens if usage else 0,
             completion_tokens=usage.completion_tokens if usage else 0,

@@ -2,15 +2,21 @@
 
 import ast
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nemo_cpt import catalog
 from nemo_cpt.catalog import Function
-from nemo_cpt.corpus import Blend
+from nemo_cpt.catalog.workloads import workload
+from nemo_cpt.checkpoint.context import config_arguments
+from nemo_cpt.compatibility import read_base
+from nemo_cpt.conversations import Conversations, mixture
 from nemo_cpt.doctor import Job, Place
+from nemo_cpt.doctor.job import checkpoints_at_once
+from nemo_cpt.errors import CptError
 from nemo_cpt.launching.executor import make_executor
-from nemo_cpt.recipe_models import model_config
+from nemo_cpt.recipe_models import LIKE_BASE, model_config, module_named
 
 MODEL = "model.config."
 # Fields of a recipe's config that say the same as one of its arguments, and that argument's type.
@@ -49,16 +55,17 @@ def describe(
     pairs = (field.partition("=") for field in fields)
     given |= {FIELDS[path][0]: _field(path, text) for path, _, text in pairs if path in FIELDS}
     on_cpu = "processes" in function.parameters
-    data = given.get("data")
+    data = catalog.default_data(function) if given.get("data") is None else given["data"]
+    given["max_steps"] = _max_steps(given, data)
     return Job(
         recipe=function.name,
-        arguments=dict(arguments),
-        fields=tuple(fields),
         place=place(executor, options),
-        model=_model(function, fields),
+        planned=partial(workload, function.name, arguments, fields),
+        model=_model(function, given, fields),
         unlike_base=tuple(given.get("unlike_base") or ()),
         base=None if given.get("base") is None else str(given["base"]),
-        data=_default_data(function) if data is None else data,
+        data=data,
+        replay=given.get("replay"),
         tokenizer=given.get("tokenizer"),
         directory=Path(str(given.get("directory") or "results"), str(given.get("name") or "")),
         gpus_per_node=0 if on_cpu else int(given.get("gpus_per_node") or 1),
@@ -69,19 +76,42 @@ def describe(
         gpu_memory_gib=given.get("gpu_memory_gib"),
         global_batch_size=int(given.get("global_batch_size") or 0),
         seq_length=int(given.get("seq_length") or 0),
-        max_steps=int(given.get("max_steps") or 0),
-        checkpoints=_checkpoints(given),
+        max_steps=given["max_steps"],
+        checkpoints=checkpoints_at_once(
+            given["max_steps"],
+            int(given.get("val_check_interval") or max(given["max_steps"] // 10, 1)),
+            int(given.get("save_top_k", 3)),
+        ),
         attention_backend=str(given.get("attention_backend") or "auto").rpartition(".")[2],
+        logs_to_wandb=any(field.startswith("log.wandb") for field in fields),
     )
 
 
-def _model(function: Function, fields: Sequence[str]) -> dict[str, Any]:
-    """The model config that the recipe's module declares, with the fields of it that are given."""
-    config = model_config(function.path)
+def _model(function: Function, given: Mapping[str, Any], fields: Sequence[str]) -> dict[str, Any]:
+    """The model config that the recipe's module declares, or `model=` stands for, with the fields of it that are given.
+
+    Raises:
+        CptError: there is no such model.
+    """
+    model = given.get("model")
+    if model == LIKE_BASE:
+        config = _of_base(given.get("base"))
+    else:
+        config = model_config(module_named(model) if model else function.path)
     for path, _, text in (field.partition("=") for field in fields if config):
         if path.startswith(MODEL):
             config[path.removeprefix(MODEL)] = _literal(text)
     return config
+
+
+def _of_base(base: str | None) -> dict[str, Any]:
+    """What a base's config.json makes of NeMo's model config; empty for a base that the doctor will find wanting."""
+    try:
+        architecture = read_base(base).architecture if base else None
+    except CptError:
+        return {}
+    arguments = config_arguments(architecture) if architecture else {}
+    return {name: value for name, value in arguments.items() if name != "vocab_size"}  # the weights' rows decide
 
 
 def _literal(text: str) -> Any:
@@ -143,32 +173,20 @@ def _default(function: Function, name: str) -> Any:
         return source if is_a_word else None
 
 
-def _default_data(function: Function) -> Any:
-    """The blend that the recipes' `default_data()` returns, where it is made of literals; else None."""
-    if function.parameters["data"].default is None:
-        return None
-    node = catalog.functions(function.path.with_name("continual.py")).get("default_data")
-    call = node.body[-1].value if node and isinstance(node.body[-1], ast.Return) else None
-    if isinstance(call, ast.Call) and ast.unparse(call.func) in ("Blend", "Blend.replay"):
-        return _called(Blend.replay if "." in ast.unparse(call.func) else Blend, call)
-    return None
-
-
-def _called(make: Any, call: ast.Call) -> Any:
+def _max_steps(given: Mapping[str, Any], data: Any) -> int:
+    """A run's steps; of epochs where the data are here; 0 where they cannot be known."""
+    if given.get("max_steps") is not None or not isinstance(data, Conversations):
+        return int(given.get("max_steps") or 0)
+    batch, length = (int(given.get(name) or 0) for name in ("global_batch_size", "seq_length"))
+    if not batch or not length or not all(Path(prefix + ".idx").exists() for prefix in data.prefixes()):
+        return 0
+    share = mixture.replay_share(given.get("replay"), given.get("replay_share"))
     try:
-        positional = [ast.literal_eval(each) for each in call.args]
-        return make(*positional, **{str(word.arg): ast.literal_eval(word.value) for word in call.keywords})
-    except (ValueError, TypeError):
-        return None
+        return data.steps(given.get("epochs") or mixture.EPOCHS, batch, length, share)
+    except CptError:  # which the check of the data reports
+        return 0
 
 
 def _lora_rank(function: Function, given: Mapping[str, Any]) -> int | None:
     """The adapters' rank: as given, or the recipes' own; None for a recipe that has none."""
-    return int(given["rank"] or 128) if "rank" in given else None
-
-
-def _checkpoints(given: Mapping[str, Any]) -> int:
-    """Checkpoints on the disk at once: the best ones, and the one that is written before the worst is removed."""
-    steps, interval = int(given.get("max_steps") or 1), int(given.get("val_check_interval") or 1)
-    written, kept = max(-(-steps // max(interval, 1)), 1), given.get("save_top_k", 3)
-    return written if int(kept) < 0 else min(written, int(kept) + 1)
+    return int(given["rank"] or (32 if "epochs" in given else 128)) if "rank" in given else None

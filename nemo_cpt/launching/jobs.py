@@ -3,16 +3,17 @@
 import contextlib
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from nemo_cpt import catalog
 from nemo_cpt.errors import CptError
-from nemo_cpt.executors.supervisor import processes
+from nemo_cpt.executors.supervisor import processes, seconds_to_save
 
 MODULES = {"nemo_cpt.executors.supervisor", "nemo_cpt.executors.runner"}  # what `stopping.supervise` starts
 
@@ -49,7 +50,10 @@ def submit(
 
     from nemo_cpt.launching.task import run_recipe
 
-    plain = {name: asdict(value) if name == "data" and value else value for name, value in arguments.items()}
+    plain: dict[str, Any] = {
+        name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+        for name, value in arguments.items()
+    }
     task = run.Partial(run_recipe, recipe=recipe.name, arguments=plain, overrides=fields)
     title = recipe.name.replace(".", "-")
     with run.Experiment(title, executor=executor, enable_goodbye_message=False) as experiment:
@@ -98,14 +102,19 @@ def logs(experiment_id: str | None, lines: int) -> str:
 
 
 def cancel(experiment_id: str | None) -> dict[str, Any]:
-    """Cancel an experiment's tasks; local ones by ending their processes, which NeMo-Run cannot from outside."""
+    """Cancel an experiment's tasks; local ones by ending their processes, which NeMo-Run cannot from outside.
+
+    Returns:
+        The experiment's id and its tasks; `killed` names the local ones that did not save in time.
+    """
+    killed = []
     with _opened(experiment_id) as experiment:
         for job in experiment.jobs:
-            if job.handle.startswith("local"):
-                _end_processes(job.executor.job_dir)
-            else:
+            if not job.handle.startswith("local"):
                 experiment.cancel(job.id)
-        return {"experiment": experiment._id, "tasks": [job.id for job in experiment.jobs]}
+            elif not _end_processes(job.executor.job_dir):
+                killed.append(job.id)
+        return {"experiment": experiment._id, "tasks": [job.id for job in experiment.jobs], "killed": killed}
 
 
 @contextlib.contextmanager
@@ -148,28 +157,31 @@ def _processes(job_dir: str) -> Iterator[int]:
                 yield int(folder.name)
 
 
-def _end_processes(job_dir: str, patience: float = 600) -> None:
+def _end_processes(job_dir: str) -> bool:
     """Stop a job through its supervisor, the one process that no other of the job's started, so that it may save.
 
-    Args:
-        job_dir: the job's folder.
-        patience: seconds after which the supervisor and what it started is killed.
+    Returns:
+        Whether it ended by itself; a job that takes longer than its plan allows (`seconds_to_save`) is killed.
 
     Raises:
         CptError: the job is another user's.
     """
-    deadline = time.time() + patience
     every = set(_processes(job_dir))
     parents = {pid: parent for pid, (parent, _) in processes().items()}
-    job = _with_descendants(every)
-    for pid in every:
-        if parents.get(pid) not in every:
-            _signal(pid, signal.SIGTERM)
+    supervisors = [pid for pid in every if parents.get(pid) not in every]
+    patience = max(map(seconds_to_save, supervisors), default=0)
+    job, deadline, in_time = _with_descendants(every), time.monotonic() + patience, True
+    for pid in supervisors:
+        _signal(pid, signal.SIGTERM)
+    if job:
+        print(f"told to stop; it has {patience} s to save, then it is killed", file=sys.stderr, flush=True)
     while job := _with_descendants(job):
-        if time.time() > deadline:
+        if time.monotonic() > deadline:
+            in_time = False
             for pid in job:
                 _signal(pid, signal.SIGKILL)
         time.sleep(0.2)
+    return in_time
 
 
 def _with_descendants(pids: set[int]) -> set[int]:

@@ -3,12 +3,13 @@
 import os
 from pathlib import Path
 
-from nemo_cpt.catalog import Function
+from nemo_cpt.catalog import Function, mixture_of
 from nemo_cpt.errors import CptError
 
-_EXAMPLES = {
-    "base": '"checkpoints/base"',
-    "data": 'Blend(train={"ds/ja": 0.75, "ds/en": 0.25}, validation={"ja": "ds/ja_val", "en": "ds/en_val"})',
+_BASE = '"checkpoints/base"'
+_DATA = {
+    "Blend": 'Blend(train={"ds/ja": 0.75, "ds/en": 0.25}, validation={"ja": "ds/ja_val", "en": "ds/en_val"})',
+    "Conversations": 'Conversations(train={"sft/ja": 1.0}, validation={"ja": "sft/ja_validation"})',
 }
 
 
@@ -32,7 +33,10 @@ def write_script(recipe: Function, file: Path) -> None:
 
 def _call(recipe: Function) -> str:
     function = recipe.name.rpartition(".")[2]
-    lines = [f"        {name}={value},  # edit" for name, value in _EXAMPLES.items() if name in recipe.parameters]
+    data = recipe.parameters.get("data")
+    kind = mixture_of(data.annotation) if data else None
+    examples = {"base": _BASE} | ({"data": _DATA[kind.__name__]} if kind else {})
+    lines = [f"        {name}={value},  # edit" for name, value in examples.items() if name in recipe.parameters]
     return "\n".join(
         [
             "",

@@ -14,8 +14,8 @@ from nemo_cpt.training.metrics import RESUMED_FROM, append_metrics
 class ValidationLossBySet(pl.Callback):
     """Log each validation set's own loss as `val_loss_NAME`, in nats per token: the monitor of forgetting.
 
-    Needs a `BlendDataModule`, which validates one set after the other. With the trainer's `num_sanity_val_steps` set,
-    the first line is the base's own loss, before any training.
+    Needs a `NamedSetsDataModule`, which validates one set after the other. With the trainer's `num_sanity_val_steps`
+    set, the first line is the base's own loss, before any training.
     """
 
     def __init__(self) -> None:
@@ -43,12 +43,14 @@ class ValidationLossBySet(pl.Callback):
             _append(trainer, {"step": trainer.global_step, **values})
 
     def losses(self, trainer: pl.Trainer) -> dict[str, torch.Tensor]:
-        """Mean loss of each set that the last validation went through whole."""
-        names = getattr(trainer.datamodule, "validation_names", [])
-        if not names or len(self._losses) % len(names):
+        """Mean loss of each set, if the last validation went through all of them whole."""
+        weights = getattr(trainer.datamodule, "validation_weights", {})
+        if not self._losses or len(self._losses) != sum(map(len, weights.values())):
             return {}
-        batches = torch.stack([loss.reshape(()) for loss in self._losses]).reshape(len(names), -1)
-        return dict(zip(names, batches.mean(dim=1), strict=True))
+        batches = iter(torch.stack([loss.reshape(()) for loss in self._losses]))
+        return {
+            name: sum(weight * next(batches) for weight in of_set) / sum(of_set) for name, of_set in weights.items()
+        }
 
 
 class MetricsFile(pl.Callback):

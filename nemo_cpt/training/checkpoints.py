@@ -13,7 +13,8 @@ import lightning.pytorch as pl
 import torch
 from nemo import lightning as nl
 from nemo.lightning.ckpt_utils import ckpt_to_dir
-from nemo.utils import AppState
+from nemo.lightning.io.pl import TrainerContext
+from nemo.utils import AppState, logging
 from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
 
 from nemo_cpt.errors import CptError
@@ -38,12 +39,14 @@ class RunCheckpoint(nl.ModelCheckpoint):
     """
 
     monitor: str | None
+    always_save_context: bool
 
     def __init__(self, save_every: Optional[int] = None, **kwargs: Any) -> None:  # noqa: UP045  NeMo-Run cannot parse it
         if save_every is not None and save_every < 1:
             raise CptError(f"save_every is {save_every}: give the steps between checkpoints, 1 or more")
         super().__init__(**kwargs)
         self.save_every = save_every
+        self.writes_context, self.always_save_context = self.always_save_context, False  # see _save_checkpoint
         self.validates = True
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -134,7 +137,11 @@ class RunCheckpoint(nl.ModelCheckpoint):
         return super().format_checkpoint_name(metrics, name.lstrip("-"), ver)
 
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
-        """Write a checkpoint with its `run.json`, unless another job took the run's folder."""
+        """Write a checkpoint with its `run.json`, unless another job took the run's folder.
+
+        The context that an export needs is written first: NeMo writes it last, and where a full disk has no room for it
+        warns, and calls the checkpoint finished.
+        """
         if trainer.is_global_zero:
             check_held(Path(AppState().log_dir))
             self.set_checkpoint_unfinished_marker(filepath)
@@ -142,6 +149,8 @@ class RunCheckpoint(nl.ModelCheckpoint):
             folder.mkdir(parents=True, exist_ok=True)
             record = record_of(trainer) | {"validation_pending": self._validation_follows(trainer)}
             (folder / RUN_JSON).write_text(json.dumps(record, indent=1))
+            if self.writes_context:
+                _write_context(trainer, folder)
         super()._save_checkpoint(trainer, filepath)
 
     def _remove_checkpoint(self, trainer: pl.Trainer, filepath: str, override_async: bool = False) -> None:
@@ -176,6 +185,15 @@ class RunCheckpoint(nl.ModelCheckpoint):
         # Of more than save_top_k Lightning would never again remove one.
         self.best_k_models = {str(path): torch.tensor(kept[path]) for path in ranked[: self.save_top_k]}
         self._remove_invalid_entries_from_topk()
+
+
+def _write_context(trainer: pl.Trainer, folder: Path) -> None:
+    try:
+        TrainerContext.from_trainer(trainer).io_dump(folder / "context", yaml_attrs=["model"])
+    except OSError:
+        raise
+    except Exception as error:  # as NeMo: of what cannot be serialized an export alone wants to know
+        logging.warning(f"Failed to dump training context for checkpoint {folder}: {error}")
 
 
 def save_last(checkpoint: nl.ModelCheckpoint, trainer: pl.Trainer) -> None:

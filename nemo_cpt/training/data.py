@@ -2,6 +2,7 @@
 
 from typing import Any, Optional
 
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from nemo.collections import llm
 from nemo.collections.llm.gpt.data.utils import _reconfigure_limit_batches
 
@@ -11,12 +12,103 @@ from nemo_cpt.errors import CptError
 from nemo_cpt.training.datasets import TRAIN, VALIDATION, FirstSamples, gpt_dataset
 
 
-class BlendDataModule(llm.PreTrainingDataModule):
+class NamedSetsDataModule(llm.PreTrainingDataModule):
+    """What our data modules share: training sets by weight, and validation sets that are gone through one by one.
+
+    NeMo's own module mixes all validation data into one number, in which forgetting the old language hides behind
+    learning the new one. `ValidationLossBySet` reports each set's loss.
+
+    Attributes:
+        training_sets: weight of each set that is trained on, by full prefix.
+        validation_sets: prefix of each named validation set, in the order in which a validation goes through them.
+        validation_weights: for each validation set the weight of each of its global batches in its mean loss.
+    """
+
+    init_global_step: int
+    training_sets: dict[str, float]
+    validation_sets: dict[str, str]
+    validation_weights: dict[str, list[float]]
+
+    @property
+    def validation_names(self) -> list[str]:
+        """The validation sets' names."""
+        return list(self.validation_sets)
+
+    @property
+    def prefixes(self) -> list[str]:
+        """Of all sets, each one once."""
+        return list(dict.fromkeys([*self.training_sets, *self.validation_sets.values()]))
+
+    def _create_dataloader(self, dataset: Any, mode: str, **kwargs: Any) -> Any:
+        """A loader, of which only training's counts from where it was made.
+
+        NeMo 2.7.3 counts what was consumed from the last loader of any kind on: where training was not validated
+        before its first step, a checkpoint that follows its first validation would send it back in the data.
+        """
+        counted_from = self.init_global_step
+        loader = super()._create_dataloader(dataset, mode=mode, **kwargs)
+        if mode != "train":
+            self.init_global_step = self.data_sampler.init_global_step = counted_from
+        return loader
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume the position in the data; of a finished run one batch short of its end, which the sampler refuses."""
+        last = max(len(self._train_ds) - self.global_batch_size, 0)
+        super().load_state_dict({**state_dict, "consumed_samples": min(state_dict["consumed_samples"], last)})
+
+    def val_dataloader(self) -> Any:
+        """The validation sets, one after the other; nothing to validate on gives an empty list."""
+        return self._create_dataloader(self._validation_ds, mode="validation") if self._validation_ds else []
+
+    def test_dataloader(self) -> Any:
+        """No test set: evaluation reads the exported model."""
+        return []
+
+    def reconfigure_limit_batches(self) -> None:
+        """Turn the trainer's limits from global batches of each set into microbatches of all sets."""
+        trainer = self.trainer
+        trainer.limit_train_batches = _reconfigure_limit_batches(trainer.limit_train_batches, self._train_ds)
+        trainer.limit_val_batches = sum(map(len, self.validation_weights.values())) * get_num_microbatches()
+        if trainer.num_sanity_val_steps:  # the losses before training: the same validation as all later ones
+            trainer.num_sanity_val_steps = trainer.limit_val_batches
+
+    def _text(self, weights: dict[str, float], samples: int, split: int) -> Any:
+        """Sequences of prepared texts; see `gpt_dataset`."""
+        return gpt_dataset(
+            weights,
+            samples,
+            split,
+            random_seed=self.seed,
+            sequence_length=self.seq_length,
+            tokenizer=self.tokenizer,
+            path_to_cache=self.index_mapping_dir,
+            reset_position_ids=self.reset_position_ids,
+            create_attention_mask=self.create_attention_mask,
+            reset_attention_mask=self.reset_attention_mask,
+            eod_mask_loss=self.eod_mask_loss,
+            num_dataset_builder_threads=self.num_dataset_builder_threads,
+        )
+
+
+def whole_batches(limit_val_batches: int | float) -> int:
+    """The global batches to validate on from each set.
+
+    Raises:
+        CptError: it is a share.
+    """
+    if not isinstance(limit_val_batches, int):
+        raise CptError(
+            f"limit_val_batches is {limit_val_batches!r}: give a whole number, "
+            "the global batches to validate on from each validation set"
+        )
+    return limit_val_batches
+
+
+class BlendDataModule(NamedSetsDataModule):
     """NeMo's PreTrainingDataModule over a `Blend`: one training blend, one validation set for each name.
 
     A validation runs `trainer.limit_val_batches` global batches of every set, one set after the other, the same samples
-    each time; `ValidationLossBySet` reports each set's loss. NeMo's own module mixes all validation data into one
-    number, in which forgetting the old language hides behind learning the new one.
+    each time.
 
     Args:
         paths: weights and prefixes of the training sets in turn, Megatron's form: `[0.75, "ds/ja", 0.25, "ds/en"]`.
@@ -38,12 +130,8 @@ class BlendDataModule(llm.PreTrainingDataModule):
     ):
         self.blend = blend_of(paths, validation, weighting)
         self.blend.check()
+        self.training_sets, self.validation_sets = self.blend.shares(), self.blend.validation_paths()
         super().__init__(paths=self.blend.paths(), **kwargs)
-
-    @property
-    def validation_names(self) -> list[str]:
-        """The validation sets' names, in the order in which a validation goes through them."""
-        return list(self.blend.validation)
 
     def build(
         self,
@@ -55,58 +143,17 @@ class BlendDataModule(llm.PreTrainingDataModule):
         """Build the training blend for `max_steps` global batches, and every validation set for one validation."""
         del trainer_val_check_interval, trainer_limit_test_batches
         samples = self.num_train_samples or trainer_max_steps * self.global_batch_size
-        self._train_ds = gpt_dataset(self.blend.shares(), samples, TRAIN, **self._dataset_config())
-        self._validation_ds = self._build_validation(trainer_limit_val_batches)
+        self._train_ds = self._text(self.training_sets, samples, TRAIN)
+        self._validation_ds = self._build_validation(whole_batches(trainer_limit_val_batches))
         self._test_ds = None
 
-    def _build_validation(self, global_batches: int | float) -> FirstSamples | None:
-        if not isinstance(global_batches, int):
-            raise CptError(
-                f"limit_val_batches is {global_batches!r}: give a whole number, "
-                "the global batches to validate on from each validation set"
-            )
+    def _build_validation(self, global_batches: int) -> FirstSamples | None:
+        self.validation_weights = {name: [1.0] * global_batches for name in self.validation_sets}
         count = global_batches * self.global_batch_size
-        if not count or not self.blend.validation:
+        if not count or not self.validation_sets:
             return None
-        sets = [
-            gpt_dataset({prefix: 1.0}, count, VALIDATION, **self._dataset_config())
-            for prefix in self.blend.validation_paths().values()
-        ]
-        return FirstSamples(sets, count)
-
-    def _dataset_config(self) -> dict[str, Any]:
-        return {
-            "random_seed": self.seed,
-            "sequence_length": self.seq_length,
-            "tokenizer": self.tokenizer,
-            "path_to_cache": self.index_mapping_dir,
-            "reset_position_ids": self.reset_position_ids,
-            "create_attention_mask": self.create_attention_mask,
-            "reset_attention_mask": self.reset_attention_mask,
-            "eod_mask_loss": self.eod_mask_loss,
-            "num_dataset_builder_threads": self.num_dataset_builder_threads,
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume the position in the data; of a finished run one batch short of its end, which the sampler refuses."""
-        last = max(len(self._train_ds) - self.global_batch_size, 0)
-        super().load_state_dict({**state_dict, "consumed_samples": min(state_dict["consumed_samples"], last)})
-
-    def val_dataloader(self) -> Any:
-        """The validation sets, one after the other; nothing to validate on gives an empty list."""
-        return self._create_dataloader(self._validation_ds, mode="validation") if self._validation_ds else []
-
-    def test_dataloader(self) -> Any:
-        """No test set: evaluation reads the exported model."""
-        return []
-
-    def reconfigure_limit_batches(self) -> None:
-        """Turn the trainer's limits from global batches of each set into microbatches of all sets."""
-        trainer, sets = self.trainer, len(self.blend.validation)
-        trainer.limit_train_batches = _reconfigure_limit_batches(trainer.limit_train_batches, self._train_ds)
-        trainer.limit_val_batches = _reconfigure_limit_batches(trainer.limit_val_batches, self._validation_ds) * sets
-        if trainer.num_sanity_val_steps:  # the losses before training: the same validation as all later ones
-            trainer.num_sanity_val_steps = trainer.limit_val_batches
+        sets = [self._text({prefix: 1.0}, count, VALIDATION) for prefix in self.validation_sets.values()]
+        return FirstSamples([(each, count) for each in sets])
 
 
 def blend_of(paths: Any, validation: dict[str, str] | None = None, weighting: str = "share") -> Blend:
@@ -115,6 +162,15 @@ def blend_of(paths: Any, validation: dict[str, str] | None = None, weighting: st
     Raises:
         CptError: `paths` is no list of a weight and a prefix in turn, or names one dataset twice.
     """
+    return Blend(train=weights_of(paths), validation=dict(validation or {}), weighting=weighting)
+
+
+def weights_of(paths: Any) -> dict[str, float]:
+    """The weight of each prefix in a list of both in turn.
+
+    Raises:
+        CptError: it is no such list, or names one dataset twice.
+    """
     if isinstance(paths, str) or not isinstance(paths, list | tuple) or len(paths) % 2:
         raise CptError(
             f"data.paths is {paths!r}: give weights and prefixes in turn, such as [0.75, 'ds/ja', 0.25, 'ds/en'], or "
@@ -122,7 +178,6 @@ def blend_of(paths: Any, validation: dict[str, str] | None = None, weighting: st
         )
     check_distinct(map(str, paths[1::2]))
     try:
-        train = {str(prefix): float(weight) for weight, prefix in zip(paths[::2], paths[1::2], strict=True)}
+        return {str(prefix): float(weight) for weight, prefix in zip(paths[::2], paths[1::2], strict=True)}
     except ValueError as error:
         raise CptError(f"data.paths is {paths!r}: each prefix needs a number before it ({error})") from None
-    return Blend(train=train, validation=dict(validation or {}), weighting=weighting)

@@ -40,11 +40,15 @@ def gpt_dataset(
 
 
 class FirstSamples(Sequence[dict[str, Any]]):
-    """The first `count` sequences of each of several datasets, one dataset after the other."""
+    """The first sequences of each of several datasets, one dataset after the other.
 
-    def __init__(self, datasets: Sequence[MegatronDataset], count: int):
-        self.datasets = datasets
-        self.starts = list(itertools.accumulate([count] * len(datasets), initial=0))
+    Args:
+        parts: each dataset, and how many of its sequences.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Any, int]]):
+        self.datasets = [dataset for dataset, _ in parts]
+        self.starts = list(itertools.accumulate((count for _, count in parts), initial=0))
 
     def __len__(self) -> int:
         return self.starts[-1]

@@ -14,7 +14,7 @@ import torch
 from nemo_cpt import compatibility
 from nemo_cpt.corpus import full_prefix
 from nemo_cpt.errors import CptError, exit_with_the_message
-from nemo_cpt.training import patches
+from nemo_cpt.training import conversations, patches
 from nemo_cpt.training.data import blend_of
 from nemo_cpt.training.preconditions import check_base, check_environment
 from nemo_cpt.training.resume import check_start
@@ -75,6 +75,8 @@ class Guards(pl.Callback):
             _prefixes(trainer.datamodule),
             self.unlike_base,
         )
+        if not trainer.ckpt_path and freezes_embeddings(getattr(pl_module, "model_transform", None)):
+            warnings += compatibility.check_template(base, _prefixes(trainer.datamodule))
         for warning in warnings:
             print(f"nemo_cpt: warning: {warning}", file=sys.stderr, flush=True)
         tensor_parallel = trainer.strategy.tensor_model_parallel_size
@@ -96,9 +98,7 @@ def check(recipe: Any) -> None:
         CptError: the job would stop or train the wrong thing; the message says what to change.
     """
     check_start(recipe)
-    check_data(recipe.data.__fn_or_cls__.__name__)
-    if recipe.data.__fn_or_cls__.__name__ == "BlendDataModule":
-        blend_of(recipe.data.paths, recipe.data.validation, recipe.data.weighting).check()
+    _check_sets(recipe)
     check_belonging(recipe)
     check_schedule(recipe.optim.config.lr, recipe.optim.lr_scheduler, recipe.trainer.max_steps)
     strategy = recipe.trainer.strategy
@@ -112,6 +112,26 @@ def check(recipe: Any) -> None:
     check_environment(getattr(recipe.model.config, "attention_backend", None), os.environ)
 
 
+def _check_sets(recipe: Any) -> None:
+    """Check what a recipe's data module reads, and whether its layout can take it."""
+    data, kind, strategy = recipe.data, _kind(recipe.data), recipe.trainer.strategy
+    check_data(kind)
+    if kind == "BlendDataModule":
+        blend_of(data.paths, data.validation, data.weighting).check()
+    if kind == "ConversationDataModule":
+        conversations.check(*conversations.parts_of(data))
+        conversations.check_layout(
+            strategy.context_parallel_size,
+            strategy.pipeline_model_parallel_size,
+            1 if data.create_attention_mask else data.micro_batch_size,
+        )
+
+
+def _kind(data: Any) -> str:
+    """The class's name of a data module, or of its config."""
+    return str(getattr(data, "__fn_or_cls__", type(data)).__name__)
+
+
 def check_belonging(recipe: Any) -> None:
     """Compare a recipe's model, tokenizer and data with its base, as far as base and data are on this machine.
 
@@ -122,13 +142,18 @@ def check_belonging(recipe: Any) -> None:
     if base is None or not Path(base).exists():
         return
     guards = [each for each in recipe.trainer.callbacks if getattr(each, "__fn_or_cls__", None) is Guards]
-    compatibility.check(
-        compatibility.read_base(base),
-        recipe.model.config,
-        getattr(getattr(recipe.data, "tokenizer", None), "pretrained_model_name", None),
-        [prefix for prefix in _prefixes(recipe.data) if Path(full_prefix(prefix) + ".idx").exists()],
-        (guards[0].unlike_base if guards else None) or (),
-    )
+    prefixes = [prefix for prefix in _prefixes(recipe.data) if Path(full_prefix(prefix) + ".idx").exists()]
+    tokenizer = getattr(getattr(recipe.data, "tokenizer", None), "pretrained_model_name", None)
+    unlike_base = (guards[0].unlike_base if guards else None) or ()
+    read = compatibility.read_base(base)
+    compatibility.check(read, recipe.model.config, tokenizer, prefixes, unlike_base)
+    if freezes_embeddings(getattr(recipe, "peft", None)):
+        compatibility.check_template(read, prefixes)
+
+
+def freezes_embeddings(peft: Any) -> bool:
+    """Whether a PEFT, or its config, leaves the embedding and the output layer as they are."""
+    return peft is not None and not _kind(peft).endswith("WithEmbeddings")
 
 
 def _on_rank_zero(trainer: pl.Trainer, action: Callable[[], Any]) -> Any:
@@ -152,8 +177,11 @@ def _tokenizer_folder(tokenizer: Any) -> str | None:
 
 def _prefixes(data: Any) -> list[str]:
     """The prefixes that a data module reads, built or not: our own, or NeMo's with its list or mapping of lists."""
-    if (blend := getattr(data, "blend", None)) is not None:
-        return blend.prefixes()
+    if isinstance(own := getattr(data, "prefixes", None), list):
+        return own
+    if _kind(data) == "ConversationDataModule":
+        chats, replay, _ = conversations.parts_of(data)
+        return chats.prefixes() + (replay.prefixes() if replay else [])
     if (built := getattr(data, "build_kwargs", None)) is not None:
         blends = built.get("blend_per_split") or [built.get("blend")]
         return list(dict.fromkeys(prefix for each in blends if each for prefix in each[0]))

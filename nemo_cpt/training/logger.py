@@ -10,8 +10,9 @@ from nemo.utils import AppState
 from nemo.utils.get_rank import is_global_rank_zero
 
 from nemo_cpt.errors import exit_with_the_message
+from nemo_cpt.training.full_disk import say_which_disk_is_full
 from nemo_cpt.training.run_folder import finished
-from nemo_cpt.training.run_lock import hold, this_job, wait_until_held_by
+from nemo_cpt.training.run_lock import RunLock, hold, this_job, wait_until_held_by
 
 
 class RunLogger(nl.NeMoLogger):
@@ -30,10 +31,10 @@ class RunLogger(nl.NeMoLogger):
         checkpoints = Path(getattr(self.ckpt, "dirpath", None) or folder / "checkpoints")
         if resume_if_exists and (said := finished(checkpoints, trainer.max_steps)):
             return _leave_alone(trainer, folder, said)
-        if is_global_rank_zero():
-            _hold_while_training(trainer, folder)
-        else:
+        lock = hold(folder) if is_global_rank_zero() else None
+        if lock is None:
             wait_until_held_by(this_job(), folder)
+        _guard(trainer, folder, checkpoints, lock)
         return super().setup(trainer, resume_if_exists, task_config)
 
     def _folder(self) -> Path:
@@ -44,15 +45,20 @@ class RunLogger(nl.NeMoLogger):
         return Path(self.log_dir or Path.cwd() / "nemo_experiments", str(self.name or "default"), version)
 
 
-def _hold_while_training(trainer: nl.Trainer, folder: Path) -> None:
-    """After an error the lock stays until the process ends: checkpoint writers may still be at work."""
-    lock, fit = hold(folder), trainer.fit
+def _guard(trainer: nl.Trainer, folder: Path, checkpoints: Path, lock: RunLock | None) -> None:
+    """Let `trainer.fit` say that a disk is full, and let go of the folder.
 
-    def fit_and_release(*args: Any, **kwargs: Any) -> None:
-        fit(*args, **kwargs)
-        lock.release()
+    After an error the lock stays until the process ends: checkpoint writers may still be at work.
+    """
+    fit = trainer.fit
 
-    trainer.fit = fit_and_release
+    def guarded_fit(*args: Any, **kwargs: Any) -> None:
+        with say_which_disk_is_full(folder, checkpoints, clear_away=lock is not None):
+            fit(*args, **kwargs)
+        if lock is not None:
+            lock.release()
+
+    trainer.fit = guarded_fit
 
 
 def _leave_alone(trainer: nl.Trainer, folder: Path, said: str) -> AppState:

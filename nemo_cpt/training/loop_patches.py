@@ -25,7 +25,7 @@ def validate_by_global_step() -> None:
     replace(_TrainingEpochLoop, "on_save_checkpoint", _save_validated_step)
     replace(_TrainingEpochLoop, "on_load_checkpoint", _load_validated_step)
     replace(_EvaluationLoop, "on_run_end", _note_validated_step)
-    replace(NoValOnRestartTrainingLoop, "_should_check_val_fx", lambda original: _validates_now)
+    replace(NoValOnRestartTrainingLoop, "_should_check_val_fx", _validate_when_due)
     validate_the_end()
 
 
@@ -82,9 +82,12 @@ def _note_validated_step(end: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return end_and_note
 
 
-def _validates_now(self: Any, data_fetcher: Any) -> bool:
-    step, last, validated = self.global_step, self.trainer.max_steps, self.validated_step
-    if validated is None:
-        validated = step if self.restarting else 0
-    due = step % self.trainer.val_check_batch == 0 or 0 < last <= step
-    return bool(self._should_check_val_epoch() and due and step != validated)
+def _validate_when_due(original: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
+    def validates_now(self: Any, data_fetcher: Any) -> bool:
+        step, last, validated = self.global_step, self.trainer.max_steps, self.validated_step
+        if validated is None:
+            validated = step if self.restarting else 0
+        due = step % self.trainer.val_check_batch == 0 or 0 < last <= step
+        return bool(self._should_check_val_epoch() and due and step != validated)
+
+    return validates_now

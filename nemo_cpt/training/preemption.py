@@ -101,7 +101,8 @@ class SaveWhenStopped(PreemptionCallback):
             return
         step, told = trainer.global_step, f"told to stop by {signal.Signals(number).name}"
         if trainer.sanity_checking or step == self._first_step:
-            raise StoppedEarlyError(f"{told} before a step was done: the same command starts again")
+            again = f"goes on from step {step}" if step else "starts again"
+            raise StoppedEarlyError(f"{told} before a step was done: the same command {again}", trained=False)
         save_now(trainer)
         raise StoppedEarlyError(f"{told}, saved at step {step}: the same command goes on from there")
 

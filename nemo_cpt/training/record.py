@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 from nemo_cpt.corpus.dataset.index import full_prefix
 
 _OPTIMIZER = ("optimizer", "adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "clip_grad", "sgd_momentum")
+_DATA = ("global_batch_size", "seq_length", "seed", "too_long", "replay_share")
 _NOT_OF_A_SCHEDULE = ("interval", "frequency", "monitor", "max_steps")  # max_steps: NeMo takes the trainer's
 _SAMPLE_BYTES = 2**16
 
@@ -45,7 +46,8 @@ def record_of(trainer: pl.Trainer) -> dict[str, Any]:
 
 def _validated_on(trainer: pl.Trainer) -> dict[str, Any]:
     """Where the validation sets are, and the sequences of each: not compared when a run is resumed elsewhere."""
-    sets = {name: str(Path(full_prefix(prefix)).absolute()) for name, prefix in _validation(trainer.datamodule).items()}
+    found = _validation_sets(trainer.datamodule)
+    sets = {name: str(Path(full_prefix(prefix)).absolute()) for name, prefix in found.items()}
     read = getattr(trainer.datamodule, "_validation_ds", None)
     samples = len(read) // len(sets) if sets and read is not None else None
     return {"sets": sets, "samples": samples, "seq_length": getattr(trainer.datamodule, "seq_length", None)}
@@ -61,11 +63,10 @@ def settings_of(trainer: pl.Trainer) -> dict[str, dict[str, Any]]:
         _known[trainer] = {
             "schedule": _schedule(trainer),
             "optimizer": {name: getattr(_optimizer(trainer), name, None) for name in _OPTIMIZER},
-            "data": {name: getattr(data, name, None) for name in ("global_batch_size", "seq_length", "seed")}
-            | {"train": _blend(data)},
+            "data": {name: getattr(data, name, None) for name in _DATA} | {"train": _training_sets(data)},
             "adapters": _adapters(trainer),
             "layout": _layout(trainer),
-            "validation": {"sets": {name: _content(prefix) for name, prefix in _validation(data).items()}},
+            "validation": {"sets": {name: _content(prefix) for name, prefix in _validation_sets(data).items()}},
         }
     return _known[trainer]
 
@@ -107,21 +108,21 @@ def _layout(trainer: pl.Trainer) -> dict[str, Any]:
     }
 
 
-def _blend(data: Any) -> list[list[Any]] | None:
-    blend = getattr(data, "blend", None)
-    return blend and [[weight, _content(prefix)] for prefix, weight in blend.shares().items()]
+def _training_sets(data: Any) -> list[list[Any]] | None:
+    sets = getattr(data, "training_sets", None)
+    return sets and [[weight, _content(prefix)] for prefix, weight in sets.items()]
 
 
-def _validation(data: Any) -> dict[str, str]:
-    blend = getattr(data, "blend", None)
-    return dict(blend.validation) if blend else {}
+def _validation_sets(data: Any) -> dict[str, str]:
+    return getattr(data, "validation_sets", None) or {}
 
 
 def _content(prefix: str) -> str:
     """A dataset's name, and a hash of its files' sizes, beginnings and ends: the same wherever it was copied to."""
     digest = hashlib.blake2b(digest_size=8)
-    for suffix in (".idx", ".bin"):
-        with open(full_prefix(prefix) + suffix, "rb") as file:
+    full = full_prefix(prefix)
+    for suffix in (".idx", ".bin", *([".mask"] if Path(full + ".mask").exists() else [])):  # conversations have one
+        with open(full + suffix, "rb") as file:
             size = file.seek(0, 2)
             digest.update(size.to_bytes(8, "little"))
             for start in (0, max(size - _SAMPLE_BYTES, 0)):

@@ -16,7 +16,7 @@ from nemo_cpt.errors import CptError, exit_with_the_message
 from nemo_cpt.training import run_lock
 from nemo_cpt.training.preconditions import check_base
 from nemo_cpt.training.record import Change, changes, settings_of
-from nemo_cpt.training.run_folder import Checkpoint, damaged_since, newest_whole
+from nemo_cpt.training.run_folder import Checkpoint, damaged_since, newest_whole, to_resume
 
 KEPT_TOKENIZER = f"{run_lock.FOLDER}/hf"  # in the run's folder
 EXTENSIONS = {
@@ -46,6 +46,9 @@ class ResumeOrStartFromBase(nl.AutoResume):
             up without a warmup.
             "keep": the old schedule; past its end the rate stays at the old `min_lr`.
             Further resumptions with the same settings go on with what was chosen.
+            The data go on behind the samples that were trained. Megatron draws the order of a dataset for all passes
+            over it that `max_steps` needs: while their number stays, so does the order; with another number it is drawn
+            anew, and what is left of the pass may repeat documents that were trained and leave out others.
 
     Raises:
         CptError: there is neither a checkpoint of this run nor a complete base, or they are of two models; all
@@ -72,13 +75,11 @@ class ResumeOrStartFromBase(nl.AutoResume):
     def _find_trainer_ckpt_path(self) -> Path | None:
         base = self.restore_config.path if self.restore_config else None
         exit_with_the_message()  # NeMo asks before any callback's setup
-        newest, damaged = newest_whole(self._checkpoints), damaged_since(self._checkpoints)
+        newest = to_resume(self._checkpoints)
         if newest is None:
-            if damaged:
-                raise CptError(_all_damaged(self._checkpoints, damaged))
             check_base(base)
             return None
-        for each in damaged:
+        for each in damaged_since(self._checkpoints):
             _say(f"{each.path.name} is damaged ({each.fault}); resuming from {newest.path.name}")
         check_resumed(newest.path, base)
         return newest.path
@@ -210,14 +211,6 @@ def _keep_tokenizer(trainer: pl.Trainer, kept: Path) -> None:
         shutil.copytree(source, partial)
         partial.rename(kept)
     tokenizer.pretrained_model_name = str(kept)
-
-
-def _all_damaged(folder: Path, damaged: list[Checkpoint]) -> str:
-    faults = "; ".join(f"{each.path.name}: {each.fault}" for each in damaged)
-    return (
-        f"no checkpoint of this run in {folder} is whole ({faults}). Copy one of them again; to train anew from the "
-        f"base instead, remove {folder}, or give the run another name"
-    )
 
 
 def _listed(changed: list[Change]) -> str:

@@ -88,6 +88,22 @@ def newest_whole(folder: Path) -> Checkpoint | None:
     return next((each for each in checkpoints(folder) if each.fault is None), None)
 
 
+def to_resume(folder: Path) -> Checkpoint | None:
+    """The checkpoint in a run's `checkpoints` folder that it would go on from; None for a run that has yet to start.
+
+    Raises:
+        CptError: there are checkpoints, and none of them is whole.
+    """
+    newest, damaged = newest_whole(folder), damaged_since(folder)
+    if newest is None and damaged:
+        faults = "; ".join(f"{each.path.name}: {each.fault}" for each in damaged)
+        raise CptError(
+            f"no checkpoint of this run in {folder} is whole ({faults}). Copy one of them again; to train anew from "
+            f"the base instead, remove {folder}, or give the run another name"
+        )
+    return newest
+
+
 def damaged_since(folder: Path) -> list[Checkpoint]:
     """The checkpoints in a run's `checkpoints` folder that are newer than the newest whole one."""
     return list(itertools.takewhile(lambda each: each.fault, checkpoints(folder)))

@@ -7,7 +7,6 @@ import pty
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from nemo_cpt.launching import jobs
 from nemo_cpt.launching.description import describe
 from nemo_cpt.launching.executor import make_executor
 from nemo_cpt.launching.scripts import write_script
+from tests.support.executor_jobs import held_by_another_process
 
 COMMAND = [sys.executable, "-m", "nemo_cpt.cli"]
 
@@ -235,6 +235,21 @@ def _with_a_cluster_configured(example, folder, monkeypatch):
             (folder / name).mkdir()
 
 
+def test_a_second_start_is_refused_before_nemo_is_imported(tmp_path):
+    """What holds the folder is named; the base need not even be there."""
+    arguments = ["nemo-cpt", "run", "tiny", "base=b", "data={train: {d: 1}}", f"directory={tmp_path}", "name=r"]
+    second = (
+        f"import atexit, sys; sys.argv = {arguments}; from nemo_cpt.cli import main\n"
+        "atexit.register(lambda: print([name for name in ('torch', 'nemo', 'nemo_run') if name in sys.modules]))\n"
+        "main()"
+    )
+    with held_by_another_process(tmp_path / "r") as holder:
+        done = subprocess.run([sys.executable, "-c", second], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "[]\n")
+    assert done.stderr.startswith(f"nemo-cpt: {tmp_path}/r is in use by process {holder} on ")
+    assert len(done.stderr.splitlines()) == 1
+
+
 @pytest.fixture
 def start():
     """Start a process; it ends with the test, and so does what it started."""
@@ -252,43 +267,41 @@ def supervised(job, code):
     return [*python, "--max-restarts", "0", "--", sys.executable, "-uc", code]
 
 
-SAVES_SLOWLY = """
+SAVES = """
 import signal, subprocess, sys, time
-def save(*_): time.sleep(1); open({file!r}, "w").write("saved"); sys.exit(0)
+def save(*_): open({file!r}, "w").write("saved"); sys.exit(0)
 signal.signal(signal.SIGTERM, save)
-subprocess.Popen(["sleep", "2"])
+subprocess.Popen(["sh", "-c", "until [ -e {file} ]; do sleep 0.1; done; touch {file}.seen"])  # it outlives the job
 print("started")
-time.sleep(100)
+time.sleep(1000)
 """
 
 
 def test_cancel_ends_a_local_job_from_another_shell_and_nothing_else(tmp_path, start):
-    from nemo_cpt.launching.jobs import _end_processes, _processes
-
     job, saved = tmp_path / "t", tmp_path / "saved"
     job.mkdir()
     (job / "log.out").write_text("a line\n")
     reader = start("tail", "-f", f"{job}/log.out")
-    script = start("sh", "-c", f"echo {' '.join(supervised(job, 'x')[:6])}; sleep 100")
-    supervisor = start(*supervised(job, SAVES_SLOWLY.format(file=str(saved))))
+    script = start("sh", "-c", f"echo {' '.join(supervised(job, 'x')[:6])}; sleep 1000")
+    supervisor = start(*supervised(job, SAVES.format(file=str(saved))))
     assert supervisor.stdout.readline() == "started\n"
-    assert list(_processes(str(job))) == [supervisor.pid]
-    beginning = time.time()
-    _end_processes(str(job))
+    assert list(jobs._processes(str(job))) == [supervisor.pid]
+    assert jobs._end_processes(str(job))
     assert saved.read_text() == "saved"
-    assert time.time() - beginning > 1.5  # until what the job started has ended, too
-    assert (supervisor.wait(5), reader.poll(), script.poll()) == (0, None, None)
-    _end_processes(str(job))  # of which nothing is left
+    assert Path(f"{saved}.seen").exists()  # it waited until what the job started had ended, too
+    assert (supervisor.wait(60), reader.poll(), script.poll()) == (0, None, None)
+    assert jobs._end_processes(str(job))  # of which nothing is left
 
 
-def test_cancel_kills_what_does_not_end_in_time(tmp_path, start):
-    from nemo_cpt.launching.jobs import _end_processes
-
-    ignores = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('started'); time.sleep(100)"
+def test_cancel_kills_what_does_not_save_within_its_plans_time(tmp_path, start, monkeypatch, capsys):
+    ignores = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('started'); time.sleep(1000)"
+    monkeypatch.setenv("NEMO_CPT_SECONDS_TO_SAVE", "0")
     supervisor = start(*supervised(tmp_path, ignores))
+    monkeypatch.delenv("NEMO_CPT_SECONDS_TO_SAVE")  # the job's own environment says it
     assert supervisor.stdout.readline() == "started\n"
-    _end_processes(str(tmp_path), patience=0.5)
-    assert supervisor.wait(5) == -signal.SIGKILL
+    assert not jobs._end_processes(str(tmp_path))
+    assert "told to stop; it has 0 s to save, then it is killed" in capsys.readouterr().err
+    assert supervisor.wait(60) == -signal.SIGKILL
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")

@@ -20,7 +20,7 @@ TABLE = "| NVIDIA-SMI 550.54.15    Driver Version: 550.54.15    CUDA Version: 12
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `hf`, `base` (NeMo), datasets of its vocabulary (ja, en, held_out), and `ds/other` of another's."""
+    """A folder with `hf`, `base` (NeMo), `deeper` (another model), `ds/` (ja, en, held_out; other's vocabulary)."""
     from nemo_cpt.checkpoint import import_hf
     from nemo_cpt.corpus import prepare
     from tests.support import small_models
@@ -28,6 +28,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("doctor")
     import_hf(small_models.make("llama31", folder / "hf", **TINY), folder / "base")
     small_models.make("llama31", folder / "other_hf", **TINY)
+    deeper = small_models.make("llama31", folder / "deeper_hf", **TINY | {"num_hidden_layers": 5})
+    import_hf(deeper, folder / "deeper")
     content = json.loads((folder / "other_hf" / "tokenizer.json").read_text())
     content["model"]["vocab"]["one_more"] = len(content["model"]["vocab"])
     (folder / "other_hf" / "tokenizer.json").write_text(json.dumps(content))

@@ -112,9 +112,9 @@ def test_the_hub_is_not_asked_where_nothing_is_fetched(hub, world):
     assert "Llama-3.1-8B" in hub.asked[0][0]
 
 
-def wandb(tmp_path: Path, fields: tuple[str, ...] = (), **environ: str):
+def wandb(tmp_path: Path, wanted: bool = False, **environ: str):
     found = access.weights_and_biases(
-        Examination(Job("r", fields=fields), environ={"NETRC": str(tmp_path / "netrc"), **environ})
+        Examination(Job("r", logs_to_wandb=wanted), environ={"NETRC": str(tmp_path / "netrc"), **environ})
     )
     assert KEY not in found.found + found.cure
     return found
@@ -122,8 +122,8 @@ def wandb(tmp_path: Path, fields: tuple[str, ...] = (), **environ: str):
 
 def test_where_wandbs_key_may_be(tmp_path):
     assert wandb(tmp_path).state == "skipped"
-    assert wandb(tmp_path, ("log.wandb.project=x",)).state == "error"
-    assert wandb(tmp_path, ("log.wandb.project=x",), WANDB_MODE="offline").state == "ok"
+    assert wandb(tmp_path, True).state == "error"
+    assert wandb(tmp_path, True, WANDB_MODE="offline").state == "ok"
     assert wandb(tmp_path, WANDB_API_KEY=KEY).found == "logged in by WANDB_API_KEY"
     (tmp_path / "netrc").write_text(f"machine api.wandb.ai\n  login user\n  password {KEY}\n")
     (tmp_path / "netrc").chmod(0o600)

@@ -22,15 +22,10 @@ EIGHT_B = Workload(
 )  # fmt: skip
 
 
-@pytest.fixture
-def saved(monkeypatch):
+def saved(planned=lambda: EIGHT_B, **place):
     """What the doctor finds of a job of Llama-3.1-8B's, whose workload takes half a minute to read from its recipe."""
-    monkeypatch.setattr("nemo_cpt.doctor.slurm.workload", lambda *recipe: EIGHT_B)
-
-    def look(**place):
-        return saving_in_time(Examination(Job("r", gpus_per_node=8, place=Place("slurm", here=False, **place))))
-
-    return look
+    where = Place("slurm", here=False, **place)
+    return saving_in_time(Examination(Job("r", gpus_per_node=8, place=where, planned=planned)))
 
 
 @pytest.fixture
@@ -72,7 +67,7 @@ def test_no_slurm_and_no_controller(sinfo, tmp_path, monkeypatch):
     assert slurm(Examination()).state == "skipped"
 
 
-def test_time_to_save(sinfo, saved, tmp_path):
+def test_time_to_save(sinfo, tmp_path):
     sinfo()
     (tmp_path / "scontrol").write_text(
         "#!/bin/sh\n"
@@ -96,17 +91,17 @@ def test_time_to_save(sinfo, saved, tmp_path):
     assert saved(slurm=False).state == "skipped"
 
 
-def test_a_recipe_that_cannot_be_planned_does_not_stop_a_launch(sinfo, saved, monkeypatch):
-    def refuse(*recipe):
-        raise CptError("no shape of a Llama")
+def test_a_recipe_that_cannot_be_planned_does_not_stop_a_launch(sinfo):
+    def unreadable():
+        raise CptError("no such layer")
 
     sinfo()
-    monkeypatch.setattr("nemo_cpt.doctor.slurm.workload", refuse)
-    assert saved(slurm=True).state == "warning"
+    found = saved(unreadable, slurm=True)
+    assert (found.state, "no such layer" in found.found) == ("warning", True)
 
 
 @pytest.mark.skipif(bool(missing()), reason=missing() or "-")
-def test_a_real_cluster(tmp_path_factory, monkeypatch, saved):
+def test_a_real_cluster(tmp_path_factory, monkeypatch):
     cluster = SlurmCluster(tmp_path_factory.mktemp("slurm"))
     try:
         cluster.start()

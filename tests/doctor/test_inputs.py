@@ -10,12 +10,16 @@ import pytest
 from nemo_cpt.checkpoint.architecture import parse_config, read_architecture
 from nemo_cpt.corpus import Blend
 from nemo_cpt.doctor import Examination, Job, Place, inputs
+from nemo_cpt.errors import CptError
 from nemo_cpt.planning import checkpoint_size
+from nemo_cpt.recipe_models import model_config
+from tests.support.executor_jobs import held_by_another_process
 
 LLAMA31_8B = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
 }  # fmt: skip
+TINY = model_config(Path("recipes/tiny.py"))
 
 
 def job(world: Path, *train: str, **changes) -> Job:
@@ -26,9 +30,11 @@ def job(world: Path, *train: str, **changes) -> Job:
 
 def test_a_sound_job(world):
     examination = Examination(job(world))
-    findings = [check(examination) for check in (inputs.base, inputs.data, inputs.vocabulary, inputs.disk)]
+    checks = (inputs.base, inputs.data, inputs.vocabulary, inputs.run_folder, inputs.disk)
+    findings = [check(examination) for check in checks]
     assert {each.state for each in findings} == {"ok"}
     assert "ja 50%" in findings[1].found
+    assert "holds no checkpoint yet" in findings[3].found
 
 
 def test_what_a_blend_will_do_to_the_model(world):
@@ -73,6 +79,49 @@ def test_a_base_that_is_short_unfinished_or_without_tokenizer(world, tmp_path):
     bare = Examination(job(world, base=str(copy)))
     assert "holds no tokenizer" in inputs.base(bare).found
     assert inputs.base(Examination(job(world, base=str(copy), tokenizer=str(world / "hf")))).state == "ok"
+
+
+@pytest.fixture
+def resumed(world, tmp_path):
+    """A run's folder with a checkpoint of step 5."""
+    checkpoint = tmp_path / "run" / "checkpoints" / "steps=5"
+    shutil.copytree(world / "base", checkpoint)
+    return checkpoint
+
+
+def test_a_checkpoint_that_is_not_the_recipes(world, resumed):
+    """The words are those of the job's own refusal, `compatibility.check_resumed`."""
+
+    def look(**changes):
+        given = {"directory": resumed.parents[1], "max_steps": 9, "model": TINY} | changes
+        return inputs.run_folder(Examination(job(world, **given)))
+
+    assert (look().state, look().found) == ("ok", f"goes on from {resumed}, step 5")
+    with pytest.raises(CptError) as refused:
+        look(model=TINY | {"num_layers": 3})
+    assert str(refused.value).startswith(f"the run was trained as another model up to {resumed}, num_hidden_layers")
+    with pytest.raises(CptError, match=r"the run is another base's than .*num_layers. is 4 in the checkpoint and 5"):
+        look(base=str(world / "deeper"))
+    assert look(max_steps=5).found.startswith(f"the run is finished: {resumed} has step 5 of max_steps 5")
+    assert look(place=Place("docker", same_files=False)).state == "skipped"
+    (resumed / "weights" / "common.pt").unlink()
+    with pytest.raises(CptError, match=r"no checkpoint of this run .* is whole"):
+        look()
+
+
+def test_data_are_compared_with_the_checkpoint_that_is_resumed(world, resumed):
+    """The base may be gone; the tokenizer is the checkpoint's."""
+    given = {"directory": resumed.parents[1], "base": "gone"}
+    assert inputs.vocabulary(Examination(job(world, **given))).state == "ok"
+    assert inputs.vocabulary(Examination(job(world, "other", **given))).state == "error"
+
+
+def test_a_folder_that_another_job_holds(world, tmp_path):
+    with held_by_another_process(tmp_path) as holder:
+        here = inputs.run_folder(Examination(job(world, directory=tmp_path)))
+        queued = inputs.run_folder(Examination(job(world, directory=tmp_path, place=Place("slurm", here=False))))
+    assert (here.state, here.found.startswith(f"{tmp_path} is in use by process {holder} on ")) == ("error", True)
+    assert (queued.state, queued.found) == ("warning", here.found)
 
 
 def test_data_that_is_not_there_or_short(world, tmp_path):

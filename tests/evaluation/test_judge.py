@@ -2,13 +2,16 @@
 
 import json
 import re
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_cpt.errors import CptError
@@ -22,6 +25,7 @@ from nemo_cpt.inference.endpoint import EndpointEngine
 from nemo_cpt.inference.engine import Prompt, Reply, Sampling
 from tests.support.chat_server import NAME, Body, ChatServer, FaultError
 
+CHECKOUT = Path(__file__).parents[2]
 QUESTIONS = [
     JudgeQuestion("1", "math", ("2+3は？", "その二倍は？"), ("5", "10")),
     JudgeQuestion("2", "writing", ("春の俳句を作って。", "秋にして。")),
@@ -169,6 +173,27 @@ class TestModels:
             ],
         ]
 
+    def test_behind_endpoints_are_asked_at_mt_benchs_temperatures(self, tmp_path: Path) -> None:
+        with ChatServer(lambda body, number: "はい。") as server, ChatServer(prefers_after) as judge:
+            model = EndpointEngine(server.url)
+            report = run_judge(
+                {"after": model}, EndpointEngine(judge.url), QUESTIONS, tmp_path, answer_tokens=99, seed=5
+            )
+        temperatures = {body["messages"][0]["content"]: body["temperature"] for body in server.asked}
+        assert temperatures == {"2+3は？": 0, "春の俳句を作って。": 0.7, "虹とは？": 0.1}
+        assert {(body["max_tokens"], body["seed"]) for body in server.asked} == {(99, 5)}
+        assert [len(body["messages"]) for body in server.asked].count(3) == 3
+        assert report.answers == {"after": {each.id: ["はい。", "はい。"] for each in QUESTIONS}}
+
+    def test_with_other_weights_under_the_same_name_are_asked_again(self, tmp_path: Path) -> None:
+        asked = list[int]()
+        with ChatServer(prefers_after) as server:
+            for identity in ("first", "first", "second"):
+                model, judge = Answers("after"), EndpointEngine(server.url)
+                run_judge({"after": model}, judge, QUESTIONS, tmp_path, identities={"after": identity})
+                asked.append(len(model.prompts))
+        assert asked == [6, 0, 6]
+
     def test_without_a_chat_template_are_asked_in_text(self, tmp_path: Path) -> None:
         model = Answers("after", has_chat_template=False)
         with ChatServer(prefers_after) as server:
@@ -214,6 +239,31 @@ class TestFailures:
             again = judged(server)
         assert not server.asked
         assert again == report
+
+    def test_a_run_that_was_killed_goes_on(self, tmp_path: Path) -> None:
+        code = (
+            "import sys; from tests.evaluation.test_judge import *\n"
+            "judge = EndpointEngine(sys.argv[1], concurrency=1)\n"
+            "run_judge({name: Answers(name) for name in ('before', 'after')}, judge, QUESTIONS, sys.argv[2])"
+        )
+        started = threading.Event()
+
+        def kill_at_ten(body: Body, number: int) -> str:
+            started.wait()
+            if number == 10:
+                process.kill()
+            return prefers_after(body, number)
+
+        with ChatServer(kill_at_ten) as server:
+            process = subprocess.Popen([sys.executable, "-c", code, server.url, str(tmp_path)], cwd=CHECKOUT)
+            started.set()
+            assert process.wait() == -signal.SIGKILL
+        with ChatServer(prefers_after) as server:
+            report = run_judge(
+                {name: Answers(name) for name in ("before", "after")}, EndpointEngine(server.url), QUESTIONS, tmp_path
+            )
+        assert len(server.asked) <= 24 - 8  # the ninth may have come without being kept
+        assert report.scores("after") == {"1": 8, "2": 8, "3": 8}
 
     def test_a_torn_line_is_asked_for_again(self, judged: Callable[..., JudgeReport], tmp_path: Path) -> None:
         with ChatServer(prefers_after) as server:
@@ -334,6 +384,7 @@ class TestPrompts:
     def test_preferences_are_read(self, reply: str, preference: str | None) -> None:
         assert read_preference(reply) == preference
 
+    @settings(deadline=None)
     @given(st.text() | st.text("[]0123456789./ABCtie: "))
     def test_any_reply_can_be_read(self, reply: str) -> None:
         score = read_score(reply)

@@ -9,7 +9,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_cpt.errors import CptError
@@ -18,6 +18,7 @@ from nemo_cpt.evaluation.language import (
     EMPTY,
     KNOWN,
     MIXED,
+    OTHER,
     ROMAJI,
     UNDECIDED,
     judge_language,
@@ -31,6 +32,28 @@ from nemo_cpt.evaluation.questions import SHIPPED, shipped_questions
 CHECKOUT = Path(__file__).parents[2]
 LABELLED = Path(__file__).with_name("replies.jsonl")
 REPLIES = [json.loads(line) for line in LABELLED.read_text("utf-8").splitlines()]
+SENTENCES = {
+    "ja": "明日は友達と海へ行くつもりです。",
+    "zh-tw": "明天我打算和朋友去海邊游泳。",
+    "zh-cn": "明天我打算和朋友去海边游泳，你们要来吗？",
+    "ko": "내일은 친구와 바다에 갈 생각입니다.",
+    "en": "Tomorrow I am going to the sea with a friend.",
+    "de": "Morgen fahre ich mit einem Freund ans Meer.",
+    "fr": "Demain, je vais à la mer avec une amie.",
+    "es": "Mañana voy a la playa con un amigo.",
+    "it": "Domani vado al mare con un'amica.",
+    "pt": "Amanhã vou à praia com um amigo, não é longe.",
+    "nl": "Morgen ga ik met een vriend naar het strand.",
+    "pl": "Jutro jadę z przyjacielem nad morze.",
+    "tr": "Yarın bir arkadaşımla denize gideceğim.",
+    "id": "Besok saya akan pergi ke pantai dengan teman.",
+    "vi": "Ngày mai tôi sẽ đi biển với một người bạn.",
+    "th": "พรุ่งนี้ฉันจะไปทะเลกับเพื่อน",
+    "hi": "कल मैं एक दोस्त के साथ समुद्र तट पर जाऊँगा।",
+    "ar": "غدا سأذهب إلى البحر مع صديق لي.",
+    "ru": "Завтра я поеду на море с другом.",
+    "uk": "Завтра я поїду на море з другом.",
+}
 NO_LANGUAGE = st.sampled_from(
     [
         "```python\nprint('hello there, how are you')\n```",
@@ -77,13 +100,15 @@ class TestAgreement:
 
 
 class TestVerdict:
+    @settings(deadline=None)
     @given(st.text(max_size=200), st.sampled_from(sorted(KNOWN)))
     def test_of_any_text_is_a_class_with_shares(self, text: str, asked: str) -> None:
         verdict = judge_language(text, asked)
-        assert verdict.language in {*KNOWN, MIXED, UNDECIDED, EMPTY, ROMAJI}
+        assert verdict.language in {*KNOWN, MIXED, UNDECIDED, EMPTY, ROMAJI, OTHER}
         assert not verdict.shares or sum(verdict.shares.values()) == pytest.approx(1)
         assert bool(verdict.shares) == (verdict.language not in (UNDECIDED, EMPTY))
 
+    @settings(deadline=None)
     @given(st.sampled_from([each for each in REPLIES if each["label"] in KNOWN]), NO_LANGUAGE)
     def test_does_not_change_with_what_is_no_language(self, reply: dict[str, str], other: str) -> None:
         alone = judge_language(reply["reply"], reply["asked"])
@@ -99,12 +124,30 @@ class TestVerdict:
             ("駅前", "zh-tw", "ja"),  # 駅 is in neither
             ("東京\nです", "zh-tw", "ja"),  # the rest of the reply decides before the language asked in
             ("可以。没问题。", "zh-tw", "zh-cn"),
+            ("Я люблю Python и PyTorch.", "ja", "ru"),
+            ("Python คือภาษาโปรแกรม", "ja", "th"),
+            ("Το Τόκιο είναι η πρωτεύουσα.", "ja", OTHER),
+            ("π", "ja", UNDECIDED),
+            ("\U0003134b", "ja", UNDECIDED),  # a Han character younger than Python's Unicode
+            ("大学", "en", "zh-cn"),  # nothing tells
             ("これは本です。" * 5 + "It is a book.", "ja", "ja"),
             ("これは本です。It is a book.", "ja", MIXED),
         ],
     )
     def test_of_characters_that_several_languages_have(self, reply: str, asked: str, expected: str) -> None:
         assert judge_language(reply, asked).language == expected
+
+    @pytest.mark.parametrize(
+        "unit", ["na", "a", "$a", "a ", "kya", "<a", '"a', "-", "1.", "\\\\[", "は the cat sat on a mat"]
+    )
+    def test_of_long_repetitions_comes_soon(self, unit: str) -> None:
+        verdict = judge_language(unit * 5000 + "x", "ja")
+        assert verdict.language in {*KNOWN, MIXED, UNDECIDED}
+
+    def test_tells_every_known_language(self) -> None:
+        assert SENTENCES.keys() == KNOWN.keys()
+        told = {asked: [judge_language(each, asked).language for each in SENTENCES.values()] for asked in ("ja", "en")}
+        assert told == {"ja": list(SENTENCES), "en": list(SENTENCES)}
 
     def test_counts_text_by_its_bytes(self) -> None:
         shares = judge_language("これは本です。It is a book.", "ja").shares

@@ -33,6 +33,12 @@ def report(path, commands=False):
 def fail(message):
     raise ValueError(message)
 
+def raises(kind):
+    kinds = {each.__name__: each for each in (CptError, StoppedEarlyError, BrokenPipeError, KeyboardInterrupt)}
+    print("raises", kind, flush=True)
+    if kind in kinds:
+        raise kinds[kind]("planted")
+
 def refuse(message):
     print("tried", flush=True)
     raise CptError(message)

@@ -11,6 +11,7 @@ import tarfile
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import nemo_run as run
 import pytest
@@ -131,6 +132,8 @@ def test_a_container_that_is_stopped_while_it_imports_says_that_nothing_is_lost(
 class Container:
     """A container of the engine's that is a process group here."""
 
+    attrs: ClassVar = {"Config": {"Env": ["NEMO_CPT_SECONDS_TO_SAVE=61"]}}
+
     def __init__(self, process):
         self.process = process
 
@@ -138,6 +141,7 @@ class Container:
         os.killpg(self.process.pid, signal.Signals[named["signal"]])
 
     def stop(self, timeout):
+        assert timeout == 61
         self.kill(signal="SIGTERM")
         self.process.wait(timeout)
 
@@ -154,7 +158,7 @@ def test_a_container_that_is_cancelled_saves_before_nemo_run_removes_it(project,
     wait_until(lambda: log_of(job).count("starting at") == 2)
     monkeypatch.setattr(DockerContainer, "get_container", lambda *args, **kwargs: Container(process))
     DockerContainer(name="t", command=[], executor=docker(), extra_env={}).delete(client=None, id="1")
-    assert process.wait(1) == 75
+    assert process.wait() == 75
     assert log_of(job).count("stopped at") == 2
 
 

@@ -28,7 +28,7 @@ def test_stopped_it_goes_on_at_its_step_and_in_its_wandb_run(project, material, 
     recipe.log.wandb = run.Config(WandbLogger, project="cpt", save_dir=str(tmp_path))
     stopped = threading.Thread(target=stop_this_process_at_step, args=(3, results), daemon=True)
     stopped.start()
-    with pytest.raises(StoppedEarlyError, match="nemo_cpt: stopped ahead of the end, saved"):
+    with pytest.raises(StoppedEarlyError, match="task t: stopped ahead of the end, saved"):
         run.run(recipe, executor=local(), name="t")
     stopped.join()
     assert [task["status"] for task in jobs.status(None)["tasks"]] == ["STOPPED"]

@@ -95,7 +95,7 @@ def test_stopped_without_requeueing_it_is_neither_finished_nor_failed(slurm_here
     counter = tmp_path / "counter"
     stop = threading.Thread(target=stop_the_job, args=(slurm_here, counter), daemon=True)
     stop.start()
-    with pytest.raises(StoppedEarlyError, match="nemo_cpt: told to stop, saved"):
+    with pytest.raises(StoppedEarlyError, match="task t: told to stop, saved"):
         run.run(
             run.Partial(tasks.count, path=str(counter), until=1000),
             executor=slurm(tasks_per_node=1, time="5", requeue=False),

@@ -1,11 +1,12 @@
 """Submitting over SSH: a real sshd on this machine's loopback stands for the login node."""
 
+import contextlib
 import dataclasses
 import getpass
 import os
 import shutil
+import socket
 import subprocess
-import time
 from pathlib import Path
 
 import nemo_run as run
@@ -13,6 +14,7 @@ import pytest
 
 from nemo_cpt import CptError
 from nemo_cpt.executors import slurm, ssh
+from tests.support.executor_jobs import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +41,16 @@ def login_node(cluster, tmp_path_factory):
     options = f"-o UserKnownHostsFile={folder}/known -o StrictHostKeyChecking=accept-new"
     client.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} {options} "$@"\n')
     client.chmod(0o755)
-    time.sleep(0.5)
+    wait_until(lambda: _answers(port))
     yield port, folder / "user", client.parent
     daemon.terminate()
     daemon.wait()
+
+
+def _answers(port):
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)) as connection:
+        return connection.recv(4) == b"SSH-"
+    return False
 
 
 @pytest.fixture

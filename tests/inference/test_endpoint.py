@@ -56,6 +56,12 @@ def test_a_stream_that_fails_is_said_too(fault: Fault) -> None:
     assert len(server.asked) == 1  # its text was shown already: nothing to take back
 
 
+def test_halves_of_a_character_in_two_chunks_become_one() -> None:
+    with ChatServer(lambda body, number: "1234\ud83d\ude00 and a lone \ud83d") as server:
+        ((_, reply),) = EndpointEngine(server.url).generate([HELLO], Sampling())
+    assert reply.text == "1234😀 and a lone \ufffd"
+
+
 def test_a_server_that_takes_too_long() -> None:
     leave = threading.Event()
 

@@ -17,7 +17,7 @@ from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
 from nemo_cpt.launching import yaml_file
 from nemo_cpt.planning import plan
-from nemo_cpt.recipes import llama31_8b, parts, tiny
+from nemo_cpt.recipes import instruction, llama31_8b, parts, smollm2, tiny
 from nemo_cpt.training.optimizer import HostStateOptimizer
 
 RECIPES = [
@@ -112,6 +112,54 @@ class TestOneGpu:
             llama31_8b.continual_pretrain_full_single_gpu(gpu_memory_gib=24)
 
 
+class TestInstructionTuning:
+    TUNING = (llama31_8b.instruction_tune, llama31_8b.instruction_tune_single_gpu, smollm2.instruction_tune)
+
+    @pytest.mark.parametrize("recipe", TUNING, ids=["llama31_8b", "llama31_8b_single_gpu", "smollm2"])
+    def test_the_loss_is_per_token_and_yaml_gives_the_recipe_back(self, recipe, tmp_path: Path) -> None:
+        made = recipe()
+        assert made.__fn_or_cls__ is llm.finetune
+        assert made.data.__fn_or_cls__.__name__ == "ConversationDataModule"
+        assert made.model.config.calculate_per_token_loss
+        assert not made.trainer.strategy.ddp.average_in_collective
+        assert made.data.seq_length == made.model.config.seq_length
+        assert made.data.epochs == 2  # which could not be counted: there are no conversations here
+        (tmp_path / "recipe.yaml").write_text(YamlSerializer().serialize(made))
+        assert yaml_file.load(tmp_path / "recipe.yaml") == made
+
+    def test_the_defaults_are_those_of_tulu_3(self) -> None:
+        recipe = llama31_8b.instruction_tune(max_steps=1000)
+        assert (recipe.data.seq_length, recipe.data.global_batch_size) == (4096, 32)
+        assert (recipe.optim.config.lr, recipe.optim.config.weight_decay) == (5e-6, 0.0)
+        assert (recipe.optim.lr_scheduler.warmup_steps, recipe.optim.lr_scheduler.min_lr) == (30, 0.0)
+        assert (recipe.trainer.max_steps, recipe.trainer.val_check_interval) == (1000, 100)
+        assert recipe.data.epochs is None
+
+    @pytest.mark.parametrize("gpu_memory_gib", [24, 48, 80])
+    def test_one_gpu_trains_lora_by_the_card(self, gpu_memory_gib: int) -> None:
+        recipe = llama31_8b.instruction_tune_single_gpu(gpu_memory_gib=gpu_memory_gib)
+        assert (recipe.peft.dim, recipe.peft.alpha) == (32, 64)
+        assert recipe.data.seq_length == recipe.model.config.seq_length == 4096
+        planned = plan(recipe, gpu_memory_gib)
+        assert planned.peak_gib <= 0.95 * planned.memory_gib
+        assert not planned.lower_bound
+
+    def test_a_shorter_sequence_that_fits_has_its_own_epochs(self, monkeypatch) -> None:
+        counted = []
+        monkeypatch.setattr(instruction, "_steps", lambda *sizes: counted.append(sizes[4]) or (300, None))
+        recipe = llama31_8b.instruction_tune_single_gpu(gpu_memory_gib=24, rank=256, embeddings_lr=None)
+        assert counted[-1] == recipe.data.seq_length
+
+    def test_a_replay_has_a_share(self) -> None:
+        recipe = smollm2.instruction_tune(replay=Blend({"ds/en": 1.0}, {"en": "ds/en_validation"}), max_steps=9)
+        assert recipe.data.replay_paths == [1.0, "ds/en"]
+        assert recipe.data.replay_share == 0.05
+        assert recipe.data.replay_validation == {"en": "ds/en_validation"}
+        for wrong in ({"replay_share": 0.1}, {"replay": Blend({"ds/en": 1.0}), "replay_share": 0.0}):
+            with pytest.raises(CptError, match="give both"):
+                smollm2.instruction_tune(**wrong)
+
+
 def test_data_must_be_a_blend() -> None:
     with pytest.raises(CptError, match="give a Blend"):
         llama31_8b.continual_pretrain(data="{train:[1.0,ds/ja]}")
@@ -149,6 +197,12 @@ def test_nemo_llm_finds_the_factory_and_round_trips_yaml(tmp_path: Path) -> None
     assert "max_steps: 77" in first.read_text()
     _run([*nemo, "--yaml", str(first), "--to-yaml", str(second)])
     assert second.read_text() == first.read_text()
+
+
+def test_nemo_llm_finds_the_factory_of_instruction_tuning(tmp_path: Path) -> None:
+    nemo = [str(Path(sys.executable).with_name("nemo")), "llm", "finetune"]
+    _run([*nemo, "--factory", "llama31_8b_sft", "--to-yaml", str(tmp_path / "sft.yaml"), "trainer.max_steps=77"])
+    assert "max_steps: 77" in (tmp_path / "sft.yaml").read_text()
 
 
 def _run(command: list[str]) -> str:

@@ -1,9 +1,11 @@
 """What the tests of several executors share."""
 
 import base64
+import contextlib
 import json
 import re
 import subprocess
+import sys
 import time
 import zlib
 from pathlib import Path
@@ -54,3 +56,16 @@ def losses(directory):
     """Training losses by step, the last start's last."""
     lines = [json.loads(line) for line in next(Path(directory).rglob("steps.jsonl")).read_text().splitlines()]
     return [(line["step"], line["reduced_train_loss"]) for line in lines if "reduced_train_loss" in line]
+
+
+@contextlib.contextmanager
+def held_by_another_process(run_folder):
+    """Have a process hold a run's folder meanwhile; gives its id."""
+    code = (
+        f"import pathlib, sys; from nemo_cpt.training.run_lock import hold; hold(pathlib.Path({str(run_folder)!r}))\n"
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as it:
+        assert it.stdout.readline() == "held\n"
+        yield it.pid
+        it.stdin.close()

@@ -3,7 +3,9 @@
 A job signals itself where it is to be hit, so that a busy machine changes nothing about where.
 """
 
+import contextlib
 import functools
+import multiprocessing
 import os
 import shutil
 import signal
@@ -14,18 +16,22 @@ from typing import Any
 
 import lightning.pytorch as pl
 import nemo_run as run
+from nemo.utils import AppState
 
 from nemo_cpt.recipes import tiny
+from nemo_cpt.training import loop_patches
 from nemo_cpt.training.metrics import read_metrics
 from tests.training import jobs
 
 STEPS, INTERVAL = 8, 3  # the last step is validated besides: 3, 6, 8
 
-HOOKS = ("on_train_batch_start", "on_train_batch_end", "on_validation_batch_end", "on_validation_end")
+HOOKS = ("on_train_batch_start", "on_train_batch_end", "on_validation_batch_end", "on_validation_end", "on_train_start")
 _NEMO = "nemo.lightning.pytorch.callbacks.model_checkpoint:ModelCheckpoint"
 _MEGATRON = "megatron.core.dist_checkpointing"
 WRITE_POINTS = {  # within the saving of a checkpoint, in this order: what is called, and whether before or after it
     "marker": (f"{_NEMO}.set_checkpoint_unfinished_marker", "after"),
+    "context": ("nemo_cpt.training.checkpoints:_write_context", "before"),
+    "common": (f"{_MEGATRON}.strategies.common:TorchCommonSaveStrategy.save_common", "before"),
     "weights": (f"{_MEGATRON}.strategies.filesystem_async:_write_item", "before"),
     "metadata": ("torch.distributed.checkpoint.filesystem:_FileSystemWriter.finish", "before"),
     "config": (f"{_MEGATRON}.serialization:save_config", "before"),
@@ -38,15 +44,15 @@ WRITE_POINTS = {  # within the saving of a checkpoint, in this order: what is ca
 
 @dataclass(frozen=True)
 class Hit:
-    """A signal that a job sends itself.
+    """A signal that a job sends itself, or a disk that it fills.
 
     Attributes:
         where: one of `HOOKS`, or of `WRITE_POINTS` within a save.
-        step: the optimizer steps that are done then.
-        signal: its name.
+        step: the optimizer steps that are done then; within a save, which may be of an earlier step, at least so many.
+        signal: its name; "FULL" fills the run's file system instead, which must be a small one, to the last byte.
         everyone: it goes to every process of the job, as Slurm's and a terminal's do; else to the ranks alone.
         ranks: those that are hit; None for all.
-        call: of a write point, which call of this step's save is hit.
+        call: of a write point, which call from this step on is hit, of all the processes that write.
     """
 
     where: str
@@ -57,17 +63,27 @@ class Hit:
     call: int = 1
 
     def send(self) -> None:
+        if self.signal == "FULL":
+            return fill(Path(AppState().log_dir))
         number = getattr(signal, self.signal)
         os.killpg(0, number) if self.everyone else os.kill(os.getpid(), number)
+
+
+def fill(folder: Path) -> None:
+    """Leave no room on the file system of `folder`: what is left goes to a file `ballast` beside it."""
+    with open(folder.with_name("ballast"), "ab", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(2**16)):
+            pass
 
 
 class Hits(pl.Callback):
     """Sends a hit once its point is reached."""
 
     def __init__(self, hit: Hit) -> None:
-        self.hit, self.calls = hit, 0
+        self.hit = hit
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.calls = multiprocessing.get_context("fork").Value("i", 0)  # writers are forked, and one of them is hit
         if self.hit.where in HOOKS:
             setattr(self, self.hit.where, lambda trainer, *args: self._reached(trainer))
         else:
@@ -75,9 +91,14 @@ class Hits(pl.Callback):
 
     def _reached(self, trainer: pl.Trainer) -> None:
         chosen = self.hit.ranks is None or trainer.global_rank in self.hit.ranks
-        if chosen and trainer.global_step == self.hit.step:
-            self.calls += 1
-            if self.calls == self.hit.call:
+        here = trainer.global_step == self.hit.step or (
+            self.hit.where in WRITE_POINTS and trainer.global_step > self.hit.step
+        )
+        if chosen and here:
+            with self.calls.get_lock():
+                self.calls.value += 1
+                hits = self.calls.value == self.hit.call
+            if hits:
                 self.hit.send()
 
 
@@ -108,11 +129,13 @@ class Setting:
         workers: of each data loader; they persist.
         asynchronous: checkpoints are written by processes of their own while the training goes on.
         processes: data-parallel ranks.
+        unpatched: a function of `upstream_loops` that leaves what it patches as it is.
     """
 
     workers: int = 0
     asynchronous: bool = False
     processes: int = 1
+    unpatched: str = ""
 
 
 class Runs:
@@ -122,10 +145,11 @@ class Runs:
         world: folder with `base`.
         blend: what is trained on.
         folder: where the runs go.
+        logs: where what they print goes; `folder` when None.
     """
 
-    def __init__(self, world: Path, blend: Any, folder: Path) -> None:
-        self.world, self.blend, self.folder = world, blend, folder
+    def __init__(self, world: Path, blend: Any, folder: Path, logs: Path | None = None) -> None:
+        self.world, self.blend, self.folder, self.logs = world, blend, folder, logs or folder
         folder.mkdir(parents=True, exist_ok=True)
 
     def start(self, name: str, setting: Setting, hit: Hit | None = None, **changes: Any) -> int:
@@ -139,7 +163,7 @@ class Runs:
         return [self.start(name, setting, hit, **changes) for hit in (*hits, None)]
 
     def log(self, name: str) -> Path:
-        return self.folder / f"{name}.log"
+        return self.logs / f"{name}.log"
 
     def left(self, name: str) -> dict[str, Any]:
         """What a run left: its checkpoints' names, and its validations and steps with their losses and rates."""
@@ -161,6 +185,8 @@ def _described(path: Path) -> str:
 
 
 def _train(runs: Runs, name: str, setting: Setting, hit: Hit | None, changes: dict[str, Any]) -> None:
+    if setting.unpatched:
+        setattr(loop_patches, setting.unpatched, lambda original=None: original)
     settings = {"seq_length": 64, "global_batch_size": 8, "max_steps": STEPS, "val_check_interval": INTERVAL} | changes
     settings |= {"name": name, "directory": str(runs.folder), "processes": setting.processes}
     blend = replace(runs.blend, validation=settings.pop("validation", runs.blend.validation))

@@ -56,6 +56,7 @@ def kill(started: list[Any]) -> None:
 
 def _enter(job: Callable[[], Any], rank: int, processes: int, port: int, log: Path | None) -> None:
     os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # as in a job of its own; here it would be the server's
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if processes > 1:
         os.environ.update(

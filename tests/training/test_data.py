@@ -134,3 +134,11 @@ def _loss(world: Path, sample: dict[str, torch.Tensor]) -> float:
     with torch.inference_mode():
         logits = model(input_ids=sample["tokens"][None]).logits[0]
     return torch.nn.functional.cross_entropy(logits, sample["labels"]).item()
+
+
+def test_a_longer_run_reads_in_the_same_order_while_it_needs_no_further_pass(tmp_path: Path) -> None:
+    """What a resumption with a larger `max_steps` does to the data; 28 sequences are a pass."""
+    prefix = write(tmp_path / "text", documents(seed=1))
+    short, longer, second_pass = (sequences(dataset(prefix, samples=count)) for count in (10, 24, 40))
+    assert longer[:10] == short[:10]
+    assert second_pass[:10] != short[:10]

@@ -13,7 +13,7 @@ from nemo_cpt.training.callbacks import StopAtStep
 from nemo_cpt.training.metrics import read_metrics
 from tests.training import jobs
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]  # six starts of NeMo, four at a time
 STEPS = 6
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from nemo_cpt.training.checkpoints import RunCheckpoint
 from nemo_cpt.training.run_folder import Checkpoint, checkpoints, damaged_since, finished, newest_whole
 from tests.support.interruptions import Runs, Setting
 
@@ -71,6 +72,33 @@ def test_a_run_of_an_older_version_says_its_step_by_its_name(folder: Path) -> No
     for each in checkpoints(folder):
         (each.path / "run.json").unlink()
     assert [each.step for each in checkpoints(folder)] == [8, 6, 3]
+
+
+def kept_of_a_previous_run(folder: Path, save_top_k: int) -> dict[int, float]:
+    """Step and loss of what the `save_top_k` best are taken from when a run is resumed."""
+    checkpoint = RunCheckpoint(dirpath=folder, monitor="val_loss", mode="min", save_top_k=save_top_k)
+    checkpoint.nemo_topk_check_previous_run()
+    found = {Checkpoint(Path(path)).step: float(value) for path, value in checkpoint.best_k_models.items()}
+    if len(found) == save_top_k:
+        worst = max(found, key=found.__getitem__)
+        assert Checkpoint(Path(checkpoint.kth_best_model_path)).step == worst
+        assert float(checkpoint.kth_value) == pytest.approx(found[worst])
+    return found
+
+
+def test_a_resumed_run_keeps_the_best_by_their_own_names(tmp_path: Path, folder: Path) -> None:
+    moved = folder.rename(tmp_path / "val_loss=0.1")  # where NeMo would look for the value
+    assert sorted(kept_of_a_previous_run(moved, 2)) == [6, 8]
+    assert [each.step for each in checkpoints(moved)] == [8, 6]
+
+
+def test_a_resumed_run_keeps_the_newest_although_it_is_the_worst(folder: Path) -> None:
+    newest = of_step(folder, 8)
+    newest.rename(newest.with_name("steps=8-val_loss=9.5000"))
+    assert sorted(kept_of_a_previous_run(folder, 2)) == [3, 6]
+    assert [each.step for each in checkpoints(folder)] == [8, 6, 3]
+    assert sorted(kept_of_a_previous_run(folder, 1)) == [6]
+    assert [each.step for each in checkpoints(folder)] == [8, 6]
 
 
 def test_finished(folder: Path) -> None:

@@ -1,7 +1,6 @@
 """Whole runs on the CPU through llm.pretrain: parallel layouts, resumption, kills."""
 
 import functools
-import time
 from pathlib import Path
 from typing import Any
 
@@ -93,26 +92,6 @@ def continue_from(world: Path, blend: Any, checkpoint: Path) -> None:
         seq_length=64, global_batch_size=8, max_steps=STEPS, val_check_interval=2,
     )  # fmt: skip
     run.run(recipe, direct=True)
-
-
-def test_a_killed_run_comes_back(world: Path, blend: Any, reference: str) -> None:
-    """Killed in its start-up, behind its first checkpoint, and in the start-up of the resumption."""
-    checkpoints = world / "runs" / "killed" / "checkpoints"
-    for wait in (lambda: time.sleep(2), lambda: until_there_is_a_checkpoint(checkpoints), lambda: time.sleep(2)):
-        started = jobs.launch(functools.partial(train, world, blend, "killed"), log=world / "killed.log")
-        wait()
-        jobs.kill(started)
-    assert newest_whole(checkpoints) is not None
-    assert STEPS not in metrics(world, "killed")
-    assert start(world, blend, "killed") == 0, (world / "killed.log").read_text()[-3000:]
-    assert metrics(world, "killed") == metrics(world, reference)
-
-
-def until_there_is_a_checkpoint(folder: Path, patience: float = 120) -> None:
-    deadline = time.monotonic() + patience
-    while not newest_whole(folder):
-        assert time.monotonic() < deadline, "no checkpoint was written"
-        time.sleep(0.05)
 
 
 def test_a_finished_run_started_again_does_nothing(world: Path, blend: Any, reference: str) -> None:

@@ -41,15 +41,18 @@ def test_a_stop_saves_and_loses_nothing(runs: Runs, name: str, setting: Setting,
     codes = runs.broken(name, setting, hits)
     assert codes == [STOPPED] * len(hits) + [0], runs.log(name).read_text()[-3000:]
     assert runs.differences(name, "unbroken") == []
+    untrained = "before a step was done: the same command starts again"
+    assert (untrained in runs.log(name).read_text()) == (name in ("sanity", "first_step"))
 
 
-@pytest.mark.parametrize("ranks", [None, (1,)])
-def test_a_stop_of_two_ranks_whichever_is_told(runs: Runs, ranks: tuple[int, ...] | None) -> None:
-    setting = Setting(processes=2)
+@pytest.mark.parametrize(("ranks", "asynchronous"), [(None, False), ((1,), False), (None, True), ((1,), True)])
+def test_a_stop_of_two_ranks_whichever_is_told(runs: Runs, ranks: tuple[int, ...] | None, asynchronous: bool) -> None:
+    """With asynchronous saves a checkpoint is in flight on both."""
+    setting = Setting(processes=2, asynchronous=asynchronous)
     if not (runs.folder / "unbroken_2").exists():
-        assert runs.start("unbroken_2", setting) == 0, runs.log("unbroken_2").read_text()[-3000:]
-    name = f"two_{'all' if ranks is None else 'one'}"
-    codes = runs.broken(name, setting, [Hit("on_train_batch_start", 4, ranks=ranks)])
+        assert runs.start("unbroken_2", Setting(processes=2)) == 0, runs.log("unbroken_2").read_text()[-3000:]
+    name = f"two_{'all' if ranks is None else 'one'}_{asynchronous}"
+    codes = runs.broken(name, setting, [Hit("on_train_batch_start", 3 if asynchronous else 4, ranks=ranks)])
     assert codes == [STOPPED, 0], runs.log(name).read_text()[-3000:]
     assert runs.differences(name, "unbroken_2") == []
 
@@ -70,3 +73,10 @@ def test_a_kill_costs_steps_but_nothing_of_the_result(runs: Runs, hit: Hit) -> N
     name = f"killed_{hit.where}"
     assert runs.broken(name, Setting(), [hit]) == [KILLED, 0], runs.log(name).read_text()[-3000:]
     assert runs.differences(name, "unbroken") == []
+
+
+def test_kills_in_its_start_up_and_behind_a_checkpoint_and_in_the_start_up_of_the_resumption(runs: Runs) -> None:
+    places = ("on_train_start", 0), ("on_train_batch_start", 4), ("on_train_start", 3)
+    codes = runs.broken("killed_thrice", Setting(), [Hit(where, step, "SIGKILL") for where, step in places])
+    assert codes == [KILLED] * 3 + [0], runs.log("killed_thrice").read_text()[-3000:]
+    assert runs.differences("killed_thrice", "unbroken") == []

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,35 +76,16 @@ class Blend:
         return list(dict.fromkeys([*self.train, *self.validation.values(), *self.test.values()]))
 
     def _check_held_out(self) -> None:
-        trained: dict[str, str] = {}
-        for prefix in self.train:
-            digest = fingerprint(prefix)
-            if digest in trained:
-                raise CptError(f"The blend trains on one dataset twice: {prefix} is a copy of {trained[digest]}.")
-            trained[digest] = prefix
-        for part in ("validation", "test"):
-            for name, prefix in getattr(self, part).items():
-                if same := trained.get(fingerprint(prefix)):
-                    under = "" if same == prefix else f", as {same}"
-                    raise CptError(
-                        f"The {part} set {name!r} ({prefix}) is also trained on{under}: its loss would show memory. "
-                        "Take a held-out one (nemo-cpt split)."
-                    )
+        check_held_out(self.train, {"validation": self.validation, "test": self.test})
 
     def _check_form(self) -> None:
         for name in ("train", "validation", "test"):
-            _check_mapping(name, getattr(self, name))
+            check_mapping(name, getattr(self, name))
         if not self.train:
             raise CptError("The blend has no training data: Blend(train={'ds/ja': 0.75, 'ds/en': 0.25}).")
         if self.weighting not in WEIGHTINGS:
             raise CptError(f"The blend's weighting is {self.weighting!r}; it can be {', '.join(WEIGHTINGS)}.")
-        for prefix, weight in self.train.items():
-            number = isinstance(weight, int | float) and not isinstance(weight, bool)
-            if not number or not math.isfinite(weight) or weight <= 0:
-                raise CptError(
-                    f"The weight of {prefix!r} in the blend is {weight!r}; it must be a positive number"
-                    + (" (YAML takes it for text: write 1.0e-3 or 0.001, not 1e-3)." if _is_number(weight) else ".")
-                )
+        check_weights(self.train)
         check_distinct(self.train)
 
     def shares(self) -> dict[str, float]:
@@ -130,12 +111,12 @@ class Blend:
 
     def validation_paths(self) -> dict[str, str]:
         """Return the full prefix of each validation set by its name."""
-        _check_mapping("validation", self.validation)
+        check_mapping("validation", self.validation)
         return {name: full_prefix(prefix) for name, prefix in self.validation.items()}
 
     def test_paths(self) -> dict[str, str]:
         """Return the full prefix of each test set by its name."""
-        _check_mapping("test", self.test)
+        check_mapping("test", self.test)
         return {name: full_prefix(prefix) for name, prefix in self.test.items()}
 
     def tokens(self) -> dict[str, int]:
@@ -257,22 +238,69 @@ def _is_number(text: Any) -> bool:
         return False
 
 
-def _check_mapping(name: str, value: Any) -> None:
-    """Raise unless `value` maps strings; the usual slip is the Hydra string of NeMo's old scripts."""
+def check_weights(train: Mapping[str, Any], kind: str = "blend") -> None:
+    """Check that every training set of a blend, or of another kind of mixture, has a positive weight.
+
+    Raises:
+        CptError: One has not.
+    """
+    for prefix, weight in train.items():
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not number or not math.isfinite(weight) or weight <= 0:
+            raise CptError(
+                f"The weight of {prefix!r} in the {kind} is {weight!r}; it must be a positive number"
+                + (" (YAML takes it for text: write 1.0e-3 or 0.001, not 1e-3)." if _is_number(weight) else ".")
+            )
+
+
+def check_held_out(train: Iterable[str], held_out: Mapping[str, Mapping[str, str]], kind: str = "blend") -> None:
+    """Check by content that nothing is trained on twice, or trained on and held out.
+
+    Args:
+        train: Prefixes of the training sets.
+        held_out: Prefixes by name, of each part that is not trained on.
+        kind: Of mixture.
+
+    Raises:
+        CptError: Something is; a copy or a link is the same one.
+    """
+    trained: dict[str, str] = {}
+    for prefix in train:
+        digest = fingerprint(prefix)
+        if digest in trained:
+            raise CptError(f"The {kind} trains on one dataset twice: {prefix} is a copy of {trained[digest]}.")
+        trained[digest] = prefix
+    for part, sets in held_out.items():
+        for name, prefix in sets.items():
+            if same := trained.get(fingerprint(prefix)):
+                under = "" if same == prefix else f", as {same}"
+                raise CptError(
+                    f"The {part} set {name!r} ({prefix}) is also trained on{under}: its loss would show memory. "
+                    "Take a held-out one (nemo-cpt split)."
+                )
+
+
+def check_mapping(name: str, value: Any, kind: str = "blend") -> None:
+    """Check that a field of a mixture maps strings; the usual slip is the Hydra string of NeMo's old scripts.
+
+    Raises:
+        CptError: It does not.
+    """
     example = {"train": "{'ds/ja': 0.75, 'ds/en': 0.25}"}.get(name, "{'ja': 'ds/ja_val'}")
     if isinstance(value, str):
         what = "a dictionary written as a string" if "{" in value or "[" in value else "a string"
-        raise CptError(f"The blend's {name} is {what}, {value!r}. Write a dictionary: Blend({name}={example}).")
+        call = {"blend": "Blend"}.get(kind, "Conversations")
+        raise CptError(f"The {kind}'s {name} is {what}, {value!r}. Write a dictionary: {call}({name}={example}).")
     if not isinstance(value, Mapping):
         raise CptError(
-            f"The blend's {name} is a {type(value).__name__}, {value!r}. Write a dictionary: {name}={example}."
+            f"The {kind}'s {name} is a {type(value).__name__}, {value!r}. Write a dictionary: {name}={example}."
         )
     for key, item in value.items():
         if not isinstance(key, str) or (name != "train" and not isinstance(item, str | os.PathLike)):
-            raise CptError(f"The blend's {name} maps {key!r} to {item!r}. Write it like {name}={example}.")
+            raise CptError(f"The {kind}'s {name} maps {key!r} to {item!r}. Write it like {name}={example}.")
 
 
-def check_distinct(prefixes: Iterable[str]) -> None:
+def check_distinct(prefixes: Iterable[str], kind: str = "blend", full_name: Callable[[str], str] = full_prefix) -> None:
     """Check that no two prefixes name one dataset: as keys of a mapping, equal ones would become one unnoticed.
 
     Raises:
@@ -280,7 +308,7 @@ def check_distinct(prefixes: Iterable[str]) -> None:
     """
     seen: dict[str, str] = {}
     for prefix in prefixes:
-        full = full_prefix(prefix)
+        full = full_name(prefix)
         if full in seen:
-            raise CptError(f"The blend names one dataset twice: {seen[full]!r} and {prefix!r} are both {full}.")
+            raise CptError(f"The {kind} names one dataset twice: {seen[full]!r} and {prefix!r} are both {full}.")
         seen[full] = prefix

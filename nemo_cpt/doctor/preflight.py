@@ -1,17 +1,19 @@
-"""What the doctor finds of a job in seconds, looked at before each launch."""
+"""What a job is looked at for before each launch, from the command line and from Python alike."""
 
 import sys
 
-from nemo_cpt.doctor import FITTING, PREFLIGHT, Examination, Finding, Job, examine, worst
+from nemo_cpt.doctor import FITTING, PREFLIGHT, Examination, Job, examine, worst
 from nemo_cpt.errors import CptError
 
 
-def preflight(job: Job, force: bool) -> None:
+def preflight(job: Job, force: bool, how_to_force: str, speaker: str) -> None:
     """Examine a job before its launch: warnings are printed, errors refuse it.
 
     Args:
-        job: as `describe` gives it.
+        job: what is to be launched, and where.
         force: launch it all the same; its errors are printed as warnings are.
+        how_to_force: what the user gives for that.
+        speaker: who says the warnings.
 
     Raises:
         CptError: something would stop the job; the message holds everything found, with its cure.
@@ -23,11 +25,7 @@ def preflight(job: Job, force: bool) -> None:
     errors = [each for each in findings if each.state == "error"]
     for each in findings:
         if each.state == "warning" or (force and each.state == "error"):
-            print(f"nemo-cpt: {each.state}: {_sentence(each)}", file=sys.stderr)
+            print(f"{speaker}: {each.state}: {each}", file=sys.stderr)
     if errors and not force:
-        listed = "\n".join(f"  {_sentence(each)}" for each in errors)
-        raise CptError(f"{job.recipe} is not launched (--force launches it all the same):\n{listed}")
-
-
-def _sentence(finding: Finding) -> str:
-    return f"{finding.name}: {finding.found}" + (f"; {finding.cure}" if finding.cure else "")
+        listed = "\n".join(f"  {each}" for each in errors)
+        raise CptError(f"{job.recipe} is not launched ({how_to_force} launches it all the same):\n{listed}")

@@ -1,0 +1,113 @@
+"""The doctor's look at every recipe that NeMo-Run launches from Python, as `nemo-cpt run` has it.
+
+It stands where NeMo-Run starts tasks, because that is what every way has in common: `run.run` with any executor or
+none, `run.Experiment`, `nemo llm ...`. A function to call instead of `run.run` would be forgotten, and a callback of
+the trainer comes too late: without a GPU the trainer is not even built.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache, wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_cpt.errors import exit_with_the_message
+from nemo_cpt.executors import window
+
+if TYPE_CHECKING:
+    from nemo_cpt.doctor import Place
+
+FORCE = "NEMO_CPT_FORCE"
+
+
+@cache
+def examine_before_launch() -> None:
+    """Have NeMo-Run refuse what could not run, with the doctor's words; once a process."""
+    from nemo_run.run import api, job, task
+    from nemo_run.run.experiment import Experiment
+
+    launch: Callable[..., Any] = Experiment.run
+    run_here: Callable[..., None] = task.direct_run_fn
+
+    @wraps(launch)
+    def examine_and_launch(
+        experiment: Any, sequential: bool = False, detach: bool = False, tail_logs: bool = False, direct: bool = False
+    ) -> Any:
+        if not (direct or experiment._launched or experiment._reconstruct):
+            for each, executor, comes_first in tasks_of(experiment, sequential):
+                examine_task(each, place_of(executor), comes_first)
+        return launch(experiment, sequential, detach, tail_logs, direct)
+
+    @wraps(run_here)
+    def examine_and_run_here(configured: Any, dryrun: bool = False) -> None:
+        if not dryrun:
+            examine_task(configured, place_of(None))
+        run_here(configured, dryrun)
+
+    Experiment.run = examine_and_launch
+    for module in (api, job, task):
+        module.direct_run_fn = examine_and_run_here
+
+
+def tasks_of(experiment: Any, sequential: bool) -> Iterator[tuple[Any, Any, bool]]:
+    """Yield the tasks of an experiment, each with its executor and whether it waits for no other."""
+    for number, job in enumerate(experiment.jobs):
+        comes_first = not job.dependencies and not (sequential and number)
+        if hasattr(job, "tasks"):  # a group
+            executors = job.executors if isinstance(job.executors, list) else [job.executors] * len(job.tasks)
+            yield from ((task, executor, comes_first) for task, executor in zip(job.tasks, executors, strict=False))
+        else:
+            yield job.task, job.executor, comes_first
+
+
+def examine_task(task: Any, place: "Place", comes_first: bool = True) -> None:
+    """Examine what trains; of a task that waits for others, files are not looked at, because they may make them.
+
+    Args:
+        task: of NeMo-Run's.
+        place: where it is to run.
+        comes_first: it waits for no other.
+
+    Raises:
+        CptError: something would stop it.
+    """
+    from nemo_cpt.doctor.built import job_of
+    from nemo_cpt.doctor.preflight import preflight
+
+    exit_with_the_message()
+    job = job_of(task, place if comes_first else replace(place, same_files=False))
+    if job is not None:
+        preflight(job, force=bool(os.environ.get(FORCE)), how_to_force=f"{FORCE}=1", speaker="nemo_cpt")
+
+
+def place_of(executor: Any) -> "Place":
+    """Where an executor of NeMo-Run's runs a job; None stands for this process."""
+    from nemo_run import DockerExecutor, LocalExecutor, LocalTunnel
+
+    from nemo_cpt.doctor import Place
+    from nemo_cpt.executors.slurm_job import SlurmJob
+
+    if executor is None:
+        return Place("this process")
+    variables = {name: str(value) for name, value in executor.env_vars.items()}
+    if isinstance(executor, LocalExecutor):
+        return Place("local", nodes=executor.nodes, environ=variables)
+    if isinstance(executor, DockerExecutor):
+        return Place("docker", same_packages=False, same_files=False, environ=variables)
+    if not isinstance(executor, SlurmJob) or not isinstance(executor.tunnel, LocalTunnel):
+        return Place(type(executor).__name__, here=False, same_packages=False, same_files=False, environ=variables)
+    in_container = bool(executor.container_image)
+    return Place(
+        "slurm",
+        here=False,
+        same_packages=not in_container and executor.python_folder == str(Path(sys.executable).parent),
+        same_files=not in_container,
+        slurm=True,
+        partition=executor.partition,
+        nodes=executor.nodes,
+        limit_seconds=window.seconds_of(executor.time),
+        preempt_seconds=executor.preempt_seconds,
+        environ=variables,
+    )

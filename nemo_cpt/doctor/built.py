@@ -1,0 +1,71 @@
+"""The job that a built recipe describes: Python knows it whole, where the command line reads the recipe's source."""
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_cpt.doctor.job import Job, Place, checkpoints_at_once
+
+if TYPE_CHECKING:
+    from nemo_cpt.corpus import Blend
+
+
+def job_of(recipe: Any, place: Place) -> Job | None:
+    """What a recipe's config says of its job.
+
+    Args:
+        recipe: the `run.Partial` of a recipe function, edited or not.
+        place: where it is to run.
+
+    Returns:
+        The job; None for a task that trains nothing.
+    """
+    import nemo_run as run
+
+    from nemo_cpt import planning
+
+    trainer, log, data = (getattr(recipe, name, None) for name in ("trainer", "log", "data"))
+    if not isinstance(trainer, run.Config) or not isinstance(log, run.Config):
+        return None
+    name, base = str(getattr(log, "name", None) or "default"), getattr(getattr(recipe, "resume", None), "base", None)
+    config = getattr(getattr(recipe, "model", None), "config", None)
+    callbacks = getattr(trainer, "callbacks", None) or []
+    tokenizer = getattr(getattr(data, "tokenizer", None), "pretrained_model_name", None)
+    max_steps, interval = _number(trainer, "max_steps"), _number(trainer, "val_check_interval")
+    return Job(
+        recipe=name,
+        place=place,
+        planned=partial(planning.read, recipe),
+        model=config or {},
+        unlike_base=next((each.unlike_base or () for each in callbacks if hasattr(each, "unlike_base")), ()),
+        base=None if base is None else str(base),
+        data=_blend(data),
+        tokenizer=None if base is not None and tokenizer == str(Path(base, "hf")) else tokenizer,
+        directory=Path(str(getattr(log, "log_dir", None) or "nemo_experiments"), name),
+        gpus_per_node=(_number(trainer, "devices") or 1) if trainer.accelerator == "gpu" else 0,
+        num_nodes=_number(trainer, "num_nodes") or 1,
+        tensor_model_parallel_size=_number(trainer.strategy, "tensor_model_parallel_size") or 1,
+        lora_rank=_number(getattr(recipe, "peft", None), "dim") or None,
+        trained_embeddings=getattr(getattr(recipe, "optim", None), "embeddings_lr", None) is not None,
+        global_batch_size=_number(data, "global_batch_size"),
+        seq_length=_number(data, "seq_length"),
+        max_steps=max_steps,
+        checkpoints=checkpoints_at_once(max_steps, interval, getattr(getattr(log, "ckpt", None), "save_top_k", 3)),
+        attention_backend=str(getattr(config, "attention_backend", None) or "auto").rpartition(".")[2],
+        logs_to_wandb=bool(getattr(log, "wandb", None)),
+    )
+
+
+def _number(config: Any, name: str) -> int:
+    """An integer field; 0 where it is none, such as devices="auto"."""
+    value = getattr(config, name, None)
+    return value if isinstance(value, int) else 0
+
+
+def _blend(data: Any) -> "Blend | None":
+    """What our data module reads; None for another one."""
+    from nemo_cpt.training.data import BlendDataModule, blend_of
+
+    if getattr(data, "__fn_or_cls__", None) is not BlendDataModule:
+        return None
+    return blend_of(data.paths, data.validation, data.weighting)

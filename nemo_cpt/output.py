@@ -1,0 +1,51 @@
+"""Printing where nobody may read any more: how a process ends must not depend on that."""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+def say(what: str, stream: Any = None) -> None:
+    """Print to a stream, by default stdout, or to nowhere where it has no reader any more."""
+    stream = stream or sys.stdout
+    try:
+        print(what, file=stream, flush=True)
+    except OSError:
+        send_nowhere(stream.fileno())  # the interpreter flushes once more at its end, and fails with code 120
+
+
+def send_nowhere(descriptor: int) -> None:
+    """Let what is written to a file descriptor from now on be dropped."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
+class WithoutReaders:
+    """A stream to write to, also when its reader is gone.
+
+    Args:
+        stream: the one to write to as long as somebody reads it.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, or drop the text."""
+        self._try(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, or drop what was to be written."""
+        self._try(self.stream.flush)
+
+    def _try(self, action: Callable[..., Any], *given: str) -> None:
+        try:
+            action(*given)
+        except BrokenPipeError:
+            send_nowhere(self.stream.fileno())

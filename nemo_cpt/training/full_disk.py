@@ -1,0 +1,89 @@
+"""What a training says that could not write: which disk is full, what is kept, and what to do."""
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from nemo_cpt.errors import CptError
+from nemo_cpt.training.preconditions import UNFINISHED
+from nemo_cpt.training.run_folder import newest_whole
+from nemo_cpt.training.run_lock import check_held
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_PROBE_BYTES = 2**20
+
+
+@contextlib.contextmanager
+def say_which_disk_is_full(run_folder: Path, checkpoints: Path, clear_away: bool) -> Iterator[None]:
+    """Make one CptError of whatever a full disk makes of a training, and clear away the checkpoint that had no room.
+
+    Checkpoints are written by this process, by writers that it forked and by PyTorch's own code, metrics and logs by
+    others; hardly any of their exceptions says what happened. So the disk is asked.
+
+    Args:
+        run_folder: the run's.
+        checkpoints: where its checkpoints are.
+        clear_away: remove what is unfinished there; for rank 0.
+
+    Raises:
+        CptError: a write failed for want of room, or because the folder cannot be written any more.
+    """
+    try:
+        yield
+    except CptError:
+        raise
+    except Exception as error:
+        folder = checkpoints if checkpoints.is_dir() else run_folder
+        what = _refusal(folder) or _complaint(error)
+        if what is None:
+            raise
+        if clear_away:
+            check_held(run_folder)
+            _remove_unfinished(checkpoints)
+        newest = newest_whole(checkpoints)
+        kept = (
+            f"{newest.path} is whole, and the same command goes on from its step {newest.step}"
+            if newest
+            else "No checkpoint was written yet, and the same command starts again"
+        )
+        free = shutil.disk_usage(folder).free
+        raise CptError(f"{what}. {kept}, once there is room ({free / 1e9:.2f} GB are free in {folder})") from error
+
+
+def _refusal(folder: Path) -> str | None:
+    """What the disk says to a small file in `folder`; None if it takes it."""
+    probe = folder / f".room-{uuid.uuid4().hex[:8]}"
+    try:
+        with open(probe, "wb") as file:
+            file.write(bytes(_PROBE_BYTES))
+            os.fsync(file.fileno())
+    except OSError as error:
+        return f"{folder} cannot be written any more: {error.strerror}"
+    finally:
+        probe.unlink(missing_ok=True)
+    return None
+
+
+def _complaint(error: BaseException) -> str | None:
+    """What an exception, or one that it came from, says of a want of room; None if nothing.
+
+    Those of other processes arrive as text: pickle drops what they came from.
+    """
+    reasons = "|".join(re.escape(os.strerror(number)) for number in _NO_ROOM)
+    cause: BaseException | None = error
+    while cause is not None:
+        if found := re.search(rf"[^\n]*({reasons})[^\n]*", str(cause)):
+            return found[0].strip()
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def _remove_unfinished(checkpoints: Path) -> None:
+    for marker in checkpoints.glob(f"*{UNFINISHED}"):
+        shutil.rmtree(str(marker).removesuffix(UNFINISHED), ignore_errors=True)
+        marker.unlink(missing_ok=True)

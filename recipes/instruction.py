@@ -1,0 +1,171 @@
+"""Instruction tuning, whatever the model: the recipes' shared function and their default data.
+
+The loss counts every trained token of a step once (`calculate_per_token_loss`), so that the result does not depend on
+the micro batch, on which conversations share a sequence, or on how many GPUs share the batch.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import nemo_run as run
+from nemo.collections import llm
+
+from nemo_cpt.conversations import Conversations, mixture
+from nemo_cpt.conversations.dataset import conversations_prefix
+from nemo_cpt.corpus import Blend
+from nemo_cpt.errors import CptError
+from nemo_cpt.recipes import parts
+from nemo_cpt.training.guards import check_batches, check_belonging
+
+UNCOUNTED_STEPS = 300  # in a recipe that is made where its conversations are not
+
+
+def default_data() -> Conversations:
+    """Japanese conversations, with a validation set."""
+    return Conversations(train={"sft/ja": 1.0}, validation={"ja": "sft/ja_validation"})
+
+
+def instruction_tune(
+    model: run.Config,
+    base: str,
+    data: Conversations | None = None,
+    *,
+    replay: Blend | None = None,
+    replay_share: float | None = None,
+    tokenizer: str | None = None,
+    name: str = "sft",
+    directory: str = "results",
+    num_nodes: int = 1,
+    gpus_per_node: int = 8,
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    seq_length: int = 4096,
+    global_batch_size: int = 32,
+    micro_batch_size: int = 1,
+    epochs: float | None = None,
+    max_steps: int | None = None,
+    val_check_interval: int | None = None,
+    limit_val_batches: int = 8,
+    lr: float = 5e-6,
+    min_lr: float = 0.0,
+    warmup_steps: int | None = None,
+    unlike_base: Sequence[str] = (),
+    save_every: int | None = None,
+    extend: str | None = None,
+) -> run.Partial:
+    """Teach a model to answer, on prepared conversations. The models' own `instruction_tune` have its defaults.
+
+    Learning rate, epochs, sequence length and warmup are those of Tülu 3's 8B (arXiv 2411.15124), whose batch of 128
+    conversations fills about 32 packed sequences of 4096. There is no weight decay, as in its open-instruct.
+
+    Args:
+        model: of the base's kin, as a run.Config.
+        base: folder of a NeMo checkpoint: an imported model, or a checkpoint of a training run.
+        data: what to train and validate on, as `nemo-cpt prepare --template` wrote it; `default_data()` when None.
+        replay: pretraining text to mix in, against forgetting, with validation sets of its own; none when None.
+        replay_share: share of the sequences that are such text, every token of which is trained on; 0.05 when None.
+        tokenizer: folder or hub name of a Hugging Face tokenizer; the base's own when None.
+        name: the run's name; its checkpoints and logs go to `directory/name`.
+        directory: where runs are kept.
+        num_nodes: machines.
+        gpus_per_node: GPUs of each.
+        tensor_model_parallel_size: GPUs that share each layer.
+        pipeline_model_parallel_size: groups of layers on different GPUs.
+        seq_length: positions of a sequence, which holds as many whole conversations as fit.
+        global_batch_size: sequences of a step, over all GPUs.
+        micro_batch_size: sequences of one forward pass on one GPU.
+        epochs: how often to go through the conversations, as the unit of length; 2 when neither it nor max_steps is
+            given. Where the conversations are not on this machine, give max_steps, or launch with `nemo-cpt run`.
+        max_steps: steps, in the place of epochs.
+        val_check_interval: steps between validations; a tenth of the steps when None.
+        limit_val_batches: the most global batches to validate on from each set; of replay's sets, just as many.
+        lr: peak learning rate.
+        min_lr: learning rate at the end.
+        warmup_steps: 3 % of the steps when None.
+        unlike_base: see `continual.continual_pretrain`.
+        save_every: see `continual.continual_pretrain`.
+        extend: see `continual.continual_pretrain`.
+
+    Returns:
+        A run.Partial of `llm.finetune`; every field stays editable.
+
+    Raises:
+        CptError: data or replay is of another kind, epochs and max_steps are both given, the global batch does not
+            divide among the GPUs; or, where base and data are on this machine, they do not belong together.
+    """
+    model_parallel = tensor_model_parallel_size * pipeline_model_parallel_size
+    check_batches(global_batch_size, micro_batch_size, num_nodes * gpus_per_node, model_parallel)
+    data = data or default_data()
+    share = mixture.replay_share(replay, replay_share)
+    steps, uncounted = _steps(data, epochs, max_steps, global_batch_size, seq_length, share)
+    recipe = run.Partial(
+        llm.finetune,
+        model=per_token_loss(parts.fused(model)),
+        data=parts.conversations(
+            data,
+            replay,
+            share,
+            tokenizer=tokenizer or parts.tokenizer(base, directory, name),
+            seq_length=seq_length,
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+            epochs=uncounted,
+        ),
+        trainer=parts.trainer(
+            max_steps=steps,
+            val_check_interval=val_check_interval or max(steps // 10, 1),
+            num_nodes=num_nodes,
+            gpus_per_node=gpus_per_node,
+            tensor_model_parallel_size=tensor_model_parallel_size,
+            pipeline_model_parallel_size=pipeline_model_parallel_size,
+            sequence_parallel=tensor_model_parallel_size > 1,
+            unlike_base=unlike_base,
+        ),
+        optim=parts.adam(
+            lr=lr,
+            min_lr=min_lr,
+            warmup_steps=default_warmup(steps) if warmup_steps is None else warmup_steps,
+            max_steps=steps,
+            weight_decay=0.0,
+        ),
+        log=parts.log(directory, name, save_every),
+        resume=parts.resume(base, extend),
+        tokenizer="data",
+    )
+    recipe.trainer.limit_val_batches = limit_val_batches
+    recipe.trainer.strategy.ddp.average_in_collective = False  # Megatron divides by the tokens of all ranks instead
+    check_belonging(recipe)
+    return recipe
+
+
+def per_token_loss(model: run.Config) -> run.Config:
+    """A model whose gradient is that of the mean over all trained tokens of a step, not of the micro batches' means."""
+    model.config.calculate_per_token_loss = True
+    return model
+
+
+def default_warmup(max_steps: int) -> int:
+    """3 % of the steps, at least one where there are several."""
+    return min(math.ceil(0.03 * max_steps), max_steps - 1)
+
+
+def _steps(
+    data: Conversations,
+    epochs: float | None,
+    max_steps: int | None,
+    global_batch_size: int,
+    seq_length: int,
+    replay_share: float,
+) -> tuple[int, float | None]:
+    """A run's steps, and its epochs where their steps cannot be counted here."""
+    if max_steps is not None and epochs is not None:
+        raise CptError(f"epochs is {epochs:g} and max_steps {max_steps}: give one of them")
+    if max_steps is not None:
+        return max_steps, None
+    epochs = mixture.EPOCHS if epochs is None else epochs
+    if not isinstance(data, Conversations) or not all(
+        Path(conversations_prefix(prefix) + ".idx").exists() for prefix in data.train
+    ):
+        return UNCOUNTED_STEPS, epochs
+    return data.steps(epochs, global_batch_size, seq_length, replay_share), None

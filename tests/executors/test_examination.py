@@ -1,0 +1,118 @@
+"""What Python launches is examined as what the command line does, whichever way it is launched."""
+
+import os
+import subprocess
+import sys
+
+import nemo_run as run
+import pytest
+
+from nemo_cpt import CptError, catalog
+from nemo_cpt.catalog.build import build_recipe
+from nemo_cpt.doctor import Place
+from nemo_cpt.doctor.built import job_of
+from nemo_cpt.executors import docker, examination, local, slurm
+from nemo_cpt.launching.description import describe
+
+SCRIPT = """
+import nemo_run as run
+from nemo_cpt.corpus import Blend
+from nemo_cpt.executors import local
+from nemo_cpt.recipes import smollm2
+
+if __name__ == "__main__":
+    data = Blend(train={{"{folder}/en": 1.0}}, validation={{"en": "{folder}/held_out"}})
+    recipe = smollm2.continual_pretrain("{folder}/base", data, model="base", max_steps=2)
+    run.run(recipe, executor=local())
+"""
+TORCH_SAYS = ("FutureWarning: The pynvml package", "  import pynvml")  # in `import nemo_run`, before we are there
+
+
+@pytest.fixture
+def given(material):
+    """Arguments of any recipe, for the tiny base."""
+    data = {"train": {str(material / "en"): 1.0}, "validation": {"en": str(material / "held_out")}}
+    return {"base": str(material / "base"), "data": data, "model": "base", "max_steps": 2, "seq_length": 64}
+
+
+def test_a_script_that_launches_a_gpu_recipe_without_a_gpu_says_so_in_five_lines(material, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT.format(folder=material))
+    environ = os.environ | {"CUDA_VISIBLE_DEVICES": "-1", "NEMORUN_HOME": str(tmp_path / "home")}
+    done = subprocess.run([sys.executable, script], env=environ, capture_output=True, text=True, cwd=tmp_path)
+    lines = [line for line in done.stderr.splitlines() if not any(each in line for each in TORCH_SAYS)]
+    refusal = [line for line in lines if "nemo_cpt: warning: " not in line]  # of the data
+    assert refusal[0] == "nemo_cpt: smollm2_cpt is not launched (NEMO_CPT_FORCE=1 launches it all the same):"
+    assert [line for line in refusal if line.startswith("  GPUs: none") and "smollm2_cpt takes 1" in line]
+    assert len(refusal) <= 5
+    assert len(done.stdout.splitlines()) == 1  # NeMo-Run's, which names the experiment
+    assert done.returncode == 2
+
+
+@pytest.mark.parametrize("launch", [run.run, lambda recipe: run.run(recipe, executor=local(), direct=True)])
+def test_a_run_in_this_process_is_refused_before_anything_is_built(given, launch):
+    recipe = build_recipe("tiny.continual_pretrain", given | {"base": "nowhere", "model": "tiny"})
+    with pytest.raises(CptError, match=r"tiny_cpt is not launched (.|\n)*base: the base nowhere is not there"):
+        launch(recipe)
+
+
+def test_what_is_forced_is_said_and_goes_on(given, monkeypatch, capsys):
+    recipe = build_recipe("tiny.continual_pretrain", given | {"base": "nowhere", "model": "tiny"})
+    monkeypatch.setenv("NEMO_CPT_FORCE", "1")
+    examination.examine_task(recipe, Place())
+    assert "nemo_cpt: error: base: the base nowhere is not there; import it first" in capsys.readouterr().err
+
+
+def test_a_task_that_waits_for_others_is_examined_without_the_files_that_they_may_make(given, project):
+    recipe = build_recipe("tiny.continual_pretrain", given | {"base": "nowhere", "model": "tiny"})
+    with run.Experiment("t", executor=local()) as experiment:
+        for name in ("first", "second"):
+            experiment.add(recipe, name=name)
+        orders = {
+            sequential: [comes_first for _, _, comes_first in examination.tasks_of(experiment, sequential)]
+            for sequential in (False, True)
+        }
+    assert orders == {False: [True, True], True: [True, False]}
+    examination.examine_task(recipe, Place(), comes_first=False)
+    with pytest.raises(CptError, match="is not launched"):
+        examination.examine_task(recipe, Place())
+
+
+def test_what_trains_nothing_is_not_examined(project, tmp_path):
+    import tasks
+
+    run.run(run.Partial(tasks.report, path=str(tmp_path / "seen")))
+    assert (tmp_path / "seen.0").exists()
+
+
+@pytest.mark.parametrize("name", ["tiny", "smollm2", "llama31_8b"])
+def test_python_and_the_command_line_know_the_same_job(given, name):
+    function = catalog.recipe(name)
+    fields = ["log.ckpt.save_top_k=1", "trainer.val_check_interval=2"]
+    arguments = given | {"data": build_blend(given["data"]), "directory": "runs", "global_batch_size": 16}
+    told = describe(function, arguments, fields, "local", [])
+    built = job_of(build_recipe(function.name, arguments, fields), told.place)
+    assert built.recipe == f"{name}_cpt"
+    for each in ("base", "tokenizer", "directory", "gpus_per_node", "num_nodes", "tensor_model_parallel_size",
+                 "lora_rank", "trained_embeddings", "global_batch_size", "seq_length", "max_steps", "checkpoints",
+                 "attention_backend", "logs_to_wandb", "unlike_base"):  # fmt: skip
+        assert (each, getattr(built, each)) == (each, getattr(told, each))
+    assert (built.data.train, built.data.validation) == (told.data.train, told.data.validation)
+
+
+def build_blend(data):
+    from nemo_cpt.corpus import Blend
+
+    return Blend(**data)
+
+
+def test_where_an_executor_runs_a_job(tmp_path, monkeypatch):
+    here = examination.place_of(local(env={"COLOUR": "red"}))
+    assert (here.here, here.same_packages, here.same_files, here.environ["COLOUR"]) == (True, True, True, "red")
+    away = examination.place_of(slurm(partition="gpu", nodes=2, time="4:00:00", preempt_seconds=900))
+    assert (away.here, away.slurm, away.same_files, away.same_packages) == (False, True, True, True)
+    assert (away.partition, away.nodes, away.limit_seconds, away.preempt_seconds) == ("gpu", 2, 14400, 900)
+    contained = examination.place_of(slurm(container_image="nvcr.io/nvidia/nemo:25.07"))
+    assert (contained.same_files, contained.same_packages) == (False, False)
+    assert not examination.place_of(docker("image", gpus=2)).same_files
+    assert examination.place_of(None).here

@@ -1,0 +1,66 @@
+"""A disk that is full during a training: one line that says so, the last checkpoint whole, and nothing lost later."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_cpt.training.run_folder import newest_whole
+from tests.support.interruptions import Hit, Runs, Setting
+
+
+@pytest.fixture(scope="module")
+def runs(world: Path, blend: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    """On a file system of 100 MB, with an unbroken run of 33."""
+    disk = tmp_path_factory.mktemp("disk")
+    if (
+        os.geteuid()
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100m", "none", disk], check=False).returncode
+    ):
+        pytest.skip("needs to mount a small file system")
+    try:
+        made = Runs(world, blend, disk, tmp_path_factory.mktemp("logs"))
+        assert made.start("unbroken", Setting()) == 0, made.log("unbroken").read_text()[-3000:]
+        yield made
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "hit", "kept"),
+    [
+        ("record", Setting(), Hit("marker", 3, "FULL"), None),
+        ("context", Setting(), Hit("context", 6, "FULL"), 3),
+        ("weights", Setting(), Hit("weights", 6, "FULL", call=3), 3),
+        ("asynchronous_weights", Setting(asynchronous=True), Hit("weights", 6, "FULL", call=3), 3),
+        ("common", Setting(), Hit("common", 6, "FULL"), 3),
+        ("metadata", Setting(asynchronous=True), Hit("metadata", 6, "FULL"), 3),
+        ("last", Setting(), Hit("config", 8, "FULL"), 6),
+        ("metrics", Setting(), Hit("on_train_batch_start", 6, "FULL"), 6),
+        ("two_ranks", Setting(processes=2), Hit("weights", 6, "FULL", ranks=(1,)), 3),
+    ],
+)
+def test_it_is_said_and_nothing_is_lost(runs: Runs, name: str, setting: Setting, hit: Hit, kept: int | None) -> None:
+    assert runs.start(name, setting, hit) == 2, runs.log(name).read_text()[-3000:]
+    said = runs.log(name).read_text()
+    checkpoints = runs.folder / name / "checkpoints"
+    newest = newest_whole(checkpoints)
+    assert "Traceback" not in said
+    assert "No space left on device" in said
+    assert list(checkpoints.glob("*-unfinished")) == []
+    if kept is None:
+        assert newest is None
+        assert "No checkpoint was written yet" in said
+    else:
+        assert newest is not None
+        assert newest.step == kept
+        assert f"{newest.path} is whole, and the same command goes on from its step {kept}" in said
+    (runs.folder / "ballast").unlink()
+    assert runs.start(name, setting) == 0, runs.log(name).read_text()[-3000:]
+    if setting.processes == 1:
+        assert runs.differences(name, "unbroken") == []
+    for left in (runs.folder / name).rglob("*.distcp"):
+        left.unlink()  # room for the next
