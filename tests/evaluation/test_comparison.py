@@ -50,11 +50,13 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def evaluated(models: tuple[Path, Path], world: Path, prompts: Path, output: Path, **options: Any) -> comparison.Report:
+def evaluated(
+    models: tuple[Path, Path], world: Path, questions: Path, output: Path, **options: Any
+) -> comparison.Report:
     given = {
         "against": models[0],
         "losses": [f"ja={world / 'ja_validation.jsonl'}"],
-        "prompts": [str(prompts)],
+        "prompts": [str(questions)],
         "max_tokens": 8,
         "device": "cpu",
         "quiet": True,

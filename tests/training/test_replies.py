@@ -9,6 +9,7 @@ import nemo_run as run
 import pytest
 
 from nemo_cpt.errors import CptError
+from nemo_cpt.evaluation import evaluate, report
 from nemo_cpt.inference import Sampling
 from nemo_cpt.inference.transformers_engine import TransformersEngine
 from nemo_cpt.recipes import tiny
@@ -92,6 +93,40 @@ def test_what_cannot_be_done_is_refused_with_its_reason(world: Path, blend: Any,
     job = functools.partial(train, world, blend, "refused", prompts, processes=2, pipeline_model_parallel_size=2)
     assert jobs.run(job, 2, log=log) == 2
     assert "cannot ask a model with pipeline_model_parallel_size 2" in log.read_text()
+
+
+def test_an_evaluation_of_the_run_reads_what_it_validated_on(world: Path, asked: str, tmp_path: Path) -> None:
+    """Named nothing: the sets that the run validated on, and the loss is the training's own."""
+    given = {"max_tokens": 2, "limit": 3, "device": "cpu", "quiet": True, "against": world / "base_hf"}
+    found = evaluate(world / "runs" / asked, tmp_path, **given | {"limit": None}, prompts=[], losses=_validated(world))
+    rows = {(row.group, row.measure): row for row in found.rows}
+    measured = {line["step"]: line for line in read_metrics(world / "runs" / asked) if "val_loss_ja" in line}
+    for name in ("ja", "en"):
+        row = rows[name, "loss, nats per token"]
+        assert row.before == pytest.approx(measured[0][f"val_loss_{name}"], abs=1e-4)
+        assert row.after == pytest.approx(measured[4][f"val_loss_{name}"], abs=1e-4)
+        assert "as in the training" in rows[name, "bits per byte"].note
+    default = evaluate(world / "runs" / asked, tmp_path / "default", **given)
+    assert {row.group for row in default.rows} == {"ja", "en", "ja (none)", "en (none)"}
+
+
+def _validated(world: Path) -> list[str]:
+    return [f"{name}={world}/ds/{name}_validation" for name in ("ja", "en")]
+
+
+def test_the_series_over_a_runs_checkpoints(world: Path, asked: str, tmp_path: Path) -> None:
+    found = evaluate(
+        None, tmp_path, checkpoints_of=world / "runs" / asked, against=world / "base_hf", losses=_validated(world),
+        device="cpu", quiet=True,
+    )  # fmt: skip
+    assert [each["step"] for each in found.models] == [0, 2, 4]
+    (line,) = (each for each in found.series if (each["group"], each["measure"]) == ("ja", "bits per byte"))
+    row = next(row for row in found.rows if (row.group, row.measure) == ("ja", "bits per byte"))
+    assert line["steps"] == [0, 2, 4]
+    assert (line["values"][0], line["values"][-1]) == (row.before, row.after)
+    for path in report.write(found, tmp_path):
+        assert path.stat().st_size
+    assert "Over the steps" in (tmp_path / "report.html").read_text("utf-8")
 
 
 @pytest.mark.parametrize("numbers", [{"every": 0}, {"limit": 0}, {"max_tokens": 0}])
