@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,8 +9,8 @@ from typing import Annotated
 import typer
 
 from nemo_cpt.cli import app
+from nemo_cpt.cli.inference import key_of_variable
 from nemo_cpt.cli.tables import print_json, print_table
-from nemo_cpt.errors import CptError
 
 
 @app.command("evaluate")
@@ -30,6 +29,7 @@ def evaluate_command(
         list[str] | None, typer.Option(help="lm-evaluation-harness' tasks, or ja, zh-tw, en-forgetting.")
     ] = None,
     judge: Annotated[str | None, typer.Option(help="Address of a judge, an OpenAI-compatible endpoint.")] = None,
+    judge_key_env: Annotated[str | None, typer.Option(help="Variable that holds the judge's key.")] = None,
     wrapper: Annotated[list[str] | None, typer.Option(help="How texts are asked: none, system, chat.")] = None,
     language: Annotated[str | None, typer.Option(help="That replies should be in, where prompts do not say.")] = None,
     max_tokens: Annotated[int, typer.Option(help="The most tokens of a reply.")] = 256,
@@ -47,13 +47,11 @@ def evaluate_command(
     """
     from nemo_cpt.evaluation import evaluate, report
 
-    if api_key_env is not None and not os.environ.get(api_key_env):
-        raise CptError(f"the variable {api_key_env}, which is to hold the key, is not set")
     found = evaluate(
         model, output, against=against, checkpoints_of=checkpoints, losses=loss or (), prompts=prompts or (),
         tasks=tasks or (), judge=judge, wrappers=wrapper or (), language=language, max_tokens=max_tokens, limit=limit,
-        seed=seed, base=base, device=device, api_key=os.environ.get(api_key_env) if api_key_env else None, say=_say,
-        quiet=quiet,
+        seed=seed, base=base, device=device, api_key=key_of_variable(api_key_env),
+        judge_key=key_of_variable(judge_key_env), say=_say, quiet=quiet,
     )  # fmt: skip
     paths = report.write(found, output)
     for warning in found.warnings:

@@ -18,7 +18,7 @@ from typing import Any
 from nemo_cpt.corpus.atomic_files import make_folder
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation.bootstrap import Row
-from nemo_cpt.evaluation.candidates import Candidate
+from nemo_cpt.evaluation.candidates import Candidate, first_and_last
 from nemo_cpt.evaluation.journal import Journal, key_of
 
 HARNESS = "lm_eval"
@@ -139,7 +139,7 @@ def rows(
     if datasets := sorted({task.dataset for task in tasks if task.dataset}):
         say(f"the benchmarks read {', '.join(datasets)} from the hub, or from HF_HOME where HF_DATASETS_OFFLINE=1")
     found = []
-    for candidate in {id(each): each for each in (candidates[0], candidates[-1])}.values():
+    for candidate in first_and_last(candidates):
         found.append(_results(candidate, tasks, output, journal, limit, say))
     return list(_compared(tasks, found))
 

@@ -104,6 +104,11 @@ def find_candidates(
     return before + [Candidate(f"step {step}", str(each.path), options, step, say) for step, each in by_step.items()]
 
 
+def first_and_last(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The two that are compared, or the only one."""
+    return [candidates[0], candidates[-1]] if len(candidates) > 1 else [candidates[0]]
+
+
 def described(candidate: Candidate) -> dict[str, Any]:
     """What a report says of a model."""
     return {

@@ -7,7 +7,7 @@ through a journal, so that nothing is done twice, nor loaded for nothing), and c
 import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,8 @@ from nemo_cpt import __version__
 from nemo_cpt.corpus.progress import ProgressBar
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation import benchmarks
-from nemo_cpt.evaluation.bootstrap import Measure, Row, compare, ratio
-from nemo_cpt.evaluation.candidates import Candidate, Say, described, find_candidates, warnings_of
+from nemo_cpt.evaluation.bootstrap import Measure, Row, compare, mean, ratio
+from nemo_cpt.evaluation.candidates import Candidate, Say, described, find_candidates, first_and_last, warnings_of
 from nemo_cpt.evaluation.journal import Journal, key_of
 from nemo_cpt.evaluation.language import UNDECIDED, WRAPPERS, judge_language, language_share, wrap
 from nemo_cpt.evaluation.loss_sets import LossSet, check_names, find_loss_sets, training_record, validated_on
@@ -27,6 +27,7 @@ from nemo_cpt.inference import Prompt, Reply, Sampling
 
 if TYPE_CHECKING:
     from nemo_cpt.evaluation.bits_per_byte import TextLoss
+    from nemo_cpt.evaluation.judge_report import JudgeReport
 
 FORMAT = 1  # of the journal's records; another one starts afresh
 JOURNAL = "journal.jsonl"
@@ -82,6 +83,7 @@ def evaluate(
     prompts: Sequence[str] = (),
     tasks: Sequence[str] = (),
     judge: str | None = None,
+    judge_key: str | None = None,
     wrappers: Sequence[str] = (),
     language: str | None = None,
     max_tokens: int = 256,
@@ -108,6 +110,7 @@ def evaluate(
         prompts: `[NAME=]FILE` or names of shipped sets; see `reading.prompt_set`.
         tasks: lm-evaluation-harness' tasks or presets; see `benchmarks`.
         judge: the address of a judge that scores answers to the shipped questions in eight categories.
+        judge_key: the judge's; `api_key` when None.
         wrappers: how texts are asked, of "none", "system" and "chat"; "chat" where every model has a template, else
             "none".
         language: that replies should be in where the prompts do not say.
@@ -148,11 +151,12 @@ def evaluate(
         rows = list(_rows(found, sets, seed))
         if found_tasks:
             rows += benchmarks.rows(candidates, found_tasks, output, journal, limit=limit, say=say)
-    judged = _judge(judge, candidates, output, language or "ja", limit, api_key, say) if judge else None
+    judged = None
+    if judge:
+        judged = _judged(judge, candidates, output, language or "ja", limit, judge_key or api_key, say)
+        rows.append(_judge_row(judged, seed))
     return Report(
-        title=" against ".join(
-            each.model for each in {id(each): each for each in (candidates[-1], candidates[0])}.values()
-        ),
+        title=" against ".join(each.model for each in reversed(first_and_last(candidates))),
         models=[described(each) for each in candidates],
         rows=rows,
         series=_series(candidates, found, sets) if len(candidates) > 2 else [],
@@ -168,7 +172,7 @@ def evaluate(
             "tasks": list(tasks),
         },
         versions=_versions(),
-        judged=judged,
+        judged=judged.as_dict() if judged else None,
     )
 
 
@@ -391,32 +395,47 @@ def _shown_reply(reply: Reply, language: str | None) -> dict[str, Any]:
     return shown | ({"language": judge_language(reply.text, language).language} if language else {})
 
 
-def _judge(
+def _judged(
     address: str,
     candidates: Sequence[Candidate],
     output: Path,
     language: str,
     limit: int | None,
-    api_key: str | None,
+    key: str | None,
     say: Say,
-) -> dict[str, Any]:
+) -> "JudgeReport":
     from nemo_cpt.evaluation.judge import run_judge
     from nemo_cpt.evaluation.judge_questions import judge_questions
     from nemo_cpt.inference.endpoint import EndpointEngine
 
-    asked = {id(each): each for each in (candidates[0], candidates[-1])}.values()
+    asked = first_and_last(candidates)
     questions = judge_questions(language=language)[:limit]
-    judge = EndpointEngine(address, api_key=api_key)
-    identities = {each.label: each.key for each in asked}
+    judge = EndpointEngine(address, api_key=key)
     try:
         report = run_judge(
-            {each.label: each.engine for each in asked}, judge, questions, output, identities=identities, say=say
+            {each.label: each.engine for each in asked},
+            judge,
+            questions,
+            output,
+            identities={each.label: each.key for each in asked},
+            say=say,
         )
     finally:
         judge.close()
         for each in asked:
             each.close()
-    return report.as_dict()
+    for line in report.lines():
+        say(line)
+    return report
+
+
+def _judge_row(judged: "JudgeReport", seed: int) -> Row:
+    """The mean score of the questions that both models' answers were scored on."""
+    scores = [judged.scores(model) for model in judged.models]
+    both = [question for question in scores[0] if question in scores[-1]]
+    measures = [mean("score", [each[question] for question in both], better="higher", unit="of 10") for each in scores]
+    row = compare("judge", measures[0] if len(measures) > 1 else None, measures[-1], seed)
+    return replace(row, note=f"{judged.judge}, prompt {judged.prompt_version}")
 
 
 def _versions() -> dict[str, str]:
