@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation import comparison, evaluate, report
 from nemo_cpt.evaluation.journal import Journal
+from nemo_cpt.inference.endpoint import EndpointEngine
 from nemo_cpt.inference.transformers_engine import TransformersEngine
 from tests.inference.conftest import TEMPLATE
+from tests.support.chat_server import Body, ChatServer, FaultError
 from tests.support.crashes import FORK
 
 QUESTIONS = [
@@ -224,8 +227,6 @@ def test_messages_and_wrappers(models: tuple[Path, Path], world: Path, tmp_path:
 
 
 def _copied(source: Path, dest: Path) -> Path:
-    import shutil
-
     return Path(shutil.copytree(source, dest))
 
 
@@ -312,3 +313,51 @@ def test_the_command(models: tuple[Path, Path], prompts: Path, tmp_path: Path) -
     assert wrong.returncode == 2
     assert "nowhere.jsonl" in wrong.stderr
     assert "Traceback" not in wrong.stderr
+
+
+def answering(name: str) -> Callable[[Body, int], str]:
+    return lambda body, number: f"{name}{body['messages'][-1]['content']}"
+
+
+def test_endpoints_and_a_judge(tmp_path: Path) -> None:
+    """Two models behind endpoints, and a judge that likes what begins with GOOD; the questions are those that ship."""
+
+    def judging(body: Body, number: int) -> str:
+        shown = body["messages"][1]["content"]
+        if "two AI assistants" in body["messages"][0]["content"]:
+            return "[[A]]" if shown.index("GOOD") < shown.index("BAD") else "[[B]]"
+        return "[[9]]" if "GOOD" in shown else "[[3]]"
+
+    with ChatServer(answering("BAD ")) as before, ChatServer(answering("GOOD ")) as after, ChatServer(judging) as judge:
+        found = evaluate(
+            after.url, tmp_path, against=before.url, prompts=["ja"], judge=judge.url, limit=2, quiet=True,
+        )  # fmt: skip
+    rows = {(row.group, row.measure): row for row in found.rows}
+    score = rows["judge", "score, of 10"]
+    assert (score.before, score.after, score.verdict) == (3, 9, "better")
+    assert found.judged is not None
+    assert found.settings["wrappers"] == ["chat"]
+    assert all(each["replies"]["after"]["text"].startswith("GOOD ") for each in found.replies)
+    report.write(found, tmp_path)
+    assert "The judge" in (tmp_path / "report.html").read_text("utf-8")
+
+
+def test_an_endpoint_that_fails_loses_nothing(
+    models: tuple[Path, Path], prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def down_after_two(body: Body, number: int) -> str:
+        if number > 2:
+            raise FaultError("400")
+        return "東京"
+
+    defaults = EndpointEngine.__init__.__kwdefaults__
+    monkeypatch.setitem(defaults, "concurrency", 1)
+    with ChatServer(down_after_two) as server, pytest.raises(CptError, match="answered 400: bad"):
+        evaluate(server.url, tmp_path, prompts=[str(prompts)], quiet=True)
+    kept = (tmp_path / comparison.JOURNAL).read_text().splitlines()
+    assert len(kept) == 2
+
+
+def test_an_endpoint_has_no_losses(world: Path, tmp_path: Path) -> None:
+    with ChatServer(answering("")) as server, pytest.raises(CptError, match="is an endpoint, which gives no losses"):
+        evaluate(server.url, tmp_path, losses=[f"ja={world}/ja_validation.jsonl"], quiet=True)
