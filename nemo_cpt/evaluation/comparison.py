@@ -133,8 +133,18 @@ def evaluate(
     options = {"base": base, "device": device, "api_key": api_key}
     candidates = find_candidates(model, against, checkpoints_of, options, say)
     everything = not (losses or prompts or tasks or judge)
+    asks = bool(prompts) or everything
+    _refuse_unused(
+        {
+            "wrapper": (wrappers, asks),
+            "language": (language, asks or judge),
+            "judge_key": (judge_key, judge),
+            "device": (device, any(not each.is_endpoint for each in candidates)),
+            "api_key": (api_key, judge or any(each.is_endpoint for each in candidates)),
+        }
+    )
     run = training_record(checkpoints_of or model)
-    texts = find_loss_sets(losses or (validated_on(run, say) if everything else []), candidates, run, limit)
+    texts = find_loss_sets(losses or (validated_on(run, say) if everything else []), candidates, run, limit, say)
     sets = [_limited(prompt_set(each, language), limit) for each in prompts or (_shipped(texts) if everything else [])]
     check_names([each.name for each in sets])
     wrappers = wrappers or (["chat"] if all(each.has_chat_template for each in candidates) else ["none"])
@@ -179,6 +189,13 @@ def evaluate(
 def _check_numbers(max_tokens: int, limit: int | None) -> None:
     if max_tokens < 1 or (limit is not None and limit < 1):
         raise CptError(f"max_tokens {max_tokens} and limit {limit} have to be 1 or more")
+
+
+def _refuse_unused(settings: Mapping[str, tuple[Any, Any]]) -> None:
+    """Refuse a setting, by name its value and whether anything uses it, that would be passed over."""
+    for name, (value, used) in settings.items():
+        if value and not used:
+            raise CptError(f"{name} is set, and nothing that is to be evaluated uses it: leave it away")
 
 
 def _shipped(texts: Sequence[LossSet]) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_cpt.checkpoint.architecture import read_json
+from nemo_cpt.compatibility import END_OF_TEXT, check_data, read_base
 from nemo_cpt.corpus.dataset.index import fingerprint, full_prefix, read_index
 from nemo_cpt.corpus.reading.chunks import hash_file
 from nemo_cpt.errors import CptError
@@ -59,7 +60,7 @@ def validated_on(run: Mapping[str, Any], say: Say) -> list[str]:
 
 
 def find_loss_sets(
-    specs: Sequence[str], candidates: Sequence[Candidate], run: Mapping[str, Any], limit: int | None
+    specs: Sequence[str], candidates: Sequence[Candidate], run: Mapping[str, Any], limit: int | None, say: Say
 ) -> list[LossSet]:
     """The sets of `NAME=PATH`s, whose losses all models can be asked for.
 
@@ -68,9 +69,10 @@ def find_loss_sets(
         candidates: the models.
         run: as `training_record` gives it; a set that it validated on is read as it did.
         limit: most sequences of each.
+        say: told what could not be compared with a model's tokenizer.
 
     Raises:
-        CptError: one is not there, two have one name, or a model is an endpoint.
+        CptError: one is not there or was tokenized for another model, two have one name, or a model is an endpoint.
     """
     validated = run.get("validated_on", {})
     found = [_loss_set(spec, candidates, validated, limit) for spec in specs]
@@ -79,6 +81,10 @@ def find_loss_sets(
         raise CptError(
             f"{remote[0]} is an endpoint, which gives no losses: leave --loss away, or name the model's folder"
         )
+    tokenized = [each.path for each in found if each.seq_length]
+    for candidate in candidates if tokenized else ():
+        for warning in check_data(read_base(candidate.folder), tokenized, unlike_base=[END_OF_TEXT]):
+            say(warning)
     return found
 
 

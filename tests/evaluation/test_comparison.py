@@ -268,6 +268,9 @@ def refusals(world: Path, prompts: Path, tmp_path: Path) -> Iterator[tuple[dict[
     yield {"max_tokens": 0}, r"max_tokens 0"
     yield {"limit": 0}, r"limit 0"
     yield {"against": tmp_path / "nobody"}, r"there is no model at .*nobody"
+    yield {"prompts": [], "wrappers": ["none"]}, r"wrapper is set, and nothing that is to be evaluated uses it"
+    yield {"judge_key": "secret"}, r"judge_key is set, and nothing"
+    yield {"api_key": "secret"}, r"api_key is set, and nothing"
     yield {"checkpoints_of": tmp_path}, r"name either a model to evaluate, or a run"
 
 
@@ -281,8 +284,9 @@ def test_refused_before_anything_is_loaded(
 
 
 def test_a_set_of_another_tokenizer_is_refused(
-    models: tuple[Path, Path], world: Path, prompts: Path, tmp_path: Path
+    models: tuple[Path, Path], world: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("nemo_cpt.evaluation.candidates.open_engine", None)
     other = _copied(models[1], tmp_path / "other")
     tokenizer = AutoTokenizer.from_pretrained(other)
     tokenizer.add_tokens(["<new>"])
