@@ -25,6 +25,7 @@ def main() -> None:
         conversations,
         corpus,
         doctor,
+        evaluation,
         inference,
         launch,
         planning,
