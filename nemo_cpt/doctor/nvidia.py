@@ -85,7 +85,7 @@ def _ask(nvml: ModuleType) -> Nvidia:
         return Nvidia(problem=str(error))
     try:
         return _machine(nvml)
-    except nvml.NVMLError as error:
+    except (nvml.NVMLError, UnicodeDecodeError) as error:  # the latter of a name
         return Nvidia(problem=str(error))
     finally:
         nvml.nvmlShutdown()
