@@ -80,16 +80,12 @@ def _patches() -> Iterator[Any]:
     import nemo.collections.llm.peft.utils as peft_utils
     import nemo.lightning.io.pl as checkpoint_io
     import nemo.lightning.pytorch.strategies.megatron_strategy as megatron_strategy
-    from megatron.core.models.gpt import gpt_layer_specs
-    from megatron.core.transformer import transformer_block
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
     from nemo.lightning.pytorch.callbacks.progress_printer import ProgressPrinter
 
     for name, function in _cuda_functions().items():
         yield mock.patch.object(torch.cuda, name, function)
-    # Where Transformer Engine is installed, Megatron takes its norms, which know CUDA alone, for plain models too.
-    for module, name in ((transformer_block, "LayerNormImpl"), (gpt_layer_specs, "LNImpl")):
-        yield mock.patch.object(module, name, WrappedTorchNorm)
+    for module, replaced in _plain_parts():
+        yield mock.patch.multiple(module, **replaced)
     yield mock.patch.object(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
     yield mock.patch.object(torch.nn.Module, "cuda", lambda self, *args, **kwargs: self)
     yield mock.patch.object(torch.Tensor, "pin_memory", lambda self, *args, **kwargs: self)
@@ -109,6 +105,29 @@ def _patches() -> Iterator[Any]:
         absent = type("Absent", (), {})
         yield mock.patch.object(lora, "te", types.SimpleNamespace(Linear=absent, LayerNormLinear=absent), create=True)
     yield mock.patch.object(peft_utils, "HAVE_TE", False)
+
+
+def _plain_parts() -> Iterator[tuple[Any, dict[str, Any]]]:
+    """What Megatron takes from Transformer Engine wherever that is installed, and what it has itself where it is not.
+
+    Those of Transformer Engine know CUDA tensors alone: without this, no model runs on the CPU of a GPU's machine.
+    """
+    from megatron.core import optimizer, utils
+    from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.optimizer import optimizer as optimizers
+    from megatron.core.transformer import transformer_block
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    over_tensors = {
+        "multi_tensor_applier": utils.local_multi_tensor_applier,
+        "multi_tensor_scale_impl": utils.local_multi_tensor_scale,
+    }
+    yield transformer_block, {"LayerNormImpl": WrappedTorchNorm}
+    yield gpt_layer_specs, {"LNImpl": WrappedTorchNorm}
+    yield optimizer, {"Adam": torch.optim.AdamW, "USING_PYTORCH_OPTIMIZER": True}
+    yield optimizers, over_tensors
+    yield clip_grads, over_tensors | {"l2_norm_impl": utils.local_multi_tensor_l2_norm}
 
 
 @contextlib.contextmanager

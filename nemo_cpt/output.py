@@ -1,9 +1,12 @@
 """Printing where nobody may read any more: how a process ends must not depend on that."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable
 from typing import Any
+
+NO_READER = (errno.EPIPE, errno.EIO)  # of a pipe, and of a terminal
 
 
 def say(what: str, stream: Any = None) -> None:
@@ -47,5 +50,7 @@ class WithoutReaders:
     def _try(self, action: Callable[..., Any], *given: str) -> None:
         try:
             action(*given)
-        except BrokenPipeError:
+        except OSError as error:
+            if error.errno not in NO_READER:
+                raise
             send_nowhere(self.stream.fileno())

@@ -2,12 +2,16 @@
 
 import contextlib
 import errno
+import logging
 import os
 import re
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_cpt.errors import CptError
 from nemo_cpt.training.preconditions import UNFINISHED
@@ -31,13 +35,14 @@ def say_which_disk_is_full(run_folder: Path, checkpoints: Path, clear_away: bool
         clear_away: remove what is unfinished there; for rank 0.
 
     Raises:
-        CptError: a write failed for want of room, or because the folder cannot be written any more.
+        CptError: a write failed for want of room.
     """
     try:
-        yield
+        with _log_files_do_not_complain():
+            yield
     except CptError:
         raise
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # the latter is PyTorch's, and a BaseException
         folder = checkpoints if checkpoints.is_dir() else run_folder
         what = _refusal(folder) or _complaint(error)
         if what is None:
@@ -52,20 +57,39 @@ def say_which_disk_is_full(run_folder: Path, checkpoints: Path, clear_away: bool
             else "No checkpoint was written yet, and the same command starts again"
         )
         free = shutil.disk_usage(folder).free
-        raise CptError(f"{what}. {kept}, once there is room ({free / 1e9:.2f} GB are free in {folder})") from error
+        raise CptError(
+            f"{what} ({type(error).__name__}). {kept}, once there is room ({free / 1e9:.2f} GB are free in {folder})"
+        ) from error
+
+
+@contextlib.contextmanager
+def _log_files_do_not_complain() -> Iterator[None]:
+    """Pass over lines that a log file has no room for, each with a traceback: metrics and checkpoints say it once."""
+    complain = logging.Handler.handleError
+
+    def handle_error(handler: logging.Handler, record: logging.LogRecord) -> None:
+        if getattr(sys.exc_info()[1], "errno", None) not in _NO_ROOM:
+            complain(handler, record)
+
+    logging.Handler.handleError = handle_error  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        logging.Handler.handleError = complain  # type: ignore[method-assign]
 
 
 def _refusal(folder: Path) -> str | None:
-    """What the disk says to a small file in `folder`; None if it takes it."""
+    """What a full disk says to a small file in `folder`; None if it takes the file."""
     probe = folder / f".room-{uuid.uuid4().hex[:8]}"
     try:
         with open(probe, "wb") as file:
             file.write(bytes(_PROBE_BYTES))
             os.fsync(file.fileno())
     except OSError as error:
-        return f"{folder} cannot be written any more: {error.strerror}"
+        return f"{folder} cannot be written any more: {error.strerror}" if error.errno in _NO_ROOM else None
     finally:
-        probe.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            probe.unlink()
     return None
 
 

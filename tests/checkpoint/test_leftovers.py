@@ -1,6 +1,7 @@
-"""What a killed import or export left is removed by the next one of its kind; nothing else is."""
+"""What a killed import, export or merge left is removed by the next one of its kind; nothing else is."""
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_cpt.checkpoint import export_hf, import_hf
+from nemo_cpt.checkpoint import export_hf, import_hf, merge
 from nemo_cpt.checkpoint.folders import new_folder
 from nemo_cpt.errors import CptError
 from tests.support import small_models as models
@@ -57,8 +58,18 @@ def test_of_an_import_and_of_an_export(hf: Path, tmp_path: Path, capsys: pytest.
         assert _partials(tmp_path) == [partial]
         (import_hf if function == "import_hf" else export_hf)(source, tmp_path / name)
         assert _partials(tmp_path) == []
-        assert f"Removing {partial}, which a killed import or export left" in capsys.readouterr().err
+        assert f"Removing {partial}, which a killed import, export or merge left" in capsys.readouterr().err
         assert not list((tmp_path / name).glob(".*"))
+
+
+def test_of_a_merge(nemo_jobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (source,) = (nemo_jobs / "runs" / "lora" / "checkpoints").glob("*-last")
+    process, partial = _start("merge", source, tmp_path / "out")
+    _kill(process)
+    assert not (tmp_path / "out").exists()
+    merge(source, tmp_path / "out")
+    assert f"Removing {partial}" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_one_that_is_being_written_is_left(hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,6 +105,20 @@ def test_room_is_made_before_it_is_measured(tmp_path: Path, monkeypatch: pytest.
         (folder / "file").touch()
     assert seen == [False]
     assert os.listdir(tmp_path / "new") == ["file"]
+
+
+@pytest.mark.parametrize("room", [0, 2**10, 2**15])
+def test_a_full_disk_in_an_import_or_export_is_one_line_and_leaves_nothing(hf: Path, tmp_path: Path, room: int) -> None:
+    import_hf(hf, tmp_path / "nemo")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for convert, source in ((import_hf, hf), (export_hf, tmp_path / "nemo")):
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, limit[1]))
+            with pytest.raises(CptError, match=r"out could not be written: .*File too large.*Nothing is left of it"):
+                convert(source, tmp_path / "out")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "nemo"]
 
 
 def test_two_at_once_leave_one_whole(tmp_path: Path) -> None:

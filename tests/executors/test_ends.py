@@ -11,6 +11,7 @@ from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 
 from nemo_cpt.executors import local, nemo_run_patches, supervisor
 from nemo_cpt.executors.runner import MARKER, REFUSAL
+from nemo_cpt.output import WithoutReaders, send_nowhere
 from tests.support.executor_jobs import wait_until
 
 
@@ -52,6 +53,18 @@ def test_what_typer_would_make_a_quiet_end_of_is_a_failure(project, tmp_path, ki
     found, left, printed = ran(kind, tmp_path)
     assert (found, left) == (code, [])
     assert kind in printed.splitlines()[-1]
+
+
+def test_a_terminal_that_is_gone_is_no_error_and_a_full_disk_is():
+    controller, terminal = os.openpty()
+    os.close(controller)
+    with os.fdopen(terminal, "w") as closed:
+        for _ in range(2):
+            print("gone", file=WithoutReaders(closed), flush=True)
+    with open("/dev/full", "w") as full:
+        with pytest.raises(OSError, match="No space left"):
+            print("full", file=WithoutReaders(full), flush=True)
+        send_nowhere(full.fileno())  # what is left to flush
 
 
 def supervised(folder, code, *options, **how):

@@ -186,6 +186,18 @@ def test_a_signal_ends_a_task_until_its_training_begins_and_not_behind_it(tmp_pa
     assert job.returncode == code
 
 
+@pytest.mark.parametrize(("trained", "said"), [(True, "saved"), (False, "nothing was trained yet")])
+def test_a_task_that_was_told_to_stop_says_whether_there_was_something_to_save(tmp_path, trained, said):
+    task = (
+        "from nemo_cpt.errors import StoppedEarlyError; from nemo_cpt.executors import runner\n"
+        f"def task(): raise StoppedEarlyError('told to stop', trained={trained})\n"
+        "runner._run_task = task\nrunner.main()"
+    )
+    job = supervised(tmp_path / "m", task)
+    assert f"stopped ahead of the end, {said};" in job.communicate(timeout=20)[0]
+    assert job.returncode == 75
+
+
 def test_torchrun_that_has_no_workers_yet_is_ended(tmp_path):
     """Told to stop by its own signal, it would end them 30 s after they came."""
     torchrun = tmp_path / "torchrun"

@@ -5,6 +5,7 @@ A job signals itself where it is to be hit, so that a busy machine changes nothi
 
 import contextlib
 import functools
+import json
 import multiprocessing
 import os
 import shutil
@@ -17,10 +18,11 @@ from typing import Any
 import lightning.pytorch as pl
 import nemo_run as run
 from nemo.utils import AppState
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nemo_cpt.recipes import tiny
 from nemo_cpt.training import loop_patches
-from nemo_cpt.training.metrics import read_metrics
+from nemo_cpt.training.metrics import METRICS_FILE, read_metrics
 from tests.training import jobs
 
 STEPS, INTERVAL = 8, 3  # the last step is validated besides: 3, 6, 8
@@ -129,7 +131,7 @@ class Setting:
         workers: of each data loader; they persist.
         asynchronous: checkpoints are written by processes of their own while the training goes on.
         processes: data-parallel ranks.
-        unpatched: a function of `upstream_loops` that leaves what it patches as it is.
+        unpatched: a function of `loop_patches` that leaves what it patches as it is.
     """
 
     workers: int = 0
@@ -173,6 +175,17 @@ class Runs:
             "validations": [(line["step"], line["val_loss_ja"]) for line in measured if "val_loss_ja" in line],
             "steps": [(line["step"], line["reduced_train_loss"], line["lr"]) for line in measured if "lr" in line],
         }
+
+    def lines(self, name: str) -> list[dict[str, float]]:
+        """Every line of a run's metrics, also of what was done again."""
+        return [json.loads(line) for line in (self.folder / name / METRICS_FILE).read_text().splitlines()]
+
+    def logged(self, name: str) -> list[int]:
+        """The steps that a run's last start gave its logger, TensorBoard, with the validations' losses."""
+        newest = max((self.folder / "tb_logs" / name).glob("events*"), key=lambda path: path.stat().st_mtime_ns)
+        events = EventAccumulator(str(newest))
+        events.Reload()
+        return [event.step for event in events.Scalars("val_loss")]
 
     def differences(self, name: str, unbroken: str) -> list[str]:
         """What a run left that is not as the unbroken one's."""

@@ -59,18 +59,27 @@ def test_megatrons_generators_fork_as_on_a_gpu() -> None:
         assert torch.equal(forked, torch.rand(3, generator=torch.Generator().manual_seed(7)))
 
 
-def test_norms_of_transformer_engine_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_of_transformer_engine_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine that has Transformer Engine, for a model that is to run on its CPU."""
+    from megatron.core import optimizer, utils
     from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.optimizer import clip_grads
     from megatron.core.transformer import TransformerConfig, transformer_block
 
     def refused(*args: object, **kwargs: object) -> None:
         raise RuntimeError("CUDAGuardImpl initialized with non-CUDA DeviceType: cpu")
 
-    monkeypatch.setattr(transformer_block, "LayerNormImpl", refused)
-    monkeypatch.setattr(gpt_layer_specs, "LNImpl", refused)
+    for module, name in (
+        (transformer_block, "LayerNormImpl"),
+        (gpt_layer_specs, "LNImpl"),
+        (optimizer, "Adam"),
+        (clip_grads, "multi_tensor_applier"),
+    ):
+        monkeypatch.setattr(module, name, refused)
     config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, normalization="RMSNorm")
     with cpu_stack():
         layer = gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm").submodules
         norms = [make(config, 8, 1e-5) for make in (transformer_block.LayerNormImpl, layer.input_layernorm)]
+        assert optimizer.Adam is torch.optim.AdamW
+        assert clip_grads.multi_tensor_applier is utils.local_multi_tensor_applier
     assert [type(norm) for norm in norms] == [torch.nn.RMSNorm] * 2

@@ -1,6 +1,9 @@
 """A disk that is full during a training: one line that says so, the last checkpoint whole, and nothing lost later."""
 
+import contextlib
+import logging
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,17 +11,18 @@ from typing import Any
 
 import pytest
 
+from nemo_cpt.training.full_disk import say_which_disk_is_full
 from nemo_cpt.training.run_folder import newest_whole
 from tests.support.interruptions import Hit, Runs, Setting
 
 
 @pytest.fixture(scope="module")
 def runs(world: Path, blend: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    """On a file system of 100 MB, with an unbroken run of 33."""
+    """On a file system of 120 MB, with an unbroken run of 33."""
     disk = tmp_path_factory.mktemp("disk")
     if (
         os.geteuid()
-        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100m", "none", disk], check=False).returncode
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=120m", "none", disk], check=False).returncode
     ):
         pytest.skip("needs to mount a small file system")
     try:
@@ -37,13 +41,14 @@ def runs(world: Path, blend: Any, tmp_path_factory: pytest.TempPathFactory) -> I
         ("weights", Setting(), Hit("weights", 6, "FULL", call=3), 3),
         ("asynchronous_weights", Setting(asynchronous=True), Hit("weights", 6, "FULL", call=3), 3),
         ("common", Setting(), Hit("common", 6, "FULL"), 3),
-        ("metadata", Setting(asynchronous=True), Hit("metadata", 6, "FULL"), 3),
+        ("metadata", Setting(asynchronous=True), Hit("metadata", 3, "FULL", call=2), 3),  # of step 6
         ("last", Setting(), Hit("config", 8, "FULL"), 6),
         ("metrics", Setting(), Hit("on_train_batch_start", 6, "FULL"), 6),
         ("two_ranks", Setting(processes=2), Hit("weights", 6, "FULL", ranks=(1,)), 3),
     ],
 )
 def test_it_is_said_and_nothing_is_lost(runs: Runs, name: str, setting: Setting, hit: Hit, kept: int | None) -> None:
+    (runs.folder / "ballast").unlink(missing_ok=True)
     assert runs.start(name, setting, hit) == 2, runs.log(name).read_text()[-3000:]
     said = runs.log(name).read_text()
     checkpoints = runs.folder / name / "checkpoints"
@@ -62,5 +67,18 @@ def test_it_is_said_and_nothing_is_lost(runs: Runs, name: str, setting: Setting,
     assert runs.start(name, setting) == 0, runs.log(name).read_text()[-3000:]
     if setting.processes == 1:
         assert runs.differences(name, "unbroken") == []
-    for left in (runs.folder / name).rglob("*.distcp"):
-        left.unlink()  # room for the next
+    shutil.rmtree(runs.folder / name)  # room for the next
+
+
+def test_a_log_file_without_room_does_not_complain_line_by_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger, file = logging.Logger("test"), logging.FileHandler("/dev/full")
+    logger.addHandler(file)
+    with say_which_disk_is_full(tmp_path, tmp_path, clear_away=False):
+        logger.warning("lost")
+    assert capsys.readouterr().err == ""
+    logger.warning("lost")
+    assert "Logging error" in capsys.readouterr().err
+    with contextlib.suppress(OSError):
+        file.close()

@@ -80,3 +80,29 @@ def test_kills_in_its_start_up_and_behind_a_checkpoint_and_in_the_start_up_of_th
     codes = runs.broken("killed_thrice", Setting(), [Hit(where, step, "SIGKILL") for where, step in places])
     assert codes == [KILLED] * 3 + [0], runs.log("killed_thrice").read_text()[-3000:]
     assert runs.differences("killed_thrice", "unbroken") == []
+
+
+@pytest.mark.parametrize(
+    ("unpatched", "hit"),
+    [
+        ("_save_validated_step", Hit("on_validation_batch_end", 6)),
+        ("_load_validated_step", Hit("on_train_batch_start", 4, "SIGKILL")),
+        ("_note_validated_step", Hit("on_train_batch_start", 4, "SIGKILL")),
+        ("_validate_when_due", Hit("on_validation_batch_end", 6)),
+        ("validate_the_end", Hit("on_validation_batch_end", 8)),
+    ],
+)
+def test_without_any_of_the_patched_loops_a_run_is_another(runs: Runs, unpatched: str, hit: Hit) -> None:
+    codes = runs.broken(unpatched, Setting(unpatched=unpatched), [hit])
+    same_result = codes[-1] == 0 and not runs.differences(unpatched, "unbroken")
+    validated = [line["step"] for line in runs.lines(unpatched) if "val_loss_ja" in line]
+    assert not (same_result and validated == [0, 3, 6, 8])
+
+
+@pytest.mark.parametrize("unpatched", ["", "_count_global_steps"])
+def test_loggers_go_on_behind_the_step_of_the_checkpoint(runs: Runs, unpatched: str) -> None:
+    """Of steps 6 and 8, which loggers count from 0; the checkpoint was written within the hooks of step 3."""
+    name = f"logged{unpatched}"
+    codes = runs.broken(name, Setting(unpatched=unpatched), [Hit("on_train_batch_start", 4, "SIGKILL")])
+    assert codes == [KILLED, 0], runs.log(name).read_text()[-3000:]
+    assert runs.logged(name) == ([4, 6] if unpatched else [5, 7])
