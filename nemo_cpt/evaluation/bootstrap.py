@@ -1,5 +1,6 @@
 """Before against after: a measure of each, their difference, and how sure it is."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -46,8 +47,8 @@ class Row:
     Attributes:
         group: the set, and how it was asked.
         measure: the name of what was measured, with its unit.
-        before: of the model compared with; None where there is none.
-        after: of the model.
+        before: of the model compared with; None where there is none, or its value is not defined.
+        after: of the model; None where it is not defined, such as a share of no replies.
         low: lower end of the 95 % interval of the difference, or of `after` where there is nothing to compare with.
         high: its upper end.
         better: as in `Measure`.
@@ -97,18 +98,29 @@ def compare(group: str, before: Measure | None, after: Measure, seed: int = 0, r
         raise CptError(f"{group}, {after.name}: {before.units} units before and {after.units} after cannot be paired")
     low, high = _interval(before, after, seed, resamples) if after.units > 1 and after.resampled else (None, None)
     name = f"{after.name}, {after.unit}" if after.unit else after.name
-    return Row(group, name, before.whole if before else None, after.whole, low, high, after.better, after.note)
+    values = (_known(before.whole) if before else None, _known(after.whole), low, high)
+    return Row(group, name, *values, after.better, after.note)
 
 
-def _interval(before: Measure | None, after: Measure, seed: int, resamples: int) -> tuple[float, float]:
+def _known(value: float) -> float | None:
+    """A number that is not defined, such as a share of no replies, is None."""
+    return value if math.isfinite(value) else None
+
+
+def _interval(
+    before: Measure | None, after: Measure, seed: int, resamples: int
+) -> tuple[float, float] | tuple[None, None]:
+    """The percentiles of the resamples in which both are defined; None where that is none of them."""
     rng = np.random.default_rng(seed)
     values = np.empty(resamples)
     for number in range(resamples):
         chosen = rng.integers(after.units, size=after.units)
         values[number] = after.value(chosen) - (before.value(chosen) if before else 0)
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return None, None
     tail = (1 - CONFIDENCE) / 2
-    low, high = (float(np.nanquantile(values, share)) for share in (tail, 1 - tail))
-    return low, high
+    return float(np.quantile(values, tail)), float(np.quantile(values, 1 - tail))
 
 
 def mean(name: str, values: Any, **kwargs: Any) -> Measure:
