@@ -35,9 +35,10 @@ class Measure:
     resampled: bool = True
 
     @property
-    def whole(self) -> float:
-        """The number for all units."""
-        return self.value(np.arange(self.units))
+    def whole(self) -> float | None:
+        """The number for all units; None where it is not defined, such as a share of no replies."""
+        value = self.value(np.arange(self.units))
+        return value if math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,7 @@ def compare(group: str, before: Measure | None, after: Measure, seed: int = 0, r
         raise CptError(f"{group}, {after.name}: {before.units} units before and {after.units} after cannot be paired")
     low, high = _interval(before, after, seed, resamples) if after.units > 1 and after.resampled else (None, None)
     name = f"{after.name}, {after.unit}" if after.unit else after.name
-    values = (_known(before.whole) if before else None, _known(after.whole), low, high)
-    return Row(group, name, *values, after.better, after.note)
-
-
-def _known(value: float) -> float | None:
-    """A number that is not defined, such as a share of no replies, is None."""
-    return value if math.isfinite(value) else None
+    return Row(group, name, before.whole if before else None, after.whole, low, high, after.better, after.note)
 
 
 def _interval(
