@@ -12,7 +12,7 @@ app = typer.Typer(
     name="nemo-cpt",
     help="Continual pretraining with NeMo 2.0: from text to an adapted model.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 
@@ -28,6 +28,7 @@ def main() -> None:
         inference,
         launch,
         planning,
+        results,
     )
 
     try:

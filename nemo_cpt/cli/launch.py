@@ -109,30 +109,48 @@ def run(
 
 
 @app.command(rich_help_panel=PANEL)
-def status(experiment: Experiment = None, json: Json = False) -> None:
-    """Show the state of an experiment's tasks."""
-    from nemo_cpt.launching import jobs
+def status(
+    experiment: Annotated[str | None, typer.Argument(help="The experiment's id; by default all are listed.")] = None,
+    json: Json = False,
+) -> None:
+    """List the experiments, the latest first, or show the state of one's tasks.
 
+    The list is read from the disk: the state of a job of a scheduler's is asked for with its experiment's id.
+    """
+    from nemo_cpt.launching import experiments, jobs
+
+    if experiment is None:
+        found = [jobs.listed(each) | {"started": each.started} for each in experiments.experiments()]
+        if json:
+            return print(jsonlib.dumps({"experiments": found}))
+        rows = [
+            (each["experiment"], each["started"], task["name"], task["status"] or "-", task["job_id"] or "-")
+            for each in found
+            for task in each["tasks"]
+        ]
+        return print_table(("experiment", "started", "task", "status", "job"), rows)
     with _only_json_on_stdout(json):
-        found = jobs.status(experiment)
+        one = jobs.status(experiment)
     if json:
-        print(jsonlib.dumps(found))
-        return
-    rows = [
-        (found["experiment"], task["name"], task["status"], task["job_id"], task["folder"]) for task in found["tasks"]
-    ]
-    print_table(("experiment", "task", "status", "job", "folder"), rows)
+        return print(jsonlib.dumps(one))
+    tasks = [(one["experiment"], task["name"], task["status"], task["job_id"], task["folder"]) for task in one["tasks"]]
+    print_table(("experiment", "task", "status", "job", "folder"), tasks)
 
 
 @app.command(rich_help_panel=PANEL)
 def logs(
     experiment: Experiment = None,
     lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="Lines from the end.")] = 100,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends, or Ctrl-C.")] = False,
 ) -> None:
     """Print the end of the logs of an experiment's tasks, headed by their paths."""
-    from nemo_cpt.launching import jobs
+    from nemo_cpt.launching import experiments, jobs
 
-    print(jobs.logs(experiment, lines))
+    print(jobs.logs(experiment, lines), flush=True)
+    if follow:
+        with contextlib.suppress(KeyboardInterrupt):
+            for text in experiments.follow(experiments.experiment(experiment)):
+                print(text, end="", flush=True)
 
 
 @app.command(rich_help_panel=PANEL)

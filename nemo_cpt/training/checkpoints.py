@@ -19,11 +19,8 @@ from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
 
 from nemo_cpt.errors import CptError
 from nemo_cpt.training.record import record_of
-from nemo_cpt.training.run_folder import RUN_JSON, Checkpoint, damaged_since
+from nemo_cpt.training.run_folder import DAMAGED, REMOVED, RUN_JSON, Checkpoint, damaged_since
 from nemo_cpt.training.run_lock import check_held
-
-REMOVED = ".removed-"  # a checkpoint that is being deleted
-DAMAGED = "damaged"  # folder of those that a start set aside
 
 
 class RunCheckpoint(nl.ModelCheckpoint):

@@ -20,6 +20,8 @@ from nemo_cpt.errors import CptError
 from nemo_cpt.training.preconditions import UNFINISHED
 
 RUN_JSON = "run.json"
+REMOVED = ".removed-"  # a checkpoint that is being deleted
+DAMAGED = "damaged"  # folder of those that a start set aside
 
 
 @dataclass(frozen=True)
