@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nemo_cpt.cli import app
+from nemo_cpt.cli.recipe_arguments import Executor, Pairs, Recipe, RecipeCommand, RecipeIfAny
 from nemo_cpt.cli.tables import print_table
 
 if TYPE_CHECKING:
@@ -17,17 +18,13 @@ if TYPE_CHECKING:
 
 PANEL = "Recipes and jobs"
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Recipe = Annotated[str, typer.Argument(help="module.function, or module for its continual_pretrain.")]
-Pairs = Annotated[
-    list[str] | None,
-    typer.Argument(help="key=value (the recipe's parameters), path.to.field=value (its config), executor.key=value."),
-]
 Experiment = Annotated[str | None, typer.Argument(help="The experiment's id, as run prints it; by default the latest.")]
 
 
 @app.command("recipes", rich_help_panel=PANEL)
 def recipes_command(
-    recipe: Annotated[str | None, typer.Argument(help="Show the parameters of one recipe.")] = None, json: Json = False
+    recipe: RecipeIfAny = None,
+    json: Json = False,
 ) -> None:
     """List the recipes, or one recipe's parameters."""
     from nemo_cpt import catalog
@@ -42,7 +39,7 @@ def recipes_command(
         print_table(("recipe", "GPUs", "needs", "what"), rows)
 
 
-@app.command(rich_help_panel=PANEL)
+@app.command(rich_help_panel=PANEL, cls=RecipeCommand)
 def show(recipe: Recipe, overrides: Pairs = None) -> None:
     """Print the resolved config of a recipe as YAML."""
     from nemo_cpt import catalog
@@ -65,11 +62,11 @@ def copy(recipe: Recipe, file: Annotated[Path, typer.Argument(help="Where to wri
     print(f"wrote {file}; edit it, then: python {file}")
 
 
-@app.command(rich_help_panel=PANEL)
+@app.command(rich_help_panel=PANEL, cls=RecipeCommand)
 def run(
     recipe: Recipe,
     overrides: Pairs = None,
-    executor: Annotated[str, typer.Option("--executor", "-e", help="local, slurm, ... or FILE.py:FUNCTION")] = "local",
+    executor: Executor = "local",
     detach: Annotated[bool, typer.Option("--detach", help="Return once the job is submitted.")] = False,
     dryrun: Annotated[bool, typer.Option("--dryrun", help="Print what would be submitted.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Build the recipe here first; imports NeMo.")] = False,

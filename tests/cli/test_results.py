@@ -110,6 +110,17 @@ def test_the_newest_whole_one_stays_where_a_newer_one_is_damaged(world: Path) ->
     assert [path.name for path in folder.iterdir()] == ["steps=6-val_loss=4.0000"]  # nor the link or the marker
 
 
+def test_the_export_of_a_run_is_that_of_its_newest_whole_checkpoint(world: Path) -> None:
+    os.truncate(next((world / "results/ja/checkpoints/steps=8-val_loss=4.5000/weights").glob("*.distcp")), 10)
+    done = nemo_cpt("export", "results/ja", "out", cwd=world)
+    assert done.returncode == 0, done.stderr
+    chosen = "results/ja/checkpoints/steps=6-val_loss=4.0000"
+    assert f"the newest whole checkpoint of results/ja is {chosen}\n" in done.stderr
+    assert (world / "out/config.json").is_file()
+    done = nemo_cpt("export", "results/en", "other", cwd=world)
+    assert (done.returncode, "is a run without a whole checkpoint" in done.stderr) == (2, True)
+
+
 def test_what_is_in_use_stays(world: Path, checkpoint: Path) -> None:
     run = results.run("ja", world / "results")
     with held_by_another_process(run.folder), pytest.raises(CptError, match="is in use by process"):
