@@ -12,9 +12,8 @@ import nemo_run as run
 import torch
 
 from nemo_cpt.checkpoint import export_hf
-from nemo_cpt.conversations import Conversations, load_template, prepare
+from nemo_cpt.conversations import Conversations, prepare
 from nemo_cpt.corpus import split
-from nemo_cpt.corpus.tokenization.tokenizer import load_tokenizer
 from nemo_cpt.inference import Sampling, open_engine
 from nemo_cpt.recipes import smollm2
 from nemo_cpt.training.cpu import on_cpu
@@ -59,8 +58,7 @@ def main() -> None:
     losses = [line["val_loss_chats"] for line in read_metrics(out / "runs/tuned") if "val_loss_chats" in line]
     print(f"held-out answers: {losses[0]:.3f} nats a token before, {losses[-1]:.3f} after")
     export_hf(newest_whole(out / "runs/tuned/checkpoints").path, out / "hf")
-    template = load_template(options.template, load_tokenizer(tokenizer)).text
-    engine = open_engine(out / "hf", chat_template=template)
+    engine = open_engine(out / "hf")  # which carries the template, and stops by itself
     ((_, reply),) = engine.generate([[{"role": "user", "content": options.question}]], Sampling(max_tokens=100))
     print(f"{options.question}\n{reply.text} ({reply.finish_reason})")
 

@@ -1,4 +1,4 @@
-"""SmolLM2-135M learns Japanese, with a quarter of English replay: from text to the losses in both languages.
+"""SmolLM2-135M learns Japanese, with a quarter of English replay: from text to a table of what changed.
 
 python examples/smollm2_japanese.py                # 300 steps on a GPU, in bf16 with Transformer Engine
 python examples/smollm2_japanese.py --steps 4      # a few steps; without a GPU they run in fp32 on the CPU
@@ -15,9 +15,9 @@ import torch
 
 from nemo_cpt.checkpoint import download, import_hf
 from nemo_cpt.corpus import Blend, prepare, split
+from nemo_cpt.evaluation import evaluate, report
 from nemo_cpt.recipes import smollm2
 from nemo_cpt.training.cpu import on_cpu
-from nemo_cpt.training.metrics import read_metrics
 
 CORPUS = files("nemo_cpt.demo") / "corpus"  # small; real runs want megabytes
 
@@ -69,12 +69,13 @@ def make_recipe(data: Blend, folder: Path, steps: int) -> run.Partial:
     return on_cpu(smollm2.continual_pretrain(**settings, seq_length=128, global_batch_size=4, micro_batch_size=4))
 
 
-def show(metrics: list[dict[str, float]]) -> None:
-    """Print the losses on held-out text before the first step and after the last."""
-    validations = [line for line in metrics if "val_loss_ja" in line]
-    for language in ("ja", "en"):
-        before, after = (validations[which][f"val_loss_{language}"] for which in (0, -1))
-        print(f"{language}: {before:.3f} nats per token before, {after:.3f} after step {validations[-1]['step']}")
+def measure(run_folder: Path, base: Path, prompts: int) -> None:
+    """Bits per byte of both languages, and the language of replies to Japanese questions, before and after."""
+    output = run_folder.with_name(f"{run_folder.name}_evaluation")
+    found = evaluate(run_folder, output, against=base, limit=prompts, max_tokens=64, say=print)
+    for row in found.rows:
+        print("  ".join(report.cells(row)))
+    print(f"The whole of it: {report.write(found, output)[-1]}")
 
 
 def main() -> None:
@@ -83,6 +84,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--japanese", default=str(CORPUS / "ja.jsonl"))
     parser.add_argument("--english", default=str(CORPUS / "en.jsonl"))
+    parser.add_argument("--prompts", type=int, default=50, help="questions to ask, and sequences to measure")
     parser.add_argument("--out", type=Path, default=Path("smollm2_japanese"))
     options = parser.parse_args()
 
@@ -94,7 +96,7 @@ def main() -> None:
     data = get_data({"ja": options.japanese, "en": options.english}, out)
     recipe = make_recipe(data, out, options.steps)
     run.run(recipe, direct=True)
-    show(read_metrics(out / "runs" / f"{options.steps}_steps"))
+    measure(out / "runs" / f"{options.steps}_steps", out / "hf", options.prompts)
 
 
 if __name__ == "__main__":

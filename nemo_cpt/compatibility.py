@@ -483,10 +483,10 @@ def _check_same_base(checkpoint: Path, was: Base, base: Base) -> None:
 
 def _has_other_weights(checkpoint: Path, base: Path) -> bool:
     """Whether adapters were trained on other weights than a base's: NeMo adds them to those that they record."""
-    from nemo_cpt.checkpoint.lora import is_lora, recorded_base
+    from nemo_cpt.checkpoint.lora import holds_adapters, recorded_base
     from nemo_cpt.checkpoint.weight_sums import read_sums
 
-    recorded = recorded_base(checkpoint) if is_lora(checkpoint) else None
+    recorded = recorded_base(checkpoint) if holds_adapters(checkpoint) else None
     if recorded is None or recorded.samefile(base):
         return False
     was, now = (read_sums([each / HF_FOLDER]) for each in (recorded, base))

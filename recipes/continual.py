@@ -4,11 +4,10 @@ from collections.abc import Sequence
 
 import nemo_run as run
 from nemo.collections import llm
-from nemo.collections.llm.peft import LoRA
 
 from nemo_cpt.corpus import Blend
 from nemo_cpt.recipes import parts
-from nemo_cpt.training.adapters import LoRAWithEmbeddings
+from nemo_cpt.training.adapters import adapters_class
 from nemo_cpt.training.guards import check_batches, check_belonging
 
 LINEAR_LAYERS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
@@ -112,7 +111,9 @@ def continual_pretrain(
     return recipe
 
 
-def with_lora(recipe: run.Partial, rank: int | None = 128, embeddings_lr: float | None = None) -> run.Partial:
+def with_lora(
+    recipe: run.Partial, rank: int | None = 128, embeddings_lr: float | None = None, peft_scheme: str = "lora"
+) -> run.Partial:
     """The same run with the base frozen and LoRA trained, through `llm.finetune`: llm.pretrain takes no adapters.
 
     Args:
@@ -121,13 +122,14 @@ def with_lora(recipe: run.Partial, rank: int | None = 128, embeddings_lr: float 
         embeddings_lr: peak learning rate of the embedding and the output layer, which are then trained whole; both
             stay frozen when None. Lower than the adapters' rate: a fifth to a tenth of it is usual (Unsloth,
             "Continued LLM Pretraining", 2024).
+        peft_scheme: "lora", or "dora", which trains the norms of the weights' rows beside low-rank changes of their
+            directions (arXiv 2402.09353); `nemo-cpt plan` tells what it costs.
 
     Raises:
-        CptError: `embeddings_lr` is below the schedule's min_lr.
+        CptError: `embeddings_lr` is below the schedule's min_lr; there is no such `peft_scheme`.
     """
-    rank = rank or 128
+    rank, adapters = rank or 128, adapters_class(peft_scheme, embeddings_lr is not None)
     recipe.model.config.gradient_accumulation_fusion = False  # the adapters' gradients are small
-    adapters = LoRA if embeddings_lr is None else LoRAWithEmbeddings
     return run.Partial(
         llm.finetune,
         model=recipe.model,

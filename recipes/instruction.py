@@ -27,7 +27,7 @@ def default_data() -> Conversations:
 
 
 def instruction_tune(
-    model: run.Config,
+    model: run.Config | str,
     base: str,
     data: Conversations | None = None,
     *,
@@ -60,7 +60,7 @@ def instruction_tune(
     conversations fills about 32 packed sequences of 4096. There is no weight decay, as in its open-instruct.
 
     Args:
-        model: of the base's kin, as a run.Config.
+        model: see `continual.continual_pretrain`.
         base: folder of a NeMo checkpoint: an imported model, or a checkpoint of a training run.
         data: what to train and validate on, as `nemo-cpt prepare --template` wrote it; `default_data()` when None.
         replay: pretraining text to mix in, against forgetting, with validation sets of its own; none when None.
@@ -101,7 +101,7 @@ def instruction_tune(
     steps, uncounted = _steps(data, epochs, max_steps, global_batch_size, seq_length, share)
     recipe = run.Partial(
         llm.finetune,
-        model=per_token_loss(parts.fused(model)),
+        model=per_token_loss(parts.fused(parts.model_of(model, base, seq_length))),
         data=parts.conversations(
             data,
             replay,

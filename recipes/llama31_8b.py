@@ -94,6 +94,7 @@ def continual_pretrain_single_gpu(
     global_batch_size: int = 32,
     lr: float = 1e-4,
     embeddings_lr: float | None = None,
+    peft_scheme: str = "lora",
     **kwargs,
 ) -> run.Partial:
     """LoRA on every linear layer, on one GPU of 48 GB by default; of 24 GB with a lower rank.
@@ -114,18 +115,20 @@ def continual_pretrain_single_gpu(
         lr: peak learning rate of the adapters.
         embeddings_lr: peak learning rate of the embedding and the output layer, trained whole beside the adapters
             (16 GiB more); frozen when None. See `with_lora`.
+        peft_scheme: "lora" or "dora". See `with_lora`.
         **kwargs: see `continual_pretrain`.
 
     Returns:
         A run.Partial of `llm.finetune`; every field stays editable.
 
     Raises:
-        CptError: nothing fits the card; `data` is no Blend.
+        CptError: nothing fits the card; `data` is no Blend; there is no such `peft_scheme`.
     """
     sizes = {"seq_length": seq_length or 8192, "global_batch_size": global_batch_size}
     recipe = continual_pretrain(base, data, name=name, lr=lr, **ONE_GPU | sizes | kwargs)
     given_up = [knob for knob, value in (("rank", rank), ("seq_length", seq_length)) if value is None]
-    return fit(with_lora(recipe, rank, embeddings_lr), gpu_memory_gib, allow=[*ALLOWED, *given_up]).recipe
+    adapted = with_lora(recipe, rank, embeddings_lr, peft_scheme)
+    return fit(adapted, gpu_memory_gib, allow=[*ALLOWED, *given_up]).recipe
 
 
 @run.cli.factory(target=llm.pretrain, name="llama31_8b_cpt_full_single_gpu")
@@ -219,6 +222,7 @@ def instruction_tune_single_gpu(
     seq_length: int | None = None,
     lr: float = 1e-4,
     embeddings_lr: float | None = None,
+    peft_scheme: str = "lora",
     **kwargs,
 ) -> run.Partial:
     """Instruction tuning with LoRA on every linear layer, on one GPU of 48 GB by default; of 24 GB as well.
@@ -237,6 +241,7 @@ def instruction_tune_single_gpu(
         seq_length: see `instruction.instruction_tune`; 4096, or the largest half of it that fits, when None.
         lr: peak learning rate of the adapters, that of NeMo's own llama31_8b.finetune_recipe for LoRA.
         embeddings_lr: see `continual_pretrain_single_gpu`.
+        peft_scheme: see `continual_pretrain_single_gpu`.
         **kwargs: see `instruction_tune`.
 
     Returns:
@@ -248,10 +253,11 @@ def instruction_tune_single_gpu(
     wanted = seq_length or SFT_SEQ_LENGTH
     recipe = instruction_tune(base, data, name=name, seq_length=wanted, lr=lr, **ONE_GPU | kwargs)
     given_up = [knob for knob, value in (("rank", rank), ("seq_length", seq_length)) if value is None]
-    recipe = with_lora(recipe, rank or SFT_RANK, embeddings_lr)
+    recipe = with_lora(recipe, rank or SFT_RANK, embeddings_lr, peft_scheme)
     check_belonging(recipe)
     fitted = fit(recipe, gpu_memory_gib, allow=[*ALLOWED, *given_up]).recipe
     if fitted.data.seq_length == wanted:
         return fitted
-    shorter = {"rank": rank, "seq_length": fitted.data.seq_length, "embeddings_lr": embeddings_lr}  # has other epochs
-    return instruction_tune_single_gpu(base, data, gpu_memory_gib=gpu_memory_gib, name=name, lr=lr, **shorter | kwargs)
+    shorter = {"seq_length": fitted.data.seq_length}  # has other epochs
+    same = {"rank": rank, "lr": lr, "embeddings_lr": embeddings_lr, "peft_scheme": peft_scheme}
+    return instruction_tune_single_gpu(base, data, gpu_memory_gib=gpu_memory_gib, name=name, **same | shorter | kwargs)

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from nemo_cpt.checkpoint.downloading import DownloadReport, download
     from nemo_cpt.checkpoint.exporting import ExportReport, export_hf
     from nemo_cpt.checkpoint.importing import ImportReport, import_hf
+    from nemo_cpt.checkpoint.merging import MergeReport, merge
     from nemo_cpt.checkpoint.verification import VerifyReport, verify
 
 _HOMES = {
@@ -14,6 +15,8 @@ _HOMES = {
     "ImportReport": "importing",
     "export_hf": "exporting",
     "ExportReport": "exporting",
+    "merge": "merging",
+    "MergeReport": "merging",
     "download": "downloading",
     "DownloadReport": "downloading",
     "verify": "verification",
@@ -23,10 +26,12 @@ __all__ = [
     "DownloadReport",
     "ExportReport",
     "ImportReport",
+    "MergeReport",
     "VerifyReport",
     "download",
     "export_hf",
     "import_hf",
+    "merge",
     "verify",
 ]
 

@@ -20,6 +20,7 @@ from nemo_cpt.checkpoint.folders import copy_small_files
 
 TOKENIZER_FOLDER = "nemo_tokenizer"  # in `context`, as NeMo's importer names it
 HF_FOLDER = "hf"  # beside `context`, the same files, for people and recipes
+RUN_JSON = "run.json"  # beside `context`, in a training's checkpoints: the step, and how the run was started
 _LLM = "nemo.collections.llm.gpt.model."
 _FIDDLE = "fiddle._src.config"
 

@@ -102,6 +102,10 @@ class DistributedReader:
             return key in self.shapes
         return any(chunk.holds_layer(layer) for chunk in self._chunks.get(key, ()))
 
+    def pieces(self, key: str, axis: int) -> int:
+        """Into how many a tensor is cut along an axis, as by tensor-parallel ranks."""
+        return len({chunk.offsets[axis] for chunk in self._chunks[key]})
+
     def read(
         self, key: str, layer: int | None = None, rows: tuple[int, int] | None = None, memory: Memory = np.empty
     ) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Any
 
 from nemo_cpt.checkpoint.architecture import Architecture, parse_config, read_json
 from nemo_cpt.checkpoint.base import carried_places
+from nemo_cpt.checkpoint.chat_template import with_end
 from nemo_cpt.checkpoint.folders import VOCABULARIES
 from nemo_cpt.checkpoint.model_config import (
     Difference,
@@ -48,6 +49,14 @@ class ExportedConfig:
         names = [name for name in ("dtype", "torch_dtype") if name in self.fields]
         change = f"{', '.join(names)}: {dtype} instead of {self.arch.dtype}"
         return replace(self, fields=self.fields | dict.fromkeys(names, dtype), changes=(*self.changes, change))
+
+    def with_end_at(self, stop: int) -> ExportedConfig:
+        """The same for a model whose replies end at one more token."""
+        before, after = self.fields.get("eos_token_id"), with_end(self.fields.get("eos_token_id"), stop)
+        if after == before:
+            return self
+        change = f"eos_token_id: {after} instead of {before}"
+        return replace(self, fields=self.fields | {"eos_token_id": after}, changes=(*self.changes, change))
 
 
 def exported_config(nemo: Path, base: Path, ignore_fields: Collection[str] = ()) -> ExportedConfig:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,13 +12,12 @@ from typing import Any
 import numpy as np
 
 from nemo_cpt.checkpoint import layout
-from nemo_cpt.checkpoint.architecture import Architecture, read_json
+from nemo_cpt.checkpoint.architecture import read_json
 from nemo_cpt.checkpoint.arrays import DTYPES, check_finite
-from nemo_cpt.checkpoint.base import base_files, base_weights, carried_places, nemo_folder, unchanged
-from nemo_cpt.checkpoint.exported_config import ExportedConfig, exported_config
-from nemo_cpt.checkpoint.folders import copy_small_files, new_folder
+from nemo_cpt.checkpoint.base import nemo_folder, unchanged
+from nemo_cpt.checkpoint.folders import new_folder
 from nemo_cpt.checkpoint.safetensors_files import SHARD_BYTES, TensorPlan, write_weights
-from nemo_cpt.checkpoint.tokenizer_ids import count_token_ids
+from nemo_cpt.checkpoint.trained import Description, Trained, describe, open_trained
 from nemo_cpt.errors import CptError
 
 
@@ -39,6 +37,8 @@ class ExportReport:
         files: names of all files written.
         config_changes: where the written config.json differs from the base's, in words; else it is the base's, byte for
             byte.
+        chat_template: the name of the one that the folder carries because the run was tuned on it, or it was chosen;
+            None where it has the base's tokenizer and generation settings, byte for byte.
         warnings: what else to know.
         seconds: wall time.
     """
@@ -53,6 +53,7 @@ class ExportReport:
     bytes_written: int
     files: tuple[str, ...]
     config_changes: tuple[str, ...]
+    chat_template: str | None
     warnings: tuple[str, ...]
     seconds: float
 
@@ -68,6 +69,7 @@ def export_hf(
     *,
     adapter: bool = False,
     dtype: str | None = None,
+    chat_template: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     ignore_fields: Collection[str] = (),
     progress: Callable[[int, int], None] | None = None,
@@ -88,6 +90,8 @@ def export_hf(
         adapter: write a LoRA run's adapters for `peft.PeftModel.from_pretrained` instead of the merged model.
         dtype: "bfloat16", "float16" or "float32"; by default what the base's config.json says. Another than that is
             written into config.json.
+        chat_template: None for the one that the run recorded, "none" for the base's files as they are, or another: a
+            name or a Jinja file that `prepare --template` takes.
         shard_bytes: the most that one weights file holds.
         ignore_fields: config fields to accept although they are unknown here.
         progress: called with (bytes done, bytes in all) after each tensor.
@@ -97,108 +101,68 @@ def export_hf(
             has rows of tokens that config.json has no room for; the base's files are missing; `dest` exists; not
             enough disk. Nothing is left at `dest` then.
     """
-    from nemo_cpt.checkpoint.lora import is_lora
+    from nemo_cpt.checkpoint.lora import holds_adapters
 
     start = time.monotonic()
     nemo = nemo_folder(source)
-    lora = is_lora(nemo)
-    if adapter and not lora:
+    if adapter and not holds_adapters(nemo):
         raise CptError(f"{nemo} is no LoRA checkpoint (no weights/adapter_metadata.json): leave adapter=True away.")
-    files = base_files(nemo, base)
+    if adapter and chat_template is not None:
+        raise CptError("An adapter for peft carries no chat template: leave it away, or export the merged model.")
     with unchanged(nemo) as check_unchanged:
-        config = exported_config(nemo, files, ignore_fields)
+        described = describe(nemo, base, chat_template, ignore_fields)
+        arch = described.config.arch
         write: Callable[[Path], dict[str, Any]]
         if adapter:
             size = 0
-            write = partial(_write_adapter, nemo, config, files, _checked(dtype or "float32"))
+            write = partial(_write_adapter, nemo, described, checked_dtype(dtype or "float32"))
         else:
-            model = _open_lora(nemo, config.arch, base) if lora else _open_model(nemo, config.arch)
-            _refuse_to_cut_tokens(model, config.arch, (files, *carried_places(nemo)))
-            dtype = _checked(dtype or config.arch.dtype or model.dtype)
-            plans = [TensorPlan(slot.name, dtype, slot.shape) for slot in layout.slots(config.arch)]
+            trained = open_trained(nemo, described, base)
+            dtype = checked_dtype(dtype or arch.dtype or trained.dtype)
+            plans = [TensorPlan(slot.name, dtype, slot.shape) for slot in layout.slots(arch)]
             size = sum(plan.nbytes for plan in plans)
-            load = _counted(model, plans, progress)
-            write = partial(_write_model, model, config.with_dtype(dtype), files, plans, load, shard_bytes)
+            load = _counted(trained, plans, progress)
+            write = partial(_write_model, trained, described, plans, load, shard_bytes)
         with new_folder(dest, size + 64 * 2**20) as folder:
             written = write(folder)
             check_unchanged()
     return ExportReport(
         source=str(source),
         dest=str(dest),
-        model_type=config.arch.model_type,
+        model_type=arch.model_type,
         seconds=round(time.monotonic() - start, 3),
         **written,
     )
 
 
-@dataclass(frozen=True)
-class _Model:
-    """Something to export: where it is, its tensors in blocks of rows, their dtype and the rows of its embedding."""
-
-    where: Path
-    blocks: Callable[[str], Iterable[np.ndarray]]
-    dtype: str
-    rows: int
-    warnings: tuple[str, ...] = ()
-
-
-def _open_model(nemo: Path, arch: Architecture) -> _Model:
-    from nemo_cpt.checkpoint.nemo_weights import NemoWeights
-
-    weights = NemoWeights(nemo, arch)
-    return _Model(nemo, weights.blocks, weights.dtype, weights.vocab_rows)
-
-
-def _open_lora(nemo: Path, arch: Architecture, base: str | Path | None) -> _Model:
-    from nemo_cpt.checkpoint.lora import Adapters, base_of
-
-    weights, adapters = base_weights(base_of(nemo, base), arch), Adapters(nemo, arch)
-    rows = adapters.trained_rows or weights.vocab_rows
-    return _Model(nemo, partial(adapters.merged, base=weights), weights.dtype, rows, adapters.warnings)
-
-
-def _refuse_to_cut_tokens(model: _Model, arch: Architecture, tokenizers: Iterable[Path]) -> None:
-    """Refuse to cut off a row as padding that belongs to a token and so may have been trained."""
-    for folder in tokenizers:
-        tokens = count_token_ids(folder) or 0
-        if arch.vocab_size < min(tokens, model.rows):
-            raise CptError(
-                f"{model.where} has {model.rows} rows in its embedding and the tokenizer in {folder} {tokens} tokens, "
-                f"but config.json has room for {arch.vocab_size} rows: those above belong to tokens, may have been "
-                "trained, and would be lost. Give the base a row for every token (transformers: "
-                f"model.resize_token_embeddings({tokens})), import it, and train from that."
-            )
-
-
 def _write_model(
-    model: _Model,
-    config: ExportedConfig,
-    files: Path,
+    trained: Trained,
+    described: Description,
     plans: Sequence[TensorPlan],
     load: Callable[[str], Iterator[np.ndarray]],
     shard_bytes: int,
     folder: Path,
 ) -> dict[str, Any]:
-    names = copy_small_files(files, folder)
-    if config.changes:
-        (folder / "config.json").write_text(json.dumps(config.fields, indent=2) + "\n", encoding="utf-8")
+    dtype, config, template = plans[0].dtype, described.config, described.template
+    names = described.write(folder, dtype)
     names += write_weights(folder, plans, load, shard_bytes)
-    dtype = plans[0].dtype
     return {
         "dtype": dtype,
-        "cast_from": model.dtype if model.dtype != dtype else None,
+        "cast_from": trained.dtype if trained.dtype != dtype else None,
         "tensors": len(plans),
-        "padding_removed": model.rows - config.arch.vocab_size,
+        "padding_removed": trained.rows - config.arch.vocab_size,
         "bytes_written": sum(plan.nbytes for plan in plans),
         "files": tuple(names),
-        "config_changes": config.changes,
-        "warnings": (*config.warnings, *model.warnings),
+        "config_changes": config.with_dtype(dtype).changes,
+        "chat_template": template.name if template else None,
+        "warnings": (*config.warnings, *trained.warnings),
     }
 
 
-def _write_adapter(nemo: Path, config: ExportedConfig, files: Path, dtype: str, folder: Path) -> dict[str, Any]:
+def _write_adapter(nemo: Path, described: Description, dtype: str, folder: Path) -> dict[str, Any]:
     from nemo_cpt.checkpoint.lora import Adapters, write_peft_adapter
 
+    files, config, template = described.files, described.config, described.template
     if config.trained_otherwise:
         raise CptError(
             f"{nemo} was trained as another model than {files}/config.json describes: "
@@ -206,15 +170,22 @@ def _write_adapter(nemo: Path, config: ExportedConfig, files: Path, dtype: str, 
         )
     adapters = Adapters(nemo, config.arch)
     names = write_peft_adapter(folder, adapters, _base_name(files), dtype)
+    warnings = config.warnings
+    if template:
+        warnings += (
+            f"the run was tuned on the chat template {template.name}, which an adapter does not carry, and ends its "
+            f"answers with {template.stop[0]} ({template.stop[1]}): the merged export says so to whatever loads it",
+        )
     return {
         "dtype": dtype,
         "cast_from": None,
-        "tensors": 2 * len(adapters.adapted),
+        "tensors": (3 if adapters.dora else 2) * len(adapters.adapted),
         "padding_removed": 0,
         "bytes_written": sum((folder / name).stat().st_size for name in names),
         "files": tuple(names),
         "config_changes": (),
-        "warnings": config.warnings,
+        "chat_template": None,
+        "warnings": warnings,
     }
 
 
@@ -223,22 +194,23 @@ def _base_name(files: Path) -> str:
     return str(read_json(files / "config.json").get("_name_or_path") or files.resolve())
 
 
-def _checked(dtype: str) -> str:
+def checked_dtype(dtype: str) -> str:
+    """The dtype, if weights can be written in it; else a CptError."""
     if dtype not in DTYPES:
         raise CptError(f"dtype {dtype!r} cannot be written; choose {', '.join(DTYPES)}.")
     return dtype
 
 
 def _counted(
-    model: _Model, plans: Sequence[TensorPlan], progress: Callable[[int, int], None] | None
+    trained: Trained, plans: Sequence[TensorPlan], progress: Callable[[int, int], None] | None
 ) -> Callable[[str], Iterator[np.ndarray]]:
     sizes = {plan.name: plan.nbytes for plan in plans}
     total, done = sum(sizes.values()), 0
 
     def load(name: str) -> Iterator[np.ndarray]:
         nonlocal done
-        for block in model.blocks(name):
-            check_finite(block, name, model.where)
+        for block in trained.blocks(name):
+            check_finite(block, name, trained.where)
             yield block
         done += sizes[name]
         if progress:

@@ -85,7 +85,7 @@ def _remove_leftovers(dest: Path) -> None:
                 if host != socket.gethostname():
                     print(f"{partial} was left or is being written on {host}; it is not touched.", file=sys.stderr)
                 elif _locked(owner):
-                    print(f"Removing {partial}, which a killed import or export left.", file=sys.stderr)
+                    print(f"Removing {partial}, which a killed import, export or merge left.", file=sys.stderr)
                     shutil.rmtree(partial, ignore_errors=True)
         except FileNotFoundError:  # nothing of ours, or finished meanwhile
             continue

@@ -5,24 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import Architecture, read_architecture
-from nemo_cpt.checkpoint.arrays import bits, check_finite
-from nemo_cpt.checkpoint.context import HF_FOLDER, write_context
+from nemo_cpt.checkpoint.arrays import bits
+from nemo_cpt.checkpoint.context import HF_FOLDER
 from nemo_cpt.checkpoint.folders import copy_small_files, new_folder, require_tokenizer
+from nemo_cpt.checkpoint.nemo_writer import Tensors, write_nemo
 from nemo_cpt.checkpoint.safetensors_files import HFWeights
 from nemo_cpt.checkpoint.tokenizer_ids import count_token_ids
-from nemo_cpt.checkpoint.weight_sums import WeightSums
 from nemo_cpt.errors import CptError
-
-if TYPE_CHECKING:
-    from nemo_cpt.checkpoint.distributed_writer import DistributedWriter
 
 
 @dataclass(frozen=True)
@@ -91,13 +87,14 @@ def import_hf(
     slots = layout.slots(arch)
     dropped = _check_tensors(weights, slots, arch)
     arch = arch.with_dtype(arch.dtype or weights.infos[slots[0].name].dtype)
-    total = sum(weights.infos[slot.name].nbytes for slot in slots)
-    with new_folder(dest, total + 64 * 2**20) as folder:
-        sums = _write_weights(folder / "weights", weights, slots, arch, progress or (lambda done, all_bytes: None))
-        write_context(folder / "context", arch, source)
+    infos = weights.infos
+    sizes = [infos[slot.name].nbytes for slot in slots]
+    tensors = Tensors(
+        weights.read, weights.blocks, path=lambda name: infos[name].path, nbytes=lambda name: infos[name].nbytes
+    )
+    with new_folder(dest, sum(sizes) + 64 * 2**20) as folder:
         copy_small_files(source, folder / HF_FOLDER)
-        sums.write(folder / HF_FOLDER)
-    sizes = [weights.infos[slot.name].nbytes for slot in slots]
+        write_nemo(folder, tensors, arch, progress)
     counts = [_numel(slot.shape) for slot in slots]
     return ImportReport(
         source=str(source),
@@ -164,76 +161,3 @@ def _droppable(weights: HFWeights, known: set[str], arch: Architecture) -> list[
 def _same_as_embedding(weights: HFWeights) -> bool:
     head, embedding = weights.read("lm_head.weight"), weights.read("model.embed_tokens.weight")
     return head.dtype == embedding.dtype and np.array_equal(bits(head), bits(embedding))
-
-
-def _write_weights(
-    folder: Path,
-    weights: HFWeights,
-    slots: Sequence[layout.Slot],
-    arch: Architecture,
-    progress: Callable[[int, int], None],
-) -> WeightSums:
-    from nemo_cpt.checkpoint.distributed_writer import DistributedWriter
-
-    total = sum(weights.infos[slot.name].nbytes for slot in slots)
-    done, sums = 0, WeightSums()
-    with DistributedWriter(folder) as writer:
-        ordered = sorted(slots, key=lambda slot: (slot.layer is not None, slot.layer or 0, slot.key))
-        for _, group in groupby(ordered, key=lambda slot: (slot.layer, slot.key)):
-            members = list(group)
-            _write_group(writer, weights, members, arch, sums)
-            done += sum(weights.infos[slot.name].nbytes for slot in members)
-            progress(done, total)
-        _write_extra_states(writer, arch.num_hidden_layers)
-    return sums
-
-
-def _write_group(
-    writer: DistributedWriter,
-    weights: HFWeights,
-    slots: Sequence[layout.Slot],
-    arch: Architecture,
-    sums: WeightSums,
-) -> None:
-    first = slots[0]
-    if first.part == "q":
-        parts = {slot.part: weights.read(slot.name) for slot in slots}
-        for slot in slots:
-            _check(weights, slot.name, parts[slot.part])
-            sums.add(slot.name, parts[slot.part])
-        merged = layout.merge_qkv(parts, arch)
-        _add(writer, first, merged, merged.shape, 0, arch)
-        return
-    row = 0
-    shape = (sum(slot.shape[0] for slot in slots), *first.shape[1:])
-    for slot in slots:
-        for block in weights.blocks(slot.name):
-            _check(weights, slot.name, block)
-            sums.add(slot.name, block)
-            _add(writer, slot, block, shape, row, arch)
-            row += block.shape[0]
-
-
-def _check(weights: HFWeights, name: str, tensor: np.ndarray) -> None:
-    check_finite(tensor, name, weights.infos[name].path)
-
-
-def _add(
-    writer: DistributedWriter,
-    slot: layout.Slot,
-    tensor: np.ndarray,
-    shape: tuple[int, ...],
-    row: int,
-    arch: Architecture,
-) -> None:
-    offset = (row, *[0] * (len(shape) - 1))
-    if slot.layer is not None:
-        shape, offset = (arch.num_hidden_layers, *shape), (slot.layer, *offset)
-    writer.add(layout.PREFIX + slot.key, tensor, shape, offset)
-
-
-def _write_extra_states(writer: DistributedWriter, num_layers: int) -> None:
-    for layer in range(num_layers):
-        for module in layout.EXTRA_STATE_MODULES:
-            writer.add_empty_state(f"{layout.PREFIX}{layout.LAYERS}{module}._extra_state/shard_{layer}_{num_layers}")
-    writer.add_empty_state(f"{layout.PREFIX}decoder.final_layernorm._extra_state/shard_0_1")

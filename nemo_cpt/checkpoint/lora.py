@@ -1,7 +1,8 @@
-"""LoRA runs: their checkpoints hold adapters only; these are merged into the base, or written for PEFT.
+"""LoRA and DoRA runs: their checkpoints hold adapters only; these are merged into the base, or written for PEFT.
 
 NeMo puts one adapter on a joined linear layer, so its `linear_in` [rank, in] serves query, key and value (or gate and
-up) alike and its `linear_out` [out, rank] is laid out like the layer's weight (nemo/collections/llm/peft/lora.py).
+up) alike and its `linear_out` [out, rank] is laid out like the layer's weight (nemo/collections/llm/peft/lora.py). So
+is DoRA's `weight_magnitude` [out], the norms that the rows of the weight with its update are given (dora.py there).
 """
 
 from __future__ import annotations
@@ -18,29 +19,33 @@ from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import Architecture, read_json
 from nemo_cpt.checkpoint.arrays import check_finite
 from nemo_cpt.checkpoint.base import carried_places
+from nemo_cpt.checkpoint.model_config import fiddle_call
 from nemo_cpt.checkpoint.nemo_weights import NemoWeights
 from nemo_cpt.checkpoint.safetensors_files import HFWeights, TensorPlan, write_weights
 from nemo_cpt.checkpoint.weight_sums import checked, read_sums
 from nemo_cpt.errors import CptError
 
 ADAPTER_METADATA = "adapter_metadata.json"
-_NEMO_DEFAULT_ALPHA = 32  # nemo.collections.llm.peft.LoRA; a context records only what differs from the defaults
+# Of nemo.collections.llm.peft's LoRA and DoRA: a context records only what differs from the defaults.
+_DEFAULT_ALPHAS = {"LoRA": 32, "DoRA": 64}
+_MAGNITUDE = "weight_magnitude"
+_PEFT_PARTS = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_magnitude_vector": "magnitude"}  # of an `Update`
 
 
-def is_lora(nemo: Path) -> bool:
-    """Whether a checkpoint was written by a LoRA run, and so holds adapters instead of the model."""
+def holds_adapters(nemo: Path) -> bool:
+    """Whether a checkpoint was written by a LoRA or DoRA run, and so holds adapters instead of the model."""
     return (nemo / "weights" / ADAPTER_METADATA).is_file()
 
 
 def recorded_base(nemo: Path) -> Path | None:
-    """The NeMo checkpoint that a LoRA run started from, as it recorded it; None when that is not there any more."""
+    """The NeMo checkpoint that a run of adapters started from, as it recorded it; None when that is gone."""
     recorded = Path(str(read_json(nemo / "weights" / ADAPTER_METADATA).get("model_ckpt_path")))
     folder = recorded.parent if recorded.name == "weights" else recorded
     return folder if (folder / "weights").is_dir() else None
 
 
 def base_of(nemo: Path, base: str | Path | None) -> Path:
-    """The base that is given, or the one that a LoRA run recorded; CptError where that is gone."""
+    """The base that is given, or the one that a run of adapters recorded; CptError where that is gone."""
     found = Path(base) if base else recorded_base(nemo)
     if found is None:
         raise CptError(f"{nemo} holds adapters only and its base is gone. Give base=, the model it started from.")
@@ -48,29 +53,54 @@ def base_of(nemo: Path, base: str | Path | None) -> Path:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A tensor's low-rank update, scale * b @ a: `a` is [rank, in], `b` is [out, rank]."""
+class Update:
+    """What a run made of a tensor: weight + scale * b @ a; with DoRA, each row of that at a norm of its own.
+
+    Attributes:
+        a: [rank, in].
+        b: [out, rank].
+        scale: alpha / rank.
+        magnitude: the rows' norms, [out]; None where LoRA left them alone.
+    """
 
     a: np.ndarray
     b: np.ndarray
     scale: float
+    magnitude: np.ndarray | None = None
 
-    def merged_into(self, weight: np.ndarray) -> np.ndarray:
-        """weight + scale * b @ a, in fp32."""
+    def applied_to(self, weight: np.ndarray) -> np.ndarray:
+        """The trained weight, in fp32."""
+        merged = self._direction(weight)
+        if self.magnitude is not None:
+            merged *= self._row_scales(merged)[:, None]
+        return merged
+
+    def row_scales(self, weight: np.ndarray) -> np.ndarray:
+        """What DoRA multiplies the layer's outputs by, its bias included, [out] in fp32."""
+        return self._row_scales(self._direction(weight))
+
+    def _direction(self, weight: np.ndarray) -> np.ndarray:
         a, b = self.a.astype(np.float32), self.b.astype(np.float32)
         merged = weight.astype(np.float32)
         merged += np.float32(self.scale) * (b @ a)
         return merged
 
+    def _row_scales(self, direction: np.ndarray) -> np.ndarray:
+        """In the magnitudes' dtype, as NeMo has them: rows that were not trained keep a scale of exactly 1."""
+        assert self.magnitude is not None
+        norms = np.linalg.norm(direction, axis=1).astype(self.magnitude.dtype)
+        return (self.magnitude / norms).astype(np.float32)
+
 
 class Adapters:
-    """The adapters of a LoRA run's checkpoint, by the name of the Hugging Face tensor that they adapt.
+    """The adapters of a checkpoint, by the name of the Hugging Face tensor that they adapt.
 
     Attributes:
         warnings: where the checkpoint does not carry the checksums of its base, with which any other is refused.
 
     Raises:
-        CptError: the run used DoRA or another method, or adapted layers that have no Hugging Face counterpart.
+        CptError: the run used another method than LoRA and DoRA, or adapted layers that have no Hugging Face
+            counterpart.
     """
 
     def __init__(self, nemo: Path, arch: Architecture) -> None:
@@ -85,19 +115,25 @@ class Adapters:
         self.adapted = [name for name in self._slots if self._has(name)]
         self.trained_whole = [name for name in self._slots if self._weights.has(name)]
         _refuse_others(self._weights, nemo)
+        _refuse_unpatched(self._weights, nemo)
         if not self.adapted:
             raise CptError(f"{nemo} holds no adapters on linear_qkv, linear_proj, linear_fc1 or linear_fc2.")
 
-    def _has(self, name: str) -> bool:
+    def _has(self, name: str, part: str = "linear_in.weight") -> bool:
         slot = self._slots[name]
         if not slot.key.endswith(".weight"):
             return False
-        return self._weights.reader.has(*self._weights.locate(_adapter_key(slot, "linear_in"), slot.layer))
+        return self._weights.reader.has(*self._weights.locate(_adapter_key(slot, part), slot.layer))
 
     @property
     def rank(self) -> int:
         """The rank of the adapters."""
-        return self.pair(self.adapted[0]).a.shape[0]
+        return self.update(self.adapted[0]).a.shape[0]
+
+    @property
+    def dora(self) -> bool:
+        """Whether the rows have norms of their own."""
+        return any(self._has(name, _MAGNITUDE) for name in self.adapted)
 
     @property
     def trained_rows(self) -> int | None:
@@ -107,14 +143,15 @@ class Adapters:
                 return self._weights.reader.shapes[self._weights.prefix + self._slots[name].key][0]
         return None
 
-    def pair(self, name: str) -> Pair:
-        """The update of one tensor."""
+    def update(self, name: str) -> Update:
+        """What the run made of one tensor."""
         slot = self._slots[name]
-        a, b = (
-            self._weights.reader.read(*self._weights.locate(_adapter_key(slot, side), slot.layer))
-            for side in ("linear_in", "linear_out")
-        )
-        return Pair(a, self._part(slot, b), self.alpha / a.shape[0])
+        a, b = (self._read(slot, f"{side}.weight") for side in ("linear_in", "linear_out"))
+        magnitude = self._part(slot, self._read(slot, _MAGNITUDE)) if self._has(name, _MAGNITUDE) else None
+        return Update(a, self._part(slot, b), self.alpha / a.shape[0], magnitude)
+
+    def _read(self, slot: layout.Slot, part: str) -> np.ndarray:
+        return self._weights.reader.read(*self._weights.locate(_adapter_key(slot, part), slot.layer))
 
     def _part(self, slot: layout.Slot, joined: np.ndarray) -> np.ndarray:
         if slot.part in ("q", "k", "v"):
@@ -124,23 +161,35 @@ class Adapters:
     def read_merged(self, name: str, base: NemoWeights | HFWeights) -> np.ndarray:
         """One tensor of the adapted model: what the run trained, or the base's, with its update."""
         if name in self.trained_whole:
-            weight = self._weights.read(name)
+            tensor = self._weights.read(name)
         else:
-            (weight,) = checked(name, [base.read(name)], self._sums, base.folder)
-        return self.pair(name).merged_into(weight) if self._has(name) else weight
+            (tensor,) = checked(name, [base.read(name)], self._sums, base.folder)
+        if self._has(name):
+            return self.update(name).applied_to(tensor)
+        if self._scales_bias(name):
+            weight = self._weight_of(name)
+            return tensor.astype(np.float32) * self.update(weight).row_scales(base.read(weight))
+        return tensor
 
     def merged(self, name: str, base: NemoWeights | HFWeights) -> Iterator[np.ndarray]:
         """The same in blocks of rows; a block is overwritten by the next one."""
-        if self._has(name):
+        if self._has(name) or self._scales_bias(name):
             yield self.read_merged(name, base)
         elif name in self.trained_whole:
             yield from self._weights.blocks(name)
         else:
             yield from checked(name, base.blocks(name), self._sums, base.folder)
 
+    def _scales_bias(self, name: str) -> bool:
+        """Whether it is the bias of a layer whose outputs DoRA scales: Megatron adds the bias before that."""
+        return name.endswith(".bias") and self._has(self._weight_of(name), _MAGNITUDE)
 
-def _adapter_key(slot: layout.Slot, side: str) -> str:
-    return f"{slot.key.removesuffix('.weight')}.adapter.{side}.weight"
+    def _weight_of(self, bias: str) -> str:
+        return f"{bias.removesuffix('.bias')}.weight"
+
+
+def _adapter_key(slot: layout.Slot, part: str) -> str:
+    return f"{slot.key.removesuffix('.weight')}.adapter.{part}"
 
 
 def _refuse_others(weights: NemoWeights, nemo: Path) -> None:
@@ -149,24 +198,43 @@ def _refuse_others(weights: NemoWeights, nemo: Path) -> None:
         if ".adapter." not in key or not key.startswith(weights.prefix + layout.LAYERS):
             continue
         module, _, side = key.partition(".adapter.")
-        if not module.endswith(modules) or side not in ("linear_in.weight", "linear_out.weight"):
+        if not module.endswith(modules) or side not in ("linear_in.weight", "linear_out.weight", _MAGNITUDE):
             raise CptError(
-                f"{nemo}: {key} belongs to another method than LoRA (DoRA, canonical LoRA, experts), which cannot be "
-                "exported. Merge it with NeMo's own llm.peft.merge_lora first."
+                f"{nemo}: {key} belongs to another method than LoRA and DoRA (canonical LoRA, experts), which cannot "
+                "be exported."
             )
 
 
+def _refuse_unpatched(weights: NemoWeights, nemo: Path) -> None:
+    """Refuse DoRA that plain NeMo trained at a tensor-parallel size above 1, where it is no method (`dora_patches`).
+
+    It is seen by the pieces of linear_fc1's magnitudes: one a rank, where a patched NeMo cuts them as `linear_out`.
+    """
+    for key in weights.reader.shapes:
+        if layout.FC1 in key and key.endswith(f".adapter.{_MAGNITUDE}"):
+            pieces = weights.reader.pieces(key, -1)
+            if 1 < pieces < weights.reader.pieces(key.replace(_MAGNITUDE, "linear_out.weight"), -2):
+                raise CptError(
+                    f"{nemo} was trained with DoRA on {pieces} tensor-parallel ranks, which NeMo 2.7 gets wrong where "
+                    "this library does not patch it (nemo_cpt/training/dora_patches.py): each rank had other "
+                    "magnitudes, and one rank's were saved. Train again by this library's recipes, or with LoRA."
+                )
+
+
 def _alpha(nemo: Path) -> float:
-    """The scale that the run's context records for `model.model_transform`."""
+    """The scale that the run's context records for its adapters."""
     path = nemo / "context" / "io.json"
-    for entry in read_json(path).get("objects", {}).values():
-        if "<root>.model.model_transform" in entry.get("paths", ()):
-            arguments = {key.removeprefix("Attr(name='").removesuffix("')"): value for key, value in entry["items"]}
-            return float(arguments.get("alpha", {}).get("value", _NEMO_DEFAULT_ALPHA))
-    raise CptError(
-        f"{path} does not say how the adapters are scaled: it has no model.model_transform. "
-        "The training could not save its context; save the checkpoint again with it."
-    )
+    transform = fiddle_call(read_json(path), "<root>.model.model_transform")
+    if not transform:
+        raise CptError(
+            f"{path} does not say how the adapters are scaled: it has no model.model_transform. "
+            "The training could not save its context; save the checkpoint again with it."
+        )
+    kind = transform["_target_"].rpartition(".")[2].removesuffix("WithEmbeddings")
+    alpha = transform.get("alpha", _DEFAULT_ALPHAS.get(kind))
+    if alpha is None:
+        raise CptError(f"{path} names adapters of the class {kind}, and not their alpha, whose default is not known.")
+    return float(alpha)
 
 
 def write_peft_adapter(folder: Path, adapters: Adapters, base_name: str, dtype: str) -> list[str]:
@@ -186,17 +254,23 @@ def write_peft_adapter(folder: Path, adapters: Adapters, base_name: str, dtype: 
             f"The run also trained {', '.join(adapters.trained_whole[:3])}, which an adapter cannot hold. "
             "Export the merged model instead."
         )
+    if adapters.dora and adapters.arch.qkv_bias:
+        raise CptError(
+            "NeMo's DoRA scales the biases of query, key and value, peft's does not: an adapter would be another "
+            "model. Export the merged model instead."
+        )
     plans, loads = [], {}
     for name in adapters.adapted:
-        pair = adapters.pair(name)
-        for side, tensor in (("lora_A", pair.a), ("lora_B", pair.b)):
-            full = f"base_model.model.{name.removesuffix('.weight')}.{side}.weight"
-            plans.append(TensorPlan(full, dtype, tensor.shape))
-            loads[full] = (name, "a" if side == "lora_A" else "b")
+        update = adapters.update(name)
+        for part, field in _PEFT_PARTS.items():
+            if (tensor := getattr(update, field)) is not None:
+                full = f"base_model.model.{name.removesuffix('.weight')}.{part}"
+                plans.append(TensorPlan(full, dtype, tensor.shape))
+                loads[full] = (name, field)
 
     def load(full: str) -> Iterator[np.ndarray]:
-        name, side = loads[full]
-        tensor: np.ndarray = getattr(adapters.pair(name), side)
+        name, field = loads[full]
+        tensor: np.ndarray = getattr(adapters.update(name), field)
         check_finite(tensor, full, folder)
         yield tensor
 
@@ -227,6 +301,6 @@ def _peft_config(adapters: Adapters, base_name: str) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "use_dora": False,
+        "use_dora": adapters.dora,
         "use_rslora": False,
     }

@@ -294,9 +294,19 @@ def _from_yaml(text: str) -> dict[str, Any]:
 
 
 def _from_fiddle(text: str) -> dict[str, Any]:
-    objects = json.loads(text)["objects"]
+    return fiddle_call(json.loads(text), "<root>.model.config")
+
+
+def fiddle_call(context: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """What is called at a path of a context's io.json: the arguments by name, and `_target_`; empty where nothing is.
+
+    Args:
+        context: the content of io.json.
+        path: such as `<root>.model.config`.
+    """
+    objects = context.get("objects", {})
     for entry in objects.values():
-        if "<root>.model.config" in entry.get("paths", ()):
+        if path in entry.get("paths", ()):
             called = dict(objects[entry["metadata"]["key"]]["items"])["Attr(name='fn_or_cls')"]
             fields = {key.removeprefix("Attr(name='").removesuffix("')"): value for key, value in entry["items"]}
             return {

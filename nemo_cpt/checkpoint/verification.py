@@ -14,10 +14,12 @@ import numpy as np
 from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import Architecture, read_architecture
 from nemo_cpt.checkpoint.arrays import bits, cast
-from nemo_cpt.checkpoint.base import base_weights, nemo_folder, unchanged
+from nemo_cpt.checkpoint.base import base_weights, carried_places, nemo_folder, unchanged
+from nemo_cpt.checkpoint.chat_template import instruction_template, template_differences
 from nemo_cpt.checkpoint.model_config import context_differences, read_model_config
 from nemo_cpt.checkpoint.nemo_weights import NemoWeights
 from nemo_cpt.checkpoint.safetensors_files import HFWeights
+from nemo_cpt.conversations.templates import own_template
 from nemo_cpt.errors import CptError
 
 PROMPTS = ("The capital of France is", "def add(a, b):\n    return", "日本の首都は")
@@ -52,6 +54,8 @@ class VerifyReport:
         tensors: how many were compared.
         differences: of tensors.
         constants: differences between the checkpoint's context and config.json, in words.
+        chat_template: the one that the run was tuned on, as its record names it; None where it read texts alone.
+        chat: where the folder would not ask and stop as the run was tuned, in words.
         logits_difference: the largest; None where logits were not compared.
         largest_logit: of transformers' model.
         longest_prompt: tokens of the longest text whose logits were compared.
@@ -64,6 +68,8 @@ class VerifyReport:
     tensors: int
     differences: tuple[Difference, ...]
     constants: tuple[str, ...]
+    chat_template: str | None
+    chat: tuple[str, ...]
     logits_difference: float | None
     largest_logit: float | None
     longest_prompt: int | None
@@ -72,8 +78,8 @@ class VerifyReport:
 
     @property
     def identical(self) -> bool:
-        """Whether all bits and constants agree, and the logits where they were compared."""
-        if self.differences or self.constants:
+        """Whether bits, constants and chat template agree, and the logits where they were compared."""
+        if self.differences or self.constants or self.chat:
             return False
         if self.logits_difference is None or self.largest_logit is None:
             return True
@@ -98,7 +104,9 @@ def verify(
     Every tensor bit by bit, one at a time; the constants of the forward pass (rotary base and scaling, window, norm
     epsilon and so on) that the checkpoint's context and config.json state; then the logits of NeMo's and transformers'
     models in fp32 on the CPU. A LoRA run's checkpoint stands for its adapters merged into the base, as `export_hf`
-    writes them; without logits.
+    writes them; without logits. After instruction tuning the folder also has to carry the chat template that the run
+    was trained on, and end replies where its answers ended; its tokenizer and generation settings are then not the
+    base's. Those of other runs' exports are, byte for byte, and are not compared.
 
     Args:
         nemo: a NeMo checkpoint.
@@ -112,18 +120,18 @@ def verify(
     Raises:
         CptError: either side is damaged, or they are different models altogether (other shapes or names).
     """
-    from nemo_cpt.checkpoint.lora import is_lora
+    from nemo_cpt.checkpoint.lora import holds_adapters
 
     start = time.monotonic()
     folder, hf = nemo_folder(nemo), Path(hf)
     arch = read_architecture(hf, ignore_fields)
-    lora, theirs = is_lora(folder), HFWeights(hf)
+    lora, theirs = holds_adapters(folder), HFWeights(hf)
     if lora and logits:
         raise CptError(f"{folder} holds adapters only; their logits are not compared. Leave --logits away.")
     slots = layout.slots(arch)
     with unchanged(folder):
         read, warnings = _merged(folder, arch, theirs, base) if lora else (NemoWeights(folder, arch).read, ())
-        recorded = read_model_config(folder)
+        recorded, template = read_model_config(folder), instruction_template(folder)
         differing = context_differences(recorded, arch)
         differences = tuple(found for slot in slots if (found := _compare(slot, read, theirs)))
         parameters = sum(prod(slot.shape) for slot in slots)
@@ -132,6 +140,11 @@ def verify(
             ids = _ids(hf, prompts) if prompts else [*_ids(hf, PROMPTS), _long_prompt(arch, parameters)]
             gap, largest = _compare_logits(folder, hf, ids, ignore_fields)
             longest = max(map(len, ids))
+    if not template and own_template(hf) != _carried_template(folder):
+        warnings += (
+            f"{hf} has another chat template than the base of {folder}, which has no record of a tuning: it was chosen "
+            "with --chat-template, or put there since",
+        )
     if not recorded:
         warnings += (f"{folder} has no context: constants such as the rotary base were not compared",)
     if longest and arch.sliding_window and longest <= arch.sliding_window:
@@ -141,6 +154,8 @@ def verify(
         hf=str(hf),
         tensors=len(slots),
         differences=differences,
+        chat_template=template.name if template else None,
+        chat=tuple(template_differences(hf, template)) if template else (),
         constants=tuple(each.described("the checkpoint's context", "config.json") for each in differing),
         logits_difference=gap,
         largest_logit=largest,
@@ -148,6 +163,11 @@ def verify(
         warnings=warnings,
         seconds=round(time.monotonic() - start, 3),
     )
+
+
+def _carried_template(nemo: Path) -> str | None:
+    """The chat template of the files that a checkpoint carries; None where they have none."""
+    return next((found for place in carried_places(nemo) if (found := own_template(place))), None)
 
 
 def _merged(nemo: Path, arch: Architecture, theirs: HFWeights, base: str | Path | None) -> tuple[Read, tuple[str, ...]]:

@@ -42,6 +42,7 @@ def main() -> None:
         conversations,
         corpus,
         doctor,
+        evaluation,
         inference,
         launch,
         planning,

@@ -45,17 +45,44 @@ def export_command(
     ] = None,
     adapter: Annotated[bool, typer.Option("--adapter", help="Write a LoRA run's adapter for peft, unmerged.")] = False,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; default: the base's.")] = None,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            help="llama3, chatml, alpaca-ja, alpaca-en, alpaca-zh, tokenizer, or a Jinja file; none: the base's files "
+            "as they are; default: what the run was tuned on."
+        ),
+    ] = None,
     ignore_field: _Ignore = [],  # noqa: B006
     as_json: _Json = False,
 ) -> None:
-    """Turn a NeMo checkpoint into a Hugging Face folder; LoRA is merged, or written as an adapter."""
+    """Turn a NeMo checkpoint into a Hugging Face folder; adapters are merged, or written for peft."""
     from nemo_cpt.checkpoint import export_hf
 
     source = _of_run(source)
     with _progress("Exporting") as progress:
         report = export_hf(
-            source, dest, base, adapter=adapter, dtype=dtype, ignore_fields=ignore_field, progress=progress
-        )
+            source, dest, base, adapter=adapter, dtype=dtype, chat_template=chat_template, ignore_fields=ignore_field,
+            progress=progress,
+        )  # fmt: skip
+    _print(report.as_dict(), as_json)
+
+
+@app.command("merge")
+def merge_command(
+    source: Annotated[Path, typer.Argument(help="LoRA or DoRA run's checkpoint, or the run: its newest whole one.")],
+    dest: Annotated[Path, typer.Argument(help="NeMo checkpoint to make.")],
+    base: Annotated[
+        Path | None, typer.Option(help="The base of the adapters; default: the one that the run recorded.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; default: the base's.")] = None,
+    ignore_field: _Ignore = [],  # noqa: B006
+    as_json: _Json = False,
+) -> None:
+    """Merge a run's adapters into its base: a NeMo checkpoint that another training starts from."""
+    from nemo_cpt.checkpoint import merge
+
+    with _progress("Merging") as progress:
+        report = merge(_of_run(source), dest, base, dtype=dtype, ignore_fields=ignore_field, progress=progress)
     _print(report.as_dict(), as_json)
 
 

@@ -51,7 +51,7 @@ def chat_command(
         with told.status(f"loading {name}"):
             engines.append(
                 open_engine(
-                    name, base=base, api_key=_key(api_key_env), say=_say,
+                    name, base=base, api_key=key_of_variable(api_key_env), say=_say,
                     **({} if name.startswith("http") else options),
                 )
             )  # fmt: skip
@@ -79,7 +79,7 @@ def serve_command(
     log_requests: Annotated[bool, typer.Option("--log-requests", help="Log each request's path and status.")] = False,
 ) -> None:
     """Serve a model over HTTP, compatible with OpenAI's chat completions and completions."""
-    key = _key(api_key_env)
+    key = key_of_variable(api_key_env)
     if host not in _LOCAL and key is None:
         raise CptError(f"{host} can be reached from other machines: name the variable of a key with --api-key-env")
     listener = _listen(host, port)  # before the model is loaded: a port in use is known at once
@@ -104,7 +104,8 @@ def _options(device: str | None, chat_template: Path | None) -> dict[str, str | 
     return {name: value for name, value in (("device", device), ("chat_template", text)) if value is not None}
 
 
-def _key(variable: str | None) -> str | None:
+def key_of_variable(variable: str | None) -> str | None:
+    """The key that a variable of the environment holds; CptError where it is named and not set."""
     if variable is None:
         return None
     if not os.environ.get(variable):

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nemo_cpt.corpus.dataset.index import Index, full_prefix, read_index
-from nemo_cpt.corpus.dataset.manifest import read_manifest
 from nemo_cpt.errors import CptError
 
 SUFFIX = "_conversations"
@@ -142,6 +141,8 @@ def open_conversations(prefix: str | os.PathLike[str]) -> ConversationSet:
         CptError: A file is missing, truncated or foreign, or the files do not belong together.
     """
     import numpy as np
+
+    from nemo_cpt.corpus.dataset.manifest import read_manifest  # needs orjson, which the doctor may miss
 
     full = conversations_prefix(prefix)
     if not any(Path(full + end).exists() for end in (".idx", ".journal")):

@@ -141,12 +141,7 @@ class Conversations:
 
 
 def _warnings(data: Conversations, sequences: "TrainingSequences", epochs: float) -> list[str]:
-    warnings = [
-        f"{fit.too_long - fit.cut} of the {len(fit.positions)} conversations of {prefix} are longer than "
-        f"{fit.seq_length} positions and left out: take a larger seq_length, or too_long=cut."
-        for prefix, fit in zip(data.train, sequences.fits, strict=True)
-        if fit.too_long - fit.cut > MANY_LEFT_OUT * len(fit.positions)
-    ]
+    warnings = sequences.left_out(MANY_LEFT_OUT)
     if epochs > MANY_EPOCHS:
         warnings.append(f"The conversations are gone through {epochs:.1f} times: they may be learnt by heart.")
     if not data.validation:
@@ -216,6 +211,15 @@ class TrainingSequences:
             )
         self._ends = [0]  # sequences before each epoch, as far as they were needed
         self._packed: tuple[int, Packing] | None = None
+
+    def left_out(self, share: float = 0.0) -> list[str]:
+        """Return a sentence for each set of which more than a share is longer than a sequence and left out."""
+        return [
+            f"{fit.too_long - fit.cut} of the {len(fit.positions)} conversations of {chats.prefix} are longer than "
+            f"{fit.seq_length} positions and left out: take a larger seq_length, or too_long=cut."
+            for chats, fit in zip(self.sets, self.fits, strict=True)
+            if fit.too_long - fit.cut > share * len(fit.positions)
+        ]
 
     def count(self, epochs: float) -> int:
         """Return the number of sequences in the first epochs, of which the last one may be a part."""

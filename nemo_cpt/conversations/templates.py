@@ -224,14 +224,9 @@ def _find(template: str, tokenizer: Tokenizer) -> tuple[str, str]:
 
 
 def _own_template(tokenizer: Tokenizer) -> str:
-    """Return the template that a tokenizer comes with, from where transformers looks for it."""
-    path = Path(tokenizer.folder) / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text("utf-8")
-    found = _config(tokenizer, "tokenizer_config.json").get("chat_template")
-    if isinstance(found, list):  # several under names
-        found = {entry.get("name"): entry.get("template") for entry in found}.get("default")
-    if not isinstance(found, str):
+    """Return the template that a tokenizer comes with."""
+    found = own_template(tokenizer.folder)
+    if found is None:
         raise CptError(
             f"The tokenizer {tokenizer.name} has no chat template, as those of base models mostly have none: name one "
             f"of {', '.join(SHIPPED)}, or a Jinja file."
@@ -239,14 +234,24 @@ def _own_template(tokenizer: Tokenizer) -> str:
     return found
 
 
-def _config(tokenizer: Tokenizer, name: str) -> dict[str, Any]:
-    path = Path(tokenizer.folder) / name
+def own_template(folder: str | Path) -> str | None:
+    """Return the template in a tokenizer's folder, from where transformers looks for it; None where it has none."""
+    if (path := Path(folder) / "chat_template.jinja").is_file():
+        return path.read_text("utf-8")
+    found = _config(folder, "tokenizer_config.json").get("chat_template")
+    if isinstance(found, list):  # several under names
+        found = {entry.get("name"): entry.get("template") for entry in found}.get("default")
+    return found if isinstance(found, str) else None
+
+
+def _config(folder: str | Path, name: str) -> dict[str, Any]:
+    path = Path(folder) / name
     return json.loads(path.read_text("utf-8")) if path.is_file() else {}
 
 
 def _special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
     """Return `bos_token` and so on by name, those that there are."""
-    merged = _config(tokenizer, "special_tokens_map.json") | _config(tokenizer, "tokenizer_config.json")
+    merged = _config(tokenizer.folder, "special_tokens_map.json") | _config(tokenizer.folder, "tokenizer_config.json")
     named = {key: value for key, value in merged.items() if key.endswith("_token") and value}
     texts = {key: value["content"] if isinstance(value, dict) else value for key, value in named.items()}
     texts = {key: text for key, text in texts.items() if isinstance(text, str)}

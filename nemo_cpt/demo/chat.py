@@ -14,7 +14,7 @@ from nemo_cpt.training.metrics import read_metrics
 from nemo_cpt.training.run_folder import newest_whole
 
 TEMPLATE, NAME = "alpaca-ja", "chat"
-EPOCHS, SEQ_LENGTH, GLOBAL_BATCH_SIZE = 20, 256, 8
+EPOCHS, SEQ_LENGTH, GLOBAL_BATCH_SIZE = 10, 256, 8
 ASKED = ("日本で一番高い山は何ですか。", "What is the capital of France?", "1週間は何日ですか。")
 MOST_TOKENS = 60
 

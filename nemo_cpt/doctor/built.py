@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_cpt.doctor.job import Job, Place, checkpoints_at_once
 
 if TYPE_CHECKING:
+    from nemo_cpt.conversations import Conversations
     from nemo_cpt.corpus import Blend
 
 
@@ -31,6 +32,7 @@ def job_of(recipe: Any, place: Place) -> Job | None:
     config = getattr(getattr(recipe, "model", None), "config", None)
     callbacks = getattr(trainer, "callbacks", None) or []
     tokenizer = getattr(getattr(data, "tokenizer", None), "pretrained_model_name", None)
+    read, replay = _mixtures(data)
     max_steps, interval = _number(trainer, "max_steps"), _number(trainer, "val_check_interval")
     return Job(
         recipe=name,
@@ -39,7 +41,8 @@ def job_of(recipe: Any, place: Place) -> Job | None:
         model=config or {},
         unlike_base=next((each.unlike_base or () for each in callbacks if hasattr(each, "unlike_base")), ()),
         base=None if base is None else str(base),
-        data=_blend(data),
+        data=read,
+        replay=replay,
         tokenizer=None if base is not None and tokenizer == str(Path(base, "hf")) else tokenizer,
         directory=Path(str(getattr(log, "log_dir", None) or "nemo_experiments"), name),
         gpus_per_node=(_number(trainer, "devices") or 1) if trainer.accelerator == "gpu" else 0,
@@ -62,10 +65,12 @@ def _number(config: Any, name: str) -> int:
     return value if isinstance(value, int) else 0
 
 
-def _blend(data: Any) -> "Blend | None":
-    """What our data module reads; None for another one."""
+def _mixtures(data: Any) -> "tuple[Blend | Conversations | None, Blend | None]":
+    """What our data modules read, and the text that is replayed beside it; None for another one."""
+    from nemo_cpt.training.conversations import ConversationDataModule, parts_of
     from nemo_cpt.training.data import BlendDataModule, blend_of
 
-    if getattr(data, "__fn_or_cls__", None) is not BlendDataModule:
-        return None
-    return blend_of(data.paths, data.validation, data.weighting)
+    kind = getattr(data, "__fn_or_cls__", None)
+    if kind is BlendDataModule:
+        return blend_of(data.paths, data.validation, data.weighting), None
+    return parts_of(data)[:2] if kind is ConversationDataModule else (None, None)

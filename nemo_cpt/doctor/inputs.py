@@ -17,7 +17,7 @@ from nemo_cpt.training.preconditions import UNFINISHED, check_base
 from nemo_cpt.training.run_folder import Checkpoint, finished, newest_whole, to_resume
 from nemo_cpt.training.run_lock import check_free
 
-_LONG = 4096  # a length to look at the data with, where the recipe's source does not say its own
+_LONG = 4096  # a length to look at conversations with, where the recipe's source does not say its own
 BYTES_OF_DTYPE = {"float32": 4}  # bf16 and fp16 have 2
 
 
@@ -74,7 +74,8 @@ def data(examination: Examination) -> Finding:
     if job.data is None:
         return Finding("data", "skipped", f"{job.recipe}'s default data cannot be read from its source")
     try:
-        report = job.data.report(job.global_batch_size or 1, job.seq_length or _LONG, job.max_steps or 1)
+        length = job.seq_length or (1 if isinstance(job.data, corpus.Blend) else _LONG)
+        report = job.data.report(job.global_batch_size or 1, length, job.max_steps or 1)
         if job.replay is not None:
             job.replay.check()
     except CptError as error:
@@ -99,7 +100,7 @@ def vocabulary(examination: Examination) -> Finding:
         base = compatibility.read_base(weights)
         warnings = compatibility.check_tokenizer(base, job.tokenizer)
         warnings += compatibility.check_data(base, prefixes, job.unlike_base, job.tokenizer)
-        if job.lora_rank is not None and not job.trained_embeddings:
+        if newest is None and job.lora_rank is not None and not job.trained_embeddings:
             warnings += compatibility.check_template(base, prefixes)
     except CptError as error:
         return from_error(name, error)

@@ -24,7 +24,7 @@ DATA_SEED = 1234  # PreTrainingDataModule's default, so that the order is the tr
 LOGITS_BYTES = 2**30  # of one forward pass, in fp32
 MOST_TOKENS = 16_384  # of one forward pass, however small the vocabulary
 SORTED_WINDOWS = 512  # windows that are sorted by length before they are batched: little padding, flat memory
-WINDOW = 2048  # tokens; the context length of most bases' predecessors, so that all models are given the same windows
+WINDOW = 2048  # tokens
 Tell = Callable[[int], None]
 
 

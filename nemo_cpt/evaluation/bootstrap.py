@@ -22,6 +22,7 @@ class Measure:
         better: which way it improves; None where neither is better by itself.
         unit: what it counts.
         note: how it was computed, such as sacrebleu's signature.
+        resampled: whether the units are independent, so that resamples of them tell how sure the number is.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Measure:
     better: Literal["higher", "lower"] | None = None
     unit: str = ""
     note: str = ""
+    resampled: bool = True
 
     @property
     def whole(self) -> float:
@@ -93,15 +95,20 @@ def compare(group: str, before: Measure | None, after: Measure, seed: int = 0, r
     """
     if before is not None and before.units != after.units:
         raise CptError(f"{group}, {after.name}: {before.units} units before and {after.units} after cannot be paired")
+    low, high = _interval(before, after, seed, resamples) if after.units > 1 and after.resampled else (None, None)
+    name = f"{after.name}, {after.unit}" if after.unit else after.name
+    return Row(group, name, before.whole if before else None, after.whole, low, high, after.better, after.note)
+
+
+def _interval(before: Measure | None, after: Measure, seed: int, resamples: int) -> tuple[float, float]:
     rng = np.random.default_rng(seed)
     values = np.empty(resamples)
     for number in range(resamples):
         chosen = rng.integers(after.units, size=after.units)
         values[number] = after.value(chosen) - (before.value(chosen) if before else 0)
     tail = (1 - CONFIDENCE) / 2
-    low, high = (None, None) if after.units < 2 else np.nanquantile(values, [tail, 1 - tail]).tolist()
-    name = f"{after.name}, {after.unit}" if after.unit else after.name
-    return Row(group, name, before.whole if before else None, after.whole, low, high, after.better, after.note)
+    low, high = (float(np.nanquantile(values, share)) for share in (tail, 1 - tail))
+    return low, high
 
 
 def mean(name: str, values: Any, **kwargs: Any) -> Measure:

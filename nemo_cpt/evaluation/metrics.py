@@ -121,7 +121,10 @@ def _sacrebleu_name(metric: Any) -> str:
 
 
 def reply_measures(replies: Sequence[Reply]) -> Iterator[Measure]:
-    """What replies are by themselves: how long, how many cut off, how fast."""
+    """What replies are by themselves: how long, how many cut off, how fast.
+
+    Replies share the time of the batch that they are in, so that times have no interval.
+    """
     lengths = [len(reply.text) for reply in replies]
     yield mean("length", lengths, unit="characters")
     cut = [100 * (reply.finish_reason == "length") for reply in replies]
@@ -130,7 +133,7 @@ def reply_measures(replies: Sequence[Reply]) -> Iterator[Measure]:
     yield mean("tokens of a reply", tokens)
     seconds = [reply.seconds for reply in replies]
     first = [reply.first_token_seconds for reply in replies]
-    yield ratio("tokens a second of a reply", tokens, seconds, better="higher")
+    yield ratio("tokens a second of a reply", tokens, seconds, better="higher", resampled=False)
     for name, values in (("time to first token", first), ("latency", seconds)):
         for percent in (50, 95):
-            yield percentile(f"{name}, p{percent}", values, percent, better="lower", unit="s")
+            yield percentile(f"{name}, p{percent}", values, percent, better="lower", unit="s", resampled=False)

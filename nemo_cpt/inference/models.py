@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_cpt.cache import cache_folder
 from nemo_cpt.checkpoint import export_hf
+from nemo_cpt.checkpoint.context import RUN_JSON
 from nemo_cpt.errors import CptError
 from nemo_cpt.inference.engine import Engine
 from nemo_cpt.training.run_folder import newest_whole
@@ -68,7 +69,7 @@ def hugging_face_folder(
     """Return the Hugging Face folder of a model; a NeMo checkpoint is exported into the cache first.
 
     The export is kept under `$XDG_CACHE_HOME/nemo_cpt/exports` (`~/.cache` by default), named by the checkpoint's
-    content: the size of every weights file and 64 KiB at sixteen places of it.
+    content: the size of every weights file and 64 KiB at sixteen places of it, and what it records of its run.
 
     Raises:
         CptError: there is no model at `model`, or it cannot be exported.
@@ -124,7 +125,8 @@ def folder_key(folder: Path) -> str:
 def _content_key(checkpoint: Path, base: str | Path | None) -> str:
     files = [path for path in (checkpoint / "weights").rglob("*") if path.is_file()]
     digest = hashlib.sha256(str(Path(base).resolve() if base else "").encode())
-    return _sampled(digest, [*files, *(checkpoint / "context").glob("io.json")])
+    records = [path for path in (checkpoint / "context" / "io.json", checkpoint / RUN_JSON) if path.is_file()]
+    return _sampled(digest, [*files, *records])
 
 
 def _sampled(digest: Any, files: list[Path]) -> str:

@@ -183,7 +183,7 @@ def _max_steps(given: Mapping[str, Any], data: Any) -> int:
     share = mixture.replay_share(given.get("replay"), given.get("replay_share"))
     try:
         return data.steps(given.get("epochs") or mixture.EPOCHS, batch, length, share)
-    except CptError:  # which the check of the data reports
+    except (CptError, ImportError):  # which the check of the data reports
         return 0
 
 

@@ -16,7 +16,7 @@ MODELLED_CALLBACKS = {
     "MegatronCommOverlapCallback",
 }  # fmt: skip
 MOMENTS = ("exp_avg_dtype", "exp_avg_sq_dtype")
-ADAPTERS = {"LoRA", "DoRA", "LoRAWithEmbeddings"}
+ADAPTERS = {"LoRA", "DoRA", "LoRAWithEmbeddings", "DoRAWithEmbeddings"}
 STRATEGIES = {"MegatronStrategy", "CpuStrategy"}
 
 
@@ -124,8 +124,8 @@ def _adapters(peft: Any) -> dict[str, Any]:
         "lora_rank": _get(peft, "dim", 32),
         "lora_targets": tuple(name for name in _get(peft, "target_modules", LINEAR) if name in LINEAR),
         "lora_dropout": _get(peft, "dropout", 0.0),
-        "dora": _name(peft) == "DoRA",
-        "trained_embeddings": _name(peft) == "LoRAWithEmbeddings",
+        "dora": _name(peft).startswith("DoRA"),
+        "trained_embeddings": _name(peft).endswith("WithEmbeddings"),
     }
 
 

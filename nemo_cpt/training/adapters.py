@@ -1,12 +1,15 @@
-"""LoRA beside an embedding and an output layer that are trained whole, at a learning rate of their own."""
+"""Adapters beside an embedding and an output layer that are trained whole, at a learning rate of their own."""
 
 from dataclasses import dataclass
 
 import torch
 from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
-from nemo.collections.llm.peft.lora import LoRA
+from nemo.collections.llm.peft import DoRA, LoRA
+from nemo.lightning.pytorch.callbacks.peft import PEFT
 from nemo.lightning.pytorch.optim.base import LRSchedulerModule
+
+from nemo_cpt.errors import CptError
 
 WHOLE = ("word_embeddings.weight", "output_layer.weight")
 
@@ -16,9 +19,8 @@ def is_embedding_or_head(name: str, parameter: torch.Tensor | None = None) -> bo
     return name.endswith(WHOLE)
 
 
-@dataclass
-class LoRAWithEmbeddings(LoRA):
-    """LoRA that leaves the embedding and the output layer trainable; checkpoints hold them beside the adapters.
+class _WithEmbeddings:
+    """Leaves the embedding and the output layer trainable; checkpoints hold them beside the adapters.
 
     What a language needs that the base hardly knows, its rarely seen tokens, lies in these two, which adapters on the
     layers do not reach. A merged export takes them from the run; an adapter for `peft` cannot hold them.
@@ -26,10 +28,36 @@ class LoRAWithEmbeddings(LoRA):
 
     def freeze_model(self, model: torch.nn.Module) -> None:
         """Freeze all but the embedding and the output layer."""
-        super().freeze_model(model)
+        super().freeze_model(model)  # type: ignore[misc]
         for name, parameter in model.named_parameters():
             if is_embedding_or_head(name):
                 parameter.requires_grad_(True)
+
+
+@dataclass
+class LoRAWithEmbeddings(_WithEmbeddings, LoRA):
+    """NeMo's LoRA, with the embedding and the output layer trained whole."""
+
+
+@dataclass
+class DoRAWithEmbeddings(_WithEmbeddings, DoRA):
+    """NeMo's DoRA, with the embedding and the output layer trained whole."""
+
+
+def adapters_class(peft_scheme: str, with_embeddings: bool) -> type[PEFT]:
+    """NeMo's class for a kind of adapters, or ours that also trains the embedding and the output layer.
+
+    Args:
+        peft_scheme: "lora" or "dora", as NeMo's own recipes have it.
+        with_embeddings: whether the embedding and the output layer are trained.
+
+    Raises:
+        CptError: there is no such kind.
+    """
+    classes = {"lora": (LoRA, LoRAWithEmbeddings), "dora": (DoRA, DoRAWithEmbeddings)}
+    if peft_scheme not in classes:
+        raise CptError(f"peft_scheme is {peft_scheme!r}: it can be {' or '.join(classes)}")
+    return classes[peft_scheme][with_embeddings]
 
 
 class EmbeddingRateOptimizer(nl.MegatronOptimizerModule):

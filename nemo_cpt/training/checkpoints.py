@@ -17,9 +17,10 @@ from nemo.lightning.io.pl import TrainerContext
 from nemo.utils import AppState, logging
 from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
 
+from nemo_cpt.checkpoint.context import RUN_JSON
 from nemo_cpt.errors import CptError
 from nemo_cpt.training.record import record_of
-from nemo_cpt.training.run_folder import DAMAGED, REMOVED, RUN_JSON, Checkpoint, damaged_since
+from nemo_cpt.training.run_folder import DAMAGED, REMOVED, Checkpoint, damaged_since
 from nemo_cpt.training.run_lock import check_held
 
 

@@ -6,17 +6,17 @@ which the CPU stack has, gets a block-diagonal mask instead.
 """
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 import torch
+from nemo.utils.get_rank import is_global_rank_zero
 from torch.utils.data import Dataset
 
-from nemo_cpt.conversations.dataset import Fit, conversations_prefix, lay_out, open_conversations
+from nemo_cpt.conversations.dataset import conversations_prefix, lay_out, open_conversations
 from nemo_cpt.conversations.mixture import SEED, Conversations, TrainingSequences, other_than_replay, sequences_of
-from nemo_cpt.conversations.packing import Packing
 from nemo_cpt.corpus import Blend
-from nemo_cpt.corpus.dataset.blend import check_distinct
 from nemo_cpt.errors import CptError
 from nemo_cpt.training.data import NamedSetsDataModule, blend_of, weights_of, whole_batches
 from nemo_cpt.training.datasets import TRAIN, VALIDATION, FirstSamples
@@ -107,6 +107,8 @@ class ConversationDataModule(NamedSetsDataModule):
         replayed = samples - other_than_replay(samples, self.replay_share)
         texts = self._text(self.replay.shares(), replayed, TRAIN) if self.replay and replayed else None
         order = TrainingSequences(self.conversations, self.seq_length, self.seed)
+        for sentence in order.left_out() if is_global_rank_zero() else []:
+            print(f"nemo_cpt: warning: {sentence}", file=sys.stderr, flush=True)
         self._train_ds = _Training(order, samples, texts, self.replay_share, self.create_attention_mask)
         self._validation_ds = self._build_validation(whole_batches(trainer_limit_val_batches))
         self._test_ds = None
@@ -128,6 +130,11 @@ class ConversationDataModule(NamedSetsDataModule):
         self.validation_weights = {}
         for name, prefix in self._conversation_sets().items():
             chats = _OneSet(prefix, self.seq_length, self.too_long)
+            if not len(chats):
+                raise CptError(
+                    f"no conversation of the validation set {name!r} ({prefix}) fits into a sequence of "
+                    f"{self.seq_length} positions: take a larger seq_length, or too_long=cut"
+                )
             batches = min(most, math.ceil(len(chats) / self.global_batch_size))
             starts = range(0, batches * self.global_batch_size, self.global_batch_size)
             self.validation_weights[name] = [chats.trained(start, self.global_batch_size) for start in starts]
@@ -163,7 +170,6 @@ def check(conversations: Conversations, replay: Blend | None, replay_share: floa
     replay.check()
     if twice := sorted(set(conversations.validation) & set(replay.validation)):
         raise CptError(f"conversations and replay both have a validation set {twice[0]!r}: call one otherwise")
-    check_distinct(replay.prefixes())
 
 
 def check_replay(replay: Blend | None, share: float) -> None:
@@ -245,8 +251,6 @@ class _OneSet(Sequence[dict[str, Any]]):
 
     def __init__(self, prefix: str, seq_length: int, too_long: str) -> None:
         self.chats = open_conversations(prefix)
-        self.packing: Packing
-        self.fit: Fit
         self.packing, self.fit = sequences_of(self.chats, seq_length, too_long)
 
     def __len__(self) -> int:

@@ -16,7 +16,7 @@ import numpy
 import torch
 
 from nemo_cpt.constants import ADAM_SLICE_ELEMENTS, MEMORY_MARGIN
-from nemo_cpt.training import index_cache, loop_patches
+from nemo_cpt.training import dora_patches, index_cache, loop_patches
 from nemo_cpt.training.patching import replace
 
 
@@ -26,6 +26,8 @@ def apply() -> None:
     Call it inside the job, before the model is built.
     """
     loop_patches.validate_by_global_step()
+    dora_patches.take_dora_norms_of_whole_rows()
+    dora_patches.save_dora_magnitudes_like_their_rows()
     fold_gradient_of_frozen_linear()
     give_recomputed_layers_a_gradient()
     add_lora_in_one_pass()

@@ -49,8 +49,8 @@ def check_base(base: str | Path | None) -> None:
         )
     if (base / "weights" / "adapter_metadata.json").exists():
         raise CptError(
-            f"the base {base} holds a LoRA run's adapters, not a model: merge them with `nemo-cpt export`, and import "
-            "what that writes"
+            f"the base {base} holds a run's adapters (LoRA or DoRA), not a model: merge them with "
+            f"`nemo-cpt merge {base} DEST`, and give DEST as the base"
         )
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from nemo_cpt.checkpoint.chat_template import RECORD, recorded_template
+from nemo_cpt.conversations.dataset import is_conversations
 from nemo_cpt.corpus.dataset.index import full_prefix
 
 _OPTIMIZER = ("optimizer", "adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "clip_grad", "sgd_momentum")
@@ -40,27 +42,35 @@ class Change:
 
 
 def record_of(trainer: pl.Trainer) -> dict[str, Any]:
-    """What a checkpoint's `run.json` holds: the step, the settings that the run was started with, its validation."""
-    return {"step": trainer.global_step, "settings": settings_of(trainer), "validated_on": _validated_on(trainer)}
+    """What a checkpoint's `run.json` holds: the step, how the run was started, its validation."""
+    return {"step": trainer.global_step, **_start(trainer), "validated_on": _validated_on(trainer)}
 
 
 def _validated_on(trainer: pl.Trainer) -> dict[str, Any]:
-    """Where the validation sets are, and the sequences of each: not compared when a run is resumed elsewhere."""
-    found = _validation_sets(trainer.datamodule)
-    sets = {name: str(Path(full_prefix(prefix)).absolute()) for name, prefix in found.items()}
-    read = getattr(trainer.datamodule, "_validation_ds", None)
-    samples = len(read) // len(sets) if sets and read is not None else None
-    return {"sets": sets, "samples": samples, "seq_length": getattr(trainer.datamodule, "seq_length", None)}
+    """Where the validation texts are, and the sequences of each: not compared when a run is resumed elsewhere."""
+    data = trainer.datamodule
+    texts = {name: prefix for name, prefix in _validation_sets(data).items() if not is_conversations(prefix)}
+    batches = next((len(getattr(data, "validation_weights", {}).get(name, [])) for name in texts), None)
+    return {
+        "sets": {name: str(Path(full_prefix(prefix)).absolute()) for name, prefix in texts.items()},
+        "samples": batches and batches * data.global_batch_size,
+        "seq_length": getattr(data, "seq_length", None),
+    }
 
 
 def settings_of(trainer: pl.Trainer) -> dict[str, dict[str, Any]]:
-    """A run's settings by group, as they were when this was first called: what decides its losses, step by step.
+    """A run's settings by group, as they were at its start: what decides its losses, step by step.
 
     The model's own shape and constants are compared elsewhere, with the base's.
     """
+    return _start(trainer)["settings"]
+
+
+def _start(trainer: pl.Trainer) -> dict[str, Any]:
+    """A run's settings and chat template as they were when this was first called."""
     if trainer not in _known:
         data = trainer.datamodule
-        _known[trainer] = {
+        settings = {
             "schedule": _schedule(trainer),
             "optimizer": {name: getattr(_optimizer(trainer), name, None) for name in _OPTIMIZER},
             "data": {name: getattr(data, name, None) for name in _DATA} | {"train": _training_sets(data)},
@@ -68,7 +78,19 @@ def settings_of(trainer: pl.Trainer) -> dict[str, dict[str, Any]]:
             "layout": _layout(trainer),
             "validation": {"sets": {name: _content(prefix) for name, prefix in _validation_sets(data).items()}},
         }
+        _known[trainer] = {"settings": settings, RECORD: _template(trainer)}
     return _known[trainer]
+
+
+def _template(trainer: pl.Trainer) -> Mapping[str, Any] | None:
+    """The chat template of the data's conversations, as their manifest has it, for exports of the checkpoints.
+
+    A run that reads texts alone hands on what the checkpoint that it started from has recorded.
+    """
+    base = getattr(trainer.strategy, "restore_config", None)
+    start = trainer.ckpt_path or getattr(base, "path", None)
+    own = getattr(trainer.datamodule, "template", None)
+    return own or (recorded_template(str(start).removesuffix("/weights")) if start else None)
 
 
 def changes(was: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]) -> list[Change]:

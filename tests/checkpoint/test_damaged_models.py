@@ -258,7 +258,7 @@ def test_checkpoint_that_diverged(hf: Path, tmp_path: Path, monkeypatch: pytest.
     """A NaN in the Megatron weights, as a diverged training leaves it."""
     _edit(hf, "model.embed_tokens.weight", lambda tensor: tensor.index_fill(0, torch.tensor([3]), torch.nan))
     with monkeypatch.context() as patch:
-        patch.setattr("nemo_cpt.checkpoint.importing.check_finite", lambda *args: None)
+        patch.setattr("nemo_cpt.checkpoint.nemo_writer.check_finite", lambda *args: None)
         import_hf(hf, tmp_path / "nemo")
     _refused(
         lambda: export_hf(tmp_path / "nemo", tmp_path / "out"), "48 of 12000 values that are NaN", tmp_path / "out"

@@ -1,4 +1,4 @@
-"""What a killed import or export left is removed by the next one of its kind; nothing else is."""
+"""What a killed import, export or merge left is removed by the next one of its kind; nothing else is."""
 
 import os
 import resource
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_cpt.checkpoint import export_hf, import_hf
+from nemo_cpt.checkpoint import export_hf, import_hf, merge
 from nemo_cpt.checkpoint.folders import new_folder
 from nemo_cpt.errors import CptError
 from tests.support import small_models as models
@@ -58,8 +58,18 @@ def test_of_an_import_and_of_an_export(hf: Path, tmp_path: Path, capsys: pytest.
         assert _partials(tmp_path) == [partial]
         (import_hf if function == "import_hf" else export_hf)(source, tmp_path / name)
         assert _partials(tmp_path) == []
-        assert f"Removing {partial}, which a killed import or export left" in capsys.readouterr().err
+        assert f"Removing {partial}, which a killed import, export or merge left" in capsys.readouterr().err
         assert not list((tmp_path / name).glob(".*"))
+
+
+def test_of_a_merge(nemo_jobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (source,) = (nemo_jobs / "runs" / "lora" / "checkpoints").glob("*-last")
+    process, partial = _start("merge", source, tmp_path / "out")
+    _kill(process)
+    assert not (tmp_path / "out").exists()
+    merge(source, tmp_path / "out")
+    assert f"Removing {partial}" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_one_that_is_being_written_is_left(hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from nemo_cpt.checkpoint import export_hf
 from nemo_cpt.checkpoint.distributed_writer import DistributedWriter
 from nemo_cpt.errors import CptError
 from tests.support import small_models as models
+from tests.support.dora_parallel import transform_context
 
 LAYERS, RANK, ALPHA = 4, 4, 8
 # Output and input sizes of small_models' Llama: 4 heads and 2 groups of 12, hidden 48, ffn 80.
@@ -29,11 +30,7 @@ def _lora_checkpoint(folder: Path, adapted: list[tuple[int, str]], base: Path, m
                 writer.add(key, torch.randn(shape).numpy() * 0.1, (LAYERS, *shape), (layer, 0, 0))
     (folder / "weights" / "adapter_metadata.json").write_text(json.dumps({"model_ckpt_path": str(base)}))
     (folder / "context").mkdir()
-    transform = {
-        "items": [["Attr(name='alpha')", {"type": "leaf", "value": ALPHA}]],
-        "paths": ["<root>.model.model_transform"],
-    }
-    (folder / "context" / "io.json").write_text(json.dumps({"objects": {"lora_1": transform}}))
+    (folder / "context" / "io.json").write_text(json.dumps(transform_context("LoRA", {"alpha": ALPHA})))
     return folder
 
 
@@ -81,6 +78,6 @@ def test_a_lora_run_whose_base_is_gone(tmp_path: Path) -> None:
 def test_another_method_is_refused(tmp_path: Path) -> None:
     hf = models.make("llama31", tmp_path / "hf")
     lora = _lora_checkpoint(tmp_path / "lora", [(0, "mlp.linear_fc1")], hf, method="adapter.adapter_gate")
-    with pytest.raises(CptError, match="another method than LoRA"):
+    with pytest.raises(CptError, match="another method than LoRA and DoRA"):
         export_hf(lora, tmp_path / "out", base=hf)
     assert not (tmp_path / "out").exists()

@@ -76,6 +76,9 @@ def test_a_base_that_is_short_unfinished_or_without_tokenizer(world, tmp_path):
     shutil.rmtree(copy / "weights")
     shutil.copytree(world / "base" / "weights", copy / "weights")
     (copy / "hf" / "tokenizer.json").unlink()
+    assert inputs.base(Examination(job(world, base=str(copy)))).state == "ok"  # the context has it too
+    for path in copy.glob("context/*/tokenizer.json"):
+        path.unlink()
     bare = Examination(job(world, base=str(copy)))
     assert "holds no tokenizer" in inputs.base(bare).found
     assert inputs.base(Examination(job(world, base=str(copy), tokenizer=str(world / "hf")))).state == "ok"

@@ -90,6 +90,21 @@ class TestOneGpu:
         (tmp_path / "recipe.yaml").write_text(YamlSerializer().serialize(recipe))
         assert yaml_file.load(tmp_path / "recipe.yaml") == recipe
 
+    @pytest.mark.parametrize(("embeddings_lr", "kind"), [(None, "DoRA"), (2e-5, "DoRAWithEmbeddings")])
+    def test_dora_is_planned_as_what_it_is(self, embeddings_lr: float | None, kind: str, tmp_path: Path) -> None:
+        sizes = {"gpu_memory_gib": 80, "rank": 32, "embeddings_lr": embeddings_lr}
+        recipe = llama31_8b.continual_pretrain_single_gpu(peft_scheme="dora", **sizes)
+        lora = llama31_8b.continual_pretrain_single_gpu(**sizes)
+        assert recipe.peft.__fn_or_cls__.__name__ == kind
+        more = plan(recipe, 80).worst.parts["adapters"] - plan(lora, 80).worst.parts["adapters"]
+        assert more == 32 * (6144 + 4096 + 28_672 + 4096) * (2 + 4 + 12)  # a magnitude a row, and its training
+        (tmp_path / "recipe.yaml").write_text(YamlSerializer().serialize(recipe))
+        assert yaml_file.load(tmp_path / "recipe.yaml") == recipe
+
+    def test_instruction_tuning_takes_dora_too(self) -> None:
+        recipe = llama31_8b.instruction_tune_single_gpu(gpu_memory_gib=80, peft_scheme="dora", max_steps=10)
+        assert recipe.peft.__fn_or_cls__.__name__ == "DoRA"
+
     def test_every_parameter_on_one_gpu_keeps_the_states_on_the_host(self) -> None:
         for gpu_memory_gib, gradients in ((48, torch.bfloat16), (80, torch.float32)):
             recipe = llama31_8b.continual_pretrain_full_single_gpu(gpu_memory_gib=gpu_memory_gib)
@@ -147,8 +162,10 @@ class TestInstructionTuning:
     def test_a_shorter_sequence_that_fits_has_its_own_epochs(self, monkeypatch) -> None:
         counted = []
         monkeypatch.setattr(instruction, "_steps", lambda *sizes: counted.append(sizes[4]) or (300, None))
-        recipe = llama31_8b.instruction_tune_single_gpu(gpu_memory_gib=24, rank=256, embeddings_lr=None)
-        assert counted[-1] == recipe.data.seq_length
+        monkeypatch.setattr(llama31_8b, "SFT_SEQ_LENGTH", 8192)
+        recipe = llama31_8b.instruction_tune_single_gpu(gpu_memory_gib=24, rank=64)
+        assert counted[-1] == recipe.data.seq_length < 8192
+        assert recipe.peft.dim == 64
 
     def test_a_replay_has_a_share(self) -> None:
         recipe = smollm2.instruction_tune(replay=Blend({"ds/en": 1.0}, {"en": "ds/en_validation"}), max_steps=9)

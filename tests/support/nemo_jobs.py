@@ -1,9 +1,10 @@
 """What the tests need NeMo's own processes for, in one run, since importing NeMo takes 20 s of CPU.
 
-    python nemo_jobs.py FOLDER
+    python -m tests.support.nemo_jobs FOLDER
 
-FOLDER/runs/lora and full are trainings from the imported FOLDER/nemo, edited is one from FOLDER/tied_nemo whose model
-config was edited, and parallel is FOLDER/nemo saved anew at TP 2 x PP 2.
+FOLDER/runs/lora, dora and full are trainings from the imported FOLDER/nemo, edited is one from FOLDER/tied_nemo whose
+model config was edited, and parallel is FOLDER/nemo saved anew at TP 2 x PP 2. FOLDER/runs/dora_SHAPE has NeMo's DoRA
+on FOLDER/nemo and FOLDER/biased_nemo at TP 1 and TP 2, and at TP 2 without the library's patches.
 Everything is forked after the imports. They are inside functions because Megatron's saving spawns helpers that import
 this file again.
 """
@@ -12,7 +13,7 @@ import multiprocessing
 import sys
 from pathlib import Path
 
-from tests.support import resave_parallel, train_small
+from tests.support import dora_parallel, resave_parallel, train_small
 
 
 def main() -> None:
@@ -23,11 +24,18 @@ def main() -> None:
     dest.mkdir(parents=True)
     train_small.write_text(dest / "text")
     fork = multiprocessing.get_context("fork")
-    for name, start in (("lora", base), ("full", base), ("edited", folder / "tied_nemo")):
+    for name, start in (("lora", base), ("dora", base), ("full", base), ("edited", folder / "tied_nemo")):
         _run([fork.Process(target=train_small.train, args=(start, dest, name))])
     ranks = range(resave_parallel.TENSOR * resave_parallel.PIPELINE)
     (dest / "parallel" / "weights").mkdir(parents=True)
     _run([fork.Process(target=resave_parallel.resave, args=(rank, base, dest / "parallel")) for rank in ranks])
+    for shape, start in (("plain", base), ("biased", folder / "biased_nemo")):
+        for name, tensor_parallel, patched in (("tp1", 1, True), ("tp2", 2, True), ("unpatched", 2, False)):
+            work = dest / f"dora_{shape}" / name
+            (work / "weights").mkdir(parents=True)
+            ranks = range(tensor_parallel)
+            _run([fork.Process(target=dora_parallel.forward, args=(rank, tensor_parallel, patched, start, work))
+                  for rank in ranks])  # fmt: skip
 
 
 def _run(processes: list[multiprocessing.process.BaseProcess]) -> None:

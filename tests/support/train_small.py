@@ -9,7 +9,7 @@ EDITS = {"rotary_base": 5e6, "scale_factor": 16.0, "layernorm_epsilon": 1e-4}
 
 
 def train(base: Path, dest: Path, name: str) -> None:
-    """Train what `base` holds, in full, or with adapters (`lora`), or as another model of its shape (`edited`)."""
+    """Train what `base` holds, in full, with adapters (`lora`, `dora`), or as another model of its shape (`edited`)."""
     import nemo.collections.llm.peft.lora as nemo_lora
     import torch
     from megatron.core.optimizer import OptimizerConfig
@@ -35,6 +35,7 @@ def train(base: Path, dest: Path, name: str) -> None:
         num_sanity_val_steps=0, log_every_n_steps=1,
     )  # fmt: skip
     trainer.callbacks.append(save_logits_at_end(dest / f"{name}_logits.pt"))
+    adapters = {"lora": llm.peft.LoRA, "dora": llm.peft.DoRA}
     config = OptimizerConfig(optimizer="adam", lr=5e-2, bf16=False, use_distributed_optimizer=False)
     checkpoint = nl.ModelCheckpoint(save_last=True, save_top_k=0, every_n_train_steps=3, save_optim_on_train_end=True)
     llm.train(
@@ -44,7 +45,7 @@ def train(base: Path, dest: Path, name: str) -> None:
         optim=nl.MegatronOptimizerModule(config=config),
         log=nl.NeMoLogger(log_dir=str(dest), name=name, use_datetime_version=False, ckpt=checkpoint),
         resume=nl.AutoResume(restore_config=nl.RestoreConfig(path=str(base))),
-        model_transform=llm.peft.LoRA(dim=4, alpha=10) if name == "lora" else None,
+        model_transform=adapters[name](dim=4, alpha=10) if name in adapters else None,
         tokenizer="data",
     )
 

@@ -1,6 +1,8 @@
 """The data module of conversations: what a micro batch is, and that no answer depends on how it came into one."""
 
 import functools
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,7 +14,7 @@ import pytest
 import torch
 from nemo.collections.common.tokenizers import AutoTokenizer
 
-from nemo_cpt.conversations import Conversations, Packing, mixture
+from nemo_cpt.conversations import Conversations, Packing, mixture, prepare
 from nemo_cpt.errors import CptError
 from nemo_cpt.recipes import smollm2, tiny
 from nemo_cpt.training.conversations import ConversationDataModule, as_one_sequence, check_layout, with_block_mask
@@ -82,6 +84,21 @@ class TestValidation:
         module.build(10, 5, 1, 0)
         assert len(module._validation_ds) == 2
         assert len(module.validation_weights["chats"]) == 1
+
+    def test_a_set_that_fits_no_sequence_is_refused(self, world: Path, chats: Conversations, tmp_path: Path) -> None:
+        (tmp_path / "long.jsonl").write_text(json.dumps({"query": "What?", "answer": "A long one. " * LENGTH}) + "\n")
+        template = str(world / "template.jinja")
+        prepare(tmp_path / "long.jsonl", tmp_path / "long", world / "base_hf", template=template, workers=1, quiet=True)
+        with pytest.raises(CptError, match="no conversation of the validation set 'long'"):
+            data_module(world, replace(chats, validation={"long": str(tmp_path / "long")})).build(1, 1, 1, 0)
+
+
+def test_what_is_left_out_is_said(world: Path, chats: Conversations, capsys: pytest.CaptureFixture[str]) -> None:
+    positions = mixture.TrainingSequences(chats, LENGTH).fit.positions
+    middle = int(np.median(positions))
+    data_module(world, Conversations(chats.train), seq_length=middle).build(1, 1, 0, 0)
+    over = int((positions > middle).sum())
+    assert f"{over} of the {len(positions)} conversations of {world}/sft/train_conversations" in capsys.readouterr().err
 
 
 class TestReplay:
@@ -221,10 +238,13 @@ def test_transformer_engine_keeps_conversations_apart_as_the_mask_does(
     name = f"transformer_engine_{micro_batch_size}"
     loss, found = gradients(world, chats, name, gpu=True, micro_batch_size=micro_batch_size)
     assert loss == pytest.approx(packed[0], rel=5e-3)
-    shared = [key for key in packed[1] if key.endswith("weight") and key in found and "norm" not in key]
+    # Mixed precision wraps the model once more: the names differ in how many "module." stand before them.
+    of_te = {key.rpartition("module.")[2]: each for key, each in found.items()}
+    of_mask = {key.rpartition("module.")[2]: each for key, each in packed[1].items()}
+    shared = [key for key in of_mask if key.endswith("weight") and key in of_te and "norm" not in key]
     assert len(shared) > 10
     for key in shared:
-        one, two = found[key].float().cpu().flatten(), packed[1][key].flatten()
+        one, two = of_te[key].float().cpu().flatten(), of_mask[key].flatten()
         assert torch.nn.functional.cosine_similarity(one, two, dim=0) > 0.99, key
 
 

@@ -13,10 +13,9 @@ import lightning.pytorch as pl
 import nemo_run as run
 import pytest
 
-from nemo_cpt.checkpoint import export_hf, import_hf
-from nemo_cpt.conversations import Conversations, load_template, prepare
+from nemo_cpt.checkpoint import export_hf, import_hf, verify
+from nemo_cpt.conversations import Conversations, prepare
 from nemo_cpt.corpus import Blend
-from nemo_cpt.corpus.tokenization.tokenizer import load_tokenizer
 from nemo_cpt.errors import CptError
 from nemo_cpt.inference import Sampling, open_engine
 from nemo_cpt.recipes import continual, smollm2, tiny
@@ -123,6 +122,15 @@ def test_a_model_learns_the_answers(world: Path, chats: Conversations, tuned: Pa
     validation = losses(world, "unbroken", "val_loss_chats")
     assert list(validation) == [0, *range(3, steps, 3), steps]
     assert validation[steps] < validation[0] - 0.1
+
+
+def test_its_export_asks_and_stops_as_it_was_tuned(chats: Conversations, tuned: Path, tmp_path: Path) -> None:
+    checkpoint = newest_whole(tuned / "checkpoints").path
+    assert export_hf(checkpoint, tmp_path / "hf").chat_template == chats.template["name"]
+    assert (tmp_path / "hf" / "chat_template.jinja").read_text() == chats.template["text"]
+    report = verify(checkpoint, tmp_path / "hf", logits=False)
+    assert report.identical
+    assert report.chat_template == chats.template["name"]
 
 
 def test_the_first_validation_is_the_bases_loss_on_the_answers(world: Path, chats: Conversations, tuned: Path) -> None:
@@ -272,9 +280,8 @@ class TestSmolLM2:
 
     def test_a_greedy_reply_stops_by_itself(self, smollm2: Path) -> None:
         export_hf(newest_whole(smollm2 / "run/checkpoints").path, smollm2 / "tuned_hf")
-        template = load_template("alpaca-en", load_tokenizer(smollm2 / "hf")).text
         questions = ["What is the capital of Italy?", "How many days does a week have?", "What colour is snow?"]
-        engine = open_engine(smollm2 / "tuned_hf", chat_template=template)
+        engine = open_engine(smollm2 / "tuned_hf")
         prompts = [[{"role": "user", "content": question}] for question in questions]
         replies = dict(engine.generate(prompts, Sampling(max_tokens=60)))
         assert [replies[number].finish_reason for number in range(3)] == ["stop"] * 3, replies

@@ -84,13 +84,13 @@ def small_model(recompute=None, dtype=torch.float32, **lora):
     return model.train()
 
 
-def with_lora(model, **options):
+def with_lora(model, kind="LoRA", **options):
     """What NeMo's PEFT does to a model when it trains: freeze it, then add the adapters."""
     from nemo.collections import llm
     from nemo.collections.llm import fn
 
     model.requires_grad_(False)
-    lora = llm.peft.LoRA(**({"dim": 4, "alpha": 8} | options))
+    lora = getattr(llm.peft, kind)(**({"dim": 4, "alpha": 8} | options))
     return fn.walk(model, lora.transform)
 
 
@@ -220,6 +220,25 @@ class TestLora:
         first = loss_of(model)
         torch.manual_seed(2)
         assert loss_of(model) != first
+
+
+@pytest.mark.usefixtures("megatron")
+class TestDora:
+    """What NeMo's DoRA computes on two ranks is in tests/checkpoint/test_dora.py."""
+
+    @pytest.mark.parametrize("sequence_parallel", [False, True])
+    def test_megatron_is_told_which_magnitudes_are_cut_and_which_gradients_are_parts(self, sequence_parallel):
+        patches.apply()
+        found = {True: 0, False: 0}
+        for module in small_model(kind="DoRA").modules():
+            if hasattr(module, "init_weight_magnitude"):
+                module.config.sequence_parallel = sequence_parallel
+                module.init_weight_magnitude(module.weight_magnitude.data)
+                whole = module.input_is_parallel  # those of linear_proj and linear_fc2, which every rank has
+                assert getattr(module.weight_magnitude, "tensor_model_parallel", False) is not whole
+                assert getattr(module.weight_magnitude, "sequence_parallel", False) is (whole and sequence_parallel)
+                found[whole] += 1
+        assert found == {True: 4, False: 4}
 
 
 class TestSlices:

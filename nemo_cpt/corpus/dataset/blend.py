@@ -286,7 +286,7 @@ def check_mapping(name: str, value: Any, kind: str = "blend") -> None:
     Raises:
         CptError: It does not.
     """
-    example = {"train": "{'ds/ja': 0.75, 'ds/en': 0.25}"}.get(name, "{'ja': 'ds/ja_val'}")
+    example = {"train": "{'ds/ja': 0.75, 'ds/en': 0.25}"}.get(name, "{'ja': 'ds/ja_validation'}")
     if isinstance(value, str):
         what = "a dictionary written as a string" if "{" in value or "[" in value else "a string"
         call = {"blend": "Blend"}.get(kind, "Conversations")

@@ -1,0 +1,279 @@
+"""EleutherAI's lm-evaluation-harness in a process of its own: its tasks by name, presets, its results as our rows.
+
+The harness reads the tasks' data sets from the hub, or with HF_DATASETS_OFFLINE=1 from the cache under HF_HOME.
+"""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from nemo_cpt.corpus.atomic_files import make_folder
+from nemo_cpt.errors import CptError
+from nemo_cpt.evaluation.bootstrap import Row
+from nemo_cpt.evaluation.candidates import Candidate, first_and_last
+from nemo_cpt.evaluation.journal import Journal, key_of
+
+HARNESS = "lm_eval"
+NORMAL_95 = 1.959964  # standard errors on either side of a 95 % interval
+LAST_LINES = 8
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of the harness.
+
+    Attributes:
+        name: by which the harness knows it.
+        shots: examples before each question; the task's own number when None.
+        metric: the one to show; all when empty.
+        dataset: the data set that it reads from the hub; empty where that is not known here.
+        folder: of a task's YAML file that is the user's own; empty for the harness' tasks.
+    """
+
+    name: str
+    shots: int | None = None
+    metric: str = ""
+    dataset: str = ""
+    folder: str = ""
+
+
+def _group(tasks: Mapping[str, tuple[int, str, str]]) -> tuple[Task, ...]:
+    return tuple(Task(name, *facts) for name, facts in tasks.items())
+
+
+PRESETS = {
+    # Shots: lm_eval/tasks/japanese_leaderboard (0.4.13), after Stability AI's Japanese leaderboard; MGSM with 4, as
+    # swallow-evaluation; Belebele with 0, as its authors' instruction setting (arXiv 2308.16884).
+    "ja": _group(
+        {
+            "ja_leaderboard_jcommonsenseqa": (3, "acc", "Rakuten/JGLUE"),
+            "ja_leaderboard_jnli": (3, "acc", "Rakuten/JGLUE"),
+            "ja_leaderboard_marc_ja": (3, "acc", "Rakuten/JGLUE"),
+            "ja_leaderboard_jsquad": (2, "exact_match", "Rakuten/JGLUE"),
+            "ja_leaderboard_jaqket_v2": (1, "exact_match", "kumapo/JAQKET"),
+            "ja_leaderboard_xlsum": (1, "rouge2", "mkshing/xlsum_ja"),
+            "ja_leaderboard_xwinograd": (0, "acc", "polm-stability/xwinograd-ja"),
+            "mgsm_native_cot_ja": (4, "exact_match", "juletxara/mgsm"),
+            "belebele_jpn_Jpan": (0, "acc", "facebook/belebele"),
+        }
+    ),
+    # TMMLU+ with 5 shots, as its authors (arXiv 2403.01858); the others without, as their own files say.
+    "zh-tw": _group(
+        {
+            "tmmluplus": (5, "acc", "ikala/tmmluplus"),
+            "belebele_zho_Hant": (0, "acc", "facebook/belebele"),
+            "xwinograd_zh": (0, "acc", "Muennighoff/xwinograd"),
+        }
+    ),
+    # A short English set: shots of the Open LLM Leaderboard of 2023 for ARC (25), HellaSwag (10) and Winogrande (5);
+    # PIQA and LAMBADA without, as their papers.
+    "en-forgetting": _group(
+        {
+            "arc_challenge": (25, "acc_norm", "allenai/ai2_arc"),
+            "hellaswag": (10, "acc_norm", "Rowan/hellaswag"),
+            "winogrande": (5, "acc", "allenai/winogrande"),
+            "piqa": (0, "acc_norm", "baber/piqa"),
+            "lambada_openai": (0, "acc", "EleutherAI/lambada_openai"),
+        }
+    ),
+}
+
+
+def find_tasks(specs: Sequence[str]) -> list[Task]:
+    """The tasks of presets, `NAME`, `NAME:SHOTS` and `FOLDER/NAME[:SHOTS]`, whose YAML file is in the folder.
+
+    Raises:
+        CptError: the harness is not installed, or a number of shots is none.
+    """
+    if find_spec(HARNESS) is None:
+        raise CptError("benchmarks need lm-evaluation-harness: pip install 'nemo_cpt[eval]'")
+    return [task for spec in specs for task in PRESETS.get(spec) or [_task(spec)]]
+
+
+def _task(spec: str) -> Task:
+    name, colon, shots = spec.partition(":")
+    if not name or (colon and not re.fullmatch(r"\d{1,3}", shots)):
+        raise CptError(
+            f"a task is NAME, NAME:SHOTS or a preset ({', '.join(PRESETS)}), not {spec!r}; the harness' tasks are "
+            f"listed by {Path(sys.executable).name} -m {HARNESS} ls tasks"
+        )
+    folder, _, name = name.rpartition("/")
+    if folder and not Path(folder).is_dir():
+        raise CptError(f"there is no folder {folder} of tasks")
+    return Task(name, int(shots) if colon else None, folder=folder)
+
+
+def rows(
+    candidates: Sequence[Candidate],
+    tasks: Sequence[Task],
+    output: Path,
+    journal: Journal,
+    *,
+    limit: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Row]:
+    """Run the tasks on the first model and the last, and compare them.
+
+    The interval of a difference takes both models' standard errors for independent: for answers to the same questions
+    it is too wide rather than too narrow.
+
+    Args:
+        candidates: the models.
+        tasks: as `find_tasks` gives them.
+        output: folder of the harness' logs and of its cache, by which a killed run goes on.
+        journal: keeps the results.
+        limit: questions of each task.
+        say: told what is run, and which data sets it reads.
+
+    Raises:
+        CptError: the harness failed; the message ends with what it said last.
+    """
+    if datasets := sorted({task.dataset for task in tasks if task.dataset}):
+        say(f"the benchmarks read {', '.join(datasets)} from the hub, or from HF_HOME where HF_DATASETS_OFFLINE=1")
+    found = []
+    for candidate in first_and_last(candidates):
+        found.append(_results(candidate, tasks, output, journal, limit, say))
+    return list(_compared(tasks, found))
+
+
+def _results(
+    candidate: Candidate, tasks: Sequence[Task], output: Path, journal: Journal, limit: int | None, say: Any
+) -> list[dict[str, Any]]:
+    """Each task's results, of the journal or of a run; tasks of as many shots and of one folder share a process."""
+    groups: dict[tuple[int | None, str], list[Task]] = {}
+    for task in tasks:
+        key = _key(candidate, task, limit)
+        if journal.get(key) is None:
+            groups.setdefault((task.shots, task.folder), []).append(task)
+    for (shots, _), group in groups.items():
+        names = ", ".join(task.name for task in group)
+        say(f"{candidate.label}: {names}{'' if shots is None else f', {shots}-shot'}")
+        merged = run(candidate, group, output, limit)
+        for task in group:
+            journal.keep(_key(candidate, task, limit), {"model": candidate.label, "result": result_of(merged, task)})
+    return [journal.get(_key(candidate, task, limit))["result"] for task in tasks]  # type: ignore[index]
+
+
+def _key(candidate: Candidate, task: Task, limit: int | None) -> str:
+    from importlib.metadata import version
+
+    return key_of(HARNESS, version(HARNESS), candidate.key, asdict(task), limit)
+
+
+def run(candidate: Candidate, tasks: Sequence[Task], output: Path, limit: int | None) -> dict[str, Any]:
+    """Run the harness on tasks of as many shots; return its results file.
+
+    Raises:
+        CptError: it failed.
+    """
+    folder = output / HARNESS / f"{candidate.key[:12]}-{key_of([asdict(task) for task in tasks], limit)[:12]}"
+    make_folder(folder)
+    log = folder / "log.txt"
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
+    if key := candidate.options.get("api_key"):
+        environment["OPENAI_API_KEY"] = key  # not on the command line, which everyone on the machine can read
+    with log.open("ab") as file:
+        done = subprocess.run(command(candidate, tasks, folder, limit), stdout=file, stderr=file, env=environment)
+    results = sorted(folder.rglob("results_*.json"))
+    if done.returncode or not results:
+        raise CptError(_failure(done.returncode, log, tasks))
+    return json.loads(results[-1].read_bytes())
+
+
+def command(candidate: Candidate, tasks: Sequence[Task], folder: Path, limit: int | None) -> list[str]:
+    """The harness' command line for a model or an endpoint; tasks of one number of shots and one folder."""
+    words = [sys.executable, "-m", HARNESS, "run", "--tasks", ",".join(task.name for task in tasks)]
+    if candidate.is_endpoint:
+        address = candidate.model.rstrip("/").removesuffix("/v1")
+        served: Any = candidate.engine
+        arguments = f"model={served.model},base_url={address}/v1/chat/completions,num_concurrent=8"
+        words += ["--model", "local-chat-completions", "--model_args", arguments, "--apply_chat_template"]
+    else:
+        device = candidate.options.get("device") or _device()
+        dtype, batch = ("float32", "8") if device == "cpu" else ("auto", "auto")
+        words += ["--model", "hf", "--model_args", f"pretrained={candidate.folder},dtype={dtype}"]
+        words += ["--device", device, "--batch_size", batch]
+    words += ["--output_path", str(folder), "--use_cache", str(folder / "cache")]
+    if tasks[0].shots is not None:
+        words += ["--num_fewshot", str(tasks[0].shots)]
+    if tasks[0].folder:
+        words += ["--include_path", tasks[0].folder]
+    return words + (["--limit", str(limit)] if limit else [])
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _failure(code: int, log: Path, tasks: Sequence[Task]) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    last = " | ".join(lines[-LAST_LINES:])[-1500:]
+    datasets = sorted({task.dataset for task in tasks if task.dataset})
+    needed = f" It reads the data sets {', '.join(datasets)}." if datasets else ""
+    return f"lm-evaluation-harness ended with {code}, its log is {log}.{needed} It said last: {last}"
+
+
+def result_of(merged: Mapping[str, Any], task: Task) -> dict[str, Any]:
+    """What a results file of the harness says of one task: its metrics, their standard errors, version and shots.
+
+    Raises:
+        CptError: it does not have the task, or not its metric.
+    """
+    values = merged.get("results", {}).get(task.name)
+    if values is None:
+        raise CptError(f"the harness' results have no task {task.name}, but {', '.join(merged.get('results', {}))}")
+    metrics: dict[str, dict[str, Any]] = {}
+    better = merged.get("higher_is_better", {}).get(task.name, {})
+    for key, value in values.items():
+        metric, comma, strategy = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        if task.metric and metric != task.metric:
+            continue
+        error = values.get(f"{metric}_stderr,{strategy}")
+        metrics[metric if strategy == "none" else f"{metric} ({strategy})"] = {
+            "value": float(value),
+            "stderr": float(error) if isinstance(error, int | float) else None,
+            "higher_is_better": better.get(metric),
+        }
+    if not metrics:
+        raise CptError(
+            f"the harness' results of {task.name} have no {task.metric or 'metric'}, but {', '.join(values)}"
+        )
+    shots = merged.get("n-shot", {}).get(task.name, task.shots)
+    return {"metrics": metrics, "version": merged.get("versions", {}).get(task.name), "shots": shots}
+
+
+def _compared(tasks: Sequence[Task], found: Sequence[Sequence[Mapping[str, Any]]]) -> Iterator[Row]:
+    for number, task in enumerate(tasks):
+        after = found[-1][number]
+        before = found[0][number] if len(found) > 1 else None
+        for metric, facts in after["metrics"].items():
+            was = before["metrics"][metric] if before else None
+            yield _row(task, metric, was, facts, after)
+
+
+def _row(task: Task, metric: str, was: Any, now: Mapping[str, Any], result: Mapping[str, Any]) -> Row:
+    errors = [each["stderr"] for each in (was, now) if each is not None]
+    middle = now["value"] - (was["value"] if was else 0)
+    low = high = None
+    if None not in errors:
+        reach = NORMAL_95 * math.hypot(*errors)
+        low, high = middle - reach, middle + reach
+    better = {True: "higher", False: "lower"}.get(now["higher_is_better"])
+    shots = "" if result["shots"] is None else f", {result['shots']}-shot"
+    note = f"lm-evaluation-harness, version {result['version']} of the task"
+    return Row(
+        f"{task.name}{shots}", f"benchmark, {metric}", was["value"] if was else None, now["value"], low, high, better,
+        note,
+    )  # fmt: skip

@@ -1,0 +1,137 @@
+"""The models that an evaluation measures, and what can be known of them without loading them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from nemo_cpt.checkpoint.architecture import read_json
+from nemo_cpt.errors import CptError
+from nemo_cpt.inference import Engine, hugging_face_folder, open_engine
+from nemo_cpt.inference.models import folder_key
+from nemo_cpt.training.run_folder import checkpoints
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Candidate:
+    """A model that is measured.
+
+    Attributes:
+        label: its name in the report.
+        model: as the user gave it.
+        step: of the checkpoint that it is; None where that does not matter.
+    """
+
+    label: str
+    model: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    step: int | None = None
+    say: Say = lambda line: None
+    _engine: Engine | None = None
+
+    @property
+    def is_endpoint(self) -> bool:
+        """Whether it is asked over HTTP."""
+        return self.model.startswith(("http://", "https://"))
+
+    @cached_property
+    def folder(self) -> Path:
+        """Its Hugging Face folder; a NeMo checkpoint is exported into the cache first."""
+        return hugging_face_folder(self.model, base=self.options.get("base"), say=self.say)
+
+    @cached_property
+    def key(self) -> str:
+        """What tells it from other models: its content, or the address and name of an endpoint."""
+        return self.engine.name if self.is_endpoint else folder_key(self.folder)
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, opened when it is first needed."""
+        if self._engine is None:
+            known = ("api_key", "served_as") if self.is_endpoint else ("device",)
+            options = {name: value for name in known if (value := self.options.get(name)) is not None}
+            self.say(f"opening {self.label}: {self.model}")
+            self._engine = open_engine(self.model if self.is_endpoint else self.folder, **options)
+        return self._engine
+
+    def close(self) -> None:
+        """Let go of the engine."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    @cached_property
+    def context_length(self) -> int | None:
+        """Tokens of its context; None for an endpoint."""
+        return None if self.is_endpoint else read_json(self.folder / "config.json").get("max_position_embeddings")
+
+    @cached_property
+    def has_chat_template(self) -> bool:
+        """Whether it can be given messages; an endpoint is believed to."""
+        if self.is_endpoint or (self.folder / "chat_template.jinja").is_file():
+            return True
+        settings = self.folder / "tokenizer_config.json"
+        return settings.is_file() and bool(read_json(settings).get("chat_template"))
+
+    @cached_property
+    def ends(self) -> list[int] | None:
+        """The ids that end its replies, by generation_config.json, else config.json; None for an endpoint."""
+        if self.is_endpoint:
+            return None
+        paths = [self.folder / name for name in ("generation_config.json", "config.json")]
+        found: Any = next(
+            (ids for path in paths if path.is_file() and (ids := read_json(path).get("eos_token_id"))), []
+        )
+        return sorted(found) if isinstance(found, list) else [found]
+
+
+def find_candidates(
+    model: str | Path | None, against: str | Path | None, run: str | Path | None, options: Mapping[str, Any], say: Say
+) -> list[Candidate]:
+    """The models in order: the one compared with first, the one that matters last."""
+    if (model is None) == (run is None):
+        raise CptError("name either a model to evaluate, or a run whose checkpoints are (--checkpoints RUN)")
+    before = [Candidate("before", str(against), options, 0, say)] if against is not None else []
+    if run is None:
+        return [*before, Candidate("after", str(model), options, None, say)]
+    whole = [each for each in reversed(checkpoints(Path(run, "checkpoints"))) if each.fault is None]
+    by_step = {each.step: each for each in whole}  # the last checkpoint of a run and the best may be one step's
+    if not by_step:
+        raise CptError(f"{run} has no whole checkpoint: there is nothing to evaluate")
+    return before + [Candidate(f"step {step}", str(each.path), options, step, say) for step, each in by_step.items()]
+
+
+def first_and_last(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The two that are compared, or the only one."""
+    return [candidates[0], candidates[-1]] if len(candidates) > 1 else [candidates[0]]
+
+
+def described(candidate: Candidate) -> dict[str, Any]:
+    """What a report says of a model."""
+    return {
+        "label": candidate.label,
+        "model": candidate.model,
+        "folder": None if candidate.is_endpoint else str(candidate.folder),
+        "key": candidate.key,
+        "step": candidate.step,
+        "chat_template": candidate.has_chat_template,
+        "end_tokens": candidate.ends,
+        "context_length": candidate.context_length,
+    }
+
+
+def warnings_of(candidates: Sequence[Candidate]) -> list[str]:
+    """What differs between the first model and the last beside their weights, and changes the replies."""
+    first, last = candidates[0], candidates[-1]
+    found = []
+    if first.has_chat_template != last.has_chat_template:
+        with_it, without = (first, last) if first.has_chat_template else (last, first)
+        found.append(f"{without.model} has no chat template, {with_it.model} has one")
+    if first.ends != last.ends and None not in (first.ends, last.ends):
+        found.append(f"replies of {first.model} end with the ids {first.ends}, those of {last.model} with {last.ends}")
+    if first.key == last.key and first is not last:
+        found.append(f"{first.model} and {last.model} hold the same bytes: there is no difference to find")
+    return found

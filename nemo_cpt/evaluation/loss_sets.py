@@ -1,0 +1,114 @@
+"""The texts that a loss is measured on: those that were named, or those that the run validated on."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from nemo_cpt.checkpoint.architecture import read_json
+from nemo_cpt.compatibility import END_OF_TEXT, check_data, read_base
+from nemo_cpt.corpus.dataset.index import fingerprint, full_prefix, read_index
+from nemo_cpt.corpus.reading.chunks import hash_file
+from nemo_cpt.errors import CptError
+from nemo_cpt.evaluation.candidates import Candidate, Say
+from nemo_cpt.training.run_folder import newest_whole
+
+SEQ_LENGTH, SAMPLES = 1024, 512  # of a tokenized set that no run says more of: up to half a million tokens
+
+
+@dataclass(frozen=True)
+class LossSet:
+    """A text to measure the loss on.
+
+    Attributes:
+        name: in the report.
+        path: a file of documents, or a Megatron prefix.
+        seq_length: of the sequences of a tokenized set; None for documents.
+        samples: sequences of a tokenized set; None for documents.
+    """
+
+    name: str
+    path: str
+    seq_length: int | None = None
+    samples: int | None = None
+
+    @cached_property
+    def hash(self) -> str:
+        """By which its content is known."""
+        return fingerprint(self.path) if self.seq_length else hash_file(self.path)
+
+
+def training_record(model: str | Path | None) -> dict[str, Any]:
+    """What the newest checkpoint of a run, or a checkpoint, says of its training; empty for other models."""
+    path = Path(str(model))
+    newest = newest_whole(path / "checkpoints") if (path / "checkpoints").is_dir() else None
+    record = (newest.path if newest else path) / "run.json"
+    return read_json(record) if record.is_file() else {}
+
+
+def validated_on(run: Mapping[str, Any], say: Say) -> list[str]:
+    """The run's validation sets, those that are still there."""
+    named = run.get("validated_on", {}).get("sets", {})
+    gone = [prefix for prefix in named.values() if not Path(prefix + ".idx").is_file()]
+    for prefix in gone:
+        say(f"the run validated on {prefix}, which is not there any more")
+    if not named:
+        say("nothing says which sets the model was validated on: no losses (--loss NAME=PATH measures one)")
+    return [f"{name}={prefix}" for name, prefix in named.items() if prefix not in gone]
+
+
+def find_loss_sets(
+    specs: Sequence[str], candidates: Sequence[Candidate], run: Mapping[str, Any], limit: int | None, say: Say
+) -> list[LossSet]:
+    """The sets of `NAME=PATH`s, whose losses all models can be asked for.
+
+    Args:
+        specs: of the command line, or `validated_on`.
+        candidates: the models.
+        run: as `training_record` gives it; a set that it validated on is read as it did.
+        limit: most sequences of each.
+        say: told what could not be compared with a model's tokenizer.
+
+    Raises:
+        CptError: one is not there or was tokenized for another model, two have one name, or a model is an endpoint.
+    """
+    validated = run.get("validated_on", {})
+    found = [_loss_set(spec, candidates, validated, limit) for spec in specs]
+    check_names([each.name for each in found])
+    if found and (remote := [each.model for each in candidates if each.is_endpoint]):
+        raise CptError(
+            f"{remote[0]} is an endpoint, which gives no losses: leave --loss away, or name the model's folder"
+        )
+    tokenized = [each.path for each in found if each.seq_length]
+    for candidate in candidates if tokenized else ():
+        for warning in check_data(read_base(candidate.folder), tokenized, unlike_base=[END_OF_TEXT]):
+            say(warning)
+    return found
+
+
+def _loss_set(spec: str, candidates: Sequence[Candidate], validated: Mapping[str, Any], limit: int | None) -> LossSet:
+    name, equals, path = spec.partition("=")
+    if not equals or not name or not path:
+        raise CptError(f"a set is given as NAME=PATH, such as ja=ds/ja_validation, not {spec!r}")
+    if Path(path).is_file() and not path.endswith((".bin", ".idx")):
+        return LossSet(name, path)
+    if re.search(r"\.(jsonl|json|parquet|gz|zst)$", path):
+        raise CptError(f"there is no file {path}")
+    tokens = read_index(path).tokens
+    if (
+        str(Path(full_prefix(path)).absolute()) in validated.get("sets", {}).values()
+    ):  # just what the training's loss is of
+        seq_length, samples = validated["seq_length"], validated["samples"] or SAMPLES
+    else:
+        contexts = [each.context_length for each in candidates if each.context_length]
+        seq_length = min([SEQ_LENGTH, *contexts, max(tokens - 1, 1)])
+        samples = min(SAMPLES, max((tokens - 1) // seq_length, 1))
+    return LossSet(name, path, seq_length, min(samples, limit or samples))
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse two sets of one name."""
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise CptError(f"two sets are named {twice[0]!r}: give each NAME=... of its own")

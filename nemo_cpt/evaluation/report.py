@@ -1,0 +1,246 @@
+"""An evaluation's report: report.json, report.html (one file that opens offline) and report.png."""
+
+import base64
+import html
+import io
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nemo_cpt.corpus.atomic_files import write_whole
+from nemo_cpt.evaluation.bootstrap import Row
+from nemo_cpt.evaluation.comparison import Report
+
+COLUMNS = ("set", "measure", "before", "after", "difference", "95 % interval", "")
+PLOTTED = ("bits per byte", "replies in ", "exact match", "character F1", "BLEU", "chrF", "ROUGE-L", "benchmark")
+
+
+def write(report: Report, folder: str | Path) -> list[Path]:
+    """Write the report's three files, each whole or not at all; returns their paths.
+
+    Raises:
+        CptError: the folder cannot be written.
+    """
+    picture = draw(report)
+    files = {
+        "report.json": json.dumps(as_dict(report), ensure_ascii=False, indent=1).encode() + b"\n",
+        "report.png": picture,
+        "report.html": page(report, picture).encode(),
+    }
+    paths = [Path(folder, name) for name in files]
+    for path, content in zip(paths, files.values(), strict=True):
+        write_whole(path, content)
+    return paths
+
+
+def as_dict(report: Report) -> dict[str, Any]:
+    """The report as JSON holds it: NaN and infinity become null."""
+    rows = [asdict(row) | {"difference": row.difference, "verdict": row.verdict} for row in report.rows]
+    return _finite(asdict(report) | {"rows": rows})
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """A row of the table under `COLUMNS`."""
+    interval = "" if row.low is None or row.high is None else f"{_number(row.low)} to {_number(row.high)}"
+    return (
+        row.group, row.measure, _number(row.before), _number(row.after), _number(row.difference, sign=True), interval,
+        row.verdict,
+    )  # fmt: skip
+
+
+def _number(value: float | None, sign: bool = False) -> str:
+    if value is None or not math.isfinite(value):
+        return "" if value is None else "not a number"
+    digits = 3 if abs(value) < 10 else 2 if abs(value) < 100 else 1
+    return f"{value:{'+' if sign else ''},.{digits}f}"
+
+
+def draw(report: Report) -> bytes:
+    """The plot as PNG: over steps for a series of checkpoints, else each measure before and after."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure = _draw_series(report, pyplot) if report.series else _draw_rows(report, pyplot)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=120)
+    pyplot.close(figure)
+    return file.getvalue()
+
+
+def _draw_series(report: Report, pyplot: Any) -> Any:
+    """Bits per byte of each set as a change in percent: below 0 is gained, above 0 forgotten; beside it the shares."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for line in report.series:
+        start = line["values"][0]
+        if line["measure"].startswith("bits per byte"):
+            change = [100 * (value / start - 1) for value in line["values"]]
+            axes[0].plot(line["steps"], change, marker="o", markersize=4, label=line["group"])
+        elif line["measure"].startswith("replies in "):
+            axes[1].plot(
+                line["steps"], line["values"], marker="o", markersize=4, label=f"{line['group']}: {line['measure']}"
+            )
+    axes[0].axhline(0, color="black", linewidth=0.8)
+    axes[0].set(title="gained (below 0) and forgotten (above 0)", xlabel="step", ylabel="bits per byte, change in %")
+    axes[1].set(title="replies in the language asked in", xlabel="step", ylabel="%", ylim=(-3, 103))
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        if axis.lines and len(axis.lines) > (axis is axes[0]):
+            axis.legend(fontsize="small")
+    return figure
+
+
+def _draw_rows(report: Report, pyplot: Any) -> Any:
+    """A panel a measure, a group of bars a set; the interval is drawn at the later model's bar."""
+    rows = [row for row in report.rows if row.measure.startswith(PLOTTED) and row.after is not None]
+    kinds = list(dict.fromkeys(_kind(row) for row in rows)) or [""]
+    figure, axes = pyplot.subplots(
+        1, len(kinds), figsize=(1 + 3.2 * len(kinds), 4), layout="constrained", squeeze=False
+    )
+    for axis, kind in zip(axes[0], kinds, strict=True):
+        chosen = [row for row in rows if _kind(row) == kind]
+        for number, row in enumerate(chosen):
+            compared = row.before is not None
+            if compared:
+                axis.bar(number - 0.2, row.before, 0.38, color="#9aa5b1", label="before" if not number else None)
+            error = _error_bar(row)
+            axis.bar(
+                number + 0.2 * compared,
+                row.after,
+                0.38,
+                color="#2f6f9f",
+                label="after" if not number else None,
+                yerr=error,
+                capsize=3,
+            )
+        axis.set(title=kind, xticks=range(len(chosen)))
+        if kind.endswith("%"):
+            axis.set_ylim(0, 103)
+        axis.set_xticklabels([row.group for row in chosen], rotation=30, ha="right", fontsize="small")
+        axis.grid(axis="y", alpha=0.3)
+    if rows and rows[0].before is not None:
+        axes[0][0].legend(fontsize="small")
+    return figure
+
+
+def _kind(row: Row) -> str:
+    return "replies in the language asked in, %" if row.measure.startswith("replies in ") else row.measure
+
+
+def _error_bar(row: Row) -> list[list[float]] | None:
+    """How far the interval reaches below and above the later value."""
+    if row.low is None or row.high is None or row.after is None:
+        return None
+    middle = row.after if row.difference is None else row.difference
+    return [[max(middle - row.low, 0)], [max(row.high - middle, 0)]]
+
+
+def page(report: Report, picture: bytes) -> str:
+    """The report as one HTML file: styles, script and picture are inside, and nothing is fetched."""
+    return "\n".join(_page(report, base64.b64encode(picture).decode()))
+
+
+def _page(report: Report, picture: str) -> Iterator[str]:
+    title = html.escape(f"Evaluation of {report.title}")
+    yield f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+    yield f"<style>{STYLE}</style></head><body><h1>{title}</h1>"
+    for warning in report.warnings:
+        yield f'<p class="warning">{html.escape(warning)}</p>'
+    yield from _table(COLUMNS, [cells(row) for row in report.rows], [row.note for row in report.rows])
+    yield f'<p><img alt="plot of the measures" src="data:image/png;base64,{picture}"></p>'
+    if report.series:
+        yield "<h2>Over the steps</h2>"
+        steps = [str(step) for step in report.series[0]["steps"]]
+        lines = [(line["group"], line["measure"], *map(_number, line["values"])) for line in report.series]
+        yield from _table(("set", "measure", *steps), lines)
+    if report.judged:
+        yield f"<details><summary>The judge</summary><pre>{html.escape(_indented(report.judged))}</pre></details>"
+    yield from _replies(report)
+    yield "<h2>How it was measured</h2>"
+    for name, part in (
+        ("models", report.models), ("sets", report.sets), ("settings", report.settings), ("versions", report.versions)
+    ):  # fmt: skip
+        yield f"<details><summary>{name}</summary><pre>{html.escape(_indented(part))}</pre></details>"
+    yield f"<script>{SCRIPT}</script></body></html>"
+
+
+def _indented(value: Any) -> str:
+    return json.dumps(_finite(value), ensure_ascii=False, indent=1)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], titles: Sequence[str] | None = None) -> Iterator[str]:
+    yield f"<table><thead><tr>{''.join(f'<th>{html.escape(each)}</th>' for each in columns)}</tr></thead><tbody>"
+    for number, row in enumerate(rows):
+        title = f' title="{html.escape(titles[number])}"' if titles and titles[number] else ""
+        verdict = f' class="{row[-1]}"' if row[-1] in ("better", "worse") else ""
+        yield f"<tr{verdict}{title}>{''.join(f'<td>{html.escape(each)}</td>' for each in row)}</tr>"
+    yield "</tbody></table>"
+
+
+def _replies(report: Report) -> Iterator[str]:
+    """Every prompt with the models' replies side by side, under a box that filters them by their text."""
+    if not report.replies:
+        return
+    labels = [each["label"] for each in report.models]
+    yield f"<h2>Replies ({len(report.replies)} prompts)</h2>"
+    yield '<p><input id="search" type="search" placeholder="search" size="40"> <span id="count"></span></p>'
+    yield f'<table id="replies"><thead>{_line("th", "set", "prompt", *map(html.escape, labels))}</thead><tbody>'
+    for each in report.replies:
+        where = "<br>".join(html.escape(each[name]) for name in ("set", "wrapper", "id"))
+        yield _line("td", where, _prompt(each), *(_reply(each["replies"][label]) for label in labels))
+    yield "</tbody></table>"
+
+
+def _line(tag: str, *parts: str) -> str:
+    return f"<tr>{''.join(f'<{tag}>{part}</{tag}>' for part in parts)}</tr>"
+
+
+def _prompt(shown: dict[str, Any]) -> str:
+    turns = shown["prompt"]
+    text = turns if isinstance(turns, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+    answers = "".join(f'<div class="answer">{html.escape(answer)}</div>' for answer in shown["answers"])
+    return f"<div>{html.escape(text)}</div>{answers}"
+
+
+def _reply(reply: dict[str, Any]) -> str:
+    facts = [reply.get("language", ""), f"{reply['completion_tokens']} tokens", f"{reply['seconds']:.2f} s"]
+    facts += ["cut off"] if reply["finish_reason"] == "length" else []
+    return f"<div>{html.escape(reply['text'])}</div><small>{html.escape(', '.join(filter(None, facts)))}</small>"
+
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 80em; padding: 0 1em; color: #1b2733 }
+table { border-collapse: collapse; margin: 1em 0 } td, th { padding: .25em .7em; border-bottom: 1px solid #d5dce2;
+text-align: left; vertical-align: top } td div { white-space: pre-wrap; overflow-wrap: anywhere }
+#replies { table-layout: fixed; width: 100% } #replies th:first-child { width: 7em } small { color: #66788a }
+img { max-width: 100% } .better td:last-child { color: #14713d } .worse td:last-child { color: #b3261e }
+.warning { background: #fff3cd; padding: .4em .8em } .answer { color: #14713d } pre { overflow-x: auto }
+"""
+SCRIPT = """
+const box = document.getElementById('search');
+if (box) {
+  const rows = [...document.querySelectorAll('#replies tbody tr')];
+  const show = () => {
+    const wanted = box.value.toLowerCase();
+    let count = 0;
+    for (const row of rows) {
+      row.hidden = !row.textContent.toLowerCase().includes(wanted);
+      count += !row.hidden;
+    }
+    document.getElementById('count').textContent = wanted ? count + ' of ' + rows.length : '';
+  };
+  box.addEventListener('input', show);
+}
+"""
