@@ -21,7 +21,8 @@ OF_OTHERS = {  # torch's, NeMo's, Megatron's, the hub's, Slurm's, the kernel's
     "CUDA driver version is insufficient", "no kernel image is available", "NCCL error", "Timeout at NCCL",
     "unhandled system error", "libcuda.so", "megatron.core.utils ... end of life", "The pynvml package is deprecated",
     "STOPPED", "Invalid account or account/partition combination", "Requested node configuration is not available",
-    "Dataset scripts are no longer supported", "Couldn't reach", "Failed to establish a new connection", "wandb: ERROR", "api_key not configured",
+    "Dataset scripts are no longer supported", "Couldn't reach",
+    "Failed to establish a new connection", "wandb: ERROR", "api_key not configured",
 }  # fmt: skip
 
 

@@ -193,7 +193,7 @@ def parse_value(key: str, text: str, annotation: str) -> Any:
         except OSError as error:
             raise CptError(f"{key}={text}: the file cannot be read: {error.strerror}") from None
         except CptError as error:
-            raise CptError(f"{key}={error.message}") from None
+            raise CptError(f"{key}={text}: {error.message}") from None
     if not annotation:
         return _yaml(key, text)
     if "str" in kinds or "Literal" in annotation:
@@ -281,14 +281,14 @@ def _mixture(kind: str) -> Any:
         if not isinstance(fields, dict):
             weights = ", ".join(f"{prefix.strip()}: 1.0" for prefix in text.split(",") if "[" not in text)
             raise CptError(
-                f"{text}: a {kind} is one dataset's prefix, the name of a .yaml file, or "
-                f"{{train: {{{weights or 'ds/ja: 1.0'}}}, validation: {{ja: ds/ja_validation}}}}"
+                f"a {kind} is one dataset's prefix, the name of a .yaml file, or "
+                f"{{train: {{{weights or 'PREFIX: 1.0'}}}, validation: {{NAME: PREFIX}}}}"
             )
         for name in fields:
             if name not in make.__dataclass_fields__:
-                raise CptError(f"{text}: {kind} has no field {name}; {nearest(str(name), make.__dataclass_fields__)}")
+                raise CptError(f"{kind} has no field {name}; {nearest(str(name), make.__dataclass_fields__)}")
         if "train" not in fields:
-            raise CptError(f"{text}: {kind} needs train: {{PREFIX: WEIGHT, ...}}")
+            raise CptError(f"{kind} needs train: {{PREFIX: WEIGHT, ...}}")
         return make(**fields)
 
     return parse_mixture
