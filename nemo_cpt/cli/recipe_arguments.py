@@ -14,7 +14,7 @@ class RecipeCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse as ever, but of a recipe's parameter written as an option say how to write it."""
         options = {name for each in self.params for name in (*each.opts, *each.secondary_opts)}
-        for position, word in enumerate(args):
+        for position, word in enumerate(() if ctx.resilient_parsing else args):  # which is a shell's completion
             name, equals, value = word.partition("=")
             if name == "--":
                 break
