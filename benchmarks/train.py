@@ -20,7 +20,7 @@ from pathlib import Path
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
-from nemo_cpt.constants import ADAM_STATES as ADAM_STATES
+from nemo_cpt.constants import ADAM_STATES
 from nemo_cpt.planning import ALLOWED, Workload, fit_workload
 
 BF16_TFLOPS = 790.0  # an 8192 x 8192 x 8192 product of random bf16 numbers on the H200 used
@@ -143,7 +143,7 @@ def flops_per_token(setting: SingleGpuSetting) -> float:
     return 4 * MATMUL_PARAMETERS + attention + 6 * LAYERS * LORA_WIDTHS * setting.lora_rank
 
 
-def measure(case: Case, send) -> None:
+def measure(case: Case, send, train) -> None:
     """Run one case in this process and send its figures, at the end of its last step or when it fails."""
     import torch
 
@@ -152,7 +152,7 @@ def measure(case: Case, send) -> None:
         torch.cuda.set_per_process_memory_fraction(case.cap_gib * 2**30 / total)
     record = {"step_s": [], "losses": [], "phases": {}, "error": None, "send": send}
     try:
-        (train_stock if case.stack == "nemo_stock" else train)(case, record)
+        train(case, record)
     except Exception as error:
         traceback.print_exc()
         record["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
@@ -228,6 +228,11 @@ def unmoved_adapters(module) -> int:
     return sum(not bool(weight.detach().any()) for _, weight in named)
 
 
+def train_case(case: Case, record: dict) -> None:
+    """Train one case by its stack."""
+    (train_stock if case.stack == "nemo_stock" else train)(case, record)
+
+
 def train(case: Case, record: dict) -> None:
     import torch
     from megatron.core.distributed import DistributedDataParallelConfig
@@ -240,7 +245,7 @@ def train(case: Case, record: dict) -> None:
     from nemo_cpt.training.gradients import EveryTrainableParameterHasGradient
     from nemo_cpt.training.optimizer import HostStateOptimizer
 
-    if case.unpatched:
+    if case.patches:
         patches.apply()
     setting = case.setting
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}
@@ -295,7 +300,7 @@ def train(case: Case, record: dict) -> None:
         devices=1, accelerator="gpu", strategy=strategy, plugins=precision, max_steps=case.steps + case.profile,
         limit_val_batches=0, val_check_interval=None, log_every_n_steps=1, num_sanity_val_steps=0,
         enable_checkpointing=False, logger=False, use_distributed_sampler=False, enable_progress_bar=False,
-        callbacks=[EveryTrainableParameterHasGradient()] * case.unpatched + [recorder(case, record)],
+        callbacks=[EveryTrainableParameterHasGradient()] * case.patches + [recorder(case, record)],
     )  # fmt: skip
     peft = None if full_parameter else llm.peft.LoRA(dim=setting.lora_rank, alpha=2 * setting.lora_rank)
     llm.train(
@@ -360,10 +365,10 @@ def train_stock(case: Case, record: dict) -> None:
 class Worker:
     """A process that has imported NeMo and waits to measure one case, so that the imports of all cases overlap."""
 
-    def __init__(self, case: Case, log: Path):
+    def __init__(self, case: Case, log: Path, train=None):
         context = multiprocessing.get_context("spawn")
         self.pipe, child_end = context.Pipe()
-        self.process = context.Process(target=_work, args=(case, log, child_end))
+        self.process = context.Process(target=_work, args=(case, log, child_end, train or train_case))
         self.process.start()
         child_end.close()
 
@@ -385,7 +390,7 @@ class Worker:
         return result
 
 
-def _work(case: Case, log: Path, pipe) -> None:
+def _work(case: Case, log: Path, pipe, train) -> None:
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -393,7 +398,7 @@ def _work(case: Case, log: Path, pipe) -> None:
 
         pipe.send("ready")
         pipe.recv()
-        measure(case, pipe)
+        measure(case, pipe, train)
 
 
 def in_transformers(case: Case, log: Path, timeout_s: float, pythonpath: str | None) -> dict:
