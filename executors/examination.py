@@ -25,8 +25,11 @@ FORCE = "NEMO_CPT_FORCE"
 @cache
 def examine_before_launch() -> None:
     """Have NeMo-Run refuse what could not run, with the doctor's words; once a process."""
+    from nemo_run import DockerExecutor
     from nemo_run.run import api, job, task
     from nemo_run.run.experiment import Experiment
+
+    from nemo_cpt.executors.docker import check_engine  # which imports this module by way of the patches
 
     launch: Callable[..., Any] = Experiment.run
     run_here: Callable[..., None] = task.direct_run_fn
@@ -38,6 +41,8 @@ def examine_before_launch() -> None:
         if not (direct or experiment._launched or experiment._reconstruct):
             for each, executor, comes_first in tasks_of(experiment, sequential):
                 examine_task(each, place_of(executor), comes_first)
+                if isinstance(executor, DockerExecutor):
+                    check_engine()
         return launch(experiment, sequential, detach, tail_logs, direct)
 
     @wraps(run_here)
