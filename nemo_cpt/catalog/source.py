@@ -109,17 +109,27 @@ def recipe(name: str) -> Function:
 
 
 @cache
+def executors() -> list[str]:
+    """Return the names of the executors."""
+    path = _folder("nemo_cpt.executors")
+    exported = ast.literal_eval(assigned(path / "__init__.py", "__all__") or "[]")
+    return [name for name in exported if (path / f"{name}.py").is_file()]
+
+
+@cache
 def executor(name: str) -> Function:
     """Return an executor's function, for example `slurm`.
 
     Raises:
         CptError: there is none of that name.
     """
-    # Only what the package exports: modules beside them are the executors' inner parts.
-    exported = ast.literal_eval(assigned(_folder("nemo_cpt.executors") / "__init__.py", "__all__") or "[]")
+    if name not in executors():
+        near = difflib.get_close_matches(name, executors(), n=1)
+        meant = f" (near: {near[0]})" if near else ""
+        raise CptError(
+            f"there is no executor {name!r}{meant}: {', '.join(executors())}, or FILE.py:FUNCTION of your own"
+        )
     path = _folder("nemo_cpt.executors") / f"{name}.py"
-    if name not in exported or not path.is_file():
-        raise CptError(f"there is no executor {name!r}: {', '.join(exported)}, or FILE.py:FUNCTION of your own")
     node = functions(path)[name]
     return Function(name, path, _summary(node), _parameters(path, node))
 
@@ -191,6 +201,8 @@ def parse_value(key: str, text: str, annotation: str) -> Any:
             continue
         except OSError as error:
             raise CptError(f"{key}={text}: the file cannot be read: {error.strerror}") from None
+        except CptError as error:
+            raise CptError(f"{key}={text}: {error.message}") from None
     if not annotation:
         return _yaml(key, text)
     if "str" in kinds or "Literal" in annotation:
@@ -267,13 +279,25 @@ def default_data(function: Function) -> Any:
 
 
 def _mixture(kind: str) -> Any:
-    """A parser of a YAML or JSON file's path, or of the same written out: {train: {ds/ja: 0.75}, validation: {...}}."""
+    """A parser of a mixture: {train: {ds/ja: 0.75}, validation: {...}}, a YAML or JSON file of that, or one prefix."""
 
     def parse_mixture(text: str) -> Any:
-        fields = yaml.safe_load(Path(text).read_text() if text.endswith((".yaml", ".yml", ".json")) else text)
         make = mixture_of(kind)
-        if not isinstance(fields, dict) or not set(fields) <= set(make.__dataclass_fields__):
-            raise ValueError(text)
+        written = Path(text).read_text() if text.endswith((".yaml", ".yml", ".json")) else text
+        fields = yaml.safe_load(written)
+        if written is text and isinstance(fields, str) and not set(text) & set(",:{}[]"):
+            return make(train={text: 1.0})
+        if not isinstance(fields, dict):
+            weights = ", ".join(f"{prefix.strip()}: 1.0" for prefix in text.split(",") if "[" not in text)
+            raise CptError(
+                f"a {kind} is one dataset's prefix, the name of a .yaml file, or "
+                f"{{train: {{{weights or 'PREFIX: 1.0'}}}, validation: {{NAME: PREFIX}}}}"
+            )
+        for name in fields:
+            if name not in make.__dataclass_fields__:
+                raise CptError(f"{kind} has no field {name}; {nearest(str(name), make.__dataclass_fields__)}")
+        if "train" not in fields:
+            raise CptError(f"{kind} needs train: {{PREFIX: WEIGHT, ...}}")
         return make(**fields)
 
     return parse_mixture

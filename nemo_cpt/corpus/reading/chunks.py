@@ -10,9 +10,10 @@ from nemo_cpt.corpus.atomic_files import read_at
 from nemo_cpt.corpus.reading.decompression import PIECE, DamagedError, array_to_lines, unpack
 from nemo_cpt.corpus.reading.lines import Take, Texts, TextUnder, parse_lines, parse_rows
 from nemo_cpt.corpus.reading.sources import HUB, InputChangedError, Source
+from nemo_cpt.corpus.reading.tables import ROWS, open_csv, open_text
 from nemo_cpt.errors import CptError
 
-ROWS = 1000
+ROW_KINDS = ("parquet", "dataset", "hub", "csv", "text")
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class Feed:
             raise InputChangedError(f"{source.path} changed after a part of it was read")
 
     def _parts(self, source: Source) -> Iterator["_Part"]:
-        if source.kind in ("parquet", "dataset", "hub"):
+        if source.kind in ROW_KINDS:
             return _rows(source, self.json_key)
         if source.kind == "plain" and not source.array:
             return _ranges(source, self.chunk_bytes)
@@ -336,7 +337,7 @@ def _sound(batches: Iterator[list[Any]], kind: str) -> Iterator[list[Any]]:
             yield values
             row += len(values)
     except (OSError, ValueError, pa.ArrowException) as error:
-        what = "Parquet file" if kind == "parquet" else "dataset"
+        what = {"parquet": "Parquet file", "csv": "CSV file", "text": "text file"}.get(kind, "dataset")
         raise DamagedError(f"the {what} breaks near its row {row}: {error}") from error
 
 
@@ -344,6 +345,8 @@ def _open_rows(source: Source, key: str | None) -> tuple[Iterator[list[Any]], in
     """Return batches of a column's values, or of objects of all columns, and the number of rows."""
     if source.kind == "parquet":
         return _open_parquet(source.path, key)
+    if source.kind in ("csv", "text"):
+        return (open_csv if source.kind == "csv" else open_text)(source.path, key)
     dataset = _open_dataset(source)
     if key is None:
         return (table.to_pylist() for table in dataset.with_format("arrow").iter(batch_size=ROWS)), len(dataset)

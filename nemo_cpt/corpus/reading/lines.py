@@ -2,6 +2,7 @@
 
 import io
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -147,7 +148,10 @@ class TextUnder:
             raise UnusableError("not_an_object", detail)
         if self.key not in value:
             have = ", ".join(map(repr, list(value)[:8])) or "none"
-            raise UnusableError("missing_key", f"no key {self.key!r}; it has {have}")
+            texts = {name: len(text) for name, text in value.items() if isinstance(text, str)}
+            likely = max(texts, key=texts.__getitem__, default="")
+            advice = f"; --json-key {shlex.quote(likely)} takes its longest text" if likely else ""
+            raise UnusableError("missing_key", f"no key {self.key!r}; it has {have}{advice}")
         return self.of_column(value[self.key])
 
     def of_column(self, text: Any) -> str:
