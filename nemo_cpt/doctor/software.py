@@ -41,7 +41,7 @@ def packages(examination: Examination) -> Iterator[Finding]:
         yield Finding("packages", "warning", found, "install it: pip install PATH_OF_ITS_CHECKOUT")
         return
     of_all = {name: _of_package(package, examination) for name, package in known.items()}
-    yield from (of_all[name] for name in STACK)
+    yield from (of_all[name] for name in STACK if name in known)
     yield from (each for name, each in of_all.items() if name not in (*STACK, *OTHERS) and each.state != "ok")
     wrong = [of_all[name] for name in OTHERS if name in known and of_all[name].state != "ok"]
     if wrong:
