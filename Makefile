@@ -1,5 +1,8 @@
 # `make demo` and `make test` work on a fresh machine with Python 3.11 or 3.12; each makes its own .venv.
-PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
+# That a name is found says little: pyenv's shim of a version that is not selected is found, and ends with 127.
+SUITS := import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
+PYTHON ?= $(shell for name in python3.11 python3.12 python3; do \
+    $$name -c '$(SUITS)' 2>/dev/null && command -v $$name && break; done)
 BIN := .venv/bin
 
 .PHONY: demo chat-demo test lint format clean
@@ -24,6 +27,11 @@ format: .venv/installed
 	$(BIN)/ruff format .
 
 .venv/installed: pyproject.toml constraints.txt tests/model_packages.txt
+	@test -d .venv || $(PYTHON) -c '$(SUITS)' 2>/dev/null || { echo "No Python 3.11 or 3.12 with venv answers" \
+	    "(tried $(or $(PYTHON),python3.11 python3.12 python3)): install one (Debian and Ubuntu: apt install" \
+	    "python3.12 python3.12-venv; pyenv: pyenv install 3.12 && pyenv shell 3.12)," \
+	    "or name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12"; exit 2; }
+	@test -d .venv || echo "making .venv with $(PYTHON)"
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch setuptools
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'

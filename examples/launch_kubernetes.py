@@ -13,7 +13,7 @@ from nemo_cpt.recipes import llama31_8b
 if __name__ == "__main__":
     recipe = llama31_8b.continual_pretrain(
         base="/data/checkpoints/Llama-3.1-8B",
-        data=Blend(train={"/data/ds/ja": 0.75, "/data/ds/en": 0.25}, validation={"ja": "/data/ds/ja_val"}),
+        data=Blend(train={"/data/ds/ja": 0.75, "/data/ds/en": 0.25}, validation={"ja": "/data/ds/ja_validation"}),
         directory="/data/results",
         num_nodes=2,
     )

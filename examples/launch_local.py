@@ -12,7 +12,9 @@ from nemo_cpt.recipes import llama31_8b
 if __name__ == "__main__":
     recipe = llama31_8b.continual_pretrain(
         base="checkpoints/Llama-3.1-8B",
-        data=Blend(train={"ds/ja": 0.75, "ds/en": 0.25}, validation={"ja": "ds/ja_val", "en": "ds/en_val"}),
+        data=Blend(
+            train={"ds/ja": 0.75, "ds/en": 0.25}, validation={"ja": "ds/ja_validation", "en": "ds/en_validation"}
+        ),
         gpus_per_node=8,
     )
     run.run(recipe, executor=local(gpus=8, max_restarts=2))

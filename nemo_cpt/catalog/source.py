@@ -1,4 +1,12 @@
-"""Recipes and executors read from their source, without importing them: NeMo takes 20 s and more to import."""
+"""Recipes and executors read from their source, without importing them: NeMo takes 20 s and more to import.
+
+What is understood of a function that passes its **kwargs on, and what is not:
+    It calls a function of its own module or of one beside it, by its name or `module.name`, with `**` arguments.
+    Each of them is `kwargs`, or dictionaries joined with `|`: displays with literal keys, names of constants of the
+    module, and `kwargs`, as in `**{"rank": 16} | DEFAULTS | kwargs`. Anything else is passed over: the parameters are
+    still known, their new defaults are not.
+    A parameter whose help is "see `module.function`" has the help of that function's parameter of the same name.
+"""
 
 import ast
 import difflib
@@ -101,16 +109,27 @@ def recipe(name: str) -> Function:
 
 
 @cache
+def executors() -> list[str]:
+    """Return the names of the executors."""
+    path = _folder("nemo_cpt.executors")
+    exported = ast.literal_eval(assigned(path / "__init__.py", "__all__") or "[]")
+    return [name for name in exported if (path / f"{name}.py").is_file()]
+
+
+@cache
 def executor(name: str) -> Function:
     """Return an executor's function, for example `slurm`.
 
     Raises:
         CptError: there is none of that name.
     """
-    exported = ast.literal_eval(assigned(_folder("nemo_cpt.executors") / "__init__.py", "__all__") or "[]")
+    if name not in executors():
+        near = difflib.get_close_matches(name, executors(), n=1)
+        meant = f" (near: {near[0]})" if near else ""
+        raise CptError(
+            f"there is no executor {name!r}{meant}: {', '.join(executors())}, or FILE.py:FUNCTION of your own"
+        )
     path = _folder("nemo_cpt.executors") / f"{name}.py"
-    if name not in exported or not path.is_file():
-        raise CptError(f"there is no executor {name!r}: {', '.join(exported)}, or FILE.py:FUNCTION of your own")
     node = functions(path)[name]
     return Function(name, path, _summary(node), _parameters(path, node))
 
@@ -174,6 +193,7 @@ def parse_value(key: str, text: str, annotation: str) -> Any:
     kinds = [kind.strip() for kind in annotation.split("|")]
     if text in ("None", "null") and ("None" in kinds or not annotation):
         return None
+    # In the annotation's order: of `int | float`, "1" is an int; str has no parser and is what remains.
     for kind in kinds:
         try:
             return _PARSERS[kind.partition("[")[0]](text)
@@ -181,6 +201,8 @@ def parse_value(key: str, text: str, annotation: str) -> Any:
             continue
         except OSError as error:
             raise CptError(f"{key}={text}: the file cannot be read: {error.strerror}") from None
+        except CptError as error:
+            raise CptError(f"{key}={text}: {error.message}") from None
     if not annotation:
         return _yaml(key, text)
     if "str" in kinds or "Literal" in annotation:
@@ -257,13 +279,25 @@ def default_data(function: Function) -> Any:
 
 
 def _mixture(kind: str) -> Any:
-    """A parser of a YAML or JSON file's path, or of the same written out: {train: {ds/ja: 0.75}, validation: {...}}."""
+    """A parser of a mixture: {train: {ds/ja: 0.75}, validation: {...}}, a YAML or JSON file of that, or one prefix."""
 
     def parse_mixture(text: str) -> Any:
-        fields = yaml.safe_load(Path(text).read_text() if text.endswith((".yaml", ".yml", ".json")) else text)
         make = mixture_of(kind)
-        if not isinstance(fields, dict) or not set(fields) <= set(make.__dataclass_fields__):
-            raise ValueError(text)
+        written = Path(text).read_text() if text.endswith((".yaml", ".yml", ".json")) else text
+        fields = yaml.safe_load(written)
+        if written is text and isinstance(fields, str) and not set(text) & set(",:{}[]"):
+            return make(train={text: 1.0})
+        if not isinstance(fields, dict):
+            weights = ", ".join(f"{prefix.strip()}: 1.0" for prefix in text.split(",") if "[" not in text)
+            raise CptError(
+                f"a {kind} is one dataset's prefix, the name of a .yaml file, or "
+                f"{{train: {{{weights or 'PREFIX: 1.0'}}}, validation: {{NAME: PREFIX}}}}"
+            )
+        for name in fields:
+            if name not in make.__dataclass_fields__:
+                raise CptError(f"{kind} has no field {name}; {nearest(str(name), make.__dataclass_fields__)}")
+        if "train" not in fields:
+            raise CptError(f"{kind} needs train: {{PREFIX: WEIGHT, ...}}")
         return make(**fields)
 
     return parse_mixture
@@ -332,6 +366,7 @@ def _parameters(path: Path, node: ast.FunctionDef) -> dict[str, Parameter]:
     """A function's own parameters, then those of the function that it passes **kwargs on to."""
     arguments = node.args
     positional = [*arguments.posonlyargs, *arguments.args]
+    # ast lists the defaults of the last positional parameters alone.
     defaults = [None] * (len(positional) - len(arguments.defaults)) + list(arguments.defaults)
     pairs = [*zip(positional, defaults, strict=True), *zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
     helps = {name: _seen(path, name, text) for name, text in _argument_helps(node).items()}
@@ -345,6 +380,7 @@ def _parameters(path: Path, node: ast.FunctionDef) -> dict[str, Parameter]:
         for argument, default in pairs
     }
     if arguments.kwarg:
+        # Its own come first: a parameter of the same name hides the one of the function called.
         own |= {name: each for name, each in _passed_on(path, node).items() if name not in own}
     return own
 
@@ -359,6 +395,7 @@ def _passed_on(path: Path, node: ast.FunctionDef) -> dict[str, Parameter]:
         target = path.with_name(f"{module}.py") if module else path
         if target.is_file() and name in functions(target):
             inherited = _parameters(target, functions(target)[name])
+            # What the call itself gives is no longer the caller's to choose.
             by_place = list(inherited)[: len(call.args)]  # type: ignore[attr-defined]
             fixed = {*by_place, *(word.arg for word in call.keywords)}  # type: ignore[attr-defined]
             preset = {name: source for word in takes for name, source in _preset(path, word.value).items()}
@@ -367,13 +404,14 @@ def _passed_on(path: Path, node: ast.FunctionDef) -> dict[str, Parameter]:
                 for each, value in inherited.items()
                 if each not in fixed
             }
+    # Passed on to a function that is not read here: any key is taken, as text.
     return {"**": Parameter("**", "", "", _argument_helps(node).get(f"**{keyword.arg}" if keyword else "", ""))}
 
 
 def _preset(path: Path, passed: ast.expr) -> dict[str, str]:
     """The defaults that `**{"a": 1} | CONSTANT | kwargs` gives the function called, as source by name."""
     if isinstance(passed, ast.BinOp) and isinstance(passed.op, ast.BitOr):
-        return _preset(path, passed.left) | _preset(path, passed.right)
+        return _preset(path, passed.left) | _preset(path, passed.right)  # the right one wins, as in Python
     value = assigned(path, passed.id) if isinstance(passed, ast.Name) else passed
     if not isinstance(value, ast.Dict):
         return {}
@@ -400,7 +438,7 @@ def _argument_helps(node: ast.FunctionDef) -> dict[str, str]:
     helps: dict[str, str] = {}
     name = ""
     for line in section.splitlines():
-        if line.startswith("    ") and not line.startswith("     "):
+        if line.startswith("    ") and not line.startswith("     "):  # deeper lines go on with the last parameter
             name, _, text = line.strip().partition(": ")
             helps[name] = text
         elif name:

@@ -1,6 +1,7 @@
 """The `nemo-cpt` command: one module a group of commands; each parses, calls one function and prints."""
 
 import sys
+from typing import Annotated
 
 import typer
 
@@ -10,11 +11,27 @@ from nemo_cpt.quiet import quiet_imports
 
 app = typer.Typer(
     name="nemo-cpt",
-    help="Continual pretraining with NeMo 2.0: from text to an adapted model.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"nemo-cpt {version('nemo_cpt')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Continual pretraining with NeMo 2.0: from text to an adapted model."""
 
 
 def main() -> None:
@@ -29,6 +46,7 @@ def main() -> None:
         inference,
         launch,
         planning,
+        results,
     )
 
     try:

@@ -38,7 +38,7 @@ def import_command(
 
 @app.command("export")
 def export_command(
-    source: Annotated[Path, typer.Argument(help="NeMo checkpoint, such as <run>/checkpoints/<name>-last.")],
+    source: Annotated[Path, typer.Argument(help="NeMo checkpoint, or a run: its newest whole checkpoint.")],
     dest: Annotated[Path, typer.Argument(help="Hugging Face folder to make.")],
     base: Annotated[
         Path | None, typer.Option(help="The base model: Hugging Face folder or imported checkpoint.")
@@ -58,6 +58,7 @@ def export_command(
     """Turn a NeMo checkpoint into a Hugging Face folder; adapters are merged, or written for peft."""
     from nemo_cpt.checkpoint import export_hf
 
+    source = _of_run(source)
     with _progress("Exporting") as progress:
         report = export_hf(
             source, dest, base, adapter=adapter, dtype=dtype, chat_template=chat_template, ignore_fields=ignore_field,
@@ -68,7 +69,7 @@ def export_command(
 
 @app.command("merge")
 def merge_command(
-    source: Annotated[Path, typer.Argument(help="LoRA or DoRA run's checkpoint, <run>/checkpoints/<name>-last.")],
+    source: Annotated[Path, typer.Argument(help="LoRA or DoRA run's checkpoint, or the run: its newest whole one.")],
     dest: Annotated[Path, typer.Argument(help="NeMo checkpoint to make.")],
     base: Annotated[
         Path | None, typer.Option(help="The base of the adapters; default: the one that the run recorded.")
@@ -81,13 +82,13 @@ def merge_command(
     from nemo_cpt.checkpoint import merge
 
     with _progress("Merging") as progress:
-        report = merge(source, dest, base, dtype=dtype, ignore_fields=ignore_field, progress=progress)
+        report = merge(_of_run(source), dest, base, dtype=dtype, ignore_fields=ignore_field, progress=progress)
     _print(report.as_dict(), as_json)
 
 
 @app.command("verify")
 def verify_command(
-    nemo: Annotated[Path, typer.Argument(help="NeMo checkpoint.")],
+    nemo: Annotated[Path, typer.Argument(help="NeMo checkpoint, or a run: its newest whole checkpoint.")],
     hf: Annotated[Path, typer.Argument(help="Hugging Face folder.")],
     base: Annotated[Path | None, typer.Option(help="LoRA: the base; default: the one that the run recorded.")] = None,
     logits: Annotated[
@@ -99,7 +100,7 @@ def verify_command(
     """Compare a NeMo checkpoint with a Hugging Face model, bit by bit and by logits; exit code 1 if they differ."""
     from nemo_cpt.checkpoint import verify
 
-    report = verify(nemo, hf, base, logits=logits, ignore_fields=ignore_field)
+    report = verify(_of_run(nemo), hf, base, logits=logits, ignore_fields=ignore_field)
     _print(report.as_dict(), as_json)
     if not report.identical:
         raise typer.Exit(1)
@@ -116,6 +117,16 @@ def download_command(
     from nemo_cpt.checkpoint import download
 
     _print(download(repo_id, dest, revision).as_dict(), as_json)
+
+
+def _of_run(source: Path) -> Path:
+    """A checkpoint, of a run its newest whole one, which is named: it may have changed since the last command."""
+    from nemo_cpt.launching.results import checkpoint_folder
+
+    found = checkpoint_folder(source)
+    if found != source:
+        print(f"the newest whole checkpoint of {source} is {found}", file=sys.stderr)
+    return found
 
 
 def _print(report: Mapping[str, Any], as_json: bool) -> None:

@@ -35,7 +35,10 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is th
 SeqLength = Annotated[int, typer.Option(help="Conversations: of a training's sequences, for the report.")]
 TooLong = Annotated[str, typer.Option(help="Conversations: drop or cut longer ones, for the report.")]
 Inputs = Annotated[
-    list[str], typer.Argument(help="Files, folders, globs (JSON lines or arrays, gzip, zstd, Parquet) or hf:NAME.")
+    list[str],
+    typer.Argument(
+        help="Files, folders, globs (JSON lines or arrays, also gzip or zstd; Parquet, CSV, .txt, .md) or hf:NAME."
+    ),
 ]
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nemo_cpt.cli import app
-from nemo_cpt.cli.launch import PANEL, Json, Pairs
+from nemo_cpt.cli.launch import PANEL, Json
+from nemo_cpt.cli.recipe_arguments import Executor, Pairs, RecipeCommand, RecipeIfAny
 
 if TYPE_CHECKING:
     from nemo_cpt.doctor import Finding
@@ -17,11 +18,11 @@ EXIT_RED = 3
 MARKS = {"ok": ("✔", "green"), "warning": ("!", "yellow"), "error": ("✘", "red"), "skipped": ("–", "dim")}
 
 
-@app.command(rich_help_panel=PANEL)
+@app.command(rich_help_panel=PANEL, cls=RecipeCommand)
 def doctor(
-    recipe: Annotated[str | None, typer.Argument(help="The recipe to be run; none looks at the machine alone.")] = None,
+    recipe: RecipeIfAny = None,
     overrides: Pairs = None,
-    executor: Annotated[str, typer.Option("--executor", "-e", help="local, slurm, ... where it is to run.")] = "local",
+    executor: Executor = "local",
     ranks: Annotated[int | None, typer.Option(min=1, help="Join so many processes of this machine.")] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes that do so, each with MASTER_* and NODE_RANK set.")] = 1,
     hub: Annotated[str | None, typer.Option(help="Ask the hub for access to OWNER/NAME.")] = None,

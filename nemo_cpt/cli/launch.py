@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nemo_cpt.cli import app
+from nemo_cpt.cli.recipe_arguments import Executor, Pairs, Recipe, RecipeCommand, RecipeIfAny
 from nemo_cpt.cli.tables import print_table
 
 if TYPE_CHECKING:
@@ -17,17 +18,13 @@ if TYPE_CHECKING:
 
 PANEL = "Recipes and jobs"
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Recipe = Annotated[str, typer.Argument(help="module.function, or module for its continual_pretrain.")]
-Pairs = Annotated[
-    list[str] | None,
-    typer.Argument(help="key=value (the recipe's parameters), path.to.field=value (its config), executor.key=value."),
-]
 Experiment = Annotated[str | None, typer.Argument(help="The experiment's id, as run prints it; by default the latest.")]
 
 
 @app.command("recipes", rich_help_panel=PANEL)
 def recipes_command(
-    recipe: Annotated[str | None, typer.Argument(help="Show the parameters of one recipe.")] = None, json: Json = False
+    recipe: RecipeIfAny = None,
+    json: Json = False,
 ) -> None:
     """List the recipes, or one recipe's parameters."""
     from nemo_cpt import catalog
@@ -42,7 +39,7 @@ def recipes_command(
         print_table(("recipe", "GPUs", "needs", "what"), rows)
 
 
-@app.command(rich_help_panel=PANEL)
+@app.command(rich_help_panel=PANEL, cls=RecipeCommand)
 def show(recipe: Recipe, overrides: Pairs = None) -> None:
     """Print the resolved config of a recipe as YAML."""
     from nemo_cpt import catalog
@@ -65,11 +62,11 @@ def copy(recipe: Recipe, file: Annotated[Path, typer.Argument(help="Where to wri
     print(f"wrote {file}; edit it, then: python {file}")
 
 
-@app.command(rich_help_panel=PANEL)
+@app.command(rich_help_panel=PANEL, cls=RecipeCommand)
 def run(
     recipe: Recipe,
     overrides: Pairs = None,
-    executor: Annotated[str, typer.Option("--executor", "-e", help="local, slurm, ... or FILE.py:FUNCTION")] = "local",
+    executor: Executor = "local",
     detach: Annotated[bool, typer.Option("--detach", help="Return once the job is submitted.")] = False,
     dryrun: Annotated[bool, typer.Option("--dryrun", help="Print what would be submitted.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Build the recipe here first; imports NeMo.")] = False,
@@ -109,30 +106,48 @@ def run(
 
 
 @app.command(rich_help_panel=PANEL)
-def status(experiment: Experiment = None, json: Json = False) -> None:
-    """Show the state of an experiment's tasks."""
-    from nemo_cpt.launching import jobs
+def status(
+    experiment: Annotated[str | None, typer.Argument(help="The experiment's id; by default all are listed.")] = None,
+    json: Json = False,
+) -> None:
+    """List the experiments, the latest first, or show the state of one's tasks.
 
+    The list is read from the disk: the state of a job of a scheduler's is asked for with its experiment's id.
+    """
+    from nemo_cpt.launching import experiments, jobs
+
+    if experiment is None:
+        found = [jobs.listed(each) | {"started": each.started} for each in experiments.experiments()]
+        if json:
+            return print(jsonlib.dumps({"experiments": found}))
+        rows = [
+            (each["experiment"], each["started"], task["name"], task["status"] or "-", task["job_id"] or "-")
+            for each in found
+            for task in each["tasks"]
+        ]
+        return print_table(("experiment", "started", "task", "status", "job"), rows)
     with _only_json_on_stdout(json):
-        found = jobs.status(experiment)
+        one = jobs.status(experiment)
     if json:
-        print(jsonlib.dumps(found))
-        return
-    rows = [
-        (found["experiment"], task["name"], task["status"], task["job_id"], task["folder"]) for task in found["tasks"]
-    ]
-    print_table(("experiment", "task", "status", "job", "folder"), rows)
+        return print(jsonlib.dumps(one))
+    tasks = [(one["experiment"], task["name"], task["status"], task["job_id"], task["folder"]) for task in one["tasks"]]
+    print_table(("experiment", "task", "status", "job", "folder"), tasks)
 
 
 @app.command(rich_help_panel=PANEL)
 def logs(
     experiment: Experiment = None,
     lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="Lines from the end.")] = 100,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends, or Ctrl-C.")] = False,
 ) -> None:
     """Print the end of the logs of an experiment's tasks, headed by their paths."""
-    from nemo_cpt.launching import jobs
+    from nemo_cpt.launching import experiments, jobs
 
-    print(jobs.logs(experiment, lines))
+    print(jobs.logs(experiment, lines), flush=True)
+    if follow:
+        with contextlib.suppress(KeyboardInterrupt):
+            for text in experiments.follow(experiments.experiment(experiment)):
+                print(text, end="", flush=True)
 
 
 @app.command(rich_help_panel=PANEL)

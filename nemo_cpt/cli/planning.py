@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nemo_cpt.cli import app
-from nemo_cpt.cli.launch import PANEL, Json, Pairs, Recipe
+from nemo_cpt.cli.launch import PANEL, Json
+from nemo_cpt.cli.recipe_arguments import Pairs, Recipe, RecipeCommand
 from nemo_cpt.errors import CptError
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 EXIT_DOES_NOT_FIT = 3
 
 
-@app.command(rich_help_panel=PANEL)
+@app.command(rich_help_panel=PANEL, cls=RecipeCommand)
 def plan(
     recipe: Recipe,
     overrides: Pairs = None,

@@ -7,15 +7,15 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
+
+import psutil
 
 from nemo_cpt import catalog
 from nemo_cpt.errors import CptError
-from nemo_cpt.executors.supervisor import processes, seconds_to_save
-
-MODULES = {"nemo_cpt.executors.supervisor", "nemo_cpt.executors.runner"}  # what `stopping.supervise` starts
+from nemo_cpt.executors.supervisor import seconds_to_save
+from nemo_cpt.launching import experiments
+from nemo_cpt.launching.experiments import processes_of
 
 
 def give_time_to_save(
@@ -72,31 +72,47 @@ def status(experiment_id: str | None) -> dict[str, Any]:
     Raises:
         CptError: there is no such experiment.
     """
-    with _opened(experiment_id) as experiment:
+    chosen = experiments.experiment(experiment_id)
+    if all(chosen.executor(task) == "local" for task in chosen.tasks):
+        return listed(chosen)
+    with _opened(chosen.id) as experiment:
         found = experiment.status(return_dict=True) or {}
     tasks = [
         {
             "name": name,
-            "status": _state(task),
+            "status": experiments.task_state(
+                str(getattr(task["status"], "name", task["status"])),
+                task["local_dir"],
+                local=task["handle"].startswith("local"),
+            ),
             "job_id": task["job_id"],
             "folder": task.get("remote_dir") or task["local_dir"],
         }
         for name, task in found.items()
     ]
-    return {"experiment": experiment._id, "tasks": tasks}
+    return {"experiment": chosen.id, "tasks": tasks}
+
+
+def listed(experiment: experiments.Experiment) -> dict[str, Any]:
+    """What `status` returns, without asking a scheduler: of tasks that only one knows of, the state is empty."""
+    jobs = [(task, *experiment.job(task)) for task in experiment.tasks]
+    tasks = [
+        {"name": task.name, "status": state, "job_id": job_id, "folder": str(task)} for task, state, job_id in jobs
+    ]
+    return {"experiment": experiment.id, "tasks": tasks}
 
 
 def logs(experiment_id: str | None, lines: int) -> str:
     """Return the last lines of the logs of an experiment's tasks, each headed by its path."""
-    from nemo_run.core.tunnel.client import SSHTunnel
-
     from nemo_cpt.executors.nemo_run_patches import log_tail
 
+    found = experiments.experiment(experiment_id)
+    if not found.over_ssh:
+        return "\n".join(log_tail(str(task), lines) for task in found.tasks)
     printed = []
-    with _opened(experiment_id) as experiment:
+    with _opened(found.id) as experiment:
         for job in experiment.jobs:
-            if isinstance(getattr(job.executor, "tunnel", None), SSHTunnel):
-                experiment.logs(job.id)
+            experiment.logs(job.id)  # which fetches them
             printed.append(log_tail(job.executor.job_dir, lines))
     return "\n".join(printed)
 
@@ -121,40 +137,11 @@ def cancel(experiment_id: str | None) -> dict[str, Any]:
 def _opened(experiment_id: str | None) -> Iterator[Any]:
     """An experiment of NeMo-Run's, the latest if no id is given."""
     import nemo_run as run
-    from nemo_run.config import get_nemorun_home
 
     from nemo_cpt.executors import nemo_run_patches
 
     nemo_run_patches.apply()
-    home = Path(get_nemorun_home(), "experiments")
-    known = sorted(home.glob("*/*_*/_TASKS"), key=lambda path: path.stat().st_mtime)
-    if not known:
-        raise CptError(f"there are no experiments in {home}")
-    names = [path.parent.name for path in known]
-    chosen = experiment_id or names[-1]
-    if chosen not in names:
-        raise CptError(f"there is no experiment {chosen!r} in {home}; {catalog.nearest(chosen, names[-5:])}")
-    yield run.Experiment.from_id(chosen)
-
-
-def _state(task: Mapping[str, Any]) -> str:
-    """A task's state: NeMo-Run's, but for local tasks that were stopped and saved, or that died with their launcher."""
-    from nemo_cpt.executors.nemo_run_patches import stopped_early
-
-    state = str(getattr(task["status"], "name", task["status"]))
-    if task["handle"].startswith("local") and state == "RUNNING" and not list(_processes(task["local_dir"])):
-        state = "UNKNOWN"
-    return "STOPPED" if state in ("FAILED", "UNKNOWN") and stopped_early(task["local_dir"]) else state
-
-
-def _processes(job_dir: str) -> Iterator[int]:
-    """Processes that run a module of ours (`-m MODULE`) on a file in the job's folder."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            words = (folder / "cmdline").read_text(errors="replace").split("\0")
-            modules = {word for option, word in pairwise(words) if option == "-m"}
-            if modules & MODULES and any(word.startswith(f"{job_dir}/") for word in words):
-                yield int(folder.name)
+    yield run.Experiment.from_id(experiments.experiment(experiment_id).id)
 
 
 def _end_processes(job_dir: str) -> bool:
@@ -166,8 +153,8 @@ def _end_processes(job_dir: str) -> bool:
     Raises:
         CptError: the job is another user's.
     """
-    every = set(_processes(job_dir))
-    parents = {pid: parent for pid, (parent, _) in processes().items()}
+    every = set(processes_of(job_dir))
+    parents = _parents()
     supervisors = [pid for pid in every if parents.get(pid) not in every]
     patience = max(map(seconds_to_save, supervisors), default=0)
     job, deadline, in_time = _with_descendants(every), time.monotonic() + patience, True
@@ -186,11 +173,17 @@ def _end_processes(job_dir: str) -> bool:
 
 def _with_descendants(pids: set[int]) -> set[int]:
     """Those of the processes that have not ended, and what they started and has not."""
-    alive = {pid: parent for pid, (parent, state) in processes().items() if state != "Z"}
-    found = pids & alive.keys()
-    while more := {pid for pid, parent in alive.items() if parent in found} - found:
+    parents = _parents()
+    found = pids & parents.keys()
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
         found |= more
     return found
+
+
+def _parents() -> dict[int, int]:
+    """Each process's parent; without zombies, which hold nothing any more and stay until their parent asks."""
+    every = psutil.process_iter(["ppid", "status"])
+    return {each.pid: each.info["ppid"] for each in every if each.info["status"] != psutil.STATUS_ZOMBIE}
 
 
 def _signal(pid: int, number: signal.Signals) -> None:

@@ -8,7 +8,7 @@ from nemo_cpt.errors import CptError
 
 _BASE = '"checkpoints/base"'
 _DATA = {
-    "Blend": 'Blend(train={"ds/ja": 0.75, "ds/en": 0.25}, validation={"ja": "ds/ja_val", "en": "ds/en_val"})',
+    "Blend": 'Blend.replay("ds/ja", "ds/en", validation={"ja": "ds/ja_validation", "en": "ds/en_validation"})',
     "Conversations": 'Conversations(train={"sft/ja": 1.0}, validation={"ja": "sft/ja_validation"})',
 }
 

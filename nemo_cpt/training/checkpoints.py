@@ -20,11 +20,8 @@ from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
 from nemo_cpt.checkpoint.context import RUN_JSON
 from nemo_cpt.errors import CptError
 from nemo_cpt.training.record import record_of
-from nemo_cpt.training.run_folder import Checkpoint, damaged_since
+from nemo_cpt.training.run_folder import DAMAGED, REMOVED, Checkpoint, damaged_since
 from nemo_cpt.training.run_lock import check_held
-
-REMOVED = ".removed-"  # a checkpoint that is being deleted
-DAMAGED = "damaged"  # folder of those that a start set aside
 
 
 class RunCheckpoint(nl.ModelCheckpoint):

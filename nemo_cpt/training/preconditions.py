@@ -1,5 +1,7 @@
 """What a run needs before it starts, checked without importing torch or NeMo: the guards and the doctor share it."""
 
+import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 from nemo_cpt.errors import CptError
 
 UNFINISHED = "-unfinished"  # NeMo's marker beside a checkpoint that is being written or removed
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 NVTE_OF_BACKEND = {  # what Megatron Core sets for each attention_backend, and refuses to find otherwise
     "flash": {"NVTE_FLASH_ATTN": "1", "NVTE_FUSED_ATTN": "0", "NVTE_UNFUSED_ATTN": "0"},
     "fused": {"NVTE_FLASH_ATTN": "0", "NVTE_FUSED_ATTN": "1", "NVTE_UNFUSED_ATTN": "0"},
@@ -25,7 +28,19 @@ def check_base(base: str | Path | None) -> None:
         )
     base = Path(base)
     if not base.exists():
+        if _HUB_NAME.fullmatch(str(base)) and not base.parent.exists():
+            raise CptError(
+                f"the base {base} is not there: for a model of the Hugging Face hub, run "
+                f"`nemo-cpt download {base} models/{base.name}`, "
+                f"`nemo-cpt import models/{base.name} checkpoints/{base.name}`, and this again with "
+                f"base=checkpoints/{base.name}"
+            )
         raise CptError(f"the base {base} is not there: import it first with `nemo-cpt import HF_MODEL {base}`")
+    if (base / "config.json").is_file():
+        raise CptError(
+            f"the base {base} is a Hugging Face model: `nemo-cpt import {shlex.quote(str(base))} "
+            f"{shlex.quote(f'checkpoints/{base.resolve().name}')}` makes the NeMo checkpoint that base= takes"
+        )
     if not (base / "weights" / "metadata.json").exists():
         found = ", ".join(sorted(path.name for path in base.glob("*"))[:6]) or "nothing"
         raise CptError(

@@ -20,6 +20,9 @@ from nemo_cpt.checkpoint.context import RUN_JSON
 from nemo_cpt.errors import CptError
 from nemo_cpt.training.preconditions import UNFINISHED
 
+REMOVED = ".removed-"  # a checkpoint that is being deleted
+DAMAGED = "damaged"  # folder of those that a start set aside
+
 
 @dataclass(frozen=True)
 class Checkpoint:

@@ -13,7 +13,7 @@ import pytest
 
 from nemo_cpt import CptError, catalog
 from nemo_cpt.executors import ssh
-from nemo_cpt.launching import jobs
+from nemo_cpt.launching import experiments, jobs
 from nemo_cpt.launching.description import describe
 from nemo_cpt.launching.executor import make_executor
 from nemo_cpt.launching.scripts import write_script
@@ -112,7 +112,7 @@ def test_types_are_whole_in_a_terminals_table():
         (["run", "tiny", "max_steps"], "write key=value"),
         (["run", "tiny"], "needs base=..., data=..."),
         (["run", "tiny", "base=b", "data={train: {ds/none: 1}}"], "ds/none"),
-        (["run", "tiny", "base=b", "data={trian: {}}"], "expected Blend"),
+        (["run", "tiny", "base=b", "data={trian: {}}"], "Blend has no field trian; near: train"),
         (["run", "llama31_8b", "--executor", "slrum"], "no executor 'slrum'"),
         (["run", "llama31_8b", "--executor", "slurm", "executor.partitoin=gpu"], "near: partition"),
         (["run", "llama31_8b", "--executor", "slurm", "executor.code=all"], "expected one of 'ship', 'committed'"),
@@ -285,7 +285,7 @@ def test_cancel_ends_a_local_job_from_another_shell_and_nothing_else(tmp_path, s
     script = start("sh", "-c", f"echo {' '.join(supervised(job, 'x')[:6])}; sleep 1000")
     supervisor = start(*supervised(job, SAVES.format(file=str(saved))))
     assert supervisor.stdout.readline() == "started\n"
-    assert list(jobs._processes(str(job))) == [supervisor.pid]
+    assert list(experiments.processes_of(str(job))) == [supervisor.pid]
     assert jobs._end_processes(str(job))
     assert saved.read_text() == "saved"
     assert Path(f"{saved}.seen").exists()  # it waited until what the job started had ended, too

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -61,29 +62,35 @@ def test_report_counts_epochs_and_steps(sets: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("blend", "message"),
+    ("fields", "message"),
     [
         (
-            Blend(train="{train:[1.0,ds/ja],validation:[ds/val]}"),
+            dict(train="{train:[1.0,ds/ja],validation:[ds/val]}"),
             r"a dictionary written as a string.*Blend\(train=\{'ds/ja'",
-        ),  # type: ignore[arg-type]
-        (Blend(train="ds/ja"), "train is a string, 'ds/ja'"),  # type: ignore[arg-type]
-        (Blend(train=["ds/ja"]), r"train is a list, "),  # type: ignore[arg-type]
-        (Blend(train={}), "no training data"),
-        (Blend(train={"ds/ja": 0}), "weight of 'ds/ja' in the blend is 0; it must be a positive"),
-        (Blend(train={"ds/ja": float("nan")}), "is nan"),
-        (Blend(train={"ds/ja": "0.5"}), "is '0.5'"),  # type: ignore[dict-item]
-        (Blend(**yaml.safe_load("train: {ds/ja: 1e-3}")), r"is '1e-3'.*YAML takes it for text: write 1\.0e-3"),
-        (Blend(train={"ds/ja": True}), "is True"),
-        (Blend(train={"ds/ja": 1.0}, weighting="size"), "weighting is 'size'"),
-        (Blend(train={"ds/ja": 1.0, "ds/ja_text_document": 1.0}), "names one dataset twice"),
-        (Blend(train={"ds/ja": 1.0}, validation={"ja": 0.5}), "validation maps 'ja' to 0.5"),  # type: ignore[dict-item]
-        (Blend(train={"ds/ja": 1.0}), "There is no ds/ja_text_document.idx"),
+        ),
+        (dict(train="ds/ja"), "train is a string, 'ds/ja'"),
+        (dict(train=["ds/ja"]), r"train is a list, "),
+        (dict(train={}), "no training data"),
+        (dict(train={"ds/ja": 0}), "weight of 'ds/ja' in the blend is 0; it must be a positive"),
+        (dict(train={"ds/ja": float("nan")}), "is nan"),
+        (dict(train={"ds/ja": "0.5"}), "is '0.5'"),
+        (dict(**yaml.safe_load("train: {ds/ja: 1e-3}")), r"is '1e-3'.*YAML takes it for text: write 1\.0e-3"),
+        (dict(train={"ds/ja": True}), "is True"),
+        (dict(train={"ds/ja": 1.0}, weighting="size"), "weighting is 'size'"),
+        (dict(train={"ds/ja": 1.0, "ds/ja_text_document": 1.0}), "names one dataset twice"),
+        (dict(train={"ds/ja": 1.0}, validation={"ja": 0.5}), "validation maps 'ja' to 0.5"),
+        (dict(train={"ds/ja": 1.0}), "There is no ds/ja_text_document.idx"),
     ],
 )
-def test_slips_are_explained(blend: Blend, message: str) -> None:
+def test_slips_are_explained(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(CptError, match=message):
-        blend.check()
+        Blend(**fields).check()
+
+
+@pytest.mark.parametrize("train", ["ds/ja", ["ds/ja"], None])
+def test_a_blend_of_another_form_is_not_made(train: Any) -> None:
+    with pytest.raises(CptError, match=r"The blend's train is .*Write a dictionary"):
+        Blend(train=train)
 
 
 def test_a_missing_bin_is_named(sets: dict[str, str], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import lzma
 import random
+import re
 import shutil
 import subprocess
 import tarfile
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 
 from nemo_cpt.corpus import prepare, split
 from nemo_cpt.corpus.reading.chunks import Feed, texts_of
+from nemo_cpt.corpus.reading.formats import BOM
 from nemo_cpt.corpus.reading.sources import list_sources
 from nemo_cpt.corpus.reading.tally import Policy, Tally
 from nemo_cpt.errors import CptError
@@ -211,12 +213,13 @@ FOREIGN: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "UTF-16 in gzip": (lambda content: gzip.compress(content.decode().encode("utf-16")), "gzip file that holds UTF-16"),
     "torn": (lambda content: bytes(500) + content, "NUL bytes"),
     "LFS pointer": (lambda content: b"version https://git-lfs.github.com/spec/v1\noid \n", "a Git LFS pointer"),
-    "CSV": (as_csv, r"seems to be CSV with the columns id, text: pandas' `read_csv`"),
+    "CSV": (as_csv, "seems to be CSV with the columns id, text: under a name that ends in .csv"),
     "TSV in gzip": (lambda content: gzip.compress(as_csv(content).replace(b",", b"\t")), "seems to be TSV"),
     "XML": (lambda content: b"<mediawiki>\n<page>\n", "seems to be XML or HTML; `wikiextractor"),
     "a value over lines": (lambda content: b'{\n "a": [\n {"text": "a"}\n ]\n}\n', "one JSON value over several lines"),
     "CR alone": (lambda content: b'{"text": "a"}\r{"text": "b"}\r', "lines end in CR alone"),
     "several on a line": (lambda content: b'{"text": "a"}{"text": "b"}\n', "several JSON objects"),
+    "plain text": (lambda content: b"A text.\n", "seems to be plain text: under a name that ends in .txt"),
     "an array of numbers": (numbers, "a JSON list, not an object"),
     "another key": (lambda content: b'{"content": "a"}\n' * 3, "no key 'text'; it has 'content'"),
     "a Parquet file that is cut": (lambda content: b"PAR1" + content, "is not a whole Parquet file"),
@@ -420,3 +423,46 @@ def test_what_may_be_skipped_is_a_share_of_what_is_skipped(tmp_path: Path, jsonl
             prepare(jsonl, tmp_path / "ds", small, quiet=True, **options)
         with pytest.raises(CptError, match=message):
             split(jsonl, tmp_path / "sets", quiet=True, **options)
+
+
+def test_a_text_file_is_a_document_and_a_row_of_csv_is_one(tmp_path: Path) -> None:
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "a.txt").write_bytes(BOM + b"Two\r\nlines, {no} JSON.\n")
+    (tmp_path / "deeper/b.md").write_text("# A title\n")
+    (tmp_path / "c.csv").write_text('id,text\n1,"a, b"\n\n2,"one\nand ""two"""\n')
+    (tmp_path / "d.tsv").write_text("text\tid\nan, other\t3\n")
+    (tmp_path / "e.csv").write_text("id;text\n4;x, y\n")
+    for about in ("README.md", "LICENSE.txt"):
+        (tmp_path / about).write_text("not data")
+    texts = ["Two\r\nlines, {no} JSON.\n", "a, b", 'one\nand "two"', "an, other", "# A title\n", "x, y"]
+    assert read([tmp_path]) == texts
+    (tmp_path / "f.jsonl").write_text('{"text": "alone"}\n')  # beside which the others only tell of it
+    assert read([tmp_path]) == ["alone"]
+    assert read([f"{tmp_path}/*.txt", tmp_path / "README.md"]) == [
+        "not data",
+        texts[0],
+        "not data",
+    ]  # what is named is taken
+
+
+def test_json_lines_and_arrays_stay_such_under_any_name(tmp_path: Path) -> None:
+    for number, name in enumerate(("a.txt", "a.md", "a.csv")):
+        (tmp_path / name).write_text(['{"text": "x"}\n', ' [ {"text": "x"} ]', '\n{"text": "x"}\n'][number])
+        assert read([tmp_path / name]) == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"id,body\n1,a\n", "has no column 'text'; it has id, body. --json-key takes another"),
+        (b"id,text\n1,a, b\n", "3 fields where the header has 2, by line 2"),
+        (b'id,text\n1,"a\n', "unexpected end of data"),
+        (b"id,text\n" + b"1,a\n" * 9000 + b"1,\xff\n", "the CSV file breaks near its row "),
+        (b"text,text\na,b\n", "names a column twice"),
+        (b"\xe9,text\na,b\n", "is no UTF-8"),
+    ],
+)
+def test_bad_csv(tmp_path: Path, content: bytes, says: str) -> None:
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(CptError, match=re.escape(says)):
+        read([tmp_path / "a.csv"])

@@ -143,9 +143,9 @@ def test_ctrl_c_in_the_launcher_before_and_behind_the_jobs_start(project, tmp_pa
         [sys.executable, "launch.py"], env=environ, capture_output=True, text=True, stdin=subprocess.DEVNULL
     )
     assert done.returncode == code, done.stderr
-    from nemo_cpt.launching import jobs
+    from nemo_cpt.launching import experiments
 
-    assert not list(jobs._processes(str(tmp_path)))
+    assert not list(experiments.processes_of(str(tmp_path)))
     if code == 75:
         assert done.stderr.splitlines()[-1].startswith("nemo_cpt: task t: ")
 

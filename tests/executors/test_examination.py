@@ -63,6 +63,14 @@ def test_what_is_forced_is_said_and_goes_on(given, monkeypatch, capsys):
     assert "nemo_cpt: error: base: the base nowhere is not there; import it first" in capsys.readouterr().err
 
 
+def test_docker_without_an_engine_is_one_sentence(project, monkeypatch):
+    import tasks
+
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{project}/no.sock")
+    with pytest.raises(CptError, match=r"no Docker engine answers here \(.*\): install it, or start it"):
+        run.run(run.Partial(tasks.fail, message="never"), executor=docker(), name="t")
+
+
 def test_a_task_that_waits_for_others_is_examined_without_the_files_that_they_may_make(given, project):
     recipe = build_recipe("tiny.continual_pretrain", given | {"base": "nowhere", "model": "tiny"})
     with run.Experiment("t", executor=local()) as experiment:

@@ -49,5 +49,7 @@ def test_json_alone_is_on_stdout(material, tmp_path):
     assert planned["experiment"].startswith("tiny-continual_pretrain_")
     ran = printed("run", "tiny", *pairs, says="`Trainer.fit` stopped: `max_steps=1` reached")
     assert ran["jobs"][0].startswith("local")
-    assert printed("status")["tasks"][0]["status"] == "SUCCEEDED"
+    listed = printed("status")["experiments"]
+    assert [each["tasks"][0]["status"] for each in listed] == ["SUCCEEDED"]  # a dry run is none
+    assert printed("status", ran["experiment"])["tasks"] == listed[0]["tasks"]
     assert printed("cancel", ran["experiment"])["experiment"] == ran["experiment"]

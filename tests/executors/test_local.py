@@ -13,7 +13,7 @@ from nemo_cpt import CptError
 from nemo_cpt.errors import StoppedEarlyError
 from nemo_cpt.executors import local, supervisor
 from nemo_cpt.executors.environment import GPU_VARIABLES
-from nemo_cpt.launching import jobs
+from nemo_cpt.launching import experiments, jobs
 from nemo_cpt.launching.description import place
 from tests.support.executor_jobs import assert_no_secret, wait_until
 
@@ -262,7 +262,7 @@ def launch(project, tmp_path):
     for launcher in started:
         launcher.kill()
         launcher.wait()
-    wait_until(lambda: not list(jobs._processes(str(tmp_path))), 120)
+    wait_until(lambda: not list(experiments.processes_of(str(tmp_path))), 120)
 
 
 WITH_TERMINAL = """
@@ -307,6 +307,18 @@ def test_a_terminal_that_is_closed_and_a_launcher_that_is_killed_let_the_job_sav
     os.killpg(launcher.pid, signal.SIGKILL)
     wait_until(lambda: log_of(tmp_path).count("stopped at") == 4)
     wait_until(lambda: [task["status"] for task in jobs.status(None)["tasks"]] == ["STOPPED"])
+
+
+def test_logs_are_followed_until_the_job_has_ended(project, tmp_path, launch):
+    launcher, _, _ = launch()
+    environ = os.environ | {"NEMORUN_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-m", "nemo_cpt.cli", "logs", "-f"]
+    with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True) as follower:
+        assert follower.stdout.readline().startswith("The last lines of ")
+        launcher.send_signal(signal.SIGTERM)
+        assert launcher.wait(120) == 75
+        assert "stopped at" in follower.stdout.read()
+    assert follower.returncode == 0
 
 
 def test_under_nohup_a_job_outlives_its_terminal(project, tmp_path, launch):

@@ -37,6 +37,15 @@ class Blend:
     note: str = ""
     caution: str = ""
 
+    def __post_init__(self) -> None:
+        """Refuse what is no mapping where it is written, and not in the recipe that reads it.
+
+        Raises:
+            CptError: train, validation or test is none.
+        """
+        for name in ("train", "validation", "test"):
+            check_mapping(name, getattr(self, name))
+
     @classmethod
     def replay(
         cls, new: str, old: str, share: float = 0.25, validation: Mapping[str, str] | None = None, note: str = ""
@@ -79,8 +88,6 @@ class Blend:
         check_held_out(self.train, {"validation": self.validation, "test": self.test})
 
     def _check_form(self) -> None:
-        for name in ("train", "validation", "test"):
-            check_mapping(name, getattr(self, name))
         if not self.train:
             raise CptError("The blend has no training data: Blend(train={'ds/ja': 0.75, 'ds/en': 0.25}).")
         if self.weighting not in WEIGHTINGS:
@@ -111,12 +118,10 @@ class Blend:
 
     def validation_paths(self) -> dict[str, str]:
         """Return the full prefix of each validation set by its name."""
-        check_mapping("validation", self.validation)
         return {name: full_prefix(prefix) for name, prefix in self.validation.items()}
 
     def test_paths(self) -> dict[str, str]:
         """Return the full prefix of each test set by its name."""
-        check_mapping("test", self.test)
         return {name: full_prefix(prefix) for name, prefix in self.test.items()}
 
     def tokens(self) -> dict[str, int]:
@@ -152,6 +157,7 @@ class Blend:
                 f"global_batch_size is {global_batch_size} and seq_length {seq_length}; both must be positive."
             )
         tokens, shares = self.tokens(), self.shares()
+        # The set that is used up first, for its share, ends the epoch.
         once = min(tokens[prefix] / shares[prefix] for prefix in tokens)
         steps = int(once // (global_batch_size * seq_length))
         if steps == 0:
@@ -245,6 +251,7 @@ def check_weights(train: Mapping[str, Any], kind: str = "blend") -> None:
         CptError: One has not.
     """
     for prefix, weight in train.items():
+        # A bool is an int in Python, and no weight.
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
         if not number or not math.isfinite(weight) or weight <= 0:
             raise CptError(
@@ -286,7 +293,7 @@ def check_mapping(name: str, value: Any, kind: str = "blend") -> None:
     Raises:
         CptError: It does not.
     """
-    example = {"train": "{'ds/ja': 0.75, 'ds/en': 0.25}"}.get(name, "{'ja': 'ds/ja_val'}")
+    example = {"train": "{'ds/ja': 0.75, 'ds/en': 0.25}"}.get(name, "{'ja': 'ds/ja_validation'}")
     if isinstance(value, str):
         what = "a dictionary written as a string" if "{" in value or "[" in value else "a string"
         call = {"blend": "Blend"}.get(kind, "Conversations")

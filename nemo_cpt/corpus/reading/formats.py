@@ -14,6 +14,7 @@ BOM = b"\xef\xbb\xbf"
 _SKIPPABLE_FRAMES = tuple(bytes([number]) + b"\x2a\x4d\x18" for number in range(0x50, 0x60))  # pzstd begins with one
 _READ = {"gzip": (b"\x1f\x8b",), "zstd": (b"\x28\xb5\x2f\xfd", *_SKIPPABLE_FRAMES), "parquet": (b"PAR1",)}
 _ARRAY = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[\s*[{\]]")
+_BY_NAME = {".txt": "text", ".text": "text", ".md": "text", ".markdown": "text", ".csv": "csv", ".tsv": "csv"}
 _UNPACK = "Unpack it first"
 _CONVERT = "Write its texts to JSON lines or Parquet first"
 _FOREIGN = (  # what it begins with, what it is, what to do
@@ -35,7 +36,7 @@ _FOREIGN = (  # what it begins with, what it is, what to do
     (b"\x89HDF", "an HDF5 file", _CONVERT),
     (b"\x93NUMPY", "a NumPy array", _CONVERT),
     (b"SQLite format 3", "an SQLite database", _CONVERT),
-    (b"%PDF-", "a PDF", _CONVERT),
+    (b"%PDF-", "a PDF", "Write its text to a file first: pdftotext FILE"),
     (b"MMIDIDX", "the index of a dataset that is prepared already", "Name the text that it was made of"),
     (b"version https://git-lfs", "a Git LFS pointer, not the data", "Get them with `git lfs pull`"),
     (b"\xff\xfe\x00\x00", "UTF-32", "Convert it: iconv -f UTF-32 -t UTF-8 FILE"),
@@ -46,7 +47,10 @@ _FOREIGN = (  # what it begins with, what it is, what to do
 
 
 def recognise(path: str) -> tuple[str, bool]:
-    """Say how a file is read: its kind (`plain`, `gzip`, `zstd`, `parquet`), and whether its text is a JSON array.
+    """Say how a file is read: its kind, and whether its text is a JSON array.
+
+    The kind is `plain` (JSON lines), `gzip`, `zstd`, `parquet`; of what is no JSON by its first byte, `text` or `csv`
+    where the name says so, because nothing else tells them from JSON lines gone wrong.
 
     Raises:
         CptError: It is of a format that is not read, or no file that can be read twice.
@@ -69,7 +73,10 @@ def recognise(path: str) -> tuple[str, bool]:
         what, cure = foreign
         where = "is" if kind == "plain" else f"is a {kind} file that holds"
         raise CptError(f"{path} {where} {what}, which is not read. {cure.replace('FILE', shlex.quote(path))}.")
-    return kind, bool(_ARRAY.match(head))
+    array = bool(_ARRAY.match(head))
+    if kind == "plain" and not (array or head.removeprefix(BOM).lstrip().startswith(b"{")):
+        kind = _BY_NAME.get(os.path.splitext(path)[1].lower(), kind)
+    return kind, array
 
 
 def _kind(head: bytes) -> str:
@@ -116,7 +123,9 @@ def resemblance(head: bytes) -> str:
         columns, others = (line.rstrip("\r").split(delimiter) for line in (first, second))
         if len(columns) == len(others) > 1 and all(len(column) < 30 for column in columns) and first[0] not in "{[":
             return (
-                f"It seems to be {name} with the columns {', '.join(columns[:8])}: pandas' `read_csv` and "
-                "`to_json(orient='records', lines=True)` make JSON lines of it. "
+                f"It seems to be {name} with the columns {', '.join(columns[:8])}: under a name that ends in .csv or "
+                ".tsv, and not compressed, it is read as such. "
             )
+    if first[:1] not in ("{", "["):
+        return "It seems to be plain text: under a name that ends in .txt, and not compressed, it is one document. "
     return ""

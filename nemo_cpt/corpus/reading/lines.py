@@ -2,6 +2,7 @@
 
 import io
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -85,6 +86,7 @@ def parse_lines(block: bytes, offset: int, take: Take) -> Texts:
     if offset == 0 and block.startswith(BOM):
         block, offset = block[len(BOM) :], len(BOM)
     reading, texts = Reading(nbytes=len(block)), list[Any]()
+    # The loop below runs once a line of the corpus: one try around the common case, all checks in the rare one.
     append, loads = texts.append, orjson.loads
     for raw in io.BytesIO(block):
         try:
@@ -119,6 +121,7 @@ def _second_look(raw: bytes, take: Take) -> Any:
         detail = f"byte 0x{raw[error.start]:02x} is not UTF-8 ({error.reason})"
         raise _BadLineError("invalid_utf8", detail, error.start) from None
     except json.JSONDecodeError as error:
+        # Python counts characters; a place in the file is told in bytes.
         at = len(raw.decode("utf-8")[: error.pos].encode())
         raise _BadLineError("not_json", f"not JSON: {error.msg}", at) from None
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 1,000 brackets in a row
@@ -145,11 +148,15 @@ class TextUnder:
             raise UnusableError("not_an_object", detail)
         if self.key not in value:
             have = ", ".join(map(repr, list(value)[:8])) or "none"
-            raise UnusableError("missing_key", f"no key {self.key!r}; it has {have}")
+            texts = {name: len(text) for name, text in value.items() if isinstance(text, str)}
+            likely = max(texts, key=texts.__getitem__, default="")
+            advice = f"; --json-key {shlex.quote(likely)} takes its longest text" if likely else ""
+            raise UnusableError("missing_key", f"no key {self.key!r}; it has {have}{advice}")
         return self.of_column(value[self.key])
 
     def of_column(self, text: Any) -> str:
         """Return the text that a value of the key's column is."""
+        # Not isinstance: this runs once a line, and JSON makes no subclasses.
         if type(text) is not str:
             what = "null" if text is None else f"a {type(text).__name__}"
             raise UnusableError("not_a_string", f"{self.key!r} is {what}, not a string")

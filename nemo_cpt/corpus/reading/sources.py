@@ -16,6 +16,8 @@ _NAME = re.compile(
     r"\.(jsonl|json|ndjson|parquet)(\.(gz|gzip|zst|zstd|bz2|xz|lzma|lz4|sz|snappy|br|z|zip|7z|rar|tar))?$",
     re.IGNORECASE,
 )
+_TEXT_NAME = re.compile(r"\.(txt|text|md|markdown|csv|tsv)$", re.IGNORECASE)
+_ABOUT = re.compile(r"(readme|licen[sc]e|copying|changelog|notice)\b", re.IGNORECASE)  # what a folder is, not its data
 HUB = "hf:"
 UNFINISHED = ".part"  # the folder in which `split` works
 DATASET_DICT = "dataset_dict.json"
@@ -28,7 +30,7 @@ class Source:
 
     Attributes:
         path: Absolute path, or `hf:NAME[@CONFIG][:SPLIT]`.
-        kind: `plain`, `gzip`, `zstd`, `parquet`, `dataset` (saved on disk) or `hub`.
+        kind: `plain`, `gzip`, `zstd`, `parquet`, `csv`, `text` (one document), `dataset` (saved on disk) or `hub`.
         size: Bytes on disk; 0 for a dataset of the hub.
         mtime_ns: Time of the last change of its content, in nanoseconds since 1970, as programs may set it.
         ctime_ns: Time of the last change of anything about it, which the system alone sets.
@@ -70,7 +72,8 @@ def list_sources(inputs: Inputs) -> list[Source]:
 
     Args:
         inputs: A path, a folder (all its JSON lines and Parquet files, recursively, but not what `fetch`, `split` and
-            `prepare` write beside them), a glob, `hf:NAME[@CONFIG][:SPLIT]`, or a list of them.
+            `prepare` write beside them; if it has none, its .txt, .md, .csv and .tsv files), a glob,
+            `hf:NAME[@CONFIG][:SPLIT]`, or a list of them.
 
     Raises:
         CptError: An input does not exist, stands for no file, or is listed twice; there is none; or a folder holds
@@ -96,6 +99,7 @@ def _expand(item: str) -> list[Source]:
         return [_source(str(path), "dataset")] if _is_saved_dataset(path) else _files(item, _in_folder(path))
     if path.exists():
         return [_source(item)]
+    # Behind `exists`: a file's own name may hold brackets.
     if glob.has_magic(item):
         matches = sorted(name for name in glob.glob(item, recursive=True) if not os.path.isdir(name))
         return _files(item, matches)
@@ -108,7 +112,8 @@ def _files(item: str, names: Iterable[str]) -> list[Source]:
     sources = [_source(name) for name in names]
     if not sources:
         raise CptError(
-            f"The input {item} stands for no file (.jsonl, .json, .ndjson, also with .gz or .zst; .parquet)."
+            f"The input {item} stands for no file (.jsonl, .json, .ndjson, also with .gz or .zst; .parquet; .txt, .md, "
+            ".csv, .tsv)."
         )
     return sources
 
@@ -116,12 +121,15 @@ def _files(item: str, names: Iterable[str]) -> list[Source]:
 def _in_folder(folder: Path) -> list[str]:
     """List a folder's data files; the Arrow files of a saved dataset are none, so that it must be named itself.
 
+    Plain text and CSV are data where there are no JSON lines or Parquet, beside which they only tell of those.
+
     Raises:
         CptError: The folder is, or holds, a dataset saved by `datasets`.
     """
     paths = sorted(folder.rglob("*"))
     _refuse_saved_datasets(folder, paths)
-    files = (p for p in paths if _NAME.search(p.name) and p.is_file())
+    files = [p for p in paths if _NAME.search(p.name) and p.is_file()]
+    files = files or [p for p in paths if _TEXT_NAME.search(p.name) and p.is_file() and not _ABOUT.match(p.name)]
     return sorted(str(p) for p in files if not (_is_bookkeeping(p) or UNFINISHED in p.relative_to(folder).parts))
 
 
@@ -165,5 +173,6 @@ def _stat(path: str, kind: str) -> tuple[int, int, int]:
     """Return size and times of change of a file, of a saved dataset's Arrow files together."""
     files = sorted(Path(path).glob("*.arrow")) if kind == "dataset" else [Path(path)]
     stats = [file.stat() for file in files]
+    # The newest of all: one shard that is replaced changes the dataset.
     mtime_ns, ctime_ns = (max((getattr(s, f"st_{kind}_ns") for s in stats), default=0) for kind in ("mtime", "ctime"))
     return sum(s.st_size for s in stats), mtime_ns, ctime_ns

@@ -1,0 +1,242 @@
+"""What runs there are, and the checkpoints of a run: listed and thinned out, without importing torch or NeMo-Run."""
+
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from nemo_cpt import catalog
+from nemo_cpt.errors import CptError
+from nemo_cpt.training.metrics import read_metrics
+from nemo_cpt.training.preconditions import UNFINISHED
+from nemo_cpt.training.run_folder import DAMAGED, REMOVED, Checkpoint, checkpoints, finished, newest_whole
+from nemo_cpt.training.run_lock import RunLock, check_free
+
+DIRECTORY = Path("results")  # the recipes' own
+_LOSS = "val_loss"
+_LOSS_IN_NAME = re.compile(rf"(?:^|-){_LOSS}=(-?[0-9.]+)")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's folder.
+
+    Attributes:
+        folder: where it is.
+    """
+
+    folder: Path
+
+    @cached_property
+    def newest(self) -> Checkpoint | None:
+        """The checkpoint that it would go on from, and that `export` takes."""
+        return newest_whole(self.folder / "checkpoints")
+
+    @cached_property
+    def running(self) -> bool:
+        """Whether a job holds it."""
+        try:
+            check_free(self.folder)
+        except CptError:
+            return True
+        return False
+
+    @cached_property
+    def metrics(self) -> list[dict[str, float]]:
+        """What was measured, a dict a step."""
+        return read_metrics(self.folder)
+
+    @property
+    def step(self) -> int:
+        """The optimizer steps that are done: of a job that runs now those measured, else those that were saved."""
+        saved = self.newest.step if self.newest else 0
+        return max(saved, int(self.metrics[-1]["step"])) if self.running and self.metrics else saved
+
+    @property
+    def max_steps(self) -> int | None:
+        """The steps that it was to train, as its newest checkpoint says; None where it says nothing."""
+        return self.newest.record.get("settings", {}).get("schedule", {}).get("max_steps") if self.newest else None
+
+    @property
+    def state(self) -> str:
+        """`running`, `finished`, `stopped`, or `nothing saved` where no checkpoint is whole."""
+        if self.running:
+            return "running"
+        if self.newest is None:
+            return "nothing saved"
+        return "finished" if finished(self.folder / "checkpoints", self.max_steps or 0) else "stopped"
+
+    def losses(self, step: int | None = None) -> dict[str, float]:
+        """Each validation set's loss at a step, at the last validation if none is given; empty if there was none."""
+        found = [line for line in self.metrics if any(name.startswith(f"{_LOSS}_") for name in line)]
+        chosen = found[-1:] if step is None else [line for line in found if line["step"] == step]
+        return {name.removeprefix(f"{_LOSS}_"): value for line in chosen for name, value in line.items()
+                if name.startswith(f"{_LOSS}_")}  # fmt: skip
+
+    def best_first(self, of: Iterable[Checkpoint]) -> list[Checkpoint]:
+        """Checkpoints by their validation loss; those without one come last, the newer before the older."""
+
+        def rank(checkpoint: Checkpoint) -> tuple[float, int]:
+            named = _LOSS_IN_NAME.search(checkpoint.path.name)
+            losses = self.losses(checkpoint.step)
+            loss = float(named[1].rstrip(".")) if named else sum(losses.values()) / len(losses) if losses else None
+            return (float("inf") if loss is None else loss), -checkpoint.step
+
+        return sorted(of, key=rank)
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What thinning a run out takes away.
+
+    Attributes:
+        path: a checkpoint's folder.
+        why: it goes.
+        size: its bytes.
+    """
+
+    path: Path
+    why: str
+    size: int
+
+
+def runs(directory: Path = DIRECTORY) -> list[Run]:
+    """The runs under a folder, by name.
+
+    Raises:
+        CptError: there is no such folder, or it holds no run.
+    """
+    if not directory.is_dir():
+        raise CptError(f"there is no folder {directory} with runs; --directory names the recipe's directory=")
+    found = [Run(path) for path in sorted(directory.iterdir()) if _is_run(path)]
+    if not found:
+        advice = f": {directory} is one itself, `nemo-cpt ls {directory}`" if _is_run(directory) else ""
+        raise CptError(f"{directory} holds no run{advice}; --directory names the recipe's directory=")
+    return found
+
+
+def run(name: str | os.PathLike[str], directory: Path = DIRECTORY) -> Run:
+    """A run by its name under `directory`, or by its folder.
+
+    Raises:
+        CptError: there is none; with the nearest names.
+    """
+    found = next((path for path in (directory / name, Path(name)) if _is_run(path)), None)
+    if found is None:
+        names = [each.folder.name for each in runs(directory)]
+        raise CptError(f"there is no run {str(name)!r} in {directory}; {catalog.nearest(str(name), names)}")
+    return Run(found)
+
+
+def checkpoint_folder(source: Path) -> Path:
+    """The checkpoint that a path names: itself, or of a run's folder its newest whole one.
+
+    Raises:
+        CptError: the run has none that is whole.
+    """
+    if not _is_run(source):
+        return source
+    newest = Run(source).newest
+    if newest is None:
+        raise CptError(f"{source} is a run without a whole checkpoint; `nemo-cpt ls {source}` lists what it has")
+    return newest.path
+
+
+def every_checkpoint(run: Run) -> list[tuple[Checkpoint, str]]:
+    """A run's checkpoints, the newest first, each with its state: whole, unfinished, damaged or set aside."""
+    folder = run.folder / "checkpoints"
+    found = [(each, each.fault or "whole") for each in checkpoints(folder)]
+    found += [(each, "unfinished") for each in map(Checkpoint, _folders(folder)) if each.unfinished]
+    return found + [(Checkpoint(path), "set aside as damaged") for path in _folders(folder / DAMAGED)]
+
+
+def size(folder: Path) -> int:
+    """Bytes of the files in a folder; what is removed meanwhile counts nothing."""
+    found = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                found += os.lstat(os.path.join(parent, name)).st_size
+            except FileNotFoundError:
+                continue
+    return found
+
+
+def to_remove(run: Run, keep: int) -> list[Removal]:
+    """What goes where a run keeps `keep` checkpoints: its newest whole one, and of the others those with the best loss.
+
+    Raises:
+        CptError: `keep` is below 1, no checkpoint is whole, a job holds the run, or another run is based on one that
+            would go.
+    """
+    if keep < 1:
+        raise CptError(f"--keep {keep}: give 1 or more; the newest whole checkpoint always stays")
+    check_free(run.folder)
+    if run.newest is None:
+        raise CptError(f"{run.folder} has no whole checkpoint: nothing of it is removed")
+    whole = [each for each, state in every_checkpoint(run) if state == "whole" and each.path != run.newest.path]
+    kept = {run.newest.path, *(each.path for each in run.best_first(whole)[: keep - 1])}
+    others = [(each.path, state) for each, state in every_checkpoint(run) if each.path not in kept]
+    for path, _ in others:
+        if user := _based_on(path, run.folder.parent):
+            raise CptError(f"{path} is the base of {user}: export that run first, or keep more (--keep)")
+    return [Removal(path, "beyond --keep" if state == "whole" else state, size(path)) for path, state in others]
+
+
+def remove(run: Run, keep: int) -> list[Removal]:
+    """Thin a run out as `to_remove` says, holding it meanwhile.
+
+    Each checkpoint is renamed first, so that a kill leaves no half one under its name; the next start of the run, or
+    of this, clears away what is left of it.
+
+    Raises:
+        CptError: as `to_remove`.
+    """
+    to_remove(run, keep)  # refused without touching the run's folder
+    lock = RunLock(run.folder)
+    lock.acquire()
+    try:
+        fresh = Run(run.folder)  # a job may have saved, and ended, since
+        removals = to_remove(fresh, keep)
+        for removal in removals:
+            _remove(removal.path, run.folder / "checkpoints")
+        for path in (run.folder / "checkpoints").iterdir():
+            if path.name.startswith(REMOVED):
+                shutil.rmtree(path)
+            elif path.is_symlink() and not path.exists():
+                path.unlink()
+    finally:
+        lock.release()
+    return removals
+
+
+def _remove(path: Path, folder: Path) -> None:
+    path.rename(folder / f"{REMOVED}{uuid.uuid4().hex}")
+    path.with_name(path.name + UNFINISHED).unlink(missing_ok=True)
+
+
+def _based_on(checkpoint: Path, directory: Path) -> Path | None:
+    """The run beside it whose adapters were trained on a checkpoint, and which an export of them reads."""
+    for record in directory.glob("*/checkpoints/*/weights/adapter_metadata.json"):
+        try:
+            base = json.loads(record.read_bytes()).get("model_ckpt_path")
+        except (OSError, ValueError):
+            continue
+        if base and Path(base).resolve() == checkpoint.resolve():
+            return record.parents[3]
+    return None
+
+
+def _folders(folder: Path) -> Sequence[Path]:
+    """Folders of checkpoints, complete or not: neither hidden ones nor links."""
+    named = (path for path in folder.glob("[!.]*") if path.is_dir() and not path.is_symlink())
+    return sorted(path for path in named if path.name != DAMAGED)
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / part).is_dir() for part in ("checkpoints", "metrics"))

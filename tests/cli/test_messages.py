@@ -1,0 +1,95 @@
+"""What the command line makes of what people mean: options of other tools, forms of data, names of hubs, completion."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_cpt import CptError, catalog
+from nemo_cpt.corpus import Blend
+from nemo_cpt.training.preconditions import check_base
+
+
+def nemo_cpt(*arguments: str, cwd: Path | None = None, **environ: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "import sys; sys.argv[0] = 'nemo-cpt'; from nemo_cpt.cli import main; main()"]
+    every = os.environ | environ
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, env=every, cwd=cwd)
+
+
+def test_one_prefix_is_a_blend_of_one() -> None:
+    recipe = catalog.recipe("tiny")
+    assert catalog.parse(recipe, ["data=ds/ja"])["data"] == Blend(train={"ds/ja": 1.0})
+    assert catalog.parse(recipe, ["data=/data/ja text/v1.5_text_document"])["data"].prefixes() == [
+        "/data/ja text/v1.5_text_document"
+    ]
+    assert catalog.parse(recipe, ["data={train: {ds/ja: 1}}"])["data"] == Blend(train={"ds/ja": 1})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run", "tiny", "base=b", "data={train: {a: 1}, validaton: {}}"], "Blend has no field validaton; near: valid"),
+        (["run", "tiny", "base=b", "data={validation: {}}"], "Blend needs train: {PREFIX: WEIGHT, ...}"),
+        (["run", "tiny", "base=b", "data=ds/ja, ds/en"], "{train: {ds/ja: 1.0, ds/en: 1.0}, validation: "),
+        (["run", "tiny", "base=b", "data=[ds/ja]"], "a Blend is one dataset's prefix, the name of a .yaml file, or {"),
+        (["run", "tiny", "--max_steps", "5"], "--max_steps: recipes' parameters have no dashes: max_steps=5"),
+        (["plan", "--max-steps=5", "tiny"], "recipes' parameters have no dashes: max_steps=5"),
+        (["show", "tiny", "--lr"], "recipes' parameters have no dashes: lr=VALUE"),
+        (["doctor", "tiny", "--trainer.max_steps", "5"], "trainer.max_steps=5"),
+        (["run", "tiny", "--dry-run"], "Possible options: --dryrun"),
+        (["run", "tiny", "base=b", "data=d", "-e", "slrum"], "no executor 'slrum' (near: slurm): docker, "),
+        (["run", "tiny", "base=meta-llama/L", "data=d"], "`nemo-cpt import models/L checkpoints/L`"),
+    ],
+)
+def test_what_was_meant_is_said(arguments: list[str], says: str, tmp_path: Path) -> None:
+    done = nemo_cpt(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert says in done.stderr
+
+
+def test_a_base_that_is_no_checkpoint_names_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CptError, match=r"download meta/L models/L`, `nemo-cpt import models/L checkpoints/L`"):
+        check_base("meta/L")
+    Path("meta").mkdir()  # a folder of this machine, in which a checkpoint is missing
+    with pytest.raises(CptError, match="is not there: import it first"):
+        check_base("meta/L")
+    Path("meta/L").mkdir()
+    Path("meta/L/config.json").write_text("{}")
+    with pytest.raises(CptError, match=r"is a Hugging Face model: `nemo-cpt import meta/L checkpoints/L`"):
+        check_base("meta/L")
+
+
+def test_the_field_with_the_text_is_named(tmp_path: Path) -> None:
+    line = {"id": "1", "content": "A long text.", "the title": "T"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(line) + "\n")
+    done = nemo_cpt("split", "a.jsonl", "--output", "out", "--validation", "0.1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "it has 'id', 'content', 'the title'; --json-key content takes its longest text" in done.stderr
+
+
+def test_help_and_version() -> None:
+    assert "Continual pretraining with NeMo" in nemo_cpt("-h").stdout
+    assert "--executor" in nemo_cpt("run", "-h").stdout
+    assert nemo_cpt("--version").stdout.startswith("nemo-cpt 0.")
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("nemo-cpt pla", ["plan"]),
+        ("nemo-cpt run smol", ["smollm2.continual_pretrain"]),
+        ("nemo-cpt plan tiny max_", ["max_steps="]),
+        ("nemo-cpt run tiny -e sl", ["slurm"]),
+        ("nemo-cpt run tiny -e slurm executor.part", ["executor.partition="]),
+        ("nemo-cpt run nothing max_", []),
+    ],
+)
+def test_the_shell_completes(line: str, offered: list[str]) -> None:
+    words = {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1), "_NEMO_CPT_COMPLETE": "complete_bash"}
+    found = nemo_cpt(**words).stdout.split()
+    assert set(offered) <= set(found)
+    assert bool(offered) == bool(found)
