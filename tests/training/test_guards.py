@@ -150,7 +150,7 @@ def test_a_rope_base_is_changed_on_purpose_or_not_at_all(world: Path, blend: Any
     _make_deeper(world / "base", world / "deeper")
     elsewhere = functools.partial(_train_with_a_rope_base, world, blend, "longer", "deeper", 5e6, ("rope_theta",), 4)
     assert jobs.run(elsewhere, log=log) == 2, log.read_text()[-3000:]
-    assert "num_hidden_layers (NeMo: num_layers) is 4 in the checkpoint and 5 in the base" in log.read_text()
+    assert "num_hidden_layers (NeMo: num_layers) is 5 in the recipe and 4 in the checkpoint" in log.read_text()
 
 
 def _train_with_a_rope_base(
