@@ -1,4 +1,4 @@
-"""README's commands run as they stand there, with a small model where Llama-3.1-8B would be, which `model=base` says."""
+"""README's commands run as they stand there, with a small model in the place of Llama-3.1-8B (`model=base`)."""
 
 import json
 import os
