@@ -4,8 +4,13 @@ SUITS := import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info <
 PYTHON ?= $(shell for name in python3.11 python3.12 python3; do \
     $$name -c '$(SUITS)' 2>/dev/null && command -v $$name && break; done)
 BIN := .venv/bin
+# Those that import neither torch nor NeMo, or little of them.
+FAST := tests/test_arrows.py tests/test_guarantees.py tests/test_urls.py tests/checkpoint/test_architecture.py \
+    $(addprefix tests/corpus/test_,blend.py formats.py index.py inspection.py lines.py) \
+    $(addprefix tests/conversations/test_,forms.py packing.py mixture.py) tests/evaluation/test_metrics.py \
+    $(addprefix tests/doctor/test_,host.py nvidia.py access.py) tests/planning/test_planner.py
 
-.PHONY: demo chat-demo test lint format clean
+.PHONY: demo chat-demo check test lint docs format clean
 
 demo: .venv/installed
 	$(BIN)/python -m nemo_cpt.demo
@@ -17,10 +22,17 @@ chat-demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest --numprocesses 2
 
+check: lint
+	$(BIN)/python -m pytest --numprocesses 2 --quiet $(FAST)
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy nemo_cpt
+
+docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

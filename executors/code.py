@@ -79,6 +79,7 @@ def _listed(repository: Path) -> Iterator[tuple[Path, bool]]:
         path = repository / name
         if _is_repository(path):
             yield from _listed(path)
+        # git lists deleted files until the deletion is committed.
         elif os.path.lexists(path):
             yield path, tag != "?"
 
@@ -105,6 +106,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 def _python_files(folder: Path) -> list[Path]:
     found = []
     for here, folders, names in os.walk(folder):
+        # In place, so that os.walk does not enter them: hidden folders and virtual environments.
         folders[:] = [name for name in folders if name[0] != "." and not (Path(here) / name / "pyvenv.cfg").exists()]
         found += [Path(here) / name for name in names if name.endswith(".py")]
         if len(found) > MOST_FILES:

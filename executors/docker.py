@@ -87,20 +87,6 @@ def docker(
     )
 
 
-def check_engine() -> None:
-    """Raise CptError unless a Docker engine answers on this machine."""
-    import docker as client  # NeMo-Run's own requirement
-
-    try:
-        client.from_env().close()  # which asks it for its version
-    except client.errors.DockerException as error:
-        reason = " ".join(str(error).split())
-        raise CptError(
-            f"no Docker engine answers here ({reason}): install it, or start it (`systemctl start docker`), and let "
-            "this user reach it (`docker ps` must work); DOCKER_HOST names another"
-        ) from None
-
-
 def _ulimit(text: str) -> str:
     """Docker's "name=soft[:hard]" as NeMo-Run takes it apart, "name:soft:hard" (its docstring says otherwise)."""
     name, equals, limits = text.partition("=")

@@ -33,6 +33,7 @@ def checked_env(env: Mapping[str, str] | None) -> dict[str, str]:
     for name, value in values.items():
         if not _NAME.fullmatch(name):
             raise CptError(f"env: {name!r} is not the name of an environment variable")
+        # By its name, because a value gives nothing away; an address may hold a password whatever it is called.
         secret = name in SECRETS or _SECRET_NAME.search(name)
         if secret or hide_credentials(value) != value:
             what = "looks like a secret" if secret else "holds an address with credentials"
@@ -108,6 +109,7 @@ def keep_secrets(executor: str, names: Sequence[str]) -> Path:
 
     folder = Path(get_nemorun_home()) / "secrets"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    # Only this host's: another host's process ids mean nothing here.
     for left in folder.glob(f"*.{socket.gethostname()}.*.env"):
         if not _is_alive(int(left.name.split(".")[-2])):
             left.unlink(missing_ok=True)
@@ -115,6 +117,7 @@ def keep_secrets(executor: str, names: Sequence[str]) -> Path:
     _KEPT.add(path)
     partial = path.with_suffix(".partial")
     partial.unlink(missing_ok=True)
+    # Mode 600 from the first moment, and never through a link that somebody put there.
     with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(secrets_file(names))
         file.flush()
@@ -128,6 +131,7 @@ def _is_alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
+    # It is another user's, and so it is there.
     except PermissionError:
         return True
     return True

@@ -13,7 +13,7 @@ from functools import cache, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_cpt.errors import exit_with_the_message
+from nemo_cpt.errors import CptError, exit_with_the_message
 from nemo_cpt.executors import window
 
 if TYPE_CHECKING:
@@ -29,8 +29,6 @@ def examine_before_launch() -> None:
     from nemo_run.run import api, job, task
     from nemo_run.run.experiment import Experiment
 
-    from nemo_cpt.executors.docker import check_engine  # which imports this module by way of the patches
-
     launch: Callable[..., Any] = Experiment.run
     run_here: Callable[..., None] = task.direct_run_fn
 
@@ -42,7 +40,7 @@ def examine_before_launch() -> None:
             for each, executor, comes_first in tasks_of(experiment, sequential):
                 examine_task(each, place_of(executor), comes_first)
                 if isinstance(executor, DockerExecutor):
-                    check_engine()
+                    check_docker()
         return launch(experiment, sequential, detach, tail_logs, direct)
 
     @wraps(run_here)
@@ -54,6 +52,20 @@ def examine_before_launch() -> None:
     Experiment.run = examine_and_launch
     for module in (api, job, task):
         module.direct_run_fn = examine_and_run_here
+
+
+def check_docker() -> None:
+    """Raise CptError unless a Docker engine answers on this machine."""
+    import docker as client  # NeMo-Run's own requirement
+
+    try:
+        client.from_env().close()  # which asks it for its version
+    except client.errors.DockerException as error:
+        reason = " ".join(str(error).split())
+        raise CptError(
+            f"no Docker engine answers here ({reason}): install it, or start it (`systemctl start docker`), and let "
+            "this user reach it (`docker ps` must work); DOCKER_HOST names another"
+        ) from None
 
 
 def tasks_of(experiment: Any, sequential: bool) -> Iterator[tuple[Any, Any, bool]]:

@@ -105,15 +105,21 @@ class SlurmJob(SlurmExecutor):
         return os.path.join(self.tunnel.job_dir, Path(self.job_dir).name)
 
     def script_head(self) -> str:
-        """Return the shell lines that run before srun."""
+        """Return the shell lines that run before srun.
+
+        NeMo-Run puts them into its own script's `setup_lines`. They set the variables that slurm_job.sh reads, which
+        ends them: it replaces `srun` by a function of its own and sets the traps, so that what follows in the template
+        (srun, its restarts, the exit) is carried out, but decides nothing.
+        """
         job = shlex.quote(f"/{RUNDIR_NAME}" if self.container_image else self.folder)  # as the tasks see it
         lines = [
-            "{ set +vx; } 2>/dev/null",
+            "{ set +vx; } 2>/dev/null",  # the template's `set -evx` would print the values of secrets
+            # Two names of one folder: `$job` is where this script finds it, `job` where the tasks do, in a container.
             f"job={shlex.quote(self.folder)} jobs_behind=${{1:-0}}",
             f"comes_back={int(self.comes_back)} max_restarts={self.retries} preempt_seconds={self.preempt_seconds}",
             f"marker=$job/{MARKER_PREFIX}$SLURM_JOB_ID refusal=$job/{REFUSAL_PREFIX}$SLURM_JOB_ID",
             *self._chain_lines(),
-            "export MASTER_ADDR=${head_node_ip%% *}",
+            "export MASTER_ADDR=${head_node_ip%% *}",  # the template's, of a node with several addresses the first
             f"export {MARKER}={job}/{MARKER_PREFIX}$SLURM_JOB_ID {REFUSAL}={job}/{REFUSAL_PREFIX}$SLURM_JOB_ID",
             f"export PYTHONSAFEPATH=1 PYTHONPATH={python_path(f'{job}/code', f'{job}/code/src')}",
             *([f"export PATH={shlex.quote(self.python_folder)}:$PATH"] if self.python_folder else []),
@@ -121,7 +127,7 @@ class SlurmJob(SlurmExecutor):
             f"export WANDB_RUN_ID=${{WANDB_RUN_ID:-{self.experiment_id}}}",
             *(['. "$job/secrets.env"'] if self.secrets else []),
             *self.setup,
-            ENDING,
+            ENDING,  # last: the user's lines run before its traps are set
         ]
         return "\n".join(lines)
 
@@ -168,7 +174,7 @@ class SlurmJobScheduler(SlurmTunnelScheduler):
         ids: list[str] = []
         try:
             _write_secrets(tunnel, job)
-            for behind in reversed(range(job.chain)):
+            for behind in reversed(range(job.chain)):  # each job is told how many come after it
                 ids.append(_sbatch(tunnel, script, after, job.may_requeue, behind))
                 after = f"afterany:{ids[-1]}"
             _check_limit(tunnel, ids[0], job.preempt_seconds or 0)

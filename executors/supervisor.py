@@ -17,6 +17,8 @@ from collections import Counter
 from pathlib import Path
 from types import FrameType
 
+import psutil
+
 from nemo_cpt.errors import CptError, StoppedEarlyError
 from nemo_cpt.executors.runner import MARKER, REFUSAL, UNTRAINED
 from nemo_cpt.output import say
@@ -151,25 +153,17 @@ def _end(leader: int) -> None:
 
 def children(pid: int) -> list[int]:
     """Return the ids of a process's direct children; none if it has ended."""
-    return [each for each, (parent, _) in processes().items() if parent == pid]
-
-
-def processes() -> dict[int, tuple[int, str]]:
-    """Return the parent and the state of every process of this machine, by id; the state Z is an ended one's."""
-    found = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it ended since it was listed
-            state, parent = stat.read_text().rpartition(")")[2].split()[:2]  # a program's name may hold spaces
-            found[int(stat.parent.name)] = (int(parent), state)
-    return found
+    try:
+        return [child.pid for child in psutil.Process(pid).children()]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def seconds_to_save(pid: int) -> int:
     """Return how long a job, by its supervisor's process id, may take to save when it is told to stop."""
     try:
-        variables = dict(each.partition("=")[::2] for each in Path(f"/proc/{pid}/environ").read_text().split("\0"))
-        return int(variables[TIME_TO_SAVE])
-    except (OSError, KeyError, ValueError):
+        return int(psutil.Process(pid).environ()[TIME_TO_SAVE])
+    except (psutil.Error, KeyError, ValueError):  # ended, another user's, or started without it
         return DEFAULT_TIME_TO_SAVE
 
 

@@ -32,8 +32,9 @@ class _CudaMeansCpu(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # Megatron sorts parameters by comparing with "torch.cuda.FloatTensor" and its kin.
+            # Megatron sorts parameters by comparing with "torch.cuda.FloatTensor" and the like.
             return func(*args).replace("torch.", "torch.cuda.", 1)
+        # Three ways to ask for the GPU: a `device=`, pinned memory (for copies to it), and `tensor.to("cuda")`.
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = "cpu"
         kwargs.pop("pin_memory", None)
@@ -75,6 +76,7 @@ def _cuda_functions() -> dict[str, Any]:
 
 
 def _patches() -> Iterator[Any]:
+    """What is replaced while Megatron runs on the CPU, in groups by what would fail without it."""
     import megatron.core.tensor_parallel.random as megatron_random
     import nemo.collections.llm.peft.lora as lora
     import nemo.collections.llm.peft.utils as peft_utils
@@ -82,29 +84,34 @@ def _patches() -> Iterator[Any]:
     import nemo.lightning.pytorch.strategies.megatron_strategy as megatron_strategy
     from nemo.lightning.pytorch.callbacks.progress_printer import ProgressPrinter
 
+    # 1. Calls of torch.cuda, and moves to the GPU, have a CPU's meaning.
     for name, function in _cuda_functions().items():
         yield mock.patch.object(torch.cuda, name, function)
-    for module, replaced in _plain_parts():
-        yield mock.patch.multiple(module, **replaced)
     yield mock.patch.object(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
     yield mock.patch.object(torch.nn.Module, "cuda", lambda self, *args, **kwargs: self)
     yield mock.patch.object(torch.Tensor, "pin_memory", lambda self, *args, **kwargs: self)
+    # Megatron's own versions of torch.cuda's functions for the random generator.
     yield mock.patch.object(megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
     yield mock.patch.object(
         megatron_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state)
     )
+    # 2. Kernels and layers of Transformer Engine, where it is installed, have their plain equivalents.
+    for module, replaced in _plain_parts():
+        yield mock.patch.multiple(module, **replaced)
+    if not lora.HAVE_TE:  # NeMo's LoRA asks for Transformer Engine's classes even where it is absent
+        absent = type("Absent", (), {})
+        yield mock.patch.object(lora, "te", types.SimpleNamespace(Linear=absent, LayerNormLinear=absent), create=True)
+    yield mock.patch.object(peft_utils, "HAVE_TE", False)
+    # 3. What asks a driver, or waits for ever with gloo.
     # Called on rank 0 alone it gathers nothing from all ranks, which gloo counts and then waits for ever.
     yield mock.patch.object(ProgressPrinter, "log_megatron_timers", lambda printer, timers: "")
     # A CUDA build of PyTorch asks the driver whether a graph is captured, at each optimizer's step.
     yield mock.patch.object(
         torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda self: None, create=True
     )
+    # Both move what a checkpoint holds to the current GPU; the first asserts that there is one.
     yield mock.patch.object(checkpoint_io, "_fix_tensors_device", lambda checkpoint: checkpoint)
     yield mock.patch.object(megatron_strategy, "_optimizer_to_device", lambda optimizer, device: None)
-    if not lora.HAVE_TE:  # NeMo's LoRA asks for Transformer Engine's classes even where it is absent
-        absent = type("Absent", (), {})
-        yield mock.patch.object(lora, "te", types.SimpleNamespace(Linear=absent, LayerNormLinear=absent), create=True)
-    yield mock.patch.object(peft_utils, "HAVE_TE", False)
 
 
 def _plain_parts() -> Iterator[tuple[Any, dict[str, Any]]]:

@@ -410,5 +410,7 @@ def test_adapters_are_resumed_on_their_own_base_only(kin: Path, tmp_path: Path) 
             sums.unlink()
     with pytest.raises(CptError, match=r"another base's than .*qwen2 up to .*attention_bias .* is False in the check"):
         check_resumed(trained, kin / "qwen2")
-    with pytest.raises(CptError, match="holds a LoRA run's adapters, not a model: merge them with `nemo-cpt export`"):
+    with pytest.raises(
+        CptError, match=r"holds a run.s adapters \(LoRA or DoRA\), not a model: merge them with `nemo-cpt merge"
+    ):
         guards.check_base(trained)

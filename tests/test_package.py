@@ -19,6 +19,9 @@ LIGHT = [
     "nemo_cpt.corpus",
     "nemo_cpt.evaluation.judge",
     "nemo_cpt.evaluation.language",
+    "nemo_cpt.evaluation",
+    "nemo_cpt.evaluation.comparison",
+    "nemo_cpt.evaluation.report",
     "nemo_cpt.executors",
     "nemo_cpt.recipes",
 ]

@@ -1,4 +1,4 @@
-"""README's commands run as they stand there, with a small model in the place of Llama-3.1-8B (`model=base`)."""
+"""README's commands run as they stand there, with a small model, by `model=base`, where Llama-3.1-8B would be."""
 
 import json
 import os

@@ -1,4 +1,12 @@
-"""Recipes and executors read from their source, without importing them: NeMo takes 20 s and more to import."""
+"""Recipes and executors read from their source, without importing them: NeMo takes 20 s and more to import.
+
+What is understood of a function that passes its **kwargs on, and what is not:
+    It calls a function of its own module or of one beside it, by its name or `module.name`, with `**` arguments.
+    Each of them is `kwargs`, or dictionaries joined with `|`: displays with literal keys, names of constants of the
+    module, and `kwargs`, as in `**{"rank": 16} | DEFAULTS | kwargs`. Anything else is passed over: the parameters are
+    still known, their new defaults are not.
+    A parameter whose help is "see `module.function`" has the help of that function's parameter of the same name.
+"""
 
 import ast
 import difflib
@@ -185,6 +193,7 @@ def parse_value(key: str, text: str, annotation: str) -> Any:
     kinds = [kind.strip() for kind in annotation.split("|")]
     if text in ("None", "null") and ("None" in kinds or not annotation):
         return None
+    # In the annotation's order: of `int | float`, "1" is an int; str has no parser and is what remains.
     for kind in kinds:
         try:
             return _PARSERS[kind.partition("[")[0]](text)
@@ -357,6 +366,7 @@ def _parameters(path: Path, node: ast.FunctionDef) -> dict[str, Parameter]:
     """A function's own parameters, then those of the function that it passes **kwargs on to."""
     arguments = node.args
     positional = [*arguments.posonlyargs, *arguments.args]
+    # ast lists the defaults of the last positional parameters alone.
     defaults = [None] * (len(positional) - len(arguments.defaults)) + list(arguments.defaults)
     pairs = [*zip(positional, defaults, strict=True), *zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
     helps = {name: _seen(path, name, text) for name, text in _argument_helps(node).items()}
@@ -370,6 +380,7 @@ def _parameters(path: Path, node: ast.FunctionDef) -> dict[str, Parameter]:
         for argument, default in pairs
     }
     if arguments.kwarg:
+        # Its own come first: a parameter of the same name hides the one of the function called.
         own |= {name: each for name, each in _passed_on(path, node).items() if name not in own}
     return own
 
@@ -384,6 +395,7 @@ def _passed_on(path: Path, node: ast.FunctionDef) -> dict[str, Parameter]:
         target = path.with_name(f"{module}.py") if module else path
         if target.is_file() and name in functions(target):
             inherited = _parameters(target, functions(target)[name])
+            # What the call itself gives is no longer the caller's to choose.
             by_place = list(inherited)[: len(call.args)]  # type: ignore[attr-defined]
             fixed = {*by_place, *(word.arg for word in call.keywords)}  # type: ignore[attr-defined]
             preset = {name: source for word in takes for name, source in _preset(path, word.value).items()}
@@ -392,13 +404,14 @@ def _passed_on(path: Path, node: ast.FunctionDef) -> dict[str, Parameter]:
                 for each, value in inherited.items()
                 if each not in fixed
             }
+    # Passed on to a function that is not read here: any key is taken, as text.
     return {"**": Parameter("**", "", "", _argument_helps(node).get(f"**{keyword.arg}" if keyword else "", ""))}
 
 
 def _preset(path: Path, passed: ast.expr) -> dict[str, str]:
     """The defaults that `**{"a": 1} | CONSTANT | kwargs` gives the function called, as source by name."""
     if isinstance(passed, ast.BinOp) and isinstance(passed.op, ast.BitOr):
-        return _preset(path, passed.left) | _preset(path, passed.right)
+        return _preset(path, passed.left) | _preset(path, passed.right)  # the right one wins, as in Python
     value = assigned(path, passed.id) if isinstance(passed, ast.Name) else passed
     if not isinstance(value, ast.Dict):
         return {}
@@ -425,7 +438,7 @@ def _argument_helps(node: ast.FunctionDef) -> dict[str, str]:
     helps: dict[str, str] = {}
     name = ""
     for line in section.splitlines():
-        if line.startswith("    ") and not line.startswith("     "):
+        if line.startswith("    ") and not line.startswith("     "):  # deeper lines go on with the last parameter
             name, _, text = line.strip().partition(": ")
             helps[name] = text
         elif name:

@@ -138,6 +138,7 @@ def parse_config(config: Mapping[str, Any], where: str, ignore_fields: Collectio
             "(Llama 2 to 3.2, SmolLM2, Mistral, Qwen2 and Qwen2.5)."
         )
     _refuse_unknown(config, where, ignore_fields)
+    # Nulls stay nulls: `"sliding_window": null` is full attention, and not a default.
     config = {**_COMMON_DEFAULTS, **_DEFAULTS[model_type], **config}
     _check_values(config, where)
     rope = read_rope(config, where, ignore_fields)
@@ -231,6 +232,7 @@ def _translate(config: Mapping[str, Any], rope: Rope) -> Architecture:
         rope_theta=float(rope.theta),
         rope_scaling=rope.scaling,
         max_position_embeddings=config["max_position_embeddings"],
+        # A window that no position reaches is none.
         sliding_window=window if window and window < config["max_position_embeddings"] else None,
         initializer_range=float(config["initializer_range"] or _COMMON_DEFAULTS["initializer_range"]),
         dtype=str(dtype).removeprefix("torch.") if dtype else None,

@@ -57,6 +57,7 @@ def write_context(folder: Path, arch: Architecture, hf_folder: Path) -> None:
         (folder / "artifacts").mkdir()
         shutil.copyfile(hf_folder / "generation_config.json", folder / "artifacts" / "generation_config.json")
     model = nemo_model(arch, has_generation_config)
+    # NeMo's loader wants a trainer; a training brings its own.
     trainer = Call(
         Name("nemo.lightning.pytorch.trainer", "Trainer"),
         {
@@ -118,6 +119,7 @@ def config_arguments(arch: Architecture) -> dict[str, Any]:
         "rotary_base": arch.rope_theta,
         "seq_length": arch.max_position_embeddings,
         "vocab_size": arch.vocab_size,
+        # NeMo pads the vocabulary to a multiple of this; the weights have no rows for padding.
         "make_vocab_size_divisible_by": _largest_power_of_two(arch.vocab_size),
         "share_embeddings_and_output_weights": arch.tie_word_embeddings,
         "gated_linear_unit": True,
@@ -168,6 +170,15 @@ def fiddle_json(root: Call) -> dict[str, Any]:
 
 
 class _FiddleWriter:
+    """Writes the graph that `fiddle._src.experimental.serialization` reads.
+
+    Every container is an entry of `objects`, under a key of its own, and stands elsewhere as a `ref` to it; everything
+    else is a `leaf`, or a `pyref` where it is a Python object. A Call is a container of its arguments whose `metadata`,
+    made of further objects, says what is called; tags and history, which Fiddle keeps as well, are empty. `paths` is
+    where a value stands in the configuration, as Fiddle writes it: `<root>.model.config`. Only values that are part of
+    the configuration have them, what metadata are made of has none.
+    """
+
     def __init__(self) -> None:
         self.objects: dict[str, dict[str, Any]] = {}
         self.counts: dict[str, int] = {}
@@ -184,6 +195,7 @@ class _FiddleWriter:
         return {"type": "leaf", "value": value, "paths": [path]}
 
     def _call(self, call: Call, path: str) -> dict[str, Any]:
+        # Before its own entry: Fiddle's `objects` name what is inside first.
         items = [[f"Attr(name='{name}')", self.value(v, f"{path}.{name}")] for name, v in call.arguments.items()]
         metadata = self._metadata(call)
         return self._object(call.target.name.lower(), _pyref(_FIDDLE, "Config"), items, metadata, path)
@@ -210,7 +222,7 @@ class _FiddleWriter:
         self.objects[key] = {"type": kind, "items": items, "metadata": metadata}
         if path:
             self.objects[key]["paths"] = [path]
-        self.counts[key] = 1
+        self.counts[key] = 1  # no object is shared
         return {"type": "ref", "key": key}
 
 

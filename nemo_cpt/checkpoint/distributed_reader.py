@@ -133,8 +133,10 @@ class DistributedReader:
         lengths = tuple(stop - start for start, stop in bounds)
         inside = [(chunk, box) for chunk, box in overlaps if box]
         covered = sum(prod(high - low for low, high in box) for _, box in inside)
+        # Chunks do not overlap: equal counts mean that every value is there, once.
         if covered != prod(lengths):
             raise CptError(f"{self.folder}: {key} covers {covered} of {prod(lengths)} values. Copy it again.")
+        # The common case, without a copy: what was read is the answer.
         if len(inside) == 1:
             return self._load(key, *inside[0], memory)
         result = memory(lengths, self.dtypes[key])

@@ -73,6 +73,7 @@ class DistributedWriter:
             global_shape: the whole tensor's shape.
             offset: where in it the piece begins.
         """
+        # Stacked layers are written one at a time, each as a piece of length 1 along the first axis.
         tensor = _tensor(piece.reshape((1,) * (len(global_shape) - piece.ndim) + piece.shape))
         entry = self._entries.setdefault(
             key, TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), torch.Size(global_shape), [])

@@ -109,6 +109,7 @@ def export_hf(
         raise CptError(f"{nemo} is no LoRA checkpoint (no weights/adapter_metadata.json): leave adapter=True away.")
     if adapter and chat_template is not None:
         raise CptError("An adapter for peft carries no chat template: leave it away, or export the merged model.")
+    # A run that is under way keeps its newest checkpoints alone: this one may be replaced while it is read.
     with unchanged(nemo) as check_unchanged:
         described = describe(nemo, base, chat_template, ignore_fields)
         arch = described.config.arch
@@ -123,9 +124,10 @@ def export_hf(
             size = sum(plan.nbytes for plan in plans)
             load = _counted(trained, plans, progress)
             write = partial(_write_model, trained, described, plans, load, shard_bytes)
+        # 64 MiB beside the weights: tokenizer, index and configuration.
         with new_folder(dest, size + 64 * 2**20) as folder:
             written = write(folder)
-            check_unchanged()
+            check_unchanged()  # before the folder gets its name
     return ExportReport(
         source=str(source),
         dest=str(dest),
@@ -209,6 +211,7 @@ def _counted(
 
     def load(name: str) -> Iterator[np.ndarray]:
         nonlocal done
+        # Before anything of the block is written: a run that diverged must not leave a model that loads.
         for block in trained.blocks(name):
             check_finite(block, name, trained.where)
             yield block

@@ -121,7 +121,7 @@ def _flush(folder: Path) -> None:
 def write_pieces(file: IO[bytes], data: Buffer) -> int:
     """Write all of `data` to an unbuffered file, a little at a time; return its size.
 
-    A large write makes ext4 look for large stretches of free memory for its cache, which can cost several times the
+    A large write makes ext4 look for large regions of free memory for its cache, which can cost several times the
     copying (docs/checkpoints.md).
     """
     rest = memoryview(data).cast("B")

@@ -86,6 +86,7 @@ def import_hf(
     weights = HFWeights(source)
     slots = layout.slots(arch)
     dropped = _check_tensors(weights, slots, arch)
+    # The weights' own dtype where config.json does not say: nothing is cast.
     arch = arch.with_dtype(arch.dtype or weights.infos[slots[0].name].dtype)
     infos = weights.infos
     sizes = [infos[slot.name].nbytes for slot in slots]

@@ -40,6 +40,7 @@ def holds_adapters(nemo: Path) -> bool:
 def recorded_base(nemo: Path) -> Path | None:
     """The NeMo checkpoint that a run of adapters started from, as it recorded it; None when that is gone."""
     recorded = Path(str(read_json(nemo / "weights" / ADAPTER_METADATA).get("model_ckpt_path")))
+    # NeMo records the folder of the weights, or the checkpoint's own.
     folder = recorded.parent if recorded.name == "weights" else recorded
     return folder if (folder / "weights").is_dir() else None
 
@@ -81,6 +82,7 @@ class Update:
 
     def _direction(self, weight: np.ndarray) -> np.ndarray:
         a, b = self.a.astype(np.float32), self.b.astype(np.float32)
+        # In fp32, and cast once at the end: sums in bf16 would round the update away.
         merged = weight.astype(np.float32)
         merged += np.float32(self.scale) * (b @ a)
         return merged
@@ -113,6 +115,7 @@ class Adapters:
         )
         self.alpha = _alpha(nemo)
         self.adapted = [name for name in self._slots if self._has(name)]
+        # A LoRA run's checkpoint holds what was trained: adapters, and whole the tensors that were trained beside them.
         self.trained_whole = [name for name in self._slots if self._weights.has(name)]
         _refuse_others(self._weights, nemo)
         _refuse_unpatched(self._weights, nemo)
@@ -154,6 +157,7 @@ class Adapters:
         return self._weights.reader.read(*self._weights.locate(_adapter_key(slot, part), slot.layer))
 
     def _part(self, slot: layout.Slot, joined: np.ndarray) -> np.ndarray:
+        # NeMo adapts Megatron's joined tensors: `a` is shared by their parts, `b` has the rows of all of them.
         if slot.part in ("q", "k", "v"):
             return layout.split_qkv(joined, self.arch)[slot.part]
         return joined[slice(*slot.rows)]
@@ -274,6 +278,7 @@ def write_peft_adapter(folder: Path, adapters: Adapters, base_name: str, dtype: 
         check_finite(tensor, full, folder)
         yield tensor
 
+    # peft reads one file alone.
     write_weights(folder, plans, load, shard_bytes=2**62)
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
     config = _peft_config(adapters, base_name)
@@ -285,6 +290,7 @@ def _peft_config(adapters: Adapters, base_name: str) -> dict[str, Any]:
     paths = [name.removesuffix(".weight").removeprefix("model.layers.") for name in adapters.adapted]
     layers = sorted({int(path.partition(".")[0]) for path in paths})
     modules = sorted({path.rpartition(".")[2] for path in paths})
+    # Not the same modules in each layer: layer by layer, in full.
     if len(paths) != len(layers) * len(modules):
         modules = sorted("layers." + path for path in paths)  # peft matches these as the ends of module names
     everywhere = len(layers) == adapters.arch.num_hidden_layers

@@ -76,6 +76,7 @@ class NemoWeights:
                 f"the base's last rows. Give as base the model from which it was trained; if it is that one, train "
                 f"again from it with model.config.vocab_size={rows}."
             )
+        # Megatron pads the vocabulary for tensor parallelism; every other size is exact.
         enough = found[0] >= rows if slot.part == "vocab" else found[0] == rows
         if not enough or found[1:] != slot.shape[1:]:
             raise CptError(
@@ -105,6 +106,7 @@ class NemoWeights:
             yield from self.reader.blocks(*self.locate(slot.key, slot.layer), *slot.rows)
 
     def _read_part(self, slot: layout.Slot) -> np.ndarray:
+        # q, k and v are asked for one after the other: their joined tensor is read once, and kept for one layer.
         if slot.layer != self._layer:
             self._layer, self._parts = slot.layer, {}
         if (slot.key, slot.part) not in self._parts:
@@ -121,6 +123,7 @@ def locate(reader: DistributedReader, full: str, layer: int | None) -> tuple[str
 
 
 def _prefix(reader: DistributedReader, nemo: Path) -> str:
+    # `module.`, say; the optimizer's states repeat the names behind a longer one.
     prefixes = [key.partition(layout.LAYERS)[0] for key in reader.shapes if layout.LAYERS in key]
     models = [prefix for prefix in prefixes if "optimizer" not in prefix]
     if not models:

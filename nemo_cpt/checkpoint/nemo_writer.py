@@ -65,6 +65,7 @@ def _write_weights(
     total = sum(tensors.nbytes(slot.name) for slot in slots)
     done, sums = 0, WeightSums()
     with DistributedWriter(folder) as writer:
+        # So that groupby finds what Megatron joins (q, k and v; gate and up); what is outside the layers comes first.
         ordered = sorted(slots, key=lambda slot: (slot.layer is not None, slot.layer or 0, slot.key))
         for _, group in groupby(ordered, key=lambda slot: (slot.layer, slot.key)):
             members = list(group)
@@ -79,6 +80,7 @@ def _write_group(
     writer: DistributedWriter, tensors: Tensors, slots: Sequence[layout.Slot], arch: Architecture, sums: WeightSums
 ) -> None:
     first = slots[0]
+    # Interleaved by query group in Megatron, so all three are needed at once.
     if first.part == "q":
         parts = {slot.part: tensors.read(slot.name) for slot in slots}
         for slot in slots:
@@ -88,6 +90,7 @@ def _write_group(
         _add(writer, first, merged, merged.shape, 0, arch)
         return
     row = 0
+    # Gate and up stand one above the other: each is written at its row as it comes.
     shape = (sum(slot.shape[0] for slot in slots), *first.shape[1:])
     for slot in slots:
         for block in tensors.blocks(slot.name):
@@ -106,6 +109,7 @@ def _add(
     arch: Architecture,
 ) -> None:
     offset = (row, *[0] * (len(shape) - 1))
+    # Megatron saves the layers of one kind as one tensor, [layers, ...], of which this is a slice.
     if slot.layer is not None:
         shape, offset = (arch.num_hidden_layers, *shape), (slot.layer, *offset)
     writer.add(layout.PREFIX + slot.key, tensor, shape, offset)

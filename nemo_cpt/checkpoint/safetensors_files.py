@@ -56,6 +56,7 @@ class HFWeights:
         self.folder = Path(folder)
         self.infos: dict[str, TensorInfo] = {}
         self._buffers = Buffers()
+        # What `download` noted; a file is compared once, when it is first read, not when it is opened.
         record = read_record(self.folder)
         self._unchecked = {self.folder / name: file for name, file in record.files.items()} if record else {}
         expected = _weight_map(self.folder)
@@ -100,6 +101,7 @@ class HFWeights:
         A block is overwritten by the next one.
         """
         info = self.infos[name]
+        # Whole rows, so that a block can be cut out and placed by its first row.
         step = max(1, BLOCK_BYTES * info.shape[0] // max(info.nbytes, 1))
         for start in range(0, info.shape[0], step):
             rows = min(step, info.shape[0] - start)
@@ -122,6 +124,7 @@ def _parse_header(path: Path) -> tuple[dict[str, Any], int]:
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
+    # The only entry that is no tensor.
     header.pop("__metadata__", None)
     return header, 8 + length
 
@@ -142,7 +145,7 @@ def _weight_map(folder: Path) -> dict[str, Path]:
             raise CptError(f"{folder / _INDEX} has no usable weight_map. Download it again.")
         return {name: folder / str(file) for name, file in weight_map.items()}
     if (folder / _SINGLE).is_file():
-        return {"": folder / _SINGLE}
+        return {"": folder / _SINGLE}  # a single file lists its tensors itself
     if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
         raise CptError(
             f"{folder} holds pickled weights only (.bin or .pth), which can run code when read. "
@@ -195,9 +198,11 @@ def write_weights(
 
 
 def _split(plans: Sequence[TensorPlan], shard_bytes: int) -> list[list[TensorPlan]]:
+    # Tensors are not cut: one that is larger than a shard has a shard of its own.
     shards: list[list[TensorPlan]] = [[]]
     filled = 0
     for plan in plans:
+        # Not before the first tensor of a shard, or an empty shard would be left.
         if shards[-1] and filled + plan.nbytes > shard_bytes:
             shards.append([])
             filled = 0
@@ -232,5 +237,6 @@ def _header(plans: Sequence[TensorPlan]) -> bytes:
         }
         offset += plan.nbytes
     text = json.dumps(entries, separators=(",", ":")).encode()
+    # Data begin at a multiple of 8 bytes, as the format's own writer lays them: readers map them in place.
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text

@@ -50,6 +50,7 @@ class StoredTensor:
         """
         if self.strides != _contiguous(self.shape):
             return np.ascontiguousarray(self._all()[where])
+        # Rows along this axis lie one after the other in the file, so that one read gets them.
         along = next((axis for axis, size in enumerate(self.shape) if size > 1), 0)
         shape = list(self.shape)
         shape[along] = where[along].stop - where[along].start
@@ -59,6 +60,7 @@ class StoredTensor:
         return np.ascontiguousarray(rows[rest])
 
     def _all(self) -> np.ndarray:
+        # Values from the first to the last one, gaps included.
         reach = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
         values = np.empty(reach, self.dtype)
         read_into(values, self.path, self.start)

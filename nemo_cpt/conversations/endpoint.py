@@ -148,7 +148,7 @@ class Filter:
             return "language"
         if _copied(pair.answer, passage):
             return "copied"
-        if self._seen.kinship(pair.query):
+        if self._seen.duplicate(pair.query):
             return "duplicate"
         self._seen.add(fingerprint(pair.query), sketch(pair.query))
         return ""

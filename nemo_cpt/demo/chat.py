@@ -1,5 +1,6 @@
 """`make chat-demo`: the demo's model, continually pretrained, is taught to answer; three replies before and after."""
 
+import json
 import os
 import sys
 import time
@@ -14,8 +15,8 @@ from nemo_cpt.training.metrics import read_metrics
 from nemo_cpt.training.run_folder import newest_whole
 
 TEMPLATE, NAME = "alpaca-ja", "chat"
-EPOCHS, SEQ_LENGTH, GLOBAL_BATCH_SIZE = 10, 256, 8
-ASKED = ("日本で一番高い山は何ですか。", "What is the capital of France?", "1週間は何日ですか。")
+EPOCHS, SEQ_LENGTH, GLOBAL_BATCH_SIZE = 20, 256, 8
+ASKED = (("ja", "train"), ("en", "train"), ("ja", "validation"))  # the first question of each
 MOST_TOKENS = 60
 
 
@@ -90,16 +91,22 @@ def _show_losses() -> None:
 
 
 def _show_replies() -> None:
-    say("Replies before and after, the most probable token each time. A model this small knows next to nothing:")
-    replies = [_replies(FOLDER / f"{model}_hf") for model in ("with_replay", NAME)]
-    for question, *answers in zip(ASKED, *replies, strict=True):
-        console.print(f"  [bold]{question}[/]")
+    say("Replies before and after, the most probable token each time. A model this small learns answers by heart:")
+    questions = [_first_question(language, part) for language, part in ASKED]
+    replies = [_replies(FOLDER / f"{model}_hf", questions) for model in ("with_replay", NAME)]
+    for (_, part), question, *answers in zip(ASKED, questions, *replies, strict=True):
+        console.print(f"  [bold]{question}[/] ({'trained on' if part == 'train' else 'held out'})")
         for when, reply in zip(("before", "after "), answers, strict=True):
             end = "stopped by itself" if reply.finish_reason == "stop" else f"cut off at {MOST_TOKENS} tokens"
             console.print(f"    {when}: {reply.text.strip()!r} ({end})", markup=False)
 
 
-def _replies(folder: Path) -> list[Any]:
+def _first_question(language: str, part: str) -> str:
+    with (FOLDER / "chats" / language / f"{part}.jsonl").open() as lines:
+        return str(json.loads(next(lines))["query"])
+
+
+def _replies(folder: Path, questions: list[str]) -> list[Any]:
     from nemo_cpt.conversations import load_template
     from nemo_cpt.corpus.tokenization.tokenizer import load_tokenizer
     from nemo_cpt.inference.engine import Prompt, Sampling
@@ -107,9 +114,9 @@ def _replies(folder: Path) -> list[Any]:
 
     template = load_template(TEMPLATE, load_tokenizer(folder)).text
     engine = TransformersEngine(folder, chat_template=template)  # the model before has none of its own
-    prompts: list[Prompt] = [[{"role": "user", "content": question}] for question in ASKED]
+    prompts: list[Prompt] = [[{"role": "user", "content": question}] for question in questions]
     found = dict(engine.generate(prompts, Sampling(max_tokens=MOST_TOKENS)))
-    return [found[number] for number in range(len(ASKED))]
+    return [found[number] for number in range(len(questions))]
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ PREFLIGHT: tuple[Check, ...] = (
     inputs.disk,
     slurm.slurm,
 )
-"""Quick ones: no process is started but nvidia-smi and sinfo."""
+"""Quick ones: no process is started but sinfo."""
 
 FITTING: tuple[Check, ...] = (gpus.fit, slurm.saving_in_time)
 """Looked at before a launch where nothing else is red: the first time it takes as long as NeMo's import."""

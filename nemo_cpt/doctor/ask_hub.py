@@ -26,6 +26,8 @@ def ask(repository: str) -> dict[str, Any]:
 
     told: dict[str, Any] = {"endpoint": public_url(constants.ENDPOINT), "token": bool(get_token())}
     url = f"{constants.ENDPOINT}/{repository}/resolve/main/config.json"
+    # HfApi.auth_check asks an address that mirrors (HF_ENDPOINT) need not serve, and knows no time limit;
+    # get_hf_file_metadata tries six times, longer than anyone waits for a report.
     try:
         validate_repo_id(repository)
         answer = get_session().head(url, headers=build_hf_headers(), timeout=SECONDS, allow_redirects=True)

@@ -134,6 +134,7 @@ def join(
     meeting = {} if nodes > 1 else {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     shared = {"WORLD_SIZE": str(count * nodes), "LOCAL_WORLD_SIZE": str(count), "DOCTOR_SECONDS": str(seconds)}
     shared |= {"NCCL_DEBUG": environ.get("NCCL_DEBUG", "WARN"), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    # Files, not pipes: a rank that prints much must not wait for a reader.
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder, f"rank{local}") for local in range(count)]
         started = [
@@ -165,6 +166,7 @@ def _wait(started: "list[subprocess.Popen[bytes]]", seconds: float) -> list[int 
     codes = [each.poll() for each in started]
     for each in started:
         with suppress(ProcessLookupError):
+            # Each leads a session of its own: what it started ends with it.
             os.killpg(each.pid, signal.SIGKILL)
         each.wait()
     return codes
@@ -174,6 +176,7 @@ def _judged(codes: list[int | None], texts: list[str], seconds: float) -> tuple[
     if all(code == 0 for code in codes):
         printed = [line.removeprefix(MARK) for line in texts[0].splitlines() if line.startswith(MARK)]
         return (json.loads(printed[-1]) if printed else {}), ""
+    # The first that failed by itself; those that were ended here have no code.
     failed = next((rank for rank, code in enumerate(codes) if code), None)
     if failed is None:
         waiting = [str(rank) for rank, code in enumerate(codes) if code is None]

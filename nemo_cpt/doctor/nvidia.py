@@ -1,15 +1,14 @@
-"""What nvidia-smi says of the driver, the GPUs and the processes on them."""
+"""What NVIDIA's management library (NVML) says of the driver, the GPUs and the processes on them."""
 
-import re
-import shutil
-import subprocess
-from collections.abc import Sequence
+import threading
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
-GPU_FIELDS = "index,uuid,memory.total,memory.free,mig.mode.current,driver_version,name"  # a name may hold a comma
-PROCESS_FIELDS = "gpu_uuid,pid,used_memory,process_name"
 SECONDS = 15  # without nvidia-persistenced a node of 8 GPUs takes several seconds to wake up
-_NUMBER = re.compile(r"[0-9]{1,12}")
+MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Nvidia:
         cuda: the newest CUDA that it serves, such as "13.0"; empty where it does not say.
         gpus: by index.
         processes: on any of them.
-        problem: what nvidia-smi said instead of an answer.
+        problem: what the library said instead of an answer.
     """
 
     driver: str = ""
@@ -60,64 +59,86 @@ class Nvidia:
 
 
 def read() -> Nvidia:
-    """Ask nvidia-smi; a machine without it gives an empty answer, a driver in trouble gives `problem`."""
-    if not shutil.which("nvidia-smi"):
+    """Ask the driver; a machine without it gives an empty answer, a driver in trouble gives `problem`."""
+    nvml, answer = _library(), list[Nvidia]()
+    # A daemon: a call into a driver that hangs cannot be ended, and nobody shall wait for it.
+    asking = threading.Thread(target=lambda: answer.append(_ask(nvml)), daemon=True)
+    asking.start()
+    asking.join(SECONDS)
+    return answer[0] if answer else Nvidia(problem=f"the NVIDIA driver gave no answer in {SECONDS} s")
+
+
+def _library() -> ModuleType:
+    with warnings.catch_warnings():
+        # The deprecated package `pynvml`, which nvidia-resiliency-ext installs, warns whoever imports this one.
+        warnings.simplefilter("ignore", FutureWarning)
+        import pynvml
+    return pynvml
+
+
+def _ask(nvml: ModuleType) -> Nvidia:
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError_LibraryNotFound:
         return Nvidia()
+    except nvml.NVMLError as error:
+        return Nvidia(problem=str(error))
     try:
-        gpus = parse_gpus(_ask(f"--query-gpu={GPU_FIELDS}", "--format=csv,noheader,nounits"))
-        processes = parse_processes(_ask(f"--query-compute-apps={PROCESS_FIELDS}", "--format=csv,noheader,nounits"))
-        cuda = parse_cuda(_ask())
-    except _NoAnswerError as problem:
-        return Nvidia(problem=str(problem))
+        return _machine(nvml)
+    except nvml.NVMLError as error:
+        return Nvidia(problem=str(error))
+    finally:
+        nvml.nvmlShutdown()
+
+
+def _machine(nvml: ModuleType) -> Nvidia:
+    driver = nvml.nvmlSystemGetDriverVersion()
+    cuda = _told(nvml, nvml.nvmlSystemGetCudaDriverVersion_v2)  # 12040 for 12.4; libcuda may be missing
+    gpus, processes = list[Gpu](), list[GpuProcess]()
+    for index in range(nvml.nvmlDeviceGetCount()):
+        try:
+            device = nvml.nvmlDeviceGetHandleByIndex(index)
+        except nvml.NVMLError_NoPermission:  # counted all the same where a container was not given it
+            continue
+        gpus.append(_gpu(nvml, device, index, driver))
+        processes += _processes(nvml, device, gpus[-1].uuid)
     if not gpus:
-        return Nvidia(problem="nvidia-smi lists no GPU")
-    return Nvidia(gpus[0].driver, cuda, tuple(gpus), tuple(processes))
+        return Nvidia(problem="the NVIDIA driver lists no GPU")
+    return Nvidia(driver, f"{cuda // 1000}.{cuda % 1000 // 10}" if cuda else "", tuple(gpus), tuple(processes))
 
 
-class _NoAnswerError(Exception):
-    """What nvidia-smi said, or that it said nothing."""
+def _gpu(nvml: ModuleType, device: Any, index: int, driver: str) -> Gpu:
+    memory = _told(nvml, nvml.nvmlDeviceGetMemoryInfo, device)
+    total, free = (memory.total // MIB, memory.free // MIB) if memory else (None, None)
+    mig = _told(nvml, nvml.nvmlDeviceGetMigMode, device)  # now, and after the next reset
+    uuid, name = nvml.nvmlDeviceGetUUID(device), nvml.nvmlDeviceGetName(device)
+    return Gpu(index, uuid, name, total, free, bool(mig and mig[0]), driver)
 
 
-def _ask(*arguments: str) -> str:
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", *arguments], capture_output=True, text=True, errors="replace", timeout=SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        raise _NoAnswerError(f"nvidia-smi gave no answer in {SECONDS} s") from None
-    except OSError as error:
-        raise _NoAnswerError(f"nvidia-smi cannot be started ({error})") from None
-    if done.returncode:
-        said = (done.stdout + done.stderr).strip().splitlines()
-        raise _NoAnswerError(said[0].strip() if said else f"nvidia-smi ended with {done.returncode}")
-    return done.stdout
-
-
-def parse_gpus(text: str) -> list[Gpu]:
-    """Read `--query-gpu=GPU_FIELDS --format=csv,noheader,nounits`; lines of another form are passed over."""
+def _processes(nvml: ModuleType, device: Any, gpu_uuid: str) -> list[GpuProcess]:
+    listed = _told(nvml, nvml.nvmlDeviceGetComputeRunningProcesses_v3, device)
+    if listed is None:  # drivers before 510
+        listed = _told(nvml, nvml.nvmlDeviceGetComputeRunningProcesses_v2, device) or ()
     found = []
-    for line in text.splitlines():
-        values = [value.strip() for value in line.split(",", GPU_FIELDS.count(","))]
-        if len(values) == GPU_FIELDS.count(",") + 1 and _NUMBER.fullmatch(values[0]):
-            index, uuid, total, free, mig, driver, name = values
-            found.append(Gpu(int(index), uuid, name, _mib(total), _mib(free), mig == "Enabled", driver))
-    return sorted(found, key=lambda gpu: gpu.index)
-
-
-def parse_processes(text: str) -> list[GpuProcess]:
-    """Read `--query-compute-apps=PROCESS_FIELDS --format=csv,noheader,nounits`, passing over lines of another form."""
-    found = []
-    for line in text.splitlines():
-        values = [value.strip() for value in line.split(",", PROCESS_FIELDS.count(","))]
-        if len(values) == PROCESS_FIELDS.count(",") + 1 and _NUMBER.fullmatch(values[1]):
-            found.append(GpuProcess(values[0], int(values[1]), _mib(values[2]), values[3]))
+    for each in listed:
+        used = None if each.usedGpuMemory is None else each.usedGpuMemory // MIB
+        found.append(GpuProcess(gpu_uuid, each.pid, used, _told(nvml, nvml.nvmlSystemGetProcessName, each.pid) or ""))
     return found
 
 
-def parse_cuda(text: str) -> str:
-    """The "CUDA Version" of nvidia-smi's own table; empty where there is none, or it is N/A."""
-    match = re.search(r"CUDA (?:UMD )?Version\s*:\s*(\d{1,3}\.\d{1,3})", text)
-    return match[1] if match else ""
+def _told(nvml: ModuleType, ask: Callable[..., Any], *arguments: Any) -> Any:
+    """The answer; None where this driver, card or container does not tell. A GPU in trouble raises all the same."""
+    try:
+        return ask(*arguments)
+    except (
+        nvml.NVMLError_NotSupported,
+        nvml.NVMLError_NoPermission,
+        nvml.NVMLError_NotFound,
+        nvml.NVMLError_FunctionNotFound,
+        nvml.NVMLError_LibraryNotFound,
+        UnicodeDecodeError,
+    ):
+        return None
 
 
 def visible(gpus: Sequence[Gpu], devices: str | None) -> list[Gpu]:
@@ -142,9 +163,3 @@ def _is(gpu: Gpu, device: str) -> bool:
     if device.startswith("MIG-"):
         return gpu.mig
     return device == str(gpu.index) or (device.startswith("GPU-") and gpu.uuid.startswith(device))
-
-
-def _mib(text: str) -> int | None:
-    """A number of MiB; [N/A], [Not Supported], [Insufficient Permissions] and the like are None."""
-    number = text.removesuffix("MiB").strip()
-    return int(number) if _NUMBER.fullmatch(number) else None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_cpt.doctor.examination import Examination, Finding, State, alongside
-from nemo_cpt.doctor.versions import IMPORTED, MEASURED, OLDEST_DRIVER, OTHERS, PYTHONS, STACK, Package
+from nemo_cpt.doctor.versions import MEASURED, OLDEST_DRIVER, OTHERS, PYTHONS, STACK, Package, required
 
 if TYPE_CHECKING:
     from packaging.version import Version
@@ -35,17 +35,21 @@ def packages(examination: Examination) -> Iterator[Finding]:
     if not _this_environment(examination):
         yield Finding("packages", "skipped", f"the job on {examination.place.executor} uses its own")
         return
-    for package in STACK:
-        yield _of_package(package, examination)
-    yield from (each for package in IMPORTED if (each := _of_package(package, examination)).state != "ok")
-    others = [(package, _of_package(package, examination)) for package in OTHERS]
-    wrong = {package: each for package, each in others if each.state != "ok"}
+    known = required()
+    if not known:
+        found = "not compared: nemo_cpt's files are here without the metadata that declare what it requires"
+        yield Finding("packages", "warning", found, "install it: pip install PATH_OF_ITS_CHECKOUT")
+        return
+    of_all = {name: _of_package(package, examination) for name, package in known.items()}
+    yield from (of_all[name] for name in STACK)
+    yield from (each for name, each in of_all.items() if name not in (*STACK, *OTHERS) and each.state != "ok")
+    wrong = [of_all[name] for name in OTHERS if name in known and of_all[name].state != "ok"]
     if wrong:
-        found = "; ".join(f"{each.name} {each.found}" for each in wrong.values())
-        names = " ".join(f"'{package.name}{package.works}'" for package in wrong)
+        found = "; ".join(f"{each.name} {each.found}" for each in wrong)
+        names = " ".join(known[each.name].cure.removeprefix("pip install ") for each in wrong)
         yield Finding("other packages", "warning", found, f"pip install {names}")
     else:
-        yield Finding("other packages", "ok", f"{len(IMPORTED) + len(OTHERS)}, each in its range")
+        yield Finding("other packages", "ok", f"{len(known) - len(STACK)}, each in its range")
 
 
 def combination(examination: Examination) -> Finding:
@@ -103,7 +107,9 @@ def driver(examination: Examination) -> Finding:
         return Finding("NVIDIA driver", red, nvidia.problem, _driver_cure(nvidia.problem))
     if not nvidia.driver:
         cure = "install NVIDIA's driver; in a container, start it with `--gpus all`"
-        return Finding("NVIDIA driver", "error" if needed else "skipped", "none: nvidia-smi is not here", cure * needed)
+        return Finding(
+            "NVIDIA driver", "error" if needed else "skipped", "none: libnvidia-ml.so.1 is not here", cure * needed
+        )
     found = f"{nvidia.driver}" + (f", for CUDA up to {nvidia.cuda}" if nvidia.cuda else "")
     built = torch_cuda() if _this_environment(examination) else None
     if built is None and _this_environment(examination) and _installed("torch") is not None:
@@ -120,7 +126,7 @@ def _compared(found: str, driver: str, serves: str, built: str) -> Finding:
     major, branch = int(built.partition(".")[0]), int(re.match(r"\d*", driver)[0] or 0)  # type: ignore[index]
     newest = tuple(map(int, serves.split("."))) if serves else None
     oldest = OLDEST_DRIVER.get(major)
-    # nvidia-smi's word counts first: in a container with CUDA's forward compatibility an old branch serves more.
+    # The driver's word counts first: in a container with CUDA's forward compatibility an old branch serves more.
     if (newest and newest[0] < major) or (newest is None and oldest and branch < oldest):
         cure = (
             f"update the driver to {oldest or 'a later branch'} or later, or install a torch built for CUDA "
@@ -136,7 +142,9 @@ def _compared(found: str, driver: str, serves: str, built: str) -> Finding:
 def _driver_cure(problem: str) -> str:
     if "mismatch" in problem:
         return "the driver was updated under the running kernel module: reboot, or reload the nvidia modules"
-    if "No devices" in problem or "lists no GPU" in problem:
+    if "GPU is lost" in problem or "requires restart" in problem:
+        return "a GPU no longer answers: restart the machine (dmesg has the reason, as an Xid)"
+    if "lists no GPU" in problem:
         return "no GPU is passed in: start the container with `--gpus all`, the Slurm job with --gpus-per-node"
     return "load the driver (modprobe nvidia; dmesg says why it fails), or restart the container with `--gpus all`"
 

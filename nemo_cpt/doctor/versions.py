@@ -1,87 +1,118 @@
-"""Which versions work together: the table that the doctor compares an environment with. Data only."""
+"""Which versions work together: the declared ranges, and what no range can say."""
 
+import tomllib
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires
+from pathlib import Path
 
 PYTHONS = ((3, 11), (3, 12))
+PROJECT = Path(__file__).parents[2] / "pyproject.toml"  # of a checkout; an installed package has none
 
 
 @dataclass(frozen=True)
 class Package:
-    """A package of the stack.
+    """A package that the library requires.
 
     Attributes:
         name: the distribution's.
-        works: versions that work, as pip writes them.
+        works: versions that work, as pip writes them; empty for any.
         otherwise: what happens with others.
         optional: whether runs without a GPU do without it.
-        install: what to install, where that is not the name with `works`.
+        extras: what to install with it, as pip writes it ("[pytorch]").
     """
 
     name: str
     works: str
     otherwise: str = ""
     optional: bool = False
-    install: str = ""
+    extras: str = ""
 
     @property
     def cure(self) -> str:
         """The command that installs a version that works."""
-        return f"pip install '{self.install or self.name}{self.works}'"
+        return f"pip install '{self.name}{self.extras}{self.works}'"
 
 
 STACK = (
-    Package("torch", ">=2.6"),
-    Package(
-        "transformer_engine",
-        ">=2.11,<3",
-        "recipes for GPUs use its layers",
-        optional=True,
-        install="transformer_engine[pytorch]",
-    ),
-    Package("megatron-core", ">=0.15.3,<0.16", "0.16 dropped dist_checkpointing.strategies.tensorstore (NeMo uses it)"),
-    Package("nemo_toolkit", ">=2.7.3,<3", "3.0 has no nemo.collections.llm"),
-    Package("nemo_run", ">=0.11.1,<0.12", "the executors here build on its inner parts"),
-    Package("lightning", ">=2.4,<2.5", "NeMo 2.7 pins it"),
-    Package("transformers", ">=4.57,<5", "NeMo 2.7 was written for 4"),
-    Package("huggingface_hub", ">=0.36,<1", "transformers 4 refuses 1.0"),
-    Package("numpy", ">=1.26"),  # Megatron Core asks for 1, and misses one name in 2: training/patches.py gives it
+    "torch",
+    "transformer_engine",
+    "megatron-core",
+    "nemo_toolkit",
+    "nemo_run",
+    "lightning",
+    "transformers",
+    "huggingface_hub",
+    "numpy",  # Megatron Core asks for 1, and misses one name in 2: training/patches.py gives it
 )
 """Each has a line of its own in the report."""
 
-IMPORTED = (
-    Package("leptonai", "<0.28", "`import nemo_run` fails with later ones"),
-    Package("nvidia-resiliency-ext", "<0.5", "NeMoLogger(ckpt=...) fails with later ones"),
-    *(Package(name, ">=0") for name in ("einops", "datasets", "tiktoken", "tensorstore", "nvidia-modelopt")),
-    *(Package(name, ">=0") for name in ("defusedxml", "packaging")),
-    Package("safetensors", ">=0.5"),
-    Package("ml_dtypes", ">=0.5"),
-    Package("tokenizers", ">=0.22"),
-    Package("requests", ">=2.32"),
-    Package("pyyaml", ">=6"),
-    Package("rich", ">=13"),
-    Package("typer", ">=0.15"),
-)
-"""Imported by every run or by the command line, some of them undeclared by NeMo; no run goes without."""
-
 OTHERS = (
-    Package("pyarrow", "<22"),
-    Package("pandas", "<3"),
-    Package("zarr", "<3"),
-    Package("sentencepiece", "<0.2.3", "it wants protobuf 7, the rest of the stack has 5"),
-    Package("matplotlib", ">=3.9"),
-    Package("orjson", ">=3.10"),
-    Package("zstandard", ">=0.23"),
-    Package("isal", ">=1.7"),
-    Package("rensa", ">=0.5,<0.6"),
-    Package("xxhash", ">=3.5"),
-    Package("fastokens", ">=0.3.5,<0.4"),
-    Package("openai", ">=1.60,<3"),
-    Package("fastapi", ">=0.115"),
-    Package("uvicorn", ">=0.30"),
-    Package("prometheus_client", ">=0.20"),
-    Package("prompt_toolkit", ">=3.0.40"),
+    "pyarrow",
+    "pandas",
+    "zarr",
+    "sentencepiece",
+    "matplotlib",
+    "orjson",
+    "zstandard",
+    "isal",
+    "rensa",
+    "xxhash",
+    "fastokens",
+    "openai",
+    "fastapi",
+    "uvicorn",
+    "prometheus_client",
+    "prompt_toolkit",
 )
-"""For corpora, plots, chat, serving and old checkpoints: a training ran on the GPU without them, or with later ones."""
+"""For corpora, plots, chat, serving and old checkpoints: a training ran on the GPU without them, or with later ones.
+
+What is required and neither here nor in STACK is imported by every run or by the command line; no run goes without.
+"""
+
+OTHERWISE = {
+    "transformer_engine": "recipes for GPUs use its layers",
+    "megatron-core": "0.16 dropped dist_checkpointing.strategies.tensorstore (NeMo uses it)",
+    "nemo_toolkit": "3.0 has no nemo.collections.llm",
+    "nemo_run": "the executors here build on its inner parts",
+    "lightning": "NeMo 2.7 pins it",
+    "transformers": "NeMo 2.7 was written for 4",
+    "huggingface_hub": "transformers 4 refuses 1.0",
+    "leptonai": "`import nemo_run` fails with later ones",
+    "nvidia-resiliency-ext": "NeMoLogger(ckpt=...) fails with later ones",
+    "sentencepiece": "it wants protobuf 7, the rest of the stack has 5",
+}
+"""What happens outside the declared range."""
+
+
+def required() -> dict[str, Package]:
+    """Return what the library requires on this platform, with its extra for GPUs; empty where nothing declares it."""
+    from packaging.requirements import Requirement
+
+    found = {}
+    for requirement in map(Requirement, _declared()):
+        name, marker = requirement.name, requirement.marker
+        optional = marker is not None and not marker.evaluate({"extra": ""})
+        if marker is None or not optional or marker.evaluate({"extra": "gpu"}):
+            # Metadata's own order is alphabetical: "<3,>=2".
+            works = ",".join(sorted(map(str, requirement.specifier), key=lambda bound: bound.startswith("<")))
+            extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
+            found[name] = Package(name, works, OTHERWISE.get(name, ""), optional, extras)
+    return found
+
+
+def _declared() -> list[str]:
+    """The checkout's requirements: an editable installation's metadata stay those of the day it was made."""
+    try:
+        project = tomllib.loads(PROJECT.read_text())["project"]
+        for_gpus = [f"{each}; extra == 'gpu'" for each in project["optional-dependencies"]["gpu"]]
+        return [*project["dependencies"], *for_gpus]
+    except FileNotFoundError:
+        pass
+    try:
+        return requires("nemo_cpt") or []
+    except PackageNotFoundError:  # its files alone are on the path
+        return []
+
 
 _COMMON = {
     "megatron-core": "0.15.3",

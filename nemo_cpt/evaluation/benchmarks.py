@@ -192,7 +192,7 @@ def command(candidate: Candidate, tasks: Sequence[Task], folder: Path, limit: in
     """The harness' command line for a model or an endpoint; tasks of one number of shots and one folder."""
     words = [sys.executable, "-m", HARNESS, "run", "--tasks", ",".join(task.name for task in tasks)]
     if candidate.is_endpoint:
-        address = candidate.model.rstrip("/").removesuffix("/v1")
+        address = candidate.model.partition("#")[0].rstrip("/").removesuffix("/v1")
         served: Any = candidate.engine
         arguments = f"model={served.model},base_url={address}/v1/chat/completions,num_concurrent=8"
         words += ["--model", "local-chat-completions", "--model_args", arguments, "--apply_chat_template"]

@@ -21,7 +21,8 @@ from nemo_cpt.errors import CptError
 from nemo_cpt.inference.transformers_engine import TransformersEngine
 
 DATA_SEED = 1234  # PreTrainingDataModule's default, so that the order is the training job's
-LOGITS_BYTES = 2**30  # of one forward pass, in fp32
+LOGITS_BYTES = 2**29  # of one forward pass, in fp32
+LOSS_ROWS = 256  # whose softmax is computed at once: all of them together would take as much memory again
 MOST_TOKENS = 16_384  # of one forward pass, however small the vocabulary
 SORTED_WINDOWS = 512  # windows that are sorted by length before they are batched: little padding, flat memory
 WINDOW = 2048  # tokens
@@ -198,9 +199,10 @@ def rolling_windows(
 def _nats(engine: TransformersEngine, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of each label [rows, columns] after its token [rows, columns]; labels of -100 give 0."""
     device = engine.network.device
-    logits = engine.network(input_ids=tokens.to(device), use_cache=False).logits.float()
-    losses = cross_entropy(logits.flatten(0, 1), labels.to(device).flatten(), reduction="none")
-    return losses.view(labels.shape).double()
+    logits = engine.network(input_ids=tokens.to(device), use_cache=False).logits.flatten(0, 1)
+    parts = zip(logits.split(LOSS_ROWS), labels.to(device).flatten().split(LOSS_ROWS), strict=True)
+    losses = [cross_entropy(part.float(), wanted, reduction="none") for part, wanted in parts]
+    return torch.cat(losses).view(labels.shape).double()
 
 
 def _window_nats(engine: TransformersEngine, batch: Sequence[tuple[int, list[int], list[int]]]) -> list[float]:

@@ -1,5 +1,6 @@
 """Before against after: a measure of each, their difference, and how sure it is."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -34,9 +35,10 @@ class Measure:
     resampled: bool = True
 
     @property
-    def whole(self) -> float:
-        """The number for all units."""
-        return self.value(np.arange(self.units))
+    def whole(self) -> float | None:
+        """The number for all units; None where it is not defined, such as a share of no replies."""
+        value = self.value(np.arange(self.units))
+        return value if math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ class Row:
     Attributes:
         group: the set, and how it was asked.
         measure: the name of what was measured, with its unit.
-        before: of the model compared with; None where there is none.
-        after: of the model.
+        before: of the model compared with; None where there is none, or its value is not defined.
+        after: of the model; None where it is not defined, such as a share of no replies.
         low: lower end of the 95 % interval of the difference, or of `after` where there is nothing to compare with.
         high: its upper end.
         better: as in `Measure`.
@@ -100,15 +102,20 @@ def compare(group: str, before: Measure | None, after: Measure, seed: int = 0, r
     return Row(group, name, before.whole if before else None, after.whole, low, high, after.better, after.note)
 
 
-def _interval(before: Measure | None, after: Measure, seed: int, resamples: int) -> tuple[float, float]:
+def _interval(
+    before: Measure | None, after: Measure, seed: int, resamples: int
+) -> tuple[float, float] | tuple[None, None]:
+    """The percentiles of the resamples in which both are defined; None where that is none of them."""
     rng = np.random.default_rng(seed)
     values = np.empty(resamples)
     for number in range(resamples):
         chosen = rng.integers(after.units, size=after.units)
         values[number] = after.value(chosen) - (before.value(chosen) if before else 0)
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return None, None
     tail = (1 - CONFIDENCE) / 2
-    low, high = (float(np.nanquantile(values, share)) for share in (tail, 1 - tail))
-    return low, high
+    return float(np.quantile(values, tail)), float(np.quantile(values, 1 - tail))
 
 
 def mean(name: str, values: Any, **kwargs: Any) -> Measure:

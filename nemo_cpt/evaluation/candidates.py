@@ -21,7 +21,7 @@ class Candidate:
 
     Attributes:
         label: its name in the report.
-        model: as the user gave it.
+        model: as the user gave it; an endpoint that serves several models as ADDRESS#MODEL.
         step: of the checkpoint that it is; None where that does not matter.
     """
 
@@ -51,10 +51,14 @@ class Candidate:
     def engine(self) -> Engine:
         """The engine, opened when it is first needed."""
         if self._engine is None:
-            known = ("api_key", "served_as") if self.is_endpoint else ("device",)
-            options = {name: value for name in known if (value := self.options.get(name)) is not None}
             self.say(f"opening {self.label}: {self.model}")
-            self._engine = open_engine(self.model if self.is_endpoint else self.folder, **options)
+            if self.is_endpoint:
+                address, _, served_as = self.model.partition("#")
+                key = self.options.get("api_key")
+                self._engine = open_engine(address, served_as=served_as or None, api_key=key)
+            else:
+                device = self.options.get("device")
+                self._engine = open_engine(self.folder, **({"device": device} if device else {}))
         return self._engine
 
     def close(self) -> None:

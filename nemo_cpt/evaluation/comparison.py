@@ -427,7 +427,8 @@ def _judged(
 
     asked = first_and_last(candidates)
     questions = judge_questions(language=language)[:limit]
-    judge = EndpointEngine(address, api_key=key)
+    url, _, served_as = address.partition("#")
+    judge = EndpointEngine(url, served_as or None, api_key=key)
     try:
         report = run_judge(
             {each.label: each.engine for each in asked},

@@ -60,8 +60,8 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def _number(value: float | None, sign: bool = False) -> str:
-    if value is None or not math.isfinite(value):
-        return "" if value is None else "not a number"
+    if value is None:
+        return ""
     digits = 3 if abs(value) < 10 else 2 if abs(value) < 100 else 1
     return f"{value:{'+' if sign else ''},.{digits}f}"
 

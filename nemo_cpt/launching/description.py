@@ -1,4 +1,10 @@
-"""What a command line says of a job, for the doctor: read from the recipe's source, without importing NeMo."""
+"""What a command line says of a job, for the doctor: read from the recipe's source, without importing NeMo.
+
+The doctor needs a few of a recipe's values, at once: they are taken from the arguments given, else from the parameters'
+defaults as the source shows them. What cannot be known that way (a default that is computed, a field set to an
+expression) is None, and the check that wants it is skipped; nothing is guessed. The planner, which needs them all,
+builds the recipe in a process of its own (`planned`).
+"""
 
 import ast
 from collections.abc import Mapping, Sequence
@@ -52,9 +58,9 @@ def describe(
         CptError: there is no such executor, an option is wrong, or a field has the wrong type.
     """
     given = {name: _default(function, name) for name in function.parameters} | dict(arguments)
-    pairs = (field.partition("=") for field in fields)
+    pairs = (field.partition("=") for field in fields)  # set after the recipe is built: they win over arguments
     given |= {FIELDS[path][0]: _field(path, text) for path, _, text in pairs if path in FIELDS}
-    on_cpu = "processes" in function.parameters
+    on_cpu = "processes" in function.parameters  # of recipes for GPUs it is called gpus_per_node
     data = catalog.default_data(function) if given.get("data") is None else given["data"]
     given["max_steps"] = _max_steps(given, data)
     return Job(
@@ -131,7 +137,7 @@ def place(executor: str, options: Sequence[str]) -> Place:
     from nemo_cpt.executors.local import visible_gpus
     from nemo_cpt.executors.window import seconds_of
 
-    if executor.partition(":")[0].endswith(".py"):
+    if executor.partition(":")[0].endswith(".py"):  # the user's own: nothing is known of where it runs a job
         return Place(executor, here=False, same_packages=False, same_files=False)
     described = catalog.executor(executor)
     given = catalog.parse(described, options, prefix="executor.")
@@ -169,6 +175,7 @@ def _default(function: Function, name: str) -> Any:
     try:
         return ast.literal_eval(source)
     except (ValueError, SyntaxError):
+        # An enumeration's member or a model's name, which only looks like an expression, stands for itself.
         is_a_word = source.replace("/", "").replace("-", "").replace(".", "").replace("_", "").isalnum()
         return source if is_a_word else None
 

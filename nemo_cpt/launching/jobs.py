@@ -9,9 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
+import psutil
+
 from nemo_cpt import catalog
 from nemo_cpt.errors import CptError
-from nemo_cpt.executors.supervisor import processes, seconds_to_save
+from nemo_cpt.executors.supervisor import seconds_to_save
 from nemo_cpt.launching import experiments
 from nemo_cpt.launching.experiments import processes_of
 
@@ -152,7 +154,7 @@ def _end_processes(job_dir: str) -> bool:
         CptError: the job is another user's.
     """
     every = set(processes_of(job_dir))
-    parents = {pid: parent for pid, (parent, _) in processes().items()}
+    parents = _parents()
     supervisors = [pid for pid in every if parents.get(pid) not in every]
     patience = max(map(seconds_to_save, supervisors), default=0)
     job, deadline, in_time = _with_descendants(every), time.monotonic() + patience, True
@@ -171,11 +173,17 @@ def _end_processes(job_dir: str) -> bool:
 
 def _with_descendants(pids: set[int]) -> set[int]:
     """Those of the processes that have not ended, and what they started and has not."""
-    alive = {pid: parent for pid, (parent, state) in processes().items() if state != "Z"}
-    found = pids & alive.keys()
-    while more := {pid for pid, parent in alive.items() if parent in found} - found:
+    parents = _parents()
+    found = pids & parents.keys()
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
         found |= more
     return found
+
+
+def _parents() -> dict[int, int]:
+    """Each process's parent; without zombies, which hold nothing any more and stay until their parent asks."""
+    every = psutil.process_iter(["ppid", "status"])
+    return {each.pid: each.info["ppid"] for each in every if each.info["status"] != psutil.STATUS_ZOMBIE}
 
 
 def _signal(pid: int, number: signal.Signals) -> None:

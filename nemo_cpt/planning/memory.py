@@ -102,6 +102,7 @@ def resident_bytes(work: Workload, stage: int) -> dict[str, int]:
     adapters = adapter_parameters(work, stage)
     whole = whole_parameters(work, stage)
     trained_bytes = adapters * work.weight_bytes + (adapters + whole) * work.grad_bytes
+    # Frozen weights are in no buffer of Megatron's, and not padded.
     weights = elements if frozen else buffer_elements(work, stage)
     return {
         "weights": _weight_bytes(work, stage, weights),
@@ -134,6 +135,7 @@ def _parameter_sizes(work: Workload, stage: int) -> list[int]:
     sizes = ([vocabulary] if first else []) + layer * work.stage_layers
     if last:
         sizes.append(hidden)
+    # Tied, one stage has one matrix; the last of several has a copy of the first's.
     if last and not (work.tied and first):
         sizes.append(vocabulary)
     return sizes
@@ -267,6 +269,7 @@ def in_flight(work: Workload, stage: int) -> float:
     chunks warm up 2 (stages - stage - 1) + (v - 1) stages, and one more is running.
     """
     stages_, chunks = work.pipeline_model_parallel_size, work.virtual_pipeline_model_parallel_size
+    # Never more than there are micro batches.
     if chunks == 1:
         return min(stages_ - stage, work.micro_batches)
     warm_up = 2 * (stages_ - stage - 1) + (chunks - 1) * stages_
@@ -278,6 +281,7 @@ def activation_bytes(work: Workload, stage: int) -> int:
     layers = work.stage_layers
     recomputed = work.recomputed(layers)
     hidden = _hidden_bytes(work)
+    # A recomputed group keeps its input alone.
     inputs = -(-recomputed // work.recomputed_at_once)
     kept = (layers - recomputed) * layer_bytes_per_token(work) * work.tokens + inputs * hidden
     ends = 2 if stage == work.last_stage else 1  # the stage's input; the last norm's output
@@ -324,6 +328,8 @@ def _backward(work: Workload, stage: int) -> dict[str, int]:
     recomputed = work.recomputed(layers)
     activations = in_flight(work, stage) * activation_bytes(work, stage)
     if recomputed:
+        # The backward pass runs from the last layer to the first: those that are not recomputed, behind the others in a
+        # block, are done and freed when a recomputed one is at its peak.
         activations -= (layers - recomputed) * layer_bytes_per_token(work) * work.tokens
         activations += min(recomputed, work.recomputed_at_once) * layer_bytes_per_token(work) * work.tokens
     gradients = 2 * _hidden_bytes(work) + work.tokens * work.ffn_hidden_size // tensor * dtype
@@ -350,6 +356,7 @@ def _initialisation(work: Workload, stage: int, room: float) -> dict[str, int]:
         return {"weights": resident["weights"], "adapters": resident["adapters"]}
     kept = {"weights": resident["weights"], "gradients": resident["gradients"]}
     with_copies = (sum(kept.values()) + resident["weights"]) * (1 + FRAGMENTATION) + _context(work, stage)
+    # The distributed optimizer alone moves weights into a buffer of its own.
     copies = resident["weights"] if work.distributed_optimizer and with_copies <= room else 0
     masters = 0
     if not work.precision_aware and work.master_bytes:
@@ -443,6 +450,7 @@ def _saved_pieces(work: Workload, stage: int) -> list[int]:
     sizes, ranks = _saved_sizes(work, stage), work.optimizer_shards
     if not work.distributed_optimizer or ranks == 1:
         return sizes
+    # Megatron's bucket size for overlapped communication.
     full = max(40_000_000, 1_000_000 * ranks) if stage == 0 else inf
     pieces: list[int] = []
     bucket: list[tuple[int, int]] = []

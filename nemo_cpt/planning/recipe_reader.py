@@ -57,6 +57,7 @@ def _model(recipe: Any, config: Any, strategy: Any) -> dict[str, Any]:
     if not heads or not hidden:
         raise CptError(f"model.config is {_name(config)}: the planner needs its hidden_size and num_attention_heads")
     tensor = _get(strategy, "tensor_model_parallel_size", 1)
+    # NeMo pads to this times the tensor parallel size, so that every GPU has equally many rows.
     multiple = (given(config, "make_vocab_size_divisible_by") or TILE) * tensor
     return {
         "num_layers": _get(config, "num_layers", 0),
@@ -131,9 +132,11 @@ def _adapters(peft: Any) -> dict[str, Any]:
 
 def _precision(recipe: Any, config: Any, strategy: Any, optimizer: Any) -> dict[str, Any]:
     plugin = _get(recipe.trainer, "plugins", None)
+    # Megatron's mixed precision keeps fp32 masters; without a plugin, or in fp32, the weights are the masters.
     low = plugin is not None and "32" not in str(_get(plugin, "precision", "32"))
     aware = _get(optimizer, "use_precision_aware_optimizer", False)
     ddp = _get(strategy, "ddp", None)
+    # Megatron heeds the moments' types only with the precision-aware optimizer.
     exp_avg = _bytes(_get(optimizer, "exp_avg_dtype", "float32")) if aware else 4
     exp_avg_sq = _bytes(_get(optimizer, "exp_avg_sq_dtype", "float32")) if aware else 4
     fp32_gradients = _get(ddp, "grad_reduce_in_fp32", False) or not low

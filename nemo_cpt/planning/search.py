@@ -111,6 +111,7 @@ def fit_workload(
     for tier in _tiers(work, allow):
         fitting = [each for each in _candidates(tier, allow, budget) if _peak(each, budget) <= budget]
         if fitting:
+            # Of equally fast ones, the one that leaves most memory.
             best = max(fitting, key=lambda each: (_tokens_per_second(each, kind), -_peak(each, budget)))
             return Fit(None, plan_workload(best, gpu_memory_gib, gpu), changes(work, best, kind, budget))
     raise CptError(_nothing_fits(work, allow, usable, margin))
@@ -131,6 +132,7 @@ def changes(before: Workload, after: Workload, gpu: Gpu, room: float) -> list[Ch
     steps, current = [], before
     for knob, fields in _KNOBS.items():
         values = {name: getattr(after, name) for name in (*fields, *_TOGETHER.get(knob, ()))}
+        # `fields` alone decide whether it was turned: what comes along may have come with a knob before.
         if all(getattr(current, name) == values[name] for name in fields):
             continue
         try:
@@ -144,6 +146,8 @@ def changes(before: Workload, after: Workload, gpu: Gpu, room: float) -> list[Ch
     return steps
 
 
+# What a reader knows as one setting, and the workload's fields that hold it. Changes are told in this order:
+# what is given up first, then what lays the model out anew, last what fills the memory that is left.
 _KNOBS = {
     "seq_length": ("seq_length",),
     "rank": ("lora_rank",),
@@ -154,6 +158,7 @@ _KNOBS = {
     "micro_batch_size": ("micro_batch_size",),
     "recompute": ("recompute", "recompute_num_layers"),
 }
+# Fields that a knob drags along, because the workload is refused, or means something else, without them.
 _TOGETHER = {
     "host_states": ("precision_aware", "master_bytes", "distributed_optimizer"),
     "layout": ("sequence_parallel", "micro_batch_size"),
@@ -178,6 +183,8 @@ def _tiers(work: Workload, allow: Sequence[str]) -> Iterator[Workload]:
     if "rank" in allow and work.lora_rank:
         ranks += _halved(work.lora_rank, LOWEST_RANK)
     lengths = [work.seq_length] + (_halved(work.seq_length, SHORTEST) if "seq_length" in allow else [])
+    # A product's last factor changes first: Adam's states go to the host before the gradients lose bits, these before
+    # the rank is halved, and the sequence is cut last. So the first tier with anything that fits gives up the least.
     for length, rank, grad_bytes, states in itertools.product(lengths, ranks, gradients, _states(work, allow)):
         yield work.replace(seq_length=length, lora_rank=rank, grad_bytes=grad_bytes, **states)
 
@@ -199,6 +206,7 @@ def _candidates(work: Workload, allow: Sequence[str], budget: float) -> Iterator
             each = work.replace(**layout, micro_batch_size=size)
         except CptError:  # sizes that do not divide each other
             continue
+        # Recomputing costs time and saves memory, layer by layer: more than the least that fits is never faster.
         yield _least_recompute(each, budget) if "recompute" in allow else each
 
 
@@ -230,7 +238,10 @@ def _least_recompute(work: Workload, budget: float) -> Workload:
     plain = work.replace(recompute="none", recompute_num_layers=0)
     if _peak(plain, budget) <= budget:
         return plain
-    low, high = 0, work.stage_layers
+    low, high = (
+        0,
+        work.stage_layers,
+    )  # `low` layers are too few (0 was tried above); `high` are enough, or all there are
     while high - low > 1:
         middle = (low + high) // 2
         if _peak(work.replace(recompute="block", recompute_num_layers=middle), budget) <= budget:
@@ -249,7 +260,9 @@ def _tokens_per_second(work: Workload, gpu: Gpu) -> float:
 
 
 def _nothing_fits(work: Workload, allow: Sequence[str], usable: float, margin: float) -> str:
-    settings = (each for tier in _tiers(work, allow) for each in _candidates(tier, allow, 0))
+    settings = (
+        each for tier in _tiers(work, allow) for each in _candidates(tier, allow, 0)
+    )  # a budget of 0: the least
     least = min(_peak(each, 0) for each in settings) / GIB / (1 - margin)
     left = [name for name in (*ALLOWED, *FALLBACKS) if name not in allow]
     kind = "LoRA" if work.lora_rank else "training every parameter"

@@ -63,6 +63,7 @@ class Speed:
 def speed(work: Workload, gpu: Gpu = DEFAULT) -> Speed:
     """Return the speed of a workload on GPUs of one kind."""
     micro_batch = _micro_batch_seconds(work, gpu)
+    # In micro batches: stages - 1 of them pass before the last stage has work, v times shorter with v chunks.
     bubble = (work.pipeline_model_parallel_size - 1) / work.virtual_pipeline_model_parallel_size
     seconds = {
         "forward and backward": work.micro_batches * micro_batch,
@@ -102,6 +103,7 @@ def _micro_batch_seconds(work: Workload, gpu: Gpu) -> float:
 def _operations(work: Workload) -> tuple[float, float, float]:
     """Operations of a micro batch on one GPU: linear layers; output layer and adapters; attention."""
     layers = work.stage_layers
+    # Forward and the inputs' gradients; the weights' own where they are trained.
     again, passes = work.recomputed(layers), 2 if work.lora_rank else 3
     tokens = work.tokens / work.tensor_model_parallel_size
     products = 2 * work.linear_parameters * tokens * (layers * passes + again)
@@ -109,6 +111,7 @@ def _operations(work: Workload) -> tuple[float, float, float]:
     if work.dora:  # the norm of weight + product of the adapter's matrices, each time
         adapters += 2 * (work.lora_rank or 0) * work.linear_parameters * layers * 2
     head = 2 * work.vocab_size * work.hidden_size * tokens * (3 if work.trains_head else 2)
+    # Flash attention's backward costs 2.5 times its forward.
     attention_again = layers if work.recompute == "selective" and "core_attn" in work.recompute_modules else again
     attention = 2 * tokens * work.seq_length * work.query_size * (3.5 * layers + attention_again)
     return products, head + adapters, attention
@@ -139,6 +142,7 @@ def _gradient_traffic(work: Workload) -> float:
 def _tensor_parallel_seconds(work: Workload, gpu: Gpu) -> float:
     """Four all-reduces a layer and micro batch (two forward, two backward; Shoeybi et al., arXiv 1909.08053)."""
     size, layers = work.tensor_model_parallel_size, work.stage_layers
+    # A ring all-reduce sends each byte twice, less its own part.
     volume = 2 * (size - 1) / size * work.tokens * work.hidden_size * work.weight_bytes
     count = 4 * layers + 2 * work.recomputed(layers)
     return count * volume / _link(work, gpu, size)

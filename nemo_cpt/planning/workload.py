@@ -93,6 +93,7 @@ class Workload:
         for name, size in groups.items():
             if size % self.tensor_model_parallel_size:
                 raise CptError(f"{name} {size} cannot be cut over {self.tensor_model_parallel_size} GPUs (tensor)")
+        # Megatron gives each chunk of each stage equally many layers.
         stages = self.pipeline_model_parallel_size * self.virtual_pipeline_model_parallel_size
         if self.num_layers % stages:
             raise CptError(f"{self.num_layers} layers cannot be cut into {stages} equal pipeline stages")
@@ -163,6 +164,7 @@ class Workload:
         return {
             "linear_qkv": (h, self.query_size + 2 * self.kv_size),
             "linear_proj": (self.query_size, h),
+            # Gate and up in one product.
             "linear_fc1": (h, 2 * f if self.gated else f),
             "linear_fc2": (f, h),
         }
@@ -195,6 +197,7 @@ class Workload:
     @property
     def parameters(self) -> int:
         """Parameters of the whole model, without adapters."""
+        # Biases only where Qwen2 has them; two norms a layer, and the last one.
         bias = self.widths["linear_qkv"][1] if self.qkv_bias else 0
         layers = self.num_layers * (self.linear_parameters + bias + 2 * self.hidden_size)
         return layers + self.hidden_size + self.embedding_parameters

@@ -27,6 +27,14 @@ _KEPT: list["PinnedMemory"] = []  # for the life of the process, see PinnedMemor
 class HostStates:
     """The named states of a Transformer Engine FusedAdam, which has none yet, in pinned host memory.
 
+    Four methods of the instance are replaced, one for each way in which states come to be, change place or leave:
+        `_initialize_state`, which makes a state: it makes a view of the host's memory (`initialize`).
+        `set_scaled_state`, which copies into one: a value that is in its place already is not copied (`set`).
+        `load_state_dict`, which would make all of them anew on the GPU (`load`).
+        `state_dict`, which would convert all of them to fp32 at once: PyTorch's own takes its place.
+    A state is found again by its address (`PinnedMemory.at`), because Megatron hands checkpoints the CUDA view alone;
+    the view and the host's tensor have the same one, and that memory is never given back.
+
     Args:
         adam: a `transformer_engine.pytorch.optimizers.FusedAdam`; some of its methods are replaced on the instance.
         names: any of `constants.ADAM_STATES`.
@@ -54,7 +62,7 @@ class HostStates:
             self._initialize(param, name, zero_buffer, store_param_remainders)
             return
         dtype = torch.int16 if store_param_remainders else self.adam.name_to_dtype_map[name]
-        state = as_cuda(self.memory.of(param, name, dtype))
+        state = as_cuda(self.memory.of(param, name, dtype))  # the same memory when it is made a second time
         self.adam.state[param][name] = state.zero_() if zero_buffer else state
         if self.adam.name_to_dtype_map[name] != torch.float32:
             scale = torch.ones(1, dtype=torch.float32, device=param.device)
@@ -70,7 +78,7 @@ class HostStates:
     def load(self, state_dict: dict[str, Any]) -> None:
         """`FusedAdam.load_state_dict`, without PyTorch's copies of all states in the parameters' dtype."""
         state, groups = self.adam.state, state_dict["param_groups"]
-        self._load({"state": {}, "param_groups": groups})
+        self._load({"state": {}, "param_groups": groups})  # the groups alone; it also empties the states
         self.adam.state = state
         indices = itertools.chain.from_iterable(group["params"] for group in groups)
         params = itertools.chain.from_iterable(group["params"] for group in self.adam.param_groups)
@@ -84,6 +92,7 @@ class HostStates:
         Args:
             tensors: what Megatron writes and reads of a parameter, by name: "param", the master weight, and moments.
         """
+        # Megatron's "param" is FusedAdam's "master_param".
         named = {name for name in tensors if (name if name != "param" else "master_param") in self.names}
         return tensors | {name: self.memory.at(tensors[name]) for name in named}
 
@@ -96,7 +105,7 @@ class PinnedMemory:
     """
 
     def __init__(self) -> None:
-        self._slab, self._used = mmap.mmap(-1, 1), 1
+        self._slab, self._used = mmap.mmap(-1, 1), 1  # full: the first state takes a slab
         self._states: dict[tuple[torch.Tensor, str], torch.Tensor] = {}
         self._at: dict[int, torch.Tensor] = {}
 
@@ -118,7 +127,7 @@ class PinnedMemory:
 
     def _take(self, count: int, dtype: torch.dtype) -> torch.Tensor:
         size = count * dtype.itemsize
-        if size > SLAB_BYTES // 4:
+        if size > SLAB_BYTES // 4:  # of its own, so that no slab's end stays empty by more than a quarter
             return torch.frombuffer(_pinned(size), dtype=dtype, count=count)
         if self._used + size > len(self._slab):
             self._slab, self._used = _pinned(SLAB_BYTES), 0
@@ -190,7 +199,7 @@ def _write_in_threads(transforms: list[Any], use_msc: bool, rank: int, buckets: 
     options = {"use_fsync": True} | ({"use_msc": True} if use_msc else {})
     write = FileSystemWriterAsync.write_preloaded_data
     with ThreadPoolExecutor(len(buckets)) as pool:
-        writers = []
+        writers = []  # each takes one item off `waiting` when it is done, as Megatron's processes count themselves
         for index, bucket in enumerate(buckets):
             waiting.put(index)
             writers.append(pool.submit(write, transforms, index, bucket, done, waiting, **options))

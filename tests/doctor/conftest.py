@@ -1,7 +1,9 @@
-"""A small base, datasets of its vocabulary and of another, and machines with GPUs that nvidia-smi only tells of."""
+"""A small base, datasets of its vocabulary and of another, and machines whose GPUs only the driver tells of."""
 
 import json
 import os
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,6 @@ TINY = {  # the shape of nemo_cpt.recipes.tiny.model
                                              "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
 }  # fmt: skip
 H100 = "0, GPU-11111111-aaaa, 81559, 81079, Disabled, 550.54.15, NVIDIA H100 80GB HBM3"
-TABLE = "| NVIDIA-SMI 550.54.15    Driver Version: 550.54.15    CUDA Version: 12.4     |"
 
 
 @pytest.fixture(scope="session")
@@ -43,20 +44,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Call it with what nvidia-smi shall print: GPUs, processes, its table; or with an error and its exit code."""
+    """Call it with what NVIDIA's library shall tell: GPUs, processes, CUDA; or its error (support/fake_nvml.py)."""
     folder = tmp_path / "nvidia"
     folder.mkdir()
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep))
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "pynvml", raising=False)
+    shutil.copy(TESTS / "support" / "fake_nvml.py", folder / "pynvml.py")
 
-    def make(gpus: str = H100, processes: str = "", table: str = TABLE, error: str = "", code: int = 0) -> None:
-        for name, text in {"gpus": gpus, "processes": processes, "table": table, "error": error}.items():
+    def make(gpus: str = H100, processes: str = "", cuda: str = "12.4", error: str = "") -> None:
+        for name, text in {"gpus": gpus, "processes": processes, "cuda": cuda, "error": error}.items():
             (folder / name).write_text(text + "\n" if text else "")
-        script = folder / "nvidia-smi"
-        script.write_text(
-            f'#!/bin/sh\ncd {folder}\n[ -s error ] && cat error && exit {code}\ncase "$1" in\n'
-            "--query-gpu*) cat gpus ;;\n--query-compute-apps*) cat processes ;;\n*) cat table ;;\nesac\n"
-        )
-        script.chmod(0o755)
 
-    return make
+    yield make
+    sys.modules.pop("pynvml", None)

@@ -1,6 +1,8 @@
-"""nvidia-smi's answers: as recorded, in trouble, and of any form at all."""
+"""The driver's answers: as recorded, in trouble, and what it does not tell."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -26,8 +28,8 @@ def state(finding):
     return finding.state, finding.found
 
 
-def test_no_gpu_is_no_fault_of_a_machine_and_one_of_a_job(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
+def test_no_gpu_is_no_fault_of_a_machine_and_one_of_a_job(machine):
+    machine(error="NVMLError_LibraryNotFound")
     assert gpus.gpus(Examination()).state == "skipped"
     found = gpus.gpus(Examination(job(gpus_per_node=8)))
     assert state(found) == ("error", "none, and llama31_8b.continual_pretrain takes 8")
@@ -47,10 +49,11 @@ def test_a_free_gpu(machine):
 def test_what_an_h200_said(machine):
     """Recorded there, while a process held 90 GiB."""
     gpu = "0, GPU-d6db2b2c-f5fb-9bd4-536e-bbdf371e7ca6, 143771, 143156, Disabled, 580.159.04, NVIDIA H200"
-    table = "| NVIDIA-SMI 580.159.04             Driver Version: 580.159.04     CUDA Version: 13.0     |"
-    machine(gpu, table=table)
+    machine(gpu, cuda="13.0")
     assert gpus.gpu_memory(Examination(job())).found == "139.8 GiB free"
-    machine(gpu.replace("143156", "50478"), "GPU-d6db2b2c-f5fb-9bd4-536e-bbdf371e7ca6, 430, 92678, python3", table)
+    machine(
+        gpu.replace("143156", "50478"), "GPU-d6db2b2c-f5fb-9bd4-536e-bbdf371e7ca6, 430, 92678, python3", cuda="13.0"
+    )
     found = gpus.gpu_memory(Examination(job()))
     assert state(found) == ("error", "GPU 0: 91.1 of 140.4 GiB in use by python3 (pid 430 90.5 GiB)")
     assert (examination := Examination()).nvidia.driver == "580.159.04"
@@ -73,7 +76,7 @@ def test_memory_in_use_by_nobody_visible(machine):
 
 
 def test_what_the_driver_does_not_tell_is_no_error(machine):
-    machine(SPARK, "GPU-33333333-cccc, 77, [N/A], python", table="CUDA Version: N/A")
+    machine(SPARK, "GPU-33333333-cccc, 77, [N/A], python", cuda="")
     examination = Examination(job())
     assert state(gpus.gpus(examination)) == ("ok", "1 x NVIDIA GB10")
     assert state(gpus.gpu_memory(examination)) == ("ok", "the driver does not tell")
@@ -106,20 +109,21 @@ def test_too_few_hidden_and_too_small(machine, monkeypatch):
     ("devices", "chosen"),
     [(None, [0, 1]), ("", []), ("-1", []), ("1", [1]), ("1,0", [1, 0]), ("0,7,1", [0]), ("GPU-2222", [1])],
 )
-def test_visible_devices_are_cudas(devices, chosen):
-    assert [gpu.index for gpu in nvidia.visible(nvidia.parse_gpus(TWO), devices)] == chosen
+def test_visible_devices_are_cudas(machine, devices, chosen):
+    machine(TWO)
+    assert [gpu.index for gpu in nvidia.visible(nvidia.read().gpus, devices)] == chosen
 
 
 @pytest.mark.parametrize(
-    ("said", "code", "cure"),
+    ("error", "said", "cure"),
     [
-        ("Failed to initialize NVML: Driver/library version mismatch", 18, "reboot"),
-        ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", 9, "modprobe nvidia"),
-        ("No devices were found", 6, "--gpus all"),
+        ("NVMLError_LibRmVersionMismatch", "RM has detected an NVML/RM version mismatch.", "reboot"),
+        ("NVMLError_DriverNotLoaded", "Driver Not Loaded", "modprobe nvidia"),
+        ("NVMLError_GpuIsLost", "GPU is lost", "restart the machine"),
     ],
 )
-def test_a_driver_in_trouble_is_quoted(machine, said, code, cure):
-    machine(error=said, code=code)
+def test_a_driver_in_trouble_is_quoted(machine, error, said, cure):
+    machine(error=error)
     found = software.driver(Examination(job()))
     assert state(found) == ("error", said)
     assert cure in found.cure
@@ -127,11 +131,49 @@ def test_a_driver_in_trouble_is_quoted(machine, said, code, cure):
     assert software.driver(Examination(job(gpus_per_node=0))).state == "skipped"
 
 
-def test_an_nvidia_smi_that_hangs(machine, tmp_path, monkeypatch):
-    machine()
-    (tmp_path / "nvidia" / "nvidia-smi").write_text("#!/bin/sh\nexec sleep 60\n")
+def test_a_driver_without_gpus(machine):
+    machine("")
+    found = software.driver(Examination(job()))
+    assert state(found) == ("error", "the NVIDIA driver lists no GPU")
+    assert "--gpus all" in found.cure
+
+
+def test_gpus_that_a_container_was_not_given_are_passed_over_and_lost_ones_are_not(machine):
+    withheld = "0, NVMLError_NoPermission, 0, 0, Disabled, 550.54.15, none"
+    machine(f"{withheld}\n{TWO.splitlines()[0]}")
+    assert [gpu.index for gpu in nvidia.read().gpus] == [1]
+    machine(f"{withheld.replace('NoPermission', 'GpuIsLost')}\n{TWO.splitlines()[0]}")
+    assert nvidia.read() == nvidia.Nvidia(problem="GPU is lost")
+
+
+def test_a_process_without_a_name(machine):
+    machine(IN_USE, HOG.replace("/usr/bin/python3, with a comma", "[N/A]"))
+    assert "in use by process (pid 4242 50.0 GiB)" in gpus.gpu_memory(Examination(job())).found
+
+
+def test_an_older_driver_lists_its_processes(machine, monkeypatch):
+    machine(IN_USE, HOG)
+    nvml = nvidia._library()
+    newer = nvml.nvmlDeviceGetComputeRunningProcesses_v3
+
+    def missing(device):
+        raise nvml.NVMLError_FunctionNotFound
+
+    monkeypatch.setattr(nvml, "nvmlDeviceGetComputeRunningProcesses_v3", missing)
+    monkeypatch.setattr(nvml, "nvmlDeviceGetComputeRunningProcesses_v2", newer)
+    assert [each.pid for each in nvidia.read().processes] == [4242]
+
+
+def test_a_driver_that_hangs(machine, monkeypatch):
+    machine(error="hang")
     monkeypatch.setattr(nvidia, "SECONDS", 0.2)
-    assert nvidia.read().problem == "nvidia-smi gave no answer in 0.2 s"
+    assert nvidia.read().problem == "the NVIDIA driver gave no answer in 0.2 s"
+
+
+def test_the_library_is_imported_without_a_warning():
+    code = "from nemo_cpt.doctor import nvidia; nvidia.read()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(
@@ -148,7 +190,7 @@ def test_an_nvidia_smi_that_hangs(machine, tmp_path, monkeypatch):
     ],
 )
 def test_driver_against_torchs_cuda(machine, monkeypatch, built, driver, cuda, expected):
-    machine(f"0, GPU-1, 81559, 81079, Disabled, {driver}, H100", table=f"CUDA Version: {cuda}" if cuda else "none")
+    machine(f"0, GPU-1, 81559, 81079, Disabled, {driver}, H100", cuda=cuda)
     monkeypatch.setattr(software, "torch_cuda", lambda: built)
     found = software.driver(Examination(job()))
     assert found.state == expected
@@ -172,32 +214,10 @@ def test_the_build_is_read_from_torchs_own_file(tmp_path, monkeypatch):
         assert software.torch_cuda() == version
 
 
-text = st.text(st.characters(exclude_characters=",\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"), max_size=20)
-memory = st.one_of(st.none(), st.integers(0, 10**7))
-
-
-def shown(mib):
-    return "[N/A]" if mib is None else str(mib)
-
-
-@given(st.lists(st.builds(nvidia.Gpu, st.integers(0, 99), text, text, memory, memory, st.booleans(), text), max_size=4))
-def test_what_is_printed_is_read(listed):
-    lines = [
-        f"{g.index}, {g.uuid}, {shown(g.total_mib)}, {shown(g.free_mib)}, {'Enabled' if g.mig else '[N/A]'}, "
-        f"{g.driver}, {g.name}"
-        for g in listed
-    ]
-    read = nvidia.parse_gpus("\n".join(lines))
-    assert [(g.index, g.total_mib, g.free_mib, g.mig) for g in read] == sorted(
-        ((g.index, g.total_mib, g.free_mib, g.mig) for g in listed), key=lambda item: item[0]
-    )
-    assert {g.name for g in read} == {g.name.strip() for g in listed}
-
-
 @given(st.text(max_size=300))
-def test_any_text_is_survived(printed):
-    found = nvidia.parse_gpus(printed), nvidia.parse_processes(printed), nvidia.parse_cuda(printed)
-    assert nvidia.visible(found[0], printed) is not None
+def test_any_list_of_devices_is_survived(devices):
+    one = nvidia.Gpu(0, "GPU-1", "H100", 81559, 81079, False, "550.54.15")
+    assert nvidia.visible([one], devices) in ([], [one], [one] * (devices.count(",") + 1))
 
 
 def test_the_executors_gpus_count(monkeypatch):

@@ -2,15 +2,15 @@
 
 import sys
 import tomllib
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from nemo_cpt.doctor import Examination, Job, Place, software
-from nemo_cpt.doctor.versions import IMPORTED, MEASURED, OTHERS, STACK, Package
+from nemo_cpt.doctor import Examination, Job, Place, software, versions
+from nemo_cpt.doctor.versions import MEASURED, OTHERS, OTHERWISE, STACK, Package, required
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,7 +19,7 @@ def plant(folder: Path, package: str, init: str, metadata: str = "") -> None:
     (folder / package).mkdir(parents=True)
     (folder / package / "__init__.py").write_text(init)
     if metadata:
-        info = folder / f"{package}-{metadata}.dist-info"
+        info = folder / f"{package}-{metadata.splitlines()[0]}.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {metadata}\n")
 
@@ -30,14 +30,42 @@ def test_this_environment_is_sound():
     assert software.combination(Examination()).found == "the versions measured together on the CPU"
 
 
-def test_the_table_says_what_pyproject_says():
+def test_the_ranges_are_pyprojects():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = [*project["dependencies"], *project["optional-dependencies"]["gpu"]]
-    ranges = {canonicalize_name(each.name): each.specifier for each in map(Requirement, declared)}
-    for package in (*STACK, *IMPORTED, *OTHERS):
-        wanted = ranges[canonicalize_name(package.name)]
-        assert Requirement(f"x{package.works}").specifier == wanted or (not wanted and package.works == ">=0"), package
-    assert set(ranges) == {canonicalize_name(package.name) for package in (*STACK, *IMPORTED, *OTHERS)}
+    ranges = {each.name: each.specifier for each in map(Requirement, declared)}
+    known = required()
+    assert {name: Requirement(f"x{package.works}").specifier for name, package in known.items()} == ranges
+    assert {*STACK, *OTHERS, *OTHERWISE} <= set(ranges)
+    assert [name for name, package in known.items() if package.optional] == ["transformer_engine"]
+    assert known["transformers"].works == ">=4.57,<5"
+
+
+def test_an_installed_package_is_compared_with_its_metadata(tmp_path, monkeypatch):
+    declared = [
+        *[f"Requires-Dist: {name}" for name in STACK if name not in ("numpy", "transformer_engine")],
+        "Requires-Dist: numpy<1,>=0.5",
+        'Requires-Dist: transformer_engine[pytorch]<3,>=2.11; extra == "gpu"',
+        'Requires-Dist: nothing-of-this-name; sys_platform == "other"',
+        'Requires-Dist: nothing-of-that-name; extra == "dev"',
+    ]
+    plant(tmp_path, "nemo_cpt", "", "9.9\n" + "\n".join(declared))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(versions, "PROJECT", tmp_path / "pyproject.toml")  # site-packages has none
+    assert set(required()) == set(STACK)
+    (found,) = [each for each in software.packages(Examination()) if each.state == "error"]
+    assert (found.name, found.cure) == ("numpy", "pip install 'numpy>=0.5,<1'")
+
+
+def test_files_without_metadata_say_that_nothing_is_compared(tmp_path, monkeypatch):
+    def none(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(versions, "PROJECT", tmp_path / "pyproject.toml")
+    monkeypatch.setattr(versions, "requires", none)
+    (found,) = software.packages(Examination())
+    assert (found.name, found.state) == ("packages", "warning")
+    assert found.found.startswith("not compared")
 
 
 def test_the_measured_versions_are_those_that_are_pinned():

@@ -20,7 +20,7 @@ from nemo_cpt.evaluation.journal import Journal
 from nemo_cpt.inference.endpoint import EndpointEngine
 from nemo_cpt.inference.transformers_engine import TransformersEngine
 from tests.inference.conftest import TEMPLATE
-from tests.support.chat_server import Body, ChatServer, FaultError
+from tests.support.chat_server import NAME, Body, ChatServer, FaultError
 from tests.support.crashes import FORK
 
 QUESTIONS = [
@@ -122,7 +122,6 @@ def test_the_report_is_whole_and_opens_offline(whole: comparison.Report, tmp_pat
 
 def test_numbers_that_json_cannot_hold(whole: comparison.Report) -> None:
     assert report._finite({"a": [float("nan"), float("inf"), 1.5]}) == {"a": [None, None, 1.5]}
-    assert report._number(float("nan")) == "not a number"
     assert report._number(None) == ""
 
 
@@ -334,7 +333,7 @@ def test_endpoints_and_a_judge(tmp_path: Path) -> None:
 
     with ChatServer(answering("BAD ")) as before, ChatServer(answering("GOOD ")) as after, ChatServer(judging) as judge:
         found = evaluate(
-            after.url, tmp_path, against=before.url, prompts=["ja"], judge=judge.url, limit=2, quiet=True,
+            f"{after.url}#{NAME}", tmp_path, against=before.url, prompts=["ja"], judge=judge.url, limit=2, quiet=True,
         )  # fmt: skip
     rows = {(row.group, row.measure): row for row in found.rows}
     score = rows["judge", "score, of 10"]
@@ -356,7 +355,7 @@ def test_an_endpoint_that_fails_loses_nothing(
 
     defaults = EndpointEngine.__init__.__kwdefaults__
     monkeypatch.setitem(defaults, "concurrency", 1)
-    with ChatServer(down_after_two) as server, pytest.raises(CptError, match="answered 400: bad"):
+    with ChatServer(down_after_two) as server, pytest.raises(CptError, match=r"answered 400: .*bad"):
         evaluate(server.url, tmp_path, prompts=[str(prompts)], quiet=True)
     kept = (tmp_path / comparison.JOURNAL).read_text().splitlines()
     assert len(kept) == 2

@@ -122,8 +122,19 @@ def test_one_unit_has_no_interval_and_no_verdict() -> None:
     assert Row("ja", "x", 1, 2, -1, 3, "higher").verdict == ""
 
 
+def test_what_is_not_defined_has_no_verdict() -> None:
+    """A share of no replies, before or after or in some resamples."""
+    nothing = ratio("share", [0, 0], [0, 0], better="higher")
+    some = ratio("share", [1, 0], [1, 0], better="higher")
+    for before, after in ((nothing, some), (some, nothing), (None, nothing)):
+        row = compare("ja", before, after)
+        assert (row.difference, row.low, row.high, row.verdict) == (None, None, None, "")
+    alone = compare("ja", None, some)
+    assert (alone.low, alone.after, alone.high) == (1, 1, 1)
+
+
 def test_ratios_and_percentiles() -> None:
     assert ratio("r", [1, 3], [2, 2]).whole == 1
-    assert np.isnan(ratio("r", [1], [0]).whole)
+    assert ratio("r", [1], [0]).whole is None
     values = random.Random(0).sample(range(100), 99)
     assert percentile("p", values, 50).whole == pytest.approx(np.median(values))

@@ -157,6 +157,7 @@ class Blend:
                 f"global_batch_size is {global_batch_size} and seq_length {seq_length}; both must be positive."
             )
         tokens, shares = self.tokens(), self.shares()
+        # The set that is used up first, for its share, ends the epoch.
         once = min(tokens[prefix] / shares[prefix] for prefix in tokens)
         steps = int(once // (global_batch_size * seq_length))
         if steps == 0:
@@ -250,6 +251,7 @@ def check_weights(train: Mapping[str, Any], kind: str = "blend") -> None:
         CptError: One has not.
     """
     for prefix, weight in train.items():
+        # A bool is an int in Python, and no weight.
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
         if not number or not math.isfinite(weight) or weight <= 0:
             raise CptError(

@@ -114,6 +114,7 @@ def read_index(prefix: str | os.PathLike[str]) -> Index:
     full = full_prefix(prefix)
     path = Path(full + ".idx")
     dtype, sequences, boundaries = _read_header(path)
+    # A sequence takes 4 bytes for its length and 8 for its pointer, a boundary 8.
     need = HEADER.size + 12 * sequences + 8 * boundaries
     size = path.stat().st_size
     if size < need:
@@ -228,6 +229,7 @@ def largest_id_in_sample(prefix: str | os.PathLike[str]) -> int:
     tokens: Any = np.memmap(index.prefix + ".bin", dtype=index.dtype, mode="r")
     pieces = min(SAMPLE_PIECES, -(-len(tokens) // (SAMPLE_TOKENS // SAMPLE_PIECES)))
     size = min(SAMPLE_TOKENS // SAMPLE_PIECES, len(tokens))
+    # Pieces all over the file, its beginning and its end among them.
     starts = np.linspace(0, len(tokens) - size, pieces, dtype=np.int64)
     return max(int(tokens[start : start + size].max()) for start in starts)
 
@@ -257,6 +259,7 @@ def write_index(path: Path, lengths: Path, dtype: str) -> None:
     """
     import numpy as np
 
+    # Block by block, in several passes over the lengths: memory stays flat whatever the corpus' size.
     lens = np.memmap(lengths, dtype="<i4", mode="r") if lengths.stat().st_size else np.empty(0, "<i4")
     sequences = sum(int(np.count_nonzero(lens[i : i + BLOCK])) for i in range(0, len(lens), BLOCK))
     partial = path.with_name(path.name + ".part")
@@ -269,6 +272,7 @@ def write_index(path: Path, lengths: Path, dtype: str) -> None:
         _write_boundaries(file, lens)
         file.flush()
         os.fsync(file.fileno())
+    # The `.idx` comes last of a dataset's files: where it is, all are whole.
     partial.rename(path)
     sync_directory(path.parent)
 

@@ -4,7 +4,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from nemo_cpt.corpus.preparing.encode import Encoded, Work
 from nemo_cpt.corpus.preparing.journal import Journal, ReadInput
@@ -33,8 +33,29 @@ def first_texts(sources: list[Source], json_key: str) -> list[str]:
     return texts
 
 
+class Ready(NamedTuple):
+    """A task that is encoded, and the worker that holds its payloads."""
+
+    worker: Worker
+    task: Task
+    encoded: Encoded
+
+
+class Placed(NamedTuple):
+    """A task whose worker knows where in the output it goes."""
+
+    task: Task
+    encoded: Encoded
+
+
 class Job:
     """One run over what an open journal says is still to do.
+
+    A task passes through `ready`, `placed` and `written` (see `workers`), and is then absorbed. Invariants:
+        Places are given out in the tasks' order: `offsets` is where task `next_index` begins, and all before it are
+        placed.
+        Tasks are absorbed in their order too, and only when written: what `progress` counts is a prefix of the inputs
+        whose bytes are all in the output, so that a checkpoint may be taken after any round.
 
     Args:
         tasks: The tasks from there on.
@@ -56,10 +77,11 @@ class Job:
         self.progress = journal.progress
         self.checkpoint_seconds = checkpoint_seconds
         self.offsets = journal.sizes(self.progress)  # where the next task's payloads go
-        self.ready: dict[int, tuple[Worker, Task, Encoded]] = {}  # encoded, but an earlier task is not
-        self.placed: deque[tuple[Task, Encoded]] = deque()  # told where to go, in order
-        self.written: set[int] = set()
-        self.next_index = 0
+        self.ready: dict[int, Ready] = {}  # encoded, but an earlier task is not
+        self.placed: deque[Placed] = deque()  # told where to go, in order; the first one may not be written yet
+        self.written: set[int] = set()  # of `placed`, those that the workers have written
+        self.next_index = 0  # the first task that is not placed
+        # Since the last checkpoint, which takes them along:
         self.lengths: list[bytes] = []
         self.problems: list[dict[str, Any]] = []
         self.comparison: Comparison | None = None
@@ -91,7 +113,7 @@ class Job:
             self._checkpoint()
         except UnlikeReferenceError:
             pool.stop()
-            self.journal.begin_anew()  # earlier checkpoints compared passages alone: they are not vouched for either
+            self.journal.begin_anew()  # earlier checkpoints compared passages alone: they prove nothing about the rest
             raise
         except BaseException as error:
             pool.stop()
@@ -105,6 +127,7 @@ class Job:
         """Keep the workers busy until nothing is left; yield after each round."""
         queue, more = deque[Task](), True
         while more or queue or self._outstanding(pool):
+            # One task a round: reading ahead must not keep the answers of the workers waiting.
             if more and len(queue) < len(pool.workers):
                 task = next(self.tasks, None)
                 more = task is not None
@@ -112,6 +135,8 @@ class Job:
             for worker in pool.workers:
                 if queue and worker.free:
                     pool.give(worker, queue.popleft())
+            # With a task still to be read, look and go on; else sleep until a worker answers, at most a second, so that
+            # checkpoints come in time.
             hungry = more and len(queue) < len(pool.workers)
             for worker, answer in pool.answers(0 if hungry else 1.0) if self._outstanding(pool) else ():
                 self._take(pool, worker, answer)
@@ -127,15 +152,16 @@ class Job:
             self.written.add(answer)
         else:
             task, encoded = answer
-            self.ready[task.index] = (worker, task, encoded)
+            self.ready[task.index] = Ready(worker, task, encoded)
+        # One answer may close a gap, behind which several tasks have been waiting.
         while self.next_index in self.ready:
             owner, task, encoded = self.ready.pop(self.next_index)
             pool.write(owner, task.index, self.offsets)
-            self.placed.append((task, encoded))
+            self.placed.append(Placed(task, encoded))
             sizes = self.journal.sizes(encoded)
             self.offsets = [offset + size for offset, size in zip(self.offsets, sizes, strict=True)]
             self.next_index += 1
-        while self.placed and self.placed[0][0].index in self.written:
+        while self.placed and self.placed[0].task.index in self.written:
             task, encoded = self.placed.popleft()
             self.written.discard(task.index)
             self._absorb(task, encoded)
@@ -172,7 +198,7 @@ class Job:
 
     def _checkpoint(self) -> None:
         if self.comparison:
-            self.progress.compared += self.comparison.run()  # first: what differs is not vouched for
+            self.progress.compared += self.comparison.run()  # first: nothing that differs may be recorded as done
         self.progress.seconds = self.before + time.monotonic() - self.begin
         self.journal.checkpoint(b"".join(self.lengths), self.problems, self.inputs)
         self.lengths, self.problems, self.inputs = [], [], []

@@ -66,6 +66,7 @@ class Progress:
     @classmethod
     def of(cls, records: list[dict[str, Any]]) -> "Progress":
         """Return the progress of a journal's last record."""
+        # The first record is the job; without a checkpoint, nothing is done yet.
         if len(records) < 2:
             return cls()
         last = records[-1]["progress"]
@@ -139,6 +140,7 @@ class Journal:
         if not records:
             self.begin_anew()
             return False
+        # Two of them: `progress` runs ahead of the disk, `saved` is what the disk has.
         self.progress, self.saved = Progress.of(records), Progress.of(records)
         self.inputs = [ReadInput(**entry) for record in records for entry in record.get("inputs", [])]
         if not self.progress.finished:
@@ -210,6 +212,7 @@ class Journal:
         """Open the files, cut to what the disk is known to hold of them."""
         for path, size in zip(self.parts.values(), self.sizes(self.saved), strict=True):
             self.outputs.append(os.open(path, os.O_RDWR | os.O_CREAT, 0o644))
+            # What lies beyond was written after the checkpoint, by tasks that are encoded again.
             os.ftruncate(self.outputs[-1], size)
         self.lens = os.open(self.lens_path, os.O_RDWR | os.O_CREAT, 0o644)
         os.ftruncate(self.lens, self.saved.entries * 4)
@@ -234,8 +237,10 @@ class Journal:
                 os.fdatasync(output)
             write_at(self.lens, lengths, self.saved.entries * 4)  # over what a failed checkpoint left there
             os.fdatasync(self.lens)
+            # Last: the record counts only what the two syncs above have put on the disk.
             record = {"problems": problems, "inputs": [asdict(entry) for entry in inputs]}
             self._append({"progress": asdict(self.progress)} | record)
+        # Only now: where the disk was full, the next checkpoint takes the same lengths once more.
         self.saved = deepcopy(self.progress)
         self.inputs += inputs
 

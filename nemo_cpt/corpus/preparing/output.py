@@ -31,7 +31,7 @@ from nemo_cpt.corpus.reading.chunks import Feed, Task, hash_source
 from nemo_cpt.corpus.reading.sources import InputChangedError, Source
 from nemo_cpt.corpus.reading.tally import Policy
 from nemo_cpt.corpus.tokenization.characters import Lookout
-from nemo_cpt.corpus.tokenization.encoder_choice import Rivals, choose_encoder
+from nemo_cpt.corpus.tokenization.encoder_choice import Candidates, choose_encoder
 from nemo_cpt.corpus.tokenization.probes import probe
 from nemo_cpt.corpus.tokenization.tokenizer import Encoder, Tokenizer
 from nemo_cpt.corpus.tokenization.tokenizer_files import settings_hash
@@ -43,12 +43,12 @@ class HeadStart:
 
     def __init__(self, wanted: bool, split_special_tokens: bool) -> None:
         self._wanted, self._split = wanted, split_special_tokens
-        self.rivals: Rivals | None = None
+        self.candidates: Candidates | None = None
 
     def begin(self, definition: Path) -> None:
         """Begin to load, where there will be something to encode."""
         if self._wanted:
-            self.rivals = Rivals(definition, self._split)
+            self.candidates = Candidates(definition, self._split)
 
     def __enter__(self) -> "HeadStart":
         return self
@@ -56,8 +56,8 @@ class HeadStart:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.rivals is not None:
-            self.rivals.close()
+        if self.candidates is not None:
+            self.candidates.close()
 
 
 @dataclass(frozen=True)
@@ -196,8 +196,8 @@ class Output(ABC):
 
     def _encode(self, run: Run, tasks: Iterator[Task]) -> dict[str, float]:
         progress = self.journal.progress
-        rivals = run.head_start.rivals
-        with closing(choose_encoder(self.tokenizer, self.samples(), self.split, run.fast, rivals)) as choice:
+        candidates = run.head_start.candidates
+        with closing(choose_encoder(self.tokenizer, self.samples(), self.split, run.fast, candidates)) as choice:
             if not run.compare:
                 choice.close()
             work, note = self.make_work(choice.encoder, Lookout() if choice.reference else None)

@@ -134,6 +134,7 @@ def prepare(
     count = count_processes(workers)
     sources = list_sources(inputs)
     prefix = f"{output_prefix}_{json_key}_document"
+    # Where the dataset is there, nothing is encoded, and nothing needs to be loaded.
     head_start = HeadStart(fast and (overwrite or not Path(prefix + ".idx").exists()), split_special_tokens)
     with head_start:
         loaded = load_tokenizer(tokenizer, head_start.begin)
@@ -157,6 +158,7 @@ def _layout(tokenizer: Tokenizer, json_key: str, eod: int | None, prepend_bos: b
         raise CptError(f"{tokenizer.name} has no BOS token; use prepend_bos=False.")
     return Layout(
         json_key=json_key,
+        # By the vocabulary, not by the ids met: datasets of one tokenizer must have one type.
         dtype=dtype_for(max(tokenizer.vocabulary_size, tokenizer.highest + 1)),
         bos=tokenizer.bos[1] if prepend_bos and tokenizer.bos else None,
         eod=eod,

@@ -1,8 +1,12 @@
 """Forked processes that encode tasks and write them where they are told.
 
-A worker gets ("encode", task) and answers with an `Encoded`, keeping the payloads; it gets ("write", index, offsets)
-once all earlier tasks' sizes are known, and answers with the index. So the output does not depend on the number of
-workers.
+A task's life, whose states `job.Job` keeps:
+    1. ("encode", task) goes to a free worker, which answers with an `Encoded`: sizes and counts. The payloads are
+       large and stay in the worker (`held`); they cross no pipe.
+    2. ("write", index, offsets) goes to the same worker once the sizes of all earlier tasks are known, because only
+       these say where its bytes belong.
+    3. The worker writes them there itself and answers with the index.
+So tasks are encoded and written in any order, and the output does not depend on the number of workers.
 """
 
 import gc
@@ -66,10 +70,10 @@ class Pool:
         self.workers: list[Worker] = []
         for _ in range(count):
             ours, theirs = context.Pipe()
-            others = [worker.connection for worker in self.workers] + [ours]
+            others = [worker.connection for worker in self.workers] + [ours]  # which a fork inherits
             process = context.Process(target=_serve, args=(theirs, others, work, outputs), daemon=True)
             process.start()
-            theirs.close()
+            theirs.close()  # so that the worker's end of the pipe closes with the worker
             self.workers.append(Worker(process, ours))
         gc.unfreeze()
 
@@ -111,12 +115,12 @@ class Pool:
                 raise self._death(worker) from None
             if isinstance(answer, Exception):
                 raise answer
-            if isinstance(answer, Encoded):
+            if isinstance(answer, Encoded):  # step 1 is done; the worker may take another task while it holds this one
                 task, worker.task = worker.task, None
                 assert task is not None
                 worker.held.add(task.index)
                 yield worker, (task, answer)
-            else:
+            else:  # an index: step 3 is done
                 worker.held.discard(answer)
                 yield worker, answer
 
@@ -146,7 +150,7 @@ def _serve(connection: Connection, others: list[Connection], work: Work, outputs
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for other in others:  # held open here, they would hide the parent's death from the others
         other.close()
-    held: dict[int, list[list[bytes]]] = {}
+    held: dict[int, list[list[bytes]]] = {}  # by task, then by output file: its payload in pieces
     try:
         while True:
             kind, *arguments = connection.recv()

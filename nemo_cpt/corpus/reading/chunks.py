@@ -18,21 +18,21 @@ ROW_KINDS = ("parquet", "dataset", "hub", "csv", "text")
 
 @dataclass(frozen=True)
 class Task:
-    """A stretch of one input: whole lines, or rows.
+    """A chunk of one input: whole lines, or rows.
 
     Attributes:
         index: Number of the task in this run.
         source: Number of the input.
         path: Its path.
         start: First byte of the (decompressed) file, or first row.
-        stop: Where the next stretch begins.
+        stop: Where the next chunk begins.
         data: The lines as bytes, or rows as a list of a column's values or of objects; None for lines that the worker
             reads itself.
         done: Bytes of the input on disk read so far, for the progress.
         damage: Why the input ends here though it is not complete; empty for a sound one.
-        last: True for the last stretch of its input.
+        last: True for the last chunk of its input.
         digest: xxh3-64 of lines that the worker reads itself.
-        hash: xxh3-128 of the input's content up to `stop`, in hexadecimal; for its last stretch, of its bytes as stored
+        hash: xxh3-128 of the input's content up to `stop`, in hexadecimal; for its last chunk, of its bytes as stored
             (of a dataset of the hub, the fingerprint).
     """
 
@@ -89,11 +89,14 @@ class Feed:
 
         source, content, position = self.sources[number], xxhash.xxh3_128(), 0
         for part in self._parts(source):
+            # A resumed run may begin inside a part: `known` was worked on by an earlier run and is only hashed.
             known, block = part.block[: max(start - position, 0)], part.block[max(start - position, 0) :]
             content.update(_as_bytes(known))
             position += len(known)
+            # Exactly at the cursor, or at the end of a file that is now shorter than the cursor.
             if (known and position == start) or (part.last and position < start):
                 self._check_cursor(source, position, content.hexdigest())
+            # Before the yield: of a part `in_place`, the block is a view of a buffer that the reader uses again.
             content.update(_as_bytes(block))
             if block or part.last:
                 begin, position = position, position + len(block)
@@ -145,15 +148,16 @@ class _Part:
 
 def _ranges(source: Source, chunk_bytes: int) -> Iterator[_Part]:
     """Yield a plain file's lines, through one buffer: they are hashed here and read by the workers."""
-    buffer, have, done = bytearray(chunk_bytes), 0, 0
+    buffer, have, done = bytearray(chunk_bytes), 0, 0  # buffer[:have] is read and not given yet; `done` counts the file
     with open(source.path, "rb", buffering=0) as file:
+        # Never past the size that the input was listed with: `check_unchanged` refuses what has grown.
         while done < source.size and (got := file.readinto(memoryview(buffer)[have : have + source.size - done])):
             have, done = have + got, done + got
             if done == source.size:
                 break
             if cut := buffer.rfind(b"\n", 0, have) + 1:
                 yield _Part(memoryview(buffer)[:cut], done, in_place=True)
-                buffer[: have - cut] = buffer[cut:have]
+                buffer[: have - cut] = buffer[cut:have]  # the beginning of a line, to the front
                 have -= cut
             elif have == len(buffer):  # a longer line; a view of the old buffer may still be about
                 buffer = buffer + bytes(have)
@@ -172,7 +176,7 @@ def _blocks(source: Source, chunk_bytes: int) -> Iterator[_Part]:
                     yield _Part(rest[:cut], file.tell())
                     rest = rest[cut:]
         except DamagedError as error:
-            damage, rest = str(error), rest[: rest.rfind(b"\n") + 1]
+            damage, rest = str(error), rest[: rest.rfind(b"\n") + 1]  # half a line is no document
         yield _Part(rest, source.size, damage=damage, last=True, whole=file.hexdigest())
 
 
@@ -180,6 +184,7 @@ def _rows(source: Source, key: str | None) -> Iterator[_Part]:
     """Yield the values of a column, or objects of all of them, `ROWS` rows at once."""
     batches, total = _open_rows(source, key)
     row, damage, values = 0, "", list[Any]()
+    # One batch behind: only when another follows, or none, is it known whether this one is the last.
     try:
         for following in _sound(batches, source.kind):
             if values:
@@ -249,7 +254,7 @@ def check_unchanged(source: Source, last: Task) -> None:
     Raises:
         CptError: It changed meanwhile.
     """
-    # Rows are read before they are hashed, so that only the time of a change tells
+    # Lines are hashed as they are read; rows only afterwards, so that of them only the time of a change tells.
     if not source.unchanged() and (isinstance(last.data, list) or hash_source(source) != last.hash):
         raise _changed(last)
 

@@ -45,11 +45,12 @@ def unpack(file: Readable, kind: str, piece_bytes: int = PIECE) -> Iterator[byte
     from isal import igzip_lib
 
     stream = _decompressor(kind)
-    rest, begun = b"", False
+    rest, begun = b"", False  # `begun`: a member is open, and the file must not end here
     try:
         while piece := rest or file.read(piece_bytes):
             begun = True
             yield stream.decompress(piece)
+            # What follows a member or frame in the same piece is the beginning of the next one.
             rest = stream.unused_data
             if stream.eof:
                 rest = rest.lstrip(b"\0") if kind == "gzip" else rest  # gzip allows padding, which tapes had

@@ -86,6 +86,7 @@ def parse_lines(block: bytes, offset: int, take: Take) -> Texts:
     if offset == 0 and block.startswith(BOM):
         block, offset = block[len(BOM) :], len(BOM)
     reading, texts = Reading(nbytes=len(block)), list[Any]()
+    # The loop below runs once a line of the corpus: one try around the common case, all checks in the rare one.
     append, loads = texts.append, orjson.loads
     for raw in io.BytesIO(block):
         try:
@@ -120,6 +121,7 @@ def _second_look(raw: bytes, take: Take) -> Any:
         detail = f"byte 0x{raw[error.start]:02x} is not UTF-8 ({error.reason})"
         raise _BadLineError("invalid_utf8", detail, error.start) from None
     except json.JSONDecodeError as error:
+        # Python counts characters; a place in the file is told in bytes.
         at = len(raw.decode("utf-8")[: error.pos].encode())
         raise _BadLineError("not_json", f"not JSON: {error.msg}", at) from None
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 1,000 brackets in a row
@@ -154,6 +156,7 @@ class TextUnder:
 
     def of_column(self, text: Any) -> str:
         """Return the text that a value of the key's column is."""
+        # Not isinstance: this runs once a line, and JSON makes no subclasses.
         if type(text) is not str:
             what = "null" if text is None else f"a {type(text).__name__}"
             raise UnusableError("not_a_string", f"{self.key!r} is {what}, not a string")

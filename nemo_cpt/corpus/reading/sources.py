@@ -99,6 +99,7 @@ def _expand(item: str) -> list[Source]:
         return [_source(str(path), "dataset")] if _is_saved_dataset(path) else _files(item, _in_folder(path))
     if path.exists():
         return [_source(item)]
+    # Behind `exists`: a file's own name may hold brackets.
     if glob.has_magic(item):
         matches = sorted(name for name in glob.glob(item, recursive=True) if not os.path.isdir(name))
         return _files(item, matches)
@@ -172,5 +173,6 @@ def _stat(path: str, kind: str) -> tuple[int, int, int]:
     """Return size and times of change of a file, of a saved dataset's Arrow files together."""
     files = sorted(Path(path).glob("*.arrow")) if kind == "dataset" else [Path(path)]
     stats = [file.stat() for file in files]
+    # The newest of all: one shard that is replaced changes the dataset.
     mtime_ns, ctime_ns = (max((getattr(s, f"st_{kind}_ns") for s in stats), default=0) for kind in ("mtime", "ctime"))
     return sum(s.st_size for s in stats), mtime_ns, ctime_ns

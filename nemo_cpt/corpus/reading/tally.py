@@ -83,12 +83,14 @@ class Tally:
         sentences = [self._sentence(task, problem) for problem in problems]
         texts = self.file_texts + reading.texts
         if problems and not policy.skip:
+            # Only of a file's first line: what begins well is of the right format.
             hint = _hint(source) if self.file_lines + problems[0].line == 0 else ""
             raise CptError(
                 f"{task.path}, {sentences[0]}. {hint}"
                 "Mend it, or leave such lines out with on_error='skip' (--on-error skip)."
             )
         file_first = self.file_first or next(iter(sentences), "")
+        # Nothing is counted before the checks: a refused task must not be in the next checkpoint.
         lines, blank = self.file_lines + reading.lines, self.file_blank + reading.blank
         if task.last:
             _check_file(source, lines - blank, texts, task.damage, file_first, policy)
@@ -128,6 +130,7 @@ class Tally:
         Raises:
             CptError: It is larger than `max_skipped`.
         """
+        # An empty file has no line that was lost.
         lost = sum(count for reason, count in self.skipped.items() if reason != "empty_file")
         lines, size = max(self.texts + lost, 1), max(sum(source.size for source in sources), 1)
         share = max(lost / lines, self.skipped_bytes / max(self.nbytes, 1), self.damaged_bytes / size)
@@ -139,6 +142,7 @@ class Tally:
             if self.damaged_bytes
             else ""
         )
+        # Rounded up, so that the same run passes with it.
         enough = min(math.ceil(share * 100) / 100, 1)
         raise CptError(
             f"{lost:,} of {lines:,} lines give no text ({reasons}){damaged}: {100 * share:.3g} % of the inputs, and "

@@ -43,11 +43,12 @@ class HeldOut:
         if text_print in self._prints:
             return False
         self._prints.add(text_print)
-        self._sketches.add(str(len(self._prints)), minhash)
+        self._sketches.add(str(len(self._prints)), minhash)  # under a key that nobody asks for
         return True
 
-    def kinship(self, text: str) -> str:
+    def duplicate(self, text: str) -> str:
         """Return `exact` or `near` where a held-out document is a duplicate of this text, else an empty string."""
+        # First the exact ones: the sketch costs many times the fingerprint.
         if fingerprint(text) in self._prints:
             return "exact"
         return "near" if self._sketches.get_duplicates(sketch(text)) else ""

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -129,19 +129,51 @@ def _check_options(validation: float | Inputs, test: float | Inputs, similarity:
         raise CptError(f"drop is {drop!r}; it can be {', '.join(DROPS)}.")
 
 
+class _HeldOutDocument(NamedTuple):
+    """A document that is kept out of the training set.
+
+    Attributes:
+        name: Its set.
+        text_print: Its fingerprint.
+        minhash: Its sketch.
+        line: Its line; empty for one of a set that was given, of which no file is written.
+    """
+
+    name: str
+    text_print: int
+    minhash: Any
+    line: bytes
+
+
 @dataclass
 class _Portion:
-    """What a worker made of a task: lines by set, sketches of held-out ones, and counts."""
+    """What a worker made of a task.
+
+    Attributes:
+        lines: Lines for the training set, under "train".
+        held_out: Documents for other sets; the parent decides, because only it knows all that are held out so far.
+        duplicates: Training documents that duplicate a held-out one, by "exact" and "near".
+        dropped: How many of those are left out.
+        reading: How the task's lines were read.
+    """
 
     lines: dict[str, list[bytes]] = field(default_factory=dict)
-    prints: list[tuple[str, int, Any]] = field(default_factory=list)
-    kin: dict[str, int] = field(default_factory=dict)
+    held_out: list[_HeldOutDocument] = field(default_factory=list)
+    duplicates: dict[str, int] = field(default_factory=dict)
     dropped: int = 0
     reading: Reading = field(default_factory=Reading)
 
 
 class _Split:
-    """One split: its options, and the state that forked workers share."""
+    """One split: its options, and the state that forked workers share.
+
+    Up to three passes over inputs, in this order, because the last compares with what the others found:
+        `take_all`: every document of the sets that were given.
+        `take_held_out`: of the inputs, the documents whose hash puts them into a set that is drawn.
+        `take_training`: the rest of the inputs. Its workers are forked after `held_out` is complete, and share it.
+    A worker only finds (`take_...`, which return a `_Portion`); the parent notes and writes (`_note`), task by task in
+    the inputs' order, so that the files do not depend on the number of workers.
+    """
 
     def __init__(
         self,
@@ -222,9 +254,10 @@ class _Split:
         work.mkdir()
         try:
             self.write(work, workers, quiet)
-            self.vouch(work, folder)
+            self.write_report(work, folder)
             _move_into_place(work, folder)
         finally:
+            # With the report, all is written: the next run moves it (above).
             if not (work / REPORT).exists():
                 shutil.rmtree(work, ignore_errors=True)
         return self.report
@@ -272,6 +305,7 @@ class _Split:
             source = sources[task.source]
             if task.last:
                 check_unchanged(source, task)
+                # Each pass reads the inputs anew: a document that changed in between could be in two sets, or in none.
                 if self.hashes.setdefault(task.path, task.hash) != task.hash:
                     raise CptError(f"{task.path} changed between two passes. Run again once nothing writes to it.")
             tally.add(task, portion.reading, source, self.policy)
@@ -284,23 +318,24 @@ class _Split:
 
     def _note(self, portion: _Portion, files: dict[str, Any]) -> None:
         report = self.report
-        for (name, text_print, minhash), line in zip(portion.prints, portion.lines.pop("held", []), strict=True):
-            if not self.held_out.add(text_print, minhash):
+        for document in portion.held_out:
+            if not self.held_out.add(document.text_print, document.minhash):
                 report.repeated += 1
                 continue
-            report.documents[name] = report.documents.get(name, 0) + 1
-            if name in files:
-                files[name].write(line)
+            report.documents[document.name] = report.documents.get(document.name, 0) + 1
+            if document.name in files:  # no file is written for a set that was given
+                files[document.name].write(document.line)
         for name, found in portion.lines.items():
             files[name].write(b"".join(found))
             report.documents[name] = report.documents.get(name, 0) + len(found)
-        report.exact += portion.kin.get("exact", 0)
-        report.near += portion.kin.get("near", 0)
+        report.exact += portion.duplicates.get("exact", 0)
+        report.near += portion.duplicates.get("near", 0)
         report.dropped += portion.dropped
 
     def side(self, text: str) -> tuple[str, int]:
         """Return the set that a text belongs to, and its fingerprint."""
         text_print = fingerprint(text)
+        # The fingerprint's place in [0, 1) decides: the document's own, so that it stays in its set whatever is added.
         place, limit = text_print / 2**64, 0.0
         for name, share in self.shares.items():
             limit += share
@@ -313,18 +348,16 @@ class _Split:
         name = next(n for n, sources in self.given.items() if any(source.path == task.path for source in sources))
         portion = _Portion()
         for _, text in self._documents(task, portion):
-            portion.prints.append((name, fingerprint(text), sketch(text)))
-        portion.lines["held"] = [b""] * len(portion.prints)
+            portion.held_out.append(_HeldOutDocument(name, fingerprint(text), sketch(text), b""))
         return portion
 
     def take_held_out(self, task: Task) -> _Portion:
         """Take the documents that the hash holds out."""
-        portion = _Portion(lines={"held": []})
+        portion = _Portion()
         for line, text in self._documents(task, portion):
             name, text_print = self.side(text)
             if name != "train":
-                portion.prints.append((name, text_print, sketch(text)))
-                portion.lines["held"].append(line)
+                portion.held_out.append(_HeldOutDocument(name, text_print, sketch(text), line))
         return portion
 
     def take_training(self, task: Task) -> _Portion:
@@ -333,10 +366,10 @@ class _Split:
         for line, text in self._documents(task, portion):
             if self.side(text)[0] != "train":
                 continue
-            kinship = self.held_out.kinship(text)
-            if kinship:
-                portion.kin[kinship] = portion.kin.get(kinship, 0) + 1
-            if kinship and (self.drop == "near" or self.drop == kinship):
+            duplicate = self.held_out.duplicate(text)
+            if duplicate:
+                portion.duplicates[duplicate] = portion.duplicates.get(duplicate, 0) + 1
+            if duplicate and (self.drop == "near" or self.drop == duplicate):  # "near" drops the exact ones, too
                 portion.dropped += 1
             else:
                 portion.lines["train"].append(line)
@@ -349,6 +382,7 @@ class _Split:
             portion.reading = found.reading
             yield from ((orjson.dumps({self.json_key: text}) + b"\n", text) for text in found.texts)
             return
+        # Line by line: the sets hold the lines as they came, with all their fields.
         offset = task.start
         for line in io.BytesIO(lines_of(task)):
             found = parse_lines(line, offset, TextUnder(self.json_key))
@@ -356,7 +390,7 @@ class _Split:
             yield from ((line.strip() + b"\n", text) for text in found.texts)
             offset += len(line)
 
-    def vouch(self, work: Path, folder: Path) -> None:
+    def write_report(self, work: Path, folder: Path) -> None:
         """Write the report of the finished sets beside them; from here on they only have to be moved."""
         report = self.report
         report.files = {name: str(folder / f"{name}.jsonl") for name in SETS if (work / f"{name}.jsonl").exists()}
@@ -394,7 +428,7 @@ def _refuse_foreign_files(folder: Path) -> None:
 def _move_into_place(work: Path, folder: Path) -> None:
     """Move finished sets into their folder, the report last; each step may be repeated after a crash."""
     files = _read_report(work / REPORT)["report"]["files"]
-    (folder / REPORT).unlink(missing_ok=True)
+    (folder / REPORT).unlink(missing_ok=True)  # first: until the new one is there, the folder holds no whole split
     for name in SETS:
         if (work / f"{name}.jsonl").exists():
             (work / f"{name}.jsonl").replace(folder / f"{name}.jsonl")
@@ -409,9 +443,9 @@ def _size(sources: Iterable[Source]) -> int:
     return sum(source.size for source in sources)
 
 
-_take: Callable[[Task], _Portion] | None = (
-    None  # set before the fork, so that the index of held-out documents is shared
-)
+# What the workers of this pass do. A global, set before they are forked: they inherit the bound method and with it the
+# index of held-out documents, which is too large to be sent with every task.
+_take: Callable[[Task], _Portion] | None = None
 
 
 def _end_with(parent: int) -> None:
@@ -436,6 +470,7 @@ def _in_order(take: Callable[[Task], _Portion], feed: Feed, workers: int) -> Ite
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(workers, mp_context=fork, initializer=_end_with, initargs=(os.getpid(),)) as pool:
         try:
+            # `map` takes all that it is given at once: so few at a time, and the whole corpus is never in memory.
             while batch := list(islice(tasks, 4 * workers)):
                 yield from zip(batch, pool.map(_call, batch), strict=True)
         except BrokenProcessPool:

@@ -58,6 +58,7 @@ class Lookout:
     def look(self, texts: list[str]) -> list[tuple[str, int, str]]:
         """Return the kinds that were rarely found so far: each with a text's number and a character of it."""
         step = self._every if self._looked > WHOLE else 1
+        # Every `step`-th text of all so far, whatever the batches' sizes.
         chosen = range(-self._texts % step, len(texts), step)
         self._texts += len(texts)
         news = []

@@ -111,7 +111,7 @@ class Reference:
         self._process.join()
 
 
-class Rivals:
+class Candidates:
     """fastokens and the reference, which load at the same time from the moment that this is made.
 
     fastokens in a thread: it lets go of the interpreter while it builds its tables, a second and more for 128,000 ids.
@@ -149,7 +149,7 @@ class Rivals:
         """
         import numpy  # noqa: F401  while there is nothing else to do
 
-        self.reference.ask(texts)
+        self.reference.ask(texts)  # answered in its process, while fastokens encodes here
         self._thread.join()
         ours = self._try(texts)
         name, theirs = self.reference.answer()
@@ -252,7 +252,7 @@ def choose_encoder(
     samples: Iterable[str],
     split_special_tokens: bool = False,
     fast: bool = True,
-    rivals: Rivals | None = None,
+    candidates: Candidates | None = None,
 ) -> Choice:
     """Choose fastokens where it loads and agrees with the reference on the probes and the samples, else the reference.
 
@@ -261,7 +261,7 @@ def choose_encoder(
         samples: Texts of the corpus itself, the first documents.
         split_special_tokens: Encode the special tokens' names in a text as ordinary text.
         fast: False takes the reference at once.
-        rivals: The two, where they were started early; taken if they load what `tokenizer` is defined by.
+        candidates: The two, where they were started early; taken if they load what `tokenizer` is defined by.
 
     Raises:
         CptError: The reference cannot be loaded, or cannot encode the texts.
@@ -272,8 +272,8 @@ def choose_encoder(
         return _reference(tokenizer, texts, split, "as asked")
     if tokenizer.definition is None:
         return _reference(tokenizer, texts, split, "there is no tokenizer.json for it")
-    early = rivals is not None and rivals.definition == tokenizer.definition
-    judges = rivals if rivals is not None and early else _rivals(tokenizer, split)
+    early = candidates is not None and candidates.definition == tokenizer.definition
+    judges = candidates if candidates is not None and early else _candidates(tokenizer, split)
     try:
         encoder, verdict = judges.judge(texts)
     except BaseException:
@@ -285,11 +285,11 @@ def choose_encoder(
     return _reference(tokenizer, texts, split, verdict)
 
 
-def _rivals(tokenizer: Tokenizer, split: bool) -> Rivals:
+def _candidates(tokenizer: Tokenizer, split: bool) -> Candidates:
     assert tokenizer.definition is not None
     if tokenizer.loaded is None:
-        return Rivals(tokenizer.definition, split)
-    return Rivals(tokenizer.definition, split, lambda: TransformersEncoder(tokenizer.loaded, split))
+        return Candidates(tokenizer.definition, split)
+    return Candidates(tokenizer.definition, split, lambda: TransformersEncoder(tokenizer.loaded, split))
 
 
 def _reference(tokenizer: Tokenizer, texts: list[str], split: bool, why: str) -> Choice:

@@ -205,6 +205,7 @@ class Tokenizer:
 
     def text_of(self, number: int) -> str:
         """Return the text of one token's id."""
+        # By its own name first: decoding may put a blank in front, or leave special tokens out.
         names = {value: text for text, value in self.special.items()}
         return names[number] if number in names else self.reference_encoder().decode([number])
 
@@ -313,6 +314,7 @@ def _hash_reading(folder: Path, definition: str | None) -> str:
         for path in (folder / name for name in FILES if (folder / name).exists()):
             digest.update(path.read_bytes())
     else:
+        # Neither changes an id of a text that is encoded without special tokens.
         content = orjson.loads(definition) | {"post_processor": None, "decoder": None}
         digest.update(orjson.dumps(content, option=orjson.OPT_SORT_KEYS))
     return digest.hexdigest()
