@@ -44,7 +44,7 @@ def continual_pretrain(
 
     Args:
         base: see `continual.continual_pretrain`.
-        data: see `continual.continual_pretrain`.
+        data: what to train and validate on.
         processes: processes of the run, over gloo.
         name: see `continual.continual_pretrain`.
         seq_length: see `continual.continual_pretrain`.

@@ -174,8 +174,16 @@ def split(name: str, pairs: list[str]) -> tuple[Function, dict[str, Any], list[s
     arguments = parse(function, [pair for pair in own if pair not in fields])
     missing = [key for key, each in function.parameters.items() if each.default is None and key not in arguments]
     if missing and missing != ["**"]:
-        raise CptError(f"{function.name} needs {', '.join(f'{key}=...' for key in missing)}")
+        raise CptError(
+            f"{function.name} needs {', '.join(f'{key}=...' for key in missing)}{_how_data_is_written(missing)}"
+        )
     return function, arguments, fields, options
+
+
+def _how_data_is_written(missing: Sequence[str]) -> str:
+    if "data" not in missing:
+        return ""
+    return " (one set: data=ds/ja; several: data='{train: {ds/ja: 0.75, ds/en: 0.25}, validation: {ja: ds/ja_validation}}')"
 
 
 def nearest(key: str, known: Mapping[str, Any] | Sequence[str]) -> str:

@@ -58,7 +58,10 @@ def test_a_base_that_is_not_there_or_foreign(world, tmp_path):
     absent = inputs.base(Examination(job(world, base=str(tmp_path / "none"))))
     assert (absent.state, absent.found) == ("error", f"the base {tmp_path}/none is not there")
     assert absent.cure.startswith("import it first with `nemo-cpt import")
-    foreign = inputs.base(Examination(job(world, base=str(world / "hf"))))
+    unimported = inputs.base(Examination(job(world, base=str(world / "hf"))))
+    assert (unimported.state, unimported.found) == ("error", f"the base {world}/hf is a Hugging Face model")
+    assert unimported.cure.startswith(f"`nemo-cpt import {world}/hf ")
+    foreign = inputs.base(Examination(job(world, base=str(world / "ds"))))
     assert (foreign.state, "not a NeMo 2.0 checkpoint" in foreign.found) == ("error", True)
 
 
