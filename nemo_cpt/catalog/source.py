@@ -183,7 +183,8 @@ def split(name: str, pairs: list[str]) -> tuple[Function, dict[str, Any], list[s
 def _how_data_is_written(missing: Sequence[str]) -> str:
     if "data" not in missing:
         return ""
-    return " (one set: data=ds/ja; several: data='{train: {ds/ja: 0.75, ds/en: 0.25}, validation: {ja: ds/ja_validation}}')"
+    several = "{train: {ds/ja: 0.75, ds/en: 0.25}, validation: {ja: ds/ja_validation}}"
+    return f" (one set: data=ds/ja; several: data='{several}')"
 
 
 def nearest(key: str, known: Mapping[str, Any] | Sequence[str]) -> str:

@@ -191,7 +191,8 @@ def make_app(
 
     @app.exception_handler(RequestValidationError)
     async def explain_fields(request: Request, error: RequestValidationError) -> Response:
-        found = [f"{'.'.join(str(part) for part in each['loc'][1:])}: {each['msg']}" for each in error.errors()]
+        where = ("the body (a JSON object, sent with Content-Type: application/json)",)
+        found = [f"{'.'.join(map(str, each['loc'][1:] or where))}: {each['msg']}" for each in error.errors()]
         return ApiError(400, "; ".join(found[:5])).answer()
 
     @app.get("/health")

@@ -38,7 +38,7 @@ class ValidationLossBySet(pl.Callback):
             pl_module.log(f"val_loss_{name}", loss, batch_size=1)
         if by_set:
             # NeMo's own val_loss weighs the first batch of a validation as one sequence, the others by their size.
-            pl_module.log("val_loss", torch.stack(list(by_set.values())).mean(), batch_size=1)
+            pl_module.log("val_loss", torch.stack(list(by_set.values())).mean(), prog_bar=True, batch_size=1)
             values = {f"val_loss_{name}": float(loss) for name, loss in by_set.items()}
             _append(trainer, {"step": trainer.global_step, **values})
 

@@ -41,6 +41,11 @@ def check_base(base: str | Path | None) -> None:
             f"the base {base} is a Hugging Face model: `nemo-cpt import {shlex.quote(str(base))} "
             f"{shlex.quote(f'checkpoints/{base.resolve().name}')}` makes the NeMo checkpoint that base= takes"
         )
+    if (base / "checkpoints").is_dir():
+        raise CptError(
+            f"the base {base} is a run's folder: give one of its checkpoints, such as the newest, which `nemo-cpt ls "
+            f"{shlex.quote(str(base))}` names"
+        )
     if not (base / "weights" / "metadata.json").exists():
         found = ", ".join(sorted(path.name for path in base.glob("*"))[:6]) or "nothing"
         raise CptError(

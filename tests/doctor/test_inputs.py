@@ -61,6 +61,9 @@ def test_a_base_that_is_not_there_or_foreign(world, tmp_path):
     unimported = inputs.base(Examination(job(world, base=str(world / "hf"))))
     assert (unimported.state, unimported.found) == ("error", f"the base {world}/hf is a Hugging Face model")
     assert unimported.cure.startswith(f"`nemo-cpt import {world}/hf ")
+    (tmp_path / "results/a/checkpoints").mkdir(parents=True)
+    run = inputs.base(Examination(job(world, base=str(tmp_path / "results/a"))))
+    assert (run.state, run.found) == ("error", f"the base {tmp_path}/results/a is a run's folder")
     foreign = inputs.base(Examination(job(world, base=str(world / "ds"))))
     assert (foreign.state, "not a NeMo 2.0 checkpoint" in foreign.found) == ("error", True)
 

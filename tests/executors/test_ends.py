@@ -140,7 +140,12 @@ def test_ctrl_c_in_the_launcher_before_and_behind_the_jobs_start(project, tmp_pa
     (project / "launch.py").write_text(INTERRUPTED.format(point=point))
     environ = os.environ | {"NEMORUN_HOME": str(tmp_path / "home")}
     done = subprocess.run(
-        [sys.executable, "launch.py"], env=environ, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        [sys.executable, "launch.py"],
+        env=environ,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     assert done.returncode == code, done.stderr
     from nemo_cpt.launching import experiments

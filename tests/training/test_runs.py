@@ -1,6 +1,7 @@
 """Whole runs on the CPU through llm.pretrain: parallel layouts, resumption, kills."""
 
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,13 @@ def test_two_processes_reproduce_one(world: Path, blend: Any, reference: str, na
     assert metrics(world, name, "val_loss_en")[STEPS] == pytest.approx(
         metrics(world, reference, "val_loss_en")[STEPS], abs=1e-4
     )
+
+
+def test_the_log_tells_the_mean_of_the_sets_as_the_checkpoints_do(world: Path, blend: Any, reference: str) -> None:
+    """NeMo's own value, which weighs batches unequally, stood in the lines of the log."""
+    told = re.findall(r"global_step: 2 .*val_loss: ([0-9.]+)", (world / f"{reference}.log").read_text())
+    sets = [metrics(world, reference, f"val_loss_{name}")[2] for name in ("ja", "en")]
+    assert [float(each) for each in told] == [pytest.approx(sum(sets) / 2, rel=1e-3)]
 
 
 def test_clipping_is_in_effect(world: Path, blend: Any, reference: str) -> None:
