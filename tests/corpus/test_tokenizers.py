@@ -428,3 +428,14 @@ def test_the_end_of_the_references_process_is_told(end: Callable[[], Any], messa
     with pytest.raises(CptError, match=message):
         reference.answer()
     reference.close()
+
+
+def test_a_process_whose_tokenizers_have_used_threads_prepares(tmp_path: Path, jsonl: Path, small: Path) -> None:
+    """NeMo sets TOKENIZERS_PARALLELISM when it is imported; tokenizers then no longer turns threads off in forks."""
+    code = (
+        "import sys, tokenizers; from nemo_cpt.corpus import prepare\n"
+        "tokenizers.Tokenizer.from_file(f'{sys.argv[3]}/tokenizer.json').encode_batch(['a text'] * 1000)\n"
+        "prepare(*sys.argv[1:], quiet=True)"
+    )
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "True"}
+    subprocess.run([sys.executable, "-c", code, jsonl, tmp_path / "ds", small], check=True, env=environment, timeout=60)

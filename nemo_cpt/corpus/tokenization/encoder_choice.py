@@ -1,6 +1,7 @@
 """Which encoder runs: fastokens where it gives the same ids as the reference, Hugging Face's own otherwise."""
 
 import multiprocessing
+import os
 import signal
 import threading
 from collections import Counter
@@ -67,6 +68,7 @@ class Reference:
     def _serve(self, connection: Connection, load: Callable[[], Encoder]) -> None:
         """Be the other process: encode the texts that come, or end with this one."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a fork has none of the threads that its parent's pool had
         self._connection.close()
         with suppress(EOFError, OSError):
             try:
