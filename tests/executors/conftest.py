@@ -37,7 +37,7 @@ def raises(kind):
     kinds = {each.__name__: each for each in (CptError, StoppedEarlyError, BrokenPipeError, KeyboardInterrupt)}
     print("raises", kind, flush=True)
     if kind in kinds:
-        raise kinds[kind]("planted")
+        raise kinds[kind]("as it was asked to")
 
 def refuse(message):
     print("tried", flush=True)
