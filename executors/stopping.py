@@ -12,7 +12,6 @@ import stat
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any
@@ -27,7 +26,7 @@ from nemo_cpt.executors.supervisor import (
     seconds_to_save,
 )
 from nemo_cpt.output import WithoutReaders, send_nowhere
-from nemo_cpt.signals import STOP_SIGNALS, held, listen
+from nemo_cpt.signals import STOP_SIGNALS, Given, held, listen
 
 GRACE = "terminationGracePeriodSeconds"  # of a pod's spec
 
@@ -137,8 +136,8 @@ def pass_signals_on() -> None:
     def enter_and_listen(experiment: Any) -> Any:
         if threading.current_thread() is threading.main_thread():
             experiment._handlers_before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-            signals: Counter[int] = Counter()
-            listen(lambda number, frame: _pass_on(experiment, number, signals), STOP_SIGNALS)
+            given = Given()
+            listen(lambda number, frame: _pass_on(experiment, number, given), STOP_SIGNALS)
         return enter(experiment)
 
     @wraps(leave)
@@ -152,13 +151,12 @@ def pass_signals_on() -> None:
     Experiment.__enter__, Experiment.__exit__ = enter_and_listen, leave_and_restore
 
 
-def _pass_on(experiment: Any, number: int, signals: "Counter[int]") -> None:
+def _pass_on(experiment: Any, number: int, given: Given) -> None:
     """Tell an experiment's jobs on this machine to stop, once more at a signal's second; end where there are none."""
-    first = not signals
-    signals[number] += 1
+    first, times = not given, given.add(number)
     if number == signal.SIGHUP:
         _leave_terminal()
-    if not first and (signals[number] == 1 or number == signal.SIGHUP):
+    if times == 0 or (not first and (times == 1 or number == signal.SIGHUP)):
         return  # a session that ends sends several kinds at once
     if _tell_jobs(experiment):
         with contextlib.suppress(OSError):

@@ -13,7 +13,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from types import FrameType
 
@@ -22,7 +21,7 @@ import psutil
 from nemo_cpt.errors import CptError, StoppedEarlyError
 from nemo_cpt.executors.runner import MARKER, REFUSAL, UNTRAINED
 from nemo_cpt.output import say
-from nemo_cpt.signals import STOP_SIGNALS, held, listen
+from nemo_cpt.signals import STOP_SIGNALS, Given, held, listen
 
 MARKER_PREFIX = "preempted-"  # of the file in a job's folder that says: it was told to stop, and nothing is lost
 REFUSAL_PREFIX = "refused-"  # of the one that says: a CptError ended it
@@ -50,7 +49,7 @@ class Supervisor:
         self.child: subprocess.Popen[bytes] | None = None
         self.had_workers = False
         self.told = False
-        self.signals: Counter[int] = Counter()
+        self.signals = Given()
 
     def run(self) -> int:
         """Run until the command succeeds, was told to stop, or has used up its restarts; return the exit code.
@@ -120,8 +119,7 @@ class Supervisor:
     def _stop(self, number: int, frame: FrameType | None) -> None:
         """Let the job save at the first signal; at the second of one kind end it."""
         self.told = True
-        self.signals[number] += 1
-        again = self.signals[number] > 1 and number != signal.SIGHUP  # which often follows SIGTERM by itself
+        again = self.signals.add(number) > 1 and number != signal.SIGHUP  # which often follows SIGTERM by itself
         if again and self.child is not None and self.child.poll() is None:
             _end(self.child.pid)
 

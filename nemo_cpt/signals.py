@@ -10,14 +10,42 @@ import os
 import signal
 import subprocess
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import resource_tracker
 from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 training_began = False  # in this process: from then on there may be something to save
+ECHO_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LIBC = ctypes.CDLL(None)
+
+
+class Given:
+    """How often each signal was given. One that comes again within a second was given once.
+
+    `timeout` signals its command and then the command's whole group, and a terminal's Ctrl-C may come by two ways: to
+    end a job unsaved, somebody has to ask for it a second time.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[int, float] = {}
+        self._counts: Counter[int] = Counter()
+
+    def __bool__(self) -> bool:
+        """Whether any was given."""
+        return bool(self._counts)
+
+    def add(self, number: int) -> int:
+        """Note a signal, and return how often it was given by now; 0 for an echo."""
+        now = time.monotonic()
+        if number in self._last and now - self._last[number] < ECHO_SECONDS:
+            return 0
+        self._last[number] = now
+        self._counts[number] += 1
+        return self._counts[number]
 
 
 def listen(handler: Callable[[int, Any], None], numbers: Iterable[int]) -> None:

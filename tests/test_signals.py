@@ -4,6 +4,9 @@ import subprocess
 import sys
 
 import psutil
+import pytest
+
+from nemo_cpt import signals
 
 STARTS = """
 import multiprocessing, os, signal, subprocess, sys, time
@@ -76,3 +79,13 @@ def test_without_the_shield_they_die_of_them(tmp_path):
     assert not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in alive)
     job.kill()
     job.wait()
+
+
+def test_an_echo_is_not_a_second_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `timeout` sends them: to its command, and at once to the command's group."""
+    clock = iter((0.0, 0.01, 5.0, 5.0, 5.02))
+    monkeypatch.setattr(signals.time, "monotonic", lambda: next(clock))
+    given = signals.Given()
+    assert not given
+    assert [given.add(number) for number in (15, 15, 15, 2, 2)] == [1, 0, 2, 1, 0]
+    assert given

@@ -33,6 +33,7 @@ class SaveWhenStopped(PreemptionCallback):
         self._handlers_before: dict[int, Any] = {}
         self._first_step = 0
         self._signal: int | None = None
+        self._given = signals.Given()
         self._speaks = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -83,7 +84,7 @@ class SaveWhenStopped(PreemptionCallback):
         signals.training_began = True
 
     def _note(self, number: int, frame: Any) -> None:
-        if number == signal.SIGINT and self._signal == signal.SIGINT:
+        if self._given.add(number) > 1 and number == signal.SIGINT:
             raise KeyboardInterrupt
         if self._signal is None and self._speaks:
             more = ", once more to end at once" if number == signal.SIGINT else ""

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -22,6 +21,7 @@ from nemo_run.core.execution.docker import DockerContainer
 from nemo_cpt import CptError
 from nemo_cpt.executors import docker, kubernetes, skypilot, slurm, stopping
 from nemo_cpt.executors.code import CodeSnapshot
+from nemo_cpt.signals import Given
 from tests.support.executor_jobs import git, wait_until
 from tests.support.sky_stand_in import install
 
@@ -171,7 +171,7 @@ def test_a_signal_to_the_launcher_reaches_its_containers(project, tmp_path):
     request = SimpleNamespace(get_containers=lambda client: [Container(process)])
     scheduler = SimpleNamespace(_scheduled_reqs=[request], _docker_client=None)
     runner = SimpleNamespace(_scheduler_instances={"docker_persistent": scheduler})
-    stopping._pass_on(SimpleNamespace(_runner=runner), signal.SIGTERM, Counter())
+    stopping._pass_on(SimpleNamespace(_runner=runner), signal.SIGTERM, Given())
     assert process.wait(60) == 75
 
 
