@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import nemo_run as run
 import torch
@@ -230,12 +231,7 @@ def data(
         paths=_in_turn(blend.train),
         validation=dict(blend.validation),
         weighting=blend.weighting,
-        tokenizer=run.Config(AutoTokenizer, pretrained_model_name=tokenizer),
-        seq_length=seq_length,
-        global_batch_size=global_batch_size,
-        micro_batch_size=micro_batch_size,
-        num_workers=2,
-        persistent_workers=True,
+        **_reading(tokenizer, seq_length, global_batch_size, micro_batch_size),
     )
 
 
@@ -272,14 +268,21 @@ def conversations(
         paths=_in_turn(data.train),
         validation=dict(data.validation),
         too_long=data.too_long,
-        tokenizer=run.Config(AutoTokenizer, pretrained_model_name=tokenizer),
-        seq_length=seq_length,
-        global_batch_size=global_batch_size,
-        micro_batch_size=micro_batch_size,
-        num_workers=2,
-        persistent_workers=True,
+        **_reading(tokenizer, seq_length, global_batch_size, micro_batch_size),
         **replayed | ({"epochs": epochs} if epochs else {}),
     )
+
+
+def _reading(tokenizer: str, seq_length: int, global_batch_size: int, micro_batch_size: int) -> dict[str, Any]:
+    """The fields that every data module takes."""
+    return {
+        "tokenizer": run.Config(AutoTokenizer, pretrained_model_name=tokenizer),
+        "seq_length": seq_length,
+        "global_batch_size": global_batch_size,
+        "micro_batch_size": micro_batch_size,
+        "num_workers": 2,
+        "persistent_workers": True,
+    }
 
 
 def _in_turn(weights: Mapping[str, float]) -> list[float | str]:
