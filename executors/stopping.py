@@ -127,28 +127,40 @@ def pass_signals_on() -> None:
 
     NeMo-Run leaves them running behind a launcher that a signal ended, and on Ctrl-C waits for their end.
     """
+
+    def listen_within(experiment: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            experiment._handlers_before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+            given = Given()
+            listen(lambda number, frame: _pass_on(experiment, number, given), STOP_SIGNALS)
+
+    def restore(experiment: Any) -> None:
+        for number, handler in getattr(experiment, "_handlers_before", {}).items():
+            signal.signal(number, handler)
+
+    _around_experiments(listen_within, restore)
+
+
+def _around_experiments(before: Callable[[Any], None], after: Callable[[Any], None]) -> None:
+    """Have something done ahead of each `with run.Experiment(...)` block, and something behind it, however it ends."""
     from nemo_run.run.experiment import Experiment
 
     enter: Callable[..., Any] = Experiment.__enter__
     leave: Callable[..., Any] = Experiment.__exit__
 
     @wraps(enter)
-    def enter_and_listen(experiment: Any) -> Any:
-        if threading.current_thread() is threading.main_thread():
-            experiment._handlers_before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-            given = Given()
-            listen(lambda number, frame: _pass_on(experiment, number, given), STOP_SIGNALS)
+    def enter_behind(experiment: Any) -> Any:
+        before(experiment)
         return enter(experiment)
 
     @wraps(leave)
-    def leave_and_restore(experiment: Any, *error: Any) -> None:
+    def leave_ahead(experiment: Any, *error: Any) -> None:
         try:
             leave(experiment, *error)
         finally:
-            for number, handler in getattr(experiment, "_handlers_before", {}).items():
-                signal.signal(number, handler)
+            after(experiment)
 
-    Experiment.__enter__, Experiment.__exit__ = enter_and_listen, leave_and_restore
+    Experiment.__enter__, Experiment.__exit__ = enter_behind, leave_ahead
 
 
 def _pass_on(experiment: Any, number: int, given: Given) -> None:
@@ -179,25 +191,15 @@ def print_on_without_readers() -> None:
 
     NeMo-Run prints their logs, and ends with a traceback and exit code 1 beside jobs that are well.
     """
-    from nemo_run.run.experiment import Experiment
 
-    enter: Callable[..., Any] = Experiment.__enter__
-    leave: Callable[..., Any] = Experiment.__exit__
-
-    @wraps(enter)
-    def enter_and_guard(experiment: Any) -> Any:
+    def guard(experiment: Any) -> None:
         experiment._streams_before = sys.stdout, sys.stderr
         sys.stdout, sys.stderr = map(WithoutReaders, experiment._streams_before)
-        return enter(experiment)
 
-    @wraps(leave)
-    def leave_and_restore(experiment: Any, *error: Any) -> None:
-        try:
-            leave(experiment, *error)
-        finally:
-            sys.stdout, sys.stderr = experiment._streams_before
+    def restore(experiment: Any) -> None:
+        sys.stdout, sys.stderr = experiment._streams_before
 
-    Experiment.__enter__, Experiment.__exit__ = enter_and_guard, leave_and_restore
+    _around_experiments(guard, restore)
 
 
 def _tell_jobs(experiment: Any) -> bool:
