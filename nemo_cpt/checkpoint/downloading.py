@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 _UNUSED_SUFFIXES = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".tflite", ".mlmodel")
 _READ_AT_ONCE = 2**20  # bytes
-_UNUSED_FOLDERS = ("original", "onnx", "openvino", "coreml", "flax")
 
 
 @dataclass(frozen=True)
