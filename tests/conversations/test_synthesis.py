@@ -1,7 +1,7 @@
 """Questions made from a corpus, by rules and by a model behind a server of OpenAI's protocol."""
 
+import contextlib
 import json
-import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
@@ -15,6 +15,7 @@ from nemo_cpt.conversations.forms import read_conversation
 from nemo_cpt.conversations.questions import Question
 from nemo_cpt.conversations.synthesis import synthesize
 from nemo_cpt.errors import CptError
+from tests.support.servers import serving
 
 CORPUS = [str(files("nemo_cpt.demo") / "corpus" / f"{name}.jsonl") for name in ("ja", "en")]
 
@@ -144,13 +145,8 @@ class Server:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
 
 
 def good_pairs(passage: str, number: int) -> tuple[int, str]:
@@ -169,15 +165,14 @@ def good_pairs(passage: str, number: int) -> tuple[int, str]:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., Server]]:
-    servers: list[Server] = []
+    with contextlib.ExitStack() as servers:
 
-    def start(answer: Callable[[str, int], tuple[int, str]]) -> Server:
-        servers.append(Server(answer))
-        return servers[-1]
+        def start(answer: Callable[[str, int], tuple[int, str]]) -> Server:
+            made = Server(answer)
+            servers.enter_context(serving(made.server))
+            return made
 
-    yield start
-    for server in servers:
-        server.close()
+        yield start
 
 
 def grounded(server: Server, output: Path, **options: Any) -> Any:
