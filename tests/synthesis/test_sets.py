@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from nemo_cpt.conversations.endpoint import Filter, pairs_of
 from nemo_cpt.conversations.forms import read_conversation
-from nemo_cpt.conversations.questions import Question
-from nemo_cpt.conversations.synthesis import synthesize
 from nemo_cpt.errors import CptError
+from nemo_cpt.synthesis.grounded import Filter, pairs_of
+from nemo_cpt.synthesis.questions import Question
+from nemo_cpt.synthesis.sets import synthesize
 from tests.support.servers import serving
 
 CORPUS = [str(files("nemo_cpt.demo") / "corpus" / f"{name}.jsonl") for name in ("ja", "en")]
@@ -212,7 +212,7 @@ class TestModel:
         (tmp_path / "chats" / "replies.jsonl").write_bytes(kept + b'{"asked": "torn')
 
         server = serve(good_pairs)
-        monkeypatch.setattr("nemo_cpt.conversations.synthesis.hide_credentials", lambda url: failing.url)
+        monkeypatch.setattr("nemo_cpt.synthesis.sets.hide_credentials", lambda url: failing.url)
         grounded(server, tmp_path / "chats")
         assert len(server.asked) == len(reference.asked) - 4
         assert both_sets(tmp_path / "chats") == both_sets(tmp_path / "undisturbed")
@@ -228,13 +228,13 @@ class TestModel:
     def test_a_busy_server_is_asked_again(
         self, serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("nemo_cpt.conversations.endpoint.time.sleep", lambda seconds: None)
+        monkeypatch.setattr("nemo_cpt.synthesis.grounded.time.sleep", lambda seconds: None)
         server = serve(lambda passage, number: (429, "") if number % 2 else good_pairs(passage, number))
         assert grounded(server, tmp_path, concurrency=1).questions["train"] == 12
         assert len(server.asked) == 16
 
     def test_an_address_where_nobody_is(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("nemo_cpt.conversations.endpoint.time.sleep", lambda seconds: None)
+        monkeypatch.setattr("nemo_cpt.synthesis.grounded.time.sleep", lambda seconds: None)
         with pytest.raises(CptError, match="gives no reply: it cannot be reached"):
             synthesize(CORPUS, tmp_path, endpoint="http://127.0.0.1:9/v1", model="m", licence="x", quiet=True)
 
