@@ -8,7 +8,8 @@ from nemo.collections import llm
 from nemo_cpt.corpus import Blend
 from nemo_cpt.recipes import parts
 from nemo_cpt.training.adapters import adapters_class
-from nemo_cpt.training.guards import check_batches, check_belonging
+from nemo_cpt.training.guards import check_belonging
+from nemo_cpt.training.settings import Settings, check, settings_in
 
 LINEAR_LAYERS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 
@@ -77,11 +78,9 @@ def continual_pretrain(
         A run.Partial of `llm.pretrain`; every field stays editable.
 
     Raises:
-        CptError: `data` is no Blend, the global batch does not divide among the GPUs; or, where the base is on this
-            machine, model, tokenizer or data do not belong to it.
+        CptError: `data` is no Blend; sizes or rates with which no job could run (`settings.check`); or,
+            where the base is on this machine, model, tokenizer or data do not belong to it.
     """
-    model_parallel = tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size
-    check_batches(global_batch_size, micro_batch_size, num_nodes * gpus_per_node, model_parallel)
     recipe = run.Partial(
         llm.pretrain,
         model=parts.fused(parts.model_of(model, base, seq_length)),
@@ -107,6 +106,7 @@ def continual_pretrain(
         log=parts.log(directory, name, save_every),
         resume=parts.resume(base, extend),
     )
+    check(settings_in(recipe))
     check_belonging(recipe)
     return recipe
 
@@ -126,8 +126,10 @@ def with_lora(
             directions (arXiv 2402.09353); `nemo-cpt plan` tells what it costs.
 
     Raises:
-        CptError: `embeddings_lr` is below the schedule's min_lr; there is no such `peft_scheme`.
+        CptError: `rank` is not positive, `embeddings_lr` neither or below the schedule's min_lr; there is no such
+            `peft_scheme`.
     """
+    check(Settings(rank=rank, embeddings_lr=embeddings_lr))
     rank, adapters = rank or 128, adapters_class(peft_scheme, embeddings_lr is not None)
     recipe.model.config.gradient_accumulation_fusion = False  # the adapters' gradients are small
     return run.Partial(

@@ -16,7 +16,8 @@ from nemo_cpt.conversations.dataset import conversations_prefix
 from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
 from nemo_cpt.recipes import parts
-from nemo_cpt.training.guards import check_batches, check_belonging
+from nemo_cpt.training.guards import check_belonging
+from nemo_cpt.training.settings import Settings, check, settings_in
 
 UNCOUNTED_STEPS = 300  # in a recipe that is made where its conversations are not
 
@@ -91,11 +92,12 @@ def instruction_tune(
         A run.Partial of `llm.finetune`; every field stays editable.
 
     Raises:
-        CptError: data or replay is of another kind, epochs and max_steps are both given, the global batch does not
-            divide among the GPUs; or, where base and data are on this machine, they do not belong together.
+        CptError: data or replay is of another kind, epochs and max_steps are both given; sizes or rates with which no
+            job could run (`settings.check`); or, where base and data are on this machine, they do not belong together.
     """
-    model_parallel = tensor_model_parallel_size * pipeline_model_parallel_size
-    check_batches(global_batch_size, micro_batch_size, num_nodes * gpus_per_node, model_parallel)
+    # What the steps are counted by, and what would be taken for "not given".
+    check(Settings(epochs=epochs, seq_length=seq_length, global_batch_size=global_batch_size))
+    check(Settings(val_check_interval=val_check_interval))
     data = data or default_data()
     share = mixture.replay_share(replay, replay_share)
     steps, uncounted = _steps(data, epochs, max_steps, global_batch_size, seq_length, share)
@@ -135,6 +137,7 @@ def instruction_tune(
     )
     recipe.trainer.limit_val_batches = limit_val_batches
     recipe.trainer.strategy.ddp.average_in_collective = False  # Megatron divides by the tokens of all ranks instead
+    check(settings_in(recipe))
     check_belonging(recipe)
     return recipe
 

@@ -20,6 +20,7 @@ PREFLIGHT: tuple[Check, ...] = (
     host.device_connections,
     network.interfaces,
     network.rendezvous,
+    inputs.settings,
     inputs.base,
     inputs.run_folder,
     inputs.data,
@@ -56,6 +57,7 @@ CHECKS: tuple[Check, ...] = (
 """The whole examination of a machine."""
 
 JOB_CHECKS: tuple[Check, ...] = (
+    inputs.settings,
     inputs.base,
     inputs.run_folder,
     inputs.data,

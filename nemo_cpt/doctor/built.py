@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_cpt.doctor.job import Job, Place, checkpoints_at_once
+from nemo_cpt.training.settings import settings_in
 
 if TYPE_CHECKING:
     from nemo_cpt.conversations import Conversations
@@ -37,6 +38,7 @@ def job_of(recipe: Any, place: Place) -> Job | None:
     return Job(
         recipe=name,
         place=place,
+        settings=settings_in(recipe),
         planned=partial(planning.read, recipe),
         model=config or {},
         unlike_base=next((each.unlike_base or () for each in callbacks if hasattr(each, "unlike_base")), ()),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_cpt.errors import CptError
+from nemo_cpt.training.settings import Settings
 
 if TYPE_CHECKING:
     from nemo_cpt.conversations import Conversations
@@ -49,6 +50,7 @@ class Job:
     Attributes:
         recipe: `module.function`.
         place: where it runs.
+        settings: its numbers, as far as they are known.
         planned: reads its workload for the planner; None where nothing does.
         model: its model config, or that's fields (`recipe_models.model_config`); empty where the source does not say.
         unlike_base: in what that differs from the base's on purpose.
@@ -73,6 +75,7 @@ class Job:
 
     recipe: str
     place: Place = field(default_factory=Place)
+    settings: Settings = field(default_factory=Settings)
     planned: "Callable[[], Workload] | None" = None
     model: Any = field(default_factory=dict)
     unlike_base: Sequence[str] = ()

@@ -14,10 +14,11 @@ import torch
 from nemo_cpt import compatibility
 from nemo_cpt.corpus import full_prefix
 from nemo_cpt.errors import CptError, exit_with_the_message
-from nemo_cpt.training import conversations, patches
+from nemo_cpt.training import conversations, patches, settings
 from nemo_cpt.training.data import blend_of
 from nemo_cpt.training.preconditions import check_base, check_environment
 from nemo_cpt.training.resume import check_start
+from nemo_cpt.training.settings import Settings, settings_in
 
 MARGIN_TO_UNIFORM = 0.5
 
@@ -48,7 +49,13 @@ class Guards(pl.Callback):
         optim = pl_module.optim
         if optim.lr_scheduler is not None:
             check_schedule(optim.config.lr, optim.lr_scheduler, trainer.max_steps)
-        check_sequence(pl_module.config.seq_length, trainer.strategy.context_parallel_size)
+        settings.check(
+            Settings(
+                seq_length=pl_module.config.seq_length,
+                context_parallel_size=trainer.strategy.context_parallel_size,
+                gpus_per_node=trainer.world_size,
+            )
+        )
         check_environment(getattr(pl_module.config, "attention_backend", None), os.environ)
         precision = getattr(trainer.precision_plugin, "dtype_config", None)
         if getattr(precision, "fp8", None) and torch.cuda.is_available():
@@ -100,15 +107,7 @@ def check(recipe: Any) -> None:
     check_start(recipe)
     _check_sets(recipe)
     check_belonging(recipe)
-    check_schedule(recipe.optim.config.lr, recipe.optim.lr_scheduler, recipe.trainer.max_steps)
-    strategy = recipe.trainer.strategy
-    check_batches(
-        recipe.data.global_batch_size,
-        recipe.data.micro_batch_size,
-        recipe.trainer.devices * recipe.trainer.num_nodes,
-        strategy.tensor_model_parallel_size * strategy.pipeline_model_parallel_size * strategy.context_parallel_size,
-    )
-    check_sequence(recipe.data.seq_length, strategy.context_parallel_size)
+    settings.check(settings_in(recipe))
     check_environment(getattr(recipe.model.config, "attention_backend", None), os.environ)
 
 
@@ -225,39 +224,7 @@ def check_data(data_module: str) -> None:
 def check_schedule(lr: float, scheduler: Any, max_steps: int) -> None:
     """Refuse a schedule whose peak is never reached, or that NeMo would reject in the middle of the run."""
     min_lr, warmup = getattr(scheduler, "min_lr", 0.0), getattr(scheduler, "warmup_steps", 0)
-    if min_lr >= lr:
-        raise CptError(f"min_lr {min_lr:g} is not below lr {lr:g}: set min_lr to a tenth of lr, {lr / 10:g}")
-    if warmup >= max_steps:
-        raise CptError(
-            f"warmup_steps {warmup} is not below max_steps {max_steps}: the learning rate would never reach {lr:g}. "
-            f"Set warmup_steps to a tenth of the steps, {max(max_steps // 10, 0)}"
-        )
-
-
-def check_batches(global_batch_size: int, micro_batch_size: int, processes: int, model_parallel: int) -> None:
-    """Refuse a global batch that cannot be cut into whole micro batches for every data-parallel rank."""
-    if processes % model_parallel:
-        raise CptError(
-            f"{processes} processes cannot be cut into groups of tensor x pipeline x context parallel = "
-            f"{model_parallel}: change the parallel sizes or the number of GPUs"
-        )
-    data_parallel = processes // model_parallel
-    if global_batch_size % (micro_batch_size * data_parallel):
-        step = micro_batch_size * data_parallel
-        raise CptError(
-            f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} x data "
-            f"parallel {data_parallel}: {max(global_batch_size // step, 1) * step} would be"
-        )
-
-
-def check_sequence(seq_length: int, context_parallel_size: int) -> None:
-    """Refuse a sequence that context parallelism cannot cut: each GPU takes two pieces, from both ends."""
-    pieces = 2 * context_parallel_size
-    if context_parallel_size > 1 and seq_length % pieces:
-        raise CptError(
-            f"seq_length {seq_length} cannot be cut into 2 x context_parallel_size = {pieces} equal pieces: "
-            f"{max(seq_length // pieces, 1) * pieces} could be"
-        )
+    settings.check(Settings(lr=lr, min_lr=min_lr, warmup_steps=warmup, max_steps=max_steps))
 
 
 def check_fp8(compute_capability: tuple[int, int]) -> None:

@@ -41,6 +41,12 @@ def test_one_prefix_is_a_blend_of_one() -> None:
         (["doctor", "tiny", "--trainer.max_steps", "5"], "trainer.max_steps=5"),
         (["run", "tiny", "--dry-run"], "Possible options: --dryrun"),
         (["run", "tiny", "base=b", "data=d", "-e", "slrum"], "no executor 'slrum' (near: slurm): docker, "),
+        (["run", "tiny", "base=b", "data=d", "lr=-1"], "settings: lr=-1; a peak learning rate is above 0"),
+        (["run", "tiny", "base=b", "data=d", "trainer.max_steps=0"], "settings: max_steps=0; give max_steps=1 or more"),
+        (
+            ["run", "smollm2", "data=d", "gpus_per_node=2", "tensor_model_parallel_size=2"],
+            "num_attention_heads 9 cannot",
+        ),
         (["run", "tiny", "base=meta-llama/L", "data=d"], "`nemo-cpt import models/L checkpoints/L`"),
     ],
 )
