@@ -1,6 +1,7 @@
 """Continual pretraining, whatever the model: the recipes' shared function, their default data, and LoRA."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import nemo_run as run
 from nemo.collections import llm
@@ -44,6 +45,11 @@ def continual_pretrain(
     unlike_base: Sequence[str] = (),
     save_every: int | None = None,
     extend: str | None = None,
+    seed: int = 1234,
+    logger: str | Mapping[str, Any] | None = None,
+    early_stop: str | None = None,
+    patience: int | None = None,
+    untrained_base: bool = False,
 ) -> run.Partial:
     """Continual pretraining of every parameter: what the recipes of all models share.
 
@@ -73,6 +79,14 @@ def continual_pretrain(
         save_every: steps between checkpoints; one follows each validation when None.
         extend: "rewarm", "stretch" or "keep": what becomes of the learning rate when the run is resumed with another
             max_steps, lr, min_lr or warmup_steps; see `ResumeOrStartFromBase`.
+        seed: of the order in which the data are read, and of the adapters' first values.
+        logger: where the numbers go beside TensorBoard and `metrics/`: "wandb:PROJECT", "mlflow:EXPERIMENT", or a
+            mapping: {wandb: PROJECT, name: NAME, group: NAME, tags: [NAME], entity: TEAM, offline: true}; MLflow's
+            takes uri, and neither entity nor offline. A resumed run goes on in the same one.
+        early_stop: name of a validation set: the run ends when its loss has not fallen for `patience` validations.
+        patience: 3 when None.
+        untrained_base: whether the base knows next to nothing, so that a first loss like that of random weights is
+            no fault; else such a run is stopped.
 
     Returns:
         A run.Partial of `llm.pretrain`; every field stays editable.
@@ -101,11 +115,14 @@ def continual_pretrain(
             context_parallel_size=context_parallel_size,
             sequence_parallel=tensor_model_parallel_size > 1,
             unlike_base=unlike_base,
+            untrained_base=untrained_base,
         ),
         optim=parts.adam(lr=lr, min_lr=min_lr, warmup_steps=warmup_steps, max_steps=max_steps),
-        log=parts.log(directory, name, save_every),
+        log=parts.log(directory, name, save_every, logger),
         resume=parts.resume(base, extend),
     )
+    parts.set_seed(recipe, seed)
+    parts.stop_early(recipe, early_stop, patience)
     check(settings_in(recipe))
     check_belonging(recipe)
     return recipe

@@ -8,7 +8,7 @@ import typer
 
 from nemo_cpt.cli import app
 from nemo_cpt.cli.launch import PANEL, Json
-from nemo_cpt.cli.recipe_arguments import Pairs, Recipe, RecipeCommand
+from nemo_cpt.cli.recipe_arguments import Pairs, Recipe, RecipeCommand, from_file
 from nemo_cpt.errors import CptError
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ def read(recipe: str, overrides: list[str] | None, gpus: int | None) -> "Workloa
     from nemo_cpt import catalog
     from nemo_cpt.catalog.workloads import workload
 
-    function, arguments, fields, _ = catalog.split(recipe, overrides or [])
+    recipe, pairs, _ = from_file(recipe, overrides)
+    function, arguments, fields, _ = catalog.split(recipe, pairs)
     work = workload(function.name, arguments, fields)
     if gpus is None:
         return work

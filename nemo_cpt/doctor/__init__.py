@@ -26,6 +26,8 @@ PREFLIGHT: tuple[Check, ...] = (
     inputs.data,
     inputs.vocabulary,
     inputs.disk,
+    access.weights_and_biases,
+    access.mlflow,
     slurm.slurm,
 )
 """Quick ones: no process is started but sinfo."""
@@ -64,6 +66,7 @@ JOB_CHECKS: tuple[Check, ...] = (
     inputs.vocabulary,
     gpus.fit,
     slurm.saving_in_time,
+    access.mlflow,
 )
 """What is looked at besides, where a recipe is named."""
 

@@ -70,7 +70,8 @@ class Job:
         max_steps: steps; likewise.
         checkpoints: how many checkpoints lie on the disk at once, at most.
         attention_backend: Megatron's.
-        logs_to_wandb: whether it has a logger for W&B.
+        logs_to_wandb: whether it has a logger for W&B that is not offline.
+        logs_to_mlflow: whether it has one for MLflow.
     """
 
     recipe: str
@@ -96,6 +97,7 @@ class Job:
     checkpoints: int = 4
     attention_backend: str = "auto"
     logs_to_wandb: bool = False
+    logs_to_mlflow: bool = False
 
     def workload(self) -> "Workload":
         """What the planner reads of it.

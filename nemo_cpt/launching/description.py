@@ -18,11 +18,13 @@ from nemo_cpt.catalog.workloads import workload
 from nemo_cpt.checkpoint.context import config_arguments
 from nemo_cpt.compatibility import read_base
 from nemo_cpt.conversations import Conversations, mixture
+from nemo_cpt.corpus import Blend
 from nemo_cpt.doctor import Job, Place
 from nemo_cpt.doctor.job import checkpoints_at_once
 from nemo_cpt.errors import CptError
 from nemo_cpt.launching.executor import make_executor
 from nemo_cpt.recipe_models import LIKE_BASE, model_config, module_named
+from nemo_cpt.training.options import read_early_stop, read_logger
 from nemo_cpt.training.settings import OF_A_BUILT_RECIPE, UNEVEN_STAGES, Settings
 
 MODEL = "model.config."
@@ -66,7 +68,8 @@ def describe(
         options: `key=value` of the executor.
 
     Raises:
-        CptError: there is no such executor, an option is wrong, or a field has the wrong type.
+        CptError: there is no such executor, logger or validation set, an option is wrong, or a field has the wrong
+            type.
     """
     given = {name: _default(function, name) for name in function.parameters} | dict(arguments)
     pairs = (field.partition("=") for field in fields)  # set after the recipe is built: they win over arguments
@@ -74,7 +77,10 @@ def describe(
     on_cpu = "processes" in function.parameters  # of recipes for GPUs it is called gpus_per_node
     data = catalog.default_data(function) if given.get("data") is None else given["data"]
     given["max_steps"], asked = _max_steps(given, data), given.get("max_steps")
-    model = _model(function, given, fields)
+    model, logger = _model(function, given, fields), read_logger(given.get("logger"))
+    if isinstance(data, Blend | Conversations):
+        replayed = given["replay"].validation if given.get("replay") else ()
+        read_early_stop(given.get("early_stop"), given.get("patience"), [*data.validation, *replayed])
     return Job(
         recipe=function.name,
         place=place(executor, options),
@@ -102,7 +108,8 @@ def describe(
             int(given.get("save_top_k", 3)),
         ),
         attention_backend=str(given.get("attention_backend") or "auto").rpartition(".")[2],
-        logs_to_wandb=any(field.startswith("log.wandb") for field in fields),
+        logs_to_wandb=logger.kind == "wandb" and not logger.offline,
+        logs_to_mlflow=logger.kind == "mlflow",
     )
 
 

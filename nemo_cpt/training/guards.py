@@ -32,10 +32,16 @@ class Guards(pl.Callback):
 
     Args:
         unlike_base: constants in which the model differs from its base on purpose; see `compatibility.CHANGEABLE`.
+        untrained_base: whether a first loss like that of random weights is to be expected.
     """
 
-    def __init__(self, unlike_base: Optional[list[str]] = None):  # noqa: UP045  NeMo-Run cannot parse `| None`
+    def __init__(
+        self,
+        unlike_base: Optional[list[str]] = None,  # noqa: UP045  NeMo-Run cannot parse `| None`
+        untrained_base: bool = False,
+    ):
         self.unlike_base = list(unlike_base or [])
+        self.untrained_base = untrained_base
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check everything that is known before the model is built, and build it with the base's rows."""
@@ -92,7 +98,8 @@ class Guards(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Check the first loss of a run that starts from its base."""
         if trainer.global_step == 1 and "reduced_train_loss" in trainer.callback_metrics:
-            check_first_loss(float(trainer.callback_metrics["reduced_train_loss"]), pl_module.config.vocab_size)
+            loss = float(trainer.callback_metrics["reduced_train_loss"])
+            check_first_loss(loss, pl_module.config.vocab_size, self.untrained_base)
 
 
 def check(recipe: Any) -> None:
@@ -237,12 +244,18 @@ def check_fp8(compute_capability: tuple[int, int]) -> None:
         )
 
 
-def check_first_loss(loss: float, vocab_size: int) -> None:
-    """Refuse a first loss near ln(vocabulary), that of a model which knows nothing: no weights were restored."""
+def check_first_loss(loss: float, vocab_size: int, untrained_base: bool = False) -> None:
+    """Refuse a first loss near ln(vocabulary), that of a model which knows nothing: no weights were restored.
+
+    Args:
+        loss: in nats per token.
+        vocab_size: of the model.
+        untrained_base: its base knows nothing, so that only a loss that is no number is refused.
+    """
     uniform = math.log(vocab_size)
-    if not math.isfinite(loss) or abs(loss - uniform) < MARGIN_TO_UNIFORM:
+    if not math.isfinite(loss) or (not untrained_base and abs(loss - uniform) < MARGIN_TO_UNIFORM):
         raise CptError(
             f"the first training loss is {loss:.2f}, and random weights give ln({vocab_size}) = {uniform:.2f}: the "
             "base's weights were not restored, or the data was made with another tokenizer. Check the recipe's base "
-            "and compare with `nemo-cpt verify`"
+            "and compare with `nemo-cpt verify`. If the base has barely been trained, give untrained_base=true"
         )
