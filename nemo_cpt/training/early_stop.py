@@ -34,6 +34,9 @@ class StopEarly(EarlyStopping):
         """End a run again that had ended."""
         super().on_train_start(trainer, pl_module)
         self._stop_if_it_is_time(trainer)
+        if trainer.should_stop and trainer.checkpoint_callback:
+            # This step was resumed from, and NeMo cannot save again ahead of a first step.
+            trainer.checkpoint_callback._last_global_step_saved = trainer.global_step
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count, and end the run when it is time."""
