@@ -25,18 +25,15 @@ class TransformersEngine:
         device: "cuda", "cpu", ...; the GPU where there is one when None.
         dtype: "auto" for config.json's on a GPU and float32 on a CPU, where bf16 is several times slower.
         chat_template: Jinja text in place of the tokenizer's own.
-        chat_stop: strings that end the reply to messages, beside those that a request names.
-        name: what messages call the model; the folder's path when None.
 
     Raises:
         CptError: the folder cannot be loaded.
     """
 
     def __init__(
-        self, folder: str | Path, *, device: str | None = None, dtype: str = "auto", chat_template: str | None = None,
-        chat_stop: tuple[str, ...] = (), name: str | None = None,
-    ) -> None:  # fmt: skip
-        self.name, self.chat_stop = name or str(folder), chat_stop
+        self, folder: str | Path, *, device: str | None = None, dtype: str = "auto", chat_template: str | None = None
+    ) -> None:
+        self.name = str(folder)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         wanted = "float32" if dtype == "auto" and device == "cpu" else dtype
         try:
@@ -79,23 +76,13 @@ class TransformersEngine:
         except Exception as error:  # jinja2's, and whatever a template raises for roles that it does not take
             raise CptError(f"the chat template of {self.name} refuses these messages: {error}") from error
 
-    def request(self, prompt: Prompt, sampling: Sampling) -> Request:
-        """A request to a decoder of this engine's; refuses what `encode` does."""
-        if not isinstance(prompt, str) and self.chat_stop:
-            sampling = replace(sampling, stop=(*sampling.stop, *self.chat_stop))
-        return Request(self.encode(prompt), sampling)
-
-    def room(self, prompt: Prompt) -> int:
-        """Tokens of the context that a prompt leaves for its reply; 0 or less where there is none."""
-        return self.context_length - len(self.encode(prompt))
-
     def decoder(self) -> Decoder:
         """A new, empty batch."""
         return Decoder(self.network, self.tokenizer, self.end_ids, self.context_length)
 
     def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[Piece]:
         """Yield one reply's pieces as they come; closing the iterator ends the reply."""
-        decoder, request = self.decoder(), self.request(prompt, sampling)
+        decoder, request = self.decoder(), Request(self.encode(prompt), sampling)
         pieces = decoder.add([request])
         while True:
             yield from (piece for _, piece in pieces)
@@ -108,19 +95,19 @@ class TransformersEngine:
 
         Prompts of like length share a batch, so that little is padded; the room of those that end is given to the next.
         """
-        requests = [self.request(prompt, sampling) for prompt in prompts]
+        encoded = [self.encode(prompt) for prompt in prompts]
         decoder = self.decoder()
-        for request in requests:  # all of them, before the first one costs time
-            decoder.check(request)
-        waiting = sorted(range(len(requests)), key=lambda index: len(requests[index].ids))
+        for ids in encoded:  # all of them, before the first one costs time
+            decoder.check(Request(ids, sampling))
+        waiting = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
         index_of: dict[Request, int] = {}
         while waiting or decoder.rows:
-            room = self._room(decoder, len(requests[waiting[-1]].ids) + sampling.max_tokens) if waiting else 0
+            room = self._room(decoder, len(encoded[waiting[-1]]) + sampling.max_tokens) if waiting else 0
             # Joining copies every key and value: wait until a quarter of the batch is free.
             if room and (not decoder.rows or room >= len(decoder.rows) / 3 or room >= len(waiting)):
                 taken = [waiting.pop() for _ in range(min(room, len(waiting)))]
                 # Seeds of their own: with one seed all replies would be drawn with the same random numbers.
-                added = {_seeded(requests[at], sampling.seed + at): at for at in taken}
+                added = {Request(encoded[at], replace(sampling, seed=sampling.seed + at)): at for at in taken}
                 index_of |= added
                 pieces = decoder.add(list(added))
             else:
@@ -138,11 +125,6 @@ class TransformersEngine:
         del self.network
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def _seeded(request: Request, seed: int) -> Request:
-    """The same request, its turn beginning now."""
-    return Request(request.ids, replace(request.sampling, seed=seed))
 
 
 def _end_ids(network: Any, tokenizer: Any) -> list[int]:
