@@ -26,11 +26,18 @@ Experiment = Annotated[str | None, typer.Argument(help="The experiment's id, as 
 @app.command("recipes", rich_help_panel=PANEL)
 def recipes_command(
     recipe: RecipeIfAny = None,
+    base: Annotated[
+        Path | None, typer.Option(help="Which are made for it: a Hugging Face folder, a NeMo base, or a run.")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """List the recipes, or one recipe's parameters."""
+    """List the recipes, or one recipe's parameters; with --base those that are made for a model."""
     from nemo_cpt import catalog
 
+    if base is not None:
+        if recipe:
+            raise CptError(f"--base compares every recipe with {base}: leave {recipe} away")
+        return _print_recipes_for(base, json)
     found = [catalog.recipe(recipe)] if recipe else list(catalog.recipes().values())
     if json:
         print(jsonlib.dumps({each.name: _as_dict(each) for each in found}, indent=2))
@@ -200,6 +207,21 @@ def _only_json_on_stdout(json: bool) -> Iterator[None]:
     """With --json, let what is printed within, NeMo-Run's panels and the job's log, go to stderr."""
     with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
         yield
+
+
+def _print_recipes_for(base: Path, json: bool) -> None:
+    from nemo_cpt.catalog.matching import recipes_for, takes_like_base
+    from nemo_cpt.launching.results import checkpoint_folder
+
+    folder = checkpoint_folder(base)
+    found = recipes_for(folder)
+    if json:
+        return print(jsonlib.dumps({name: {"fits": not why, "why_not": why} for name, (_, why) in found.items()}))
+    rows = [(name, str(each.gpus({}) or "CPU"), "no" if why else "yes", why or each.summary)
+            for name, (each, why) in found.items()]  # fmt: skip
+    print_table(("recipe", "GPUs", "fits", "what, or why not"), sorted(rows, key=lambda row: row[2] != "yes"))
+    if hint := takes_like_base(folder):
+        print(hint)
 
 
 def _required(function: "Function") -> str:
