@@ -28,6 +28,7 @@ def check_base(base: str | Path | None) -> None:
         )
     base = Path(base)
     if not base.exists():
+        # `org/name`, and no folder `org` here: a hub name is meant, not a path mistyped.
         if _HUB_NAME.fullmatch(str(base)) and not base.parent.exists():
             raise CptError(
                 f"the base {base} is not there: for a model of the Hugging Face hub, run "
@@ -46,6 +47,7 @@ def check_base(base: str | Path | None) -> None:
             f"the base {base} is a run's folder: give one of its checkpoints, such as the newest, which `nemo-cpt ls "
             f"{shlex.quote(str(base))}` names"
         )
+    # Megatron writes it last: where it is, the checkpoint was finished.
     if not (base / "weights" / "metadata.json").exists():
         found = ", ".join(sorted(path.name for path in base.glob("*"))[:6]) or "nothing"
         raise CptError(
