@@ -17,6 +17,7 @@ from nemo_cpt.synthesis.questions import Document, Question, language_of
 GROUNDED = "grounded"
 KEYS = ("NEMO_CPT_API_KEY", "OPENAI_API_KEY")
 NAMES = {"ja": "Japanese", "en": "English", "zh": "Chinese"}
+# Its digest is part of a job's options: another wording makes another set.
 PROMPT = """\
 You write training data for an assistant. From the passage that you are given, write {pairs} pairs of a question and \
 an answer, in {language}. Each question can be understood without the passage and does not mention it. Each answer is \
@@ -56,6 +57,7 @@ def passage_of(document: Document) -> str:
     """Return the beginning of a document, whole paragraphs of it where they fit."""
     text = document.text[:LONGEST_PASSAGE]
     if len(document.text) > LONGEST_PASSAGE and "\n" in text.strip():
+        # Back to the last whole paragraph.
         text = text[: text.rstrip().rfind("\n")]
     return f"{document.title}\n\n{text}".strip()
 
@@ -63,6 +65,7 @@ def passage_of(document: Document) -> str:
 def pairs_of(reply: str, document: int) -> list[Question]:
     """Return the pairs in a model's reply, none where there is no JSON array of them."""
     try:
+        # Between the outermost brackets: chatty models put sentences and code fences around them.
         found = orjson.loads(reply[reply.index("[") : reply.rindex("]") + 1])
     except ValueError:
         return []
@@ -88,12 +91,14 @@ class Filter:
             return "refusal"
         if MENTION.search(pair.query):
             return "mentions_the_passage"
+        # Short answers are names and numbers, whose script says nothing.
         if language_of(pair.query) != language or (len(pair.answer) >= 10 and language_of(pair.answer) != language):
             return "language"
         if _copied(pair.answer, passage):
             return "copied"
         if self._seen.duplicate(pair.query):
             return "duplicate"
+        # Only of those taken: what was refused keeps nobody out.
         self._seen.add(fingerprint(pair.query), sketch(pair.query))
         return ""
 
@@ -101,6 +106,7 @@ class Filter:
 def _copied(answer: str, passage: str) -> bool:
     if len(answer) < COPIED:
         return False
+    # By grams of characters, so that a changed word here and there does not hide a copy.
     grams = [answer[i : i + GRAM] for i in range(len(answer) - GRAM + 1)]
     return sum(gram in passage for gram in grams) > COPIED_SHARE * len(grams)
 

@@ -121,6 +121,7 @@ def synthesize(
 
     wanted = {"validation": validation, "train": train}
     _check(wanted, kinds, language, pairs, concurrency)
+    # With the endpoint's address, less its credentials: it is kept in the manifest.
     generator = _generator(endpoint, model, licence)
     templates, values = _read_slots(slots) if slots is not None else ([], {})
     sources = list_sources(inputs) if inputs else []
@@ -134,6 +135,7 @@ def synthesize(
     with locked(folder.path / LOCK, patience=0):
         if folder.is_done(sources, overwrite):
             return folder.report("unchanged")
+        # Before anything is asked for: a second job with other options is refused from here on.
         folder.begin()
         per_document = pairs if endpoint else 1
         documents, hashes = _sample(sources, json_key, SPARE * math.ceil((train + validation) / per_document), seed)
@@ -216,6 +218,7 @@ def _sample(sources: list[Source], json_key: str, count: int, seed: int) -> tupl
             document, number = untitled(text, number), number + 1
             if len(document.text) < SHORTEST:
                 continue
+            # Reservoir sampling (Vitter's R): each document is as likely, and their number need not be known.
             place, seen = chance.randrange(seen + 1), seen + 1
             if len(chosen) < count:
                 chosen.append(document)
@@ -223,6 +226,7 @@ def _sample(sources: list[Source], json_key: str, count: int, seed: int) -> tupl
                 chosen[place] = document
         if task.last:
             hashes[str(task.source)] = task.hash
+    # The reservoir keeps early documents in early places.
     chance.shuffle(chosen)
     return chosen, hashes
 
@@ -232,6 +236,7 @@ def _make_sets(
 ) -> dict[str, list[Question]]:
     """Make the sets of questions, each about its own share of the documents."""
     held = math.ceil(len(documents) * wanted["validation"] / sum(wanted.values()))
+    # By document, so that no text gives questions to both sets.
     parts = {"validation": documents[:held], "train": documents[held:]}
     sets = {name: maker.make(parts[name], wanted[name]) for name in SETS}
     for name, questions in sets.items():
@@ -280,10 +285,12 @@ class _Folder:
         manifest = self._read()
         if differ := [key for key, value in self._options.items() if manifest["options"].get(key) != value]:
             raise CptError(self._refusal(f"what is there was made with another {', '.join(differ)}"))
+        # The same job's, interrupted: it begins anew, with the replies that are there.
         if not manifest["finished"]:
             return False
         if (change := changed_input(sources, manifest["inputs"])) is not None:
             raise CptError(self._refusal(change))
+        # A set that somebody edited is theirs by now.
         for name, was in manifest["files"].items():
             if self._file(name).exists() and hash_file(str(self._file(name))) != was:
                 raise CptError(self._refusal(f"{self._file(name)} was changed since"))
@@ -318,6 +325,7 @@ class _Folder:
         self, sets: Mapping[str, Sequence[Question]], rejected: Mapping[str, int], inputs: list[dict[str, Any]]
     ) -> None:
         """Write the sets, and then what says that they are whole."""
+        # Before the manifest's last version, which vouches for them.
         for name, questions in sets.items():
             write_whole(self._file(name), b"".join(orjson.dumps(asdict(question)) + b"\n" for question in questions))
         self._write(

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
 
+from nemo_cpt.checkpoint.context import UNFINISHED
 from nemo_cpt.errors import CptError
-from nemo_cpt.training.preconditions import UNFINISHED
 from nemo_cpt.training.run_folder import newest_whole
 from nemo_cpt.training.run_lock import check_held
 

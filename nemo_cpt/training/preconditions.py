@@ -8,7 +8,6 @@ from typing import Any
 
 from nemo_cpt.errors import CptError
 
-UNFINISHED = "-unfinished"  # NeMo's marker beside a checkpoint that is being written or removed
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 NVTE_OF_BACKEND = {  # what Megatron Core sets for each attention_backend, and refuses to find otherwise
     "flash": {"NVTE_FLASH_ATTN": "1", "NVTE_FUSED_ATTN": "0", "NVTE_UNFUSED_ATTN": "0"},

@@ -16,9 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nemo_cpt.checkpoint.context import RUN_JSON
+from nemo_cpt.checkpoint.context import RUN_JSON, UNFINISHED
 from nemo_cpt.errors import CptError
-from nemo_cpt.training.preconditions import UNFINISHED
 
 REMOVED = ".removed-"  # a checkpoint that is being deleted
 DAMAGED = "damaged"  # folder of those that a start set aside
