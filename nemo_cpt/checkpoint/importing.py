@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,7 @@ def import_hf(
     """
     start = time.monotonic()
     source = Path(source)
+    # The cheap refusals first: gigabytes are read only when nothing speaks against it.
     arch = read_architecture(source, ignore_fields)
     require_tokenizer(source)
     weights = HFWeights(source)
@@ -93,10 +95,11 @@ def import_hf(
     tensors = Tensors(
         weights.read, weights.blocks, path=lambda name: infos[name].path, nbytes=lambda name: infos[name].nbytes
     )
+    # 64 MiB beside the weights: tokenizer, context and metadata.
     with new_folder(dest, sum(sizes) + 64 * 2**20) as folder:
         copy_small_files(source, folder / HF_FOLDER)
         write_nemo(folder, tensors, arch, progress)
-    counts = [_numel(slot.shape) for slot in slots]
+    counts = [prod(slot.shape) for slot in slots]
     return ImportReport(
         source=str(source),
         dest=str(dest),
@@ -119,13 +122,6 @@ def _tokens_without_rows(source: Path, arch: Architecture) -> Iterator[str]:
             f"from {arch.vocab_size} on cannot be trained on. If you need them, give the model their rows first "
             f"(transformers: model.resize_token_embeddings({tokens}))"
         )
-
-
-def _numel(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _check_tensors(weights: HFWeights, slots: Sequence[layout.Slot], arch: Architecture) -> list[str]:

@@ -15,6 +15,7 @@ def append_metrics(run_folder: str | Path, values: Mapping[str, float | None]) -
     with open(path, "a+b") as file:
         size = file.seek(0, 2)
         file.seek(max(size - 1, 0))
+        # A torn line is ended rather than cut: what others have read of the file stays where it was.
         torn = file.read(1) not in (b"", b"\n")
         file.write(b"\n" * torn + json.dumps(values).encode() + b"\n")
 
@@ -35,5 +36,6 @@ def read_metrics(run_folder: str | Path) -> list[dict[str, float]]:
         if (start := line.get(RESUMED_FROM)) is not None:
             by_step = {step: values for step, values in by_step.items() if step <= start}
         else:
+            # Training and validation write lines of their own for one step.
             by_step.setdefault(line["step"], {}).update(line)
     return [by_step[step] for step in sorted(by_step)]
