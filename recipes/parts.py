@@ -95,7 +95,7 @@ def trainer(
 
 
 def model_like(base: str, seq_length: int) -> run.Config:
-    """The model that a base's own files describe, of the kin of Llama, Mistral and Qwen2, for a recipe's `model=`.
+    """The model that a base's own files describe, of the kin of Llama, Mistral and Qwen, for a recipe's `model=`.
 
     Args:
         base: folder of an imported base, or of a training's checkpoint.
@@ -106,7 +106,7 @@ def model_like(base: str, seq_length: int) -> run.Config:
     """
     architecture = read_base(base).architecture
     if architecture is None:
-        raise CptError(f"{base} carries no config.json of Llama, Mistral or Qwen2: write its model= by hand")
+        raise CptError(f"{base} carries no config.json of Llama, Mistral or Qwen: write its model= by hand")
     model = nemo_model(architecture, has_generation_config=False)
     config = model.arguments["config"]
     of_the_import = ("fp16", "bf16", "params_dtype", "apply_rope_fusion", "vocab_size", "make_vocab_size_divisible_by")

@@ -70,6 +70,7 @@ def _model(recipe: Any, config: Any, strategy: Any) -> dict[str, Any]:
         "tied": _get(config, "share_embeddings_and_output_weights", True),
         "gated": _get(config, "gated_linear_unit", False),
         "qkv_bias": _get(config, "add_qkv_bias", False),
+        "qk_norm": _get(config, "qk_layernorm", False),
     }
 
 
