@@ -19,10 +19,12 @@ LAYERS = (
     ("training",),
     ("planning", "inference"),
     ("evaluation", "doctor"),
+    ("monitoring",),
     ("executors",),
     ("recipes",),
     ("catalog",),
     ("launching",),
+    ("watching",),
     ("demo",),
     ("cli",),
 )
