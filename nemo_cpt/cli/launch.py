@@ -11,7 +11,7 @@ import typer
 
 from nemo_cpt.cli import app
 from nemo_cpt.cli.recipe_arguments import Executor, Pairs, Recipe, RecipeCommand, RecipeIfAny
-from nemo_cpt.cli.tables import print_table
+from nemo_cpt.cli.tables import print_pairs, print_table
 
 if TYPE_CHECKING:
     from nemo_cpt.catalog import Function
@@ -68,7 +68,7 @@ def run(
     overrides: Pairs = None,
     executor: Executor = "local",
     detach: Annotated[bool, typer.Option("--detach", help="Return once the job is submitted.")] = False,
-    dryrun: Annotated[bool, typer.Option("--dryrun", help="Print what would be submitted.")] = False,
+    dryrun: Annotated[bool, typer.Option("--dryrun", help="Print what would be run where, and run nothing.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Build the recipe here first; imports NeMo.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Launch although the doctor finds it red.")] = False,
     json: Json = False,
@@ -83,7 +83,7 @@ def run(
     from nemo_cpt import catalog
     from nemo_cpt.catalog.build import build_recipe
     from nemo_cpt.doctor.preflight import preflight
-    from nemo_cpt.launching import jobs
+    from nemo_cpt.launching import dry_run, jobs
     from nemo_cpt.launching.description import describe
     from nemo_cpt.launching.executor import make_executor
     from nemo_cpt.launching.task import nothing_to_train
@@ -100,7 +100,14 @@ def run(
         where = make_executor(executor, options, function.processes(arguments))
         if function.gpus(arguments):
             jobs.give_time_to_save(where, function, arguments, fields)
-        result = jobs.submit(function, arguments, fields, where, detach, dryrun)
+        if dryrun:
+            result = dict(dry_run.rows(job, function, arguments, fields, options, where))
+            result |= jobs.prepared(function, arguments, fields, where)
+        else:
+            result = jobs.submit(function, arguments, fields, where, detach)
+    if dryrun and not json:
+        shown = result | {"submitted": "nothing: this is a dry run; --json shows what would be"}
+        print_pairs(shown.items())
     if json:
         print(jsonlib.dumps(result))
 

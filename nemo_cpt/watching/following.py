@@ -14,6 +14,7 @@ from nemo_cpt.launching.results import Run, runs
 from nemo_cpt.output import WithoutReaders, say
 from nemo_cpt.training.metrics import END_FILE, METRICS_FILE, RUN_FILE, MetricsReader
 from nemo_cpt.training.run_folder import checkpoints
+from nemo_cpt.training.run_lock import read_owner
 from nemo_cpt.watching.record import TRAIN_LOSS, Record
 from nemo_cpt.watching.view import Snapshot, lines, render
 
@@ -28,11 +29,12 @@ class Follower:
 
     Args:
         folder: the run's.
-        since: seconds since 1970 at which its job was started from here; what is older belongs to an earlier start.
+        starting: its job is about to be started from here: what the folder holds by now is of an earlier start.
     """
 
-    def __init__(self, folder: Path, since: float = 0.0) -> None:
-        self.folder, self.since = folder, since
+    def __init__(self, folder: Path, starting: bool = False) -> None:
+        self.folder = folder
+        self._earlier, self._since = _changed(folder / RUN_FILE) if starting else None, time.monotonic()
         self._reader = MetricsReader(folder)
         self._record = Record(folder, self._reader)
         self._stamps: tuple[float, ...] = ()
@@ -49,7 +51,7 @@ class Follower:
         if stamps != self._stamps:
             self._asked = time.monotonic() if self._stamps else self._asked  # at first it is asked at once
             self._record, self._stamps = Record(self.folder, self._reader), stamps
-        begun = stamps[1] >= self.since
+        begun = stamps[1] != self._earlier
         state, message = self._state() if begun else ("starting", "")
         own = [f"step {each.get('step')}: {each.get('text')}" for each in self._record.warnings]
         return Snapshot(
@@ -59,15 +61,20 @@ class Follower:
             saved=[each.path.name for each in checkpoints(self.folder / "checkpoints")] if begun else (),
             warnings=own + self._log.since(self._record) if begun else (),
             log=str(log or ""),
-            seconds=None if begun else time.time() - self.since,
+            seconds=None if begun else time.monotonic() - self._since,
         )
 
     def _state(self) -> tuple[str, str]:
-        if end := self._record.end:
+        if (end := self._record.end) and not self._has_started_again(end["time"]):
             return end["state"], end["message"]
         if time.monotonic() - self._asked > QUIET_SECONDS:
             self._alive, self._asked = Run(self.folder).running, time.monotonic()
         return ("running", "") if self._alive else ("killed", "its job ended without a word; the log may say why")
+
+    def _has_started_again(self, ended: float) -> bool:
+        """Whether a job took the folder since: until it describes itself, it is the one before that had ended."""
+        owner = read_owner(self.folder)
+        return owner is not None and datetime.fromisoformat(owner.since).timestamp() > ended
 
 
 class _LogWarnings:

@@ -7,6 +7,7 @@ import pty
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,8 @@ def watch(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, cwd=cwd, stdin=subprocess.DEVNULL)
 
 
-def end(folder: Path, state: str, message: str = "") -> None:
-    (folder / END_FILE).write_text(json.dumps({"state": state, "step": 60, "message": message, "time": 0}))
+def end(folder: Path, state: str, message: str = "", time: float = 0) -> None:
+    (folder / END_FILE).write_text(json.dumps({"state": state, "step": 60, "message": message, "time": time}))
 
 
 @pytest.fixture
@@ -103,18 +104,24 @@ def test_lines_say_what_is_new_and_nothing_twice(folder: Path) -> None:
         run_folders.measure(folder, 61)
         (step,) = lines(follower.snapshot(), before)
         assert step.startswith("step 61 of 100")
-        end(folder, "finished")
+        end(folder, "finished", time=time.time() + 1)
         assert list(lines(follower.snapshot(), follower.snapshot())) == []
         assert follower.snapshot().state == "finished"
 
 
 def test_a_job_that_was_started_just_now_is_not_what_an_earlier_start_left(folder: Path) -> None:
     end(folder, "stopped")
-    later = (folder / "metrics/run.json").stat().st_mtime + 10
-    text = shown(Follower(folder, since=later).snapshot())
+    follower = Follower(folder, starting=True)
+    text = shown(follower.snapshot())
     assert "starting" in text
     assert "step 60" not in text
     assert "importing NeMo" in text
+    with held_by_another_process(folder):
+        assert Follower(folder).snapshot().state == "running"  # it began after the end that is written there
+        run_folders.describe(folder)
+        assert follower.snapshot().state == "running"
+    end(folder, "stopped", time=time.time() + 1)
+    assert follower.snapshot().state == "stopped"
 
 
 def test_the_newest_run_is_the_one_that_was_measured_last(folder: Path) -> None:
@@ -144,7 +151,7 @@ def test_a_live_view_follows_the_run_and_ctrl_c_leaves_it_alone(folder: Path) ->
             if ends:
                 run_folders.measure(folder, 61)
                 read_until(controller, "step 61 of 100")
-                end(folder, "finished")
+                end(folder, "finished", time=time.time() + 1)
                 read_until(controller, "finished")
             else:
                 running.send_signal(signal.SIGINT)
