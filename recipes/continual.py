@@ -1,6 +1,6 @@
 """Continual pretraining, whatever the model: the recipes' shared function, their default data, and LoRA."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import nemo_run as run
 from nemo.collections import llm
@@ -43,6 +43,7 @@ def continual_pretrain(
     unlike_base: Sequence[str] = (),
     save_every: int | None = None,
     extend: str | None = None,
+    stop_when: Mapping[str, str] | None = None,
 ) -> run.Partial:
     """Continual pretraining of every parameter: what the recipes of all models share.
 
@@ -72,21 +73,25 @@ def continual_pretrain(
         save_every: steps between checkpoints; one follows each validation when None.
         extend: "rewarm", "stretch" or "keep": what becomes of the learning rate when the run is resumed with another
             max_steps, lr, min_lr or warmup_steps; see `ResumeOrStartFromBase`.
+        stop_when: of validation sets, by how many percent their loss may rise over that before the training, such as
+            {"en": "+3%"}: then the run saves and stops, with exit code 75.
 
     Returns:
         A run.Partial of `llm.pretrain`; every field stays editable.
 
     Raises:
-        CptError: `data` is no Blend, the global batch does not divide among the GPUs; or, where the base is on this
-            machine, model, tokenizer or data do not belong to it.
+        CptError: `data` is no Blend, the global batch does not divide among the GPUs, `stop_when` is no percentage; or,
+            where the base is on this machine, model, tokenizer or data do not belong to it.
     """
     model_parallel = tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size
     check_batches(global_batch_size, micro_batch_size, num_nodes * gpus_per_node, model_parallel)
+    data = data or default_data()
+    parts.check_limits(stop_when, data)
     recipe = run.Partial(
         llm.pretrain,
         model=parts.fused(parts.model_of(model, base, seq_length)),
         data=parts.data(
-            data or default_data(),
+            data,
             tokenizer=tokenizer or parts.tokenizer(base, directory, name),
             seq_length=seq_length,
             global_batch_size=global_batch_size,
@@ -102,6 +107,7 @@ def continual_pretrain(
             context_parallel_size=context_parallel_size,
             sequence_parallel=tensor_model_parallel_size > 1,
             unlike_base=unlike_base,
+            stop_when=stop_when,
         ),
         optim=parts.adam(lr=lr, min_lr=min_lr, warmup_steps=warmup_steps, max_steps=max_steps),
         log=parts.log(directory, name, save_every),

@@ -5,7 +5,7 @@ the micro batch, on which conversations share a sequence, or on how many GPUs sh
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import nemo_run as run
@@ -53,6 +53,7 @@ def instruction_tune(
     unlike_base: Sequence[str] = (),
     save_every: int | None = None,
     extend: str | None = None,
+    stop_when: Mapping[str, str] | None = None,
 ) -> run.Partial:
     """Teach a model to answer, on prepared conversations. The models' own `instruction_tune` have its defaults.
 
@@ -86,6 +87,7 @@ def instruction_tune(
         unlike_base: see `continual.continual_pretrain`.
         save_every: see `continual.continual_pretrain`.
         extend: see `continual.continual_pretrain`.
+        stop_when: see `continual.continual_pretrain`.
 
     Returns:
         A run.Partial of `llm.finetune`; every field stays editable.
@@ -97,6 +99,7 @@ def instruction_tune(
     model_parallel = tensor_model_parallel_size * pipeline_model_parallel_size
     check_batches(global_batch_size, micro_batch_size, num_nodes * gpus_per_node, model_parallel)
     data = data or default_data()
+    parts.check_limits(stop_when, data, replay)
     share = mixture.replay_share(replay, replay_share)
     steps, uncounted = _steps(data, epochs, max_steps, global_batch_size, seq_length, share)
     recipe = run.Partial(
@@ -121,6 +124,7 @@ def instruction_tune(
             pipeline_model_parallel_size=pipeline_model_parallel_size,
             sequence_parallel=tensor_model_parallel_size > 1,
             unlike_base=unlike_base,
+            stop_when=stop_when,
         ),
         optim=parts.adam(
             lr=lr,

@@ -23,6 +23,9 @@ from nemo_cpt.conversations import Conversations
 from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
 from nemo_cpt.executors.examination import examine_before_launch
+from nemo_cpt.monitoring.alarm import ForgettingAlarm
+from nemo_cpt.monitoring.description import DescribeRun
+from nemo_cpt.monitoring.forgetting import limits
 from nemo_cpt.recipe_models import LIKE_BASE, module_named
 from nemo_cpt.training.adapters import EmbeddingRateOptimizer
 from nemo_cpt.training.callbacks import MetricsFile, ValidationLossBySet
@@ -50,6 +53,7 @@ def trainer(
     context_parallel_size: int = 1,
     sequence_parallel: bool = False,
     unlike_base: Sequence[str] = (),
+    stop_when: Mapping[str, str] | None = None,
 ) -> run.Config[nl.Trainer]:
     """A bf16 trainer with Megatron's distributed optimizer; validates before the first step and then at an interval."""
     strategy = run.Config(
@@ -84,7 +88,7 @@ def trainer(
         num_sanity_val_steps=1,
         log_every_n_steps=1,
         use_distributed_sampler=False,
-        callbacks=callbacks(unlike_base),
+        callbacks=callbacks(unlike_base, stop_when),
     )
 
 
@@ -145,18 +149,25 @@ def bf16() -> run.Config[nl.MegatronMixedPrecision]:
     )
 
 
-def callbacks(unlike_base: Sequence[str] = ()) -> list[run.Config]:
-    """What every run carries: guards, the losses by validation set, the metrics file, timing, saving when stopped."""
+def callbacks(unlike_base: Sequence[str] = (), stop_when: Mapping[str, str] | None = None) -> list[run.Config]:
+    """What every run carries: guards, losses by validation set, metrics, alarm, timing, saving when stopped."""
     return [
         run.Config(Guards, unlike_base=list(unlike_base)),
         run.Config(EveryTrainableParameterHasGradient),
         run.Config(OutOfMemoryAdvice),
+        run.Config(DescribeRun),
         run.Config(ValidationLossBySet),
         run.Config(MetricsFile),
+        run.Config(ForgettingAlarm, stop_when=dict(stop_when) if stop_when else None),
         run.Config(TimingCallback),
         run.Config(GarbageCollectionCallback, gc_interval_train=100, gc_interval_val=100),
         run.Config(SaveWhenStopped),
     ]
+
+
+def check_limits(stop_when: Mapping[str, str] | None, *mixtures: Blend | Conversations | None) -> None:
+    """Raise CptError unless the limits of a run's alarm are percentages of sets that it validates on."""
+    limits(stop_when, [name for each in mixtures for name in getattr(each, "validation", ())])
 
 
 def adam(

@@ -69,11 +69,14 @@ def run(
     executor: Executor = "local",
     detach: Annotated[bool, typer.Option("--detach", help="Return once the job is submitted.")] = False,
     dryrun: Annotated[bool, typer.Option("--dryrun", help="Print what would be run where, and run nothing.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Print the job's log, on a terminal too.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Build the recipe here first; imports NeMo.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Launch although the doctor finds it red.")] = False,
     json: Json = False,
 ) -> None:
     """Run a recipe on an executor; ends non-zero if the job fails.
+
+    On a terminal a local job is shown as `nemo-cpt watch` does, and its log goes to a file.
 
     Parameters are checked at once, and so is what `nemo-cpt doctor` finds without importing anything: a job that could
     not start is refused. To plan a GPU recipe's memory, and how long it takes to save, a process imports NeMo the first
@@ -87,6 +90,7 @@ def run(
     from nemo_cpt.launching.description import describe
     from nemo_cpt.launching.executor import make_executor
     from nemo_cpt.launching.task import nothing_to_train
+    from nemo_cpt.watching.launch_view import launch_view
 
     function, arguments, fields, options = catalog.split(recipe, overrides or [])
     with _only_json_on_stdout(json):
@@ -104,7 +108,9 @@ def run(
             result = dict(dry_run.rows(job, function, arguments, fields, options, where))
             result |= jobs.prepared(function, arguments, fields, where)
         else:
-            result = jobs.submit(function, arguments, fields, where, detach)
+            plain = plain or json or detach or executor != "local" or not sys.stdout.isatty()
+            with contextlib.nullcontext() if plain else launch_view(job.directory) as begun:
+                result = jobs.submit(function, arguments, fields, where, detach, begun)
     if dryrun and not json:
         shown = result | {"submitted": "nothing: this is a dry run; --json shows what would be"}
         print_pairs(shown.items())

@@ -24,6 +24,7 @@ from nemo_cpt.errors import CptError
 from nemo_cpt.training.metrics import BATCHES, LOSS
 
 WINDOW = 5  # validations that the line goes through
+TELLING = 10  # those whose scatter tells of the noise
 SURE = 2.0  # standard errors
 # Degrees of freedom, and Student's t at 95.45 % of them; a larger number has that of the next smaller one here.
 STUDENT = {1: 13.97, 2: 4.53, 3: 3.31, 4: 2.87, 5: 2.65, 6: 2.52, 7: 2.43, 8: 2.37, 9: 2.32, 10: 2.28, 15: 2.18,
@@ -159,11 +160,12 @@ class _Line:
 
 
 def _between_validations(validations: Sequence[Validation], line: _Line | None) -> float | None:
-    """The standard error of a line's end by the scatter of all validations around their course; None for less than 3.
+    """The standard error of a line's end by the scatter of validations around their course; None for less than 3.
 
-    How much a validation differs from the line between its neighbours is free of any slow course, so that the whole run
-    can tell of the noise while the line goes through its last part.
+    How much a validation differs from the line between its neighbours is free of any slow course, so that more of them
+    can tell of the noise than the line goes through. A warmup's leaps are to be forgotten: not the whole run.
     """
+    validations = validations[-TELLING:]
     if line is None or len(validations) < 3:
         return None
     kinks = [_kink(*three) for three in zip(validations, validations[1:], validations[2:], strict=False)]

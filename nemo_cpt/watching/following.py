@@ -53,7 +53,7 @@ class Follower:
             self._record, self._stamps = Record(self.folder, self._reader), stamps
         begun = stamps[1] != self._earlier
         state, message = self._state() if begun else ("starting", "")
-        own = [f"step {each.get('step')}: {each.get('text')}" for each in self._record.warnings]
+        own = [each["text"] for each in self._record.warnings]
         return Snapshot(
             record=self._record if begun else Record(self.folder / "not begun"),
             state=state,

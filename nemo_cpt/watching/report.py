@@ -73,7 +73,7 @@ def _page(records: Sequence[Record], drawn: Mapping[str, bytes]) -> Iterator[str
     yield head(" against ".join(record.name for record in records)) + GRID
     for record in records:
         for warning in record.warnings:
-            yield f'<p class="warning">step {warning.get("step")}: {html.escape(str(warning.get("text")))}</p>'
+            yield f'<p class="warning">{html.escape(warning["text"])}</p>'
     names = list(dict.fromkeys(name for record in records for name, _ in _summary(record)))
     summaries = [dict(_summary(record)) for record in records]
     yield from table(("", *(record.name for record in records)),

@@ -138,7 +138,7 @@ def lines(shown: Snapshot, before: Snapshot | None) -> Iterator[str]:
         yield f"{record.name}: {shown.state}" + (f": {shown.message}" if shown.message else "")
     if record.step != known and record.metrics:
         facts = "  ".join(f"{name} {value}" for name, value in _facts(record))
-        yield "  ".join(filter(None, (_steps(record), facts, _left(record))))
+        yield "  ".join(filter(None, (_steps(record), facts, _left(record) if shown.state == "running" else "")))
     told = {} if before is None else {change.name: change.step for change in before.record.changes.values()}
     for change in record.changes.values():
         if told.get(change.name) != change.step:

@@ -7,6 +7,8 @@ import pytest
 
 from nemo_cpt.errors import CptError
 from nemo_cpt.monitoring.forgetting import (
+    STUDENT,
+    SURE,
     Validation,
     begun,
     beyond,
@@ -79,12 +81,12 @@ def test_the_smoothed_value_is_nearer_to_the_truth_than_the_last_one() -> None:
 
 
 def test_the_standard_error_is_the_scatter_of_the_smoothed_value() -> None:
-    """With many validations, where the widening for few of them is over."""
+    """But for the widening, as the scatter is known from eight values."""
     found = [change("en", noisy(seed, count=60)) for seed in range(400)]
     values = [each.value for each in found if each]
     spread = math.sqrt(sum((value - FIRST) ** 2 for value in values) / len(values))
     errors = [each.standard_error for each in found if each and each.standard_error]
-    assert sum(errors) / len(errors) == pytest.approx(spread, rel=0.1)
+    assert sum(errors) / len(errors) / (STUDENT[8] / SURE) == pytest.approx(spread, rel=0.1)
 
 
 def test_batches_tell_of_the_noise_at_the_second_validation() -> None:
