@@ -19,7 +19,7 @@ LAYERS = (
     ("training",),
     ("planning", "inference"),
     ("evaluation", "doctor"),
-    ("monitoring",),
+    ("synthesis", "monitoring"),
     ("executors",),
     ("recipes",),
     ("catalog",),

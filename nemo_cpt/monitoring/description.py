@@ -37,8 +37,8 @@ class DescribeRun(pl.Callback):
     """Writes `metrics/run.json` as a start begins, and `metrics/end.json` as it ends.
 
     `run.json` holds the length, the batch, the data with their shares and epochs, bytes a token of each validation set,
-    the machine, versions, the configuration and the planner's figures. `end.json` holds `state` (finished, stopped or
-    failed), `step`, `time` and `message`. A job that is killed leaves none.
+    the machine, versions, the configuration and the planner's figures. `end.json` holds `state` (finished, ended early,
+    stopped or failed), `step`, `time` and `message`. A job that is killed leaves none.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -50,9 +50,9 @@ class DescribeRun(pl.Callback):
             write_whole(folder / RUN_FILE, json.dumps(describe(trainer, pl_module), indent=1).encode())
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Say that the run is finished, now that its last checkpoint is written, unless it was stopped short."""
+        """Say that the run has ended in good order, now that its last checkpoint is written."""
         finished = trainer.global_step >= trainer.max_steps > 0
-        self._write_end(trainer, "finished" if finished else "stopped", "")
+        self._write_end(trainer, "finished" if finished else "ended early", "")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Say what ended the run."""

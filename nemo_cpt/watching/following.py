@@ -179,13 +179,13 @@ def live_view() -> Iterator[View]:
 
 
 def check_ended_well(shown: Snapshot) -> None:
-    """Raise what the run's own end was, unless it is finished.
+    """Raise what the run's own end was, unless it ended in good order.
 
     Raises:
         StoppedEarlyError: it was told to stop, and saved.
         CptError: it failed, or was killed.
     """
-    if shown.state == "finished":
+    if shown.state in ("finished", "ended early"):
         return
     kind = StoppedEarlyError if shown.state == "stopped" else CptError
     raise kind(f"{shown.record.folder} {shown.state} at step {shown.record.step}: {shown.message}".removesuffix(": "))

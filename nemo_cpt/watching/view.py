@@ -10,7 +10,13 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 MARKS = {"worse": ("forgotten", "red"), "better": ("gained", "green"), "": ("", "dim")}
-STATES = {"running": "cyan", "starting": "yellow", "finished": "green", "stopped": "yellow"}  # all others are red
+STATES = {
+    "running": "cyan",
+    "starting": "yellow",
+    "finished": "green",
+    "ended early": "green",
+    "stopped": "yellow",
+}  # all others are red
 WARNINGS_SHOWN = 2
 
 
@@ -20,7 +26,7 @@ class Snapshot:
 
     Attributes:
         record: what its files say.
-        state: starting, running, finished, stopped, failed or killed.
+        state: starting, running, finished, ended early, stopped, failed or killed.
         message: what its end said; empty while it goes on.
         saved: its checkpoints' names, the newest first.
         warnings: of the run itself and of its log, the newest last.

@@ -46,7 +46,13 @@ def shown(snapshot: Snapshot, width: int = 110) -> str:
 
 @pytest.mark.parametrize(
     ("state", "message", "code"),
-    [("finished", "", 0), ("stopped", "saved at step 60", 75), ("failed", "CptError: no", 2), (None, "", 2)],
+    [
+        ("finished", "", 0),
+        ("ended early", "", 0),
+        ("stopped", "saved at step 60", 75),
+        ("failed", "CptError: no", 2),
+        (None, "", 2),
+    ],
 )
 def test_it_ends_as_the_run_did(folder: Path, state: str | None, message: str, code: int) -> None:
     """None stands for a job that was killed, and that nobody holds the folder for."""
