@@ -50,6 +50,7 @@ def continual_pretrain(
     early_stop: str | None = None,
     patience: int | None = None,
     untrained_base: bool = False,
+    stop_when: Mapping[str, str] | None = None,
 ) -> run.Partial:
     """Continual pretraining of every parameter: what the recipes of all models share.
 
@@ -87,6 +88,8 @@ def continual_pretrain(
         patience: 3 when None.
         untrained_base: whether the base knows next to nothing, so that a first loss like that of random weights is
             no fault; else such a run is stopped.
+        stop_when: of validation sets, by how many percent their loss may rise over that before the training, such as
+            {"en": "+3%"}: then the run saves and stops, with exit code 75.
 
     Returns:
         A run.Partial of `llm.pretrain`; every field stays editable.
@@ -123,6 +126,7 @@ def continual_pretrain(
     )
     parts.set_seed(recipe, seed)
     parts.stop_early(recipe, early_stop, patience)
+    parts.stop_when_worse(recipe, stop_when)
     check(settings_in(recipe))
     check_belonging(recipe)
     return recipe

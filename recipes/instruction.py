@@ -60,6 +60,7 @@ def instruction_tune(
     early_stop: str | None = None,
     patience: int | None = None,
     untrained_base: bool = False,
+    stop_when: Mapping[str, str] | None = None,
 ) -> run.Partial:
     """Teach a model to answer, on prepared conversations. The models' own `instruction_tune` have its defaults.
 
@@ -98,6 +99,7 @@ def instruction_tune(
         early_stop: see `continual.continual_pretrain`.
         patience: see `continual.continual_pretrain`.
         untrained_base: see `continual.continual_pretrain`.
+        stop_when: see `continual.continual_pretrain`.
 
     Returns:
         A run.Partial of `llm.finetune`; every field stays editable.
@@ -151,6 +153,7 @@ def instruction_tune(
     recipe.trainer.strategy.ddp.average_in_collective = False  # Megatron divides by the tokens of all ranks instead
     parts.set_seed(recipe, seed)
     parts.stop_early(recipe, early_stop, patience)
+    parts.stop_when_worse(recipe, stop_when)
     check(settings_in(recipe))
     check_belonging(recipe)
     return recipe

@@ -19,11 +19,12 @@ LAYERS = (
     ("training",),
     ("planning", "inference"),
     ("evaluation", "doctor"),
-    ("synthesis",),
+    ("synthesis", "monitoring"),
     ("executors",),
     ("recipes",),
     ("catalog",),
     ("launching",),
+    ("watching",),
     ("demo",),
     ("cli",),
 )
