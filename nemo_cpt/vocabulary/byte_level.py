@@ -7,7 +7,7 @@ printable character.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,24 @@ def ancestor(grown: ByteLevelBPE, vocabulary_size: int, merges: int) -> dict[str
     model = grown.content["model"]
     old = {token: number for token, number in model["vocab"].items() if number < vocabulary_size}
     return grown.content | {"model": model | {"vocab": old, "merges": model["merges"][:merges]}}
+
+
+def before_growth(folder: Path) -> Tokenizer | None:
+    """The tokenizer that the one in a folder grew from; None where it did not grow."""
+    record = read_object(folder / RECORD).get("from")
+    if not record:
+        return None
+    grown = read_byte_level(str(folder))
+    content = ancestor(grown, record["vocabulary_size"], record["merges"])
+    entries = content.get("added_tokens") or ()
+    size = len(content["model"]["vocab"].keys() | {entry["content"] for entry in entries})
+    return replace(
+        grown.described,
+        name=record["name"],
+        vocabulary_size=size,
+        definition=orjson.dumps(content).decode(),
+        loaded=None,
+    )
 
 
 def grew_from(grown: ByteLevelBPE, base: ByteLevelBPE) -> str | None:
