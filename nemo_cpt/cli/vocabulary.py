@@ -1,4 +1,4 @@
-"""Commands of `nemo-cpt`: tokenizers, grown and compared."""
+"""Commands of `nemo-cpt`: tokenizers, trained, grown and compared."""
 
 import sys
 from pathlib import Path
@@ -11,10 +11,59 @@ from nemo_cpt.cli.corpus import Inputs, Json, Key
 from nemo_cpt.cli.tables import print_json, print_report, print_table
 from nemo_cpt.errors import CptError
 
+Multiple = Annotated[
+    int, typer.Option(help="The vocabulary becomes a multiple of this: 128 times the tensor-parallel size.")
+]
 tokenizer_app = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
 app.add_typer(
-    tokenizer_app, name="tokenizer", rich_help_panel="Corpora", help="Grow a model's tokenizer, and compare tokenizers."
+    tokenizer_app,
+    name="tokenizer",
+    rich_help_panel="Corpora",
+    help="Train a tokenizer, grow a model's, compare several.",
 )
+
+
+@tokenizer_app.command("train")
+def train_command(
+    inputs: Inputs,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make.")],
+    vocabulary_size: Annotated[int, typer.Option(help="Ids in all; rounded up, see --multiple-of.")] = 32_000,
+    weight: Annotated[
+        list[float] | None,
+        typer.Option(help="Of each input in its turn, in what is learnt from."),
+    ] = None,
+    special: Annotated[list[str] | None, typer.Option(help="A further special token; repeatable.")] = None,
+    json_key: Key = "text",
+    multiple_of: Multiple = 128,
+    sample_mb: Annotated[int, typer.Option(help="Megabytes of text that are learnt from at most.")] = 128,
+    json: Json = False,
+) -> None:
+    """Train a byte-level BPE tokenizer, for a model from scratch."""
+    from nemo_cpt.vocabulary import train
+
+    if weight and (len(weight) != len(inputs) or len(set(inputs)) < len(inputs)):
+        raise CptError(
+            f"{len(weight)} weights for {len(set(inputs))} inputs: give one --weight for each input, or none"
+        )
+    report = train(
+        dict(zip(inputs, weight, strict=True)) if weight else inputs,
+        output,
+        vocabulary_size,
+        special=special or [],
+        json_key=json_key,
+        multiple_of=multiple_of,
+        sample_bytes=sample_mb * 2**20,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    if json:
+        return print_json(report.as_dict())
+    rows: dict[str, object] = {
+        "tokenizer": report.output,
+        "vocabulary": f"{report.vocabulary_size:,} ids, {len(report.special)} special ones first",
+    }
+    for name, rate in report.characters_per_token.items():
+        rows[name] = f"{rate:.3f} characters a token on held-out documents"
+    print_report(rows, [])
 
 
 @tokenizer_app.command("grow")
@@ -33,9 +82,7 @@ def grow_command(
     json_key: Key = "text",
     max_characters: Annotated[int, typer.Option(help="Of a new token.")] = 8,
     min_count: Annotated[int, typer.Option(help="How often a new token's parts stand side by side.")] = 5,
-    multiple_of: Annotated[
-        int, typer.Option(help="The vocabulary becomes a multiple of this: 128 times the tensor-parallel size.")
-    ] = 128,
+    multiple_of: Multiple = 128,
     json: Json = False,
 ) -> None:
     """Grow a model's tokenizer by tokens of another language; ids, special tokens and other languages stay."""

@@ -8,8 +8,17 @@ if TYPE_CHECKING:
     from nemo_cpt.vocabulary.comparison import compare as compare
     from nemo_cpt.vocabulary.growing import GrowReport as GrowReport
     from nemo_cpt.vocabulary.growing import grow as grow
+    from nemo_cpt.vocabulary.training import TrainReport as TrainReport
+    from nemo_cpt.vocabulary.training import train as train
 
-_HOMES = {"Comparison": "comparison", "GrowReport": "growing", "compare": "comparison", "grow": "growing"}
+_HOMES = {
+    "Comparison": "comparison",
+    "GrowReport": "growing",
+    "TrainReport": "training",
+    "compare": "comparison",
+    "grow": "growing",
+    "train": "training",
+}
 __all__ = sorted(_HOMES)
 
 
