@@ -159,6 +159,11 @@ def _ends(home: Path | None) -> Iterator[int]:
             yield from ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
+def unlike(base: Base, model: Any) -> list[Difference]:
+    """In what a model, built or configured, is not the base's; rows are compared elsewhere."""
+    return [each for each in differences(constants_of_nemo(model), base.constants) if each.name != ROWS]
+
+
 def check_model(base: Base, model: Any, unlike_base: Collection[str] = ()) -> list[str]:
     """Refuse a model that is not the base's, whether its tensors fit or not.
 
@@ -174,7 +179,7 @@ def check_model(base: Base, model: Any, unlike_base: Collection[str] = ()) -> li
         return []
     if not base.constants:
         return [f"The base {base.folder} does not say what model it is: the recipe's is not compared with it."]
-    found = [each for each in differences(constants_of_nemo(model), base.constants) if each.name != ROWS]
+    found = unlike(base, model)
     if not_meant := [each for each in found if each.name not in unlike_base]:
         raise CptError(
             f"the recipe's model is not that of its base {base.folder}, "

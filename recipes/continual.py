@@ -1,6 +1,7 @@
 """Continual pretraining, whatever the model: the recipes' shared function, their default data, and LoRA."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import nemo_run as run
 from nemo.collections import llm
@@ -8,7 +9,8 @@ from nemo.collections import llm
 from nemo_cpt.corpus import Blend
 from nemo_cpt.recipes import parts
 from nemo_cpt.training.adapters import adapters_class
-from nemo_cpt.training.guards import check_batches, check_belonging
+from nemo_cpt.training.guards import check_belonging
+from nemo_cpt.training.settings import Settings, check, settings_in
 
 LINEAR_LAYERS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 
@@ -43,6 +45,11 @@ def continual_pretrain(
     unlike_base: Sequence[str] = (),
     save_every: int | None = None,
     extend: str | None = None,
+    seed: int = 1234,
+    logger: str | Mapping[str, Any] | None = None,
+    early_stop: str | None = None,
+    patience: int | None = None,
+    untrained_base: bool = False,
 ) -> run.Partial:
     """Continual pretraining of every parameter: what the recipes of all models share.
 
@@ -72,16 +79,22 @@ def continual_pretrain(
         save_every: steps between checkpoints; one follows each validation when None.
         extend: "rewarm", "stretch" or "keep": what becomes of the learning rate when the run is resumed with another
             max_steps, lr, min_lr or warmup_steps; see `ResumeOrStartFromBase`.
+        seed: of the order in which the data are read, and of the adapters' first values.
+        logger: where the numbers go beside TensorBoard and `metrics/`: "wandb:PROJECT", "mlflow:EXPERIMENT", or a
+            mapping: {wandb: PROJECT, name: NAME, group: NAME, tags: [NAME], entity: TEAM, offline: true}; MLflow's
+            takes uri, and neither entity nor offline. A resumed run goes on in the same one.
+        early_stop: name of a validation set: the run ends when its loss has not fallen for `patience` validations.
+        patience: 3 when None.
+        untrained_base: whether the base knows next to nothing, so that a first loss like that of random weights is
+            no fault; else such a run is stopped.
 
     Returns:
         A run.Partial of `llm.pretrain`; every field stays editable.
 
     Raises:
-        CptError: `data` is no Blend, the global batch does not divide among the GPUs; or, where the base is on this
-            machine, model, tokenizer or data do not belong to it.
+        CptError: `data` is no Blend; sizes or rates with which no job could run (`settings.check`); or,
+            where the base is on this machine, model, tokenizer or data do not belong to it.
     """
-    model_parallel = tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size
-    check_batches(global_batch_size, micro_batch_size, num_nodes * gpus_per_node, model_parallel)
     recipe = run.Partial(
         llm.pretrain,
         model=parts.fused(parts.model_of(model, base, seq_length)),
@@ -102,11 +115,15 @@ def continual_pretrain(
             context_parallel_size=context_parallel_size,
             sequence_parallel=tensor_model_parallel_size > 1,
             unlike_base=unlike_base,
+            untrained_base=untrained_base,
         ),
         optim=parts.adam(lr=lr, min_lr=min_lr, warmup_steps=warmup_steps, max_steps=max_steps),
-        log=parts.log(directory, name, save_every),
+        log=parts.log(directory, name, save_every, logger),
         resume=parts.resume(base, extend),
     )
+    parts.set_seed(recipe, seed)
+    parts.stop_early(recipe, early_stop, patience)
+    check(settings_in(recipe))
     check_belonging(recipe)
     return recipe
 
@@ -126,8 +143,10 @@ def with_lora(
             directions (arXiv 2402.09353); `nemo-cpt plan` tells what it costs.
 
     Raises:
-        CptError: `embeddings_lr` is below the schedule's min_lr; there is no such `peft_scheme`.
+        CptError: `rank` is not positive, `embeddings_lr` neither or below the schedule's min_lr; there is no such
+            `peft_scheme`.
     """
+    check(Settings(rank=rank, embeddings_lr=embeddings_lr))
     rank, adapters = rank or 128, adapters_class(peft_scheme, embeddings_lr is not None)
     recipe.model.config.gradient_accumulation_fusion = False  # the adapters' gradients are small
     return run.Partial(

@@ -5,8 +5,9 @@ the micro batch, on which conversations share a sequence, or on how many GPUs sh
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import nemo_run as run
 from nemo.collections import llm
@@ -16,7 +17,8 @@ from nemo_cpt.conversations.dataset import conversations_prefix
 from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
 from nemo_cpt.recipes import parts
-from nemo_cpt.training.guards import check_batches, check_belonging
+from nemo_cpt.training.guards import check_belonging
+from nemo_cpt.training.settings import Settings, check, settings_in
 
 UNCOUNTED_STEPS = 300  # in a recipe that is made where its conversations are not
 
@@ -53,6 +55,11 @@ def instruction_tune(
     unlike_base: Sequence[str] = (),
     save_every: int | None = None,
     extend: str | None = None,
+    seed: int = 1234,
+    logger: str | Mapping[str, Any] | None = None,
+    early_stop: str | None = None,
+    patience: int | None = None,
+    untrained_base: bool = False,
 ) -> run.Partial:
     """Teach a model to answer, on prepared conversations. The models' own `instruction_tune` have its defaults.
 
@@ -86,16 +93,22 @@ def instruction_tune(
         unlike_base: see `continual.continual_pretrain`.
         save_every: see `continual.continual_pretrain`.
         extend: see `continual.continual_pretrain`.
+        seed: see `continual.continual_pretrain`.
+        logger: see `continual.continual_pretrain`.
+        early_stop: see `continual.continual_pretrain`.
+        patience: see `continual.continual_pretrain`.
+        untrained_base: see `continual.continual_pretrain`.
 
     Returns:
         A run.Partial of `llm.finetune`; every field stays editable.
 
     Raises:
-        CptError: data or replay is of another kind, epochs and max_steps are both given, the global batch does not
-            divide among the GPUs; or, where base and data are on this machine, they do not belong together.
+        CptError: data or replay is of another kind, epochs and max_steps are both given; sizes or rates with which no
+            job could run (`settings.check`); or, where base and data are on this machine, they do not belong together.
     """
-    model_parallel = tensor_model_parallel_size * pipeline_model_parallel_size
-    check_batches(global_batch_size, micro_batch_size, num_nodes * gpus_per_node, model_parallel)
+    # What the steps are counted by, and what would be taken for "not given".
+    check(Settings(epochs=epochs, seq_length=seq_length, global_batch_size=global_batch_size))
+    check(Settings(val_check_interval=val_check_interval))
     data = data or default_data()
     share = mixture.replay_share(replay, replay_share)
     steps, uncounted = _steps(data, epochs, max_steps, global_batch_size, seq_length, share)
@@ -121,6 +134,7 @@ def instruction_tune(
             pipeline_model_parallel_size=pipeline_model_parallel_size,
             sequence_parallel=tensor_model_parallel_size > 1,
             unlike_base=unlike_base,
+            untrained_base=untrained_base,
         ),
         optim=parts.adam(
             lr=lr,
@@ -129,12 +143,15 @@ def instruction_tune(
             max_steps=steps,
             weight_decay=0.0,
         ),
-        log=parts.log(directory, name, save_every),
+        log=parts.log(directory, name, save_every, logger),
         resume=parts.resume(base, extend),
         tokenizer="data",
     )
     recipe.trainer.limit_val_batches = limit_val_batches
     recipe.trainer.strategy.ddp.average_in_collective = False  # Megatron divides by the tokens of all ranks instead
+    parts.set_seed(recipe, seed)
+    parts.stop_early(recipe, early_stop, patience)
+    check(settings_in(recipe))
     check_belonging(recipe)
     return recipe
 

@@ -124,7 +124,7 @@ def continual_pretrain_single_gpu(
     Raises:
         CptError: nothing fits the card; `data` is no Blend; there is no such `peft_scheme`.
     """
-    sizes = {"seq_length": seq_length or 8192, "global_batch_size": global_batch_size}
+    sizes = {"seq_length": 8192 if seq_length is None else seq_length, "global_batch_size": global_batch_size}
     recipe = continual_pretrain(base, data, name=name, lr=lr, **ONE_GPU | sizes | kwargs)
     given_up = [knob for knob, value in (("rank", rank), ("seq_length", seq_length)) if value is None]
     adapted = with_lora(recipe, rank, embeddings_lr, peft_scheme)
@@ -163,7 +163,7 @@ def continual_pretrain_full_single_gpu(
     Raises:
         CptError: nothing fits the card; `data` is no Blend.
     """
-    sizes = {"seq_length": seq_length or 8192, "global_batch_size": global_batch_size}
+    sizes = {"seq_length": 8192 if seq_length is None else seq_length, "global_batch_size": global_batch_size}
     recipe = continual_pretrain(base, data, name=name, **ONE_GPU | sizes | kwargs)
     given_up = ["gradients"] + ["seq_length"] * (seq_length is None)
     return fit(recipe, gpu_memory_gib, allow=[*ALLOWED, *given_up]).recipe
@@ -250,10 +250,10 @@ def instruction_tune_single_gpu(
     Raises:
         CptError: nothing fits the card; or as `instruction.instruction_tune`.
     """
-    wanted = seq_length or SFT_SEQ_LENGTH
+    wanted = SFT_SEQ_LENGTH if seq_length is None else seq_length
     recipe = instruction_tune(base, data, name=name, seq_length=wanted, lr=lr, **ONE_GPU | kwargs)
     given_up = [knob for knob, value in (("rank", rank), ("seq_length", seq_length)) if value is None]
-    recipe = with_lora(recipe, rank or SFT_RANK, embeddings_lr, peft_scheme)
+    recipe = with_lora(recipe, SFT_RANK if rank is None else rank, embeddings_lr, peft_scheme)
     check_belonging(recipe)
     fitted = fit(recipe, gpu_memory_gib, allow=[*ALLOWED, *given_up]).recipe
     if fitted.data.seq_length == wanted:

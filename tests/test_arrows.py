@@ -19,6 +19,7 @@ LAYERS = (
     ("training",),
     ("planning", "inference"),
     ("evaluation", "doctor"),
+    ("synthesis",),
     ("executors",),
     ("recipes",),
     ("catalog",),

@@ -69,8 +69,8 @@ def import_hf(
     takes its tokenizer from there carries them into its own checkpoints, where `export_hf` finds them.
 
     Args:
-        source: folder with config.json, safetensors weights and a tokenizer; Llama 2 to 3.2, SmolLM2, Mistral, Qwen2
-            and Qwen2.5.
+        source: folder with config.json, safetensors weights and a tokenizer; Llama 2 to 3.2, SmolLM2, Mistral,
+            Qwen2, Qwen2.5 and Qwen3.
         dest: the checkpoint's folder; must not exist.
         ignore_fields: config fields to accept although they are unknown here.
         progress: called with (bytes done, bytes in all) after each tensor.

@@ -9,7 +9,7 @@ import typer
 
 from nemo_cpt.cli import app
 from nemo_cpt.cli.launch import PANEL, Json
-from nemo_cpt.cli.recipe_arguments import Executor, Pairs, RecipeCommand, RecipeIfAny
+from nemo_cpt.cli.recipe_arguments import Executor, Pairs, RecipeCommand, RecipeIfAny, from_file
 
 if TYPE_CHECKING:
     from nemo_cpt.doctor import Finding
@@ -22,7 +22,7 @@ MARKS = {"ok": ("✔", "green"), "warning": ("!", "yellow"), "error": ("✘", "r
 def doctor(
     recipe: RecipeIfAny = None,
     overrides: Pairs = None,
-    executor: Executor = "local",
+    executor: Executor = None,
     ranks: Annotated[int | None, typer.Option(min=1, help="Join so many processes of this machine.")] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes that do so, each with MASTER_* and NODE_RANK set.")] = 1,
     hub: Annotated[str | None, typer.Option(help="Ask the hub for access to OWNER/NAME.")] = None,
@@ -38,7 +38,8 @@ def doctor(
 
     job = None
     if recipe is not None:
-        function, arguments, fields, options = catalog.split(recipe, overrides or [])
+        recipe, pairs, executor = from_file(recipe, overrides, executor)
+        function, arguments, fields, options = catalog.split(recipe, pairs)
         job = describe(function, arguments, fields, executor, options)
     findings = examine(CHECKS + JOB_CHECKS * (job is not None), Examination(job, ranks, nodes, hub))
     if json:

@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from nemo.lightning._strategy_lib import _sync_from_last_pipeline_stage
 from nemo.utils import AppState
 
@@ -72,6 +73,24 @@ class MetricsFile(pl.Callback):
         logged = trainer.callback_metrics
         values = {name: float(logged[name]) for name in self.NAMES if name in logged}
         _append(trainer, {"step": trainer.global_step, **values})
+
+
+class Seed(pl.Callback):
+    """Seed every random number of the job but the data's order, which has its own: an adapter's first values.
+
+    Megatron seeds its generators with 1234 when it is set up, ahead of any callback.
+
+    Args:
+        seed: the same on every rank; Megatron adds the rank where ranks must differ.
+    """
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Seed ahead of the model, which is built next."""
+        pl.seed_everything(self.seed, verbose=False)
+        model_parallel_cuda_manual_seed(self.seed)
 
 
 class StopAtStep(pl.Callback):

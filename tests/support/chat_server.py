@@ -6,6 +6,8 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
+from tests.support.servers import serving
+
 Body = dict[str, Any]
 Fault = Literal["broken stream", "no json", "no chunk", "503", "400", "hang up"]
 NAME = "known-judge"
@@ -77,18 +79,16 @@ class ChatServer:
             def handle_error(self, *_: object) -> None:
                 """Say nothing of clients that did not wait for their answer."""
 
-        self._server = Server(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-        self._thread.start()
+        server = Server(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+        self._serving = serving(server)
 
     def __enter__(self) -> "ChatServer":
+        self._serving.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+    def __exit__(self, *raised: Any) -> None:
+        self._serving.__exit__(*raised)
 
 
 class FaultError(Exception):

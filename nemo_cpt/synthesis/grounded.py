@@ -14,9 +14,9 @@ from typing import Any
 
 import orjson
 
-from nemo_cpt.conversations.questions import Document, Question, language_of
 from nemo_cpt.corpus.splitting.duplicates import HeldOut, fingerprint, sketch
 from nemo_cpt.errors import CptError
+from nemo_cpt.synthesis.questions import Document, Question, language_of
 
 GROUNDED = "grounded"
 KEYS = ("NEMO_CPT_API_KEY", "OPENAI_API_KEY")

@@ -15,14 +15,14 @@ from typing import Any
 import orjson
 
 import nemo_cpt
-from nemo_cpt.conversations.endpoint import PROMPT, Endpoint, Model, licence_warning
-from nemo_cpt.conversations.questions import KINDS, LANGUAGES, SHORTEST, Document, Question, Rules, fill, untitled
 from nemo_cpt.corpus.atomic_files import locked, make_folder, write_whole
 from nemo_cpt.corpus.dataset.manifest import changed_input, describe_inputs
 from nemo_cpt.corpus.reading.chunks import Feed, hash_file, texts_of
 from nemo_cpt.corpus.reading.sources import Inputs, Source, list_sources
 from nemo_cpt.corpus.reading.tally import Policy, Tally
 from nemo_cpt.errors import CptError
+from nemo_cpt.synthesis.grounded import PROMPT, Endpoint, Model, licence_warning
+from nemo_cpt.synthesis.questions import KINDS, LANGUAGES, SHORTEST, Document, Question, Rules, fill, untitled
 from nemo_cpt.urls import hide_credentials
 
 SETS = ("validation", "train")  # in the order in which they are made

@@ -1,7 +1,7 @@
 """Questions made from a corpus, by rules and by a model behind a server of OpenAI's protocol."""
 
+import contextlib
 import json
-import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from nemo_cpt.conversations.endpoint import Filter, pairs_of
 from nemo_cpt.conversations.forms import read_conversation
-from nemo_cpt.conversations.questions import Question
-from nemo_cpt.conversations.synthesis import synthesize
 from nemo_cpt.errors import CptError
+from nemo_cpt.synthesis.grounded import Filter, pairs_of
+from nemo_cpt.synthesis.questions import Question
+from nemo_cpt.synthesis.sets import synthesize
+from tests.support.servers import serving
 
 CORPUS = [str(files("nemo_cpt.demo") / "corpus" / f"{name}.jsonl") for name in ("ja", "en")]
 
@@ -144,13 +145,8 @@ class Server:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
 
 
 def good_pairs(passage: str, number: int) -> tuple[int, str]:
@@ -169,15 +165,14 @@ def good_pairs(passage: str, number: int) -> tuple[int, str]:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., Server]]:
-    servers: list[Server] = []
+    with contextlib.ExitStack() as servers:
 
-    def start(answer: Callable[[str, int], tuple[int, str]]) -> Server:
-        servers.append(Server(answer))
-        return servers[-1]
+        def start(answer: Callable[[str, int], tuple[int, str]]) -> Server:
+            made = Server(answer)
+            servers.enter_context(serving(made.server))
+            return made
 
-    yield start
-    for server in servers:
-        server.close()
+        yield start
 
 
 def grounded(server: Server, output: Path, **options: Any) -> Any:
@@ -217,7 +212,7 @@ class TestModel:
         (tmp_path / "chats" / "replies.jsonl").write_bytes(kept + b'{"asked": "torn')
 
         server = serve(good_pairs)
-        monkeypatch.setattr("nemo_cpt.conversations.synthesis.hide_credentials", lambda url: failing.url)
+        monkeypatch.setattr("nemo_cpt.synthesis.sets.hide_credentials", lambda url: failing.url)
         grounded(server, tmp_path / "chats")
         assert len(server.asked) == len(reference.asked) - 4
         assert both_sets(tmp_path / "chats") == both_sets(tmp_path / "undisturbed")
@@ -233,13 +228,13 @@ class TestModel:
     def test_a_busy_server_is_asked_again(
         self, serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("nemo_cpt.conversations.endpoint.time.sleep", lambda seconds: None)
+        monkeypatch.setattr("nemo_cpt.synthesis.grounded.time.sleep", lambda seconds: None)
         server = serve(lambda passage, number: (429, "") if number % 2 else good_pairs(passage, number))
         assert grounded(server, tmp_path, concurrency=1).questions["train"] == 12
         assert len(server.asked) == 16
 
     def test_an_address_where_nobody_is(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("nemo_cpt.conversations.endpoint.time.sleep", lambda seconds: None)
+        monkeypatch.setattr("nemo_cpt.synthesis.grounded.time.sleep", lambda seconds: None)
         with pytest.raises(CptError, match="gives no reply: it cannot be reached"):
             synthesize(CORPUS, tmp_path, endpoint="http://127.0.0.1:9/v1", model="m", licence="x", quiet=True)
 
