@@ -9,6 +9,7 @@ from typing import Any
 from nemo_cpt.catalog import source
 from nemo_cpt.errors import CptError
 from nemo_cpt.importing import uncollected
+from nemo_cpt.training import settings
 
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -25,7 +26,8 @@ def build_recipe(recipe: str, arguments: Mapping[str, Any], overrides: Sequence[
         The run.Partial.
 
     Raises:
-        CptError: a field does not exist (with the nearest names), a value has the wrong type, or the recipe objects.
+        CptError: a field does not exist (with the nearest names), a value has the wrong type, or the recipe objects;
+            numbers with which no job could run.
     """
     module, _, function = recipe.rpartition(".")
     parameters = source.recipe(recipe).parameters
@@ -36,6 +38,7 @@ def build_recipe(recipe: str, arguments: Mapping[str, Any], overrides: Sequence[
     partial = getattr(recipes, function)(**given)
     for override in overrides:
         _override(partial, override)
+    settings.check(settings.settings_in(partial))
     return partial
 
 
