@@ -26,6 +26,7 @@ def hugging_face(examination: Examination) -> Finding:
     if examination.hub is None and (reason := _not_needed(examination)):
         return Finding(name, "skipped", reason)
     repository = examination.hub or GATED
+    # A process, which can be ended: a name server that hangs cannot.
     command = [sys.executable, "-m", "nemo_cpt.doctor.ask_hub", repository]
     try:
         done = subprocess.run(
@@ -43,6 +44,7 @@ def _judged(name: str, repository: str, answer: dict[str, Any]) -> Finding:
     endpoint, status, code = answer["endpoint"], answer.get("status"), answer.get("code", "")
     token = "with the token found" if answer["token"] else "without a token"
     page = f"{endpoint}/{repository}"
+    # A missing config.json says that the repository could be looked into.
     if status in (200, 404) and code in ("", "EntryNotFound"):
         return Finding(name, "ok", f"{repository} is readable {token}")
     if status in (401, 403):
@@ -73,6 +75,7 @@ def weights_and_biases(examination: Examination) -> Finding:
     """Whether wandb finds a key: in the environment, or in the netrc file that `wandb login` writes."""
     environ = examination.environ
     mode = environ.get("WANDB_MODE", "").lower()
+    # Without importing it, which takes seconds.
     if find_spec("wandb") is None:
         return Finding("wandb", "skipped", "not installed; recipes log to TensorBoard and metrics/")
     if mode in ("offline", "disabled", "dryrun") or environ.get("WANDB_DISABLED", "").lower() in TRUE:
@@ -91,6 +94,7 @@ def weights_and_biases(examination: Examination) -> Finding:
 
 def _has_entry(path: Path, host: str) -> bool:
     try:
+        # Asked, not read out: the key itself is nobody's business here.
         return netrc.netrc(path).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False

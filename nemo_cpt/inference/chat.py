@@ -59,6 +59,7 @@ class Chat:
             if not text:
                 continue
             try:
+                # The line as typed: leading blanks are part of a text to continue.
                 self._command(text) if text.startswith("/") else self._answer(line.rstrip("\n"))
             except CptError as error:
                 self.console.print(f"[red]{escape(str(error))}[/red]", highlight=False)
@@ -79,6 +80,7 @@ class Chat:
         except KeyboardInterrupt:
             self.console.print("[dim](stopped)[/dim]")
         for history, reply in zip(self.histories, replies, strict=True):
+            # A model that was stopped before its first word has said nothing to remember.
             if reply:
                 history += [Message(role="user", content=text), Message(role="assistant", content=reply)]
 

@@ -99,6 +99,7 @@ class TransformersEngine:
         decoder = self.decoder()
         for ids in encoded:  # all of them, before the first one costs time
             decoder.check(Request(ids, sampling))
+        # Taken from the end, that is the longest first.
         waiting = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
         index_of: dict[Request, int] = {}
         while waiting or decoder.rows:
@@ -129,6 +130,7 @@ class TransformersEngine:
 
 def _end_ids(network: Any, tokenizer: Any) -> list[int]:
     """Every token that ends a reply: all of generation_config.json's, else config.json's, and the tokenizer's EOS."""
+    # All of them: Llama-3 ends turns with one and texts with another, and either may be trained.
     named = [network.generation_config.eos_token_id, network.config.eos_token_id, tokenizer.eos_token_id]
     return sorted(
         {each for value in named for each in (value if isinstance(value, list) else [value]) if each is not None}
