@@ -81,6 +81,7 @@ def continual_pretrain(
             machine, model, tokenizer or data do not belong to it.
     """
     model_parallel = tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size
+    # First: these sizes must go together whatever base and data are.
     check_batches(global_batch_size, micro_batch_size, num_nodes * gpus_per_node, model_parallel)
     recipe = run.Partial(
         llm.pretrain,
@@ -100,6 +101,7 @@ def continual_pretrain(
             tensor_model_parallel_size=tensor_model_parallel_size,
             pipeline_model_parallel_size=pipeline_model_parallel_size,
             context_parallel_size=context_parallel_size,
+            # Beside tensor parallelism it sends no more, and cuts the activations between its layers as well.
             sequence_parallel=tensor_model_parallel_size > 1,
             unlike_base=unlike_base,
         ),
@@ -107,6 +109,7 @@ def continual_pretrain(
         log=parts.log(directory, name, save_every),
         resume=parts.resume(base, extend),
     )
+    # On the finished recipe: what belongs together is compared as the job will have it.
     check_belonging(recipe)
     return recipe
 
@@ -138,6 +141,8 @@ def with_lora(
         optim=recipe.optim if embeddings_lr is None else parts.with_embeddings_rate(recipe.optim, embeddings_lr),
         log=recipe.log,
         resume=recipe.resume,
+        # alpha / rank = 2, which stays so where the planner halves the rank.
         peft=run.Config(adapters, dim=rank, alpha=2 * rank, target_modules=LINEAR_LAYERS),
+        # The model gets the data's tokenizer, so that the two cannot differ.
         tokenizer="data",
     )

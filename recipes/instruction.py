@@ -97,6 +97,7 @@ def instruction_tune(
     model_parallel = tensor_model_parallel_size * pipeline_model_parallel_size
     check_batches(global_batch_size, micro_batch_size, num_nodes * gpus_per_node, model_parallel)
     data = data or default_data()
+    # Settled before the steps are counted, which it lengthens.
     share = mixture.replay_share(replay, replay_share)
     steps, uncounted = _steps(data, epochs, max_steps, global_batch_size, seq_length, share)
     recipe = run.Partial(
@@ -159,6 +160,7 @@ def _steps(
     replay_share: float,
 ) -> tuple[int, float | None]:
     """A run's steps, and its epochs where their steps cannot be counted here."""
+    # Two lengths would contradict each other; neither may win silently.
     if max_steps is not None and epochs is not None:
         raise CptError(f"epochs is {epochs:g} and max_steps {max_steps}: give one of them")
     if max_steps is not None:
@@ -167,5 +169,6 @@ def _steps(
     if not isinstance(data, Conversations) or not all(
         Path(conversations_prefix(prefix) + ".idx").exists() for prefix in data.train
     ):
+        # The job counts them, and refuses to begin with another number; see `ConversationDataModule.epochs`.
         return UNCOUNTED_STEPS, epochs
     return data.steps(epochs, global_batch_size, seq_length, replay_share), None

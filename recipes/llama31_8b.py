@@ -18,6 +18,7 @@ from nemo_cpt.training.guards import check_belonging
 
 DEFAULT_BASE = "checkpoints/Llama-3.1-8B"
 SFT_SEQ_LENGTH, SFT_RANK = 4096, 32
+# Before kwargs in the calls below, so that a user may still say otherwise.
 ONE_GPU = {"gpus_per_node": 1, "tensor_model_parallel_size": 1}
 
 
@@ -78,6 +79,7 @@ def continual_pretrain(
         max_steps=max_steps,
         val_check_interval=val_check_interval,
         lr=lr,
+        # In a mapping, so that `model=` among kwargs replaces it; a parameter of that name would hide the function.
         **{"model": model(seq_length)} | kwargs,
     )
 
@@ -126,6 +128,7 @@ def continual_pretrain_single_gpu(
     """
     sizes = {"seq_length": seq_length or 8192, "global_batch_size": global_batch_size}
     recipe = continual_pretrain(base, data, name=name, lr=lr, **ONE_GPU | sizes | kwargs)
+    # What the user gave is not the planner's to change; what was left open is.
     given_up = [knob for knob, value in (("rank", rank), ("seq_length", seq_length)) if value is None]
     adapted = with_lora(recipe, rank, embeddings_lr, peft_scheme)
     return fit(adapted, gpu_memory_gib, allow=[*ALLOWED, *given_up]).recipe
@@ -254,8 +257,10 @@ def instruction_tune_single_gpu(
     recipe = instruction_tune(base, data, name=name, seq_length=wanted, lr=lr, **ONE_GPU | kwargs)
     given_up = [knob for knob, value in (("rank", rank), ("seq_length", seq_length)) if value is None]
     recipe = with_lora(recipe, rank or SFT_RANK, embeddings_lr, peft_scheme)
+    # Again, with the adapters: frozen embeddings cannot learn a template's special tokens.
     check_belonging(recipe)
     fitted = fit(recipe, gpu_memory_gib, allow=[*ALLOWED, *given_up]).recipe
+    # Where the planner cut the sequence, conversations are packed anew, and an epoch has other steps.
     if fitted.data.seq_length == wanted:
         return fitted
     shorter = {"seq_length": fitted.data.seq_length}  # has other epochs
