@@ -80,6 +80,7 @@ def serve_command(
 ) -> None:
     """Serve a model over HTTP, compatible with OpenAI's chat completions and completions."""
     key = key_of_variable(api_key_env)
+    # Anybody on the network could use the GPU, and read what others ask.
     if host not in _LOCAL and key is None:
         raise CptError(f"{host} can be reached from other machines: name the variable of a key with --api-key-env")
     listener = _listen(host, port)  # before the model is loaded: a port in use is known at once
@@ -117,6 +118,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
+    # Else a server that was just ended keeps its port busy for a minute.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))

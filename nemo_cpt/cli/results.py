@@ -51,6 +51,7 @@ def rm(
     from nemo_cpt.launching import results
 
     chosen = results.run(run, directory)
+    # The same list either way; without --yes nothing is touched, not even the lock.
     removals = results.remove(chosen, keep) if yes else results.to_remove(chosen, keep)
     if json:
         gone = [{"path": str(each.path), "why": each.why, "size": each.size} for each in removals]

@@ -25,6 +25,7 @@ def write_script(recipe: Function, file: Path) -> None:
         raise CptError(f"{file.parent} is no folder; make it first")
     partial = file.with_name(f".{file.name}.partial")
     with partial.open("w") as out:
+        # The whole module: its helpers and constants come along, and every number can be edited.
         out.write(recipe.path.read_text() + _call(recipe))
         out.flush()
         os.fsync(out.fileno())
