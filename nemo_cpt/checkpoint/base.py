@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,12 @@ def nemo_folder(path: str | Path) -> Path:
             f"{folder} is being written or removed by a run, or was left half by one that was killed "
             f"({folder.name}{UNFINISHED} lies beside it). Wait for the run, or take another checkpoint."
         )
+    if not folder.exists():
+        near = difflib.get_close_matches(folder.name, [each.name for each in folder.parent.glob("[!.]*")], n=3)
+        meant = (
+            f"near: {', '.join(str(folder.with_name(each)) for each in near)}" if near else "`nemo-cpt ls` lists runs"
+        )
+        raise CptError(f"there is no folder {folder}; {meant}")
     if not (folder / "weights").is_dir():
         raise CptError(
             f"{path} is no NeMo checkpoint: it has no folder `weights`. "

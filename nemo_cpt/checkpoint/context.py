@@ -82,6 +82,7 @@ def nemo_model(arch: Architecture, has_generation_config: bool) -> Call:
         "llama": ("llama", "LlamaModel"),
         "mistral": ("mistral", "MistralModel"),
         "qwen2": ("qwen2", "Qwen2Model"),
+        "qwen3": ("qwen3", "Qwen3Model"),
     }[arch.model_type]
     # A name relative to the context: the loader puts the folder's place in front, wherever it was moved.
     tokenizer = Call(
@@ -105,7 +106,7 @@ def config_class(arch: Architecture) -> str:
     """The name of NeMo's config class for an architecture."""
     if arch.model_type == "llama":
         return "Llama31Config" if arch.rope_scaling and arch.rope_scaling.kind == "llama3" else "LlamaConfig"
-    return {"mistral": "MistralConfig7B", "qwen2": "Qwen2Config"}[arch.model_type]
+    return {"mistral": "MistralConfig7B", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config"}[arch.model_type]
 
 
 def config_arguments(arch: Architecture) -> dict[str, Any]:

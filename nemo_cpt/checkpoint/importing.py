@@ -70,8 +70,8 @@ def import_hf(
     takes its tokenizer from there carries them into its own checkpoints, where `export_hf` finds them.
 
     Args:
-        source: folder with config.json, safetensors weights and a tokenizer; Llama 2 to 3.2, SmolLM2, Mistral, Qwen2
-            and Qwen2.5.
+        source: folder with config.json, safetensors weights and a tokenizer; Llama 2 to 3.2, SmolLM2, Mistral,
+            Qwen2, Qwen2.5 and Qwen3.
         dest: the checkpoint's folder; must not exist.
         ignore_fields: config fields to accept although they are unknown here.
         progress: called with (bytes done, bytes in all) after each tensor.
@@ -87,7 +87,7 @@ def import_hf(
     require_tokenizer(source)
     weights = HFWeights(source)
     slots = layout.slots(arch)
-    dropped = _check_tensors(weights, slots, arch)
+    dropped = check_tensors(weights, slots, arch)
     # The weights' own dtype where config.json does not say: nothing is cast.
     arch = arch.with_dtype(arch.dtype or weights.infos[slots[0].name].dtype)
     infos = weights.infos
@@ -124,7 +124,15 @@ def _tokens_without_rows(source: Path, arch: Architecture) -> Iterator[str]:
         )
 
 
-def _check_tensors(weights: HFWeights, slots: Sequence[layout.Slot], arch: Architecture) -> list[str]:
+def check_tensors(weights: HFWeights, slots: Sequence[layout.Slot], arch: Architecture) -> list[str]:
+    """Refuse weights that are not those of a config.json.
+
+    Returns:
+        Names of tensors that follow from others.
+
+    Raises:
+        CptError: a tensor is missing, has another shape, or has no place in the model.
+    """
     for slot in slots:
         info = weights.infos.get(slot.name)
         if info is None:

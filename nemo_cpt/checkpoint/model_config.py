@@ -20,7 +20,8 @@ from nemo_cpt.errors import CptError
 Constants = dict[str, Any]
 
 _MODELS = "nemo.collections.llm.gpt.model."
-_FAMILIES = ("llama", "llama_nemotron", "mistral", "qwen2")  # the modules whose classes compute what config.json says
+# The modules whose classes compute what config.json says.
+_FAMILIES = ("llama", "llama_nemotron", "mistral", "qwen2", "qwen3")
 _LLAMA3 = ("scale_factor", "low_freq_factor", "high_freq_factor", "old_context_len")  # of Llama31Config
 _ROPE_SCALING = (*_LLAMA3, "seq_len_interpolation_factor")
 
@@ -32,6 +33,7 @@ _MEGATRON_NAMES = {
     "head_dim": "kv_channels",
     "tie_word_embeddings": "share_embeddings_and_output_weights",
     "attention_bias": "add_qkv_bias",
+    "qk_layernorm": "qk_layernorm",  # of which config.json speaks by its model_type
     "rms_norm_eps": "layernorm_epsilon",
     "rope_theta": "rotary_base",
     "sliding_window": "window_size",
@@ -46,7 +48,6 @@ _FIXED: Constants = {
     "position_embedding_type": "rope",
     "rotary_percent": 1.0,
     "rotary_interleaved": False,
-    "qk_layernorm": False,
     "layernorm_zero_centered_gamma": False,
     "apply_residual_connection_post_layernorm": False,
     "softmax_scale": None,
@@ -101,6 +102,7 @@ def constants_of(arch: Architecture) -> Constants:
         "vocab_size": arch.vocab_size,
         "tie_word_embeddings": arch.tie_word_embeddings,
         "attention_bias": arch.qkv_bias,
+        "qk_layernorm": arch.qk_norm,
         "rms_norm_eps": arch.rms_norm_eps,
         "rope_theta": arch.rope_theta,
         "rope_scaling": _unless_one(arch.rope_scaling),
@@ -130,8 +132,8 @@ def constants_of_nemo(config: Any) -> Constants:
         "ffn_hidden_size": 4 * hidden if hidden else None,
     }
     for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
-                 "head_dim", "vocab_size", "tie_word_embeddings", "attention_bias", "rms_norm_eps",
-                 "rope_theta"):  # fmt: skip
+                 "head_dim", "vocab_size", "tie_word_embeddings", "attention_bias", "qk_layernorm",
+                 "rms_norm_eps", "rope_theta"):  # fmt: skip
         megatron_name = _MEGATRON_NAMES.get(name, name)
         value = get(megatron_name)
         if value is None:

@@ -34,7 +34,7 @@ def nemo_logits(nemo: str | Path, prompts: list[list[int]]) -> list[torch.Tensor
         For each prompt a [tokens, vocabulary] fp32 tensor; the vocabulary may be padded.
 
     Raises:
-        CptError: the context names another class than NeMo's own of Llama, Mistral or Qwen2, or weights are missing.
+        CptError: the context names another class than NeMo's own of Llama, Mistral or Qwen, or weights are missing.
     """
     import torch
 
@@ -89,7 +89,7 @@ def _config_class(recorded: Mapping[str, Any], nemo: Path) -> type:
     if not isinstance(found, type) or not issubclass(found, GPTConfig):
         raise CptError(
             f"{nemo}/context names the model config {module}.{name}; logits are compared of NeMo's own Llama, Mistral "
-            "and Qwen2 models. Compare the weights alone (--no-logits)."
+            "and Qwen models. Compare the weights alone (--no-logits)."
         )
     return found
 

@@ -48,6 +48,8 @@ def main() -> None:
         launch,
         planning,
         results,
+        vocabulary,
+        watching,
     )
 
     try:

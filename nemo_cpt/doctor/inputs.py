@@ -17,9 +17,23 @@ from nemo_cpt.planning import checkpoint_size
 from nemo_cpt.training.preconditions import check_base
 from nemo_cpt.training.run_folder import Checkpoint, finished, newest_whole, to_resume
 from nemo_cpt.training.run_lock import check_free
+from nemo_cpt.training.settings import check
 
 _LONG = 4096  # a length to look at conversations with, where the recipe's source does not say its own
 BYTES_OF_DTYPE = {"float32": 4}  # bf16 and fp16 have 2
+
+
+def settings(examination: Examination) -> Finding:
+    """Whether a job could run with these numbers: schedule, batches, parallel sizes against the model and processes."""
+    job = examination.job
+    if job is None:
+        return Finding("settings", "skipped", "no recipe was named")
+    numbers = replace(job.settings, num_nodes=job.nodes)
+    try:
+        check(numbers)
+    except CptError as error:
+        return from_error("settings", error)
+    return Finding("settings", "ok", f"{numbers.max_steps or 'unknown'} steps, {numbers.processes} processes")
 
 
 def base(examination: Examination) -> Finding:

@@ -93,7 +93,7 @@ def sequences_loss(
     _check_window(engine, seq_length)
     # Another end of text does not change what the tokens mean, and is the tuned model's right.
     check_data(read_base(engine.name), [str(prefix)], unlike_base=[END_OF_TEXT])
-    counted = _ByteCounter(engine.tokenizer)
+    counted = ByteCounter(engine.tokenizer)
     # Through Megatron's own dataset: the very samples, in the order that the training's validation has.
     dataset, rows = _dataset(engine, prefix, seq_length, samples), _rows(engine)
     size = _batch_rows(engine, seq_length)
@@ -288,7 +288,7 @@ def _dataset(engine: TransformersEngine, prefix: str | Path, seq_length: int, sa
     )
 
 
-class _ByteCounter:
+class ByteCounter:
     """The bytes of text that the labels of sequences stand for, also where a character falls apart into tokens.
 
     Raises:

@@ -24,6 +24,7 @@ def _workload(arch: Architecture) -> Workload:
         vocab_size=arch.vocab_size,
         tied=arch.tie_word_embeddings,
         qkv_bias=arch.qkv_bias,
+        qk_norm=arch.qk_norm,
     )
 
 

@@ -64,6 +64,16 @@ def usable_gib(gpu_memory_gib: float) -> float:
     return USABLE_GIB[sold] if abs(sold - gpu_memory_gib) < 0.7 else 0.98 * gpu_memory_gib
 
 
+def of_size(gpu_memory_gib: float) -> Gpu | None:
+    """Return the first GPU of a memory, as sold or as nvidia-smi has it; None if the planner knows none of that size.
+
+    Raises:
+        CptError: the size is not positive.
+    """
+    usable = usable_gib(gpu_memory_gib)
+    return next((each for each in GPUS.values() if each.memory_gib == usable), None)
+
+
 def gpu(name: str | None) -> Gpu:
     """Return a GPU by name, the H200, on which everything was measured, if none is given.
 

@@ -131,7 +131,8 @@ def _parameter_sizes(work: Workload, stage: int) -> list[int]:
     tensor, hidden = work.tensor_model_parallel_size, work.hidden_size
     linear = {name: size_in * size_out // tensor for name, (size_in, size_out) in work.widths.items()}
     bias = [work.widths["linear_qkv"][1] // tensor] if work.qkv_bias else []
-    attention = [linear["linear_proj"], hidden, linear["linear_qkv"], *bias]
+    norms = 2 * [work.kv_channels] if work.qk_norm else []
+    attention = [linear["linear_proj"], *norms, hidden, linear["linear_qkv"], *bias]
     layer = [*attention, hidden, linear["linear_fc1"], linear["linear_fc2"]]
     vocabulary = work.vocab_size * hidden // tensor
     first, last = stage == 0, stage == work.last_stage

@@ -83,7 +83,8 @@ def _title(plan: Plan) -> str:
     work = plan.workload
     kind = f"LoRA rank {work.lora_rank}" if work.lora_rank else "every parameter"
     gpus = f"{work.gpus} GPU{'s' * (work.gpus > 1)} {plan.gpu.name}"
-    return f"{work.parameters / 1e9:.2f} B parameters, {kind}, {work.seq_length} x {work.micro_batch_size}, {gpus}"
+    size = f"{work.parameters / 1e9:.2f} B" if work.parameters >= 1e9 else f"{work.parameters / 1e6:.1f} M"
+    return f"{size} parameters, {kind}, {work.seq_length} x {work.micro_batch_size}, {gpus}"
 
 
 def _names(plan: Plan) -> list[str]:

@@ -13,7 +13,7 @@ LLAMA3_VOCABULARY = 128_256
 MODELLED_CALLBACKS = {
     "Guards", "EveryTrainableParameterHasGradient", "OutOfMemoryAdvice", "ValidationLossBySet", "MetricsFile",
     "TimingCallback", "GarbageCollectionCallback", "PreemptionCallback", "SaveWhenStopped", "StopAtStep",
-    "MegatronCommOverlapCallback",
+    "StopEarly", "Seed", "MegatronCommOverlapCallback", "DescribeRun", "ForgettingAlarm",
 }  # fmt: skip
 MOMENTS = ("exp_avg_dtype", "exp_avg_sq_dtype")
 ADAPTERS = {"LoRA", "DoRA", "LoRAWithEmbeddings", "DoRAWithEmbeddings"}
@@ -72,6 +72,7 @@ def _model(recipe: Any, config: Any, strategy: Any) -> dict[str, Any]:
         "tied": _get(config, "share_embeddings_and_output_weights", True),
         "gated": _get(config, "gated_linear_unit", False),
         "qkv_bias": _get(config, "add_qkv_bias", False),
+        "qk_norm": _get(config, "qk_layernorm", False),
     }
 
 

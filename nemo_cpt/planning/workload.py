@@ -18,6 +18,8 @@ class Workload:
     Attributes:
         vocab_size: padded as Megatron pads it, of the whole model.
         tied: whether the embedding is the output layer too.
+        qkv_bias: whether query, key and value have biases, as in Qwen2.
+        qk_norm: whether each head's query and key are normalised, as in Qwen3.
         gated: SwiGLU, whose first layer is twice as wide; else a plain MLP.
         recompute_num_layers: of "block" how many of a stage's (chunk's) layers, of "uniform" how many at once.
         recompute_modules: what "selective" recomputes: "core_attn", "mlp".
@@ -51,6 +53,7 @@ class Workload:
     tied: bool = False
     gated: bool = True
     qkv_bias: bool = False
+    qk_norm: bool = False
     seq_length: int = 8192
     micro_batch_size: int = 1
     global_batch_size: int = 8
@@ -200,9 +203,9 @@ class Workload:
     @property
     def parameters(self) -> int:
         """Parameters of the whole model, without adapters."""
-        # Biases only where Qwen2 has them; two norms a layer, and the last one.
         bias = self.widths["linear_qkv"][1] if self.qkv_bias else 0
-        layers = self.num_layers * (self.linear_parameters + bias + 2 * self.hidden_size)
+        norms = 2 * self.hidden_size + (2 * self.kv_channels if self.qk_norm else 0)
+        layers = self.num_layers * (self.linear_parameters + bias + norms)
         return layers + self.hidden_size + self.embedding_parameters
 
     @property

@@ -72,6 +72,7 @@ def on_cpu(recipe: Any, processes: int = 1) -> Any:
     recipe.data.num_workers, recipe.data.persistent_workers, recipe.data.pin_memory = 0, False, False
     recipe.data.create_attention_mask = True  # Megatron's plain attention builds none itself
     recipe.model.config.transformer_layer_spec = local_layer_spec
+    recipe.model.config.params_dtype = torch.float32  # of which Mistral's class says bf16
     for field, value in UNFUSED.items():
         setattr(recipe.model.config, field, value)
     return recipe

@@ -14,10 +14,11 @@ import torch
 from nemo_cpt import compatibility
 from nemo_cpt.corpus import full_prefix
 from nemo_cpt.errors import CptError, exit_with_the_message
-from nemo_cpt.training import conversations, patches
+from nemo_cpt.training import conversations, patches, settings
 from nemo_cpt.training.data import blend_of
 from nemo_cpt.training.preconditions import check_base, check_environment
 from nemo_cpt.training.resume import check_start
+from nemo_cpt.training.settings import Settings, settings_in
 
 MARGIN_TO_UNIFORM = 0.5
 
@@ -31,10 +32,16 @@ class Guards(pl.Callback):
 
     Args:
         unlike_base: constants in which the model differs from its base on purpose; see `compatibility.CHANGEABLE`.
+        untrained_base: whether a first loss like that of random weights is to be expected.
     """
 
-    def __init__(self, unlike_base: Optional[list[str]] = None):  # noqa: UP045  NeMo-Run cannot parse `| None`
+    def __init__(
+        self,
+        unlike_base: Optional[list[str]] = None,  # noqa: UP045  NeMo-Run cannot parse `| None`
+        untrained_base: bool = False,
+    ):
         self.unlike_base = list(unlike_base or [])
+        self.untrained_base = untrained_base
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check everything that is known before the model is built, and build it with the base's rows."""
@@ -52,7 +59,13 @@ class Guards(pl.Callback):
         optim = pl_module.optim
         if optim.lr_scheduler is not None:
             check_schedule(optim.config.lr, optim.lr_scheduler, trainer.max_steps)
-        check_sequence(pl_module.config.seq_length, trainer.strategy.context_parallel_size)
+        settings.check(
+            Settings(
+                seq_length=pl_module.config.seq_length,
+                context_parallel_size=trainer.strategy.context_parallel_size,
+                gpus_per_node=trainer.world_size,
+            )
+        )
         check_environment(getattr(pl_module.config, "attention_backend", None), os.environ)
         precision = getattr(trainer.precision_plugin, "dtype_config", None)
         if getattr(precision, "fp8", None) and torch.cuda.is_available():
@@ -92,7 +105,8 @@ class Guards(pl.Callback):
         """Check the first loss of a run that starts from its base."""
         # global_step counts the step that just ended; a resumed run begins above 1.
         if trainer.global_step == 1 and "reduced_train_loss" in trainer.callback_metrics:
-            check_first_loss(float(trainer.callback_metrics["reduced_train_loss"]), pl_module.config.vocab_size)
+            loss = float(trainer.callback_metrics["reduced_train_loss"])
+            check_first_loss(loss, pl_module.config.vocab_size, self.untrained_base)
 
 
 def check(recipe: Any) -> None:
@@ -107,15 +121,7 @@ def check(recipe: Any) -> None:
     check_start(recipe)
     _check_sets(recipe)
     check_belonging(recipe)
-    check_schedule(recipe.optim.config.lr, recipe.optim.lr_scheduler, recipe.trainer.max_steps)
-    strategy = recipe.trainer.strategy
-    check_batches(
-        recipe.data.global_batch_size,
-        recipe.data.micro_batch_size,
-        recipe.trainer.devices * recipe.trainer.num_nodes,
-        strategy.tensor_model_parallel_size * strategy.pipeline_model_parallel_size * strategy.context_parallel_size,
-    )
-    check_sequence(recipe.data.seq_length, strategy.context_parallel_size)
+    settings.check(settings_in(recipe))
     check_environment(getattr(recipe.model.config, "attention_backend", None), os.environ)
 
 
@@ -237,39 +243,7 @@ def check_data(data_module: str) -> None:
 def check_schedule(lr: float, scheduler: Any, max_steps: int) -> None:
     """Refuse a schedule whose peak is never reached, or that NeMo would reject in the middle of the run."""
     min_lr, warmup = getattr(scheduler, "min_lr", 0.0), getattr(scheduler, "warmup_steps", 0)
-    if min_lr >= lr:
-        raise CptError(f"min_lr {min_lr:g} is not below lr {lr:g}: set min_lr to a tenth of lr, {lr / 10:g}")
-    if warmup >= max_steps:
-        raise CptError(
-            f"warmup_steps {warmup} is not below max_steps {max_steps}: the learning rate would never reach {lr:g}. "
-            f"Set warmup_steps to a tenth of the steps, {max(max_steps // 10, 0)}"
-        )
-
-
-def check_batches(global_batch_size: int, micro_batch_size: int, processes: int, model_parallel: int) -> None:
-    """Refuse a global batch that cannot be cut into whole micro batches for every data-parallel rank."""
-    if processes % model_parallel:
-        raise CptError(
-            f"{processes} processes cannot be cut into groups of tensor x pipeline x context parallel = "
-            f"{model_parallel}: change the parallel sizes or the number of GPUs"
-        )
-    data_parallel = processes // model_parallel
-    if global_batch_size % (micro_batch_size * data_parallel):
-        step = micro_batch_size * data_parallel
-        raise CptError(
-            f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} x data "
-            f"parallel {data_parallel}: {max(global_batch_size // step, 1) * step} would be"
-        )
-
-
-def check_sequence(seq_length: int, context_parallel_size: int) -> None:
-    """Refuse a sequence that context parallelism cannot cut: each GPU takes two pieces, from both ends."""
-    pieces = 2 * context_parallel_size
-    if context_parallel_size > 1 and seq_length % pieces:
-        raise CptError(
-            f"seq_length {seq_length} cannot be cut into 2 x context_parallel_size = {pieces} equal pieces: "
-            f"{max(seq_length // pieces, 1) * pieces} could be"
-        )
+    settings.check(Settings(lr=lr, min_lr=min_lr, warmup_steps=warmup, max_steps=max_steps))
 
 
 def check_fp8(compute_capability: tuple[int, int]) -> None:
@@ -282,13 +256,19 @@ def check_fp8(compute_capability: tuple[int, int]) -> None:
         )
 
 
-def check_first_loss(loss: float, vocab_size: int) -> None:
-    """Refuse a first loss near ln(vocabulary), that of a model which knows nothing: no weights were restored."""
+def check_first_loss(loss: float, vocab_size: int, untrained_base: bool = False) -> None:
+    """Refuse a first loss near ln(vocabulary), that of a model which knows nothing: no weights were restored.
+
+    Args:
+        loss: in nats per token.
+        vocab_size: of the model.
+        untrained_base: its base knows nothing, so that only a loss that is no number is refused.
+    """
     # The cross entropy of equal probabilities: what random weights give, whatever the text.
     uniform = math.log(vocab_size)
-    if not math.isfinite(loss) or abs(loss - uniform) < MARGIN_TO_UNIFORM:
+    if not math.isfinite(loss) or (not untrained_base and abs(loss - uniform) < MARGIN_TO_UNIFORM):
         raise CptError(
             f"the first training loss is {loss:.2f}, and random weights give ln({vocab_size}) = {uniform:.2f}: the "
             "base's weights were not restored, or the data was made with another tokenizer. Check the recipe's base "
-            "and compare with `nemo-cpt verify`"
+            "and compare with `nemo-cpt verify`. If the base has barely been trained, give untrained_base=true"
         )

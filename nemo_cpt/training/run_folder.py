@@ -121,5 +121,5 @@ def finished(folder: Path, max_steps: int) -> str | None:
         return None
     return (
         f"the run is finished: {newest.path} has step {newest.step} of max_steps {max_steps}. Nothing to do; "
-        "to train on, give a larger max_steps, and extend="
+        "to train on, give a larger max_steps, and extend=rewarm, stretch or keep: what becomes of the learning rate"
     )

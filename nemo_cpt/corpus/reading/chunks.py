@@ -12,6 +12,7 @@ from nemo_cpt.corpus.reading.lines import Take, Texts, TextUnder, parse_lines, p
 from nemo_cpt.corpus.reading.sources import HUB, InputChangedError, Source
 from nemo_cpt.corpus.reading.tables import ROWS, open_csv, open_text
 from nemo_cpt.errors import CptError
+from nemo_cpt.hub import retries_told_once
 
 ROW_KINDS = ("parquet", "dataset", "hub", "csv", "text")
 
@@ -393,7 +394,8 @@ def _open_dataset(source: Source) -> Any:
             return datasets.load_from_disk(source.path)
         name, _, split = source.path.removeprefix(HUB).partition(":")
         name, _, config = name.partition("@")
-        return datasets.load_dataset(name, config or None, split=split or "train")
+        with retries_told_once():
+            return datasets.load_dataset(name, config or None, split=split or "train")
     except Exception as error:  # the library has its own kinds, its dependencies have theirs
         raise CptError(f"Cannot open the dataset {source.path}: {error}") from error
 
