@@ -80,7 +80,6 @@ def serve_command(
 ) -> None:
     """Serve a model over HTTP, compatible with OpenAI's chat completions and completions."""
     key = key_of_variable(api_key_env)
-    # Anybody on the network could use the GPU, and read what others ask.
     if host not in _LOCAL and key is None:
         raise CptError(f"{host} can be reached from other machines: name the variable of a key with --api-key-env")
     listener = _listen(host, port)  # before the model is loaded: a port in use is known at once

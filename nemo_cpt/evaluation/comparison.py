@@ -150,7 +150,6 @@ def evaluate(
     check_names([each.name for each in sets])
     wrappers = wrappers or (["chat"] if all(each.has_chat_template for each in candidates) else ["none"])
     _check_conversations(candidates, sets, wrappers)
-    # The same for all models: with more context a loss is lower, whatever was learned.
     window = min([WINDOW, *(each.context_length for each in candidates if each.context_length)])
     sampling = Sampling(max_tokens=max_tokens)
     output = Path(output)

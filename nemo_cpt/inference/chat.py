@@ -80,7 +80,6 @@ class Chat:
         except KeyboardInterrupt:
             self.console.print("[dim](stopped)[/dim]")
         for history, reply in zip(self.histories, replies, strict=True):
-            # A model that was stopped before its first word has said nothing to remember.
             if reply:
                 history += [Message(role="user", content=text), Message(role="assistant", content=reply)]
 

@@ -84,7 +84,6 @@ def hugging_face_folder(
     checkpoint = _checkpoint(path)
     if checkpoint != path:
         say(f"the newest complete checkpoint of {path} is {checkpoint.name}")
-    # By content: a checkpoint that is written anew under its name gets another export.
     export = cache_folder("exports") / _content_key(checkpoint, base)
     if export.exists():
         say(f"its export is in the cache: {export}")

@@ -99,7 +99,6 @@ class TransformersEngine:
         decoder = self.decoder()
         for ids in encoded:  # all of them, before the first one costs time
             decoder.check(Request(ids, sampling))
-        # Taken from the end, that is the longest first.
         waiting = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
         index_of: dict[Request, int] = {}
         while waiting or decoder.rows:
