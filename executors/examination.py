@@ -38,6 +38,7 @@ def examine_before_launch() -> None:
     def examine_and_launch(
         experiment: Any, sequential: bool = False, detach: bool = False, tail_logs: bool = False, direct: bool = False
     ) -> Any:
+        # direct: `run_here` examines; launched or reconstructed: it runs already.
         if not (direct or experiment._launched or experiment._reconstruct):
             for each, executor, comes_first in tasks_of(experiment, sequential):
                 examine_task(each, place_of(executor), comes_first)
@@ -54,6 +55,7 @@ def examine_before_launch() -> None:
         run_here(configured, dryrun)
 
     Experiment.run = examine_and_launch
+    # Each of them imported the function by its name.
     for module in (api, job, task):
         module.direct_run_fn = examine_and_run_here
 
@@ -75,6 +77,7 @@ def check_docker() -> None:
 def tasks_of(experiment: Any, sequential: bool) -> Iterator[tuple[Any, Any, bool]]:
     """Yield the tasks of an experiment, each with its executor and whether it waits for no other."""
     for number, job in enumerate(experiment.jobs):
+        # Only the first tasks find their inputs on the disk now.
         comes_first = not job.dependencies and not (sequential and number)
         if hasattr(job, "tasks"):  # a group
             executors = job.executors if isinstance(job.executors, list) else [job.executors] * len(job.tasks)

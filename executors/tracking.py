@@ -23,11 +23,13 @@ def continue_wandb_run(recipe: Any) -> str | None:
     log = getattr(recipe, "log", None)
     wandb = getattr(log, "wandb", None)
     given, experiment = os.environ.get("WANDB_RUN_ID"), os.environ.get(EXPERIMENT)
+    # What the user chose stands.
     if not wandb or getattr(wandb, "id", None) or getattr(wandb, "version", None) or (given and given != experiment):
         return None
     note = _results(log) / "wandb" / "run_id"  # NeMo moves files, but not folders, away when it resumes
     known = note.read_text().strip() if note.is_file() else ""
     run_id = known or given or uuid.uuid4().hex[:12]
+    # One writes; the others of this start have the same id from the environment, or log nothing.
     if not known and _is_first_process():
         note.parent.mkdir(parents=True, exist_ok=True)
         partial = note.with_suffix(f".{os.getpid()}")

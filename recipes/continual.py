@@ -125,6 +125,7 @@ def continual_pretrain(
             tensor_model_parallel_size=tensor_model_parallel_size,
             pipeline_model_parallel_size=pipeline_model_parallel_size,
             context_parallel_size=context_parallel_size,
+            # Beside tensor parallelism it sends no more, and cuts the activations between its layers as well.
             sequence_parallel=tensor_model_parallel_size > 1,
             unlike_base=unlike_base,
             untrained_base=untrained_base,
@@ -136,6 +137,7 @@ def continual_pretrain(
     parts.set_seed(recipe, seed)
     parts.stop_early(recipe, early_stop, patience)
     parts.stop_when_worse(recipe, stop_when)
+    # On the finished recipe: what belongs together is looked at as the job will have it.
     check(settings_in(recipe))
     check_belonging(recipe)
     return recipe if gpu_memory_gib is None else fit(recipe, gpu_memory_gib).recipe
@@ -184,6 +186,7 @@ def continual_pretrain_lora(
     """
     sizes = {"seq_length": 8192 if seq_length is None else seq_length, "global_batch_size": global_batch_size}
     recipe = continual_pretrain(model, base, data, lr=lr, **sizes | kwargs)
+    # What the user gave is not the planner's to change; what was left open is.
     given_up = [knob for knob, value in (("rank", rank), ("seq_length", seq_length)) if value is None]
     adapted = with_lora(recipe, rank, embeddings_lr, peft_scheme)
     return fit(adapted, gpu_memory_gib, allow=[*ALLOWED, *given_up]).recipe
@@ -218,6 +221,8 @@ def with_lora(
         optim=recipe.optim if embeddings_lr is None else parts.with_embeddings_rate(recipe.optim, embeddings_lr),
         log=recipe.log,
         resume=recipe.resume,
+        # alpha / rank = 2, which stays so where the planner halves the rank.
         peft=run.Config(adapters, dim=rank, alpha=2 * rank, target_modules=LINEAR_LAYERS),
+        # The model gets the data's tokenizer, so that the two cannot differ.
         tokenizer="data",
     )

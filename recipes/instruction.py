@@ -115,6 +115,7 @@ def instruction_tune(
     check(Settings(epochs=epochs, seq_length=seq_length, global_batch_size=global_batch_size))
     check(Settings(val_check_interval=val_check_interval))
     data = data or default_data()
+    # Settled before the steps are counted, which it lengthens.
     share = mixture.replay_share(replay, replay_share)
     steps, uncounted = _steps(data, epochs, max_steps, global_batch_size, seq_length, share)
     recipe = run.Partial(
@@ -202,10 +203,13 @@ def instruction_tune_lora(
     """
     wanted = SEQ_LENGTH if seq_length is None else seq_length
     recipe = instruction_tune(model, base, data, seq_length=wanted, lr=lr, **kwargs)
+    # What the user gave is not the planner's to change; what was left open is.
     given_up = [knob for knob, value in (("rank", rank), ("seq_length", seq_length)) if value is None]
     recipe = with_lora(recipe, RANK if rank is None else rank, embeddings_lr, peft_scheme)
+    # Again, with the adapters: frozen embeddings cannot learn a template's special tokens.
     check_belonging(recipe)
     fitted = fit(recipe, gpu_memory_gib, allow=[*ALLOWED, *given_up]).recipe
+    # Where the planner cut the sequence, conversations are packed anew, and an epoch has other steps.
     if fitted.data.seq_length == wanted:
         return fitted
     shorter = {"seq_length": fitted.data.seq_length}  # has other epochs
@@ -233,6 +237,7 @@ def _steps(
     replay_share: float,
 ) -> tuple[int, float | None]:
     """A run's steps, and its epochs where their steps cannot be counted here."""
+    # Two lengths would contradict each other; neither may win silently.
     if max_steps is not None and epochs is not None:
         raise CptError(f"epochs is {epochs:g} and max_steps {max_steps}: give one of them")
     if max_steps is not None:
@@ -241,5 +246,6 @@ def _steps(
     if not isinstance(data, Conversations) or not all(
         Path(conversations_prefix(prefix) + ".idx").exists() for prefix in data.train
     ):
+        # The job counts them, and refuses to begin with another number; see `ConversationDataModule.epochs`.
         return UNCOUNTED_STEPS, epochs
     return data.steps(epochs, global_batch_size, seq_length, replay_share), None

@@ -69,11 +69,14 @@ def trainer(
         context_parallel_size=context_parallel_size,
         sequence_parallel=sequence_parallel,
         gradient_as_bucket_view=True,
+        # Training goes on while the copy is written; see docs/performance.md for what it takes of the host.
         ckpt_async_save=True,
         ckpt_parallel_load=True,
         ddp=run.Config(
             DistributedDataParallelConfig,
+            # A NaN ends the run at its step, and not in a checkpoint some steps later.
             check_for_nan_in_grad=True,
+            # Sums over many ranks and micro batches lose small gradients in bf16.
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=True,
             overlap_param_gather=True,
@@ -89,9 +92,12 @@ def trainer(
         plugins=bf16(),
         max_steps=max_steps,
         val_check_interval=val_check_interval,
+        # Of each validation set: a set has a global batch, whatever the number of sets.
         limit_val_batches=1,
+        # Not 0: the first line of the metrics is then the base's own loss.
         num_sanity_val_steps=1,
         log_every_n_steps=1,
+        # Megatron's sampler shares the data out; Lightning's would do it a second time.
         use_distributed_sampler=False,
         callbacks=callbacks(unlike_base, untrained_base),
     )
@@ -112,8 +118,10 @@ def model_like(base: str, seq_length: int) -> run.Config:
         raise CptError(f"{base} carries no config.json of Llama, Mistral or Qwen: write its model= by hand")
     model = nemo_model(architecture, has_generation_config=False)
     config = model.arguments["config"]
+    # What the import says for its own reading: precision and padding are the trainer's to say.
     of_the_import = ("fp16", "bf16", "params_dtype", "apply_rope_fusion", "vocab_size", "make_vocab_size_divisible_by")
     arguments = {name: value for name, value in config.arguments.items() if name not in of_the_import}
+    # Only names that `nemo_model` itself put there.
     classes = [getattr(import_module(each.target.module), each.target.name) for each in (model, config)]
     return run.Config(classes[0], config=run.Config(classes[1], **arguments | {"seq_length": seq_length}))
 
@@ -165,6 +173,7 @@ def callbacks(unlike_base: Sequence[str] = (), untrained_base: bool = False) -> 
         run.Config(MetricsFile),
         run.Config(ForgettingAlarm),
         run.Config(TimingCallback),
+        # All ranks at the same steps: Python collects when it likes, and one rank's pause is everybody's.
         run.Config(GarbageCollectionCallback, gc_interval_train=100, gc_interval_val=100),
         run.Config(SaveWhenStopped),
     ]
@@ -235,6 +244,7 @@ def data(
     """The blend's data module, with the tokenizer of a folder or a hub name."""
     if not isinstance(blend, Blend):
         raise CptError(f"data is {blend!r}: give a Blend, such as Blend(train={{'ds/ja': 0.75, 'ds/en': 0.25}})")
+    # Refused, not passed over: who names a test set expects a result of it.
     if blend.test:
         raise CptError("a training reads no test sets: leave data.test away, and evaluate the exported model on them")
     return run.Config(
@@ -267,6 +277,7 @@ def conversations(
     if replay is not None and not isinstance(replay, Blend):
         raise CptError(f"replay is {replay!r}: give a Blend, such as Blend(train={{'ds/en': 1.0}})")
     check_replay(replay, replay_share)
+    # The form alone: the files may be on another machine.
     data.check_form()
     replayed = {
         "replay_paths": _in_turn(replay.train),
@@ -292,6 +303,7 @@ def _reading(tokenizer: str, seq_length: int, global_batch_size: int, micro_batc
         "global_batch_size": global_batch_size,
         "micro_batch_size": micro_batch_size,
         "num_workers": 2,
+        # Validation sets would start new workers, which import torch, at each validation.
         "persistent_workers": True,
     }
 
@@ -307,6 +319,7 @@ def tokenizer(base: str, directory: str, name: str) -> str:
     An import has it in `hf`, a training's checkpoint in its context.
     """
     kept = Path(directory, name, KEPT_TOKENIZER)
+    # The base before the run's copy: a base that was imported anew is the newer one.
     own = next((place for place in carried_places(Path(base)) if has_tokenizer(place)), None)
     return str(own or (kept if kept.is_dir() else Path(base, "hf")))
 
@@ -364,6 +377,7 @@ def log(
         save_every=save_every,
         monitor="val_loss",
         save_top_k=3,
+        # A link: `-last` costs no second copy of 100 GB.
         save_last="link",
         save_optim_on_train_end=True,
         filename="{steps:.0f}-{val_loss:.4f}",
@@ -372,6 +386,7 @@ def log(
         RunLogger,
         log_dir=directory,
         name=name,
+        # One folder a name, or a run would not find its own checkpoints when it is started again.
         use_datetime_version=False,
         ckpt=checkpoints,
         tensorboard=tensorboard_logger(name=name),

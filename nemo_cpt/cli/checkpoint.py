@@ -128,6 +128,7 @@ def verify_command(
     report = verify(_of_run(nemo), hf, base, logits=logits, ignore_fields=ignore_field)
     _print(report.as_dict(), as_json)
     if not report.identical:
+        # 1, not 2: the command did what it was asked, and the answer is no.
         raise typer.Exit(1)
 
 
@@ -176,6 +177,7 @@ def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+    # A label may hold a path with [brackets].
     name = TextColumn("{task.description}", markup=False)
     columns = (name, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:

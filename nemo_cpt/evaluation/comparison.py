@@ -131,6 +131,7 @@ def evaluate(
         raise CptError(f"there is no wrapper {unknown[0]!r}; there are {', '.join(WRAPPERS)}")
     found_tasks = benchmarks.find_tasks(tasks) if tasks else []
     options = {"base": base, "device": device, "api_key": api_key}
+    # From here to the journal everything is looked at that can be refused: no model is loaded yet.
     candidates = find_candidates(model, against, checkpoints_of, options, say)
     everything = not (losses or prompts or tasks or judge)
     asks = bool(prompts) or everything
@@ -157,6 +158,7 @@ def evaluate(
         for candidate in candidates:
             work = _Work(candidate, journal, sampling, window, limit, quiet)
             found.append(work.measure(texts, sets, wrappers))
+            # One model in memory at a time.
             candidate.close()
         rows = list(_rows(found, sets, seed))
         if found_tasks:
@@ -246,6 +248,7 @@ class _Work:
     def _loss(self, text: LossSet) -> "TextLoss":
         from nemo_cpt.evaluation.bits_per_byte import TextLoss
 
+        # All that the number depends on is in the key: what was measured otherwise is measured again.
         shape = (text.seq_length, text.samples) if text.seq_length else (self.window, self.limit)
         key = key_of("loss", FORMAT, self.candidate.key, text.hash, shape)
         record = self.journal.get(key)
@@ -273,6 +276,7 @@ class _Work:
     def _replies(self, prompts: PromptSet, wrapper: str) -> list[Reply]:
         asked = [_wrapped(each, wrapper, self.candidate.has_chat_template) for each in prompts.prompts]
         keys = [key_of("reply", FORMAT, self.candidate.key, each, self.sampling) for each in asked]
+        # By key: a prompt that stands in two sets is asked once.
         missing = {key: prompt for key, prompt in zip(keys, asked, strict=True) if self.journal.get(key) is None}
         if missing:
             self._ask(missing, f"{self.candidate.label}, replies to {prompts.name} ({wrapper})")
@@ -310,6 +314,7 @@ def _reply(record: Any) -> Reply:
 
 def _rows(found: Sequence[Measured], sets: Sequence[PromptSet], seed: int) -> Iterator[Row]:
     """The table: the first model against the last, or the only one alone."""
+    # Paired by place: both models were given the same sets in the same order.
     before = [measure for _, measure in _measures(found[0], sets)] if len(found) > 1 else None
     for number, (group, after) in enumerate(_measures(found[-1], sets)):
         yield compare(group, before[number] if before else None, after, seed)
@@ -332,6 +337,7 @@ def loss_measures(loss: "TextLoss") -> Iterator[Measure]:
     yield ratio("bits per byte", bits, loss.bytes, better="lower", note=f"first token: {loss.first_token}")
     nats = ratio("loss", loss.nats, loss.tokens, better="lower", unit="nats per token")
     yield nats
+    # e to 700 is still a float; a model that is worse has no number worth printing.
     yield Measure(
         "perplexity", nats.units, lambda chosen: math.exp(min(nats.value(chosen), 700)), "lower", "of a token"
     )
@@ -450,6 +456,7 @@ def _judged(
 def _judge_row(judged: "JudgeReport", seed: int) -> Row:
     """The mean score of the questions that both models' answers were scored on."""
     scores = [judged.scores(model) for model in judged.models]
+    # Paired: a question without a readable verdict on one is left out of both.
     both = [question for question in scores[0] if question in scores[-1]]
     measures = [mean("score", [each[question] for question in both], better="higher", unit="of 10") for each in scores]
     row = compare("judge", measures[0] if len(measures) > 1 else None, measures[-1], seed)

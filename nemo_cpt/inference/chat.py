@@ -59,6 +59,7 @@ class Chat:
             if not text:
                 continue
             try:
+                # The line as typed: leading blanks are part of a text to continue.
                 self._command(text) if text.startswith("/") else self._answer(line.rstrip("\n"))
             except CptError as error:
                 self.console.print(f"[red]{escape(str(error))}[/red]", highlight=False)

@@ -44,6 +44,7 @@ def open_engine(
     Raises:
         CptError: there is no such model, it cannot be loaded, or the endpoint does not answer.
     """
+    # Before anything is looked for on the disk: an address is never a path.
     if str(model).startswith(("http://", "https://")):
         from nemo_cpt.inference.endpoint import EndpointEngine
 
@@ -77,6 +78,7 @@ def hugging_face_folder(
     path = Path(model)
     if not path.exists():
         raise CptError(f"there is no model at {model}{_advice(str(model))}")
+    # In this order: an imported base holds `hf/config.json`, not one of its own.
     if (path / "config.json").is_file():
         return path
     checkpoint = _checkpoint(path)
@@ -134,6 +136,7 @@ def _sampled(digest: Any, files: list[Path]) -> str:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:
+            # Sampled: reading 16 GB to find a cached export would take longer than making one.
             for place in sorted({max(0, size - SAMPLED_BYTES) * sample // (SAMPLES - 1) for sample in range(SAMPLES)}):
                 file.seek(place)
                 digest.update(file.read(SAMPLED_BYTES))

@@ -45,8 +45,10 @@ class DescribeRun(pl.Callback):
         """Describe this start, before its first validation."""
         if trainer.is_global_zero:
             folder = Path(AppState().log_dir)
+            # A resumed run has not ended, however its last start did.
             (folder / END_FILE).unlink(missing_ok=True)
             (folder / RUN_FILE).parent.mkdir(parents=True, exist_ok=True)
+            # Whole or not at all: the live view may read it at this moment.
             write_whole(folder / RUN_FILE, json.dumps(describe(trainer, pl_module), indent=1).encode())
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -131,6 +133,7 @@ def _bytes_per_token(data: Any) -> dict[str, float]:
         return {}
     try:
         count = ByteCounter(data.tokenizer.tokenizer)
+    # A tokenizer that hides its bytes: the set is then shown in nats per token.
     except (CptError, AttributeError):
         return {}
     most = max(MOST_TOKENS // data.seq_length, 1)
@@ -198,4 +201,5 @@ def plain(value: Any) -> Any:
         return value
     if isinstance(value, type) or inspect.isroutine(value):
         return f"{value.__module__}.{value.__qualname__}"
+    # An argument may be an address with a password, and this file goes into reports.
     return hide_credentials(str(value))

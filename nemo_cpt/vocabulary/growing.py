@@ -130,6 +130,7 @@ def grow(
     content = grown_definition(base, merges)
     _write(base, content, Path(output), _record(base, merges, words))
     say(f"{len(merges):,} tokens are learnt")
+    # Measured as it was written, which is what users load.
     grown = read_byte_level(str(output))
     before, after = (count_tokens(each.backend(), sample.held_out) for each in (base, grown))
     characters = sum(map(len, sample.held_out))
@@ -189,6 +190,7 @@ def _learn_until(
         raise CptError(f"the base has {rate:.3f} characters a token already: give a larger until than {until:g}")
     for merge in learner:
         merges.append(merge)
+        # Each measurement encodes every held-out document: only sizes that may be the last are worth one.
         full = (base.size + len(merges)) % multiple_of == 0
         if full and len(merges) >= measured_at + _CHECK_EVERY:
             measured_at = len(merges)
@@ -213,8 +215,10 @@ def grown_definition(base: ByteLevelBPE, merges: Sequence[Merge]) -> dict[str, A
     """The tokenizer.json of a base with further merges, whose tokens have the ids behind the base's."""
     model = base.content["model"]
     new = {merge.token: base.size + number for number, merge in enumerate(merges)}
+    # As the base has them: the library reads files of either form, and none that mixes them.
     as_text = isinstance(model["merges"][0], str)
     added = [" ".join(merge.pair) if as_text else list(merge.pair) for merge in merges]
+    # Also tokens that were only added, or the library would number them behind the new ones (see `grow`).
     return base.content | {"model": model | {"vocab": base.ids | new, "merges": [*model["merges"], *added]}}
 
 

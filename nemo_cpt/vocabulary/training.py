@@ -93,6 +93,7 @@ def train(
     start = time.monotonic()
     output, reserved = Path(output), [f"<|reserved_special_token_{number}|>" for number in range(RESERVED)]
     tokens = [BOS, EOS, PAD, *CHAT, *special, *reserved]
+    # A multiple of 0 is refused below, in words and not by the division.
     size = -(-vocabulary_size // max(multiple_of, 1)) * multiple_of
     _check_arguments(corpora, output, tokens, size, multiple_of)
     if isinstance(corpora, Mapping):
@@ -102,6 +103,7 @@ def train(
     for name, sample in samples.items():
         say(f"{name}: {len(sample.texts):,} of {sample.seen:,} documents, {sample.nbytes / 1e6:,.1f} MB")
     backend = _train([text for sample in samples.values() for text in sample.texts], tokens, size)
+    # The library stops early without a word, and the model is made for the size that was asked for.
     if backend.get_vocab_size() < size:
         raise CptError(
             f"the corpora give {backend.get_vocab_size():,} tokens, not {size:,}: give more text, or a smaller "
@@ -144,6 +146,7 @@ def _weighted(corpora: Mapping[str, float], json_key: str, limit: int) -> dict[s
         raise CptError("there is no corpus to learn from")
     total = sum(corpora.values())
     samples = {name: draw(name, json_key, int(limit * weight / total)) for name, weight in corpora.items()}
+    # The corpus that has the least text for its weight sets the scale; the others are cut to it.
     unit = min(samples[name].nbytes / weight for name, weight in corpora.items())
     for name, weight in corpora.items():
         _cut(samples[name], unit * weight)
@@ -177,6 +180,7 @@ def _train(texts: Sequence[str], special: Sequence[str], size: int) -> Any:
     trainer = trainers.BpeTrainer(
         vocab_size=size,
         special_tokens=list(special),
+        # Every byte, seen or not, so that no text is unknown; sorted, since they come in no order of their own.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         max_token_length=MAX_BYTES,
         min_frequency=2,

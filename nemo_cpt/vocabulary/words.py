@@ -47,6 +47,7 @@ def count_words(backend: Any, texts: Iterable[str]) -> Counter[str]:
     counts, floor = Counter[str](), 1
     for text in texts:
         counts.update([word for word, _ in cut(normalize(text) if normalize else text)])
+        # Words seen once go first, at the next time those seen twice: what is learnt from is frequent, and stays.
         while len(counts) > _TRIM_AT:
             counts, floor = Counter({word: count for word, count in counts.items() if count > floor}), floor + 1
     return counts
@@ -62,10 +63,12 @@ def of_own_scripts(counts: Counter[str], characters: int) -> Words:
     found = Counter[str]()
     for character, count in _count_characters(texts, counts).items():
         found[script_of(character)] += count
+    # Without the shared signs, which are many in any text and would make a script's share of it smaller.
     total = sum(count for script, count in found.items() if script not in _SHARED_BLOCKS)
     own = [script for script, count in found.most_common() if _is_own(script, count, total)]
     allowed = set(own)
     chosen = {word for word, text in texts.items() if _only_in(text, allowed)}
+    # What is beyond hardly makes a token, and costs as much memory as the frequent ones.
     most = Counter({word: counts[word] for word in chosen}).most_common(MOST_WORDS)
     others = Counter({word: count for word, count in counts.items() if word not in chosen})
     return Words(Counter(dict(most)), tuple(each for each in own if not each.startswith("U+")), characters, others)
@@ -80,6 +83,7 @@ def script_of(character: str) -> str:
 
 def text_of(word: str) -> str:
     """The text of a word that is written in bytes' characters."""
+    # Latin-1 writes the characters 0 to 255 as the bytes of these numbers.
     return word.translate(_UNMAPPED).encode("latin-1").decode("utf-8", "replace")
 
 

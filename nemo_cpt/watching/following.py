@@ -48,6 +48,7 @@ class Follower:
             log: the job's raw log, to name it.
         """
         stamps = tuple(_changed(self.folder / name) for name in (METRICS_FILE, RUN_FILE, END_FILE))
+        # Twice a second, maybe for days: while the files stand still nothing is parsed.
         if stamps != self._stamps:
             self._asked = time.monotonic() if self._stamps else self._asked  # at first it is asked at once
             self._record, self._stamps = Record(self.folder, self._reader), stamps
@@ -67,6 +68,7 @@ class Follower:
     def _state(self) -> tuple[str, str]:
         if (end := self._record.end) and not self._has_started_again(end["time"]):
             return end["state"], end["message"]
+        # A run whose files grow lives: only a quiet one is asked after.
         if time.monotonic() - self._asked > QUIET_SECONDS:
             self._alive, self._asked = Run(self.folder).running, time.monotonic()
         return ("running", "") if self._alive else ("killed", "its job ended without a word; the log may say why")
@@ -89,6 +91,7 @@ class _LogWarnings:
         with contextlib.suppress(OSError), self.path.open("rb") as file:
             file.seek(self._read)
             for line in iter(file.readline, b""):
+                # It is being written, and read whole the next time.
                 if not line.endswith(b"\n"):
                     break
                 self._read += len(line)
@@ -97,6 +100,7 @@ class _LogWarnings:
         first = next((line["time"] for line in record.metrics if TRAIN_LOSS in line and "time" in line), None)
         if first is None:
             return []
+        # As NeMo stamps its lines: these texts compare as their times do.
         begun = datetime.fromtimestamp(first).isoformat(" ", timespec="seconds")
         return [text for when, text in self._found if when >= begun]
 
@@ -174,6 +178,7 @@ def live_view() -> Iterator[View]:
 
     output: Any = WithoutReaders(sys.stdout)
     console = Console(file=output)
+    # Drawn when something is new; what else is printed meanwhile is for `launch_view` to sort.
     with Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False) as live:
         yield View(live)
 
