@@ -25,6 +25,9 @@ from nemo_cpt.conversations.mixture import SEED
 from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
 from nemo_cpt.executors.examination import examine_before_launch
+from nemo_cpt.monitoring.alarm import ForgettingAlarm
+from nemo_cpt.monitoring.description import DescribeRun
+from nemo_cpt.monitoring.forgetting import limits
 from nemo_cpt.recipe_models import LIKE_BASE, module_named
 from nemo_cpt.training.adapters import EmbeddingRateOptimizer
 from nemo_cpt.training.callbacks import MetricsFile, Seed, ValidationLossBySet
@@ -152,13 +155,15 @@ def bf16() -> run.Config[nl.MegatronMixedPrecision]:
 
 
 def callbacks(unlike_base: Sequence[str] = (), untrained_base: bool = False) -> list[run.Config]:
-    """What every run carries: guards, the losses by validation set, the metrics file, timing, saving when stopped."""
+    """What every run carries: guards, losses by validation set, metrics, alarm, timing, saving when stopped."""
     return [
         run.Config(Guards, unlike_base=list(unlike_base), untrained_base=untrained_base),
         run.Config(EveryTrainableParameterHasGradient),
         run.Config(OutOfMemoryAdvice),
+        run.Config(DescribeRun),
         run.Config(ValidationLossBySet),
         run.Config(MetricsFile),
+        run.Config(ForgettingAlarm),
         run.Config(TimingCallback),
         run.Config(GarbageCollectionCallback, gc_interval_train=100, gc_interval_val=100),
         run.Config(SaveWhenStopped),
@@ -321,9 +326,23 @@ def stop_early(recipe: run.Partial, early_stop: str | None, patience: int | None
     Raises:
         CptError: there is no such set, or a patience without one.
     """
-    sets = [*recipe.data.validation, *(getattr(recipe.data, "replay_validation", None) or {})]
-    if (wanted := read_early_stop(early_stop, patience, sets)) is not None:
+    if (wanted := read_early_stop(early_stop, patience, _validation_sets(recipe))) is not None:
         recipe.trainer.callbacks.append(run.Config(StopEarly, validation_set=wanted[0], patience=wanted[1]))
+
+
+def stop_when_worse(recipe: run.Partial, stop_when: Mapping[str, str] | None) -> None:
+    """Have a recipe stop when a validation set has got worse than before; see `continual.continual_pretrain`.
+
+    Raises:
+        CptError: there is no such set, or a limit is no percentage.
+    """
+    if limits(stop_when, _validation_sets(recipe)):
+        (alarm,) = (each for each in recipe.trainer.callbacks if each.__fn_or_cls__ is ForgettingAlarm)
+        alarm.stop_when = dict(stop_when or {})
+
+
+def _validation_sets(recipe: run.Partial) -> list[str]:
+    return [*recipe.data.validation, *(getattr(recipe.data, "replay_validation", None) or {})]
 
 
 def log(

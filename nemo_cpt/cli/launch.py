@@ -11,7 +11,7 @@ import typer
 
 from nemo_cpt.cli import app
 from nemo_cpt.cli.recipe_arguments import Executor, Pairs, Recipe, RecipeCommand, RecipeIfAny, from_file
-from nemo_cpt.cli.tables import print_table
+from nemo_cpt.cli.tables import print_pairs, print_table
 from nemo_cpt.errors import CptError
 from nemo_cpt.output import say_that_nemo_loads
 
@@ -102,12 +102,15 @@ def run(
     overrides: Pairs = None,
     executor: Executor = None,
     detach: Annotated[bool, typer.Option("--detach", help="Return once the job is submitted.")] = False,
-    dryrun: Annotated[bool, typer.Option("--dryrun", help="Print what would be submitted.")] = False,
+    dryrun: Annotated[bool, typer.Option("--dryrun", help="Print what would be run where, and run nothing.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Print the job's log, on a terminal too.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Build the recipe here first; imports NeMo.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Launch although the doctor finds it red.")] = False,
     json: Json = False,
 ) -> None:
     """Run a recipe on an executor; ends non-zero if the job fails.
+
+    On a terminal a local job is shown as `nemo-cpt watch` does, and its log goes to a file.
 
     Parameters are checked at once, and so is what `nemo-cpt doctor` finds without importing anything: a job that could
     not start is refused. To plan a GPU recipe's memory, and how long it takes to save, a process imports NeMo the first
@@ -117,10 +120,11 @@ def run(
     from nemo_cpt import catalog
     from nemo_cpt.catalog.build import build_recipe
     from nemo_cpt.doctor.preflight import preflight
-    from nemo_cpt.launching import jobs
+    from nemo_cpt.launching import dry_run, jobs
     from nemo_cpt.launching.description import describe
     from nemo_cpt.launching.executor import make_executor
     from nemo_cpt.launching.task import nothing_to_train
+    from nemo_cpt.watching.launch_view import launch_view
 
     recipe, pairs, executor = from_file(recipe, overrides, executor)
     function, arguments, fields, options = catalog.split(recipe, pairs)
@@ -135,7 +139,16 @@ def run(
         where = make_executor(executor, options, function.processes(arguments))
         if function.gpus(arguments):
             jobs.give_time_to_save(where, function, arguments, fields)
-        result = jobs.submit(function, arguments, fields, where, detach, dryrun)
+        if dryrun:
+            result = dict(dry_run.rows(job, function, arguments, fields, options, where))
+            result |= jobs.prepared(function, arguments, fields, where)
+        else:
+            plain = plain or json or detach or executor != "local" or not sys.stdout.isatty()
+            with contextlib.nullcontext() if plain else launch_view(job.directory) as begun:
+                result = jobs.submit(function, arguments, fields, where, detach, begun)
+    if dryrun and not json:
+        shown = result | {"submitted": "nothing: this is a dry run; --json shows what would be"}
+        print_pairs(shown.items())
     if json:
         print(jsonlib.dumps(result))
 

@@ -22,8 +22,10 @@ def run_recipe(recipe: str, arguments: dict[str, Any], overrides: list[str]) -> 
 
     from nemo_cpt.executors.stopping import save_on_sigterm
     from nemo_cpt.executors.tracking import continue_wandb_run
+    from nemo_cpt.monitoring.description import launched
     from nemo_cpt.training import guards
 
+    launched.update(recipe=recipe, arguments=arguments, fields=overrides)
     partial = build_recipe(recipe, arguments, overrides)
     if "SLURM_NNODES" in os.environ and hasattr(partial, "trainer"):
         partial.trainer.num_nodes = int(os.environ["SLURM_NNODES"])

@@ -32,8 +32,10 @@ class RunLogger(nl.NeMoLogger):
         exit_with_the_message()
         folder = self._folder()
         checkpoints = Path(getattr(self.ckpt, "dirpath", None) or folder / "checkpoints")
+        # Before the lock: a rerun of what is finished must not need to write, or to wait for anybody.
         if resume_if_exists and (said := finished(checkpoints, trainer.max_steps)):
             return _leave_alone(trainer, folder, said)
+        # One owner a job: the other ranks only see to it that it is theirs.
         lock = hold(folder) if is_global_rank_zero() else None
         if lock is None:
             wait_until_held_by(this_job(), folder)
@@ -61,6 +63,7 @@ def _guard(trainer: nl.Trainer, folder: Path, checkpoints: Path, lock: RunLock |
         if lock is not None:
             lock.release()
 
+    # On the instance: NeMo's entry points call `trainer.fit` themselves, after this.
     trainer.fit = guarded_fit
 
 
@@ -83,6 +86,7 @@ def _ending_wandb_runs(trainer: nl.Trainer) -> Iterator[None]:
 def _leave_alone(trainer: nl.Trainer, folder: Path, said: str) -> AppState:
     state = AppState()
     state.log_dir, state.exp_dir = folder, str(folder.parent)
+    # `llm.train` calls it whatever we find; returning at once, it ends with exit code 0.
     trainer.fit = lambda *args, **kwargs: None
     if is_global_rank_zero():
         print(f"nemo_cpt: {said}", flush=True)
