@@ -1,7 +1,9 @@
 """One W&B run for one training, over requeues, restarts and new submissions."""
 
+import contextlib
 import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,17 @@ def continue_wandb_run(recipe: Any) -> str | None:
         partial.rename(note)
     wandb.id = run_id  # not WANDB_RUN_ID: another recipe's run in this process is another one; Lightning resumes it
     return run_id
+
+
+@contextlib.contextmanager
+def in_its_wandb_run(recipe: Any) -> Iterator[None]:
+    """`continue_wandb_run` for a while, of a recipe that its user keeps and may train under another name."""
+    ours = continue_wandb_run(recipe)
+    try:
+        yield
+    finally:
+        if ours:
+            del recipe.log.wandb.id
 
 
 def _results(log: Any) -> Path:

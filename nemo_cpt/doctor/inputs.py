@@ -33,7 +33,9 @@ def settings(examination: Examination) -> Finding:
         check(numbers)
     except CptError as error:
         return from_error("settings", error)
-    return Finding("settings", "ok", f"{numbers.max_steps or 'unknown'} steps, {numbers.processes} processes")
+    return Finding(
+        "settings", "ok", f"{numbers.max_steps or 'unknown'} steps, {numbers.processes or 'unknown'} processes"
+    )
 
 
 def base(examination: Examination) -> Finding:
