@@ -46,6 +46,7 @@ def main() -> None:
         inference,
         launch,
         planning,
+        publishing,
         results,
     )
 

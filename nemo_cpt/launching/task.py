@@ -22,7 +22,9 @@ def run_recipe(recipe: str, arguments: dict[str, Any], overrides: list[str]) -> 
 
     from nemo_cpt.executors.stopping import save_on_sigterm
     from nemo_cpt.training import guards
+    from nemo_cpt.training.record import note_launch
 
+    note_launch(recipe, arguments, overrides)
     partial = build_recipe(recipe, arguments, overrides)
     if "SLURM_NNODES" in os.environ and hasattr(partial, "trainer"):
         partial.trainer.num_nodes = int(os.environ["SLURM_NNODES"])

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 METRICS_FILE = "metrics/steps.jsonl"  # in a folder: NeMo moves plain files away when a run is resumed
+_LOSS = "val_loss_"
 RESUMED_FROM = "resumed_from"  # in a line of its own: a start of the job, and the step that it goes on from
 
 
@@ -37,3 +38,14 @@ def read_metrics(run_folder: str | Path) -> list[dict[str, float]]:
         else:
             by_step.setdefault(line["step"], {}).update(line)
     return [by_step[step] for step in sorted(by_step)]
+
+
+def validation_losses(run_folder: str | Path) -> list[dict[str, float]]:
+    """Each set's loss at the first and at the last validation of a run, by name, with the `step`; empty without one."""
+    found = [
+        {"step": int(line["step"])}
+        | {name.removeprefix(_LOSS): value for name, value in line.items() if name.startswith(_LOSS)}
+        for line in read_metrics(run_folder)
+        if any(name.startswith(_LOSS) for name in line)
+    ]
+    return found if len(found) < 2 else [found[0], found[-1]]

@@ -2,14 +2,16 @@
 
 import hashlib
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 
 from nemo_cpt.checkpoint.chat_template import RECORD, recorded_template
+from nemo_cpt.checkpoint.provenance import BEFORE, trainings_of
 from nemo_cpt.conversations.dataset import is_conversations
 from nemo_cpt.corpus.dataset.index import full_prefix
 
@@ -18,6 +20,9 @@ _DATA = ("global_batch_size", "seq_length", "seed", "too_long", "replay_share")
 _NOT_OF_A_SCHEDULE = ("interval", "frequency", "monitor", "max_steps")  # max_steps: NeMo takes the trainer's
 _SAMPLE_BYTES = 2**16
 
+_VERSIONS = ("nemo_cpt", "nemo_toolkit", "megatron-core", "transformer_engine", "torch", "transformers")
+
+_launch: dict[str, Any] = {}
 _known: weakref.WeakKeyDictionary[pl.Trainer, dict[str, Any]] = weakref.WeakKeyDictionary()
 
 
@@ -58,6 +63,12 @@ def _validated_on(trainer: pl.Trainer) -> dict[str, Any]:
     }
 
 
+def note_launch(recipe: str, arguments: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Let records hold the recipe that `nemo-cpt run` makes in this process, with the plain ones of its arguments."""
+    plain = {name: value for name, value in arguments.items() if _is_plain(value)}
+    _launch.update(name=recipe, arguments=plain, overrides=list(overrides))
+
+
 def settings_of(trainer: pl.Trainer) -> dict[str, dict[str, Any]]:
     """A run's settings by group, as they were at its start: what decides its losses, step by step.
 
@@ -78,8 +89,33 @@ def _start(trainer: pl.Trainer) -> dict[str, Any]:
             "layout": _layout(trainer),
             "validation": {"sets": {name: _content(prefix) for name, prefix in _validation_sets(data).items()}},
         }
-        _known[trainer] = {"settings": settings, RECORD: _template(trainer)}
+        _known[trainer] = {
+            "settings": settings,
+            RECORD: _template(trainer),
+            "recipe": _launch or None,
+            "versions": {name: found for name in _VERSIONS if (found := _version(name))},
+            BEFORE: _before(trainer),
+        }
     return _known[trainer]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _before(trainer: pl.Trainer) -> list[Mapping[str, Any]]:
+    """The records of the trainings that led to the checkpoint that this one started from, the first one first."""
+    if trainer.ckpt_path:
+        return trainings_of(_start_folder(trainer.ckpt_path))[:-1]
+    base = getattr(getattr(trainer.strategy, "restore_config", None), "path", None)
+    return trainings_of(_start_folder(base)) if base else []
+
+
+def _start_folder(path: Any) -> Path:
+    return Path(str(path).removesuffix("/weights"))
 
 
 def _template(trainer: pl.Trainer) -> Mapping[str, Any] | None:
@@ -90,7 +126,7 @@ def _template(trainer: pl.Trainer) -> Mapping[str, Any] | None:
     base = getattr(trainer.strategy, "restore_config", None)
     start = trainer.ckpt_path or getattr(base, "path", None)
     own = getattr(trainer.datamodule, "template", None)
-    return own or (recorded_template(str(start).removesuffix("/weights")) if start else None)
+    return own or (recorded_template(_start_folder(start)) if start else None)
 
 
 def changes(was: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]) -> list[Change]:

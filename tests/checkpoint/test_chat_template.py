@@ -113,7 +113,7 @@ def test_the_files_say_it_wherever_a_reader_looks(tuned: Path, checkpoint: Path,
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == [base_end, end]
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [base_end, end]
     assert f"eos_token_id: [{base_end}, {end}] instead of {base_end}" in report.config_changes
-    assert set(report.files) == {path.name for path in (tmp_path / "out").iterdir()}
+    assert set(report.files) == {path.name for path in (tmp_path / "out").glob("[!.]*")}
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tuned / "hf" / "tokenizer.json").read_bytes()
     text = AutoTokenizer.from_pretrained(tmp_path / "out").apply_chat_template(
         [{"role": "user", "content": "日本の首都は？"}], tokenize=False, add_generation_prompt=True
