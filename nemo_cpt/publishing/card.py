@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -46,13 +47,13 @@ def model_card(subject: Subject) -> str:
 
 def languages_of(origin: Provenance) -> list[str]:
     """The languages that a model was trained on, where its datasets are called by their codes (`ds/ja`, `ja_train`)."""
-    names = [name.partition("_")[0] for training in origin.trainings for name, _ in _shares(training)]
+    names = [name.partition("_")[0] for training in origin.trainings for name, _ in _sets(training)]
     return sorted({name for name in names if _LANGUAGE.fullmatch(name) and len(name.partition("-")[0]) == 2})
 
 
 def _metadata(subject: Subject) -> str:
     licence, base = subject.licence, subject.origin.repo_id
-    tuned = any(training.get("template") for training in subject.origin.trainings)
+    tuned = any(map(_on_conversations, subject.origin.trainings))
     fields = {
         "license": licence.id,
         "license_name": licence.name,
@@ -78,7 +79,7 @@ def _body(subject: Subject) -> Iterator[str]:
     yield "## How to use it\n"
     yield _usage(subject)
     for number, training in enumerate(origin.trainings, start=1):
-        kind = "Instruction tuning" if training.get("template") else "Continual pretraining"
+        kind = "Instruction tuning" if _on_conversations(training) else "Continual pretraining"
         yield f"## {f'{number}. ' if len(origin.trainings) > 1 else ''}{kind}\n"
         yield from _training(training)
     if not origin.trainings:
@@ -115,25 +116,39 @@ def _training(training: Mapping[str, Any]) -> Iterator[str]:
     data, schedule = settings.get("data", {}), settings.get("schedule", {})
     step, batch, length = training.get("step"), data.get("global_batch_size"), data.get("seq_length")
     tokens = step * batch * length if step and batch and length else None
-    yield from _table(("data", "share", "tokens"), (
-        (name, f"{share:.1%}", f"{share * tokens / 1e6:,.1f} M" if tokens else "") for name, share in _shares(training)
-    ))  # fmt: skip
+    yield from _data(training, tokens)
     yield from _losses(training.get("losses", ()))
-    adapters = settings.get("adapters", {})
+    adapters, template = settings.get("adapters", {}), training.get("template")
+    not_full = " at most, as sequences are not all full" if _on_conversations(training) else ""
     facts = {
         "steps": step and f"{step:,}",
-        "tokens": tokens
-        and f"{tokens:,}{' at most, as sequences are not all full' if training.get('template') else ''}",
+        "tokens": tokens and f"{tokens:,}{not_full}",
         "batch": batch and f"{batch} sequences of {length} tokens",
         "learning rate": schedule.get("lr") and f"{schedule['lr']:g}, {schedule.get('lr_scheduler')}",
         "adapters": adapters.get("peft") and f"{adapters['peft']}, rank {adapters.get('dim')}",
         "precision": settings.get("layout", {}).get("precision"),
-        "chat template": (training.get("template") or {}).get("name"),
+        "chat template": template and Path(template["name"]).name,
         "recipe": _recipe(training.get("recipe")),
         "versions": ", ".join(f"{name} {version}" for name, version in training.get("versions", {}).items()),
     }
-    shown = {name: str(value).rpartition("/")[2] if name == "chat template" else value for name, value in facts.items()}
-    yield from _table(("training", ""), ((name, str(value)) for name, value in shown.items() if facts[name]))
+    yield from _table(("training", ""), ((name, str(value)) for name, value in facts.items() if value))
+
+
+def _on_conversations(training: Mapping[str, Any]) -> bool:
+    """Whether it was instruction tuning. A template says it not: a run on texts hands on that of its start."""
+    return training.get("settings", {}).get("data", {}).get("too_long") is not None
+
+
+def _data(training: Mapping[str, Any], tokens: int | None) -> Iterator[str]:
+    """The datasets. The weight of conversations is how often an epoch goes through them, that of replay its share."""
+    if _on_conversations(training):
+        return _table(("data", "weight"), ((name, f"{weight:g}") for name, weight in _sets(training)))
+    sets = _sets(training)
+    total = sum(weight for _, weight in sets) or 1
+    shares = ((name, weight / total) for name, weight in sets)
+    return _table(("data", "share", "tokens"), (
+        (name, f"{share:.1%}", f"{share * tokens / 1e6:,.1f} M" if tokens else "") for name, share in shares
+    ))  # fmt: skip
 
 
 def _losses(found: Sequence[Mapping[str, float]]) -> Iterator[str]:
@@ -145,11 +160,10 @@ def _losses(found: Sequence[Mapping[str, float]]) -> Iterator[str]:
     yield from _table(columns, ((name, f"{first[name]:.4f}", f"{last[name]:.4f}") for name in names))
 
 
-def _shares(training: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """Each training set's name and its share, the larger first."""
+def _sets(training: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Each training set's name and its weight, the larger first."""
     sets = training.get("settings", {}).get("data", {}).get("train") or []
-    total = sum(weight for weight, _ in sets) or 1
-    return sorted(((name.rpartition(":")[0], weight / total) for weight, name in sets), key=lambda each: -each[1])
+    return sorted(((name.rpartition(":")[0], weight) for weight, name in sets), key=lambda each: -each[1])
 
 
 def _recipe(recipe: Mapping[str, Any] | None) -> str | None:

@@ -42,8 +42,11 @@ TUNING = {
     **PRETRAINING,
     "step": 40,
     "recipe": None,
-    "settings": PRETRAINING["settings"] | {"adapters": {"peft": "LoRA", "dim": 16}},
-    "template": None,
+    "settings": PRETRAINING["settings"]
+    | {
+        "adapters": {"peft": "LoRA", "dim": 16},
+        "data": {"global_batch_size": 8, "seq_length": 4096, "too_long": "drop", "train": [[1.0, "ja_chats:cc"]]},
+    },
     BEFORE: [PRETRAINING],
 }
 
@@ -130,7 +133,7 @@ def test_the_card_says_what_the_model_was_made_of(exported: Path, hub: UploadHub
         "language": ["en", "ja"],
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["nemo-cpt", "continual-pretraining"],
+        "tags": ["nemo-cpt", "continual-pretraining", "instruction-tuning"],
     }
     assert "**Built with Llama**" in card
     assert f"[{BASE}](https://huggingface.co/{BASE}), revision `{COMMIT[:12]}`" in card
@@ -141,7 +144,10 @@ def test_the_card_says_what_the_model_was_made_of(exported: Path, hub: UploadHub
     assert "| ja | 2.5000 | 1.7500 |\n| en | 1.8750 | 1.9000 |" in first
     assert "`llama31_8b.continual_pretrain lr=1e-05 model=base`" in first
     assert "nemo_cpt 0.1.0, torch 2.13.0" in first
+    assert second.startswith("Instruction tuning\n")
+    assert "| data | weight |\n|---|---|\n| ja_chats | 1 |" in second
     assert "| adapters | LoRA, rank 16 |" in second
+    assert "| tokens | 1,310,720 at most, as sequences are not all full |" in second
     assert f'from_pretrained("{REPO}"' in card
     assert "secret" not in card
     assert hub.repositories == {}
