@@ -234,10 +234,12 @@ def test_a_wrong_token(exported: Path, hub: UploadHub, monkeypatch: pytest.Monke
     assert "hf_another" not in str(refused.value)
 
 
-def test_offline_nothing_is_tried(exported: Path, hub: UploadHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(CptError, match="HF_HUB_OFFLINE is set, so nothing can be sent"):
-        push(exported, REPO)
+def test_offline_nothing_is_tried(exported: Path, hub: UploadHub) -> None:
+    offline = environ(hub) | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command(exported, REPO), capture_output=True, text=True, env=offline)
+    assert done.returncode == 2
+    assert done.stderr.endswith("nemo-cpt: HF_HUB_OFFLINE is set, so nothing can be sent. Unset it.\n")
+    assert hub.repositories == {}
 
 
 def test_what_was_not_pushed_from_here_is_not_overwritten(exported: Path, hub: UploadHub) -> None:
