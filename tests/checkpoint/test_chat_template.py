@@ -139,7 +139,7 @@ def test_a_pretrained_model_leaves_with_its_base_s_files(choice: str | None, tun
     assert (report.chat_template, report.config_changes) == (None, ())
     for path in (tuned / "hf").glob("[!m]*"):  # all but the weights, whose headers differ
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in (tuned / "hf").iterdir()}
+    assert {path.name for path in (tmp_path / "out").glob("[!.]*")} == {path.name for path in (tuned / "hf").iterdir()}
 
 
 def test_another_template_can_be_chosen(tuned: Path, checkpoint: Path, tmp_path: Path) -> None:
