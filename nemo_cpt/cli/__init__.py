@@ -48,6 +48,8 @@ def main() -> None:
         planning,
         publishing,
         results,
+        vocabulary,
+        watching,
     )
 
     try:

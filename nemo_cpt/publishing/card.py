@@ -128,8 +128,8 @@ def _training(training: Mapping[str, Any]) -> Iterator[str]:
         "adapters": adapters.get("peft") and f"{adapters['peft']}, rank {adapters.get('dim')}",
         "precision": settings.get("layout", {}).get("precision"),
         "chat template": template and Path(template["name"]).name,
-        "recipe": _recipe(training.get("recipe")),
-        "versions": ", ".join(f"{name} {version}" for name, version in training.get("versions", {}).items()),
+        "recipe": _recipe(training.get("launched")),
+        "versions": ", ".join(f"{name} {version}" for name, version in (training.get("versions") or {}).items()),
     }
     yield from _table(("training", ""), ((name, str(value)) for name, value in facts.items() if value))
 
@@ -166,13 +166,13 @@ def _sets(training: Mapping[str, Any]) -> list[tuple[str, float]]:
     return sorted(((name.rpartition(":")[0], weight) for weight, name in sets), key=lambda each: -each[1])
 
 
-def _recipe(recipe: Mapping[str, Any] | None) -> str | None:
+def _recipe(launched: Mapping[str, Any] | None) -> str | None:
     """The recipe as it was called, without what names this machine's files or may do so."""
-    if not recipe:
+    if not launched:
         return None
-    given = {name: value for name, value in recipe.get("arguments", {}).items() if name not in _PRIVATE}
+    given = {name: value for name, value in launched.get("arguments", {}).items() if name not in _PRIVATE}
     words = [f"{name}={value}" for name, value in given.items() if _is_public(value)]
-    return f"`{' '.join([recipe['name'], *words])}`"
+    return f"`{' '.join([launched['recipe'], *words])}`"
 
 
 def _is_public(value: Any) -> bool:

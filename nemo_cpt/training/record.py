@@ -2,9 +2,8 @@
 
 import hashlib
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,7 @@ _DATA = ("global_batch_size", "seq_length", "seed", "too_long", "replay_share")
 _NOT_OF_A_SCHEDULE = ("interval", "frequency", "monitor", "max_steps")  # max_steps: NeMo takes the trainer's
 _SAMPLE_BYTES = 2**16
 
-_VERSIONS = ("nemo_cpt", "nemo_toolkit", "megatron-core", "transformer_engine", "torch", "transformers")
-
-_launch: dict[str, Any] = {}
+# Weak: a trainer that is done with must not be kept alive, with its model, for a few settings.
 _known: weakref.WeakKeyDictionary[pl.Trainer, dict[str, Any]] = weakref.WeakKeyDictionary()
 
 
@@ -63,12 +60,6 @@ def _validated_on(trainer: pl.Trainer) -> dict[str, Any]:
     }
 
 
-def note_launch(recipe: str, arguments: Mapping[str, Any], overrides: Sequence[str]) -> None:
-    """Let records hold the recipe that `nemo-cpt run` makes in this process, with the plain ones of its arguments."""
-    plain = {name: value for name, value in arguments.items() if _is_plain(value)}
-    _launch.update(name=recipe, arguments=plain, overrides=list(overrides))
-
-
 def settings_of(trainer: pl.Trainer) -> dict[str, dict[str, Any]]:
     """A run's settings by group, as they were at its start: what decides its losses, step by step.
 
@@ -79,6 +70,7 @@ def settings_of(trainer: pl.Trainer) -> dict[str, dict[str, Any]]:
 
 def _start(trainer: pl.Trainer) -> dict[str, Any]:
     """A run's settings and chat template as they were when this was first called."""
+    # Once, at the start: what changes while the run goes on is not how it was started.
     if trainer not in _known:
         data = trainer.datamodule
         settings = {
@@ -89,21 +81,8 @@ def _start(trainer: pl.Trainer) -> dict[str, Any]:
             "layout": _layout(trainer),
             "validation": {"sets": {name: _content(prefix) for name, prefix in _validation_sets(data).items()}},
         }
-        _known[trainer] = {
-            "settings": settings,
-            RECORD: _template(trainer),
-            "recipe": _launch or None,
-            "versions": {name: found for name in _VERSIONS if (found := _version(name))},
-            BEFORE: _before(trainer),
-        }
+        _known[trainer] = {"settings": settings, RECORD: _template(trainer), BEFORE: _before(trainer)}
     return _known[trainer]
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _before(trainer: pl.Trainer) -> list[Mapping[str, Any]]:
@@ -126,6 +105,7 @@ def _template(trainer: pl.Trainer) -> Mapping[str, Any] | None:
     base = getattr(trainer.strategy, "restore_config", None)
     start = trainer.ckpt_path or getattr(base, "path", None)
     own = getattr(trainer.datamodule, "template", None)
+    # An export of the new run wants the template of the conversations it was tuned on, also after more text.
     return own or (recorded_template(_start_folder(start)) if start else None)
 
 
@@ -135,6 +115,7 @@ def changes(was: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str,
         Change(group, name, was[group][name], value)
         for group, settings in now.items()
         for name, value in settings.items()
+        # What an older version did not write down is not taken for a change.
         if name in was.get(group, {}) and was[group][name] != value
     ]
 

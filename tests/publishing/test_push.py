@@ -29,10 +29,10 @@ PRETRAINING = {
         "layout": {"precision": "bf16-mixed"},
     },
     "template": None,
-    "recipe": {
-        "name": "llama31_8b.continual_pretrain",
+    "launched": {
+        "recipe": "llama31_8b.continual_pretrain",
         "arguments": {"base": "/secret/place/base", "lr": 1e-5, "run_on": "/secret/place", "model": "base"},
-        "overrides": [],
+        "fields": [],
     },
     "versions": {"nemo_cpt": "0.1.0", "torch": "2.13.0"},
     "losses": [{"step": 0, "ja": 2.5, "en": 1.875}, {"step": 300, "ja": 1.75, "en": 1.9}],
@@ -41,7 +41,7 @@ PRETRAINING = {
 TUNING = {
     **PRETRAINING,
     "step": 40,
-    "recipe": None,
+    "launched": {},
     "settings": PRETRAINING["settings"]
     | {
         "adapters": {"peft": "LoRA", "dim": 16},
