@@ -274,5 +274,7 @@ def _refusals(repo_id: str, page: str) -> Iterator[None]:
         raise
     except OfflineModeIsEnabled:
         raise CptError("HF_HUB_OFFLINE is set, so nothing can be sent. Unset it.") from None
+    except ValueError as error:  # of a card's metadata, or a file that is too large
+        raise CptError(f"{page} does not take what was sent: {error}") from None
     except RuntimeError as error:  # how huggingface_hub wraps a file's upload
         raise CptError(f"{page}: {error} Check the network. A rerun sends only what has not arrived.") from error

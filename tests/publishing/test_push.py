@@ -297,6 +297,13 @@ def test_a_readme_in_the_folder_is_the_card(out: Path, hub: UploadHub) -> None:
     assert hub.repositories[REPO]["README.md"] == b"# mine\n"
 
 
+def test_a_card_that_the_hub_does_not_take(out: Path, hub: UploadHub) -> None:
+    (out / "README.md").write_text("---\nlicense: 7\n---\n")
+    with pytest.raises(CptError, match="does not take what was sent: Invalid metadata"):
+        push(out, REPO)
+    assert not hub.large
+
+
 def test_the_command_prints_the_card_and_sends_nothing(exported: Path, hub: UploadHub) -> None:
     arguments = command(exported, "me/swallow", "--dry-run")
     done = subprocess.run(arguments, capture_output=True, text=True, env=environ(hub))

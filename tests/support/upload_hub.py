@@ -82,7 +82,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/api/repos/create":
             self._create(json.loads(body))
         elif path == "/api/validate-yaml":
-            self._json({"errors": [], "warnings": []})
+            broken = "license: 7" in json.loads(body)["content"]
+            errors = [{"message": '"license" must be a string'}] if broken else []
+            self._json({"errors": errors, "warnings": []}, 400 if broken else 200)
         elif path.endswith("/objects/batch"):
             objects = json.loads(body)["objects"]
             self._json({"transfer": "basic", "objects": [self._wanted(each) for each in objects]})
