@@ -5,6 +5,7 @@ none, `run.Experiment`, `nemo llm ...`. A function to call instead of `run.run` 
 the trainer comes too late: without a GPU the trainer is not even built.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -42,7 +43,7 @@ def examine_before_launch() -> None:
             for each, executor, comes_first in tasks_of(experiment, sequential):
                 examine_task(each, place_of(executor), comes_first)
                 if isinstance(executor, DockerExecutor):
-                    check_docker()
+                    check_docker(executor.container_image)
         return launch(experiment, sequential, detach, tail_logs, direct)
 
     @wraps(run_here)
@@ -59,18 +60,27 @@ def examine_before_launch() -> None:
         module.direct_run_fn = examine_and_run_here
 
 
-def check_docker() -> None:
-    """Raise CptError unless a Docker engine answers on this machine."""
+def check_docker(image: str) -> None:
+    """Raise CptError unless a Docker engine answers on this machine, and has the image if no registry could."""
     import docker as client  # NeMo-Run's own requirement
 
     try:
-        client.from_env().close()  # which asks it for its version
+        engine = client.from_env()  # which asks it for its version
     except client.errors.DockerException as error:
         reason = " ".join(str(error).split())
         raise CptError(
             f"no Docker engine answers here ({reason}): install it, or start it (`systemctl start docker`), and let "
             "this user reach it (`docker ps` must work); DOCKER_HOST names another"
         ) from None
+    with contextlib.closing(engine):
+        if image.startswith("localhost/"):
+            try:
+                engine.images.get(image)
+            except client.errors.ImageNotFound:
+                raise CptError(
+                    f"there is no image {image} here: build it in the checkout (`docker build --tag {image} .`), "
+                    "or give docker(image=...)"
+                ) from None
 
 
 def tasks_of(experiment: Any, sequential: bool) -> Iterator[tuple[Any, Any, bool]]:

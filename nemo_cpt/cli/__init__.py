@@ -47,6 +47,7 @@ def main() -> None:
         inference,
         launch,
         planning,
+        publishing,
         results,
         vocabulary,
         watching,

@@ -24,9 +24,11 @@ from nemo_cpt.evaluation.loss_sets import LossSet, check_names, find_loss_sets, 
 from nemo_cpt.evaluation.questions import SHIPPED
 from nemo_cpt.evaluation.reading import Asked, PromptSet, prompt_set, read_documents
 from nemo_cpt.inference import Prompt, Reply, Sampling
+from nemo_cpt.urls import hide_credentials
 
 if TYPE_CHECKING:
     from nemo_cpt.evaluation.bits_per_byte import TextLoss
+    from nemo_cpt.evaluation.judge_questions import JudgeQuestion
     from nemo_cpt.evaluation.judge_report import JudgeReport
 
 FORMAT = 1  # of the journal's records; another one starts afresh
@@ -150,6 +152,7 @@ def evaluate(
     check_names([each.name for each in sets])
     wrappers = wrappers or (["chat"] if all(each.has_chat_template for each in candidates) else ["none"])
     _check_conversations(candidates, sets, wrappers)
+    questions = _judge_questions(judge, candidates, language or "ja", limit, say) if judge else []
     window = min([WINDOW, *(each.context_length for each in candidates if each.context_length)])
     sampling = Sampling(max_tokens=max_tokens)
     output = Path(output)
@@ -165,7 +168,7 @@ def evaluate(
             rows += benchmarks.rows(candidates, found_tasks, output, journal, limit=limit, say=say)
     judged = None
     if judge:
-        judged = _judged(judge, candidates, output, language or "ja", limit, judge_key or api_key, say)
+        judged = _judged(judge, questions, candidates, output, judge_key or api_key, say)
         rows.append(_judge_row(judged, seed))
     return Report(
         title=" against ".join(each.model for each in reversed(first_and_last(candidates))),
@@ -418,21 +421,31 @@ def _shown_reply(reply: Reply, language: str | None) -> dict[str, Any]:
     return shown | ({"language": judge_language(reply.text, language).language} if language else {})
 
 
+def _judge_questions(
+    address: str, candidates: Sequence[Candidate], language: str, limit: int | None, say: Say
+) -> Sequence["JudgeQuestion"]:
+    """The questions that a judge is for, once it is said what it will cost: before hours of other measurements."""
+    from nemo_cpt.evaluation.judge import expected_cost
+    from nemo_cpt.evaluation.judge_questions import judge_questions
+
+    questions = judge_questions(language=language)[:limit]
+    cost = expected_cost(questions, len(first_and_last(candidates)))
+    say(f"judge {hide_credentials(address)}, if every answer is of full length: {cost}")
+    return questions
+
+
 def _judged(
     address: str,
+    questions: Sequence["JudgeQuestion"],
     candidates: Sequence[Candidate],
     output: Path,
-    language: str,
-    limit: int | None,
     key: str | None,
     say: Say,
 ) -> "JudgeReport":
     from nemo_cpt.evaluation.judge import run_judge
-    from nemo_cpt.evaluation.judge_questions import judge_questions
     from nemo_cpt.inference.endpoint import EndpointEngine
 
     asked = first_and_last(candidates)
-    questions = judge_questions(language=language)[:limit]
     url, _, served_as = address.partition("#")
     judge = EndpointEngine(url, served_as or None, api_key=key)
     try:
