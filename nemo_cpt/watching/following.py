@@ -55,7 +55,7 @@ class Follower:
         state, message = self._state() if begun else ("starting", "")
         own = [each["text"] for each in self._record.warnings]
         return Snapshot(
-            record=self._record if begun else Record(self.folder / "not begun"),
+            record=self._record if begun else Record(self.folder, _NothingYet(self.folder)),
             state=state,
             message=message,
             saved=[each.path.name for each in checkpoints(self.folder / "checkpoints")] if begun else (),
@@ -75,6 +75,13 @@ class Follower:
         """Whether a job took the folder since: until it describes itself, it is the one before that had ended."""
         owner = read_owner(self.folder)
         return owner is not None and datetime.fromisoformat(owner.since).timestamp() > ended
+
+
+class _NothingYet(MetricsReader):
+    """Of a run that has not begun, whatever an earlier start has left."""
+
+    def read(self) -> list[dict[str, Any]]:
+        return []
 
 
 class _LogWarnings:
@@ -98,7 +105,7 @@ class _LogWarnings:
         if first is None:
             return []
         begun = datetime.fromtimestamp(first).isoformat(" ", timespec="seconds")
-        return [text for when, text in self._found if when >= begun]
+        return [text for when, text in self._found if when > begun]
 
 
 def _changed(path: Path) -> float:

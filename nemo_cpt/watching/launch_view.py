@@ -59,6 +59,8 @@ class _Said(io.TextIOBase):
         self._show, self._line = show, ""
 
     def write(self, text: str) -> int:
+        if text.startswith(OURS):  # NeMo-Run's last line may have been one that it draws over, without an end
+            self._line = ""
         *whole, self._line = (self._line + text).split("\n")
         for line in whole:
             if line.startswith(OURS):

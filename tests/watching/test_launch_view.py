@@ -73,5 +73,6 @@ def test_of_what_the_launcher_prints_our_lines_are_shown_whole() -> None:
     shown: list[str] = []
     said = _Said(shown.append)
     print("─ Entering Experiment ─", "nemo_cpt: wor", sep="\n", end="", file=said)
-    print("ds\nLaunching job", file=said)
-    assert shown == ["nemo_cpt: words"]
+    print("ds\nLaunching job", end="", file=said)
+    print(STOPPING, file=said)
+    assert shown == ["nemo_cpt: words", STOPPING]
