@@ -15,7 +15,7 @@ from nemo_cpt.output import WithoutReaders, say
 from nemo_cpt.training.metrics import END_FILE, METRICS_FILE, RUN_FILE, MetricsReader
 from nemo_cpt.training.run_folder import checkpoints
 from nemo_cpt.training.run_lock import read_owner
-from nemo_cpt.watching.record import TRAIN_LOSS, Record
+from nemo_cpt.watching.record import TRAIN_LOSS, Record, record
 from nemo_cpt.watching.view import Snapshot, lines, render
 
 POLL_SECONDS = 0.5
@@ -190,8 +190,9 @@ def check_ended_well(shown: Snapshot) -> None:
 
     Raises:
         StoppedEarlyError: it was told to stop, and saved.
-        CptError: it failed, or was killed.
+        CptError: it failed, or was killed, or nothing was measured in its folder.
     """
+    record(shown.record.folder)
     if shown.state in ("finished", "ended early"):
         return
     kind = StoppedEarlyError if shown.state == "stopped" else CptError

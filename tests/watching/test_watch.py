@@ -173,9 +173,11 @@ def test_a_live_view_follows_the_run_and_ctrl_c_leaves_it_alone(folder: Path) ->
         (["jaa"], "there is no run 'jaa' in results; near: ja"),
         (["-d", "nowhere"], "there is no folder nowhere with runs"),
         (["-d", "results/ja"], "is one itself"),
+        (["empty"], "has no metrics/steps.jsonl: the run has measured nothing yet"),
     ],
 )
 def test_bad_input(folder: Path, arguments: list[str], says: str) -> None:
+    (folder.with_name("empty") / "checkpoints").mkdir(parents=True)
     done = watch(*arguments, cwd=folder.parents[1])
     assert (done.returncode, says in done.stderr) == (2, True), done.stderr
 
