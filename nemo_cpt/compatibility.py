@@ -75,6 +75,13 @@ class Base:
 
         return load_tokenizer(self.tokenizer or self.folder)
 
+    @cached_property
+    def tokenizer_before_growth(self) -> Any:
+        """The tokenizer that theirs grew from, described; None where it did not grow."""
+        from nemo_cpt.vocabulary.byte_level import before_growth
+
+        return before_growth(self.tokenizer) if self.tokenizer else None
+
 
 def check(
     base: Base,
@@ -367,9 +374,13 @@ def _check_maker(base: Base, prefix: str, manifest: Mapping[str, Any]) -> list[s
     if (made_with["sha256"], made_with.get("settings_sha256", settings)) == (vocabulary, settings):
         return []
     splits = manifest["options"].get("split_special_tokens", False)
-    difference = _difference(
-        made_with, manifest.get("markers", {}), manifest.get("probes", {}), splits, base.loaded_tokenizer
-    )
+    of_data = (made_with, manifest.get("markers", {}), manifest.get("probes", {}), splits)
+    difference = _difference(*of_data, base.loaded_tokenizer)
+    if difference and base.tokenizer_before_growth and not _difference(*of_data, base.tokenizer_before_growth):
+        return [
+            f"{prefix} was made with the tokenizer that the base's grew from: its ids are the same ones, but its texts "
+            f"have more tokens than they need. Prepare it again: nemo-cpt prepare ... --tokenizer {base.tokenizer}"
+        ]
     if difference:
         raise CptError(
             f"{prefix} was made with the tokenizer {made_with['name']}, which is not the base's ({difference}): "

@@ -13,7 +13,7 @@ LAYERS = (
     ("errors", "cpu_stack"),
     ("cache", "hub", "recipe_models"),
     ("corpus",),
-    ("conversations",),
+    ("conversations", "vocabulary"),
     ("checkpoint",),  # an export of a tuned model carries the chat template of its conversations
     ("compatibility",),
     ("training",),

@@ -357,8 +357,10 @@ def functions(path: Path) -> dict[str, ast.FunctionDef]:
 def assigned(path: Path, name: str) -> ast.expr | None:
     """Return what a module assigns to a name; None if it does not."""
     for node in _module(path).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
-            return node.value
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            if ast.unparse(target) == name:
+                return node.value
     return None
 
 

@@ -47,6 +47,7 @@ def main() -> None:
         launch,
         planning,
         results,
+        vocabulary,
         watching,
     )
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from nemo_cpt import compatibility, corpus
 from nemo_cpt.checkpoint.architecture import Architecture, read_architecture
 from nemo_cpt.checkpoint.base import carried_places
+from nemo_cpt.checkpoint.context import UNFINISHED
 from nemo_cpt.checkpoint.folders import has_tokenizer
 from nemo_cpt.doctor.examination import Examination, Finding, from_error
 from nemo_cpt.doctor.job import Job
 from nemo_cpt.errors import CptError
 from nemo_cpt.planning import checkpoint_size
-from nemo_cpt.training.preconditions import UNFINISHED, check_base
+from nemo_cpt.training.preconditions import check_base
 from nemo_cpt.training.run_folder import Checkpoint, finished, newest_whole, to_resume
 from nemo_cpt.training.run_lock import check_free
 from nemo_cpt.training.settings import check

@@ -61,6 +61,7 @@ def plot(plan: Plan, path: Path) -> None:
     """Write the stages' peaks as stacked bars, with the card's memory as a line, to a PNG file."""
     import matplotlib
 
+    # Before pyplot is imported: no display is there, or wanted.
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -96,6 +97,7 @@ def _bar(plan: Plan) -> str:
     bar, filled, done = "", 0, 0.0
     for name, size in plan.worst.parts.items():
         done += size
+        # Rounded from the sum so far, so that the parts' cells add up to the bar's.
         cells = round(done / scale) - filled
         bar += f"[{COLOURS.get(name, OTHER)}]{'█' * cells}[/]"
         filled += cells

@@ -30,7 +30,9 @@ class ValidationLossBySet(pl.Callback):
 
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *args) -> None:
         """Keep the loss of one global batch."""
+        # A copy: the broadcast below writes into it.
         loss = outputs.detach().clone()
+        # Only the last pipeline stage has a loss, and every rank names checkpoints by it.
         _sync_from_last_pipeline_stage(loss, broadcast=True)
         self._losses.append(loss)
 
@@ -49,8 +51,10 @@ class ValidationLossBySet(pl.Callback):
     def losses(self, trainer: pl.Trainer) -> dict[str, torch.Tensor]:
         """Mean loss of each set, if the last validation went through all of them whole."""
         weights = getattr(trainer.datamodule, "validation_weights", {})
+        # One that was stopped in the middle, or NeMo's own data module: no mean is better than one of other batches.
         if not self._losses or len(self._losses) != sum(map(len, weights.values())):
             return {}
+        # The batches come set by set, in the order of `validation_weights`: `FirstSamples` knows no other.
         batches = iter(torch.stack([loss.reshape(()) for loss in self._losses]))
         return {
             name: sum(weight * next(batches) for weight in of_set) / sum(of_set) for name, of_set in weights.items()
@@ -78,6 +82,7 @@ class MetricsFile(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Write the step's metrics if the trainer logs this step."""
+        # The same steps as Lightning's loggers, whose metrics these are.
         if trainer.global_step % trainer.log_every_n_steps:
             return
         logged = trainer.callback_metrics
@@ -125,4 +130,5 @@ def _append(trainer: pl.Trainer, values: dict[str, Any]) -> None:
 def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(each) for each in value]
+    # NaN is no JSON: readers other than Python's would refuse the whole line.
     return value if math.isfinite(value) else None

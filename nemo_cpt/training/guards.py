@@ -45,12 +45,16 @@ class Guards(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check everything that is known before the model is built, and build it with the base's rows."""
+        # First of all: whatever the checks below say must end the process with its line and its code.
         exit_with_the_message()
+        # Before the model is built: several of them act in constructors.
         patches.apply()
         check_data(type(trainer.datamodule).__name__)
+        # On one rank: a thousand that read manifests and configurations at once would stall a shared file system.
         rows, built = _on_rank_zero(trainer, lambda: self._check_belonging(trainer, pl_module))
         pl_module.config.vocab_size = built
         pl_module.__io__.config.vocab_size = built  # what checkpoints record
+        # A GPU says of an id without a row only that some kernel failed, some kernels later.
         pl_module.config.data_step_fn = _refusing_ids_beyond(rows, pl_module.config.data_step_fn)
         optim = pl_module.optim
         if optim.lr_scheduler is not None:
@@ -75,6 +79,7 @@ class Guards(pl.Callback):
             tokens, and Megatron then cut what the base has beyond them, or add what it lacks, without a word.
         """
         weights: Any = getattr(trainer.strategy.restore_config, "path", None)
+        # A resumed run is compared with its checkpoint: that its base is still there is not needed.
         if trainer.ckpt_path:
             weights = str(trainer.ckpt_path).removesuffix("/weights")
             compatibility.check_resumed(weights, None, pl_module.config)
@@ -88,6 +93,7 @@ class Guards(pl.Callback):
             _prefixes(trainer.datamodule),
             self.unlike_base,
         )
+        # Once, at the start: a resumed run has trained with that template already.
         if not trainer.ckpt_path and freezes_embeddings(getattr(pl_module, "model_transform", None)):
             warnings += compatibility.check_template(base, _prefixes(trainer.datamodule))
         for warning in warnings:
@@ -97,6 +103,7 @@ class Guards(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Check the first loss of a run that starts from its base."""
+        # global_step counts the step that just ended; a resumed run begins above 1.
         if trainer.global_step == 1 and "reduced_train_loss" in trainer.callback_metrics:
             loss = float(trainer.callback_metrics["reduced_train_loss"])
             check_first_loss(loss, pl_module.config.vocab_size, self.untrained_base)
@@ -144,6 +151,7 @@ def check_belonging(recipe: Any) -> None:
     Raises:
         CptError: something belongs to another base.
     """
+    # A recipe may be checked on a laptop for a cluster: what is not here is checked in the job.
     base = getattr(recipe.resume, "base", None)
     if base is None or not Path(base).exists():
         return
@@ -170,6 +178,7 @@ def _on_rank_zero(trainer: pl.Trainer, action: Callable[[], Any]) -> Any:
             outcome = action()
         except CptError as error:
             outcome = error
+    # The error travels as a value: a rank that raised alone would leave the others in this broadcast for ever.
     outcome = trainer.strategy.broadcast(outcome, src=0)
     if isinstance(outcome, CptError):
         raise outcome
@@ -188,6 +197,7 @@ def _prefixes(data: Any) -> list[str]:
     if _kind(data) == "ConversationDataModule":
         chats, replay, _ = conversations.parts_of(data)
         return chats.prefixes() + (replay.prefixes() if replay else [])
+    # NeMo's PreTrainingDataModule keeps no `paths`: what it was given is in here, already paired with weights.
     if (built := getattr(data, "build_kwargs", None)) is not None:
         blends = built.get("blend_per_split") or [built.get("blend")]
         return list(dict.fromkeys(prefix for each in blends if each for prefix in each[0]))
@@ -209,6 +219,7 @@ def _refusing_ids_beyond(rows: int, data_step: Callable[..., Any]) -> Callable[.
     """The same data step, which refuses a batch with an id that has no row, before it is trained on."""
 
     def step(batches: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+        # Lazily: nothing is drawn from the loader that the step does not ask for.
         return data_step(map(look, batches), *args, **kwargs)
 
     def look(batch: Any) -> Any:
@@ -221,6 +232,7 @@ def _refusing_ids_beyond(rows: int, data_step: Callable[..., Any]) -> Callable[.
 
 def check_data(data_module: str) -> None:
     """Refuse NeMo's mock data, which a recipe without data would train on without a word."""
+    # By name: a user's own subclass of it is just as made up.
     if "Mock" in data_module:
         raise CptError(
             f"the run's data is {data_module}, made-up tokens: give the recipe data=Blend(train={{prefix: weight}}), "
@@ -252,6 +264,7 @@ def check_first_loss(loss: float, vocab_size: int, untrained_base: bool = False)
         vocab_size: of the model.
         untrained_base: its base knows nothing, so that only a loss that is no number is refused.
     """
+    # The cross entropy of equal probabilities: what random weights give, whatever the text.
     uniform = math.log(vocab_size)
     if not math.isfinite(loss) or (not untrained_base and abs(loss - uniform) < MARGIN_TO_UNIFORM):
         raise CptError(

@@ -1,5 +1,6 @@
 """Loggers beside TensorBoard, whose run is the same after every resumption."""
 
+import os
 from pathlib import Path
 from typing import Any, Optional
 
@@ -20,6 +21,7 @@ class ContinuedMLFlowLogger(MLFlowLogger):
 
     def __init__(self, note: str, run_id: Optional[str] = None, **kwargs: Any):  # noqa: UP045  for NeMo-Run's parser
         self._note = Path(note)
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow 3 refuses folders, its default, without it
         known = self._note.read_text().strip() if self._note.is_file() else None
         super().__init__(run_id=run_id or known, **kwargs)
 
@@ -31,6 +33,6 @@ class ContinuedMLFlowLogger(MLFlowLogger):
         if not self._note.is_file():
             self._note.parent.mkdir(parents=True, exist_ok=True)
             partial = self._note.with_suffix(".partial")
-            partial.write_text(self.run_id)
+            partial.write_text(self._run_id)  # `run_id` would ask for the client again
             partial.rename(self._note)
         return client

@@ -28,6 +28,7 @@ def append_metrics(run_folder: str | Path, values: Mapping[str, Any], file: str 
     with open(path, "a+b") as lines:
         size = lines.seek(0, 2)
         lines.seek(max(size - 1, 0))
+        # A torn line is ended rather than cut: what others have read of the file stays where it was.
         torn = lines.read(1) not in (b"", b"\n")
         lines.write(b"\n" * torn + json.dumps(values).encode() + b"\n")
 
@@ -72,6 +73,7 @@ class MetricsReader:
         if (start := line.get(RESUMED_FROM)) is not None:
             self._by_step = {step: values for step, values in self._by_step.items() if step <= start}
         else:
+            # Training and validation write lines of their own for one step.
             self._by_step.setdefault(line["step"], {}).update(line)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from tests.support.servers import serving
 
 Body = dict[str, Any]
-Fault = Literal["broken stream", "no json", "no chunk", "503", "400", "hang up"]
+Fault = Literal["broken stream", "no json", "no chunk", "503", "429", "403", "400", "hang up"]
 NAME = "known-judge"
 
 
@@ -18,10 +18,12 @@ class ChatServer:
 
     Attributes:
         asked: the bodies of all requests, in the order in which they came.
+        keys: what they gave as their key.
     """
 
     def __init__(self, answer: Callable[[Body, int], str]) -> None:
         self.asked: list[Body] = []
+        self.keys: list[str] = []
         self._lock = threading.Lock()
         chat = self
 
@@ -32,6 +34,7 @@ class ChatServer:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with chat._lock:
                     chat.asked.append(body)
+                    chat.keys.append(self.headers["Authorization"])
                     number = len(chat.asked)
                 try:
                     self._stream(answer(body, number))
@@ -61,7 +64,7 @@ class ChatServer:
                     self._send(200, "data: <html>It works!</html>\n\n", "text/event-stream")
                 elif fault == "no chunk":
                     self._send(200, 'data: {"status": "ok"}\n\n', "text/event-stream")
-                elif fault in ("503", "400"):
+                elif fault.isdigit():
                     self._send(int(fault), json.dumps({"error": {"message": "try later" if fault == "503" else "bad"}}))
                 self.close_connection = True
 

@@ -102,6 +102,16 @@ def test_a_first_loss_of_random_weights(loss: float) -> None:
     with pytest.raises(CptError, match="weights were not restored"):
         guards.check_first_loss(loss, 128256)
     guards.check_first_loss(2.3, 128256)
+    if math.isfinite(loss):
+        guards.check_first_loss(loss, 128256, untrained_base=True)
+
+
+def test_a_base_that_has_barely_been_trained_is_said_to_be(world: Path, blend: Any) -> None:
+    with pytest.raises(CptError, match="barely been trained, give untrained_base=true"):
+        guards.check_first_loss(math.log(512), 512)
+    (given,) = (each for each in recipe(world, blend, untrained_base=True).trainer.callbacks
+                if each.__fn_or_cls__ is guards.Guards)  # fmt: skip
+    assert given.untrained_base
 
 
 def test_the_job_itself_refuses_random_weights(world: Path, blend: Any) -> None:
