@@ -14,7 +14,6 @@ import pytest
 from nemo_cpt.executors.stopping import STOPPING
 from nemo_cpt.training.metrics import END_FILE, read_file
 from nemo_cpt.watching.launch_view import _Said
-from tests.executors.conftest import material  # noqa: F401  a fixture
 from tests.support.executor_jobs import recipe_arguments
 
 TOKENS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r|\n|[^\x1b\r\n]+")
@@ -37,7 +36,7 @@ def screen(printed: str) -> list[str]:
 
 
 @pytest.mark.timeout(400)
-def test_the_view_instead_of_the_log_and_ctrl_c_saves(material: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_view_instead_of_the_log_and_ctrl_c_saves(material: Path, tmp_path: Path) -> None:
     given: dict[str, Any] = recipe_arguments(material, tmp_path / "results", 1) | {"max_steps": 10_000}
     controller, terminal = pty.openpty()
     running = subprocess.Popen(
