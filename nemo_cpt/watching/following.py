@@ -11,7 +11,6 @@ from typing import Any
 
 from nemo_cpt.errors import CptError, StoppedEarlyError
 from nemo_cpt.launching.results import Run, runs
-from nemo_cpt.output import WithoutReaders, say
 from nemo_cpt.training.metrics import END_FILE, METRICS_FILE, RUN_FILE, MetricsReader
 from nemo_cpt.training.run_folder import checkpoints
 from nemo_cpt.training.run_lock import read_owner
@@ -136,12 +135,12 @@ def follow(follower: Follower, live: bool) -> Snapshot:
         live: as a view that changes in its place; else as lines.
     """
     if live:
-        with live_view() as view:
+        with live_view(sys.stdout) as view:
             return _until_the_end(follower, lambda shown, before: view.show(shown))
 
     def print_new(shown: Snapshot, before: Snapshot | None) -> None:
         for line in lines(shown, before):
-            say(line)
+            print(line, flush=True)
 
     return _until_the_end(follower, print_new)
 
@@ -163,10 +162,13 @@ class View:
 
     def __init__(self, live: Any) -> None:
         self._live = live
+        self._drawn: Snapshot | None = None
 
     def show(self, shown: Snapshot) -> None:
-        """Draw a moment in the place of the last one."""
-        self._live.update(render(shown), refresh=True)
+        """Draw a moment in the place of the last one, if it is another."""
+        if self._drawn is None or shown.record is not self._drawn.record or shown != self._drawn:
+            self._live.update(render(shown), refresh=True)
+            self._drawn = shown
 
     def above(self, line: str) -> None:
         """Print a line above the view."""
@@ -174,12 +176,11 @@ class View:
 
 
 @contextlib.contextmanager
-def live_view() -> Iterator[View]:
-    """A view on stdout, which stays there as it was last."""
+def live_view(output: Any) -> Iterator[View]:
+    """A view on a terminal, which stays there as it was last."""
     from rich.console import Console
     from rich.live import Live
 
-    output: Any = WithoutReaders(sys.stdout)
     console = Console(file=output)
     with Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False) as live:
         yield View(live)
