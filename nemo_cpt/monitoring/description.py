@@ -58,12 +58,13 @@ class DescribeRun(pl.Callback):
         """Say what ended the run."""
         state = "stopped" if isinstance(exception, StoppedEarlyError) else "failed"
         message = exception.message if isinstance(exception, CptError) else f"{type(exception).__name__}: {exception}"
-        with contextlib.suppress(CptError):  # of a full disk, it may be: what ended the run is to be heard
-            self._write_end(trainer, state, message)
+        self._write_end(trainer, state, message)
 
     def _write_end(self, trainer: pl.Trainer, state: str, message: str) -> None:
-        if trainer.is_global_zero:
-            end = {"state": state, "step": trainer.global_step, "message": hide_credentials(message)}
+        if not trainer.is_global_zero:
+            return
+        end = {"state": state, "step": trainer.global_step, "message": hide_credentials(message)}
+        with contextlib.suppress(CptError):  # of a disk that is full: the run has ended all the same, and says how
             write_whole(Path(AppState().log_dir, END_FILE), json.dumps(end | {"time": time.time()}).encode())
 
 
