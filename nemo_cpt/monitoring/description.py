@@ -85,7 +85,7 @@ def describe(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, An
         "plan": _plan(recipe),
         "versions": _versions(),
         "launched": plain(launched),
-        "configuration": {name: plain(part) for name, part in vars(recipe).items()},
+        "configuration": _configuration(recipe),
     }
 
 
@@ -99,6 +99,13 @@ def _recipe(trainer: pl.Trainer, pl_module: pl.LightningModule) -> SimpleNamespa
         "peft": getattr(pl_module, "model_transform", None),
     }
     return SimpleNamespace(**{name: getattr(part, "__io__", part) for name, part in parts.items()})
+
+
+def _configuration(recipe: SimpleNamespace) -> dict[str, Any]:
+    found = {name: plain(part) for name, part in vars(recipe).items()}
+    if isinstance(found["model"], dict):
+        found["model"].pop("optim", None)  # which stands beside it
+    return found
 
 
 def _training(data: Any, tokens: int) -> list[dict[str, Any]]:
@@ -186,7 +193,9 @@ def _versions() -> dict[str, str]:
 
 
 def plain(value: Any) -> Any:
-    """A configuration as JSON holds it; objects by their text."""
+    """A configuration as JSON holds it; objects by their class and what is plain of their fields."""
+    if not isinstance(value, fdl.Buildable | type):
+        value = getattr(value, "__io__", value)
     if isinstance(value, fdl.Buildable):
         target = fdl.get_callable(value)
         arguments = {name: plain(each) for name, each in value.__arguments__.items()}
@@ -199,4 +208,9 @@ def plain(value: Any) -> Any:
         return value
     if isinstance(value, type) or inspect.isroutine(value):
         return f"{value.__module__}.{value.__qualname__}"
-    return hide_credentials(str(value))
+    text = hide_credentials(str(value))
+    if " object at 0x" not in text:
+        return text
+    fields = {name: plain(each) for name, each in getattr(value, "__dict__", {}).items()
+              if not name.startswith("_") and (each is None or isinstance(each, bool | int | float | str))}  # fmt: skip
+    return {"_target_": f"{type(value).__module__}.{type(value).__qualname__}", **fields}

@@ -42,7 +42,7 @@ def test_the_view_instead_of_the_log_and_ctrl_c_saves(material: Path, tmp_path: 
     running = subprocess.Popen(
         [sys.executable, "-m", "nemo_cpt.cli", "run", "tiny", *(f"{name}={value}" for name, value in given.items())],
         stdin=subprocess.DEVNULL, stdout=terminal, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"NEMORUN_HOME": str(tmp_path / "home"), "COLUMNS": "150", "LINES": "50", "TERM": "xterm"},
+        env=os.environ | {"NEMORUN_HOME": str(tmp_path / "home"), "COLUMNS": "400", "LINES": "50", "TERM": "xterm"},
     )  # fmt: skip
     os.close(terminal)
     printed = ""
