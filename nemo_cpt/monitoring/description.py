@@ -60,12 +60,13 @@ class DescribeRun(pl.Callback):
         """Say what ended the run."""
         state = "stopped" if isinstance(exception, StoppedEarlyError) else "failed"
         message = exception.message if isinstance(exception, CptError) else f"{type(exception).__name__}: {exception}"
-        with contextlib.suppress(CptError):  # of a full disk, it may be: what ended the run is to be heard
-            self._write_end(trainer, state, message)
+        self._write_end(trainer, state, message)
 
     def _write_end(self, trainer: pl.Trainer, state: str, message: str) -> None:
-        if trainer.is_global_zero:
-            end = {"state": state, "step": trainer.global_step, "message": hide_credentials(message)}
+        if not trainer.is_global_zero:
+            return
+        end = {"state": state, "step": trainer.global_step, "message": hide_credentials(message)}
+        with contextlib.suppress(CptError):  # of a disk that is full: the run has ended all the same, and says how
             write_whole(Path(AppState().log_dir, END_FILE), json.dumps(end | {"time": time.time()}).encode())
 
 
@@ -86,7 +87,7 @@ def describe(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, An
         "plan": _plan(recipe),
         "versions": _versions(),
         "launched": plain(launched),
-        "configuration": {name: plain(part) for name, part in vars(recipe).items()},
+        "configuration": _configuration(recipe),
     }
 
 
@@ -100,6 +101,13 @@ def _recipe(trainer: pl.Trainer, pl_module: pl.LightningModule) -> SimpleNamespa
         "peft": getattr(pl_module, "model_transform", None),
     }
     return SimpleNamespace(**{name: getattr(part, "__io__", part) for name, part in parts.items()})
+
+
+def _configuration(recipe: SimpleNamespace) -> dict[str, Any]:
+    found = {name: plain(part) for name, part in vars(recipe).items()}
+    if isinstance(found["model"], dict):
+        found["model"].pop("optim", None)  # which stands beside it
+    return found
 
 
 def _training(data: Any, tokens: int) -> list[dict[str, Any]]:
@@ -188,7 +196,9 @@ def _versions() -> dict[str, str]:
 
 
 def plain(value: Any) -> Any:
-    """A configuration as JSON holds it; objects by their text."""
+    """A configuration as JSON holds it; objects by their class and what is plain of their fields."""
+    if not isinstance(value, fdl.Buildable | type):
+        value = getattr(value, "__io__", value)
     if isinstance(value, fdl.Buildable):
         target = fdl.get_callable(value)
         arguments = {name: plain(each) for name, each in value.__arguments__.items()}
@@ -202,4 +212,9 @@ def plain(value: Any) -> Any:
     if isinstance(value, type) or inspect.isroutine(value):
         return f"{value.__module__}.{value.__qualname__}"
     # An argument may be an address with a password, and this file goes into reports.
-    return hide_credentials(str(value))
+    text = hide_credentials(str(value))
+    if " object at 0x" not in text:
+        return text
+    fields = {name: plain(each) for name, each in getattr(value, "__dict__", {}).items()
+              if not name.startswith("_") and (each is None or isinstance(each, bool | int | float | str))}  # fmt: skip
+    return {"_target_": f"{type(value).__module__}.{type(value).__qualname__}", **fields}

@@ -202,6 +202,8 @@ def settings(record: Record) -> Iterator[tuple[str, str, str]]:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
