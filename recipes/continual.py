@@ -7,6 +7,7 @@ from nemo.collections import llm
 
 from nemo_cpt.corpus import Blend
 from nemo_cpt.planning import ALLOWED, fit
+from nemo_cpt.planning.recipe_reader import check_layout
 from nemo_cpt.recipes import parts
 from nemo_cpt.training.adapters import adapters_class
 from nemo_cpt.training.guards import check_batches, check_belonging
@@ -42,6 +43,8 @@ def continual_pretrain(
     lr: float = 2.5e-5,
     min_lr: float | None = None,
     warmup_steps: int | None = None,
+    precision: str = "bf16",
+    bf16_layers: int = 0,
     unlike_base: Sequence[str] = (),
     save_every: int | None = None,
     extend: str | None = None,
@@ -74,6 +77,8 @@ def continual_pretrain(
         lr: peak learning rate.
         min_lr: learning rate at the end; a tenth of `lr` when None.
         warmup_steps: `parts.default_warmup(max_steps)` when None, 15 of 150.
+        precision: "bf16", "fp8" or "fp8_blockwise"; see `parts.mixed_precision`.
+        bf16_layers: of fp8, layers at either end that multiply in bf16.
         unlike_base: in what the model differs from its base on purpose, of rope_theta, rope_scaling, sliding_window,
             rms_norm_eps and eos_token_id; an export writes it into config.json. Anything else that differs is refused.
         save_every: steps between checkpoints; one follows each validation when None.
@@ -85,7 +90,8 @@ def continual_pretrain(
 
     Raises:
         CptError: `data` is no Blend, the global batch does not divide among the GPUs, nothing fits `gpu_memory_gib`;
-            or, where the base is on this machine, model, tokenizer or data do not belong to it.
+            the model cannot be cut so, or its products be made in fp8; or, where the base is on this machine, model,
+            tokenizer or data do not belong to it.
     """
     if gpu_memory_gib is not None:  # where the planner's search begins
         tensor_model_parallel_size = pipeline_model_parallel_size = micro_batch_size = 1
@@ -110,6 +116,8 @@ def continual_pretrain(
             pipeline_model_parallel_size=pipeline_model_parallel_size,
             context_parallel_size=context_parallel_size,
             sequence_parallel=tensor_model_parallel_size > 1,
+            precision=precision,
+            bf16_layers=bf16_layers,
             unlike_base=unlike_base,
         ),
         optim=parts.adam(lr=lr, min_lr=min_lr, warmup_steps=warmup_steps, max_steps=max_steps),
@@ -117,6 +125,7 @@ def continual_pretrain(
         resume=parts.resume(base, extend),
     )
     check_belonging(recipe)
+    check_layout(recipe)
     return recipe if gpu_memory_gib is None else fit(recipe, gpu_memory_gib).recipe
 
 

@@ -16,6 +16,7 @@ from nemo_cpt.conversations.dataset import conversations_prefix
 from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
 from nemo_cpt.planning import ALLOWED, fit
+from nemo_cpt.planning.recipe_reader import check_layout
 from nemo_cpt.recipes import parts
 from nemo_cpt.recipes.continual import with_lora
 from nemo_cpt.training.guards import check_batches, check_belonging
@@ -53,6 +54,8 @@ def instruction_tune(
     lr: float = 5e-6,
     min_lr: float = 0.0,
     warmup_steps: int | None = None,
+    precision: str = "bf16",
+    bf16_layers: int = 0,
     unlike_base: Sequence[str] = (),
     save_every: int | None = None,
     extend: str | None = None,
@@ -86,6 +89,8 @@ def instruction_tune(
         lr: peak learning rate.
         min_lr: learning rate at the end.
         warmup_steps: 3 % of the steps when None.
+        precision: see `continual.continual_pretrain`.
+        bf16_layers: see `continual.continual_pretrain`.
         unlike_base: see `continual.continual_pretrain`.
         save_every: see `continual.continual_pretrain`.
         extend: see `continual.continual_pretrain`.
@@ -95,7 +100,8 @@ def instruction_tune(
 
     Raises:
         CptError: data or replay is of another kind, epochs and max_steps are both given, the global batch does not
-            divide among the GPUs; or, where base and data are on this machine, they do not belong together.
+            divide among the GPUs, the model cannot be cut so, or its products be made in fp8; or, where base
+            and data are on this machine, they do not belong together.
     """
     model_parallel = tensor_model_parallel_size * pipeline_model_parallel_size
     check_batches(global_batch_size, micro_batch_size, num_nodes * gpus_per_node, model_parallel)
@@ -123,6 +129,8 @@ def instruction_tune(
             tensor_model_parallel_size=tensor_model_parallel_size,
             pipeline_model_parallel_size=pipeline_model_parallel_size,
             sequence_parallel=tensor_model_parallel_size > 1,
+            precision=precision,
+            bf16_layers=bf16_layers,
             unlike_base=unlike_base,
         ),
         optim=parts.adam(
@@ -139,6 +147,7 @@ def instruction_tune(
     recipe.trainer.limit_val_batches = limit_val_batches
     recipe.trainer.strategy.ddp.average_in_collective = False  # Megatron divides by the tokens of all ranks instead
     check_belonging(recipe)
+    check_layout(recipe)
     return recipe
 
 

@@ -42,6 +42,15 @@ def read(recipe: Any) -> Workload:
     )
 
 
+def check_layout(recipe: Any) -> None:
+    """Refuse a recipe whose model cannot be cut over its GPUs, or not multiply in fp8 there, before there is a job.
+
+    Raises:
+        CptError: as `read`.
+    """
+    read(recipe)
+
+
 def _get(config: Any, name: str, default: Any) -> Any:
     """A field of a run.Config: as set, else the class's default; `default` where there is neither, or it is None."""
     try:
