@@ -47,6 +47,8 @@ def continual_pretrain(
     bf16_layers: int = 0,
     unlike_base: Sequence[str] = (),
     save_every: int | None = None,
+    export_every: int | None = None,
+    export_keep: int | None = None,
     extend: str | None = None,
 ) -> run.Partial:
     """Continual pretraining of every parameter: what the recipes of all models share.
@@ -82,6 +84,9 @@ def continual_pretrain(
         unlike_base: in what the model differs from its base on purpose, of rope_theta, rope_scaling, sliding_window,
             rms_norm_eps and eos_token_id; an export writes it into config.json. Anything else that differs is refused.
         save_every: steps between checkpoints; one follows each validation when None.
+        export_every: steps between exports to Hugging Face folders in `exports` of the run's folder, made beside the
+            training; none when None. See `ExportCheckpoints`.
+        export_keep: how many of these are kept, the newest; all when None.
         extend: "rewarm", "stretch" or "keep": what becomes of the learning rate when the run is resumed with another
             max_steps, lr, min_lr or warmup_steps; see `ResumeOrStartFromBase`.
 
@@ -124,6 +129,7 @@ def continual_pretrain(
         log=parts.log(directory, name, save_every),
         resume=parts.resume(base, extend),
     )
+    parts.export_along(recipe, export_every, export_keep)
     check_belonging(recipe)
     check_layout(recipe)
     return recipe if gpu_memory_gib is None else fit(recipe, gpu_memory_gib).recipe

@@ -58,6 +58,8 @@ def instruction_tune(
     bf16_layers: int = 0,
     unlike_base: Sequence[str] = (),
     save_every: int | None = None,
+    export_every: int | None = None,
+    export_keep: int | None = None,
     extend: str | None = None,
 ) -> run.Partial:
     """Teach a model to answer, on prepared conversations. The models' own `instruction_tune` have its defaults.
@@ -93,6 +95,8 @@ def instruction_tune(
         bf16_layers: see `continual.continual_pretrain`.
         unlike_base: see `continual.continual_pretrain`.
         save_every: see `continual.continual_pretrain`.
+        export_every: see `continual.continual_pretrain`.
+        export_keep: see `continual.continual_pretrain`.
         extend: see `continual.continual_pretrain`.
 
     Returns:
@@ -146,6 +150,7 @@ def instruction_tune(
     )
     recipe.trainer.limit_val_batches = limit_val_batches
     recipe.trainer.strategy.ddp.average_in_collective = False  # Megatron divides by the tokens of all ranks instead
+    parts.export_along(recipe, export_every, export_keep)
     check_belonging(recipe)
     check_layout(recipe)
     return recipe

@@ -29,6 +29,7 @@ from nemo_cpt.training.callbacks import MetricsFile, ValidationLossBySet
 from nemo_cpt.training.checkpoints import RunCheckpoint
 from nemo_cpt.training.conversations import ConversationDataModule, check_replay
 from nemo_cpt.training.data import BlendDataModule
+from nemo_cpt.training.exports import ExportCheckpoints, check_numbers
 from nemo_cpt.training.gradients import EveryTrainableParameterHasGradient
 from nemo_cpt.training.guards import Guards
 from nemo_cpt.training.logger import RunLogger
@@ -355,6 +356,32 @@ def log(directory: str, name: str, save_every: int | None = None) -> run.Config[
         ckpt=checkpoints,
         tensorboard=tensorboard_logger(name=name),
     )
+
+
+def export_along(recipe: run.Partial, every: int | None, keep: int | None = None) -> None:
+    """Have a recipe's run export its checkpoints while it trains; see `ExportCheckpoints`.
+
+    Args:
+        recipe: it gets a callback more.
+        every: steps between exports; no callback when None.
+        keep: how many exports are kept; all when None.
+
+    Raises:
+        CptError: a number is below 1, `every` is not a multiple of the steps between checkpoints, or `keep` is given
+            alone.
+    """
+    if every is None:
+        if keep is not None:
+            raise CptError(f"export_keep is {keep} and export_every None: give both, or neither")
+        return
+    check_numbers(every, keep)
+    saved = recipe.log.ckpt.save_every or recipe.trainer.val_check_interval
+    if every % saved:
+        raise CptError(
+            f"export_every {every} is not a multiple of the {saved} steps between checkpoints: give "
+            f"{max(every // saved, 1) * saved}, or save_every={every}"
+        )
+    recipe.trainer.callbacks.append(run.Config(ExportCheckpoints, every=every, keep=keep))
 
 
 def resume(base: str, extend: str | None = None) -> run.Config[ResumeOrStartFromBase]:

@@ -13,7 +13,7 @@ LLAMA3_VOCABULARY = 128_256
 MODELLED_CALLBACKS = {
     "Guards", "EveryTrainableParameterHasGradient", "OutOfMemoryAdvice", "ValidationLossBySet", "MetricsFile",
     "TimingCallback", "GarbageCollectionCallback", "PreemptionCallback", "SaveWhenStopped", "StopAtStep",
-    "MegatronCommOverlapCallback",
+    "ExportCheckpoints", "MegatronCommOverlapCallback",
 }  # fmt: skip
 MOMENTS = ("exp_avg_dtype", "exp_avg_sq_dtype")
 ADAPTERS = {"LoRA", "DoRA", "LoRAWithEmbeddings", "DoRAWithEmbeddings"}
