@@ -17,6 +17,7 @@ from nemo_cpt.conversations.dataset import conversations_prefix
 from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
 from nemo_cpt.planning import ALLOWED, fit
+from nemo_cpt.planning.recipe_reader import check_layout
 from nemo_cpt.recipes import parts
 from nemo_cpt.recipes.continual import with_lora
 from nemo_cpt.training.guards import check_belonging
@@ -55,8 +56,12 @@ def instruction_tune(
     lr: float = 5e-6,
     min_lr: float = 0.0,
     warmup_steps: int | None = None,
+    precision: str = "bf16",
+    bf16_layers: int = 0,
     unlike_base: Sequence[str] = (),
     save_every: int | None = None,
+    export_every: int | None = None,
+    export_keep: int | None = None,
     extend: str | None = None,
     seed: int = 1234,
     logger: str | Mapping[str, Any] | None = None,
@@ -94,8 +99,12 @@ def instruction_tune(
         lr: peak learning rate.
         min_lr: learning rate at the end.
         warmup_steps: 3 % of the steps when None.
+        precision: see `continual.continual_pretrain`.
+        bf16_layers: see `continual.continual_pretrain`.
         unlike_base: see `continual.continual_pretrain`.
         save_every: see `continual.continual_pretrain`.
+        export_every: see `continual.continual_pretrain`.
+        export_keep: see `continual.continual_pretrain`.
         extend: see `continual.continual_pretrain`.
         seed: see `continual.continual_pretrain`.
         logger: see `continual.continual_pretrain`.
@@ -109,7 +118,8 @@ def instruction_tune(
 
     Raises:
         CptError: data or replay is of another kind, epochs and max_steps are both given; sizes or rates with which no
-            job could run (`settings.check`); or, where base and data are on this machine, they do not belong together.
+            job could run (`settings.check`); the model cannot be cut so, or its products be made in fp8; or, where base
+            and data are on this machine, they do not belong together.
     """
     # What the steps are counted by, and what would be taken for "not given".
     check(Settings(epochs=epochs, seq_length=seq_length, global_batch_size=global_batch_size))
@@ -139,6 +149,8 @@ def instruction_tune(
             tensor_model_parallel_size=tensor_model_parallel_size,
             pipeline_model_parallel_size=pipeline_model_parallel_size,
             sequence_parallel=tensor_model_parallel_size > 1,
+            precision=precision,
+            bf16_layers=bf16_layers,
             unlike_base=unlike_base,
             untrained_base=untrained_base,
         ),
@@ -158,8 +170,10 @@ def instruction_tune(
     parts.set_seed(recipe, seed)
     parts.stop_early(recipe, early_stop, patience)
     parts.stop_when_worse(recipe, stop_when)
+    parts.export_along(recipe, export_every, export_keep)
     check(settings_in(recipe))
     check_belonging(recipe)
+    check_layout(recipe)
     return recipe
 
 

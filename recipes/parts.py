@@ -35,6 +35,7 @@ from nemo_cpt.training.checkpoints import RunCheckpoint
 from nemo_cpt.training.conversations import ConversationDataModule, check_replay
 from nemo_cpt.training.data import BlendDataModule
 from nemo_cpt.training.early_stop import StopEarly
+from nemo_cpt.training.exports import ExportCheckpoints, check_numbers
 from nemo_cpt.training.gradients import EveryTrainableParameterHasGradient
 from nemo_cpt.training.guards import Guards
 from nemo_cpt.training.logger import RunLogger
@@ -57,10 +58,12 @@ def trainer(
     pipeline_model_parallel_size: int = 1,
     context_parallel_size: int = 1,
     sequence_parallel: bool = False,
+    precision: str = "bf16",
+    bf16_layers: int = 0,
     unlike_base: Sequence[str] = (),
     untrained_base: bool = False,
 ) -> run.Config[nl.Trainer]:
-    """A bf16 trainer with Megatron's distributed optimizer; validates before the first step and then at an interval."""
+    """A trainer with Megatron's distributed optimizer; validates before the first step and then at an interval."""
     strategy = run.Config(
         nl.MegatronStrategy,
         tensor_model_parallel_size=tensor_model_parallel_size,
@@ -89,7 +92,7 @@ def trainer(
         devices=gpus_per_node,
         num_nodes=num_nodes,
         strategy=strategy,
-        plugins=bf16(),
+        plugins=mixed_precision(precision, bf16_layers),
         max_steps=max_steps,
         val_check_interval=val_check_interval,
         # Of each validation set: a set has a global batch, whatever the number of sets.
@@ -160,6 +163,34 @@ def bf16() -> run.Config[nl.MegatronMixedPrecision]:
         autocast_enabled=False,
         grad_reduce_in_fp32=True,
     )
+
+
+FP8_SCALING = {"fp8": "tensorwise", "fp8_blockwise": "blockwise"}
+
+
+def mixed_precision(precision: str, bf16_layers: int = 0) -> run.Config[nl.MegatronMixedPrecision]:
+    """bf16, or that with the linear layers' products in fp8.
+
+    Args:
+        precision: "bf16"; "fp8", each tensor scaled as a whole by its current largest value; "fp8_blockwise", in blocks
+            of 128, which takes a Hopper card. Weights stay in bf16: keeping them in fp8 alone was measured slower
+            (docs/performance.md).
+        bf16_layers: of fp8, layers at either end that multiply in bf16, as NeMo's recipes have one.
+
+    Raises:
+        CptError: there is no such precision, or bf16_layers is given for bf16.
+    """
+    plugin = bf16()
+    if precision == "bf16" and not bf16_layers:
+        return plugin
+    if precision not in FP8_SCALING:
+        meant = "give bf16_layers with fp8 only" if precision == "bf16" else f"give bf16, {', '.join(FP8_SCALING)}"
+        raise CptError(f"precision={precision}, bf16_layers={bf16_layers}: {meant}")
+    plugin.fp8, plugin.fp8_recipe, plugin.fp8_param_gather = "hybrid", FP8_SCALING[precision], False
+    if bf16_layers:
+        plugin.first_last_layers_bf16 = True
+        plugin.num_layers_at_start_in_bf16 = plugin.num_layers_at_end_in_bf16 = bf16_layers
+    return plugin
 
 
 def callbacks(unlike_base: Sequence[str] = (), untrained_base: bool = False) -> list[run.Config]:
@@ -426,6 +457,32 @@ def _other_logger(logger: LoggerOptions, directory: str, name: str) -> dict[str,
             ]
         }
     return {}
+
+
+def export_along(recipe: run.Partial, every: int | None, keep: int | None = None) -> None:
+    """Have a recipe's run export its checkpoints while it trains; see `ExportCheckpoints`.
+
+    Args:
+        recipe: it gets a callback more.
+        every: steps between exports; no callback when None.
+        keep: how many exports are kept; all when None.
+
+    Raises:
+        CptError: a number is below 1, `every` is not a multiple of the steps between checkpoints, or `keep` is given
+            alone.
+    """
+    if every is None:
+        if keep is not None:
+            raise CptError(f"export_keep is {keep} and export_every None: give both, or neither")
+        return
+    check_numbers(every, keep)
+    saved = recipe.log.ckpt.save_every or recipe.trainer.val_check_interval
+    if every % saved:
+        raise CptError(
+            f"export_every {every} is not a multiple of the {saved} steps between checkpoints: give "
+            f"{max(every // saved, 1) * saved}, or save_every={every}"
+        )
+    recipe.trainer.callbacks.append(run.Config(ExportCheckpoints, every=every, keep=keep))
 
 
 def resume(base: str, extend: str | None = None) -> run.Config[ResumeOrStartFromBase]:

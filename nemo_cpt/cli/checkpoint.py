@@ -48,7 +48,7 @@ def export_command(
     chat_template: Annotated[
         str | None,
         typer.Option(
-            help="llama3, chatml, alpaca-ja, alpaca-en, alpaca-zh, tokenizer, or a Jinja file; none: the base's files "
+            help="llama3, chatml, mistral, alpaca-ja, -en, -zh, tokenizer, or a Jinja file; none: the base's files "
             "as they are; default: what the run was tuned on."
         ),
     ] = None,

@@ -9,6 +9,7 @@ from nemo_cpt.planning import Plan, plan_workload
 from nemo_cpt.planning.search import nearest_that_fits
 
 USED_MIB = 1024  # a display or a monitor takes less
+FP8_SINCE = (8, 9)  # compute capability: Ada
 AS_SOLD = 0.9  # a card of 48 GB shows 44.99 GiB with ECC on
 
 
@@ -70,6 +71,9 @@ def fit(examination: Examination) -> Finding:
     if room is None:
         return Finding("fit", "skipped", "the card is not known here: nemo-cpt plan RECIPE --gpu-memory 80")
     planned = plan_workload(job.workload(), room)
+    old = [gpu for gpu in examination.visible_gpus[: job.gpus_here] if gpu.capability and gpu.capability < FP8_SINCE]
+    if planned.workload.fp8 and old:
+        return Finding("fit", "error", f"the {old[0].name} has no fp8 products", "train with precision=bf16")
     if planned.fits:
         return Finding("fit", "ok", planned.verdict)
     return Finding("fit", "error", planned.verdict, _what_would_fit(planned, room))
