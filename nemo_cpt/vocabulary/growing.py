@@ -117,7 +117,8 @@ def grow(
     sample = draw(inputs, json_key, sample_bytes)
     say(f"{len(sample.texts):,} of {sample.seen:,} documents are learnt from, {len(sample.held_out):,} are held out")
     backend = base.backend()
-    words = of_own_scripts(count_words(backend, sample.texts), sum(map(len, sample.texts)))
+    counts = count_words(backend, sample.texts)
+    words = of_own_scripts(counts, sum(map(len, sample.texts)), base.vocabulary)
     if not words.scripts:
         raise CptError(f"{inputs} has no letters beyond ASCII: there is nothing to learn that leaves English as it is")
     say(f"{len(words.counts):,} words of {', '.join(words.scripts)}")
