@@ -111,6 +111,25 @@ def grow_command(
     _print(report.as_dict(), as_json)
 
 
+@app.command("init")
+def init_command(
+    dest: Annotated[Path, typer.Argument(help="NeMo checkpoint to make.")],
+    tokenizer: Annotated[Path, typer.Option("--tokenizer", "-t", help="Folder of the model's tokenizer.")],
+    params: Annotated[str, typer.Option(help="124M, 350M or 1.3B; tiny, for a CPU.")] = "124M",
+    max_position_embeddings: Annotated[int, typer.Option(help="The longest sequence.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 1234,
+    as_json: _Json = False,
+) -> None:
+    """Write a model that knows nothing, for a training from scratch to start from."""
+    from nemo_cpt.checkpoint import make_untrained
+
+    with _progress("Writing") as progress:
+        report = make_untrained(
+            dest, tokenizer, params, max_position_embeddings=max_position_embeddings, seed=seed, progress=progress
+        )
+    _print(report.as_dict(), as_json)
+
+
 @app.command("verify")
 def verify_command(
     nemo: Annotated[Path, typer.Argument(help="NeMo checkpoint, or a run: its newest whole checkpoint.")],

@@ -94,9 +94,6 @@ def read_byte_level(tokenizer: str) -> ByteLevelBPE:
             f"the tokenizer {tokenizer} is {kind}: only byte-level BPE can be grown, such as Llama-3's, Qwen2.5's or "
             "SmolLM2's"
         )
-    # Merges begin at bytes: text of one that has no token could only be lost.
-    if missing := _bytes_without_token(model["vocab"]):
-        raise CptError(f"the tokenizer {tokenizer} has no token for {missing} of the 256 bytes: it cannot be grown")
     if not model["merges"]:
         raise CptError(f"the tokenizer {tokenizer} has no merges: there is nothing for further ones to build on")
     return ByteLevelBPE(described, content)
@@ -169,10 +166,6 @@ def parts_of_pre_tokenizer(pre_tokenizer: Mapping[str, Any] | None) -> Iterator[
 def _is_byte_level(pre_tokenizer: Mapping[str, Any] | None) -> bool:
     parts = list(parts_of_pre_tokenizer(pre_tokenizer))
     return bool(parts) and parts[-1]["type"] == "ByteLevel"
-
-
-def _bytes_without_token(vocabulary: Mapping[str, int]) -> int:
-    return sum(character not in vocabulary for character in byte_of_character())
 
 
 def _pair(merge: str | list[str]) -> Pair:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,10 +10,10 @@ from typing import Any
 
 import orjson
 
-from nemo_cpt.corpus.atomic_files import make_folder
 from nemo_cpt.corpus.reading.sources import Inputs
 from nemo_cpt.corpus.tokenization.tokenizer_files import CONFIG, DEFINITION
 from nemo_cpt.errors import CptError
+from nemo_cpt.vocabulary.folders import check_free, new_folder
 from nemo_cpt.vocabulary.growing import MULTIPLE_OF, count_tokens
 from nemo_cpt.vocabulary.samples import Sample, draw
 
@@ -136,8 +135,7 @@ def _check_arguments(
         raise CptError(f"the special token {twice[0]} is there twice")
     if size <= len(tokens) + 256:
         raise CptError(f"a vocabulary of {size} has no room for tokens beside 256 bytes and {len(tokens)} special ones")
-    if output.exists() or output.is_symlink():
-        raise CptError(f"{output} exists already. Give another output, or remove it first.")
+    check_free(output)
 
 
 def _weighted(corpora: Mapping[str, float], json_key: str, limit: int) -> dict[str, Sample]:
@@ -193,18 +191,10 @@ def _train(texts: Sequence[str], special: Sequence[str], size: int) -> Any:
 
 
 def _write(backend: Any, output: Path) -> None:
-    partial = output.with_name(f".{output.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
-    make_folder(partial)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
-    try:
-        (partial / DEFINITION).write_text(backend.to_str(pretty=False), "utf-8")
-        (partial / CONFIG).write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))
-        partial.rename(output)
-    except OSError as error:
-        raise CptError(f"{output} could not be written: {error.strerror}. Nothing is left of it.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with new_folder(output) as folder:
+        (folder / DEFINITION).write_text(backend.to_str(pretty=False), "utf-8")
+        (folder / CONFIG).write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))
 
 
 def _changed(backend: Any, text: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -53,13 +53,20 @@ def count_words(backend: Any, texts: Iterable[str]) -> Counter[str]:
     return counts
 
 
-def of_own_scripts(counts: Counter[str], characters: int) -> Words:
-    """Choose the words that are written in the corpus's own scripts.
+def of_own_scripts(counts: Counter[str], characters: int, known: Collection[str]) -> Words:
+    """Choose the words that are written in the corpus's own scripts, and in bytes that the tokenizer has tokens for.
 
     Words of ASCII alone, and those with a character of a script that the corpus has little of, stay as they are in
-    every text: what an English text holds of é or “ is not learnt from a Japanese corpus.
+    every text: what an English text holds of é or “ is not learnt from a Japanese corpus. Bytes without a token
+    (SmolLM2's has none for 21 of the 256) are lost in encoding; what stands on their two sides is not side by side.
+
+    Args:
+        counts: of all words.
+        characters: of the corpus.
+        known: the tokens of the model.
     """
-    texts = {word: plain for word in counts if not (plain := text_of(word)).isascii()}
+    lost = byte_of_character().keys() - set(known)
+    texts = {word: text for word in counts if not (text := text_of(word)).isascii() and lost.isdisjoint(word)}
     found = Counter[str]()
     for character, count in _count_characters(texts, counts).items():
         found[script_of(character)] += count
