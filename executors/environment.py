@@ -16,6 +16,10 @@ GPU_VARIABLES = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "CUDA_DE
 """What every job gets unless the shell or `env` says otherwise: the allocator that docs/performance.md was measured
 with, which wastes 1 % of a GPU's memory, and the single queue that Megatron's tensor parallelism counts on."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_INSTALLS_BY_NAME = re.compile(
+    r"\b(pip|uv)[0-9.]*\b.*\binstall\b.*[\s'\"]nemo[-_.]cpt(?![-\w./])(?!(\[[^]]*\])?\s*@)", re.IGNORECASE
+)
+_OTHER_INDEX = re.compile(r"--index-url|--no-index|\s-i\s")
 _SECRET_NAME = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS)$", re.IGNORECASE)
 
 
@@ -42,6 +46,22 @@ def checked_env(env: Mapping[str, str] | None) -> dict[str, str]:
                 f"export {name} in the shell that launches (and name it in secrets=... for executors that have it)"
             )
     return values
+
+
+def checked_setup(lines: Sequence[str]) -> list[str]:
+    """Return shell lines that prepare a job, refusing those that take nemo_cpt from a public index.
+
+    Raises:
+        CptError: a line installs nemo_cpt by its name alone, which on PyPI is free for anybody to take.
+    """
+    for line in lines:
+        if _INSTALLS_BY_NAME.search(line) and not _OTHER_INDEX.search(line):
+            raise CptError(
+                f"setup: {line!r} takes nemo_cpt from PyPI, where it is not: whoever registers the name there would "
+                "run on your machines. Install a checkout (pip install -e /path/to/it), a wheel of yours or a git "
+                "address, or name your own index (--index-url)"
+            )
+    return list(lines)
 
 
 def job_env(env: Mapping[str, str] | None) -> dict[str, str]:

@@ -8,6 +8,7 @@ the trainer comes too late: without a GPU the trainer is not even built.
 import os
 import sys
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache, wraps
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_cpt.errors import CptError, exit_with_the_message
 from nemo_cpt.executors import window
+from nemo_cpt.executors.tracking import continue_wandb_run
 
 if TYPE_CHECKING:
     from nemo_cpt.doctor import Place
@@ -47,6 +49,8 @@ def examine_before_launch() -> None:
     def examine_and_run_here(configured: Any, dryrun: bool = False) -> None:
         if not dryrun:
             examine_task(configured, place_of(None))
+            configured = deepcopy(configured)
+            continue_wandb_run(configured)
         run_here(configured, dryrun)
 
     Experiment.run = examine_and_launch

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nemo_cpt.errors import CptError
 from nemo_cpt.executors import window
-from nemo_cpt.executors.environment import SECRETS, checked_secrets, existing_mounts, job_env
+from nemo_cpt.executors.environment import SECRETS, checked_secrets, checked_setup, existing_mounts, job_env
 
 if TYPE_CHECKING:
     import nemo_run as run
@@ -171,7 +171,7 @@ def slurm(
         may_requeue=requeue,
         chain=chain,
         secrets=checked_secrets(secrets),
-        setup=list(setup),
+        setup=checked_setup(setup),
         python_folder=_python_folder(venv, tunnel, container_image),
         takes_recipes_size=tasks_per_node is None and gpus_per_node is None and gres is None,
         preempt_seconds=preempt_seconds,

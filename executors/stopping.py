@@ -29,6 +29,7 @@ from nemo_cpt.output import WithoutReaders, send_nowhere
 from nemo_cpt.signals import STOP_SIGNALS, Given, held, listen
 
 GRACE = "terminationGracePeriodSeconds"  # of a pod's spec
+STOPPING = "stopping; the job saves a checkpoint if it trains. Once more to end it at once"
 
 
 def save_on_sigterm(task: Any) -> None:
@@ -172,7 +173,7 @@ def _pass_on(experiment: Any, number: int, given: Given) -> None:
         return  # a session that ends sends several kinds at once
     if _tell_jobs(experiment):
         with contextlib.suppress(OSError):
-            print("stopping; the job saves a checkpoint if it trains. Once more to end it at once", flush=True)
+            print(STOPPING, flush=True)
         return
     forget_secrets()
     signal.signal(number, experiment._handlers_before[number])

@@ -9,7 +9,7 @@ EXPERIMENT = "NEMO_CPT_EXPERIMENT"
 
 
 def continue_wandb_run(recipe: Any) -> str | None:
-    """Set WANDB_RUN_ID to the id noted beside the recipe's checkpoints, and note it there at the first start.
+    """Give the logger the id noted beside the recipe's checkpoints, and note it there at the first start.
 
     A run that resumes its checkpoints thus resumes its W&B run, however it was started again; one whose results folder
     was removed starts a new one. An id that the user set, in the environment or on the logger, stands.
@@ -33,7 +33,7 @@ def continue_wandb_run(recipe: Any) -> str | None:
         partial = note.with_suffix(f".{os.getpid()}")
         partial.write_text(run_id)
         partial.rename(note)
-    os.environ.update(WANDB_RUN_ID=run_id, WANDB_RESUME="allow")
+    wandb.id = run_id  # not WANDB_RUN_ID: another recipe's run in this process is another one; Lightning resumes it
     return run_id
 
 

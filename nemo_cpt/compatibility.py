@@ -75,6 +75,13 @@ class Base:
 
         return load_tokenizer(self.tokenizer or self.folder)
 
+    @cached_property
+    def tokenizer_before_growth(self) -> Any:
+        """The tokenizer that theirs grew from, described; None where it did not grow."""
+        from nemo_cpt.vocabulary.byte_level import before_growth
+
+        return before_growth(self.tokenizer) if self.tokenizer else None
+
 
 def check(
     base: Base,
@@ -152,6 +159,11 @@ def _ends(home: Path | None) -> Iterator[int]:
             yield from ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
+def unlike(base: Base, model: Any) -> list[Difference]:
+    """In what a model, built or configured, is not the base's; rows are compared elsewhere."""
+    return [each for each in differences(constants_of_nemo(model), base.constants) if each.name != ROWS]
+
+
 def check_model(base: Base, model: Any, unlike_base: Collection[str] = ()) -> list[str]:
     """Refuse a model that is not the base's, whether its tensors fit or not.
 
@@ -167,7 +179,7 @@ def check_model(base: Base, model: Any, unlike_base: Collection[str] = ()) -> li
         return []
     if not base.constants:
         return [f"The base {base.folder} does not say what model it is: the recipe's is not compared with it."]
-    found = [each for each in differences(constants_of_nemo(model), base.constants) if each.name != ROWS]
+    found = unlike(base, model)
     if not_meant := [each for each in found if each.name not in unlike_base]:
         raise CptError(
             f"the recipe's model is not that of its base {base.folder}, "
@@ -362,9 +374,13 @@ def _check_maker(base: Base, prefix: str, manifest: Mapping[str, Any]) -> list[s
     if (made_with["sha256"], made_with.get("settings_sha256", settings)) == (vocabulary, settings):
         return []
     splits = manifest["options"].get("split_special_tokens", False)
-    difference = _difference(
-        made_with, manifest.get("markers", {}), manifest.get("probes", {}), splits, base.loaded_tokenizer
-    )
+    of_data = (made_with, manifest.get("markers", {}), manifest.get("probes", {}), splits)
+    difference = _difference(*of_data, base.loaded_tokenizer)
+    if difference and base.tokenizer_before_growth and not _difference(*of_data, base.tokenizer_before_growth):
+        return [
+            f"{prefix} was made with the tokenizer that the base's grew from: its ids are the same ones, but its texts "
+            f"have more tokens than they need. Prepare it again: nemo-cpt prepare ... --tokenizer {base.tokenizer}"
+        ]
     if difference:
         raise CptError(
             f"{prefix} was made with the tokenizer {made_with['name']}, which is not the base's ({difference}): "

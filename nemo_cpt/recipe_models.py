@@ -15,6 +15,7 @@ CONFIGS = (  # where the classes of model configs are, as package and file; the 
     ("nemo", f"{MODELS}/llama.py"),
     ("nemo", f"{MODELS}/mistral.py"),
     ("nemo", f"{MODELS}/qwen2.py"),
+    ("nemo", f"{MODELS}/qwen3.py"),
     ("nemo", f"{MODELS}/base.py"),
     ("megatron", "core/transformer/transformer_config.py"),
 )
@@ -29,7 +30,7 @@ def model_config(recipes: Path) -> dict[str, Any]:
     Returns:
         The fields by name, the class's defaults included and the class itself under `_target_`: the form of
         `checkpoint.model_config.read_model_config`. A value that is no literal is left out. Empty where the module has
-        no such function, or one that does not call `run.Config` on one of NeMo's classes for Llama, Mistral or Qwen2.
+        no such function, or one that does not call `run.Config` on one of NeMo's classes for Llama, Mistral or Qwen.
     """
     functions = [node for node in ast.parse(recipes.read_text()).body if isinstance(node, ast.FunctionDef)]
     for node in (each for function in functions if function.name == "model" for each in ast.walk(function)):

@@ -6,6 +6,8 @@ about 6 hours. Its learning rates are Swallow's for the same model too. Those of
 `instruction.instruction_tune`.
 """
 
+from typing import Any
+
 import nemo_run as run
 from nemo.collections import llm
 
@@ -14,11 +16,9 @@ from nemo_cpt.corpus import Blend
 from nemo_cpt.planning import ALLOWED, fit
 from nemo_cpt.recipes import continual, instruction
 from nemo_cpt.recipes.continual import with_lora as with_lora
-from nemo_cpt.training.guards import check_belonging
 
 DEFAULT_BASE = "checkpoints/Llama-3.1-8B"
-SFT_SEQ_LENGTH, SFT_RANK = 4096, 32
-ONE_GPU = {"gpus_per_node": 1, "tensor_model_parallel_size": 1}
+ONE_GPU: dict[str, Any] = {"gpus_per_node": 1, "tensor_model_parallel_size": 1}
 
 
 def model(seq_length: int = 8192) -> run.Config[llm.LlamaModel]:
@@ -34,11 +34,6 @@ def continual_pretrain(
     name: str = "llama31_8b_cpt",
     gpus_per_node: int = 8,
     tensor_model_parallel_size: int = 2,
-    seq_length: int = 8192,
-    global_batch_size: int = 1024,
-    max_steps: int = 150,
-    val_check_interval: int = 15,
-    lr: float = 2.5e-5,
     **kwargs,
 ) -> run.Partial:
     """Every parameter, on one node of 8 GPUs of 80 GB by default.
@@ -49,11 +44,6 @@ def continual_pretrain(
         name: see `continual.continual_pretrain`.
         gpus_per_node: see `continual.continual_pretrain`.
         tensor_model_parallel_size: see `continual.continual_pretrain`.
-        seq_length: see `continual.continual_pretrain`.
-        global_batch_size: see `continual.continual_pretrain`.
-        max_steps: see `continual.continual_pretrain`.
-        val_check_interval: see `continual.continual_pretrain`.
-        lr: see `continual.continual_pretrain`.
         **kwargs: see `continual.continual_pretrain`.
 
     Returns:
@@ -73,12 +63,7 @@ def continual_pretrain(
         name=name,
         gpus_per_node=gpus_per_node,
         tensor_model_parallel_size=tensor_model_parallel_size,
-        seq_length=seq_length,
-        global_batch_size=global_batch_size,
-        max_steps=max_steps,
-        val_check_interval=val_check_interval,
-        lr=lr,
-        **{"model": model(seq_length)} | kwargs,
+        **{"model": "llama31_8b"} | kwargs,
     )
 
 
@@ -89,34 +74,21 @@ def continual_pretrain_single_gpu(
     *,
     gpu_memory_gib: int = 48,
     name: str = "llama31_8b_cpt_single_gpu",
-    rank: int | None = None,
-    seq_length: int | None = None,
-    global_batch_size: int = 32,
-    lr: float = 1e-4,
     embeddings_lr: float | None = None,
-    peft_scheme: str = "lora",
     **kwargs,
 ) -> run.Partial:
     """LoRA on every linear layer, on one GPU of 48 GB by default; of 24 GB with a lower rank.
 
-    The base is frozen; adapters of rank 128 and alpha of twice the rank are trained on all linear layers, after "LoRA
-    Learns Less and Forgets Less" (arXiv 2405.09673: alpha 2 x rank, all linear layers, learning rates of 1e-5 to 5e-4).
-    Micro batch and recomputation are what `planning.fit` finds fastest for the card with 5 % to spare; where rank 128
-    does not fit, the rank is halved until it does, then the sequence. docs/performance.md has measurements.
+    See `continual.continual_pretrain_lora` for what is trained; docs/performance.md has measurements.
 
     Args:
-        base: see `continual_pretrain`.
-        data: see `continual_pretrain`.
+        base: see `continual.continual_pretrain`.
+        data: see `continual.continual_pretrain`.
         gpu_memory_gib: the card's memory as sold.
-        name: see `continual_pretrain`.
-        rank: rank of the adapters; 128, or the largest half of it that fits, when None.
-        seq_length: see `continual_pretrain`; 8192, or the largest half of it that fits, when None.
-        global_batch_size: see `continual_pretrain`.
-        lr: peak learning rate of the adapters.
+        name: see `continual.continual_pretrain`.
         embeddings_lr: peak learning rate of the embedding and the output layer, trained whole beside the adapters
             (16 GiB more); frozen when None. See `with_lora`.
-        peft_scheme: "lora" or "dora". See `with_lora`.
-        **kwargs: see `continual_pretrain`.
+        **kwargs: see `continual.continual_pretrain_lora`.
 
     Returns:
         A run.Partial of `llm.finetune`; every field stays editable.
@@ -124,11 +96,14 @@ def continual_pretrain_single_gpu(
     Raises:
         CptError: nothing fits the card; `data` is no Blend; there is no such `peft_scheme`.
     """
-    sizes = {"seq_length": seq_length or 8192, "global_batch_size": global_batch_size}
-    recipe = continual_pretrain(base, data, name=name, lr=lr, **ONE_GPU | sizes | kwargs)
-    given_up = [knob for knob, value in (("rank", rank), ("seq_length", seq_length)) if value is None]
-    adapted = with_lora(recipe, rank, embeddings_lr, peft_scheme)
-    return fit(adapted, gpu_memory_gib, allow=[*ALLOWED, *given_up]).recipe
+    return continual.continual_pretrain_lora(
+        base=base,
+        data=data,
+        gpu_memory_gib=gpu_memory_gib,
+        name=name,
+        embeddings_lr=embeddings_lr,
+        **ONE_GPU | {"model": "llama31_8b"} | kwargs,
+    )
 
 
 @run.cli.factory(target=llm.pretrain, name="llama31_8b_cpt_full_single_gpu")
@@ -163,7 +138,7 @@ def continual_pretrain_full_single_gpu(
     Raises:
         CptError: nothing fits the card; `data` is no Blend.
     """
-    sizes = {"seq_length": seq_length or 8192, "global_batch_size": global_batch_size}
+    sizes = {"seq_length": 8192 if seq_length is None else seq_length, "global_batch_size": global_batch_size}
     recipe = continual_pretrain(base, data, name=name, **ONE_GPU | sizes | kwargs)
     given_up = ["gradients"] + ["seq_length"] * (seq_length is None)
     return fit(recipe, gpu_memory_gib, allow=[*ALLOWED, *given_up]).recipe
@@ -218,31 +193,18 @@ def instruction_tune_single_gpu(
     *,
     gpu_memory_gib: int = 48,
     name: str = "llama31_8b_sft_single_gpu",
-    rank: int | None = None,
-    seq_length: int | None = None,
-    lr: float = 1e-4,
-    embeddings_lr: float | None = None,
-    peft_scheme: str = "lora",
     **kwargs,
 ) -> run.Partial:
     """Instruction tuning with LoRA on every linear layer, on one GPU of 48 GB by default; of 24 GB as well.
 
-    Adapters of rank 32 and alpha of twice the rank: instructions take less of them than a language does (arXiv
-    2405.09673 tries 16 to 256). Micro batch and recomputation are what `planning.fit` finds fastest for the card with
-    5 % to spare; where that rank does not fit, it is halved until it does, then the sequence.
+    See `instruction.instruction_tune_lora` for what is trained.
 
     Args:
         base: see `instruction.instruction_tune`.
-        data: see `instruction.instruction_tune`. The special tokens of its template must have been trained in the base,
-            or embeddings_lr be given.
+        data: see `instruction.instruction_tune_lora`.
         gpu_memory_gib: the card's memory as sold.
         name: see `instruction.instruction_tune`.
-        rank: rank of the adapters; 32, or the largest half of it that fits, when None.
-        seq_length: see `instruction.instruction_tune`; 4096, or the largest half of it that fits, when None.
-        lr: peak learning rate of the adapters, that of NeMo's own llama31_8b.finetune_recipe for LoRA.
-        embeddings_lr: see `continual_pretrain_single_gpu`.
-        peft_scheme: see `continual_pretrain_single_gpu`.
-        **kwargs: see `instruction_tune`.
+        **kwargs: see `instruction.instruction_tune_lora`.
 
     Returns:
         A run.Partial of `llm.finetune`; every field stays editable.
@@ -250,14 +212,10 @@ def instruction_tune_single_gpu(
     Raises:
         CptError: nothing fits the card; or as `instruction.instruction_tune`.
     """
-    wanted = seq_length or SFT_SEQ_LENGTH
-    recipe = instruction_tune(base, data, name=name, seq_length=wanted, lr=lr, **ONE_GPU | kwargs)
-    given_up = [knob for knob, value in (("rank", rank), ("seq_length", seq_length)) if value is None]
-    recipe = with_lora(recipe, rank or SFT_RANK, embeddings_lr, peft_scheme)
-    check_belonging(recipe)
-    fitted = fit(recipe, gpu_memory_gib, allow=[*ALLOWED, *given_up]).recipe
-    if fitted.data.seq_length == wanted:
-        return fitted
-    shorter = {"seq_length": fitted.data.seq_length}  # has other epochs
-    same = {"rank": rank, "lr": lr, "embeddings_lr": embeddings_lr, "peft_scheme": peft_scheme}
-    return instruction_tune_single_gpu(base, data, gpu_memory_gib=gpu_memory_gib, name=name, **same | shorter | kwargs)
+    return instruction.instruction_tune_lora(
+        base=base,
+        data=data,
+        gpu_memory_gib=gpu_memory_gib,
+        name=name,
+        **ONE_GPU | {"model": "llama31_8b"} | kwargs,
+    )

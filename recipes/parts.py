@@ -7,6 +7,7 @@ from typing import Any
 
 import nemo_run as run
 import torch
+from lightning.pytorch.loggers import WandbLogger
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
@@ -20,19 +21,26 @@ from nemo_cpt.checkpoint.context import nemo_model
 from nemo_cpt.checkpoint.folders import has_tokenizer
 from nemo_cpt.compatibility import read_base
 from nemo_cpt.conversations import Conversations
+from nemo_cpt.conversations.mixture import SEED
 from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
 from nemo_cpt.executors.examination import examine_before_launch
+from nemo_cpt.monitoring.alarm import ForgettingAlarm
+from nemo_cpt.monitoring.description import DescribeRun
+from nemo_cpt.monitoring.forgetting import limits
 from nemo_cpt.recipe_models import LIKE_BASE, module_named
 from nemo_cpt.training.adapters import EmbeddingRateOptimizer
-from nemo_cpt.training.callbacks import MetricsFile, ValidationLossBySet
+from nemo_cpt.training.callbacks import MetricsFile, Seed, ValidationLossBySet
 from nemo_cpt.training.checkpoints import RunCheckpoint
 from nemo_cpt.training.conversations import ConversationDataModule, check_replay
 from nemo_cpt.training.data import BlendDataModule
+from nemo_cpt.training.early_stop import StopEarly
 from nemo_cpt.training.gradients import EveryTrainableParameterHasGradient
 from nemo_cpt.training.guards import Guards
 from nemo_cpt.training.logger import RunLogger
+from nemo_cpt.training.loggers import ContinuedMLFlowLogger
 from nemo_cpt.training.oom_advice import OutOfMemoryAdvice
+from nemo_cpt.training.options import LoggerOptions, read_early_stop, read_logger
 from nemo_cpt.training.preemption import SaveWhenStopped
 from nemo_cpt.training.resume import KEPT_TOKENIZER, ResumeOrStartFromBase
 
@@ -50,6 +58,7 @@ def trainer(
     context_parallel_size: int = 1,
     sequence_parallel: bool = False,
     unlike_base: Sequence[str] = (),
+    untrained_base: bool = False,
 ) -> run.Config[nl.Trainer]:
     """A bf16 trainer with Megatron's distributed optimizer; validates before the first step and then at an interval."""
     strategy = run.Config(
@@ -84,12 +93,12 @@ def trainer(
         num_sanity_val_steps=1,
         log_every_n_steps=1,
         use_distributed_sampler=False,
-        callbacks=callbacks(unlike_base),
+        callbacks=callbacks(unlike_base, untrained_base),
     )
 
 
 def model_like(base: str, seq_length: int) -> run.Config:
-    """The model that a base's own files describe, of the kin of Llama, Mistral and Qwen2, for a recipe's `model=`.
+    """The model that a base's own files describe, of the kin of Llama, Mistral and Qwen, for a recipe's `model=`.
 
     Args:
         base: folder of an imported base, or of a training's checkpoint.
@@ -100,7 +109,7 @@ def model_like(base: str, seq_length: int) -> run.Config:
     """
     architecture = read_base(base).architecture
     if architecture is None:
-        raise CptError(f"{base} carries no config.json of Llama, Mistral or Qwen2: write its model= by hand")
+        raise CptError(f"{base} carries no config.json of Llama, Mistral or Qwen: write its model= by hand")
     model = nemo_model(architecture, has_generation_config=False)
     config = model.arguments["config"]
     of_the_import = ("fp16", "bf16", "params_dtype", "apply_rope_fusion", "vocab_size", "make_vocab_size_divisible_by")
@@ -145,14 +154,16 @@ def bf16() -> run.Config[nl.MegatronMixedPrecision]:
     )
 
 
-def callbacks(unlike_base: Sequence[str] = ()) -> list[run.Config]:
-    """What every run carries: guards, the losses by validation set, the metrics file, timing, saving when stopped."""
+def callbacks(unlike_base: Sequence[str] = (), untrained_base: bool = False) -> list[run.Config]:
+    """What every run carries: guards, losses by validation set, metrics, alarm, timing, saving when stopped."""
     return [
-        run.Config(Guards, unlike_base=list(unlike_base)),
+        run.Config(Guards, unlike_base=list(unlike_base), untrained_base=untrained_base),
         run.Config(EveryTrainableParameterHasGradient),
         run.Config(OutOfMemoryAdvice),
+        run.Config(DescribeRun),
         run.Config(ValidationLossBySet),
         run.Config(MetricsFile),
+        run.Config(ForgettingAlarm),
         run.Config(TimingCallback),
         run.Config(GarbageCollectionCallback, gc_interval_train=100, gc_interval_val=100),
         run.Config(SaveWhenStopped),
@@ -300,13 +311,53 @@ def tokenizer(base: str, directory: str, name: str) -> str:
     return str(own or (kept if kept.is_dir() else Path(base, "hf")))
 
 
-def log(directory: str, name: str, save_every: int | None = None) -> run.Config[RunLogger]:
+def set_seed(recipe: run.Partial, seed: int) -> None:
+    """Have a recipe's data read in another order, and its adapters begin with other values."""
+    if seed < 0:
+        raise CptError(f"seed={seed}: give seed=0 or more")
+    recipe.data.seed = seed
+    if seed != SEED:
+        recipe.trainer.callbacks.append(run.Config(Seed, seed=seed))
+
+
+def stop_early(recipe: run.Partial, early_stop: str | None, patience: int | None) -> None:
+    """Have a recipe end when a validation set's loss falls no more; see `continual.continual_pretrain`.
+
+    Raises:
+        CptError: there is no such set, or a patience without one.
+    """
+    if (wanted := read_early_stop(early_stop, patience, _validation_sets(recipe))) is not None:
+        recipe.trainer.callbacks.append(run.Config(StopEarly, validation_set=wanted[0], patience=wanted[1]))
+
+
+def stop_when_worse(recipe: run.Partial, stop_when: Mapping[str, str] | None) -> None:
+    """Have a recipe stop when a validation set has got worse than before; see `continual.continual_pretrain`.
+
+    Raises:
+        CptError: there is no such set, or a limit is no percentage.
+    """
+    if limits(stop_when, _validation_sets(recipe)):
+        (alarm,) = (each for each in recipe.trainer.callbacks if each.__fn_or_cls__ is ForgettingAlarm)
+        alarm.stop_when = dict(stop_when or {})
+
+
+def _validation_sets(recipe: run.Partial) -> list[str]:
+    return [*recipe.data.validation, *(getattr(recipe.data, "replay_validation", None) or {})]
+
+
+def log(
+    directory: str, name: str, save_every: int | None = None, logger: str | Mapping[str, Any] | None = None
+) -> run.Config[RunLogger]:
     """Log to `directory/name`; keep the three best checkpoints and the last.
 
     Args:
         directory: where runs are kept.
         name: the run's.
         save_every: steps between checkpoints; with None one follows each validation.
+        logger: another logger beside TensorBoard; see `continual.continual_pretrain`.
+
+    Raises:
+        CptError: there is no such logger.
     """
     checkpoints = run.Config(
         RunCheckpoint,
@@ -324,7 +375,42 @@ def log(directory: str, name: str, save_every: int | None = None) -> run.Config[
         use_datetime_version=False,
         ckpt=checkpoints,
         tensorboard=tensorboard_logger(name=name),
+        **_other_logger(read_logger(logger), directory, name),
     )
+
+
+def _other_logger(logger: LoggerOptions, directory: str, name: str) -> dict[str, Any]:
+    """The field of NeMo's logger that holds W&B's or MLflow's."""
+    if logger.kind == "wandb":
+        # NeMo puts the folder below `directory`. `id` is filled in, and the run continued, by executors.tracking.
+        fields = {"entity": logger.entity, "group": logger.group, "tags": list(logger.tags) or None}
+        given = {field: value for field, value in fields.items() if value is not None}
+        return {
+            "wandb": run.Config(
+                WandbLogger,
+                project=logger.project,
+                name=logger.name or name,
+                save_dir=name,
+                offline=logger.offline,
+                **given,
+            )
+        }
+    if logger.kind == "mlflow":
+        tags = {tag: "true" for tag in logger.tags} | ({"group": logger.group} if logger.group else {})
+        return {
+            "extra_loggers": [
+                run.Config(
+                    ContinuedMLFlowLogger,
+                    note=str(Path(directory, name, "mlflow", "run_id")),
+                    experiment_name=logger.project,
+                    run_name=logger.name or name,
+                    tags=tags or None,
+                    save_dir=str(Path(directory, "mlruns")),
+                    **({"tracking_uri": logger.uri} if logger.uri else {}),
+                )
+            ]
+        }
+    return {}
 
 
 def resume(base: str, extend: str | None = None) -> run.Config[ResumeOrStartFromBase]:

@@ -357,14 +357,22 @@ def functions(path: Path) -> dict[str, ast.FunctionDef]:
 def assigned(path: Path, name: str) -> ast.expr | None:
     """Return what a module assigns to a name; None if it does not."""
     for node in _module(path).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
-            return node.value
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            if ast.unparse(target) == name:
+                return node.value
     return None
 
 
 def _value(path: Path, default: ast.expr) -> ast.expr:
-    """A default; of a constant of the module, its value: what a reader of a table can make something of."""
-    return (assigned(path, default.id) if isinstance(default, ast.Name) else None) or default
+    """A default; of a constant, of the module or of one beside it, its value: what a table's reader understands."""
+    if not isinstance(default, ast.Name):
+        return default
+    for node in _module(path).body:
+        if isinstance(node, ast.ImportFrom) and default.id in {alias.name for alias in node.names}:
+            path = path.with_name(f"{str(node.module).rpartition('.')[2]}.py")  # one beside it
+            break
+    return (assigned(path, default.id) if path.is_file() else None) or default
 
 
 def _summary(node: ast.FunctionDef) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 from nemo_cpt.cache import cache_folder
 from nemo_cpt.catalog import source
 from nemo_cpt.errors import CptError
+from nemo_cpt.output import say_that_nemo_loads
 from nemo_cpt.planning.workload import Workload
 
 SECONDS = 300  # for the process that builds the recipe
@@ -72,6 +73,7 @@ def _counted(recipe: str, arguments: Mapping[str, Any]) -> str:
 def _built(request: str) -> str:
     """The workload, and what of the base it was read from, as JSON, from a process that imports NeMo."""
     command = [sys.executable, "-m", "nemo_cpt.catalog.workloads"]
+    say_that_nemo_loads()
     try:
         done = subprocess.run(command, input=request, capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired as error:

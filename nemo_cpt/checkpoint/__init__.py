@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nemo_cpt.checkpoint.downloading import DownloadReport, download
     from nemo_cpt.checkpoint.exporting import ExportReport, export_hf
+    from nemo_cpt.checkpoint.growing import GrowModelReport, grow_model
     from nemo_cpt.checkpoint.importing import ImportReport, import_hf
     from nemo_cpt.checkpoint.merging import MergeReport, merge
     from nemo_cpt.checkpoint.verification import VerifyReport, verify
@@ -15,6 +16,8 @@ _HOMES = {
     "ImportReport": "importing",
     "export_hf": "exporting",
     "ExportReport": "exporting",
+    "grow_model": "growing",
+    "GrowModelReport": "growing",
     "merge": "merging",
     "MergeReport": "merging",
     "download": "downloading",
@@ -25,11 +28,13 @@ _HOMES = {
 __all__ = [
     "DownloadReport",
     "ExportReport",
+    "GrowModelReport",
     "ImportReport",
     "MergeReport",
     "VerifyReport",
     "download",
     "export_hf",
+    "grow_model",
     "import_hf",
     "merge",
     "verify",

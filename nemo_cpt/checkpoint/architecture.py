@@ -54,14 +54,20 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "tie_encoder_decoder": (False, None),
 }
 
-# What transformers assumes where config.json is silent (configuration_{llama,mistral,qwen2}.py, version 4.57).
+# What transformers assumes where config.json is silent (configuration_{llama,mistral,qwen2,qwen3}.py, version 4.57).
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048},
     "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
+    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
 }
 _COMMON_DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "initializer_range": 0.02, "tie_word_embeddings": False}
-_CAUSAL_LM = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+_CAUSAL_LM = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _WHOLE_NUMBERS = (*_REQUIRED, "max_position_embeddings", "num_key_value_heads", "head_dim", "sliding_window")
 _NUMBERS = (*_WHOLE_NUMBERS, "rms_norm_eps")
@@ -71,7 +77,12 @@ _MAY_BE_NULL = ("num_key_value_heads", "head_dim", "sliding_window")
 
 @dataclass(frozen=True)
 class Architecture:
-    """A decoder's shape and the constants of its forward pass, in the names of config.json."""
+    """A decoder's shape and the constants of its forward pass, in the names of config.json.
+
+    Attributes:
+        qkv_bias: whether query, key and value have biases, as in Qwen2.
+        qk_norm: whether each head's query and key are normalised before they are rotated, as in Qwen3.
+    """
 
     model_type: str
     num_hidden_layers: int
@@ -83,6 +94,7 @@ class Architecture:
     vocab_size: int
     tie_word_embeddings: bool
     qkv_bias: bool
+    qk_norm: bool
     rms_norm_eps: float
     rope_theta: float
     rope_scaling: RopeScaling | None
@@ -94,6 +106,7 @@ class Architecture:
     @property
     def heads_per_group(self) -> int:
         """Query heads that share one key and value head."""
+        # Whole: `_check_shape` refuses what does not divide.
         return self.num_attention_heads // self.num_key_value_heads
 
     def with_dtype(self, dtype: str) -> Architecture:
@@ -132,11 +145,13 @@ def read_architecture(folder: str | Path, ignore_fields: Collection[str] = ()) -
 def parse_config(config: Mapping[str, Any], where: str, ignore_fields: Collection[str] = ()) -> Architecture:
     """Like `read_architecture`, from the parsed config; `where` names it in messages."""
     model_type = str(config.get("model_type"))
+    # First: every other message would be about fields that nobody here knows the meaning of.
     if model_type not in _DEFAULTS:
         raise CptError(
             f"{where}: model_type {model_type!r} is not supported; supported are {', '.join(_DEFAULTS)} "
-            "(Llama 2 to 3.2, SmolLM2, Mistral, Qwen2 and Qwen2.5)."
+            "(Llama 2 to 3.2, SmolLM2, Mistral, Qwen2, Qwen2.5 and Qwen3)."
         )
+    # Before the defaults are put in, so that only what the file says is judged.
     _refuse_unknown(config, where, ignore_fields)
     # Nulls stay nulls: `"sliding_window": null` is full attention, and not a default.
     config = {**_COMMON_DEFAULTS, **_DEFAULTS[model_type], **config}
@@ -160,6 +175,7 @@ def _refuse_unknown(config: Mapping[str, Any], where: str, ignore_fields: Collec
         if name in _FIXED:
             if any(value == allowed for allowed in _FIXED[name]):
                 continue
+        # An unknown field that is null asks for nothing.
         elif value is None or (name in _PECULIAR and _PECULIAR[name](value, config)):
             continue
         reason = "NeMo's model would not follow it" if name in _FIXED else "it may change the forward pass"
@@ -186,6 +202,7 @@ def _no_own_model(value: Any, config: Mapping[str, Any]) -> bool:
     return isinstance(value, dict) and not any(name.startswith("AutoModel") for name in value)
 
 
+# Fields whose meaning depends on the rest of the file; true where they change nothing.
 _PECULIAR: dict[str, Callable[[Any, Mapping[str, Any]], bool]] = {
     "sliding_window": lambda value, config: config["model_type"] != "llama",
     "layer_types": _uniform_layers,
@@ -203,6 +220,7 @@ def _check_values(config: Mapping[str, Any], where: str) -> None:
         if name not in config:
             raise CptError(f"{where}: {name} is missing. Download the file again.")
         whole = name in _WHOLE_NUMBERS
+        # `true` is an int in Python, and JSON has numbers beyond any float.
         right_type = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
         if not right_type or not 0 < value <= sys.float_info.max:
             kind = "whole number" if whole else "number"
@@ -224,10 +242,13 @@ def _translate(config: Mapping[str, Any], rope: Rope) -> Architecture:
         intermediate_size=config["intermediate_size"],
         num_attention_heads=heads,
         num_key_value_heads=config.get("num_key_value_heads") or heads,
+        # Not `or`: a 0 must be refused and not replaced.
         head_dim=config["hidden_size"] // heads if head_dim is None else head_dim,
         vocab_size=config["vocab_size"],
         tie_word_embeddings=bool(config["tie_word_embeddings"]),
+        # By the family: no field of config.json says it, transformers' class has it built in.
         qkv_bias=config["model_type"] == "qwen2",
+        qk_norm=config["model_type"] == "qwen3",
         rms_norm_eps=float(config["rms_norm_eps"]),
         rope_theta=float(rope.theta),
         rope_scaling=rope.scaling,

@@ -21,6 +21,7 @@ from nemo_cpt.checkpoint.folders import copy_small_files
 TOKENIZER_FOLDER = "nemo_tokenizer"  # in `context`, as NeMo's importer names it
 HF_FOLDER = "hf"  # beside `context`, the same files, for people and recipes
 RUN_JSON = "run.json"  # beside `context`, in a training's checkpoints: the step, and how the run was started
+UNFINISHED = "-unfinished"  # NeMo's marker beside a checkpoint that is being written or removed
 _LLM = "nemo.collections.llm.gpt.model."
 _FIDDLE = "fiddle._src.config"
 
@@ -51,6 +52,7 @@ def write_context(folder: Path, arch: Architecture, hf_folder: Path) -> None:
     """
     import yaml
 
+    # Into the tokenizer's folder: of a context, it is the only one that NeMo hands on to a training's checkpoints.
     copy_small_files(hf_folder, folder / TOKENIZER_FOLDER)
     has_generation_config = (hf_folder / "generation_config.json").is_file()
     if has_generation_config:
@@ -80,7 +82,9 @@ def nemo_model(arch: Architecture, has_generation_config: bool) -> Call:
         "llama": ("llama", "LlamaModel"),
         "mistral": ("mistral", "MistralModel"),
         "qwen2": ("qwen2", "Qwen2Model"),
+        "qwen3": ("qwen3", "Qwen3Model"),
     }[arch.model_type]
+    # A name relative to the context: the loader puts the folder's place in front, wherever it was moved.
     tokenizer = Call(
         Name("nemo.collections.common.tokenizers.huggingface.auto_tokenizer", "AutoTokenizer"),
         {"pretrained_model_name": TOKENIZER_FOLDER},
@@ -102,7 +106,7 @@ def config_class(arch: Architecture) -> str:
     """The name of NeMo's config class for an architecture."""
     if arch.model_type == "llama":
         return "Llama31Config" if arch.rope_scaling and arch.rope_scaling.kind == "llama3" else "LlamaConfig"
-    return {"mistral": "MistralConfig7B", "qwen2": "Qwen2Config"}[arch.model_type]
+    return {"mistral": "MistralConfig7B", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config"}[arch.model_type]
 
 
 def config_arguments(arch: Architecture) -> dict[str, Any]:
@@ -155,6 +159,7 @@ def _as_yaml(value: Any) -> Any:
     if isinstance(value, Call):
         arguments = {name: _as_yaml(argument) for name, argument in value.arguments.items()}
         return {"_target_": f"{value.target.module}.{value.target.name}", **arguments}
+    # YAML knows no tuples; NeMo's reader does not ask for them.
     return list(value) if isinstance(value, tuple) else value
 
 

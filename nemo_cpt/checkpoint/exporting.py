@@ -120,6 +120,7 @@ def export_hf(
         else:
             trained = open_trained(nemo, described, base)
             dtype = checked_dtype(dtype or arch.dtype or trained.dtype)
+            # All sizes before the first tensor: a safetensors file begins with its index.
             plans = [TensorPlan(slot.name, dtype, slot.shape) for slot in layout.slots(arch)]
             size = sum(plan.nbytes for plan in plans)
             load = _counted(trained, plans, progress)
@@ -152,6 +153,7 @@ def _write_model(
         "dtype": dtype,
         "cast_from": trained.dtype if trained.dtype != dtype else None,
         "tensors": len(plans),
+        # Rows beyond config.json's, which no token has: `_refuse_to_cut_tokens` has looked.
         "padding_removed": trained.rows - config.arch.vocab_size,
         "bytes_written": sum(plan.nbytes for plan in plans),
         "files": tuple(names),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,8 @@ def import_hf(
     takes its tokenizer from there carries them into its own checkpoints, where `export_hf` finds them.
 
     Args:
-        source: folder with config.json, safetensors weights and a tokenizer; Llama 2 to 3.2, SmolLM2, Mistral, Qwen2
-            and Qwen2.5.
+        source: folder with config.json, safetensors weights and a tokenizer; Llama 2 to 3.2, SmolLM2, Mistral,
+            Qwen2, Qwen2.5 and Qwen3.
         dest: the checkpoint's folder; must not exist.
         ignore_fields: config fields to accept although they are unknown here.
         progress: called with (bytes done, bytes in all) after each tensor.
@@ -81,11 +82,12 @@ def import_hf(
     """
     start = time.monotonic()
     source = Path(source)
+    # The cheap refusals first: gigabytes are read only when nothing speaks against it.
     arch = read_architecture(source, ignore_fields)
     require_tokenizer(source)
     weights = HFWeights(source)
     slots = layout.slots(arch)
-    dropped = _check_tensors(weights, slots, arch)
+    dropped = check_tensors(weights, slots, arch)
     # The weights' own dtype where config.json does not say: nothing is cast.
     arch = arch.with_dtype(arch.dtype or weights.infos[slots[0].name].dtype)
     infos = weights.infos
@@ -93,10 +95,11 @@ def import_hf(
     tensors = Tensors(
         weights.read, weights.blocks, path=lambda name: infos[name].path, nbytes=lambda name: infos[name].nbytes
     )
+    # 64 MiB beside the weights: tokenizer, context and metadata.
     with new_folder(dest, sum(sizes) + 64 * 2**20) as folder:
         copy_small_files(source, folder / HF_FOLDER)
         write_nemo(folder, tensors, arch, progress)
-    counts = [_numel(slot.shape) for slot in slots]
+    counts = [prod(slot.shape) for slot in slots]
     return ImportReport(
         source=str(source),
         dest=str(dest),
@@ -121,14 +124,15 @@ def _tokens_without_rows(source: Path, arch: Architecture) -> Iterator[str]:
         )
 
 
-def _numel(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+def check_tensors(weights: HFWeights, slots: Sequence[layout.Slot], arch: Architecture) -> list[str]:
+    """Refuse weights that are not those of a config.json.
 
+    Returns:
+        Names of tensors that follow from others.
 
-def _check_tensors(weights: HFWeights, slots: Sequence[layout.Slot], arch: Architecture) -> list[str]:
+    Raises:
+        CptError: a tensor is missing, has another shape, or has no place in the model.
+    """
     for slot in slots:
         info = weights.infos.get(slot.name)
         if info is None:

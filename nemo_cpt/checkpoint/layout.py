@@ -22,15 +22,6 @@ EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
 FINAL_NORM = "decoder.final_layernorm.weight"
 
-# Modules whose `_extra_state` (fp8 scales; empty otherwise) Transformer Engine's or the local spec's layers ask for.
-EXTRA_STATE_MODULES = (
-    "self_attention.linear_qkv",
-    "self_attention.linear_proj",
-    "self_attention.core_attention",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-)
-
 
 @dataclass(frozen=True)
 class Slot:
@@ -57,6 +48,7 @@ class Slot:
         return start, start + self.shape[0]
 
 
+# The one list from which import, export, merge and verify work: what is missing here is missing everywhere.
 def slots(arch: Architecture) -> list[Slot]:
     """All tensors of a model, in the order in which transformers writes them."""
     embedding_shape = (arch.vocab_size, arch.hidden_size)
@@ -80,6 +72,9 @@ def _layer_slots(arch: Architecture, layer: int) -> Iterator[Slot]:
         if arch.qkv_bias:
             yield Slot(f"{name}self_attn.{part}_proj.bias", (size,), f"{key}{QKV}.bias", layer, part)
     yield Slot(f"{name}self_attn.o_proj.weight", (hidden, rows["q"]), f"{key}{PROJ}.weight", layer)
+    if arch.qk_norm:
+        for part, norm in QK_NORMS.items():
+            yield Slot(f"{name}self_attn.{part}_norm.weight", (arch.head_dim,), f"{key}{norm}.weight", layer)
     for part in ("gate", "up"):
         yield Slot(f"{name}mlp.{part}_proj.weight", (ffn, hidden), f"{key}{FC1}.weight", layer, part)
     yield Slot(f"{name}mlp.down_proj.weight", (hidden, ffn), f"{key}{FC2}.weight", layer)
@@ -89,13 +84,21 @@ def _layer_slots(arch: Architecture, layer: int) -> Iterator[Slot]:
 
 QKV = "self_attention.linear_qkv"
 PROJ = "self_attention.linear_proj"
+QK_NORMS = {"q": "self_attention.q_layernorm", "k": "self_attention.k_layernorm"}
 FC1 = "mlp.linear_fc1"
 FC2 = "mlp.linear_fc2"
+
+
+def extra_state_modules(arch: Architecture) -> tuple[str, ...]:
+    """A layer's modules whose `_extra_state` (fp8 scales, else empty) Transformer Engine or the local spec asks for."""
+    norms = tuple(QK_NORMS.values()) if arch.qk_norm else ()
+    return (QKV, PROJ, "self_attention.core_attention", *norms, FC1, FC2)
 
 
 def merge_qkv(parts: Mapping[str, np.ndarray], arch: Architecture) -> np.ndarray:
     """Join `q` [heads * d, *], `k` and `v` [groups * d, *] into Megatron's [groups * (heads / group + 2) * d, *]."""
     groups, rest = arch.num_key_value_heads, parts["q"].shape[1:]
+    # Per group, not per part: tensor parallelism cuts the rows, and each rank must have whole groups.
     by_group = [parts[part].reshape(groups, -1, *rest) for part in ("q", "k", "v")]
     return np.concatenate(by_group, axis=1).reshape(-1, *rest)
 

@@ -20,7 +20,8 @@ from nemo_cpt.errors import CptError
 Constants = dict[str, Any]
 
 _MODELS = "nemo.collections.llm.gpt.model."
-_FAMILIES = ("llama", "llama_nemotron", "mistral", "qwen2")  # the modules whose classes compute what config.json says
+# The modules whose classes compute what config.json says.
+_FAMILIES = ("llama", "llama_nemotron", "mistral", "qwen2", "qwen3")
 _LLAMA3 = ("scale_factor", "low_freq_factor", "high_freq_factor", "old_context_len")  # of Llama31Config
 _ROPE_SCALING = (*_LLAMA3, "seq_len_interpolation_factor")
 
@@ -32,6 +33,7 @@ _MEGATRON_NAMES = {
     "head_dim": "kv_channels",
     "tie_word_embeddings": "share_embeddings_and_output_weights",
     "attention_bias": "add_qkv_bias",
+    "qk_layernorm": "qk_layernorm",  # of which config.json speaks by its model_type
     "rms_norm_eps": "layernorm_epsilon",
     "rope_theta": "rotary_base",
     "sliding_window": "window_size",
@@ -46,7 +48,6 @@ _FIXED: Constants = {
     "position_embedding_type": "rope",
     "rotary_percent": 1.0,
     "rotary_interleaved": False,
-    "qk_layernorm": False,
     "layernorm_zero_centered_gamma": False,
     "apply_residual_connection_post_layernorm": False,
     "softmax_scale": None,
@@ -101,6 +102,7 @@ def constants_of(arch: Architecture) -> Constants:
         "vocab_size": arch.vocab_size,
         "tie_word_embeddings": arch.tie_word_embeddings,
         "attention_bias": arch.qkv_bias,
+        "qk_layernorm": arch.qk_norm,
         "rms_norm_eps": arch.rms_norm_eps,
         "rope_theta": arch.rope_theta,
         "rope_scaling": _unless_one(arch.rope_scaling),
@@ -123,20 +125,22 @@ def constants_of_nemo(config: Any) -> Constants:
     get = _getter(config)
     found: Constants = {"model": _foreign_class(config)}
     hidden, heads = get("hidden_size"), get("num_attention_heads")
+    # What Megatron itself takes where a config leaves these open.
     derived = {
         "num_query_groups": heads,
         "kv_channels": hidden // heads if hidden and heads else None,
         "ffn_hidden_size": 4 * hidden if hidden else None,
     }
     for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
-                 "head_dim", "vocab_size", "tie_word_embeddings", "attention_bias", "rms_norm_eps",
-                 "rope_theta"):  # fmt: skip
+                 "head_dim", "vocab_size", "tie_word_embeddings", "attention_bias", "qk_layernorm",
+                 "rms_norm_eps", "rope_theta"):  # fmt: skip
         megatron_name = _MEGATRON_NAMES.get(name, name)
         value = get(megatron_name)
         if value is None:
             value = derived.get(megatron_name)
         if value is not None:
             found[name] = value
+    # A mapping that is silent on it says nothing; Llama31Config's own default would be taken for none.
     if not _leaves_scaling_open(config):
         found["rope_scaling"] = _rope_scaling(get)
     if (window := get("window_size", _ABSENT)) is not _ABSENT:
@@ -149,6 +153,7 @@ def constants_of_nemo(config: Any) -> Constants:
 
 def differences(one: Constants, other: Constants) -> list[Difference]:
     """The constants that both state and that are not the same, in a fixed order."""
+    # What only one of them states is not compared: a context may hold no more than what was set.
     shared = [name for name in one if name in other]
     return [Difference(name, one[name], other[name]) for name in shared if not _same(one[name], other[name])]
 
@@ -194,6 +199,7 @@ def read_model_config(nemo: str | Path) -> dict[str, Any]:
     """
     context = Path(nemo) / "context"
     found: dict[str, Any] = {}
+    # In this order: what io.json says goes before, because NeMo builds from it.
     for name, read in (("model.yaml", _from_yaml), ("io.json", _from_fiddle)):
         if not (context / name).is_file():
             continue
@@ -234,6 +240,7 @@ def _foreign_class(config: Any) -> str | None:
     else:
         config_class = getattr(config, "__fn_or_cls__", type(config))
         names = [f"{each.__module__}.{each.__qualname__}" for each in config_class.__mro__]
+    # A user's subclass is judged by the class of NeMo's that it is made from.
     nearest = next((name for name in names if name.startswith("nemo.")), None)
     return None if nearest is None or is_known_class(nearest) else nearest
 

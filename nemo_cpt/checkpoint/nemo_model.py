@@ -34,7 +34,7 @@ def nemo_logits(nemo: str | Path, prompts: list[list[int]]) -> list[torch.Tensor
         For each prompt a [tokens, vocabulary] fp32 tensor; the vocabulary may be padded.
 
     Raises:
-        CptError: the context names another class than NeMo's own of Llama, Mistral or Qwen2, or weights are missing.
+        CptError: the context names another class than NeMo's own of Llama, Mistral or Qwen, or weights are missing.
     """
     import torch
 
@@ -49,6 +49,7 @@ def _forward(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     import torch
 
     length = tokens.shape[1]
+    # Megatron's plain attention builds no causal mask itself: True is hidden.
     masked = torch.ones(length, length).tril().logical_not()[None, None]
     return model(tokens, torch.arange(length)[None], masked)[0].float()
 
@@ -71,6 +72,7 @@ def _build(nemo: Path, length: int) -> Any:
         seq_length=max(length, 8),
         vocab_size=reader.shapes[layout.PREFIX + layout.EMBEDDING][0],
         params_dtype=torch.float32,
+        # Every parameter is replaced below: drawing random ones would take most of the time.
         perform_initialization=False,
     )
     model = config.configure_model(tokenizer=None, pre_process=True, post_process=True).float().eval()
@@ -87,7 +89,7 @@ def _config_class(recorded: Mapping[str, Any], nemo: Path) -> type:
     if not isinstance(found, type) or not issubclass(found, GPTConfig):
         raise CptError(
             f"{nemo}/context names the model config {module}.{name}; logits are compared of NeMo's own Llama, Mistral "
-            "and Qwen2 models. Compare the weights alone (--no-logits)."
+            "and Qwen models. Compare the weights alone (--no-logits)."
         )
     return found
 
@@ -115,6 +117,7 @@ def one_process(backend: str = "gloo") -> Iterator[None]:
 
     if dist.is_initialized():
         raise CptError("A process group is open already; compare checkpoints in a process of its own.")
+    # A store in memory: no port, which another process could have.
     dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
     try:
         parallel_state.initialize_model_parallel()

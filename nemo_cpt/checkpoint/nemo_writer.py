@@ -53,6 +53,7 @@ def write_nemo(
     """
     sums = _write_weights(folder / "weights", tensors, arch, progress or (lambda done, total: None))
     write_context(folder / "context", arch, folder / HF_FOLDER)
+    # Beside the small files, which NeMo copies into each checkpoint of a training, this one with them.
     sums.write(folder / HF_FOLDER)
 
 
@@ -72,7 +73,7 @@ def _write_weights(
             _write_group(writer, tensors, members, arch, sums)
             done += sum(tensors.nbytes(slot.name) for slot in members)
             progress(done, total)
-        _write_extra_states(writer, arch.num_hidden_layers)
+        _write_extra_states(writer, arch)
     return sums
 
 
@@ -115,8 +116,10 @@ def _add(
     writer.add(layout.PREFIX + slot.key, tensor, shape, offset)
 
 
-def _write_extra_states(writer: DistributedWriter, num_layers: int) -> None:
-    for layer in range(num_layers):
-        for module in layout.EXTRA_STATE_MODULES:
-            writer.add_empty_state(f"{layout.PREFIX}{layout.LAYERS}{module}._extra_state/shard_{layer}_{num_layers}")
+def _write_extra_states(writer: DistributedWriter, arch: Architecture) -> None:
+    layers = arch.num_hidden_layers
+    for layer in range(layers):
+        for module in layout.extra_state_modules(arch):
+            # Without them Transformer Engine's strict load ends with a missing key; empty ones mean no fp8 scales.
+            writer.add_empty_state(f"{layout.PREFIX}{layout.LAYERS}{module}._extra_state/shard_{layer}_{layers}")
     writer.add_empty_state(f"{layout.PREFIX}decoder.final_layernorm._extra_state/shard_0_1")

@@ -42,6 +42,7 @@ class Description:
         Raises:
             CptError: the tokenizer is not the one that the template was used with.
         """
+        # Copied first, so that what did not change stays the base's byte for byte.
         names, config = copy_small_files(self.files, folder), self.config.with_dtype(dtype)
         if config.changes:
             (folder / "config.json").write_text(json.dumps(config.fields, indent=2) + "\n", encoding="utf-8")
@@ -116,6 +117,7 @@ def _open_adapted(nemo: Path, arch: Architecture, base: str | Path | None) -> Tr
 
     weights, adapters = base_weights(base_of(nemo, base), arch), Adapters(nemo, arch)
     read, blocks = partial(adapters.read_merged, base=weights), partial(adapters.merged, base=weights)
+    # An embedding that was trained whole is in the run's checkpoint, padded as its layout asked.
     rows = adapters.trained_rows or weights.vocab_rows
     return Trained(nemo, read, blocks, weights.dtype, rows, adapters.warnings)
 
@@ -124,6 +126,7 @@ def _refuse_to_cut_tokens(model: Trained, arch: Architecture, tokenizers: Iterab
     """Refuse to cut off a row as padding that belongs to a token and so may have been trained."""
     for folder in tokenizers:
         tokens = count_token_ids(folder) or 0
+        # Of every tokenizer that may have made the data: the base's and the run's own.
         if arch.vocab_size < min(tokens, model.rows):
             raise CptError(
                 f"{model.where} has {model.rows} rows in its embedding and the tokenizer in {folder} {tokens} tokens, "

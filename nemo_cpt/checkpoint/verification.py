@@ -129,6 +129,7 @@ def verify(
     if lora and logits:
         raise CptError(f"{folder} holds adapters only; their logits are not compared. Leave --logits away.")
     slots = layout.slots(arch)
+    # Around all that is read of the checkpoint: a run may replace it, and the comparison would be of two.
     with unchanged(folder):
         read, warnings = _merged(folder, arch, theirs, base) if lora else (NemoWeights(folder, arch).read, ())
         recorded, template = read_model_config(folder), instruction_template(folder)
@@ -227,6 +228,7 @@ def _long_prompt(arch: Architecture, parameters: int) -> list[int]:
         arch.max_position_embeddings,
     )
     length = max(1, min(max(wanted), *affordable))
+    # Random tokens suffice: both models must agree on any input, and no text is at hand that is so long.
     drawn: list[int] = np.random.default_rng(0).integers(0, arch.vocab_size, length).tolist()
     return drawn
 
@@ -238,6 +240,7 @@ def _compare_logits(nemo: Path, hf: Path, ids: list[list[int]], ignore_fields: C
     from nemo_cpt.checkpoint.nemo_model import nemo_logits
     from nemo_cpt.checkpoint.transformers_config import transformers_config
 
+    # One model after the other: both at once in fp32 would need twice the memory.
     ours = nemo_logits(nemo, ids)
     config = transformers_config(hf, ignore_fields)
     model = AutoModelForCausalLM.from_pretrained(
@@ -247,6 +250,7 @@ def _compare_logits(nemo: Path, hf: Path, ids: list[list[int]], ignore_fields: C
     with torch.no_grad():
         for prompt, mine in zip(ids, ours, strict=True):
             other = model(torch.tensor([prompt])).logits[0]
+            # Megatron's vocabulary is padded: its further columns belong to no token.
             gap = max(gap, float((mine[:, : other.shape[1]] - other).abs().max()))
             largest = max(largest, float(other.abs().max()))
     return gap, largest

@@ -47,6 +47,8 @@ def main() -> None:
         launch,
         planning,
         results,
+        vocabulary,
+        watching,
     )
 
     try:

@@ -86,6 +86,31 @@ def merge_command(
     _print(report.as_dict(), as_json)
 
 
+@app.command("grow")
+def grow_command(
+    source: Annotated[Path, typer.Argument(help="Hugging Face folder, or NeMo checkpoint, or a run: its newest one.")],
+    tokenizer: Annotated[Path, typer.Option("--tokenizer", "-t", help="Folder of its grown tokenizer.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make, of the same kind.")],
+    base: Annotated[
+        Path | None, typer.Option(help="LoRA run: the base of the adapters; default: the one that it recorded.")
+    ] = None,
+    initialisation: Annotated[
+        str, typer.Option(help="Of the new rows: mean of the old tokens' rows, noise (the mean and some), or zero.")
+    ] = "mean",
+    ignore_field: _Ignore = [],  # noqa: B006
+    as_json: _Json = False,
+) -> None:
+    """Give a model rows for the tokens by which its tokenizer grew; all else keeps its bits."""
+    from nemo_cpt.checkpoint import grow_model
+
+    with _progress("Growing") as progress:
+        report = grow_model(
+            _of_run(source), output, tokenizer, base=base, initialisation=initialisation, ignore_fields=ignore_field,
+            progress=progress,
+        )  # fmt: skip
+    _print(report.as_dict(), as_json)
+
+
 @app.command("verify")
 def verify_command(
     nemo: Annotated[Path, typer.Argument(help="NeMo checkpoint, or a run: its newest whole checkpoint.")],

@@ -31,7 +31,9 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*columns)
+    table = Table()
+    for number, column in enumerate(columns):
+        table.add_column(column, overflow="fold", no_wrap=not number)  # the first are names, to be pasted
     for row in rows:
         table.add_row(*map(Text, row))
     Console().print(table)

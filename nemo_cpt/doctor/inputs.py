@@ -8,17 +8,32 @@ from pathlib import Path
 from nemo_cpt import compatibility, corpus
 from nemo_cpt.checkpoint.architecture import Architecture, read_architecture
 from nemo_cpt.checkpoint.base import carried_places
+from nemo_cpt.checkpoint.context import UNFINISHED
 from nemo_cpt.checkpoint.folders import has_tokenizer
 from nemo_cpt.doctor.examination import Examination, Finding, from_error
 from nemo_cpt.doctor.job import Job
 from nemo_cpt.errors import CptError
 from nemo_cpt.planning import checkpoint_size
-from nemo_cpt.training.preconditions import UNFINISHED, check_base
+from nemo_cpt.training.preconditions import check_base
 from nemo_cpt.training.run_folder import Checkpoint, finished, newest_whole, to_resume
 from nemo_cpt.training.run_lock import check_free
+from nemo_cpt.training.settings import check
 
 _LONG = 4096  # a length to look at conversations with, where the recipe's source does not say its own
 BYTES_OF_DTYPE = {"float32": 4}  # bf16 and fp16 have 2
+
+
+def settings(examination: Examination) -> Finding:
+    """Whether a job could run with these numbers: schedule, batches, parallel sizes against the model and processes."""
+    job = examination.job
+    if job is None:
+        return Finding("settings", "skipped", "no recipe was named")
+    numbers = replace(job.settings, num_nodes=job.nodes)
+    try:
+        check(numbers)
+    except CptError as error:
+        return from_error("settings", error)
+    return Finding("settings", "ok", f"{numbers.max_steps or 'unknown'} steps, {numbers.processes} processes")
 
 
 def base(examination: Examination) -> Finding:

@@ -24,6 +24,8 @@ from nemo_cpt.evaluation.journal import Journal, key_of
 HARNESS = "lm_eval"
 NORMAL_95 = 1.959964  # standard errors on either side of a 95 % interval
 LAST_LINES = 8
+# A process that has trained keeps these, and accelerate, which the harness uses, would wait for the other ranks.
+OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,8 @@ def run(candidate: Candidate, tasks: Sequence[Task], output: Path, limit: int | 
     folder = output / HARNESS / f"{candidate.key[:12]}-{key_of([asdict(task) for task in tasks], limit)[:12]}"
     make_folder(folder)
     log = folder / "log.txt"
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
+    environment = {name: value for name, value in os.environ.items() if name not in OF_RANKS}
+    environment["TOKENIZERS_PARALLELISM"] = "false"
     if key := candidate.options.get("api_key"):
         environment["OPENAI_API_KEY"] = key  # not on the command line, which everyone on the machine can read
     with log.open("ab") as file:

@@ -91,7 +91,7 @@ def sequences_loss(
         raise CptError(f"seq_length {seq_length} and samples {samples} have to be 1 or more")
     _check_window(engine, seq_length)
     check_data(read_base(engine.name), [str(prefix)], unlike_base=[END_OF_TEXT])
-    counted = _ByteCounter(engine.tokenizer)
+    counted = ByteCounter(engine.tokenizer)
     dataset, rows = _dataset(engine, prefix, seq_length, samples), _rows(engine)
     size = _batch_rows(engine, seq_length)
     nats: list[float] = []
@@ -280,7 +280,7 @@ def _dataset(engine: TransformersEngine, prefix: str | Path, seq_length: int, sa
     )
 
 
-class _ByteCounter:
+class ByteCounter:
     """The bytes of text that the labels of sequences stand for, also where a character falls apart into tokens.
 
     Raises:

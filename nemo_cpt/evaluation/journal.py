@@ -1,4 +1,4 @@
-"""What an evaluation has asked and been answered, kept as it comes: a killed one goes on where it was."""
+"""What models were asked and answered, kept as it comes: a killed job goes on where it was."""
 
 import os
 from hashlib import sha256
@@ -51,7 +51,7 @@ class Journal:
                 self._records[record.pop("key")] = record
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise CptError(
-                    f"{self.path}, line {number} is not a record of an evaluation: {line[:80]!r}. Mend or remove that "
+                    f"{self.path}, line {number} is not a record of answers: {line[:80]!r}. Mend or remove that "
                     "line, or take another folder; the rest is kept."
                 ) from error
             sound += len(line)

@@ -11,9 +11,9 @@ from functools import cached_property
 from pathlib import Path
 
 from nemo_cpt import catalog
+from nemo_cpt.checkpoint.context import UNFINISHED
 from nemo_cpt.errors import CptError
 from nemo_cpt.training.metrics import read_metrics
-from nemo_cpt.training.preconditions import UNFINISHED
 from nemo_cpt.training.run_folder import DAMAGED, REMOVED, Checkpoint, checkpoints, finished, newest_whole
 from nemo_cpt.training.run_lock import RunLock, check_free
 

@@ -21,12 +21,16 @@ def run_recipe(recipe: str, arguments: dict[str, Any], overrides: list[str]) -> 
     import fiddle as fdl
 
     from nemo_cpt.executors.stopping import save_on_sigterm
+    from nemo_cpt.executors.tracking import continue_wandb_run
+    from nemo_cpt.monitoring.description import launched
     from nemo_cpt.training import guards
 
+    launched.update(recipe=recipe, arguments=arguments, fields=overrides)
     partial = build_recipe(recipe, arguments, overrides)
     if "SLURM_NNODES" in os.environ and hasattr(partial, "trainer"):
         partial.trainer.num_nodes = int(os.environ["SLURM_NNODES"])
     guards.check(partial)
+    continue_wandb_run(partial)
     save_on_sigterm(partial)
     fdl.build(partial)()
 
@@ -41,7 +45,7 @@ def nothing_to_train(recipe: str, arguments: Mapping[str, Any], overrides: Seque
         here: the run is to start on this machine, now.
 
     Raises:
-        CptError: another job holds the run's folder, and it is to start now.
+        CptError: a field is wrong; another job holds the run's folder, and it is to start now.
     """
     from nemo_cpt.training.run_folder import finished
     from nemo_cpt.training.run_lock import check_free
@@ -50,6 +54,8 @@ def nothing_to_train(recipe: str, arguments: Mapping[str, Any], overrides: Seque
         return ""
     job = describe(catalog.recipe(recipe), arguments, overrides, "local", ())
     said = finished(job.directory / "checkpoints", job.max_steps)
+    if said and overrides:  # misspelt ones are an error also where nothing is left to do
+        build_recipe(recipe, arguments, overrides)
     if here and not said:
         check_free(job.directory)
     return said or ""

@@ -18,6 +18,8 @@ class Workload:
     Attributes:
         vocab_size: padded as Megatron pads it, of the whole model.
         tied: whether the embedding is the output layer too.
+        qkv_bias: whether query, key and value have biases, as in Qwen2.
+        qk_norm: whether each head's query and key are normalised, as in Qwen3.
         gated: SwiGLU, whose first layer is twice as wide; else a plain MLP.
         recompute_num_layers: of "block" how many of a stage's (chunk's) layers, of "uniform" how many at once.
         recompute_modules: what "selective" recomputes: "core_attn", "mlp".
@@ -51,6 +53,7 @@ class Workload:
     tied: bool = False
     gated: bool = True
     qkv_bias: bool = False
+    qk_norm: bool = False
     seq_length: int = 8192
     micro_batch_size: int = 1
     global_batch_size: int = 8
@@ -89,6 +92,7 @@ class Workload:
 
     def __post_init__(self) -> None:
         """Refuse sizes that no GPU could be given."""
+        # What tensor parallelism cuts; key-value heads are looked at where layouts are proposed.
         groups = {"num_attention_heads": self.num_attention_heads, "vocab_size": self.vocab_size}
         for name, size in groups.items():
             if size % self.tensor_model_parallel_size:
@@ -125,6 +129,7 @@ class Workload:
     @property
     def optimizer_shards(self) -> int:
         """Ranks that share the optimizer's states: data and context parallel together (Megatron's `dp_cp_group`)."""
+        # Ranks that differ in context alone hold the same weights, too.
         return self.data_parallel * self.context_parallel_size if self.distributed_optimizer else 1
 
     @property
@@ -135,6 +140,7 @@ class Workload:
     @property
     def tokens(self) -> int:
         """Tokens of a micro batch on one GPU: its share of the sequence."""
+        # Not cut by tensor parallelism: what that cuts is divided where it is counted.
         return self.seq_length * self.micro_batch_size // self.context_parallel_size
 
     @property
@@ -197,9 +203,9 @@ class Workload:
     @property
     def parameters(self) -> int:
         """Parameters of the whole model, without adapters."""
-        # Biases only where Qwen2 has them; two norms a layer, and the last one.
         bias = self.widths["linear_qkv"][1] if self.qkv_bias else 0
-        layers = self.num_layers * (self.linear_parameters + bias + 2 * self.hidden_size)
+        norms = 2 * self.hidden_size + (2 * self.kv_channels if self.qk_norm else 0)
+        layers = self.num_layers * (self.linear_parameters + bias + norms)
         return layers + self.hidden_size + self.embedding_parameters
 
     @property

@@ -18,6 +18,7 @@ _DATA = ("global_batch_size", "seq_length", "seed", "too_long", "replay_share")
 _NOT_OF_A_SCHEDULE = ("interval", "frequency", "monitor", "max_steps")  # max_steps: NeMo takes the trainer's
 _SAMPLE_BYTES = 2**16
 
+# Weak: a trainer that is done with must not be kept alive, with its model, for a few settings.
 _known: weakref.WeakKeyDictionary[pl.Trainer, dict[str, Any]] = weakref.WeakKeyDictionary()
 
 
@@ -68,6 +69,7 @@ def settings_of(trainer: pl.Trainer) -> dict[str, dict[str, Any]]:
 
 def _start(trainer: pl.Trainer) -> dict[str, Any]:
     """A run's settings and chat template as they were when this was first called."""
+    # Once, at the start: what changes while the run goes on is not how it was started.
     if trainer not in _known:
         data = trainer.datamodule
         settings = {
@@ -90,6 +92,7 @@ def _template(trainer: pl.Trainer) -> Mapping[str, Any] | None:
     base = getattr(trainer.strategy, "restore_config", None)
     start = trainer.ckpt_path or getattr(base, "path", None)
     own = getattr(trainer.datamodule, "template", None)
+    # An export of the new run wants the template of the conversations it was tuned on, also after more text.
     return own or (recorded_template(str(start).removesuffix("/weights")) if start else None)
 
 
@@ -99,6 +102,7 @@ def changes(was: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str,
         Change(group, name, was[group][name], value)
         for group, settings in now.items()
         for name, value in settings.items()
+        # What an older version did not write down is not taken for a change.
         if name in was.get(group, {}) and was[group][name] != value
     ]
 

@@ -34,7 +34,7 @@ _fields = {name: st.sampled_from([*values, None]) for name, values in GIVEN.item
 
 
 @settings(max_examples=500, deadline=None)
-@given(st.sampled_from(["llama", "mistral", "qwen2"]), st.fixed_dictionaries({}, optional=_fields))
+@given(st.sampled_from(["llama", "mistral", "qwen2", "qwen3"]), st.fixed_dictionaries({}, optional=_fields))
 def test_refused_or_what_transformers_takes(model_type: str, fields: dict[str, Any]) -> None:
     config = {"model_type": model_type, **SIZES, **fields}
     try:
@@ -52,7 +52,7 @@ def test_refused_or_what_transformers_takes(model_type: str, fields: dict[str, A
     assert theirs.hidden_act == "silu"
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
 def test_null_is_not_left_out(model_type: str) -> None:
     config = {"model_type": model_type, **SIZES}
     silent = parse_config(config, "config.json")
@@ -60,7 +60,7 @@ def test_null_is_not_left_out(model_type: str) -> None:
     assert null.sliding_window is None
     assert null.num_key_value_heads == 64
     assert silent.sliding_window == (4096 if model_type == "mistral" else None)
-    assert silent.num_key_value_heads == {"llama": 64, "mistral": 8, "qwen2": 32}[model_type]
+    assert silent.num_key_value_heads == {"llama": 64, "mistral": 8, "qwen2": 32, "qwen3": 32}[model_type]
     for name in ("rms_norm_eps", "max_position_embeddings", "rope_theta", "hidden_act", "partial_rotary_factor"):
         with pytest.raises(CptError, match=name):
             parse_config({**config, name: None}, "config.json")

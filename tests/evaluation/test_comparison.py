@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_cpt.errors import CptError
-from nemo_cpt.evaluation import comparison, evaluate, report
+from nemo_cpt.evaluation import comparison, evaluate, page, report
 from nemo_cpt.evaluation.journal import Journal
 from nemo_cpt.inference.endpoint import EndpointEngine
 from nemo_cpt.inference.transformers_engine import TransformersEngine
@@ -121,7 +121,7 @@ def test_the_report_is_whole_and_opens_offline(whole: comparison.Report, tmp_pat
 
 
 def test_numbers_that_json_cannot_hold(whole: comparison.Report) -> None:
-    assert report._finite({"a": [float("nan"), float("inf"), 1.5]}) == {"a": [None, None, 1.5]}
+    assert page.finite({"a": [float("nan"), float("inf"), 1.5]}) == {"a": [None, None, 1.5]}
     assert report._number(None) == ""
 
 

@@ -105,6 +105,9 @@ def test_python_and_the_command_line_know_the_same_job(given, name):
                  "lora_rank", "trained_embeddings", "global_batch_size", "seq_length", "max_steps", "checkpoints",
                  "attention_backend", "logs_to_wandb", "unlike_base"):  # fmt: skip
         assert (each, getattr(built, each)) == (each, getattr(told, each))
+    numbers = {name: value for name, value in vars(told.settings).items() if value is not None}
+    assert {name: getattr(built.settings, name) for name in numbers} == numbers
+    assert {"lr", "max_steps", "micro_batch_size", "gpus_per_node", "num_layers", "num_query_groups"} <= set(numbers)
     assert (built.data.train, built.data.validation) == (told.data.train, told.data.validation)
 
 

@@ -162,7 +162,7 @@ class TestInstructionTuning:
     def test_a_shorter_sequence_that_fits_has_its_own_epochs(self, monkeypatch) -> None:
         counted = []
         monkeypatch.setattr(instruction, "_steps", lambda *sizes: counted.append(sizes[4]) or (300, None))
-        monkeypatch.setattr(llama31_8b, "SFT_SEQ_LENGTH", 8192)
+        monkeypatch.setattr(instruction, "SEQ_LENGTH", 8192)
         recipe = llama31_8b.instruction_tune_single_gpu(gpu_memory_gib=24, rank=64)
         assert counted[-1] == recipe.data.seq_length < 8192
         assert recipe.peft.dim == 64

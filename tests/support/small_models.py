@@ -14,6 +14,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 VOCAB = 250
@@ -60,8 +62,15 @@ SHAPES = {
     "mistral_window": (MistralConfig, {"sliding_window": 8}, torch.bfloat16),
     "qwen2": (Qwen2Config, {"rope_theta": 1e6}, torch.bfloat16),
     "qwen25": (Qwen2Config, {"rope_theta": 1e6, "tie_word_embeddings": True}, torch.float32),
+    "qwen3": (Qwen3Config, {"rope_theta": 1e6, "head_dim": 16}, torch.bfloat16),
+    "qwen3_tied": (Qwen3Config, {"rope_theta": 1e6, "head_dim": 20, "tie_word_embeddings": True}, torch.bfloat16),
 }
-_CLASSES = {LlamaConfig: LlamaForCausalLM, MistralConfig: MistralForCausalLM, Qwen2Config: Qwen2ForCausalLM}
+_CLASSES = {
+    LlamaConfig: LlamaForCausalLM,
+    MistralConfig: MistralForCausalLM,
+    Qwen2Config: Qwen2ForCausalLM,
+    Qwen3Config: Qwen3ForCausalLM,
+}
 
 
 def make(shape: str, folder: Path, seed: int = 0, **changes) -> Path:

@@ -1,0 +1,124 @@
+"""Continual pretraining and instruction tuning of Mistral-7B-v0.3.
+
+Its numbers are config.json's of mistralai/Mistral-7B-v0.3, which NeMo's config class, made for v0.1, has otherwise: no
+sliding window, rope base 1,000,000. The layout is Llama-3.1-8B's: NeMo's own context parallel size of 2 leaves 8192
+tokens no room on 80 GB. Lengths and learning rates are those of Llama-3.1-8B, a model of its size.
+"""
+
+from typing import Any
+
+import nemo_run as run
+from nemo.collections import llm
+
+from nemo_cpt.conversations import Conversations
+from nemo_cpt.corpus import Blend
+from nemo_cpt.recipes import continual, instruction
+
+DEFAULT_BASE = "checkpoints/Mistral-7B-v0.3"
+NODE: dict[str, Any] = {"gpus_per_node": 8, "tensor_model_parallel_size": 2}
+ONE_GPU: dict[str, Any] = {"gpus_per_node": 1}
+
+
+def model(seq_length: int = 8192) -> run.Config[llm.MistralModel]:
+    """Mistral-7B-v0.3: 7.25 B parameters, no sliding window, rope base 1,000,000, vocabulary 32,768."""
+    config = run.Config(
+        llm.MistralConfig7B,
+        window_size=None,
+        cp_comm_type=None,
+        rotary_base=1_000_000,
+        vocab_size=32_768,
+        seq_length=seq_length,
+    )
+    return run.Config(llm.MistralModel, config=config)
+
+
+@run.cli.factory(target=llm.pretrain, name="mistral_7b_cpt")
+def continual_pretrain(base: str = DEFAULT_BASE, data: Blend | None = None, **kwargs) -> run.Partial:
+    """Every parameter, on one node of 8 GPUs of 80 GB by default.
+
+    Args:
+        base: see `continual.continual_pretrain`.
+        data: see `continual.continual_pretrain`.
+        **kwargs: see `continual.continual_pretrain`.
+
+    Returns:
+        A run.Partial of `llm.pretrain`; every field stays editable.
+
+    Raises:
+        CptError: as `continual.continual_pretrain`.
+    """
+    return continual.continual_pretrain(
+        base=base, data=data, **NODE | {"model": "mistral_7b", "name": "mistral_7b_cpt"} | kwargs
+    )
+
+
+@run.cli.factory(target=llm.finetune, name="mistral_7b_cpt_single_gpu")
+def continual_pretrain_single_gpu(
+    base: str = DEFAULT_BASE, data: Blend | None = None, *, gpu_memory_gib: int = 48, **kwargs
+) -> run.Partial:
+    """LoRA on every linear layer, on one GPU of 48 GB by default.
+
+    Args:
+        base: see `continual.continual_pretrain`.
+        data: see `continual.continual_pretrain`.
+        gpu_memory_gib: see `continual.continual_pretrain_lora`.
+        **kwargs: see `continual.continual_pretrain_lora`.
+
+    Returns:
+        A run.Partial of `llm.finetune`; every field stays editable.
+
+    Raises:
+        CptError: as `continual.continual_pretrain_lora`.
+    """
+    return continual.continual_pretrain_lora(
+        base=base,
+        data=data,
+        gpu_memory_gib=gpu_memory_gib,
+        **ONE_GPU | {"model": "mistral_7b", "name": "mistral_7b_cpt_single_gpu"} | kwargs,
+    )
+
+
+@run.cli.factory(target=llm.finetune, name="mistral_7b_sft")
+def instruction_tune(base: str = DEFAULT_BASE, data: Conversations | None = None, **kwargs) -> run.Partial:
+    """Instruction tuning of every parameter, on one node of 8 GPUs of 80 GB by default.
+
+    Args:
+        base: see `instruction.instruction_tune`.
+        data: see `instruction.instruction_tune`.
+        **kwargs: see `instruction.instruction_tune`.
+
+    Returns:
+        A run.Partial of `llm.finetune`; every field stays editable.
+
+    Raises:
+        CptError: as `instruction.instruction_tune`.
+    """
+    return instruction.instruction_tune(
+        base=base, data=data, **NODE | {"model": "mistral_7b", "name": "mistral_7b_sft"} | kwargs
+    )
+
+
+@run.cli.factory(target=llm.finetune, name="mistral_7b_sft_single_gpu")
+def instruction_tune_single_gpu(
+    base: str = DEFAULT_BASE, data: Conversations | None = None, *, gpu_memory_gib: int = 48, **kwargs
+) -> run.Partial:
+    """Instruction tuning with LoRA on every linear layer, on one GPU of 48 GB by default.
+
+    Args:
+        base: see `instruction.instruction_tune`.
+        data: see `instruction.instruction_tune_lora`.
+        gpu_memory_gib: see `instruction.instruction_tune_lora`.
+        **kwargs: see `instruction.instruction_tune_lora`.
+
+    Returns:
+        A run.Partial of `llm.finetune`; every field stays editable.
+
+    Raises:
+        CptError: as `instruction.instruction_tune_lora`.
+    """
+    return instruction.instruction_tune_lora(
+        base=base,
+        data=data,
+        gpu_memory_gib=gpu_memory_gib,
+        **ONE_GPU | {"model": "mistral_7b", "name": "mistral_7b_sft_single_gpu"} | kwargs,
+    )
