@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache
 
 from nemo_cpt.errors import CptError
-from nemo_cpt.inference.engine import FinishReason, Piece, Reply, Sampling, TokenLogprob
+from nemo_cpt.inference.engine import ContextError, FinishReason, Piece, Reply, Sampling, TokenLogprob
 
 
 @dataclass(eq=False)
@@ -81,13 +81,14 @@ class Decoder:
         """Refuse a request that cannot be answered within the context.
 
         Raises:
-            CptError: prompt and reply are longer than the model's context, or the prompt is empty.
+            ContextError: prompt and reply are longer than the model's context.
+            CptError: the prompt is empty.
         """
         wanted = len(request.ids) + request.sampling.max_tokens
         if not request.ids:
             raise CptError("the prompt is empty: it has no token")
         if wanted > self.context_length:
-            raise CptError(
+            raise ContextError(
                 f"the prompt has {len(request.ids):,} tokens and the reply up to {request.sampling.max_tokens:,}; the "
                 f"model's context is {self.context_length:,}. Shorten the prompt, or ask for fewer tokens (max_tokens)"
             )

@@ -58,6 +58,10 @@ class EndpointEngine:
             raise CptError(f"{self.url} serves {', '.join(models) or 'no model'}: name the one to ask")
         return models[0]
 
+    def room(self, prompt: Prompt) -> int | None:
+        """None: how a server's tokens count is its own matter; it answers what does not fit with an error."""
+        return None
+
     def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[Piece]:
         """Yield one reply's pieces as they come; closing the iterator closes the connection."""
         for part in self._parts(prompt, sampling):

@@ -111,10 +111,18 @@ class Reply:
     logprobs: tuple[TokenLogprob, ...] = field(default=(), repr=False)
 
 
+class ContextError(CptError):
+    """A prompt and the most tokens of its reply are longer than the model's context."""
+
+
 class Engine(Protocol):
     """Something that replies. Not safe for several threads at once, unless it says so."""
 
     name: str
+
+    def room(self, prompt: Prompt) -> int | None:
+        """Tokens of the context that a prompt leaves for its reply; None where an endpoint does not say."""
+        ...
 
     def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[Piece]:
         """Yield one reply's pieces as they come; closing the iterator ends the reply."""

@@ -15,6 +15,10 @@ class QueueFullError(Exception):
     """As many requests wait as may."""
 
 
+class StoppedError(Exception):
+    """The server ended before the reply did."""
+
+
 @dataclass(eq=False)
 class Ticket:
     """A request's place in the queue, and later in the batch."""
@@ -54,6 +58,7 @@ class Scheduler:
 
     def __init__(self, decoder: Decoder, most_rows: int, batch_tokens: int, most_waiting: int) -> None:
         self.decoder, self.most_rows, self.batch_tokens = decoder, most_rows, batch_tokens
+        self.most_waiting = most_waiting
         self._waiting: queue.Queue[Ticket | None] = queue.Queue(most_waiting)
         self._next: Ticket | None = None  # taken from the queue, and waiting for room
         self._running: dict[Request, Ticket] = {}
@@ -110,7 +115,7 @@ class Scheduler:
                 self._hand_out(self.decoder.step())
             except Exception as error:  # out of memory, say: these clients are told, the next ones are served
                 self._fail(error)
-        self._fail(RuntimeError("the server is shutting down"))
+        self._fail(StoppedError("the server is shutting down"))
 
     def _joining(self) -> list[Ticket]:
         """Those that join now, in the order of the queue; waits for one where the batch is empty."""
