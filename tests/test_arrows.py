@@ -18,7 +18,7 @@ LAYERS = (
     ("compatibility",),
     ("training",),
     ("planning", "inference"),
-    ("evaluation", "doctor"),
+    ("evaluation", "doctor", "publishing"),
     ("synthesis", "monitoring"),
     ("executors",),
     ("recipes",),
