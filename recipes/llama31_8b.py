@@ -129,7 +129,7 @@ def continual_pretrain_full_single_gpu(
         data: see `continual_pretrain`.
         gpu_memory_gib: the card's memory as sold.
         name: see `continual_pretrain`.
-        seq_length: see `continual.continual_pretrain`; 8192, or the largest half of it that fits, when None.
+        seq_length: see `continual_pretrain`; 8192, or the largest half of it that fits, when None.
         global_batch_size: see `continual_pretrain`.
         **kwargs: see `continual_pretrain`.
 
