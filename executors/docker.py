@@ -70,11 +70,13 @@ def docker(
     folder = os.getcwd()
     names = checked_secrets(secrets)
     volumes = existing_mounts(mounts if mounts is not None else [f"{folder}:{folder}"])
+    # Twice: under its own path, which configurations name, and where NeMo-Run starts tasks.
     volumes.append(f"{folder}:{WORKDIR}")
     variables = {"PYTHONUNBUFFERED": "1", **job_env(env)}
     if names:  # NeMo-Run starts the task by `bash -c`, which reads BASH_ENV first
         volumes.append(f"{keep_secrets('docker', names)}:{SECRETS_IN_CONTAINER}:ro")
         variables["BASH_ENV"] = SECRETS_IN_CONTAINER
+    # When an executor is made, because by then NeMo-Run is imported, and nothing was launched yet.
     nemo_run_patches.apply()
     return run.DockerExecutor(
         container_image=image,

@@ -70,6 +70,7 @@ def job_env(env: Mapping[str, str] | None) -> dict[str, str]:
     Raises:
         CptError: see `checked_env`.
     """
+    # In this order: the argument before the shell, the shell before our defaults.
     return {name: os.environ.get(name, value) for name, value in GPU_VARIABLES.items()} | checked_env(env)
 
 
@@ -133,7 +134,9 @@ def keep_secrets(executor: str, names: Sequence[str]) -> Path:
     for left in folder.glob(f"*.{socket.gethostname()}.*.env"):
         if not _is_alive(int(left.name.split(".")[-2])):
             left.unlink(missing_ok=True)
+    # Host and process in the name, by which a later launch knows whose it was.
     path = folder / f"{executor}.{socket.gethostname()}.{os.getpid()}.env"
+    # Before it is written: also a half-written one is to go at the end.
     _KEPT.add(path)
     partial = path.with_suffix(".partial")
     partial.unlink(missing_ok=True)

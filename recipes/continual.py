@@ -8,6 +8,7 @@ from nemo.collections import llm
 
 from nemo_cpt.corpus import Blend
 from nemo_cpt.planning import ALLOWED, fit
+from nemo_cpt.planning.recipe_reader import check_layout
 from nemo_cpt.recipes import parts
 from nemo_cpt.training.adapters import adapters_class
 from nemo_cpt.training.guards import check_belonging
@@ -44,8 +45,12 @@ def continual_pretrain(
     lr: float = 2.5e-5,
     min_lr: float | None = None,
     warmup_steps: int | None = None,
+    precision: str = "bf16",
+    bf16_layers: int = 0,
     unlike_base: Sequence[str] = (),
     save_every: int | None = None,
+    export_every: int | None = None,
+    export_keep: int | None = None,
     extend: str | None = None,
     seed: int = 1234,
     logger: str | Mapping[str, Any] | None = None,
@@ -82,9 +87,14 @@ def continual_pretrain(
         lr: peak learning rate.
         min_lr: learning rate at the end; a tenth of `lr` when None.
         warmup_steps: `parts.default_warmup(max_steps)` when None, 15 of 150.
+        precision: "bf16", "fp8" or "fp8_blockwise"; see `parts.mixed_precision`.
+        bf16_layers: of fp8, layers at either end that multiply in bf16.
         unlike_base: in what the model differs from its base on purpose, of rope_theta, rope_scaling, sliding_window,
             rms_norm_eps and eos_token_id; an export writes it into config.json. Anything else that differs is refused.
         save_every: steps between checkpoints; one follows each validation when None.
+        export_every: steps between exports to Hugging Face folders in `exports` of the run's folder, made beside the
+            training; none when None. See `ExportCheckpoints`.
+        export_keep: how many of these are kept, the newest; all when None.
         extend: "rewarm", "stretch" or "keep": what becomes of the learning rate when the run is resumed with another
             max_steps, lr, min_lr or warmup_steps; see `ResumeOrStartFromBase`.
         seed: of the order in which the data are read, and of the adapters' first values.
@@ -103,7 +113,8 @@ def continual_pretrain(
 
     Raises:
         CptError: `data` is no Blend; sizes or rates with which no job could run (`settings.check`); nothing fits
-            `gpu_memory_gib`; or, where the base is on this machine, model, tokenizer or data do not belong to it.
+            `gpu_memory_gib`; the model cannot be cut so, or its products be made in fp8; or, where the base is on this
+            machine, model, tokenizer or data do not belong to it.
     """
     if gpu_memory_gib is not None:  # where the planner's search begins
         tensor_model_parallel_size = pipeline_model_parallel_size = micro_batch_size = 1
@@ -125,7 +136,10 @@ def continual_pretrain(
             tensor_model_parallel_size=tensor_model_parallel_size,
             pipeline_model_parallel_size=pipeline_model_parallel_size,
             context_parallel_size=context_parallel_size,
+            # Beside tensor parallelism it sends no more, and cuts the activations between its layers as well.
             sequence_parallel=tensor_model_parallel_size > 1,
+            precision=precision,
+            bf16_layers=bf16_layers,
             unlike_base=unlike_base,
             untrained_base=untrained_base,
         ),
@@ -136,8 +150,11 @@ def continual_pretrain(
     parts.set_seed(recipe, seed)
     parts.stop_early(recipe, early_stop, patience)
     parts.stop_when_worse(recipe, stop_when)
+    parts.export_along(recipe, export_every, export_keep)
+    # On the finished recipe: what belongs together is looked at as the job will have it.
     check(settings_in(recipe))
     check_belonging(recipe)
+    check_layout(recipe)
     return recipe if gpu_memory_gib is None else fit(recipe, gpu_memory_gib).recipe
 
 
@@ -184,6 +201,7 @@ def continual_pretrain_lora(
     """
     sizes = {"seq_length": 8192 if seq_length is None else seq_length, "global_batch_size": global_batch_size}
     recipe = continual_pretrain(model, base, data, lr=lr, **sizes | kwargs)
+    # What the user gave is not the planner's to change; what was left open is.
     given_up = [knob for knob, value in (("rank", rank), ("seq_length", seq_length)) if value is None]
     adapted = with_lora(recipe, rank, embeddings_lr, peft_scheme)
     return fit(adapted, gpu_memory_gib, allow=[*ALLOWED, *given_up]).recipe
@@ -218,6 +236,8 @@ def with_lora(
         optim=recipe.optim if embeddings_lr is None else parts.with_embeddings_rate(recipe.optim, embeddings_lr),
         log=recipe.log,
         resume=recipe.resume,
+        # alpha / rank = 2, which stays so where the planner halves the rank.
         peft=run.Config(adapters, dim=rank, alpha=2 * rank, target_modules=LINEAR_LAYERS),
+        # The model gets the data's tokenizer, so that the two cannot differ.
         tokenizer="data",
     )

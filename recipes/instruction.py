@@ -17,6 +17,7 @@ from nemo_cpt.conversations.dataset import conversations_prefix
 from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
 from nemo_cpt.planning import ALLOWED, fit
+from nemo_cpt.planning.recipe_reader import check_layout
 from nemo_cpt.recipes import parts
 from nemo_cpt.recipes.continual import with_lora
 from nemo_cpt.training.guards import check_belonging
@@ -55,8 +56,12 @@ def instruction_tune(
     lr: float = 5e-6,
     min_lr: float = 0.0,
     warmup_steps: int | None = None,
+    precision: str = "bf16",
+    bf16_layers: int = 0,
     unlike_base: Sequence[str] = (),
     save_every: int | None = None,
+    export_every: int | None = None,
+    export_keep: int | None = None,
     extend: str | None = None,
     seed: int = 1234,
     logger: str | Mapping[str, Any] | None = None,
@@ -94,8 +99,12 @@ def instruction_tune(
         lr: peak learning rate.
         min_lr: learning rate at the end.
         warmup_steps: 3 % of the steps when None.
+        precision: see `continual.continual_pretrain`.
+        bf16_layers: see `continual.continual_pretrain`.
         unlike_base: see `continual.continual_pretrain`.
         save_every: see `continual.continual_pretrain`.
+        export_every: see `continual.continual_pretrain`.
+        export_keep: see `continual.continual_pretrain`.
         extend: see `continual.continual_pretrain`.
         seed: see `continual.continual_pretrain`.
         logger: see `continual.continual_pretrain`.
@@ -109,12 +118,14 @@ def instruction_tune(
 
     Raises:
         CptError: data or replay is of another kind, epochs and max_steps are both given; sizes or rates with which no
-            job could run (`settings.check`); or, where base and data are on this machine, they do not belong together.
+            job could run (`settings.check`); the model cannot be cut so, or its products be made in fp8; or, where base
+            and data are on this machine, they do not belong together.
     """
     # What the steps are counted by, and what would be taken for "not given".
     check(Settings(epochs=epochs, seq_length=seq_length, global_batch_size=global_batch_size))
     check(Settings(val_check_interval=val_check_interval))
     data = data or default_data()
+    # Settled before the steps are counted, which it lengthens.
     share = mixture.replay_share(replay, replay_share)
     steps, uncounted = _steps(data, epochs, max_steps, global_batch_size, seq_length, share)
     recipe = run.Partial(
@@ -138,6 +149,8 @@ def instruction_tune(
             tensor_model_parallel_size=tensor_model_parallel_size,
             pipeline_model_parallel_size=pipeline_model_parallel_size,
             sequence_parallel=tensor_model_parallel_size > 1,
+            precision=precision,
+            bf16_layers=bf16_layers,
             unlike_base=unlike_base,
             untrained_base=untrained_base,
         ),
@@ -157,8 +170,10 @@ def instruction_tune(
     parts.set_seed(recipe, seed)
     parts.stop_early(recipe, early_stop, patience)
     parts.stop_when_worse(recipe, stop_when)
+    parts.export_along(recipe, export_every, export_keep)
     check(settings_in(recipe))
     check_belonging(recipe)
+    check_layout(recipe)
     return recipe
 
 
@@ -202,10 +217,13 @@ def instruction_tune_lora(
     """
     wanted = SEQ_LENGTH if seq_length is None else seq_length
     recipe = instruction_tune(model, base, data, seq_length=wanted, lr=lr, **kwargs)
+    # What the user gave is not the planner's to change; what was left open is.
     given_up = [knob for knob, value in (("rank", rank), ("seq_length", seq_length)) if value is None]
     recipe = with_lora(recipe, RANK if rank is None else rank, embeddings_lr, peft_scheme)
+    # Again, with the adapters: frozen embeddings cannot learn a template's special tokens.
     check_belonging(recipe)
     fitted = fit(recipe, gpu_memory_gib, allow=[*ALLOWED, *given_up]).recipe
+    # Where the planner cut the sequence, conversations are packed anew, and an epoch has other steps.
     if fitted.data.seq_length == wanted:
         return fitted
     shorter = {"seq_length": fitted.data.seq_length}  # has other epochs
@@ -233,6 +251,7 @@ def _steps(
     replay_share: float,
 ) -> tuple[int, float | None]:
     """A run's steps, and its epochs where their steps cannot be counted here."""
+    # Two lengths would contradict each other; neither may win silently.
     if max_steps is not None and epochs is not None:
         raise CptError(f"epochs is {epochs:g} and max_steps {max_steps}: give one of them")
     if max_steps is not None:
@@ -241,5 +260,6 @@ def _steps(
     if not isinstance(data, Conversations) or not all(
         Path(conversations_prefix(prefix) + ".idx").exists() for prefix in data.train
     ):
+        # The job counts them, and refuses to begin with another number; see `ConversationDataModule.epochs`.
         return UNCOUNTED_STEPS, epochs
     return data.steps(epochs, global_batch_size, seq_length, replay_share), None

@@ -18,6 +18,7 @@ from nemo_cpt.recipes import continual, instruction
 from nemo_cpt.recipes.continual import with_lora as with_lora
 
 DEFAULT_BASE = "checkpoints/Llama-3.1-8B"
+# Before kwargs in the calls below, so that a user may still say otherwise.
 ONE_GPU: dict[str, Any] = {"gpus_per_node": 1, "tensor_model_parallel_size": 1}
 
 

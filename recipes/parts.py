@@ -35,6 +35,7 @@ from nemo_cpt.training.checkpoints import RunCheckpoint
 from nemo_cpt.training.conversations import ConversationDataModule, check_replay
 from nemo_cpt.training.data import BlendDataModule
 from nemo_cpt.training.early_stop import StopEarly
+from nemo_cpt.training.exports import ExportCheckpoints, check_numbers
 from nemo_cpt.training.gradients import EveryTrainableParameterHasGradient
 from nemo_cpt.training.guards import Guards
 from nemo_cpt.training.logger import RunLogger
@@ -57,10 +58,12 @@ def trainer(
     pipeline_model_parallel_size: int = 1,
     context_parallel_size: int = 1,
     sequence_parallel: bool = False,
+    precision: str = "bf16",
+    bf16_layers: int = 0,
     unlike_base: Sequence[str] = (),
     untrained_base: bool = False,
 ) -> run.Config[nl.Trainer]:
-    """A bf16 trainer with Megatron's distributed optimizer; validates before the first step and then at an interval."""
+    """A trainer with Megatron's distributed optimizer; validates before the first step and then at an interval."""
     strategy = run.Config(
         nl.MegatronStrategy,
         tensor_model_parallel_size=tensor_model_parallel_size,
@@ -69,11 +72,14 @@ def trainer(
         context_parallel_size=context_parallel_size,
         sequence_parallel=sequence_parallel,
         gradient_as_bucket_view=True,
+        # Training goes on while the copy is written; see docs/performance.md for what it takes of the host.
         ckpt_async_save=True,
         ckpt_parallel_load=True,
         ddp=run.Config(
             DistributedDataParallelConfig,
+            # A NaN ends the run at its step, and not in a checkpoint some steps later.
             check_for_nan_in_grad=True,
+            # Sums over many ranks and micro batches lose small gradients in bf16.
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=True,
             overlap_param_gather=True,
@@ -86,12 +92,15 @@ def trainer(
         devices=gpus_per_node,
         num_nodes=num_nodes,
         strategy=strategy,
-        plugins=bf16(),
+        plugins=mixed_precision(precision, bf16_layers),
         max_steps=max_steps,
         val_check_interval=val_check_interval,
+        # Of each validation set: a set has a global batch, whatever the number of sets.
         limit_val_batches=1,
+        # Not 0: the first line of the metrics is then the base's own loss.
         num_sanity_val_steps=1,
         log_every_n_steps=1,
+        # Megatron's sampler shares the data out; Lightning's would do it a second time.
         use_distributed_sampler=False,
         callbacks=callbacks(unlike_base, untrained_base),
     )
@@ -112,8 +121,10 @@ def model_like(base: str, seq_length: int) -> run.Config:
         raise CptError(f"{base} carries no config.json of Llama, Mistral or Qwen: write its model= by hand")
     model = nemo_model(architecture, has_generation_config=False)
     config = model.arguments["config"]
+    # What the import says for its own reading: precision and padding are the trainer's to say.
     of_the_import = ("fp16", "bf16", "params_dtype", "apply_rope_fusion", "vocab_size", "make_vocab_size_divisible_by")
     arguments = {name: value for name, value in config.arguments.items() if name not in of_the_import}
+    # Only names that `nemo_model` itself put there.
     classes = [getattr(import_module(each.target.module), each.target.name) for each in (model, config)]
     return run.Config(classes[0], config=run.Config(classes[1], **arguments | {"seq_length": seq_length}))
 
@@ -154,6 +165,34 @@ def bf16() -> run.Config[nl.MegatronMixedPrecision]:
     )
 
 
+FP8_SCALING = {"fp8": "tensorwise", "fp8_blockwise": "blockwise"}
+
+
+def mixed_precision(precision: str, bf16_layers: int = 0) -> run.Config[nl.MegatronMixedPrecision]:
+    """bf16, or that with the linear layers' products in fp8.
+
+    Args:
+        precision: "bf16"; "fp8", each tensor scaled as a whole by its current largest value; "fp8_blockwise", in blocks
+            of 128, which takes a Hopper card. Weights stay in bf16: keeping them in fp8 alone was measured slower
+            (docs/performance.md).
+        bf16_layers: of fp8, layers at either end that multiply in bf16, as NeMo's recipes have one.
+
+    Raises:
+        CptError: there is no such precision, or bf16_layers is given for bf16.
+    """
+    plugin = bf16()
+    if precision == "bf16" and not bf16_layers:
+        return plugin
+    if precision not in FP8_SCALING:
+        meant = "give bf16_layers with fp8 only" if precision == "bf16" else f"give bf16, {', '.join(FP8_SCALING)}"
+        raise CptError(f"precision={precision}, bf16_layers={bf16_layers}: {meant}")
+    plugin.fp8, plugin.fp8_recipe, plugin.fp8_param_gather = "hybrid", FP8_SCALING[precision], False
+    if bf16_layers:
+        plugin.first_last_layers_bf16 = True
+        plugin.num_layers_at_start_in_bf16 = plugin.num_layers_at_end_in_bf16 = bf16_layers
+    return plugin
+
+
 def callbacks(unlike_base: Sequence[str] = (), untrained_base: bool = False) -> list[run.Config]:
     """What every run carries: guards, losses by validation set, metrics, alarm, timing, saving when stopped."""
     return [
@@ -165,6 +204,7 @@ def callbacks(unlike_base: Sequence[str] = (), untrained_base: bool = False) -> 
         run.Config(MetricsFile),
         run.Config(ForgettingAlarm),
         run.Config(TimingCallback),
+        # All ranks at the same steps: Python collects when it likes, and one rank's pause is everybody's.
         run.Config(GarbageCollectionCallback, gc_interval_train=100, gc_interval_val=100),
         run.Config(SaveWhenStopped),
     ]
@@ -235,6 +275,7 @@ def data(
     """The blend's data module, with the tokenizer of a folder or a hub name."""
     if not isinstance(blend, Blend):
         raise CptError(f"data is {blend!r}: give a Blend, such as Blend(train={{'ds/ja': 0.75, 'ds/en': 0.25}})")
+    # Refused, not passed over: who names a test set expects a result of it.
     if blend.test:
         raise CptError("a training reads no test sets: leave data.test away, and evaluate the exported model on them")
     return run.Config(
@@ -267,6 +308,7 @@ def conversations(
     if replay is not None and not isinstance(replay, Blend):
         raise CptError(f"replay is {replay!r}: give a Blend, such as Blend(train={{'ds/en': 1.0}})")
     check_replay(replay, replay_share)
+    # The form alone: the files may be on another machine.
     data.check_form()
     replayed = {
         "replay_paths": _in_turn(replay.train),
@@ -292,6 +334,7 @@ def _reading(tokenizer: str, seq_length: int, global_batch_size: int, micro_batc
         "global_batch_size": global_batch_size,
         "micro_batch_size": micro_batch_size,
         "num_workers": 2,
+        # Validation sets would start new workers, which import torch, at each validation.
         "persistent_workers": True,
     }
 
@@ -307,6 +350,7 @@ def tokenizer(base: str, directory: str, name: str) -> str:
     An import has it in `hf`, a training's checkpoint in its context.
     """
     kept = Path(directory, name, KEPT_TOKENIZER)
+    # The base before the run's copy: a base that was imported anew is the newer one.
     own = next((place for place in carried_places(Path(base)) if has_tokenizer(place)), None)
     return str(own or (kept if kept.is_dir() else Path(base, "hf")))
 
@@ -364,6 +408,7 @@ def log(
         save_every=save_every,
         monitor="val_loss",
         save_top_k=3,
+        # A link: `-last` costs no second copy of 100 GB.
         save_last="link",
         save_optim_on_train_end=True,
         filename="{steps:.0f}-{val_loss:.4f}",
@@ -372,6 +417,7 @@ def log(
         RunLogger,
         log_dir=directory,
         name=name,
+        # One folder a name, or a run would not find its own checkpoints when it is started again.
         use_datetime_version=False,
         ckpt=checkpoints,
         tensorboard=tensorboard_logger(name=name),
@@ -411,6 +457,32 @@ def _other_logger(logger: LoggerOptions, directory: str, name: str) -> dict[str,
             ]
         }
     return {}
+
+
+def export_along(recipe: run.Partial, every: int | None, keep: int | None = None) -> None:
+    """Have a recipe's run export its checkpoints while it trains; see `ExportCheckpoints`.
+
+    Args:
+        recipe: it gets a callback more.
+        every: steps between exports; no callback when None.
+        keep: how many exports are kept; all when None.
+
+    Raises:
+        CptError: a number is below 1, `every` is not a multiple of the steps between checkpoints, or `keep` is given
+            alone.
+    """
+    if every is None:
+        if keep is not None:
+            raise CptError(f"export_keep is {keep} and export_every None: give both, or neither")
+        return
+    check_numbers(every, keep)
+    saved = recipe.log.ckpt.save_every or recipe.trainer.val_check_interval
+    if every % saved:
+        raise CptError(
+            f"export_every {every} is not a multiple of the {saved} steps between checkpoints: give "
+            f"{max(every // saved, 1) * saved}, or save_every={every}"
+        )
+    recipe.trainer.callbacks.append(run.Config(ExportCheckpoints, every=every, keep=keep))
 
 
 def resume(base: str, extend: str | None = None) -> run.Config[ResumeOrStartFromBase]:

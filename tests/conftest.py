@@ -1,5 +1,6 @@
 """What all tests share: no hub, one torch thread (the tests fork), and a word on what is skipped."""
 
+import gc
 import os
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+gc.set_threshold(100_000)  # most of what the tests make is modules, which stay
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -55,6 +55,8 @@ def _fault(words: list[str], commands: dict[str, typer.core.TyperCommand]) -> st
             continue
         if name not in commands:
             return f"there is no command {name}"
+        if within := getattr(commands[name], "commands", None):
+            return _fault(words[1:], within)
         options = {each for parameter in commands[name].params for each in (*parameter.opts, *parameter.secondary_opts)}
         given = {word.partition("=")[0] for word in words[1:] if re.match(r"--?[a-z]", word)}
         if unknown := given - options - OF_TYPER:

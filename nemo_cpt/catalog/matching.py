@@ -26,7 +26,7 @@ def recipes_for(folder: Path) -> dict[str, tuple[Function, str]]:
     base = compatibility.read_base(folder)
     if not base.constants:
         raise CptError(
-            f"{folder} does not say what model it is (no config.json of Llama, Mistral or Qwen2, no NeMo context)"
+            f"{folder} does not say what model it is (no config.json of a model that can be imported, no NeMo context)"
             if folder.is_dir()
             else f"there is no folder {folder}"
         )

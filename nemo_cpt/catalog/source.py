@@ -99,6 +99,7 @@ def recipe(name: str) -> Function:
         CptError: there is none; the message holds the nearest names.
     """
     known = recipes()
+    # A module's name stands for what most people want of it.
     full = name if name in known else f"{name}.{PREFERRED}"
     if full not in known:
         full_names = {each: each for each in known} | {each.partition(".")[0]: each for each in known}
@@ -153,6 +154,7 @@ def parse(function: Function, given: Sequence[str], prefix: str = "") -> dict[st
         parameter = function.parameters.get(key)
         if parameter is None and "**" not in function.parameters:
             raise CptError(f"{function.name} has no parameter {prefix}{key}; {nearest(key, function.parameters)}")
+        # `**` is in the parameters where any key is taken, such as slurm's directives: those values are YAML.
         values[key] = parse_value(f"{prefix}{key}", text, parameter.annotation if parameter else "")
     return values
 
@@ -200,6 +202,7 @@ def parse_value(key: str, text: str, annotation: str) -> Any:
         CptError: the text is no value of that type.
     """
     kinds = [kind.strip() for kind in annotation.split("|")]
+    # Python's word and YAML's; a str parameter that may not be None gets the word itself.
     if text in ("None", "null") and ("None" in kinds or not annotation):
         return None
     # In the annotation's order: of `int | float`, "1" is an int; str has no parser and is what remains.
@@ -292,8 +295,10 @@ def _mixture(kind: str) -> Any:
 
     def parse_mixture(text: str) -> Any:
         make = mixture_of(kind)
+        # JSON is YAML.
         written = Path(text).read_text() if text.endswith((".yaml", ".yml", ".json")) else text
         fields = yaml.safe_load(written)
+        # A single word is a prefix, the shortest way to say one set.
         if written is text and isinstance(fields, str) and not set(text) & set(",:{}[]"):
             return make(train={text: 1.0})
         if not isinstance(fields, dict):
@@ -314,6 +319,7 @@ def _mixture(kind: str) -> Any:
 
 def _collection(kind: type) -> Any:
     def parse_collection(text: str) -> Any:
+        # Without brackets, a list as shells like it: a,b,c.
         value = yaml.safe_load(text) if text[:1] in "[{" else text.split(",")
         if not isinstance(value, kind):
             raise ValueError(text)
@@ -404,6 +410,7 @@ def _parameters(path: Path, node: ast.FunctionDef) -> dict[str, Parameter]:
 
 def _passed_on(path: Path, node: ast.FunctionDef) -> dict[str, Parameter]:
     keyword = node.args.kwarg
+    # The first call that takes kwargs: a recipe hands them to one function.
     for call in ast.walk(node):
         takes = isinstance(call, ast.Call) and [word for word in call.keywords if word.arg is None]
         if not takes or not any(keyword and keyword.arg in ast.unparse(word.value) for word in takes):

@@ -38,12 +38,15 @@ def workload(recipe: str, arguments: Mapping[str, Any], fields: Sequence[str] = 
         CptError: the recipe objects, a field does not exist, or the planner cannot read it.
     """
     request = json.dumps([recipe, {name: _plain(value) for name, value in arguments.items()}, list(fields)])
+    # Named by all that decides the workload: another version, an edited recipe or other data ask anew.
     path = cache_folder("workloads") / f"{_key(request + _counted(recipe, arguments))}.json"
     remembered = json.loads(path.read_text()) if path.is_file() else None
+    # The base may be imported, or another one put in its place, after it was planned.
     if remembered and remembered["digest"] == _digest(remembered["configuration"]):
         return _workload(remembered["workload"])
     text = _built(request)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Two plans at once write two files; the last rename wins, with the same content.
     partial = path.with_suffix(f".{os.getpid()}")
     partial.write_text(text)
     partial.rename(path)
@@ -82,6 +85,7 @@ def _built(request: str) -> str:
         raise CptError(done.stderr.strip().splitlines()[-1])
     if done.returncode:
         raise CptError(f"the recipe could not be built to be planned:\n{done.stderr.strip()[-2000:]}")
+    # The last line: NeMo prints what it likes while it is imported.
     return done.stdout.strip().splitlines()[-1]
 
 
@@ -113,6 +117,7 @@ def _main() -> None:
         partial = build_recipe(recipe, arguments, fields)
         found, configuration = read(partial), str(configuration_of(partial))
     except CptError as error:
+        # One line, because the caller takes the last one.
         print(" ".join(str(error).split("\n")), file=sys.stderr)
         sys.exit(error.exit_code)
     print(json.dumps({"workload": asdict(found), "configuration": configuration, "digest": _digest(configuration)}))

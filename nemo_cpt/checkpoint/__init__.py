@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from nemo_cpt.checkpoint.growing import GrowModelReport, grow_model
     from nemo_cpt.checkpoint.importing import ImportReport, import_hf
     from nemo_cpt.checkpoint.merging import MergeReport, merge
+    from nemo_cpt.checkpoint.untrained import UntrainedReport, make_untrained
     from nemo_cpt.checkpoint.verification import VerifyReport, verify
 
 _HOMES = {
@@ -22,6 +23,8 @@ _HOMES = {
     "MergeReport": "merging",
     "download": "downloading",
     "DownloadReport": "downloading",
+    "make_untrained": "untrained",
+    "UntrainedReport": "untrained",
     "verify": "verification",
     "VerifyReport": "verification",
 }
@@ -31,11 +34,13 @@ __all__ = [
     "GrowModelReport",
     "ImportReport",
     "MergeReport",
+    "UntrainedReport",
     "VerifyReport",
     "download",
     "export_hf",
     "grow_model",
     "import_hf",
+    "make_untrained",
     "merge",
     "verify",
 ]

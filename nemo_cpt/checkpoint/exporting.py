@@ -16,6 +16,7 @@ from nemo_cpt.checkpoint.architecture import read_json
 from nemo_cpt.checkpoint.arrays import DTYPES, check_finite
 from nemo_cpt.checkpoint.base import nemo_folder, unchanged
 from nemo_cpt.checkpoint.folders import new_folder
+from nemo_cpt.checkpoint.provenance import hand_on
 from nemo_cpt.checkpoint.safetensors_files import SHARD_BYTES, TensorPlan, write_weights
 from nemo_cpt.checkpoint.trained import Description, Trained, describe, open_trained
 from nemo_cpt.errors import CptError
@@ -34,7 +35,7 @@ class ExportReport:
         tensors: how many were written.
         padding_removed: rows of Megatron's padding that were left out of the embedding.
         bytes_written: of the weights.
-        files: names of all files written.
+        files: names of all files written, but for the hidden one that says where the model comes from.
         config_changes: where the written config.json differs from the base's, in words; else it is the base's, byte for
             byte.
         chat_template: the name of the one that the folder carries because the run was tuned on it, or it was chosen;
@@ -174,6 +175,7 @@ def _write_adapter(nemo: Path, described: Description, dtype: str, folder: Path)
         )
     adapters = Adapters(nemo, config.arch)
     names = write_peft_adapter(folder, adapters, _base_name(files), dtype)
+    hand_on(files, folder, nemo)
     warnings = config.warnings
     if template:
         warnings += (

@@ -22,6 +22,7 @@ from nemo_cpt.checkpoint.context import HF_FOLDER
 from nemo_cpt.checkpoint.folders import copy_small_files, new_folder, require_tokenizer
 from nemo_cpt.checkpoint.importing import check_tensors
 from nemo_cpt.checkpoint.nemo_writer import Tensors, write_nemo
+from nemo_cpt.checkpoint.provenance import hand_on
 from nemo_cpt.checkpoint.safetensors_files import SHARD_BYTES, HFWeights, TensorPlan, write_weights
 from nemo_cpt.checkpoint.trained import describe, open_trained
 from nemo_cpt.corpus.tokenization.tokenizer_files import FILES
@@ -261,8 +262,13 @@ def _open_hf(source: Path, base: str | Path | None, ignore_fields: Collection[st
         read=weights.read,
         blocks=weights.blocks,
         dtype_of=lambda name: weights.infos[name].dtype,
-        write_files=lambda folder: copy_small_files(source, folder),
+        write_files=lambda folder: _copy_files(source, folder),
     )
+
+
+def _copy_files(source: Path, folder: Path) -> None:
+    copy_small_files(source, folder)
+    hand_on(source, folder)
 
 
 def _write_weights(

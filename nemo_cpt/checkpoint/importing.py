@@ -17,6 +17,7 @@ from nemo_cpt.checkpoint.arrays import bits
 from nemo_cpt.checkpoint.context import HF_FOLDER
 from nemo_cpt.checkpoint.folders import copy_small_files, new_folder, require_tokenizer
 from nemo_cpt.checkpoint.nemo_writer import Tensors, write_nemo
+from nemo_cpt.checkpoint.provenance import hand_on
 from nemo_cpt.checkpoint.safetensors_files import HFWeights
 from nemo_cpt.checkpoint.tokenizer_ids import count_token_ids
 from nemo_cpt.errors import CptError
@@ -98,6 +99,7 @@ def import_hf(
     # 64 MiB beside the weights: tokenizer, context and metadata.
     with new_folder(dest, sum(sizes) + 64 * 2**20) as folder:
         copy_small_files(source, folder / HF_FOLDER)
+        hand_on(source, folder / HF_FOLDER)
         write_nemo(folder, tensors, arch, progress)
     counts = [prod(slot.shape) for slot in slots]
     return ImportReport(

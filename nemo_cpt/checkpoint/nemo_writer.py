@@ -13,7 +13,8 @@ import numpy as np
 from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import Architecture
 from nemo_cpt.checkpoint.arrays import check_finite
-from nemo_cpt.checkpoint.context import HF_FOLDER, write_context
+from nemo_cpt.checkpoint.context import HF_FOLDER, TOKENIZER_FOLDER, write_context
+from nemo_cpt.checkpoint.provenance import hand_on
 from nemo_cpt.checkpoint.weight_sums import WeightSums
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def write_nemo(
     """
     sums = _write_weights(folder / "weights", tensors, arch, progress or (lambda done, total: None))
     write_context(folder / "context", arch, folder / HF_FOLDER)
+    hand_on(folder / HF_FOLDER, folder / "context" / TOKENIZER_FOLDER)
     # Beside the small files, which NeMo copies into each checkpoint of a training, this one with them.
     sums.write(folder / HF_FOLDER)
 

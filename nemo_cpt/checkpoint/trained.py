@@ -15,6 +15,7 @@ from nemo_cpt.checkpoint.base import base_files, base_weights, carried_places
 from nemo_cpt.checkpoint.chat_template import InstructionTemplate, choose_template, write_template
 from nemo_cpt.checkpoint.exported_config import ExportedConfig, exported_config
 from nemo_cpt.checkpoint.folders import copy_small_files
+from nemo_cpt.checkpoint.provenance import hand_on
 from nemo_cpt.checkpoint.tokenizer_ids import count_token_ids
 from nemo_cpt.errors import CptError
 
@@ -24,17 +25,21 @@ class Description:
     """What goes beside the weights: the base's files, with what the training changed of the model's description.
 
     Attributes:
+        nemo: the checkpoint.
         files: the folder of the base's.
         config: the config.json.
         template: the chat template that they shall carry, if any.
     """
 
+    nemo: Path
     files: Path
     config: ExportedConfig
     template: InstructionTemplate | None
 
     def write(self, folder: Path, dtype: str) -> list[str]:
         """Write the files for weights of a dtype into a folder, which is made where it is not there.
+
+        With them goes, hidden, where the model comes from.
 
         Returns:
             Their names.
@@ -44,6 +49,7 @@ class Description:
         """
         # Copied first, so that what did not change stays the base's byte for byte.
         names, config = copy_small_files(self.files, folder), self.config.with_dtype(dtype)
+        hand_on(self.files, folder, self.nemo)
         if config.changes:
             (folder / "config.json").write_text(json.dumps(config.fields, indent=2) + "\n", encoding="utf-8")
         return write_template(folder, self.template) if self.template else names
@@ -66,7 +72,7 @@ def describe(
     files = base_files(nemo, base)
     config = exported_config(nemo, files, ignore_fields)
     template = choose_template(nemo, files, chat_template)
-    return Description(files, config.with_end_at(template.stop[1]) if template else config, template)
+    return Description(nemo, files, config.with_end_at(template.stop[1]) if template else config, template)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isqrt, prod
 from pathlib import Path
@@ -15,7 +15,7 @@ from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import Architecture, read_architecture
 from nemo_cpt.checkpoint.arrays import bits, cast
 from nemo_cpt.checkpoint.base import base_weights, carried_places, nemo_folder, unchanged
-from nemo_cpt.checkpoint.chat_template import instruction_template, template_differences
+from nemo_cpt.checkpoint.chat_template import InstructionTemplate, instruction_template, template_differences
 from nemo_cpt.checkpoint.model_config import context_differences, read_model_config
 from nemo_cpt.checkpoint.nemo_weights import NemoWeights
 from nemo_cpt.checkpoint.safetensors_files import HFWeights
@@ -141,15 +141,6 @@ def verify(
             ids = _ids(hf, prompts) if prompts else [*_ids(hf, PROMPTS), _long_prompt(arch, parameters)]
             gap, largest = _compare_logits(folder, hf, ids, ignore_fields)
             longest = max(map(len, ids))
-    if not template and own_template(hf) != _carried_template(folder):
-        warnings += (
-            f"{hf} has another chat template than the base of {folder}, which has no record of a tuning: it was chosen "
-            "with --chat-template, or put there since",
-        )
-    if not recorded:
-        warnings += (f"{folder} has no context: constants such as the rotary base were not compared",)
-    if longest and arch.sliding_window and longest <= arch.sliding_window:
-        warnings += (f"the window of {arch.sliding_window} was compared as a number; no prompt was that long",)
     return VerifyReport(
         nemo=str(nemo),
         hf=str(hf),
@@ -161,9 +152,29 @@ def verify(
         logits_difference=gap,
         largest_logit=largest,
         longest_prompt=longest,
-        warnings=warnings,
+        warnings=(*warnings, *_unseen(folder, hf, arch, recorded, template, longest)),
         seconds=round(time.monotonic() - start, 3),
     )
+
+
+def _unseen(
+    nemo: Path,
+    hf: Path,
+    arch: Architecture,
+    recorded: Mapping[str, Any],
+    template: InstructionTemplate | None,
+    longest: int | None,
+) -> Iterator[str]:
+    """What the comparison could not see, in sentences."""
+    if not template and own_template(hf) != _carried_template(nemo):
+        yield (
+            f"{hf} has another chat template than the base of {nemo}, which has no record of a tuning: it was chosen "
+            "with --chat-template, or put there since"
+        )
+    if not recorded:
+        yield f"{nemo} has no context: constants such as the rotary base were not compared"
+    if longest and arch.sliding_window and longest <= arch.sliding_window:
+        yield f"the window of {arch.sliding_window} was compared as a number; no prompt was that long"
 
 
 def _carried_template(nemo: Path) -> str | None:

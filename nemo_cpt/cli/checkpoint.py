@@ -48,7 +48,7 @@ def export_command(
     chat_template: Annotated[
         str | None,
         typer.Option(
-            help="llama3, chatml, alpaca-ja, alpaca-en, alpaca-zh, tokenizer, or a Jinja file; none: the base's files "
+            help="llama3, chatml, mistral, alpaca-ja, -en, -zh, tokenizer, or a Jinja file; none: the base's files "
             "as they are; default: what the run was tuned on."
         ),
     ] = None,
@@ -111,6 +111,25 @@ def grow_command(
     _print(report.as_dict(), as_json)
 
 
+@app.command("init")
+def init_command(
+    dest: Annotated[Path, typer.Argument(help="NeMo checkpoint to make.")],
+    tokenizer: Annotated[Path, typer.Option("--tokenizer", "-t", help="Folder of the model's tokenizer.")],
+    params: Annotated[str, typer.Option(help="124M, 350M or 1.3B; tiny, for a CPU.")] = "124M",
+    max_position_embeddings: Annotated[int, typer.Option(help="The longest sequence.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 1234,
+    as_json: _Json = False,
+) -> None:
+    """Write a model that knows nothing, for a training from scratch to start from."""
+    from nemo_cpt.checkpoint import make_untrained
+
+    with _progress("Writing") as progress:
+        report = make_untrained(
+            dest, tokenizer, params, max_position_embeddings=max_position_embeddings, seed=seed, progress=progress
+        )
+    _print(report.as_dict(), as_json)
+
+
 @app.command("verify")
 def verify_command(
     nemo: Annotated[Path, typer.Argument(help="NeMo checkpoint, or a run: its newest whole checkpoint.")],
@@ -128,6 +147,7 @@ def verify_command(
     report = verify(_of_run(nemo), hf, base, logits=logits, ignore_fields=ignore_field)
     _print(report.as_dict(), as_json)
     if not report.identical:
+        # 1, not 2: the command did what it was asked, and the answer is no.
         raise typer.Exit(1)
 
 
@@ -176,6 +196,7 @@ def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+    # A label may hold a path with [brackets].
     name = TextColumn("{task.description}", markup=False)
     columns = (name, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:

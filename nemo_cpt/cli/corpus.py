@@ -73,7 +73,9 @@ def prepare(
     fast: Annotated[bool, typer.Option(help="Use fastokens where it agrees with the reference.")] = True,
     template: Annotated[
         str | None,
-        typer.Option(help="Conversations: llama3, chatml, alpaca-ja, -en, -zh, tokenizer (its own), or a Jinja file."),
+        typer.Option(
+            help="Conversations: llama3, chatml, mistral, alpaca-ja, -en, -zh, tokenizer (its own), or a Jinja file."
+        ),
     ] = None,
     form: Annotated[
         str, typer.Option(help="Conversations: auto, messages, sharegpt, alpaca, or a pair of fields: query/answer.")

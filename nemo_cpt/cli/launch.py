@@ -126,17 +126,21 @@ def run(
     from nemo_cpt.launching.task import nothing_to_train
     from nemo_cpt.watching.launch_view import launch_view
 
+    # From here to `submit` each step costs more than the one before: what can be refused is refused early.
     recipe, pairs, executor = from_file(recipe, overrides, executor)
     function, arguments, fields, options = catalog.split(recipe, pairs)
     with _only_json_on_stdout(json):
         job = describe(function, arguments, fields, executor, options)
+        # Not for a cluster's files, which this machine does not see.
         if job.place.same_files and (said := nothing_to_train(function.name, arguments, fields, job.place.here)):
             print(said if not json else jsonlib.dumps({"finished": said}), file=sys.__stdout__)
             return
+        # A dry run is to show the script, whatever this machine lacks.
         preflight(job, force=force or dryrun, how_to_force="--force", speaker="nemo-cpt")
         if check or (fields and executor != "local"):
             build_recipe(function.name, arguments, fields)
         where = make_executor(executor, options, function.processes(arguments))
+        # A CPU recipe saves in seconds: its plan would cost NeMo's import for nothing.
         if function.gpus(arguments):
             jobs.give_time_to_save(where, function, arguments, fields)
         if dryrun:
@@ -218,6 +222,7 @@ def cancel(experiment: Experiment = None, json: Json = False) -> None:
 @contextlib.contextmanager
 def _only_json_on_stdout(json: bool) -> Iterator[None]:
     """With --json, let what is printed within, NeMo-Run's panels and the job's log, go to stderr."""
+    # What scripts read from stdout is one object, whatever NeMo-Run prints.
     with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
         yield
 

@@ -87,8 +87,10 @@ def spread(gpus: int, per_node: int) -> tuple[int, int]:
     Raises:
         CptError: they do not fill nodes of the recipe's size.
     """
+    # Fewer than a node of the recipe's: part of one node.
     if gpus <= per_node:
         return gpus, 1
+    # A recipe for one GPU says nothing of nodes, of which most have 8.
     per_node = max(per_node, 8) if per_node == 1 else per_node
     if gpus > per_node and gpus % per_node:
         raise CptError(f"--gpus {gpus} does not fill nodes of {per_node} GPUs: give a multiple")

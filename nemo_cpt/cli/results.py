@@ -55,6 +55,7 @@ def rm(
     chosen = results.run(run, directory)
     if keep is None:
         raise CptError(f"rm thins out a run's checkpoints: say how many stay, as in `nemo-cpt rm {run} --keep 1`")
+    # The same list either way; without --yes nothing is touched, not even the lock.
     removals = results.remove(chosen, keep) if yes else results.to_remove(chosen, keep)
     if json:
         gone = [{"path": str(each.path), "why": each.why, "size": each.size} for each in removals]

@@ -8,6 +8,7 @@ from typing import Any
 
 def print_pairs(pairs: Iterable[tuple[str, object]]) -> None:
     """Print names and values; a long value goes on in the next line on a terminal."""
+    # Strings once, for both ways of printing.
     texts = [(name, str(value)) for name, value in pairs]
     if not sys.stdout.isatty():
         return print_plain(texts)

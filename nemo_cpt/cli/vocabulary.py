@@ -158,6 +158,48 @@ def compare_command(
     print_report(rows, [])
 
 
+@tokenizer_app.command("worth")
+def worth_command(
+    base: Annotated[Path, typer.Argument(help="The Hugging Face model, with the tokenizer that grew.")],
+    grown: Annotated[str, typer.Argument(help="Folder of the grown tokenizer.")],
+    inputs: Inputs,
+    tokens: Annotated[float, typer.Option(help="Of the training, with the model's tokenizer; 1e9 is a billion.")],
+    json_key: Key = "text",
+    json: Json = False,
+) -> None:
+    """Say what a grown tokenizer saves in a training on such text, and what it costs."""
+    from math import prod
+
+    from nemo_cpt.checkpoint.architecture import read_architecture
+    from nemo_cpt.checkpoint.layout import slots
+    from nemo_cpt.vocabulary import worth
+
+    arch = read_architecture(base)
+    found = worth(
+        str(base),
+        grown,
+        inputs,
+        tokens=tokens,
+        parameters=sum(prod(slot.shape) for slot in slots(arch)),
+        hidden_size=arch.hidden_size,
+        tied=arch.tie_word_embeddings,
+        json_key=json_key,
+    )
+    if json:
+        return print_json(found.as_dict())
+    rows: dict[str, object] = {
+        "tokens": f"{found.tokens:,}, not {found.tokens_before:,} ({found.tokens_saved:.1%} fewer, in serving too)",
+        "rows": f"{found.new_rows:,} new ones, {found.new_parameters / 1e6:,.1f} M parameters",
+        "memory": f"{found.training_gib:,.2f} GiB more in training, in all; {found.serving_gib:,.2f} GiB in serving",
+        "operations": f"{found.compute_saved:.1%} fewer in all; {found.dearer_token:.2%} more for each token",
+        "break-even": f"what is saved would train on {found.break_even_tokens:,} tokens more: it pays in this training "
+        "if the new rows are learnt within these; in serving, from the first text",
+        "seldom seen": f"{found.seldom:.1%} of the new rows are seen fewer than 1,000 times; fewer tokens would do",
+        "not known": "how much the model loses until it has learnt the rows: compare bits per byte of a short run",
+    }
+    print_report(rows, [])
+
+
 def _labelled(corpora: list[str]) -> dict[str, list[str]]:
     """Inputs by label, of which several may have the same."""
     found: dict[str, list[str]] = {}

@@ -106,7 +106,7 @@ def prepare(
             `datasets`, or `hf:NAME[@CONFIG][:SPLIT]`.
         output_prefix: Where the set goes.
         tokenizer: Folder or hub name of a Hugging Face tokenizer that has a tokenizer.json.
-        template: `llama3`, `chatml`, `alpaca-ja`, `alpaca-en`, `alpaca-zh`, `tokenizer` for the one that comes with the
+        template: `llama3`, `chatml`, `mistral`, `alpaca-ja`, `-en`, `-zh`, `tokenizer` for the one that comes with the
             tokenizer, or the path of a Jinja file.
         form: `messages`, `sharegpt`, `alpaca`, a pair of fields such as `query/answer`; by default each conversation's
             keys tell it.

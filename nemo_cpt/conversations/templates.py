@@ -23,7 +23,7 @@ from nemo_cpt.corpus.reading.lines import UnusableError
 from nemo_cpt.corpus.tokenization.tokenizer import Tokenizer
 from nemo_cpt.errors import CptError
 
-SHIPPED = ("alpaca-en", "alpaca-ja", "alpaca-zh", "chatml", "llama3")
+SHIPPED = ("alpaca-en", "alpaca-ja", "alpaca-zh", "chatml", "llama3", "mistral")
 OWN = "tokenizer"
 TRAIN_ON = ("assistant", "last", "all")
 BOS = "{{- bos_token }}\n"

@@ -26,6 +26,7 @@ def hugging_face(examination: Examination) -> Finding:
     if examination.hub is None and (reason := _not_needed(examination)):
         return Finding(name, "skipped", reason)
     repository = examination.hub or GATED
+    # A process, which can be ended: a name server that hangs cannot.
     command = [sys.executable, "-m", "nemo_cpt.doctor.ask_hub", repository]
     try:
         done = subprocess.run(
@@ -43,6 +44,7 @@ def _judged(name: str, repository: str, answer: dict[str, Any]) -> Finding:
     endpoint, status, code = answer["endpoint"], answer.get("status"), answer.get("code", "")
     token = "with the token found" if answer["token"] else "without a token"
     page = f"{endpoint}/{repository}"
+    # A missing config.json says that the repository could be looked into.
     if status in (200, 404) and code in ("", "EntryNotFound"):
         return Finding(name, "ok", f"{repository} is readable {token}")
     if status in (401, 403):
@@ -106,6 +108,7 @@ def mlflow(examination: Examination) -> Finding:
 
 def _has_entry(path: Path, host: str) -> bool:
     try:
+        # Asked, not read out: the key itself is nobody's business here.
         return netrc.netrc(path).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False

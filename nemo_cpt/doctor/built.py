@@ -46,6 +46,7 @@ def job_of(recipe: Any, place: Place) -> Job | None:
         base=None if base is None else str(base),
         data=read,
         replay=replay,
+        # The recipes' own default, for which the base answers.
         tokenizer=None if base is not None and tokenizer == str(Path(base, "hf")) else tokenizer,
         directory=Path(str(getattr(log, "log_dir", None) or "nemo_experiments"), name),
         gpus_per_node=(_number(trainer, "devices") or 1) if trainer.accelerator == "gpu" else 0,

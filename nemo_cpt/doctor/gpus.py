@@ -9,6 +9,7 @@ from nemo_cpt.planning import Plan, plan_workload
 from nemo_cpt.planning.search import nearest_that_fits
 
 USED_MIB = 1024  # a display or a monitor takes less
+FP8_SINCE = (8, 9)  # compute capability: Ada
 AS_SOLD = 0.9  # a card of 48 GB shows 44.99 GiB with ECC on
 
 
@@ -22,6 +23,7 @@ def gpus(examination: Examination) -> Finding:
         found = "none" if wanted == 0 else f"none, and {job.recipe if job else ''} takes {wanted}"
         return Finding("GPUs", "error" if wanted else "skipped", found, _elsewhere(0) if wanted else "")
     found = _described(seen) if seen else f"none of {len(examination.nvidia.gpus)} is visible"
+    # At least one is expected where the machine has any.
     if len(seen) < max(wanted, 1):
         visible = examination.environ.get("CUDA_VISIBLE_DEVICES")
         hidden = visible is not None and len(examination.nvidia.gpus) >= wanted
@@ -43,6 +45,7 @@ def gpu_memory(examination: Examination) -> Finding:
     chosen = examination.visible_gpus[: job.gpus_here if job else None]
     if not chosen:
         return Finding("GPU memory", "skipped", "no GPU is looked at")
+    # By the card's memory, not by the processes, which containers hide.
     busy = [gpu for gpu in chosen if (gpu.used_mib or 0) > USED_MIB]
     if not busy:
         free = min((gpu.free_mib for gpu in chosen if gpu.free_mib is not None), default=None)
@@ -68,6 +71,9 @@ def fit(examination: Examination) -> Finding:
     if room is None:
         return Finding("fit", "skipped", "the card is not known here: nemo-cpt plan RECIPE --gpu-memory 80")
     planned = plan_workload(job.workload(), room)
+    old = [gpu for gpu in examination.visible_gpus[: job.gpus_here] if gpu.capability and gpu.capability < FP8_SINCE]
+    if planned.workload.fp8 and old:
+        return Finding("fit", "error", f"the {old[0].name} has no fp8 products", "train with precision=bf16")
     if planned.fits:
         return Finding("fit", "ok", planned.verdict)
     return Finding("fit", "error", planned.verdict, _what_would_fit(planned, room))

@@ -33,7 +33,9 @@ def settings(examination: Examination) -> Finding:
         check(numbers)
     except CptError as error:
         return from_error("settings", error)
-    return Finding("settings", "ok", f"{numbers.max_steps or 'unknown'} steps, {numbers.processes} processes")
+    return Finding(
+        "settings", "ok", f"{numbers.max_steps or 'unknown'} steps, {numbers.processes or 'unknown'} processes"
+    )
 
 
 def base(examination: Examination) -> Finding:
@@ -45,6 +47,7 @@ def base(examination: Examination) -> Finding:
         return Finding("base", "skipped", f"{job.recipe} names none that can be read from its source")
     folder = Path(job.base)
     newest = _resumed(job)
+    # A run of adapters reads its base at every start.
     if newest is not None and job.lora_rank is None:
         return Finding("base", "ok", f"the run goes on from {newest.path}, and does not read the base again")
     try:
@@ -130,6 +133,7 @@ def disk(examination: Examination) -> Finding:
     if job and not _sees_files(examination):
         return Finding("disk", "skipped", _why_not(examination))
     folder = job.directory if job else Path.cwd()
+    # The run's folder may not be there yet: the file system is its nearest parent's.
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
     if not there.is_dir() or not os.access(there, os.W_OK):
@@ -171,6 +175,7 @@ def _check_whole(folder: Path) -> None:
         return
     there = sum(path.stat().st_size for path in (folder / "weights").glob("*.distcp"))
     wanted = checkpoint_size.parameters(architecture) * BYTES_OF_DTYPE.get(architecture.dtype or "", 2)
+    # No .distcp at all is another format, which `check_base` has judged.
     if 0 < there < wanted:
         raise CptError(
             f"{folder}/weights holds {there / 1e9:.3g} GB, its model has {wanted / 1e9:.3g} GB: copy or import it again"

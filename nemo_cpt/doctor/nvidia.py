@@ -13,7 +13,7 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU; memory in MiB, None where the driver does not tell (unified memory, some MIG modes)."""
+    """One GPU; memory in MiB and compute capability, None where the driver does not tell (unified memory, some MIG)."""
 
     index: int
     uuid: str
@@ -22,6 +22,7 @@ class Gpu:
     free_mib: int | None
     mig: bool
     driver: str
+    capability: tuple[int, int] | None = None
 
     @property
     def used_mib(self) -> int | None:
@@ -112,7 +113,8 @@ def _gpu(nvml: ModuleType, device: Any, index: int, driver: str) -> Gpu:
     total, free = (memory.total // MIB, memory.free // MIB) if memory else (None, None)
     mig = _told(nvml, nvml.nvmlDeviceGetMigMode, device)  # now, and after the next reset
     uuid, name = nvml.nvmlDeviceGetUUID(device), nvml.nvmlDeviceGetName(device)
-    return Gpu(index, uuid, name, total, free, bool(mig and mig[0]), driver)
+    capability = _told(nvml, nvml.nvmlDeviceGetCudaComputeCapability, device)
+    return Gpu(index, uuid, name, total, free, bool(mig and mig[0]), driver, tuple(capability) if capability else None)
 
 
 def _processes(nvml: ModuleType, device: Any, gpu_uuid: str) -> list[GpuProcess]:
@@ -153,6 +155,7 @@ def visible(gpus: Sequence[Gpu], devices: str | None) -> list[Gpu]:
     chosen: list[Gpu] = []
     for device in (each.strip() for each in devices.split(",")):
         match = next((gpu for gpu in gpus if _is(gpu, device)), None)
+        # CUDA itself stops reading the variable at the first device that it does not know.
         if match is None:
             break
         chosen.append(match)
@@ -160,6 +163,7 @@ def visible(gpus: Sequence[Gpu], devices: str | None) -> list[Gpu]:
 
 
 def _is(gpu: Gpu, device: str) -> bool:
+    # NVML lists whole cards here: which slice is meant is not looked up.
     if device.startswith("MIG-"):
         return gpu.mig
     return device == str(gpu.index) or (device.startswith("GPU-") and gpu.uuid.startswith(device))

@@ -22,6 +22,7 @@ def write(report: Report, folder: str | Path) -> list[Path]:
     Raises:
         CptError: the folder cannot be written.
     """
+    # Drawn first, which may fail: no half report is left.
     picture = draw(report)
     files = {
         "report.json": json.dumps(as_dict(report), ensure_ascii=False, indent=1).encode() + b"\n",
@@ -52,6 +53,7 @@ def cells(row: Row) -> tuple[str, ...]:
 def _number(value: float | None, sign: bool = False) -> str:
     if value is None:
         return ""
+    # About four figures, which is more than the intervals allow.
     digits = 3 if abs(value) < 10 else 2 if abs(value) < 100 else 1
     return f"{value:{'+' if sign else ''},.{digits}f}"
 
@@ -84,6 +86,7 @@ def _draw_series(report: Report, pyplot: Any) -> Any:
     axes[1].set(title="replies in the language asked in", xlabel="step", ylabel="%", ylim=(-3, 103))
     for axis in axes:
         axis.grid(alpha=0.3)
+        # The left one has the line at 0, which needs no legend.
         if axis.lines and len(axis.lines) > (axis is axes[0]):
             axis.legend(fontsize="small")
     return figure
@@ -130,6 +133,7 @@ def _error_bar(row: Row) -> list[list[float]] | None:
     """How far the interval reaches below and above the later value."""
     if row.low is None or row.high is None or row.after is None:
         return None
+    # The interval is one of the difference; drawn at the bar it keeps its width.
     middle = row.after if row.difference is None else row.difference
     return [[max(middle - row.low, 0)], [max(row.high - middle, 0)]]
 

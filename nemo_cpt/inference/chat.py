@@ -88,6 +88,7 @@ class Chat:
             if not text:
                 continue
             try:
+                # The line as typed: leading blanks are part of a text to continue.
                 self._command(text) if text.startswith("/") else self._answer(line.rstrip("\n"))
             except KeyboardInterrupt:
                 self.console.print("[dim](stopped)[/dim]")

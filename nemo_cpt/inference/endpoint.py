@@ -70,6 +70,7 @@ class EndpointEngine:
 
     def generate(self, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[tuple[int, Reply]]:
         """Yield each prompt's index and reply, in the order in which they end; after an error, those under way too."""
+        # One that failed halts those not yet begun: a wrong key or a full quota fails for all of them.
         halted, errors = Event(), list[BaseException]()
         with ThreadPoolExecutor(self.concurrency) as pool:
             asked = {
@@ -110,6 +111,7 @@ class EndpointEngine:
         started, first, text, reason = time.monotonic(), 0.0, "", "stop"
         usage: Any = None
         for part in self._parts(prompt, sampling):
+            # The first text, not the first chunk, which often holds the role alone.
             first = first or (time.monotonic() if part.text else 0.0)
             text += part.text
             reason, usage = part.reason or reason, part.usage or usage
@@ -132,6 +134,7 @@ class EndpointEngine:
                 for chunk in chunks:
                     yield _part(chunk)
         except (openai.APIConnectionError, httpx.HTTPError) as error:
+            # What broke off may be asked for again; what never began the client has tried often enough.
             if begun:
                 raise BrokenOffError(f"{self.url} broke a reply off ({error.__cause__ or error})") from error
             raise _endpoint_error(self.url, error) from error

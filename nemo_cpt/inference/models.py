@@ -60,6 +60,7 @@ def open_engine(
     Raises:
         CptError: there is no such model, it cannot be loaded, or the endpoint does not answer.
     """
+    # Before anything is looked for on the disk: an address is never a path.
     if str(model).startswith(("http://", "https://")):
         from nemo_cpt.inference.endpoint import EndpointEngine
 
@@ -122,6 +123,7 @@ def find_model(
     path = Path(model)
     if not path.exists():
         raise CptError(f"there is no model at {model}{_advice(str(model))}")
+    # In this order: an imported base holds `hf/config.json`, not one of its own.
     if (path / "config.json").is_file():
         return Found(path, str(path))
     if (path / "weights").is_dir():
@@ -202,6 +204,7 @@ def _sampled(digest: Any, files: list[Path]) -> str:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:
+            # Sampled: reading 16 GB to find a cached export would take longer than making one.
             for place in sorted({max(0, size - SAMPLED_BYTES) * sample // (SAMPLES - 1) for sample in range(SAMPLES)}):
                 file.seek(place)
                 digest.update(file.read(SAMPLED_BYTES))

@@ -31,6 +31,7 @@ class Ticket:
     def give(self, item: Piece | Exception) -> None:
         """Hand a piece over to the event loop's thread."""
         try:
+            # asyncio's queue is not for two threads; the loop's own thread puts.
             self.loop.call_soon_threadsafe(self.pieces.put_nowait, item)
         except RuntimeError:  # the loop was closed: the server is gone, and so is the client
             self.gone = True
@@ -82,6 +83,7 @@ class Scheduler:
             QueueFullError: as many wait as may.
             CptError: it cannot be answered within the model's context.
         """
+        # In the client's thread: what cannot be answered does not wait in the queue first.
         self.decoder.check(request)
         ticket = Ticket(request, asyncio.get_running_loop())
         try:
@@ -103,6 +105,7 @@ class Scheduler:
 
     def _work(self) -> None:
         while not self._closing:
+            # Here alone are rows taken out: only this thread may touch the batch.
             for ticket in [each for each in self._running.values() if each.gone]:
                 self.decoder.cancel(ticket.request)
                 del self._running[ticket.request]
@@ -120,6 +123,7 @@ class Scheduler:
         while True:
             if self._next is None:
                 try:
+                    # With nothing to do it sleeps here, until a request or None comes.
                     self._next = self._waiting.get(block=not self._running)
                 except queue.Empty:
                     return joining
@@ -135,6 +139,7 @@ class Scheduler:
     def _fits(self, request: Request) -> bool:
         """Whether the batch's keys and values stay within `batch_tokens`, however long its replies become."""
         lengths = [len(each.ids) + each.sampling.max_tokens for each in (*self._running, request)]
+        # One alone is always taken: it was checked against the model's context.
         return len(lengths) == 1 or (
             len(lengths) <= self.most_rows and max(lengths) * len(lengths) <= self.batch_tokens
         )

@@ -170,6 +170,7 @@ def _seeded(request: Request, seed: int) -> Request:
 
 def _end_ids(network: Any, tokenizer: Any) -> list[int]:
     """Every token that ends a reply: all of generation_config.json's, else config.json's, and the tokenizer's EOS."""
+    # All of them: Llama-3 ends turns with one and texts with another, and either may be trained.
     named = [network.generation_config.eos_token_id, network.config.eos_token_id, tokenizer.eos_token_id]
     return sorted(
         {each for value in named for each in (value if isinstance(value, list) else [value]) if each is not None}

@@ -136,6 +136,7 @@ def _model(function: Function, given: Mapping[str, Any], fields: Sequence[str]) 
         config = _of_base(given.get("base"))
     else:
         config = model_config(module_named(model) if model else function.path)
+    # Where the model is not known, a field of it alone would be compared with the whole of the base.
     for path, _, text in (field.partition("=") for field in fields if config):
         if path.startswith(MODEL):
             config[path.removeprefix(MODEL)] = _literal(text)
@@ -202,6 +203,7 @@ def _default(function: Function, name: str) -> Any:
     source = function.parameters[name].default
     if source is None:
         return None
+    # Recipes name their defaults: DEFAULT_BASE stands for a path.
     value = catalog.assigned(function.path, source) if source.isidentifier() else None
     source = ast.unparse(value) if value else source
     try:
@@ -217,6 +219,7 @@ def _max_steps(given: Mapping[str, Any], data: Any) -> int:
     if given.get("max_steps") is not None or not isinstance(data, Conversations):
         return int(given.get("max_steps") or 0)
     batch, length = (int(given.get(name) or 0) for name in ("global_batch_size", "seq_length"))
+    # Epochs are steps only where the conversations can be counted.
     if not batch or not length or not all(Path(prefix + ".idx").exists() for prefix in data.prefixes()):
         return 0
     share = mixture.replay_share(given.get("replay"), given.get("replay_share"))
@@ -228,4 +231,5 @@ def _max_steps(given: Mapping[str, Any], data: Any) -> int:
 
 def _lora_rank(function: Function, given: Mapping[str, Any]) -> int | None:
     """The adapters' rank: as given, or the recipes' own; None for a recipe that has none."""
+    # None asks the recipe for its own: 32 for instructions, 128 for a language.
     return int(given["rank"] or (32 if "epochs" in given else 128)) if "rank" in given else None

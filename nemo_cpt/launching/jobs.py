@@ -96,6 +96,7 @@ def _experiment(
         name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
         for name, value in arguments.items()
     }
+    # Name and arguments travel, not the built config: the launcher need not import NeMo, and the job builds it.
     task = run.Partial(run_recipe, recipe=recipe.name, arguments=plain, overrides=fields)
     title = recipe.name.replace(".", "-")
     with run.Experiment(title, executor=executor, enable_goodbye_message=False) as experiment:
@@ -110,6 +111,7 @@ def status(experiment_id: str | None) -> dict[str, Any]:
         CptError: there is no such experiment.
     """
     chosen = experiments.experiment(experiment_id)
+    # From the disk alone, where that knows: NeMo-Run takes 7 s to import.
     if all(chosen.executor(task) == "local" for task in chosen.tasks):
         return listed(chosen)
     with _opened(chosen.id) as experiment:
@@ -192,6 +194,7 @@ def _end_processes(job_dir: str) -> bool:
     """
     every = set(processes_of(job_dir))
     parents = _parents()
+    # The supervisor passes the signal on and waits; the workers told directly would end as if they had crashed.
     supervisors = [pid for pid in every if parents.get(pid) not in every]
     patience = max(map(seconds_to_save, supervisors), default=0)
     job, deadline, in_time = _with_descendants(every), time.monotonic() + patience, True
@@ -199,6 +202,7 @@ def _end_processes(job_dir: str) -> bool:
         _signal(pid, signal.SIGTERM)
     if job:
         print(f"told to stop; it has {patience} s to save, then it is killed", file=sys.stderr, flush=True)
+    # With what they started: a checkpoint's writer may outlive its parent.
     while job := _with_descendants(job):
         if time.monotonic() > deadline:
             in_time = False
@@ -212,6 +216,7 @@ def _with_descendants(pids: set[int]) -> set[int]:
     """Those of the processes that have not ended, and what they started and has not."""
     parents = _parents()
     found = pids & parents.keys()
+    # Generation by generation, until no more are found.
     while more := {pid for pid, parent in parents.items() if parent in found} - found:
         found |= more
     return found

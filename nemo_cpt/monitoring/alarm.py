@@ -48,6 +48,7 @@ class ForgettingAlarm(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at every set's losses up to this validation."""
+        # A few batches before the training, which are no validation.
         if trainer.sanity_checking:
             return
 

@@ -45,8 +45,10 @@ class DescribeRun(pl.Callback):
         """Describe this start, before its first validation."""
         if trainer.is_global_zero:
             folder = Path(AppState().log_dir)
+            # A resumed run has not ended, however its last start did.
             (folder / END_FILE).unlink(missing_ok=True)
             (folder / RUN_FILE).parent.mkdir(parents=True, exist_ok=True)
+            # Whole or not at all: the live view may read it at this moment.
             write_whole(folder / RUN_FILE, json.dumps(describe(trainer, pl_module), indent=1).encode())
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -58,12 +60,13 @@ class DescribeRun(pl.Callback):
         """Say what ended the run."""
         state = "stopped" if isinstance(exception, StoppedEarlyError) else "failed"
         message = exception.message if isinstance(exception, CptError) else f"{type(exception).__name__}: {exception}"
-        with contextlib.suppress(CptError):  # of a full disk, it may be: what ended the run is to be heard
-            self._write_end(trainer, state, message)
+        self._write_end(trainer, state, message)
 
     def _write_end(self, trainer: pl.Trainer, state: str, message: str) -> None:
-        if trainer.is_global_zero:
-            end = {"state": state, "step": trainer.global_step, "message": hide_credentials(message)}
+        if not trainer.is_global_zero:
+            return
+        end = {"state": state, "step": trainer.global_step, "message": hide_credentials(message)}
+        with contextlib.suppress(CptError):  # of a disk that is full: the run has ended all the same, and says how
             write_whole(Path(AppState().log_dir, END_FILE), json.dumps(end | {"time": time.time()}).encode())
 
 
@@ -84,7 +87,7 @@ def describe(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, An
         "plan": _plan(recipe),
         "versions": _versions(),
         "launched": plain(launched),
-        "configuration": {name: plain(part) for name, part in vars(recipe).items()},
+        "configuration": _configuration(recipe),
     }
 
 
@@ -98,6 +101,13 @@ def _recipe(trainer: pl.Trainer, pl_module: pl.LightningModule) -> SimpleNamespa
         "peft": getattr(pl_module, "model_transform", None),
     }
     return SimpleNamespace(**{name: getattr(part, "__io__", part) for name, part in parts.items()})
+
+
+def _configuration(recipe: SimpleNamespace) -> dict[str, Any]:
+    found = {name: plain(part) for name, part in vars(recipe).items()}
+    if isinstance(found["model"], dict):
+        found["model"].pop("optim", None)  # which stands beside it
+    return found
 
 
 def _training(data: Any, tokens: int) -> list[dict[str, Any]]:
@@ -131,6 +141,7 @@ def _bytes_per_token(data: Any) -> dict[str, float]:
         return {}
     try:
         count = ByteCounter(data.tokenizer.tokenizer)
+    # A tokenizer that hides its bytes: the set is then shown in nats per token.
     except (CptError, AttributeError):
         return {}
     most = max(MOST_TOKENS // data.seq_length, 1)
@@ -185,7 +196,9 @@ def _versions() -> dict[str, str]:
 
 
 def plain(value: Any) -> Any:
-    """A configuration as JSON holds it; objects by their text."""
+    """A configuration as JSON holds it; objects by their class and what is plain of their fields."""
+    if not isinstance(value, fdl.Buildable | type):
+        value = getattr(value, "__io__", value)
     if isinstance(value, fdl.Buildable):
         target = fdl.get_callable(value)
         arguments = {name: plain(each) for name, each in value.__arguments__.items()}
@@ -198,4 +211,10 @@ def plain(value: Any) -> Any:
         return value
     if isinstance(value, type) or inspect.isroutine(value):
         return f"{value.__module__}.{value.__qualname__}"
-    return hide_credentials(str(value))
+    # An argument may be an address with a password, and this file goes into reports.
+    text = hide_credentials(str(value))
+    if " object at 0x" not in text:
+        return text
+    fields = {name: plain(each) for name, each in getattr(value, "__dict__", {}).items()
+              if not name.startswith("_") and (each is None or isinstance(each, bool | int | float | str))}  # fmt: skip
+    return {"_target_": f"{type(value).__module__}.{type(value).__qualname__}", **fields}

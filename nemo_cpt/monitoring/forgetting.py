@@ -119,6 +119,7 @@ def change(name: str, validations: Sequence[Validation], max_steps: int | None =
     if len(validations) < 2:
         return None
     first, last = validations[0], validations[-1]
+    # Without the first, which the others are compared with: the leap away from it is no course.
     line = _Line(validations[1:][-WINDOW:]) if len(validations) > 2 else None
     value = line.at(last.step) if line else last.loss
     slope = line.slope if line else (last.loss - first.loss) / max(last.step - first.step, 1)

@@ -13,7 +13,7 @@ LLAMA3_VOCABULARY = 128_256
 MODELLED_CALLBACKS = {
     "Guards", "EveryTrainableParameterHasGradient", "OutOfMemoryAdvice", "ValidationLossBySet", "MetricsFile",
     "TimingCallback", "GarbageCollectionCallback", "PreemptionCallback", "SaveWhenStopped", "StopAtStep",
-    "StopEarly", "Seed", "MegatronCommOverlapCallback", "DescribeRun", "ForgettingAlarm",
+    "StopEarly", "Seed", "MegatronCommOverlapCallback", "DescribeRun", "ForgettingAlarm", "ExportCheckpoints",
 }  # fmt: skip
 MOMENTS = ("exp_avg_dtype", "exp_avg_sq_dtype")
 ADAPTERS = {"LoRA", "DoRA", "LoRAWithEmbeddings", "DoRAWithEmbeddings"}
@@ -40,6 +40,15 @@ def read(recipe: Any) -> Workload:
         **_precision(recipe, config, strategy, optimizer),
         unmodelled=tuple(_left_out(recipe, config)),
     )
+
+
+def check_layout(recipe: Any) -> None:
+    """Refuse a recipe whose model cannot be cut over its GPUs, or not multiply in fp8 there, before there is a job.
+
+    Raises:
+        CptError: as `read`.
+    """
+    read(recipe)
 
 
 def _get(config: Any, name: str, default: Any) -> Any:

@@ -18,6 +18,7 @@ ALLOWED = ("recompute", "micro_batch", "loss", "host_states", "layout")
 FALLBACKS = ("gradients", "rank", "seq_length")
 MICRO_BATCHES = (1, 2, 4, 8)
 SHORTEST, LOWEST_RANK = 1024, 8
+UNDECIDED = 0.03  # of two layouts: less than the speed model errs on several GPUs (docs/planning.md)
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,27 @@ def fit_workload(
         # A tier is searched whole before the next one gives up more.
         fitting = [each for each in _candidates(tier, allow, budget) if _peak(each, budget) <= budget]
         if fitting:
-            # Of equally fast ones, the one that leaves most memory.
-            best = max(fitting, key=lambda each: (_tokens_per_second(each, kind), -_peak(each, budget)))
+            best = _best(fitting, kind, budget)
             return Fit(None, plan_workload(best, gpu_memory_gib, gpu), changes(work, best, kind, budget))
     raise CptError(_nothing_fits(work, allow, usable, margin))
+
+
+def _best(fitting: Sequence[Workload], gpu: Gpu, budget: float) -> Workload:
+    """The fastest; of layouts whose speeds the model cannot tell apart, that with fewest stages, then least cut layers.
+
+    The table of four H200 in docs/planning.md has what that choice was measured to be worth.
+    """
+    speeds = {each: _tokens_per_second(each, gpu) for each in fitting}
+    as_fast = [each for each, speed in speeds.items() if speed >= (1 - UNDECIDED) * max(speeds.values())]
+    simplest = min(_layout(each) for each in as_fast)
+    # Of equally fast ones, the one that leaves most memory.
+    return max(
+        (each for each in as_fast if _layout(each) == simplest), key=lambda each: (speeds[each], -_peak(each, budget))
+    )
+
+
+def _layout(work: Workload) -> tuple[int, int]:
+    return work.pipeline_model_parallel_size, work.tensor_model_parallel_size
 
 
 def nearest_that_fits(work: Workload, gpu_memory_gib: float | None, gpu: str | None) -> Fit | None:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from nemo_cpt.constants import ADAM_STATES
 from nemo_cpt.errors import CptError
 
+FP8_TILE = 16  # elements of a side of an fp8 product (Transformer Engine's assert_dim_for_fp8_exec)
 LINEAR = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 
@@ -92,8 +93,8 @@ class Workload:
 
     def __post_init__(self) -> None:
         """Refuse sizes that no GPU could be given."""
-        # What tensor parallelism cuts; key-value heads are looked at where layouts are proposed.
-        groups = {"num_attention_heads": self.num_attention_heads, "vocab_size": self.vocab_size}
+        names = ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size")
+        groups = {name: getattr(self, name) for name in names}
         for name, size in groups.items():
             if size % self.tensor_model_parallel_size:
                 raise CptError(f"{name} {size} cannot be cut over {self.tensor_model_parallel_size} GPUs (tensor)")
@@ -115,6 +116,22 @@ class Workload:
                 f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size "
                 f"{self.micro_batch_size} x data parallel {self.data_parallel}"
             )
+        if self.fp8:
+            self._check_fp8()
+
+    def _check_fp8(self) -> None:
+        """Refuse what Transformer Engine's fp8 products do not take: a side that is no multiple of 16."""
+        cut = self.tensor_model_parallel_size
+        whole = {"seq_length x micro_batch_size": self.tokens // (cut if self.sequence_parallel else 1)}
+        whole |= {"hidden_size": self.hidden_size, "ffn_hidden_size": self.ffn_hidden_size // cut}
+        whole |= {"the width of queries": self.query_size // cut}
+        whole |= {"the width of queries, keys and values": self.widths["linear_qkv"][1] // cut}
+        for name, size in whole.items():
+            if size % FP8_TILE:
+                raise CptError(
+                    f"fp8 multiplies in tiles of {FP8_TILE}, and {name} is {size} on one GPU: change seq_length, "
+                    "micro_batch_size or the parallel sizes, or train with precision=bf16"
+                )
 
     @property
     def model_parallel(self) -> int:

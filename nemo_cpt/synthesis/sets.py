@@ -8,7 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,16 +139,16 @@ def synthesize(
         folder.begin()
         per_document = pairs if endpoint else 1
         documents, hashes = _sample(sources, json_key, SPARE * math.ceil((train + validation) / per_document), seed)
-        with ExitStack() as stack:
-            maker: Model | Rules
-            if endpoint:
-                shown = _Shown(train + validation, quiet)
-                engine = grounded.open_endpoint(endpoint, str(model), concurrency)
-                replies = stack.enter_context(Journal(folder.path / REPLIES))
+        maker: Model | Rules
+        if endpoint:
+            server = closing(grounded.open_endpoint(endpoint, str(model), concurrency))
+            shown = _Shown(train + validation, quiet)
+            with server as engine, Journal(folder.path / REPLIES) as replies:
                 maker = grounded.Model(engine, replies, language, pairs, seed, shown)
-            else:
-                filled = fill(templates, values, train + validation, random.Random(seed))
-                maker = Rules(kinds if sources else (), filled, language, seed)
+                sets = _make_sets(maker, documents, wanted)
+        else:
+            filled = fill(templates, values, train + validation, random.Random(seed))
+            maker = Rules(kinds if sources else (), filled, language, seed)
             sets = _make_sets(maker, documents, wanted)
         folder.finish(sets, maker.rejected, describe_inputs(sources, hashes))
     return folder.report("written")

@@ -19,6 +19,7 @@ from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
 
 from nemo_cpt.checkpoint.context import RUN_JSON
 from nemo_cpt.errors import CptError
+from nemo_cpt.training.metrics import RUN_FILE, read_file, validation_losses
 from nemo_cpt.training.record import record_of
 from nemo_cpt.training.run_folder import DAMAGED, REMOVED, Checkpoint, damaged_since
 from nemo_cpt.training.run_lock import check_held
@@ -155,7 +156,12 @@ class RunCheckpoint(nl.ModelCheckpoint):
             self.set_checkpoint_unfinished_marker(filepath)
             folder = ckpt_to_dir(filepath)
             folder.mkdir(parents=True, exist_ok=True)
-            record = record_of(trainer) | {"validation_pending": self._validation_follows(trainer)}
+            described = read_file(AppState().log_dir, RUN_FILE)
+            record = record_of(trainer) | {
+                "validation_pending": self._validation_follows(trainer),
+                "losses": validation_losses(AppState().log_dir),
+                **{name: described.get(name) for name in ("launched", "versions")},
+            }
             (folder / RUN_JSON).write_text(json.dumps(record, indent=1))
             if self.writes_context:
                 _write_context(trainer, folder)

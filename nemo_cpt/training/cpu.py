@@ -13,6 +13,7 @@ from nemo import lightning as nl
 from nemo.collections.llm.gpt.model.base import local_layer_spec
 
 from nemo_cpt.cpu_stack import UNFUSED, cpu_stack
+from nemo_cpt.errors import CptError
 from nemo_cpt.training.optimizer import HostStateOptimizer
 
 
@@ -56,8 +57,13 @@ def on_cpu(recipe: Any, processes: int = 1) -> Any:
 
     Returns:
         The recipe.
+
+    Raises:
+        CptError: it trains in fp8.
     """
     trainer, strategy = recipe.trainer, recipe.trainer.strategy
+    if getattr(trainer.plugins, "fp8", None):
+        raise CptError("a CPU has no fp8 products: make the recipe with precision=bf16")
     trainer.accelerator, trainer.devices, trainer.num_nodes, trainer.plugins = "cpu", processes, 1, None
     # The class alone: every argument that the recipe or its user set stays.
     fdl.update_callable(strategy, CpuStrategy)

@@ -67,9 +67,9 @@ class Guards(pl.Callback):
             )
         )
         check_environment(getattr(pl_module.config, "attention_backend", None), os.environ)
-        precision = getattr(trainer.precision_plugin, "dtype_config", None)
-        if getattr(precision, "fp8", None) and torch.cuda.is_available():
-            check_fp8(torch.cuda.get_device_capability())
+        precision: Any = getattr(trainer.precision_plugin, "dtype_config", None)
+        if getattr(precision, "fp8", None):
+            check_fp8(torch.cuda.get_device_capability() if torch.cuda.is_available() else None, precision.fp8_recipe)
 
     def _check_belonging(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[int, int]:
         """Compare base or checkpoint, model, tokenizer and data.
@@ -246,13 +246,22 @@ def check_schedule(lr: float, scheduler: Any, max_steps: int) -> None:
     settings.check(Settings(lr=lr, min_lr=min_lr, warmup_steps=warmup, max_steps=max_steps))
 
 
-def check_fp8(compute_capability: tuple[int, int]) -> None:
-    """Refuse fp8 on a GPU older than Ada (8.9) and Hopper (9.0), which have no fp8 matrix products."""
-    if compute_capability < (8, 9):
+def check_fp8(compute_capability: tuple[int, int] | None, scaling: str = "tensorwise") -> None:
+    """Refuse fp8 where there are no matrix products of it.
+
+    Args:
+        compute_capability: of the GPU; None where there is none.
+        scaling: Megatron's `fp8_recipe`; of blocks it takes Hopper.
+    """
+    if compute_capability is None:
+        raise CptError("fp8 needs a GPU, and there is none here. Train with precision=bf16")
+    least = (9, 0) if scaling == "blockwise" else (8, 9)
+    if compute_capability < least:
         major, minor = compute_capability
+        kinds = "9.0 (Hopper) or later, scaled in blocks" if least == (9, 0) else "8.9 (Ada), 9.0 (Hopper) or later"
         raise CptError(
-            f"fp8 needs a GPU of compute capability 8.9 (Ada), 9.0 (Hopper) or later; this one has {major}.{minor}. "
-            "Train in bf16: trainer.plugins.fp8=None"
+            f"fp8 needs a GPU of compute capability {kinds}; this one has {major}.{minor}. "
+            "Train in bf16: precision=bf16, or trainer.plugins.fp8=None"
         )
 
 

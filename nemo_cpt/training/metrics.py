@@ -99,3 +99,14 @@ def read_file(run_folder: str | Path, file: str) -> dict[str, Any]:
         return json.loads(Path(run_folder, file).read_bytes())
     except (OSError, ValueError):
         return {}
+
+
+def validation_losses(run_folder: str | Path) -> list[dict[str, float]]:
+    """Each set's loss at the first and at the last validation of a run, by name, with the `step`; empty without one."""
+    found = [
+        {"step": int(line["step"])}
+        | {name.removeprefix(LOSS): value for name, value in line.items() if name.startswith(LOSS)}
+        for line in read_metrics(run_folder)
+        if any(name.startswith(LOSS) for name in line)
+    ]
+    return found if len(found) < 2 else [found[0], found[-1]]

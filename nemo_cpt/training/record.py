@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from nemo_cpt.checkpoint.chat_template import RECORD, recorded_template
+from nemo_cpt.checkpoint.provenance import BEFORE, trainings_of
 from nemo_cpt.conversations.dataset import is_conversations
 from nemo_cpt.corpus.dataset.index import full_prefix
 
@@ -80,8 +81,20 @@ def _start(trainer: pl.Trainer) -> dict[str, Any]:
             "layout": _layout(trainer),
             "validation": {"sets": {name: _content(prefix) for name, prefix in _validation_sets(data).items()}},
         }
-        _known[trainer] = {"settings": settings, RECORD: _template(trainer)}
+        _known[trainer] = {"settings": settings, RECORD: _template(trainer), BEFORE: _before(trainer)}
     return _known[trainer]
+
+
+def _before(trainer: pl.Trainer) -> list[Mapping[str, Any]]:
+    """The records of the trainings that led to the checkpoint that this one started from, the first one first."""
+    if trainer.ckpt_path:
+        return trainings_of(_start_folder(trainer.ckpt_path))[:-1]
+    base = getattr(getattr(trainer.strategy, "restore_config", None), "path", None)
+    return trainings_of(_start_folder(base)) if base else []
+
+
+def _start_folder(path: Any) -> Path:
+    return Path(str(path).removesuffix("/weights"))
 
 
 def _template(trainer: pl.Trainer) -> Mapping[str, Any] | None:
@@ -93,7 +106,7 @@ def _template(trainer: pl.Trainer) -> Mapping[str, Any] | None:
     start = trainer.ckpt_path or getattr(base, "path", None)
     own = getattr(trainer.datamodule, "template", None)
     # An export of the new run wants the template of the conversations it was tuned on, also after more text.
-    return own or (recorded_template(str(start).removesuffix("/weights")) if start else None)
+    return own or (recorded_template(_start_folder(start)) if start else None)
 
 
 def changes(was: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]) -> list[Change]:

@@ -76,9 +76,9 @@ class Settings:
     ffn_hidden_size: int | None = None
 
     @property
-    def processes(self) -> int:
-        """Processes of the job, one a GPU."""
-        return (self.gpus_per_node or 1) * (self.num_nodes or 1)
+    def processes(self) -> int | None:
+        """Processes of the job, one a GPU; None where that is not known, as with devices="auto"."""
+        return None if self.gpus_per_node is None else self.gpus_per_node * (self.num_nodes or 1)
 
     @property
     def model_parallel(self) -> int:
@@ -155,7 +155,7 @@ def _schedule(each: Settings) -> Iterator[str]:
 
 
 def _cuts_of_the_model(each: Settings) -> Iterator[str]:
-    if each.processes % each.model_parallel:
+    if each.processes is not None and each.processes % each.model_parallel:
         yield (
             f"{each.processes} processes cannot be cut into groups of tensor x pipeline x context parallel = "
             f"{each.model_parallel}: change tensor_model_parallel_size, pipeline_model_parallel_size or "
@@ -190,7 +190,7 @@ def _cuts_of_the_model(each: Settings) -> Iterator[str]:
 
 
 def _batches(each: Settings) -> Iterator[str]:
-    if not each.global_batch_size or not each.micro_batch_size:
+    if not each.global_batch_size or not each.micro_batch_size or each.processes is None:
         return
     data_parallel = each.processes // each.model_parallel
     step = each.micro_batch_size * data_parallel

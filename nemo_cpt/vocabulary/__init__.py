@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from nemo_cpt.vocabulary.comparison import compare as compare
     from nemo_cpt.vocabulary.growing import GrowReport as GrowReport
     from nemo_cpt.vocabulary.growing import grow as grow
+    from nemo_cpt.vocabulary.payoff import Worth as Worth
+    from nemo_cpt.vocabulary.payoff import worth as worth
     from nemo_cpt.vocabulary.training import TrainReport as TrainReport
     from nemo_cpt.vocabulary.training import train as train
 
@@ -15,9 +17,11 @@ _HOMES = {
     "Comparison": "comparison",
     "GrowReport": "growing",
     "TrainReport": "training",
+    "Worth": "payoff",
     "compare": "comparison",
     "grow": "growing",
     "train": "training",
+    "worth": "payoff",
 }
 __all__ = sorted(_HOMES)
 

@@ -58,6 +58,8 @@ class ByteLevelBPE:
         """A `tokenizers.Tokenizer` that encodes words as bytes' characters: no added tokens, nothing split."""
         from tokenizers import Tokenizer as Backend
 
+        # Words come as bytes' characters already: the pre-tokenizer would take these for text and write them as bytes
+        # again.
         bare = self.content | {part: None for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder")}
         return Backend.from_str(orjson.dumps(bare | {"added_tokens": []}).decode())
 
@@ -65,6 +67,7 @@ class ByteLevelBPE:
         """The whole tokenizer as a `tokenizers.Tokenizer`."""
         from tokenizers import Tokenizer as Backend
 
+        # Whole texts are counted and compared: a tokenizer.json may hold the truncation of whoever saved it.
         backend = Backend.from_str(orjson.dumps(self.content | {"truncation": None, "padding": None}).decode())
         backend.encode_special_tokens = False
         return backend
@@ -91,8 +94,6 @@ def read_byte_level(tokenizer: str) -> ByteLevelBPE:
             f"the tokenizer {tokenizer} is {kind}: only byte-level BPE can be grown, such as Llama-3's, Qwen2.5's or "
             "SmolLM2's"
         )
-    if missing := _bytes_without_token(model["vocab"]):
-        raise CptError(f"the tokenizer {tokenizer} has no token for {missing} of the 256 bytes: it cannot be grown")
     if not model["merges"]:
         raise CptError(f"the tokenizer {tokenizer} has no merges: there is nothing for further ones to build on")
     return ByteLevelBPE(described, content)
@@ -129,8 +130,10 @@ def grew_from(grown: ByteLevelBPE, base: ByteLevelBPE) -> str | None:
         number = base.ids[differing[0]]
         return f"{differing[0]!r} is {grown.ids.get(differing[0], 'no token')} in it and {number} in the other"
     old = base.merges
+    # In this order and at the front: a merge that came earlier would change texts that hold none of the new tokens.
     if grown.merges[: len(old)] != old:
         return f"its first {len(old):,} merges are not the other's"
+    # Equal merges in words that are cut otherwise are other tokens.
     for part in ("normalizer", "pre_tokenizer"):
         if grown.content.get(part) != base.content.get(part):
             return f"its {part} is another one"
@@ -163,10 +166,6 @@ def parts_of_pre_tokenizer(pre_tokenizer: Mapping[str, Any] | None) -> Iterator[
 def _is_byte_level(pre_tokenizer: Mapping[str, Any] | None) -> bool:
     parts = list(parts_of_pre_tokenizer(pre_tokenizer))
     return bool(parts) and parts[-1]["type"] == "ByteLevel"
-
-
-def _bytes_without_token(vocabulary: Mapping[str, int]) -> int:
-    return sum(character not in vocabulary for character in byte_of_character())
 
 
 def _pair(merge: str | list[str]) -> Pair:

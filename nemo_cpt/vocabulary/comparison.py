@@ -143,6 +143,7 @@ def compare(
             used |= ids
         texts_of_tokens = _texts(tokenizer, sorted(used))
         longest[name] = tuple(sorted(texts_of_tokens, key=lambda text: (-len(text.strip()), text))[:_LONGEST])
+        # What decoding puts where bytes are no whole character.
         odd[name] = sum("\ufffd" in text for text in texts_of_tokens)
     sizes = {name: tokenizer.vocabulary_size for name, tokenizer in loaded.items()}
     return Comparison(tuple(measured), sizes, longest, odd, _shared(list(loaded.values())))
@@ -153,6 +154,7 @@ def _measure(name: str, tokenizer: Tokenizer, label: str, texts: Sequence[str]) 
     tokens, used, failures, seconds = 0, set[int](), 0, 0.0
     for start in range(0, len(texts), _BATCH):
         batch = list(texts[start : start + _BATCH])
+        # The encoding alone: decoding is for the round trips.
         began = time.perf_counter()
         ids, bounds = encoder.encode(batch)
         seconds += time.perf_counter() - began

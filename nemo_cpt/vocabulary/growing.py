@@ -13,12 +13,12 @@ from typing import Any
 
 import orjson
 
-from nemo_cpt.corpus.atomic_files import make_folder
 from nemo_cpt.corpus.reading.sources import Inputs
 from nemo_cpt.corpus.tokenization.tokenizer import load_tokenizer
 from nemo_cpt.corpus.tokenization.tokenizer_files import ADDED, CONFIG, DEFINITION, SPECIAL_MAP
 from nemo_cpt.errors import CptError
 from nemo_cpt.vocabulary.byte_level import RECORD, ByteLevelBPE, grew_from, read_byte_level
+from nemo_cpt.vocabulary.folders import check_free, new_folder
 from nemo_cpt.vocabulary.merging import MAX_CHARACTERS, MIN_COUNT, Learner, Merge
 from nemo_cpt.vocabulary.samples import SAMPLE_BYTES, documents, draw
 from nemo_cpt.vocabulary.words import Words, count_words, of_own_scripts, text_of
@@ -117,7 +117,8 @@ def grow(
     sample = draw(inputs, json_key, sample_bytes)
     say(f"{len(sample.texts):,} of {sample.seen:,} documents are learnt from, {len(sample.held_out):,} are held out")
     backend = base.backend()
-    words = of_own_scripts(count_words(backend, sample.texts), sum(map(len, sample.texts)))
+    counts = count_words(backend, sample.texts)
+    words = of_own_scripts(counts, sum(map(len, sample.texts)), base.vocabulary)
     if not words.scripts:
         raise CptError(f"{inputs} has no letters beyond ASCII: there is nothing to learn that leaves English as it is")
     say(f"{len(words.counts):,} words of {', '.join(words.scripts)}")
@@ -130,6 +131,7 @@ def grow(
     content = grown_definition(base, merges)
     _write(base, content, Path(output), _record(base, merges, words))
     say(f"{len(merges):,} tokens are learnt")
+    # Measured as it was written, which is what users load.
     grown = read_byte_level(str(output))
     before, after = (count_tokens(each.backend(), sample.held_out) for each in (base, grown))
     characters = sum(map(len, sample.held_out))
@@ -161,8 +163,7 @@ def _check_arguments(
     for name, value in (("multiple_of", multiple_of), ("max_characters", max_characters), ("min_count", min_count)):
         if value < 1:
             raise CptError(f"{name} is {value}; it must be 1 or more")
-    if output.exists() or output.is_symlink():
-        raise CptError(f"{output} exists already. Give another output, or remove it first.")
+    check_free(output)
 
 
 def _learn(learner: Learner, size: int, tokens: int, multiple_of: int) -> list[Merge]:
@@ -189,6 +190,7 @@ def _learn_until(
         raise CptError(f"the base has {rate:.3f} characters a token already: give a larger until than {until:g}")
     for merge in learner:
         merges.append(merge)
+        # Each measurement encodes every held-out document: only sizes that may be the last are worth one.
         full = (base.size + len(merges)) % multiple_of == 0
         if full and len(merges) >= measured_at + _CHECK_EVERY:
             measured_at = len(merges)
@@ -213,8 +215,10 @@ def grown_definition(base: ByteLevelBPE, merges: Sequence[Merge]) -> dict[str, A
     """The tokenizer.json of a base with further merges, whose tokens have the ids behind the base's."""
     model = base.content["model"]
     new = {merge.token: base.size + number for number, merge in enumerate(merges)}
+    # As the base has them: the library reads files of either form, and none that mixes them.
     as_text = isinstance(model["merges"][0], str)
     added = [" ".join(merge.pair) if as_text else list(merge.pair) for merge in merges]
+    # Also tokens that were only added, or the library would number them behind the new ones (see `grow`).
     return base.content | {"model": model | {"vocab": base.ids | new, "merges": [*model["merges"], *added]}}
 
 
@@ -233,25 +237,16 @@ def _record(base: ByteLevelBPE, merges: Sequence[Merge], words: Words) -> dict[s
 
 
 def _write(base: ByteLevelBPE, content: dict[str, Any], output: Path, record: dict[str, Any]) -> None:
-    """Write the folder, complete or not at all, and look at it as users will before it has its name."""
-    partial = output.with_name(f".{output.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
-    make_folder(partial)
-    try:
-        source = Path(base.described.folder)
-        for path in sorted(source.iterdir()):
+    """Write the folder, and look at it as users will before it has its name."""
+    with new_folder(output) as folder:
+        for path in sorted(Path(base.described.folder).iterdir()):
             if path.name in _CARRIED or path.suffix == ".jinja":
-                shutil.copyfile(path, partial / path.name)
-        if not (partial / CONFIG).exists():
-            (partial / CONFIG).write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}\n', "utf-8")
-        (partial / DEFINITION).write_bytes(orjson.dumps(content))
-        (partial / RECORD).write_bytes(orjson.dumps(record, option=orjson.OPT_INDENT_2))
-        _check_written(base, partial)
-        partial.rename(output)
-    except OSError as error:
-        raise CptError(f"{output} could not be written: {error.strerror}. Nothing is left of it.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+                shutil.copyfile(path, folder / path.name)
+        if not (folder / CONFIG).exists():
+            (folder / CONFIG).write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}\n', "utf-8")
+        (folder / DEFINITION).write_bytes(orjson.dumps(content))
+        (folder / RECORD).write_bytes(orjson.dumps(record, option=orjson.OPT_INDENT_2))
+        _check_written(base, folder)
 
 
 def _check_written(base: ByteLevelBPE, folder: Path) -> None:

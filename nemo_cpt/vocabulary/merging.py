@@ -58,9 +58,11 @@ class Learner:
     ) -> None:
         self._max_characters, self._min_count = max_characters, min_count
         self._names = {number: token for token, number in base.vocabulary.items()}
+        # A vocabulary is a dict by text: a second token of the same text would take the id of the first away.
         self._taken = {*base.ids, *fixed}
         self._next = base.size
         model = base.model_alone()
+        # No merge of two tokens that stand side by side in one of these words, or the word would change.
         self._fixed = {pair for ids in _encode(model, fixed) for pair in pairwise(ids)}
         self._counts_of_words = list(words.values())
         self._words = [list(ids) for ids in _encode(model, words)]
@@ -74,6 +76,8 @@ class Learner:
 
     def __iter__(self) -> Iterator[Merge]:
         """Yield merges until no pair is left that stands side by side often enough; `tokens` is what is left then."""
+        # A merge changes the counts of many pairs: entries are not corrected in the heap, but looked at when they come
+        # out.
         queue = [(-count, pair) for pair, count in self._counts.items() if count >= self._min_count]
         heapq.heapify(queue)
         while queue:
@@ -102,12 +106,14 @@ class Learner:
         try:
             return len(data.decode()) <= self._max_characters
         except UnicodeDecodeError:
+            # Some bytes of one character, on the way to it; beside a whole character they would be neither.
             return len(data) < 4 and not data.decode(errors="ignore")
 
     def _merge(self, pair: _Ids, new: int) -> list[_Ids]:
         """Put the new id where the pair stands; return the pairs that became more frequent."""
         left, right = pair
         changes: defaultdict[_Ids, int] = defaultdict(int)
+        # Once each: a word that holds the pair twice is noted twice, and merged whole at the first.
         for place in dict.fromkeys(self._places.pop(pair)):
             old, count, merged, at = self._words[place], self._counts_of_words[place], list[int](), 0
             while at < len(old):
@@ -128,6 +134,7 @@ class Learner:
             self.tokens -= (len(old) - len(merged)) * count
             self._words[place] = merged
         del self._counts[pair]
+        # Where the pair overlapped itself (aaa) it was counted down as its own neighbour, and none of it is left.
         changes.pop(pair, None)
         for each, change in changes.items():
             self._counts[each] += change

@@ -74,21 +74,25 @@ def draw(inputs: Inputs, json_key: str = "text", limit: int = SAMPLE_BYTES, hold
         if not text or text.isspace():
             continue
         encoded = text.encode()
+        # By the text's own hash a copy of a document falls on the same side: what is judged by was not learnt from.
         number, size = xxhash.xxh3_64_intdigest(encoded), len(encoded)
         sample.seen, sample.seen_bytes = sample.seen + 1, sample.seen_bytes + size
         if hold_out and number % _ONE_IN == 0:
             held_out[number] = text
+            # At twice the number, so that they are not sorted for every document.
             if len(held_out) > 2 * HELD_OUT_DOCUMENTS:
                 held_out = _first(held_out)
         elif number < bound:
             kept.append((number, text))
             sample.nbytes += size
+            # Half of the hashes, and so about half of the documents, whenever they came: one pass, in bounded memory.
             while sample.nbytes > limit and bound > 1:
                 bound //= 2
                 kept = [each for each in kept if each[0] < bound]
                 sample.nbytes = sum(len(each.encode()) for _, each in kept)
     if not kept:
         raise CptError(f"{inputs} holds no text to learn from")
+    # By the hash, or the order of the files would show in what is learnt.
     kept.sort(key=lambda each: each[0])
     if hold_out and not held_out and len(kept) > 1:
         held_out = dict([kept.pop()])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,10 +10,10 @@ from typing import Any
 
 import orjson
 
-from nemo_cpt.corpus.atomic_files import make_folder
 from nemo_cpt.corpus.reading.sources import Inputs
 from nemo_cpt.corpus.tokenization.tokenizer_files import CONFIG, DEFINITION
 from nemo_cpt.errors import CptError
+from nemo_cpt.vocabulary.folders import check_free, new_folder
 from nemo_cpt.vocabulary.growing import MULTIPLE_OF, count_tokens
 from nemo_cpt.vocabulary.samples import Sample, draw
 
@@ -93,6 +92,7 @@ def train(
     start = time.monotonic()
     output, reserved = Path(output), [f"<|reserved_special_token_{number}|>" for number in range(RESERVED)]
     tokens = [BOS, EOS, PAD, *CHAT, *special, *reserved]
+    # A multiple of 0 is refused below, in words and not by the division.
     size = -(-vocabulary_size // max(multiple_of, 1)) * multiple_of
     _check_arguments(corpora, output, tokens, size, multiple_of)
     if isinstance(corpora, Mapping):
@@ -102,6 +102,7 @@ def train(
     for name, sample in samples.items():
         say(f"{name}: {len(sample.texts):,} of {sample.seen:,} documents, {sample.nbytes / 1e6:,.1f} MB")
     backend = _train([text for sample in samples.values() for text in sample.texts], tokens, size)
+    # The library stops early without a word, and the model is made for the size that was asked for.
     if backend.get_vocab_size() < size:
         raise CptError(
             f"the corpora give {backend.get_vocab_size():,} tokens, not {size:,}: give more text, or a smaller "
@@ -134,8 +135,7 @@ def _check_arguments(
         raise CptError(f"the special token {twice[0]} is there twice")
     if size <= len(tokens) + 256:
         raise CptError(f"a vocabulary of {size} has no room for tokens beside 256 bytes and {len(tokens)} special ones")
-    if output.exists() or output.is_symlink():
-        raise CptError(f"{output} exists already. Give another output, or remove it first.")
+    check_free(output)
 
 
 def _weighted(corpora: Mapping[str, float], json_key: str, limit: int) -> dict[str, Sample]:
@@ -144,6 +144,7 @@ def _weighted(corpora: Mapping[str, float], json_key: str, limit: int) -> dict[s
         raise CptError("there is no corpus to learn from")
     total = sum(corpora.values())
     samples = {name: draw(name, json_key, int(limit * weight / total)) for name, weight in corpora.items()}
+    # The corpus that has the least text for its weight sets the scale; the others are cut to it.
     unit = min(samples[name].nbytes / weight for name, weight in corpora.items())
     for name, weight in corpora.items():
         _cut(samples[name], unit * weight)
@@ -177,6 +178,7 @@ def _train(texts: Sequence[str], special: Sequence[str], size: int) -> Any:
     trainer = trainers.BpeTrainer(
         vocab_size=size,
         special_tokens=list(special),
+        # Every byte, seen or not, so that no text is unknown; sorted, since they come in no order of their own.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         max_token_length=MAX_BYTES,
         min_frequency=2,
@@ -189,18 +191,10 @@ def _train(texts: Sequence[str], special: Sequence[str], size: int) -> Any:
 
 
 def _write(backend: Any, output: Path) -> None:
-    partial = output.with_name(f".{output.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
-    make_folder(partial)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
-    try:
-        (partial / DEFINITION).write_text(backend.to_str(pretty=False), "utf-8")
-        (partial / CONFIG).write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))
-        partial.rename(output)
-    except OSError as error:
-        raise CptError(f"{output} could not be written: {error.strerror}. Nothing is left of it.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with new_folder(output) as folder:
+        (folder / DEFINITION).write_text(backend.to_str(pretty=False), "utf-8")
+        (folder / CONFIG).write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))
 
 
 def _changed(backend: Any, text: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -47,25 +47,35 @@ def count_words(backend: Any, texts: Iterable[str]) -> Counter[str]:
     counts, floor = Counter[str](), 1
     for text in texts:
         counts.update([word for word, _ in cut(normalize(text) if normalize else text)])
+        # Words seen once go first, at the next time those seen twice: what is learnt from is frequent, and stays.
         while len(counts) > _TRIM_AT:
             counts, floor = Counter({word: count for word, count in counts.items() if count > floor}), floor + 1
     return counts
 
 
-def of_own_scripts(counts: Counter[str], characters: int) -> Words:
-    """Choose the words that are written in the corpus's own scripts.
+def of_own_scripts(counts: Counter[str], characters: int, known: Collection[str]) -> Words:
+    """Choose the words that are written in the corpus's own scripts, and in bytes that the tokenizer has tokens for.
 
     Words of ASCII alone, and those with a character of a script that the corpus has little of, stay as they are in
-    every text: what an English text holds of é or “ is not learnt from a Japanese corpus.
+    every text: what an English text holds of é or “ is not learnt from a Japanese corpus. Bytes without a token
+    (SmolLM2's has none for 21 of the 256) are lost in encoding; what stands on their two sides is not side by side.
+
+    Args:
+        counts: of all words.
+        characters: of the corpus.
+        known: the tokens of the model.
     """
-    texts = {word: plain for word in counts if not (plain := text_of(word)).isascii()}
+    lost = byte_of_character().keys() - set(known)
+    texts = {word: text for word in counts if not (text := text_of(word)).isascii() and lost.isdisjoint(word)}
     found = Counter[str]()
     for character, count in _count_characters(texts, counts).items():
         found[script_of(character)] += count
+    # Without the shared signs, which are many in any text and would make a script's share of it smaller.
     total = sum(count for script, count in found.items() if script not in _SHARED_BLOCKS)
     own = [script for script, count in found.most_common() if _is_own(script, count, total)]
     allowed = set(own)
     chosen = {word for word, text in texts.items() if _only_in(text, allowed)}
+    # What is beyond hardly makes a token, and costs as much memory as the frequent ones.
     most = Counter({word: counts[word] for word in chosen}).most_common(MOST_WORDS)
     others = Counter({word: count for word, count in counts.items() if word not in chosen})
     return Words(Counter(dict(most)), tuple(each for each in own if not each.startswith("U+")), characters, others)
@@ -80,6 +90,7 @@ def script_of(character: str) -> str:
 
 def text_of(word: str) -> str:
     """The text of a word that is written in bytes' characters."""
+    # Latin-1 writes the characters 0 to 255 as the bytes of these numbers.
     return word.translate(_UNMAPPED).encode("latin-1").decode("utf-8", "replace")
 
 

@@ -11,11 +11,10 @@ from typing import Any
 
 from nemo_cpt.errors import CptError, StoppedEarlyError
 from nemo_cpt.launching.results import Run, runs
-from nemo_cpt.output import WithoutReaders, say
 from nemo_cpt.training.metrics import END_FILE, METRICS_FILE, RUN_FILE, MetricsReader
 from nemo_cpt.training.run_folder import checkpoints
 from nemo_cpt.training.run_lock import read_owner
-from nemo_cpt.watching.record import TRAIN_LOSS, Record
+from nemo_cpt.watching.record import TRAIN_LOSS, Record, record
 from nemo_cpt.watching.view import Snapshot, lines, render
 
 POLL_SECONDS = 0.5
@@ -48,6 +47,7 @@ class Follower:
             log: the job's raw log, to name it.
         """
         stamps = tuple(_changed(self.folder / name) for name in (METRICS_FILE, RUN_FILE, END_FILE))
+        # Twice a second, maybe for days: while the files stand still nothing is parsed.
         if stamps != self._stamps:
             self._asked = time.monotonic() if self._stamps else self._asked  # at first it is asked at once
             self._record, self._stamps = Record(self.folder, self._reader), stamps
@@ -55,7 +55,7 @@ class Follower:
         state, message = self._state() if begun else ("starting", "")
         own = [each["text"] for each in self._record.warnings]
         return Snapshot(
-            record=self._record if begun else Record(self.folder / "not begun"),
+            record=self._record if begun else Record(self.folder, _NothingYet(self.folder)),
             state=state,
             message=message,
             saved=[each.path.name for each in checkpoints(self.folder / "checkpoints")] if begun else (),
@@ -67,6 +67,7 @@ class Follower:
     def _state(self) -> tuple[str, str]:
         if (end := self._record.end) and not self._has_started_again(end["time"]):
             return end["state"], end["message"]
+        # A run whose files grow lives: only a quiet one is asked after.
         if time.monotonic() - self._asked > QUIET_SECONDS:
             self._alive, self._asked = Run(self.folder).running, time.monotonic()
         return ("running", "") if self._alive else ("killed", "its job ended without a word; the log may say why")
@@ -75,6 +76,13 @@ class Follower:
         """Whether a job took the folder since: until it describes itself, it is the one before that had ended."""
         owner = read_owner(self.folder)
         return owner is not None and datetime.fromisoformat(owner.since).timestamp() > ended
+
+
+class _NothingYet(MetricsReader):
+    """Of a run that has not begun, whatever an earlier start has left."""
+
+    def read(self) -> list[dict[str, Any]]:
+        return []
 
 
 class _LogWarnings:
@@ -89,6 +97,7 @@ class _LogWarnings:
         with contextlib.suppress(OSError), self.path.open("rb") as file:
             file.seek(self._read)
             for line in iter(file.readline, b""):
+                # It is being written, and read whole the next time.
                 if not line.endswith(b"\n"):
                     break
                 self._read += len(line)
@@ -97,8 +106,9 @@ class _LogWarnings:
         first = next((line["time"] for line in record.metrics if TRAIN_LOSS in line and "time" in line), None)
         if first is None:
             return []
+        # As NeMo stamps its lines: these texts compare as their times do.
         begun = datetime.fromtimestamp(first).isoformat(" ", timespec="seconds")
-        return [text for when, text in self._found if when >= begun]
+        return [text for when, text in self._found if when > begun]
 
 
 def _changed(path: Path) -> float:
@@ -129,12 +139,12 @@ def follow(follower: Follower, live: bool) -> Snapshot:
         live: as a view that changes in its place; else as lines.
     """
     if live:
-        with live_view() as view:
+        with live_view(sys.stdout) as view:
             return _until_the_end(follower, lambda shown, before: view.show(shown))
 
     def print_new(shown: Snapshot, before: Snapshot | None) -> None:
         for line in lines(shown, before):
-            say(line)
+            print(line, flush=True)
 
     return _until_the_end(follower, print_new)
 
@@ -156,10 +166,13 @@ class View:
 
     def __init__(self, live: Any) -> None:
         self._live = live
+        self._drawn: Snapshot | None = None
 
     def show(self, shown: Snapshot) -> None:
-        """Draw a moment in the place of the last one."""
-        self._live.update(render(shown), refresh=True)
+        """Draw a moment in the place of the last one, if it is another."""
+        if self._drawn is None or shown.record is not self._drawn.record or shown != self._drawn:
+            self._live.update(render(shown), refresh=True)
+            self._drawn = shown
 
     def above(self, line: str) -> None:
         """Print a line above the view."""
@@ -167,13 +180,13 @@ class View:
 
 
 @contextlib.contextmanager
-def live_view() -> Iterator[View]:
-    """A view on stdout, which stays there as it was last."""
+def live_view(output: Any) -> Iterator[View]:
+    """A view on a terminal, which stays there as it was last."""
     from rich.console import Console
     from rich.live import Live
 
-    output: Any = WithoutReaders(sys.stdout)
     console = Console(file=output)
+    # Drawn when something is new; what else is printed meanwhile is for `launch_view` to sort.
     with Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False) as live:
         yield View(live)
 
@@ -183,8 +196,9 @@ def check_ended_well(shown: Snapshot) -> None:
 
     Raises:
         StoppedEarlyError: it was told to stop, and saved.
-        CptError: it failed, or was killed.
+        CptError: it failed, or was killed, or nothing was measured in its folder.
     """
+    record(shown.record.folder)
     if shown.state in ("finished", "ended early"):
         return
     kind = StoppedEarlyError if shown.state == "stopped" else CptError

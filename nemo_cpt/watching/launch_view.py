@@ -6,6 +6,7 @@ what the launcher prints, NeMo-Run's panels are left out, and ours stand above t
 
 import contextlib
 import io
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from nemo_cpt.executors.nemo_run_patches import newest_log
 from nemo_cpt.executors.stopping import STOPPING
+from nemo_cpt.output import WithoutReaders
 from nemo_cpt.watching.following import POLL_SECONDS, Follower, live_view
 
 OURS = (STOPPING, "experiment ", "nemo_cpt: ")  # beginnings of lines
@@ -31,7 +33,7 @@ def launch_view(folder: Path) -> Iterator[Callable[[Path], None]]:
     def log() -> Path | None:
         return newest_log(experiment[0]) if experiment else None
 
-    with live_view() as view:
+    with live_view(WithoutReaders(sys.stdout)) as view:  # whose job outlives its terminal
         ended = threading.Event()
 
         def draw() -> None:
@@ -59,6 +61,8 @@ class _Said(io.TextIOBase):
         self._show, self._line = show, ""
 
     def write(self, text: str) -> int:
+        if text.startswith(OURS):  # NeMo-Run's last line may have been one that it draws over, without an end
+            self._line = ""
         *whole, self._line = (self._line + text).split("\n")
         for line in whole:
             if line.startswith(OURS):

@@ -16,6 +16,7 @@ def pictures(records: Sequence[Record]) -> dict[str, bytes]:
     """Each picture that there is something to draw of, by its file's name without `.png`, in the page's order."""
     import matplotlib
 
+    # No window: servers have no display.
     matplotlib.use("Agg")
     draw = {
         "loss": _loss,
@@ -97,6 +98,7 @@ def _forgetting(axis: Any, records: Sequence[Record]) -> None:
                       label=_label(record, records, name))  # fmt: skip
             change = record.changes[name]
             if change.standard_error is not None:
+                # Two of them, in percent.
                 error = 200 * change.standard_error / change.first
                 axis.errorbar(change.step, change.percent, yerr=error, color=colour, capsize=4, elinewidth=1.4)
     if axis.has_data():
@@ -114,6 +116,7 @@ def _throughput(axis: Any, records: Sequence[Record]) -> None:
         if planned := record.plan.get("tokens_per_second"):
             axis.axhline(planned, color=COLOURS[number], linestyle=":", label=_label(record, records, "planned"))
     axis.set_ylabel("tokens/s")
+    # From 0, so that a dip of 2 % looks like 2 %.
     axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
 
 

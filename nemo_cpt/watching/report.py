@@ -95,6 +95,7 @@ def _summary(record: Record) -> Iterator[tuple[str, str]]:
     """The run in a few lines."""
     run, about = Run(record.folder), record.description
     end = f"{record.end['state']} {record.end['message']}".strip() if record.end else run.state
+    # Started again, it has the end of its last start until it describes itself.
     yield "state", run.state if run.running else end
     yield "steps", f"{record.step} of {record.max_steps or 'unknown'}"
     if record.tokens_per_step:
@@ -201,6 +202,8 @@ def settings(record: Record) -> Iterator[tuple[str, str, str]]:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
@@ -223,6 +226,7 @@ def _replies(record: Record, heading: str) -> Iterator[str]:
     steps = sorted({reply["step"] for reply in record.replies})
     if not steps:
         return
+    # One column where there was one validation.
     shown = list(dict.fromkeys((steps[0], steps[-1])))
     by_prompt: dict[str, dict[int, str]] = {}
     for reply in record.replies:
@@ -244,11 +248,13 @@ def different(records: Sequence[Record]) -> list[list[Any]]:
     return [
         [path, *(_text(each.get(path)) for each in kept)]
         for path in paths
+        # As text: 1, 1.0 and True are equal in Python, and different settings.
         if len({json.dumps(each.get(path)) for each in kept}) > 1
     ]
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    # Lists of parts (callbacks) are compared part by part, lists of numbers as one value.
     if isinstance(value, list) and any(isinstance(each, dict) for each in value):
         value = dict(enumerate(value))
     if not isinstance(value, dict):

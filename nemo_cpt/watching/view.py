@@ -118,6 +118,7 @@ def _folded(warnings: Sequence[str]) -> Iterator[str]:
     """The last warnings, equal ones once, and how many there are besides."""
     counts: dict[str, int] = {}
     for warning in warnings:
+        # Taken out and put in again: the last entry is then what was said last.
         counts[warning] = counts.pop(warning, 0) + 1
     shown = list(counts.items())[-WARNINGS_SHOWN:]
     if more := len(counts) - len(shown):

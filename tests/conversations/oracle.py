@@ -18,6 +18,15 @@ MARKED = {
         "{%- else %}{{- m.content | trim + '<|im_end|>' }}{%- endif %}{{- '\n' }}{%- endfor %}"
     ),
 }
+MARKED["mistral"] = (
+    "{{- bos_token }}{%- set begin = '' %}{%- set rest = messages %}"
+    "{%- if messages[0].role == 'system' %}{%- set begin = messages[0].content | trim + '\n\n' %}"
+    "{%- set rest = messages[1:] %}{%- endif %}"
+    "{%- for m in rest %}{%- if m.role == 'assistant' %}"
+    "{% generation %}{{- ' ' + m.content | trim + eos_token }}{% endgeneration %}"
+    "{%- else %}{{- '[INST] ' + (begin if loop.first else '') + m.content | trim + '[/INST]' }}"
+    "{%- endif %}{%- endfor %}"
+)
 _ALPACA = (
     "{{- bos_token }}"
     "{%- if messages[0].role == 'system' %}{{- messages[0].content | trim }}{%- set rest = messages[1:] %}"

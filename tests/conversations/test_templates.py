@@ -59,6 +59,16 @@ def test_what_a_template_renders(name: str, llama3: Path) -> None:
     assert [text for text, on in pieces if on] == ["3,776メートルです。" + stop, "どういたしまして。" + stop]
 
 
+def test_mistral_says_the_systems_words_in_the_first_question(llama3: Path) -> None:
+    template = load_template("mistral", load_tokenizer(llama3))
+    assert [piece for piece in template.pieces(chat(SYSTEM)) if piece[0]] == [
+        ("<|begin_of_text|>[INST] 簡潔に答えてください。\n\n富士山の高さは？[/INST]", False),
+        (" 3,776メートルです。<|end_of_text|>", True),
+        ("[INST] ありがとう[/INST]", False),
+        (" どういたしまして。<|end_of_text|>", True),
+    ]
+
+
 def test_chatml_ends_a_turn_before_its_line_does(smollm2: Path) -> None:
     template = load_template("chatml", load_tokenizer(smollm2))
     assert template.pieces(chat(TURNS[:2])) == [

@@ -8,6 +8,7 @@ from nemo_cpt.doctor import Examination, gpus
 from tests.doctor.test_doctor_command import described, material, nemo_cpt
 
 ADA = "0, GPU-11111111-aaaa, 48512, 48012, Disabled, 550.54.15, NVIDIA RTX 6000 Ada Generation"
+A100 = "0, GPU-22222222-bbbb, 81920, 81000, Disabled, 550.54.15, NVIDIA A100-SXM4-80GB"
 ONE_GPU = ("gpus_per_node=1", "tensor_model_parallel_size=1")
 
 
@@ -47,6 +48,16 @@ def test_lora_fits_in_48_gb(world, llama31_8b, machine) -> None:
     )
     assert found.state == "ok"
     assert found.found.startswith("fits: ")
+
+
+def test_fp8_is_refused_on_a_card_without_it(world, llama31_8b, machine) -> None:
+    recipe = ("llama31_8b.continual_pretrain_single_gpu", *material(world, base=llama31_8b), "precision=fp8")
+    machine(A100)
+    found = gpus.fit(Examination(described(*recipe)))
+    assert (found.state, found.cure) == ("error", "train with precision=bf16")
+    assert "A100" in found.found
+    machine(ADA)
+    assert gpus.fit(Examination(described(*recipe))).state == "ok"
 
 
 def test_run_refuses_what_does_not_fit(world, llama31_8b, machine) -> None:

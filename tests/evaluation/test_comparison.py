@@ -331,10 +331,15 @@ def test_endpoints_and_a_judge(tmp_path: Path) -> None:
             return "[[A]]" if shown.index("GOOD") < shown.index("BAD") else "[[B]]"
         return "[[9]]" if "GOOD" in shown else "[[3]]"
 
+    said = list[tuple[str, int]]()
     with ChatServer(answering("BAD ")) as before, ChatServer(answering("GOOD ")) as after, ChatServer(judging) as judge:
         found = evaluate(
             f"{after.url}#{NAME}", tmp_path, against=before.url, prompts=["ja"], judge=judge.url, limit=2, quiet=True,
+            say=lambda line: said.append((line, sum(len(each.asked) for each in (before, after, judge)))),
         )  # fmt: skip
+    ((cost, asked),) = [each for each in said if "if every answer is of full length" in each[0]]
+    assert "8 answers and 16 verdicts to ask for; the judge reads about " in cost
+    assert asked == 0, "it is said before anything is asked"
     rows = {(row.group, row.measure): row for row in found.rows}
     score = rows["judge", "score, of 10"]
     assert (score.before, score.after, score.verdict) == (3, 9, "better")

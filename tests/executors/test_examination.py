@@ -1,8 +1,11 @@
 """What Python launches is examined as what the command line does, whichever way it is launched."""
 
+import json
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import nemo_run as run
 import pytest
@@ -69,6 +72,35 @@ def test_docker_without_an_engine_is_one_sentence(project, monkeypatch):
     monkeypatch.setenv("DOCKER_HOST", f"unix://{project}/no.sock")
     with pytest.raises(CptError, match=r"no Docker engine answers here \(.*\): install it, or start it"):
         run.run(run.Partial(tasks.fail, message="never"), executor=docker(), name="t")
+
+
+class Engine(BaseHTTPRequestHandler):
+    """Docker's engine as far as its version, and one image that it has."""
+
+    def log_message(self, *args): ...
+
+    def do_GET(self):
+        answers = {"/version": {"ApiVersion": "1.44"}, "/v1.44/images/localhost/there/json": {"Id": "sha256:1"}}
+        found = answers.get(self.path)
+        data = json.dumps(found or {"message": "No such image"}).encode()
+        self.send_response(200 if found else 404)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+def test_an_image_that_was_not_built_is_not_asked_of_a_registry(monkeypatch):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Engine) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("DOCKER_HOST", f"tcp://127.0.0.1:{server.server_address[1]}")
+        with pytest.raises(
+            CptError, match=r"there is no image localhost/nemo-cpt here: build it .*`docker build --tag"
+        ):
+            examination.check_docker("localhost/nemo-cpt")
+        examination.check_docker("localhost/there")
+        examination.check_docker("registry.example/pulled:1")
+        server.shutdown()
 
 
 def test_a_task_that_waits_for_others_is_examined_without_the_files_that_they_may_make(given, project):

@@ -17,6 +17,15 @@ LLAMA = {
 }  # fmt: skip
 
 
+# Tokens a second and GPU of the whole model on four H200, by tensor and pipeline parallel size and recomputed layers
+# (docs/planning.md).
+FOUR_GPUS = {"gpus": 4, "gpus_per_node": 4, "global_batch_size": 16, "fused_gradients": True}
+ON_FOUR_H200 = {
+    (1, 1, 0): 10_678, (2, 1, 0): 9_684, (1, 2, 0): 9_309, (2, 2, 0): 8_715, (1, 1, 32): 8_285, (1, 4, 0): 8_221,
+    (4, 1, 0): 7_990,
+}  # fmt: skip
+
+
 def llama(**changes) -> Workload:
     return Workload(**LLAMA | {"global_batch_size": 32} | changes)
 
@@ -89,6 +98,10 @@ def test_more_of_anything_takes_no_less(work: Workload) -> None:
         ({"context_parallel_size": 3, "gpus": 3}, "seq_length 8192 cannot be cut over 3"),
         ({"tensor_model_parallel_size": 4, "gpus": 6}, "6 GPUs cannot be cut into groups"),
         ({"gpus": 8, "global_batch_size": 12}, "global_batch_size 12 is not a multiple"),
+        ({"tensor_model_parallel_size": 16, "gpus": 16}, "num_query_groups 8 cannot be cut over 16"),
+        ({"fp8": True, "seq_length": 8200}, "tiles of 16, and seq_length x micro_batch_size is 8200 on one GPU"),
+        ({"fp8": True, "hidden_size": 4104}, "hidden_size is 4104"),
+        ({"fp8": True, "ffn_hidden_size": 14352, "gpus": 2, "tensor_model_parallel_size": 2}, "hidden_size is 7176"),
     ],
 )
 def test_sizes_that_do_not_go_together_are_refused(changes: dict, message: str) -> None:
@@ -167,6 +180,33 @@ class TestFit:
         assert work.tensor_model_parallel_size > 1
         assert not work.host_states
 
+    @pytest.mark.parametrize("micro_batches", [("layout", "recompute"), ALLOWED])
+    @pytest.mark.parametrize(("gpu_memory_gib", "fastest"), [(80, (2, 1)), (141, (1, 1))])
+    def test_on_four_gpus_it_takes_the_layout_that_was_measured_fastest(
+        self, gpu_memory_gib: int, fastest: tuple[int, int], micro_batches: tuple[str, ...]
+    ) -> None:
+        fitting = {}
+        for (tensor, pipeline, recompute), speed in ON_FOUR_H200.items():
+            work = llama(
+                tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, sequence_parallel=tensor > 1,
+                recompute="block" if recompute else "none", recompute_num_layers=recompute, **FOUR_GPUS,
+            )  # fmt: skip
+            planned = plan_workload(work, gpu_memory_gib)
+            assert planned.speed.tokens_per_second / 4 == pytest.approx(speed, rel=0.09)
+            if planned.peak_gib <= 0.95 * planned.memory_gib:
+                fitting[tensor, pipeline] = max(speed, fitting.get((tensor, pipeline), 0))
+        assert max(fitting, key=fitting.get) == fastest
+        for global_batch_size in (16, 128, 1024):
+            start = llama(**FOUR_GPUS | {"global_batch_size": global_batch_size})
+            chosen = fit_workload(start, gpu_memory_gib, allow=micro_batches).plan.workload
+            assert (chosen.tensor_model_parallel_size, chosen.pipeline_model_parallel_size) == fastest
+
+    def test_on_two_gpus_it_takes_the_layout_that_was_measured_fastest(self) -> None:
+        """Tokens a second of 8 layers at 4096: data parallel 67,000, pipeline 48,000, tensor 46,000."""
+        start = llama(num_layers=8, seq_length=4096, gpus=2, gpus_per_node=2, global_batch_size=8)
+        chosen = fit_workload(start, 141, allow=("layout", "recompute")).plan.workload
+        assert (chosen.tensor_model_parallel_size, chosen.pipeline_model_parallel_size) == (1, 1)
+
     def test_nothing_is_given_up_unless_allowed(self) -> None:
         with pytest.raises(CptError, match=r"nothing fits in 23\.5 GiB: LoRA takes at least"):
             fit_workload(llama(lora_rank=128), 24)
@@ -182,6 +222,13 @@ class TestFit:
     def test_an_unknown_knob_is_refused(self) -> None:
         with pytest.raises(CptError, match=r"allow names \['speed'\]"):
             fit_workload(llama(), 48, allow=["speed"])
+
+
+def test_fp8_is_refused_on_a_card_without_it() -> None:
+    assert plan_workload(llama(fp8=True), gpu="H100").speed.tokens_per_second
+    for planned in (plan_workload, fit_workload):
+        with pytest.raises(CptError, match="the A100-80GB has no fp8 products"):
+            planned(llama(fp8=True, lora_rank=16), gpu="A100-80GB")
 
 
 def test_cards_are_known_by_size_and_by_name() -> None:

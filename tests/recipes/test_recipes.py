@@ -177,6 +177,60 @@ class TestInstructionTuning:
                 smollm2.instruction_tune(**wrong)
 
 
+class TestFp8:
+    @pytest.mark.parametrize("recipe", [llama31_8b.continual_pretrain, llama31_8b.instruction_tune])
+    @pytest.mark.parametrize(("precision", "scaling"), [("fp8", "tensorwise"), ("fp8_blockwise", "blockwise")])
+    def test_it_is_a_word_of_every_recipe(self, recipe, precision: str, scaling: str, tmp_path: Path) -> None:
+        made = recipe(precision=precision, bf16_layers=2)
+        plugin = made.trainer.plugins
+        assert (plugin.fp8_recipe, plugin.fp8_param_gather, plugin.num_layers_at_end_in_bf16) == (scaling, False, 2)
+        assert plan(made, 80).workload.fp8
+        (tmp_path / "recipe.yaml").write_text(YamlSerializer().serialize(made))
+        assert yaml_file.load(tmp_path / "recipe.yaml") == made
+        built = fiddle.build(plugin).dtype_config
+        assert (built.fp8_recipe, built.first_last_layers_bf16, built.fp8_param_gather) == (scaling, True, False)
+        assert plan(recipe(), 80).workload.fp8 is False
+
+    def test_lora_on_one_gpu_takes_it(self) -> None:
+        recipe = llama31_8b.continual_pretrain_single_gpu(gpu_memory_gib=80, precision="fp8")
+        assert plan(recipe, 80).workload.fp8
+
+    def test_what_it_cannot_be_is_refused(self) -> None:
+        for wrong, words in (
+            ({"precision": "int8"}, "give bf16, fp8, fp8_blockwise"),
+            ({"bf16_layers": 1}, "give bf16_layers with fp8 only"),
+            ({"precision": "fp8", "seq_length": 8200}, "tiles of 16"),
+        ):
+            with pytest.raises(CptError, match=words):
+                llama31_8b.continual_pretrain(**wrong)
+        with pytest.raises(CptError, match="a CPU has no fp8 products"):
+            tiny.continual_pretrain("base", Blend({"ds/ja": 1.0}), precision="fp8")
+
+
+def test_a_layout_that_the_model_cannot_be_cut_into_is_refused() -> None:
+    for sizes, words in (
+        (
+            {"gpus_per_node": 3, "tensor_model_parallel_size": 3, "global_batch_size": 3},
+            "num_attention_heads 32 cannot",
+        ),
+        ({"gpus_per_node": 10, "pipeline_model_parallel_size": 5, "global_batch_size": 10}, "32 layers cannot be cut"),
+        ({"gpus_per_node": 16, "tensor_model_parallel_size": 16}, "num_query_groups 8 cannot be cut over 16"),
+    ):
+        for recipe in (llama31_8b.continual_pretrain, llama31_8b.instruction_tune):
+            with pytest.raises(CptError, match=words):
+                recipe(**sizes)
+
+
+def test_the_planner_lays_out_a_recipe_for_a_card() -> None:
+    recorded = llama31_8b.continual_pretrain(gpus_per_node=4)
+    planned = llama31_8b.continual_pretrain(gpus_per_node=4, gpu_memory_gib=141)
+    strategies = [each.trainer.strategy.tensor_model_parallel_size for each in (recorded, planned)]
+    assert strategies == [2, 1]
+    assert plan(planned, 141).fits
+    with pytest.raises(CptError, match="nothing fits"):
+        llama31_8b.continual_pretrain(gpus_per_node=1, gpu_memory_gib=24)
+
+
 def test_data_must_be_a_blend() -> None:
     with pytest.raises(CptError, match="give a Blend"):
         llama31_8b.continual_pretrain(data="{train:[1.0,ds/ja]}")

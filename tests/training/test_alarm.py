@@ -73,7 +73,10 @@ def test_what_the_run_is_stands_beside_its_metrics(world: Path, stopped: tuple[P
     assert ja["epochs"] == pytest.approx(STEPS * BATCH * LENGTH / ja["tokens"])
     assert about["plan"] == {"unknown": "the planner is for GPUs"}
     assert about["configuration"]["optim"]["config"]["lr"] == 1e-2
-    assert about["configuration"]["trainer"]["_target_"].endswith("Trainer")
+    trainer = about["configuration"]["trainer"]
+    assert trainer["_target_"].endswith("Trainer")
+    assert [each for each in trainer["callbacks"] if each["_target_"].endswith(".ForgettingAlarm")]
+    assert "0x" not in json.dumps(about["configuration"])
     engine = TransformersEngine(world / "base_hf", device="cpu")
     for name in ("ja", "en"):
         read = sequences_loss(engine, world / f"ds/{name}_validation", seq_length=LENGTH, samples=BATCHES * BATCH)

@@ -203,6 +203,11 @@ def test_fp8_needs_ada_or_later() -> None:
     guards.check_fp8((9, 0))
     with pytest.raises(CptError, match=r"this one has 8\.0.*bf16"):
         guards.check_fp8((8, 0))
+    guards.check_fp8((9, 0), "blockwise")
+    with pytest.raises(CptError, match=r"9\.0 \(Hopper\) or later, scaled in blocks; this one has 8\.9"):
+        guards.check_fp8((8, 9), "blockwise")
+    with pytest.raises(CptError, match="there is none here"):
+        guards.check_fp8(None)
 
 
 def test_a_sequence_that_context_parallelism_cannot_cut(world: Path, blend: Any) -> None:

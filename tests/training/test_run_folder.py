@@ -116,7 +116,7 @@ def test_finished(folder: Path) -> None:
 def test_a_finished_run_hears_of_a_misspelt_field(folder: Path, world: Path, blend: Any) -> None:
     given = {"base": str(world / "base"), "data": blend, "max_steps": 8, "val_check_interval": 3}
     given |= {"directory": str(folder.parent.parent), "name": folder.parent.name, "global_batch_size": 4}
-    said = nothing_to_train("tiny.continual_pretrain", given, ["optim.config.lr=1e-4"])
+    said = nothing_to_train("tiny.continual_pretrain", given, ["trainer.log_every_n_steps=5"])
     assert said.endswith(
         "give a larger max_steps, and extend=rewarm, stretch or keep: what becomes of the learning rate"
     )

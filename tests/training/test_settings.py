@@ -24,7 +24,7 @@ SMOLLM2 = {"num_layers": 30, "num_attention_heads": 9, "num_query_groups": 3, "f
         ({"lr": 1e-5, "min_lr": 1e-5}, "min_lr 1e-05 is not below lr 1e-05: give min_lr=1e-06"),
         ({"warmup_steps": -1}, "warmup_steps=-1: give warmup_steps=0"),
         ({"warmup_steps": 9, "max_steps": 9}, "warmup_steps 9 is not below max_steps 9: .* Give warmup_steps=0"),
-        ({"global_batch_size": 10, "micro_batch_size": 4}, "global_batch_size 10 .* 8 would be"),
+        ({"global_batch_size": 10, "micro_batch_size": 4, "gpus_per_node": 1}, "global_batch_size 10 .* 8 would be"),
         ({"gpus_per_node": 3, "tensor_model_parallel_size": 2}, "3 processes cannot be cut into groups"),
         (SMOLLM2 | {"gpus_per_node": 2, "tensor_model_parallel_size": 2}, "num_attention_heads 9 .*size=1 or 3"),
         (SMOLLM2 | {"gpus_per_node": 4, "pipeline_model_parallel_size": 4}, "30 layers .*parallel_size=3 or 5"),
@@ -42,6 +42,7 @@ def test_what_no_job_could_run_with(numbers: dict[str, Any], says: str) -> None:
 
 def test_what_is_sound_or_not_known_passes() -> None:
     check(Settings())
+    check(Settings(tensor_model_parallel_size=2, global_batch_size=10, micro_batch_size=4))  # on devices="auto"
     check(Settings(epochs=0.5, val_check_interval=0.25, warmup_steps=0, min_lr=0.0, lr=1e-5))
     layout = {"gpus_per_node": 3, "num_nodes": 5, "tensor_model_parallel_size": 3, "pipeline_model_parallel_size": 5}
     check(Settings(**SMOLLM2, **layout, seq_length=63, sequence_parallel=True, global_batch_size=4, micro_batch_size=2))

@@ -1,5 +1,6 @@
 """`nemo-cpt watch`: a run as its files tell of it, until it ends."""
 
+import contextlib
 import io
 import json
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from nemo_cpt.training.metrics import END_FILE
+from nemo_cpt.training.metrics import END_FILE, append_metrics
 from nemo_cpt.watching.following import RANK_0_LOG, Follower, newest_run
 from nemo_cpt.watching.view import Snapshot, duration, lines, render
 from tests.support import run_folders
@@ -173,9 +174,11 @@ def test_a_live_view_follows_the_run_and_ctrl_c_leaves_it_alone(folder: Path) ->
         (["jaa"], "there is no run 'jaa' in results; near: ja"),
         (["-d", "nowhere"], "there is no folder nowhere with runs"),
         (["-d", "results/ja"], "is one itself"),
+        (["empty"], "has no metrics/steps.jsonl: the run has measured nothing yet"),
     ],
 )
 def test_bad_input(folder: Path, arguments: list[str], says: str) -> None:
+    (folder.with_name("empty") / "checkpoints").mkdir(parents=True)
     done = watch(*arguments, cwd=folder.parents[1])
     assert (done.returncode, says in done.stderr) == (2, True), done.stderr
 
@@ -190,6 +193,21 @@ def test_watching_imports_neither_torch_nor_nemo(folder: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder.parents[1])
     assert done.stdout.rstrip().endswith("[]"), done.stdout + done.stderr
+
+
+def test_without_a_reader_it_ends(folder: Path) -> None:
+    """As behind `| head -1`: there is nobody to watch for."""
+    with held_by_another_process(folder):
+        watching = subprocess.Popen([*COMMAND, "--plain"], stdout=subprocess.PIPE, text=True, cwd=folder.parents[1])
+        assert watching.stdout is not None
+        assert watching.stdout.readline() == "ja: running\n"
+        watching.stdout.close()
+        for step in range(61, 300):
+            append_metrics(folder, {"step": step})
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                watching.wait(1)
+                break
+        assert watching.returncode == 1
 
 
 def test_durations() -> None:

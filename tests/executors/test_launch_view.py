@@ -14,7 +14,6 @@ import pytest
 from nemo_cpt.executors.stopping import STOPPING
 from nemo_cpt.training.metrics import END_FILE, read_file
 from nemo_cpt.watching.launch_view import _Said
-from tests.executors.conftest import material  # noqa: F401  a fixture
 from tests.support.executor_jobs import recipe_arguments
 
 TOKENS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r|\n|[^\x1b\r\n]+")
@@ -37,13 +36,13 @@ def screen(printed: str) -> list[str]:
 
 
 @pytest.mark.timeout(400)
-def test_the_view_instead_of_the_log_and_ctrl_c_saves(material: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_view_instead_of_the_log_and_ctrl_c_saves(material: Path, tmp_path: Path) -> None:
     given: dict[str, Any] = recipe_arguments(material, tmp_path / "results", 1) | {"max_steps": 10_000}
     controller, terminal = pty.openpty()
     running = subprocess.Popen(
         [sys.executable, "-m", "nemo_cpt.cli", "run", "tiny", *(f"{name}={value}" for name, value in given.items())],
         stdin=subprocess.DEVNULL, stdout=terminal, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"NEMORUN_HOME": str(tmp_path / "home"), "COLUMNS": "150", "LINES": "50", "TERM": "xterm"},
+        env=os.environ | {"NEMORUN_HOME": str(tmp_path / "home"), "COLUMNS": "400", "LINES": "50", "TERM": "xterm"},
     )  # fmt: skip
     os.close(terminal)
     printed = ""
@@ -73,5 +72,6 @@ def test_of_what_the_launcher_prints_our_lines_are_shown_whole() -> None:
     shown: list[str] = []
     said = _Said(shown.append)
     print("─ Entering Experiment ─", "nemo_cpt: wor", sep="\n", end="", file=said)
-    print("ds\nLaunching job", file=said)
-    assert shown == ["nemo_cpt: words"]
+    print("ds\nLaunching job", end="", file=said)
+    print(STOPPING, file=said)
+    assert shown == ["nemo_cpt: words", STOPPING]

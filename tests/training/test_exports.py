@@ -1,0 +1,108 @@
+"""Exports while a run trains: what they hold, what a failing one does, and what a stop leaves."""
+
+import functools
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import nemo_run as run
+import pytest
+from nemo.utils import AppState
+
+from nemo_cpt.checkpoint import export_hf
+from nemo_cpt.errors import CptError
+from nemo_cpt.recipes import smollm2, tiny
+from nemo_cpt.training import exports
+from nemo_cpt.training.run_folder import newest_whole
+from tests.support import small_models
+from tests.support.executor_jobs import wait_until
+from tests.training import jobs
+
+
+class StopWhileExporting(pl.Callback):
+    """The job tells itself to stop when the export of step 2 is under way."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == 3:
+            wait_until(lambda: (Path(AppState().log_dir) / exports.FOLDER / "step-2.log").read_text().endswith("\n"))
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def train(
+    world: Path,
+    blend: Any,
+    name: str,
+    command: list[str] | None = None,
+    stopped_while_exporting: bool = False,
+    **changes: Any,
+) -> None:
+    if command:
+        exports.COMMAND = command
+    settings = {"seq_length": 64, "global_batch_size": 8, "max_steps": 6, "val_check_interval": 2, "export_every": 2}
+    recipe = tiny.continual_pretrain(
+        str(world / "base"), blend, name=name, directory=str(world / "runs"), **settings | changes
+    )
+    recipe.log.ckpt.save_top_k = 1
+    if stopped_while_exporting:
+        recipe.trainer.callbacks.append(run.Config(StopWhileExporting))
+    run.run(recipe, direct=True)
+
+
+def start(world: Path, blend: Any, name: str, **changes: Any) -> Path:
+    """Run a job to its end and return the folder of its exports."""
+    log = world / f"{name}.log"
+    assert jobs.run(functools.partial(train, world, blend, name, **changes), log=log) == 0, log.read_text()[-3000:]
+    return world / "runs" / name / exports.FOLDER
+
+
+def test_every_step_asked_for_is_exported_though_its_checkpoint_is_gone(
+    world: Path, blend: Any, tmp_path: Path
+) -> None:
+    made = start(world, blend, "exported", max_steps=7)
+    assert sorted(path.name for path in made.iterdir()) == ["step-2", "step-4", "step-6", "step-7"]
+    newest = newest_whole(world / "runs" / "exported" / "checkpoints")
+    assert newest.step == 7
+    export_hf(newest.path, tmp_path / "hf")
+    small_models.assert_same_weights(made / "step-7", tmp_path / "hf")
+    with pytest.raises(AssertionError):
+        small_models.assert_same_weights(made / "step-6", tmp_path / "hf")
+
+
+def test_the_newest_are_kept(world: Path, blend: Any) -> None:
+    made = start(world, blend, "thinned", export_keep=1)
+    wait_until(lambda: [path.name for path in made.iterdir()] == ["step-6"])  # a thread removes the others
+
+
+def test_one_that_fails_is_told_and_the_run_goes_on(world: Path, blend: Any) -> None:
+    made = start(world, blend, "failing", command=[sys.executable, "-c", "import sys; sys.exit('no room')"])
+    said = (world / "failing.log").read_text()
+    for step in (2, 4, 6):
+        assert f"warning: step {step} was not exported: no room ({made}/step-{step}.log)" in said
+
+
+def test_a_stop_ends_the_export_and_the_same_command_makes_it_good(world: Path, blend: Any) -> None:
+    hangs = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(1e6)"]
+    log, made = world / "stopped.log", world / "runs" / "stopped" / exports.FOLDER
+    job = functools.partial(train, world, blend, "stopped", hangs, stopped_while_exporting=True)
+    assert jobs.run(job, log=log) != 0
+    assert "not yet exported: step 2. The same command" in log.read_text()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((made / "step-2.log").read_text()), 0)
+    start(world, blend, "stopped")
+    assert sorted(path.name for path in made.iterdir()) == ["step-2", "step-4", "step-6"]
+
+
+def test_steps_that_are_not_saved_are_refused() -> None:
+    for wrong, words in (
+        ({"export_every": 75}, "export_every 75 is not a multiple of the 50 steps between checkpoints: give 50"),
+        ({"export_every": 5, "save_every": 2}, "of the 2 steps between checkpoints: give 4, or save_every=5"),
+        ({"export_every": 0}, "whole numbers of 1 or more"),
+        ({"export_every": 50, "export_keep": 0}, "whole numbers of 1 or more"),
+        ({"export_keep": 2}, "give both, or neither"),
+    ):
+        for recipe in (smollm2.continual_pretrain, functools.partial(smollm2.instruction_tune, val_check_interval=50)):
+            with pytest.raises(CptError, match=words):
+                recipe(**wrong)
