@@ -184,7 +184,7 @@ def watch(process: psutil.Process, peak: list[float]) -> None:
 
 def make_chats(path: Path, corpus: list[str], count: int) -> None:
     """Write conversations of one question, made by rules out of a corpus."""
-    from nemo_cpt.conversations import synthesize
+    from nemo_cpt.synthesis import synthesize
 
     with tempfile.TemporaryDirectory() as folder:
         synthesize(corpus, folder, train=count, validation=0)

@@ -19,6 +19,7 @@ import os
 import resource
 import statistics
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -57,6 +58,7 @@ class Setting:
     sequence_parallel: bool = False
     card: int | None = None  # the single-GPU recipe for such a card, capped at its memory
     cap: int | None = None  # a card of that size
+    conversations: bool = False  # instruction tuning, packed
 
 
 def block(layers: int) -> dict:
@@ -130,17 +132,32 @@ CARDS = {
         seq=8192, config=block(27) | FUSED, optimizer=AWARE, bf16_gradients=True, host_states=True, cap=48
     ),
 }
-SETTINGS = TUNE | HELD_OUT | SEVERAL_GPUS | CARDS
-GROUPS = {"tune": TUNE, "held_out": HELD_OUT, "several_gpus": SEVERAL_GPUS, "cards": CARDS}
+CONVERSATIONS = {
+    "LoRA tuning recipe for 24 GB": Setting(card=24, rank=32, conversations=True),
+    "LoRA tuning recipe for 80 GB": Setting(card=80, rank=32, conversations=True),
+    "8B x 8, full tuning, 4096 x 2": Setting(layers=8, mbs=2, conversations=True),
+}
+GROUPS = {
+    "tune": TUNE,
+    "held_out": HELD_OUT,
+    "several_gpus": SEVERAL_GPUS,
+    "cards": CARDS,
+    "conversations": CONVERSATIONS,
+}
+SETTINGS = {name: setting for group in GROUPS.values() for name, setting in group.items()}
 
 
 def card_recipe(setting: Setting) -> Any:
     """The recipe for one GPU of a size, as a user gets it, with a step of two micro batches."""
+    from nemo_cpt.conversations import Conversations
     from nemo_cpt.corpus import Blend
     from nemo_cpt.recipes import llama31_8b
 
     make = llama31_8b.continual_pretrain_single_gpu if setting.rank else llama31_8b.continual_pretrain_full_single_gpu
-    partial = make("none", Blend(train={"mock": 1.0}), gpu_memory_gib=setting.card, max_steps=STEPS)
+    data: Any = Blend(train={"mock": 1.0})
+    if setting.conversations:
+        make, data = llama31_8b.instruction_tune_single_gpu, Conversations(train={"mock": 1.0})
+    partial = make("none", data, gpu_memory_gib=setting.card, max_steps=STEPS)
     partial.model.config.vocab_size = VOCABULARY
     partial.data.global_batch_size = 2 * partial.data.micro_batch_size
     return partial
@@ -154,6 +171,7 @@ def recipe(setting: Setting) -> Any:
     import torch
     from nemo.collections import llm
 
+    from nemo_cpt.conversations import Conversations
     from nemo_cpt.corpus import Blend
     from nemo_cpt.recipes import llama31_8b
 
@@ -161,12 +179,17 @@ def recipe(setting: Setting) -> Any:
         getattr(llm, SHAPES[setting.shape]), num_layers=setting.layers, seq_length=setting.seq, vocab_size=VOCABULARY
     )
     data_parallel = setting.gpus // (setting.tp * setting.pp * setting.cp)
-    partial = llama31_8b.continual_pretrain(
-        "none", Blend(train={"mock": 1.0}), model=run.Config(llm.LlamaModel, config=config), gpus_per_node=setting.gpus,
-        tensor_model_parallel_size=setting.tp, pipeline_model_parallel_size=setting.pp,
-        context_parallel_size=setting.cp, seq_length=setting.seq, micro_batch_size=setting.mbs,
-        global_batch_size=setting.mbs * setting.micro_batches * data_parallel, max_steps=STEPS,
-    )  # fmt: skip
+    given: dict[str, Any] = {
+        "model": run.Config(llm.LlamaModel, config=config), "gpus_per_node": setting.gpus, "max_steps": STEPS,
+        "tensor_model_parallel_size": setting.tp, "pipeline_model_parallel_size": setting.pp,
+        "seq_length": setting.seq, "micro_batch_size": setting.mbs,
+        "global_batch_size": setting.mbs * setting.micro_batches * data_parallel,
+    }  # fmt: skip
+    if setting.conversations:
+        partial = llama31_8b.instruction_tune("none", Conversations(train={"mock": 1.0}), **given)
+    else:
+        given["context_parallel_size"] = setting.cp
+        partial = llama31_8b.continual_pretrain("none", Blend(train={"mock": 1.0}), **given)
     config.cross_entropy_fusion_impl, config.gradient_accumulation_fusion = "te", False
     for name, value in setting.config.items():
         setattr(config, name, value)
@@ -237,15 +260,18 @@ def _train(setting: Setting, callback: Any) -> None:
     from nemo.collections.common.tokenizers.null_tokenizer import NullTokenizer
 
     from nemo_cpt.training import patches
+    from nemo_cpt.training.conversations import ConversationDataModule
     from nemo_cpt.training.gradients import EveryTrainableParameterHasGradient
 
     patches.apply()
     partial = recipe(setting)
     data = partial.data
-    partial.data = run.Config(
-        llm.MockDataModule, seq_length=data.seq_length, micro_batch_size=data.micro_batch_size, num_workers=0,
-        global_batch_size=data.global_batch_size, tokenizer=run.Config(NullTokenizer, VOCABULARY - 1),
-    )  # fmt: skip
+    sizes = {name: getattr(data, name) for name in ("seq_length", "micro_batch_size", "global_batch_size")}
+    sizes |= {"tokenizer": run.Config(NullTokenizer, VOCABULARY - 1), "num_workers": 0}
+    if setting.conversations:
+        partial.data = run.Config(ConversationDataModule, [1.0, os.environ["CONVERSATIONS"]], **sizes)
+    else:
+        partial.data = run.Config(llm.MockDataModule, **sizes)
     partial.resume = None
     partial.log = run.Config(nl.NeMoLogger, log_dir="/tmp/planner", use_datetime_version=False, ckpt=None)
     trainer = partial.trainer
@@ -405,6 +431,11 @@ class Worker:
 
 
 def measure_all(names: list[str], out: Path, timeout_s: float, trace: bool) -> None:
+    from instruction_tuning import write_conversations
+
+    os.environ["CONVERSATIONS"] = str(Path(tempfile.mkdtemp(prefix="conversations_")) / "alpaca_like")
+    if any(SETTINGS[name].conversations for name in names):
+        write_conversations(os.environ["CONVERSATIONS"], 2000)
     logs = {name: out.with_name(f"{out.stem}-{number}.log") for number, name in enumerate(names)}
     workers = {name: Worker(name, logs[name], 29500 + number, trace) for number, name in enumerate(names)}
     for worker in workers.values():
@@ -510,7 +541,7 @@ def draw(rows: list[Row], path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 5), layout="constrained")
     for axis, what, unit in ((axes[0], "used", "GiB on the card"), (axes[1], "step", "seconds a step")):
-        for half, marker in zip(GROUPS, "osd^", strict=True):
+        for half, marker in zip(GROUPS, "osd^v", strict=True):
             points = [getattr(row, what) for row in rows if row.half == half]
             axis.plot([b for _, b in points], [a for a, _ in points], marker, label=half.replace("_", " "), alpha=0.8)
         values = [value for row in rows for value in getattr(row, what)]

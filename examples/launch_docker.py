@@ -1,5 +1,6 @@
-"""LoRA on one GPU in NVIDIA's container on this machine.
+"""LoRA on one GPU in a container on this machine, of the image that the Dockerfile builds.
 
+docker build --tag localhost/nemo-cpt .
 python examples/launch_docker.py
 """
 
@@ -10,4 +11,4 @@ from nemo_cpt.recipes import llama31_8b
 
 if __name__ == "__main__":
     recipe = llama31_8b.continual_pretrain_single_gpu()
-    run.run(recipe, executor=docker(image="nvcr.io/nvidia/nemo:25.07", gpus=1))
+    run.run(recipe, executor=docker(gpus=1))

@@ -1,5 +1,6 @@
 """Llama-3.1-8B on two pods of Kubernetes, through Kubeflow's Training Operator (pip install kubernetes).
 
+docker build --tag registry.example/nemo-cpt:1 . && docker push registry.example/nemo-cpt:1
 kubectl create secret generic tokens --from-literal=HF_TOKEN=...
 python examples/launch_kubernetes.py
 """

@@ -1,4 +1,7 @@
-"""Llama-3.1-8B on a cloud's machine of 8 H100, through SkyPilot (pip install skypilot); ships the committed code.
+"""Llama-3.1-8B on a cloud's machine of 8 H100, through SkyPilot (pip install skypilot).
+
+It ships the committed code of this checkout and installs that, in an image built from the Dockerfile, as
+docs/launching.md has it.
 
 python examples/launch_skypilot.py
 """
@@ -13,8 +16,7 @@ if __name__ == "__main__":
     cloud = skypilot(
         "H100",
         gpus_per_node=8,
-        container_image="docker:nvcr.io/nvidia/nemo:25.07",
+        container_image="docker:registry.example/nemo-cpt:1-root",
         mounts=["checkpoints:/nemo_run/code/checkpoints", "ds:/nemo_run/code/ds"],
-        setup=["pip install nemo_cpt"],
     )
     run.run(recipe, executor=cloud)

@@ -1,4 +1,6 @@
-"""Llama-3.1-8B over Slurm from another machine, over SSH, in a container of NVIDIA's (the cluster needs Pyxis).
+"""Llama-3.1-8B over Slurm from another machine, over SSH, in a container (the cluster needs Pyxis).
+
+The image is the Dockerfile's, as a file: enroot import -o nemo-cpt.sqsh dockerd://localhost/nemo-cpt
 
 python examples/launch_slurm_container.py
 """
@@ -21,7 +23,7 @@ if __name__ == "__main__":
         "gpu",
         gpus_per_node=8,
         time="6:00:00",
-        container_image="nvcr.io#nvidia/nemo:25.07",
+        container_image="/lustre/me/nemo-cpt.sqsh",
         mounts=["/lustre/me/data:/data"],
         setup=["export NCCL_IB_TIMEOUT=22"],
         mem="0",

@@ -6,6 +6,7 @@ python examples/smollm2_japanese.py --japanese ja.jsonl --english en.jsonl      
 """
 
 import argparse
+import json
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,7 +38,8 @@ def get_model(folder: Path) -> None:
     # transformers takes <|im_start|> for the EOS of this GGUF; what its config says is right
     ids = {f"{kind}_token": getattr(model.config, f"{kind}_token_id") for kind in ("bos", "eos", "unk")}
     names = {kind: tokenizer.convert_ids_to_tokens(number) for kind, number in ids.items()}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **names).save_pretrained(folder)
+    kept = {"tokenizer_object": tokenizer.backend_tokenizer, "chat_template": tokenizer.chat_template}
+    PreTrainedTokenizerFast(**kept, **names).save_pretrained(folder)
 
 
 def get_data(texts: dict[str, str], folder: Path) -> Blend:
@@ -69,10 +71,56 @@ def make_recipe(data: Blend, folder: Path, steps: int) -> run.Partial:
     return on_cpu(smollm2.continual_pretrain(**settings, seq_length=128, global_batch_size=4, micro_batch_size=4))
 
 
-def measure(run_folder: Path, base: Path, prompts: int) -> None:
-    """Bits per byte of both languages, and the language of replies to Japanese questions, before and after."""
+def get_task(language: str, folder: Path) -> str:
+    """Write a task of lm-evaluation-harness: which of four continuations does a held-out document have?
+
+    The wrong ones are those of other documents, from the same place. The first 200 characters are the question, the
+    next 60 the answer.
+    """
+    held_out = folder / "text" / language / "validation.jsonl"
+    texts = [json.loads(line)["text"] for line in held_out.read_text("utf-8").splitlines()]
+    texts = [text for text in texts if len(text) >= 260]
+    tasks = folder / "tasks"
+    tasks.mkdir(exist_ok=True)
+    with (tasks / f"{language}.jsonl").open("w", encoding="utf-8") as file:
+        for number, text in enumerate(texts):
+            choices = [texts[(number + step) % len(texts)][200:260] for step in range(4)]
+            label = number % 4
+            choices[0], choices[label] = choices[label], choices[0]
+            file.write(json.dumps({"text": text[:200], "choices": choices, "label": label}, ensure_ascii=False) + "\n")
+    name = f"continue_{language}"
+    task = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tasks / f"{language}.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{text}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{label}}",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (tasks / f"{name}.yaml").write_text(json.dumps(task, indent=2))  # JSON is YAML
+    return f"{tasks}/{name}:0"
+
+
+def measure(run_folder: Path, base: Path, folder: Path, prompts: int) -> None:
+    """Bits per byte of both languages, replies to Japanese questions, and continuations, before and after."""
     output = run_folder.with_name(f"{run_folder.name}_evaluation")
-    found = evaluate(run_folder, output, against=base, limit=prompts, max_tokens=64, say=print)
+    harness = find_spec("lm_eval") is not None  # of nemo_cpt[eval]; the rest needs no more than the package
+    found = evaluate(
+        run_folder,
+        output,
+        against=base,
+        losses=[f"{language}={folder}/ds/{language}_validation" for language in ("ja", "en")],
+        prompts=["ja"],
+        wrappers=["none", "system", "chat"],
+        tasks=[get_task(language, folder) for language in ("ja", "en")] if harness else [],
+        limit=prompts,
+        max_tokens=64,
+        say=print,
+    )
     for row in found.rows:
         print("  ".join(report.cells(row)))
     print(f"The whole of it: {report.write(found, output)[-1]}")
@@ -96,7 +144,7 @@ def main() -> None:
     data = get_data({"ja": options.japanese, "en": options.english}, out)
     recipe = make_recipe(data, out, options.steps)
     run.run(recipe, direct=True)
-    measure(out / "runs" / f"{options.steps}_steps", out / "hf", options.prompts)
+    measure(out / "runs" / f"{options.steps}_steps", out / "hf", out, options.prompts)
 
 
 if __name__ == "__main__":

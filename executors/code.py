@@ -44,6 +44,7 @@ class CodeSnapshot(run.Packager):
         _check_sizes(root, files)
         archive = Path(job_dir) / f"{name}.tar.gz"
         partial = archive.with_suffix(".partial")
+        # Level 1: code is small, and the launch waits.
         with tarfile.open(partial, "w:gz", compresslevel=1) as tar:
             for file in files:
                 tar.add(root / file, arcname=file, recursive=False)
@@ -62,6 +63,7 @@ def _files(folder: Path, refuse_uncommitted: bool) -> tuple[Path, list[str]]:
             f"{root} has changes that are not committed; commit them or use code='ship':\n{changes.rstrip()}"
         )
     tracked = {str(file.relative_to(root)): is_tracked for file, is_tracked in _listed(root)}
+    # By name alone: looking into files would be slow, and still miss most.
     secrets = [name for name, is_tracked in tracked.items() if not is_tracked and _looks_like_a_secret(Path(name))]
     if secrets:
         print(f"nemo_cpt: not shipped with the code, secrets by their names: {', '.join(secrets)}", file=sys.stderr)
@@ -73,6 +75,7 @@ def _listed(repository: Path) -> Iterator[tuple[Path, bool]]:
 
     Each with whether it is tracked.
     """
+    # -z, or git would quote names with blanks and characters beyond ASCII.
     listed = _git(repository, "ls-files", "-z", "-t", "--cached", "--others", "--exclude-standard") or ""
     for line in filter(None, listed.split("\0")):
         tag, _, name = line.partition(" ")

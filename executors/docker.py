@@ -10,7 +10,8 @@ from nemo_cpt.executors.environment import checked_secrets, existing_mounts, job
 if TYPE_CHECKING:
     import nemo_run as run
 
-IMAGE = "nvcr.io/nvidia/nemo:25.07"
+IMAGE = "localhost/nemo-cpt"
+"""What the Dockerfile builds; with a host in its name, so that one that is not there is asked of no public registry."""
 WORKDIR = "/nemo_run/code"  # NeMo-Run starts tasks there
 SECRETS_IN_CONTAINER = "/run/secrets/nemo_cpt.env"
 
@@ -24,6 +25,7 @@ def docker(
     *,
     processes: int | None = None,
     network: str = "host",
+    user: str | None = None,
     ipc_mode: str | None = None,
     env: Mapping[str, str] | None = None,
     secrets: Sequence[str] | None = None,
@@ -33,16 +35,19 @@ def docker(
 
     NeMo's data loaders and NCCL need shared memory and locked pages beyond Docker's defaults; these are the flags of
     NVIDIA's tutorials. The job runs in the current folder, mounted where NeMo-Run starts tasks, on the code as it is;
-    nemo_cpt must be there or in the image. `docker stop -t 600 NAME` lets a recipe save a checkpoint first.
+    the image has nemo_cpt, as the one that the Dockerfile builds. `docker stop -t 600 NAME` lets a recipe save a
+    checkpoint first.
 
     Args:
-        image: the image.
+        image: the image; by default the one of `docker build --tag localhost/nemo-cpt .`.
         gpus: GPUs the container sees; -1 for all, 0 for none.
         mounts: "source:target[:ro]"; by default the current folder, also at its own path.
         shm_size: size of /dev/shm.
         ulimits: "name=soft[:hard]", as `docker run --ulimit`.
         processes: processes, under torchrun if several; by default `gpus`, or one where that is -1.
         network: Docker network.
+        user: "uid:gid" or a name in the container; by default yours, so that what the job writes is yours. Give "root"
+            with rootless Docker, where that is you, and for images that need it.
         ipc_mode: Docker's --ipc, for example "host".
         env: further variables; no secrets.
         secrets: names of variables to pass, in a file of mode 600 that is mounted read-only; by default HF_TOKEN and
@@ -65,11 +70,13 @@ def docker(
     folder = os.getcwd()
     names = checked_secrets(secrets)
     volumes = existing_mounts(mounts if mounts is not None else [f"{folder}:{folder}"])
+    # Twice: under its own path, which configurations name, and where NeMo-Run starts tasks.
     volumes.append(f"{folder}:{WORKDIR}")
     variables = {"PYTHONUNBUFFERED": "1", **job_env(env)}
     if names:  # NeMo-Run starts the task by `bash -c`, which reads BASH_ENV first
         volumes.append(f"{keep_secrets('docker', names)}:{SECRETS_IN_CONTAINER}:ro")
         variables["BASH_ENV"] = SECRETS_IN_CONTAINER
+    # When an executor is made, because by then NeMo-Run is imported, and nothing was launched yet.
     nemo_run_patches.apply()
     return run.DockerExecutor(
         container_image=image,
@@ -82,6 +89,7 @@ def docker(
         ipc_mode=ipc_mode,
         volumes=volumes,
         env_vars=variables,
+        additional_kwargs={"user": user or f"{os.getuid()}:{os.getgid()}"},
         retries=max_restarts,
         packager=run.Packager(),
     )

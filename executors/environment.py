@@ -16,6 +16,10 @@ GPU_VARIABLES = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "CUDA_DE
 """What every job gets unless the shell or `env` says otherwise: the allocator that docs/performance.md was measured
 with, which wastes 1 % of a GPU's memory, and the single queue that Megatron's tensor parallelism counts on."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_INSTALLS_BY_NAME = re.compile(
+    r"\b(pip|uv)[0-9.]*\b.*\binstall\b.*[\s'\"]nemo[-_.]cpt(?![-\w./])(?!(\[[^]]*\])?\s*@)", re.IGNORECASE
+)
+_OTHER_INDEX = re.compile(r"--index-url|--no-index|\s-i\s")
 _SECRET_NAME = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS)$", re.IGNORECASE)
 
 
@@ -44,12 +48,29 @@ def checked_env(env: Mapping[str, str] | None) -> dict[str, str]:
     return values
 
 
+def checked_setup(lines: Sequence[str]) -> list[str]:
+    """Return shell lines that prepare a job, refusing those that take nemo_cpt from a public index.
+
+    Raises:
+        CptError: a line installs nemo_cpt by its name alone, which on PyPI is free for anybody to take.
+    """
+    for line in lines:
+        if _INSTALLS_BY_NAME.search(line) and not _OTHER_INDEX.search(line):
+            raise CptError(
+                f"setup: {line!r} takes nemo_cpt from PyPI, where it is not: whoever registers the name there would "
+                "run on your machines. Install a checkout (pip install -e /path/to/it), a wheel of yours or a git "
+                "address, or name your own index (--index-url)"
+            )
+    return list(lines)
+
+
 def job_env(env: Mapping[str, str] | None) -> dict[str, str]:
     """Return the variables of a job: `GPU_VARIABLES`, as this environment has them if it does, and `env`.
 
     Raises:
         CptError: see `checked_env`.
     """
+    # In this order: the argument before the shell, the shell before our defaults.
     return {name: os.environ.get(name, value) for name, value in GPU_VARIABLES.items()} | checked_env(env)
 
 
@@ -113,7 +134,9 @@ def keep_secrets(executor: str, names: Sequence[str]) -> Path:
     for left in folder.glob(f"*.{socket.gethostname()}.*.env"):
         if not _is_alive(int(left.name.split(".")[-2])):
             left.unlink(missing_ok=True)
+    # Host and process in the name, by which a later launch knows whose it was.
     path = folder / f"{executor}.{socket.gethostname()}.{os.getpid()}.env"
+    # Before it is written: also a half-written one is to go at the end.
     _KEPT.add(path)
     partial = path.with_suffix(".partial")
     partial.unlink(missing_ok=True)

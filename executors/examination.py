@@ -5,6 +5,7 @@ none, `run.Experiment`, `nemo llm ...`. A function to call instead of `run.run` 
 the trainer comes too late: without a GPU the trainer is not even built.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_cpt.errors import CptError, exit_with_the_message
 from nemo_cpt.executors import window
+from nemo_cpt.executors.tracking import in_its_wandb_run
 
 if TYPE_CHECKING:
     from nemo_cpt.doctor import Place
@@ -36,41 +38,55 @@ def examine_before_launch() -> None:
     def examine_and_launch(
         experiment: Any, sequential: bool = False, detach: bool = False, tail_logs: bool = False, direct: bool = False
     ) -> Any:
+        # direct: `run_here` examines; launched or reconstructed: it runs already.
         if not (direct or experiment._launched or experiment._reconstruct):
             for each, executor, comes_first in tasks_of(experiment, sequential):
                 examine_task(each, place_of(executor), comes_first)
                 if isinstance(executor, DockerExecutor):
-                    check_docker()
+                    check_docker(executor.container_image)
         return launch(experiment, sequential, detach, tail_logs, direct)
 
     @wraps(run_here)
     def examine_and_run_here(configured: Any, dryrun: bool = False) -> None:
-        if not dryrun:
-            examine_task(configured, place_of(None))
-        run_here(configured, dryrun)
+        if dryrun:
+            return run_here(configured, dryrun)
+        examine_task(configured, place_of(None))
+        with in_its_wandb_run(configured):
+            run_here(configured, dryrun)
 
     Experiment.run = examine_and_launch
+    # Each of them imported the function by its name.
     for module in (api, job, task):
         module.direct_run_fn = examine_and_run_here
 
 
-def check_docker() -> None:
-    """Raise CptError unless a Docker engine answers on this machine."""
+def check_docker(image: str) -> None:
+    """Raise CptError unless a Docker engine answers on this machine, and has the image if no registry could."""
     import docker as client  # NeMo-Run's own requirement
 
     try:
-        client.from_env().close()  # which asks it for its version
+        engine = client.from_env()  # which asks it for its version
     except client.errors.DockerException as error:
         reason = " ".join(str(error).split())
         raise CptError(
             f"no Docker engine answers here ({reason}): install it, or start it (`systemctl start docker`), and let "
             "this user reach it (`docker ps` must work); DOCKER_HOST names another"
         ) from None
+    with contextlib.closing(engine):
+        if image.startswith("localhost/"):
+            try:
+                engine.images.get(image)
+            except client.errors.ImageNotFound:
+                raise CptError(
+                    f"there is no image {image} here: build it in the checkout (`docker build --tag {image} .`), "
+                    "or give docker(image=...)"
+                ) from None
 
 
 def tasks_of(experiment: Any, sequential: bool) -> Iterator[tuple[Any, Any, bool]]:
     """Yield the tasks of an experiment, each with its executor and whether it waits for no other."""
     for number, job in enumerate(experiment.jobs):
+        # Only the first tasks find their inputs on the disk now.
         comes_first = not job.dependencies and not (sequential and number)
         if hasattr(job, "tasks"):  # a group
             executors = job.executors if isinstance(job.executors, list) else [job.executors] * len(job.tasks)

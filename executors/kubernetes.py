@@ -77,6 +77,7 @@ def kubernetes(
     from nemo_cpt.executors.stopping import GRACE
 
     nemo_run_patches.apply()
+    # A pod's own /dev/shm has 64 MiB, in which data loaders die with "Bus error".
     mounted = {"/dev/shm": {"emptyDir": {"medium": "Memory", "sizeLimit": shm_size}}} | {
         path: {"persistentVolumeClaim": {"claimName": claim}} for path, claim in (claims or {}).items()
     }
@@ -105,6 +106,7 @@ def kubernetes(
     except ImportError as error:
         raise CptError("kubernetes(...) needs the kubernetes package: pip install kubernetes") from error
     except Exception as error:
+        # By name, since the package that defines it may be what is missing.
         if type(error).__name__ != "ConfigException":
             raise
         raise CptError(f"kubernetes(...): no cluster is configured here ({error}); see `kubectl config`") from error

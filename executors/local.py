@@ -52,7 +52,9 @@ def local(
     return run.LocalExecutor(
         ntasks_per_node=processes,
         nodes=nodes,
+        # One process needs no rendezvous, and its traceback comes unprefixed.
         launcher="torchrun" if processes * nodes > 1 else None,
+        # The user's last, so that it stands.
         env_vars=_quiet_torchrun() | _interpreter_first() | visible_gpus(gpus) | job_env(env),
         retries=max_restarts,
     )

@@ -21,6 +21,8 @@ _MESSAGE = re.compile(r"(\[default\d+\]:)?nemo_cpt: ")  # how a CptError ends a 
 @cache
 def apply() -> None:
     """Put every patch in place, once a process."""
+    # The order matters once: what surrounds experiments is put around what is there, so that the first stands
+    # innermost.
     exit_with_the_message()
     examination.examine_before_launch()
     stopping.supervise_local_jobs()
@@ -74,6 +76,7 @@ def raise_when_a_task_failed() -> None:
     @wraps(leave)
     def leave_and_raise(experiment: Any, kind: Any, error: Any, trace: Any) -> None:
         leave(experiment, kind, error, trace)
+        # An exception of the block's own is on its way already; a detached job is nobody's to wait for.
         if kind is None and experiment._launched and not getattr(experiment, "detach", False):
             raise_for_states(experiment)
 
@@ -92,6 +95,7 @@ def admit_slurm_job() -> None:
 
     from nemo_cpt.executors.slurm_job import SlurmJob, create_scheduler
 
+    # NeMo-Run looks up `type(executor)`: a subclass is unknown to it.
     EXECUTOR_MAPPING[SlurmJob] = "slurm_tunnel"
     scheduler.create_scheduler = create_scheduler
     for kind in ("PARALLEL", "DETACH", "DEPENDENCY"):
@@ -102,6 +106,7 @@ def admit_slurm_job() -> None:
     @wraps(add)
     def fit_and_add(experiment: Any, task: Any, executor: Any, *args: Any, **kwargs: Any) -> str:
         if hasattr(task, "clone"):
+            # The caller's own may be launched again, or printed: it stays as it was written.
             task, executor = task.clone(), executor.clone()
             stopping.save_on_sigterm(task)
         if isinstance(executor, SlurmJob):
@@ -124,6 +129,7 @@ def say_why_ssh_fails() -> None:
         where = f"SSH to {tunnel.user}@{tunnel.host}, port {tunnel.port or 22}"
         try:
             authenticate(tunnel)
+        # NeMo-Run calls exit(1) where no authentication succeeds.
         except SystemExit as error:
             raise CptError(f"{where}: neither the key {tunnel.identity} nor a password was accepted") from error
         except (OSError, paramiko.SSHException) as error:
@@ -193,5 +199,6 @@ def newest_log(job_dir: Path) -> Path | None:
     for pattern in ("**/combined.log", "**/log[-_]*.out", "**/sbatch_*.out", "**/std*.log"):
         logs = [path for path in job_dir.glob(pattern) if path.stat().st_size]
         if logs:
+            # Patterns in order of what says most; of one pattern the newest, after restarts.
             return max(logs, key=lambda path: path.stat().st_mtime)
     return None

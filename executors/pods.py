@@ -38,6 +38,7 @@ def ship_code() -> None:
         if isinstance(packager, CodeSnapshot):
             archive = packager.package(Path.cwd(), executor.job_dir, job_name)
             with tarfile.open(archive) as tar:
+                # "data": no links out of the folder, and nothing but files.
                 tar.extractall(Path(executor.job_dir, "code"), filter="data")
             Path(archive).unlink()
         package(executor, packager, job_name=job_name)

@@ -24,6 +24,7 @@ REFUSAL = "NEMO_CPT_REFUSED"  # names the one of a task that a CptError ended
 
 def main() -> None:
     """Run the task that the command line names."""
+    # First of all: imports take a minute, and a signal in them must not end the process without a marker.
     signals.listen(_as_sigterm, signals.STOP_SIGNALS)
     signals.listen(_end_untrained, [signal.SIGTERM])
     signals.shield_children()
@@ -54,6 +55,7 @@ def _run_task() -> None:
     import typer.main
     from nemo_run.core.runners.fdl_runner import fdl_runner_app
 
+    # Between the config and its objects: only here is the W&B logger still a config that can be given an id.
     build = fiddle.build
 
     def prepare_and_build(task: Any) -> Any:
@@ -87,6 +89,7 @@ def _end_untrained(number: int, frame: Any) -> None:
         return
     _leave(MARKER, UNTRAINED)
     os.write(2, f"nemo_cpt: told to stop, {UNTRAINED}\n".encode())
+    # 0, as with every marker; see `main`.
     os._exit(0)
 
 

@@ -1,14 +1,18 @@
 """Machines of a cloud or of Kubernetes, through SkyPilot."""
 
+import subprocess
+import tomllib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_cpt.errors import CptError
-from nemo_cpt.executors.environment import checked_secrets, existing_mounts, job_env, keep_secrets
+from nemo_cpt.executors.environment import checked_secrets, checked_setup, existing_mounts, job_env, keep_secrets
 
 if TYPE_CHECKING:
     import nemo_run as run
 
+CODE = "/nemo_run/code"  # where NeMo-Run puts what it ships, before the setup runs
 SECRETS_THERE = "~/.nemo_cpt_secrets.env"
 
 
@@ -30,21 +34,24 @@ def skypilot(
     idle_minutes_to_autostop: int | None = 10,
     max_restarts: int = 0,
 ) -> "run.SkypilotExecutor":
-    """Bring up a SkyPilot cluster and run there, under torchrun. The committed code is shipped.
+    """Bring up a SkyPilot cluster and run there, under torchrun. The committed code is shipped, and installed.
 
-    SkyPilot's executor takes code from git only, so that uncommitted changes are refused.
+    SkyPilot's executor takes code from git only, so that uncommitted changes are refused. A checkout of nemo_cpt is
+    installed from where it was shipped to: without its requirements where a container brings them, else with the
+    pinned ones. Another repository is shipped as it is, and the container or `setup` brings nemo_cpt.
 
     Args:
         gpus: SkyPilot's name of the accelerator, for example "H100".
         gpus_per_node: of each machine.
         nodes: machines.
         infra: "aws/us-east-1", "k8s/my-context", ...; by default SkyPilot's cheapest.
-        container_image: for example "docker:nvcr.io/nvidia/nemo:25.07".
+        container_image: for example "docker:registry.example/nemo-cpt:1-root", built from the Dockerfile with
+            `--target root`, as SkyPilot installs its own tools in it.
         cluster_name: to reuse a cluster; by default one for the experiment.
         use_spot: spot machines.
         disk_size: GiB.
         mounts: "source:target" of files and folders to copy there.
-        setup: shell lines that prepare a machine, for example "pip install nemo_cpt".
+        setup: shell lines that prepare a machine, before nemo_cpt is installed.
         env: further variables; no secrets.
         secrets: names of variables to pass, in a file of mode 600; by default HF_TOKEN and WANDB_API_KEY where set.
         autodown: remove the cluster when it has been idle.
@@ -55,7 +62,8 @@ def skypilot(
         NeMo-Run's SkypilotExecutor.
 
     Raises:
-        CptError: a count is out of range, a mount or a secret is missing, SkyPilot is not installed.
+        CptError: a count is out of range, a mount or a secret is missing, nothing brings nemo_cpt, `setup` takes it
+            from a public index, SkyPilot is not installed.
     """
     if nodes < 1 or gpus_per_node < 1:
         raise CptError(f"skypilot(nodes={nodes}, gpus_per_node={gpus_per_node}): at least 1 of each")
@@ -65,7 +73,12 @@ def skypilot(
 
     names = checked_secrets(secrets)
     copied = {target: source for source, _, target in (each.partition(":") for each in existing_mounts(mounts))}
-    lines = list(setup)
+    lines = [*checked_setup(setup), *_installation(container_image is not None)]
+    if not lines and container_image is None:
+        raise CptError(
+            "skypilot(...): nothing installs nemo_cpt on the machines, as this folder's repository is another one: "
+            "give container_image= with nemo_cpt in it, setup= with lines that install it, or launch from its checkout"
+        )
     if names:  # SkyPilot's scripts read ~/.bashrc
         copied[SECRETS_THERE] = str(keep_secrets("skypilot", names))
         lines.append(f"chmod 600 {SECRETS_THERE}; echo '. {SECRETS_THERE}' >> ~/.bashrc")
@@ -91,3 +104,24 @@ def skypilot(
         )
     except AssertionError as error:
         raise CptError(f"skypilot(...): {error}") from error
+
+
+def _installation(in_container: bool) -> list[str]:
+    """Shell lines that install the shipped code where it is nemo_cpt's."""
+    if not _is_nemo_cpt(Path.cwd()):
+        return []
+    if in_container:
+        return [f"python -m pip install --no-deps -e {CODE}"]
+    # NeMo-Run leaves conda's environment before the task, too.
+    return ["conda deactivate", f"python -m pip install -c {CODE}/constraints.txt -e '{CODE}[gpu]'"]
+
+
+def _is_nemo_cpt(folder: Path) -> bool:
+    """Whether a folder's git repository is nemo_cpt's own."""
+    command = ["git", "-C", str(folder), "rev-parse", "--show-toplevel"]
+    top = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    try:
+        project = tomllib.loads(Path(top, "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    except (OSError, KeyError, tomllib.TOMLDecodeError):
+        return False
+    return bool(top) and project.get("name") == "nemo_cpt"

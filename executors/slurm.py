@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nemo_cpt.errors import CptError
 from nemo_cpt.executors import window
-from nemo_cpt.executors.environment import SECRETS, checked_secrets, existing_mounts, job_env
+from nemo_cpt.executors.environment import SECRETS, checked_secrets, checked_setup, existing_mounts, job_env
 
 if TYPE_CHECKING:
     import nemo_run as run
@@ -128,6 +128,7 @@ def slurm(
     _check_window(preempt_seconds, limit)
     if max_restarts and not requeue:
         raise CptError(f"slurm(requeue=False, max_restarts={max_restarts}): Slurm restarts a job by requeueing it")
+    # Over SSH paths are the cluster's: there the shipped code is all that is known to be there.
     local_container = container_image is not None and tunnel == "local"
     if mounts is None:
         mounts = [f"{os.getcwd()}:{os.getcwd()}"] if local_container else []
@@ -146,7 +147,9 @@ def slurm(
         account=account,
         partition=partition,
         nodes=nodes,
+        # One task a GPU, and no torchrun: Slurm starts, counts and signals them itself.
         ntasks_per_node=tasks_per_node or gpus_per_node or 1,
+        # Either says how many; both could contradict each other.
         gpus_per_node=None if gres else gpus_per_node,
         gres=gres,
         time=limit,
@@ -155,6 +158,7 @@ def slurm(
         container_image=container_image,
         container_mounts=existing_mounts(mounts) if tunnel == "local" else list(mounts),
         srun_args=[
+            # A requeued job goes on in the same log, instead of emptying it.
             "--open-mode=append",
             *_mpi_args(mpi, container_image),
             *_workdir_args(workdir, container_image),
@@ -167,11 +171,12 @@ def slurm(
         job_details=RunLog(),
         tunnel=_tunnel(tunnel),
         packager=CodeSnapshot(refuse_uncommitted=code == "committed") if code else run.Packager(),
+        # Of a chain the next job goes on; one that requeued itself would run beside it.
         comes_back=requeue and chain == 1,
         may_requeue=requeue,
         chain=chain,
         secrets=checked_secrets(secrets),
-        setup=list(setup),
+        setup=checked_setup(setup),
         python_folder=_python_folder(venv, tunnel, container_image),
         takes_recipes_size=tasks_per_node is None and gpus_per_node is None and gres is None,
         preempt_seconds=preempt_seconds,
@@ -203,6 +208,7 @@ def _check_workdir(workdir: str | None) -> None:
 
 def _time(limit: str | timedelta | None) -> str | None:
     if isinstance(limit, timedelta):
+        # A bare number is minutes to sbatch.
         return str(max(1, round(limit.total_seconds() / 60)))
     if limit is not None and window.seconds_of(str(limit)) is None and str(limit).upper() not in NO_LIMIT:
         raise CptError(f"slurm(time={limit!r}): write minutes, H:MM:SS, D-HH or D-HH:MM:SS, for example '4:00:00'")

@@ -79,6 +79,7 @@ class SlurmJob(SlurmExecutor):
         trainer = getattr(task, "trainer", None)
         if not isinstance(trainer, run.Config) or not isinstance(getattr(trainer, "devices", None), int):
             return
+        # The executor decides: it is what Slurm is asked for.
         trainer.num_nodes = self.nodes
         if self.takes_recipes_size:
             gpus = trainer.devices if trainer.accelerator == "gpu" else None
@@ -144,6 +145,7 @@ class SlurmJobScheduler(SlurmTunnelScheduler):
     """NeMo-Run's scheduler for Slurm; it treats a SlurmJob as described there, and other executors as ever."""
 
     def _submit_dryrun(self, app: AppDef, cfg: Any) -> AppDryRunInfo:
+        # Here and not earlier: only now are the tunnel, the folder and the experiment's id known.
         if isinstance(cfg, SlurmJob):
             self._initialize_tunnel(cfg.tunnel)
             cfg.tunnel = self.tunnel
@@ -151,6 +153,7 @@ class SlurmJobScheduler(SlurmTunnelScheduler):
                 cfg.give_time_to_save(None)
             cfg.setup_lines = cfg.script_head()
             cfg.signal = f"TERM@{cfg.preempt_seconds}" if cfg.preempt_seconds else None
+            # NeMo-Run writes `export NAME=VALUE` as it stands.
             cfg.env_vars = {name: shlex.quote(value) for name, value in cfg.env_vars.items()}
             for role in app.roles:
                 role.env = {name: shlex.quote(value) for name, value in role.env.items()}
@@ -170,6 +173,7 @@ class SlurmJobScheduler(SlurmTunnelScheduler):
         tunnel: Tunnel = self.tunnel
         script = os.path.join(tunnel.job_dir, f"{job.job_name}_sbatch.sh")
         after = f"{job.dependency_type}:{':'.join(job.parse_deps())}" if job.dependencies else ""
+        # Before the secrets are written: nothing is left behind by a job that Slurm could never run.
         _check_that_it_can_ever_run(tunnel, script)
         ids: list[str] = []
         try:
@@ -178,6 +182,7 @@ class SlurmJobScheduler(SlurmTunnelScheduler):
                 ids.append(_sbatch(tunnel, script, after, job.may_requeue, behind))
                 after = f"afterany:{ids[-1]}"
             _check_limit(tunnel, ids[0], job.preempt_seconds or 0)
+        # Also Ctrl-C: half a chain must not stay in the queue.
         except BaseException:
             if ids:
                 tunnel.run(f"scancel {' '.join(ids)}", warn=True)
@@ -209,6 +214,7 @@ class SlurmJobScheduler(SlurmTunnelScheduler):
         self._initialize_tunnel(tunnel)
         there = _folder_there(tunnel, folder)
         found = _from_scontrol(self.tunnel, app_id)
+        # sacct is asked only where a database answers it; without one it fails for every job.
         if found is None and self.tunnel.run("sacct --version && sacct -n -j 1", warn=True).ok:
             return super().describe(app_id)
         state, name, code = found or _from_log(self.tunnel, there, app_id)
@@ -233,6 +239,7 @@ def _sbatch(tunnel: Tunnel, script: str, after: str, may_requeue: bool, jobs_beh
     command = [SBATCH, "--parsable", "--requeue" if may_requeue else "--no-requeue"]
     command += [f"--dependency={after}"] if after else []
     try:
+        # --parsable: the id alone, with the cluster's name behind a semicolon.
         said = tunnel.run(shlex.join([*command, script, str(jobs_behind)])).stdout
         return str(said).strip().partition(";")[0]
     except invoke.exceptions.UnexpectedExit as error:
@@ -264,6 +271,7 @@ def _write_secrets(tunnel: Tunnel, job: SlurmJob) -> None:
         return
     path, text = os.path.join(job.folder, SECRETS_FILE), secrets_file(job.secrets)
     if isinstance(tunnel, SSHTunnel):
+        # The empty file first, with its mode: `put` keeps that of a file that exists.
         tunnel.run(f"umask 077 && rm -f {shlex.quote(path)} && : > {shlex.quote(path)}")
         tunnel.session.put(io.StringIO(text), remote=path)
         return
@@ -290,6 +298,7 @@ def _from_scontrol(tunnel: Tunnel, app_id: str) -> tuple[AppState, str, int] | N
     """State, name and exit code of a job that Slurm remembers; of an array, what is under way, then what failed."""
     jobs = [(_app_state(facts.get("JobState", "")), facts) for facts in _shown(tunnel, app_id)]
     order = (*UNDERWAY, AppState.FAILED, AppState.CANCELLED)
+    # An array has one state for us: running while any of it runs, failed if any failed.
     jobs.sort(key=lambda job: order.index(job[0]) if job[0] in order else len(order))
     if not jobs:
         return None

@@ -29,6 +29,7 @@ from nemo_cpt.output import WithoutReaders, send_nowhere
 from nemo_cpt.signals import STOP_SIGNALS, Given, held, listen
 
 GRACE = "terminationGracePeriodSeconds"  # of a pod's spec
+STOPPING = "stopping; the job saves a checkpoint if it trains. Once more to end it at once"
 
 
 def save_on_sigterm(task: Any) -> None:
@@ -64,6 +65,7 @@ def supervise_local_jobs() -> None:
 
     @wraps(start)
     def start_listening(*args: Any, **kwargs: Any) -> Any:
+        # Held until the child has its own handlers: a signal between fork and exec would be lost or kill it.
         with held((*STOP_SIGNALS, FROM_LAUNCHER)):
             return start(*args, **kwargs)
 
@@ -85,6 +87,7 @@ def supervise_containers() -> None:
     def prepare_supervised(scheduler: Any, app: Any, cfg: Any) -> Any:
         for role in app.roles:
             supervise(role, "trap '' TERM; python", "/nemo_run", cfg.retries)
+        # The supervisor restarts; Docker must not do it as well.
         cfg.retries = 0
         cfg.additional_kwargs = {"init": True} | cfg.additional_kwargs
         cfg.env_vars = {"TINI_KILL_PROCESS_GROUP": "1"} | cfg.env_vars
@@ -170,9 +173,10 @@ def _pass_on(experiment: Any, number: int, given: Given) -> None:
         _leave_terminal()
     if times == 0 or (not first and (times == 1 or number == signal.SIGHUP)):
         return  # a session that ends sends several kinds at once
+    # Jobs on this machine: the launcher goes on waiting for them, and ends with their exit.
     if _tell_jobs(experiment):
         with contextlib.suppress(OSError):
-            print("stopping; the job saves a checkpoint if it trains. Once more to end it at once", flush=True)
+            print(STOPPING, flush=True)
         return
     forget_secrets()
     signal.signal(number, experiment._handlers_before[number])
@@ -224,10 +228,12 @@ def wait_until_saved() -> None:
 
     @wraps(kill)
     def wait_and_kill(app: Any) -> None:
+        # The supervisors alone: each passes the signal on to the workers itself.
         supervisors = list(_running(app))
         for pid in supervisors:
             if pid not in _told:  # a second signal would end it at once
                 _tell(pid)
+        # As long as the plan says that a checkpoint takes, not TorchX's 10 s.
         deadline = time.monotonic() + max(map(seconds_to_save, supervisors), default=0)
         while any(_running(app)) and time.monotonic() < deadline:
             time.sleep(0.2)

@@ -58,6 +58,7 @@ class Supervisor:
         which turns every failure of a worker into 1.
         """
         listen(self._stop, (*STOP_SIGNALS, FROM_LAUNCHER))
+        # Preemptions end the loop and are not restarts: only crashes use them up.
         for restart in range(self.max_restarts + 1):
             code = self._run_once()
             if self.refusal.exists():
@@ -96,6 +97,7 @@ class Supervisor:
             # A session of its own, so that a signal to this process's group reaches the job through _signal_job alone.
             self.child = subprocess.Popen(self.command, start_new_session=True, env=os.environ | words)
         code = self._wait(self.child)
+        # As a shell has it: Popen's codes of signals are negative.
         return 128 - code if code < 0 else code
 
     def _wait(self, child: "subprocess.Popen[bytes]") -> int:
@@ -105,6 +107,7 @@ class Supervisor:
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return child.wait(POLL_SECONDS)
+            # A process whose parent has ended gets another one.
             self.told |= self.launcher is not None and os.getppid() != self.launcher
             if self.told and not passed_on:
                 self._signal_job()

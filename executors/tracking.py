@@ -1,7 +1,9 @@
 """One W&B run for one training, over requeues, restarts and new submissions."""
 
+import contextlib
 import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ EXPERIMENT = "NEMO_CPT_EXPERIMENT"
 
 
 def continue_wandb_run(recipe: Any) -> str | None:
-    """Set WANDB_RUN_ID to the id noted beside the recipe's checkpoints, and note it there at the first start.
+    """Give the logger the id noted beside the recipe's checkpoints, and note it there at the first start.
 
     A run that resumes its checkpoints thus resumes its W&B run, however it was started again; one whose results folder
     was removed starts a new one. An id that the user set, in the environment or on the logger, stands.
@@ -23,18 +25,31 @@ def continue_wandb_run(recipe: Any) -> str | None:
     log = getattr(recipe, "log", None)
     wandb = getattr(log, "wandb", None)
     given, experiment = os.environ.get("WANDB_RUN_ID"), os.environ.get(EXPERIMENT)
+    # What the user chose stands.
     if not wandb or getattr(wandb, "id", None) or getattr(wandb, "version", None) or (given and given != experiment):
         return None
     note = _results(log) / "wandb" / "run_id"  # NeMo moves files, but not folders, away when it resumes
     known = note.read_text().strip() if note.is_file() else ""
     run_id = known or given or uuid.uuid4().hex[:12]
+    # One writes; the others of this start have the same id from the environment, or log nothing.
     if not known and _is_first_process():
         note.parent.mkdir(parents=True, exist_ok=True)
         partial = note.with_suffix(f".{os.getpid()}")
         partial.write_text(run_id)
         partial.rename(note)
-    os.environ.update(WANDB_RUN_ID=run_id, WANDB_RESUME="allow")
+    wandb.id = run_id  # not WANDB_RUN_ID: another recipe's run in this process is another one; Lightning resumes it
     return run_id
+
+
+@contextlib.contextmanager
+def in_its_wandb_run(recipe: Any) -> Iterator[None]:
+    """`continue_wandb_run` for a while, of a recipe that its user keeps and may train under another name."""
+    ours = continue_wandb_run(recipe)
+    try:
+        yield
+    finally:
+        if ours:
+            del recipe.log.wandb.id
 
 
 def _results(log: Any) -> Path:

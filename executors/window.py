@@ -18,6 +18,7 @@ def seconds_to_save(task: Any) -> int | None:
     from nemo_cpt import planning
     from nemo_cpt.planning.save_window import saving
 
+    # The planner knows GPUs; a run on a CPU saves in seconds.
     if getattr(getattr(task, "trainer", None), "accelerator", None) != "gpu":
         return None
     try:

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 from nemo_cpt.errors import CptError, exit_with_the_message
 
@@ -13,4 +14,13 @@ if not any(Path("/dev").glob("nvidia[0-9]*")):
 exit_with_the_message()
 
 __version__ = "0.1.0"
-__all__ = ["CptError", "__version__"]
+__all__ = ["CptError", "__version__", "load_config"]
+
+
+def __getattr__(name: str) -> Any:
+    """`load_config`, imported when it is asked for: it needs the recipes' catalog, which nothing else here does."""
+    if name == "load_config":
+        from nemo_cpt.launching.config_file import load_config
+
+        return load_config
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

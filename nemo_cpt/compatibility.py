@@ -75,6 +75,13 @@ class Base:
 
         return load_tokenizer(self.tokenizer or self.folder)
 
+    @cached_property
+    def tokenizer_before_growth(self) -> Any:
+        """The tokenizer that theirs grew from, described; None where it did not grow."""
+        from nemo_cpt.vocabulary.byte_level import before_growth
+
+        return before_growth(self.tokenizer) if self.tokenizer else None
+
 
 def check(
     base: Base,
@@ -111,8 +118,10 @@ def read_base(folder: str | os.PathLike[str]) -> Base:
         CptError: a file is damaged, or an import's context and its config.json tell of two models.
     """
     folder = Path(folder)
+    # A Hugging Face folder, an import, a training's checkpoint: each carries config.json in one of them.
     places = [folder, folder / HF_FOLDER, *sorted(folder.glob("context/*/"))]
     home = next((place for place in places if (place / "config.json").is_file()), None)
+    # The config's neighbour first: it is the tokenizer that this config.json was published with.
     tokenizers = (place for place in ([home] if home else []) + places if has_tokenizer(place))
     architecture, in_context = _architecture(home), _in_context(folder)
     in_config = constants_of(architecture) if architecture else {}
@@ -121,6 +130,7 @@ def read_base(folder: str | os.PathLike[str]) -> Base:
             f"the base {folder} is not the model of its config.json, {described(found, 'its context', 'config.json')}: "
             f"import it again with `nemo-cpt import HF_MODEL {folder}`"
         )
+    # Only these: shapes cannot change, and the context's rows count padding.
     changed = {name: in_context[name] for name in CHANGEABLE if name in in_context}
     rows = {name: value for name, value in in_config.items() if name == ROWS}  # a context counts padding among them
     return Base(
@@ -152,6 +162,11 @@ def _ends(home: Path | None) -> Iterator[int]:
             yield from ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
+def unlike(base: Base, model: Any) -> list[Difference]:
+    """In what a model, built or configured, is not the base's; rows are compared elsewhere."""
+    return [each for each in differences(constants_of_nemo(model), base.constants) if each.name != ROWS]
+
+
 def check_model(base: Base, model: Any, unlike_base: Collection[str] = ()) -> list[str]:
     """Refuse a model that is not the base's, whether its tensors fit or not.
 
@@ -165,9 +180,10 @@ def check_model(base: Base, model: Any, unlike_base: Collection[str] = ()) -> li
         raise CptError(f"unlike_base names {', '.join(unknown)}: what can be changed is {', '.join(CHANGEABLE)}")
     if not model:
         return []
+    # A warning, not an error: NeMo's own importer leaves no config.json, and its bases train.
     if not base.constants:
         return [f"The base {base.folder} does not say what model it is: the recipe's is not compared with it."]
-    found = [each for each in differences(constants_of_nemo(model), base.constants) if each.name != ROWS]
+    found = unlike(base, model)
     if not_meant := [each for each in found if each.name not in unlike_base]:
         raise CptError(
             f"the recipe's model is not that of its base {base.folder}, "
@@ -210,6 +226,7 @@ def rows_to_build(base: Base, model: Any, tensor_model_parallel_size: int) -> in
         CptError: the given rows cannot be shared by the ranks.
     """
     rows = given(model, ROWS)
+    # Rows that were given are built as given, or refused.
     multiple = 1 if rows else given(model, "make_vocab_size_divisible_by") or TILE
     padded = padded_to(rows or embedding_rows(base.folder) or base.rows, multiple * tensor_model_parallel_size)
     if rows and rows != padded:
@@ -231,6 +248,7 @@ def given(model: Any, name: str) -> Any:
         return model.get(name)
     if hasattr(model, "__arguments__"):  # a run.Config
         return model.__arguments__.get(name)
+    # A built config has every field: what equals the class's default was not given.
     value = getattr(model, name, None)
     return None if value == getattr(type(model), name, None) else value
 
@@ -250,6 +268,7 @@ def check_tokenizer(base: Base, tokenizer: str | None) -> list[str]:
     if not has_tokenizer(folder):
         return [f"The tokenizer {tokenizer} is no folder here: it is not compared with {base.tokenizer}."]
     other = read_base(folder)
+    # Equal files need not be loaded, which takes seconds.
     if other.tokenizer_hashes == base.tokenizer_hashes:
         return []
     from nemo_cpt.corpus.tokenization.probes import probe
@@ -341,6 +360,7 @@ def _manifest(prefix: str) -> dict[str, Any]:
     if not manifest_path(prefix).exists():
         return {}
     manifest, index = corpus.read_manifest(prefix), corpus.read_index(prefix)
+    # A manifest that was copied with another dataset would vouch for the wrong tokenizer.
     if (manifest["tokens"], manifest["documents"]) != (index.tokens, index.documents):
         raise CptError(
             f"{index.prefix} has {index.documents:,} documents and {index.tokens:,} tokens, its manifest tells of "
@@ -362,9 +382,13 @@ def _check_maker(base: Base, prefix: str, manifest: Mapping[str, Any]) -> list[s
     if (made_with["sha256"], made_with.get("settings_sha256", settings)) == (vocabulary, settings):
         return []
     splits = manifest["options"].get("split_special_tokens", False)
-    difference = _difference(
-        made_with, manifest.get("markers", {}), manifest.get("probes", {}), splits, base.loaded_tokenizer
-    )
+    of_data = (made_with, manifest.get("markers", {}), manifest.get("probes", {}), splits)
+    difference = _difference(*of_data, base.loaded_tokenizer)
+    if difference and base.tokenizer_before_growth and not _difference(*of_data, base.tokenizer_before_growth):
+        return [
+            f"{prefix} was made with the tokenizer that the base's grew from: its ids are the same ones, but its texts "
+            f"have more tokens than they need. Prepare it again: nemo-cpt prepare ... --tokenizer {base.tokenizer}"
+        ]
     if difference:
         raise CptError(
             f"{prefix} was made with the tokenizer {made_with['name']}, which is not the base's ({difference}): "

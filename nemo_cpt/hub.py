@@ -1,5 +1,6 @@
 """What models and datasets from the Hugging Face hub share: its errors explained, and its client's progress bars."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,27 @@ def progress_bars(shown: bool) -> Iterator[None]:
         yield
     finally:
         enable_progress_bars()
+
+
+@contextmanager
+def retries_told_once() -> Iterator[None]:
+    """Make one line of what the hub's client says of its attempts, of which each takes three and a stack of errors."""
+    told: list[logging.LogRecord] = []
+
+    def shorten(record: logging.LogRecord) -> bool:
+        if "Retrying in" not in record.getMessage():
+            return "thrown while requesting" not in record.getMessage()
+        if not told:
+            record.msg, record.args = "the Hugging Face hub does not answer; trying for another half a minute", ()
+        told.append(record)
+        return len(told) == 1
+
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    logger.addFilter(shorten)
+    try:
+        yield
+    finally:
+        logger.removeFilter(shorten)
 
 
 @contextmanager

@@ -18,6 +18,12 @@ def say(what: str, stream: Any = None) -> None:
         send_nowhere(stream.fileno())  # the interpreter flushes once more at its end, and fails with code 120
 
 
+def say_that_nemo_loads() -> None:
+    """Tell who waits at a terminal what for."""
+    if sys.stderr.isatty():
+        say("loading NeMo ...", sys.stderr)
+
+
 def send_nowhere(descriptor: int) -> None:
     """Let what is written to a file descriptor from now on be dropped."""
     nowhere = os.open(os.devnull, os.O_WRONLY)

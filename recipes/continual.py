@@ -1,6 +1,7 @@
 """Continual pretraining, whatever the model: the recipes' shared function, their default data, and LoRA."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import nemo_run as run
 from nemo.collections import llm
@@ -10,7 +11,8 @@ from nemo_cpt.planning import ALLOWED, fit
 from nemo_cpt.planning.recipe_reader import check_layout
 from nemo_cpt.recipes import parts
 from nemo_cpt.training.adapters import adapters_class
-from nemo_cpt.training.guards import check_batches, check_belonging
+from nemo_cpt.training.guards import check_belonging
+from nemo_cpt.training.settings import Settings, check, settings_in
 
 LINEAR_LAYERS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 
@@ -50,6 +52,12 @@ def continual_pretrain(
     export_every: int | None = None,
     export_keep: int | None = None,
     extend: str | None = None,
+    seed: int = 1234,
+    logger: str | Mapping[str, Any] | None = None,
+    early_stop: str | None = None,
+    patience: int | None = None,
+    untrained_base: bool = False,
+    stop_when: Mapping[str, str] | None = None,
 ) -> run.Partial:
     """Continual pretraining of every parameter: what the recipes of all models share.
 
@@ -89,19 +97,27 @@ def continual_pretrain(
         export_keep: how many of these are kept, the newest; all when None.
         extend: "rewarm", "stretch" or "keep": what becomes of the learning rate when the run is resumed with another
             max_steps, lr, min_lr or warmup_steps; see `ResumeOrStartFromBase`.
+        seed: of the order in which the data are read, and of the adapters' first values.
+        logger: where the numbers go beside TensorBoard and `metrics/`: "wandb:PROJECT", "mlflow:EXPERIMENT", or a
+            mapping: {wandb: PROJECT, name: NAME, group: NAME, tags: [NAME], entity: TEAM, offline: true}; MLflow's
+            takes uri, and neither entity nor offline. A resumed run goes on in the same one.
+        early_stop: name of a validation set: the run ends when its loss has not fallen for `patience` validations.
+        patience: 3 when None.
+        untrained_base: whether the base knows next to nothing, so that a first loss like that of random weights is
+            no fault; else such a run is stopped.
+        stop_when: of validation sets, by how many percent their loss may rise over that before the training, such as
+            {"en": "+3%"}: then the run saves and stops, with exit code 75.
 
     Returns:
         A run.Partial of `llm.pretrain`; every field stays editable.
 
     Raises:
-        CptError: `data` is no Blend, the global batch does not divide among the GPUs, nothing fits `gpu_memory_gib`;
-            the model cannot be cut so, or its products be made in fp8; or, where the base is on this machine, model,
-            tokenizer or data do not belong to it.
+        CptError: `data` is no Blend; sizes or rates with which no job could run (`settings.check`); nothing fits
+            `gpu_memory_gib`; the model cannot be cut so, or its products be made in fp8; or, where the base is on this
+            machine, model, tokenizer or data do not belong to it.
     """
     if gpu_memory_gib is not None:  # where the planner's search begins
         tensor_model_parallel_size = pipeline_model_parallel_size = micro_batch_size = 1
-    model_parallel = tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size
-    check_batches(global_batch_size, micro_batch_size, num_nodes * gpus_per_node, model_parallel)
     recipe = run.Partial(
         llm.pretrain,
         model=parts.fused(parts.model_of(model, base, seq_length)),
@@ -120,16 +136,23 @@ def continual_pretrain(
             tensor_model_parallel_size=tensor_model_parallel_size,
             pipeline_model_parallel_size=pipeline_model_parallel_size,
             context_parallel_size=context_parallel_size,
+            # Beside tensor parallelism it sends no more, and cuts the activations between its layers as well.
             sequence_parallel=tensor_model_parallel_size > 1,
             precision=precision,
             bf16_layers=bf16_layers,
             unlike_base=unlike_base,
+            untrained_base=untrained_base,
         ),
         optim=parts.adam(lr=lr, min_lr=min_lr, warmup_steps=warmup_steps, max_steps=max_steps),
-        log=parts.log(directory, name, save_every),
+        log=parts.log(directory, name, save_every, logger),
         resume=parts.resume(base, extend),
     )
+    parts.set_seed(recipe, seed)
+    parts.stop_early(recipe, early_stop, patience)
+    parts.stop_when_worse(recipe, stop_when)
     parts.export_along(recipe, export_every, export_keep)
+    # On the finished recipe: what belongs together is looked at as the job will have it.
+    check(settings_in(recipe))
     check_belonging(recipe)
     check_layout(recipe)
     return recipe if gpu_memory_gib is None else fit(recipe, gpu_memory_gib).recipe
@@ -176,8 +199,9 @@ def continual_pretrain_lora(
     Raises:
         CptError: nothing fits the card; `data` is no Blend; there is no such `peft_scheme`.
     """
-    sizes = {"seq_length": seq_length or 8192, "global_batch_size": global_batch_size}
+    sizes = {"seq_length": 8192 if seq_length is None else seq_length, "global_batch_size": global_batch_size}
     recipe = continual_pretrain(model, base, data, lr=lr, **sizes | kwargs)
+    # What the user gave is not the planner's to change; what was left open is.
     given_up = [knob for knob, value in (("rank", rank), ("seq_length", seq_length)) if value is None]
     adapted = with_lora(recipe, rank, embeddings_lr, peft_scheme)
     return fit(adapted, gpu_memory_gib, allow=[*ALLOWED, *given_up]).recipe
@@ -198,9 +222,11 @@ def with_lora(
             directions (arXiv 2402.09353); `nemo-cpt plan` tells what it costs.
 
     Raises:
-        CptError: `embeddings_lr` is below the schedule's min_lr; there is no such `peft_scheme`.
+        CptError: `rank` is not positive, `embeddings_lr` neither or below the schedule's min_lr; there is no such
+            `peft_scheme`.
     """
-    rank, adapters = rank or 128, adapters_class(peft_scheme, embeddings_lr is not None)
+    check(Settings(rank=rank, embeddings_lr=embeddings_lr))
+    rank, adapters = 128 if rank is None else rank, adapters_class(peft_scheme, embeddings_lr is not None)
     recipe.model.config.gradient_accumulation_fusion = False  # the adapters' gradients are small
     return run.Partial(
         llm.finetune,
@@ -210,6 +236,8 @@ def with_lora(
         optim=recipe.optim if embeddings_lr is None else parts.with_embeddings_rate(recipe.optim, embeddings_lr),
         log=recipe.log,
         resume=recipe.resume,
+        # alpha / rank = 2, which stays so where the planner halves the rank.
         peft=run.Config(adapters, dim=rank, alpha=2 * rank, target_modules=LINEAR_LAYERS),
+        # The model gets the data's tokenizer, so that the two cannot differ.
         tokenizer="data",
     )

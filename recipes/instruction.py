@@ -5,8 +5,9 @@ the micro batch, on which conversations share a sequence, or on how many GPUs sh
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import nemo_run as run
 from nemo.collections import llm
@@ -19,7 +20,8 @@ from nemo_cpt.planning import ALLOWED, fit
 from nemo_cpt.planning.recipe_reader import check_layout
 from nemo_cpt.recipes import parts
 from nemo_cpt.recipes.continual import with_lora
-from nemo_cpt.training.guards import check_batches, check_belonging
+from nemo_cpt.training.guards import check_belonging
+from nemo_cpt.training.settings import Settings, check, settings_in
 
 SEQ_LENGTH, RANK = 4096, 32
 UNCOUNTED_STEPS = 300  # in a recipe that is made where its conversations are not
@@ -61,6 +63,12 @@ def instruction_tune(
     export_every: int | None = None,
     export_keep: int | None = None,
     extend: str | None = None,
+    seed: int = 1234,
+    logger: str | Mapping[str, Any] | None = None,
+    early_stop: str | None = None,
+    patience: int | None = None,
+    untrained_base: bool = False,
+    stop_when: Mapping[str, str] | None = None,
 ) -> run.Partial:
     """Teach a model to answer, on prepared conversations. The models' own `instruction_tune` have its defaults.
 
@@ -98,18 +106,26 @@ def instruction_tune(
         export_every: see `continual.continual_pretrain`.
         export_keep: see `continual.continual_pretrain`.
         extend: see `continual.continual_pretrain`.
+        seed: see `continual.continual_pretrain`.
+        logger: see `continual.continual_pretrain`.
+        early_stop: see `continual.continual_pretrain`.
+        patience: see `continual.continual_pretrain`.
+        untrained_base: see `continual.continual_pretrain`.
+        stop_when: see `continual.continual_pretrain`.
 
     Returns:
         A run.Partial of `llm.finetune`; every field stays editable.
 
     Raises:
-        CptError: data or replay is of another kind, epochs and max_steps are both given, the global batch does not
-            divide among the GPUs, the model cannot be cut so, or its products be made in fp8; or, where base
+        CptError: data or replay is of another kind, epochs and max_steps are both given; sizes or rates with which no
+            job could run (`settings.check`); the model cannot be cut so, or its products be made in fp8; or, where base
             and data are on this machine, they do not belong together.
     """
-    model_parallel = tensor_model_parallel_size * pipeline_model_parallel_size
-    check_batches(global_batch_size, micro_batch_size, num_nodes * gpus_per_node, model_parallel)
+    # What the steps are counted by, and what would be taken for "not given".
+    check(Settings(epochs=epochs, seq_length=seq_length, global_batch_size=global_batch_size))
+    check(Settings(val_check_interval=val_check_interval))
     data = data or default_data()
+    # Settled before the steps are counted, which it lengthens.
     share = mixture.replay_share(replay, replay_share)
     steps, uncounted = _steps(data, epochs, max_steps, global_batch_size, seq_length, share)
     recipe = run.Partial(
@@ -136,6 +152,7 @@ def instruction_tune(
             precision=precision,
             bf16_layers=bf16_layers,
             unlike_base=unlike_base,
+            untrained_base=untrained_base,
         ),
         optim=parts.adam(
             lr=lr,
@@ -144,13 +161,17 @@ def instruction_tune(
             max_steps=steps,
             weight_decay=0.0,
         ),
-        log=parts.log(directory, name, save_every),
+        log=parts.log(directory, name, save_every, logger),
         resume=parts.resume(base, extend),
         tokenizer="data",
     )
     recipe.trainer.limit_val_batches = limit_val_batches
     recipe.trainer.strategy.ddp.average_in_collective = False  # Megatron divides by the tokens of all ranks instead
+    parts.set_seed(recipe, seed)
+    parts.stop_early(recipe, early_stop, patience)
+    parts.stop_when_worse(recipe, stop_when)
     parts.export_along(recipe, export_every, export_keep)
+    check(settings_in(recipe))
     check_belonging(recipe)
     check_layout(recipe)
     return recipe
@@ -194,12 +215,15 @@ def instruction_tune_lora(
     Raises:
         CptError: nothing fits the card; or as `instruction_tune`.
     """
-    wanted = seq_length or SEQ_LENGTH
+    wanted = SEQ_LENGTH if seq_length is None else seq_length
     recipe = instruction_tune(model, base, data, seq_length=wanted, lr=lr, **kwargs)
+    # What the user gave is not the planner's to change; what was left open is.
     given_up = [knob for knob, value in (("rank", rank), ("seq_length", seq_length)) if value is None]
-    recipe = with_lora(recipe, rank or RANK, embeddings_lr, peft_scheme)
+    recipe = with_lora(recipe, RANK if rank is None else rank, embeddings_lr, peft_scheme)
+    # Again, with the adapters: frozen embeddings cannot learn a template's special tokens.
     check_belonging(recipe)
     fitted = fit(recipe, gpu_memory_gib, allow=[*ALLOWED, *given_up]).recipe
+    # Where the planner cut the sequence, conversations are packed anew, and an epoch has other steps.
     if fitted.data.seq_length == wanted:
         return fitted
     shorter = {"seq_length": fitted.data.seq_length}  # has other epochs
@@ -227,6 +251,7 @@ def _steps(
     replay_share: float,
 ) -> tuple[int, float | None]:
     """A run's steps, and its epochs where their steps cannot be counted here."""
+    # Two lengths would contradict each other; neither may win silently.
     if max_steps is not None and epochs is not None:
         raise CptError(f"epochs is {epochs:g} and max_steps {max_steps}: give one of them")
     if max_steps is not None:
@@ -235,5 +260,6 @@ def _steps(
     if not isinstance(data, Conversations) or not all(
         Path(conversations_prefix(prefix) + ".idx").exists() for prefix in data.train
     ):
+        # The job counts them, and refuses to begin with another number; see `ConversationDataModule.epochs`.
         return UNCOUNTED_STEPS, epochs
     return data.steps(epochs, global_batch_size, seq_length, replay_share), None

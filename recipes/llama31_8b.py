@@ -18,6 +18,7 @@ from nemo_cpt.recipes import continual, instruction
 from nemo_cpt.recipes.continual import with_lora as with_lora
 
 DEFAULT_BASE = "checkpoints/Llama-3.1-8B"
+# Before kwargs in the calls below, so that a user may still say otherwise.
 ONE_GPU: dict[str, Any] = {"gpus_per_node": 1, "tensor_model_parallel_size": 1}
 
 
@@ -138,7 +139,7 @@ def continual_pretrain_full_single_gpu(
     Raises:
         CptError: nothing fits the card; `data` is no Blend.
     """
-    sizes = {"seq_length": seq_length or 8192, "global_batch_size": global_batch_size}
+    sizes = {"seq_length": 8192 if seq_length is None else seq_length, "global_batch_size": global_batch_size}
     recipe = continual_pretrain(base, data, name=name, **ONE_GPU | sizes | kwargs)
     given_up = ["gradients"] + ["seq_length"] * (seq_length is None)
     return fit(recipe, gpu_memory_gib, allow=[*ALLOWED, *given_up]).recipe

@@ -7,6 +7,7 @@ from typing import Any
 
 import nemo_run as run
 import torch
+from lightning.pytorch.loggers import WandbLogger
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
@@ -20,20 +21,27 @@ from nemo_cpt.checkpoint.context import nemo_model
 from nemo_cpt.checkpoint.folders import has_tokenizer
 from nemo_cpt.compatibility import read_base
 from nemo_cpt.conversations import Conversations
+from nemo_cpt.conversations.mixture import SEED
 from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
 from nemo_cpt.executors.examination import examine_before_launch
+from nemo_cpt.monitoring.alarm import ForgettingAlarm
+from nemo_cpt.monitoring.description import DescribeRun
+from nemo_cpt.monitoring.forgetting import limits
 from nemo_cpt.recipe_models import LIKE_BASE, module_named
 from nemo_cpt.training.adapters import EmbeddingRateOptimizer
-from nemo_cpt.training.callbacks import MetricsFile, ValidationLossBySet
+from nemo_cpt.training.callbacks import MetricsFile, Seed, ValidationLossBySet
 from nemo_cpt.training.checkpoints import RunCheckpoint
 from nemo_cpt.training.conversations import ConversationDataModule, check_replay
 from nemo_cpt.training.data import BlendDataModule
+from nemo_cpt.training.early_stop import StopEarly
 from nemo_cpt.training.exports import ExportCheckpoints, check_numbers
 from nemo_cpt.training.gradients import EveryTrainableParameterHasGradient
 from nemo_cpt.training.guards import Guards
 from nemo_cpt.training.logger import RunLogger
+from nemo_cpt.training.loggers import ContinuedMLFlowLogger
 from nemo_cpt.training.oom_advice import OutOfMemoryAdvice
+from nemo_cpt.training.options import LoggerOptions, read_early_stop, read_logger
 from nemo_cpt.training.preemption import SaveWhenStopped
 from nemo_cpt.training.resume import KEPT_TOKENIZER, ResumeOrStartFromBase
 
@@ -53,6 +61,7 @@ def trainer(
     precision: str = "bf16",
     bf16_layers: int = 0,
     unlike_base: Sequence[str] = (),
+    untrained_base: bool = False,
 ) -> run.Config[nl.Trainer]:
     """A trainer with Megatron's distributed optimizer; validates before the first step and then at an interval."""
     strategy = run.Config(
@@ -63,11 +72,14 @@ def trainer(
         context_parallel_size=context_parallel_size,
         sequence_parallel=sequence_parallel,
         gradient_as_bucket_view=True,
+        # Training goes on while the copy is written; see docs/performance.md for what it takes of the host.
         ckpt_async_save=True,
         ckpt_parallel_load=True,
         ddp=run.Config(
             DistributedDataParallelConfig,
+            # A NaN ends the run at its step, and not in a checkpoint some steps later.
             check_for_nan_in_grad=True,
+            # Sums over many ranks and micro batches lose small gradients in bf16.
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=True,
             overlap_param_gather=True,
@@ -83,11 +95,14 @@ def trainer(
         plugins=mixed_precision(precision, bf16_layers),
         max_steps=max_steps,
         val_check_interval=val_check_interval,
+        # Of each validation set: a set has a global batch, whatever the number of sets.
         limit_val_batches=1,
+        # Not 0: the first line of the metrics is then the base's own loss.
         num_sanity_val_steps=1,
         log_every_n_steps=1,
+        # Megatron's sampler shares the data out; Lightning's would do it a second time.
         use_distributed_sampler=False,
-        callbacks=callbacks(unlike_base),
+        callbacks=callbacks(unlike_base, untrained_base),
     )
 
 
@@ -106,8 +121,10 @@ def model_like(base: str, seq_length: int) -> run.Config:
         raise CptError(f"{base} carries no config.json of Llama, Mistral or Qwen: write its model= by hand")
     model = nemo_model(architecture, has_generation_config=False)
     config = model.arguments["config"]
+    # What the import says for its own reading: precision and padding are the trainer's to say.
     of_the_import = ("fp16", "bf16", "params_dtype", "apply_rope_fusion", "vocab_size", "make_vocab_size_divisible_by")
     arguments = {name: value for name, value in config.arguments.items() if name not in of_the_import}
+    # Only names that `nemo_model` itself put there.
     classes = [getattr(import_module(each.target.module), each.target.name) for each in (model, config)]
     return run.Config(classes[0], config=run.Config(classes[1], **arguments | {"seq_length": seq_length}))
 
@@ -176,15 +193,18 @@ def mixed_precision(precision: str, bf16_layers: int = 0) -> run.Config[nl.Megat
     return plugin
 
 
-def callbacks(unlike_base: Sequence[str] = ()) -> list[run.Config]:
-    """What every run carries: guards, the losses by validation set, the metrics file, timing, saving when stopped."""
+def callbacks(unlike_base: Sequence[str] = (), untrained_base: bool = False) -> list[run.Config]:
+    """What every run carries: guards, losses by validation set, metrics, alarm, timing, saving when stopped."""
     return [
-        run.Config(Guards, unlike_base=list(unlike_base)),
+        run.Config(Guards, unlike_base=list(unlike_base), untrained_base=untrained_base),
         run.Config(EveryTrainableParameterHasGradient),
         run.Config(OutOfMemoryAdvice),
+        run.Config(DescribeRun),
         run.Config(ValidationLossBySet),
         run.Config(MetricsFile),
+        run.Config(ForgettingAlarm),
         run.Config(TimingCallback),
+        # All ranks at the same steps: Python collects when it likes, and one rank's pause is everybody's.
         run.Config(GarbageCollectionCallback, gc_interval_train=100, gc_interval_val=100),
         run.Config(SaveWhenStopped),
     ]
@@ -255,6 +275,7 @@ def data(
     """The blend's data module, with the tokenizer of a folder or a hub name."""
     if not isinstance(blend, Blend):
         raise CptError(f"data is {blend!r}: give a Blend, such as Blend(train={{'ds/ja': 0.75, 'ds/en': 0.25}})")
+    # Refused, not passed over: who names a test set expects a result of it.
     if blend.test:
         raise CptError("a training reads no test sets: leave data.test away, and evaluate the exported model on them")
     return run.Config(
@@ -287,6 +308,7 @@ def conversations(
     if replay is not None and not isinstance(replay, Blend):
         raise CptError(f"replay is {replay!r}: give a Blend, such as Blend(train={{'ds/en': 1.0}})")
     check_replay(replay, replay_share)
+    # The form alone: the files may be on another machine.
     data.check_form()
     replayed = {
         "replay_paths": _in_turn(replay.train),
@@ -312,6 +334,7 @@ def _reading(tokenizer: str, seq_length: int, global_batch_size: int, micro_batc
         "global_batch_size": global_batch_size,
         "micro_batch_size": micro_batch_size,
         "num_workers": 2,
+        # Validation sets would start new workers, which import torch, at each validation.
         "persistent_workers": True,
     }
 
@@ -327,23 +350,65 @@ def tokenizer(base: str, directory: str, name: str) -> str:
     An import has it in `hf`, a training's checkpoint in its context.
     """
     kept = Path(directory, name, KEPT_TOKENIZER)
+    # The base before the run's copy: a base that was imported anew is the newer one.
     own = next((place for place in carried_places(Path(base)) if has_tokenizer(place)), None)
     return str(own or (kept if kept.is_dir() else Path(base, "hf")))
 
 
-def log(directory: str, name: str, save_every: int | None = None) -> run.Config[RunLogger]:
+def set_seed(recipe: run.Partial, seed: int) -> None:
+    """Have a recipe's data read in another order, and its adapters begin with other values."""
+    if seed < 0:
+        raise CptError(f"seed={seed}: give seed=0 or more")
+    recipe.data.seed = seed
+    if seed != SEED:
+        recipe.trainer.callbacks.append(run.Config(Seed, seed=seed))
+
+
+def stop_early(recipe: run.Partial, early_stop: str | None, patience: int | None) -> None:
+    """Have a recipe end when a validation set's loss falls no more; see `continual.continual_pretrain`.
+
+    Raises:
+        CptError: there is no such set, or a patience without one.
+    """
+    if (wanted := read_early_stop(early_stop, patience, _validation_sets(recipe))) is not None:
+        recipe.trainer.callbacks.append(run.Config(StopEarly, validation_set=wanted[0], patience=wanted[1]))
+
+
+def stop_when_worse(recipe: run.Partial, stop_when: Mapping[str, str] | None) -> None:
+    """Have a recipe stop when a validation set has got worse than before; see `continual.continual_pretrain`.
+
+    Raises:
+        CptError: there is no such set, or a limit is no percentage.
+    """
+    if limits(stop_when, _validation_sets(recipe)):
+        (alarm,) = (each for each in recipe.trainer.callbacks if each.__fn_or_cls__ is ForgettingAlarm)
+        alarm.stop_when = dict(stop_when or {})
+
+
+def _validation_sets(recipe: run.Partial) -> list[str]:
+    return [*recipe.data.validation, *(getattr(recipe.data, "replay_validation", None) or {})]
+
+
+def log(
+    directory: str, name: str, save_every: int | None = None, logger: str | Mapping[str, Any] | None = None
+) -> run.Config[RunLogger]:
     """Log to `directory/name`; keep the three best checkpoints and the last.
 
     Args:
         directory: where runs are kept.
         name: the run's.
         save_every: steps between checkpoints; with None one follows each validation.
+        logger: another logger beside TensorBoard; see `continual.continual_pretrain`.
+
+    Raises:
+        CptError: there is no such logger.
     """
     checkpoints = run.Config(
         RunCheckpoint,
         save_every=save_every,
         monitor="val_loss",
         save_top_k=3,
+        # A link: `-last` costs no second copy of 100 GB.
         save_last="link",
         save_optim_on_train_end=True,
         filename="{steps:.0f}-{val_loss:.4f}",
@@ -352,10 +417,46 @@ def log(directory: str, name: str, save_every: int | None = None) -> run.Config[
         RunLogger,
         log_dir=directory,
         name=name,
+        # One folder a name, or a run would not find its own checkpoints when it is started again.
         use_datetime_version=False,
         ckpt=checkpoints,
         tensorboard=tensorboard_logger(name=name),
+        **_other_logger(read_logger(logger), directory, name),
     )
+
+
+def _other_logger(logger: LoggerOptions, directory: str, name: str) -> dict[str, Any]:
+    """The field of NeMo's logger that holds W&B's or MLflow's."""
+    if logger.kind == "wandb":
+        # NeMo puts the folder below `directory`. `id` is filled in, and the run continued, by executors.tracking.
+        fields = {"entity": logger.entity, "group": logger.group, "tags": list(logger.tags) or None}
+        given = {field: value for field, value in fields.items() if value is not None}
+        return {
+            "wandb": run.Config(
+                WandbLogger,
+                project=logger.project,
+                name=logger.name or name,
+                save_dir=name,
+                offline=logger.offline,
+                **given,
+            )
+        }
+    if logger.kind == "mlflow":
+        tags = {tag: "true" for tag in logger.tags} | ({"group": logger.group} if logger.group else {})
+        return {
+            "extra_loggers": [
+                run.Config(
+                    ContinuedMLFlowLogger,
+                    note=str(Path(directory, name, "mlflow", "run_id")),
+                    experiment_name=logger.project,
+                    run_name=logger.name or name,
+                    tags=tags or None,
+                    save_dir=str(Path(directory, "mlruns")),
+                    **({"tracking_uri": logger.uri} if logger.uri else {}),
+                )
+            ]
+        }
+    return {}
 
 
 def export_along(recipe: run.Partial, every: int | None, keep: int | None = None) -> None:

@@ -83,6 +83,7 @@ def continual_pretrain(
         lr=lr,
         **{"model": model(seq_length)} | kwargs,
     )
+    # Small batches of short sequences: one of them alone would make a noisy loss.
     recipe.trainer.limit_val_batches = limit_val_batches
     return recipe
 

@@ -9,20 +9,22 @@ CHECKOUT = Path(__file__).parents[1]
 
 # From the bottom up: a room imports rooms of the lines above it alone.
 LAYERS = (
-    ("constants", "output", "quiet", "signals", "urls"),
+    ("constants", "importing", "output", "quiet", "signals", "urls"),
     ("errors", "cpu_stack"),
     ("cache", "hub", "recipe_models"),
     ("corpus",),
-    ("conversations",),
+    ("conversations", "vocabulary"),
     ("checkpoint",),  # an export of a tuned model carries the chat template of its conversations
     ("compatibility",),
     ("training",),
     ("planning", "inference"),
-    ("evaluation", "doctor"),
+    ("evaluation", "doctor", "publishing"),
+    ("synthesis", "monitoring"),
     ("executors",),
     ("recipes",),
     ("catalog",),
     ("launching",),
+    ("watching",),
     ("demo",),
     ("cli",),
 )

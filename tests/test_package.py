@@ -15,7 +15,7 @@ LIGHT = [
     "nemo_cpt.conversations",
     "nemo_cpt.conversations.preparation",
     "nemo_cpt.conversations.special_rows",
-    "nemo_cpt.conversations.synthesis",
+    "nemo_cpt.synthesis",
     "nemo_cpt.corpus",
     "nemo_cpt.evaluation.judge",
     "nemo_cpt.evaluation.language",

@@ -24,6 +24,7 @@ SKIPPED = {  # what a command begins with, and why it is not run
     "nemo-cpt download": "needs the hub and access to a gated model; tests/checkpoint/test_hub.py has a local one",
     "nemo-cpt chat": "waits for what a person types",
     "nemo-cpt serve": "serves until it is stopped",
+    "nemo-cpt watch": "ends with the job, which is none here; tests/watching has its own",
     "nemo-cpt evaluate": "asks the 8B many questions; tests/evaluation has its own",
     "nemo-cpt run": "needs a Slurm cluster; tests/executors/test_slurm_training.py has one",
     "nemo llm": "NeMo's own command; takes a minute to import",

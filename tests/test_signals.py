@@ -9,14 +9,14 @@ import pytest
 from nemo_cpt import signals
 
 STARTS = """
-import multiprocessing, os, signal, subprocess, sys, time
+import multiprocessing, os, signal, subprocess, sys
 from nemo_cpt.signals import STOP_SIGNALS, shield_children
 
 def child(pipe):
-    grandchild = multiprocessing.get_context("fork").Process(target=time.sleep, args=(1000,))
+    grandchild = multiprocessing.get_context("fork").Process(target=signal.pause)
     grandchild.start()
     pipe.send((os.getpid(), grandchild.pid))
-    time.sleep(1000)
+    signal.pause()
 
 if __name__ == "__main__":
     os.setsid()
@@ -28,7 +28,7 @@ if __name__ == "__main__":
         multiprocessing.get_context(method).Process(target=child, args=(theirs,)).start()
         pids += ours.recv()
     manager = multiprocessing.get_context("spawn").Manager()
-    queue, command = manager.Queue(), subprocess.Popen(["sleep", "1000"])
+    queue, command = manager.Queue(), subprocess.Popen(["sleep", "infinity"])
     pids += [manager._process.pid, command.pid]
     caught = []
     for number in STOP_SIGNALS:
@@ -75,7 +75,7 @@ def test_every_kind_of_child_lives_through_the_signals_and_dies_with_the_job(tmp
 
 def test_without_the_shield_they_die_of_them(tmp_path):
     job, pids = started(tmp_path)
-    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids[2:] if psutil.pid_exists(pid)], timeout=10)
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids[2:] if psutil.pid_exists(pid)], timeout=60)
     assert not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in alive)
     job.kill()
     job.wait()

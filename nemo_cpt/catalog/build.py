@@ -8,6 +8,8 @@ from typing import Any
 
 from nemo_cpt.catalog import source
 from nemo_cpt.errors import CptError
+from nemo_cpt.importing import uncollected
+from nemo_cpt.training import settings
 
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -24,15 +26,19 @@ def build_recipe(recipe: str, arguments: Mapping[str, Any], overrides: Sequence[
         The run.Partial.
 
     Raises:
-        CptError: a field does not exist (with the nearest names), a value has the wrong type, or the recipe objects.
+        CptError: a field does not exist (with the nearest names), a value has the wrong type, or the recipe objects;
+            numbers with which no job could run.
     """
     module, _, function = recipe.rpartition(".")
     parameters = source.recipe(recipe).parameters
     given = {name: _made(value, parameters[name].annotation) if name in parameters else value
              for name, value in arguments.items()}  # fmt: skip
-    partial = getattr(import_module(f"nemo_cpt.recipes.{module}"), function)(**given)
+    with uncollected():
+        recipes = import_module(f"nemo_cpt.recipes.{module}")
+    partial = getattr(recipes, function)(**given)
     for override in overrides:
         _override(partial, override)
+    settings.check(settings.settings_in(partial))
     return partial
 
 

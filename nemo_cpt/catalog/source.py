@@ -99,6 +99,7 @@ def recipe(name: str) -> Function:
         CptError: there is none; the message holds the nearest names.
     """
     known = recipes()
+    # A module's name stands for what most people want of it.
     full = name if name in known else f"{name}.{PREFERRED}"
     if full not in known:
         full_names = {each: each for each in known} | {each.partition(".")[0]: each for each in known}
@@ -153,6 +154,7 @@ def parse(function: Function, given: Sequence[str], prefix: str = "") -> dict[st
         parameter = function.parameters.get(key)
         if parameter is None and "**" not in function.parameters:
             raise CptError(f"{function.name} has no parameter {prefix}{key}; {nearest(key, function.parameters)}")
+        # `**` is in the parameters where any key is taken, such as slurm's directives: those values are YAML.
         values[key] = parse_value(f"{prefix}{key}", text, parameter.annotation if parameter else "")
     return values
 
@@ -200,6 +202,7 @@ def parse_value(key: str, text: str, annotation: str) -> Any:
         CptError: the text is no value of that type.
     """
     kinds = [kind.strip() for kind in annotation.split("|")]
+    # Python's word and YAML's; a str parameter that may not be None gets the word itself.
     if text in ("None", "null") and ("None" in kinds or not annotation):
         return None
     # In the annotation's order: of `int | float`, "1" is an int; str has no parser and is what remains.
@@ -292,8 +295,10 @@ def _mixture(kind: str) -> Any:
 
     def parse_mixture(text: str) -> Any:
         make = mixture_of(kind)
+        # JSON is YAML.
         written = Path(text).read_text() if text.endswith((".yaml", ".yml", ".json")) else text
         fields = yaml.safe_load(written)
+        # A single word is a prefix, the shortest way to say one set.
         if written is text and isinstance(fields, str) and not set(text) & set(",:{}[]"):
             return make(train={text: 1.0})
         if not isinstance(fields, dict):
@@ -314,6 +319,7 @@ def _mixture(kind: str) -> Any:
 
 def _collection(kind: type) -> Any:
     def parse_collection(text: str) -> Any:
+        # Without brackets, a list as shells like it: a,b,c.
         value = yaml.safe_load(text) if text[:1] in "[{" else text.split(",")
         if not isinstance(value, kind):
             raise ValueError(text)
@@ -365,8 +371,14 @@ def assigned(path: Path, name: str) -> ast.expr | None:
 
 
 def _value(path: Path, default: ast.expr) -> ast.expr:
-    """A default; of a constant of the module, its value: what a reader of a table can make something of."""
-    return (assigned(path, default.id) if isinstance(default, ast.Name) else None) or default
+    """A default; of a constant, of the module or of one beside it, its value: what a table's reader understands."""
+    if not isinstance(default, ast.Name):
+        return default
+    for node in _module(path).body:
+        if isinstance(node, ast.ImportFrom) and default.id in {alias.name for alias in node.names}:
+            path = path.with_name(f"{str(node.module).rpartition('.')[2]}.py")  # one beside it
+            break
+    return (assigned(path, default.id) if path.is_file() else None) or default
 
 
 def _summary(node: ast.FunctionDef) -> str:
@@ -398,6 +410,7 @@ def _parameters(path: Path, node: ast.FunctionDef) -> dict[str, Parameter]:
 
 def _passed_on(path: Path, node: ast.FunctionDef) -> dict[str, Parameter]:
     keyword = node.args.kwarg
+    # The first call that takes kwargs: a recipe hands them to one function.
     for call in ast.walk(node):
         takes = isinstance(call, ast.Call) and [word for word in call.keywords if word.arg is None]
         if not takes or not any(keyword and keyword.arg in ast.unparse(word.value) for word in takes):
@@ -439,7 +452,10 @@ def _seen(path: Path, name: str, text: str) -> str:
     target = path.with_name(f"{module}.py") if module else path
     if not target.is_file() or function not in functions(target):
         return text
-    found = _seen(target, name, _argument_helps(functions(target)[function]).get(name, ""))
+    node = functions(target)[function]
+    found = _seen(target, name, _argument_helps(node).get(name, ""))
+    if not found and node.args.kwarg and name in (passed_on := _passed_on(target, node)):
+        found = passed_on[name].help
     return found.rstrip(".") + rest if rest.strip(".") else found
 
 

@@ -106,6 +106,7 @@ class Architecture:
     @property
     def heads_per_group(self) -> int:
         """Query heads that share one key and value head."""
+        # Whole: `_check_shape` refuses what does not divide.
         return self.num_attention_heads // self.num_key_value_heads
 
     def with_dtype(self, dtype: str) -> Architecture:
@@ -144,11 +145,13 @@ def read_architecture(folder: str | Path, ignore_fields: Collection[str] = ()) -
 def parse_config(config: Mapping[str, Any], where: str, ignore_fields: Collection[str] = ()) -> Architecture:
     """Like `read_architecture`, from the parsed config; `where` names it in messages."""
     model_type = str(config.get("model_type"))
+    # First: every other message would be about fields that nobody here knows the meaning of.
     if model_type not in _DEFAULTS:
         raise CptError(
             f"{where}: model_type {model_type!r} is not supported; supported are {', '.join(_DEFAULTS)} "
             "(Llama 2 to 3.2, SmolLM2, Mistral, Qwen2, Qwen2.5 and Qwen3)."
         )
+    # Before the defaults are put in, so that only what the file says is judged.
     _refuse_unknown(config, where, ignore_fields)
     # Nulls stay nulls: `"sliding_window": null` is full attention, and not a default.
     config = {**_COMMON_DEFAULTS, **_DEFAULTS[model_type], **config}
@@ -172,6 +175,7 @@ def _refuse_unknown(config: Mapping[str, Any], where: str, ignore_fields: Collec
         if name in _FIXED:
             if any(value == allowed for allowed in _FIXED[name]):
                 continue
+        # An unknown field that is null asks for nothing.
         elif value is None or (name in _PECULIAR and _PECULIAR[name](value, config)):
             continue
         reason = "NeMo's model would not follow it" if name in _FIXED else "it may change the forward pass"
@@ -198,6 +202,7 @@ def _no_own_model(value: Any, config: Mapping[str, Any]) -> bool:
     return isinstance(value, dict) and not any(name.startswith("AutoModel") for name in value)
 
 
+# Fields whose meaning depends on the rest of the file; true where they change nothing.
 _PECULIAR: dict[str, Callable[[Any, Mapping[str, Any]], bool]] = {
     "sliding_window": lambda value, config: config["model_type"] != "llama",
     "layer_types": _uniform_layers,
@@ -215,6 +220,7 @@ def _check_values(config: Mapping[str, Any], where: str) -> None:
         if name not in config:
             raise CptError(f"{where}: {name} is missing. Download the file again.")
         whole = name in _WHOLE_NUMBERS
+        # `true` is an int in Python, and JSON has numbers beyond any float.
         right_type = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
         if not right_type or not 0 < value <= sys.float_info.max:
             kind = "whole number" if whole else "number"
@@ -236,9 +242,11 @@ def _translate(config: Mapping[str, Any], rope: Rope) -> Architecture:
         intermediate_size=config["intermediate_size"],
         num_attention_heads=heads,
         num_key_value_heads=config.get("num_key_value_heads") or heads,
+        # Not `or`: a 0 must be refused and not replaced.
         head_dim=config["hidden_size"] // heads if head_dim is None else head_dim,
         vocab_size=config["vocab_size"],
         tie_word_embeddings=bool(config["tie_word_embeddings"]),
+        # By the family: no field of config.json says it, transformers' class has it built in.
         qkv_bias=config["model_type"] == "qwen2",
         qk_norm=config["model_type"] == "qwen3",
         rms_norm_eps=float(config["rms_norm_eps"]),

@@ -28,6 +28,7 @@ class Buffers:
     def take(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """An array with any contents; the next one of its shape and dtype is the same memory."""
         if (shape, dtype) not in self._arrays:
+            # Few shapes alternate within a model; more would keep whole tensors alive.
             if len(self._arrays) >= 4:
                 self._arrays.pop(next(iter(self._arrays)))
             self._arrays[shape, dtype] = np.empty(shape, dtype)
@@ -43,6 +44,7 @@ def read_into(array: np.ndarray, path: Path, start: int) -> None:
         OSError: it cannot be read.
         EOFError: it ends before.
     """
+    # As integers first: NumPy gives no buffer of bfloat16, which is not a type of its own.
     rest = bits(array.reshape(-1)).data.cast("B")
     with path.open("rb", buffering=0) as file:
         file.seek(start)
@@ -63,6 +65,7 @@ def not_finite(array: np.ndarray) -> int:
     values = bits(np.ascontiguousarray(array).reshape(-1))
     found = 0
     for start in range(0, values.size, _CHECKED_AT_ONCE):
+        # By the bits, which costs the same for every dtype; bfloat16 is none of NumPy's own.
         exponents = values[start : start + _CHECKED_AT_ONCE] & exponent
         if exponents.max() == exponent:
             found += int((exponents == exponent).sum())
@@ -84,6 +87,7 @@ def cast(array: np.ndarray, name: str, dtype: str) -> np.ndarray:
     Raises:
         CptError: a value lies beyond float16.
     """
+    # Overflow is looked for below, with the tensor's name in the message.
     with np.errstate(over="ignore"):
         result = array.astype(DTYPES[dtype], order="C", copy=False)
     if dtype == "float16" and result.dtype != array.dtype and not_finite(result):

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_cpt.checkpoint.architecture import Architecture
-from nemo_cpt.checkpoint.context import HF_FOLDER
+from nemo_cpt.checkpoint.context import HF_FOLDER, UNFINISHED
 from nemo_cpt.checkpoint.folders import require_tokenizer
 from nemo_cpt.errors import CptError
 
 if TYPE_CHECKING:
     from nemo_cpt.checkpoint.nemo_weights import NemoWeights
     from nemo_cpt.checkpoint.safetensors_files import HFWeights
-
-_UNFINISHED = "-unfinished"  # NeMo's marker beside a checkpoint that is being written or removed
 
 
 def nemo_folder(path: str | Path) -> Path:
@@ -26,14 +25,21 @@ def nemo_folder(path: str | Path) -> Path:
         CptError: it is none, or a run is writing or removing it.
     """
     path = Path(path)
+    # NeMo's own configurations name the `weights` folder; people name the checkpoint.
     folder = path.parent if path.name == "weights" else path
     if folder.is_symlink():  # a run points `<name>-last` at its newest, maybe while this one is read
         folder = folder.resolve()
-    if Path(f"{folder}{_UNFINISHED}").exists():
+    if Path(f"{folder}{UNFINISHED}").exists():
         raise CptError(
             f"{folder} is being written or removed by a run, or was left half by one that was killed "
-            f"({folder.name}{_UNFINISHED} lies beside it). Wait for the run, or take another checkpoint."
+            f"({folder.name}{UNFINISHED} lies beside it). Wait for the run, or take another checkpoint."
         )
+    if not folder.exists():
+        near = difflib.get_close_matches(folder.name, [each.name for each in folder.parent.glob("[!.]*")], n=3)
+        meant = (
+            f"near: {', '.join(str(folder.with_name(each)) for each in near)}" if near else "`nemo-cpt ls` lists runs"
+        )
+        raise CptError(f"there is no folder {folder}; {meant}")
     if not (folder / "weights").is_dir():
         raise CptError(
             f"{path} is no NeMo checkpoint: it has no folder `weights`. "
@@ -60,6 +66,7 @@ def unchanged(nemo: Path) -> Iterator[Callable[[], None]]:
 
     try:
         yield check
+    # A file that vanished in the middle raises anything; that the checkpoint was replaced is the better answer.
     except Exception:
         check()
         raise
@@ -68,9 +75,10 @@ def unchanged(nemo: Path) -> Iterator[Callable[[], None]]:
 
 def _stamp(nemo: Path) -> object:
     """What changes when a checkpoint is written anew or removed, which begins and ends with these files."""
-    if Path(f"{nemo}{_UNFINISHED}").exists():
+    if Path(f"{nemo}{UNFINISHED}").exists():
         return "unfinished"
     try:
+        # The inode tells: NeMo writes a new checkpoint of the same name as new files.
         found = [(nemo / "weights" / name).stat() for name in ("metadata.json", ".metadata")]
     except FileNotFoundError:
         return "gone"

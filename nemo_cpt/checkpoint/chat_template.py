@@ -101,6 +101,7 @@ def write_template(folder: Path, template: InstructionTemplate) -> list[str]:
     Raises:
         CptError: the tokenizer that lies there is not the one that the template was used with.
     """
+    # In both places: newer readers take the file, older ones the field.
     (folder / _JINJA).write_text(template.text, encoding="utf-8")
     (folder / _STALE).unlink(missing_ok=True)
     _update(folder / _TOKENIZER, {"chat_template": template.text})
@@ -112,6 +113,7 @@ def write_template(folder: Path, template: InstructionTemplate) -> list[str]:
         name: value for name, value in read_json(folder / "config.json").items() if name in ("bos_token_id", _END)
     }
     _update(folder / _GENERATION, {_END: with_end(settings.get(_END), template.stop[1])})
+    # Read back through the tokenizer: that the files say so does not mean that transformers does it.
     if found := list(template_differences(folder, template)):
         raise CptError(
             f"the export would not answer as it was trained on the template {template.name}: {'; '.join(found)}. Give "
@@ -123,6 +125,7 @@ def write_template(folder: Path, template: InstructionTemplate) -> list[str]:
 def with_end(ends: int | list[int] | None, stop: int) -> int | list[int]:
     """The ids at which replies end, as `eos_token_id` says them, with one more."""
     ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    # The base's ends stay: a model may still end a text with them.
     more = ids if stop in ids else [*ids, stop]
     return more if len(more) > 1 else more[0]
 

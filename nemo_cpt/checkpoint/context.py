@@ -21,6 +21,7 @@ from nemo_cpt.checkpoint.folders import copy_small_files
 TOKENIZER_FOLDER = "nemo_tokenizer"  # in `context`, as NeMo's importer names it
 HF_FOLDER = "hf"  # beside `context`, the same files, for people and recipes
 RUN_JSON = "run.json"  # beside `context`, in a training's checkpoints: the step, and how the run was started
+UNFINISHED = "-unfinished"  # NeMo's marker beside a checkpoint that is being written or removed
 _LLM = "nemo.collections.llm.gpt.model."
 _FIDDLE = "fiddle._src.config"
 
@@ -51,6 +52,7 @@ def write_context(folder: Path, arch: Architecture, hf_folder: Path) -> None:
     """
     import yaml
 
+    # Into the tokenizer's folder: of a context, it is the only one that NeMo hands on to a training's checkpoints.
     copy_small_files(hf_folder, folder / TOKENIZER_FOLDER)
     has_generation_config = (hf_folder / "generation_config.json").is_file()
     if has_generation_config:
@@ -82,6 +84,7 @@ def nemo_model(arch: Architecture, has_generation_config: bool) -> Call:
         "qwen2": ("qwen2", "Qwen2Model"),
         "qwen3": ("qwen3", "Qwen3Model"),
     }[arch.model_type]
+    # A name relative to the context: the loader puts the folder's place in front, wherever it was moved.
     tokenizer = Call(
         Name("nemo.collections.common.tokenizers.huggingface.auto_tokenizer", "AutoTokenizer"),
         {"pretrained_model_name": TOKENIZER_FOLDER},
@@ -156,6 +159,7 @@ def _as_yaml(value: Any) -> Any:
     if isinstance(value, Call):
         arguments = {name: _as_yaml(argument) for name, argument in value.arguments.items()}
         return {"_target_": f"{value.target.module}.{value.target.name}", **arguments}
+    # YAML knows no tuples; NeMo's reader does not ask for them.
     return list(value) if isinstance(value, tuple) else value
 
 

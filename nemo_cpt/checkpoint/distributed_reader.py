@@ -54,6 +54,7 @@ class DistributedReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        # The two that are written last; see `DistributedWriter`.
         if not (folder / "metadata.json").is_file() or not (folder / ".metadata").is_file():
             raise CptError(
                 f"{folder} is no finished checkpoint: metadata.json or .metadata is missing. "
@@ -73,8 +74,10 @@ class DistributedReader:
 
     def _read_metadata(self, path: Path) -> None:
         with path.open("rb") as file:
+            # A pickle may call anything: this one can call nothing but the stand-ins below.
             metadata = _MetadataUnpickler(file).load()
         places = metadata.storage_data.items()
+        # An object has no offset, and stands under its name alone.
         self._places = {(index.fqn, tuple(getattr(index, "offset", None) or ())): place for index, place in places}
         for key, entry in metadata.state_dict_metadata.items():
             if not hasattr(entry, "chunks"):  # an object, not a tensor
@@ -88,7 +91,9 @@ class DistributedReader:
         """Raise CptError if a file is missing, or shorter than what `.metadata` says is in it."""
         needed: dict[str, int] = {}
         for place in self._places.values():
+            # The name alone: a path in the metadata must not lead out of the folder.
             name = Path(place.relative_path).name
+            # Many tensors share a file; what reaches furthest decides its size.
             needed[name] = max(needed.get(name, 0), place.offset + place.length)
         for name, size in needed.items():
             path = self.folder / name
@@ -121,6 +126,7 @@ class DistributedReader:
             A contiguous array in the checkpoint's dtype.
         """
         shape = self.shapes[key]
+        # Megatron stacks the layers of one kind along a leading axis.
         lead = () if layer is None else ((layer, layer + 1),)
         bounds = [*lead, *((0, size) for size in shape[len(lead) :])]
         if rows is not None:
@@ -163,6 +169,7 @@ class DistributedReader:
         place = self._places[key, chunk.offsets]
         path = self.folder / Path(place.relative_path).name
         try:
+            # Its archive is opened and its checksum compared once, whatever the number of blocks.
             if (key, chunk.offsets) not in self._stored:
                 self._stored[key, chunk.offsets] = stored_tensor(path, place.offset, place.length)
             stored = self._stored[key, chunk.offsets]

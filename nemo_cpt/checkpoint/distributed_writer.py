@@ -49,6 +49,7 @@ class DistributedWriter:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True)
         self._folder = folder
+        # One file for all: Megatron reads any number, and names them by rank only when it writes.
         self._file = _InPieces((folder / _DATA_FILE).open("wb", buffering=0))
         self._entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
@@ -61,6 +62,7 @@ class DistributedWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+        # After an error no metadata: the folder then is no checkpoint for anybody.
         if kind is None:
             self._write_metadata()
 

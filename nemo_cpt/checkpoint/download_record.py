@@ -42,6 +42,7 @@ def read_record(folder: Path) -> DownloadRecord | None:
         content = json.loads((folder / _RECORD).read_bytes())
         files = {name: FileRecord(**file) for name, file in content["files"].items()}
         return DownloadRecord(content["repo_id"], content["commit"], files)
+    # Of no use is as good as none: sizes and hashes are then compared with the hub's.
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 

@@ -71,9 +71,11 @@ def download(
     with explained("model", repo_id, page, revision):
         info = api.model_info(repo_id, revision=revision, files_metadata=True)
     wanted, left_out = _choose(info.siblings or [], repo_id)
+    # From here on the commit, not the branch, which may move while the files come.
     dest, commit = Path(dest), str(info.sha)
     there = dest.exists()
     if there:
+        # By content: two revisions of a model have equal sizes.
         _check_present(dest, repo_id, revision, commit, wanted)
     else:
         _fetch(api, repo_id, commit, dest, wanted, workers)
@@ -118,6 +120,7 @@ def _check_present(dest: Path, repo_id: str, revision: str, commit: str, wanted:
         if not path.is_file() or (file.size is not None and path.stat().st_size != file.size):
             problem = f"{name} is missing or has another size than the hub's"
             break
+        # What the record knows is not read again: a rerun of a finished download costs no 16 GB of reading.
         files[name] = files.get(name) or _read(path, file)
         if _content(file) not in (None, files[name].content):
             problem = f"{name} has other bytes than the hub's"
@@ -160,6 +163,7 @@ def _fetch(api: Any, repo_id: str, commit: str, dest: Path, wanted: list[RepoSib
                 path.unlink()
         files = {file.rfilename: _arrived(partial / file.rfilename, file) for file in wanted}
         DownloadRecord(repo_id, commit, files).write(partial)
+        # huggingface_hub's notes on what arrived: of use to a resumed download alone.
         shutil.rmtree(partial / ".cache", ignore_errors=True)
         partial.rename(dest)
     except OSError as error:

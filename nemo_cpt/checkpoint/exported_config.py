@@ -72,8 +72,10 @@ def exported_config(nemo: Path, base: Path, ignore_fields: Collection[str] = ())
     """
     path = base / "config.json"
     fields, recorded = read_json(path), read_model_config(nemo)
+    # The base's, as published; what was trained otherwise is laid over it below.
     arch = parse_config(fields, str(path), ignore_fields)
     differing = context_differences(recorded, arch)
+    # Here, before a byte is written, though the weights may well be right: config.json could not say what they are.
     if unwritable := [each for each in differing if not can_be_written(each, arch)]:
         raise CptError(
             f"{nemo} was trained as another model than {path} describes: "
@@ -91,6 +93,7 @@ def exported_config(nemo: Path, base: Path, ignore_fields: Collection[str] = ())
             changed.setdefault("sliding_window", arch.sliding_window)
     arch = replace(arch, **changed)
     fields |= {name: value for name, value in changed.items() if not name.startswith("rope_")}
+    # Rotary constants are written by `set_rope`, in both spellings at once.
     rope = Rope(arch.rope_theta, arch.rope_scaling)
     if changed.keys() & {"rope_theta", "rope_scaling"}:
         set_rope(fields, rope)

@@ -16,6 +16,7 @@ from nemo_cpt.checkpoint.architecture import read_json
 from nemo_cpt.checkpoint.arrays import DTYPES, check_finite
 from nemo_cpt.checkpoint.base import nemo_folder, unchanged
 from nemo_cpt.checkpoint.folders import new_folder
+from nemo_cpt.checkpoint.provenance import hand_on
 from nemo_cpt.checkpoint.safetensors_files import SHARD_BYTES, TensorPlan, write_weights
 from nemo_cpt.checkpoint.trained import Description, Trained, describe, open_trained
 from nemo_cpt.errors import CptError
@@ -34,7 +35,7 @@ class ExportReport:
         tensors: how many were written.
         padding_removed: rows of Megatron's padding that were left out of the embedding.
         bytes_written: of the weights.
-        files: names of all files written.
+        files: names of all files written, but for the hidden one that says where the model comes from.
         config_changes: where the written config.json differs from the base's, in words; else it is the base's, byte for
             byte.
         chat_template: the name of the one that the folder carries because the run was tuned on it, or it was chosen;
@@ -120,6 +121,7 @@ def export_hf(
         else:
             trained = open_trained(nemo, described, base)
             dtype = checked_dtype(dtype or arch.dtype or trained.dtype)
+            # All sizes before the first tensor: a safetensors file begins with its index.
             plans = [TensorPlan(slot.name, dtype, slot.shape) for slot in layout.slots(arch)]
             size = sum(plan.nbytes for plan in plans)
             load = _counted(trained, plans, progress)
@@ -152,6 +154,7 @@ def _write_model(
         "dtype": dtype,
         "cast_from": trained.dtype if trained.dtype != dtype else None,
         "tensors": len(plans),
+        # Rows beyond config.json's, which no token has: `_refuse_to_cut_tokens` has looked.
         "padding_removed": trained.rows - config.arch.vocab_size,
         "bytes_written": sum(plan.nbytes for plan in plans),
         "files": tuple(names),
@@ -172,6 +175,7 @@ def _write_adapter(nemo: Path, described: Description, dtype: str, folder: Path)
         )
     adapters = Adapters(nemo, config.arch)
     names = write_peft_adapter(folder, adapters, _base_name(files), dtype)
+    hand_on(files, folder, nemo)
     warnings = config.warnings
     if template:
         warnings += (

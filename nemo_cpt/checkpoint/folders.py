@@ -44,6 +44,7 @@ def new_folder(dest: str | Path, needed_bytes: int) -> Iterator[Path]:
     if dest.exists() or dest.is_symlink():
         raise CptError(f"{dest} exists already. Give another destination, or remove it first.")
     _remove_leftovers(dest)
+    # Beside `dest`: a rename is atomic only within a file system. Of a name of its own, so that two at once do not mix.
     partial = dest.with_name(f"{_partial_prefix(dest)}{uuid.uuid4().hex[:8]}")
     try:
         partial.mkdir(parents=True)
@@ -51,6 +52,7 @@ def new_folder(dest: str | Path, needed_bytes: int) -> Iterator[Path]:
             _check_free_space(partial, needed_bytes)
             yield partial
             _flush(partial)
+            # After the flush, and before the name: `dest` holds nothing of ours, and nobody mistakes it for left.
             (partial / _OWNER).unlink()
             partial.rename(dest)
     except OSError as error:
@@ -84,6 +86,7 @@ def _remove_leftovers(dest: Path) -> None:
                 host = owner.read()
                 if host != socket.gethostname():
                     print(f"{partial} was left or is being written on {host}; it is not touched.", file=sys.stderr)
+                # The lock ends with its process, however it ended: whoever gets it knows that the writer is gone.
                 elif _locked(owner):
                     print(f"Removing {partial}, which a killed import, export or merge left.", file=sys.stderr)
                     shutil.rmtree(partial, ignore_errors=True)
@@ -110,6 +113,7 @@ def _check_free_space(folder: Path, needed_bytes: int) -> None:
 
 
 def _flush(folder: Path) -> None:
+    # The folder last: its entries must not reach the disk before what they name.
     for path in [*folder.rglob("*"), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from nemo_cpt.checkpoint.arrays import bits
 from nemo_cpt.checkpoint.context import HF_FOLDER
 from nemo_cpt.checkpoint.folders import copy_small_files, new_folder, require_tokenizer
 from nemo_cpt.checkpoint.nemo_writer import Tensors, write_nemo
+from nemo_cpt.checkpoint.provenance import hand_on
 from nemo_cpt.checkpoint.safetensors_files import HFWeights
 from nemo_cpt.checkpoint.tokenizer_ids import count_token_ids
 from nemo_cpt.errors import CptError
@@ -81,11 +83,12 @@ def import_hf(
     """
     start = time.monotonic()
     source = Path(source)
+    # The cheap refusals first: gigabytes are read only when nothing speaks against it.
     arch = read_architecture(source, ignore_fields)
     require_tokenizer(source)
     weights = HFWeights(source)
     slots = layout.slots(arch)
-    dropped = _check_tensors(weights, slots, arch)
+    dropped = check_tensors(weights, slots, arch)
     # The weights' own dtype where config.json does not say: nothing is cast.
     arch = arch.with_dtype(arch.dtype or weights.infos[slots[0].name].dtype)
     infos = weights.infos
@@ -93,10 +96,12 @@ def import_hf(
     tensors = Tensors(
         weights.read, weights.blocks, path=lambda name: infos[name].path, nbytes=lambda name: infos[name].nbytes
     )
+    # 64 MiB beside the weights: tokenizer, context and metadata.
     with new_folder(dest, sum(sizes) + 64 * 2**20) as folder:
         copy_small_files(source, folder / HF_FOLDER)
+        hand_on(source, folder / HF_FOLDER)
         write_nemo(folder, tensors, arch, progress)
-    counts = [_numel(slot.shape) for slot in slots]
+    counts = [prod(slot.shape) for slot in slots]
     return ImportReport(
         source=str(source),
         dest=str(dest),
@@ -121,14 +126,15 @@ def _tokens_without_rows(source: Path, arch: Architecture) -> Iterator[str]:
         )
 
 
-def _numel(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+def check_tensors(weights: HFWeights, slots: Sequence[layout.Slot], arch: Architecture) -> list[str]:
+    """Refuse weights that are not those of a config.json.
 
+    Returns:
+        Names of tensors that follow from others.
 
-def _check_tensors(weights: HFWeights, slots: Sequence[layout.Slot], arch: Architecture) -> list[str]:
+    Raises:
+        CptError: a tensor is missing, has another shape, or has no place in the model.
+    """
     for slot in slots:
         info = weights.infos.get(slot.name)
         if info is None:

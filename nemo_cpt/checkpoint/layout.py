@@ -48,6 +48,7 @@ class Slot:
         return start, start + self.shape[0]
 
 
+# The one list from which import, export, merge and verify work: what is missing here is missing everywhere.
 def slots(arch: Architecture) -> list[Slot]:
     """All tensors of a model, in the order in which transformers writes them."""
     embedding_shape = (arch.vocab_size, arch.hidden_size)
@@ -97,6 +98,7 @@ def extra_state_modules(arch: Architecture) -> tuple[str, ...]:
 def merge_qkv(parts: Mapping[str, np.ndarray], arch: Architecture) -> np.ndarray:
     """Join `q` [heads * d, *], `k` and `v` [groups * d, *] into Megatron's [groups * (heads / group + 2) * d, *]."""
     groups, rest = arch.num_key_value_heads, parts["q"].shape[1:]
+    # Per group, not per part: tensor parallelism cuts the rows, and each rank must have whole groups.
     by_group = [parts[part].reshape(groups, -1, *rest) for part in ("q", "k", "v")]
     return np.concatenate(by_group, axis=1).reshape(-1, *rest)
 

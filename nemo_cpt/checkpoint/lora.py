@@ -107,8 +107,10 @@ class Adapters:
 
     def __init__(self, nemo: Path, arch: Architecture) -> None:
         self.arch = arch
+        # Partial: the frozen tensors are not in the checkpoint.
         self._weights = NemoWeights(nemo, arch, partial=True)
         self._slots = {slot.name: slot for slot in layout.slots(arch)}
+        # By which a base of the same shape, or another revision of it, is told from the right one.
         self._sums = read_sums(carried_places(nemo))
         self.warnings: tuple[str, ...] = (
             () if self._sums else (f"{nemo} does not know its base's weights: they were taken on trust",)
@@ -124,6 +126,7 @@ class Adapters:
 
     def _has(self, name: str, part: str = "linear_in.weight") -> bool:
         slot = self._slots[name]
+        # Biases and norms have no adapters.
         if not slot.key.endswith(".weight"):
             return False
         return self._weights.reader.has(*self._weights.locate(_adapter_key(slot, part), slot.layer))
@@ -170,6 +173,7 @@ class Adapters:
             (tensor,) = checked(name, [base.read(name)], self._sums, base.folder)
         if self._has(name):
             return self.update(name).applied_to(tensor)
+        # DoRA scales a layer's whole output, and Megatron's layers have added their bias by then.
         if self._scales_bias(name):
             weight = self._weight_of(name)
             return tensor.astype(np.float32) * self.update(weight).row_scales(base.read(weight))
@@ -177,6 +181,7 @@ class Adapters:
 
     def merged(self, name: str, base: NemoWeights | HFWeights) -> Iterator[np.ndarray]:
         """The same in blocks of rows; a block is overwritten by the next one."""
+        # Whole: an update is a product over all rows, and DoRA's norms need the whole row.
         if self._has(name) or self._scales_bias(name):
             yield self.read_merged(name, base)
         elif name in self.trained_whole:
@@ -217,6 +222,7 @@ def _refuse_unpatched(weights: NemoWeights, nemo: Path) -> None:
     for key in weights.reader.shapes:
         if layout.FC1 in key and key.endswith(f".adapter.{_MAGNITUDE}"):
             pieces = weights.reader.pieces(key, -1)
+            # One piece a rank against two (gate and up): the patched order has as many of either.
             if 1 < pieces < weights.reader.pieces(key.replace(_MAGNITUDE, "linear_out.weight"), -2):
                 raise CptError(
                     f"{nemo} was trained with DoRA on {pieces} tensor-parallel ranks, which NeMo 2.7 gets wrong where "
@@ -234,6 +240,7 @@ def _alpha(nemo: Path) -> float:
             f"{path} does not say how the adapters are scaled: it has no model.model_transform. "
             "The training could not save its context; save the checkpoint again with it."
         )
+    # Our own classes are NeMo's beside an embedding that is trained; their alpha is NeMo's.
     kind = transform["_target_"].rpartition(".")[2].removesuffix("WithEmbeddings")
     alpha = transform.get("alpha", _DEFAULT_ALPHAS.get(kind))
     if alpha is None:
@@ -293,6 +300,7 @@ def _peft_config(adapters: Adapters, base_name: str) -> dict[str, Any]:
     # Not the same modules in each layer: layer by layer, in full.
     if len(paths) != len(layers) * len(modules):
         modules = sorted("layers." + path for path in paths)  # peft matches these as the ends of module names
+    # None means all layers to peft, which is what a recipe usually adapts.
     everywhere = len(layers) == adapters.arch.num_hidden_layers
     return {
         "peft_type": "LORA",

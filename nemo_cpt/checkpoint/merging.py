@@ -88,6 +88,7 @@ def merge(
     if not holds_adapters(nemo):
         raise CptError(f"{nemo} holds the whole model, not adapters: give it as the base of a training as it is.")
     with unchanged(nemo) as check_unchanged:
+        # Through the same descriptions as an export, so that both make one model of a run.
         described = describe(nemo, base, None, ignore_fields)
         trained = open_trained(nemo, described, base)
         dtype = checked_dtype(dtype or described.config.arch.dtype or trained.dtype)

@@ -125,6 +125,7 @@ def constants_of_nemo(config: Any) -> Constants:
     get = _getter(config)
     found: Constants = {"model": _foreign_class(config)}
     hidden, heads = get("hidden_size"), get("num_attention_heads")
+    # What Megatron itself takes where a config leaves these open.
     derived = {
         "num_query_groups": heads,
         "kv_channels": hidden // heads if hidden and heads else None,
@@ -139,6 +140,7 @@ def constants_of_nemo(config: Any) -> Constants:
             value = derived.get(megatron_name)
         if value is not None:
             found[name] = value
+    # A mapping that is silent on it says nothing; Llama31Config's own default would be taken for none.
     if not _leaves_scaling_open(config):
         found["rope_scaling"] = _rope_scaling(get)
     if (window := get("window_size", _ABSENT)) is not _ABSENT:
@@ -151,6 +153,7 @@ def constants_of_nemo(config: Any) -> Constants:
 
 def differences(one: Constants, other: Constants) -> list[Difference]:
     """The constants that both state and that are not the same, in a fixed order."""
+    # What only one of them states is not compared: a context may hold no more than what was set.
     shared = [name for name in one if name in other]
     return [Difference(name, one[name], other[name]) for name in shared if not _same(one[name], other[name])]
 
@@ -196,6 +199,7 @@ def read_model_config(nemo: str | Path) -> dict[str, Any]:
     """
     context = Path(nemo) / "context"
     found: dict[str, Any] = {}
+    # In this order: what io.json says goes before, because NeMo builds from it.
     for name, read in (("model.yaml", _from_yaml), ("io.json", _from_fiddle)):
         if not (context / name).is_file():
             continue
@@ -236,6 +240,7 @@ def _foreign_class(config: Any) -> str | None:
     else:
         config_class = getattr(config, "__fn_or_cls__", type(config))
         names = [f"{each.__module__}.{each.__qualname__}" for each in config_class.__mro__]
+    # A user's subclass is judged by the class of NeMo's that it is made from.
     nearest = next((name for name in names if name.startswith("nemo.")), None)
     return None if nearest is None or is_known_class(nearest) else nearest
 

@@ -49,6 +49,7 @@ def _forward(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     import torch
 
     length = tokens.shape[1]
+    # Megatron's plain attention builds no causal mask itself: True is hidden.
     masked = torch.ones(length, length).tril().logical_not()[None, None]
     return model(tokens, torch.arange(length)[None], masked)[0].float()
 
@@ -71,6 +72,7 @@ def _build(nemo: Path, length: int) -> Any:
         seq_length=max(length, 8),
         vocab_size=reader.shapes[layout.PREFIX + layout.EMBEDDING][0],
         params_dtype=torch.float32,
+        # Every parameter is replaced below: drawing random ones would take most of the time.
         perform_initialization=False,
     )
     model = config.configure_model(tokenizer=None, pre_process=True, post_process=True).float().eval()
@@ -115,6 +117,7 @@ def one_process(backend: str = "gloo") -> Iterator[None]:
 
     if dist.is_initialized():
         raise CptError("A process group is open already; compare checkpoints in a process of its own.")
+    # A store in memory: no port, which another process could have.
     dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
     try:
         parallel_state.initialize_model_parallel()

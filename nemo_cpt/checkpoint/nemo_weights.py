@@ -60,6 +60,7 @@ class NemoWeights:
         return locate(self.reader, self.prefix + key, layer)
 
     def _check(self, slot: layout.Slot) -> None:
+        # Shapes are in the metadata: all of them are compared before the first byte of a tensor is read.
         key, layer = self.locate(slot.key, slot.layer)
         if key not in self.reader.shapes:
             raise CptError(f"{self.folder} lacks {key}. It is another model's checkpoint than config.json describes.")
@@ -112,6 +113,7 @@ class NemoWeights:
         if (slot.key, slot.part) not in self._parts:
             joined = self.reader.read(*self.locate(slot.key, slot.layer))
             self._parts |= {(slot.key, part): piece for part, piece in layout.split_qkv(joined, self.arch).items()}
+        # Popped: each is asked for once, and a layer's three would double the peak.
         return self._parts.pop((slot.key, slot.part))
 
 
@@ -128,4 +130,5 @@ def _prefix(reader: DistributedReader, nemo: Path) -> str:
     models = [prefix for prefix in prefixes if "optimizer" not in prefix]
     if not models:
         raise CptError(f"{nemo} holds no decoder layers: it is not a language model's checkpoint.")
+    # A run of adapters has several wrappers' names; the shortest is the model's own.
     return min(models, key=len)

@@ -13,7 +13,8 @@ import numpy as np
 from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import Architecture
 from nemo_cpt.checkpoint.arrays import check_finite
-from nemo_cpt.checkpoint.context import HF_FOLDER, write_context
+from nemo_cpt.checkpoint.context import HF_FOLDER, TOKENIZER_FOLDER, write_context
+from nemo_cpt.checkpoint.provenance import hand_on
 from nemo_cpt.checkpoint.weight_sums import WeightSums
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ def write_nemo(
     """
     sums = _write_weights(folder / "weights", tensors, arch, progress or (lambda done, total: None))
     write_context(folder / "context", arch, folder / HF_FOLDER)
+    hand_on(folder / HF_FOLDER, folder / "context" / TOKENIZER_FOLDER)
+    # Beside the small files, which NeMo copies into each checkpoint of a training, this one with them.
     sums.write(folder / HF_FOLDER)
 
 
@@ -119,5 +122,6 @@ def _write_extra_states(writer: DistributedWriter, arch: Architecture) -> None:
     layers = arch.num_hidden_layers
     for layer in range(layers):
         for module in layout.extra_state_modules(arch):
+            # Without them Transformer Engine's strict load ends with a missing key; empty ones mean no fp8 scales.
             writer.add_empty_state(f"{layout.PREFIX}{layout.LAYERS}{module}._extra_state/shard_{layer}_{layers}")
     writer.add_empty_state(f"{layout.PREFIX}decoder.final_layernorm._extra_state/shard_0_1")

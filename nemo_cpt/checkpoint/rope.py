@@ -70,6 +70,7 @@ def read_rope(config: Mapping[str, Any], where: str, ignore_fields: Collection[s
                 thetas[f"{field}.rope_theta"] = _number(given["rope_theta"], f"{field}.rope_theta", where)
         elif field == "rope_scaling" and field in config:
             scalings[field] = None
+    # Each kind by itself: a file may give the base in one place and the scaling in another.
     _refuse_two_statements(thetas, where)
     _refuse_two_statements(scalings, where)
     return Rope(next(iter(thetas.values()), _DEFAULT_THETA), next(iter(scalings.values()), None))
@@ -130,6 +131,7 @@ def _kind(given: Mapping[str, Any], field: str, where: str) -> str:
 def _refuse_other_keys(
     given: Mapping[str, Any], kind: str, field: str, where: str, ignore_fields: Collection[str]
 ) -> None:
+    # What is unknown may change the angles of every position: refused, not passed over.
     known = {"rope_type", "type", "rope_theta", *_KEYS[kind]}
     for key, value in given.items():
         whole = key == "partial_rotary_factor" and value == 1

@@ -60,6 +60,7 @@ class HFWeights:
         record = read_record(self.folder)
         self._unchecked = {self.folder / name: file for name, file in record.files.items()} if record else {}
         expected = _weight_map(self.folder)
+        # Headers alone: a few kB of each shard, from which every size and place is known.
         for path in sorted(set(expected.values())):
             self._read_header(path)
         if missing := [name for name, path in expected.items() if name and name not in self.infos]:
@@ -213,6 +214,7 @@ def _split(plans: Sequence[TensorPlan], shard_bytes: int) -> list[list[TensorPla
 
 def _write_shard(path: Path, plans: Sequence[TensorPlan], load: Callable[[str], Iterable[np.ndarray]]) -> None:
     with path.open("wb", buffering=0) as file:
+        # Sizes were promised here: the checks below see that the blocks keep to them.
         file.write(_header(plans))
         for plan in plans:
             rows = 0

@@ -34,6 +34,7 @@ def count_token_ids(folder: str | Path) -> int | None:
         ids |= {_content(entry): int(number) for number, entry in decoder.items()}
         # Older files, without the decoder, have their special tokens in a file of their own, which then goes first.
         special = config if decoder else {**config, **_json(folder / "special_tokens_map.json")}
+        # A set: a token may be bos and pad at once, and is appended once.
         appended = {token for token in _special_tokens(special) if token not in ids}
         return max(ids.values(), default=-1) + 1 + len(appended)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError):

@@ -48,6 +48,7 @@ class StoredTensor:
             where: a slice with start and stop for each axis.
             memory: gives the array, from shape and dtype, that is read into.
         """
+        # A transposed or sliced tensor, which Megatron hardly saves: read whole, and put in order.
         if self.strides != _contiguous(self.shape):
             return np.ascontiguousarray(self._all()[where])
         # Rows along this axis lie one after the other in the file, so that one read gets them.
@@ -82,8 +83,10 @@ def stored_tensor(path: Path, start: int, length: int) -> StoredTensor:
     """
     with path.open("rb") as file:
         part = _Part(file, start, length)
+        # Without the archive's own name in front, which is the file's, or "archive".
         entries = {entry.filename.partition("/")[2]: entry for entry in zipfile.ZipFile(part).infolist()}
         pickled = entries["data.pkl"]
+        # Before it is unpickled.
         _check_bytes(part, pickled)
         part.seek(_data_start(part, pickled))
         tensor = _TensorUnpickler(io.BytesIO(part.read(pickled.file_size)), path).load()
@@ -149,6 +152,7 @@ class _TensorUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in _STORAGES:
             return DTYPES[_STORAGES[name]]
+        # A pickle's names are calls: nothing that is not listed is even looked up.
         if (module, name) not in _KNOWN:
             raise CptError(
                 f"A tensor in {self._path} is made by {module}.{name}, which no Megatron checkpoint of bfloat16, "
@@ -179,6 +183,7 @@ class _Part(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        # zipfile looks for the end of the archive first, from the back: the part must seem to end where it does.
         self._at = base + offset
         return self._at
 

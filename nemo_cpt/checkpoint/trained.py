@@ -15,6 +15,7 @@ from nemo_cpt.checkpoint.base import base_files, base_weights, carried_places
 from nemo_cpt.checkpoint.chat_template import InstructionTemplate, choose_template, write_template
 from nemo_cpt.checkpoint.exported_config import ExportedConfig, exported_config
 from nemo_cpt.checkpoint.folders import copy_small_files
+from nemo_cpt.checkpoint.provenance import hand_on
 from nemo_cpt.checkpoint.tokenizer_ids import count_token_ids
 from nemo_cpt.errors import CptError
 
@@ -24,11 +25,13 @@ class Description:
     """What goes beside the weights: the base's files, with what the training changed of the model's description.
 
     Attributes:
+        nemo: the checkpoint.
         files: the folder of the base's.
         config: the config.json.
         template: the chat template that they shall carry, if any.
     """
 
+    nemo: Path
     files: Path
     config: ExportedConfig
     template: InstructionTemplate | None
@@ -36,13 +39,17 @@ class Description:
     def write(self, folder: Path, dtype: str) -> list[str]:
         """Write the files for weights of a dtype into a folder, which is made where it is not there.
 
+        With them goes, hidden, where the model comes from.
+
         Returns:
             Their names.
 
         Raises:
             CptError: the tokenizer is not the one that the template was used with.
         """
+        # Copied first, so that what did not change stays the base's byte for byte.
         names, config = copy_small_files(self.files, folder), self.config.with_dtype(dtype)
+        hand_on(self.files, folder, self.nemo)
         if config.changes:
             (folder / "config.json").write_text(json.dumps(config.fields, indent=2) + "\n", encoding="utf-8")
         return write_template(folder, self.template) if self.template else names
@@ -65,7 +72,7 @@ def describe(
     files = base_files(nemo, base)
     config = exported_config(nemo, files, ignore_fields)
     template = choose_template(nemo, files, chat_template)
-    return Description(files, config.with_end_at(template.stop[1]) if template else config, template)
+    return Description(nemo, files, config.with_end_at(template.stop[1]) if template else config, template)
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,7 @@ def _open_adapted(nemo: Path, arch: Architecture, base: str | Path | None) -> Tr
 
     weights, adapters = base_weights(base_of(nemo, base), arch), Adapters(nemo, arch)
     read, blocks = partial(adapters.read_merged, base=weights), partial(adapters.merged, base=weights)
+    # An embedding that was trained whole is in the run's checkpoint, padded as its layout asked.
     rows = adapters.trained_rows or weights.vocab_rows
     return Trained(nemo, read, blocks, weights.dtype, rows, adapters.warnings)
 
@@ -124,6 +132,7 @@ def _refuse_to_cut_tokens(model: Trained, arch: Architecture, tokenizers: Iterab
     """Refuse to cut off a row as padding that belongs to a token and so may have been trained."""
     for folder in tokenizers:
         tokens = count_token_ids(folder) or 0
+        # Of every tokenizer that may have made the data: the base's and the run's own.
         if arch.vocab_size < min(tokens, model.rows):
             raise CptError(
                 f"{model.where} has {model.rows} rows in its embedding and the tokenizer in {folder} {tokens} tokens, "

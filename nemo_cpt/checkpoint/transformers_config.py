@@ -29,5 +29,6 @@ def transformers_config(model: str | os.PathLike[str], ignore_fields: Collection
         rope = read_rope(fields, f"{model}/config.json", ignore_fields)
         if older_spelling_differs(fields, rope, ignore_fields):
             set_rope(fields, rope)
+            # From the fields: `from_pretrained` would read the file again, without what was added.
             return AutoConfig.for_model(**fields)
     return AutoConfig.from_pretrained(model)

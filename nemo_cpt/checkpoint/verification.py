@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isqrt, prod
 from pathlib import Path
@@ -15,7 +15,7 @@ from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import Architecture, read_architecture
 from nemo_cpt.checkpoint.arrays import bits, cast
 from nemo_cpt.checkpoint.base import base_weights, carried_places, nemo_folder, unchanged
-from nemo_cpt.checkpoint.chat_template import instruction_template, template_differences
+from nemo_cpt.checkpoint.chat_template import InstructionTemplate, instruction_template, template_differences
 from nemo_cpt.checkpoint.model_config import context_differences, read_model_config
 from nemo_cpt.checkpoint.nemo_weights import NemoWeights
 from nemo_cpt.checkpoint.safetensors_files import HFWeights
@@ -129,6 +129,7 @@ def verify(
     if lora and logits:
         raise CptError(f"{folder} holds adapters only; their logits are not compared. Leave --logits away.")
     slots = layout.slots(arch)
+    # Around all that is read of the checkpoint: a run may replace it, and the comparison would be of two.
     with unchanged(folder):
         read, warnings = _merged(folder, arch, theirs, base) if lora else (NemoWeights(folder, arch).read, ())
         recorded, template = read_model_config(folder), instruction_template(folder)
@@ -140,15 +141,6 @@ def verify(
             ids = _ids(hf, prompts) if prompts else [*_ids(hf, PROMPTS), _long_prompt(arch, parameters)]
             gap, largest = _compare_logits(folder, hf, ids, ignore_fields)
             longest = max(map(len, ids))
-    if not template and own_template(hf) != _carried_template(folder):
-        warnings += (
-            f"{hf} has another chat template than the base of {folder}, which has no record of a tuning: it was chosen "
-            "with --chat-template, or put there since",
-        )
-    if not recorded:
-        warnings += (f"{folder} has no context: constants such as the rotary base were not compared",)
-    if longest and arch.sliding_window and longest <= arch.sliding_window:
-        warnings += (f"the window of {arch.sliding_window} was compared as a number; no prompt was that long",)
     return VerifyReport(
         nemo=str(nemo),
         hf=str(hf),
@@ -160,9 +152,29 @@ def verify(
         logits_difference=gap,
         largest_logit=largest,
         longest_prompt=longest,
-        warnings=warnings,
+        warnings=(*warnings, *_unseen(folder, hf, arch, recorded, template, longest)),
         seconds=round(time.monotonic() - start, 3),
     )
+
+
+def _unseen(
+    nemo: Path,
+    hf: Path,
+    arch: Architecture,
+    recorded: Mapping[str, Any],
+    template: InstructionTemplate | None,
+    longest: int | None,
+) -> Iterator[str]:
+    """What the comparison could not see, in sentences."""
+    if not template and own_template(hf) != _carried_template(nemo):
+        yield (
+            f"{hf} has another chat template than the base of {nemo}, which has no record of a tuning: it was chosen "
+            "with --chat-template, or put there since"
+        )
+    if not recorded:
+        yield f"{nemo} has no context: constants such as the rotary base were not compared"
+    if longest and arch.sliding_window and longest <= arch.sliding_window:
+        yield f"the window of {arch.sliding_window} was compared as a number; no prompt was that long"
 
 
 def _carried_template(nemo: Path) -> str | None:
@@ -227,6 +239,7 @@ def _long_prompt(arch: Architecture, parameters: int) -> list[int]:
         arch.max_position_embeddings,
     )
     length = max(1, min(max(wanted), *affordable))
+    # Random tokens suffice: both models must agree on any input, and no text is at hand that is so long.
     drawn: list[int] = np.random.default_rng(0).integers(0, arch.vocab_size, length).tolist()
     return drawn
 
@@ -238,6 +251,7 @@ def _compare_logits(nemo: Path, hf: Path, ids: list[list[int]], ignore_fields: C
     from nemo_cpt.checkpoint.nemo_model import nemo_logits
     from nemo_cpt.checkpoint.transformers_config import transformers_config
 
+    # One model after the other: both at once in fp32 would need twice the memory.
     ours = nemo_logits(nemo, ids)
     config = transformers_config(hf, ignore_fields)
     model = AutoModelForCausalLM.from_pretrained(
@@ -247,6 +261,7 @@ def _compare_logits(nemo: Path, hf: Path, ids: list[list[int]], ignore_fields: C
     with torch.no_grad():
         for prompt, mine in zip(ids, ours, strict=True):
             other = model(torch.tensor([prompt])).logits[0]
+            # Megatron's vocabulary is padded: its further columns belong to no token.
             gap = max(gap, float((mine[:, : other.shape[1]] - other).abs().max()))
             largest = max(largest, float(other.abs().max()))
     return gap, largest

@@ -36,6 +36,7 @@ def options(
 
 def main() -> None:
     """Run the command line; a CptError becomes its message on stderr and exit code 2."""
+    # Before the modules, whose libraries warn while they are imported.
     quiet_imports()
     from nemo_cpt.cli import (  # noqa: F401  each registers its commands on `app`
         checkpoint,
@@ -46,7 +47,10 @@ def main() -> None:
         inference,
         launch,
         planning,
+        publishing,
         results,
+        vocabulary,
+        watching,
     )
 
     try:

@@ -86,6 +86,50 @@ def merge_command(
     _print(report.as_dict(), as_json)
 
 
+@app.command("grow")
+def grow_command(
+    source: Annotated[Path, typer.Argument(help="Hugging Face folder, or NeMo checkpoint, or a run: its newest one.")],
+    tokenizer: Annotated[Path, typer.Option("--tokenizer", "-t", help="Folder of its grown tokenizer.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make, of the same kind.")],
+    base: Annotated[
+        Path | None, typer.Option(help="LoRA run: the base of the adapters; default: the one that it recorded.")
+    ] = None,
+    initialisation: Annotated[
+        str, typer.Option(help="Of the new rows: mean of the old tokens' rows, noise (the mean and some), or zero.")
+    ] = "mean",
+    ignore_field: _Ignore = [],  # noqa: B006
+    as_json: _Json = False,
+) -> None:
+    """Give a model rows for the tokens by which its tokenizer grew; all else keeps its bits."""
+    from nemo_cpt.checkpoint import grow_model
+
+    with _progress("Growing") as progress:
+        report = grow_model(
+            _of_run(source), output, tokenizer, base=base, initialisation=initialisation, ignore_fields=ignore_field,
+            progress=progress,
+        )  # fmt: skip
+    _print(report.as_dict(), as_json)
+
+
+@app.command("init")
+def init_command(
+    dest: Annotated[Path, typer.Argument(help="NeMo checkpoint to make.")],
+    tokenizer: Annotated[Path, typer.Option("--tokenizer", "-t", help="Folder of the model's tokenizer.")],
+    params: Annotated[str, typer.Option(help="124M, 350M or 1.3B; tiny, for a CPU.")] = "124M",
+    max_position_embeddings: Annotated[int, typer.Option(help="The longest sequence.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 1234,
+    as_json: _Json = False,
+) -> None:
+    """Write a model that knows nothing, for a training from scratch to start from."""
+    from nemo_cpt.checkpoint import make_untrained
+
+    with _progress("Writing") as progress:
+        report = make_untrained(
+            dest, tokenizer, params, max_position_embeddings=max_position_embeddings, seed=seed, progress=progress
+        )
+    _print(report.as_dict(), as_json)
+
+
 @app.command("verify")
 def verify_command(
     nemo: Annotated[Path, typer.Argument(help="NeMo checkpoint, or a run: its newest whole checkpoint.")],
@@ -103,6 +147,7 @@ def verify_command(
     report = verify(_of_run(nemo), hf, base, logits=logits, ignore_fields=ignore_field)
     _print(report.as_dict(), as_json)
     if not report.identical:
+        # 1, not 2: the command did what it was asked, and the answer is no.
         raise typer.Exit(1)
 
 
@@ -151,6 +196,7 @@ def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+    # A label may hold a path with [brackets].
     name = TextColumn("{task.description}", markup=False)
     columns = (name, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:

@@ -114,7 +114,7 @@ def synthesize(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Make questions with answers from a corpus: by rules, from templates with slots, or with a model."""
-    from nemo_cpt.conversations import synthesize as run
+    from nemo_cpt.synthesis import synthesize as run
 
     report = run(
         inputs or None,

@@ -47,6 +47,10 @@ def evaluate_command(
     """
     from nemo_cpt.evaluation import evaluate, report
 
+    if limit is None and not (loss or prompts or tasks or judge or quiet):
+        _say(
+            "measuring every default set whole; --limit 20 takes 20 of each, --loss, --prompts and --tasks choose sets"
+        )
     found = evaluate(
         model, output, against=against, checkpoints_of=checkpoints, losses=loss or (), prompts=prompts or (),
         tasks=tasks or (), judge=judge, wrappers=wrapper or (), language=language, max_tokens=max_tokens, limit=limit,

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nemo_cpt.cli import app
 from nemo_cpt.errors import CptError
+
+if TYPE_CHECKING:
+    from nemo_cpt.inference.chat import Side
 
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 _Model = Annotated[
@@ -19,7 +23,10 @@ _Model = Annotated[
 ]
 _Base = Annotated[Path | None, typer.Option(help="LoRA: the base; default: the one that the run recorded.")]
 _Device = Annotated[str | None, typer.Option(help="cuda, cpu; default: the GPU where there is one.")]
-_Template = Annotated[Path | None, typer.Option("--chat-template", help="File of a Jinja chat template.")]
+_Template = Annotated[
+    str | None,
+    typer.Option("--chat-template", "--template", help="In place of the model's: alpaca-ja, ..., or a Jinja file."),
+]
 
 
 @app.command("chat")
@@ -35,32 +42,56 @@ def chat_command(
     device: _Device = None,
     chat_template: _Template = None,
     plain: Annotated[bool, typer.Option("--plain", help="Continue the text; default without a chat template.")] = False,
-    api_key_env: Annotated[str | None, typer.Option(help="Variable that holds an endpoint's key.")] = None,
+    api_key_env: Annotated[str | None, typer.Option(help="Variable that holds the key of MODEL, an endpoint.")] = None,
+    against_key_env: Annotated[str | None, typer.Option(help="The same for --against.")] = None,
 ) -> None:
     """Talk to a model; --against another one shows both replies side by side."""
     from rich.console import Console
 
-    from nemo_cpt.inference import Engine, Sampling, open_engine
+    from nemo_cpt.inference import Sampling
     from nemo_cpt.inference.chat import Chat, typed_lines
 
-    console, told = Console(soft_wrap=True), Console(stderr=True)
-    sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    options = _options(device, chat_template)
-    engines: list[Engine] = []
-    for name in [model, against] if against else [model]:
-        with told.status(f"loading {name}"):
-            engines.append(
-                open_engine(
-                    name, base=base, api_key=key_of_variable(api_key_env), say=_say,
-                    **({} if name.startswith("http") else options),
-                )
-            )  # fmt: skip
-    if not all(getattr(engine, "has_chat_template", True) for engine in engines) and not plain:
-        _say("no chat template: the model continues your text (--chat-template FILE gives it one)")
-        plain = True
+    if against_key_env and not against:
+        raise CptError("--against-key-env names the key of --against, which is not given")
+    console, sampling = Console(soft_wrap=True), Sampling(max_tokens, temperature, top_p, seed=seed)
+    options = _given(base=base, device=device, template=chat_template)
+    if options and all(map(_is_address, (model, against or model))):
+        raise CptError(f"{', '.join(options)} cannot be set for a model that a server has: set it there")
+    sides = [_side(model, api_key_env, options, plain)]
+    if against:
+        sides.append(_side(against, against_key_env, options, plain))
     if sys.stdin.isatty():
         _say("/help lists the commands")
-    Chat(engines, sampling, system=system, plain=plain, console=console).run(typed_lines())
+    prompt = "> " if against else f"{sides[0].title}> "
+    Chat(sides, sampling, system=system, console=console, language_of=_language_of).run(typed_lines(prompt))
+
+
+def _side(model: str, key_variable: str | None, options: dict[str, Any], plain: bool) -> Side:
+    """Open one model of a chat; what is set for it is used, or refused."""
+    from rich.console import Console
+
+    from nemo_cpt.inference import open_engine
+    from nemo_cpt.inference.chat import Side
+
+    key = key_of_variable(key_variable)
+    if key and not _is_address(model):
+        raise CptError(f"{model} is no endpoint: it takes no key ({key_variable})")
+    with Console(stderr=True).status(f"loading {model}"):
+        engine = open_engine(model, api_key=key, say=_say, **({} if _is_address(model) else options))
+    if not plain and not getattr(engine, "has_chat_template", True):
+        _say(f"{model} has no chat template: it continues your text (--chat-template alpaca-en gives it one)")
+        plain = True
+    return Side(engine, plain)
+
+
+def _language_of(question: str, reply: str) -> str:
+    from nemo_cpt.evaluation.language import KNOWN, judge_language
+
+    try:
+        asked = judge_language(question, "en").language
+        return judge_language(reply, asked if asked in KNOWN else "en").language
+    except CptError as error:  # lingua is not installed
+        return str(error)
 
 
 @app.command("serve")
@@ -70,8 +101,11 @@ def serve_command(
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
     served_as: Annotated[str | None, typer.Option(help="The model's name in requests; default: its folder's.")] = None,
     api_key_env: Annotated[str | None, typer.Option(help="Variable of the key that requests must carry.")] = None,
-    max_waiting: Annotated[int, typer.Option(help="Requests that may wait; others are answered 429.")] = 256,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens of the batch: memory of keys and values.")] = 32_768,
+    engine: Annotated[str, typer.Option(help="own, or vllm: start that with the flags that the model needs.")] = "own",
+    max_waiting: Annotated[int | None, typer.Option(help="Requests that may wait, others get 429; 256.")] = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of the batch, by which keys and values take memory; 32768.")
+    ] = None,
     base: _Base = None,
     device: _Device = None,
     chat_template: _Template = None,
@@ -79,29 +113,60 @@ def serve_command(
     log_requests: Annotated[bool, typer.Option("--log-requests", help="Log each request's path and status.")] = False,
 ) -> None:
     """Serve a model over HTTP, compatible with OpenAI's chat completions and completions."""
-    key = key_of_variable(api_key_env)
+    key, name = key_of_variable(api_key_env), served_as or Path(model).resolve().name
+    if engine not in ("own", "vllm"):
+        raise CptError(f"there is no engine {engine}: own or vllm")
+    if _is_address(model):
+        raise CptError(f"{model} is served already: give serve a Hugging Face folder, a NeMo checkpoint or a run")
     if host not in _LOCAL and key is None:
         raise CptError(f"{host} can be reached from other machines: name the variable of a key with --api-key-env")
+    for option, value in {"--max-waiting": max_waiting, "--batch-tokens": batch_tokens}.items():
+        if value is not None and value < 1:
+            raise CptError(f"{option} is {value}; it must be 1 or more")
+    if chat_template is not None:
+        from nemo_cpt.inference.asked_as import check_template_choice
+
+        check_template_choice(chat_template)
+    if engine == "vllm":
+        only_own = {
+            "--max-waiting": max_waiting, "--batch-tokens": batch_tokens, "--device": device, "--nemo-api": nemo_api,
+            "--log-requests": log_requests, "--port 0": port == 0,
+        }  # fmt: skip
+        if given := [option for option, value in only_own.items() if value]:
+            raise CptError(f"{', '.join(given)}: of this project's own server, not of --engine vllm")
+        return _become_vllm(model, base, name, host, port, chat_template, key)
     listener = _listen(host, port)  # before the model is loaded: a port in use is known at once
-    import uvicorn
-
     from nemo_cpt.inference.models import open_transformers
-    from nemo_cpt.inference.server import make_app
+    from nemo_cpt.inference.server import make_app, serve
 
-    engine = open_transformers(model, base=base, say=_say, **_options(device, chat_template))
-    name = served_as or Path(model).resolve().name
-    application = make_app(
-        engine, served_as=name, api_key=key, most_waiting=max_waiting, batch_tokens=batch_tokens, nemo_api=nemo_api
-    )
+    loaded = open_transformers(model, base=base, template=chat_template, say=_say, **_given(device=device))
+    limits = _given(most_waiting=max_waiting, batch_tokens=batch_tokens)
+    application = make_app(loaded, served_as=name, api_key=key, nemo_api=nemo_api, **limits)
     _say(f"{name} at http://{host}:{listener.getsockname()[1]}/v1")
-    uvicorn.Server(uvicorn.Config(application, log_level="warning", access_log=log_requests)).run([listener])
+    serve(application, listener, log_requests=log_requests)
 
 
-def _options(device: str | None, chat_template: Path | None) -> dict[str, str | None]:
-    if chat_template is not None and not chat_template.is_file():
-        raise CptError(f"there is no chat template at {chat_template}")
-    text = chat_template.read_text(encoding="utf-8") if chat_template else None
-    return {name: value for name, value in (("device", device), ("chat_template", text)) if value is not None}
+def _become_vllm(
+    model: str, base: Path | None, name: str, host: str, port: int, chat_template: str | None, key: str | None
+) -> None:
+    from nemo_cpt.inference.asked_as import reply_warnings
+    from nemo_cpt.inference.models import find_model
+    from nemo_cpt.inference.vllm import VllmServer
+
+    folder = find_model(model, base=base, say=_say).folder
+    for warning in reply_warnings(folder) if chat_template is None else ():
+        _say(f"warning: {warning}")
+    server = VllmServer(folder, name, host, port, chat_template, key)
+    _say(shlex.join(server.command()))
+    server.start()
+
+
+def _is_address(model: str) -> bool:
+    return model.startswith(("http://", "https://"))
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def key_of_variable(variable: str | None) -> str | None:
@@ -114,9 +179,9 @@ def key_of_variable(variable: str | None) -> str | None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
+    # Else a server that was just ended keeps its port busy for a minute.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nemo_cpt.cli import app
-from nemo_cpt.cli.recipe_arguments import Executor, Pairs, Recipe, RecipeCommand, RecipeIfAny
-from nemo_cpt.cli.tables import print_table
+from nemo_cpt.cli.recipe_arguments import Executor, Pairs, Recipe, RecipeCommand, RecipeIfAny, from_file
+from nemo_cpt.cli.tables import print_pairs, print_table
+from nemo_cpt.errors import CptError
+from nemo_cpt.output import say_that_nemo_loads
 
 if TYPE_CHECKING:
     from nemo_cpt.catalog import Function
@@ -24,11 +26,18 @@ Experiment = Annotated[str | None, typer.Argument(help="The experiment's id, as 
 @app.command("recipes", rich_help_panel=PANEL)
 def recipes_command(
     recipe: RecipeIfAny = None,
+    base: Annotated[
+        Path | None, typer.Option(help="Which are made for it: a Hugging Face folder, a NeMo base, or a run.")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """List the recipes, or one recipe's parameters."""
+    """List the recipes, or one recipe's parameters; with --base those that are made for a model."""
     from nemo_cpt import catalog
 
+    if base is not None:
+        if recipe:
+            raise CptError(f"--base compares every recipe with {base}: leave {recipe} away")
+        return _print_recipes_for(base, json)
     found = [catalog.recipe(recipe)] if recipe else list(catalog.recipes().values())
     if json:
         print(jsonlib.dumps({each.name: _as_dict(each) for each in found}, indent=2))
@@ -40,12 +49,28 @@ def recipes_command(
 
 
 @app.command(rich_help_panel=PANEL, cls=RecipeCommand)
-def show(recipe: Recipe, overrides: Pairs = None) -> None:
-    """Print the resolved config of a recipe as YAML."""
+def show(
+    recipe: Recipe,
+    overrides: Pairs = None,
+    config: Annotated[bool, typer.Option("--config", help="A configuration file for run instead.")] = False,
+    executor: Executor = None,
+) -> None:
+    """Print the resolved config of a recipe as YAML; with --config the file that run takes.
+
+    The resolved config has every field; building it imports NeMo. The configuration file has what is given, and each
+    other parameter as a comment.
+    """
     from nemo_cpt import catalog
     from nemo_cpt.catalog.build import build_recipe
+    from nemo_cpt.launching.config_file import written
 
-    function, arguments, fields, _ = catalog.split(recipe, overrides or [])
+    if executor and not config:
+        raise CptError("--executor is for --config: the resolved config is the recipe's alone")
+    recipe, pairs, executor = from_file(recipe, overrides, executor)
+    if config:
+        return print(written(catalog.recipe(recipe), pairs, executor), end="")
+    function, arguments, fields, _ = catalog.split(recipe, pairs)
+    say_that_nemo_loads()
     partial = build_recipe(function.name, arguments, fields)
     from nemo_run.core.serialization.yaml import YamlSerializer
 
@@ -53,27 +78,39 @@ def show(recipe: Recipe, overrides: Pairs = None) -> None:
 
 
 @app.command(rich_help_panel=PANEL)
-def copy(recipe: Recipe, file: Annotated[Path, typer.Argument(help="Where to write the script.")]) -> None:
-    """Copy a recipe into a script to edit and run."""
+def copy(
+    recipe: Recipe,
+    file: Annotated[Path, typer.Argument(help="Where to write it: a script (.py), or a configuration file (.yaml).")],
+) -> None:
+    """Copy a recipe into a script to edit and run, or into a configuration file (.yaml)."""
     from nemo_cpt import catalog
-    from nemo_cpt.launching.scripts import write_script
+    from nemo_cpt.launching.config_file import ENDINGS, written
+    from nemo_cpt.launching.scripts import write_new, write_script
 
-    write_script(catalog.recipe(recipe), file)
-    print(f"wrote {file}; edit it, then: python {file}")
+    found = catalog.recipe(recipe)
+    if file.suffix in ENDINGS:
+        write_new(written(found, []), file)
+        print(f"wrote {file}; edit it, then: nemo-cpt run {file}")
+    else:
+        write_script(found, file)
+        print(f"wrote {file}; edit it, then: python {file}")
 
 
 @app.command(rich_help_panel=PANEL, cls=RecipeCommand)
 def run(
     recipe: Recipe,
     overrides: Pairs = None,
-    executor: Executor = "local",
+    executor: Executor = None,
     detach: Annotated[bool, typer.Option("--detach", help="Return once the job is submitted.")] = False,
-    dryrun: Annotated[bool, typer.Option("--dryrun", help="Print what would be submitted.")] = False,
+    dryrun: Annotated[bool, typer.Option("--dryrun", help="Print what would be run where, and run nothing.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Print the job's log, on a terminal too.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Build the recipe here first; imports NeMo.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Launch although the doctor finds it red.")] = False,
     json: Json = False,
 ) -> None:
     """Run a recipe on an executor; ends non-zero if the job fails.
+
+    On a terminal a local job is shown as `nemo-cpt watch` does, and its log goes to a file.
 
     Parameters are checked at once, and so is what `nemo-cpt doctor` finds without importing anything: a job that could
     not start is refused. To plan a GPU recipe's memory, and how long it takes to save, a process imports NeMo the first
@@ -83,24 +120,39 @@ def run(
     from nemo_cpt import catalog
     from nemo_cpt.catalog.build import build_recipe
     from nemo_cpt.doctor.preflight import preflight
-    from nemo_cpt.launching import jobs
+    from nemo_cpt.launching import dry_run, jobs
     from nemo_cpt.launching.description import describe
     from nemo_cpt.launching.executor import make_executor
     from nemo_cpt.launching.task import nothing_to_train
+    from nemo_cpt.watching.launch_view import launch_view
 
-    function, arguments, fields, options = catalog.split(recipe, overrides or [])
+    # From here to `submit` each step costs more than the one before: what can be refused is refused early.
+    recipe, pairs, executor = from_file(recipe, overrides, executor)
+    function, arguments, fields, options = catalog.split(recipe, pairs)
     with _only_json_on_stdout(json):
         job = describe(function, arguments, fields, executor, options)
+        # Not for a cluster's files, which this machine does not see.
         if job.place.same_files and (said := nothing_to_train(function.name, arguments, fields, job.place.here)):
             print(said if not json else jsonlib.dumps({"finished": said}), file=sys.__stdout__)
             return
+        # A dry run is to show the script, whatever this machine lacks.
         preflight(job, force=force or dryrun, how_to_force="--force", speaker="nemo-cpt")
         if check or (fields and executor != "local"):
             build_recipe(function.name, arguments, fields)
         where = make_executor(executor, options, function.processes(arguments))
+        # A CPU recipe saves in seconds: its plan would cost NeMo's import for nothing.
         if function.gpus(arguments):
             jobs.give_time_to_save(where, function, arguments, fields)
-        result = jobs.submit(function, arguments, fields, where, detach, dryrun)
+        if dryrun:
+            result = dict(dry_run.rows(job, function, arguments, fields, options, where))
+            result |= jobs.prepared(function, arguments, fields, where)
+        else:
+            plain = plain or json or detach or executor != "local" or not sys.stdout.isatty()
+            with contextlib.nullcontext() if plain else launch_view(job.directory) as begun:
+                result = jobs.submit(function, arguments, fields, where, detach, begun)
+    if dryrun and not json:
+        shown = result | {"submitted": "nothing: this is a dry run; --json shows what would be"}
+        print_pairs(shown.items())
     if json:
         print(jsonlib.dumps(result))
 
@@ -170,8 +222,24 @@ def cancel(experiment: Experiment = None, json: Json = False) -> None:
 @contextlib.contextmanager
 def _only_json_on_stdout(json: bool) -> Iterator[None]:
     """With --json, let what is printed within, NeMo-Run's panels and the job's log, go to stderr."""
+    # What scripts read from stdout is one object, whatever NeMo-Run prints.
     with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
         yield
+
+
+def _print_recipes_for(base: Path, json: bool) -> None:
+    from nemo_cpt.catalog.matching import recipes_for, takes_like_base
+    from nemo_cpt.launching.results import checkpoint_folder
+
+    folder = checkpoint_folder(base)
+    found = recipes_for(folder)
+    if json:
+        return print(jsonlib.dumps({name: {"fits": not why, "why_not": why} for name, (_, why) in found.items()}))
+    rows = [(name, str(each.gpus({}) or "CPU"), "no" if why else "yes", why or each.summary)
+            for name, (each, why) in found.items()]  # fmt: skip
+    print_table(("recipe", "GPUs", "fits", "what, or why not"), sorted(rows, key=lambda row: row[2] != "yes"))
+    if hint := takes_like_base(folder):
+        print(hint)
 
 
 def _required(function: "Function") -> str:

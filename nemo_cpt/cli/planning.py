@@ -8,7 +8,7 @@ import typer
 
 from nemo_cpt.cli import app
 from nemo_cpt.cli.launch import PANEL, Json
-from nemo_cpt.cli.recipe_arguments import Pairs, Recipe, RecipeCommand
+from nemo_cpt.cli.recipe_arguments import Pairs, Recipe, RecipeCommand, from_file
 from nemo_cpt.errors import CptError
 
 if TYPE_CHECKING:
@@ -32,10 +32,12 @@ def plan(
 
     Ends with 0 if it fits, with 3 if not, with 2 where the command itself is wrong.
     """
-    from nemo_cpt.planning import picture, plan_workload
+    from nemo_cpt.planning import hardware, picture, plan_workload
     from nemo_cpt.planning.search import nearest_that_fits
 
     work = read(recipe, overrides, gpus)
+    assumed = None if gpu or gpu_memory is None else hardware.of_size(gpu_memory)
+    gpu = assumed.name if assumed else gpu
     planned = plan_workload(work, gpu_memory, gpu)
     nearest = None if planned.fits else nearest_that_fits(work, gpu_memory, gpu)
     if plot:
@@ -43,10 +45,26 @@ def plan(
     if json:
         print(jsonlib.dumps(planned.as_dict(tokens) | {"nearest": _as_dict(nearest)}))
     else:
+        if gpu_memory is not None:
+            print(f"the speed is that of {_a_card(planned, gpu_memory, bool(assumed))}")
+        if _is_for_the_cpu(recipe):
+            print("the recipe runs on the CPU: this is what it would take on a GPU; its own time is not planned")
         picture.print_plan(planned, tokens)
         print_nearest(planned, nearest)
     if not planned.fits:
         raise typer.Exit(EXIT_DOES_NOT_FIT)
+
+
+def _a_card(planned: "Plan", gpu_memory: float, assumed: bool) -> str:
+    if planned.gpu.memory_gib == planned.memory_gib:
+        return f"{planned.gpu.name}{', taken for a card of this size: --gpu names another' if assumed else ''}"
+    return f"{planned.gpu.name}, not of a card of {gpu_memory:g} GiB: --gpu names another"
+
+
+def _is_for_the_cpu(recipe: str) -> bool:
+    from nemo_cpt import catalog
+
+    return catalog.recipe(from_file(recipe, None)[0]).gpus({}) == 0
 
 
 def read(recipe: str, overrides: list[str] | None, gpus: int | None) -> "Workload":
@@ -54,7 +72,8 @@ def read(recipe: str, overrides: list[str] | None, gpus: int | None) -> "Workloa
     from nemo_cpt import catalog
     from nemo_cpt.catalog.workloads import workload
 
-    function, arguments, fields, _ = catalog.split(recipe, overrides or [])
+    recipe, pairs, _ = from_file(recipe, overrides)
+    function, arguments, fields, _ = catalog.split(recipe, pairs)
     work = workload(function.name, arguments, fields)
     if gpus is None:
         return work
@@ -68,8 +87,10 @@ def spread(gpus: int, per_node: int) -> tuple[int, int]:
     Raises:
         CptError: they do not fill nodes of the recipe's size.
     """
+    # Fewer than a node of the recipe's: part of one node.
     if gpus <= per_node:
         return gpus, 1
+    # A recipe for one GPU says nothing of nodes, of which most have 8.
     per_node = max(per_node, 8) if per_node == 1 else per_node
     if gpus > per_node and gpus % per_node:
         raise CptError(f"--gpus {gpus} does not fill nodes of {per_node} GPUs: give a multiple")

@@ -18,10 +18,12 @@ def main() -> None:
     if Path(sys.argv[0]).name in ("nemo", "nemorun") and sys.argv[1:2] == ["cpt"]:
         from nemo_cpt.cli import main as nemo_cpt
 
+        # As the program's name, which usage messages show.
         sys.argv[:2] = ["nemo cpt"]
         nemo_cpt()
         sys.exit(0)
     if sys.argv[1:2] == ["llm"]:  # it imports NeMo in any case
+        # Importing a recipe's module registers its factories.
         for module in {name.rpartition(".")[0] for name in catalog.recipes()}:
             import_module(f"nemo_cpt.recipes.{module}")
         _offer_yaml_as_a_factory()
@@ -52,6 +54,7 @@ def _register_executors() -> None:
     nemo_run_patches.parse_new_unions()
     for name in executors.__all__:
         function = getattr(executors, name)
+        # `ssh` is a class, and no executor.
         if not isinstance(function, type):
             run.cli.factory(target=run.Executor, name=f"cpt_{name}")(_config_of(function))
 

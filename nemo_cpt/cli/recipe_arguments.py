@@ -1,11 +1,14 @@
 """What the commands that take a recipe and `key=value` share: their arguments, and how a shell completes them."""
 
+import sys
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from nemo_cpt.errors import CptError
+from nemo_cpt.output import say
 
 
 class RecipeCommand(TyperCommand):
@@ -37,6 +40,23 @@ def _refuse_parameter(args: list[str], word: str, key: str, value: str) -> None:
         raise CptError(f"{word}: recipes' parameters have no dashes: {key}={shown}")
 
 
+def from_file(recipe: str, pairs: list[str] | None, executor: str | None = None) -> tuple[str, list[str], str]:
+    """The recipe, its `key=value` and the executor that a configuration file stands for; else what is given.
+
+    What the command line says comes last, and so wins.
+    """
+    from nemo_cpt.launching.config_file import ENDINGS, read_config
+
+    if not recipe.endswith(ENDINGS):
+        return recipe, pairs or [], executor or "local"
+    config = read_config(recipe)
+    of_its_executor = [pair for pair in config.pairs if pair.startswith("executor.")]
+    if executor and executor != (config.executor or "local") and of_its_executor:
+        say(f"nemo-cpt: left away for {executor}: {', '.join(of_its_executor)} of {recipe}", sys.stderr)
+        config = replace(config, pairs=[pair for pair in config.pairs if pair not in of_its_executor])
+    return config.recipe, [*config.pairs, *(pairs or [])], executor or config.executor or "local"
+
+
 def complete_recipe(incomplete: str) -> list[tuple[str, str]]:
     """The recipes that begin so, each with what it is."""
     from nemo_cpt import catalog
@@ -66,10 +86,17 @@ def complete_executor(incomplete: str) -> list[str]:
 
 
 Recipe = Annotated[
-    str, typer.Argument(help="module.function, or module for its continual_pretrain.", autocompletion=complete_recipe)
+    str,
+    typer.Argument(
+        help="module.function, module for its continual_pretrain, or a configuration file (.yaml).",
+        autocompletion=complete_recipe,
+    ),
 ]
 RecipeIfAny = Annotated[
-    str | None, typer.Argument(help="A recipe; by default none in particular.", autocompletion=complete_recipe)
+    str | None,
+    typer.Argument(
+        help="A recipe, or a configuration file (.yaml); by default none in particular.", autocompletion=complete_recipe
+    ),
 ]
 Pairs = Annotated[
     list[str] | None,
@@ -79,6 +106,11 @@ Pairs = Annotated[
     ),
 ]
 Executor = Annotated[
-    str,
-    typer.Option("--executor", "-e", help="local, slurm, ... or FILE.py:FUNCTION", autocompletion=complete_executor),
+    str | None,
+    typer.Option(
+        "--executor",
+        "-e",
+        help="local (by default), slurm, ... or FILE.py:FUNCTION",
+        autocompletion=complete_executor,
+    ),
 ]

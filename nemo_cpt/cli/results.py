@@ -8,6 +8,7 @@ import typer
 from nemo_cpt.cli import app
 from nemo_cpt.cli.launch import PANEL, Json
 from nemo_cpt.cli.tables import print_json, print_table
+from nemo_cpt.errors import CptError
 
 if TYPE_CHECKING:
     from nemo_cpt.launching.results import Run
@@ -41,8 +42,9 @@ def ls(
 def rm(
     run: Annotated[str, typer.Argument(help="The run's name, or its folder.")],
     keep: Annotated[
-        int, typer.Option("--keep", help="Checkpoints to keep: the newest whole one, then those with the best loss.")
-    ],
+        int | None,
+        typer.Option("--keep", help="Checkpoints to keep: the newest whole one, then those with the best loss."),
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove; without it only list what would go.")] = False,
     directory: Directory = RESULTS,
     json: Json = False,
@@ -51,6 +53,9 @@ def rm(
     from nemo_cpt.launching import results
 
     chosen = results.run(run, directory)
+    if keep is None:
+        raise CptError(f"rm thins out a run's checkpoints: say how many stay, as in `nemo-cpt rm {run} --keep 1`")
+    # The same list either way; without --yes nothing is touched, not even the lock.
     removals = results.remove(chosen, keep) if yes else results.to_remove(chosen, keep)
     if json:
         gone = [{"path": str(each.path), "why": each.why, "size": each.size} for each in removals]

@@ -8,6 +8,7 @@ from typing import Any
 
 def print_pairs(pairs: Iterable[tuple[str, object]]) -> None:
     """Print names and values; a long value goes on in the next line on a terminal."""
+    # Strings once, for both ways of printing.
     texts = [(name, str(value)) for name, value in pairs]
     if not sys.stdout.isatty():
         return print_plain(texts)
@@ -31,7 +32,9 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*columns)
+    table = Table()
+    for number, column in enumerate(columns):
+        table.add_column(column, overflow="fold", no_wrap=not number)  # the first are names, to be pasted
     for row in rows:
         table.add_row(*map(Text, row))
     Console().print(table)

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from nemo_cpt.conversations.preparation import ConversationReport as ConversationReport
     from nemo_cpt.conversations.preparation import prepare as prepare
     from nemo_cpt.conversations.special_rows import measure_rows as measure_rows
-    from nemo_cpt.conversations.synthesis import SynthesisReport as SynthesisReport
-    from nemo_cpt.conversations.synthesis import synthesize as synthesize
     from nemo_cpt.conversations.templates import load_template as load_template
 
 _HOMES = {
@@ -26,7 +24,6 @@ _HOMES = {
     "ConversationSet": "dataset",
     "Conversations": "mixture",
     "Packing": "packing",
-    "SynthesisReport": "synthesis",
     "TrainingSequences": "mixture",
     "inspect_conversations": "inspection",
     "lay_out": "dataset",
@@ -35,7 +32,6 @@ _HOMES = {
     "open_conversations": "dataset",
     "pack": "packing",
     "prepare": "preparation",
-    "synthesize": "synthesis",
 }
 __all__ = sorted(_HOMES)
 

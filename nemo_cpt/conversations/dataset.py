@@ -24,6 +24,7 @@ def conversations_prefix(prefix: str | os.PathLike[str]) -> str:
     text = str(prefix)
     for end in (".bin", ".idx", ".mask", ".json"):
         text = text.removesuffix(end)
+    # Unlike `full_prefix` it asks no file: a set that is yet to be written has its prefix already.
     return text if text.endswith(SUFFIX) else text + SUFFIX
 
 
@@ -96,6 +97,7 @@ class ConversationSet:
 
     def read(self, number: int) -> tuple[Any, Any]:
         """Return a conversation's tokens and which of them are trained on, two arrays of shape [tokens]."""
+        # Pointers count bytes of the `.bin`; the mask has one byte a token, so that it is cut by tokens.
         begin = int(self.index.pointers[number]) // self.index.itemsize
         stretch = slice(begin, begin + int(self.index.lengths[number]))
         return self.tokens[stretch], self.mask[stretch]
@@ -114,6 +116,7 @@ class ConversationSet:
         import numpy as np
 
         check_fit(seq_length, too_long)
+        # The last token is only predicted: it needs a label, and no position.
         positions = self.index.lengths - np.int32(1)
         over = np.flatnonzero(positions > seq_length)
         for number in over:
@@ -124,6 +127,7 @@ class ConversationSet:
         """Return how many positions of a conversation to keep so that it ends with an answer."""
         import numpy as np
 
+        # One more than can be used: an answer's end shows in the token after it. Signed, or 0 - 1 would be 255.
         mask = self.read(number)[1][: seq_length + 2].astype(np.int8)
         ends = np.flatnonzero(np.diff(mask) == -1)  # the last tokens of answers
         if len(ends):
@@ -155,6 +159,7 @@ def open_conversations(prefix: str | os.PathLike[str]) -> ConversationSet:
     index, manifest, mask = read_index(full), read_manifest(full), Path(full + ".mask")
     if manifest.get("kind") != KIND or not mask.is_file():
         raise CptError(f"{full} is not a set of conversations. Make one with `nemo-cpt prepare --template …`.")
+    # Sizes of all four files against one another: a copy that broke off or a mixture of two runs shows here.
     size, recorded = mask.stat().st_size, (manifest["documents"], manifest["tokens"])
     if size != index.tokens or (index.documents, index.tokens) != recorded:
         raise CptError(
@@ -190,6 +195,7 @@ def lay_out(chats: Readable, numbers: Any, fit: Fit) -> dict[str, Any]:
     """
     import numpy as np
 
+    # Token 0 where nothing stands: the mask has no loss there, whatever it is.
     tokens, labels, position_ids = (np.zeros(fit.seq_length, np.int64) for _ in range(3))
     loss_mask, starts, at = np.zeros(fit.seq_length, np.float32), [0], 0
     for number in numbers:
@@ -197,6 +203,7 @@ def lay_out(chats: Readable, numbers: Any, fit: Fit) -> dict[str, Any]:
         ids, trained = chats.read(number)
         stretch = slice(at, at + count)
         tokens[stretch], labels[stretch] = ids[:count], ids[1 : count + 1]
+        # The mask of the labels, not of the tokens: what is trained is to predict a token of an answer.
         loss_mask[stretch], position_ids[stretch] = trained[1 : count + 1], np.arange(count)
         starts.append(at := at + count)
     if at < fit.seq_length:

@@ -60,7 +60,9 @@ class TogetherEncoder:
         encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
         for pieces, encoding in zip(conversations, encodings, strict=True):
             ends = np.array([end for _, end in encoding.offsets], np.int64)
+            # Offsets count characters, as Python does.
             bounds = np.cumsum([len(text) for text, _ in pieces])
+            # accumulate: tokens of one character's bytes may have an end before the last one's.
             piece = np.searchsorted(bounds, np.maximum.accumulate(ends))
             counts.append(np.bincount(piece, minlength=len(pieces)))
             ids.append(np.array(encoding.ids, np.uint32))
@@ -85,6 +87,7 @@ def choose_piece_encoder(encoder: Encoder, tokenizer: Tokenizer, samples: list[P
         return apart, ""
     ids, counts = apart.encode(samples)
     whole, starts = encoder.encode(["".join(text for text, _ in pieces) for pieces in samples])
+    # The usual case: the same ids either way, and nothing need be decoded.
     if np.array_equal(ids, whole):
         return apart, ""
     decoder = load_backend(tokenizer)
@@ -92,6 +95,8 @@ def choose_piece_encoder(encoder: Encoder, tokenizer: Tokenizer, samples: list[P
     for i, stretch in enumerate(np.split(ids, np.cumsum(tokens)[:-1])):
         there = whole[int(starts[i]) : int(starts[i + 1])]
         texts = [decoder.decode(part.tolist(), skip_special_tokens=False) for part in (stretch, there)]
+        # Other ids that spell the same text are merges across a border, which a server never makes; other text is an
+        # error.
         if texts[0] != texts[1]:
             return TogetherEncoder(tokenizer), "it encodes words otherwise at the beginning of a text"
     return apart, ""
@@ -136,4 +141,5 @@ def encode_pieces(conversations: list[Pieces], encoder: PieceEncoder) -> Encoded
     ids, counts = encoder.encode(conversations)
     trained = np.array([flag for pieces in conversations for _, flag in pieces], np.uint8)
     first = np.cumsum([0, *map(len, conversations[:-1])])
+    # A piece is trained on whole or not at all; so is each of its tokens.
     return EncodedPieces(ids, np.repeat(trained, counts), np.add.reduceat(counts, first).astype("<i4"), counts)

@@ -9,6 +9,7 @@ from nemo_cpt.corpus.reading.lines import UnusableError, refuse_surrogates
 from nemo_cpt.errors import CptError
 
 AUTO = "auto"
+# The names that published data sets have; others are named by `form`.
 PAIRS = (
     ("query", "answer"),
     ("query", "response"),
@@ -71,10 +72,12 @@ def read_conversation(value: Any, form: str = AUTO, system: str | None = None) -
     if not isinstance(value, dict):
         raise UnusableError("not_an_object", f"a JSON {type(value).__name__}, not an object")
     name = _recognise(frozenset(value)) if form == AUTO else form
+    # An empty list of tools is no use of tools, and common in exports.
     if not TOOL_KEYS.isdisjoint(value):
         _refuse_tools(value)
     reader = READERS.get(name)
     messages, trained = reader(value) if reader else _read_pair(value, *name.split("/", 1))
+    # The conversation's own message goes before one that stands beside it, and that before the user's.
     if messages[0]["role"] != "system" and (prompt := _system_of(value) or system):
         messages.insert(0, {"role": "system", "content": prompt})
         trained.insert(0, False)
@@ -82,6 +85,7 @@ def read_conversation(value: Any, form: str = AUTO, system: str | None = None) -
     return Conversation(messages, trained, name)
 
 
+# A million lines have a handful of sets of keys.
 @lru_cache(maxsize=1024)
 def _recognise(keys: frozenset[str]) -> str:
     """Return the form that an object with these keys has."""
@@ -109,6 +113,7 @@ def _read_messages(value: Mapping[str, Any]) -> tuple[list[dict[str, str]], list
 def _read_sharegpt(value: Mapping[str, Any]) -> tuple[list[dict[str, str]], list[bool]]:
     turns = value.get("conversations")
     first = turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], dict) else {}
+    # ShareGPT's keys, or OpenAI's under ShareGPT's list: both are published.
     role, content = ("role", "content") if "role" in first else ("from", "value")
     return _read_turns(value, "conversations", role, content, SHAREGPT_ROLES)
 
@@ -130,6 +135,7 @@ def _read_turns(
         if not TOOL_KEYS.isdisjoint(turn):
             _refuse_tools(turn, f"{name} ")
         content = _text(turn.get(content_key), f"{name}[{content_key!r}]", role)
+        # Many data sets write an empty system message for none.
         if role == "system" and not content:
             continue
         messages.append({"role": role, "content": content})
@@ -197,6 +203,7 @@ def _read_pair(value: Mapping[str, Any], question: str, answer: str) -> tuple[li
     if isinstance(value.get(question), list) and isinstance(value.get(answer), list):
         messages, trained = _read_messages({"messages": [*value[question], *value[answer]]})
         first = len(messages) - len(value[answer])
+        # TRL's form: the answers in the prompt's history are context, and not trained on.
         return messages, [flag and number >= first for number, flag in enumerate(trained)]
     content = _text(value.get(question), repr(question), "user")
     return [{"role": "user", "content": content}, _answer(value, answer)], [False, True]

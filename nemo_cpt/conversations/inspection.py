@@ -159,10 +159,12 @@ def _count_trained(chats: ConversationSet) -> tuple[int, int]:
 
     trained, begins, last = 0, 0, 0
     for begin in range(0, len(chats.mask), BLOCK):
+        # Signed, so that a byte above 127 shows as negative.
         part = np.asarray(chats.mask[begin : begin + BLOCK], np.int8)
         if part.min(initial=0) < 0 or part.max(initial=0) > 1:
             raise CptError(f"{chats.prefix}.mask is corrupt: near its byte {begin} is something else than 0 and 1.")
         trained += int(part.sum(dtype=np.int64))
+        # prepend: an answer that goes on from the block before is not counted twice.
         begins += int(np.count_nonzero(np.diff(part, prepend=last) == 1))
         last = int(part[-1])
     return trained, begins
@@ -174,6 +176,7 @@ def _decoder(chats: ConversationSet, tokenizer: str | os.PathLike[str] | None) -
     if tokenizer is None and not Path(made_with["name"]).exists():
         return None
     loaded = load_tokenizer(tokenizer if tokenizer is not None else made_with["name"])
+    # By content: the folder of that name may hold another tokenizer by now.
     if loaded.sha256 == made_with["sha256"]:
         return load_backend(loaded)
     if tokenizer is None:

@@ -62,6 +62,7 @@ class Conversations:
                 f"The sets have different templates: {' and '.join(templates.values())}. A model learns one: prepare "
                 "them again with the same --template."
             )
+        # By full prefix, or `full_prefix` would look for sets of texts.
         held_out = {name: conversations_prefix(prefix) for name, prefix in self.validation.items()}
         check_held_out(map(conversations_prefix, self.train), {"validation": held_out}, KIND)
 
@@ -108,6 +109,7 @@ class Conversations:
             raise CptError(f"epochs is {epochs} and global_batch_size {global_batch_size}; both must be positive.")
         wanted = TrainingSequences(self, seq_length, seed).count(epochs)
         steps = max(math.ceil(wanted / global_batch_size), 1)
+        # Replayed text takes its share of each step: counted up, since rounding makes a formula be off by one.
         while other_than_replay(steps * global_batch_size, replay_share) < wanted:
             steps += 1
         return steps
@@ -123,6 +125,7 @@ class Conversations:
         seen = other_than_replay(steps * global_batch_size, replay_share)
         epochs = seen / max(sequences.count(1), 1)
         weights = list(self.train.values())
+        # By positions, not by conversations: the loss counts tokens.
         filled = [weight * int(fit.positions.sum()) for weight, fit in zip(weights, sequences.fits, strict=True)]
         sets = [
             {
@@ -156,6 +159,7 @@ def replay_share(replay: Any, share: float | None) -> float:
 
 def other_than_replay(samples: int, share: float) -> int:
     """Of a training's first sequences those that are conversations; replay is spread evenly among them."""
+    # A function of the count alone: a resumed run, another process and the planner all come to the same.
     return samples - math.floor(samples * share)
 
 
@@ -210,6 +214,7 @@ class TrainingSequences:
                 f"of {seq_length} positions: take a larger seq_length, or too_long=cut."
             )
         self._ends = [0]  # sequences before each epoch, as far as they were needed
+        # One epoch's at a time: a training goes through them in order.
         self._packed: tuple[int, Packing] | None = None
 
     def left_out(self, share: float = 0.0) -> list[str]:
@@ -249,6 +254,7 @@ class TrainingSequences:
 
         if self._packed is None or self._packed[0] != epoch:
             numbers = np.concatenate([self._chosen(which, epoch) for which in range(len(self.sets))])
+            # Mixed, not added: seed 1 of epoch 2 must not be seed 2 of epoch 1.
             seed = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0])
             packed = pack(self.fit.positions[numbers], self.seq_length, seed)
             members = numbers[packed.members]
@@ -265,9 +271,11 @@ class TrainingSequences:
 
         count, start, weight = len(self.sets[which]), self.chats.starts[which], self.weights[which]
         whole = math.floor(weight)
+        # Rounded from the epoch's number, not summed up, so that no epoch depends on those before it.
         begin, end = (round(each * (weight - whole) * count) for each in (epoch, epoch + 1))
         parts = [np.tile(np.arange(count), whole)]
         if end > begin:
+            # The same order in every epoch: the window goes on where the last one ended.
             order = np.random.RandomState(self.seed % 2**32).permutation(count)
             parts.append(order[np.arange(begin, end) % count])
         return start + np.concatenate(parts)

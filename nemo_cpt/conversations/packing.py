@@ -62,9 +62,11 @@ def pack(lengths: Any, seq_length: int, seed: int = 0) -> Packing:
     if (longest := int(lengths.max(initial=0))) > seq_length:
         raise CptError(f"A conversation takes {longest} positions, more than a sequence of {seq_length} has.")
     random = np.random.RandomState(seed)  # whose numbers NumPy promises not to change
+    # Shuffled before the stable sort: of equally long ones each may come first.
     numbers = random.permutation(np.flatnonzero(lengths))
     numbers = numbers[np.argsort(-lengths[numbers].astype(np.int64), kind="stable")]
     sequence_of, count = _best_fit(lengths[numbers].tolist(), seq_length)
+    # Sequences are drawn in another order: best fit puts the long conversations first.
     place = random.permutation(count)[np.asarray(sequence_of, np.int64)]
     return Packing(
         seq_length=seq_length,
@@ -81,6 +83,7 @@ def _best_fit(lengths: list[int], room: int) -> tuple[list[int], int]:
     occupied, count = 0, 0  # bit r: there is a bin with room r
     chosen = []
     for length in lengths:
+        # The lowest bit from `length` on: the tightest room that this one fits into.
         if fitting := occupied >> length:
             left = length + (fitting & -fitting).bit_length() - 1
             number = bins_with[left].pop()
@@ -89,6 +92,7 @@ def _best_fit(lengths: list[int], room: int) -> tuple[list[int], int]:
         else:
             number, left, count = count, room, count + 1
         chosen.append(number)
+        # A room that not even the shortest fits into is closed.
         if (left := left - length) >= shortest:
             bins_with[left].append(number)
             occupied |= 1 << left

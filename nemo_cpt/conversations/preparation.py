@@ -138,6 +138,7 @@ def prepare(
     count = count_processes(workers)
     sources = list_sources(inputs)
     prefix = conversations_prefix(output_prefix)
+    # As for texts: where the set is there, nothing is loaded.
     head_start = HeadStart(fast and (overwrite or not Path(prefix + ".idx").exists()), False)
     with head_start:
         loaded = load_tokenizer(tokenizer, head_start.begin)
@@ -201,6 +202,7 @@ class ConversationWork:
                 texts = [text for reading in batch for text, _ in reading.pieces]
                 offsets, first = np.cumsum([0, *result.counts]), i == 0 and task.index % COMPARED_TASKS == 0
                 encoded.passages += choose_passages(texts, result.tokens, offsets, self.encoder, self._lookout, first)
+            # Under a word of their own, since all counts share one mapping in the journal.
             counts.update(f"form {reading.form}" for reading in batch)
             counts["trained"] += int(result.mask.sum())
             counts["answers"] += sum(trained for reading in batch for _, trained in reading.pieces)
@@ -218,6 +220,7 @@ class _ConversationOutput(Output):
             "tokenizer_reading": tokenizer.reading,
             "template_sha256": reader.template.sha256,
             "form": reader.form,
+            # All that decides tokens or mask, and nothing else: a rerun with other workers is the same job.
             "system": reader.system,
             "train_on": reader.train_on,
         }
@@ -227,6 +230,7 @@ class _ConversationOutput(Output):
 
     def is_there(self, overwrite: bool) -> bool:
         """Say whether the finished set of this very job exists, whole; see `Output`."""
+        # The parent looks at `.bin` and `.idx`; the mask is ours to look at.
         there = super().is_there(overwrite)
         if there:
             open_conversations(self.prefix)
@@ -250,6 +254,7 @@ class _ConversationOutput(Output):
     def _first(self) -> list[Pieces]:
         """Return the pieces of the first conversations."""
         found, size = list[Pieces](), 0
+        # None: whole objects, of which a conversation needs several fields.
         for task in Feed(self.sources, None, 1 << 18):
             for reading in take_from(task, self.reader).texts:
                 found.append(reading.pieces)
@@ -291,6 +296,7 @@ def _report(prefix: str, status: str, rates: dict[str, float], seq_length: int, 
     chats = open_conversations(prefix)
     manifest = chats.manifest
     fitting = fit_and_pack(chats, seq_length, too_long)
+    # Made anew each time: they depend on the sequence length asked for, which the set does not.
     warnings = warnings_of(manifest["trained"], manifest["tokens"], fitting, too_long)
     if skipped := sum(manifest["skipped"].values()):
         warnings.insert(0, f"{skipped} lines were left out; {prefix}.skipped.jsonl lists them.")

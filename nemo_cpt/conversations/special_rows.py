@@ -55,9 +55,11 @@ def measure_rows(matrix: Any, tokens: Mapping[str, int]) -> list[SpecialRow]:
         norms.append(np.linalg.norm(part, axis=1))
         alike = rows @ _unit(part).T
         own = (ids >= begin) & (ids < begin + len(part))
+        # A row is most like itself.
         alike[own, ids[own] - begin] = -1.0
         cosines.append(alike.max(axis=1, initial=-1.0))
     norm = np.concatenate(norms)
+    # By the median: a few rows of outliers do not move it.
     ratios = norm[ids] / max(float(np.median(norm)), 1e-30)
     found = zip(tokens.items(), ratios.tolist(), np.max(cosines, axis=0).tolist(), strict=True)
     return [SpecialRow(token, number, ratio, cosine) for (token, number), ratio, cosine in found]

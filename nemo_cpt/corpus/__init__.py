@@ -37,6 +37,7 @@ _HOMES = {
 __all__ = [*sorted(_HOMES), "presets"]
 
 
+# Lazily (PEP 562): `prepare` alone pulls in NumPy and tokenizers, which `nemo-cpt --help` must not wait for.
 def __getattr__(name: str) -> Any:
     if name == "presets":
         return import_module(f"{__name__}.dataset.presets")

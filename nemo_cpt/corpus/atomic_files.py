@@ -38,11 +38,14 @@ def open_locked(path: Path, patience: float) -> BinaryIO:
     deadline = time.monotonic() + patience
     while True:
         try:
+            # "a+b", not "wb": whoever waits for the lock must not empty the file that the holder is writing.
             file = open(path, "a+b")  # noqa: SIM115  the lock lives as long as the file is open
         except OSError as error:
             raise CptError(f"Cannot write {path}: {error.strerror}. Take another output.") from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A lock belongs to the inode, not to the name: the one just locked may be a file that was removed
+            # meanwhile.
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
         except OSError:
@@ -69,6 +72,7 @@ def write_at(descriptor: int, data: bytes, offset: int) -> None:
     Raises:
         OSError: It cannot be written.
     """
+    # A view: `view[written:]` copies nothing, and a piece of tokens may be many megabytes.
     view = memoryview(data)
     while view:
         written = os.pwrite(descriptor, view, offset)
@@ -86,6 +90,7 @@ def read_at(descriptor: int, size: int, offset: int) -> bytes:
 
 def sync_directory(folder: Path) -> None:
     """Make renames and removals in `folder` survive a power cut."""
+    # A rename is an entry in the folder, which has a cache of its own: syncing the file does not sync its name.
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -105,6 +110,7 @@ def write_whole(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        # After the fsync: the other way round, a power cut could leave the new name with no bytes behind it.
         partial.rename(path)
         sync_directory(path.parent)
     except OSError as error:

@@ -58,8 +58,10 @@ class ProgressBar:
             tokens: Tokens written in this run.
         """
         now = time.monotonic()
+        # A resumed run begins far along: its rate counts from there, not from 0.
         if self._start is None:
             self._start = done
+        # Not at each chunk: a terminal, or a log on a shared disk, is slower than the work between two of them.
         if self.quiet or now - self._shown < (0.2 if self._bar else self.interval):
             return
         self._shown = now

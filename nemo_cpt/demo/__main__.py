@@ -24,6 +24,7 @@ REPLAY = 0.25
 def main() -> None:
     """Run every step, narrated, and write `demo/report.json`."""
     started = time.monotonic()
+    # Before NeMo-Run is imported, which reads it once.
     os.environ.setdefault("NEMORUN_HOME", str(FOLDER.absolute() / "nemo_run"))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a model this small gains nothing from more, and loses on a busy CPU
@@ -38,6 +39,7 @@ def main() -> None:
     _pretrain_base(corpus)
     _prepare()
     _import_base()
+    # The same run in two halves: what a stop at a time limit and the next job are.
     _train("with_replay", {"ja": 1 - REPLAY, "en": REPLAY}, stop_at=STOP_AT, title="stopped half way")
     resumed_from = _newest_step("with_replay")
     _train("with_replay", {"ja": 1 - REPLAY, "en": REPLAY}, title="resumed from its checkpoint")

@@ -25,6 +25,7 @@ def train_tokenizer(texts: list[str], vocab_size: int = 2048) -> PreTrainedToken
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[BOS, EOS],
+        # All 256 bytes, also those that the corpus lacks: no text may have an unknown token.
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -64,6 +65,7 @@ def pretrain(
     model = LlamaForCausalLM(_config(tokenizer))
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1, final_div_factor=10)
+    # English alone: that it forgets English without replay is what the demo is to show.
     batches = _batches(texts, tokenizer, seq_length, batch_size, seed)
     for step in range(1, steps + 1):
         tokens = next(batches)

@@ -63,6 +63,7 @@ def quietly() -> Iterator[None]:
     """Keep NeMo-Run's own narration out of the demo's; a failed task still raises, with its log."""
     from nemo_run.core.frontend.console.api import CONSOLE
 
+    # Not redirected: a failed task's log must still be seen.
     CONSOLE.quiet = True
     try:
         yield

@@ -30,6 +30,7 @@ def plot(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
     """
     import matplotlib
 
+    # Before pyplot: a CI machine has no display.
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -20,11 +20,14 @@ PREFLIGHT: tuple[Check, ...] = (
     host.device_connections,
     network.interfaces,
     network.rendezvous,
+    inputs.settings,
     inputs.base,
     inputs.run_folder,
     inputs.data,
     inputs.vocabulary,
     inputs.disk,
+    access.weights_and_biases,
+    access.mlflow,
     slurm.slurm,
 )
 """Quick ones: no process is started but sinfo."""
@@ -56,12 +59,14 @@ CHECKS: tuple[Check, ...] = (
 """The whole examination of a machine."""
 
 JOB_CHECKS: tuple[Check, ...] = (
+    inputs.settings,
     inputs.base,
     inputs.run_folder,
     inputs.data,
     inputs.vocabulary,
     gpus.fit,
     slurm.saving_in_time,
+    access.mlflow,
 )
 """What is looked at besides, where a recipe is named."""
 

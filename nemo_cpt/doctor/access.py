@@ -26,6 +26,7 @@ def hugging_face(examination: Examination) -> Finding:
     if examination.hub is None and (reason := _not_needed(examination)):
         return Finding(name, "skipped", reason)
     repository = examination.hub or GATED
+    # A process, which can be ended: a name server that hangs cannot.
     command = [sys.executable, "-m", "nemo_cpt.doctor.ask_hub", repository]
     try:
         done = subprocess.run(
@@ -43,6 +44,7 @@ def _judged(name: str, repository: str, answer: dict[str, Any]) -> Finding:
     endpoint, status, code = answer["endpoint"], answer.get("status"), answer.get("code", "")
     token = "with the token found" if answer["token"] else "without a token"
     page = f"{endpoint}/{repository}"
+    # A missing config.json says that the repository could be looked into.
     if status in (200, 404) and code in ("", "EntryNotFound"):
         return Finding(name, "ok", f"{repository} is readable {token}")
     if status in (401, 403):
@@ -73,6 +75,11 @@ def weights_and_biases(examination: Examination) -> Finding:
     """Whether wandb finds a key: in the environment, or in the netrc file that `wandb login` writes."""
     environ = examination.environ
     mode = environ.get("WANDB_MODE", "").lower()
+    wanted = examination.job is not None and examination.job.logs_to_wandb
+    if wanted and not examination.place.same_files:
+        return Finding("wandb", "skipped", "where the job runs, not here; WANDB_API_KEY is handed on where it is set")
+    if find_spec("wandb") is None and wanted:
+        return Finding("wandb", "error", "the recipe logs to it, and it is not installed", "pip install wandb")
     if find_spec("wandb") is None:
         return Finding("wandb", "skipped", "not installed; recipes log to TensorBoard and metrics/")
     if mode in ("offline", "disabled", "dryrun") or environ.get("WANDB_DISABLED", "").lower() in TRUE:
@@ -83,14 +90,25 @@ def weights_and_biases(examination: Examination) -> Finding:
     path = Path(environ.get("NETRC") or Path.home() / ".netrc")
     if _has_entry(path, host):
         return Finding("wandb", "ok", f"logged in to {host} by {path}")
-    cure = "run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline"
-    if examination.job is not None and examination.job.logs_to_wandb:
+    cure = "run `wandb login`, set WANDB_API_KEY, or give logger={wandb: PROJECT, offline: true}"
+    if wanted:
         return Finding("wandb", "error", f"the recipe logs to it, and there is no key for {host}", cure)
     return Finding("wandb", "skipped", f"no key for {host}; recipes log to TensorBoard and metrics/")
 
 
+def mlflow(examination: Examination) -> Finding:
+    """Whether MLflow is installed where a recipe logs to it."""
+    wanted = examination.job is not None and examination.job.logs_to_mlflow
+    if not wanted or not examination.place.same_packages:
+        return Finding("mlflow", "skipped", "the recipe does not log to it" if not wanted else "the job has its own")
+    if find_spec("mlflow") is None:
+        return Finding("mlflow", "error", "the recipe logs to it, and it is not installed", "pip install mlflow-skinny")
+    return Finding("mlflow", "ok", "installed")
+
+
 def _has_entry(path: Path, host: str) -> bool:
     try:
+        # Asked, not read out: the key itself is nobody's business here.
         return netrc.netrc(path).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False

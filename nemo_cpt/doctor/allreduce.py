@@ -24,6 +24,7 @@ def main() -> None:
         torch.cuda.set_device(device)
     start = time.monotonic()
     backend = "nccl" if on_gpu else "gloo"
+    # The default of 10 minutes would outlast the doctor.
     dist.init_process_group(backend, timeout=timedelta(seconds=float(os.environ["DOCTOR_SECONDS"])))
     total = torch.ones(1, device=device) * rank
     dist.all_reduce(total)

@@ -30,6 +30,7 @@ def ask(repository: str) -> dict[str, Any]:
     # get_hf_file_metadata tries six times, longer than anyone waits for a report.
     try:
         validate_repo_id(repository)
+        # A HEAD request: access is decided, and nothing is downloaded.
         answer = get_session().head(url, headers=build_hf_headers(), timeout=SECONDS, allow_redirects=True)
     except (HFValidationError, OfflineModeIsEnabled, RequestException, OSError) as error:
         return told | {"error": type(error).__name__}

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_cpt.doctor.job import Job, Place, checkpoints_at_once, exports_kept
+from nemo_cpt.training.settings import settings_in
 
 if TYPE_CHECKING:
     from nemo_cpt.conversations import Conversations
@@ -33,16 +34,19 @@ def job_of(recipe: Any, place: Place) -> Job | None:
     callbacks = getattr(trainer, "callbacks", None) or []
     tokenizer = getattr(getattr(data, "tokenizer", None), "pretrained_model_name", None)
     read, replay = _mixtures(data)
+    wandb = getattr(log, "wandb", None)
     max_steps, interval = _number(trainer, "max_steps"), _number(trainer, "val_check_interval")
     return Job(
         recipe=name,
         place=place,
+        settings=settings_in(recipe),
         planned=partial(planning.read, recipe),
         model=config or {},
         unlike_base=next((each.unlike_base or () for each in callbacks if hasattr(each, "unlike_base")), ()),
         base=None if base is None else str(base),
         data=read,
         replay=replay,
+        # The recipes' own default, for which the base answers.
         tokenizer=None if base is not None and tokenizer == str(Path(base, "hf")) else tokenizer,
         directory=Path(str(getattr(log, "log_dir", None) or "nemo_experiments"), name),
         gpus_per_node=(_number(trainer, "devices") or 1) if trainer.accelerator == "gpu" else 0,
@@ -58,8 +62,13 @@ def job_of(recipe: Any, place: Place) -> Job | None:
             (exports_kept(max_steps, each.every, each.keep) for each in callbacks if hasattr(each, "keep")), 0
         ),
         attention_backend=str(getattr(config, "attention_backend", None) or "auto").rpartition(".")[2],
-        logs_to_wandb=bool(getattr(log, "wandb", None)),
+        logs_to_wandb=bool(wandb) and not getattr(wandb, "offline", False),
+        logs_to_mlflow=any("MLFlow" in _kind(each) for each in log.__arguments__.get("extra_loggers") or ()),
     )
+
+
+def _kind(config: Any) -> str:
+    return getattr(config, "__fn_or_cls__", type(config)).__name__
 
 
 def _number(config: Any, name: str) -> int:

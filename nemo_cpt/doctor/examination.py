@@ -85,6 +85,7 @@ class Examination:
     @property
     def nvidia(self) -> Nvidia:
         """What the driver says; asked once."""
+        # Checks run side by side, and the driver is slow to answer.
         with self._lock:
             if self._nvidia is None:
                 self._nvidia = read()
@@ -131,6 +132,7 @@ def examine(checks: Sequence[Check], examination: Examination, seconds: float = 
     threads = [threading.Thread(target=run, args=each, daemon=True) for each in (quick, *((one,) for one in slow))]
     for thread in threads:
         thread.start()
+    # One for all: the checks run at once, and a slow one must not give the next one more time.
     deadline = time.monotonic() + seconds
     for thread in threads:
         thread.join(max(deadline - time.monotonic(), 0))

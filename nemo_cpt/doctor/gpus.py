@@ -23,6 +23,7 @@ def gpus(examination: Examination) -> Finding:
         found = "none" if wanted == 0 else f"none, and {job.recipe if job else ''} takes {wanted}"
         return Finding("GPUs", "error" if wanted else "skipped", found, _elsewhere(0) if wanted else "")
     found = _described(seen) if seen else f"none of {len(examination.nvidia.gpus)} is visible"
+    # At least one is expected where the machine has any.
     if len(seen) < max(wanted, 1):
         visible = examination.environ.get("CUDA_VISIBLE_DEVICES")
         hidden = visible is not None and len(examination.nvidia.gpus) >= wanted
@@ -44,6 +45,7 @@ def gpu_memory(examination: Examination) -> Finding:
     chosen = examination.visible_gpus[: job.gpus_here if job else None]
     if not chosen:
         return Finding("GPU memory", "skipped", "no GPU is looked at")
+    # By the card's memory, not by the processes, which containers hide.
     busy = [gpu for gpu in chosen if (gpu.used_mib or 0) > USED_MIB]
     if not busy:
         free = min((gpu.free_mib for gpu in chosen if gpu.free_mib is not None), default=None)

@@ -20,6 +20,7 @@ def shared_memory(examination: Examination) -> Finding:
         status = os.statvfs(SHM)
     except OSError as error:
         return Finding(SHM, "warning", f"cannot be read ({error})", "mount a tmpfs there: data loaders need it")
+    # f_bavail: what root keeps back is not for us.
     size, free = (blocks * status.f_frsize / 2**30 for blocks in (status.f_blocks, status.f_bavail))
     found = f"{size:.1f} GiB, {free:.1f} GiB free"
     if free >= (SHM_GIB if _uses_gpus(examination) else DATA_LOADERS_GIB):

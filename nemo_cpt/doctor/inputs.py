@@ -8,17 +8,34 @@ from pathlib import Path
 from nemo_cpt import compatibility, corpus
 from nemo_cpt.checkpoint.architecture import Architecture, read_architecture
 from nemo_cpt.checkpoint.base import carried_places
+from nemo_cpt.checkpoint.context import UNFINISHED
 from nemo_cpt.checkpoint.folders import has_tokenizer
 from nemo_cpt.doctor.examination import Examination, Finding, from_error
 from nemo_cpt.doctor.job import Job
 from nemo_cpt.errors import CptError
 from nemo_cpt.planning import checkpoint_size
-from nemo_cpt.training.preconditions import UNFINISHED, check_base
+from nemo_cpt.training.preconditions import check_base
 from nemo_cpt.training.run_folder import Checkpoint, finished, newest_whole, to_resume
 from nemo_cpt.training.run_lock import check_free
+from nemo_cpt.training.settings import check
 
 _LONG = 4096  # a length to look at conversations with, where the recipe's source does not say its own
 BYTES_OF_DTYPE = {"float32": 4}  # bf16 and fp16 have 2
+
+
+def settings(examination: Examination) -> Finding:
+    """Whether a job could run with these numbers: schedule, batches, parallel sizes against the model and processes."""
+    job = examination.job
+    if job is None:
+        return Finding("settings", "skipped", "no recipe was named")
+    numbers = replace(job.settings, num_nodes=job.nodes)
+    try:
+        check(numbers)
+    except CptError as error:
+        return from_error("settings", error)
+    return Finding(
+        "settings", "ok", f"{numbers.max_steps or 'unknown'} steps, {numbers.processes or 'unknown'} processes"
+    )
 
 
 def base(examination: Examination) -> Finding:
@@ -30,6 +47,7 @@ def base(examination: Examination) -> Finding:
         return Finding("base", "skipped", f"{job.recipe} names none that can be read from its source")
     folder = Path(job.base)
     newest = _resumed(job)
+    # A run of adapters reads its base at every start.
     if newest is not None and job.lora_rank is None:
         return Finding("base", "ok", f"the run goes on from {newest.path}, and does not read the base again")
     try:
@@ -115,6 +133,7 @@ def disk(examination: Examination) -> Finding:
     if job and not _sees_files(examination):
         return Finding("disk", "skipped", _why_not(examination))
     folder = job.directory if job else Path.cwd()
+    # The run's folder may not be there yet: the file system is its nearest parent's.
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
     if not there.is_dir() or not os.access(there, os.W_OK):
@@ -161,6 +180,7 @@ def _check_whole(folder: Path) -> None:
         return
     there = sum(path.stat().st_size for path in (folder / "weights").glob("*.distcp"))
     wanted = checkpoint_size.parameters(architecture) * BYTES_OF_DTYPE.get(architecture.dtype or "", 2)
+    # No .distcp at all is another format, which `check_base` has judged.
     if 0 < there < wanted:
         raise CptError(
             f"{folder}/weights holds {there / 1e9:.3g} GB, its model has {wanted / 1e9:.3g} GB: copy or import it again"

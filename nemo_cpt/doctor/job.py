@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_cpt.errors import CptError
+from nemo_cpt.training.settings import Settings
 
 if TYPE_CHECKING:
     from nemo_cpt.conversations import Conversations
@@ -49,6 +50,7 @@ class Job:
     Attributes:
         recipe: `module.function`.
         place: where it runs.
+        settings: its numbers, as far as they are known.
         planned: reads its workload for the planner; None where nothing does.
         model: its model config, or that's fields (`recipe_models.model_config`); empty where the source does not say.
         unlike_base: in what that differs from the base's on purpose.
@@ -69,11 +71,13 @@ class Job:
         checkpoints: how many checkpoints lie on the disk at once, at most.
         exports: how many of them are exported beside the training and kept.
         attention_backend: Megatron's.
-        logs_to_wandb: whether it has a logger for W&B.
+        logs_to_wandb: whether it has a logger for W&B that is not offline.
+        logs_to_mlflow: whether it has one for MLflow.
     """
 
     recipe: str
     place: Place = field(default_factory=Place)
+    settings: Settings = field(default_factory=Settings)
     planned: "Callable[[], Workload] | None" = None
     model: Any = field(default_factory=dict)
     unlike_base: Sequence[str] = ()
@@ -95,6 +99,7 @@ class Job:
     exports: int = 0
     attention_backend: str = "auto"
     logs_to_wandb: bool = False
+    logs_to_mlflow: bool = False
 
     def workload(self) -> "Workload":
         """What the planner reads of it.

@@ -29,6 +29,7 @@ def interfaces(examination: Examination) -> Finding:
     if not given or not examination.place.here:
         return Finding("network interfaces", "ok", f"chosen by NCCL and gloo among {', '.join(present)}")
     for variable, value in given.items():
+        # NCCL takes beginnings of names, gloo whole ones.
         if not chosen_interfaces(value, present, exact=variable.startswith("GLOO")):
             cure = f"set {variable} to one of {', '.join(present)}, or unset it"
             return Finding("network interfaces", "error", f"{variable}={value} matches none here", cure)
@@ -72,6 +73,7 @@ def rendezvous(examination: Examination) -> Finding:
     except OSError as error:
         cure = "give the first node's IP address, or a name that every node resolves (/etc/hosts, DNS)"
         return Finding(name, "error", f"MASTER_ADDR={address} does not resolve ({error})", cure)
+    # The first node listens, the others connect: each tries what it will have to do.
     return _bind(name, address, resolved, int(port)) if rank == "0" else _connect(name, address, resolved, int(port))
 
 
@@ -141,6 +143,7 @@ def join(
             _start({**environ, **shared, **meeting, "RANK": str(node * count + local), "LOCAL_RANK": str(local)}, log)
             for local, log in enumerate(logs)
         ]
+        # Within the folder's life: a rank that is killed must not write into a folder that is gone.
         codes = _wait(started, seconds)
         texts = [log.read_text(errors="replace") for log in logs]
     return _judged(codes, texts, seconds)

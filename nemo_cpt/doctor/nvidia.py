@@ -155,6 +155,7 @@ def visible(gpus: Sequence[Gpu], devices: str | None) -> list[Gpu]:
     chosen: list[Gpu] = []
     for device in (each.strip() for each in devices.split(",")):
         match = next((gpu for gpu in gpus if _is(gpu, device)), None)
+        # CUDA itself stops reading the variable at the first device that it does not know.
         if match is None:
             break
         chosen.append(match)
@@ -162,6 +163,7 @@ def visible(gpus: Sequence[Gpu], devices: str | None) -> list[Gpu]:
 
 
 def _is(gpu: Gpu, device: str) -> bool:
+    # NVML lists whole cards here: which slice is meant is not looked up.
     if device.startswith("MIG-"):
         return gpu.mig
     return device == str(gpu.index) or (device.startswith("GPU-") and gpu.uuid.startswith(device))

@@ -20,12 +20,14 @@ def preflight(job: Job, force: bool, how_to_force: str, speaker: str) -> None:
     """
     examination = Examination(job)
     findings = examine(PREFLIGHT, examination, seconds=20)
+    # Planning imports NeMo: not where the job is refused anyway.
     if worst(findings) != "error":
         findings += examine(FITTING, examination, seconds=300)
     errors = [each for each in findings if each.state == "error"]
     for each in findings:
         if each.state == "warning" or (force and each.state == "error"):
             print(f"{speaker}: {each.state}: {each}", file=sys.stderr)
+    # All of them at once: who mends one shall not meet the next at the next attempt.
     if errors and not force:
         listed = "\n".join(f"  {each}" for each in errors)
         raise CptError(f"{job.recipe} is not launched ({how_to_force} launches it all the same):\n{listed}")

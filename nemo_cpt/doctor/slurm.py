@@ -28,6 +28,7 @@ def slurm(examination: Examination) -> Finding:
     """Whether a job submitted from here would find its partition, nodes and GPUs."""
     missing = [command for command in COMMANDS if not shutil.which(command)]
     submits = examination.place.slurm
+    # Only where sbatch would run here; a cluster behind ssh is not this machine's to judge.
     if missing and submits:
         cure = "submit on a login node, or from here with executor.tunnel=ssh(host=..., user=..., job_dir=...)"
         return Finding("Slurm", "error", f"not here: {', '.join(missing)}", cure)
@@ -54,6 +55,7 @@ def saving_in_time(examination: Examination) -> Finding:
         needed = saving(job.workload())
     except CptError as error:  # what the planner cannot read may run all the same
         return Finding("saving", "warning", f"the recipe cannot be planned: {error}", "compare the window by hand")
+    # As given; else what the executor itself will take.
     window = place.preempt_seconds
     if window is None:
         window = window_within(place.limit_seconds, needed.window)

@@ -155,6 +155,7 @@ def torch_cuda() -> str | None:
     if spec is None or not spec.origin:
         return None
     try:
+        # Read, not imported: torch takes seconds, and may be just what is broken.
         text = (Path(spec.origin).parent / "version.py").read_text()
     except OSError:
         return None
@@ -225,6 +226,7 @@ def _cure(package: str, problem: str) -> str:
     """What helps against an import's error; the first line whose words it holds."""
     spec = find_spec(package)
     origin = Path(spec.origin).parent if spec and spec.origin else None
+    # First, because it explains every other symptom.
     if origin and Path(sys.prefix) not in origin.parents and os.environ.get("PYTHONPATH"):
         return f"{origin} stands before this environment's own: remove it from PYTHONPATH"
     if "still importing" in problem:

@@ -92,6 +92,7 @@ def required() -> dict[str, Package]:
     for requirement in map(Requirement, _declared()):
         name, marker = requirement.name, requirement.marker
         optional = marker is not None and not marker.evaluate({"extra": ""})
+        # Extras other than "gpu" are no part of a training.
         if marker is None or not optional or marker.evaluate({"extra": "gpu"}):
             # Metadata's own order is alphabetical: "<3,>=2".
             works = ",".join(sorted(map(str, requirement.specifier), key=lambda bound: bound.startswith("<")))

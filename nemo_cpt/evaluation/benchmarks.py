@@ -24,6 +24,8 @@ from nemo_cpt.evaluation.journal import Journal, key_of
 HARNESS = "lm_eval"
 NORMAL_95 = 1.959964  # standard errors on either side of a 95 % interval
 LAST_LINES = 8
+# A process that has trained keeps these, and accelerate, which the harness uses, would wait for the other ranks.
+OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ def rows(
     Raises:
         CptError: the harness failed; the message ends with what it said last.
     """
+    # Said beforehand: a machine without a network fails only after the model was loaded.
     if datasets := sorted({task.dataset for task in tasks if task.dataset}):
         say(f"the benchmarks read {', '.join(datasets)} from the hub, or from HF_HOME where HF_DATASETS_OFFLINE=1")
     found = []
@@ -176,12 +179,15 @@ def run(candidate: Candidate, tasks: Sequence[Task], output: Path, limit: int | 
     """
     folder = output / HARNESS / f"{candidate.key[:12]}-{key_of([asdict(task) for task in tasks], limit)[:12]}"
     make_folder(folder)
+    # Appended to: an earlier attempt's words may say more than the last one's.
     log = folder / "log.txt"
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
+    environment = {name: value for name, value in os.environ.items() if name not in OF_RANKS}
+    environment["TOKENIZERS_PARALLELISM"] = "false"
     if key := candidate.options.get("api_key"):
         environment["OPENAI_API_KEY"] = key  # not on the command line, which everyone on the machine can read
     with log.open("ab") as file:
         done = subprocess.run(command(candidate, tasks, folder, limit), stdout=file, stderr=file, env=environment)
+    # The names end in the time, so that the last one is the newest.
     results = sorted(folder.rglob("results_*.json"))
     if done.returncode or not results:
         raise CptError(_failure(done.returncode, log, tasks))
@@ -192,12 +198,14 @@ def command(candidate: Candidate, tasks: Sequence[Task], folder: Path, limit: in
     """The harness' command line for a model or an endpoint; tasks of one number of shots and one folder."""
     words = [sys.executable, "-m", HARNESS, "run", "--tasks", ",".join(task.name for task in tasks)]
     if candidate.is_endpoint:
+        # The harness wants the whole path of the method, which other clients put together themselves.
         address = candidate.model.partition("#")[0].rstrip("/").removesuffix("/v1")
         served: Any = candidate.engine
         arguments = f"model={served.model},base_url={address}/v1/chat/completions,num_concurrent=8"
         words += ["--model", "local-chat-completions", "--model_args", arguments, "--apply_chat_template"]
     else:
         device = candidate.options.get("device") or _device()
+        # As `TransformersEngine`: on a CPU bf16 is several times slower.
         dtype, batch = ("float32", "8") if device == "cpu" else ("auto", "auto")
         words += ["--model", "hf", "--model_args", f"pretrained={candidate.folder},dtype={dtype}"]
         words += ["--device", device, "--batch_size", batch]
@@ -235,6 +243,7 @@ def result_of(merged: Mapping[str, Any], task: Task) -> dict[str, Any]:
     metrics: dict[str, dict[str, Any]] = {}
     better = merged.get("higher_is_better", {}).get(task.name, {})
     for key, value in values.items():
+        # The harness' keys are "acc,none": the metric and the filter that was laid over the replies.
         metric, comma, strategy = key.partition(",")
         if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
@@ -268,6 +277,7 @@ def _row(task: Task, metric: str, was: Any, now: Mapping[str, Any], result: Mapp
     middle = now["value"] - (was["value"] if was else 0)
     low = high = None
     if None not in errors:
+        # Variances of independent errors add up.
         reach = NORMAL_95 * math.hypot(*errors)
         low, high = middle - reach, middle + reach
     better = {True: "higher", False: "lower"}.get(now["higher_is_better"])

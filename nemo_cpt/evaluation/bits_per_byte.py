@@ -60,6 +60,7 @@ class TextLoss:
     @property
     def bits_per_byte(self) -> float:
         """Bits that the model needs for a byte of the text."""
+        # Sums before the division: the mean of documents' own values would weigh a short one as much as a long one.
         return math.fsum(self.nats) / math.log(2) / sum(self.bytes)
 
 
@@ -90,8 +91,10 @@ def sequences_loss(
     if min(seq_length, samples) < 1:
         raise CptError(f"seq_length {seq_length} and samples {samples} have to be 1 or more")
     _check_window(engine, seq_length)
+    # Another end of text does not change what the tokens mean, and is the tuned model's right.
     check_data(read_base(engine.name), [str(prefix)], unlike_base=[END_OF_TEXT])
-    counted = _ByteCounter(engine.tokenizer)
+    counted = ByteCounter(engine.tokenizer)
+    # Through Megatron's own dataset: the very samples, in the order that the training's validation has.
     dataset, rows = _dataset(engine, prefix, seq_length, samples), _rows(engine)
     size = _batch_rows(engine, seq_length)
     nats: list[float] = []
@@ -154,6 +157,7 @@ def documents_loss(
     def windows() -> Iterator[tuple[int, list[int], list[int]]]:
         for number, text in enumerate(texts):
             ids = engine.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+            # Refused and not dropped: the document's bytes would no longer be those that the tokens stand for.
             if ids[:1] == [first]:
                 raise CptError(
                     f"document {number + 1} begins with {name!r}, which every document is given: it would be there "
@@ -167,8 +171,10 @@ def documents_loss(
             tell(number + 1)
 
     waiting = windows()
+    # A window of windows: sorting all would hold the corpus in memory.
     while taken := sorted(islice(waiting, SORTED_WINDOWS), key=lambda each: len(each[1])):
         while taken:
+            # From the longest on: a batch that does not fit shows at once, not in the end.
             batch = [taken.pop() for _ in range(min(len(taken), _batch_rows(engine, len(taken[-1][1]))))]
             for (number, *_), value in zip(batch, _window_nats(engine, batch), strict=True):
                 nats[number] += value
@@ -201,6 +207,7 @@ def _nats(engine: TransformersEngine, tokens: torch.Tensor, labels: torch.Tensor
     device = engine.network.device
     logits = engine.network(input_ids=tokens.to(device), use_cache=False).logits.flatten(0, 1)
     parts = zip(logits.split(LOSS_ROWS), labels.to(device).flatten().split(LOSS_ROWS), strict=True)
+    # fp32 for the softmax, whatever the weights' type: in bf16 sums of 100,000 terms lose digits.
     losses = [cross_entropy(part.float(), wanted, reduction="none") for part, wanted in parts]
     return torch.cat(losses).view(labels.shape).double()
 
@@ -271,6 +278,7 @@ def _dataset(engine: TransformersEngine, prefix: str | Path, seq_length: int, sa
         VALIDATION,
         random_seed=DATA_SEED,
         sequence_length=seq_length,
+        # No index is kept: the text may be somebody else's, in a folder that is not ours to write to.
         path_to_cache="",
         tokenizer=SimpleNamespace(eod=engine.tokenizer.eos_token_id, unique_identifiers={"class": "evaluation"}),
         reset_position_ids=False,
@@ -280,7 +288,7 @@ def _dataset(engine: TransformersEngine, prefix: str | Path, seq_length: int, sa
     )
 
 
-class _ByteCounter:
+class ByteCounter:
     """The bytes of text that the labels of sequences stand for, also where a character falls apart into tokens.
 
     Raises:
@@ -319,6 +327,7 @@ class _ByteCounter:
 
     def __call__(self, tokens: torch.Tensor, labels: torch.Tensor) -> list[int]:
         """Bytes of each row's labels; tokens and labels are [rows, columns]."""
+        # Where a document begins, sentencepiece's blank is no character of it.
         begins = self.special[tokens] & ~self.special[labels]
         return (self.sizes[labels].sum(1) - self.dummy * begins.sum(1)).tolist()
 

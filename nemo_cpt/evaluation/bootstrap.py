@@ -109,8 +109,10 @@ def _interval(
     rng = np.random.default_rng(seed)
     values = np.empty(resamples)
     for number in range(resamples):
+        # The same units of both: what is hard for one is hard for the other, and cancels in the difference.
         chosen = rng.integers(after.units, size=after.units)
         values[number] = after.value(chosen) - (before.value(chosen) if before else 0)
+    # A resample may hold no unit of which the measure is defined, such as a share of no replies.
     values = values[np.isfinite(values)]
     if not len(values):
         return None, None
@@ -130,6 +132,7 @@ def ratio(name: str, numerators: Any, denominators: Any, **kwargs: Any) -> Measu
 
     def value(chosen: Any) -> float:
         total = below[chosen].sum()
+        # A ratio of sums, not the mean of ratios: long units count by their length.
         return float(above[chosen].sum() / total) if total else float("nan")
 
     return Measure(name, len(above), value, **kwargs)

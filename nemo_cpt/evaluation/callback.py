@@ -77,6 +77,7 @@ class EvaluateReplies(pl.Callback):
         shares: dict[str, float] = {}
         for language in dict.fromkeys(each.language for each in asked if each.language):
             of_it = [text for each, text in zip(asked, texts, strict=True) if each.language == language]
+            # None where no reply tells a language: not logged, rather than logged as 0.
             share = language_share(of_it, language).share
             if share is not None:
                 shares[f"replies_in_{language}"] = share
@@ -109,6 +110,7 @@ class EvaluateReplies(pl.Callback):
                 f"the longest prompt and its reply have {longest} tokens, the run's sequences "
                 f"{pl_module.config.seq_length}: ask shorter prompts, or for fewer tokens (max_tokens)"
             )
+        # Also the base's own ends: an untuned model may stop with either.
         ends = {tokenizer.eos_token_id, *_ends(tokenizer)}
         replies: list[list[int]] = [[] for _ in prompts]
         open_ = list(range(len(prompts)))
@@ -123,6 +125,7 @@ class EvaluateReplies(pl.Callback):
 
     def _next_tokens(self, pl_module: Any, vocabulary: int, rows: list[list[int]]) -> list[int]:
         """The most probable successor of each row. Padding stands on the right, where causal attention never looks."""
+        # Rounded up.
         width = -(-max(map(len, rows)) // MULTIPLE) * MULTIPLE
         tokens = torch.zeros(len(rows), width, dtype=torch.long)
         for at, row in enumerate(rows):
@@ -132,6 +135,8 @@ class EvaluateReplies(pl.Callback):
         logits = pl_module(tokens, positions)  # [rows, width, this rank's part of the vocabulary]
         last = logits[range(len(rows)), [len(row) - 1 for row in rows]]
         if parallel_state.get_tensor_model_parallel_world_size() > 1:
+            # Each rank has a part of the vocabulary: without this, it would take the most probable token of its own
+            # part.
             last = gather_from_tensor_model_parallel_region(last)
         return last[:, :vocabulary].argmax(-1).tolist()  # the rows behind are padding with random weights
 

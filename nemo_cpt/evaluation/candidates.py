@@ -9,6 +9,7 @@ from typing import Any
 from nemo_cpt.checkpoint.architecture import read_json
 from nemo_cpt.errors import CptError
 from nemo_cpt.inference import Engine, hugging_face_folder, open_engine
+from nemo_cpt.inference.asked_as import end_ids, has_chat_template, reply_warnings
 from nemo_cpt.inference.models import folder_key
 from nemo_cpt.training.run_folder import checkpoints
 
@@ -75,21 +76,12 @@ class Candidate:
     @cached_property
     def has_chat_template(self) -> bool:
         """Whether it can be given messages; an endpoint is believed to."""
-        if self.is_endpoint or (self.folder / "chat_template.jinja").is_file():
-            return True
-        settings = self.folder / "tokenizer_config.json"
-        return settings.is_file() and bool(read_json(settings).get("chat_template"))
+        return self.is_endpoint or has_chat_template(self.folder)
 
     @cached_property
     def ends(self) -> list[int] | None:
         """The ids that end its replies, by generation_config.json, else config.json; None for an endpoint."""
-        if self.is_endpoint:
-            return None
-        paths = [self.folder / name for name in ("generation_config.json", "config.json")]
-        found: Any = next(
-            (ids for path in paths if path.is_file() and (ids := read_json(path).get("eos_token_id"))), []
-        )
-        return sorted(found) if isinstance(found, list) else [found]
+        return None if self.is_endpoint else end_ids(self.folder)
 
 
 def find_candidates(
@@ -128,9 +120,14 @@ def described(candidate: Candidate) -> dict[str, Any]:
 
 
 def warnings_of(candidates: Sequence[Candidate]) -> list[str]:
-    """What differs between the first model and the last beside their weights, and changes the replies."""
+    """What lets the first and the last model's replies go wrong, or makes them differ beside their weights."""
     first, last = candidates[0], candidates[-1]
-    found = []
+    found = [
+        warning
+        for each in first_and_last(candidates)
+        if not each.is_endpoint
+        for warning in reply_warnings(each.folder)
+    ]
     if first.has_chat_template != last.has_chat_template:
         with_it, without = (first, last) if first.has_chat_template else (last, first)
         found.append(f"{without.model} has no chat template, {with_it.model} has one")

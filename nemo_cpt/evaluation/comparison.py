@@ -24,9 +24,11 @@ from nemo_cpt.evaluation.loss_sets import LossSet, check_names, find_loss_sets, 
 from nemo_cpt.evaluation.questions import SHIPPED
 from nemo_cpt.evaluation.reading import Asked, PromptSet, prompt_set, read_documents
 from nemo_cpt.inference import Prompt, Reply, Sampling
+from nemo_cpt.urls import hide_credentials
 
 if TYPE_CHECKING:
     from nemo_cpt.evaluation.bits_per_byte import TextLoss
+    from nemo_cpt.evaluation.judge_questions import JudgeQuestion
     from nemo_cpt.evaluation.judge_report import JudgeReport
 
 FORMAT = 1  # of the journal's records; another one starts afresh
@@ -131,6 +133,7 @@ def evaluate(
         raise CptError(f"there is no wrapper {unknown[0]!r}; there are {', '.join(WRAPPERS)}")
     found_tasks = benchmarks.find_tasks(tasks) if tasks else []
     options = {"base": base, "device": device, "api_key": api_key}
+    # From here to the journal everything is looked at that can be refused: no model is loaded yet.
     candidates = find_candidates(model, against, checkpoints_of, options, say)
     everything = not (losses or prompts or tasks or judge)
     asks = bool(prompts) or everything
@@ -149,6 +152,7 @@ def evaluate(
     check_names([each.name for each in sets])
     wrappers = wrappers or (["chat"] if all(each.has_chat_template for each in candidates) else ["none"])
     _check_conversations(candidates, sets, wrappers)
+    questions = _judge_questions(judge, candidates, language or "ja", limit, say) if judge else []
     window = min([WINDOW, *(each.context_length for each in candidates if each.context_length)])
     sampling = Sampling(max_tokens=max_tokens)
     output = Path(output)
@@ -157,13 +161,14 @@ def evaluate(
         for candidate in candidates:
             work = _Work(candidate, journal, sampling, window, limit, quiet)
             found.append(work.measure(texts, sets, wrappers))
+            # One model in memory at a time.
             candidate.close()
         rows = list(_rows(found, sets, seed))
         if found_tasks:
             rows += benchmarks.rows(candidates, found_tasks, output, journal, limit=limit, say=say)
     judged = None
     if judge:
-        judged = _judged(judge, candidates, output, language or "ja", limit, judge_key or api_key, say)
+        judged = _judged(judge, questions, candidates, output, judge_key or api_key, say)
         rows.append(_judge_row(judged, seed))
     return Report(
         title=" against ".join(each.model for each in reversed(first_and_last(candidates))),
@@ -246,6 +251,7 @@ class _Work:
     def _loss(self, text: LossSet) -> "TextLoss":
         from nemo_cpt.evaluation.bits_per_byte import TextLoss
 
+        # All that the number depends on is in the key: what was measured otherwise is measured again.
         shape = (text.seq_length, text.samples) if text.seq_length else (self.window, self.limit)
         key = key_of("loss", FORMAT, self.candidate.key, text.hash, shape)
         record = self.journal.get(key)
@@ -273,6 +279,7 @@ class _Work:
     def _replies(self, prompts: PromptSet, wrapper: str) -> list[Reply]:
         asked = [_wrapped(each, wrapper, self.candidate.has_chat_template) for each in prompts.prompts]
         keys = [key_of("reply", FORMAT, self.candidate.key, each, self.sampling) for each in asked]
+        # By key: a prompt that stands in two sets is asked once.
         missing = {key: prompt for key, prompt in zip(keys, asked, strict=True) if self.journal.get(key) is None}
         if missing:
             self._ask(missing, f"{self.candidate.label}, replies to {prompts.name} ({wrapper})")
@@ -310,6 +317,7 @@ def _reply(record: Any) -> Reply:
 
 def _rows(found: Sequence[Measured], sets: Sequence[PromptSet], seed: int) -> Iterator[Row]:
     """The table: the first model against the last, or the only one alone."""
+    # Paired by place: both models were given the same sets in the same order.
     before = [measure for _, measure in _measures(found[0], sets)] if len(found) > 1 else None
     for number, (group, after) in enumerate(_measures(found[-1], sets)):
         yield compare(group, before[number] if before else None, after, seed)
@@ -332,6 +340,7 @@ def loss_measures(loss: "TextLoss") -> Iterator[Measure]:
     yield ratio("bits per byte", bits, loss.bytes, better="lower", note=f"first token: {loss.first_token}")
     nats = ratio("loss", loss.nats, loss.tokens, better="lower", unit="nats per token")
     yield nats
+    # e to 700 is still a float; a model that is worse has no number worth printing.
     yield Measure(
         "perplexity", nats.units, lambda chosen: math.exp(min(nats.value(chosen), 700)), "lower", "of a token"
     )
@@ -412,21 +421,31 @@ def _shown_reply(reply: Reply, language: str | None) -> dict[str, Any]:
     return shown | ({"language": judge_language(reply.text, language).language} if language else {})
 
 
+def _judge_questions(
+    address: str, candidates: Sequence[Candidate], language: str, limit: int | None, say: Say
+) -> Sequence["JudgeQuestion"]:
+    """The questions that a judge is for, once it is said what it will cost: before hours of other measurements."""
+    from nemo_cpt.evaluation.judge import expected_cost
+    from nemo_cpt.evaluation.judge_questions import judge_questions
+
+    questions = judge_questions(language=language)[:limit]
+    cost = expected_cost(questions, len(first_and_last(candidates)))
+    say(f"judge {hide_credentials(address)}, if every answer is of full length: {cost}")
+    return questions
+
+
 def _judged(
     address: str,
+    questions: Sequence["JudgeQuestion"],
     candidates: Sequence[Candidate],
     output: Path,
-    language: str,
-    limit: int | None,
     key: str | None,
     say: Say,
 ) -> "JudgeReport":
     from nemo_cpt.evaluation.judge import run_judge
-    from nemo_cpt.evaluation.judge_questions import judge_questions
     from nemo_cpt.inference.endpoint import EndpointEngine
 
     asked = first_and_last(candidates)
-    questions = judge_questions(language=language)[:limit]
     url, _, served_as = address.partition("#")
     judge = EndpointEngine(url, served_as or None, api_key=key)
     try:
@@ -450,6 +469,7 @@ def _judged(
 def _judge_row(judged: "JudgeReport", seed: int) -> Row:
     """The mean score of the questions that both models' answers were scored on."""
     scores = [judged.scores(model) for model in judged.models]
+    # Paired: a question without a readable verdict on one is left out of both.
     both = [question for question in scores[0] if question in scores[-1]]
     measures = [mean("score", [each[question] for question in both], better="higher", unit="of 10") for each in scores]
     row = compare("judge", measures[0] if len(measures) > 1 else None, measures[-1], seed)

@@ -1,4 +1,4 @@
-"""What an evaluation has asked and been answered, kept as it comes: a killed one goes on where it was."""
+"""What models were asked and answered, kept as it comes: a killed job goes on where it was."""
 
 import os
 from hashlib import sha256
@@ -32,6 +32,7 @@ class Journal:
         self.path = Path(path)
         make_folder(self.path.parent)
         self._lock, self._records = Lock(), dict[str, dict[str, Any]]()
+        # No patience: who holds it is another job in this folder, which takes long.
         self._file = open_locked(self.path, patience=0)
         try:
             self._read()
@@ -51,7 +52,7 @@ class Journal:
                 self._records[record.pop("key")] = record
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise CptError(
-                    f"{self.path}, line {number} is not a record of an evaluation: {line[:80]!r}. Mend or remove that "
+                    f"{self.path}, line {number} is not a record of answers: {line[:80]!r}. Mend or remove that "
                     "line, or take another folder; the rest is kept."
                 ) from error
             sound += len(line)
@@ -77,8 +78,10 @@ class Journal:
                 self._file.flush()
                 os.fsync(self._file.fileno())
             except OSError as error:
+                # A part of a line would hide itself and, once the disk has room, join the next one.
                 os.ftruncate(self._file.fileno(), size)
                 raise CptError(f"cannot write {self.path}: {error.strerror}. Make room and run it again.") from error
+            # After the fsync: what is not on the disk has not been answered.
             self._records[key] = record
 
     def close(self) -> None:

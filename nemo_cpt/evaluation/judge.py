@@ -93,6 +93,7 @@ def expected_cost(
     """Count what `run_judge` with the same arguments asks for from its beginning, if all answers are of full length."""
     names = [str(number) for number in range(models)]
     _check(names, questions, compare, repeats)
+    # Answers of the greatest length, so that the cost is an upper bound.
     full = "x" * answer_tokens * BYTES_PER_TOKEN
     answers = {name: {question.id: [full] * len(question.turns) for question in questions} for name in names}
     asks = list(_asks(questions, answers, _compares(names, compare), repeats))
@@ -188,6 +189,7 @@ def _asks(
                 for name in names:
                     messages = ask_for_score(question, answers[name][question.id], turn)
                     yield _Ask(question, turn, (name,), repeat, messages)
+                # In both orders: judges prefer what they see first (arXiv 2306.05685).
                 for first, second in (names, names[::-1]) if compare else ():
                     texts = answers[first][question.id], answers[second][question.id]
                     yield _Ask(question, turn, (first, second), repeat, ask_for_preference(question, *texts, turn))
@@ -209,7 +211,9 @@ class _Asker:
         found: Answers = {question.id: [] for question in questions}
         done, total = 0, sum(len(question.turns) for question in questions)
         by_temperature = sorted(questions, key=_temperature)
+        # Turn by turn: a second question is asked with the answer to the first.
         for turn in range(max(len(question.turns) for question in questions)):
+            # One batch has one temperature.
             for temperature, group in groupby(by_temperature, _temperature):
                 sampling = Sampling(max_tokens=self._tokens, temperature=temperature, seed=self._seed)
                 asked = [question for question in group if turn < len(question.turns)]
@@ -274,7 +278,9 @@ class _Bench:
         Raises:
             CptError: the endpoint fails, or too many verdicts cannot be read.
         """
+        # A judge that does not keep to the form is found out for the price of a few verdicts.
         trial = self._readable(asks[:TRIAL], progress, 0)
+        # Only where not one can be read: of eight, some may fail by chance.
         _check_readable(trial, self._judge.name, most=1 - 1 / len(trial), path=self._journal.path)
         rest = self._readable(asks[TRIAL:], progress, len(trial))
         _check_readable([*trial, *rest], self._judge.name, MOST_UNREADABLE, self._journal.path)
@@ -285,6 +291,7 @@ class _Bench:
         found = dict[int, Verdict]()
         for attempt in range(ATTEMPTS):
             unread = [index for index in range(len(asks)) if index not in found or found[index].value is None]
+            # Each repeat has a seed of its own, and so a batch.
             for _, same in groupby(unread, lambda index: asks[index].repeat):
                 for index, verdict in self._attempt(asks, list(same), attempt):
                     found[index] = verdict
@@ -326,6 +333,7 @@ class _Bench:
 
     def _counted(self, key: str, record: dict[str, Any]) -> str:
         if key not in self._used:
+            # Once a key: equal answers share a reply, which was paid for once.
             self._used.add(key)
             self.prompt_tokens += record["prompt_tokens"]
             self.completion_tokens += record["completion_tokens"]
@@ -335,6 +343,7 @@ class _Bench:
         return Sampling(
             max_tokens=self._sampling.max_tokens,
             temperature=self._sampling.temperature,
+            # Distinct for every repeat and attempt, or the same reply would come again.
             seed=self._seed + repeat * ATTEMPTS + attempt,
         )
 

@@ -82,7 +82,9 @@ def _references(question: JudgeQuestion, turn: int) -> str:
 
 def read_score(reply: str) -> float | None:
     """Return the last score from 1 to 10 in a judge's reply, None where there is none."""
+    # NFKC: Japanese and Chinese judges write full-width brackets and digits.
     found = [float(score) for score in _SCORE.findall(unicodedata.normalize("NFKC", reply))]
+    # The last: explanations may quote the form before the verdict.
     return found[-1] if found and 1 <= found[-1] <= 10 else None
 
 

@@ -109,6 +109,7 @@ class JudgeReport:
         balance = dict[str, int]()
         for one, other in self._both_orders():
             if category in (None, one.category):
+                # Preferred in one order alone is no preference: it may be that order's.
                 winner = _winner(one) if _winner(one) == _winner(other) else None
                 balance.setdefault(one.question, 0)
                 balance[one.question] += 0 if winner is None else 1 if winner == self.models[1] else -1
@@ -152,6 +153,7 @@ class JudgeReport:
         for verdict in self._pairs():
             if verdict.value is None:
                 continue
+            # The two orders of one pair have everything else in common.
             key = verdict.question, verdict.turn, verdict.repeat
             if key in waiting:
                 yield waiting.pop(key), verdict

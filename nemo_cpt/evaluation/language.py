@@ -132,11 +132,13 @@ def judge_language(reply: str, asked: str) -> Verdict:
         CptError: the language is not known, or lingua is not installed.
     """
     language_name(asked)
+    # Full-width Latin letters and half-width kana are the same letters.
     text = unicodedata.normalize("NFKC", reply)
     if not text.strip():
         return Verdict(EMPTY, {})
     weights, shared = Counter[str](), list[tuple[int, tuple[str, ...]]]()
     for line in _NO_LANGUAGE.sub(" ", text).splitlines():
+        # A quotation in another language does not change the sentence's, unless it is all there is.
         unquoted = _QUOTED.sub(" ", line)
         for sentence in _SENTENCE_END.split(unquoted if _letters(unquoted) else line):
             for part in _parts(sentence):
@@ -145,6 +147,7 @@ def judge_language(reply: str, asked: str) -> Verdict:
                     weights[candidates[0]] += _weight(part)
                 elif candidates:
                     shared.append((_weight(part), candidates))
+    # From what could be told alone, so that the shared ones do not decide about one another.
     told = Counter(weights)
     for weight, candidates in shared:
         weights[max(candidates, key=lambda each: (told[each], each == asked))] += weight
@@ -174,6 +177,7 @@ def _parts(sentence: str) -> list[str]:
         return [sentence]
     clauses = [run for run in _LATIN_RUN.findall(sentence) if _is_clause(run)]
     for clause in clauses:
+        # Once each: the clause may stand elsewhere as a part of another one.
         sentence = sentence.replace(clause, " ", 1)
     return [*clauses, sentence]
 
@@ -207,6 +211,7 @@ def _of_han(part: str) -> tuple[str, ...]:
     runs = _HAN_RUN.findall(part)
     letters = "".join(runs).replace("々", "")
     traditional, simplified, japanese = (_missing(letters, code) for code in ("big5", "gb2312", "shift_jis"))
+    # How many of its characters a standard lacks: the fewest tell where it was written.
     chinese = {"zh-cn": simplified, "zh-tw": traditional}
     nearest = tuple(code for code, missing in chinese.items() if missing == min(chinese.values()))
     if japanese or _CHINESE.search(part) or max(len(set(run)) for run in runs) > MOST_KANJI:
@@ -241,6 +246,7 @@ def _of_latin(part: str, words: list[str], asked: str) -> tuple[str, ...]:
     confidences = _confidences(part)
     expected = {code: confidences.get(code, 0.0) for code in ("en", asked) if _is_latin(code)}
     guess = _first(confidences)
+    # Short texts are told badly by n-grams: only a clear guess may contradict what was asked in.
     if not guess or sum(map(len, words)) < FEWEST_LETTERS or confidences[guess[0]] < 2 * max(expected.values()):
         return _first(expected)
     return guess

@@ -43,6 +43,7 @@ class LossSet:
 def training_record(model: str | Path | None) -> dict[str, Any]:
     """What the newest checkpoint of a run, or a checkpoint, says of its training; empty for other models."""
     path = Path(str(model))
+    # A run's folder stands for its newest checkpoint, as everywhere.
     newest = newest_whole(path / "checkpoints") if (path / "checkpoints").is_dir() else None
     record = (newest.path if newest else path) / "run.json"
     return read_json(record) if record.is_file() else {}
@@ -77,6 +78,7 @@ def find_loss_sets(
     validated = run.get("validated_on", {})
     found = [_loss_set(spec, candidates, validated, limit) for spec in specs]
     check_names([each.name for each in found])
+    # OpenAI's protocol for chats gives no log probabilities of a prompt.
     if found and (remote := [each.model for each in candidates if each.is_endpoint]):
         raise CptError(
             f"{remote[0]} is an endpoint, which gives no losses: leave --loss away, or name the model's folder"
@@ -94,6 +96,7 @@ def _loss_set(spec: str, candidates: Sequence[Candidate], validated: Mapping[str
         raise CptError(f"a set is given as NAME=PATH, such as ja=ds/ja_validation, not {spec!r}")
     if Path(path).is_file() and not path.endswith((".bin", ".idx")):
         return LossSet(name, path)
+    # A mistyped file would be looked for as a Megatron prefix, and its message mislead.
     if re.search(r"\.(jsonl|json|parquet|gz|zst)$", path):
         raise CptError(f"there is no file {path}")
     tokens = read_index(path).tokens

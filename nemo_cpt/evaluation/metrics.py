@@ -32,6 +32,7 @@ def exact_match(reply: str, answers: Sequence[str]) -> float:
 
 def character_f1(reply: str, answers: Sequence[str]) -> float:
     """The best F1 of the reply's characters and an answer's, after `normalized`: JSQuAD's (JGLUE, 2022)."""
+    # The best of the answers: any of them is right.
     return max(_f1(*map(Counter, (normalized(reply), normalized(answer)))) for answer in answers)
 
 
@@ -63,6 +64,8 @@ def _common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:
     """Length of the longest common subsequence, a row of the table as the bits of a number (Hyyrö, 2004)."""
     places: dict[str, int] = {}
     for at, word in enumerate(one):
+        # For each word the positions at which it stands, as bits: a row of the table is then a few operations on
+        # integers.
         places[word] = places.get(word, 0) | 1 << at
     ones = (1 << len(one)) - 1
     row = ones
@@ -103,6 +106,7 @@ def _sacrebleu_measures(
     except ImportError as error:
         raise CptError("BLEU and chrF need sacrebleu: pip install 'nemo_cpt[eval]'") from error
     most = max(map(len, answers))
+    # sacrebleu wants as many references of each reply; None stands for one that is not there.
     references: Any = [[each[at] if at < len(each) else None for each in answers] for at in range(most)]
     for metric in (BLEU(tokenize=BLEU_TOKENIZERS.get(language or "", "13a")), CHRF()):
         # The counts of each reply, which sacrebleu's corpus_score sums: a resample is a sum of its own.

@@ -68,6 +68,7 @@ def prompt_set(spec: str, language: str | None = None) -> PromptSet:
     if language is not None and language not in KNOWN:
         raise CptError(f"language is {language!r}; known are {', '.join(KNOWN)}")
     named, _, path = spec.rpartition("=")
+    # A file or folder of that name in the current folder is meant, where there is one.
     if not named and spec in SHIPPED and not Path(spec).exists():
         return PromptSet(spec, tuple(Asked(each.id, each.prompt, (), spec) for each in shipped_questions(spec)))
     name = named or Path(path).name.partition(".")[0]
@@ -118,6 +119,7 @@ def _read(path: str | Path, take: Take) -> Iterator[Any]:
     (source,), lines, count = _one_source(path), 0, 0
     for task in Feed([source], None, BLOCK_BYTES):
         found = take_from(task, take)
+        # The first ends it: an evaluation on a part of its set would give another number.
         for problem in found.reading.problems:
             raise CptError(f"{path}, line {lines + problem.line + 1}: {problem.detail}. Mend or remove that line")
         yield from found.texts

@@ -1,11 +1,8 @@
 """An evaluation's report: report.json, report.html (one file that opens offline) and report.png."""
 
-import base64
 import html
-import io
 import json
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ from typing import Any
 from nemo_cpt.corpus.atomic_files import write_whole
 from nemo_cpt.evaluation.bootstrap import Row
 from nemo_cpt.evaluation.comparison import Report
+from nemo_cpt.evaluation.page import details, finite, head, image, png, table, table_row
 
 COLUMNS = ("set", "measure", "before", "after", "difference", "95 % interval", "")
 PLOTTED = ("bits per byte", "replies in ", "exact match", "character F1", "BLEU", "chrF", "ROUGE-L", "benchmark")
@@ -24,6 +22,7 @@ def write(report: Report, folder: str | Path) -> list[Path]:
     Raises:
         CptError: the folder cannot be written.
     """
+    # Drawn first, which may fail: no half report is left.
     picture = draw(report)
     files = {
         "report.json": json.dumps(as_dict(report), ensure_ascii=False, indent=1).encode() + b"\n",
@@ -39,15 +38,7 @@ def write(report: Report, folder: str | Path) -> list[Path]:
 def as_dict(report: Report) -> dict[str, Any]:
     """The report as JSON holds it: NaN and infinity become null."""
     rows = [asdict(row) | {"difference": row.difference, "verdict": row.verdict} for row in report.rows]
-    return _finite(asdict(report) | {"rows": rows})
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return finite(asdict(report) | {"rows": rows})
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -62,6 +53,7 @@ def cells(row: Row) -> tuple[str, ...]:
 def _number(value: float | None, sign: bool = False) -> str:
     if value is None:
         return ""
+    # About four figures, which is more than the intervals allow.
     digits = 3 if abs(value) < 10 else 2 if abs(value) < 100 else 1
     return f"{value:{'+' if sign else ''},.{digits}f}"
 
@@ -74,10 +66,7 @@ def draw(report: Report) -> bytes:
     from matplotlib import pyplot
 
     figure = _draw_series(report, pyplot) if report.series else _draw_rows(report, pyplot)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=120)
-    pyplot.close(figure)
-    return file.getvalue()
+    return png(figure)
 
 
 def _draw_series(report: Report, pyplot: Any) -> Any:
@@ -97,6 +86,7 @@ def _draw_series(report: Report, pyplot: Any) -> Any:
     axes[1].set(title="replies in the language asked in", xlabel="step", ylabel="%", ylim=(-3, 103))
     for axis in axes:
         axis.grid(alpha=0.3)
+        # The left one has the line at 0, which needs no legend.
         if axis.lines and len(axis.lines) > (axis is axes[0]):
             axis.legend(fontsize="small")
     return figure
@@ -143,50 +133,36 @@ def _error_bar(row: Row) -> list[list[float]] | None:
     """How far the interval reaches below and above the later value."""
     if row.low is None or row.high is None or row.after is None:
         return None
+    # The interval is one of the difference; drawn at the bar it keeps its width.
     middle = row.after if row.difference is None else row.difference
     return [[max(middle - row.low, 0)], [max(row.high - middle, 0)]]
 
 
 def page(report: Report, picture: bytes) -> str:
     """The report as one HTML file: styles, script and picture are inside, and nothing is fetched."""
-    return "\n".join(_page(report, base64.b64encode(picture).decode()))
+    return "\n".join(_page(report, picture))
 
 
-def _page(report: Report, picture: str) -> Iterator[str]:
-    title = html.escape(f"Evaluation of {report.title}")
-    yield f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-    yield f"<style>{STYLE}</style></head><body><h1>{title}</h1>"
+def _page(report: Report, picture: bytes) -> Iterator[str]:
+    yield head(f"Evaluation of {report.title}")
     for warning in report.warnings:
         yield f'<p class="warning">{html.escape(warning)}</p>'
-    yield from _table(COLUMNS, [cells(row) for row in report.rows], [row.note for row in report.rows])
-    yield f'<p><img alt="plot of the measures" src="data:image/png;base64,{picture}"></p>'
+    yield from table(COLUMNS, [cells(row) for row in report.rows], [row.note for row in report.rows])
+    yield image("plot of the measures", picture)
     if report.series:
         yield "<h2>Over the steps</h2>"
         steps = [str(step) for step in report.series[0]["steps"]]
         lines = [(line["group"], line["measure"], *map(_number, line["values"])) for line in report.series]
-        yield from _table(("set", "measure", *steps), lines)
+        yield from table(("set", "measure", *steps), lines)
     if report.judged:
-        yield f"<details><summary>The judge</summary><pre>{html.escape(_indented(report.judged))}</pre></details>"
+        yield details("The judge", report.judged)
     yield from _replies(report)
     yield "<h2>How it was measured</h2>"
     for name, part in (
         ("models", report.models), ("sets", report.sets), ("settings", report.settings), ("versions", report.versions)
     ):  # fmt: skip
-        yield f"<details><summary>{name}</summary><pre>{html.escape(_indented(part))}</pre></details>"
+        yield details(name, part)
     yield f"<script>{SCRIPT}</script></body></html>"
-
-
-def _indented(value: Any) -> str:
-    return json.dumps(_finite(value), ensure_ascii=False, indent=1)
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], titles: Sequence[str] | None = None) -> Iterator[str]:
-    yield f"<table><thead><tr>{''.join(f'<th>{html.escape(each)}</th>' for each in columns)}</tr></thead><tbody>"
-    for number, row in enumerate(rows):
-        title = f' title="{html.escape(titles[number])}"' if titles and titles[number] else ""
-        verdict = f' class="{row[-1]}"' if row[-1] in ("better", "worse") else ""
-        yield f"<tr{verdict}{title}>{''.join(f'<td>{html.escape(each)}</td>' for each in row)}</tr>"
-    yield "</tbody></table>"
 
 
 def _replies(report: Report) -> Iterator[str]:
@@ -196,15 +172,11 @@ def _replies(report: Report) -> Iterator[str]:
     labels = [each["label"] for each in report.models]
     yield f"<h2>Replies ({len(report.replies)} prompts)</h2>"
     yield '<p><input id="search" type="search" placeholder="search" size="40"> <span id="count"></span></p>'
-    yield f'<table id="replies"><thead>{_line("th", "set", "prompt", *map(html.escape, labels))}</thead><tbody>'
+    yield f'<table id="replies"><thead>{table_row("th", "set", "prompt", *map(html.escape, labels))}</thead><tbody>'
     for each in report.replies:
         where = "<br>".join(html.escape(each[name]) for name in ("set", "wrapper", "id"))
-        yield _line("td", where, _prompt(each), *(_reply(each["replies"][label]) for label in labels))
+        yield table_row("td", where, _prompt(each), *(_reply(each["replies"][label]) for label in labels))
     yield "</tbody></table>"
-
-
-def _line(tag: str, *parts: str) -> str:
-    return f"<tr>{''.join(f'<{tag}>{part}</{tag}>' for part in parts)}</tr>"
 
 
 def _prompt(shown: dict[str, Any]) -> str:
@@ -220,14 +192,6 @@ def _reply(reply: dict[str, Any]) -> str:
     return f"<div>{html.escape(reply['text'])}</div><small>{html.escape(', '.join(filter(None, facts)))}</small>"
 
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 80em; padding: 0 1em; color: #1b2733 }
-table { border-collapse: collapse; margin: 1em 0 } td, th { padding: .25em .7em; border-bottom: 1px solid #d5dce2;
-text-align: left; vertical-align: top } td div { white-space: pre-wrap; overflow-wrap: anywhere }
-#replies { table-layout: fixed; width: 100% } #replies th:first-child { width: 7em } small { color: #66788a }
-img { max-width: 100% } .better td:last-child { color: #14713d } .worse td:last-child { color: #b3261e }
-.warning { background: #fff3cd; padding: .4em .8em } .answer { color: #14713d } pre { overflow-x: auto }
-"""
 SCRIPT = """
 const box = document.getElementById('search');
 if (box) {

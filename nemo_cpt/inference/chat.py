@@ -3,44 +3,73 @@
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from nemo_cpt.errors import CptError
-from nemo_cpt.inference.engine import Engine, Message, Prompt, Sampling
+from nemo_cpt.inference.engine import ContextError, Engine, Message, Piece, Prompt, Sampling
 
 HELP = """/system TEXT      what the model is told before the conversation; without TEXT none
 /reset            forget the conversation
 /temperature N    0 for the most probable words
 /tokens N         the most tokens of a reply
 /save FILE        write the conversation as JSON
+/help             this list
 /quit             end (Ctrl-D too)
 Ctrl-C stops a reply. Esc Enter begins a new line, Enter sends."""
+# A reply is a stranger's text: what would steer the terminal (C0 but tab and newline, DEL, C1) is left out.
+_CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
+_AROUND_REPLIES = 5  # lines of the table's frame and head, and of what a terminal keeps free
+
+
+@dataclass
+class Side:
+    """One model of a conversation.
+
+    Attributes:
+        engine: the model.
+        plain: continue the text instead of answering: what a base model without a chat template does.
+        history: what has been said.
+        reply: what it is saying.
+    """
+
+    engine: Engine
+    plain: bool = False
+    history: list[Message] = field(default_factory=list)
+    reply: str = ""
+
+    @property
+    def title(self) -> str:
+        """Its name, a folder's by the last part: whole paths leave no room, and often begin alike."""
+        path = Path(self.engine.name)
+        return path.name if path.parent.exists() else self.engine.name
 
 
 class Chat:
     """The state of a conversation and its commands.
 
     Args:
-        engines: the model, and the one that it is compared with, if any. Each keeps a history of its own.
+        sides: the model, and the one that it is compared with, if any. Each keeps a history of its own.
         sampling: how replies are drawn.
         system: told before the conversation; none when empty.
-        plain: continue the text instead of answering: what a base model without a chat template does.
         console: where to print.
+        language_of: names the language of a reply to a question; shown where two models answer side by side.
     """
 
     def __init__(
-        self, engines: list[Engine], sampling: Sampling, *, system: str = "", plain: bool = False, console: Console
-    ) -> None:
-        self.engines, self.sampling, self.system, self.plain, self.console = engines, sampling, system, plain, console
-        self.histories: list[list[Message]] = [[] for _ in engines]
+        self, sides: list[Side], sampling: Sampling, *, system: str = "", console: Console,
+        language_of: Callable[[str, str], str] | None = None,
+    ) -> None:  # fmt: skip
+        self.sides, self.sampling, self.system, self.console = sides, sampling, system, console
+        self.language_of = language_of
         self._commands: dict[str, Callable[[str], None]] = {
             "/system": self._set_system,
             "/reset": self._reset,
@@ -51,7 +80,7 @@ class Chat:
         }
 
     def run(self, lines: Iterable[str]) -> None:
-        """Answer line after line, until they end or one says /quit."""
+        """Answer line after line, until they end or one says /quit; a Ctrl-C stops a reply."""
         for line in lines:
             text = line.strip()
             if text in ("/quit", "/exit"):
@@ -59,7 +88,10 @@ class Chat:
             if not text:
                 continue
             try:
+                # The line as typed: leading blanks are part of a text to continue.
                 self._command(text) if text.startswith("/") else self._answer(line.rstrip("\n"))
+            except KeyboardInterrupt:
+                self.console.print("[dim](stopped)[/dim]")
             except CptError as error:
                 self.console.print(f"[red]{escape(str(error))}[/red]", highlight=False)
 
@@ -70,53 +102,65 @@ class Chat:
         self._commands[name](value.strip())
 
     def _answer(self, text: str) -> None:
-        """Ask every engine; a Ctrl-C ends the reply that is being given, and its beginning stays in the history."""
-        replies = ["" for _ in self.engines]
-        prompts = [self._prompt(history, text) for history in self.histories]
+        """Ask every model; the beginning of a reply that is stopped stays in the history."""
+        streams = [side.engine.stream(*self._asked(side, text)) for side in self.sides]
+        for side in self.sides:
+            side.reply = ""
         try:
-            for _ in self._streamed(prompts, replies):
-                pass
-        except KeyboardInterrupt:
-            self.console.print("[dim](stopped)[/dim]")
-        for history, reply in zip(self.histories, replies, strict=True):
-            if reply:
-                history += [Message(role="user", content=text), Message(role="assistant", content=reply)]
+            self._show_one(streams[0]) if len(streams) == 1 else self._show_side_by_side(text, streams)
+        finally:
+            for side in self.sides:
+                told = [Message(role="user", content=text), Message(role="assistant", content=side.reply)]
+                side.history += told if side.reply else []
 
-    def _prompt(self, history: list[Message], text: str) -> Prompt:
-        if self.plain:
-            return self.system + text
-        opening = [Message(role="system", content=self.system)] if self.system else []
-        return [*opening, *history, Message(role="user", content=text)]
+    def _asked(self, side: Side, text: str) -> tuple[Prompt, Sampling]:
+        """What a model is asked, with no more tokens of a reply than its context has room for."""
+        prompt: Prompt = self.system + text
+        if not side.plain:
+            opening = [Message(role="system", content=self.system)] if self.system else []
+            prompt = [*opening, *side.history, Message(role="user", content=text)]
+        room = side.engine.room(prompt)
+        if room is not None and room < 1:
+            raise ContextError(f"the conversation fills the context of {side.engine.name}: /reset begins a new one")
+        most = self.sampling.max_tokens
+        return prompt, replace(self.sampling, max_tokens=most if room is None else min(most, room))
 
-    def _streamed(self, prompts: list[Prompt], replies: list[str]) -> Iterator[None]:
-        if len(self.engines) == 1:
-            for piece in self.engines[0].stream(prompts[0], self.sampling):
-                replies[0] += piece.text
-                self.console.out(piece.text, end="", highlight=False)
-                yield
-            self.console.out("")
-            return
-        with Live(console=self.console, vertical_overflow="visible", refresh_per_second=8) as live:
-            for number, (engine, prompt) in enumerate(zip(self.engines, prompts, strict=True)):
-                for piece in engine.stream(prompt, self.sampling):
-                    replies[number] += piece.text
-                    live.update(self._side_by_side(replies))
-                    yield
+    def _show_one(self, stream: Iterator[Piece]) -> None:
+        for piece in stream:
+            self.sides[0].reply += piece.text
+            self.console.out(piece.text.translate(_CONTROLS), end="", highlight=False)
+        self.console.out("")
 
-    def _side_by_side(self, replies: list[str]) -> Group:
-        # A folder by its last name: whole paths leave no room, and often begin alike.
-        names = [Path(engine.name).name if Path(engine.name).exists() else engine.name for engine in self.engines]
-        table = Table(*map(escape, names), expand=True)
-        table.add_row(*map(Text, replies))
-        return Group(table)
+    def _show_side_by_side(self, question: str, streams: list[Iterator[Piece]]) -> None:
+        try:
+            with Live(console=self.console, refresh_per_second=8, transient=True) as live:
+                for pieces in zip_longest(*streams):
+                    for side, piece in zip(self.sides, pieces, strict=True):
+                        side.reply += piece.text if piece else ""
+                    live.update(self._side_by_side(newest=True))
+        finally:
+            self.console.print(self._side_by_side(question))
+
+    def _side_by_side(self, question: str | None = None, newest: bool = False) -> Table:
+        """The replies in columns; only the newest lines of each, as many as the terminal has, while they grow."""
+        table = Table(*(escape(side.title) for side in self.sides), expand=True)
+        replies = [Text(side.reply.translate(_CONTROLS)) for side in self.sides]
+        if newest:
+            rows, width = self.console.height - _AROUND_REPLIES, self.console.width // len(replies) - 4
+            replies = [Text("\n").join(reply.wrap(self.console, max(width, 1))[-rows:]) for reply in replies]
+        table.add_row(*replies)
+        if question is not None and self.language_of is not None:
+            table.add_section()
+            table.add_row(*(Text(self.language_of(question, side.reply), style="dim") for side in self.sides))
+        return table
 
     def _set_system(self, value: str) -> None:
         self.system = value
         self._reset("")
 
     def _reset(self, _: str) -> None:
-        for history in self.histories:
-            history.clear()
+        for side in self.sides:
+            side.history.clear()
         self.console.print("[dim]a new conversation[/dim]")
 
     def _set(self, field: str, kind: Callable[[str], Any], value: str) -> None:
@@ -131,10 +175,7 @@ class Chat:
             raise CptError("name a file: /save chat.json")
         if (path := Path(value)).exists():
             raise CptError(f"{value} exists: name another file")
-        told = [
-            {"model": engine.name, "system": self.system, "messages": history}
-            for engine, history in zip(self.engines, self.histories, strict=True)
-        ]
+        told = [{"model": side.engine.name, "system": self.system, "messages": side.history} for side in self.sides]
         try:
             path.write_text(json.dumps(told, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
@@ -142,7 +183,7 @@ class Chat:
         self.console.print(f"[dim]written to {escape(value)}[/dim]")
 
 
-def typed_lines() -> Iterator[str]:
+def typed_lines(prompt: str) -> Iterator[str]:
     """What the user types, with editing and history on a terminal; the lines of stdin elsewhere."""
     if not sys.stdin.isatty():
         yield from sys.stdin
@@ -158,7 +199,7 @@ def typed_lines() -> Iterator[str]:
     session: PromptSession[str] = PromptSession(multiline=True, key_bindings=keys, completer=commands)
     while True:
         try:
-            yield session.prompt("> ")
+            yield session.prompt(prompt)
         except KeyboardInterrupt:  # at the prompt it clears what was typed
             continue
         except EOFError:

@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache
 
 from nemo_cpt.errors import CptError
-from nemo_cpt.inference.engine import FinishReason, Piece, Reply, Sampling, TokenLogprob
+from nemo_cpt.inference.engine import ContextError, FinishReason, Piece, Reply, Sampling, TokenLogprob
 
 
 @dataclass(eq=False)
@@ -81,13 +81,14 @@ class Decoder:
         """Refuse a request that cannot be answered within the context.
 
         Raises:
-            CptError: prompt and reply are longer than the model's context, or the prompt is empty.
+            ContextError: prompt and reply are longer than the model's context.
+            CptError: the prompt is empty.
         """
         wanted = len(request.ids) + request.sampling.max_tokens
         if not request.ids:
             raise CptError("the prompt is empty: it has no token")
         if wanted > self.context_length:
-            raise CptError(
+            raise ContextError(
                 f"the prompt has {len(request.ids):,} tokens and the reply up to {request.sampling.max_tokens:,}; the "
                 f"model's context is {self.context_length:,}. Shorten the prompt, or ask for fewer tokens (max_tokens)"
             )
@@ -107,6 +108,7 @@ class Decoder:
             ids[row, longest - len(request.ids) :] = torch.tensor(request.ids)
             mask[row, longest - len(request.ids) :] = 1
         ids, mask = ids.to(device), mask.to(device)
+        # Padding counts as position 0: the mask hides it, and a negative one would index out of the table.
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         cache = DynamicCache()
         output = self.network(
@@ -122,6 +124,7 @@ class Decoder:
         """Let every request in the batch have one token more; those that end leave it."""
         if not self.rows:
             return []
+        # Every row gets its newest token in one more column.
         self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
         output = self.network(
             input_ids=self._newest, attention_mask=self._mask, position_ids=self._mask.sum(-1, keepdim=True) - 1,
@@ -146,6 +149,7 @@ class Decoder:
     def _draw(self, request: Request, logits: torch.Tensor) -> int:
         """The next token of one request; `logits` [vocabulary] are the model's."""
         sampling, given = request.sampling, logits
+        # Before temperature, as in CTRL and transformers.
         if sampling.repetition_penalty != 1:
             seen = torch.tensor(sorted({*request.ids, *request.reply_ids}), device=logits.device)
             chosen, penalty = logits[seen], sampling.repetition_penalty
@@ -182,6 +186,7 @@ class Decoder:
         request.first_token = request.first_token or time.monotonic()
         request.reply_ids.append(token)
         new = request.held_back
+        # An end token is no text, and is not decoded.
         if token in self.end_ids:
             request.finish_reason = "stop"
         else:
@@ -219,6 +224,7 @@ class Decoder:
             return
         kept = torch.tensor(rows, device=self._mask.device)
         self._newest, mask = self._newest[kept], self._mask[kept]
+        # The first column that any row uses.
         first = int(mask.any(0).int().argmax())
         self._mask = mask[:, first:]
         for layer in self._cache.layers:
@@ -246,6 +252,7 @@ class _Detokenizer:
             return self.stream.step(self.fast, token) or ""
         self.ids.append(token)
         text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        # Bytes of a character that the next token will complete.
         if text.endswith("\ufffd"):
             return ""
         new, self.given = text[len(self.given) :], text
@@ -275,6 +282,7 @@ def _until_stop(text: str, stop: tuple[str, ...]) -> tuple[str, str, bool]:
     found = [place for each in stop if (place := text.find(each)) >= 0]
     if found:
         return text[: min(found)], "", True
+    # Only the end of the text can be a stop string's beginning, and the longest such end is held back.
     for start in range(max(0, len(text) - max(map(len, stop), default=1) + 1), len(text)):
         if any(each.startswith(text[start:]) for each in stop):
             return text[:start], text[start:], False

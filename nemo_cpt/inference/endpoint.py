@@ -1,5 +1,6 @@
 """An OpenAI-compatible server (vLLM, SGLang, this project's own, OpenAI's), asked through OpenAI's client."""
 
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -12,21 +13,25 @@ import openai
 
 from nemo_cpt.errors import CptError
 from nemo_cpt.inference.engine import FinishReason, Message, Piece, Prompt, Reply, Sampling, check_messages
+from nemo_cpt.urls import public_url
 
 NO_KEY = "none"  # the client wants one; servers without keys do not look at it
+VERSION = re.compile(r"/v\d\w*(/|$)")  # `/v1`, and what gateways have in its place, such as `/v1beta/openai`
 
 
 class EndpointEngine:
     """Replies of a model behind an address. Safe for several threads.
 
     Args:
-        url: the address, with or without `/v1`.
+        url: the address, with or without `/v1`, which is added where it names no version.
         model: the model's name there; the only one that the server lists when None.
         api_key: the key; never part of a message or a log.
         concurrency: requests at once in `generate`; the server batches them.
         timeout: seconds to wait for an answer.
         retries: tries after a connection error, a reply that breaks off, a 408, a 409, a 429 or a 5xx, with exponential
             backoff.
+        limited: whether a reply ends at `Sampling.max_tokens`; else where the server ends it, which suits models that
+            think before they answer.
 
     Raises:
         CptError: the server does not answer, or lists several models and none was named.
@@ -34,23 +39,28 @@ class EndpointEngine:
 
     def __init__(
         self, url: str, model: str | None = None, *, api_key: str | None = None, concurrency: int = 16,
-        timeout: float = 600, retries: int = 5,
+        timeout: float = 600, retries: int = 5, limited: bool = True,
     ) -> None:  # fmt: skip
         address = url.rstrip("/")
-        address = address if address.endswith("/v1") else f"{address}/v1"
-        self.url, self.concurrency, self.retries = address, concurrency, retries
+        address = address if VERSION.search(address) else f"{address}/v1"
+        # What is shown and kept, in reports and journals too; the client alone has a password that stands in it.
+        self.url, self.concurrency, self.retries, self.limited = public_url(address), concurrency, retries, limited
         self.client = openai.OpenAI(base_url=address, api_key=api_key or NO_KEY, timeout=timeout, max_retries=retries)
         self.model = model or self._only_model()
-        self.name = f"{self.model} at {address}"
+        self.name = f"{self.model} at {self.url}"
 
     def _only_model(self) -> str:
         try:
             models = [each.id for each in self.client.models.list()]
         except (openai.OpenAIError, httpx.HTTPError, ValueError, TypeError) as error:
-            raise _as_cpt_error(self.url, error) from error
+            raise _endpoint_error(self.url, error) from error
         if len(models) != 1:
             raise CptError(f"{self.url} serves {', '.join(models) or 'no model'}: name the one to ask")
         return models[0]
+
+    def room(self, prompt: Prompt) -> int | None:
+        """None: how a server's tokens count is its own matter; it answers what does not fit with an error."""
+        return None
 
     def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[Piece]:
         """Yield one reply's pieces as they come; closing the iterator closes the connection."""
@@ -60,6 +70,7 @@ class EndpointEngine:
 
     def generate(self, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[tuple[int, Reply]]:
         """Yield each prompt's index and reply, in the order in which they end; after an error, those under way too."""
+        # One that failed halts those not yet begun: a wrong key or a full quota fails for all of them.
         halted, errors = Event(), list[BaseException]()
         with ThreadPoolExecutor(self.concurrency) as pool:
             asked = {
@@ -100,6 +111,7 @@ class EndpointEngine:
         started, first, text, reason = time.monotonic(), 0.0, "", "stop"
         usage: Any = None
         for part in self._parts(prompt, sampling):
+            # The first text, not the first chunk, which often holds the role alone.
             first = first or (time.monotonic() if part.text else 0.0)
             text += part.text
             reason, usage = part.reason or reason, part.usage or usage
@@ -122,16 +134,17 @@ class EndpointEngine:
                 for chunk in chunks:
                     yield _part(chunk)
         except (openai.APIConnectionError, httpx.HTTPError) as error:
+            # What broke off may be asked for again; what never began the client has tried often enough.
             if begun:
                 raise BrokenOffError(f"{self.url} broke a reply off ({error.__cause__ or error})") from error
-            raise _as_cpt_error(self.url, error) from error
+            raise _endpoint_error(self.url, error) from error
         except (openai.OpenAIError, ValueError) as error:  # ValueError: a line that is no JSON
-            raise _as_cpt_error(self.url, error) from error
+            raise _endpoint_error(self.url, error) from error
 
     def _ask(self, prompt: Prompt, sampling: Sampling) -> Any:
         settings: dict[str, Any] = {
             "model": self.model,
-            "max_tokens": sampling.max_tokens,
+            "max_tokens": sampling.max_tokens if self.limited else None,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "seed": sampling.seed,
@@ -156,7 +169,11 @@ class EndpointEngine:
         self.client.close()
 
 
-class BrokenOffError(CptError):
+class EndpointError(CptError):
+    """An endpoint cannot be reached, refuses, or is none."""
+
+
+class BrokenOffError(EndpointError):
     """A reply began and did not come to its end."""
 
 
@@ -181,12 +198,12 @@ def _part(chunk: Any) -> _Part:
         raise ValueError(f"a chunk without choices: {str(chunk)[:80]}") from error
 
 
-def _as_cpt_error(url: str, error: Exception) -> CptError:
+def _endpoint_error(url: str, error: Exception) -> EndpointError:
     if isinstance(error, openai.APIConnectionError):
-        return CptError(f"{url} does not answer ({error.__cause__ or error}): is the server running there?")
+        return EndpointError(f"{url} does not answer ({error.__cause__ or error}): is the server running there?")
     if isinstance(error, openai.APIStatusError):
-        return CptError(f"{url} answered {error.status_code}: {error.message}")
-    return CptError(f"{url} sent what is no answer of an OpenAI-compatible server: {error}")
+        return EndpointError(f"{url} answered {error.status_code}: {error.message}")
+    return EndpointError(f"{url} sent what is no answer of an OpenAI-compatible server: {error}")
 
 
 def _reason(word: str) -> FinishReason:

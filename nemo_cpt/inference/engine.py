@@ -49,6 +49,7 @@ class Sampling:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        # All settings in one place, so that each engine may rely on them.
         for name, value, fits, wanted in (
             ("max_tokens", self.max_tokens, self.max_tokens >= 1, "1 or more"),
             ("temperature", self.temperature, 0 <= self.temperature < float("inf"), "0 or more"),
@@ -110,10 +111,18 @@ class Reply:
     logprobs: tuple[TokenLogprob, ...] = field(default=(), repr=False)
 
 
+class ContextError(CptError):
+    """A prompt and the most tokens of its reply are longer than the model's context."""
+
+
 class Engine(Protocol):
     """Something that replies. Not safe for several threads at once, unless it says so."""
 
     name: str
+
+    def room(self, prompt: Prompt) -> int | None:
+        """Tokens of the context that a prompt leaves for its reply; None where an endpoint does not say."""
+        ...
 
     def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[Piece]:
         """Yield one reply's pieces as they come; closing the iterator ends the reply."""
@@ -142,5 +151,6 @@ def check_messages(messages: Sequence[Message]) -> None:
             raise CptError(f"messages[{number}] has the role {role!r}; known are {', '.join(ROLES)}")
         if not isinstance(content, str):
             raise CptError(f"messages[{number}] has content of type {type(content).__name__}; it must be a string")
+    # Chat templates would put an assistant's header behind an answer, and the model answer itself.
     if messages[-1]["role"] != "user":
         raise CptError(f"the last message is the {messages[-1]['role']}'s; a reply answers the user's")

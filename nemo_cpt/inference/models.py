@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,9 @@ from nemo_cpt.cache import cache_folder
 from nemo_cpt.checkpoint import export_hf
 from nemo_cpt.checkpoint.context import RUN_JSON
 from nemo_cpt.errors import CptError
+from nemo_cpt.inference.asked_as import check_template_choice, reply_warnings, template_text
 from nemo_cpt.inference.engine import Engine
-from nemo_cpt.training.run_folder import newest_whole
+from nemo_cpt.training.run_folder import Checkpoint, newest_whole
 
 if TYPE_CHECKING:
     from nemo_cpt.inference.transformers_engine import TransformersEngine
@@ -19,6 +21,20 @@ if TYPE_CHECKING:
 SAMPLED_BYTES = 64 * 1024  # read at each of SAMPLES places of a file, to tell its content from another's
 SAMPLES = 16
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+MOST_TRIES = 5  # at the newest checkpoint of a run that replaces it meanwhile
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model on this machine.
+
+    Attributes:
+        folder: its Hugging Face folder.
+        name: what messages call it: what the user named, and the step of a run's checkpoint.
+    """
+
+    folder: Path
+    name: str
 
 
 def open_engine(
@@ -34,42 +50,72 @@ def open_engine(
 
     Args:
         model: a Hugging Face folder, a NeMo checkpoint, a run's folder (its newest complete checkpoint), or the
-            http address of an OpenAI-compatible server.
+            http address of an OpenAI-compatible server, as ADDRESS#MODEL where it serves several.
         base: the base of a LoRA checkpoint whose own record of it does not hold any more.
         api_key: an endpoint's key.
-        served_as: the model's name at an endpoint that serves several.
+        served_as: the model's name at an endpoint that serves several, in place of #MODEL.
         say: called with a line about what takes time or was chosen.
-        **options: of `TransformersEngine` (device, dtype, chat_template).
+        **options: of `open_transformers`.
 
     Raises:
         CptError: there is no such model, it cannot be loaded, or the endpoint does not answer.
     """
+    # Before anything is looked for on the disk: an address is never a path.
     if str(model).startswith(("http://", "https://")):
         from nemo_cpt.inference.endpoint import EndpointEngine
 
         if options:
             raise CptError(f"{', '.join(options)} cannot be set for a model that {model} serves")
-        return EndpointEngine(str(model), served_as, api_key=api_key)
+        address, _, named = str(model).partition("#")
+        return EndpointEngine(address, served_as or named or None, api_key=api_key)
     return open_transformers(model, base=base, say=say, **options)
 
 
 def open_transformers(
-    model: str | Path, *, base: str | Path | None = None, say: Callable[[str], None] = lambda line: None, **options: Any
-) -> "TransformersEngine":
-    """`open_engine` for what runs in this process alone, such as the server's model."""
-    folder = hugging_face_folder(model, base=base, say=say)
+    model: str | Path, *, base: str | Path | None = None, template: str | None = None,
+    say: Callable[[str], None] = lambda line: None, **options: Any,
+) -> "TransformersEngine":  # fmt: skip
+    """`open_engine` for what runs in this process alone, such as the server's model.
+
+    Args:
+        model: as for `open_engine`, without addresses.
+        base: as for `open_engine`.
+        template: a chat template in place of the model's own: the name of one that ships (`alpaca-ja`), or a Jinja
+            file. A reply then ends, too, where the model begins the next question itself, as base models do.
+        say: as for `open_engine`; called, too, with what will make replies go wrong.
+        **options: of `TransformersEngine` (device, dtype, chat_template).
+    """
+    if template is not None:
+        check_template_choice(template)
+    found = find_model(model, base=base, say=say)
+    if template is not None:
+        options["chat_template"] = template_text(template, found.folder)
+    elif "chat_template" not in options:
+        for warning in reply_warnings(found.folder):
+            say(f"warning: {warning}")
     from nemo_cpt.inference.transformers_engine import TransformersEngine  # imports torch: after the cheap refusals
 
-    return TransformersEngine(folder, **options)
+    engine = TransformersEngine(found.folder, name=found.name, **options)
+    if template is not None:
+        engine.end_at_next_turn()
+    return engine
 
 
 def hugging_face_folder(
     model: str | Path, *, base: str | Path | None = None, say: Callable[[str], None] = lambda line: None
 ) -> Path:
+    """Return the Hugging Face folder of a model; see `find_model`."""
+    return find_model(model, base=base, say=say).folder
+
+
+def find_model(
+    model: str | Path, *, base: str | Path | None = None, say: Callable[[str], None] = lambda line: None
+) -> Found:
     """Return the Hugging Face folder of a model; a NeMo checkpoint is exported into the cache first.
 
     The export is kept under `$XDG_CACHE_HOME/nemo_cpt/exports` (`~/.cache` by default), named by the checkpoint's
-    content: the size of every weights file and 64 KiB at sixteen places of it, and what it records of its run.
+    content: the size of every weights file and 64 KiB at sixteen places of it, and what it records of its run. A run
+    may go on meanwhile: where it replaces the newest checkpoint while that is read, the then newest is taken.
 
     Raises:
         CptError: there is no model at `model`, or it cannot be exported.
@@ -77,12 +123,50 @@ def hugging_face_folder(
     path = Path(model)
     if not path.exists():
         raise CptError(f"there is no model at {model}{_advice(str(model))}")
+    # In this order: an imported base holds `hf/config.json`, not one of its own.
     if (path / "config.json").is_file():
-        return path
-    checkpoint = _checkpoint(path)
-    if checkpoint != path:
-        say(f"the newest complete checkpoint of {path} is {checkpoint.name}")
-    export = cache_folder("exports") / _content_key(checkpoint, base)
+        return Found(path, str(path))
+    if (path / "weights").is_dir():
+        return Found(_exported(path, base, say), str(path))
+    if (path / "checkpoints").is_dir():
+        return _of_run(path, base, say)
+    found = ", ".join(sorted(each.name for each in path.iterdir())[:6]) if path.is_dir() else "a file"
+    raise CptError(
+        f"{path} is neither a Hugging Face folder (config.json) nor a NeMo checkpoint (weights/) nor a run's folder "
+        f"(checkpoints/); it holds {found or 'nothing'}"
+    )
+
+
+def _of_run(run: Path, base: str | Path | None, say: Callable[[str], None]) -> Found:
+    for _ in range(MOST_TRIES):
+        newest = _newest(run)
+        say(f"the newest complete checkpoint of {run} is {newest.path.name}, step {newest.step}")
+        try:
+            return Found(_exported(newest.path, base, say), f"{run} at step {newest.step}")
+        except CptError:
+            if _newest(run).path == newest.path:
+                raise
+            say(f"the run has replaced {newest.path.name} meanwhile")
+    raise CptError(f"{run} replaces its checkpoints faster than they can be read: name one of {run / 'checkpoints'}")
+
+
+def _newest(run: Path) -> Checkpoint:
+    for _ in range(MOST_TRIES):
+        try:
+            newest = newest_whole(run / "checkpoints")
+        except FileNotFoundError:  # one was removed while they were looked through
+            continue
+        if newest is not None:
+            return newest
+        break
+    raise CptError(f"{run} is a run that has no complete checkpoint yet")
+
+
+def _exported(checkpoint: Path, base: str | Path | None, say: Callable[[str], None]) -> Path:
+    try:
+        export = cache_folder("exports") / _content_key(checkpoint, base)
+    except FileNotFoundError as error:
+        raise CptError(f"{checkpoint} was removed while it was read: {error.filename} is gone") from None
     if export.exists():
         say(f"its export is in the cache: {export}")
         return export
@@ -95,20 +179,6 @@ def hugging_face_folder(
             return export
         raise
     return export
-
-
-def _checkpoint(path: Path) -> Path:
-    if (path / "weights").is_dir():
-        return path
-    if (path / "checkpoints").is_dir():
-        if (newest := newest_whole(path / "checkpoints")) is not None:
-            return newest.path
-        raise CptError(f"{path} is a run that has no complete checkpoint yet")
-    found = ", ".join(sorted(each.name for each in path.iterdir())[:6]) if path.is_dir() else "a file"
-    raise CptError(
-        f"{path} is neither a Hugging Face folder (config.json) nor a NeMo checkpoint (weights/) nor a run's folder "
-        f"(checkpoints/); it holds {found or 'nothing'}"
-    )
 
 
 def _advice(model: str) -> str:
@@ -134,6 +204,7 @@ def _sampled(digest: Any, files: list[Path]) -> str:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:
+            # Sampled: reading 16 GB to find a cached export would take longer than making one.
             for place in sorted({max(0, size - SAMPLED_BYTES) * sample // (SAMPLES - 1) for sample in range(SAMPLES)}):
                 file.seek(place)
                 digest.update(file.read(SAMPLED_BYTES))

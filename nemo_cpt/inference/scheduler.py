@@ -15,6 +15,10 @@ class QueueFullError(Exception):
     """As many requests wait as may."""
 
 
+class StoppedError(Exception):
+    """The server ended before the reply did."""
+
+
 @dataclass(eq=False)
 class Ticket:
     """A request's place in the queue, and later in the batch."""
@@ -27,6 +31,7 @@ class Ticket:
     def give(self, item: Piece | Exception) -> None:
         """Hand a piece over to the event loop's thread."""
         try:
+            # asyncio's queue is not for two threads; the loop's own thread puts.
             self.loop.call_soon_threadsafe(self.pieces.put_nowait, item)
         except RuntimeError:  # the loop was closed: the server is gone, and so is the client
             self.gone = True
@@ -53,6 +58,7 @@ class Scheduler:
 
     def __init__(self, decoder: Decoder, most_rows: int, batch_tokens: int, most_waiting: int) -> None:
         self.decoder, self.most_rows, self.batch_tokens = decoder, most_rows, batch_tokens
+        self.most_waiting = most_waiting
         self._waiting: queue.Queue[Ticket | None] = queue.Queue(most_waiting)
         self._next: Ticket | None = None  # taken from the queue, and waiting for room
         self._running: dict[Request, Ticket] = {}
@@ -77,6 +83,7 @@ class Scheduler:
             QueueFullError: as many wait as may.
             CptError: it cannot be answered within the model's context.
         """
+        # In the client's thread: what cannot be answered does not wait in the queue first.
         self.decoder.check(request)
         ticket = Ticket(request, asyncio.get_running_loop())
         try:
@@ -98,6 +105,7 @@ class Scheduler:
 
     def _work(self) -> None:
         while not self._closing:
+            # Here alone are rows taken out: only this thread may touch the batch.
             for ticket in [each for each in self._running.values() if each.gone]:
                 self.decoder.cancel(ticket.request)
                 del self._running[ticket.request]
@@ -107,7 +115,7 @@ class Scheduler:
                 self._hand_out(self.decoder.step())
             except Exception as error:  # out of memory, say: these clients are told, the next ones are served
                 self._fail(error)
-        self._fail(RuntimeError("the server is shutting down"))
+        self._fail(StoppedError("the server is shutting down"))
 
     def _joining(self) -> list[Ticket]:
         """Those that join now, in the order of the queue; waits for one where the batch is empty."""
@@ -115,6 +123,7 @@ class Scheduler:
         while True:
             if self._next is None:
                 try:
+                    # With nothing to do it sleeps here, until a request or None comes.
                     self._next = self._waiting.get(block=not self._running)
                 except queue.Empty:
                     return joining
@@ -130,6 +139,7 @@ class Scheduler:
     def _fits(self, request: Request) -> bool:
         """Whether the batch's keys and values stay within `batch_tokens`, however long its replies become."""
         lengths = [len(each.ids) + each.sampling.max_tokens for each in (*self._running, request)]
+        # One alone is always taken: it was checked against the model's context.
         return len(lengths) == 1 or (
             len(lengths) <= self.most_rows and max(lengths) * len(lengths) <= self.batch_tokens
         )

@@ -4,9 +4,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import utils as transformers_utils
+
+# transformers 4.57's generation imports scikit-learn, pandas and scipy, a fifth of the time to the first token, for the
+# assisted decoding that nothing here uses. The rest of transformers goes on seeing them.
+with patch.object(transformers_utils, "is_sklearn_available", lambda: False):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.generation import candidate_generator  # noqa: F401
 
 from nemo_cpt.checkpoint.transformers_config import transformers_config
 from nemo_cpt.errors import CptError
@@ -25,15 +32,18 @@ class TransformersEngine:
         device: "cuda", "cpu", ...; the GPU where there is one when None.
         dtype: "auto" for config.json's on a GPU and float32 on a CPU, where bf16 is several times slower.
         chat_template: Jinja text in place of the tokenizer's own.
+        name: what messages call the model; the folder's path when None.
 
     Raises:
         CptError: the folder cannot be loaded.
     """
 
     def __init__(
-        self, folder: str | Path, *, device: str | None = None, dtype: str = "auto", chat_template: str | None = None
-    ) -> None:
-        self.name = str(folder)
+        self, folder: str | Path, *, device: str | None = None, dtype: str = "auto", chat_template: str | None = None,
+        name: str | None = None,
+    ) -> None:  # fmt: skip
+        self.name = name or str(folder)
+        self.chat_stop: tuple[str, ...] = ()  # ends the reply to messages, beside what a request names
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         wanted = "float32" if dtype == "auto" and device == "cpu" else dtype
         try:
@@ -71,10 +81,36 @@ class TransformersEngine:
                 f"{self.name} has no chat template, so it cannot be given messages: ask it plain text to continue, or "
                 "name a template"
             )
+        return self._apply_template(messages, tokenize=True, add_generation_prompt=True)
+
+    def _apply_template(self, messages: Sequence[Message], **options: bool) -> Any:
         try:
-            return self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True)
+            return self.tokenizer.apply_chat_template(list(messages), **options)
         except Exception as error:  # jinja2's, and whatever a template raises for roles that it does not take
             raise CptError(f"the chat template of {self.name} refuses these messages: {error}") from error
+
+    def request(self, prompt: Prompt, sampling: Sampling) -> Request:
+        """A request to a decoder of this engine's; refuses what `encode` does."""
+        if not isinstance(prompt, str) and self.chat_stop:
+            sampling = replace(sampling, stop=(*sampling.stop, *self.chat_stop))
+        return Request(self.encode(prompt), sampling)
+
+    def end_at_next_turn(self) -> None:
+        """End replies to messages where the model goes on with the next question's heading.
+
+        A base model that is asked in a template of plain text (`### Instruction:`) has not learned to end its answer.
+        Headings that are special tokens are none of the text; those end replies where the folder says so.
+        """
+        question, answer = "Which is it?", "This one."
+        turns = [Message(role="user", content=question), Message(role="assistant", content=answer)]
+        text = self._apply_template([*turns, turns[0]], tokenize=False, add_generation_prompt=False)
+        heading = text.partition(answer)[2].partition(question)[0].removeprefix(self.tokenizer.eos_token or "").strip()
+        if heading and not any(each in heading for each in self.tokenizer.all_special_tokens):
+            self.chat_stop = (heading,)
+
+    def room(self, prompt: Prompt) -> int:
+        """Tokens of the context that a prompt leaves for its reply; 0 or less where there is none."""
+        return self.context_length - len(self.encode(prompt))
 
     def decoder(self) -> Decoder:
         """A new, empty batch."""
@@ -82,7 +118,7 @@ class TransformersEngine:
 
     def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[Piece]:
         """Yield one reply's pieces as they come; closing the iterator ends the reply."""
-        decoder, request = self.decoder(), Request(self.encode(prompt), sampling)
+        decoder, request = self.decoder(), self.request(prompt, sampling)
         pieces = decoder.add([request])
         while True:
             yield from (piece for _, piece in pieces)
@@ -95,19 +131,19 @@ class TransformersEngine:
 
         Prompts of like length share a batch, so that little is padded; the room of those that end is given to the next.
         """
-        encoded = [self.encode(prompt) for prompt in prompts]
+        requests = [self.request(prompt, sampling) for prompt in prompts]
         decoder = self.decoder()
-        for ids in encoded:  # all of them, before the first one costs time
-            decoder.check(Request(ids, sampling))
-        waiting = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
+        for request in requests:  # all of them, before the first one costs time
+            decoder.check(request)
+        waiting = sorted(range(len(requests)), key=lambda index: len(requests[index].ids))
         index_of: dict[Request, int] = {}
         while waiting or decoder.rows:
-            room = self._room(decoder, len(encoded[waiting[-1]]) + sampling.max_tokens) if waiting else 0
+            room = self._room(decoder, len(requests[waiting[-1]].ids) + sampling.max_tokens) if waiting else 0
             # Joining copies every key and value: wait until a quarter of the batch is free.
             if room and (not decoder.rows or room >= len(decoder.rows) / 3 or room >= len(waiting)):
                 taken = [waiting.pop() for _ in range(min(room, len(waiting)))]
                 # Seeds of their own: with one seed all replies would be drawn with the same random numbers.
-                added = {Request(encoded[at], replace(sampling, seed=sampling.seed + at)): at for at in taken}
+                added = {_seeded(requests[at], sampling.seed + at): at for at in taken}
                 index_of |= added
                 pieces = decoder.add(list(added))
             else:
@@ -127,8 +163,14 @@ class TransformersEngine:
             torch.cuda.empty_cache()
 
 
+def _seeded(request: Request, seed: int) -> Request:
+    """The same request, its turn beginning now."""
+    return Request(request.ids, replace(request.sampling, seed=seed))
+
+
 def _end_ids(network: Any, tokenizer: Any) -> list[int]:
     """Every token that ends a reply: all of generation_config.json's, else config.json's, and the tokenizer's EOS."""
+    # All of them: Llama-3 ends turns with one and texts with another, and either may be trained.
     named = [network.generation_config.eos_token_id, network.config.eos_token_id, tokenizer.eos_token_id]
     return sorted(
         {each for value in named for each in (value if isinstance(value, list) else [value]) if each is not None}

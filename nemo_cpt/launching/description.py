@@ -18,11 +18,14 @@ from nemo_cpt.catalog.workloads import workload
 from nemo_cpt.checkpoint.context import config_arguments
 from nemo_cpt.compatibility import read_base
 from nemo_cpt.conversations import Conversations, mixture
+from nemo_cpt.corpus import Blend
 from nemo_cpt.doctor import Job, Place
 from nemo_cpt.doctor.job import checkpoints_at_once, exports_kept
 from nemo_cpt.errors import CptError
 from nemo_cpt.launching.executor import make_executor
 from nemo_cpt.recipe_models import LIKE_BASE, model_config, module_named
+from nemo_cpt.training.options import read_early_stop, read_logger
+from nemo_cpt.training.settings import OF_A_BUILT_RECIPE, UNEVEN_STAGES, Settings
 
 MODEL = "model.config."
 # Fields of a recipe's config that say the same as one of its arguments, and that argument's type.
@@ -37,6 +40,16 @@ FIELDS = {
     "trainer.max_steps": ("max_steps", "int"),
     "trainer.val_check_interval": ("val_check_interval", "int | float | None"),
     "trainer.strategy.tensor_model_parallel_size": ("tensor_model_parallel_size", "int"),
+    "trainer.strategy.pipeline_model_parallel_size": ("pipeline_model_parallel_size", "int"),
+    "trainer.strategy.context_parallel_size": ("context_parallel_size", "int"),
+    "trainer.strategy.sequence_parallel": ("sequence_parallel", "bool"),
+    "log.ckpt.save_every": ("save_every", "int | None"),
+    "data.seq_length": ("seq_length", "int"),
+    "data.global_batch_size": ("global_batch_size", "int"),
+    "data.micro_batch_size": ("micro_batch_size", "int"),
+    "optim.config.lr": ("lr", "float"),
+    "optim.lr_scheduler.min_lr": ("min_lr", "float"),
+    "optim.lr_scheduler.warmup_steps": ("warmup_steps", "int"),
     "peft.dim": ("rank", "int"),
     "model.config.attention_backend": ("attention_backend", "str | None"),
 }
@@ -55,19 +68,25 @@ def describe(
         options: `key=value` of the executor.
 
     Raises:
-        CptError: there is no such executor, an option is wrong, or a field has the wrong type.
+        CptError: there is no such executor, logger or validation set, an option is wrong, or a field has the wrong
+            type.
     """
     given = {name: _default(function, name) for name in function.parameters} | dict(arguments)
     pairs = (field.partition("=") for field in fields)  # set after the recipe is built: they win over arguments
     given |= {FIELDS[path][0]: _field(path, text) for path, _, text in pairs if path in FIELDS}
     on_cpu = "processes" in function.parameters  # of recipes for GPUs it is called gpus_per_node
     data = catalog.default_data(function) if given.get("data") is None else given["data"]
-    given["max_steps"] = _max_steps(given, data)
+    given["max_steps"], asked = _max_steps(given, data), given.get("max_steps")
+    model, logger = _model(function, given, fields), read_logger(given.get("logger"))
+    if isinstance(data, Blend | Conversations):
+        replayed = given["replay"].validation if given.get("replay") else ()
+        read_early_stop(given.get("early_stop"), given.get("patience"), [*data.validation, *replayed])
     return Job(
         recipe=function.name,
         place=place(executor, options),
+        settings=_settings(given | {"max_steps": asked}, model, on_cpu),
         planned=partial(workload, function.name, arguments, fields),
-        model=_model(function, given, fields),
+        model=model,
         unlike_base=tuple(given.get("unlike_base") or ()),
         base=None if given.get("base") is None else str(given["base"]),
         data=data,
@@ -90,8 +109,21 @@ def describe(
         ),
         exports=exports_kept(given["max_steps"], given.get("export_every"), given.get("export_keep")),
         attention_backend=str(given.get("attention_backend") or "auto").rpartition(".")[2],
-        logs_to_wandb=any(field.startswith("log.wandb") for field in fields),
+        logs_to_wandb=logger.kind == "wandb" and not logger.offline,
+        logs_to_mlflow=logger.kind == "mlflow",
     )
+
+
+def _settings(given: Mapping[str, Any], model: Mapping[str, Any], on_cpu: bool) -> Settings:
+    """The job's numbers: arguments, and of the model what its config says."""
+    known = {name: given.get(name, model.get(name)) for name in OF_A_BUILT_RECIPE} | {"epochs": given.get("epochs")}
+    if on_cpu:
+        known["gpus_per_node"] = given["processes"]
+    elif known["sequence_parallel"] is None:  # the recipes share sequences wherever they cut layers
+        known["sequence_parallel"] = (given.get("tensor_model_parallel_size") or 1) > 1
+    if any(model.get(name) for name in UNEVEN_STAGES):
+        known["num_layers"] = None
+    return Settings(**known)
 
 
 def _model(function: Function, given: Mapping[str, Any], fields: Sequence[str]) -> dict[str, Any]:
@@ -105,6 +137,7 @@ def _model(function: Function, given: Mapping[str, Any], fields: Sequence[str]) 
         config = _of_base(given.get("base"))
     else:
         config = model_config(module_named(model) if model else function.path)
+    # Where the model is not known, a field of it alone would be compared with the whole of the base.
     for path, _, text in (field.partition("=") for field in fields if config):
         if path.startswith(MODEL):
             config[path.removeprefix(MODEL)] = _literal(text)
@@ -171,6 +204,7 @@ def _default(function: Function, name: str) -> Any:
     source = function.parameters[name].default
     if source is None:
         return None
+    # Recipes name their defaults: DEFAULT_BASE stands for a path.
     value = catalog.assigned(function.path, source) if source.isidentifier() else None
     source = ast.unparse(value) if value else source
     try:
@@ -186,6 +220,7 @@ def _max_steps(given: Mapping[str, Any], data: Any) -> int:
     if given.get("max_steps") is not None or not isinstance(data, Conversations):
         return int(given.get("max_steps") or 0)
     batch, length = (int(given.get(name) or 0) for name in ("global_batch_size", "seq_length"))
+    # Epochs are steps only where the conversations can be counted.
     if not batch or not length or not all(Path(prefix + ".idx").exists() for prefix in data.prefixes()):
         return 0
     share = mixture.replay_share(given.get("replay"), given.get("replay_share"))
@@ -197,4 +232,5 @@ def _max_steps(given: Mapping[str, Any], data: Any) -> int:
 
 def _lora_rank(function: Function, given: Mapping[str, Any]) -> int | None:
     """The adapters' rank: as given, or the recipes' own; None for a recipe that has none."""
+    # None asks the recipe for its own: 32 for instructions, 128 for a language.
     return int(given["rank"] or (32 if "epochs" in given else 128)) if "rank" in given else None

@@ -21,6 +21,7 @@ def make_executor(name: str, options: Sequence[str], processes: int) -> Any:
         CptError: there is no such executor, file or function, or an option is wrong.
     """
     file, _, function = name.partition(":")
+    # Before the catalog: a user's file needs no name there.
     if file.endswith(".py"):
         return _from_file(Path(file), function)
     from nemo_cpt import executors
@@ -28,6 +29,7 @@ def make_executor(name: str, options: Sequence[str], processes: int) -> Any:
     described = catalog.executor(name)
     given = catalog.parse(described, options, prefix="executor.")
     count = next((each for each in ("processes", "tasks_per_node") if each in described.parameters), None)
+    # Only where the user says nothing: a number that is given is meant.
     if count and not {count, "gpus_per_node", "gpus"} & set(given):
         given[count] = processes
     return getattr(executors, name)(**given)

@@ -43,6 +43,7 @@ class Experiment:
     def started(self) -> str:
         """The local time of its start, which its id ends in; empty if that is no time."""
         stamp = self.id.rpartition("_")[2]
+        # Ten digits are seconds; what goes beyond are fractions of one.
         seconds = int(stamp) / 10 ** max(len(stamp) - 10, 0) if stamp.isdigit() else 0
         return datetime.fromtimestamp(seconds).isoformat(" ", timespec="seconds") if seconds else ""
 
@@ -71,6 +72,7 @@ class Experiment:
 
 def task_state(noted: str, job_dir: str, local: bool) -> str:
     """A task's state: NeMo-Run's, but for those that stopped and saved, and local ones that lost their launcher."""
+    # Nobody notes the end of a job whose launcher was killed: its processes tell.
     state = "UNKNOWN" if local and noted == "RUNNING" and not list(processes_of(job_dir)) else noted
     return "STOPPED" if state in ("FAILED", "UNKNOWN") and stopped_early(job_dir) else state
 
@@ -82,6 +84,7 @@ def experiments() -> list[Experiment]:
         CptError: there is none.
     """
     home = _home() / "experiments"
+    # A folder without _TASKS is no experiment, or one that is only just being made.
     known = sorted(home.glob("*/*_*/_TASKS"), key=lambda path: path.stat().st_mtime, reverse=True)
     if not known:
         raise CptError(f"there are no experiments in {home}; NEMORUN_HOME names another place")
@@ -110,6 +113,7 @@ def follow(experiment: Experiment) -> Iterator[str]:
     """
     if experiment.over_ssh:
         raise CptError(f"{experiment.id} runs on a machine reached over SSH; `logs` without -f fetches its logs")
+    # From now on: what was there before has been printed by `logs`.
     read = {path: path.stat().st_size for task in experiment.tasks if (path := newest_log(task))}
     ended = False
     while True:
@@ -139,6 +143,7 @@ def processes_of(job_dir: str) -> Iterator[int]:
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or ()  # None where it may not be read
         modules = {word for option, word in pairwise(words) if option == "-m"}
+        # The module alone would match every job on this machine.
         if modules & MODULES and any(word.startswith(f"{job_dir}/") for word in words):
             yield process.pid
 
@@ -146,6 +151,7 @@ def processes_of(job_dir: str) -> Iterator[int]:
 def _noted(task: Path) -> tuple[str, str]:
     """What NeMo-Run noted last of a local task: its state, and its job's id."""
     try:
+        # NeMo-Run's one file for all local jobs, which a crash may have torn.
         jobs: dict[str, Any] = json.loads((_home() / ".local_jobs.json").read_bytes())
     except (OSError, ValueError):
         jobs = {}
@@ -162,5 +168,6 @@ def _configuration(task: Path) -> str:
 
 def _home() -> Path:
     """NeMo-Run's folder: as it is set in this process, else by NeMo-Run's own rule."""
+    # Only if it is imported already: importing it here would cost what this module saves.
     config = sys.modules.get("nemo_run.config")
     return Path(config.get_nemorun_home() if config else os.environ.get("NEMORUN_HOME", Path.home() / ".nemo_run"))

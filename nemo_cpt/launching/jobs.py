@@ -1,12 +1,14 @@
 """Jobs of `nemo-cpt run`: submitted through NeMo-Run, found again by the experiment's id."""
 
 import contextlib
+import io
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -36,9 +38,22 @@ def give_time_to_save(
 
 
 def submit(
-    recipe: catalog.Function, arguments: Mapping[str, Any], fields: list[str], executor: Any, detach: bool, dryrun: bool
+    recipe: catalog.Function,
+    arguments: Mapping[str, Any],
+    fields: list[str],
+    executor: Any,
+    detach: bool,
+    begun: Callable[[Path], None] | None = None,
 ) -> dict[str, Any]:
     """Run a recipe on an executor and wait for it, unless detached.
+
+    Args:
+        recipe: as the catalog reads it.
+        arguments: those given to it.
+        fields: `path.to.field=value` on its config.
+        executor: NeMo-Run's.
+        detach: return once it is submitted.
+        begun: called with the experiment's folder before the job is submitted; its log is then not printed.
 
     Returns:
         The experiment's id and its tasks' job ids.
@@ -46,6 +61,33 @@ def submit(
     Raises:
         CptError: the job was refused, or failed; with the log's last lines.
     """
+    with _experiment(recipe, arguments, fields, executor, tail_logs=begun is None) as experiment:
+        if begun:
+            begun(Path(experiment._exp_dir))
+        experiment.run(detach=detach)
+    print(f"experiment {experiment._id}: nemo-cpt status|logs|cancel {experiment._id}")
+    return {"experiment": experiment._id, "jobs": [job.handle for job in experiment.jobs]}
+
+
+def prepared(
+    recipe: catalog.Function, arguments: Mapping[str, Any], fields: list[str], executor: Any
+) -> dict[str, str]:
+    """What NeMo-Run would submit, without submitting it: the experiment's title, and NeMo-Run's own words.
+
+    Raises:
+        CptError: the executor refuses it.
+    """
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), _experiment(recipe, arguments, fields, executor) as experiment:
+        experiment.dryrun()
+    return {"experiment": experiment._title, "submitted": said.getvalue()}
+
+
+@contextlib.contextmanager
+def _experiment(
+    recipe: catalog.Function, arguments: Mapping[str, Any], fields: list[str], executor: Any, tail_logs: bool = True
+) -> Iterator[Any]:
+    """NeMo-Run's experiment with the recipe as its one task."""
     import nemo_run as run
 
     from nemo_cpt.launching.task import run_recipe
@@ -54,16 +96,12 @@ def submit(
         name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
         for name, value in arguments.items()
     }
+    # Name and arguments travel, not the built config: the launcher need not import NeMo, and the job builds it.
     task = run.Partial(run_recipe, recipe=recipe.name, arguments=plain, overrides=fields)
     title = recipe.name.replace(".", "-")
     with run.Experiment(title, executor=executor, enable_goodbye_message=False) as experiment:
-        experiment.add(task, name=title, tail_logs=True)
-        if dryrun:
-            experiment.dryrun()
-        else:
-            experiment.run(detach=detach)
-    print(f"experiment {experiment._id}: nemo-cpt status|logs|cancel {experiment._id}")
-    return {"experiment": experiment._id, "jobs": [job.handle for job in experiment.jobs]}
+        experiment.add(task, name=title, tail_logs=tail_logs)
+        yield experiment
 
 
 def status(experiment_id: str | None) -> dict[str, Any]:
@@ -73,6 +111,7 @@ def status(experiment_id: str | None) -> dict[str, Any]:
         CptError: there is no such experiment.
     """
     chosen = experiments.experiment(experiment_id)
+    # From the disk alone, where that knows: NeMo-Run takes 7 s to import.
     if all(chosen.executor(task) == "local" for task in chosen.tasks):
         return listed(chosen)
     with _opened(chosen.id) as experiment:
@@ -155,6 +194,7 @@ def _end_processes(job_dir: str) -> bool:
     """
     every = set(processes_of(job_dir))
     parents = _parents()
+    # The supervisor passes the signal on and waits; the workers told directly would end as if they had crashed.
     supervisors = [pid for pid in every if parents.get(pid) not in every]
     patience = max(map(seconds_to_save, supervisors), default=0)
     job, deadline, in_time = _with_descendants(every), time.monotonic() + patience, True
@@ -162,6 +202,7 @@ def _end_processes(job_dir: str) -> bool:
         _signal(pid, signal.SIGTERM)
     if job:
         print(f"told to stop; it has {patience} s to save, then it is killed", file=sys.stderr, flush=True)
+    # With what they started: a checkpoint's writer may outlive its parent.
     while job := _with_descendants(job):
         if time.monotonic() > deadline:
             in_time = False
@@ -175,6 +216,7 @@ def _with_descendants(pids: set[int]) -> set[int]:
     """Those of the processes that have not ended, and what they started and has not."""
     parents = _parents()
     found = pids & parents.keys()
+    # Generation by generation, until no more are found.
     while more := {pid for pid, parent in parents.items() if parent in found} - found:
         found |= more
     return found

@@ -11,9 +11,9 @@ from functools import cached_property
 from pathlib import Path
 
 from nemo_cpt import catalog
+from nemo_cpt.checkpoint.context import UNFINISHED
 from nemo_cpt.errors import CptError
 from nemo_cpt.training.metrics import read_metrics
-from nemo_cpt.training.preconditions import UNFINISHED
 from nemo_cpt.training.run_folder import DAMAGED, REMOVED, Checkpoint, checkpoints, finished, newest_whole
 from nemo_cpt.training.run_lock import RunLock, check_free
 
@@ -55,6 +55,7 @@ class Run:
     def step(self) -> int:
         """The optimizer steps that are done: of a job that runs now those measured, else those that were saved."""
         saved = self.newest.step if self.newest else 0
+        # Steps measured after the last save are lost when a run is resumed; of one that runs they are done.
         return max(saved, int(self.metrics[-1]["step"])) if self.running and self.metrics else saved
 
     @property
@@ -84,6 +85,7 @@ class Run:
         def rank(checkpoint: Checkpoint) -> tuple[float, int]:
             named = _LOSS_IN_NAME.search(checkpoint.path.name)
             losses = self.losses(checkpoint.step)
+            # In its name as it was saved; else from the metrics, for checkpoints between two validations.
             loss = float(named[1].rstrip(".")) if named else sum(losses.values()) / len(losses) if losses else None
             return (float("inf") if loss is None else loss), -checkpoint.step
 
@@ -151,6 +153,7 @@ def every_checkpoint(run: Run) -> list[tuple[Checkpoint, str]]:
     """A run's checkpoints, the newest first, each with its state: whole, unfinished, damaged or set aside."""
     folder = run.folder / "checkpoints"
     found = [(each, each.fault or "whole") for each in checkpoints(folder)]
+    # `checkpoints` leaves these out: nothing can be done with them but to remove them.
     found += [(each, "unfinished") for each in map(Checkpoint, _folders(folder)) if each.unfinished]
     return found + [(Checkpoint(path), "set aside as damaged") for path in _folders(folder / DAMAGED)]
 
@@ -161,6 +164,7 @@ def size(folder: Path) -> int:
     for parent, _, names in os.walk(folder):
         for name in names:
             try:
+                # lstat: a link counts for itself, not for the checkpoint that it names.
                 found += os.lstat(os.path.join(parent, name)).st_size
             except FileNotFoundError:
                 continue
@@ -183,6 +187,7 @@ def to_remove(run: Run, keep: int) -> list[Removal]:
     kept = {run.newest.path, *(each.path for each in run.best_first(whole)[: keep - 1])}
     others = [(each.path, state) for each, state in every_checkpoint(run) if each.path not in kept]
     for path, _ in others:
+        # Adapters are worth nothing without the weights that they were trained on.
         if user := _based_on(path, run.folder.parent):
             raise CptError(f"{path} is the base of {user}: export that run first, or keep more (--keep)")
     return [Removal(path, "beyond --keep" if state == "whole" else state, size(path)) for path, state in others]

@@ -14,7 +14,12 @@ _DATA = {
 
 
 def write_script(recipe: Function, file: Path) -> None:
-    """Write a recipe's module and a call of it to `file`.
+    """Write a recipe's module and a call of it to `file`; see `write_new`."""
+    write_new(recipe.path.read_text() + _call(recipe), file)
+
+
+def write_new(text: str, file: Path) -> None:
+    """Write a text file, whole or not at all.
 
     Raises:
         CptError: the file exists, or its folder does not.
@@ -25,7 +30,7 @@ def write_script(recipe: Function, file: Path) -> None:
         raise CptError(f"{file.parent} is no folder; make it first")
     partial = file.with_name(f".{file.name}.partial")
     with partial.open("w") as out:
-        out.write(recipe.path.read_text() + _call(recipe))
+        out.write(text)
         out.flush()
         os.fsync(out.fileno())
     partial.rename(file)

@@ -16,17 +16,24 @@ def run_recipe(recipe: str, arguments: dict[str, Any], overrides: list[str]) -> 
 
     A run that is finished, or that another job trains, is left alone before NeMo is imported.
     """
+    # Before NeMo: of a chain of jobs the last ones often find the run finished.
     if said := nothing_to_train(recipe, arguments, overrides):
         return print(f"nemo_cpt: {said}", flush=True)
     import fiddle as fdl
 
     from nemo_cpt.executors.stopping import save_on_sigterm
+    from nemo_cpt.executors.tracking import continue_wandb_run
+    from nemo_cpt.monitoring.description import launched
     from nemo_cpt.training import guards
 
+    launched.update(recipe=recipe, arguments=arguments, fields=overrides)
     partial = build_recipe(recipe, arguments, overrides)
     if "SLURM_NNODES" in os.environ and hasattr(partial, "trainer"):
+        # Slurm decided how many nodes the job has; the recipe could only guess.
         partial.trainer.num_nodes = int(os.environ["SLURM_NNODES"])
+    # In the job once more: base and data may be on the cluster alone.
     guards.check(partial)
+    continue_wandb_run(partial)
     save_on_sigterm(partial)
     fdl.build(partial)()
 
@@ -41,15 +48,18 @@ def nothing_to_train(recipe: str, arguments: Mapping[str, Any], overrides: Seque
         here: the run is to start on this machine, now.
 
     Raises:
-        CptError: another job holds the run's folder, and it is to start now.
+        CptError: a field is wrong; another job holds the run's folder, and it is to start now.
     """
     from nemo_cpt.training.run_folder import finished
     from nemo_cpt.training.run_lock import check_free
 
+    # Where the folder is set by hand, it is not known without building the recipe.
     if any(override.partition("=")[0] in _FOLDER_FIELDS for override in overrides):
         return ""
     job = describe(catalog.recipe(recipe), arguments, overrides, "local", ())
     said = finished(job.directory / "checkpoints", job.max_steps)
+    if said and overrides:  # misspelt ones are an error also where nothing is left to do
+        build_recipe(recipe, arguments, overrides)
     if here and not said:
         check_free(job.directory)
     return said or ""

@@ -20,6 +20,7 @@ def load(path: str | Path) -> Any:
         CptError: there is no such file, it is no YAML of a recipe, or it names something that cannot be imported.
     """
     try:
+        # safe: YAML's own tags could make any object; `_target_` is imported, which running a recipe does anyway.
         node = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise CptError(f"{path} cannot be read as a recipe's YAML: {error}") from None
@@ -41,6 +42,7 @@ def _build(node: Any, path: str) -> Any:
     target = pydoc.locate(node["_target_"])
     if target is None:
         raise CptError(f"{path} names {node['_target_']}, which cannot be imported")
+    # A class or function itself, such as a dtype.
     if node.get("_call_") is False:
         return target
     return _config(target, arguments, bool(node.get("_partial_")), path)

@@ -39,6 +39,7 @@ def checkpoint_bytes(
         trained_embeddings: whether the embedding and the output layer are trained beside the adapters.
         on_cpu: whether the run is one in fp32 on the CPU.
     """
+    # Through the planner's own counting, so that doctor and plan cannot disagree.
     work = _workload(arch).replace(lora_rank=lora_rank, trained_embeddings=trained_embeddings)
     return work.trained_parameters * (ON_CPU if on_cpu else WEIGHTS + OPTIMIZER)
 

@@ -59,8 +59,19 @@ def usable_gib(gpu_memory_gib: float) -> float:
     """
     if gpu_memory_gib <= 0:
         raise CptError(f"a GPU's memory of {gpu_memory_gib:g} GiB: give the size of the card, such as 48 or 80")
+    # People give what is on the box, scripts what nvidia-smi prints: both mean the same card.
     sold = min(USABLE_GIB, key=lambda size: abs(size - gpu_memory_gib))
     return USABLE_GIB[sold] if abs(sold - gpu_memory_gib) < 0.7 else 0.98 * gpu_memory_gib
+
+
+def of_size(gpu_memory_gib: float) -> Gpu | None:
+    """Return the first GPU of a memory, as sold or as nvidia-smi has it; None if the planner knows none of that size.
+
+    Raises:
+        CptError: the size is not positive.
+    """
+    usable = usable_gib(gpu_memory_gib)
+    return next((each for each in GPUS.values() if each.memory_gib == usable), None)
 
 
 def gpu(name: str | None) -> Gpu:
@@ -71,6 +82,7 @@ def gpu(name: str | None) -> Gpu:
     """
     if name is None:
         return DEFAULT
+    # As nvidia-smi, a shop or a person writes it.
     wanted = name.lower().replace("nvidia", "").replace("-", " ").strip()
     for known in GPUS.values():
         if known.name.lower().replace("-", " ") == wanted:

@@ -89,8 +89,10 @@ def stage_memory(work: Workload, stage: int, room: float = inf) -> StageMemory:
         "optimizer step": resident | {"optimizer's temporaries": _optimizer_temporaries(work, stage)},
         "initialisation": _initialisation(work, stage, room),
     }
+    # One peak, not the sum of the largest parts: what is alive at another moment is not alive at this one.
     moment, parts = max(moments.items(), key=lambda item: sum(item[1].values()))
     parts = {name: size for name, size in parts.items() if size}
+    # Without the context, which is not PyTorch's to fragment.
     fragmentation = int(FRAGMENTATION * sum(parts.values()))
     return StageMemory(stage, moment, parts | {"fragmentation": fragmentation, "CUDA context": _context(work, stage)})
 
@@ -108,6 +110,7 @@ def resident_bytes(work: Workload, stage: int) -> dict[str, int]:
         "weights": _weight_bytes(work, stage, weights),
         "fp8 copies of weights": 2 * _linear_elements(work, stage) if work.fp8 and not work.fp8_param else 0,
         "gradients": 0 if frozen else weights * work.grad_bytes,
+        # Padding has no states.
         "optimizer": 0 if frozen else elements * state_bytes(work) // work.optimizer_shards,
         "adapters": trained_bytes + (adapters + whole) * state_bytes(work) // work.optimizer_shards,
         "unused gradients": _dummy_gradients(work, stage),
@@ -151,6 +154,7 @@ def buffer_elements(work: Workload, stage: int) -> int:
     sizes = _parameter_sizes(work, stage)
     if not work.distributed_optimizer:
         return sum(sizes)
+    # Each rank gets an equal part of a bucket.
     divisor = lcm(128, work.optimizer_shards)
     return _up(sum(_up(size, ALIGNMENT) for size in sizes), divisor)
 
@@ -219,6 +223,7 @@ def layer_bytes_per_token(work: Workload) -> float:
     """
     dtype, tensor = work.weight_bytes, work.tensor_model_parallel_size
     hidden, attention, wide = work.hidden_size, work.query_size + work.kv_size, work.widths["linear_fc1"][1]
+    # Only sequence parallelism cuts what lies between the parallel layers.
     residual = hidden / (tensor if work.sequence_parallel else 1)
     kept = 2 * residual * dtype + 2 * attention / tensor * dtype + wide / tensor * dtype
     kept += 4 * work.num_attention_heads / tensor + 8
@@ -230,6 +235,7 @@ def _inputs_of_linear(work: Workload, residual: float) -> float:
     tensor, dtype = work.tensor_model_parallel_size, work.weight_bytes
     activation = work.ffn_hidden_size / tensor
     if work.lora_rank is None:
+        # fp8 keeps the inputs as it multiplied them, in a byte.
         return (2 * residual + activation) * (1 if work.fp8 else dtype)
     kept: float = sum(work.hidden_size for name in ("linear_qkv", "linear_fc1") if name in work.lora_targets) * dtype
     kept += activation * dtype if "linear_fc2" in work.lora_targets else 0
@@ -284,6 +290,7 @@ def activation_bytes(work: Workload, stage: int) -> int:
     hidden = _hidden_bytes(work)
     # A recomputed group keeps its input alone.
     inputs = -(-recomputed // work.recomputed_at_once)
+    # Recomputed layers keep nothing but their group's input.
     kept = (layers - recomputed) * layer_bytes_per_token(work) * work.tokens + inputs * hidden
     ends = 2 if stage == work.last_stage else 1  # the stage's input; the last norm's output
     if stage == 0 and work.lora_rank is not None and work.recompute != "none":
@@ -342,10 +349,12 @@ def _backward(work: Workload, stage: int) -> dict[str, int]:
 def _optimizer_temporaries(work: Workload, stage: int) -> int:
     """Adam's copies in fp32: of a slice's moments (patches.step_adam_in_slices), or of all bf16 gradients."""
     share = trained_parameters(work, stage) // work.optimizer_shards
+    # Megatron's own Adam copies low-precision gradients to fp32 before the step.
     if not work.precision_aware:
         return 4 * share if work.grad_bytes < 4 else 0
     if work.exp_avg_bytes == work.exp_avg_sq_bytes == 4 or {"exp_avg", "exp_avg_sq"} <= set(work.host_states):
         return 0
+    # A parameter is not cut: one larger than a slice is a slice of its own.
     largest = max(_parameter_sizes(work, stage)) // work.optimizer_shards
     return min(share, max(largest, ADAM_SLICE_ELEMENTS)) * (8 if work.fp8_moments else 10)
 
@@ -354,6 +363,7 @@ def _initialisation(work: Workload, stage: int, room: float) -> dict[str, int]:
     """Weights and their copies in Megatron's buffer at once, or the fp32 master weights being made."""
     resident = resident_bytes(work, stage)
     if work.lora_rank is not None:
+        # Frozen weights are never copied into a buffer.
         return {"weights": resident["weights"], "adapters": resident["adapters"]}
     kept = {"weights": resident["weights"], "gradients": resident["gradients"]}
     with_copies = (sum(kept.values()) + resident["weights"]) * (1 + FRAGMENTATION) + _context(work, stage)
@@ -400,6 +410,7 @@ def host_memory(work: Workload) -> HostMemory:
     143, 143 here. States that are kept in host memory are written from there (`training/host_states.py`);
     benchmarks/host_states.py: 34.9 GiB of a process with 2.8 B parameters, 34.3 here.
     """
+    # A job on part of a node has fewer processes there.
     processes = min(work.gpus, work.gpus_per_node)
     return HostMemory(
         {
@@ -415,6 +426,7 @@ def _checkpoint_copy(work: Workload) -> int:
 
     Weights; in fp32 moments and master weights (or what these have beyond the weights); of LoRA what is trained.
     """
+    # What lives in host memory is written from there, without a copy.
     copied = [size for name, size in _saved_states(work).items() if name not in work.host_states]
     if work.lora_rank is not None:
         embeddings = work.embedding_parameters if work.trained_embeddings else 0
@@ -424,6 +436,7 @@ def _checkpoint_copy(work: Workload) -> int:
     for stage in range(work.pipeline_model_parallel_size):
         total += sum(_pinned_size(size * work.weight_bytes) for size in _saved_sizes(work, stage))
         total += sum(_pinned_size(size * width) for size in _saved_pieces(work, stage) for width in copied)
+    # Tensor-parallel ranks each save their part, all alike in size.
     return total * work.tensor_model_parallel_size
 
 
@@ -474,4 +487,5 @@ def _cut(start: int, end: int, part: int) -> list[int]:
 
 
 def _pinned_size(size: int) -> int:
+    # The next power of two: PyTorch's pinned allocator rounds up to it.
     return 1 << (size - 1).bit_length() if size else 0

@@ -61,6 +61,7 @@ def plot(plan: Plan, path: Path) -> None:
     """Write the stages' peaks as stacked bars, with the card's memory as a line, to a PNG file."""
     import matplotlib
 
+    # Before pyplot is imported: no display is there, or wanted.
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -82,7 +83,8 @@ def _title(plan: Plan) -> str:
     work = plan.workload
     kind = f"LoRA rank {work.lora_rank}" if work.lora_rank else "every parameter"
     gpus = f"{work.gpus} GPU{'s' * (work.gpus > 1)} {plan.gpu.name}"
-    return f"{work.parameters / 1e9:.2f} B parameters, {kind}, {work.seq_length} x {work.micro_batch_size}, {gpus}"
+    size = f"{work.parameters / 1e9:.2f} B" if work.parameters >= 1e9 else f"{work.parameters / 1e6:.1f} M"
+    return f"{size} parameters, {kind}, {work.seq_length} x {work.micro_batch_size}, {gpus}"
 
 
 def _names(plan: Plan) -> list[str]:
@@ -95,6 +97,7 @@ def _bar(plan: Plan) -> str:
     bar, filled, done = "", 0, 0.0
     for name, size in plan.worst.parts.items():
         done += size
+        # Rounded from the sum so far, so that the parts' cells add up to the bar's.
         cells = round(done / scale) - filled
         bar += f"[{COLOURS.get(name, OTHER)}]{'█' * cells}[/]"
         filled += cells

@@ -64,6 +64,7 @@ class Plan:
 
     def as_dict(self, tokens: float | None = None) -> dict[str, Any]:
         """Return the plan as plain data for JSON: bytes, seconds, and hours for `tokens` if given."""
+        # A recipe without steps has no duration of its own.
         tokens = tokens or self.workload.max_steps * self.workload.tokens_per_step
         return {
             "fits": self.fits,

@@ -13,7 +13,7 @@ LLAMA3_VOCABULARY = 128_256
 MODELLED_CALLBACKS = {
     "Guards", "EveryTrainableParameterHasGradient", "OutOfMemoryAdvice", "ValidationLossBySet", "MetricsFile",
     "TimingCallback", "GarbageCollectionCallback", "PreemptionCallback", "SaveWhenStopped", "StopAtStep",
-    "ExportCheckpoints", "MegatronCommOverlapCallback",
+    "StopEarly", "Seed", "MegatronCommOverlapCallback", "DescribeRun", "ForgettingAlarm", "ExportCheckpoints",
 }  # fmt: skip
 MOMENTS = ("exp_avg_dtype", "exp_avg_sq_dtype")
 ADAPTERS = {"LoRA", "DoRA", "LoRAWithEmbeddings", "DoRAWithEmbeddings"}
@@ -54,6 +54,7 @@ def check_layout(recipe: Any) -> None:
 def _get(config: Any, name: str, default: Any) -> Any:
     """A field of a run.Config: as set, else the class's default; `default` where there is neither, or it is None."""
     try:
+        # A run.Config raises for a field with a default factory that was not set, besides for an unknown one.
         value = getattr(config, name)
     except (AttributeError, TypeError, ValueError):
         return default
@@ -76,6 +77,7 @@ def _model(recipe: Any, config: Any, strategy: Any) -> dict[str, Any]:
         "num_query_groups": _get(config, "num_query_groups", heads),
         "kv_channels": _get(config, "kv_channels", hidden // heads),
         "vocab_size": padded_to(_vocabulary(recipe, config), multiple),
+        # Megatron's defaults where a config is silent, not Llama's.
         "tied": _get(config, "share_embeddings_and_output_weights", True),
         "gated": _get(config, "gated_linear_unit", False),
         "qkv_bias": _get(config, "add_qkv_bias", False),
@@ -104,6 +106,7 @@ def _batches(recipe: Any, strategy: Any) -> dict[str, Any]:
         "micro_batch_size": _get(recipe.data, "micro_batch_size", 1),
         "global_batch_size": _get(recipe.data, "global_batch_size", 1),
         "max_steps": _get(recipe.trainer, "max_steps", 0),
+        # `devices` are a node's, in Lightning's words.
         "gpus": devices * _get(recipe.trainer, "num_nodes", 1),
         "gpus_per_node": devices,
         "tensor_model_parallel_size": _get(strategy, "tensor_model_parallel_size", 1),
@@ -186,6 +189,7 @@ def _name(config: Any) -> str:
 def _left_out(recipe: Any, config: Any) -> Iterator[str]:
     """What the planner leaves out, in words."""
     for callback in _get(recipe.trainer, "callbacks", []):
+        # An unknown callback may hold memory: the plan then is a lower bound, and says so.
         if _name(callback) not in MODELLED_CALLBACKS:
             yield f"callback {_name(callback)}"
     if _name(recipe.trainer.strategy) not in STRATEGIES:

@@ -17,6 +17,7 @@ def apply(recipe: Any, before: Workload, after: Workload) -> None:
     """
     config, strategy = recipe.model.config, recipe.trainer.strategy
     if after.seq_length != before.seq_length:
+        # NeMo has it in both places, and looks at either.
         config.seq_length = recipe.data.seq_length = after.seq_length
     if after.micro_batch_size != before.micro_batch_size:
         recipe.data.micro_batch_size = after.micro_batch_size
@@ -26,6 +27,7 @@ def apply(recipe: Any, before: Workload, after: Workload) -> None:
         if getattr(after, name) != getattr(before, name):
             setattr(strategy, name, getattr(after, name))
     if after.lora_rank != before.lora_rank:
+        # alpha / rank is the adapter's scale, which is not to change.
         recipe.peft.alpha = recipe.peft.alpha * after.lora_rank // before.lora_rank
         recipe.peft.dim = after.lora_rank
     _recompute(config, after)
@@ -36,6 +38,7 @@ def apply(recipe: Any, before: Workload, after: Workload) -> None:
 def _recompute(config: Any, work: Workload) -> None:
     if work.recompute in ("none", "selective"):
         config.recompute_granularity = None if work.recompute == "none" else "selective"
+        # Megatron refuses a method without full granularity.
         config.recompute_method = config.recompute_num_layers = None
         return
     config.recompute_granularity, config.recompute_method = "full", work.recompute

@@ -49,6 +49,7 @@ def saving(work: Workload) -> Saving:
 
     A window that is too long costs little: a run that has saved ends, and goes on when it has come back.
     """
+    # The cluster's cards are not known where a job is made.
     plans = [plan_workload(work, gpu=name) for name in GPUS]
     slowest = max([each for each in plans if each.fits] or plans, key=lambda each: each.speed.step_seconds)
     return Saving(slowest.speed.step_seconds, checkpoint_bytes(work), slowest.gpu.name)

@@ -108,8 +108,10 @@ def fit_workload(
         raise CptError(f"allow names {sorted(unknown)}: {', '.join([*ALLOWED, *FALLBACKS])} can be allowed")
     kind = hardware.gpu(gpu)
     usable = kind.memory_gib if gpu_memory_gib is None else hardware.usable_gib(gpu_memory_gib)
+    # The margin is for what the planner cannot know: other processes on the card, and its own error.
     budget = usable * (1 - margin) * GIB
     for tier in _tiers(work, allow):
+        # A tier is searched whole before the next one gives up more.
         fitting = [each for each in _candidates(tier, allow, budget) if _peak(each, budget) <= budget]
         if fitting:
             best = _best(fitting, kind, budget)
@@ -137,6 +139,7 @@ def _layout(work: Workload) -> tuple[int, int]:
 
 def nearest_that_fits(work: Workload, gpu_memory_gib: float | None, gpu: str | None) -> Fit | None:
     """Find the fastest setting that fits and trains the same; else one with more given up; None if there is none."""
+    # First what trains the same; what gives something up is offered only where that does not fit.
     for allowed in (ALLOWED, (*ALLOWED, *FALLBACKS)):
         try:
             return fit_workload(work, gpu_memory_gib, gpu, allow=allowed)
@@ -216,6 +219,7 @@ def _halved(value: int, least: int) -> list[int]:
 
 def _candidates(work: Workload, allow: Sequence[str], budget: float) -> Iterator[Workload]:
     """Every setting of the other knobs; of recomputation only the least that fits."""
+    # Always better where it is allowed: less memory, and no slower.
     if "loss" in allow:
         work = work.replace(loss="te")
     sizes = MICRO_BATCHES if "micro_batch" in allow else (work.micro_batch_size,)
@@ -254,6 +258,7 @@ def _layouts(work: Workload, allow: Sequence[str]) -> list[dict[str, Any]]:
 def _least_recompute(work: Workload, budget: float) -> Workload:
     """The fewest recomputed layers that fit, by bisection: memory falls with each; all of them where none fits."""
     plain = work.replace(recompute="none", recompute_num_layers=0)
+    # Without recomputation first: block's 0 layers would still keep the embedding's output for the adapters.
     if _peak(plain, budget) <= budget:
         return plain
     low, high = (

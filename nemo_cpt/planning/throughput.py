@@ -77,6 +77,7 @@ def speed(work: Workload, gpu: Gpu = DEFAULT) -> Speed:
     # In micro batches: stages - 1 of them pass before the last stage has work, v times shorter with v chunks.
     bubble = (work.pipeline_model_parallel_size - 1) / work.virtual_pipeline_model_parallel_size
     seconds = {
+        # Each rank's own: data-parallel ranks work at once.
         "forward and backward": work.micro_batches * micro_batch,
         "pipeline bubble": bubble * micro_batch,
         "tensor parallel": work.micro_batches * _tensor_parallel_seconds(work, gpu),
@@ -104,8 +105,10 @@ def model_flops_per_token(work: Workload) -> float:
 
 def _micro_batch_seconds(work: Workload, gpu: Gpu) -> float:
     """Forward and backward of one micro batch on the slowest stage: the last, which has the output layer too."""
+    # How many times slower than the H200, on which the rates were measured.
     compute, memory = DEFAULT.bf16_tflops / gpu.bf16_tflops, DEFAULT.bandwidth_tb_s / gpu.bandwidth_tb_s
     layers, head, attention = _operations(work)
+    # The output layer stays in bf16 under fp8.
     seconds = compute * (layers / (FP8_RATE if work.fp8 else BF16_RATE) + head / BF16_RATE + attention / ATTENTION_RATE)
     seconds += memory * _activation_traffic(work) / ACTIVATION_RATE
     seconds += memory * _gradient_traffic(work) / GRADIENT_RATE

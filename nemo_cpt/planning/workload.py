@@ -146,6 +146,7 @@ class Workload:
     @property
     def optimizer_shards(self) -> int:
         """Ranks that share the optimizer's states: data and context parallel together (Megatron's `dp_cp_group`)."""
+        # Ranks that differ in context alone hold the same weights, too.
         return self.data_parallel * self.context_parallel_size if self.distributed_optimizer else 1
 
     @property
@@ -156,6 +157,7 @@ class Workload:
     @property
     def tokens(self) -> int:
         """Tokens of a micro batch on one GPU: its share of the sequence."""
+        # Not cut by tensor parallelism: what that cuts is divided where it is counted.
         return self.seq_length * self.micro_batch_size // self.context_parallel_size
 
     @property

@@ -11,6 +11,8 @@ from nemo.lightning.pytorch.optim.base import LRSchedulerModule
 
 from nemo_cpt.errors import CptError
 
+# The ends of Megatron's names: in front stand the wrappers' (`module.module.`), which differ by precision and
+# parallelism.
 WHOLE = ("word_embeddings.weight", "output_layer.weight")
 
 
@@ -28,6 +30,7 @@ class _WithEmbeddings:
 
     def freeze_model(self, model: torch.nn.Module) -> None:
         """Freeze all but the embedding and the output layer."""
+        # NeMo's first: it freezes all and puts the adapters in; only then is there something to thaw.
         super().freeze_model(model)  # type: ignore[misc]
         for name, parameter in model.named_parameters():
             if is_embedding_or_head(name):
@@ -74,4 +77,5 @@ class EmbeddingRateOptimizer(nl.MegatronOptimizerModule):
     ) -> None:
         super().__init__(config, lr_scheduler)
         self.embeddings_lr = embeddings_lr
+        # Megatron makes a parameter group of its own of what the condition names, with its rate times `lr_mult`.
         self.scale_lr_cond, self.lr_mult = is_embedding_or_head, embeddings_lr / float(config.lr or 1)

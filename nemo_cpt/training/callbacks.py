@@ -1,14 +1,17 @@
 """What a run reports about itself."""
 
 import math
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from nemo.lightning._strategy_lib import _sync_from_last_pipeline_stage
 from nemo.utils import AppState
 
-from nemo_cpt.training.metrics import RESUMED_FROM, append_metrics
+from nemo_cpt.training.metrics import BATCHES, LOSS, RESUMED_FROM, append_metrics
 
 
 class ValidationLossBySet(pl.Callback):
@@ -27,7 +30,9 @@ class ValidationLossBySet(pl.Callback):
 
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *args) -> None:
         """Keep the loss of one global batch."""
+        # A copy: the broadcast below writes into it.
         loss = outputs.detach().clone()
+        # Only the last pipeline stage has a loss, and every rank names checkpoints by it.
         _sync_from_last_pipeline_stage(loss, broadcast=True)
         self._losses.append(loss)
 
@@ -35,27 +40,37 @@ class ValidationLossBySet(pl.Callback):
         """Average the losses of each set and log them."""
         by_set = self.losses(trainer)
         for name, loss in by_set.items():
-            pl_module.log(f"val_loss_{name}", loss, batch_size=1)
+            pl_module.log(f"{LOSS}{name}", loss, batch_size=1)
         if by_set:
             # NeMo's own val_loss weighs the first batch of a validation as one sequence, the others by their size.
             pl_module.log("val_loss", torch.stack(list(by_set.values())).mean(), prog_bar=True, batch_size=1)
-            values = {f"val_loss_{name}": float(loss) for name, loss in by_set.items()}
-            _append(trainer, {"step": trainer.global_step, **values})
+            values: dict[str, Any] = {f"{LOSS}{name}": float(loss) for name, loss in by_set.items()}
+            values |= {f"{BATCHES}{name}": losses for name, losses in self._batches(trainer) if len(losses) > 1}
+            _append(trainer, {"step": trainer.global_step, "time": time.time(), **values})
 
     def losses(self, trainer: pl.Trainer) -> dict[str, torch.Tensor]:
         """Mean loss of each set, if the last validation went through all of them whole."""
         weights = getattr(trainer.datamodule, "validation_weights", {})
+        # One that was stopped in the middle, or NeMo's own data module: no mean is better than one of other batches.
         if not self._losses or len(self._losses) != sum(map(len, weights.values())):
             return {}
+        # The batches come set by set, in the order of `validation_weights`: `FirstSamples` knows no other.
         batches = iter(torch.stack([loss.reshape(()) for loss in self._losses]))
         return {
             name: sum(weight * next(batches) for weight in of_set) / sum(of_set) for name, of_set in weights.items()
         }
 
+    def _batches(self, trainer: pl.Trainer) -> Iterator[tuple[str, list[float]]]:
+        """Each set's losses batch by batch, whose differences over the steps tell how sure a change is."""
+        batches = iter(torch.stack([loss.reshape(()) for loss in self._losses]).tolist())
+        for name, of_set in trainer.datamodule.validation_weights.items():
+            yield name, [next(batches) for _ in of_set]
+
 
 class MetricsFile(pl.Callback):
     """Append one JSON line a logged step to `metrics/steps.jsonl` in the run's folder: step, loss, lr, grad_norm, time.
 
+    `time` is when the step ended, in seconds since 1970, and `gpu_memory_gib` the most that rank 0's allocator took.
     Unlike a logger's file it is append-only, so a resumed run continues it.
     """
 
@@ -67,11 +82,32 @@ class MetricsFile(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Write the step's metrics if the trainer logs this step."""
+        # The same steps as Lightning's loggers, whose metrics these are.
         if trainer.global_step % trainer.log_every_n_steps:
             return
         logged = trainer.callback_metrics
         values = {name: float(logged[name]) for name in self.NAMES if name in logged}
-        _append(trainer, {"step": trainer.global_step, **values})
+        if torch.cuda.is_available():
+            values["gpu_memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        _append(trainer, {"step": trainer.global_step, "time": time.time(), **values})
+
+
+class Seed(pl.Callback):
+    """Seed every random number of the job but the data's order, which has its own: an adapter's first values.
+
+    Megatron seeds its generators with 1234 when it is set up, ahead of any callback.
+
+    Args:
+        seed: the same on every rank; Megatron adds the rank where ranks must differ.
+    """
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Seed ahead of the model, which is built next."""
+        pl.seed_everything(self.seed, verbose=False)
+        model_parallel_cuda_manual_seed(self.seed)
 
 
 class StopAtStep(pl.Callback):
@@ -86,7 +122,13 @@ class StopAtStep(pl.Callback):
             trainer.should_stop = True
 
 
-def _append(trainer: pl.Trainer, values: dict[str, float]) -> None:
+def _append(trainer: pl.Trainer, values: dict[str, Any]) -> None:
     if trainer.is_global_zero:
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        append_metrics(AppState().log_dir, finite)
+        append_metrics(AppState().log_dir, {name: _finite(value) for name, value in values.items()})
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    # NaN is no JSON: readers other than Python's would refuse the whole line.
+    return value if math.isfinite(value) else None

@@ -19,6 +19,7 @@ from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
 
 from nemo_cpt.checkpoint.context import RUN_JSON
 from nemo_cpt.errors import CptError
+from nemo_cpt.training.metrics import RUN_FILE, read_file, validation_losses
 from nemo_cpt.training.record import record_of
 from nemo_cpt.training.run_folder import DAMAGED, REMOVED, Checkpoint, damaged_since
 from nemo_cpt.training.run_lock import check_held
@@ -51,6 +52,7 @@ class RunCheckpoint(nl.ModelCheckpoint):
         """Settle when to save, and clear away what a killed job left half-written, half-removed or damaged."""
         self._fit_to_validation(trainer)
         if trainer.is_global_zero:
+            # Before anything is removed: a job that was suspended for long may have lost the folder to its successor.
             check_held(Path(AppState().log_dir))
             self._clear_away(Path(self.dirpath))
         super().setup(trainer, pl_module, stage)
@@ -63,8 +65,10 @@ class RunCheckpoint(nl.ModelCheckpoint):
                     ": validating and saving once, at the end",
                     flush=True,
                 )
+            # Lightning refuses an interval that lies above the number of batches.
             trainer.val_check_interval = trainer.max_steps
         self.validates = bool(trainer.limit_val_batches and getattr(trainer.datamodule, "validation_names", True))
+        # A loss that is never measured: nothing would ever be saved. By steps, the newest are the best.
         if not self.validates and (self.monitor or "").startswith("val_"):
             self.monitor, self.mode, self.kth_value = "steps", "max", torch.tensor(-torch.inf)
 
@@ -75,6 +79,7 @@ class RunCheckpoint(nl.ModelCheckpoint):
             (folder / DAMAGED).mkdir(exist_ok=True)
             damaged.path.rename(folder / DAMAGED / f"{damaged.path.name}-{uuid.uuid4().hex[:8]}")
         for link in folder.glob("*"):
+            # NeMo's `-last` may link to a checkpoint that was just set aside, and would be taken for one that is there.
             if link.is_symlink() and not link.exists():
                 link.unlink()
 
@@ -89,6 +94,7 @@ class RunCheckpoint(nl.ModelCheckpoint):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Save where this step is due and no validation follows, whose end would save."""
+        # Where one follows, its loss belongs into the name, and on_validation_end saves.
         if self._due(trainer) and not self._validation_follows(trainer):
             self._save(trainer)
 
@@ -99,6 +105,8 @@ class RunCheckpoint(nl.ModelCheckpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the end, wherever it came. NeMo's counts on the last validation where the interval divides the step."""
+        # Twice: `_save` may find nothing to do where only the best are kept, and the end has to be on disk all the
+        # same.
         if not self._should_skip_saving_checkpoint(trainer):
             self._save(trainer)
         if not self._should_skip_saving_checkpoint(trainer):
@@ -111,12 +119,14 @@ class RunCheckpoint(nl.ModelCheckpoint):
         if self._should_skip_saving_checkpoint(trainer):
             return False
         step = trainer.global_step
+        # By the global step, which a resumed run counts on; Lightning counts batches since the start.
         return step % (self.save_every or trainer.val_check_batch) == 0 or 0 < trainer.max_steps <= step
 
     def _save(self, trainer: pl.Trainer) -> None:
         measured = self._monitor_candidates(trainer)
         if self.monitor in measured:
             self._save_topk_checkpoint(trainer, measured)
+        # After the top-k: the newest is always kept, whatever its loss.
         self._save_last_checkpoint(trainer, measured)
 
     def _monitor_candidates(self, trainer: pl.Trainer) -> dict[str, torch.Tensor]:
@@ -142,10 +152,16 @@ class RunCheckpoint(nl.ModelCheckpoint):
         """
         if trainer.is_global_zero:
             check_held(Path(AppState().log_dir))
+            # Before the first byte: from here to its removal nobody takes the folder for a checkpoint.
             self.set_checkpoint_unfinished_marker(filepath)
             folder = ckpt_to_dir(filepath)
             folder.mkdir(parents=True, exist_ok=True)
-            record = record_of(trainer) | {"validation_pending": self._validation_follows(trainer)}
+            described = read_file(AppState().log_dir, RUN_FILE)
+            record = record_of(trainer) | {
+                "validation_pending": self._validation_follows(trainer),
+                "losses": validation_losses(AppState().log_dir),
+                **{name: described.get(name) for name in ("launched", "versions")},
+            }
             (folder / RUN_JSON).write_text(json.dumps(record, indent=1))
             if self.writes_context:
                 _write_context(trainer, folder)
@@ -160,8 +176,10 @@ class RunCheckpoint(nl.ModelCheckpoint):
             return None
         if folder.is_symlink():
             return folder.unlink()
+        # A rename is one step for every reader; removing tens of GB of files is not.
         removed = folder.rename(folder.with_name(REMOVED + uuid.uuid4().hex))
         remover = threading.Thread(target=shutil.rmtree, args=(removed, True))
+        # In a thread: removing tens of GB takes a while, in which the training can go on.
         remover.start()
         if not self.async_save:
             remover.join()
@@ -218,6 +236,7 @@ def save_now(trainer: pl.Trainer) -> None:
         save_last(checkpoint, trainer)
     if isinstance(trainer.strategy.checkpoint_io, AsyncFinalizableCheckpointIO):
         trainer.strategy.checkpoint_io.maybe_finalize_save_checkpoint(blocking=True)
+    # Looked at on the disk: NeMo's save may only warn, and a stop must not be reported as saved when it was not.
     saved = Checkpoint(ckpt_to_dir(checkpoint._last_checkpoint_saved))
     fault = trainer.strategy.broadcast("it is unfinished" if saved.unfinished else saved.fault)
     if fault:

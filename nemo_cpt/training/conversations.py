@@ -70,10 +70,12 @@ class ConversationDataModule(NamedSetsDataModule):
         check(self.conversations, self.replay, replay_share)
         self.too_long, self.replay_share, self.epochs = too_long, replay_share, epochs
         self.template = self.conversations.template
+        # By full prefix, under which manifests, records and reports know a set.
         chats = {conversations_prefix(prefix): weight for prefix, weight in self.conversations.train.items()}
         texts = self.replay.shares() if self.replay else {}
         self.training_sets = chats | {prefix: share * replay_share for prefix, share in texts.items()}
         self.validation_sets = self._conversation_sets() | (self.replay.validation_paths() if self.replay else {})
+        # NeMo's own `paths` are only looked at for their form: `build` does not use them.
         super().__init__(paths=list(chats), seed=seed, **kwargs)
 
     def _conversation_sets(self) -> dict[str, str]:
@@ -86,6 +88,7 @@ class ConversationDataModule(NamedSetsDataModule):
             CptError: packed conversations cannot be cut as the layout asks; see `check_layout`.
         """
         strategy = self.trainer.strategy
+        # Here and not in __init__: only with the strategy is the layout known.
         check_layout(
             strategy.context_parallel_size,
             strategy.pipeline_model_parallel_size,
@@ -104,6 +107,7 @@ class ConversationDataModule(NamedSetsDataModule):
         del trainer_val_check_interval, trainer_limit_test_batches
         self._check_epochs(trainer_max_steps)
         samples = trainer_max_steps * self.global_batch_size
+        # Counted, not rounded from the share: each index below `samples` must find its text.
         replayed = samples - other_than_replay(samples, self.replay_share)
         texts = self._text(self.replay.shares(), replayed, TRAIN) if self.replay and replayed else None
         order = TrainingSequences(self.conversations, self.seq_length, self.seed)
@@ -137,9 +141,12 @@ class ConversationDataModule(NamedSetsDataModule):
                 )
             batches = min(most, math.ceil(len(chats) / self.global_batch_size))
             starts = range(0, batches * self.global_batch_size, self.global_batch_size)
+            # A batch weighs what it has of trained tokens: the last one is mostly padding, and an equal share would
+            # distort the mean.
             self.validation_weights[name] = [chats.trained(start, self.global_batch_size) for start in starts]
             parts.append((chats, batches * self.global_batch_size))
         for name, prefix in (self.replay.validation_paths() if self.replay else {}).items():
+            # Texts fill every sequence, so that all their batches weigh the same.
             self.validation_weights[name] = [1.0] * most
             count = most * self.global_batch_size
             parts.append((self._text({prefix: 1.0}, count, VALIDATION) if count else [], count))
@@ -228,6 +235,7 @@ class _Training(_Packed):
         return self.samples
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
+        # How many of the first `index` sequences are conversations: the count rises exactly where the next one is.
         before, after = (other_than_replay(each, self.replay_share) for each in (index, index + 1))
         return self.order[before] if after > before else self.texts[index - before]
 
@@ -257,6 +265,7 @@ class _OneSet(Sequence[dict[str, Any]]):
         return len(self.packing)
 
     def __getitem__(self, index: Any) -> Any:
+        # Empty ones have no trained token, and so no part in the loss.
         return lay_out(self.chats, self.packing[index] if index < len(self.packing) else [], self.fit)
 
     def trained(self, start: int, count: int) -> float:
@@ -273,7 +282,9 @@ def with_block_mask(samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Ten
     """
     batch = {name: torch.stack([torch.as_tensor(sample[name]) for sample in samples]) for name in FIELDS}
     length = batch["tokens"].shape[1]
+    # Which conversation each position belongs to, by number.
     stretches = torch.stack([torch.repeat_interleave(_starts(sample).diff(), output_size=length) for sample in samples])
+    # [samples, query, key]: a position may look only within its own conversation, and not ahead.
     others = stretches[:, :, None] != stretches[:, None, :]
     later = torch.ones(length, length, dtype=torch.bool).triu(1)
     return batch | {"attention_mask": (others | later)[:, None]}
@@ -289,10 +300,12 @@ def as_one_sequence(samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Ten
     """
     batch = {name: torch.cat([torch.as_tensor(sample[name]) for sample in samples])[None] for name in FIELDS}
     length = batch["tokens"].shape[1] // len(samples)
+    # Without each sequence's end, which is where the next one begins.
     starts = [_starts(sample)[:-1] + number * length for number, sample in enumerate(samples)]
     cu_seqlens = torch.cat([*starts, torch.tensor([len(samples) * length])]).int()
     return batch | {
         "cu_seqlens": cu_seqlens[None],
+        # NeMo expects the array padded with -1 and looks for the first; there is no padding here, so it is the length.
         "cu_seqlens_argmin": torch.tensor(len(cu_seqlens)),
         "max_seqlen": cu_seqlens.diff().max(),
     }

@@ -26,6 +26,7 @@ class CpuStrategy(nl.MegatronStrategy):
     def setup_environment(self) -> None:
         """Enter the CPU stack before the processes meet."""
         self._cpu_stack = contextlib.ExitStack()
+        # Not in __init__: a recipe is also built where it only is launched, and the stack replaces parts of torch.cuda.
         self._cpu_stack.enter_context(cpu_stack())
         super().setup_environment()
 
@@ -64,11 +65,13 @@ def on_cpu(recipe: Any, processes: int = 1) -> Any:
     if getattr(trainer.plugins, "fp8", None):
         raise CptError("a CPU has no fp8 products: make the recipe with precision=bf16")
     trainer.accelerator, trainer.devices, trainer.num_nodes, trainer.plugins = "cpu", processes, 1, None
+    # The class alone: every argument that the recipe or its user set stays.
     fdl.update_callable(strategy, CpuStrategy)
     strategy.pipeline_dtype = torch.float32
     strategy.ckpt_async_save = strategy.sequence_parallel = False  # gloo does not reduce and scatter
     strategy.ddp.overlap_grad_reduce = strategy.ddp.overlap_param_gather = False
     strategy.ddp.average_in_collective = False  # gloo has no average
+    # With several processes a test or a user wants just these sizes.
     if processes == 1:
         strategy.tensor_model_parallel_size = strategy.pipeline_model_parallel_size = strategy.context_parallel_size = 1
     _plain_adam(recipe)

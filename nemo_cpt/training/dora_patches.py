@@ -28,6 +28,7 @@ def _norms_of_whole_rows(self: Any) -> torch.Tensor:
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
     into, out = self.adapter.linear_in.weight, self.adapter.linear_out.weight
+    # Row-parallel layers (linear_proj, linear_fc2) are cut along the inputs, that is within each row of the weight.
     rows_are_cut = self.adapter.input_is_parallel
     if rows_are_cut:
         out = gather_from_tensor_model_parallel_region(out.T).T
@@ -36,6 +37,7 @@ def _norms_of_whole_rows(self: Any) -> torch.Tensor:
     weight = self.to_wrap.weight + self.scaling * out @ into
     norms = torch.linalg.norm(weight, dim=1, dtype=torch.float32)
     if rows_are_cut:
+        # Squares add up over a row's parts, norms do not.
         squares = norms.square()
         torch.distributed.all_reduce(squares, group=parallel_state.get_tensor_model_parallel_group())
         norms = squares.sqrt()
@@ -49,6 +51,8 @@ def _with_parallel_attributes(init: Callable[[Any, torch.Tensor], None]) -> Call
     def init_weight_magnitude(self: Any, value: torch.Tensor) -> None:
         init(self, value)
         if self.input_is_parallel:
+            # Megatron sums such gradients over the ranks: with sequence parallelism each has seen its part of the
+            # sequence.
             self.weight_magnitude.sequence_parallel = self.config.sequence_parallel
         else:
             set_tensor_model_parallel_attributes(self.weight_magnitude, True, 0, 1)
@@ -74,6 +78,7 @@ def _by_halves(sharded: Callable[..., dict[str, Any]]) -> Callable[..., dict[str
     def sharded_state_dict(self: Any, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> Any:
         tensors, key = sharded(self, prefix, sharded_offsets, metadata), f"{prefix}weight_magnitude"
         if "linear_fc1" in self.base_linear_name:
+            # The same factory that Megatron uses for the weight, so that rows and magnitudes are cut alike.
             tensors[key] = apply_swiglu_sharded_factory(tensors[key], sharded_offsets)
         return tensors
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
 
+from nemo_cpt.checkpoint.context import UNFINISHED
 from nemo_cpt.errors import CptError
-from nemo_cpt.training.preconditions import UNFINISHED
 from nemo_cpt.training.run_folder import newest_whole
 from nemo_cpt.training.run_lock import check_held
 
@@ -44,10 +44,12 @@ def say_which_disk_is_full(run_folder: Path, checkpoints: Path, clear_away: bool
         raise
     except (Exception, CheckpointException) as error:  # the latter is PyTorch's, and a BaseException
         folder = checkpoints if checkpoints.is_dir() else run_folder
+        # The disk before the exception: a writer's often says only that a child ended.
         what = _refusal(folder) or _complaint(error)
         if what is None:
             raise
         if clear_away:
+            # What is unfinished may be another job's by now.
             check_held(run_folder)
             _remove_unfinished(checkpoints)
         newest = newest_whole(checkpoints)
@@ -68,6 +70,7 @@ def _log_files_do_not_complain() -> Iterator[None]:
     complain = logging.Handler.handleError
 
     def handle_error(handler: logging.Handler, record: logging.LogRecord) -> None:
+        # Every other complaint stays: only want of room is said elsewhere.
         if getattr(sys.exc_info()[1], "errno", None) not in _NO_ROOM:
             complain(handler, record)
 
@@ -83,6 +86,8 @@ def _refusal(folder: Path) -> str | None:
     probe = folder / f".room-{uuid.uuid4().hex[:8]}"
     try:
         with open(probe, "wb") as file:
+            # A megabyte, and fsync: small files may fit into what a full file system keeps back, and quotas are counted
+            # late.
             file.write(bytes(_PROBE_BYTES))
             os.fsync(file.fileno())
     except OSError as error:
@@ -109,5 +114,6 @@ def _complaint(error: BaseException) -> str | None:
 
 def _remove_unfinished(checkpoints: Path) -> None:
     for marker in checkpoints.glob(f"*{UNFINISHED}"):
+        # The folder first: without its marker, what is left of it would pass for a whole checkpoint.
         shutil.rmtree(str(marker).removesuffix(UNFINISHED), ignore_errors=True)
         marker.unlink(missing_ok=True)

@@ -30,6 +30,7 @@ class EveryTrainableParameterHasGradient(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Watch every trainable parameter of this rank's part of the model: NeMo has added the adapters by now."""
         if not self._done:
+            # The wrapped model: its parameters are those that Megatron's buffers and the optimizer hold.
             self.watch(getattr(trainer.strategy, "megatron_parallel", None) or pl_module)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
@@ -42,6 +43,7 @@ class EveryTrainableParameterHasGradient(pl.Callback):
         """Start to wait for the gradient of every parameter of `model` that requires one."""
         for name, parameter in _trainable(model):
             self._waiting[name] = parameter
+            # Hooks, because Megatron adds gradients to buffers of its own: `.grad` is None also where one was received.
             self._hooks.append(parameter.register_post_accumulate_grad_hook(self._received(name)))
 
     def check(self) -> None:

@@ -14,10 +14,11 @@ import torch
 from nemo_cpt import compatibility
 from nemo_cpt.corpus import full_prefix
 from nemo_cpt.errors import CptError, exit_with_the_message
-from nemo_cpt.training import conversations, patches
+from nemo_cpt.training import conversations, patches, settings
 from nemo_cpt.training.data import blend_of
 from nemo_cpt.training.preconditions import check_base, check_environment
 from nemo_cpt.training.resume import check_start
+from nemo_cpt.training.settings import Settings, settings_in
 
 MARGIN_TO_UNIFORM = 0.5
 
@@ -31,24 +32,40 @@ class Guards(pl.Callback):
 
     Args:
         unlike_base: constants in which the model differs from its base on purpose; see `compatibility.CHANGEABLE`.
+        untrained_base: whether a first loss like that of random weights is to be expected.
     """
 
-    def __init__(self, unlike_base: Optional[list[str]] = None):  # noqa: UP045  NeMo-Run cannot parse `| None`
+    def __init__(
+        self,
+        unlike_base: Optional[list[str]] = None,  # noqa: UP045  NeMo-Run cannot parse `| None`
+        untrained_base: bool = False,
+    ):
         self.unlike_base = list(unlike_base or [])
+        self.untrained_base = untrained_base
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check everything that is known before the model is built, and build it with the base's rows."""
+        # First of all: whatever the checks below say must end the process with its line and its code.
         exit_with_the_message()
+        # Before the model is built: several of them act in constructors.
         patches.apply()
         check_data(type(trainer.datamodule).__name__)
+        # On one rank: a thousand that read manifests and configurations at once would stall a shared file system.
         rows, built = _on_rank_zero(trainer, lambda: self._check_belonging(trainer, pl_module))
         pl_module.config.vocab_size = built
         pl_module.__io__.config.vocab_size = built  # what checkpoints record
+        # A GPU says of an id without a row only that some kernel failed, some kernels later.
         pl_module.config.data_step_fn = _refusing_ids_beyond(rows, pl_module.config.data_step_fn)
         optim = pl_module.optim
         if optim.lr_scheduler is not None:
             check_schedule(optim.config.lr, optim.lr_scheduler, trainer.max_steps)
-        check_sequence(pl_module.config.seq_length, trainer.strategy.context_parallel_size)
+        settings.check(
+            Settings(
+                seq_length=pl_module.config.seq_length,
+                context_parallel_size=trainer.strategy.context_parallel_size,
+                gpus_per_node=trainer.world_size,
+            )
+        )
         check_environment(getattr(pl_module.config, "attention_backend", None), os.environ)
         precision: Any = getattr(trainer.precision_plugin, "dtype_config", None)
         if getattr(precision, "fp8", None):
@@ -62,6 +79,7 @@ class Guards(pl.Callback):
             tokens, and Megatron then cut what the base has beyond them, or add what it lacks, without a word.
         """
         weights: Any = getattr(trainer.strategy.restore_config, "path", None)
+        # A resumed run is compared with its checkpoint: that its base is still there is not needed.
         if trainer.ckpt_path:
             weights = str(trainer.ckpt_path).removesuffix("/weights")
             compatibility.check_resumed(weights, None, pl_module.config)
@@ -75,6 +93,7 @@ class Guards(pl.Callback):
             _prefixes(trainer.datamodule),
             self.unlike_base,
         )
+        # Once, at the start: a resumed run has trained with that template already.
         if not trainer.ckpt_path and freezes_embeddings(getattr(pl_module, "model_transform", None)):
             warnings += compatibility.check_template(base, _prefixes(trainer.datamodule))
         for warning in warnings:
@@ -84,8 +103,10 @@ class Guards(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Check the first loss of a run that starts from its base."""
+        # global_step counts the step that just ended; a resumed run begins above 1.
         if trainer.global_step == 1 and "reduced_train_loss" in trainer.callback_metrics:
-            check_first_loss(float(trainer.callback_metrics["reduced_train_loss"]), pl_module.config.vocab_size)
+            loss = float(trainer.callback_metrics["reduced_train_loss"])
+            check_first_loss(loss, pl_module.config.vocab_size, self.untrained_base)
 
 
 def check(recipe: Any) -> None:
@@ -100,15 +121,7 @@ def check(recipe: Any) -> None:
     check_start(recipe)
     _check_sets(recipe)
     check_belonging(recipe)
-    check_schedule(recipe.optim.config.lr, recipe.optim.lr_scheduler, recipe.trainer.max_steps)
-    strategy = recipe.trainer.strategy
-    check_batches(
-        recipe.data.global_batch_size,
-        recipe.data.micro_batch_size,
-        recipe.trainer.devices * recipe.trainer.num_nodes,
-        strategy.tensor_model_parallel_size * strategy.pipeline_model_parallel_size * strategy.context_parallel_size,
-    )
-    check_sequence(recipe.data.seq_length, strategy.context_parallel_size)
+    settings.check(settings_in(recipe))
     check_environment(getattr(recipe.model.config, "attention_backend", None), os.environ)
 
 
@@ -138,6 +151,7 @@ def check_belonging(recipe: Any) -> None:
     Raises:
         CptError: something belongs to another base.
     """
+    # A recipe may be checked on a laptop for a cluster: what is not here is checked in the job.
     base = getattr(recipe.resume, "base", None)
     if base is None or not Path(base).exists():
         return
@@ -164,6 +178,7 @@ def _on_rank_zero(trainer: pl.Trainer, action: Callable[[], Any]) -> Any:
             outcome = action()
         except CptError as error:
             outcome = error
+    # The error travels as a value: a rank that raised alone would leave the others in this broadcast for ever.
     outcome = trainer.strategy.broadcast(outcome, src=0)
     if isinstance(outcome, CptError):
         raise outcome
@@ -182,6 +197,7 @@ def _prefixes(data: Any) -> list[str]:
     if _kind(data) == "ConversationDataModule":
         chats, replay, _ = conversations.parts_of(data)
         return chats.prefixes() + (replay.prefixes() if replay else [])
+    # NeMo's PreTrainingDataModule keeps no `paths`: what it was given is in here, already paired with weights.
     if (built := getattr(data, "build_kwargs", None)) is not None:
         blends = built.get("blend_per_split") or [built.get("blend")]
         return list(dict.fromkeys(prefix for each in blends if each for prefix in each[0]))
@@ -203,6 +219,7 @@ def _refusing_ids_beyond(rows: int, data_step: Callable[..., Any]) -> Callable[.
     """The same data step, which refuses a batch with an id that has no row, before it is trained on."""
 
     def step(batches: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+        # Lazily: nothing is drawn from the loader that the step does not ask for.
         return data_step(map(look, batches), *args, **kwargs)
 
     def look(batch: Any) -> Any:
@@ -215,6 +232,7 @@ def _refusing_ids_beyond(rows: int, data_step: Callable[..., Any]) -> Callable[.
 
 def check_data(data_module: str) -> None:
     """Refuse NeMo's mock data, which a recipe without data would train on without a word."""
+    # By name: a user's own subclass of it is just as made up.
     if "Mock" in data_module:
         raise CptError(
             f"the run's data is {data_module}, made-up tokens: give the recipe data=Blend(train={{prefix: weight}}), "
@@ -225,39 +243,7 @@ def check_data(data_module: str) -> None:
 def check_schedule(lr: float, scheduler: Any, max_steps: int) -> None:
     """Refuse a schedule whose peak is never reached, or that NeMo would reject in the middle of the run."""
     min_lr, warmup = getattr(scheduler, "min_lr", 0.0), getattr(scheduler, "warmup_steps", 0)
-    if min_lr >= lr:
-        raise CptError(f"min_lr {min_lr:g} is not below lr {lr:g}: set min_lr to a tenth of lr, {lr / 10:g}")
-    if warmup >= max_steps:
-        raise CptError(
-            f"warmup_steps {warmup} is not below max_steps {max_steps}: the learning rate would never reach {lr:g}. "
-            f"Set warmup_steps to a tenth of the steps, {max(max_steps // 10, 0)}"
-        )
-
-
-def check_batches(global_batch_size: int, micro_batch_size: int, processes: int, model_parallel: int) -> None:
-    """Refuse a global batch that cannot be cut into whole micro batches for every data-parallel rank."""
-    if processes % model_parallel:
-        raise CptError(
-            f"{processes} processes cannot be cut into groups of tensor x pipeline x context parallel = "
-            f"{model_parallel}: change the parallel sizes or the number of GPUs"
-        )
-    data_parallel = processes // model_parallel
-    if global_batch_size % (micro_batch_size * data_parallel):
-        step = micro_batch_size * data_parallel
-        raise CptError(
-            f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} x data "
-            f"parallel {data_parallel}: {max(global_batch_size // step, 1) * step} would be"
-        )
-
-
-def check_sequence(seq_length: int, context_parallel_size: int) -> None:
-    """Refuse a sequence that context parallelism cannot cut: each GPU takes two pieces, from both ends."""
-    pieces = 2 * context_parallel_size
-    if context_parallel_size > 1 and seq_length % pieces:
-        raise CptError(
-            f"seq_length {seq_length} cannot be cut into 2 x context_parallel_size = {pieces} equal pieces: "
-            f"{max(seq_length // pieces, 1) * pieces} could be"
-        )
+    settings.check(Settings(lr=lr, min_lr=min_lr, warmup_steps=warmup, max_steps=max_steps))
 
 
 def check_fp8(compute_capability: tuple[int, int] | None, scaling: str = "tensorwise") -> None:
@@ -279,12 +265,19 @@ def check_fp8(compute_capability: tuple[int, int] | None, scaling: str = "tensor
         )
 
 
-def check_first_loss(loss: float, vocab_size: int) -> None:
-    """Refuse a first loss near ln(vocabulary), that of a model which knows nothing: no weights were restored."""
+def check_first_loss(loss: float, vocab_size: int, untrained_base: bool = False) -> None:
+    """Refuse a first loss near ln(vocabulary), that of a model which knows nothing: no weights were restored.
+
+    Args:
+        loss: in nats per token.
+        vocab_size: of the model.
+        untrained_base: its base knows nothing, so that only a loss that is no number is refused.
+    """
+    # The cross entropy of equal probabilities: what random weights give, whatever the text.
     uniform = math.log(vocab_size)
-    if not math.isfinite(loss) or abs(loss - uniform) < MARGIN_TO_UNIFORM:
+    if not math.isfinite(loss) or (not untrained_base and abs(loss - uniform) < MARGIN_TO_UNIFORM):
         raise CptError(
             f"the first training loss is {loss:.2f}, and random weights give ln({vocab_size}) = {uniform:.2f}: the "
             "base's weights were not restored, or the data was made with another tokenizer. Check the recipe's base "
-            "and compare with `nemo-cpt verify`"
+            "and compare with `nemo-cpt verify`. If the base has barely been trained, give untrained_base=true"
         )

@@ -50,6 +50,7 @@ class HostStates:
     def allocate(self) -> None:
         """Make every state now, not at the first step; the states' values are zeros."""
         for param in itertools.chain.from_iterable(group["params"] for group in self.adam.param_groups):
+            # A second call, after a checkpoint was read, must not zero what it brought.
             if not self.adam.state[param]:
                 remainders = self.adam.store_param_remainders and param.dtype == torch.bfloat16
                 self.adam.initialize_state(param, remainders)
@@ -64,6 +65,7 @@ class HostStates:
         dtype = torch.int16 if store_param_remainders else self.adam.name_to_dtype_map[name]
         state = as_cuda(self.memory.of(param, name, dtype))  # the same memory when it is made a second time
         self.adam.state[param][name] = state.zero_() if zero_buffer else state
+        # FusedAdam keeps a scale beside every state that is not fp32, and multiplies by it.
         if self.adam.name_to_dtype_map[name] != torch.float32:
             scale = torch.ones(1, dtype=torch.float32, device=param.device)
             self.adam._scales.setdefault(param, {})[name] = scale
@@ -71,6 +73,7 @@ class HostStates:
     def set(self, param: torch.Tensor, name: str, value: torch.Tensor) -> None:
         """`FusedAdam.set_scaled_state`; a state that a checkpoint was read into is in its place already."""
         state = self.adam.state[param].get(name)
+        # Equal addresses: the checkpoint was read straight into the state's own memory.
         if state is not None and value.data_ptr() == state.data_ptr():
             return
         self._set(param, name, value.to(param.device) if name in self.names else value)
@@ -79,6 +82,7 @@ class HostStates:
         """`FusedAdam.load_state_dict`, without PyTorch's copies of all states in the parameters' dtype."""
         state, groups = self.adam.state, state_dict["param_groups"]
         self._load({"state": {}, "param_groups": groups})  # the groups alone; it also empties the states
+        # PyTorch's load_state_dict put a new dictionary in its place; the states are those of before.
         self.adam.state = state
         indices = itertools.chain.from_iterable(group["params"] for group in groups)
         params = itertools.chain.from_iterable(group["params"] for group in self.adam.param_groups)
@@ -130,6 +134,7 @@ class PinnedMemory:
         if size > SLAB_BYTES // 4:  # of its own, so that no slab's end stays empty by more than a quarter
             return torch.frombuffer(_pinned(size), dtype=dtype, count=count)
         if self._used + size > len(self._slab):
+            # The old slab lives on in the tensors that view it.
             self._slab, self._used = _pinned(SLAB_BYTES), 0
         start = self._used
         self._used += math.ceil(size / ALIGNMENT) * ALIGNMENT
@@ -198,6 +203,7 @@ def _write_in_threads(transforms: list[Any], use_msc: bool, rank: int, buckets: 
     waiting: queue.Queue[int] = queue.Queue()
     options = {"use_fsync": True} | ({"use_msc": True} if use_msc else {})
     write = FileSystemWriterAsync.write_preloaded_data
+    # A thread a file: writing lets go of the interpreter, so that they run at once as the processes would.
     with ThreadPoolExecutor(len(buckets)) as pool:
         writers = []  # each takes one item off `waiting` when it is done, as Megatron's processes count themselves
         for index, bucket in enumerate(buckets):
@@ -207,4 +213,5 @@ def _write_in_threads(transforms: list[Any], use_msc: bool, rank: int, buckets: 
         writer.result()
     written = dict(done.get_nowait() for _ in buckets)
     failures = [each for each in written.values() if isinstance(each, Exception)]
+    # An exception in the place of the results is how Megatron's caller hears of a failure.
     results.put(failures[0] if failures else written)

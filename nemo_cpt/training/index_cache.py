@@ -45,6 +45,7 @@ def load_or_build(dataset: Any, build: Callable[[], Arrays]) -> Arrays:
         CptError: neither folder, or not the one that was named, can be written.
     """
     folders, name = _folders(dataset), f"{_content(dataset)}-{_parameters(dataset)}.index"
+    # All are read before anything is built: what an earlier run could not put beside the data is in its own folder.
     for folder in folders:
         if (kept := _load(folder / name)) is not None:
             return kept
@@ -57,6 +58,7 @@ def load_or_build(dataset: Any, build: Callable[[], Arrays]) -> Arrays:
             continue
         if problem:
             _warn(f"{problem}: it is kept in {folder}")
+        # Mapped, not the arrays just built: forked workers then share the page cache instead of copies.
         return _load(folder / name) or arrays
     if problem and (dataset.config.path_to_cache or len(folders) > 1):
         raise CptError(f"{problem}: name a folder that can be written, data.index_mapping_dir=FOLDER")
@@ -65,6 +67,8 @@ def load_or_build(dataset: Any, build: Callable[[], Arrays]) -> Arrays:
 
 def _content(dataset: Any) -> str:
     """A digest of what an index is built from: the lengths of all sequences, 4 bytes of each, read at 1.3 GB/s."""
+    # Lengths suffice: they alone decide which documents make which sequences; the tokens are read through the index
+    # each time.
     return hashlib.sha256(dataset.dataset.sequence_lengths).hexdigest()[:32]
 
 
@@ -81,6 +85,7 @@ def _parameters(dataset: Any) -> str:
 def _folders(dataset: Any) -> list[Path]:
     """Where an index may be, best first."""
     prefix, named = os.path.realpath(dataset.dataset.path_prefix), dataset.config.path_to_cache
+    # Several datasets share a named folder, and two of them may be called the same.
     own = f"{os.path.basename(prefix)}-{hashlib.sha256(prefix.encode()).hexdigest()[:8]}"
     if named is not None:
         return [Path(named, own)] if named else []
@@ -111,6 +116,7 @@ def _mapped(file: BinaryIO) -> np.ndarray:
     npy.read_magic(file)
     shape, _, dtype = npy.read_array_header_1_0(file)
     start = file.tell()
+    # mmap refuses a length of 0, which a validation of no samples has.
     array = np.memmap(file, dtype, "r", start, shape) if 0 not in shape else np.empty(shape, dtype)
     file.seek(start + array.nbytes)
     return array
@@ -123,6 +129,7 @@ def _store(path: Path, arrays: Arrays) -> None:
         part = Path(file.name)
         try:
             for array in arrays:
+                # Version 1.0 is what `_mapped` reads; arrays of objects, which would need pickle, are refused here.
                 npy.write_array(file, array, version=(1, 0), allow_pickle=False)
             file.flush()
             os.fsync(file.fileno())
@@ -145,6 +152,7 @@ def _name(part: Path, path: Path) -> None:
     try:
         os.link(part, path)
     except FileExistsError:
+        # Whoever came first wrote the same content. Only a damaged one is replaced.
         if _load(path) is None:
             os.replace(part, path)
     except OSError:  # a file system without hard links
@@ -161,6 +169,7 @@ def _tidy(path: Path) -> None:
         index = INDEX.fullmatch(other.name)
         if PART.fullmatch(other.name) or (index and index[1] != content):
             with contextlib.suppress(OSError), other.open("r+b") as file:
+                # Refused while anybody has it mapped: users hold a shared lock.
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 other.unlink()
 

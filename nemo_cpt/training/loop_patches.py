@@ -20,6 +20,7 @@ def validate_by_global_step() -> None:
     (https://github.com/Lightning-AI/pytorch-lightning/issues/18060). NeMo's loop (`lightning/pytorch/trainer.py`) skips
     the validation of the step that it resumes at, be it done or not: here it is skipped only if it was done.
     """
+    # On the class: Lightning makes the loop in the trainer's constructor, before a patch could see the instance.
     _TrainingEpochLoop.validated_step = 0
     replace(_TrainingEpochLoop, "reset", _count_global_steps)
     replace(_TrainingEpochLoop, "on_save_checkpoint", _save_validated_step)
@@ -34,6 +35,7 @@ def validate_the_end() -> None:
 
     Lightning 2.4.0 (`loops/fit_loop.py`) leaves `fit` at once where `max_steps` is reached.
     """
+    # `replace` is for functions; `done` is a property.
     if not hasattr(_FitLoop, "done_by_steps"):
         _FitLoop.done_by_steps = _FitLoop.done
         _FitLoop.done = property(lambda self: not _resumes_with_validation(self.epoch_loop) and self.done_by_steps)
@@ -49,6 +51,7 @@ def _count_global_steps(reset: Callable[[Any], None]) -> Callable[[Any], None]:
         reset(self)
         if not resumes:
             return
+        # The batch within whose hooks the checkpoint was written: its step is done, its count is not.
         behind = self.global_step - self.batch_progress.total.completed
         for progress in (self.batch_progress.total, self.batch_progress.current):
             progress.completed += behind
@@ -75,6 +78,7 @@ def _load_validated_step(load: Callable[[Any, dict], None]) -> Callable[[Any, di
 
 def _note_validated_step(end: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def end_and_note(self: Any) -> Any:
+        # The validation before the first step is not one of a step.
         if not self.trainer.sanity_checking:
             self.trainer.fit_loop.epoch_loop.validated_step = self.trainer.global_step
         return end(self)
@@ -85,6 +89,7 @@ def _note_validated_step(end: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def _validate_when_due(original: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
     def validates_now(self: Any, data_fetcher: Any) -> bool:
         step, last, validated = self.global_step, self.trainer.max_steps, self.validated_step
+        # A checkpoint of before this patch: taken as validated, as NeMo takes every one.
         if validated is None:
             validated = step if self.restarting else 0
         due = step % self.trainer.val_check_batch == 0 or 0 < last <= step

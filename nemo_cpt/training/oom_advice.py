@@ -23,6 +23,7 @@ def advice(config: object | None, message: str) -> str:
     """What to change, cheapest first, in a run with Megatron's transformer `config` that failed with `message`."""
     layers = getattr(config, "num_layers", None)
     recomputed = getattr(config, "recompute_num_layers", None) or 0
+    # Cheapest first: what costs no speed before what does, and what changes the training last.
     changes = ["micro_batch_size=1 with the same global_batch_size, if it is larger"]
     if getattr(config, "cross_entropy_fusion_impl", "te") != "te":
         changes.append('cross_entropy_fusion_impl="te" (the loss in place, without fp32 logits)')

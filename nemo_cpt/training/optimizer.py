@@ -40,6 +40,7 @@ class HostStateOptimizer(nl.MegatronOptimizerModule):
         """Set up the optimizer as NeMo does; its states will be allocated in host memory when they first appear."""
         optimizers = super().optimizers(model)
         self._states = [_keep_on_host(each, self.host_states) for each in _with_adam(optimizers[0].mcore_optimizer)]
+        # A forked writer would see zeros: pinned memory is MADV_DONTFORK.
         write_checkpoints_in_threads()
         return optimizers
 
@@ -56,6 +57,7 @@ class HostStateOptimizer(nl.MegatronOptimizerModule):
 
         def teardown_without_states() -> None:
             for states in self._states:
+                # The parameters' own states, not the memory, which stays pinned until the process ends.
                 states.adam.state.clear()
             teardown()
 

@@ -25,6 +25,7 @@ def apply() -> None:
 
     Call it inside the job, before the model is built.
     """
+    # The order is free but for pairs that replace one method: `replace` puts the later one around the earlier.
     loop_patches.validate_by_global_step()
     dora_patches.take_dora_norms_of_whole_rows()
     dora_patches.save_dora_magnitudes_like_their_rows()
@@ -66,11 +67,14 @@ def fold_gradient_of_frozen_linear() -> None:
 
 @torch.amp.custom_bwd(device_type="cuda")
 def _folded_backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    # reshape, not view: the gradient has the strides of [b, s, v], which is the defect's cause.
     (weight,) = ctx.saved_tensors
     grad_input = torch.mm(grad_output.reshape(-1, grad_output.shape[-1]), weight)
     grad_input = grad_input.view(*grad_output.shape[:-1], weight.shape[-1])
+    # As upstream: with tensor parallelism each rank has the product with its part of the weight.
     if ctx.allreduce_dgrad:
         torch.distributed.all_reduce(grad_input, group=ctx.tp_group)
+    # One for each argument of upstream's forward; the frozen weight gets none.
     return grad_input, None, None, None, None
 
 
@@ -89,6 +93,7 @@ def give_recomputed_layers_a_gradient() -> None:
 def _with_gradient(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def embed(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         embeddings = forward(self, *args, **kwargs)
+        # Only where activations are recomputed: elsewhere autograd would compute a gradient that nobody reads.
         recomputes = self.config.recompute_granularity is not None
         return embeddings.requires_grad_() if recomputes and torch.is_grad_enabled() else embeddings
 
@@ -109,10 +114,12 @@ def add_lora_in_one_pass() -> None:
 
 def _with_fused_addition(forward: Callable[..., Any]) -> Callable[..., Any]:
     def fused(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # What this does not cover takes NeMo's own way, which is right and only slower.
         if not _is_plain_adapter(self.adapter):
             return forward(self, x, *args, **kwargs)
         output, bias, layernorm_output = self.base_linear_forward(x, *args, **kwargs)
         low_rank, _ = self.adapter.linear_in(layernorm_output.contiguous())
+        # Scaled here, where it has rank columns and not thousands.
         low_rank = low_rank * (self.adapter.alpha / self.adapter.dim)
         return _AddProduct.apply(output, low_rank, self.adapter.linear_out.weight), bias
 
@@ -143,6 +150,7 @@ class _AddProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: torch.Tensor, low_rank: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(low_rank, weight)
+        # detach shares the memory: `addmm_` writes into the linear layer's own output.
         summed = output.detach()
         summed.view(-1, summed.shape[-1]).addmm_(low_rank.reshape(-1, low_rank.shape[-1]), weight.t())
         return summed
@@ -153,6 +161,7 @@ class _AddProduct(torch.autograd.Function):
         rows = grad.reshape(-1, grad.shape[-1])
         grad_low_rank = torch.mm(rows, weight).view_as(low_rank)
         grad_weight = torch.mm(rows.t(), low_rank.reshape(-1, low_rank.shape[-1]))
+        # The output's gradient is the sum's, unchanged.
         return grad, grad_low_rank, grad_weight
 
 
@@ -177,14 +186,18 @@ def in_slices(step: Callable[..., Any], elements: int) -> Callable[..., Any]:
     """
 
     def step_in_slices(self: Any, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        # Once, before the slices: each `step` would run it again.
         loss = closure() if closure is not None else None
         groups = self.param_groups
         try:
             for group in groups:
+                # Every slice must see the step of before: the optimizer counts it up in each call, and Adam's bias
+                # correction goes by it.
                 steps_done = {"step": group["step"]} if "step" in group else {}
                 for parameters in _slices(group["params"], elements):
                     self.param_groups = [group | steps_done | {"params": parameters}]
                     step(self, **kwargs)
+                # The count of the last slice, which all of them reached.
                 group |= {key: value for key, value in self.param_groups[0].items() if key == "step"}
         finally:
             self.param_groups = groups
@@ -236,6 +249,7 @@ def _part_extra_states(path: Any, sharded_state_dict: Any) -> tuple[Any, Any]:
     from megatron.core.dist_checkpointing.mapping import ShardedObject
     from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 
+    # Of the checkpoint's metadata alone: no tensor is read for this.
     written = {item.key for item in load_sharded_metadata(str(path)).values()}
 
     def missing(item: Any) -> bool:
@@ -260,6 +274,7 @@ def free_gradients_at_once() -> None:
 def _on_the_stream_of_training(init_ddp: Callable[[Any], None]) -> Callable[[Any], None]:
     def init(self: Any) -> None:
         config = getattr(self[0], "config", None)
+        # A capture needs the stream of its own that NeMo gives it.
         if not _on_gpu(self[0]) or getattr(config, "enable_cuda_graph", False):
             return init_ddp(self)
         with torch.cuda.stream(torch.cuda.default_stream()):
@@ -298,11 +313,13 @@ def move_to_host_without_room(module: torch.nn.Module, grad_bytes: int, free: in
 
     Megatron copies them into its buffer on the GPU, and the host's memory is free again.
     """
+    # Plain tensors: Transformer Engine's fp8 weights are objects whose data cannot simply be moved.
     trainable = [each for each in module.parameters() if each.requires_grad and type(each.data) is torch.Tensor]
     if sum(each.numel() * (each.element_size() + grad_bytes) for each in trainable) <= free:
         return False
     for each in trainable:
         each.data = each.data.to("cpu", copy=True)
+    # Else PyTorch keeps the freed blocks, in pieces that the one large buffer does not fit into.
     torch.cuda.empty_cache()
     return True
 
@@ -313,6 +330,7 @@ def _free_gpu_bytes() -> int:
     As much is spared as by `planning.fit`, so that the wrapping is not the peak that another process would feel.
     """
     free, total = torch.cuda.mem_get_info()
+    # What PyTorch holds in reserve counts as used for the driver, and is free for us.
     free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     allowed = total * torch.cuda.get_per_process_memory_fraction()
     return int(min(free, allowed - torch.cuda.memory_allocated()) - MEMORY_MARGIN * allowed)
@@ -332,6 +350,7 @@ def accumulate_gradients_without_apex() -> None:
     layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(
         wgrad_gemm_accum_fp32=_add_weight_gradient, wgrad_gemm_accum_fp16=_add_weight_gradient
     )
+    # Megatron asks this name, which it sets at its import.
     layers._grad_accum_fusion_available = True
 
 
@@ -362,6 +381,7 @@ def _with_unread_gradients(init: Callable[..., None]) -> Callable[..., None]:
         init(self, config, ddp_config, module, *args, **kwargs)
         if config.gradient_accumulation_fusion and _on_gpu(module):
             for weight in module.parameters():
+                # As Transformer Engine caches them: one a shape, whatever the number of layers.
                 if weight.requires_grad and weight.ndim == 2:
                     get_dummy_wgrad(list(weight.main_grad.shape), weight.dtype)
 
@@ -404,6 +424,7 @@ def _with_padding_of_no_token(init: Callable[..., None]) -> Callable[..., None]:
         from megatron.core.datasets.gpt_dataset import _PAD_TOKEN_ID
 
         init(self, *args, **kwargs)
+        # After the constructor, which takes the tokenizer's; -1 is no token's id.
         self._pad_token_id = _PAD_TOKEN_ID
 
     return build
@@ -437,6 +458,7 @@ def _in_index_cache(build: Callable[..., Any]) -> Callable[..., Any]:
 def _in_memory(build: Callable[..., Any]) -> Callable[..., Any]:
     def build_in_memory(self: Any) -> Any:
         config, self.config = self.config, copy.copy(self.config)
+        # On a copy: the configuration is shared by the datasets of a blend.
         self.config.path_to_cache = ""  # Megatron's word for: nowhere, and by every process
         try:
             return build(self)
@@ -462,6 +484,7 @@ def multiply_shapes_with_numpy_2() -> None:
 
     for module in (exchange_utils, mapping, validation):
         if not hasattr(module.np, "product"):
+            # In these modules' own namespace: NumPy itself may not be changed for everybody.
             module.np = _NumpyWithProduct()
 
 

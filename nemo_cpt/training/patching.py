@@ -10,6 +10,7 @@ def replace(owner: Any, name: str, patch: Callable[[Callable], Callable]) -> Non
 
     The patched function's `unpatched` is what it replaced.
     """
+    # By getattr, so that a method inherited from a base class is found; it is set on `owner` alone.
     original = getattr(owner, name)
     # Known by its name: the same patch may be another object when its module was imported twice.
     applied, key = getattr(original, "applied", ()), getattr(patch, "func", patch).__qualname__

@@ -8,7 +8,6 @@ from typing import Any
 
 from nemo_cpt.errors import CptError
 
-UNFINISHED = "-unfinished"  # NeMo's marker beside a checkpoint that is being written or removed
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 NVTE_OF_BACKEND = {  # what Megatron Core sets for each attention_backend, and refuses to find otherwise
     "flash": {"NVTE_FLASH_ATTN": "1", "NVTE_FUSED_ATTN": "0", "NVTE_UNFUSED_ATTN": "0"},
@@ -28,6 +27,7 @@ def check_base(base: str | Path | None) -> None:
         )
     base = Path(base)
     if not base.exists():
+        # `org/name`, and no folder `org` here: a hub name is meant, not a path mistyped.
         if _HUB_NAME.fullmatch(str(base)) and not base.parent.exists():
             raise CptError(
                 f"the base {base} is not there: for a model of the Hugging Face hub, run "
@@ -46,6 +46,7 @@ def check_base(base: str | Path | None) -> None:
             f"the base {base} is a run's folder: give one of its checkpoints, such as the newest, which `nemo-cpt ls "
             f"{shlex.quote(str(base))}` names"
         )
+    # Megatron writes it last: where it is, the checkpoint was finished.
     if not (base / "weights" / "metadata.json").exists():
         found = ", ".join(sorted(path.name for path in base.glob("*"))[:6]) or "nothing"
         raise CptError(

@@ -39,6 +39,7 @@ class SaveWhenStopped(PreemptionCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Shield what the job will start, and take the last turn in each hook: other callbacks shall end the step."""
         shield_children()
+        # Lightning goes through this list in every hook: the last one sees metrics, counters and savers done.
         trainer.callbacks = [*(each for each in trainer.callbacks if each is not self), self]
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -73,9 +74,11 @@ class SaveWhenStopped(PreemptionCallback):
         self._restore_handlers()
 
     def _listen(self, trainer: pl.Trainer) -> None:
+        # A stop before any step of this start has nothing new to save.
         self._first_step, self._speaks = trainer.global_step, trainer.is_global_zero
         if trainer.received_sigterm:  # by Lightning's handler, which would end the run unsaved behind the first step
             self._signal = signal.SIGTERM
+        # Python installs handlers in the main thread only; a second call would take our own for those of before.
         if self._handlers_before or threading.current_thread() is not threading.main_thread():
             return
         for number in STOP_SIGNALS:
@@ -88,6 +91,7 @@ class SaveWhenStopped(PreemptionCallback):
             raise KeyboardInterrupt
         if self._signal is None and self._speaks:
             more = ", once more to end at once" if number == signal.SIGINT else ""
+            # os.write, not print: a handler may interrupt a print, whose buffer does not allow a second one.
             os.write(1, f"nemo_cpt: {signal.Signals(number).name}: saving at the end of the step{more}\n".encode())
         self._signal = number
 
@@ -97,6 +101,7 @@ class SaveWhenStopped(PreemptionCallback):
         self._handlers_before = {}
 
     def _stop_if_told(self, trainer: pl.Trainer) -> None:
+        # Every rank asks at the same place: a rank that stopped alone would leave the others in their next collective.
         number = _largest_of_all_ranks(self._signal or 0)
         if not number:
             return
@@ -104,6 +109,7 @@ class SaveWhenStopped(PreemptionCallback):
         if trainer.sanity_checking or step == self._first_step:
             again = f"goes on from step {step}" if step else "starts again"
             raise StoppedEarlyError(f"{told} before a step was done: the same command {again}", trained=False)
+        # Before the exception: whoever catches it may end the process.
         save_now(trainer)
         raise StoppedEarlyError(f"{told}, saved at step {step}: the same command goes on from there")
 

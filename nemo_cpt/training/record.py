@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from nemo_cpt.checkpoint.chat_template import RECORD, recorded_template
+from nemo_cpt.checkpoint.provenance import BEFORE, trainings_of
 from nemo_cpt.conversations.dataset import is_conversations
 from nemo_cpt.corpus.dataset.index import full_prefix
 
@@ -18,6 +19,7 @@ _DATA = ("global_batch_size", "seq_length", "seed", "too_long", "replay_share")
 _NOT_OF_A_SCHEDULE = ("interval", "frequency", "monitor", "max_steps")  # max_steps: NeMo takes the trainer's
 _SAMPLE_BYTES = 2**16
 
+# Weak: a trainer that is done with must not be kept alive, with its model, for a few settings.
 _known: weakref.WeakKeyDictionary[pl.Trainer, dict[str, Any]] = weakref.WeakKeyDictionary()
 
 
@@ -68,6 +70,7 @@ def settings_of(trainer: pl.Trainer) -> dict[str, dict[str, Any]]:
 
 def _start(trainer: pl.Trainer) -> dict[str, Any]:
     """A run's settings and chat template as they were when this was first called."""
+    # Once, at the start: what changes while the run goes on is not how it was started.
     if trainer not in _known:
         data = trainer.datamodule
         settings = {
@@ -78,8 +81,20 @@ def _start(trainer: pl.Trainer) -> dict[str, Any]:
             "layout": _layout(trainer),
             "validation": {"sets": {name: _content(prefix) for name, prefix in _validation_sets(data).items()}},
         }
-        _known[trainer] = {"settings": settings, RECORD: _template(trainer)}
+        _known[trainer] = {"settings": settings, RECORD: _template(trainer), BEFORE: _before(trainer)}
     return _known[trainer]
+
+
+def _before(trainer: pl.Trainer) -> list[Mapping[str, Any]]:
+    """The records of the trainings that led to the checkpoint that this one started from, the first one first."""
+    if trainer.ckpt_path:
+        return trainings_of(_start_folder(trainer.ckpt_path))[:-1]
+    base = getattr(getattr(trainer.strategy, "restore_config", None), "path", None)
+    return trainings_of(_start_folder(base)) if base else []
+
+
+def _start_folder(path: Any) -> Path:
+    return Path(str(path).removesuffix("/weights"))
 
 
 def _template(trainer: pl.Trainer) -> Mapping[str, Any] | None:
@@ -90,7 +105,8 @@ def _template(trainer: pl.Trainer) -> Mapping[str, Any] | None:
     base = getattr(trainer.strategy, "restore_config", None)
     start = trainer.ckpt_path or getattr(base, "path", None)
     own = getattr(trainer.datamodule, "template", None)
-    return own or (recorded_template(str(start).removesuffix("/weights")) if start else None)
+    # An export of the new run wants the template of the conversations it was tuned on, also after more text.
+    return own or (recorded_template(_start_folder(start)) if start else None)
 
 
 def changes(was: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]) -> list[Change]:
@@ -99,6 +115,7 @@ def changes(was: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str,
         Change(group, name, was[group][name], value)
         for group, settings in now.items()
         for name, value in settings.items()
+        # What an older version did not write down is not taken for a change.
         if name in was.get(group, {}) and was[group][name] != value
     ]
 

@@ -58,6 +58,7 @@ class ResumeOrStartFromBase(nl.AutoResume):
     def __init__(self, base: Optional[str] = None, extend: Optional[str] = None):  # noqa: UP045  for NeMo-Run's parser
         if extend is not None and extend not in EXTENSIONS:
             raise CptError(f"extend is {extend!r}: give one of {', '.join(EXTENSIONS)}, or none")
+        # Without artifacts: the recipe gives the tokenizer, and NeMo would overwrite it with the base's.
         restore = nl.RestoreConfig(path=str(base), load_artifacts=False) if base else None
         super().__init__(
             restore_config=restore, resume_if_exists=True, resume_past_end=True, resume_ignore_no_checkpoint=True
@@ -70,11 +71,13 @@ class ResumeOrStartFromBase(nl.AutoResume):
         folder = getattr(trainer.checkpoint_callback, "dirpath", None)
         self._checkpoints = Path(folder or Path(AppState().log_dir, "checkpoints"))
         super().setup(trainer, model)
+        # First: a resumption that is refused must not have touched anything, and others read what it changes.
         trainer.callbacks = [_Resumption(self.extend), *trainer.callbacks]
 
     def _find_trainer_ckpt_path(self) -> Path | None:
         base = self.restore_config.path if self.restore_config else None
         exit_with_the_message()  # NeMo asks before any callback's setup
+        # By what is whole, not by NeMo's `-last`.
         newest = to_resume(self._checkpoints)
         if newest is None:
             check_base(base)
@@ -146,6 +149,7 @@ class _Resumption(pl.Callback):
         done = checkpoint["global_step"]
         if self.extend == "rewarm":
             scheduler = _scheduler_of(trainer, trainer.max_steps - done)
+            # PyTorch's schedulers restore all of their fields from here, the old maximum and warmup among them.
             checkpoint["lr_schedulers"] = [scheduler.state_dict()]
         else:
             scheduler = trainer.lr_scheduler_configs[0].scheduler
@@ -159,6 +163,7 @@ class _Resumption(pl.Callback):
         with _enable_get_lr_call(scheduler):
             rates = scheduler.get_lr()
         for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            # The scheduler sets a rate only after a step: the first one would still have the old schedule's.
             group["lr"] = rate
         scheduler._last_lr = rates
 
@@ -205,6 +210,7 @@ def _keep_tokenizer(trainer: pl.Trainer, kept: Path) -> None:
     if tokenizer is None or source is None or not Path(source).is_dir():  # a name on the hub
         return
     if not (kept.is_dir() and kept.samefile(source)):
+        # Beside and renamed: a job that is killed in the copy leaves no half tokenizer for the next one.
         partial = kept.with_name(f"{kept.name}.part")
         for left_before in (partial, kept):
             shutil.rmtree(left_before, ignore_errors=True)

@@ -16,9 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nemo_cpt.checkpoint.context import RUN_JSON
+from nemo_cpt.checkpoint.context import RUN_JSON, UNFINISHED
 from nemo_cpt.errors import CptError
-from nemo_cpt.training.preconditions import UNFINISHED
 
 REMOVED = ".removed-"  # a checkpoint that is being deleted
 DAMAGED = "damaged"  # folder of those that a start set aside
@@ -55,6 +54,7 @@ class Checkpoint:
             return str(error).removesuffix(" Copy the checkpoint again.").rstrip(".")
         except ValueError:
             return f"{weights / 'metadata.json'} is no JSON"
+        # torch.save writes a zip, whose directory stands at the end: a file that was cut short has none.
         return None if zipfile.is_zipfile(weights / "common.pt") else f"{weights / 'common.pt'} is missing or cut short"
 
     @cached_property
@@ -69,6 +69,7 @@ class Checkpoint:
     def step(self) -> int:
         """The optimizer steps that are in it, by its `run.json` or its name; -1 if neither says."""
         named = re.search(r"(?:^|-)steps?=(\d+)", self.path.name)
+        # The file before the name, which people change when they copy a checkpoint.
         if "step" in self.record:
             return int(self.record["step"])
         return int(named[1]) if named else -1
@@ -81,6 +82,7 @@ class Checkpoint:
 
 def checkpoints(folder: Path) -> list[Checkpoint]:
     """The checkpoints in a run's `checkpoints` folder, the newest first; neither links to them nor unfinished ones."""
+    # Links are left out: NeMo's `-last` may be one, and its target would count twice.
     found = [Checkpoint(path) for path in folder.glob("[!.]*") if (path / "weights").is_dir() and not path.is_symlink()]
     return sorted((each for each in found if not each.unfinished), key=lambda each: each.age_order, reverse=True)
 
@@ -114,9 +116,10 @@ def damaged_since(folder: Path) -> list[Checkpoint]:
 def finished(folder: Path, max_steps: int) -> str | None:
     """What to say of a run whose checkpoints in `folder` have reached `max_steps`; None if there are steps to train."""
     newest = newest_whole(folder)
+    # `validation_pending`: stopped between its last step and the validation of it, which a rerun still owes.
     if newest is None or not 0 < max_steps <= newest.step or newest.record.get("validation_pending"):
         return None
     return (
         f"the run is finished: {newest.path} has step {newest.step} of max_steps {max_steps}. Nothing to do; "
-        "to train on, give a larger max_steps, and extend="
+        "to train on, give a larger max_steps, and extend=rewarm, stretch or keep: what becomes of the learning rate"
     )

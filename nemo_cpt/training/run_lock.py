@@ -107,18 +107,22 @@ class RunLock:
             with contextlib.ExitStack() as on_failure:
                 file = on_failure.enter_context(open(self.folder / "lock", "a+b"))
                 self._take(_lock(file))
+                # From here on the file stays open: the lock lives as long as this descriptor.
                 on_failure.pop_all()
         except BlockingIOError:
             raise CptError(_in_use(self.folder.parent)) from None
         except OSError as error:
             raise CptError(f"{self.folder} cannot be written: {error}. Give the run another directory.") from error
         self._file = file
+        # By folder, so that a second run of this process in the same folder finds its own lock (POSIX locks do not
+        # conflict within a process).
         _held[self.folder] = self
         atexit.register(self.release)
         threading.Thread(target=self._beat, daemon=True, name="run lock").start()
 
     def _take(self, kernel_decides: bool) -> None:
         before = read_owner(self.folder.parent)
+        # On the same machine the kernel's lock says all: it was just given to us, so that the one of before is dead.
         if before and not (kernel_decides and before.boot == self.owner.boot) and self._lives(before):
             raise CptError(_in_use(self.folder.parent))
         partial = self.folder / f"owner.{self.owner.token}"
@@ -135,6 +139,7 @@ class RunLock:
 
     def release(self) -> None:
         """Let go of the folder; a second call does nothing."""
+        # A forked child inherits the atexit hook, and would let go of its parent's folder.
         if self._file is None or os.getpid() != self.owner.pid:
             return
         self._end.set()
@@ -152,6 +157,7 @@ class RunLock:
         os.close(self._beats)
 
     def _lives(self, owner: Owner) -> bool:
+        # Two proofs that need no waiting; without one, its file is watched.
         if _slurm_ended(owner, self.owner) or _last_beat(self.folder) < time.time() - LONG_AGO_SECONDS:
             return False
         print(f"nemo_cpt: {self.folder.parent} was held by {owner}; waiting for a sign of life", flush=True)
@@ -182,6 +188,7 @@ def check_free(folder: Path) -> None:
     It may miss a holder on another machine that is slow to touch its file; `RunLock.acquire` does not.
     """
     owner = read_owner(folder)
+    # Our own job's other processes hold it, not a stranger; without a launcher's variables nothing tells them apart.
     if owner is None or folder / FOLDER in _held or (owner.job == this_job() and this_job().strip("/")):
         return
     try:
@@ -204,6 +211,7 @@ def wait_until_held_by(job: str, folder: Path, patience: float = 2 * PATIENCE_SE
         CptError: it does not.
     """
     deadline = time.monotonic() + patience
+    # By the job's name: the owner of an earlier start may still be written there.
     while (owner := read_owner(folder)) is None or owner.job != job:
         if time.monotonic() > deadline:
             raise CptError(f"rank 0 did not take {folder} within {patience:.0f} s; its own message says why")
@@ -266,6 +274,7 @@ def _slurm_ended(owner: Owner, here: Owner) -> bool:
         asked = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return False
+    # Slurm forgets a job some minutes after its end, and then refuses its id. Any other failure says nothing of it.
     known = asked.returncode == 0 or "Invalid job id" in asked.stderr
     return known and not set(asked.stdout.split()) & _SLURM_RUNS
 

@@ -113,7 +113,7 @@ def test_the_files_say_it_wherever_a_reader_looks(tuned: Path, checkpoint: Path,
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == [base_end, end]
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [base_end, end]
     assert f"eos_token_id: [{base_end}, {end}] instead of {base_end}" in report.config_changes
-    assert set(report.files) == {path.name for path in (tmp_path / "out").iterdir()}
+    assert set(report.files) == {path.name for path in (tmp_path / "out").glob("[!.]*")}
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tuned / "hf" / "tokenizer.json").read_bytes()
     text = AutoTokenizer.from_pretrained(tmp_path / "out").apply_chat_template(
         [{"role": "user", "content": "日本の首都は？"}], tokenize=False, add_generation_prompt=True
@@ -139,7 +139,7 @@ def test_a_pretrained_model_leaves_with_its_base_s_files(choice: str | None, tun
     assert (report.chat_template, report.config_changes) == (None, ())
     for path in (tuned / "hf").glob("[!m]*"):  # all but the weights, whose headers differ
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in (tuned / "hf").iterdir()}
+    assert {path.name for path in (tmp_path / "out").glob("[!.]*")} == {path.name for path in (tuned / "hf").iterdir()}
 
 
 def test_another_template_can_be_chosen(tuned: Path, checkpoint: Path, tmp_path: Path) -> None:

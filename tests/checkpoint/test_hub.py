@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from nemo_cpt.checkpoint import download, import_hf
 from nemo_cpt.errors import CptError
 from tests.support import small_models as models
+from tests.support.servers import serving
 
 REPO, COMMIT, TOKEN = "someone/small-llama", "a" * 40, "hf_secretsecretsecretsecretsecret"
 
@@ -141,12 +141,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[_Hub]:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # other tests go offline in this process
-    server = _Hub(folder)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(_Hub(folder)) as server:
+        yield server
 
 
 SHARD = "model-00002-of-00004.safetensors"

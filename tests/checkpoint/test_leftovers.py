@@ -18,13 +18,13 @@ from tests.support import small_models as models
 
 # Writes, says where, and waits to be killed: the progress is called inside the block that fills the folder.
 WRITER = """
-import sys, time
+import signal, sys
 from pathlib import Path
 from nemo_cpt.checkpoint import {function}
 
 def stop(done, total):
     print(*Path(sys.argv[2]).parent.glob(".*.partial-*"), flush=True)
-    time.sleep(600)
+    signal.pause()
 
 {function}(sys.argv[1], sys.argv[2], progress=stop)
 """

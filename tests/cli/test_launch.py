@@ -268,12 +268,12 @@ def supervised(job, code):
 
 
 SAVES = """
-import signal, subprocess, sys, time
+import signal, subprocess, sys
 def save(*_): open({file!r}, "w").write("saved"); sys.exit(0)
 signal.signal(signal.SIGTERM, save)
 subprocess.Popen(["sh", "-c", "until [ -e {file} ]; do sleep 0.1; done; touch {file}.seen"])  # it outlives the job
 print("started")
-time.sleep(1000)
+signal.pause()
 """
 
 
@@ -282,7 +282,7 @@ def test_cancel_ends_a_local_job_from_another_shell_and_nothing_else(tmp_path, s
     job.mkdir()
     (job / "log.out").write_text("a line\n")
     reader = start("tail", "-f", f"{job}/log.out")
-    script = start("sh", "-c", f"echo {' '.join(supervised(job, 'x')[:6])}; sleep 1000")
+    script = start("sh", "-c", f"echo {' '.join(supervised(job, 'x')[:6])}; sleep infinity")
     supervisor = start(*supervised(job, SAVES.format(file=str(saved))))
     assert supervisor.stdout.readline() == "started\n"
     assert list(experiments.processes_of(str(job))) == [supervisor.pid]
@@ -294,7 +294,7 @@ def test_cancel_ends_a_local_job_from_another_shell_and_nothing_else(tmp_path, s
 
 
 def test_cancel_kills_what_does_not_save_within_its_plans_time(tmp_path, start, monkeypatch, capsys):
-    ignores = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('started'); time.sleep(1000)"
+    ignores = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('started'); signal.pause()"
     monkeypatch.setenv("NEMO_CPT_SECONDS_TO_SAVE", "0")
     supervisor = start(*supervised(tmp_path, ignores))
     monkeypatch.delenv("NEMO_CPT_SECONDS_TO_SAVE")  # the job's own environment says it
@@ -306,7 +306,7 @@ def test_cancel_kills_what_does_not_save_within_its_plans_time(tmp_path, start, 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
 def test_cancel_of_another_users_job_says_so(tmp_path, start):
-    supervisor = start(*supervised(tmp_path, "import time; print('started'); time.sleep(100)"))
+    supervisor = start(*supervised(tmp_path, "import signal; print('started'); signal.pause()"))
     assert supervisor.stdout.readline() == "started\n"
     code = (
         "import os, sys; from nemo_cpt.launching import jobs; from nemo_cpt import CptError; os.setuid(65534)\n"

@@ -41,6 +41,12 @@ def test_one_prefix_is_a_blend_of_one() -> None:
         (["doctor", "tiny", "--trainer.max_steps", "5"], "trainer.max_steps=5"),
         (["run", "tiny", "--dry-run"], "Possible options: --dryrun"),
         (["run", "tiny", "base=b", "data=d", "-e", "slrum"], "no executor 'slrum' (near: slurm): docker, "),
+        (["run", "tiny", "base=b", "data=d", "lr=-1"], "settings: lr=-1; a peak learning rate is above 0"),
+        (["run", "tiny", "base=b", "data=d", "trainer.max_steps=0"], "settings: max_steps=0; give max_steps=1 or more"),
+        (
+            ["run", "smollm2", "data=d", "gpus_per_node=2", "tensor_model_parallel_size=2"],
+            "num_attention_heads 9 cannot",
+        ),
         (["run", "tiny", "base=meta-llama/L", "data=d"], "`nemo-cpt import models/L checkpoints/L`"),
     ],
 )
@@ -93,3 +99,65 @@ def test_the_shell_completes(line: str, offered: list[str]) -> None:
     found = nemo_cpt(**words).stdout.split()
     assert set(offered) <= set(found)
     assert bool(offered) == bool(found)
+
+
+def test_the_recipes_that_are_made_for_a_base(tmp_path: Path) -> None:
+    from tests.doctor.conftest import TINY
+    from tests.support import small_models
+
+    small_models.make("llama31", tmp_path / "small", **TINY)
+    small_models.make("llama31", tmp_path / "deeper", **TINY | {"num_hidden_layers": 5})
+    found = json.loads(nemo_cpt("recipes", "--base", "small", "--json", cwd=tmp_path).stdout)
+    assert {name for name, each in found.items() if each["fits"]} == {
+        "tiny.continual_pretrain",
+        "tiny.instruction_tune",
+    }
+    assert "num_hidden_layers 32 (the base's: 4), hidden_size" in found["llama31_8b.continual_pretrain"]["why_not"]
+    lines = nemo_cpt("recipes", "--base", "deeper", cwd=tmp_path).stdout.splitlines()
+    assert "tiny.continual_pretrain\tCPU\tno\tnum_hidden_layers 4 (the base's: 5)" in lines
+    assert lines[-1].startswith("the others train it too, with model=base")
+    for wrong, says in {"nowhere": "there is no folder nowhere", ".": "does not say what model it is"}.items():
+        assert says in nemo_cpt("recipes", "--base", wrong, cwd=tmp_path).stderr
+
+
+@pytest.mark.parametrize("function", [*catalog.recipes().values(), *map(catalog.executor, catalog.executors())],
+                         ids=lambda function: function.name)  # fmt: skip
+def test_every_parameter_has_its_meaning_and_its_default_as_a_value(function: catalog.Function) -> None:
+    for parameter in function.parameters.values():
+        assert parameter.help, parameter
+        assert not parameter.help.startswith("see `"), parameter
+        default = parameter.default or ""
+        assert not (default.isidentifier() and default.isupper()), parameter  # a constant's name
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "results/one/checkpoints").mkdir(parents=True)
+    assert "as in `nemo-cpt rm one --keep 1`" in nemo_cpt("rm", "one", cwd=tmp_path).stderr
+    exported = nemo_cpt("export", "results/on", "out", cwd=tmp_path)
+    assert (exported.returncode, exported.stderr) == (2, "nemo-cpt: there is no folder results/on; near: results/one\n")
+
+
+def test_the_hubs_attempts_are_one_line(tmp_path: Path) -> None:
+    import logging
+
+    from nemo_cpt.hub import retries_told_once
+
+    logger, told = logging.getLogger("huggingface_hub.utils._http"), []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logger.addHandler(handler)
+    with retries_told_once():
+        for number in (1, 2):
+            logger.warning("'(MaxRetryError(...))' thrown while requesting HEAD http://h")
+            logger.warning(f"Retrying in {number}s [Retry {number}/5].")
+    logger.warning("another")
+    logger.removeHandler(handler)
+    assert told == ["the Hugging Face hub does not answer; trying for another half a minute", "another"]
+
+
+def test_a_card_of_a_size_is_one_that_the_planner_knows() -> None:
+    from nemo_cpt.planning.hardware import of_size
+
+    assert [getattr(of_size(size), "name", None) for size in (24, 48, 80, 141, 96)] == [
+        "RTX 4090", "RTX 6000 Ada", "H100", "H200", None
+    ]  # fmt: skip

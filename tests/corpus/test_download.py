@@ -4,7 +4,6 @@ import json
 import re
 import ssl
 import subprocess
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,6 +17,7 @@ from nemo_cpt.corpus.fetching.fetch import CHECKSUMS, LOCK, URLS
 from nemo_cpt.corpus.fetching.known_corpora import CORPORA
 from nemo_cpt.errors import CptError
 from tests.support.crashes import killed_at, lines_of
+from tests.support.servers import serving
 
 CONTENT = bytes(range(256)) * 20_000
 
@@ -74,10 +74,8 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with Server() as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
+    with serving(Server()) as running:
         yield running
-        running.shutdown()
 
 
 def get(server: Server, folder: Path) -> tuple[str, Path]:
@@ -337,13 +335,11 @@ def test_an_encrypted_address_leads_to_none_that_is_not(
 ) -> None:
     secure, certificate = encrypt(server, tmp_path)
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
-    with Server() as other:
-        threading.Thread(target=other.serve_forever, daemon=True).start()
+    with serving(Server()) as other:
         server.location = other.url
         with pytest.raises(CptError, match=r"https://.* leads on to http://127.0.0.1.*, which is not encrypted"):
             fetch(secure, tmp_path / "out", quiet=True)
         assert (len(server.asked), other.asked) == (1, [])
-        other.shutdown()
     assert list((tmp_path / "out").iterdir()) == []
 
 

@@ -2,7 +2,6 @@
 
 import json
 import random
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +12,7 @@ import pytest
 from nemo_cpt.corpus import fetch
 from nemo_cpt.corpus.fetching.fetch import ATTEMPTS, CHECKSUMS, URLS
 from nemo_cpt.errors import CptError
+from tests.support.servers import serving
 
 OLD, NEW = (random.Random(seed).randbytes(3_000_000) for seed in (1, 2))
 LONGER = NEW + NEW[:1000]
@@ -97,10 +97,8 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with Server() as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
+    with serving(Server()) as running:
         yield running
-        running.shutdown()
 
 
 ARRIVES = {
@@ -203,15 +201,13 @@ def test_what_is_refused_is_not_continued_as_another_file(tmp_path: Path, server
 
 
 def test_without_encryption_a_redirect_leads_no_further_than_this_machine(tmp_path: Path, server: Server) -> None:
-    with Server("127.0.0.2") as other:
-        threading.Thread(target=other.serve_forever, daemon=True).start()
+    with serving(Server("127.0.0.2")) as other:
         other.answers = [WHOLE]
         server.answers = [Answer(b"", 302, headers={"Location": f"{other.url}?X-Amz-Signature=geheim"})]
         with pytest.raises(CptError, match=r"leads on to http://127.0.0.2.*=\*, which is not encrypted") as error:
             fetch(server.url, tmp_path, quiet=True)
         assert "geheim" not in str(error.value)
         assert other.asked == []
-        other.shutdown()
     server.answers = [Answer(b"", 302, headers={"Location": f"http://localhost:{server.server_port}/elsewhere"}), WHOLE]
     assert fetch(server.url, tmp_path, quiet=True)[0].status == "fetched"
 

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 
 from nemo_cpt.corpus.fetching.fetch import CHECKSUMS, URLS
 from tests.support.corpus_helpers import same_files, write_jsonl, write_reference
+from tests.support.servers import serving
 
 NAME, TOKEN = "someone/news", "hf_secretsecretsecretsecretsecret"
 
@@ -115,10 +115,8 @@ def hub(tmp_path: Path, texts: list[str]) -> Iterator[Hub]:
     write_jsonl(folder / "data" / "train-0.jsonl", texts[:20])
     write_jsonl(folder / "data" / "train-1.jsonl", texts[20:40])
     write_jsonl(folder / "data" / "test-0.jsonl", texts[40:50])
-    with Hub(folder) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
+    with serving(Hub(folder)) as running:
         yield running
-        running.shutdown()
 
 
 def command(hub: Hub, *arguments: object) -> subprocess.CompletedProcess[str]:

@@ -1,7 +1,6 @@
 """The hub's answers from a local server, and where wandb's key may be."""
 
 import socket
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nemo_cpt.doctor import Examination, Job, access
+from tests.support.servers import serving
 
 TOKEN = "hf_secretsecretsecretsecretsecret"
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -34,10 +34,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(server):
+        yield server
 
 
 def ask(hub: str | None = "meta-llama/Llama-3.1-8B", job: Job | None = None):

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import shutil
 import subprocess
 import sys
@@ -128,9 +129,9 @@ def test_plain_lines_and_the_verdict(world):
     assert done.stdout.splitlines()[-1].startswith("verdict\t1 red, 1 yellow, ")
 
 
-def test_one_screen_on_a_terminal(world):
+def on_a_terminal(world, *options):
     controller, terminal = pty.openpty()
-    command = [sys.executable, "-m", "nemo_cpt.cli", "doctor", "tiny", *material(world, "ja", "other")]
+    command = [sys.executable, "-m", "nemo_cpt.cli", "doctor", "tiny", *material(world, "ja", "other"), *options]
     running = subprocess.Popen(command, stdout=terminal, env=os.environ | {"COLUMNS": "120", "LINES": "60"})
     os.close(terminal)
     printed = b""
@@ -143,10 +144,23 @@ def test_one_screen_on_a_terminal(world):
             break
         printed += block
     assert running.wait() == 3
-    text = printed.decode()
+    return printed.decode()
+
+
+def test_one_screen_on_a_terminal(world):
+    text = on_a_terminal(world, "--all")
     assert "✘" in text
     assert "→ prepare it again" in text
     assert len(text.splitlines()) < 60
+    assert len(re.findall("✔", text)) > 10
+
+
+def test_on_a_terminal_what_is_wrong_comes_first_and_what_is_green_is_one_line(world):
+    text = on_a_terminal(world)
+    assert text.index("✘") < text.index("There is no validation set") < text.index("✔")
+    assert re.search(r"✔ \d+ green \(--all\): .*Python", text)
+    assert "→ prepare it again" in text
+    assert len(text.splitlines()) < 25
 
 
 @pytest.mark.parametrize(
@@ -246,11 +260,20 @@ def test_warnings_are_printed_and_go_on(world, tmp_path):
     done = nemo_cpt("run", "tiny", *given, "--dryrun", NEMORUN_HOME=str(tmp_path / "home"))
     assert "nemo-cpt: warning: vocabulary: " in done.stderr
     assert (done.returncode, "experiment" in done.stdout) == (0, True)
+    rows = dict(line.split("\t") for line in done.stdout.splitlines())
+    assert rows["recipe"].startswith("tiny.continual_pretrain: ")
+    assert rows["changed"].startswith("directory=")
+    assert "max_steps=1 (default 60), val_check_interval=1 (default 10), nonsense.field=1" in rows["changed"]
+    assert rows["runs on"] == "local: 1 CPU process"
+    assert rows["trains on"] == f"{tmp_path}/bare 100 %"
+    assert rows["steps"] == "1 of 16 x 128 tokens, 2,048 tokens in all"
+    assert rows["run folder"] == f"{world}/runs/tiny_cpt (a new run)"
 
 
 def test_force_launches_what_is_red(world, tmp_path):
     """The job itself then fails at the base, in its own guard."""
     given = [*material(world)[1:], "base=nowhere", f"tokenizer={world / 'hf'}", "max_steps=1"]
-    done = nemo_cpt("run", "tiny", *given, "--force", "--dryrun", NEMORUN_HOME=str(tmp_path / "home"))
+    done = nemo_cpt("run", "tiny", *given, "--force", "--dryrun", "--json", NEMORUN_HOME=str(tmp_path / "home"))
     assert "nemo-cpt: error: base: the base nowhere is not there" in done.stderr
     assert (done.returncode, "experiment" in done.stdout) == (0, True)
+    assert "nemo_cpt.executors.supervisor" in json.loads(done.stdout)["submitted"]  # NeMo-Run's own words

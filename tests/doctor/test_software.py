@@ -161,7 +161,7 @@ def test_a_torch_that_hides_the_environments_own(tmp_path, monkeypatch):
 
 
 def test_a_torch_that_never_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(software, "TORCH", "import time; time.sleep(60)")
+    monkeypatch.setattr(software, "TORCH", "import signal; signal.pause()")
     monkeypatch.setattr(software, "IMPORT_SECONDS", 0.5)
     found = software.torch_import(Examination())
     assert (found.state, found.found) == ("error", "still importing after 0.5 s")

@@ -135,6 +135,8 @@ metadata: {{version: 2.0}}
 @pytest.mark.usefixtures("real_harness")
 def test_a_small_task_of_ones_own(world: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("WORLD_SIZE", "1")  # as a process that has trained keeps it: the harness is no rank of that
+    monkeypatch.setenv("LOCAL_RANK", "0")
     given = {"tasks": [f"{sums}/sums:1"], "limit": 6, "device": "cpu", "quiet": True}
     found = evaluate(world / "base_hf", tmp_path / "out", **given)
     (row,) = found.rows

@@ -137,11 +137,11 @@ def sentencepiece_like(folder: Path, texts: list[str], world: Path) -> Path:
 
 
 def test_bytes_of_a_tokenizer_that_prepends_a_blank(world: Path, tmp_path: Path, documents: list[str]) -> None:
-    from nemo_cpt.evaluation.bits_per_byte import _ByteCounter
+    from nemo_cpt.evaluation.bits_per_byte import ByteCounter
 
     folder = sentencepiece_like(tmp_path / "model", documents, world)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    counter = _ByteCounter(tokenizer)
+    counter = ByteCounter(tokenizer)
     for text in ("日本語 and English, 🍣 too", documents[0]):
         ids = tokenizer.encode(text, add_special_tokens=False)
         row = torch.tensor([[tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]])
@@ -154,7 +154,7 @@ def test_a_tokenizer_that_hides_its_bytes_is_refused(world: Path, tmp_path: Path
         [tokenizer.backend_tokenizer.decoder, decoders.Replace("a", "")]
     )
     with pytest.raises(CptError, match=r"are counted wrong\): give the text itself"):
-        bits_per_byte._ByteCounter(tokenizer)
+        bits_per_byte.ByteCounter(tokenizer)
 
 
 def test_a_document_that_brings_its_bos_along(engine: TransformersEngine) -> None:

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_cpt.errors import CptError
-from nemo_cpt.evaluation import comparison, evaluate, report
+from nemo_cpt.evaluation import comparison, evaluate, page, report
 from nemo_cpt.evaluation.journal import Journal
 from nemo_cpt.inference.endpoint import EndpointEngine
 from nemo_cpt.inference.transformers_engine import TransformersEngine
@@ -121,7 +121,7 @@ def test_the_report_is_whole_and_opens_offline(whole: comparison.Report, tmp_pat
 
 
 def test_numbers_that_json_cannot_hold(whole: comparison.Report) -> None:
-    assert report._finite({"a": [float("nan"), float("inf"), 1.5]}) == {"a": [None, None, 1.5]}
+    assert page.finite({"a": [float("nan"), float("inf"), 1.5]}) == {"a": [None, None, 1.5]}
     assert report._number(None) == ""
 
 
@@ -331,10 +331,15 @@ def test_endpoints_and_a_judge(tmp_path: Path) -> None:
             return "[[A]]" if shown.index("GOOD") < shown.index("BAD") else "[[B]]"
         return "[[9]]" if "GOOD" in shown else "[[3]]"
 
+    said = list[tuple[str, int]]()
     with ChatServer(answering("BAD ")) as before, ChatServer(answering("GOOD ")) as after, ChatServer(judging) as judge:
         found = evaluate(
             f"{after.url}#{NAME}", tmp_path, against=before.url, prompts=["ja"], judge=judge.url, limit=2, quiet=True,
+            say=lambda line: said.append((line, sum(len(each.asked) for each in (before, after, judge)))),
         )  # fmt: skip
+    ((cost, asked),) = [each for each in said if "if every answer is of full length" in each[0]]
+    assert "8 answers and 16 verdicts to ask for; the judge reads about " in cost
+    assert asked == 0, "it is said before anything is asked"
     rows = {(row.group, row.measure): row for row in found.rows}
     score = rows["judge", "score, of 10"]
     assert (score.before, score.after, score.verdict) == (3, 9, "better")

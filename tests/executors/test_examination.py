@@ -1,8 +1,11 @@
 """What Python launches is examined as what the command line does, whichever way it is launched."""
 
+import json
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import nemo_run as run
 import pytest
@@ -71,6 +74,35 @@ def test_docker_without_an_engine_is_one_sentence(project, monkeypatch):
         run.run(run.Partial(tasks.fail, message="never"), executor=docker(), name="t")
 
 
+class Engine(BaseHTTPRequestHandler):
+    """Docker's engine as far as its version, and one image that it has."""
+
+    def log_message(self, *args): ...
+
+    def do_GET(self):
+        answers = {"/version": {"ApiVersion": "1.44"}, "/v1.44/images/localhost/there/json": {"Id": "sha256:1"}}
+        found = answers.get(self.path)
+        data = json.dumps(found or {"message": "No such image"}).encode()
+        self.send_response(200 if found else 404)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+def test_an_image_that_was_not_built_is_not_asked_of_a_registry(monkeypatch):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Engine) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("DOCKER_HOST", f"tcp://127.0.0.1:{server.server_address[1]}")
+        with pytest.raises(
+            CptError, match=r"there is no image localhost/nemo-cpt here: build it .*`docker build --tag"
+        ):
+            examination.check_docker("localhost/nemo-cpt")
+        examination.check_docker("localhost/there")
+        examination.check_docker("registry.example/pulled:1")
+        server.shutdown()
+
+
 def test_a_task_that_waits_for_others_is_examined_without_the_files_that_they_may_make(given, project):
     recipe = build_recipe("tiny.continual_pretrain", given | {"base": "nowhere", "model": "tiny"})
     with run.Experiment("t", executor=local()) as experiment:
@@ -105,6 +137,9 @@ def test_python_and_the_command_line_know_the_same_job(given, name):
                  "lora_rank", "trained_embeddings", "global_batch_size", "seq_length", "max_steps", "checkpoints",
                  "attention_backend", "logs_to_wandb", "unlike_base"):  # fmt: skip
         assert (each, getattr(built, each)) == (each, getattr(told, each))
+    numbers = {name: value for name, value in vars(told.settings).items() if value is not None}
+    assert {name: getattr(built.settings, name) for name in numbers} == numbers
+    assert {"lr", "max_steps", "micro_batch_size", "gpus_per_node", "num_layers", "num_query_groups"} <= set(numbers)
     assert (built.data.train, built.data.validation) == (told.data.train, told.data.validation)
 
 

@@ -21,6 +21,7 @@ from nemo_run.core.execution.docker import DockerContainer
 from nemo_cpt import CptError
 from nemo_cpt.executors import docker, kubernetes, skypilot, slurm, stopping
 from nemo_cpt.executors.code import CodeSnapshot
+from nemo_cpt.executors.environment import checked_setup
 from nemo_cpt.signals import Given
 from tests.support.executor_jobs import git, wait_until
 from tests.support.sky_stand_in import install
@@ -54,7 +55,8 @@ def test_docker_has_the_tutorials_flags(project, monkeypatch):
     request.containers[0].run(engine, id="1")
     created = engine.created
     host = created["host_config"]
-    assert created["image"] == "nvcr.io/nvidia/nemo:25.07"
+    assert created["image"] == "localhost/nemo-cpt"
+    assert created["user"] == f"{os.getuid()}:{os.getgid()}"
     assert created["working_dir"] == "/nemo_run/code"
     assert host["ShmSize"] == 16 * 2**30
     assert [dict(limit) for limit in host["Ulimits"]] == [
@@ -302,6 +304,7 @@ def test_slurm_gres_stands_for_the_gpus(project):
         ({"time": "10", "preempt_seconds": 600}, r"told to stop at their start; give more than 10 minutes"),
         ({"preempt_seconds": -1}, r"slurm\(preempt_seconds=-1\): 0 to 65535"),
         ({"requeue": False, "max_restarts": 2}, "Slurm restarts a job by requeueing it"),
+        ({"setup": ["pip install nemo_cpt"]}, "takes nemo_cpt from PyPI, where it is not"),
     ],
 )
 def test_slurm_refuses(arguments, says):
@@ -483,13 +486,13 @@ def sky(monkeypatch):
 
 def test_skypilot(project, monkeypatch, sky):
     monkeypatch.setenv("HF_TOKEN", "planted-secret")
-    executor = skypilot("H100", 8, nodes=2, infra="aws", setup=["pip install nemo_cpt"], max_restarts=2)
+    executor = skypilot("H100", 8, nodes=2, infra="aws", setup=["pip install ./wheels/*.whl"], max_restarts=2)
     assert executor.packager.check_uncommitted_changes
     _, request = prepared(executor)
     task = request.task.to_yaml_config()
     assert task["num_nodes"] == 2
     assert task["resources"]["accelerators"] == {"H100": 8}
-    assert task["setup"].startswith("pip install nemo_cpt\n")
+    assert task["setup"].startswith("pip install ./wheels/*.whl\n")
     assert task["setup"].endswith(">> ~/.bashrc")
     assert "python -m nemo_cpt.executors.supervisor" in task["run"]
     assert "--max-restarts 2 -- torchrun" in task["run"]
@@ -499,9 +502,57 @@ def test_skypilot(project, monkeypatch, sky):
     assert "planted-secret" in Path(task["file_mounts"]["~/.nemo_cpt_secrets.env"]).read_text()
 
 
+@pytest.mark.parametrize(
+    ("image", "installed"),
+    [
+        (
+            None,
+            ["conda deactivate", "python -m pip install -c /nemo_run/code/constraints.txt -e '/nemo_run/code[gpu]'"],
+        ),
+        ("docker:registry.example/nemo-cpt:1-root", ["python -m pip install --no-deps -e /nemo_run/code"]),
+    ],
+)
+def test_skypilot_installs_the_checkout_that_it_ships(project, sky, image, installed):
+    (project / "pyproject.toml").write_text('[project]\nname = "nemo_cpt"\n')
+    git(project, "add", ".")
+    git(project, "commit", "-qm", "a checkout of nemo_cpt")
+    _, request = prepared(skypilot("H100", container_image=image, setup=["nvidia-smi"]))
+    assert request.task.to_yaml_config()["setup"].splitlines() == ["nvidia-smi", *installed]
+
+
+def test_skypilot_needs_something_that_brings_nemo_cpt(project, sky):
+    with pytest.raises(CptError, match="nothing installs nemo_cpt on the machines"):
+        skypilot("H100")
+    assert skypilot("H100", container_image="docker:registry.example/nemo-cpt:1-root").setup == ""
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "pip install nemo_cpt", "pip3 install -U nemo-cpt", "uv pip install 'nemo_cpt[gpu]>=0.1'",
+        "cd /x && python -m pip install torch nemo.cpt==0.1.0",
+    ],
+)  # fmt: skip
+def test_nothing_is_taken_from_an_index_where_nemo_cpt_is_not(line):
+    with pytest.raises(CptError, match="takes nemo_cpt from PyPI, where it is not"):
+        checked_setup([line])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "pip install -e /src/nemo_cpt", "pip install ./nemo_cpt", "pip install nemo_cpt-0.1.0-py3-none-any.whl",
+        "pip install 'nemo_cpt[gpu] @ git+https://git.example/nemo_cpt'", "pip install nemo_cpt --index-url https://mine",
+        "module load cuda", "pip install nemo_cpt_tools",
+    ],
+)  # fmt: skip
+def test_ones_own_nemo_cpt_is_installed(line):
+    assert checked_setup([line]) == [line]
+
+
 def test_skypilot_refuses_uncommitted_changes(project, sky):
     (project / "tasks.py").write_text((project / "tasks.py").read_text() + "\n")
-    executor = skypilot("H100")
+    executor = skypilot("H100", setup=["true"])
     executor.assign("t_1", str(project.parent), "t", "t")
     with pytest.raises(RuntimeError, match="uncommitted changes"):
         executor.package(executor.packager, "t")

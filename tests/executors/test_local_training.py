@@ -1,5 +1,6 @@
 """The tiny recipe on this machine: stopped, it saves; started again, it goes on at its step, in the same W&B run."""
 
+import copy
 import os
 import signal
 import threading
@@ -63,8 +64,9 @@ def test_under_slurm_the_first_experiment_names_the_run_and_a_later_one_continue
     for experiment in ("t_1", "t_2"):
         monkeypatch.setenv("WANDB_RUN_ID", experiment)
         monkeypatch.setenv(EXPERIMENT, experiment)
-        assert continue_wandb_run(logged) == "t_1"
-        assert os.environ["WANDB_RUN_ID"] == "t_1"
+        started_again = copy.deepcopy(logged)
+        assert continue_wandb_run(started_again) == "t_1"
+        assert started_again.log.wandb.id == "t_1"
 
 
 def test_an_id_that_the_user_set_stands(logged, monkeypatch, tmp_path):

@@ -51,7 +51,7 @@ def ended(tmp_path):
         # As NeMo-Run's script has it around ours.
         lines += ['srun task; exitcode=$?; set -e; echo "job exited with code $exitcode"; exit $exitcode']
         done = subprocess.run(
-            ["bash", "-c", "\n".join(lines)], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=30
+            ["bash", "-c", "\n".join(lines)], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120
         )
         asked = (tmp_path / "asked").read_text().splitlines()
         return SimpleNamespace(

@@ -25,6 +25,7 @@ TEMPLATE = (
 SHAPES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {"rope_theta": 500_000.0}),
     "mistral_window": (MistralConfig, MistralForCausalLM, {"sliding_window": 12}),
+    "long_context": (LlamaConfig, LlamaForCausalLM, {"max_position_embeddings": 65_536, "eos_token_id": None}),
     "qwen2_tied": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True}),
 }
 
@@ -63,7 +64,8 @@ def make_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTo
             network = model_class(
                 config_class(
                     vocab_size=400, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-                    num_key_value_heads=2, max_position_embeddings=256, bos_token_id=0, eos_token_id=[1, 2], **extra,
+                    num_key_value_heads=2, bos_token_id=0,
+                    **{"max_position_embeddings": 256, "eos_token_id": [1, 2]} | extra,
                 )
             )  # fmt: skip
             for parameter in network.parameters():  # far from ties, so that rounding cannot change a greedy reply

@@ -9,13 +9,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from nemo_cpt.cli import app
 from nemo_cpt.inference import Piece, Prompt, Sampling
-from nemo_cpt.inference.chat import Chat
+from nemo_cpt.inference.chat import Chat, Side
 from nemo_cpt.inference.transformers_engine import TransformersEngine
 
 COMMAND = [sys.executable, "-m", "nemo_cpt.cli"]
@@ -26,9 +29,17 @@ def engine(make_model: Callable[[str], Path]) -> TransformersEngine:
     return TransformersEngine(make_model("llama"))
 
 
-def chat(*engines: TransformersEngine, **options: bool) -> tuple[Chat, io.StringIO]:
+def chat(*engines: TransformersEngine, **options: Any) -> tuple[Chat, io.StringIO]:
     shown = io.StringIO()
-    return Chat(list(engines), Sampling(max_tokens=6), console=Console(file=shown, width=100), **options), shown
+    sides = [Side(engine) for engine in engines]
+    return Chat(sides, Sampling(max_tokens=6), console=Console(file=shown, width=100), **options), shown
+
+
+def command(*arguments: str) -> Any:
+    """A command that is refused, without a process of its own."""
+    from nemo_cpt.cli import inference  # noqa: F401  registers the commands
+
+    return CliRunner().invoke(app, list(arguments))
 
 
 def test_a_conversation_is_remembered_reset_and_saved(engine: TransformersEngine, tmp_path: Path) -> None:
@@ -53,7 +64,9 @@ def test_a_conversation_is_remembered_reset_and_saved(engine: TransformersEngine
     history = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": first}]
     ((_, wanted),) = engine.generate([[*history, {"role": "user", "content": "Again"}]], Sampling(max_tokens=3))  # type: ignore[list-item]
     assert second == wanted.text
-    assert [message["content"] for message in talk.histories[0]][:1] == ["Once more"]  # the system prompt began anew
+    assert [message["content"] for message in talk.sides[0].history][:1] == [
+        "Once more"
+    ]  # the system prompt began anew
     assert first in shown.getvalue()
 
 
@@ -72,7 +85,7 @@ def test_wrong_commands_do_not_end_it(engine: TransformersEngine, line: str, say
     talk, shown = chat(engine)
     talk.run([line, "Hello"])
     assert says in shown.getvalue().replace("\n", " ")
-    assert len(talk.histories[0]) == 2
+    assert len(talk.sides[0].history) == 2
 
 
 def test_ctrl_c_stops_the_reply_and_not_the_program(
@@ -88,9 +101,9 @@ def test_ctrl_c_stops_the_reply_and_not_the_program(
         patch.setattr(engine, "stream", interrupted)
         talk.run(["Hello"])
     assert "(stopped)" in shown.getvalue()
-    assert [message["content"] for message in talk.histories[0]] == ["Hello", "begun"]
+    assert [message["content"] for message in talk.sides[0].history] == ["Hello", "begun"]
     talk.run(["Go on"])
-    assert len(talk.histories[0]) == 4
+    assert len(talk.sides[0].history) == 4
 
 
 def test_two_models_side_by_side(engine: TransformersEngine, make_model: Callable[[str], Path]) -> None:
@@ -98,34 +111,81 @@ def test_two_models_side_by_side(engine: TransformersEngine, make_model: Callabl
     talk.run(["京都"])
     assert "llama" in shown.getvalue()
     assert "qwen2_tied" in shown.getvalue()
-    assert [len(history) for history in talk.histories] == [2, 2]
+    assert [len(side.history) for side in talk.sides] == [2, 2]
+
+
+def test_a_reply_has_the_room_that_the_context_leaves(engine: TransformersEngine) -> None:
+    talk, shown = chat(engine)
+    talk.run(["/tokens 5000", "Hello", "a" * 500, "/reset", "Hello"])
+    first, second = talk.sides[0].history[1]["content"], shown.getvalue()
+    assert first
+    assert "fills the context" in second.replace("\n", " ")
+
+
+def test_a_reply_cannot_steer_the_terminal(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk, shown = chat(engine)
+    told = "\x1b]0;owned\x07a b\x9b2J\u200d"
+    monkeypatch.setattr(engine, "stream", lambda prompt, sampling: iter([Piece(told, "stop")]))
+    talk.run(["Hello"])
+    assert shown.getvalue() == "]0;owneda b2J\u200d\n"
+    assert talk.sides[0].history[1]["content"] == told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--against", "http://127.0.0.1:1", "--device", "cpu"], "device cannot be set for a model that a server has"),
+        (["--against-key-env", "HOME"], "--against, which is not given"),
+    ],
+)
+def test_chat_refuses_what_it_would_not_use(arguments: list[str], says: str) -> None:
+    assert says in str(command("chat", "http://127.0.0.1:1", *arguments).exception)
+    assert "is no endpoint" in str(command("chat", "nowhere", "--api-key-env", "HOME").exception)
 
 
 def test_chat_in_a_pipe(make_model: Callable[[str], Path]) -> None:
-    command = [*COMMAND, "chat", str(make_model("llama")), "--max-tokens", "4", "--temperature", "0"]
-    done = subprocess.run(command, input="Hello\n/quit\n", capture_output=True, text=True)
+    arguments = [
+        sys.executable,
+        "-X",
+        "importtime",
+        *COMMAND[1:],
+        "chat",
+        str(make_model("llama")),
+        "--max-tokens",
+        "4",
+        "--temperature",
+        "0",
+    ]
+    done = subprocess.run(arguments, input="Hello\n/quit\n", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "pynvml" not in done.stderr
+    assert "deprecated" not in done.stderr
+    assert "torch" in done.stderr
+    assert "sklearn" not in done.stderr  # a fifth of the time to the first token
     engine = TransformersEngine(make_model("llama"))
     ((_, reply),) = engine.generate([[{"role": "user", "content": "Hello"}]], Sampling(max_tokens=4))
     assert done.stdout.strip() == reply.text.strip()
 
 
 def test_serve_answers_and_ends_in_good_order(make_model: Callable[[str], Path]) -> None:
-    command = [*COMMAND, "serve", str(make_model("llama")), "--port", "0", "--api-key-env", "TINY_KEY"]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"TINY_KEY": "geheim"})
+    arguments = [*COMMAND, "serve", str(make_model("llama")), "--port", "0", "--api-key-env", "TINY_KEY"]
+    server = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=os.environ | {"TINY_KEY": "secret-key"})
     assert server.stderr is not None
     address = next(line for line in server.stderr if "http://" in line).split()[-1]
-    headers = {"Authorization": "Bearer geheim"}
+    headers = {"Authorization": "Bearer secret-key"}
     assert httpx.get(f"{address}/models", headers=headers).json()["data"][0]["id"] == "llama"
-    answer = httpx.post(f"{address}/completions", json={"prompt": "a", "max_tokens": 3}, headers=headers, timeout=60)
+    answer = httpx.post(
+        f"{address}/completions", json={"prompt": "my diary", "max_tokens": 3}, headers=headers, timeout=60
+    )
     assert answer.json()["usage"]["completion_tokens"] >= 1
     server.send_signal(signal.SIGTERM)
-    assert server.wait(60) in (0, -signal.SIGTERM)
-    assert "geheim" not in server.stderr.read()
+    assert server.wait(60) == 0
+    logged = server.stderr.read()
+    assert "secret-key" not in logged
+    assert "diary" not in logged
+    assert "completions" not in logged
 
 
-def test_serve_refuses(make_model: Callable[[str], Path]) -> None:
+def test_serve_refuses() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -134,6 +194,10 @@ def test_serve_refuses(make_model: Callable[[str], Path]) -> None:
             (["--port", port], f"cannot listen on 127.0.0.1:{port}"),
             (["--host", "0.0.0.0"], "name the variable of a key"),
             (["--api-key-env", "NO_SUCH_VARIABLE"], "the variable NO_SUCH_VARIABLE"),
+            (["--chat-template", "alpaca-xx"], "there is no chat template alpaca-xx"),
+            (["--max-waiting", "0"], "--max-waiting is 0"),
+            (["--engine", "sglang"], "there is no engine sglang"),
+            (["--engine", "vllm", "--nemo-api", "--device", "cpu"], "--device, --nemo-api: of this project's own"),
         ):
-            done = subprocess.run([*COMMAND, "serve", "nowhere", *arguments], capture_output=True, text=True)
-            assert (done.returncode, says in done.stderr) == (2, True), done.stderr
+            refused = command("serve", "nowhere", *arguments)
+            assert (refused.exit_code, says in str(refused.exception)) == (1, True), refused

@@ -103,3 +103,22 @@ def test_after_an_error_no_other_is_asked() -> None:
     with always("400") as server, pytest.raises(CptError, match="answered 400"):
         list(EndpointEngine(server.url, concurrency=1).generate([HELLO] * 3, Sampling()))
     assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("url", "asked"),
+    [
+        ("http://host:8000", "http://host:8000/v1"),
+        ("http://host:8000/team/v1/", "http://host:8000/team/v1"),
+        ("https://host/v1beta/openai", "https://host/v1beta/openai"),
+    ],
+)
+def test_an_address_is_that_of_a_version(url: str, asked: str) -> None:
+    assert EndpointEngine(url, "m").url == asked
+
+
+def test_a_password_in_an_address_is_neither_shown_nor_kept() -> None:
+    engine = EndpointEngine("http://me:secret@127.0.0.1:9", "m", retries=0)
+    with pytest.raises(CptError, match=r"^http://127\.0\.0\.1:9/v1 does not answer"):
+        list(engine.generate([HELLO], Sampling()))
+    assert engine.name == "m at http://127.0.0.1:9/v1"

@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import shutil
 import socket
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -117,6 +119,9 @@ def test_logprobs_in_both_forms(client: openai.OpenAI) -> None:
 
 def test_models_health_and_metrics(client: openai.OpenAI, url: str) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
     assert httpx.get(f"{url}/health").json() == {"status": "ok"}
     client.completions.create(model="tiny", prompt="a", max_tokens=2, temperature=0)
     told = httpx.get(f"{url}/metrics").text
@@ -131,7 +136,12 @@ def test_nemos_own_request_of_2023(url: str, engine: TransformersEngine) -> None
     }  # fmt: skip
     answer = httpx.put(f"{url}/generate", json=body)
     wanted = replied(engine, body["sentences"][0], max_tokens=8, top_p=0.9, repetition_penalty=1.2, min_tokens=2)
-    assert answer.json() == {"sentences": [body["sentences"][0] + wanted]}
+    told = answer.json()
+    assert told.keys() == {"sentences", "tokens", "logprob", "token_ids", "offsets"}
+    assert told["sentences"] == [body["sentences"][0] + wanted]
+    assert told["tokens"][0][0] == "<bos>"
+    assert told["offsets"][0][:2] == [0, 5]
+    assert len(told["token_ids"][0]) == len(told["tokens"][0]) == len(told["offsets"][0])
 
 
 @pytest.mark.parametrize(
@@ -147,6 +157,20 @@ def test_nemos_own_request_of_2023(url: str, engine: TransformersEngine) -> None
         ("/v1/completions", {"prompt": [1, 999]}, 400, "outside of 0 to 399"),
         ("/v1/completions", {"prompt": "a", "max_tokens": "many"}, 400, "max_tokens"),
         ("/v1/completions", {"prompt": "a" * (MOST_BYTES + 1)}, 413, "at most 1048576 bytes"),
+        ("/v1/completions", {"prompt": "a", "max_tokens": 0}, 400, "max_tokens is 0"),
+        ("/v1/completions", {"prompt": ["a"] * 17, "n": 16}, 400, "may ask for 256 replies, and not 272"),
+        ("/v1/completions", {"prompt": "a", "stream_options": {"include_usage": True}}, 400, "stream is not"),
+        ("/v1/completions", {"prompt": "a", "stream": True, "stream_options": {"other": True}}, 400, "other"),
+        ("/v1/chat/completions", {"messages": HELLO, "max_tokens": 0}, 400, "max_tokens is 0"),
+        ("/v1/chat/completions", {"messages": HELLO, "max_tokens": 2, "max_completion_tokens": 3}, 400, "give one"),
+        ("/v1/chat/completions", {"messages": HELLO, "top_logprobs": 2}, 400, "logprobs is not"),
+        ("/v1/chat/completions", {"messages": [HELLO[0] | {"name": "Ann"}]}, 400, "messages[0] has name"),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a"}}]}]},
+            400,
+            "a part that is no text",
+        ),
         ("/v1/embeddings", {"input": "a"}, 404, "Not Found"),
     ],
 )
@@ -156,6 +180,65 @@ def test_errors_are_openais(url: str, path: str, body: dict, status: int, says: 
     assert says in answer.json()["error"]["message"]
     if says.startswith("the model's context"):
         assert answer.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_messages_as_clients_write_them(url: str, engine: TransformersEngine) -> None:
+    """Content in parts, OpenAI's newer name of the system role, and null fields mean what they say."""
+    plain = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "one\ntwo"}]
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    written = [
+        {"role": "developer", "content": "Be brief.", "name": None, "type": "text"},
+        {"role": "user", "content": parts, "tool_calls": []},
+    ]
+    asked: dict[str, Any] = {"max_tokens": 8, "temperature": 0, "stop": None, "seed": None, "tools": None}
+    texts = [
+        httpx.post(f"{url}/v1/chat/completions", json=asked | {"messages": messages}).json()["choices"][0]["message"]
+        for messages in (plain, written)
+    ]
+    assert texts[0] == texts[1] == {"role": "assistant", "content": replied(engine, plain, max_tokens=8)}
+
+
+def test_other_origins_and_bodies_without_a_length_are_refused(url: str) -> None:
+    preflight = {"Origin": "https://elsewhere.example", "Access-Control-Request-Method": "POST"}
+    answer = httpx.options(f"{url}/v1/completions", headers=preflight)
+    assert (answer.status_code, "access-control-allow-origin" in answer.headers) == (405, False)
+    endless = httpx.post(f"{url}/v1/completions", content=iter([b'{"prompt": "a"}']))  # chunked
+    assert endless.status_code == 413
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+def test_the_curl_line_of_2023_as_it_stands(url: str) -> None:
+    """Of the wiki page by which people asked NeMo's server, but for the port."""
+    body = """{
+     "sentences": ["The first 200 years of the Joseon era were marked by relative peace. The alphabet was created by "],
+     "tokens_to_generate": 30,
+     "temperature": 1.0,
+     "add_BOS": true,
+     "top_k": 0,
+     "top_p": 0.9,
+     "greedy": false,
+     "all_probs": false,
+     "repetition_penalty": 1.2,
+     "min_tokens_to_generate": 2
+     }"""
+    command = ["curl", "-sS", "-X", "PUT", f"{url}/generate", "-H", "Content-Type: application/json", "-d", body]
+    answers = [json.loads(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(2)]
+    sentences = [answer["sentences"][0] for answer in answers]
+    assert all(sentence.startswith(json.loads(body)["sentences"][0]) for sentence in sentences)
+    assert sentences[0] != sentences[1]  # drawn, with other random numbers each time
+
+
+def test_the_harness_own_client(url: str, tmp_path: Path) -> None:
+    for package in ("lm_eval", "tenacity"):
+        pytest.importorskip(package, reason="lm-evaluation-harness is not installed with its API models, lm_eval[api]")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalChatCompletion
+
+    client = LocalChatCompletion(base_url=f"{url}/v1/chat/completions", model="tiny", tokenized_requests=False)
+    settings = {"until": ["\n\n"], "max_gen_toks": 8, "temperature": 0, "do_sample": False}
+    prompt = client.apply_chat_template([{"role": "user", "content": "a"}])
+    asked = [Instance("generate_until", {}, (prompt, settings), number) for number in range(2)]
+    assert len(client.generate_until(asked)) == 2
 
 
 def test_a_body_that_is_no_json(url: str) -> None:
@@ -210,6 +293,40 @@ def test_a_client_that_hangs_up_leaves_the_batch(engine: TransformersEngine, mon
             gate.open.set()
             assert cancelled.wait(60)
         assert httpx.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
+
+
+def test_a_batch_that_fails_is_told_and_the_next_is_served(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nemo_cpt.inference.decoding import Decoder
+
+    def fail(decoder: Decoder) -> None:
+        raise MemoryError("no memory left")
+
+    body = {"prompt": "a", "max_tokens": 4, "min_tokens": 4, "temperature": 0}
+    with serving(engine) as url:
+        with monkeypatch.context() as patch:
+            patch.setattr(Decoder, "step", fail)
+            whole = httpx.post(f"{url}/v1/completions", json=body)
+            streamed = httpx.post(f"{url}/v1/completions", json=body | {"stream": True})
+        assert (whole.status_code, whole.json()["error"]["type"]) == (500, "server_error")
+        assert "no memory left" in whole.json()["error"]["message"]
+        assert "no memory left" in streamed.text
+        assert httpx.post(f"{url}/v1/completions", json=body).status_code == 200
+        assert 'status="500"' in httpx.get(f"{url}/metrics").text
+
+
+def test_a_server_that_is_told_to_stop_finishes_what_it_has_begun(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(engine, monkeypatch)
+    body = {"prompt": "a", "max_tokens": 9, "temperature": 0}
+    with ThreadPoolExecutor(1) as pool:
+        with serving(engine) as url:
+            reply = pool.submit(lambda: httpx.post(f"{url}/v1/completions", json=body, timeout=60))
+            gate.reached.wait()
+            threading.Timer(0, gate.open.set).start()  # opened from elsewhere: leaving the block waits for the server
+        assert reply.result().json()["choices"][0]["text"] == replied(engine, "a", max_tokens=9)
 
 
 def test_two_hundred_requests_at_once(url: str, engine: TransformersEngine) -> None:

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
+from tests.support.servers import serving
+
 Body = dict[str, Any]
-Fault = Literal["broken stream", "no json", "no chunk", "503", "400", "hang up"]
+Fault = Literal["broken stream", "no json", "no chunk", "503", "429", "403", "400", "hang up"]
 NAME = "known-judge"
 
 
@@ -16,10 +18,12 @@ class ChatServer:
 
     Attributes:
         asked: the bodies of all requests, in the order in which they came.
+        keys: what they gave as their key.
     """
 
     def __init__(self, answer: Callable[[Body, int], str]) -> None:
         self.asked: list[Body] = []
+        self.keys: list[str] = []
         self._lock = threading.Lock()
         chat = self
 
@@ -30,6 +34,7 @@ class ChatServer:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with chat._lock:
                     chat.asked.append(body)
+                    chat.keys.append(self.headers["Authorization"])
                     number = len(chat.asked)
                 try:
                     self._stream(answer(body, number))
@@ -59,7 +64,7 @@ class ChatServer:
                     self._send(200, "data: <html>It works!</html>\n\n", "text/event-stream")
                 elif fault == "no chunk":
                     self._send(200, 'data: {"status": "ok"}\n\n', "text/event-stream")
-                elif fault in ("503", "400"):
+                elif fault.isdigit():
                     self._send(int(fault), json.dumps({"error": {"message": "try later" if fault == "503" else "bad"}}))
                 self.close_connection = True
 
@@ -77,18 +82,16 @@ class ChatServer:
             def handle_error(self, *_: object) -> None:
                 """Say nothing of clients that did not wait for their answer."""
 
-        self._server = Server(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-        self._thread.start()
+        server = Server(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+        self._serving = serving(server)
 
     def __enter__(self) -> "ChatServer":
+        self._serving.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+    def __exit__(self, *raised: Any) -> None:
+        self._serving.__exit__(*raised)
 
 
 class FaultError(Exception):

@@ -10,8 +10,11 @@ from typing import Any
 RANK = 4  # of the adapters
 
 
-def forward(rank: int, tensor_parallel: int, patched: bool, base: Path, dest: Path) -> None:
-    """Save in `dest`: the rank's part of the logits, the magnitudes' gradients, and the adapters."""
+def forward(rank: int, tensor_parallel: int, patched: bool, base: Path, dest: Path, in_parts: bool = False) -> None:
+    """Save in `dest`: the rank's part of the logits, the magnitudes' gradients, and the adapters.
+
+    `in_parts` is sequence parallelism: between the layers each rank has its part of the sequence.
+    """
     import torch
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -28,7 +31,7 @@ def forward(rank: int, tensor_parallel: int, patched: bool, base: Path, dest: Pa
         if patched:
             dora_patches.take_dora_norms_of_whole_rows()
             dora_patches.save_dora_magnitudes_like_their_rows()
-        model = with_dora(build(base, tensor_parallel))
+        model = with_dora(build(base, tensor_parallel, in_parts))
         content = dist_checkpointing.load_content_metadata(str(base / "weights"))
         if tensor_parallel == 1:
             draw(model)
@@ -41,7 +44,7 @@ def forward(rank: int, tensor_parallel: int, patched: bool, base: Path, dest: Pa
         describe(dest, base)
 
 
-def build(base: Path, tensor_parallel: int) -> Any:
+def build(base: Path, tensor_parallel: int, in_parts: bool) -> Any:
     """The model of `base` with its weights, in fp32."""
     import fiddle as fdl
     import torch
@@ -54,6 +57,7 @@ def build(base: Path, tensor_parallel: int) -> Any:
     description = io.load_context(base / "context", subpath="model.config", build=False)
     settings = {
         "tensor_model_parallel_size": tensor_parallel,
+        "sequence_parallel": in_parts,
         "params_dtype": torch.float32,
         "bf16": False,
     }
@@ -113,6 +117,8 @@ def run(model: Any) -> dict[str, Any]:
     found = {}
     for name, parameter in model.named_parameters():
         if name.endswith("weight_magnitude") and ("linear_proj" in name or "linear_fc2" in name):
+            if getattr(parameter, "sequence_parallel", False):  # Megatron adds these up at the end of a step
+                torch.distributed.all_reduce(parameter.grad)
             found[name] = parameter.grad
     return {"logits": logits, "gradients": found}
 

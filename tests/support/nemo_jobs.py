@@ -17,7 +17,7 @@ from tests.support import dora_parallel, resave_parallel, train_small
 
 
 def main() -> None:
-    import nemo.collections.llm  # noqa: F401  before the forks
+    from tests.support import preloaded  # noqa: F401  before the forks
 
     folder = Path(sys.argv[1])
     base, dest = folder / "nemo", folder / "runs"

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 SERVER = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-SERVER.set_forkserver_preload(["nemo_cpt.recipes.tiny"])
+SERVER.set_forkserver_preload(["tests.support.preloaded"])
 
 
 def launch(job: Callable[[], Any], processes: int = 1, log: Path | None = None) -> list[Any]:

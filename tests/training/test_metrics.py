@@ -6,7 +6,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nemo_cpt.training.metrics import METRICS_FILE, RESUMED_FROM, append_metrics, read_metrics
+from nemo_cpt.training.metrics import METRICS_FILE, RESUMED_FROM, MetricsReader, append_metrics, read_metrics
 
 
 def steps(folder: Path) -> list[tuple[int, float]]:
@@ -54,3 +54,17 @@ def test_whatever_was_cut_or_written_between_whole_lines_are_read(tmp_path: Path
     whole = [line for line in kept.split(b"\n")[:-1]]
     expected = {json.loads(line)["step"] for line in whole} | {9}
     assert expected <= {step for step, _ in ((line.get("step"), 0) for line in read_metrics(tmp_path))}
+
+
+def test_a_reader_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    reader = MetricsReader(tmp_path)
+    assert reader.read() == []
+    write(tmp_path, {"step": 1, "loss": 1.0})
+    assert reader.read() == read_metrics(tmp_path) == [{"step": 1, "loss": 1.0}]
+    path = tmp_path / METRICS_FILE
+    whole = path.read_bytes() + b'{"step": 2, "loss": 2.0}\n'
+    for cut in (-20, -1, None):  # within a line, before its end, and behind it
+        path.write_bytes(whole[:cut])
+        assert reader.read() == read_metrics(tmp_path)
+    write(tmp_path, {RESUMED_FROM: 1})
+    assert reader.read() == read_metrics(tmp_path) == [{"step": 1, "loss": 1.0}]

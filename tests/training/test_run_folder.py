@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from nemo_cpt.errors import CptError
+from nemo_cpt.launching.task import nothing_to_train
 from nemo_cpt.training.checkpoints import RunCheckpoint
 from nemo_cpt.training.run_folder import Checkpoint, checkpoints, damaged_since, finished, newest_whole
 from tests.support.interruptions import Runs, Setting
@@ -109,6 +111,17 @@ def test_finished(folder: Path) -> None:
     record.write_text(json.dumps(json.loads(record.read_text()) | {"validation_pending": True}))
     assert finished(folder, 8) is None
     assert finished(folder / "nothing", 8) is None
+
+
+def test_a_finished_run_hears_of_a_misspelt_field(folder: Path, world: Path, blend: Any) -> None:
+    given = {"base": str(world / "base"), "data": blend, "max_steps": 8, "val_check_interval": 3}
+    given |= {"directory": str(folder.parent.parent), "name": folder.parent.name, "global_batch_size": 4}
+    said = nothing_to_train("tiny.continual_pretrain", given, ["trainer.log_every_n_steps=5"])
+    assert said.endswith(
+        "give a larger max_steps, and extend=rewarm, stretch or keep: what becomes of the learning rate"
+    )
+    with pytest.raises(CptError, match=r"optim.config.lrr: OptimizerConfig has no field lrr; near: lr"):
+        nothing_to_train("tiny.continual_pretrain", given, ["optim.config.lrr=1"])
 
 
 def test_a_run_goes_on_from_the_newest_whole_one_and_says_so(runs: Runs) -> None:

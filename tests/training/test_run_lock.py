@@ -18,11 +18,11 @@ from nemo_cpt.training import run_lock
 from nemo_cpt.training.run_lock import RunLock, check_free, read_owner, this_job, wait_until_held_by
 
 HOLDER = """
-import multiprocessing, sys, time
+import multiprocessing, signal, sys
 from pathlib import Path
 from nemo_cpt.training.run_lock import RunLock
 RunLock(Path(sys.argv[1])).acquire()
-writer = multiprocessing.get_context("fork").Process(target=time.sleep, args=(1000,), daemon=True)
+writer = multiprocessing.get_context("fork").Process(target=signal.pause, daemon=True)
 writer.start()
 print(writer.pid, flush=True)
 sys.stdin.read()

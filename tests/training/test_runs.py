@@ -65,6 +65,19 @@ def test_two_processes_reproduce_one(world: Path, blend: Any, reference: str, na
     )
 
 
+def test_a_checkpoint_says_what_it_was_trained_with_and_what_came_of_it(world: Path, reference: str) -> None:
+    """The export takes it along, for the model card."""
+    newest = newest_whole(world / "runs" / reference / "checkpoints")
+    assert newest is not None
+    first, last = newest.record["losses"]
+    assert (first["step"], last["step"]) == (0, STEPS)
+    for name in ("ja", "en"):
+        measured = metrics(world, reference, f"val_loss_{name}")
+        assert (first[name], last[name]) == (measured[0], measured[STEPS])
+    assert {"nemo_cpt", "nemo_toolkit", "megatron-core", "torch"} <= newest.record["versions"].keys()
+    assert newest.record["before"] == []
+
+
 def test_the_log_tells_the_mean_of_the_sets_as_the_checkpoints_do(world: Path, blend: Any, reference: str) -> None:
     """NeMo's own value, which weighs batches unequally, stood in the lines of the log."""
     told = re.findall(r"global_step: 2 .*val_loss: ([0-9.]+)", (world / f"{reference}.log").read_text())

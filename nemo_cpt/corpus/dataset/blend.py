@@ -114,6 +114,7 @@ class Blend:
 
     def paths(self) -> list[Any]:
         """Return Megatron's flat list for training, [share, full prefix, share, full prefix, …]."""
+        # Weight before prefix, in one flat list, as Megatron's `--data-path` has it.
         return [item for prefix, share in self.shares().items() for item in (share, prefix)]
 
     def validation_paths(self) -> dict[str, str]:
@@ -159,6 +160,7 @@ class Blend:
         tokens, shares = self.tokens(), self.shares()
         # The set that is used up first, for its share, ends the epoch.
         once = min(tokens[prefix] / shares[prefix] for prefix in tokens)
+        # Rounded down: one step more would begin the set anew.
         steps = int(once // (global_batch_size * seq_length))
         if steps == 0:
             raise CptError(
@@ -179,6 +181,7 @@ class Blend:
         Raises:
             CptError: As `check` and `steps`.
         """
+        # The whole check first: a report on a blend that cannot be trained on would only mislead.
         self.check()
         steps = steps or self.steps(global_batch_size, seq_length)
         train_tokens = steps * global_batch_size * seq_length
@@ -273,6 +276,7 @@ def check_held_out(train: Iterable[str], held_out: Mapping[str, Mapping[str, str
     """
     trained: dict[str, str] = {}
     for prefix in train:
+        # By content, not by path: a symbolic link, a copy and a relative path are all the same data.
         digest = fingerprint(prefix)
         if digest in trained:
             raise CptError(f"The {kind} trains on one dataset twice: {prefix} is a copy of {trained[digest]}.")

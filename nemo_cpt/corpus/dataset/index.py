@@ -18,6 +18,7 @@ from nemo_cpt.corpus.atomic_files import sync_directory
 from nemo_cpt.errors import CptError
 
 MAGIC = b"MMIDIDX\x00\x00"
+# "<": without it struct would pad the dtype's byte to eight, and the sizes would be read from the wrong place.
 HEADER = struct.Struct("<9sQBQQ")
 SUFFIX = "_text_document"
 DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
@@ -41,8 +42,10 @@ def full_prefix(prefix: str | os.PathLike[str]) -> str:
     `ds/ja_validation_text_document`, which belongs to the output prefix `ds/ja_validation`.
     """
     text = str(prefix)
+    # The shell's completion ends at a file's name; nobody should have to delete four characters.
     if text.endswith((".bin", ".idx")):
         text = text[:-4]
+    # In this order: what is on the disk under the very name given goes before every guess.
     if text.endswith(SUFFIX) or _exists(text):
         return text
     others = [] if _exists(text + SUFFIX) else _of_other_keys(text)
@@ -56,6 +59,8 @@ def _exists(full: str) -> bool:
 def _of_other_keys(output_prefix: str) -> list[str]:
     """The datasets that `prepare` made for an output prefix, whatever the json_key, by what their manifests say."""
     found = sorted(path[:-4] for path in glob.glob(glob.escape(output_prefix) + "_*_document.idx"))
+    # The glob alone also finds `ds/ja_validation_text_document` for `ds/ja`: only the manifest knows where prefix and
+    # key meet.
     return [full for full in found if full == f"{output_prefix}_{_json_key(full)}_document"]
 
 
@@ -92,6 +97,7 @@ class Index:
     @property
     def tokens(self) -> int:
         """Number of tokens, end-of-document tokens included."""
+        # int64 said: the lengths are int32, and NumPy would add them up in the platform's own type.
         return int(self.lengths.sum(dtype="int64"))
 
     @property
@@ -119,6 +125,7 @@ def read_index(prefix: str | os.PathLike[str]) -> Index:
     size = path.stat().st_size
     if size < need:
         raise CptError(f"{path} is truncated: {size} bytes, its header announces {need}. Run `nemo-cpt prepare` again.")
+    # Mapped, not read: the index of a trillion tokens has gigabytes, of which a blend's check looks at few pages.
     buffer = np.memmap(path, mode="r")
 
     def column(kind: str, count: int, offset: int) -> Any:
@@ -127,6 +134,7 @@ def read_index(prefix: str | os.PathLike[str]) -> Index:
     index = Index(
         prefix=full,
         dtype=dtype,
+        # The three columns follow one another without padding.
         lengths=column("<i4", sequences, HEADER.size),
         pointers=column("<i8", sequences, HEADER.size + 4 * sequences),
         document_indices=column("<i8", boundaries, HEADER.size + 12 * sequences),
@@ -141,6 +149,7 @@ def _read_header(path: Path) -> tuple[str, int, int]:
         with path.open("rb") as file:
             raw = file.read(HEADER.size)
     except FileNotFoundError:
+        # The commonest mistakes of all: still being prepared, or another key. The message tells them apart.
         raise CptError(f"There is no {path}{_why_missing(str(path)[:-4])}") from None
     if not raw.startswith(MAGIC):
         raise CptError(f"{path} is not a Megatron index: it starts with {raw[:9]!r}, not {MAGIC!r}.")
@@ -166,6 +175,7 @@ def _check_pair(index: Index) -> None:
     path = Path(index.prefix + ".bin")
     if not path.exists():
         raise CptError(f"There is {index.prefix}.idx but no {path}. Restore it, or run `nemo-cpt prepare` again.")
+    # Sizes alone, which cost nothing: bytes are looked at by `inspect`.
     want, have = index.tokens * index.itemsize, path.stat().st_size
     if want != have:
         state = "truncated" if have < want else "longer than its index"
@@ -185,6 +195,7 @@ def read_tokens(index: Index, document: int) -> Any:
     count = int(index.lengths[first:last].sum(dtype="int64"))
     if count == 0:
         return np.empty(0, dtype=index.dtype)
+    # Read, not mapped: one document a call, and a map of the whole file would stay open as long as the array lives.
     return np.fromfile(index.prefix + ".bin", dtype=index.dtype, count=count, offset=int(index.pointers[first]))
 
 
@@ -195,6 +206,7 @@ def fingerprint(prefix: str | os.PathLike[str]) -> str:
         CptError: A file is missing or cannot be read.
     """
     full = full_prefix(prefix)
+    # Both: the lengths of two corpora may agree where their tokens do not.
     return sample_digest(Path(full + ".idx")) + sample_digest(Path(full + ".bin"))
 
 
@@ -208,6 +220,7 @@ def sample_digest(path: Path) -> str:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             digest = hashlib.sha256(b"%d\n" % size + file.read(SAMPLE_BYTES))
+            # For a file shorter than two samples the two overlap, which does no harm.
             file.seek(max(size - SAMPLE_BYTES, 0))
             digest.update(file.read(SAMPLE_BYTES))
     except OSError as error:
@@ -227,6 +240,7 @@ def largest_id_in_sample(prefix: str | os.PathLike[str]) -> int:
     if not index.tokens:
         return -1
     tokens: Any = np.memmap(index.prefix + ".bin", dtype=index.dtype, mode="r")
+    # Negated twice: a division rounded up, so that small datasets are looked at whole.
     pieces = min(SAMPLE_PIECES, -(-len(tokens) // (SAMPLE_TOKENS // SAMPLE_PIECES)))
     size = min(SAMPLE_TOKENS // SAMPLE_PIECES, len(tokens))
     # Pieces all over the file, its beginning and its end among them.
@@ -284,6 +298,7 @@ def _write_pointers(file: Any, lens: Any, itemsize: int) -> None:
     start = 0
     for i in range(0, len(lens), BLOCK):
         block = lens[i : i + BLOCK]
+        # int64 before the product: int32 byte offsets would overflow at 2 GiB.
         ends = np.cumsum(block[block > 0].astype("<i8") * itemsize)
         if len(ends):
             file.write((np.concatenate(([0], ends[:-1])) + start).astype("<i8").tobytes())
@@ -294,6 +309,7 @@ def _write_boundaries(file: Any, lens: Any) -> None:
     """Write the number of sequences before each document's end, starting with 0."""
     import numpy as np
 
+    # One more boundary than documents: document i lies between boundaries i and i + 1.
     file.write(struct.pack("<q", 0))
     count = 0
     for i in range(0, len(lens), BLOCK):

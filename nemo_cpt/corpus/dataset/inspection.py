@@ -72,9 +72,11 @@ def inspect(
     if samples < 0:
         raise CptError(f"samples is {samples}; it is a number of documents, 0 for none.")
     index = read_index(prefix)
+    # Before anything is decoded: a corrupt pointer would show as nonsense text, and be taken for a wrong tokenizer.
     check_index(index)
     manifest = read_manifest(prefix) if manifest_path(prefix).exists() else {}
     loaded = load_tokenizer(tokenizer) if tokenizer is not None else None
+    # The tokenizer that was given goes first: who names one wants to know whether the dataset fits it.
     size = loaded.vocabulary_size if loaded else manifest.get("tokenizer", {}).get("vocabulary_size")
     highest = max_token_id(prefix)
     if size is not None and highest >= size:
@@ -121,6 +123,7 @@ def check_index(index: Index) -> None:
             raise CptError(f"{index.prefix}.idx is corrupt: sequence {number} does not begin where the last one ends.")
         expected = int(starts[-1] + lengths[-1] * index.itemsize)
     for begin in range(0, index.documents, BLOCK):
+        # One more than a block: the step from each block to the next is checked too.
         boundaries = index.document_indices[begin : begin + BLOCK + 1]
         if (np.diff(boundaries) < 0).any() or index.document_indices[0] != 0:
             raise CptError(f"{index.prefix}.idx is corrupt: its document boundaries do not ascend from 0.")
@@ -131,6 +134,7 @@ def _document_lengths(index: Index) -> Any:
     import numpy as np
 
     ends = np.concatenate(([0], np.cumsum(index.lengths, dtype=np.int64)))
+    # A document may have several sequences, or none: lengths of sequences are not lengths of documents.
     return np.diff(ends[index.document_indices])
 
 
@@ -140,6 +144,7 @@ def percentiles(lengths: Any) -> dict[int, int]:
 
     if len(lengths) == 0:
         return {}
+    # "nearest": a length that some document has, not one interpolated between two.
     return {percentile: int(np.percentile(lengths, percentile, method="nearest")) for percentile in PERCENTILES}
 
 
@@ -147,6 +152,7 @@ def _histogram(lengths: Any) -> list[list[int]]:
     import numpy as np
 
     bins = []
+    # Empty documents share the first bin with those of one token; the report counts them separately.
     low, high = 0, 2
     while low <= lengths.max(initial=0):
         chosen = lengths[(lengths >= low) & (lengths < high)]
@@ -175,6 +181,7 @@ def _sample(index: Index, number: int, tokenizer: Tokenizer | None) -> dict[str,
 
 def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
     """Return the text of token ids, special tokens included."""
+    # Not the fast encoder, which only encodes; and special tokens are shown, since they are what one looks for here.
     return tokenizer.reference_encoder().decode(ids)
 
 

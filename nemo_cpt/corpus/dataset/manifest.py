@@ -12,6 +12,7 @@ from nemo_cpt.corpus.reading.chunks import hash_source
 from nemo_cpt.corpus.reading.sources import Source
 from nemo_cpt.errors import CptError
 
+# Of the file, not of the library: raised when an older reader would misread what is new.
 FORMAT = 1
 
 
@@ -66,6 +67,7 @@ def changed_input(sources: list[Source], recorded: list[dict[str, Any]]) -> str 
         return f"there were {len(recorded)} inputs, now there are {len(sources)}"
     for source, was in zip(sources, recorded, strict=True):
         as_listed = (source.path, source.size, source.mtime_ns) == (was["path"], was["size"], was["mtime_ns"])
+        # A dataset of the hub has neither size nor time: only its fingerprint tells.
         if as_listed and source.kind != "hub":
             continue
         if source.size != was["size"] or source.kind != was["kind"]:

@@ -41,7 +41,9 @@ def swallow_v0_2(
 def _swallow(
     parts: list[tuple[str, float]], parallel: str | None, validation: Mapping[str, str] | None, version: str
 ) -> Blend:
+    # The shares need not add up to 100: `Blend.shares` normalizes them, also without the parallel text.
     parts = parts + ([(parallel, 0.44)] if parallel else [])
+    # Before they become keys of a dictionary, where the second of two equal prefixes would replace the first.
     check_distinct(prefix for prefix, _ in parts)
     return Blend(train=dict(parts), validation=dict(validation or {}), note=f"Shares of Swallow {version}: {SWALLOW}")
 

@@ -69,6 +69,7 @@ def fetch(corpus: str, folder: str | os.PathLike[str], *, quiet: bool = False, p
     make_folder(target)
     found: list[Fetched] = []
     for url in urls:
+        # The lock is one for the folder: the notes of all its files are in one file.
         if url.startswith(HUB):
             with locked(target / LOCK, patience):
                 found += _fetch_dataset(url, target, quiet)
@@ -96,6 +97,7 @@ def _fetch_dataset(url: str, folder: Path, quiet: bool) -> list[Fetched]:
     name, known = url.removeprefix(HUB), read_checksums(folder)
     page, shown = f"{constants.ENDPOINT}/datasets/{name}", not quiet and sys.stderr.isatty()
     with _writing(folder), explained("dataset", name, page), progress_bars(shown):
+        # The commit is asked for first and then named: files of two revisions must not end up in one folder.
         info = HfApi().dataset_info(name)
         names = sorted(file.rfilename for file in info.siblings or [] if not file.rfilename.startswith("."))
         _claim(folder, url, names)
@@ -246,14 +248,19 @@ class _Download:
             _BrokenError: The answer is cut short, or does not continue what is here.
         """
         have, noted = self._noted()
+        # Else a server may compress on the fly: ranges, sizes and checksums would be of bytes that nobody keeps.
         headers = {"Accept-Encoding": "identity"}
+        # If-Range makes the server send the whole file (200) where its content is another by now, instead of a tail
+        # that does not fit.
         if have:
             headers |= {"Range": f"bytes={have}-", "If-Range": noted["validator"]}
         with session.get(self.url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
             begin, total = _place(answer)
+            # The file was whole already, and the process ended before it was renamed: nothing is left to ask for.
             if answer.status_code == 416 and have == noted.get("total") == (total or have):
                 return
             self._check(answer)
+            # Servers and proxies may answer with another range, or of another version, than was asked for.
             if answer.status_code == 206 and not (have == begin and _continues(answer, total, noted)):
                 self.state.unlink(missing_ok=True)  # begin anew
                 raise _BrokenError(
@@ -263,14 +270,17 @@ class _Download:
             self.resumed = have > 0
             self._note(answer, total)
             with self.part.open("r+b" if have else "wb") as file, ProgressBar(self.name, total, self.quiet) as bar:
+                # A 200 to a range request means from the beginning: what was here of the old version goes.
                 file.truncate(have)
                 file.seek(have)
+                # `raw`, undecoded: requests' iter_content would unpack a .gz that is served with an encoding.
                 for piece in answer.raw.stream(PIECE, decode_content=False):
                     file.write(piece)
                     have += len(piece)
                     bar.update(have)
                 file.flush()
                 os.fsync(file.fileno())
+        # urllib3 before 2.0 takes a connection that closes early for the end of the file.
         if total and have != total:
             raise _BrokenError(f"{have} of {total} bytes arrived")
         if not have:
@@ -292,6 +302,7 @@ class _Download:
             raise _BrokenError(f"the server answers {status} {answer.reason}")
         if status not in (200, 206):
             raise CptError(f"The server answers {status} {answer.reason} for {self.shown}.")
+        # Login pages come with status 200; saved as .jsonl.gz they would fail only in `prepare`.
         if headers.get("Content-Type", "").startswith("text/html"):
             raise CptError(f"{self.shown} answers with a web page, not with data: it may want a login, or have moved.")
         packed = headers.get("Content-Encoding", "identity").removeprefix("x-")
@@ -300,6 +311,7 @@ class _Download:
                 f"{self.shown} is sent compressed ({packed}) though the file itself was asked for: its bytes and its "
                 "checksum would be others than the file's. Get it in another way."
             )
+        # A chunked answer has an end mark, of which urllib3 notices the lack; a length that is not said has none.
         if status == 200 and not _is_chunked(answer) and not headers.get("Content-Length", "").isdigit():
             raise CptError(
                 f"The server does not say how long {self.shown} is: nobody could tell the whole file from one that "
@@ -310,6 +322,7 @@ class _Download:
         """Return how much is here and what the server said about the file; nothing counts without a validator."""
         try:
             noted = json.loads(self.state.read_text("utf-8"))
+            # Compared without credentials: a presigned address is another one each hour, and still the same file.
             if public_url(noted["url"]) == self.shown and noted["validator"]:
                 return self.part.stat().st_size, noted
         except (OSError, ValueError, KeyError):
@@ -331,6 +344,7 @@ def _session(url: str) -> Any:
 
     class OnlyHere(HTTPAdapter):
         def send(self, request: Any, *arguments: Any, **options: Any) -> Any:
+            # In the adapter: requests follows redirects through it, so that their targets are looked at, too.
             if local and urlsplit(request.url).hostname in LOCAL:
                 return super().send(request, *arguments, **options)
             raise CptError(
@@ -354,6 +368,7 @@ def _place(answer: Any) -> tuple[int, int]:
     whole = int(total) if total and total != "*" else 0
     if begin is None or end is None or (size and size != int(end) - int(begin) + 1):
         return -1, whole
+    # A place that was not said is -1, which equals no length of a part.
     return int(begin), whole
 
 
@@ -363,6 +378,7 @@ def _is_chunked(answer: Any) -> bool:
 
 def _validator(answer: Any) -> str:
     etag = answer.headers.get("ETag", "")
+    # A weak validator says "equivalent", not "the same bytes", and RFC 9110 forbids it in If-Range.
     return ("" if etag.startswith("W/") else etag) or answer.headers.get("Last-Modified", "")
 
 
@@ -395,6 +411,7 @@ def _read(folder: Path, notes: str) -> dict[str, str]:
 def _keep(folder: Path, notes: str, new: dict[str, str]) -> None:
     """Add to a file of notes, in the form of `sha256sum`."""
     values = _read(folder, notes) | new
+    # Also the older lines: an earlier version may have written credentials there.
     if notes == URLS:
         values = {name: public_url(url) for name, url in values.items()}
     write_whole(folder / notes, "".join(f"{value}  {name}\n" for name, value in sorted(values.items())).encode())

@@ -97,6 +97,7 @@ def encode_task(
     """
     import numpy as np
 
+    # The lines are read in the worker: the parent hands out byte ranges, and no text crosses a pipe.
     found = texts_of(task, layout.json_key)
     encoded = Encoded(found.reading)
     pieces, lengths = [], []
@@ -106,9 +107,11 @@ def encode_task(
         _count_special(ids, layout.special, encoded.special)
         encoded.largest = max(encoded.largest, int(ids.max()) if len(ids) else -1)
         if lookout is not None:
+            # By the task's number, so that the choice does not depend on which worker had it.
             first = i == 0 and task.index % COMPARED_TASKS == 0
             encoded.passages += choose_passages(texts, ids, offsets, encoder, lookout, first)
         piece, lens = lay_out(ids, offsets, layout)
+        # Counted before they are left out: the report names them in both layouts.
         encoded.empty += int(np.count_nonzero(lens == 0))
         pieces.append(piece)
         lengths.append(lens if layout.keep_empty else lens[lens > 0])
@@ -165,12 +168,15 @@ def lay_out(ids: Any, offsets: Any, layout: Layout) -> tuple[bytes, Any]:
     import numpy as np
 
     item = ITEMSIZE[layout.dtype]
+    # Bytes joined in C, and not an array that is filled document by document.
     view = memoryview(ids.astype(layout.dtype, copy=False)).cast("B")
     before, after = (b"" if i is None else np.array([i], layout.dtype).tobytes() for i in (layout.bos, layout.eod))
     counts = np.diff(offsets.astype(np.int64))
+    # Plain ints: each slice by NumPy's scalars would convert them once more.
     ends = (offsets * item).tolist()
     slices = [view[a:b] for a, b in pairwise(ends) if b > a]
     lengths = np.where(counts > 0, counts + (len(before) + len(after)) // item, 0).astype("<i4")
+    # Between two documents stand the end of the one and the beginning of the next.
     return (before + (after + before).join(slices) + after if slices else b""), lengths
 
 
@@ -181,6 +187,7 @@ def _count_special(ids: Any, special: tuple[int, ...], counts: dict[int, int]) -
     if not special:
         return
     suspects = ids[(ids >= special[0]) & (ids <= special[-1])]
+    # Ordinary tokens may lie between special ones, so that each suspect is looked up.
     for number in np.unique(suspects).tolist() if len(suspects) else ():
         if number in special:
             counts[number] = counts.get(number, 0) + int(np.count_nonzero(suspects == number))

@@ -24,6 +24,7 @@ def first_texts(sources: list[Source], json_key: str) -> list[str]:
     """Return the corpus' first documents, to try tokenizers on: at most 100, 300 kB of them or a single one."""
     texts: list[str] = []
     size = 0
+    # Small chunks: only the first few hundred kilobytes are wanted, of a file that may have terabytes.
     for task in Feed(sources, json_key, 1 << 18):
         for text in texts_of(task, json_key).texts:
             size += len(text.encode())
@@ -104,14 +105,17 @@ class Job:
         """
         self.comparison = comparison
         pool = Pool(workers, work, self.journal.outputs)
+        # The bar shows this run's rate; what an earlier run did would make it look faster than it is.
         begun = (self.progress.entries, self.progress.tokens)
         try:
             for _ in self._turns(pool):
                 bar.update(self.progress.read, self.progress.entries - begun[0], self.progress.tokens - begun[1])
+            # Before the last checkpoint, which takes it along: what then is left to do are the files' names.
             self.progress.finished = True
             pool.stop()
             self._checkpoint()
         except UnlikeReferenceError:
+            # First of all: while workers still write, nothing can be cut or begun anew.
             pool.stop()
             self.journal.begin_anew()  # earlier checkpoints compared passages alone: they prove nothing about the rest
             raise
@@ -148,6 +152,7 @@ class Job:
 
     def _take(self, pool: Pool, worker: Worker, answer: Any) -> None:
         """Place results whose predecessors' sizes are all known; absorb those whose predecessors are all written."""
+        # An index is step 3's answer, a pair step 1's; see `workers`.
         if isinstance(answer, int):
             self.written.add(answer)
         else:
@@ -170,6 +175,7 @@ class Job:
         """Count a written task in; tasks come in the inputs' order."""
         progress, source = self.progress, self.sources[task.source]
         if task.last:
+            # Before anything is counted: an input that changed must not be in the next checkpoint.
             check_unchanged(source, task)
         self.problems += progress.tally.add(task, encoded.reading, source, self.policy)
         progress.nbytes += encoded.nbytes
@@ -178,6 +184,7 @@ class Job:
         progress.longest = max(progress.longest, encoded.longest)
         progress.largest = max(progress.largest, encoded.largest)
         progress.empty += encoded.empty
+        # The cursor of a resumed run, and the hash by which it knows that what lies before is still the same.
         progress.source, progress.position, progress.before = task.source, task.stop, task.hash
         if task.last:
             self.inputs.append(ReadInput(source.stamp, task.hash))

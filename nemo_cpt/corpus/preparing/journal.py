@@ -69,6 +69,7 @@ class Progress:
         # The first record is the job; without a checkpoint, nothing is done yet.
         if len(records) < 2:
             return cls()
+        # Each checkpoint holds the counts from the beginning; none depends on those before it.
         last = records[-1]["progress"]
         return cls(**last | {"tally": Tally(**last["tally"])})
 
@@ -124,6 +125,7 @@ class Journal:
             CptError: Another process works on this output, what is there belongs to another job, or the folder cannot
                 be written.
         """
+        # The journal is its own lock file: whoever holds it may write all the parts.
         self._file = open_locked(self.path, patience)  # workers share the lock: orphans of a killed run are waited for
         try:
             return self._take_up(discard)
@@ -153,6 +155,7 @@ class Journal:
         Raises:
             CptError: The disk is full.
         """
+        # Descriptors of the old files must not be written to after their names are gone.
         self._close_parts()
         self.progress, self.saved, self.inputs, self._sound = Progress(), Progress(), [], 0
         os.ftruncate(self._file.fileno(), 0)  # first: a journal must not outlive what it vouches for
@@ -177,6 +180,7 @@ class Journal:
     def _records(self) -> list[dict[str, Any]]:
         """Return the whole records: one that a crash tore, and all after it, do not count."""
         records, self._sound = [], 0
+        # Not text lines: a torn record may hold any bytes, and `splitlines` breaks at more than \n.
         for line in io.BytesIO(self.path.read_bytes()):
             checksum, _, body = line.rstrip(b"\n").partition(b" ")
             if not line.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(body):
@@ -193,6 +197,7 @@ class Journal:
         sizes = zip(self.parts.values(), self.sizes(last), strict=True)
         for path, size in (*sizes, (self.lens_path, last.entries * 4)):
             have = path.stat().st_size if path.exists() else 0
+            # More than vouched for is normal after a crash; less means that somebody else touched the files.
             if have < size and not last.finished:
                 return (
                     f"{path} has {have} bytes, but its journal vouches for {size}: it was changed. Begin anew with "
@@ -211,6 +216,7 @@ class Journal:
     def _open_parts(self) -> None:
         """Open the files, cut to what the disk is known to hold of them."""
         for path, size in zip(self.parts.values(), self.sizes(self.saved), strict=True):
+            # No O_APPEND: with it, Linux' pwrite ignores the offset and writes at the end.
             self.outputs.append(os.open(path, os.O_RDWR | os.O_CREAT, 0o644))
             # What lies beyond was written after the checkpoint, by tasks that are encoded again.
             os.ftruncate(self.outputs[-1], size)
@@ -233,6 +239,7 @@ class Journal:
             CptError: The disk is full.
         """
         with self._writing():
+            # The order of these three steps is what makes a crash harmless at any moment.
             for output in self.outputs:
                 os.fdatasync(output)
             write_at(self.lens, lengths, self.saved.entries * 4)  # over what a failed checkpoint left there
@@ -259,6 +266,7 @@ class Journal:
             os.ftruncate(output, size)
 
     def _append(self, record: dict[str, Any]) -> None:
+        # The checksum stands in front of the body, so that half a line never passes for a whole one.
         body = orjson.dumps(record)
         line = b"%08x " % zlib.crc32(body) + body + b"\n"
         descriptor = self._file.fileno()

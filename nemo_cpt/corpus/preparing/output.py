@@ -128,6 +128,7 @@ class Output(ABC):
         Raises:
             CptError: Something else has its name, and may not be replaced.
         """
+        # A finished journal beside the files means that a run was killed while it renamed them: `make` ends that.
         if overwrite or self.journal.is_finished() or not (self.bin.exists() or self.idx.exists()):
             return False
         if not manifest_path(self.prefix).exists():
@@ -138,6 +139,7 @@ class Output(ABC):
                 raise CptError(self._refusal(f"its {key} is {manifest['options'].get(key)!r}, not {value!r}"))
         if (change := changed_input(self.sources, manifest["inputs"])) is not None:
             raise CptError(self._refusal(change))
+        # The manifest is written before the `.idx`: it alone does not prove that the dataset is whole.
         read_index(self.prefix)
         return True
 
@@ -151,9 +153,11 @@ class Output(ABC):
         """Write the dataset, or the rest of it; return the status and this run's rates."""
         make_folder(self.idx.parent)
         journal, rates = self.journal, dict[str, float]()
+        # From here on the output is ours: all that follows relies on the lock.
         resumed = journal.open(overwrite, run.patience)
         try:
             try:
+                # Inside the lock, because what is left depends on the journal that was just read.
                 tasks = self._tasks_left(run)
             except InputChangedError:
                 if not overwrite:
@@ -165,8 +169,10 @@ class Output(ABC):
             journal.progress.tally.check(self.sources, run.policy.max_skipped)
             self._put_in_place()
         except BaseException as error:
+            # `saved`, not `progress`: what counts is what the next run will find on the disk.
             if not (journal.saved.source or journal.saved.position):
                 journal.remove()  # nothing to resume
+            # Not its subclasses: an output that mixes two inputs or two encoders cannot be gone on with.
             elif type(error) is CptError:
                 raise CptError(f"{error} The next run goes on after {journal.saved.entries:,} documents.") from error
             raise
@@ -192,6 +198,7 @@ class Output(ABC):
                 raise InputChangedError(f"{source.path} is not what the unfinished run of {self.journal.path} read")
         cursor = (progress.source, progress.position)
         tasks = iter(Feed(self.sources, self.json_key, run.chunk_bytes, cursor, progress.before))
+        # Drawn here and not in the job: InputChangedError must come while `make` can still begin anew.
         return chain([first] if (first := next(tasks, None)) else [], tasks)  # the first compares what lies before it
 
     def _encode(self, run: Run, tasks: Iterator[Task]) -> dict[str, float]:
@@ -199,6 +206,7 @@ class Output(ABC):
         candidates = run.head_start.candidates
         with closing(choose_encoder(self.tokenizer, self.samples(), self.split, run.fast, candidates)) as choice:
             if not run.compare:
+                # Closed early: the reference's process holds tables that nothing will ask for.
                 choice.close()
             work, note = self.make_work(choice.encoder, Lookout() if choice.reference else None)
             progress.encoder, progress.probes = "; ".join(filter(None, (choice.why, note))), probe(choice.encoder)
@@ -207,6 +215,7 @@ class Output(ABC):
             job = Job(tasks, self.sources, self.journal, run.policy, run.checkpoint_seconds)
             with ProgressBar(Path(self.prefix).name, sum(source.size for source in self.sources), run.quiet) as bar:
                 job.run(work, run.workers, bar, choice.comparison())
+        # This run's own: a resumed one must not be credited with what the first did.
         seconds = max(time.monotonic() - begin, 1e-9)
         documents, size, tokens = (now - was for now, was in zip(self._totals(), before, strict=True))
         return {
@@ -227,6 +236,7 @@ class Output(ABC):
         """
         journal = self.journal
         if journal.progress.tokens == 0:
+            # An empty dataset cannot be mapped by Megatron, whose reader fails on it with a bare ValueError.
             journal.begin_anew()  # nothing to keep
             raise CptError(f"The inputs hold no document (first input: {self.sources[0].path}); nothing was written.")
         try:
@@ -236,6 +246,7 @@ class Output(ABC):
                     sync_directory(self.idx.parent)
                     part.rename(f"{self.prefix}.{name}")
             self._write_skipped()
+            # Between the parts and the `.idx`: where an index is, its manifest is, too.
             write_manifest(self.prefix, self._manifest())
             if journal.lens_path.exists():  # else the run was killed after this step
                 write_index(self.idx, journal.lens_path, self.dtype)

@@ -132,6 +132,7 @@ def prepare(
     if verify is not None and verify < 0:
         raise CptError(f"verify is {verify}; it is a number of documents, 0 for none.")
     count = count_processes(workers)
+    # Everything that can be refused is refused before the tokenizer loads, which takes seconds.
     sources = list_sources(inputs)
     prefix = f"{output_prefix}_{json_key}_document"
     # Where the dataset is there, nothing is encoded, and nothing needs to be loaded.
@@ -142,6 +143,7 @@ def prepare(
         layout = _layout(loaded, json_key, eod, prepend_bos, keep_empty_documents)
         output = _TextOutput(prefix, sources, loaded, layout, split_special_tokens)
         status, rates = "unchanged", dict[str, float]()
+        # A finished dataset of this very job: a rerun of a pipeline costs a few file stats.
         if not output.is_there(overwrite):
             compare = verify != 0
             run = Run(policy, fast, compare, count, chunk_bytes, checkpoint_seconds, patience, quiet, head_start)

@@ -42,7 +42,9 @@ def verify_documents(
     _check_description(tokenizer, folder, loaded)
     encoder = TransformersEncoder(loaded, split_special_tokens)
     index = read_index(prefix)
+    # Unseeded on purpose: each run of the check looks at other documents.
     wanted = set(random.sample(range(index.documents), min(count, index.documents)))
+    # Every text, since this pass has the time; while encoding, only one in `EVERY` is looked through.
     compared, lookout = 0, Lookout(every=1)
     all_have_tokens = layout.keep_empty or read_manifest(prefix)["empty"] == 0
     for first, texts in _documents(sources, layout, encoder, all_have_tokens):
@@ -56,6 +58,7 @@ def verify_documents(
                     f"Write it again with the reference tokenizer: fast=False, overwrite=True (--no-fast --overwrite)."
                 )
         compared += len(chosen)
+    # Fewer texts than documents: the inputs are not those that the dataset was made of.
     if compared < len(wanted):
         raise CptError(
             f"{prefix} has documents whose texts are not in the inputs: {len(wanted) - compared} of {len(wanted)}."
@@ -80,6 +83,7 @@ def _documents(
     first = 0
     for task in Feed(sources, layout.json_key, 2 << 20):
         texts = texts_of(task, layout.json_key).texts
+        # Documents without tokens are not in the file, and would shift all numbers after them.
         if not all_have_tokens:
             texts = [text for text in texts if _surely_has_tokens(text) or len(encoder.encode([text])[0])]
         yield first, texts

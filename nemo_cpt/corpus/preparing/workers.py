@@ -66,10 +66,12 @@ class Pool:
     def __init__(self, count: int, work: Work, outputs: Sequence[int]) -> None:
         gc.collect()
         gc.freeze()  # else the children's first collection copies the pages that they share
+        # Fork, not spawn: the encoder's tables are shared, and not pickled or loaded once more for each worker.
         context = multiprocessing.get_context("fork")
         self.workers: list[Worker] = []
         for _ in range(count):
             ours, theirs = context.Pipe()
+            # A pipe reports its end only when every copy of its other end is closed, those in siblings included.
             others = [worker.connection for worker in self.workers] + [ours]  # which a fork inherits
             process = context.Process(target=_serve, args=(theirs, others, work, outputs), daemon=True)
             process.start()
@@ -95,6 +97,7 @@ class Pool:
     def _last_word(self, worker: Worker) -> CptError:
         """Return what a worker that has ended said was wrong; answers from before may lie in front of it."""
         with suppress(EOFError, OSError):
+            # What killed a worker often is in its last message, behind answers that nobody has read yet.
             while worker.connection.poll():
                 if isinstance(answer := worker.connection.recv(), CptError):
                     return answer
@@ -133,6 +136,7 @@ class Pool:
         """End the workers: those that wait leave at the closed pipe, those that work are killed."""
         for worker in self.workers:
             worker.connection.close()
+            # SIGKILL: a handler of SIGTERM that the fork inherited would wait for the end of the encoder's call.
             worker.process.kill()
             worker.process.join()
 
@@ -146,13 +150,16 @@ def how_it_ended(process: Any) -> str:
 
 def _serve(connection: Connection, others: list[Connection], work: Work, outputs: Sequence[int]) -> None:
     """Be a worker until the parent closes the pipe or dies."""
+    # Ctrl-C goes to the whole process group; workers that die first would look like a crash.
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the workers
+    # One process a CPU already: threads of the Rust pool would only fight for them, and do not survive a fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for other in others:  # held open here, they would hide the parent's death from the others
         other.close()
     held: dict[int, list[list[bytes]]] = {}  # by task, then by output file: its payload in pieces
     try:
         while True:
+            # The end of the pipe is the order to leave, which even a parent that is killed gives.
             kind, *arguments = connection.recv()
             if kind == "encode":
                 encoded, held[arguments[0].index] = _encode(arguments[0], work)
@@ -175,6 +182,7 @@ def _encode(task: Task, work: Work) -> tuple[Encoded, list[list[bytes]]]:
         raise CptError(f"Cannot read {task.path}: {error.strerror}.") from error
     except MemoryError:
         raise CptError(f"Out of memory near byte {task.start} of {task.path}: use fewer workers.") from None
+    # Its own message says more than what the last clause would make of it.
     except CptError:
         raise
     except BaseException as error:  # a Rust panic is no Exception

@@ -12,6 +12,7 @@ from nemo_cpt.corpus.reading.lines import Take, Texts, TextUnder, parse_lines, p
 from nemo_cpt.corpus.reading.sources import HUB, InputChangedError, Source
 from nemo_cpt.corpus.reading.tables import ROWS, open_csv, open_text
 from nemo_cpt.errors import CptError
+from nemo_cpt.hub import retries_told_once
 
 ROW_KINDS = ("parquet", "dataset", "hub", "csv", "text")
 
@@ -88,6 +89,8 @@ class Feed:
         import xxhash
 
         source, content, position = self.sources[number], xxhash.xxh3_128(), 0
+        # Also what lies before the cursor is read: hashing it is the only proof that it is still the same.
+        # GB/s).
         for part in self._parts(source):
             # A resumed run may begin inside a part: `known` was worked on by an earlier run and is only hashed.
             known, block = part.block[: max(start - position, 0)], part.block[max(start - position, 0) :]
@@ -110,6 +113,7 @@ class Feed:
                     done=part.done,
                     damage=part.damage,
                     last=part.last,
+                    # The worker reads the range again by itself, and must find what was hashed here.
                     digest=xxhash.xxh3_64_intdigest(block) if part.in_place else 0,
                     hash=part.whole or content.hexdigest(),
                 )
@@ -122,6 +126,7 @@ class Feed:
         if source.kind in ROW_KINDS:
             return _rows(source, self.json_key)
         if source.kind == "plain" and not source.array:
+            # Plain lines alone can be read from the middle, so that workers read them in parallel.
             return _ranges(source, self.chunk_bytes)
         return _blocks(source, self.chunk_bytes)
 
@@ -172,11 +177,13 @@ def _blocks(source: Source, chunk_bytes: int) -> Iterator[_Part]:
         try:
             for piece in _gather(array_to_lines(pieces) if source.array else pieces, chunk_bytes):
                 rest += piece
+                # A piece may hold many chunks' worth of lines, since text compresses twentyfold and more.
                 while cut := _whole_lines(rest, chunk_bytes):
                     yield _Part(rest[:cut], file.tell())
                     rest = rest[cut:]
         except DamagedError as error:
             damage, rest = str(error), rest[: rest.rfind(b"\n") + 1]  # half a line is no document
+        # What precedes the damage is handed on: whether it may be used is the policy's to say.
         yield _Part(rest, source.size, damage=damage, last=True, whole=file.hexdigest())
 
 
@@ -201,6 +208,7 @@ def _as_bytes(block: Any) -> Any:
     if not isinstance(block, list):
         return block
     try:
+        # With a separator, else ["ab", "c"] and ["a", "bc"] would have one hash.
         return "\0".join(block).encode("utf-8", "surrogatepass")
     except TypeError:  # objects, or a value that is no text; the lines' owner will hear of it
         return repr(block).encode("utf-8", "surrogatepass")
@@ -223,6 +231,7 @@ def take_from(task: Task, take: Take, take_row: Take | None = None) -> Texts:
         CptError: The file changed since the task was made.
     """
     if isinstance(task.data, list):
+        # Rows come decoded from the parent: their readers cannot begin in the middle of a file, as lines can.
         return parse_rows(task.data, task.start, take_row or take)
     return parse_lines(lines_of(task), task.start, take)
 
@@ -239,6 +248,7 @@ def lines_of(task: Task) -> bytes:
         return bytes(task.data)
     with open(task.path, "rb", buffering=0) as file:
         block = read_at(file.fileno(), task.stop - task.start, task.start)
+    # An input that is still being written would give documents cut in the middle, and no error.
     if xxhash.xxh3_64_intdigest(block) != task.digest:
         raise _changed(task)
     return block
@@ -307,6 +317,7 @@ def _gather(pieces: Iterator[bytes], size: int) -> Iterator[bytes]:
     try:
         for piece in pieces:
             gathered.append(piece)
+            # Joined once per chunk: adding piece to piece would copy the beginning again each time.
             if sum(map(len, gathered)) >= size:
                 yield b"".join(gathered)
                 gathered.clear()
@@ -320,6 +331,7 @@ def _whole_lines(block: bytes, size: int) -> int:
     """Return how many bytes of a block to cut off: whole lines, about `size` bytes; 0 for a shorter block."""
     if len(block) < size:
         return 0
+    # The last line end before the limit; for a longer line the first one after it; 0 where there is none.
     return block.rfind(b"\n", 0, size) + 1 or block.find(b"\n", size) + 1
 
 
@@ -352,6 +364,7 @@ def _open_rows(source: Source, key: str | None) -> tuple[Iterator[list[Any]], in
         return (table.to_pylist() for table in dataset.with_format("arrow").iter(batch_size=ROWS)), len(dataset)
     if key not in dataset.column_names:
         raise CptError(f"{source.path} has no column {key!r}; it has {', '.join(dataset.column_names)}.")
+    # Arrow tables: the library's own iteration makes a Python object of each row by itself.
     tables = dataset.select_columns([key]).with_format("arrow").iter(batch_size=ROWS)
     return (table.column(key).to_pylist() for table in tables), len(dataset)
 
@@ -381,7 +394,8 @@ def _open_dataset(source: Source) -> Any:
             return datasets.load_from_disk(source.path)
         name, _, split = source.path.removeprefix(HUB).partition(":")
         name, _, config = name.partition("@")
-        return datasets.load_dataset(name, config or None, split=split or "train")
+        with retries_told_once():
+            return datasets.load_dataset(name, config or None, split=split or "train")
     except Exception as error:  # the library has its own kinds, its dependencies have theirs
         raise CptError(f"Cannot open the dataset {source.path}: {error}") from error
 
@@ -396,5 +410,6 @@ def hash_source(source: Source) -> str:
 def _hash_folder(folder: str) -> str:
     import xxhash
 
+    # Sorted: a folder lists its files in any order.
     hashes = "".join(hash_file(str(path)) for path in sorted(Path(folder).glob("*.arrow")))
     return xxhash.xxh3_128(hashes.encode()).hexdigest()

@@ -49,6 +49,7 @@ def unpack(file: Readable, kind: str, piece_bytes: int = PIECE) -> Iterator[byte
     try:
         while piece := rest or file.read(piece_bytes):
             begun = True
+            # One piece in, all of its bytes out: `PIECE` bounds what a bomb of zeros may take of the memory.
             yield stream.decompress(piece)
             # What follows a member or frame in the same piece is the beginning of the next one.
             rest = stream.unused_data
@@ -58,6 +59,7 @@ def unpack(file: Readable, kind: str, piece_bytes: int = PIECE) -> Iterator[byte
     except (zlib.error, igzip_lib.IsalError, zstandard.ZstdError) as error:  # type: ignore[misc]
         raise DamagedError(f"the {kind} file breaks near its byte {file.tell()}: {error}") from error
     if begun:
+        # Only here: a cut member raises nothing, its decompressor just waits for more.
         raise DamagedError(f"the {kind} file ends at byte {file.tell()}, before the end of its data")
 
 
@@ -83,7 +85,10 @@ def array_to_lines(pieces: Iterator[bytes]) -> Iterator[bytes]:
     depth, in_string, place = 0, False, 0
     start = 0  # a backslash at the end of a piece takes the next one's first byte with it
     for piece in pieces:
+        # Every byte keeps its place, so that a problem's offset is one of the user's file.
         lines, at = bytearray(piece), start
+        # By regular expressions, which skip what matters to neither state in C; a loop over bytes would be the slowest
+        # part of all.
         while token := (_IN_A_STRING if in_string else _OUTSIDE).search(piece, at):
             begin, at, kind = token.start(), token.end(), token.group()
             if kind == b'"':
@@ -101,6 +106,7 @@ def array_to_lines(pieces: Iterator[bytes]) -> Iterator[bytes]:
                 if depth == 0:
                     lines[begin] = ord("\n")
                     break
+            # Line breaks inside an element would cut it in two; in a string JSON does not allow them.
             elif kind == b"\n":
                 lines[begin] = ord(" ")
             elif depth == 1:
@@ -114,5 +120,6 @@ def array_to_lines(pieces: Iterator[bytes]) -> Iterator[bytes]:
                     )
             return
         yield bytes(lines)
+        # Positive only after a backslash at the piece's end: the byte that it escapes is skipped in the next.
         start, place = max(at - len(piece), 0), place + len(piece)
     raise DamagedError(f"the JSON array ends at byte {place}, before its closing bracket")

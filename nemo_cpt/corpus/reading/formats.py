@@ -17,6 +17,7 @@ _ARRAY = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[\s*[{\]]")
 _BY_NAME = {".txt": "text", ".text": "text", ".md": "text", ".markdown": "text", ".csv": "csv", ".tsv": "csv"}
 _UNPACK = "Unpack it first"
 _CONVERT = "Write its texts to JSON lines or Parquet first"
+# In this order: UTF-32's mark begins with UTF-16's, and would be taken for it.
 _FOREIGN = (  # what it begins with, what it is, what to do
     (b"\xfd7zXZ\x00", "xz", f"{_UNPACK}: xz -dk FILE"),
     (b"BZh", "bzip2", f"{_UNPACK}: bzip2 -dk FILE"),
@@ -56,6 +57,7 @@ def recognise(path: str) -> tuple[str, bool]:
         CptError: It is of a format that is not read, or no file that can be read twice.
         OSError: It cannot be read.
     """
+    # Hashing, sampling, encoding and a resumed run each read from the beginning; a pipe has only one.
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise CptError(f"{path} is a pipe or a device, and inputs are read more than once. Write it to a file first.")
     if path.endswith(".part") and os.path.exists(path + ".json"):
@@ -67,6 +69,7 @@ def recognise(path: str) -> tuple[str, bool]:
         return kind, False
     if kind != "plain":
         head = first_bytes(path, kind)
+        # Packed twice: the outer layer would be taken off, and the inner one encoded as text.
         if (inner := _kind(head)) != "plain":
             raise CptError(f"{path} is a {inner} file inside a {kind} file. {_UNPACK}.")
     if foreign := _foreign(head):
@@ -74,6 +77,7 @@ def recognise(path: str) -> tuple[str, bool]:
         where = "is" if kind == "plain" else f"is a {kind} file that holds"
         raise CptError(f"{path} {where} {what}, which is not read. {cure.replace('FILE', shlex.quote(path))}.")
     array = bool(_ARRAY.match(head))
+    # The name decides last: a .txt that holds JSON lines is JSON lines.
     if kind == "plain" and not (array or head.removeprefix(BOM).lstrip().startswith(b"{")):
         kind = _BY_NAME.get(os.path.splitext(path)[1].lower(), kind)
     return kind, array
@@ -90,6 +94,7 @@ def _foreign(head: bytes) -> tuple[str, str] | None:
             return what, cure
     if head[257:262] == b"ustar":
         return "a tar archive", f"{_UNPACK}: tar -xf FILE"
+    # No text of UTF-8 has one, and a file that a crash tore often ends in a block of them.
     if b"\0" in head:
         return "binary, or UTF-16 without a byte order mark, or was torn by a crash (it holds NUL bytes)", _CONVERT
     return None
@@ -108,6 +113,7 @@ def first_bytes(path: str, kind: str) -> bytes:
 
 def resemblance(head: bytes) -> str:
     """Return what a text seems to be that is no JSON lines, and what to do, as sentences; "" where it is not known."""
+    # "replace": the head may end inside a character.
     text = head.removeprefix(BOM).decode("utf-8", "replace").lstrip()
     first, _, rest = text.partition("\n")
     second = rest.partition("\n")[0]

@@ -83,6 +83,7 @@ class Texts:
 
 def parse_lines(block: bytes, offset: int, take: Take) -> Texts:
     """Take something from the JSON value of each line of a block that begins at byte `offset` of its file."""
+    # Only at the file's beginning: elsewhere U+FEFF is a character of the text.
     if offset == 0 and block.startswith(BOM):
         block, offset = block[len(BOM) :], len(BOM)
     reading, texts = Reading(nbytes=len(block)), list[Any]()
@@ -91,6 +92,7 @@ def parse_lines(block: bytes, offset: int, take: Take) -> Texts:
     for raw in io.BytesIO(block):
         try:
             append(take(loads(raw)))
+        # ValueError is orjson's for any line that it does not take.
         except (ValueError, UnusableError):
             if raw.isspace():
                 reading.blank += 1

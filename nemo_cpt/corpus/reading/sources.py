@@ -47,6 +47,7 @@ class Source:
     @property
     def stamp(self) -> list[Any]:
         """What is different for any other file, and for this one after any change."""
+        # With ctime: `cp -p`, `rsync -t` and `touch -r` set mtime as they like, and the system sets ctime.
         return [self.path, self.size, self.mtime_ns, self.ctime_ns]
 
     def unchanged(self) -> bool:
@@ -105,6 +106,7 @@ def _expand(item: str) -> list[Source]:
         return _files(item, matches)
     if "://" in item:
         raise CptError(f"The input {item} is an address; bring it here with `nemo-cpt fetch` first.")
+    # A folder's name with a slash looks like a hub name: which of the two is meant must be said.
     raise CptError(f"There is no input {item}. For a dataset of the Hugging Face hub, write {HUB}NAME.")
 
 
@@ -127,8 +129,10 @@ def _in_folder(folder: Path) -> list[str]:
         CptError: The folder is, or holds, a dataset saved by `datasets`.
     """
     paths = sorted(folder.rglob("*"))
+    # Before the files are listed: `datasets` writes JSON beside its Arrow files, which would pass for the data.
     _refuse_saved_datasets(folder, paths)
     files = [p for p in paths if _NAME.search(p.name) and p.is_file()]
+    # Only where there is nothing else: README.md beside a corpus is no document of it.
     files = files or [p for p in paths if _TEXT_NAME.search(p.name) and p.is_file() and not _ABOUT.match(p.name)]
     return sorted(str(p) for p in files if not (_is_bookkeeping(p) or UNFINISHED in p.relative_to(folder).parts))
 
@@ -143,6 +147,7 @@ def _refuse_saved_datasets(folder: Path, paths: list[Path]) -> None:
 def _is_bookkeeping(path: Path) -> bool:
     """Say whether `fetch`, `split` or `prepare` wrote a file beside data; only its neighbours tell it from data."""
     name = path.name
+    # By name and neighbours: a user's own file of that name, alone, is data.
     if name == "split.json":
         neighbours = ["train.jsonl"]
     elif name.endswith(".part.json"):

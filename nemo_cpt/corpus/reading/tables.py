@@ -17,6 +17,7 @@ def open_text(path: str, key: str | None) -> tuple[Iterator[list[Any]], int]:
     """Return the one row of a file of plain text, as it is, and that it is one."""
 
     def rows() -> Iterator[list[Any]]:
+        # newline="": a document keeps the line ends that it has.
         with open(path, encoding=_UTF8, newline="") as file:
             text = file.read()
         yield [text if key is not None else {"text": text}]
@@ -57,6 +58,7 @@ def _batches(path: str, columns: list[str], delimiter: str, key: str | None) -> 
     csv.field_size_limit(sys.maxsize)  # 128 KiB by default, which documents exceed
     with open(path, encoding=_UTF8, newline="") as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
+        # The header, through the same reader: a quoted name may hold a line break.
         next(reader)
         try:
             while rows := [row for row in islice(reader, ROWS) if row]:

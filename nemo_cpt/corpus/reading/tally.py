@@ -82,6 +82,7 @@ class Tally:
         problems = self._problems(task, reading)
         sentences = [self._sentence(task, problem) for problem in problems]
         texts = self.file_texts + reading.texts
+        # With "stop" the first one ends it; with "skip" nothing is decided before the file's end.
         if problems and not policy.skip:
             # Only of a file's first line: what begins well is of the right format.
             hint = _hint(source) if self.file_lines + problems[0].line == 0 else ""
@@ -133,6 +134,8 @@ class Tally:
         # An empty file has no line that was lost.
         lost = sum(count for reason, count in self.skipped.items() if reason != "empty_file")
         lines, size = max(self.texts + lost, 1), max(sum(source.size for source in sources), 1)
+        # The worst of three: one line may hold most of the bytes, and a file that breaks off has lines that nobody
+        # counted.
         share = max(lost / lines, self.skipped_bytes / max(self.nbytes, 1), self.damaged_bytes / size)
         if share <= max_skipped:
             return
@@ -165,6 +168,7 @@ def _check_file(source: Source, lines: int, texts: int, damage: str, first: str,
     Raises:
         CptError: None of its lines gives a text, or less than half of them and than is allowed.
     """
+    # Of each file: one of another format among a thousand good ones would stay below the share of the whole.
     lost = lines - texts
     if (not texts and (lines or damage)) or lost > max(policy.max_skipped, 0.5) * lines:
         share = "none" if not texts else f"only {texts:,}"

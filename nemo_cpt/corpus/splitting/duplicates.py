@@ -11,6 +11,7 @@ def fingerprint(text: str) -> int:
     """Return a 64-bit hash of a text that ignores width, case and spacing; a fixed function, whatever the machine."""
     import xxhash
 
+    # Part of the promise that a held-out document stays held out: a change here moves documents between the sets.
     plain = "".join(unicodedata.normalize("NFKC", text).split()).lower()
     return xxhash.xxh3_64_intdigest(plain.encode("utf-8", "surrogatepass"))
 
@@ -21,6 +22,7 @@ def sketch(text: str) -> Any:
 
     plain = "".join(text.split()).lower()
     minhash = RMinHash(PERMUTATIONS, SEED)
+    # At least one shingle, the text itself: an empty sketch would resemble every other empty one.
     minhash.update({plain[i : i + SHINGLE] for i in range(max(len(plain) - SHINGLE + 1, 1))})
     return minhash
 

@@ -107,6 +107,7 @@ def split(
     job = _Split(inputs, validation, test, json_key, similarity, drop, policy)
     folder = Path(output_folder)
     job.check_targets(folder)
+    # With the lock file there, somebody is at work: what the report says may be about to change.
     if not (overwrite or (folder / LOCK).exists()) and (report := job.existing(folder)) is not None:
         return report  # without the lock, which a folder that is only to be read does not allow
     make_folder(folder)
@@ -193,6 +194,8 @@ class _Split:
             else:
                 self.given[name] = list_sources(value)
         held = {source.path for sources in self.given.values() for source in sources}
+        # `split data/ --validation data/dev.jsonl` is how people say it: what is held out is not trained on, without a
+        # word.
         self.sources = [source for source in list_sources(inputs) if source.path not in held]
         if not self.sources:
             raise CptError("All inputs are held out; there is nothing to train on.")
@@ -244,6 +247,7 @@ class _Split:
             CptError: As `split`.
         """
         work = folder / UNFINISHED
+        # The report is written last into `work`: where it is, everything beside it is whole.
         if (work / REPORT).exists():  # killed while it moved them
             _move_into_place(work, folder)
         shutil.rmtree(work, ignore_errors=True)
@@ -319,6 +323,7 @@ class _Split:
     def _note(self, portion: _Portion, files: dict[str, Any]) -> None:
         report = self.report
         for document in portion.held_out:
+            # Here and not in the worker, each of which sees only its own tasks.
             if not self.held_out.add(document.text_print, document.minhash):
                 report.repeated += 1
                 continue
@@ -340,11 +345,13 @@ class _Split:
         for name, share in self.shares.items():
             limit += share
             if place < limit:
+                # Shares are laid end to end from 0: raising `test` alone never moves a validation document.
                 return name, text_print
         return "train", text_print
 
     def take_all(self, task: Task) -> _Portion:
         """Take all documents of a given held-out set."""
+        # By path: the same worker serves all the sets that were given.
         name = next(n for n, sources in self.given.items() if any(source.path == task.path for source in sources))
         portion = _Portion()
         for _, text in self._documents(task, portion):
@@ -364,6 +371,7 @@ class _Split:
         """Take the other documents and compare them with those held out."""
         portion = _Portion(lines={"train": []})
         for line, text in self._documents(task, portion):
+            # Computed again rather than remembered: a fingerprint is cheaper than a set of all documents held out.
             if self.side(text)[0] != "train":
                 continue
             duplicate = self.held_out.duplicate(text)
@@ -453,6 +461,7 @@ def _end_with(parent: int) -> None:
     import ctypes
 
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    # The parent may have died between the fork and prctl: then no signal comes any more.
     if os.getppid() != parent:
         os._exit(1)
 
@@ -465,6 +474,7 @@ def _call(task: Task) -> _Portion:
 def _in_order(take: Callable[[Task], _Portion], feed: Feed, workers: int) -> Iterator[tuple[Task, _Portion]]:
     """Yield each task with what forked workers made of it, in order, a few tasks at a time."""
     global _take
+    # Before the pool: its workers are forked at the first task and see what stands here then.
     _take = take
     tasks = iter(feed)
     fork = multiprocessing.get_context("fork")

@@ -53,16 +53,19 @@ class Lookout:
 
         self.found: Counter[str] = Counter()
         self._every, self._looked, self._texts = every, 0, 0
+        # A table of all code points (1.1 MB), not a set: looking up is one indexing for a whole text.
         self._seen = np.zeros(sys.maxunicode + 1, np.bool_)
 
     def look(self, texts: list[str]) -> list[tuple[str, int, str]]:
         """Return the kinds that were rarely found so far: each with a text's number and a character of it."""
+        # Whole at first, since most kinds come early; then a sample, for what comes late.
         step = self._every if self._looked > WHOLE else 1
         # Every `step`-th text of all so far, whatever the batches' sizes.
         chosen = range(-self._texts % step, len(texts), step)
         self._texts += len(texts)
         news = []
         for character in self._new_characters("".join(texts[number] for number in chosen)):
+            # Names are slow to look up, and `_new_characters` gives each character once.
             if self.found[kind := kind_of(character)] < PER_KIND:
                 self.found[kind] += 1
                 news.append((kind, next(number for number in chosen if character in texts[number]), character))
@@ -72,6 +75,7 @@ class Lookout:
         import numpy as np
 
         self._looked += len(text)
+        # UTF-32: one number a character.
         points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
         characters: list[str] = []
         for begin in range(0, len(points), PIECE):  # few are new after the first piece: less to sort

@@ -22,6 +22,7 @@ def end_of_document(tokenizer: Tokenizer, token: str | None) -> int:
     if tokenizer.eos is None:
         raise CptError(f"{tokenizer.name} has no EOS token: name one with eod_token, or use append_eod=False.")
     text, number = tokenizer.eos
+    # <|end_of_text|>.
     if (ends := _ends_of_model(tokenizer)) and number not in ends:
         others = ", ".join(f"{name} ({end})" for end, name in ends.items())
         raise CptError(
@@ -42,6 +43,7 @@ def end_warnings(tokenizer: Tokenizer, eod: int | None, named: bool) -> list[str
     """
     warnings = []
     bos = tokenizer.bos
+    # GPT-2's kind, where one token is both; for others it is a slip of the configuration.
     if bos and bos[1] == eod and not named and eod not in _ends_of_model(tokenizer):
         warnings.append(
             f"Documents end with {bos[0]}, which also begins texts, and no config.json beside the tokenizer says that "
@@ -64,4 +66,5 @@ def _ends_of_model(tokenizer: Tokenizer) -> dict[int, str]:
         stated += [part["eos_token_id"] for part in parts if "eos_token_id" in part]
     ids = [end for value in stated for end in (value if isinstance(value, list) else [value])]
     names = {number: text for text, number in tokenizer.special.items()}
+    # `type`, not isinstance: true is an int in Python, and such files exist.
     return {end: names.get(end, "no special token") for end in ids if type(end) is int}

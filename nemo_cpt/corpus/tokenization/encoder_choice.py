@@ -59,6 +59,7 @@ class Reference:
     """
 
     def __init__(self, load: Callable[[], Encoder]) -> None:
+        # Fork: `load` is a closure, which spawn could not send.
         context = multiprocessing.get_context("fork")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=self._serve, args=(theirs, load), daemon=True)
@@ -109,6 +110,7 @@ class Reference:
     def close(self) -> None:
         """End the process."""
         self._connection.close()
+        # No state to lose: what it was asked has been answered, or is not wanted any more.
         self._process.kill()  # its tables' orderly end would take a moment
         self._process.join()
 
@@ -130,6 +132,7 @@ class Candidates:
         self.definition, self._split = definition, split_special_tokens
         self._fast: FastEncoder | None = None
         self._problem = ""
+        # Before the thread: a fork with a second thread at work may inherit locks that nobody will release.
         self.reference = Reference(load or (lambda: ReferenceEncoder(definition, split_special_tokens)))
         self._thread = threading.Thread(target=self._load)
         self._thread.start()
@@ -151,8 +154,10 @@ class Candidates:
         """
         import numpy  # noqa: F401  while there is nothing else to do
 
+        # Both at once: the check costs the slower of the two, not their sum.
         self.reference.ask(texts)  # answered in its process, while fastokens encodes here
         self._thread.join()
+        # A panic of Rust or an unknown kind of tokenizer is no error of the user's: the reference takes over.
         ours = self._try(texts)
         name, theirs = self.reference.answer()
         if ours is not None and (wrong := first_difference(ours, theirs)) is not None:
@@ -209,6 +214,7 @@ class Comparison:
         """
         import numpy as np
 
+        # Taken before they are compared: each passage is compared once, whatever becomes of the checkpoint.
         passages, self._waiting = self._waiting, []
         if not passages:
             return 0
@@ -274,6 +280,7 @@ def choose_encoder(
         return _reference(tokenizer, texts, split, "as asked")
     if tokenizer.definition is None:
         return _reference(tokenizer, texts, split, "there is no tokenizer.json for it")
+    # transformers may have made another definition of the folder than the file that was loaded early.
     early = candidates is not None and candidates.definition == tokenizer.definition
     judges = candidates if candidates is not None and early else _candidates(tokenizer, split)
     try:
@@ -297,6 +304,8 @@ def _candidates(tokenizer: Tokenizer, split: bool) -> Candidates:
 def _reference(tokenizer: Tokenizer, texts: list[str], split: bool, why: str) -> Choice:
     """Choose Hugging Face's tokenizer, that in Rust if it is all that transformers' own consists of."""
     encoder = tokenizer.reference_encoder(split)
+    # transformers puts Python around some backends: its slower way is taken only where the backend alone gives other
+    # ids.
     if tokenizer.loaded is not None and isinstance(encoder, ReferenceEncoder):
         strict = TransformersEncoder(tokenizer.loaded, split)
         try:
@@ -313,6 +322,7 @@ def first_difference(one: tuple[Any, Any], other: tuple[Any, Any]) -> int | None
     import numpy as np
 
     (ids, starts), (other_ids, other_starts) = one, other
+    # The whole at once, which is the usual case; only a difference is looked for text by text.
     if np.array_equal(ids, other_ids) and np.array_equal(starts, other_starts):
         return None
     for i in range(len(starts) - 1):

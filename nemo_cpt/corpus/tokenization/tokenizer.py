@@ -47,6 +47,7 @@ class FastEncoder:
 
         self.name = f"fastokens {version('fastokens')}"
         self._tokenizer = (Native.from_file if isinstance(definition, Path) else Native.from_json_str)(str(definition))
+        # A tokenizer.json may carry the truncation of its last training run, which would cut documents silently.
         self._tokenizer.no_truncation()
         self._split = split_special_tokens
 
@@ -105,6 +106,7 @@ class TransformersEncoder:
     def __init__(self, loaded: Any, split_special_tokens: bool) -> None:
         self._tokenizer = loaded
         self.name = f"transformers {version('transformers')} ({type(self._tokenizer).__name__})"
+        # Not passed as False: that would override a tokenizer whose own configuration says True.
         self._options = {"split_special_tokens": True} if split_special_tokens else {}  # else its own setting
 
     def encode(self, texts: list[str]) -> tuple[Any, Any]:
@@ -136,6 +138,7 @@ class TransformersEncoder:
 def _flatten(lists: list[list[int]]) -> tuple[Any, Any]:
     import numpy as np
 
+    # uint64, as fastokens gives them, so that the two compare without a cast.
     offsets = np.zeros(len(lists) + 1, np.uint64)
     np.cumsum([len(ids) for ids in lists], out=offsets[1:])
     return np.array([i for ids in lists for i in ids], np.uint32), offsets
@@ -228,6 +231,7 @@ def load_tokenizer(
     try:
         described = read_plainly(folder, config, found)
     except NotPlainError as reason:
+        # transformers 4 has no such class, and its own error does not say why.
         if class_of(folder, config) == TRANSFORMERS_5:
             raise CptError(_only_for_transformers_5(folder, str(reason))) from None
         described = describe_by_transformers(folder, load_by_transformers(folder))
@@ -272,6 +276,7 @@ def describe_by_transformers(folder: Path, loaded: Any) -> dict[str, Any]:
     """
     definition = _definition(loaded)
     if definition is not None:
+        # BPE-dropout draws merges at random: no two runs would make the same dataset.
         refuse_dropout(folder, orjson.loads(definition)["model"])
 
     def token(kind: str) -> tuple[str, int] | None:
@@ -316,5 +321,6 @@ def _hash_reading(folder: Path, definition: str | None) -> str:
     else:
         # Neither changes an id of a text that is encoded without special tokens.
         content = orjson.loads(definition) | {"post_processor": None, "decoder": None}
+        # Sorted: the same tokenizer saved by another version has its keys in another order.
         digest.update(orjson.dumps(content, option=orjson.OPT_SORT_KEYS))
     return digest.hexdigest()

@@ -29,6 +29,7 @@ FILES = (
     "vocab.json",
     "vocab.txt",
 )
+# What decides ids. The configuration is left out of the hash: a chat template that is added makes no other tokenizer.
 VOCABULARY_FILES = tuple(name for name in FILES if name not in (CONFIG, SPECIAL_MAP))
 # Of a hub's repository
 OTHER_FILES = ("*.model", "*.spm", "*.tiktoken", "*.jinja", "config.json", "generation_config.json")
@@ -99,6 +100,7 @@ def find_folder(tokenizer: str) -> Path:
         if not any((folder / name).exists() for name in FILES):
             raise CptError(f"The folder {folder} holds no tokenizer (none of {', '.join(FILES)}).")
         return folder.resolve()
+    # No name of the hub looks like that: asking the hub for a mistyped path would only give a confusing 404.
     if tokenizer.startswith(("/", ".", "~")) or tokenizer.count("/") > 1:
         raise CptError(f"There is no tokenizer folder {tokenizer}.")
     return _download(tokenizer)
@@ -149,6 +151,7 @@ def _hash(folder: Path, names: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
     for name in names:
         if (path := folder / name).exists():
+            # Name and size first, so that bytes cannot move from one file to the next unnoticed.
             digest.update(f"{name} {path.stat().st_size}\n".encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -197,6 +200,7 @@ def read_plainly(
     path = folder / DEFINITION
     if not path.exists():
         raise NotPlainError(f"there is no {DEFINITION}")
+    # As early as it is safe: the encoders load while the rest of this is checked.
     found(path)
     content = read_object(path, orjson.loads)
     try:
@@ -214,6 +218,7 @@ def read_plainly(
 
     numbers = [entry["id"] for entry in entries]
     return {
+        # A union: added tokens may stand in the model's vocabulary as well.
         "vocabulary_size": len(vocabulary.keys() | added.keys()),
         "highest": max(max(vocabulary.values(), default=0), max(numbers, default=0)),
         "eos": named("eos_token"),
@@ -285,6 +290,7 @@ def _check_definition(content: dict[str, Any], entries: list[dict[str, Any]], ad
 
 def _numbered_as_loaded(entries: list[dict[str, Any]], vocabulary: dict[str, int]) -> bool:
     """Whether the added tokens have the ids that tokenizers gives them, whatever the file says."""
+    # tokenizers numbers added tokens anew when it loads them, after the vocabulary, in the file's order.
     highest = len(vocabulary) - 1
     for entry in entries:
         expected = vocabulary.get(entry["content"], highest + 1)

@@ -1,20 +1,20 @@
 """Questions made from a corpus, by rules and by a model behind a server of OpenAI's protocol."""
 
 import json
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nemo_cpt.conversations.endpoint import Filter, pairs_of
 from nemo_cpt.conversations.forms import read_conversation
-from nemo_cpt.conversations.questions import Question
-from nemo_cpt.conversations.synthesis import synthesize
 from nemo_cpt.errors import CptError
+from nemo_cpt.synthesis.grounded import Filter, pairs_of
+from nemo_cpt.synthesis.questions import Question
+from nemo_cpt.synthesis.sets import synthesize
+from tests.support.chat_server import Body, ChatServer, FaultError
 
 CORPUS = [str(files("nemo_cpt.demo") / "corpus" / f"{name}.jsonl") for name in ("ja", "en")]
 
@@ -121,40 +121,9 @@ class TestRules:
             synthesize(None, tmp_path)
 
 
-class Server:
-    """A server of OpenAI's chat protocol that answers as a function says, and remembers what it was asked."""
-
-    def __init__(self, answer: Callable[[str, int], tuple[int, str]]) -> None:
-        self.asked: list[dict[str, Any]] = []
-        self.keys: list[str] = []
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                server.asked.append(body)
-                server.keys.append(self.headers.get("Authorization", ""))
-                status, content = answer(body["messages"][-1]["content"], len(server.asked))
-                reply = json.dumps({"choices": [{"message": {"role": "assistant", "content": content}}]}).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(reply)))
-                self.end_headers()
-                self.wfile.write(reply)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-
-def good_pairs(passage: str, number: int) -> tuple[int, str]:
+def good_pairs(body: Body, number: int) -> str:
     """Two pairs of the passage's language, in a code fence as chatty models give them."""
+    passage = body["messages"][-1]["content"]
     ja = "。" in passage
     tag = f"{hash(passage) % 10**9:09d}"
     pairs = [
@@ -164,30 +133,23 @@ def good_pairs(passage: str, number: int) -> tuple[int, str]:
         }
         for what in (("理由", "仕組み") if ja else ("the reason", "the mechanism"))
     ]
-    return 200, f"Sure!\n```json\n{json.dumps(pairs, ensure_ascii=False)}\n```"
+    return f"Sure!\n```json\n{json.dumps(pairs, ensure_ascii=False)}\n```"
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[..., Server]]:
-    servers: list[Server] = []
-
-    def start(answer: Callable[[str, int], tuple[int, str]]) -> Server:
-        servers.append(Server(answer))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
+def serve() -> Iterator[Callable[..., ChatServer]]:
+    with ExitStack() as stack:
+        yield lambda answer: stack.enter_context(ChatServer(answer))
 
 
-def grounded(server: Server, output: Path, **options: Any) -> Any:
+def grounded(server: ChatServer, output: Path, **options: Any) -> Any:
     settings = {"model": "stand-in-8b", "licence": "Apache-2.0", "pairs": 2, "concurrency": 2, "quiet": True}
     return synthesize(CORPUS, output, endpoint=server.url, **(settings | {"train": 12, "validation": 4} | options))
 
 
 class TestModel:
     def test_pairs_about_passages(
-        self, serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, serve: Callable[..., ChatServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("NEMO_CPT_API_KEY", "a-key")
         server = serve(good_pairs)
@@ -199,30 +161,37 @@ class TestModel:
         assert not {line["document"] for line in train} & {line["document"] for line in validation}
         assert len(server.asked) == 8
         assert set(server.keys) == {"Bearer a-key"}
+        assert {body["max_tokens"] for body in server.asked} == {None}  # the server's own limit holds
         assert "in Japanese" in str(server.asked)
         assert "in English" in str(server.asked)
         assert "a-key" not in "".join(path.read_text("utf-8") for path in (tmp_path / "chats").iterdir())
 
     def test_an_interrupted_run_asks_only_for_the_rest(
-        self, serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, serve: Callable[..., ChatServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         reference = serve(good_pairs)
         grounded(reference, tmp_path / "undisturbed")
-        failing = serve(lambda passage, number: (403, "quota") if number > 4 else good_pairs(passage, number))
-        with pytest.raises(CptError, match="answers 403"):
+
+        def until_the_quota_ends(body: Body, number: int) -> str:
+            if number > 4:
+                raise FaultError("403")
+            return good_pairs(body, number)
+
+        failing = serve(until_the_quota_ends)
+        with pytest.raises(CptError, match=r"answered 403: .*a key is taken from NEMO_CPT_API_KEY or OPENAI_API_KEY"):
             grounded(failing, tmp_path / "chats")
         assert not (tmp_path / "chats" / "train.jsonl").exists()
         kept = (tmp_path / "chats" / "replies.jsonl").read_bytes()
         assert kept.count(b"\n") == 4
-        (tmp_path / "chats" / "replies.jsonl").write_bytes(kept + b'{"asked": "torn')
+        (tmp_path / "chats" / "replies.jsonl").write_bytes(kept + b'{"key": "torn')
 
         server = serve(good_pairs)
-        monkeypatch.setattr("nemo_cpt.conversations.synthesis.hide_credentials", lambda url: failing.url)
+        monkeypatch.setattr("nemo_cpt.synthesis.sets.hide_credentials", lambda url: failing.url)
         grounded(server, tmp_path / "chats")
         assert len(server.asked) == len(reference.asked) - 4
         assert both_sets(tmp_path / "chats") == both_sets(tmp_path / "undisturbed")
 
-    def test_another_models_replies_are_not_taken(self, serve: Callable[..., Server], tmp_path: Path) -> None:
+    def test_another_models_replies_are_not_taken(self, serve: Callable[..., ChatServer], tmp_path: Path) -> None:
         server = serve(good_pairs)
         grounded(server, tmp_path)
         grounded(server, tmp_path, model="other", overwrite=True)
@@ -231,28 +200,34 @@ class TestModel:
         assert len(server.asked) == 16
 
     def test_a_busy_server_is_asked_again(
-        self, serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, serve: Callable[..., ChatServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("nemo_cpt.conversations.endpoint.time.sleep", lambda seconds: None)
-        server = serve(lambda passage, number: (429, "") if number % 2 else good_pairs(passage, number))
+        monkeypatch.setattr("openai._base_client.time.sleep", lambda seconds: None)
+
+        def busy(body: Body, number: int) -> str:
+            if number % 2:
+                raise FaultError("429")
+            return good_pairs(body, number)
+
+        server = serve(busy)
         assert grounded(server, tmp_path, concurrency=1).questions["train"] == 12
         assert len(server.asked) == 16
 
     def test_an_address_where_nobody_is(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("nemo_cpt.conversations.endpoint.time.sleep", lambda seconds: None)
-        with pytest.raises(CptError, match="gives no reply: it cannot be reached"):
+        monkeypatch.setattr("openai._base_client.time.sleep", lambda seconds: None)
+        with pytest.raises(CptError, match=r"127.0.0.1:9/v1 does not answer"):
             synthesize(CORPUS, tmp_path, endpoint="http://127.0.0.1:9/v1", model="m", licence="x", quiet=True)
 
-    def test_terms_of_known_models_are_warned_about(self, serve: Callable[..., Server], tmp_path: Path) -> None:
+    def test_terms_of_known_models_are_warned_about(self, serve: Callable[..., ChatServer], tmp_path: Path) -> None:
         report = grounded(serve(good_pairs), tmp_path, model="meta-llama/Llama-3.3-70B-Instruct", licence="llama3.3")
         assert 'has "Llama" at the beginning' in report.warnings[0]
 
-    def test_what_is_rejected_is_counted(self, serve: Callable[..., Server], tmp_path: Path) -> None:
-        def answer(passage: str, number: int) -> tuple[int, str]:
+    def test_what_is_rejected_is_counted(self, serve: Callable[..., ChatServer], tmp_path: Path) -> None:
+        def answer(body: Body, number: int) -> str:
             if number == 1:
-                return 200, "I cannot do that."
-            status, content = good_pairs(passage, number)
-            return status, content.replace("に関することです", "、申し訳ありません") if number == 2 else content
+                return "I cannot do that."
+            content = good_pairs(body, number)
+            return content.replace("に関することです", "、申し訳ありません") if number == 2 else content
 
         report = grounded(serve(answer), tmp_path, concurrency=1, language="ja", train=4, validation=0)
         assert report.rejected["no_pairs"] == 1

@@ -8,27 +8,38 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
 import nemo_cpt
-from nemo_cpt.conversations.endpoint import PROMPT, Endpoint, Model, licence_warning
-from nemo_cpt.conversations.questions import KINDS, LANGUAGES, SHORTEST, Document, Question, Rules, fill, untitled
 from nemo_cpt.corpus.atomic_files import locked, make_folder, write_whole
 from nemo_cpt.corpus.dataset.manifest import changed_input, describe_inputs
 from nemo_cpt.corpus.reading.chunks import Feed, hash_file, texts_of
 from nemo_cpt.corpus.reading.sources import Inputs, Source, list_sources
 from nemo_cpt.corpus.reading.tally import Policy, Tally
 from nemo_cpt.errors import CptError
+from nemo_cpt.evaluation.journal import Journal
+from nemo_cpt.synthesis.questions import KINDS, LANGUAGES, SHORTEST, Document, Question, Rules, fill, untitled
 from nemo_cpt.urls import hide_credentials
+
+if TYPE_CHECKING:
+    from nemo_cpt.synthesis.grounded import Model
 
 SETS = ("validation", "train")  # in the order in which they are made
 MANIFEST, REPLIES, LOCK = "synthesis.json", "replies.jsonl", ".synthesis.lock"
 SPARE = 4  # documents taken for each one needed: some give no question
 RULES = "rules"
+LICENCES = {
+    "llama": 'Llama\'s licence asks that a model trained on its outputs has "Llama" at the beginning of its name.',
+    "gemma": "Gemma's terms of use also hold for models that are trained on its outputs.",
+    "gpt-": "OpenAI's terms forbid to train models on outputs that compete with its own.",
+    "claude": "Anthropic's terms forbid to train models on outputs that compete with its own.",
+    "gemini": "Google's terms forbid to train models on outputs that compete with its own.",
+}
 
 
 @dataclass(frozen=True)
@@ -105,33 +116,40 @@ def synthesize(
         CptError: An option cannot be used, the inputs give too few questions, the endpoint fails, or the folder holds
             something else.
     """
+    if endpoint:  # not before: rules need not wait for OpenAI's client
+        from nemo_cpt.synthesis import grounded
+
     wanted = {"validation": validation, "train": train}
     _check(wanted, kinds, language, pairs, concurrency)
+    # With the endpoint's address, less its credentials: it is kept in the manifest.
     generator = _generator(endpoint, model, licence)
     templates, values = _read_slots(slots) if slots is not None else ([], {})
     sources = list_sources(inputs) if inputs else []
     if not sources and (endpoint or not templates):
         raise CptError("There is nothing to make questions of: give a corpus, or templates with slots (--slots).")
     options = {"sets": wanted, "generator": generator, "language": language, "json_key": json_key, "seed": seed}
-    options |= {"pairs": pairs, "prompt": _digest(PROMPT)} if endpoint else {"kinds": list(kinds)}
+    options |= {"pairs": pairs, "prompt": _digest(grounded.PROMPT)} if endpoint else {"kinds": list(kinds)}
     options |= {"slots": _digest(orjson.dumps([templates, values]))} if templates else {}
     folder = _Folder(Path(output), options)
     make_folder(folder.path)
     with locked(folder.path / LOCK, patience=0):
         if folder.is_done(sources, overwrite):
             return folder.report("unchanged")
+        # Before anything is asked for: a second job with other options is refused from here on.
         folder.begin()
         per_document = pairs if endpoint else 1
         documents, hashes = _sample(sources, json_key, SPARE * math.ceil((train + validation) / per_document), seed)
         maker: Model | Rules
         if endpoint:
-            show = _Shown(train + validation, quiet)
-            server = Endpoint(endpoint, str(model))
-            maker = Model(server, folder.path / REPLIES, language, pairs, concurrency, seed, show)
+            server = closing(grounded.open_endpoint(endpoint, str(model), concurrency))
+            shown = _Shown(train + validation, quiet)
+            with server as engine, Journal(folder.path / REPLIES) as replies:
+                maker = grounded.Model(engine, replies, language, pairs, seed, shown)
+                sets = _make_sets(maker, documents, wanted)
         else:
             filled = fill(templates, values, train + validation, random.Random(seed))
             maker = Rules(kinds if sources else (), filled, language, seed)
-        sets = _make_sets(maker, documents, wanted)
+            sets = _make_sets(maker, documents, wanted)
         folder.finish(sets, maker.rejected, describe_inputs(sources, hashes))
     return folder.report("written")
 
@@ -159,6 +177,11 @@ def _generator(endpoint: str | None, model: str | None, licence: str | None) -> 
             f"trains on them is bound; it goes into {MANIFEST}."
         )
     return {"name": model, "endpoint": hide_credentials(endpoint), "licence": licence}
+
+
+def _licence_warning(model: str) -> str:
+    """Return what the terms of a known family of models ask of whoever trains on its outputs."""
+    return next((text for name, text in LICENCES.items() if name in model.lower()), "")
 
 
 def _read_slots(path: str | os.PathLike[str]) -> tuple[list[Any], dict[str, Any]]:
@@ -195,6 +218,7 @@ def _sample(sources: list[Source], json_key: str, count: int, seed: int) -> tupl
             document, number = untitled(text, number), number + 1
             if len(document.text) < SHORTEST:
                 continue
+            # Reservoir sampling (Vitter's R): each document is as likely, and their number need not be known.
             place, seen = chance.randrange(seen + 1), seen + 1
             if len(chosen) < count:
                 chosen.append(document)
@@ -202,13 +226,17 @@ def _sample(sources: list[Source], json_key: str, count: int, seed: int) -> tupl
                 chosen[place] = document
         if task.last:
             hashes[str(task.source)] = task.hash
+    # The reservoir keeps early documents in early places.
     chance.shuffle(chosen)
     return chosen, hashes
 
 
-def _make_sets(maker: Rules | Model, documents: list[Document], wanted: Mapping[str, int]) -> dict[str, list[Question]]:
+def _make_sets(
+    maker: "Rules | Model", documents: list[Document], wanted: Mapping[str, int]
+) -> dict[str, list[Question]]:
     """Make the sets of questions, each about its own share of the documents."""
     held = math.ceil(len(documents) * wanted["validation"] / sum(wanted.values()))
+    # By document, so that no text gives questions to both sets.
     parts = {"validation": documents[:held], "train": documents[held:]}
     sets = {name: maker.make(parts[name], wanted[name]) for name in SETS}
     for name, questions in sets.items():
@@ -257,10 +285,12 @@ class _Folder:
         manifest = self._read()
         if differ := [key for key, value in self._options.items() if manifest["options"].get(key) != value]:
             raise CptError(self._refusal(f"what is there was made with another {', '.join(differ)}"))
+        # The same job's, interrupted: it begins anew, with the replies that are there.
         if not manifest["finished"]:
             return False
         if (change := changed_input(sources, manifest["inputs"])) is not None:
             raise CptError(self._refusal(change))
+        # A set that somebody edited is theirs by now.
         for name, was in manifest["files"].items():
             if self._file(name).exists() and hash_file(str(self._file(name))) != was:
                 raise CptError(self._refusal(f"{self._file(name)} was changed since"))
@@ -295,6 +325,7 @@ class _Folder:
         self, sets: Mapping[str, Sequence[Question]], rejected: Mapping[str, int], inputs: list[dict[str, Any]]
     ) -> None:
         """Write the sets, and then what says that they are whole."""
+        # Before the manifest's last version, which vouches for them.
         for name, questions in sets.items():
             write_whole(self._file(name), b"".join(orjson.dumps(asdict(question)) + b"\n" for question in questions))
         self._write(
@@ -310,7 +341,7 @@ class _Folder:
         """Return what the manifest says."""
         manifest = self._read()
         generator = manifest["options"]["generator"]
-        terms = licence_warning(generator["name"])
+        terms = _licence_warning(generator["name"])
         return SynthesisReport(
             folder=str(self.path),
             status=status,

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_cpt.conversations.questions import (
+from nemo_cpt.errors import CptError
+from nemo_cpt.synthesis.questions import (
     BLANK,
     KINDS,
     LANGUAGES,
@@ -19,7 +20,6 @@ from nemo_cpt.conversations.questions import (
     sentences,
     untitled,
 )
-from nemo_cpt.errors import CptError
 
 TEXT = (
     "京都市は、京都府の南部にある市である。平安京が置かれた794年から1868年まで日本の都であった。「古都」とも呼ばれ、"

@@ -87,8 +87,10 @@ class Question:
 def language_of(text: str) -> str:
     """Return the language that a text's script tells: kana make it Japanese, Chinese characters alone Chinese."""
     kana, han, latin = (len(script.findall(text)) for script in (KANA, HAN, LATIN))
+    # By characters: a Latin word is several, so that a few foreign ones do not turn a Japanese text.
     if kana + han <= latin / 4:
         return "en"
+    # Japanese without kana is a heading at most.
     return "ja" if kana > (kana + han) / 10 else "zh"
 
 
@@ -149,6 +151,7 @@ def _cloze(document: Document, paragraphs: list[str], language: str, chance: ran
         for sentence in sentences(chance.choice(paragraphs))
         for term in TERM[language].finditer(sentence)
     ]
+    # Once: a word that stands elsewhere too would give its own answer away.
     fitting = [(sentence, word) for sentence, word in fitting if sentence.count(word) == 1]
     if not fitting:
         return None
@@ -189,6 +192,7 @@ def fill(
         CptError: A template has no question or answer, or names a slot or field that there is not.
     """
     columns = [_filled(number, template, slots, count, chance) for number, template in enumerate(templates)]
+    # In turn, one of each template: a count that is reached early must not leave templates out.
     rows = (question for row in zip_longest(*columns) for question in row if question is not None)
     return list({question.query: question for question in rows}.values())[:count]
 
@@ -201,11 +205,13 @@ def _filled(
         raise CptError(f"Template {number} has not the two texts 'query' and 'answer': {template!r}.")
     text = template["query"] + template["answer"]
     names = [name for name in slots if re.search(rf"\{{{re.escape(name)}[}}\[]", text)]
+    # `range` and `sample` count no further; nobody wants more.
     combinations = min(math.prod(len(slots[name]) for name in names), sys.maxsize)
     found = []
     for code in chance.sample(range(combinations), min(count, combinations)):
         values = {}
         for name in names:
+            # A combination's number, read as digits of the slots' sizes: each number is another combination.
             code, place = divmod(code, len(slots[name]))
             values[name] = slots[name][place]
         found.append(_fill_one(template, number, values))
@@ -240,6 +246,7 @@ class Rules:
         share = len(self._kinds) + 1 if documents and self._kinds else 1
         count = min(math.ceil(wanted / share), len(self._filled))
         found, self._filled = self._filled[:count], self._filled[count:]
+        # All documents once before any a second time, with another kind at each turn.
         for turn, (number, document) in product(range(TURNS * len(self._kinds)), enumerate(documents)):
             if len(found) >= wanted:
                 break

@@ -1,0 +1,357 @@
+"""A model with rows for the tokens by which its tokenizer grew: Hugging Face folder or NeMo checkpoint, streaming."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_cpt.checkpoint import layout
+from nemo_cpt.checkpoint.architecture import Architecture, read_architecture, read_json
+from nemo_cpt.checkpoint.arrays import cast, check_finite
+from nemo_cpt.checkpoint.base import nemo_folder, unchanged
+from nemo_cpt.checkpoint.chat_template import InstructionTemplate, write_template
+from nemo_cpt.checkpoint.context import HF_FOLDER
+from nemo_cpt.checkpoint.folders import copy_small_files, new_folder, require_tokenizer
+from nemo_cpt.checkpoint.importing import check_tensors
+from nemo_cpt.checkpoint.nemo_writer import Tensors, write_nemo
+from nemo_cpt.checkpoint.provenance import hand_on
+from nemo_cpt.checkpoint.safetensors_files import SHARD_BYTES, HFWeights, TensorPlan, write_weights
+from nemo_cpt.checkpoint.trained import describe, open_trained
+from nemo_cpt.corpus.tokenization.tokenizer_files import FILES
+from nemo_cpt.errors import CptError
+from nemo_cpt.vocabulary.byte_level import RECORD, ByteLevelBPE, grew_from, read_byte_level
+
+INITIALISATIONS = {
+    "mean": "the mean of the rows of its old tokens",
+    "noise": "that mean with a twentieth of the rows' spread as noise, so that no two new rows are alike",
+    "zero": "zeros",
+}
+_NOISE = 0.05
+_ROWS = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+@dataclass(frozen=True)
+class GrowModelReport:
+    """What growing a model did.
+
+    Attributes:
+        source: the model.
+        dest: the model that was made, of the same kind.
+        tokenizer: whose tokens it has rows for.
+        model_type: as config.json names it.
+        dtype: of the weights.
+        old_tokens: ids that had a row before.
+        new_tokens: ids that were given one.
+        rows: of the embedding: all ids, and the source's spare rows where those reach further.
+        grown: the tensors that were given rows; one where the output layer is the embedding.
+        initialisation: of the new rows.
+        bytes_written: of the weights.
+        seconds: wall time.
+    """
+
+    source: str
+    dest: str
+    tokenizer: str
+    model_type: str
+    dtype: str
+    old_tokens: int
+    new_tokens: int
+    rows: int
+    grown: tuple[str, ...]
+    initialisation: str
+    bytes_written: int
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as a JSON-serialisable dict."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Growth:
+    """The new rows: what each is made of.
+
+    Attributes:
+        first: the first new id.
+        parts: of each new token in turn, the old ids that its text was tokenized to.
+        rows: of the grown tensors.
+        initialisation: see `INITIALISATIONS`.
+    """
+
+    first: int
+    parts: Sequence[Sequence[int]]
+    rows: int
+    initialisation: str
+
+    def blocks(self, old: Iterable[np.ndarray], name: str) -> Iterator[np.ndarray]:
+        """A tensor with the new rows in it, in one pass over the old one's blocks."""
+        of_part = np.array([number for parts in self.parts for number in parts], np.int64)
+        of_new = np.repeat(np.arange(len(self.parts)), [len(parts) for parts in self.parts])
+        order = np.argsort(of_part, kind="stable")
+        of_part, of_new = of_part[order], of_new[order]
+        sums: np.ndarray | None = None
+        total, squares, row, end = 0.0, 0.0, 0, self.first + len(self.parts)
+        for block in old:
+            if sums is None:
+                sums = np.zeros((len(self.parts), block.shape[1]), np.float32)
+            known = block[: max(self.first - row, 0)]
+            low, high = (int(np.searchsorted(of_part, edge)) for edge in (row, row + len(known)))
+            np.add.at(sums, of_new[low:high], known[of_part[low:high] - row].astype(np.float32))
+            if self.initialisation == "noise":
+                values = known.astype(np.float32)
+                total, squares = total + float(values.sum()), squares + float(np.square(values).sum())
+            if len(known):
+                yield known
+            if row < self.first <= row + len(block) or (row == 0 and self.first == 0):
+                yield from self._new(sums, total, squares, block.dtype.name, name)
+            spare = block[max(end - row, 0) :] if row + len(block) > end else block[:0]
+            row += len(block)
+            if len(spare):
+                yield spare
+
+    def _new(self, sums: np.ndarray, total: float, squares: float, dtype: str, name: str) -> Iterator[np.ndarray]:
+        if self.initialisation == "zero":
+            sums[:] = 0
+        else:
+            sums /= np.array([max(len(parts), 1) for parts in self.parts], np.float32)[:, None]
+        if self.initialisation == "noise":
+            count = self.first * sums.shape[1]
+            spread = (squares / count - (total / count) ** 2) ** 0.5
+            chance = np.random.default_rng(0)
+            sums += _NOISE * spread * chance.standard_normal(sums.shape, np.float32)
+        yield cast(sums, name, dtype)
+
+
+def grow_model(
+    source: str | Path,
+    dest: str | Path,
+    tokenizer: str | Path,
+    *,
+    base: str | Path | None = None,
+    initialisation: str = "mean",
+    shard_bytes: int = SHARD_BYTES,
+    ignore_fields: Collection[str] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> GrowModelReport:
+    """Give a model rows for the tokens by which its tokenizer grew, without building it.
+
+    The old rows and all other weights keep their bits, so that a text of old tokens has the same logits for them. A new
+    row is the mean of the rows of the tokens that its text was before, in the embedding and in the output layer alike,
+    as Swallow did (arXiv 2404.17790): the model reads nearly what it read, and a new token is about as likely as its
+    beginning was. One block of a tensor and the new rows are in memory.
+
+    Args:
+        source: a Hugging Face folder, or a NeMo checkpoint (of an import, or of a training, adapters merged).
+        dest: the folder to make, of the same kind; must not exist.
+        tokenizer: folder of the grown tokenizer, as `nemo-cpt tokenizer grow` makes it.
+        base: of a LoRA run's checkpoint, where it is not the one that the run recorded.
+        initialisation: of the new rows, one of `INITIALISATIONS`.
+        shard_bytes: the most that one file of a Hugging Face folder's weights holds.
+        ignore_fields: config fields to accept although they are unknown here.
+        progress: called with (bytes done, bytes in all).
+
+    Raises:
+        CptError: the tokenizer did not grow from the model's; the model has no rows for its own tokens; whatever
+            `import_hf` or `export_hf` refuses of it; `dest` exists. Nothing is left at `dest` then.
+    """
+    start = time.monotonic()
+    source, tokenizer = Path(source), Path(tokenizer)
+    if initialisation not in INITIALISATIONS:
+        raise CptError(f"initialisation is {initialisation!r}; it can be {', '.join(INITIALISATIONS)}")
+    with _opened(source, base, ignore_fields) as model:
+        growth = _growth(model.arch, model.files, tokenizer, initialisation)
+        grown = replace(model.arch, vocab_size=growth.rows)
+        plans = [TensorPlan(slot.name, model.dtype_of(slot.name), slot.shape) for slot in layout.slots(grown)]
+        size = sum(plan.nbytes for plan in plans)
+        with new_folder(dest, size + 64 * 2**20) as folder:
+            small_files = folder if model.is_hf else folder / HF_FOLDER
+            model.write_files(small_files)
+            _replace_tokenizer(small_files, tokenizer, growth.rows)
+            if model.template:  # which stands in the tokenizer's files
+                write_template(small_files, model.template)
+            _write_weights(folder, model, growth, grown, plans, shard_bytes, progress or (lambda done, total: None))
+            model.check_unchanged()
+    return GrowModelReport(
+        source=str(source),
+        dest=str(dest),
+        tokenizer=str(tokenizer),
+        model_type=grown.model_type,
+        dtype=str(grown.dtype),
+        old_tokens=growth.first,
+        new_tokens=len(growth.parts),
+        rows=growth.rows,
+        grown=_ROWS[:1] if grown.tie_word_embeddings else _ROWS,
+        initialisation=initialisation,
+        bytes_written=size,
+        seconds=round(time.monotonic() - start, 3),
+    )
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What is grown, from a Hugging Face folder or a NeMo checkpoint.
+
+    Attributes:
+        is_hf: whether it is a Hugging Face folder, and so the result.
+        arch: its dtype is set.
+        files: the folder of its small files.
+        where: of its weights, for messages.
+        read: gives a tensor whole.
+        blocks: gives a tensor in blocks of rows.
+        dtype_of: a tensor's, as it is written.
+        write_files: writes its small files into a folder.
+        template: the chat template that a run was tuned on.
+        check_unchanged: raises CptError if a run replaced the checkpoint meanwhile.
+    """
+
+    is_hf: bool
+    arch: Architecture
+    files: Path
+    where: Path
+    read: Callable[[str], np.ndarray]
+    blocks: Callable[[str], Iterable[np.ndarray]]
+    dtype_of: Callable[[str], str]
+    write_files: Callable[[Path], object]
+    template: InstructionTemplate | None = None
+    check_unchanged: Callable[[], None] = lambda: None
+
+
+@contextmanager
+def _opened(source: Path, base: str | Path | None, ignore_fields: Collection[str]) -> Iterator[_Model]:
+    if (source / "config.json").is_file() and not (source / "weights").is_dir():
+        yield _open_hf(source, base, ignore_fields)
+        return
+    nemo = nemo_folder(source)
+    with unchanged(nemo) as check_unchanged:
+        described = describe(nemo, base, None, ignore_fields)
+        trained = open_trained(nemo, described, base)
+        dtype = described.config.arch.dtype or trained.dtype
+        yield _Model(
+            is_hf=False,
+            arch=described.config.arch.with_dtype(dtype),
+            files=described.files,
+            where=trained.where,
+            read=trained.read,
+            blocks=trained.blocks,
+            dtype_of=lambda name: dtype,
+            write_files=lambda folder: described.write(folder, dtype),
+            template=described.template,
+            check_unchanged=check_unchanged,
+        )
+
+
+def _open_hf(source: Path, base: str | Path | None, ignore_fields: Collection[str]) -> _Model:
+    if base is not None:
+        raise CptError(f"{source} is a Hugging Face model, which needs no base: leave base= (--base) away")
+    require_tokenizer(source)
+    arch, weights = read_architecture(source, ignore_fields), HFWeights(source)
+    check_tensors(weights, layout.slots(arch), arch)
+    return _Model(
+        is_hf=True,
+        arch=arch.with_dtype(arch.dtype or weights.dtype),
+        files=source,
+        where=source,
+        read=weights.read,
+        blocks=weights.blocks,
+        dtype_of=lambda name: weights.infos[name].dtype,
+        write_files=lambda folder: _copy_files(source, folder),
+    )
+
+
+def _copy_files(source: Path, folder: Path) -> None:
+    copy_small_files(source, folder)
+    hand_on(source, folder)
+
+
+def _write_weights(
+    folder: Path,
+    model: _Model,
+    growth: _Growth,
+    grown: Architecture,
+    plans: Sequence[TensorPlan],
+    shard_bytes: int,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Write the tensors in the form of the model's kind."""
+
+    def blocks(name: str) -> Iterator[np.ndarray]:
+        old = model.blocks(name)
+        for block in growth.blocks(old, name) if name in _ROWS else old:
+            yield cast(block, name, model.dtype_of(name))
+
+    sizes = {plan.name: plan.nbytes for plan in plans}
+    if model.is_hf:
+        write_weights(folder, plans, _watched(blocks, sum(sizes.values()), model.where, progress), shard_bytes)
+    else:
+        tensors = Tensors(
+            read=lambda name: cast(model.read(name), name, model.dtype_of(name)),
+            blocks=blocks,
+            path=lambda name: model.where,
+            nbytes=sizes.__getitem__,
+        )
+        write_nemo(folder, tensors, grown, progress)
+
+
+def _growth(arch: Architecture, files: Path, tokenizer: Path, initialisation: str) -> _Growth:
+    """What the new rows are made of, the two tokenizers compared."""
+    old, new = read_byte_level(str(files)), read_byte_level(str(tokenizer))
+    if reason := grew_from(new, old):
+        raise CptError(
+            f"the tokenizer {tokenizer} did not grow from that of {files}: {reason}. Grow that one: "
+            f"nemo-cpt tokenizer grow {files} CORPUS --tokens N --output FOLDER"
+        )
+    if new.size == old.size:
+        raise CptError(f"the tokenizer {tokenizer} has no token that {files} has not: there is nothing to grow")
+    if old.size > arch.vocab_size:
+        raise CptError(
+            f"the model in {files} has {arch.vocab_size:,} rows (vocab_size of its config.json) and its tokenizer "
+            f"{old.size:,} tokens: give it a row for each first (transformers: "
+            f"model.resize_token_embeddings({old.size}))"
+        )
+    parts = _old_tokens(old, new)
+    return _Growth(old.size, parts, max(arch.vocab_size, new.size), initialisation)
+
+
+def _old_tokens(old: ByteLevelBPE, new: ByteLevelBPE) -> list[list[int]]:
+    """The old ids of each new token's text, by new id."""
+    names = {number: token for token, number in new.ids.items()}
+    words = [names.get(number, "") for number in range(old.size, new.size)]
+    model = old.model_alone()
+    return [encoding.ids for encoding in model.encode_batch_fast(words, add_special_tokens=False)]
+
+
+def _watched(
+    blocks: Callable[[str], Iterable[np.ndarray]], size: int, where: Path, progress: Callable[[int, int], None]
+) -> Callable[[str], Iterator[np.ndarray]]:
+    """The same blocks, refused where a value is not finite, with progress after each."""
+    done = 0
+
+    def watched(name: str) -> Iterator[np.ndarray]:
+        nonlocal done
+        for block in blocks(name):
+            check_finite(block, name, where)
+            yield block
+            done += block.nbytes
+            progress(done, size)
+
+    return watched
+
+
+def _replace_tokenizer(folder: Path, tokenizer: Path, rows: int) -> None:
+    """Put the grown tokenizer in the place of the old one, and the rows into config.json."""
+    for name in (*FILES, RECORD):
+        (folder / name).unlink(missing_ok=True)
+        if (tokenizer / name).is_file():
+            shutil.copyfile(tokenizer / name, folder / name)
+    for path in tokenizer.glob("*.jinja"):
+        shutil.copyfile(path, folder / path.name)
+    config = read_json(folder / "config.json") | {"vocab_size": rows}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

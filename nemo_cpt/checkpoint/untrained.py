@@ -1,0 +1,164 @@
+"""A model that knows nothing yet: a NeMo checkpoint of random weights, for a training from scratch to start from."""
+
+from __future__ import annotations
+
+import json
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_cpt.checkpoint import layout
+from nemo_cpt.checkpoint.architecture import Architecture, parse_config
+from nemo_cpt.checkpoint.arrays import BLOCK_BYTES, DTYPES
+from nemo_cpt.checkpoint.context import HF_FOLDER
+from nemo_cpt.checkpoint.folders import copy_small_files, new_folder, require_tokenizer
+from nemo_cpt.checkpoint.nemo_writer import Tensors, write_nemo
+from nemo_cpt.checkpoint.tokenizer_ids import count_token_ids
+from nemo_cpt.errors import CptError
+
+# GPT-3's sizes (arXiv 2005.14165, table 2.1; its 1.3B with 16 heads of 128), with Llama's layers: a gated MLP two
+# thirds as wide, to a multiple of 256 (arXiv 2302.13971). `tiny` is for a CPU.
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4},
+    "124M": {"num_hidden_layers": 12, "hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12},
+    "350M": {"num_hidden_layers": 24, "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16},
+    "1.3B": {"num_hidden_layers": 24, "hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16},
+}
+_STD = 0.02  # GPT-2's; what writes into the residual stream has it divided by the root of the writings' number
+_RESIDUAL = ("o_proj.weight", "down_proj.weight")
+
+
+@dataclass(frozen=True)
+class UntrainedReport:
+    """What was made.
+
+    Attributes:
+        dest: the NeMo checkpoint.
+        params: the size's name.
+        parameters: values in all.
+        vocabulary_size: rows of the embedding, which is the output layer too.
+        seed: of the weights.
+        bytes_written: of the weights.
+        seconds: wall time.
+    """
+
+    dest: str
+    params: str
+    parameters: int
+    vocabulary_size: int
+    seed: int
+    bytes_written: int
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as a JSON-serialisable dict."""
+        return asdict(self)
+
+
+def make_untrained(
+    dest: str | Path,
+    tokenizer: str | Path,
+    params: str = "124M",
+    *,
+    max_position_embeddings: int = 2048,
+    seed: int = 1234,
+    progress: Callable[[int, int], None] | None = None,
+) -> UntrainedReport:
+    """Write a Llama-shaped model of random weights, with a tokenizer's rows.
+
+    Weights are normal with a deviation of 0.02, those of the projections back into the residual stream of 0.02 /
+    sqrt(2 x layers) (Radford et al., "Language Models are Unsupervised Multitask Learners", 2019; Megatron does the
+    same); norms are ones. The output layer is the embedding, rope's base 10,000. The checkpoint is like an imported
+    one: planned, trained from, resumed and exported by the same commands.
+
+    Args:
+        dest: the checkpoint's folder; must not exist.
+        tokenizer: folder of the tokenizer, as `nemo-cpt tokenizer train` makes it.
+        params: one of `SIZES`.
+        max_position_embeddings: the longest sequence, by the exported config.json.
+        seed: of the weights.
+        progress: called with (bytes done, bytes in all).
+
+    Raises:
+        CptError: there is no such size or tokenizer, the tokenizer names no end of a text, `dest` exists. Nothing is
+            left at `dest` then.
+    """
+    from nemo_cpt.corpus.tokenization.tokenizer import load_tokenizer
+
+    start, tokenizer = time.monotonic(), Path(tokenizer)
+    if params not in SIZES:
+        raise CptError(f"params is {params!r}; it can be {', '.join(SIZES)}")
+    if not tokenizer.is_dir():
+        raise CptError(f"There is no tokenizer folder {tokenizer}: nemo-cpt tokenizer train makes one.")
+    require_tokenizer(tokenizer)
+    described = load_tokenizer(str(tokenizer))
+    if described.eos is None:
+        raise CptError(f"the tokenizer {tokenizer} names no eos_token: the model could not learn where a text ends")
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **SIZES[params],
+        "num_key_value_heads": SIZES[params]["num_attention_heads"],
+        "vocab_size": max(described.highest + 1, count_token_ids(tokenizer) or 0),
+        "max_position_embeddings": max_position_embeddings,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-5,
+        "initializer_range": _STD,
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        **{f"{kind}_token_id": token[1] for kind in ("bos", "eos", "pad") if (token := getattr(described, kind))},
+    }
+    arch = parse_config(config, "the model's config.json")
+    weights = _Weights(arch, seed)
+    size = sum(map(weights.nbytes, weights.shapes))
+    tensors = Tensors(weights.read, weights.blocks, path=lambda name: Path(dest), nbytes=weights.nbytes)
+    with new_folder(dest, size + 64 * 2**20) as folder:
+        small_files = folder / HF_FOLDER
+        copy_small_files(tokenizer, small_files)
+        ends = {name: value for name, value in config.items() if name.endswith("_token_id")}
+        for name, content in (("config.json", config), ("generation_config.json", ends)):
+            (small_files / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_nemo(folder, tensors, arch, progress)
+    return UntrainedReport(
+        dest=str(dest),
+        params=params,
+        parameters=sum(map(prod, weights.shapes.values())),
+        vocabulary_size=arch.vocab_size,
+        seed=seed,
+        bytes_written=size,
+        seconds=round(time.monotonic() - start, 3),
+    )
+
+
+class _Weights:
+    """Random tensors by name: the same for a seed in whatever order they are asked for."""
+
+    def __init__(self, arch: Architecture, seed: int) -> None:
+        self.shapes = {slot.name: slot.shape for slot in layout.slots(arch)}
+        self._seed, self._dtype = seed, DTYPES[str(arch.dtype)]
+        self._residual_std = _STD / (2 * arch.num_hidden_layers) ** 0.5
+
+    def nbytes(self, name: str) -> int:
+        return prod(self.shapes[name]) * self._dtype.itemsize
+
+    def read(self, name: str) -> np.ndarray:
+        return np.concatenate(list(self.blocks(name)))
+
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
+        shape = self.shapes[name]
+        if len(shape) == 1:  # a norm
+            yield np.ones(shape, self._dtype)
+            return
+        chance = np.random.default_rng([self._seed, zlib.crc32(name.encode())])
+        std = self._residual_std if name.endswith(_RESIDUAL) else _STD
+        step = max(1, BLOCK_BYTES // (4 * shape[1]))
+        for row in range(0, shape[0], step):
+            values = chance.standard_normal((min(step, shape[0] - row), shape[1]), np.float32)
+            yield (values * np.float32(std)).astype(self._dtype)

@@ -1,0 +1,41 @@
+"""Tokenizers' folders, complete or absent."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nemo_cpt.corpus.atomic_files import make_folder, sync_directory
+from nemo_cpt.errors import CptError
+
+
+def check_free(output: Path) -> None:
+    """Raise CptError where something has the name already."""
+    if output.exists() or output.is_symlink():
+        raise CptError(f"{output} exists already. Give another output, or remove it first.")
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """Yield a folder to fill; it becomes `output` when the block ends well, and disappears when it does not.
+
+    Raises:
+        CptError: `output` exists, or cannot be written.
+    """
+    check_free(output)
+    partial = output.with_name(f".{output.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    make_folder(partial)
+    try:
+        yield partial
+        for path in partial.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        sync_directory(partial)
+        partial.rename(output)
+        sync_directory(output.parent)
+    except OSError as error:
+        raise CptError(f"{output} could not be written: {error.strerror}. Nothing is left of it.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,260 @@
+"""A model's tokenizer, grown by tokens of another language: old ids and special ids stay, so does every other text."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from nemo_cpt.corpus.reading.sources import Inputs
+from nemo_cpt.corpus.tokenization.tokenizer import load_tokenizer
+from nemo_cpt.corpus.tokenization.tokenizer_files import ADDED, CONFIG, DEFINITION, SPECIAL_MAP
+from nemo_cpt.errors import CptError
+from nemo_cpt.vocabulary.byte_level import RECORD, ByteLevelBPE, grew_from, read_byte_level
+from nemo_cpt.vocabulary.folders import check_free, new_folder
+from nemo_cpt.vocabulary.merging import MAX_CHARACTERS, MIN_COUNT, Learner, Merge
+from nemo_cpt.vocabulary.samples import SAMPLE_BYTES, documents, draw
+from nemo_cpt.vocabulary.words import Words, count_words, of_own_scripts, text_of
+
+MULTIPLE_OF = 128  # ids: Megatron's embedding is a multiple of it for each tensor-parallel rank
+UNTIL_AT_MOST = 65_536  # tokens that `until` may take
+_CARRIED = (CONFIG, SPECIAL_MAP, ADDED, "chat_template.json", "LICENSE")
+_CHECK_EVERY = 250  # merges between measurements on the held-out documents, with `until`
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class GrowReport:
+    """What growing a tokenizer did, and what it buys.
+
+    Attributes:
+        base: what it grew from.
+        output: the folder that was made.
+        scripts: of the new tokens, the most frequent first.
+        tokens: new ones; as many merges.
+        vocabulary_size: ids in all.
+        first_id: of the new tokens.
+        least_count: how often the rarest new token was seen when it was learnt.
+        documents: that were learnt from.
+        share: of the corpus's bytes that were learnt from; the rest did not fit the sample.
+        held_out: documents that it was measured on.
+        characters_per_token_before: on the held-out documents, with the base's tokenizer.
+        characters_per_token: the same, grown.
+        tokens_saved: share of the held-out documents' tokens.
+        seconds: wall time.
+    """
+
+    base: str
+    output: str
+    scripts: tuple[str, ...]
+    tokens: int
+    vocabulary_size: int
+    first_id: int
+    least_count: int
+    documents: int
+    share: float
+    held_out: int
+    characters_per_token_before: float | None
+    characters_per_token: float | None
+    tokens_saved: float | None
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as a JSON-serialisable dict."""
+        return asdict(self)
+
+
+def grow(
+    tokenizer: str,
+    inputs: Inputs,
+    output: str | Path,
+    *,
+    tokens: int | None = None,
+    until: float | None = None,
+    keep: Sequence[str] = (),
+    json_key: str = "text",
+    max_characters: int = MAX_CHARACTERS,
+    min_count: int = MIN_COUNT,
+    multiple_of: int = MULTIPLE_OF,
+    sample_bytes: int = SAMPLE_BYTES,
+    say: Say = lambda line: None,
+) -> GrowReport:
+    """Grow a byte-level BPE tokenizer by tokens and merges that are learnt from a corpus.
+
+    The new merges go behind the old ones and make tokens of the corpus's own scripts alone, so that a text without them
+    is tokenized as before, token for token; texts of `keep` are so by construction. Ids and merges of the base stay
+    what they were: datasets that it made stay valid. Tokens that the base only added (Llama-3's special ones) get an
+    entry in the model's vocabulary, without which the library numbers them anew, silently, behind the new tokens.
+
+    Args:
+        tokenizer: the base's folder, or its name on the hub.
+        inputs: texts in the language that is added; what `prepare` takes.
+        output: the folder to make; must not exist.
+        tokens: how many new tokens; the vocabulary's size is rounded up to `multiple_of` with further ones.
+        until: instead of `tokens`, characters a token on held-out documents at which to stop.
+        keep: inputs of texts whose tokens must not change although they are written in the corpus's scripts.
+        json_key: the field that holds the text.
+        max_characters: of a new token; pre-tokenizers take a Japanese clause for one word.
+        min_count: of a pair, for which a token is made.
+        multiple_of: what the vocabulary's size shall be a multiple of, 128 times the tensor-parallel size.
+        sample_bytes: of the corpus that are learnt from, at most; documents are drawn by the hash of their text.
+        say: called with a line about each stage.
+
+    Raises:
+        CptError: the tokenizer is no byte-level BPE; the corpus is unreadable, has no script but ASCII, or gives too
+            few tokens; `until` is not reached; `output` exists. Nothing is left at `output` then.
+    """
+    start = time.monotonic()
+    _check_arguments(tokens, until, multiple_of, max_characters, min_count, Path(output))
+    base = read_byte_level(tokenizer)
+    sample = draw(inputs, json_key, sample_bytes)
+    say(f"{len(sample.texts):,} of {sample.seen:,} documents are learnt from, {len(sample.held_out):,} are held out")
+    backend = base.backend()
+    counts = count_words(backend, sample.texts)
+    words = of_own_scripts(counts, sum(map(len, sample.texts)), base.vocabulary)
+    if not words.scripts:
+        raise CptError(f"{inputs} has no letters beyond ASCII: there is nothing to learn that leaves English as it is")
+    say(f"{len(words.counts):,} words of {', '.join(words.scripts)}")
+    fixed = count_words(backend, documents(list(keep), json_key)) if keep else Counter[str]()
+    learner = Learner(base, words.counts, fixed, max_characters, min_count)
+    if until is None:
+        merges = _learn(learner, base.size, tokens or 0, multiple_of)
+    else:
+        merges = _learn_until(learner, base, until, sample.held_out, multiple_of)
+    content = grown_definition(base, merges)
+    _write(base, content, Path(output), _record(base, merges, words))
+    say(f"{len(merges):,} tokens are learnt")
+    # Measured as it was written, which is what users load.
+    grown = read_byte_level(str(output))
+    before, after = (count_tokens(each.backend(), sample.held_out) for each in (base, grown))
+    characters = sum(map(len, sample.held_out))
+    return GrowReport(
+        base=str(tokenizer),
+        output=str(output),
+        scripts=words.scripts,
+        tokens=len(merges),
+        vocabulary_size=grown.size,
+        first_id=base.size,
+        least_count=min(merge.count for merge in merges),
+        documents=len(sample.texts),
+        share=round(sample.share, 4),
+        held_out=len(sample.held_out),
+        characters_per_token_before=round(characters / before, 4) if before else None,
+        characters_per_token=round(characters / after, 4) if after else None,
+        tokens_saved=round(1 - after / before, 4) if before else None,
+        seconds=round(time.monotonic() - start, 1),
+    )
+
+
+def _check_arguments(
+    tokens: int | None, until: float | None, multiple_of: int, max_characters: int, min_count: int, output: Path
+) -> None:
+    if (tokens is None) == (until is None):
+        raise CptError("say how far to grow: either tokens=12000 (--tokens) or until=1.6 (--until), characters a token")
+    if tokens is not None and tokens < 1:
+        raise CptError(f"tokens is {tokens}; it must be 1 or more")
+    for name, value in (("multiple_of", multiple_of), ("max_characters", max_characters), ("min_count", min_count)):
+        if value < 1:
+            raise CptError(f"{name} is {value}; it must be 1 or more")
+    check_free(output)
+
+
+def _learn(learner: Learner, size: int, tokens: int, multiple_of: int) -> list[Merge]:
+    """Learn so many tokens, and those that fill the vocabulary up to a multiple."""
+    wanted = tokens + -(size + tokens) % multiple_of
+    merges = list(islice(learner, wanted))
+    if len(merges) < wanted:
+        raise CptError(
+            f"the corpus gives {len(merges):,} of {wanted:,} tokens whose parts stand side by side often enough: give "
+            "more text, fewer tokens (--tokens), or a smaller min_count (--min-count)"
+        )
+    return merges
+
+
+def _learn_until(
+    learner: Learner, base: ByteLevelBPE, until: float, held_out: Sequence[str], multiple_of: int
+) -> list[Merge]:
+    """Learn until the held-out documents have so many characters a token."""
+    if not held_out:
+        raise CptError("the corpus is one document, and none is left to measure on: give tokens= (--tokens) instead")
+    characters, merges, measured_at = sum(map(len, held_out)), list[Merge](), 0
+    rate = characters / count_tokens(base.backend(), held_out)
+    if rate >= until:
+        raise CptError(f"the base has {rate:.3f} characters a token already: give a larger until than {until:g}")
+    for merge in learner:
+        merges.append(merge)
+        # Each measurement encodes every held-out document: only sizes that may be the last are worth one.
+        full = (base.size + len(merges)) % multiple_of == 0
+        if full and len(merges) >= measured_at + _CHECK_EVERY:
+            measured_at = len(merges)
+            grown = ByteLevelBPE(base.described, grown_definition(base, merges))
+            rate = characters / count_tokens(grown.backend(), held_out)
+            if rate >= until:
+                return merges
+        if len(merges) >= UNTIL_AT_MOST:
+            break
+    raise CptError(
+        f"{len(merges):,} tokens give {rate:.3f} characters a token on held-out documents, not {until:g}: give more "
+        "text or a smaller until (--until)"
+    )
+
+
+def count_tokens(backend: Any, texts: Sequence[str]) -> int:
+    """How many tokens texts have, without those around them."""
+    return sum(len(each.ids) for each in backend.encode_batch_fast(list(texts), add_special_tokens=False))
+
+
+def grown_definition(base: ByteLevelBPE, merges: Sequence[Merge]) -> dict[str, Any]:
+    """The tokenizer.json of a base with further merges, whose tokens have the ids behind the base's."""
+    model = base.content["model"]
+    new = {merge.token: base.size + number for number, merge in enumerate(merges)}
+    # As the base has them: the library reads files of either form, and none that mixes them.
+    as_text = isinstance(model["merges"][0], str)
+    added = [" ".join(merge.pair) if as_text else list(merge.pair) for merge in merges]
+    # Also tokens that were only added, or the library would number them behind the new ones (see `grow`).
+    return base.content | {"model": model | {"vocab": base.ids | new, "merges": [*model["merges"], *added]}}
+
+
+def _record(base: ByteLevelBPE, merges: Sequence[Merge], words: Words) -> dict[str, Any]:
+    return {
+        "from": {
+            "name": base.described.name,
+            "sha256": base.described.sha256,
+            "vocabulary_size": base.size,
+            "merges": len(base.merges),
+        },
+        "tokens": len(merges),
+        "scripts": list(words.scripts),
+        "examples": [text_of(merge.token) for merge in merges[:20]],
+    }
+
+
+def _write(base: ByteLevelBPE, content: dict[str, Any], output: Path, record: dict[str, Any]) -> None:
+    """Write the folder, and look at it as users will before it has its name."""
+    with new_folder(output) as folder:
+        for path in sorted(Path(base.described.folder).iterdir()):
+            if path.name in _CARRIED or path.suffix == ".jinja":
+                shutil.copyfile(path, folder / path.name)
+        if not (folder / CONFIG).exists():
+            (folder / CONFIG).write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}\n', "utf-8")
+        (folder / DEFINITION).write_bytes(orjson.dumps(content))
+        (folder / RECORD).write_bytes(orjson.dumps(record, option=orjson.OPT_INDENT_2))
+        _check_written(base, folder)
+
+
+def _check_written(base: ByteLevelBPE, folder: Path) -> None:
+    """Refuse a tokenizer that would be loaded with other ids than those of its base."""
+    described = load_tokenizer(str(folder))
+    moved = [text for text, number in base.described.special.items() if described.special.get(text) != number]
+    reason = grew_from(read_byte_level(str(folder)), base)
+    if moved or reason or (described.eos, described.bos) != (base.described.eos, base.described.bos):
+        raise CptError(
+            f"{base.described.name} cannot be grown: loaded again, {reason or f'its special tokens {moved} are others'}"
+        )

@@ -1,0 +1,202 @@
+"""A tokenizer of one's own: byte-level BPE, learnt from weighted corpora by Hugging Face's library."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from nemo_cpt.corpus.reading.sources import Inputs
+from nemo_cpt.corpus.tokenization.tokenizer_files import CONFIG, DEFINITION
+from nemo_cpt.errors import CptError
+from nemo_cpt.vocabulary.folders import check_free, new_folder
+from nemo_cpt.vocabulary.growing import MULTIPLE_OF, count_tokens
+from nemo_cpt.vocabulary.samples import Sample, draw
+
+BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"
+CHAT = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")  # of the template llama3
+RESERVED = 8  # tokens without a use, for which a trained model has rows when one is needed
+SAMPLE_BYTES = 128 * 2**20
+MAX_BYTES = 24  # of a token: 8 characters of Japanese, 24 letters
+# Japanese and Chinese write no blanks: a run of one script is a word there, or a whole clause would become a token.
+# Ranges, since fastokens takes \p{Han} and its like for something else than Hugging Face's library.
+UNSPACED = r"[㐀-䶿一-鿿々〆]+|[ぁ-ゟ]+|[゠-ヿ]+"
+WORDS = (  # Llama-3's
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What training a tokenizer did.
+
+    Attributes:
+        output: the folder that was made.
+        vocabulary_size: ids in all.
+        special: the special tokens, which have the first ids.
+        learnt_from: bytes of each corpus, as its share in the learning was.
+        characters_per_token: on documents of each corpus that were held out.
+        round_trip_failures: of these documents, those that do not come back.
+        seconds: wall time.
+    """
+
+    output: str
+    vocabulary_size: int
+    special: tuple[str, ...]
+    learnt_from: dict[str, int]
+    characters_per_token: dict[str, float]
+    round_trip_failures: int
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as a JSON-serialisable dict."""
+        return asdict(self)
+
+
+def train(
+    corpora: Inputs | Mapping[str, float],
+    output: str | Path,
+    vocabulary_size: int = 32_000,
+    *,
+    special: Sequence[str] = (),
+    json_key: str = "text",
+    multiple_of: int = MULTIPLE_OF,
+    sample_bytes: int = SAMPLE_BYTES,
+    say: Callable[[str], None] = lambda line: None,
+) -> TrainReport:
+    """Train a byte-level BPE tokenizer.
+
+    The special tokens are in the model's vocabulary, at the first ids: the beginning, the end, padding, those of the
+    chat template llama3, `special`, and some in reserve. The same corpora give the same tokenizer, in whatever order
+    and however many files they lie in.
+
+    Args:
+        corpora: inputs as `prepare` takes them; as a mapping, each with its weight in what is learnt from.
+        output: the folder to make; must not exist.
+        vocabulary_size: ids in all, rounded up to `multiple_of`.
+        special: further special tokens.
+        json_key: the field that holds the text.
+        multiple_of: what the vocabulary's size shall be a multiple of, 128 times the tensor-parallel size.
+        sample_bytes: of text that is learnt from at most; documents are drawn by the hash of their text.
+        say: called with a line about each stage.
+
+    Raises:
+        CptError: a corpus is missing, unreadable, or too small for so many tokens; a weight or a size is impossible; a
+            special token is named twice; `output` exists. Nothing is left at `output` then.
+    """
+    start = time.monotonic()
+    output, reserved = Path(output), [f"<|reserved_special_token_{number}|>" for number in range(RESERVED)]
+    tokens = [BOS, EOS, PAD, *CHAT, *special, *reserved]
+    # A multiple of 0 is refused below, in words and not by the division.
+    size = -(-vocabulary_size // max(multiple_of, 1)) * multiple_of
+    _check_arguments(corpora, output, tokens, size, multiple_of)
+    if isinstance(corpora, Mapping):
+        samples = _weighted(corpora, json_key, sample_bytes)
+    else:
+        samples = {"text": draw(corpora, json_key, sample_bytes)}
+    for name, sample in samples.items():
+        say(f"{name}: {len(sample.texts):,} of {sample.seen:,} documents, {sample.nbytes / 1e6:,.1f} MB")
+    backend = _train([text for sample in samples.values() for text in sample.texts], tokens, size)
+    # The library stops early without a word, and the model is made for the size that was asked for.
+    if backend.get_vocab_size() < size:
+        raise CptError(
+            f"the corpora give {backend.get_vocab_size():,} tokens, not {size:,}: give more text, or a smaller "
+            "vocabulary_size (--vocabulary-size)"
+        )
+    _write(backend, output)
+    held_out = {name: sample.held_out for name, sample in samples.items() if sample.held_out}
+    return TrainReport(
+        output=str(output),
+        vocabulary_size=size,
+        special=tuple(tokens),
+        learnt_from={name: sample.nbytes for name, sample in samples.items()},
+        characters_per_token={
+            name: round(sum(map(len, texts)) / count_tokens(backend, texts), 4) for name, texts in held_out.items()
+        },
+        round_trip_failures=sum(_changed(backend, text) for texts in held_out.values() for text in texts),
+        seconds=round(time.monotonic() - start, 1),
+    )
+
+
+def _check_arguments(
+    corpora: Inputs | Mapping[str, float], output: Path, tokens: Sequence[str], size: int, multiple_of: int
+) -> None:
+    weights = corpora if isinstance(corpora, Mapping) else {}
+    if wrong := {name: weight for name, weight in weights.items() if not 0 < weight < float("inf")}:
+        raise CptError(f"the weight of {next(iter(wrong))} is {next(iter(wrong.values()))}; it must be above 0")
+    if multiple_of < 1:
+        raise CptError(f"multiple_of is {multiple_of}; it must be 1 or more")
+    if twice := [token for token in tokens if tokens.count(token) > 1]:
+        raise CptError(f"the special token {twice[0]} is there twice")
+    if size <= len(tokens) + 256:
+        raise CptError(f"a vocabulary of {size} has no room for tokens beside 256 bytes and {len(tokens)} special ones")
+    check_free(output)
+
+
+def _weighted(corpora: Mapping[str, float], json_key: str, limit: int) -> dict[str, Sample]:
+    """Draw of each corpus so much that the bytes are as the weights."""
+    if not corpora:
+        raise CptError("there is no corpus to learn from")
+    total = sum(corpora.values())
+    samples = {name: draw(name, json_key, int(limit * weight / total)) for name, weight in corpora.items()}
+    # The corpus that has the least text for its weight sets the scale; the others are cut to it.
+    unit = min(samples[name].nbytes / weight for name, weight in corpora.items())
+    for name, weight in corpora.items():
+        _cut(samples[name], unit * weight)
+    return samples
+
+
+def _cut(sample: Sample, nbytes: float) -> None:
+    """Leave the first documents, by their hashes, of so many bytes; at least one."""
+    kept, total = list[str](), 0
+    for text in sample.texts:
+        size = len(text.encode())
+        if kept and total + size > nbytes:
+            break
+        kept.append(text)
+        total += size
+    sample.texts, sample.nbytes = kept, total
+
+
+def _train(texts: Sequence[str], special: Sequence[str], size: int) -> Any:
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(UNSPACED), "isolated"),
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=list(special),
+        # Every byte, seen or not, so that no text is unknown; sorted, since they come in no order of their own.
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        max_token_length=MAX_BYTES,
+        min_frequency=2,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    begin = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, special.index(BOS))])
+    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), begin])
+    return tokenizer
+
+
+def _write(backend: Any, output: Path) -> None:
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
+    with new_folder(output) as folder:
+        (folder / DEFINITION).write_text(backend.to_str(pretty=False), "utf-8")
+        (folder / CONFIG).write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))
+
+
+def _changed(backend: Any, text: str) -> bool:
+    ids = backend.encode(text, add_special_tokens=False).ids
+    return bool(backend.decode(ids, skip_special_tokens=False) != text)

@@ -1,0 +1,205 @@
+"""Following a run by its files until it ends: on this machine, or over a shared file system."""
+
+import contextlib
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from nemo_cpt.errors import CptError, StoppedEarlyError
+from nemo_cpt.launching.results import Run, runs
+from nemo_cpt.training.metrics import END_FILE, METRICS_FILE, RUN_FILE, MetricsReader
+from nemo_cpt.training.run_folder import checkpoints
+from nemo_cpt.training.run_lock import read_owner
+from nemo_cpt.watching.record import TRAIN_LOSS, Record, record
+from nemo_cpt.watching.view import Snapshot, lines, render
+
+POLL_SECONDS = 0.5
+QUIET_SECONDS = 5.0  # without anything new, after which it is asked whether the job lives
+RANK_0_LOG = "nemo_log_globalrank-0_localrank-0.txt"  # NeMo's own, in the run's folder
+_WARNING = re.compile(r"\[NeMo W (\S+ \S+) [^\]]*\]\s*(.*)")
+
+
+class Follower:
+    """What a run's files say, read again only where they grew.
+
+    Args:
+        folder: the run's.
+        starting: its job is about to be started from here: what the folder holds by now is of an earlier start.
+    """
+
+    def __init__(self, folder: Path, starting: bool = False) -> None:
+        self.folder = folder
+        self._earlier, self._since = _changed(folder / RUN_FILE) if starting else None, time.monotonic()
+        self._reader = MetricsReader(folder)
+        self._record = Record(folder, self._reader)
+        self._stamps: tuple[float, ...] = ()
+        self._alive, self._asked = True, -QUIET_SECONDS
+        self._log = _LogWarnings(folder / RANK_0_LOG)
+
+    def snapshot(self, log: Path | None = None) -> Snapshot:
+        """The run as it is now.
+
+        Args:
+            log: the job's raw log, to name it.
+        """
+        stamps = tuple(_changed(self.folder / name) for name in (METRICS_FILE, RUN_FILE, END_FILE))
+        # Twice a second, maybe for days: while the files stand still nothing is parsed.
+        if stamps != self._stamps:
+            self._asked = time.monotonic() if self._stamps else self._asked  # at first it is asked at once
+            self._record, self._stamps = Record(self.folder, self._reader), stamps
+        begun = stamps[1] != self._earlier
+        state, message = self._state() if begun else ("starting", "")
+        own = [each["text"] for each in self._record.warnings]
+        return Snapshot(
+            record=self._record if begun else Record(self.folder, _NothingYet(self.folder)),
+            state=state,
+            message=message,
+            saved=[each.path.name for each in checkpoints(self.folder / "checkpoints")] if begun else (),
+            warnings=own + self._log.since(self._record) if begun else (),
+            log=str(log or ""),
+            seconds=None if begun else time.monotonic() - self._since,
+        )
+
+    def _state(self) -> tuple[str, str]:
+        if (end := self._record.end) and not self._has_started_again(end["time"]):
+            return end["state"], end["message"]
+        # A run whose files grow lives: only a quiet one is asked after.
+        if time.monotonic() - self._asked > QUIET_SECONDS:
+            self._alive, self._asked = Run(self.folder).running, time.monotonic()
+        return ("running", "") if self._alive else ("killed", "its job ended without a word; the log may say why")
+
+    def _has_started_again(self, ended: float) -> bool:
+        """Whether a job took the folder since: until it describes itself, it is the one before that had ended."""
+        owner = read_owner(self.folder)
+        return owner is not None and datetime.fromisoformat(owner.since).timestamp() > ended
+
+
+class _NothingYet(MetricsReader):
+    """Of a run that has not begun, whatever an earlier start has left."""
+
+    def read(self) -> list[dict[str, Any]]:
+        return []
+
+
+class _LogWarnings:
+    """The warnings of NeMo's log from a run's first step on; what it says before that is always the same."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._read = 0
+        self._found: list[tuple[str, str]] = []
+
+    def since(self, record: Record) -> list[str]:
+        with contextlib.suppress(OSError), self.path.open("rb") as file:
+            file.seek(self._read)
+            for line in iter(file.readline, b""):
+                # It is being written, and read whole the next time.
+                if not line.endswith(b"\n"):
+                    break
+                self._read += len(line)
+                if found := _WARNING.match(line.decode(errors="replace")):
+                    self._found.append((found[1], found[2].strip()))
+        first = next((line["time"] for line in record.metrics if TRAIN_LOSS in line and "time" in line), None)
+        if first is None:
+            return []
+        # As NeMo stamps its lines: these texts compare as their times do.
+        begun = datetime.fromtimestamp(first).isoformat(" ", timespec="seconds")
+        return [text for when, text in self._found if when > begun]
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return -1.0
+
+
+def newest_run(directory: Path) -> Path:
+    """The run whose measurements, or whose description, were written last.
+
+    Raises:
+        CptError: there is no run.
+    """
+
+    def written(run: Run) -> float:
+        return max(_changed(run.folder / name) for name in (METRICS_FILE, RUN_FILE))
+
+    return max(runs(directory), key=written).folder
+
+
+def follow(follower: Follower, live: bool) -> Snapshot:
+    """Show a run until it ends, and return how it then was.
+
+    Args:
+        follower: of the run.
+        live: as a view that changes in its place; else as lines.
+    """
+    if live:
+        with live_view(sys.stdout) as view:
+            return _until_the_end(follower, lambda shown, before: view.show(shown))
+
+    def print_new(shown: Snapshot, before: Snapshot | None) -> None:
+        for line in lines(shown, before):
+            print(line, flush=True)
+
+    return _until_the_end(follower, print_new)
+
+
+def _until_the_end(follower: Follower, show: Callable[[Snapshot, Snapshot | None], None]) -> Snapshot:
+    before = None
+    while True:
+        with contextlib.suppress(FileNotFoundError):  # a checkpoint that was removed while it was looked at
+            shown = follower.snapshot()
+            show(shown, before)
+            if shown.state not in ("running", "starting"):
+                return shown
+            before = shown
+        time.sleep(POLL_SECONDS)
+
+
+class View:
+    """A place on the terminal that shows what it was given last; see `live_view`."""
+
+    def __init__(self, live: Any) -> None:
+        self._live = live
+        self._drawn: Snapshot | None = None
+
+    def show(self, shown: Snapshot) -> None:
+        """Draw a moment in the place of the last one, if it is another."""
+        if self._drawn is None or shown.record is not self._drawn.record or shown != self._drawn:
+            self._live.update(render(shown), refresh=True)
+            self._drawn = shown
+
+    def above(self, line: str) -> None:
+        """Print a line above the view."""
+        self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def live_view(output: Any) -> Iterator[View]:
+    """A view on a terminal, which stays there as it was last."""
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console(file=output)
+    # Drawn when something is new; what else is printed meanwhile is for `launch_view` to sort.
+    with Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False) as live:
+        yield View(live)
+
+
+def check_ended_well(shown: Snapshot) -> None:
+    """Raise what the run's own end was, unless it ended in good order.
+
+    Raises:
+        StoppedEarlyError: it was told to stop, and saved.
+        CptError: it failed, or was killed, or nothing was measured in its folder.
+    """
+    record(shown.record.folder)
+    if shown.state in ("finished", "ended early"):
+        return
+    kind = StoppedEarlyError if shown.state == "stopped" else CptError
+    raise kind(f"{shown.record.folder} {shown.state} at step {shown.record.step}: {shown.message}".removesuffix(": "))

@@ -1,0 +1,158 @@
+"""A run as a terminal shows it: rich's for a live view, lines for everything else."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from nemo_cpt.watching.record import GPU_MEMORY, TRAIN_LOSS, Record
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+MARKS = {"worse": ("forgotten", "red"), "better": ("gained", "green"), "": ("", "dim")}
+STATES = {
+    "running": "cyan",
+    "starting": "yellow",
+    "finished": "green",
+    "ended early": "green",
+    "stopped": "yellow",
+}  # all others are red
+WARNINGS_SHOWN = 2
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What is shown of a run at one moment.
+
+    Attributes:
+        record: what its files say.
+        state: starting, running, finished, ended early, stopped, failed or killed.
+        message: what its end said; empty while it goes on.
+        saved: its checkpoints' names, the newest first.
+        warnings: of the run itself and of its log, the newest last.
+        log: where the raw log is; empty where that is not known.
+        seconds: since the job was started, while it has not measured anything.
+    """
+
+    record: Record
+    state: str
+    message: str = ""
+    saved: Sequence[str] = ()
+    warnings: Sequence[str] = field(default=())
+    log: str = ""
+    seconds: float | None = None
+
+
+def render(shown: Snapshot) -> "RenderableType":
+    """The live view: seven lines and one a validation set."""
+    from rich.console import Group
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    record = shown.record
+    top = Table.grid(padding=(0, 1))
+    top.add_row(
+        Text(record.name, style="bold"),
+        Text(shown.state, style=STATES.get(shown.state, "red")),
+        Text(_steps(record)),
+        ProgressBar(total=record.max_steps or 1, completed=record.step, width=30),
+        Text(_left(record) if shown.state == "running" else ""),
+    )
+    parts: list[RenderableType] = [top]
+    if facts := list(_facts(record)):
+        parts.append(Text("   ").join(Text.assemble((f"{name} ", "dim"), value) for name, value in facts))
+    if record.changes:
+        parts.append(_sets(record))
+    if shown.saved:
+        parts.append(Text.assemble(("saved ", "dim"), f"{len(shown.saved)}, the newest {shown.saved[0]}"))
+    parts += [Text(line, style="yellow", overflow="ellipsis", no_wrap=True) for line in _folded(shown.warnings)]
+    if shown.seconds is not None:
+        parts.append(Text(f"importing NeMo and building the model, {shown.seconds:.0f} s", style="dim"))
+    if shown.message:
+        parts.append(Text(shown.message))
+    if shown.log:
+        parts.append(Text.assemble(("log ", "dim"), shown.log, overflow="fold"))
+    return Group(*parts)
+
+
+def _sets(record: Record) -> "RenderableType":
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, 1), header_style="dim")
+    for name in ("set", "step 0", "now", "change", "", "unit"):
+        table.add_column(name, justify="right" if name in ("step 0", "now", "change") else "left")
+    for change in record.changes.values():
+        scale, unit = record.unit(change.name)
+        mark, style = MARKS["worse" if change.worse else "better" if change.better else ""]
+        numbers = (f"{scale * change.first:.4f}", f"{scale * change.value:.4f}", f"{change.percent:+.2f} %")
+        table.add_row(
+            *(Text(each) for each in (change.name, *numbers)), Text(mark, style=style), Text(unit, style="dim")
+        )
+    return table
+
+
+def _steps(record: Record) -> str:
+    return f"step {record.step:,} of {record.max_steps:,}" if record.max_steps else f"step {record.step:,}"
+
+
+def _left(record: Record) -> str:
+    return "" if record.seconds_left is None else f"{duration(record.seconds_left)} left"
+
+
+def _facts(record: Record) -> Iterator[tuple[str, str]]:
+    """Speed beside its plan, loss, learning rate, gradient norm, memory: what is known of them."""
+    if speed := record.tokens_per_second:
+        planned = record.plan.get("tokens_per_second")
+        yield "tokens/s", f"{speed:,.0f}" + (f" (plan {planned:,.0f})" if planned else "")
+    for name, key, form in (("loss", TRAIN_LOSS, ".4f"), ("lr", "lr", ".2e"), ("grad norm", "grad_norm", ".2f")):
+        if (value := record.last(key)) is not None:
+            yield name, f"{value:{form}}"
+    if memory := record.last(GPU_MEMORY):
+        card = record.description.get("machine", {}).get("gpu_memory_gib")
+        yield "GPU", f"{memory:.1f}" + (f" of {card:.0f} GiB" if card else " GiB")
+
+
+def _folded(warnings: Sequence[str]) -> Iterator[str]:
+    """The last warnings, equal ones once, and how many there are besides."""
+    counts: dict[str, int] = {}
+    for warning in warnings:
+        # Taken out and put in again: the last entry is then what was said last.
+        counts[warning] = counts.pop(warning, 0) + 1
+    shown = list(counts.items())[-WARNINGS_SHOWN:]
+    if more := len(counts) - len(shown):
+        yield f"! {more} more warnings in the log"
+    for warning, count in shown:
+        yield f"! {warning}" + (f" ({count} times)" if count > 1 else "")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 45 s, 12:05, 3:07:00, 2 days 3 h."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours // 24} days {hours % 24} h"
+    if hours:
+        return f"{hours}:{minutes:02}:{rest:02}"
+    return f"{minutes}:{rest:02}" if minutes else f"{rest} s"
+
+
+def lines(shown: Snapshot, before: Snapshot | None) -> Iterator[str]:
+    """What is new since an earlier moment, as lines for a log: steps, validations, checkpoints, warnings, the end."""
+    record, known = shown.record, before.record.step if before else -1
+    if before is None or before.state != shown.state:
+        yield f"{record.name}: {shown.state}" + (f": {shown.message}" if shown.message else "")
+    if record.step != known and record.metrics:
+        facts = "  ".join(f"{name} {value}" for name, value in _facts(record))
+        yield "  ".join(filter(None, (_steps(record), facts, _left(record) if shown.state == "running" else "")))
+    told = {} if before is None else {change.name: change.step for change in before.record.changes.values()}
+    for change in record.changes.values():
+        if told.get(change.name) != change.step:
+            scale, unit = record.unit(change.name)
+            mark = MARKS["worse" if change.worse else "better" if change.better else ""][0]
+            numbers = f"{scale * change.first:.4f} -> {scale * change.value:.4f} {unit} ({change.percent:+.2f} %)"
+            yield f"validation at step {change.step}: {change.name} {numbers} {mark}".rstrip()
+    yield from (f"saved {name}" for name in reversed(shown.saved) if before is None or name not in before.saved)
+    fresh = shown.warnings[len(before.warnings) :] if before else shown.warnings
+    yield from (f"warning: {text}" for text in fresh)

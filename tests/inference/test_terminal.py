@@ -1,0 +1,142 @@
+"""`nemo-cpt chat` on a terminal: keys, Ctrl-C, wide characters; driven through a pseudo-terminal."""
+
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import termios
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.chat_server import Body, ChatServer
+
+COMMAND = [sys.executable, "-m", "nemo_cpt.cli", "chat"]
+SECONDS = 120  # in which the command says something; no test depends on how soon
+
+
+class Terminal:
+    """A command on a terminal of 24 lines and 80 columns."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.master, slave = pty.openpty()
+        termios.tcsetwinsize(slave, (24, 80))
+        environment = os.environ | {"TERM": "xterm", "NO_COLOR": "1", "PROMPT_TOOLKIT_NO_CPR": "1"}
+        self.process = subprocess.Popen(
+            [*COMMAND, *arguments], stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True,
+            preexec_fn=lambda: os.close(os.open(os.ttyname(slave), os.O_RDWR)),  # its terminal, whose Ctrl-C it gets
+        )  # fmt: skip
+        os.close(slave)
+        self.shown = ""
+
+    def type(self, keys: str) -> None:
+        """Press keys at the prompt; only then is the terminal in the mode for it."""
+        self.until(">")
+        self.press(keys)
+
+    def press(self, keys: str) -> None:
+        os.write(self.master, keys.encode())
+
+    def until(self, pattern: str) -> str:
+        """Read on until a pattern is shown; return what was read up to its end."""
+        while (found := re.search(pattern, self.shown)) is None:
+            ready, _, _ = select.select([self.master], [], [], SECONDS)
+            assert ready, f"{pattern!r} is not in {self.shown!r}"
+            try:
+                chunk = os.read(self.master, 65536)
+            except OSError:  # Linux' EOF of a terminal
+                raise AssertionError(f"it ended before {pattern!r}: {self.shown!r}") from None
+            self.shown += re.sub(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[=>]|\r", "", chunk.decode(errors="replace"))
+        read, self.shown = self.shown[: found.end()], self.shown[found.end() :]
+        return read
+
+    def ends(self) -> int:
+        """The exit code."""
+        try:
+            while select.select([self.master], [], [], SECONDS)[0] and os.read(self.master, 65536):
+                pass
+        except OSError:
+            pass
+        return self.process.wait(SECONDS)
+
+
+@pytest.fixture
+def on_terminal() -> Iterator[Callable[..., Terminal]]:
+    started: list[Terminal] = []
+
+    def start(*arguments: str) -> Terminal:
+        started.append(Terminal(*arguments))
+        return started[-1]
+
+    yield start
+    for each in started:
+        if each.process.poll() is None:
+            each.process.send_signal(signal.SIGKILL)
+            each.process.wait()
+        os.close(each.master)
+
+
+def echo(body: Body, number: int) -> str:
+    """A reply that says what was asked."""
+    return f"reply {number}: <{body['messages'][-1]['content']}>"
+
+
+def test_lines_commands_and_the_end(on_terminal: Callable[..., Terminal], tmp_path: Path) -> None:
+    with ChatServer(echo) as server:
+        terminal = on_terminal(server.url)
+        terminal.until("/help lists the commands")
+        terminal.type("first line\x1b\rsecond line\r")  # Esc Enter between them
+        terminal.until(r"reply 1: <first line\nsecond line>")
+        terminal.type("half a thought")
+        terminal.until("half a thought")
+        terminal.press("\x03")  # Ctrl-C at the prompt
+        terminal.type("日本の首都は?\r")
+        terminal.until("reply 2: <日本の首都は\\?>")
+        terminal.type(f"/save {tmp_path / 'chat.json'}\r")
+        terminal.until("written to")
+        terminal.type("/temperature 0\r")
+        terminal.until("temperature 0.0")
+        terminal.type("/reset\r")
+        terminal.until("a new conversation")
+        terminal.type("again\r")
+        terminal.until("reply 3: <again>")
+        terminal.type("\x04")  # Ctrl-D
+        assert terminal.ends() == 0
+    assert [len(body["messages"]) for body in server.asked] == [1, 3, 1]
+    assert server.asked[2]["temperature"] == 0
+    assert "half a thought" not in (tmp_path / "chat.json").read_text()
+
+
+def test_ctrl_c_stops_a_reply_of_a_model_in_this_process(
+    on_terminal: Callable[..., Terminal], make_model: Callable[[str], Path]
+) -> None:
+    terminal = on_terminal(str(make_model("long_context")), "--max-tokens", "60000", "--temperature", "0")
+    terminal.type("Hello\r")
+    terminal.until(r"Hello\s+\S[\s\S]{200}")  # well on its way in a reply that would take minutes
+    terminal.press("\x03")
+    terminal.until(r"\(stopped\)")
+    terminal.type("/tokens 3\r")
+    terminal.until("max_tokens 3")
+    terminal.type("/quit\r")
+    assert terminal.ends() == 0
+
+
+def test_two_models_side_by_side_with_their_languages(on_terminal: Callable[..., Terminal]) -> None:
+    pytest.importorskip("lingua", reason="the language of replies is told by lingua")
+    with (
+        ChatServer(lambda body, number: "首都は東京です。" * 9) as new,
+        ChatServer(lambda body, number: "It is Tokyo.") as old,
+    ):
+        terminal = on_terminal(new.url, "--against", old.url)
+        terminal.type("日本の首都は?\r")
+        shown = terminal.until(r"│ ja +│ en +│")
+        # A wide character takes two columns: every line of the table ends at the terminal's last.
+        wide = [line for line in shown.splitlines() if "東京" in line and line.startswith("│")]
+        assert wide
+        assert {sum(2 if "\u2e80" < char < "\uffdc" else 1 for char in line) for line in wide} == {80}
+        terminal.type("/quit\r")
+        assert terminal.ends() == 0

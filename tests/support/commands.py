@@ -1,0 +1,47 @@
+"""`nemo-cpt` commands that import NeMo, forked from the server that has imported it.
+
+A test of what a command imports, how fast it starts or how signals reach it starts an interpreter of its own.
+"""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from tests.training.jobs import SERVER
+
+
+def nemo_cpt(*arguments: str, environ: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end in a process of its own, which reads nothing.
+
+    Args:
+        arguments: what follows `nemo-cpt`.
+        environ: added to this process's environment; nothing that is read when NeMo, NeMo-Run or the hub's library
+            are imported, which has happened.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        printed = [Path(folder, name) for name in ("stdout", "stderr")]
+        given = (arguments, Path.cwd(), os.environ | (environ or {}), printed)
+        process = SERVER.Process(target=_run, args=given)
+        process.start()
+        process.join()
+        stdout, stderr = (path.read_text("utf-8") for path in printed)
+    return subprocess.CompletedProcess(["nemo-cpt", *arguments], process.exitcode or 0, stdout, stderr)
+
+
+def _run(arguments: tuple[str, ...], cwd: Path, environ: dict[str, str], printed: list[Path]) -> None:
+    from nemo_cpt.cli import main
+
+    os.setsid()
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environ)
+    for descriptor, path in enumerate([Path(os.devnull), *printed]):
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), descriptor)
+    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
+    sys.argv = ["nemo-cpt", *arguments]
+    multiprocessing.set_start_method("fork", force=True)  # as in a process of its own; here it would be the server's
+    main()

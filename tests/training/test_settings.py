@@ -1,0 +1,66 @@
+"""Numbers with which no job could run are refused by name, with what to give instead."""
+
+import math
+from typing import Any
+
+import pytest
+
+from nemo_cpt.catalog.build import build_recipe
+from nemo_cpt.errors import CptError
+from nemo_cpt.training.settings import Settings, check
+
+SMOLLM2 = {"num_layers": 30, "num_attention_heads": 9, "num_query_groups": 3, "ffn_hidden_size": 1536}
+
+
+@pytest.mark.parametrize(
+    ("numbers", "says"),
+    [
+        ({"max_steps": 0}, "max_steps=0: give max_steps=1 or more"),
+        ({"seq_length": -8}, "seq_length=-8: give seq_length=1 or more"),
+        ({"lr": -1, "min_lr": -0.1}, "lr=-1: a peak learning rate is above 0"),
+        ({"lr": math.nan}, "lr=nan: "),
+        ({"embeddings_lr": 0.0}, "embeddings_lr=0: a peak learning rate"),
+        ({"lr": 1e-5, "min_lr": -1e-6}, "min_lr=-1e-06: a learning rate is not negative"),
+        ({"lr": 1e-5, "min_lr": 1e-5}, "min_lr 1e-05 is not below lr 1e-05: give min_lr=1e-06"),
+        ({"warmup_steps": -1}, "warmup_steps=-1: give warmup_steps=0"),
+        ({"warmup_steps": 9, "max_steps": 9}, "warmup_steps 9 is not below max_steps 9: .* Give warmup_steps=0"),
+        ({"global_batch_size": 10, "micro_batch_size": 4, "gpus_per_node": 1}, "global_batch_size 10 .* 8 would be"),
+        ({"gpus_per_node": 3, "tensor_model_parallel_size": 2}, "3 processes cannot be cut into groups"),
+        (SMOLLM2 | {"gpus_per_node": 2, "tensor_model_parallel_size": 2}, "num_attention_heads 9 .*size=1 or 3"),
+        (SMOLLM2 | {"gpus_per_node": 4, "pipeline_model_parallel_size": 4}, "30 layers .*parallel_size=3 or 5"),
+        ({"seq_length": 60, "gpus_per_node": 4, "context_parallel_size": 4}, "60 cannot be cut into .* 56 could be"),
+        (
+            {"seq_length": 63, "gpus_per_node": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True},
+            r"63 cannot be cut over tensor_model_parallel_size 2.* 60 could be",
+        ),
+    ],
+)
+def test_what_no_job_could_run_with(numbers: dict[str, Any], says: str) -> None:
+    with pytest.raises(CptError, match=says):
+        check(Settings(**numbers))
+
+
+def test_what_is_sound_or_not_known_passes() -> None:
+    check(Settings())
+    check(Settings(tensor_model_parallel_size=2, global_batch_size=10, micro_batch_size=4))  # on devices="auto"
+    check(Settings(epochs=0.5, val_check_interval=0.25, warmup_steps=0, min_lr=0.0, lr=1e-5))
+    layout = {"gpus_per_node": 3, "num_nodes": 5, "tensor_model_parallel_size": 3, "pipeline_model_parallel_size": 5}
+    check(Settings(**SMOLLM2, **layout, seq_length=63, sequence_parallel=True, global_batch_size=4, micro_batch_size=2))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arguments", "fields", "says"),
+    [
+        ("llama31_8b.continual_pretrain", {"gpus_per_node": 3}, [], "3 processes cannot be cut"),
+        ("llama31_8b.continual_pretrain", {}, ["optim.config.lr=0"], "lr=0: "),
+        ("llama31_8b.continual_pretrain", {}, ["data.micro_batch_size=3"], "not a multiple of micro_batch_size 3"),
+        ("llama31_8b.continual_pretrain_single_gpu", {"rank": 0}, [], "rank=0: give rank=1 or more"),
+        ("llama31_8b.continual_pretrain_single_gpu", {"seq_length": 0}, [], "seq_length=0: "),
+        ("llama31_8b.instruction_tune_single_gpu", {"rank": 0}, [], "rank=0: "),
+        ("llama31_8b.instruction_tune", {"epochs": 0}, [], "epochs=0: "),
+        ("llama31_8b.instruction_tune", {"val_check_interval": 0}, [], "val_check_interval=0: "),
+    ],
+)
+def test_every_recipe_refuses_them(recipe: str, arguments: dict[str, Any], fields: list[str], says: str) -> None:
+    with pytest.raises(CptError, match=says):
+        build_recipe(recipe, arguments, fields)

@@ -1,0 +1,111 @@
+"""A tokenizer learnt from corpora: byte-level, deterministic, special tokens in their places."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nemo_cpt.corpus.tokenization.tokenizer import FastEncoder, load_tokenizer
+from nemo_cpt.errors import CptError
+from nemo_cpt.vocabulary import grow, train
+from nemo_cpt.vocabulary.training import BOS, CHAT, EOS, MAX_BYTES, PAD
+from nemo_cpt.vocabulary.words import script_of
+from tests.vocabulary.conftest import CORPUS, texts
+
+SCRIPTS = {"CJK", "HIRAGANA"}
+JA, EN = (str(CORPUS / f"{language}.jsonl") for language in ("ja", "en"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "t"
+    report = train({JA: 2, EN: 1}, folder, 2000, special=["<|tool|>"])
+    assert report.vocabulary_size == 2048
+    assert report.round_trip_failures == 0
+    assert report.characters_per_token.keys() == {JA, EN}
+    assert report.learnt_from[JA] == pytest.approx(2 * report.learnt_from[EN], rel=0.05)
+    return folder
+
+
+def test_special_tokens_have_the_first_ids_and_a_text_begins_with_one(trained: Path) -> None:
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(trained)
+    assert loaded.convert_tokens_to_ids([BOS, EOS, PAD, *CHAT, "<|tool|>"]) == list(range(7))
+    assert (loaded.bos_token, loaded.eos_token, loaded.pad_token) == (BOS, EOS, PAD)
+    assert len(loaded) == 2048
+    assert loaded(f"{CHAT[0]}x")["input_ids"][:2] == [0, 3]
+
+
+def test_every_text_comes_back_and_the_fast_encoder_agrees(trained: Path) -> None:
+    described = load_tokenizer(str(trained))
+    documents = [
+        *texts("ja"),
+        *texts("en"),
+        "ーコーヒー、あー。々　京都の、のコ「京都」",
+        "Ελληνικά, русский мир, العربية, 한국어 문장, 中文的句子。\r\n\t x 12345 naïve",
+    ]
+    reference = described.reference_encoder()
+    ids, bounds = reference.encode(documents)
+    for text, first, last in zip(documents, bounds[:-1], bounds[1:], strict=True):
+        assert reference.decode(ids[int(first) : int(last)].tolist()) == text
+    assert described.definition is not None
+    assert FastEncoder(described.definition, False).encode(documents)[0].tolist() == ids.tolist()
+
+
+def test_no_token_is_a_clause(trained: Path) -> None:
+    vocabulary = json.loads((trained / "tokenizer.json").read_text())["model"]["vocab"]
+    assert max(len(token) for token in vocabulary if not token.startswith("<|")) <= MAX_BYTES
+    encoder = load_tokenizer(str(trained)).reference_encoder()
+    tokens = [encoder.decode([number]) for number in range(2048)]
+    assert not [token for token in tokens if len({script_of(character) for character in token} & SCRIPTS) > 1]
+
+
+def test_it_is_the_same_each_time_and_in_any_order_of_the_files(tmp_path: Path) -> None:
+    lines = Path(JA).read_text().splitlines(keepends=True)
+    (tmp_path / "one.jsonl").write_text("".join(lines[:30]))
+    (tmp_path / "two.jsonl").write_text("".join(lines[30:]))
+    train(JA, tmp_path / "a", 1024)
+    train([str(tmp_path / "two.jsonl"), str(tmp_path / "one.jsonl")], tmp_path / "b", 1024)
+    assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (tmp_path / "b" / "tokenizer.json").read_bytes()
+
+
+def test_a_large_corpus_is_sampled(tmp_path: Path) -> None:
+    report = train(JA, tmp_path / "t", 640, sample_bytes=40_000)
+    assert 20_000 <= report.learnt_from["text"] <= 40_000
+
+
+def test_it_can_be_grown(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "ru.jsonl").write_text(json.dumps({"text": "привет мир, " * 40}) + "\n")
+    report = grow(str(trained), str(tmp_path / "ru.jsonl"), tmp_path / "t", tokens=3, multiple_of=1, min_count=2)
+    assert report.first_id == 2048
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocabulary_size": 100_000}, "the corpora give"),
+        ({"vocabulary_size": 200}, "no room"),
+        ({"special": [EOS]}, "there twice"),
+        ({"corpora": {JA: 0.0}}, "must be above 0"),
+        ({"corpora": {}}, "no corpus"),
+        ({"corpora": "nowhere.jsonl"}, "no input"),
+        ({"multiple_of": 0}, "multiple_of is 0"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_leaves_nothing(changes: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(CptError, match=message):
+        train(**{"corpora": JA, "output": tmp_path / "t", "vocabulary_size": 1000} | changes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from nemo_cpt.cli import app, vocabulary  # noqa: F401  registers its commands
+
+    arguments = ["tokenizer", "train", JA, EN, "-o", str(tmp_path / "t"), "--vocabulary-size", "600"]
+    done = CliRunner().invoke(app, [*arguments, "--weight", "1", "--weight", "1"])
+    assert done.exit_code == 0
+    assert "640 ids" in done.stdout
+    assert isinstance(CliRunner().invoke(app, [*arguments, "--weight", "1"]).exception, CptError)

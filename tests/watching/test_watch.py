@@ -1,0 +1,214 @@
+"""`nemo-cpt watch`: a run as its files tell of it, until it ends."""
+
+import contextlib
+import io
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from nemo_cpt.training.metrics import END_FILE, append_metrics
+from nemo_cpt.watching.following import RANK_0_LOG, Follower, newest_run
+from nemo_cpt.watching.view import Snapshot, duration, lines, render
+from tests.support import run_folders
+from tests.support.executor_jobs import held_by_another_process
+
+COMMAND = [sys.executable, "-m", "nemo_cpt.cli", "watch"]
+
+
+def watch(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, cwd=cwd, stdin=subprocess.DEVNULL)
+
+
+def end(folder: Path, state: str, message: str = "", time: float = 0) -> None:
+    (folder / END_FILE).write_text(json.dumps({"state": state, "step": 60, "message": message, "time": time}))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    run = tmp_path / "results" / "ja"
+    run_folders.describe(run)
+    run_folders.measure(run, 60)
+    return run
+
+
+def shown(snapshot: Snapshot, width: int = 110) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(render(snapshot))
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("state", "message", "code"),
+    [
+        ("finished", "", 0),
+        ("ended early", "", 0),
+        ("stopped", "saved at step 60", 75),
+        ("failed", "CptError: no", 2),
+        (None, "", 2),
+    ],
+)
+def test_it_ends_as_the_run_did(folder: Path, state: str | None, message: str, code: int) -> None:
+    """None stands for a job that was killed, and that nobody holds the folder for."""
+    if state:
+        end(folder, state, message)
+    done = watch("ja", cwd=folder.parents[1])
+    assert done.returncode == code, done.stderr
+    assert f"ja: {state or 'killed'}" in done.stdout
+    assert message in done.stderr
+    assert "step 60 of 100  tokens/s 8,192 (plan 9,000)  loss " in done.stdout
+    assert "validation at step 60: en 1.08" in done.stdout
+    assert "forgotten" in done.stdout
+
+
+def test_the_view_holds_what_one_wants_to_know(folder: Path) -> None:
+    run_folders.warn(folder, 40, "en has got worse")
+    text = shown(Follower(folder).snapshot())
+    for part in (
+        "step 60 of 100", "tokens/s 8,192 (plan 9,000)", "grad norm", "GPU 19.0 of 140 GiB", "gained", "forgotten",
+        "bits per byte", "! en has got worse",
+    ):  # fmt: skip
+        assert part in text, part
+    assert len(text.splitlines()) <= 12
+
+
+def test_time_is_left_by_the_pace_of_the_steps_with_what_lies_between_them(folder: Path) -> None:
+    assert Follower(folder).snapshot().record.seconds_left == pytest.approx(40 * run_folders.STEP_SECONDS)
+
+
+def test_only_what_nemo_warns_of_behind_the_first_step_is_shown_and_equal_warnings_once(folder: Path) -> None:
+    """The first step ended two seconds behind START."""
+    from datetime import datetime
+
+    def stamp(seconds: float) -> str:
+        return datetime.fromtimestamp(run_folders.START + seconds).isoformat(" ", timespec="seconds")
+
+    with held_by_another_process(folder):
+        follower = Follower(folder)
+        log = folder / RANK_0_LOG
+        log.write_text(f"[NeMo W {stamp(-9)} a:1] noise\n[NeMo I {stamp(9)} a:1] words\n[NeMo W {stamp(9)} a:1] real\n")
+        assert follower.snapshot().warnings == ["real"]
+        with log.open("a") as file:
+            file.write(f"[NeMo W {stamp(10)} a:1] real\n[NeMo W {stamp(11)} a:1] torn")
+        snapshot = follower.snapshot()
+        assert snapshot.warnings == ["real", "real"]
+        assert "! real (2 times)" in shown(snapshot)
+
+
+def test_lines_say_what_is_new_and_nothing_twice(folder: Path) -> None:
+    with held_by_another_process(folder):
+        follower = Follower(folder)
+        before = follower.snapshot()
+        assert before.state == "running"
+        assert list(lines(follower.snapshot(), before)) == []
+        run_folders.measure(folder, 61)
+        (step,) = lines(follower.snapshot(), before)
+        assert step.startswith("step 61 of 100")
+        end(folder, "finished", time=time.time() + 1)
+        assert list(lines(follower.snapshot(), follower.snapshot())) == []
+        assert follower.snapshot().state == "finished"
+
+
+def test_a_job_that_was_started_just_now_is_not_what_an_earlier_start_left(folder: Path) -> None:
+    end(folder, "stopped")
+    follower = Follower(folder, starting=True)
+    text = shown(follower.snapshot())
+    assert "starting" in text
+    assert "step 60" not in text
+    assert "importing NeMo" in text
+    with held_by_another_process(folder):
+        assert Follower(folder).snapshot().state == "running"  # it began after the end that is written there
+        run_folders.describe(folder)
+        assert follower.snapshot().state == "running"
+    end(folder, "stopped", time=time.time() + 1)
+    assert follower.snapshot().state == "stopped"
+
+
+def test_the_newest_run_is_the_one_that_was_measured_last(folder: Path) -> None:
+    other = folder.with_name("other")
+    run_folders.measure(other, 1)
+    os.utime(other / "metrics/steps.jsonl", (1, 1))
+    assert newest_run(folder.parent) == folder
+
+
+def read_until(terminal: int, text: str) -> str:
+    found = ""
+    while text not in found:
+        found += os.read(terminal, 65536).decode(errors="replace")
+    return found
+
+
+def test_a_live_view_follows_the_run_and_ctrl_c_leaves_it_alone(folder: Path) -> None:
+    with held_by_another_process(folder):
+        for ends in (True, False):
+            controller, terminal = pty.openpty()
+            running = subprocess.Popen(
+                COMMAND, stdout=terminal, stderr=terminal, cwd=folder.parents[1],
+                env=os.environ | {"COLUMNS": "110", "LINES": "40", "TERM": "xterm"},
+            )  # fmt: skip
+            os.close(terminal)
+            read_until(controller, "step 60 of 100")
+            if ends:
+                run_folders.measure(folder, 61)
+                read_until(controller, "step 61 of 100")
+                end(folder, "finished", time=time.time() + 1)
+                read_until(controller, "finished")
+            else:
+                running.send_signal(signal.SIGINT)
+            assert running.wait(60) == 0
+            os.close(controller)
+            (folder / END_FILE).unlink(missing_ok=True)
+            run_folders.measure(folder, 60)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["jaa"], "there is no run 'jaa' in results; near: ja"),
+        (["-d", "nowhere"], "there is no folder nowhere with runs"),
+        (["-d", "results/ja"], "is one itself"),
+        (["empty"], "has no metrics/steps.jsonl: the run has measured nothing yet"),
+    ],
+)
+def test_bad_input(folder: Path, arguments: list[str], says: str) -> None:
+    (folder.with_name("empty") / "checkpoints").mkdir(parents=True)
+    done = watch(*arguments, cwd=folder.parents[1])
+    assert (done.returncode, says in done.stderr) == (2, True), done.stderr
+
+
+def test_watching_imports_neither_torch_nor_nemo(folder: Path) -> None:
+    end(folder, "finished")
+    code = (
+        "import sys; sys.argv = ['nemo-cpt', 'watch']\nimport atexit\n"
+        "heavy = ('torch', 'nemo', 'nemo_run', 'numpy', 'matplotlib')\n"
+        "atexit.register(lambda: print([name for name in heavy if name in sys.modules]))\n"
+        "from nemo_cpt.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder.parents[1])
+    assert done.stdout.rstrip().endswith("[]"), done.stdout + done.stderr
+
+
+def test_without_a_reader_it_ends(folder: Path) -> None:
+    """As behind `| head -1`: there is nobody to watch for."""
+    with held_by_another_process(folder):
+        watching = subprocess.Popen([*COMMAND, "--plain"], stdout=subprocess.PIPE, text=True, cwd=folder.parents[1])
+        assert watching.stdout is not None
+        assert watching.stdout.readline() == "ja: running\n"
+        watching.stdout.close()
+        for step in range(61, 300):
+            append_metrics(folder, {"step": step})
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                watching.wait(1)
+                break
+        assert watching.returncode == 1
+
+
+def test_durations() -> None:
+    assert [duration(each) for each in (5, 65, 3661, 200_000)] == ["5 s", "1:05", "1:01:01", "2 days 7 h"]
