@@ -58,6 +58,7 @@ def continual_pretrain(
     patience: int | None = None,
     untrained_base: bool = False,
     stop_when: Mapping[str, str] | None = None,
+    grown_rows_first: int | None = None,
 ) -> run.Partial:
     """Continual pretraining of every parameter: what the recipes of all models share.
 
@@ -107,6 +108,7 @@ def continual_pretrain(
             no fault; else such a run is stopped.
         stop_when: of validation sets, by how many percent their loss may rise over that before the training, such as
             {"en": "+3%"}: then the run saves and stops, with exit code 75.
+        grown_rows_first: steps at the beginning in which only the rows are trained that `nemo-cpt grow` gave the base.
 
     Returns:
         A run.Partial of `llm.pretrain`; every field stays editable.
@@ -151,6 +153,7 @@ def continual_pretrain(
     parts.stop_early(recipe, early_stop, patience)
     parts.stop_when_worse(recipe, stop_when)
     parts.export_along(recipe, export_every, export_keep)
+    parts.train_grown_rows_first(recipe, grown_rows_first)
     # On the finished recipe: what belongs together is looked at as the job will have it.
     check(settings_in(recipe))
     check_belonging(recipe)

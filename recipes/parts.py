@@ -37,6 +37,7 @@ from nemo_cpt.training.data import BlendDataModule
 from nemo_cpt.training.early_stop import StopEarly
 from nemo_cpt.training.exports import ExportCheckpoints, check_numbers
 from nemo_cpt.training.gradients import EveryTrainableParameterHasGradient
+from nemo_cpt.training.grown_rows import GrownRowsFirst, first_new_row
 from nemo_cpt.training.guards import Guards
 from nemo_cpt.training.logger import RunLogger
 from nemo_cpt.training.loggers import ContinuedMLFlowLogger
@@ -383,6 +384,19 @@ def stop_when_worse(recipe: run.Partial, stop_when: Mapping[str, str] | None) ->
     if limits(stop_when, _validation_sets(recipe)):
         (alarm,) = (each for each in recipe.trainer.callbacks if each.__fn_or_cls__ is ForgettingAlarm)
         alarm.stop_when = dict(stop_when or {})
+
+
+def train_grown_rows_first(recipe: run.Partial, steps: int | None) -> None:
+    """Have a recipe train a grown base's new rows alone at first; see `continual.continual_pretrain`.
+
+    Raises:
+        CptError: there are no steps, or the base, where it is on this machine, has not grown.
+    """
+    if steps is None:
+        return
+    if (folder := Path(recipe.data.tokenizer.pretrained_model_name)).is_dir():
+        first_new_row(folder, steps)
+    recipe.trainer.callbacks.append(run.Config(GrownRowsFirst, steps=steps))
 
 
 def _validation_sets(recipe: run.Partial) -> list[str]:

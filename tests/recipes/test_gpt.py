@@ -1,0 +1,90 @@
+"""Pretraining from scratch: steps, rates and batches by their sources, and a run from random weights to an export."""
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_cpt.checkpoint import make_untrained
+from nemo_cpt.corpus import Blend, prepare
+from nemo_cpt.errors import CptError
+from nemo_cpt.launching import yaml_file
+from nemo_cpt.recipes import gpt
+from nemo_cpt.vocabulary import train
+from tests.training import jobs
+from tests.vocabulary.conftest import CORPUS
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer, a model of random weights and datasets, all of the demo's corpus."""
+    folder = tmp_path_factory.mktemp("scratch")
+    languages = [str(CORPUS / f"{language}.jsonl") for language in ("ja", "en")]
+    train(languages, folder / "tokenizer", 1024)
+    make_untrained(folder / "base", folder / "tokenizer", "tiny")
+    for part, text in zip(("train", "validation"), languages, strict=True):
+        prepare(text, folder / part, folder / "tokenizer", workers=1, quiet=True)
+    return folder
+
+
+def blend(work: Path) -> Blend:
+    return Blend(train={str(work / "train"): 1.0}, validation={"validation": str(work / "validation")})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "steps", "warmup", "batch", "lr"),
+    [
+        (gpt.pretrain, 4_730, 473, 512, 6e-4),
+        (gpt.pretrain_350m, 13_351, 715, 512, 3e-4),
+        (gpt.pretrain_1_3b, 24_796, 357, 512, 2e-4),
+    ],
+)
+def test_schedules_are_their_sources(
+    recipe: Any, steps: int, warmup: int, batch: int, lr: float, work: Path, tmp_path: Path
+) -> None:
+    from nemo_run.core.serialization.yaml import YamlSerializer
+
+    made = recipe(str(work / "base"), blend(work))
+    assert (made.trainer.max_steps, made.optim.lr_scheduler.max_steps) == (steps, steps)
+    assert (made.optim.lr_scheduler.warmup_steps, made.data.global_batch_size) == (warmup, batch)
+    assert (made.optim.config.lr, made.optim.lr_scheduler.min_lr) == (lr, pytest.approx(lr / 10))
+    assert made.data.seq_length == made.model.config.seq_length
+    (tmp_path / "recipe.yaml").write_text(YamlSerializer().serialize(made))
+    assert yaml_file.load(tmp_path / "recipe.yaml") == made
+
+
+def test_what_is_given_goes_before(work: Path) -> None:
+    made = gpt.pretrain(str(work / "base"), blend(work), max_steps=7, global_batch_size=16, lr=1e-3, warmup_steps=2)
+    assert (made.trainer.max_steps, made.data.global_batch_size, made.optim.lr_scheduler.warmup_steps) == (7, 16, 2)
+    with pytest.raises(CptError, match="it can be 124M"):
+        gpt.pretrain(str(work / "base"), blend(work), params="7B")
+
+
+def _train(work: Path) -> None:
+    import nemo_run as run
+
+    from nemo_cpt.training.cpu import on_cpu
+
+    sizes: dict[str, Any] = {"seq_length": 64, "global_batch_size": 8, "micro_batch_size": 8, "max_steps": 30}
+    places = {"directory": str(work / "runs"), "val_check_interval": 30}
+    made = gpt.pretrain(str(work / "base"), blend(work), lr=3e-3, **sizes, **places)
+    run.run(on_cpu(made), direct=True)
+
+
+def test_a_run_learns_from_random_weights_and_is_exported(work: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from nemo_cpt.checkpoint import export_hf
+
+    assert jobs.run(functools.partial(_train, work), log=work / "log") == 0, (work / "log").read_text()[-3000:]
+    lines = (work / "runs/gpt_124m/metrics/steps.jsonl").read_text().splitlines()
+    losses = [each["reduced_train_loss"] for each in map(json.loads, lines) if "reduced_train_loss" in each]
+    assert losses[0] == pytest.approx(math.log(1024), abs=0.3)
+    assert losses[-1] < losses[0] - 0.7
+    (last,) = (work / "runs/gpt_124m/checkpoints").glob("*-last")
+    export_hf(last, work / "hf")
+    model, tokenizer = (kind.from_pretrained(work / "hf") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    assert model.get_input_embeddings().weight.shape[0] == len(tokenizer) == 1024
