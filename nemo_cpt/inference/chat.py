@@ -80,7 +80,7 @@ class Chat:
         }
 
     def run(self, lines: Iterable[str]) -> None:
-        """Answer line after line, until they end or one says /quit."""
+        """Answer line after line, until they end or one says /quit; a Ctrl-C stops a reply."""
         for line in lines:
             text = line.strip()
             if text in ("/quit", "/exit"):
@@ -90,6 +90,8 @@ class Chat:
             try:
                 # The line as typed: leading blanks are part of a text to continue.
                 self._command(text) if text.startswith("/") else self._answer(line.rstrip("\n"))
+            except KeyboardInterrupt:
+                self.console.print("[dim](stopped)[/dim]")
             except CptError as error:
                 self.console.print(f"[red]{escape(str(error))}[/red]", highlight=False)
 
@@ -100,21 +102,16 @@ class Chat:
         self._commands[name](value.strip())
 
     def _answer(self, text: str) -> None:
-        """Ask every model; a Ctrl-C ends the replies that are being given, and their beginnings stay in the history."""
+        """Ask every model; the beginning of a reply that is stopped stays in the history."""
         streams = [side.engine.stream(*self._asked(side, text)) for side in self.sides]
         for side in self.sides:
             side.reply = ""
         try:
             self._show_one(streams[0]) if len(streams) == 1 else self._show_side_by_side(text, streams)
-        except KeyboardInterrupt:
-            self.console.print("[dim](stopped)[/dim]")
         finally:
             for side in self.sides:
-                if side.reply:
-                    side.history += [
-                        Message(role="user", content=text),
-                        Message(role="assistant", content=side.reply),
-                    ]
+                told = [Message(role="user", content=text), Message(role="assistant", content=side.reply)]
+                side.history += told if side.reply else []
 
     def _asked(self, side: Side, text: str) -> tuple[Prompt, Sampling]:
         """What a model is asked, with no more tokens of a reply than its context has room for."""
@@ -135,14 +132,14 @@ class Chat:
         self.console.out("")
 
     def _show_side_by_side(self, question: str, streams: list[Iterator[Piece]]) -> None:
-        with Live(console=self.console, refresh_per_second=8) as live:
-            try:
+        try:
+            with Live(console=self.console, refresh_per_second=8, transient=True) as live:
                 for pieces in zip_longest(*streams):
                     for side, piece in zip(self.sides, pieces, strict=True):
                         side.reply += piece.text if piece else ""
                     live.update(self._side_by_side(newest=True))
-            finally:
-                live.update(self._side_by_side(question))
+        finally:
+            self.console.print(self._side_by_side(question))
 
     def _side_by_side(self, question: str | None = None, newest: bool = False) -> Table:
         """The replies in columns; only the newest lines of each, as many as the terminal has, while they grow."""

@@ -143,7 +143,7 @@ def _of_run(run: Path, base: str | Path | None, say: Callable[[str], None]) -> F
         say(f"the newest complete checkpoint of {run} is {newest.path.name}, step {newest.step}")
         try:
             return Found(_exported(newest.path, base, say), f"{run} at step {newest.step}")
-        except (CptError, OSError):
+        except CptError:
             if _newest(run).path == newest.path:
                 raise
             say(f"the run has replaced {newest.path.name} meanwhile")
@@ -163,7 +163,10 @@ def _newest(run: Path) -> Checkpoint:
 
 
 def _exported(checkpoint: Path, base: str | Path | None, say: Callable[[str], None]) -> Path:
-    export = cache_folder("exports") / _content_key(checkpoint, base)
+    try:
+        export = cache_folder("exports") / _content_key(checkpoint, base)
+    except FileNotFoundError as error:
+        raise CptError(f"{checkpoint} was removed while it was read: {error.filename} is gone") from None
     if export.exists():
         say(f"its export is in the cache: {export}")
         return export

@@ -109,6 +109,12 @@ def test_sizes_that_do_not_go_together_are_refused(changes: dict, message: str) 
         llama(**changes)
 
 
+def test_norms_of_queries_and_keys_keep_what_they_normalise() -> None:
+    plain, normed = (memory.layer_bytes_per_token(llama(qk_norm=each)) for each in (False, True))
+    assert normed - plain == 2 * (4096 + 1024) + 4 * (32 + 8)
+    assert llama(qk_norm=True).parameters - llama().parameters == 32 * 2 * 128
+
+
 def test_layers_recomputed_at_once_keep_fewer_inputs_and_take_more_in_the_backward_pass() -> None:
     one, four = (
         memory.stage_memory(llama(lora_rank=8, recompute="uniform", recompute_num_layers=count), 0) for count in (1, 4)
