@@ -9,12 +9,14 @@ file: nobody knows whether it saved.
 import os
 import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from nemo_cpt import signals
 from nemo_cpt.errors import CptError, StoppedEarlyError
 from nemo_cpt.executors.tracking import continue_wandb_run
+from nemo_cpt.importing import uncollected
 from nemo_cpt.output import WithoutReaders, say
 
 MARKER = "NEMO_CPT_PREEMPTED"  # names the file that a task leaves which was told to stop: empty once it saved
@@ -51,21 +53,24 @@ def _run_task() -> None:
     Of a broken pipe to a child process it makes exit code 1 without a word, as if stdout were closed; of
     KeyboardInterrupt, a code that is returned and taken for success.
     """
-    import fiddle
-    import typer.main
-    from nemo_run.core.runners.fdl_runner import fdl_runner_app
+    with ExitStack() as importing:
+        importing.enter_context(uncollected())
+        import fiddle
+        import typer.main
+        from nemo_run.core.runners.fdl_runner import fdl_runner_app
 
-    # Between the config and its objects: only here is the W&B logger still a config that can be given an id.
-    build = fiddle.build
+        # Between the config and its objects: only here is the W&B logger still a config that can be given an id.
+        build = fiddle.build
 
-    def prepare_and_build(task: Any) -> Any:
-        continue_wandb_run(task)
-        return build(task)
+        def prepare_and_build(task: Any) -> Any:
+            importing.close()  # to read the task was to import its recipe, with NeMo
+            continue_wandb_run(task)
+            return build(task)
 
-    fiddle.build = prepare_and_build
-    command = typer.main.get_command(fdl_runner_app)
-    with command.make_context("runner", sys.argv[1:]) as context:
-        command.invoke(context)
+        fiddle.build = prepare_and_build
+        command = typer.main.get_command(fdl_runner_app)
+        with command.make_context("runner", sys.argv[1:]) as context:
+            command.invoke(context)
 
 
 def _leave(variable: str, words: str = "") -> bool:

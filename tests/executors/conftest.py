@@ -10,7 +10,7 @@ import pytest
 DOCUMENTS = 60
 
 TASKS = '''
-import json, os, signal, subprocess, sys, time
+import gc, json, os, signal, subprocess, sys, time
 from pathlib import Path
 
 from nemo_cpt.errors import CptError, StoppedEarlyError
@@ -19,12 +19,13 @@ if importing := os.environ.get("NEVER_IMPORTED_AT_FIRST"):
     first = not Path(importing).exists()
     Path(importing).touch()
     while first:
-        time.sleep(0.1)
+        signal.pause()
 
 def report(path, commands=False):
     """Write what the task sees, one file a rank."""
     rank = os.environ.get("SLURM_PROCID", os.environ.get("RANK", "0"))
     seen = {"rank": rank, "cwd": os.getcwd(), "env": dict(os.environ), "file": __file__, "argv": sys.argv}
+    seen["collects"] = gc.isenabled()
     if commands:
         seen["commands"] = subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True).stdout
     Path(f"{path}.{rank}").write_text(json.dumps(seen))
@@ -43,17 +44,21 @@ def refuse(message):
     print("tried", flush=True)
     raise CptError(message)
 
-def count(path, until, pause=0.2):
-    """Count to `until` in a file, going on where it stands; on SIGTERM end as a recipe does that has saved."""
+def count(path, until, go=None):
+    """Count to `until` in a file, going on where it stands; on SIGTERM end as a recipe does that has saved.
+
+    The last number waits for the file `go`, if one is named.
+    """
     stopped = []
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
     file = Path(path)
     reached = int(file.read_text()) if file.exists() else 0
     print("starting at", reached, flush=True)
     while reached < until:
-        time.sleep(pause)
-        reached += 1
-        file.write_text(str(reached))
+        time.sleep(0.1)
+        if reached < until - 1 or not go or Path(go).exists():
+            reached += 1
+            file.write_text(str(reached))
         if stopped:
             print("stopped at", reached, flush=True)
             raise StoppedEarlyError("told to stop, saved")
@@ -77,34 +82,25 @@ def act(path, acts):
     Path(f"{path}.{number}.{act}").touch()
     print("start", number, act, flush=True)
     while act in ("save", "die", "stay"):
-        time.sleep(0.1)
+        signal.pause()
     if act == "crash":
         sys.exit(3)
 
 def train(arguments, fields, folder, waits):
     """Train the tiny recipe, as `nemo-cpt run` does; once it has done a step of `waits`, it waits until it may go on.
 
-    A file `at.STEP` in `folder` says that it waits, and `go.STEP` lets it go on.
+    See `waiting.Wait`.
     """
     import fiddle as fdl
-    import lightning.pytorch as pl
-    import nemo_run as run
     from nemo_cpt.catalog.build import build_recipe
     from nemo_cpt.executors.stopping import save_on_sigterm
-
-    class Wait(pl.Callback):
-        def on_train_batch_end(self, trainer, *args):
-            step = trainer.global_step
-            if step in waits and trainer.is_global_zero:
-                Path(folder, f"at.{step}").touch()
-                while not Path(folder, f"go.{step}").exists():
-                    time.sleep(0.1)
+    from waiting import Wait
 
     recipe = build_recipe("tiny.continual_pretrain", arguments, fields)
     recipe.trainer.num_nodes = int(os.environ["SLURM_NNODES"])
     save_on_sigterm(recipe)
     training = fdl.build(recipe)
-    training.keywords["trainer"].callbacks.insert(0, Wait())
+    training.keywords["trainer"].callbacks.insert(0, Wait(folder, waits))
     training()
 
 def crash_once(path):
@@ -114,10 +110,31 @@ def crash_once(path):
     print("second start", os.environ.get("SLURM_RESTART_COUNT"), flush=True)
 '''
 
+# Of its own, because a task that does not train imports no Lightning.
+WAITING = '''
+import time
+from pathlib import Path
+
+import lightning.pytorch as pl
+
+class Wait(pl.Callback):
+    """Wait once each step of `waits` is done: a file `at.STEP` in `folder` says so, and `go.STEP` lets it go on."""
+
+    def __init__(self, folder, waits):
+        self.folder, self.waits = Path(folder), waits
+
+    def on_train_batch_end(self, trainer, *args):
+        step = trainer.global_step
+        if step in self.waits and trainer.is_global_zero:
+            (self.folder / f"at.{step}").touch()
+            while not (self.folder / f"go.{step}").exists():
+                time.sleep(0.1)
+'''
+
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A committed repository with tasks.py, as current folder; NeMo-Run's records go beside it."""
+    """A committed repository with tasks.py and waiting.py, as current folder; NeMo-Run's records go beside it."""
     import nemo_run.config
     from nemo_run.run.torchx_backend.schedulers import local as local_scheduler
     from nemo_run.run.torchx_backend.schedulers import slurm as slurm_scheduler
@@ -127,6 +144,7 @@ def project(tmp_path, monkeypatch):
     folder = tmp_path / "project"
     folder.mkdir()
     (folder / "tasks.py").write_text(TASKS)
+    (folder / "waiting.py").write_text(WAITING)
     git(folder, "init", "-q")
     git(folder, "add", ".")
     git(folder, "commit", "-qm", "first")
@@ -137,9 +155,15 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO())  # NeMo-Run's commands read it
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
-    sys.modules.pop("tasks", None)
+    _forget_modules()
     yield folder
-    sys.modules.pop("tasks", None)
+    _forget_modules()
+
+
+def _forget_modules():
+    """The next project has others of these names."""
+    for name in ("tasks", "waiting"):
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="session")

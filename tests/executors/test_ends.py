@@ -73,10 +73,10 @@ def supervised(folder, code, *options, **how):
 
 
 SAVES = """
-import pathlib, signal, sys, time
+import pathlib, signal, sys
 signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path({folder!r}, "preempted-t").touch(), sys.exit(0)))
 pathlib.Path({folder!r}, "started").touch()
-time.sleep(1000)
+signal.pause()
 """
 
 
@@ -97,7 +97,9 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(("task", "code"), [("count, path='counter', until=9", 0), ("fail, message='planted'", 2)])
+@pytest.mark.parametrize(
+    ("task", "code"), [("count, path='counter', until=9, go='go'", 0), ("fail, message='planted'", 2)]
+)
 def test_a_launcher_whose_output_nobody_reads_any_more_sees_its_job_to_the_end(project, tmp_path, task, code):
     """As behind `| head`: it reads up to where the job begins."""
     (project / "launch.py").write_text(LAUNCHER.format(task=task))
@@ -107,8 +109,9 @@ def test_a_launcher_whose_output_nobody_reads_any_more_sees_its_job_to_the_end(p
     )
     launcher.stdout.readline()
     launcher.stdout.close()
+    (project / "go").touch()
     said = launcher.stderr.read()
-    assert launcher.wait(120) == code
+    assert launcher.wait(240) == code
     assert "BrokenPipeError" not in said
     assert ("planted" in said) == (code == 2)
     if code == 0:

@@ -108,7 +108,7 @@ def log_of(job):
 def test_a_container_that_is_stopped_saves(project, tmp_path):
     import tasks
 
-    task = run.Partial(tasks.count, path=str(tmp_path / "counter"), until=100)
+    task = run.Partial(tasks.count, path=str(tmp_path / "counter"), until=1000)
     job, container = started_as_in_a_container(task, docker(gpus=2))
     wait_until(lambda: log_of(job).count("starting at") == 2)
     os.killpg(container.pid, signal.SIGTERM)

@@ -36,6 +36,7 @@ def test_one_process_inherits_the_secret_and_the_interpreter(project, tmp_path, 
     assert seen["env"]["COLOUR"] == "dark red"
     assert seen["env"]["PATH"].startswith(str(Path(sys.executable).parent))
     assert "LOCAL_RANK" not in seen["env"]
+    assert seen["collects"]  # which NeMo's import does without
     assert seen["cwd"] == str(project)
 
 
@@ -93,7 +94,7 @@ def test_a_worker_that_ends_while_the_workers_are_signalled(tmp_path, monkeypatc
     gone = subprocess.Popen(["true"])
     gone.wait()
     torchrun = tmp_path / "torchrun"
-    torchrun.write_text("#!/bin/sh\nsleep 1000 & sleep 1000 & wait\n")
+    torchrun.write_text("#!/bin/sh\nsleep infinity & sleep infinity & wait\n")
     torchrun.chmod(0o755)
     job = supervisor.Supervisor([str(torchrun)], tmp_path / "m")
     job.child = subprocess.Popen(job.command, start_new_session=True)
@@ -106,11 +107,11 @@ def test_a_worker_that_ends_while_the_workers_are_signalled(tmp_path, monkeypatc
 
 
 SAVES = """
-import signal, sys, time
+import signal, sys
 from pathlib import Path
 signal.signal(signal.SIGTERM, lambda *_: (Path({marker!r}).touch(), sys.exit(0)))
 print("started")
-time.sleep(1000)
+signal.pause()
 """
 SAVES_WHEN_LET = """
 import signal, sys, time
@@ -122,14 +123,14 @@ def save(*_):
     sys.exit(0)
 signal.signal(signal.SIGTERM, save)
 print("started")
-time.sleep(1000)
+signal.pause()
 """
 STUBBORN = """
-import os, signal, time
+import os, signal
 signal.signal(signal.SIGTERM, lambda *_: os.write(1, b"told\\n"))
 print("started")
 while True:
-    time.sleep(1000)
+    signal.pause()
 """
 
 
@@ -198,14 +199,14 @@ def test_a_task_that_was_told_to_stop_says_whether_there_was_something_to_save(t
         "runner._run_task = task\nrunner.main()"
     )
     job = supervised(tmp_path / "m", task)
-    assert f"stopped ahead of the end, {said};" in job.communicate(timeout=20)[0]
+    assert f"stopped ahead of the end, {said};" in job.communicate(timeout=60)[0]
     assert job.returncode == 75
 
 
 def test_torchrun_that_has_no_workers_yet_is_ended(tmp_path):
     """Told to stop by its own signal, it would end them 30 s after they came."""
     torchrun = tmp_path / "torchrun"
-    torchrun.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\nexec sleep 100\n")
+    torchrun.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\nexec sleep infinity\n")
     torchrun.chmod(0o755)
     command = [sys.executable, "-m", "nemo_cpt.executors.supervisor", "--marker", str(tmp_path / "m"), "--"]
     job = subprocess.Popen([*command, str(torchrun)], stdout=subprocess.PIPE, text=True)
@@ -237,20 +238,23 @@ LAUNCHER = """
 import nemo_run as run, os, tasks
 from nemo_cpt.executors import local
 if __name__ == "__main__":
-    task = run.Partial(tasks.count, path="counter", until=int(os.environ.get("UNTIL", 20)))
+    task = run.Partial(tasks.count, path="counter", until=30, go="go")
     run.run(task, executor=local(processes=2), name="t", tail_logs=True)
 """
 
 
 @pytest.fixture
 def launch(project, tmp_path):
-    """Start a launcher of a job of two processes under torchrun, with a terminal of its own; wait until it counts."""
+    """Start a launcher of a job of two processes under torchrun, with a terminal of its own; wait until it counts.
+
+    Its last number waits for a file `go` in the project.
+    """
     (project / "launch.py").write_text(LAUNCHER)
     started = []
 
-    def start(until=1000, wait=True, **options):
+    def start(wait=True, **options):
         terminal, its = os.openpty()
-        environ = os.environ | {"NEMORUN_HOME": str(tmp_path / "home"), "UNTIL": str(until)}
+        environ = os.environ | {"NEMORUN_HOME": str(tmp_path / "home")}
         command = [sys.executable, "-c", WITH_TERMINAL, sys.executable, "launch.py"]
         printed = (tmp_path / f"printed-{len(started)}").open("w+")
         launcher = subprocess.Popen(
@@ -259,14 +263,14 @@ def launch(project, tmp_path):
         os.close(its)
         started.append(launcher)
         if wait:
-            wait_until(lambda: log_of(tmp_path).count("starting at") == 2, 180)
+            wait_until(lambda: log_of(tmp_path).count("starting at") == 2)
         return launcher, terminal, printed
 
     yield start
     for launcher in started:
         launcher.kill()
         launcher.wait()
-    wait_until(lambda: not list(experiments.processes_of(str(tmp_path))), 120)
+    wait_until(lambda: not list(experiments.processes_of(str(tmp_path))))
 
 
 WITH_TERMINAL = """
@@ -287,15 +291,16 @@ def test_a_launcher_that_is_stopped_lets_its_job_save_and_goes_on_when_started_a
     """torchrun is between: by itself it would end the workers, and NeMo-Run would leave them behind."""
     launcher, _, printed = launch()
     launcher.send_signal(number)
-    assert launcher.wait(120) == 75
+    assert launcher.wait(240) == 75
     printed.seek(0)
     said = printed.read()
     assert said.endswith("\nnemo_cpt: task t: stopped ahead of the end, saved; the same command goes on from there\n")
     assert "Traceback" not in said
     stopped = int((project / "counter").read_text())
     assert str(tmp_path) not in subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True).stdout
-    again, _, printed = launch(until=stopped + 3, wait=False)
-    assert again.wait(120) == 0
+    (project / "go").touch()
+    again, _, printed = launch(wait=False)
+    assert again.wait(240) == 0
     printed.seek(0)
     assert f"starting at {stopped}" in printed.read()
 
@@ -303,11 +308,11 @@ def test_a_launcher_that_is_stopped_lets_its_job_save_and_goes_on_when_started_a
 def test_a_terminal_that_is_closed_and_a_launcher_that_is_killed_let_the_job_save(project, tmp_path, launch):
     launcher, terminal, _ = launch()
     os.close(terminal)  # the window, or the connection
-    assert launcher.wait(120) == 75
+    assert launcher.wait(240) == 75
     assert log_of(tmp_path).count("stopped at") == 2
     assert [task["status"] for task in jobs.status(None)["tasks"]] == ["STOPPED"]
     launcher, _, _ = launch(wait=False)
-    wait_until(lambda: log_of(tmp_path).count("starting at") == 4, 180)
+    wait_until(lambda: log_of(tmp_path).count("starting at") == 4)
     os.killpg(launcher.pid, signal.SIGKILL)
     wait_until(lambda: log_of(tmp_path).count("stopped at") == 4)
     wait_until(lambda: [task["status"] for task in jobs.status(None)["tasks"]] == ["STOPPED"])
@@ -320,17 +325,18 @@ def test_logs_are_followed_until_the_job_has_ended(project, tmp_path, launch):
     with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True) as follower:
         assert follower.stdout.readline().startswith("The last lines of ")
         launcher.send_signal(signal.SIGTERM)
-        assert launcher.wait(120) == 75
+        assert launcher.wait(240) == 75
         assert "stopped at" in follower.stdout.read()
     assert follower.returncode == 0
 
 
 def test_under_nohup_a_job_outlives_its_terminal(project, tmp_path, launch):
     ignored = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
-    launcher, terminal, _ = launch(until=30, **ignored)
+    launcher, terminal, _ = launch(**ignored)
     os.close(terminal)
     launcher.send_signal(signal.SIGHUP)
-    assert launcher.wait(120) == 0
+    (project / "go").touch()
+    assert launcher.wait(240) == 0
     assert log_of(tmp_path).count("counted to 30") == 2
 
 

@@ -18,6 +18,7 @@ from tests.support.executor_jobs import losses, recipe_arguments, wait_until
 @pytest.mark.timeout(400)
 def test_stopped_it_goes_on_at_its_step_and_in_its_wandb_run(project, material, tmp_path, monkeypatch):
     from lightning.pytorch.loggers import WandbLogger
+    from waiting import Wait
 
     from nemo_cpt.catalog.build import build_recipe
 
@@ -27,25 +28,27 @@ def test_stopped_it_goes_on_at_its_step_and_in_its_wandb_run(project, material, 
     results = tmp_path / "results"
     recipe = build_recipe("tiny.continual_pretrain", recipe_arguments(material, results, 1))
     recipe.log.wandb = run.Config(WandbLogger, project="cpt", save_dir=str(tmp_path))
-    stopped = threading.Thread(target=stop_this_process_at_step, args=(3, results), daemon=True)
+    recipe.trainer.callbacks.insert(0, run.Config(Wait, folder=str(tmp_path), waits=[4]))
+    stopped = threading.Thread(target=stop_this_process_at_step, args=(4, tmp_path), daemon=True)
     stopped.start()
     with pytest.raises(StoppedEarlyError, match="task t: stopped ahead of the end, saved"):
         run.run(recipe, executor=local(), name="t")
     stopped.join()
     assert [task["status"] for task in jobs.status(None)["tasks"]] == ["STOPPED"]
-    reached = losses(results)[-1][0]
+    assert losses(results)[-1][0] == 4
     run.run(recipe, executor=local(), name="t")
     assert [step for step, _ in losses(results)] == list(range(1, 31))
-    assert 3 < reached < 30
     ids = [folder.name.rpartition("-")[2] for folder in (tmp_path / "wandb").glob("offline-run-*")]
     assert len(ids) == 2
     assert set(ids) == {(results / "tiny_cpt" / "wandb" / "run_id").read_text()}
 
 
-def stop_this_process_at_step(step, results):
-    """As Ctrl-C or a machine that is taken away does, to the launcher."""
-    wait_until(lambda: list(results.rglob("steps.jsonl")) and len(losses(results)) > step, 200)
+def stop_this_process_at_step(step, folder):
+    """As Ctrl-C or a machine that is taken away does, to the launcher; the job goes on once it has heard of it."""
+    wait_until((folder / f"at.{step}").exists)
     os.kill(os.getpid(), signal.SIGTERM)
+    wait_until(lambda: any("saving at the end of the step" in log.read_text() for log in folder.rglob("combined.log")))
+    (folder / f"go.{step}").touch()
 
 
 @pytest.fixture

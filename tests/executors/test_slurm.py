@@ -70,17 +70,16 @@ def test_a_preempted_job_comes_back_and_goes_on(slurm_here, project, tmp_path):
     """The signal ahead of the limit is Slurm's own, sent by hand; then an administrator's requeue."""
     import tasks
 
-    counter = tmp_path / "counter"
-    experiment, job = submit(
-        run.Partial(tasks.count, path=str(counter), until=30), slurm(tasks_per_node=1, time="5", preempt_seconds=60)
-    )
+    counter, go = tmp_path / "counter", tmp_path / "go"
+    task = run.Partial(tasks.count, path=str(counter), until=30, go=str(go))
+    experiment, job = submit(task, slurm(tasks_per_node=1, time="5", preempt_seconds=60))
     wait_until(lambda: counter.exists() and int(counter.read_text() or 0) > 3)
     slurm_here.run("scancel", "--signal=TERM", job)
-    slurm_here.wait_for(job, "PENDING")
-    wait_until(lambda: "stopped at" in log_of(experiment) and log_of(experiment).count("starting at") == 2, 180)
+    wait_until(lambda: "stopped at" in log_of(experiment) and log_of(experiment).count("starting at") == 2)
     slurm_here.run("scontrol", "requeue", job)
-    slurm_here.wait_for(job, "PENDING")
-    slurm_here.wait_for(job, "COMPLETED", timeout=240)
+    wait_until(lambda: log_of(experiment).count("stopped at") == 2)
+    go.touch()
+    slurm_here.wait_for(job, "COMPLETED")
     log = log_of(experiment)
     starts = [int(line.rpartition(" ")[2]) for line in log.splitlines() if line.startswith("starting at")]
     stops = [int(line.rpartition(" ")[2]) for line in log.splitlines() if line.startswith("stopped at")]
@@ -131,15 +130,16 @@ def test_a_chain_goes_on_where_the_first_job_stopped(slurm_here, project, tmp_pa
     """The first of three is stopped as at its limit, the second finishes, the third ends at once."""
     import tasks
 
-    counter = tmp_path / "counter"
+    counter, go = tmp_path / "counter", tmp_path / "go"
     executor = slurm(tasks_per_node=1, time="5", chain=3)
-    experiment, last = submit(run.Partial(tasks.count, path=str(counter), until=25), executor)
+    experiment, last = submit(run.Partial(tasks.count, path=str(counter), until=25, go=str(go)), executor)
     first = json.loads(Path(experiment._exp_dir, "t", "slurm_jobs.json").read_text())[0]
     assert len(slurm_here.jobs()) == 3
     wait_until(lambda: counter.exists() and int(counter.read_text() or 0) > 3)
     slurm_here.run("scancel", "--signal=TERM", first)
     assert slurm_here.wait_for(first, "FAILED", "COMPLETED") == "FAILED"  # it stopped early, which is no success
-    assert slurm_here.wait_for(last, "COMPLETED", timeout=90) == "COMPLETED"
+    go.touch()
+    assert slurm_here.wait_for(last, "COMPLETED") == "COMPLETED"
     log = log_of(experiment)
     assert log.count("starting at") == 2
     assert "counted to 25" in log
@@ -170,7 +170,7 @@ def test_a_crash_is_restarted_and_a_dependent_task_waits(slurm_here, project, tm
         experiment.run(detach=True)
     ids = [job.handle.rpartition("/")[2] for job in experiment.jobs]
     assert "Dependency=afterok:" + ids[0] in slurm_here.run("scontrol", "show", "job", ids[1])
-    assert slurm_here.wait_for(ids[1], "COMPLETED", timeout=90) == "COMPLETED"
+    assert slurm_here.wait_for(ids[1], "COMPLETED") == "COMPLETED"
     (log,) = Path(experiment._exp_dir).glob("first/log-*.out")
     assert "second start 1" in log.read_text()
     assert (tmp_path / "seen.0").exists()
@@ -181,7 +181,7 @@ def test_what_the_user_must_change_is_not_tried_again(slurm_here, project):
 
     task = run.Partial(tasks.refuse, message="planted refusal")
     experiment, job = submit(task, slurm(tasks_per_node=2, time="5", max_restarts=2))
-    assert slurm_here.wait_for(job, "FAILED", timeout=90) == "FAILED"
+    assert slurm_here.wait_for(job, "FAILED") == "FAILED"
     assert "Restarts=0" in slurm_here.run("scontrol", "show", "job", job)
     assert log_of(experiment).count("nemo_cpt: planted refusal") <= 2  # once a task
 

@@ -34,12 +34,12 @@ class Job:
 
     def wait_at(self, step):
         """Wait until it waits at a step."""
-        wait_until(lambda: (self.directory / f"at.{step}").exists() or not self.is_underway(), 240)
+        wait_until(lambda: (self.directory / f"at.{step}").exists() or not self.is_underway())
         assert self.is_underway(), self.log
 
     def told(self, number):
         """Wait until it was told to stop so many times, over all its starts; then let it go on, which is to save."""
-        wait_until(lambda: self.log.count("saving at the end of the step") == number, 120)
+        wait_until(lambda: self.log.count("saving at the end of the step") == number)
 
     def go_on(self, step):
         (self.directory / f"go.{step}").touch()
@@ -59,9 +59,7 @@ class Job:
         return log_of(self.experiment)
 
     def ends(self, *states):
-        assert self.cluster.wait_for(self.id, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", timeout=300) in states, (
-            self.log
-        )
+        assert self.cluster.wait_for(self.id, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT") in states, self.log
 
 
 def measured(job, prefix):

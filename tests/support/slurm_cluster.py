@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 NODES = ("cpt1", "cpt2")
@@ -82,7 +83,7 @@ class SlurmCluster:
         self._daemon("slurmctld", "-D")
         for node in NODES:
             self._daemon("slurmd", "-D", "-N", node)
-        self._wait_until_idle()
+        self._wait_until(self._nodes_are_idle)
 
     def stop(self) -> None:
         for daemon in reversed(self.daemons):
@@ -104,13 +105,13 @@ class SlurmCluster:
         shown = self.run("scontrol", "show", "job", "-o", job, check=False)
         return shown.partition("JobState=")[2].partition(" ")[0]
 
-    def wait_for(self, job: str, *states: str, timeout: float = 60) -> str:
+    def wait_for(self, job: str, *states: str, timeout: float = 300) -> str:
         """Wait until a job is in one of `states`; returns the state."""
-        deadline = time.time() + timeout
+        deadline = time.monotonic() + timeout
         while (state := self.state(job)) not in states:
-            if time.time() > deadline:
+            if time.monotonic() > deadline:
                 raise TimeoutError(f"job {job} is {state}, not {states}:\n{self.run('scontrol', 'show', 'job', job)}")
-            time.sleep(0.5)
+            time.sleep(0.2)
         return state
 
     def jobs(self) -> list[str]:
@@ -140,9 +141,7 @@ class SlurmCluster:
             "munged", "--foreground", "--force", f"--key-file={key}", f"--socket={folder / 'socket'}",
             f"--pid-file={folder / 'pid'}", f"--seed-file={folder / 'seed'}",
         )  # fmt: skip
-        deadline = time.time() + 10
-        while not (folder / "socket").exists() and time.time() < deadline:
-            time.sleep(0.1)
+        self._wait_until((folder / "socket").exists)
 
     def _daemon(self, *command: str) -> None:
         log = (self.folder / f"{command[0]}-{len(self.daemons)}.out").open("wb")
@@ -151,10 +150,14 @@ class SlurmCluster:
         )
         self.daemons.append(process)
 
-    def _wait_until_idle(self) -> None:
-        deadline = time.time() + 30
-        while self.run("sinfo", "-h", "-N", "-p", "cpu", "-o", "%T", check=False).split() != ["idle"] * len(NODES):
-            if time.time() > deadline:
+    def _nodes_are_idle(self) -> bool:
+        states = self.run("sinfo", "-h", "-N", "-p", "cpu", "-o", "%T", check=False).split()
+        return states == ["idle"] * len(NODES)
+
+    def _wait_until(self, true: Callable[[], bool], timeout: float = 180) -> None:
+        deadline = time.monotonic() + timeout
+        while not true():
+            if time.monotonic() > deadline:
                 logs = "\n".join(path.read_text(errors="replace")[-2000:] for path in self.folder.glob("*.out"))
-                raise RuntimeError(f"Slurm did not come up in 30 s:\n{logs}")
-            time.sleep(0.3)
+                raise RuntimeError(f"Slurm did not come up in {timeout} s:\n{logs}")
+            time.sleep(0.1)
