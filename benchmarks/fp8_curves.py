@@ -26,7 +26,7 @@ from nemo_cpt.recipes import parts
 
 SETTINGS = {
     "seq_length": 1024, "global_batch_size": 16, "micro_batch_size": 8, "validate_every": 50, "validation_batches": 4,
-    "lr": 3e-4,
+    "lr": 3e-4, "from_scratch": None,
 }  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
 usage: python benchmarks/loss_curves.py FOLDER [--steps 300] [--check 0.02] [--out loss-curves]
 
-FOLDER: what examples/smollm2_japanese.py made: `hf` and `nemo` (SmolLM2-135M), `ds/{ja,en}_{train,validation}`.
+FOLDER: what examples/smollm2_japanese.py made: `hf` and `nemo` (SmolLM2-135M), `ds/{ja,en}_{train,validation}`. With
+`--from-scratch PARAMS`, what examples/from_scratch.py made: `base`, the random weights, and `ds/{train,validation}`.
 
 Both compute in bf16 with fp32 master weights on a GPU, in fp32 on a CPU. Of the recipe's side the plain loop uses the
 batches alone, from the recipe's data module; model, loss, optimizer and schedule are transformers', PyTorch's and those
@@ -26,39 +27,38 @@ import nemo_run as run
 import torch
 from transformers import LlamaForCausalLM
 
+from nemo_cpt.checkpoint import export_hf
 from nemo_cpt.corpus import Blend
-from nemo_cpt.recipes import smollm2
+from nemo_cpt.recipes import gpt, smollm2
 from nemo_cpt.training.cpu import on_cpu
 from nemo_cpt.training.metrics import read_metrics
 
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
 BETAS, EPSILON, WEIGHT_DECAY, CLIP = (0.9, 0.95), 1e-5, 0.1, 1.0
-LANGUAGES = {"ja": "Japanese", "en": "English"}
+TITLES = {"ja": "Japanese", "en": "English", "validation": "text"}
 
 Metrics = list[dict[str, float]]
 
 
 def make_recipe(folder: Path, out: Path, options: argparse.Namespace) -> run.Partial:
-    blend = Blend.replay(
-        f"{folder}/ds/ja_train",
-        f"{folder}/ds/en_train",
-        share=0.25,
-        validation={language: f"{folder}/ds/{language}_validation" for language in LANGUAGES},
-    )
-    recipe = smollm2.continual_pretrain(
-        f"{folder}/nemo",
-        blend,
-        name="recipe",
-        directory=str(out),
-        seq_length=options.seq_length,
-        global_batch_size=options.global_batch_size,
-        micro_batch_size=options.micro_batch_size,
-        max_steps=options.steps,
-        val_check_interval=min(options.validate_every, options.steps),
-        limit_val_batches=options.validation_batches,
-        lr=options.lr,
-    )
+    settings = {
+        "name": "recipe", "directory": str(out), "seq_length": options.seq_length, "lr": options.lr,
+        "global_batch_size": options.global_batch_size, "micro_batch_size": options.micro_batch_size,
+        "max_steps": options.steps, "val_check_interval": min(options.validate_every, options.steps),
+    }  # fmt: skip
+    if options.from_scratch:
+        text = Blend(train={f"{folder}/ds/train": 1.0}, validation={"validation": f"{folder}/ds/validation"})
+        recipe = gpt.pretrain(f"{folder}/base", text, params=options.from_scratch, **settings)
+    else:
+        blend = Blend.replay(
+            f"{folder}/ds/ja_train",
+            f"{folder}/ds/en_train",
+            share=0.25,
+            validation={language: f"{folder}/ds/{language}_validation" for language in ("ja", "en")},
+        )
+        recipe = smollm2.continual_pretrain(f"{folder}/nemo", blend, **settings)
+    recipe.trainer.limit_val_batches = options.validation_batches
     recipe.log.ckpt, recipe.trainer.enable_checkpointing = None, False
     return recipe if GPU else on_cpu(recipe)
 
@@ -151,7 +151,7 @@ def train_by_plain_loop(recipe: run.Partial, hf: Path) -> Metrics:
     data.build(trainer.max_steps, trainer.val_check_interval, trainer.limit_val_batches, 0)
     samples, size = data._train_ds, data.global_batch_size
     held_out = [data._validation_ds[index] for index in range(len(data._validation_ds))]
-    cuts = range(0, len(held_out), len(held_out) // len(LANGUAGES))
+    cuts = range(0, len(held_out), len(held_out) // len(data.validation_names))
     sets = {name: held_out[cut : cut + cuts.step] for name, cut in zip(data.validation_names, cuts, strict=True)}
 
     loop = PlainLoop(hf, data.micro_batch_size)
@@ -171,10 +171,15 @@ def series(metrics: Metrics, name: str) -> dict[int, float]:
     return {int(line["step"]): line[name] for line in metrics if name in line}
 
 
+def sets_of(metrics: Metrics) -> list[str]:
+    """Names of the validation sets."""
+    return [name.removeprefix("val_loss_") for name in metrics[0] if name.startswith("val_loss_")]
+
+
 def compare(recipe: Metrics, plain: Metrics) -> dict[str, Any]:
     """How far the two runs are apart, by what was logged; losses in nats per token."""
     figures: dict[str, Any] = {}
-    for name in ("reduced_train_loss", "lr", "grad_norm", *(f"val_loss_{language}" for language in LANGUAGES)):
+    for name in ("reduced_train_loss", "lr", "grad_norm", *(f"val_loss_{name}" for name in sets_of(plain))):
         ours, theirs = series(recipe, name), series(plain, name)
         if list(ours) != list(theirs):
             raise SystemExit(f"{name} was logged at other steps: recipe {list(ours)}, plain loop {list(theirs)}")
@@ -186,9 +191,9 @@ def compare(recipe: Metrics, plain: Metrics) -> dict[str, Any]:
 
 def report(recipe: Metrics, plain: Metrics, figures: dict[str, Any]) -> str:
     lines = ["| held-out loss | recipe before | plain before | recipe after | plain after |", "|---|---|---|---|---|"]
-    for language, title in LANGUAGES.items():
-        ours, theirs = (list(series(metrics, f"val_loss_{language}").values()) for metrics in (recipe, plain))
-        lines.append(f"| {title} | {ours[0]:.4f} | {theirs[0]:.4f} | {ours[-1]:.4f} | {theirs[-1]:.4f} |")
+    for name in sets_of(plain):
+        ours, theirs = (list(series(metrics, f"val_loss_{name}").values()) for metrics in (recipe, plain))
+        lines.append(f"| {TITLES[name]} | {ours[0]:.4f} | {theirs[0]:.4f} | {ours[-1]:.4f} | {theirs[-1]:.4f} |")
     seconds = [list(series(metrics, "train_step_timing in s").values()) for metrics in (recipe, plain)]
     medians = [statistics.median(each[len(each) // 4 :]) for each in seconds]
     training = figures["reduced_train_loss"]
@@ -213,9 +218,10 @@ def draw(recipe: Metrics, plain: Metrics, path: Path) -> None:
     for label, metrics, style in (("recipe (NeMo, Megatron)", recipe, "-"), ("plain transformers loop", plain, "--")):
         curve = series(metrics, "reduced_train_loss")
         axes[0].plot(list(curve), list(curve.values()), style, linewidth=1, label=label)
-        for language, title in LANGUAGES.items():
-            points = series(metrics, f"val_loss_{language}")
-            axes[2].plot(list(points), list(points.values()), f"o{style}", markersize=3, label=f"{title}, {label}")
+        for name in sets_of(plain):
+            points = series(metrics, f"val_loss_{name}")
+            title = f"{TITLES[name]}, {label}"
+            axes[2].plot(list(points), list(points.values()), f"o{style}", markersize=3, label=title)
     ours, theirs = (series(metrics, "reduced_train_loss") for metrics in (recipe, plain))
     axes[1].plot(list(ours), [ours[step] - theirs[step] for step in ours], linewidth=1)
     titles = ("training loss", "training loss: recipe less plain loop", "held-out loss")
@@ -230,6 +236,7 @@ def draw(recipe: Metrics, plain: Metrics, path: Path) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--from-scratch", metavar="PARAMS", help="124M: the recipe gpt.pretrain of that size")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seq-length", type=int, default=1024)
     parser.add_argument("--global-batch-size", type=int, default=16)
@@ -247,7 +254,12 @@ def main() -> None:
     out = options.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     recipe = make_recipe(options.folder.absolute(), out, options)
-    plain = train_by_plain_loop(recipe, options.folder / "hf")
+    hf = options.folder / "hf"
+    if options.from_scratch:
+        hf = out / "base_hf"  # the random weights, for transformers
+        if not hf.exists():
+            export_hf(options.folder / "base", hf)
+    plain = train_by_plain_loop(recipe, hf)
     torch.cuda.empty_cache()
     ours = train_by_recipe(recipe)
     figures = compare(ours, plain)

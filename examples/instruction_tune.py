@@ -34,6 +34,7 @@ def get_data(chats: str, tokenizer: Path, template: str, folder: Path) -> Conver
 def make_recipe(base: Path, data: Conversations, folder: Path, epochs: float) -> run.Partial:
     """The recipe as it stands on a GPU; on a CPU the same in fp32 with small batches."""
     settings = {"base": str(base), "data": data, "name": "tuned", "directory": f"{folder}/runs", "epochs": epochs}
+    settings["model"] = "base"  # SmolLM2 of any size
     if torch.cuda.is_available():
         return smollm2.instruction_tune(**settings)
     return on_cpu(smollm2.instruction_tune(**settings, seq_length=512, global_batch_size=4, micro_batch_size=2))

@@ -452,7 +452,10 @@ def _seen(path: Path, name: str, text: str) -> str:
     target = path.with_name(f"{module}.py") if module else path
     if not target.is_file() or function not in functions(target):
         return text
-    found = _seen(target, name, _argument_helps(functions(target)[function]).get(name, ""))
+    node = functions(target)[function]
+    found = _seen(target, name, _argument_helps(node).get(name, ""))
+    if not found and node.args.kwarg and name in (passed_on := _passed_on(target, node)):
+        found = passed_on[name].help
     return found.rstrip(".") + rest if rest.strip(".") else found
 
 

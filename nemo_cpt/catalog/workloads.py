@@ -1,4 +1,4 @@
-"""Workloads of recipes by name: built in a process of its own, which imports NeMo, and remembered on the disk.
+"""Workloads of recipes by name: built by a process that has NeMo, or imports it, and remembered on the disk.
 
 The first plan of a recipe takes as long as NeMo's import; the same one again, for another card, a tenth of a second.
 """
@@ -44,7 +44,7 @@ def workload(recipe: str, arguments: Mapping[str, Any], fields: Sequence[str] = 
     # The base may be imported, or another one put in its place, after it was planned.
     if remembered and remembered["digest"] == _digest(remembered["configuration"]):
         return _workload(remembered["workload"])
-    text = _built(request)
+    text = _described_here(request) if "nemo.collections.llm" in sys.modules else _described_elsewhere(request)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Two plans at once write two files; the last rename wins, with the same content.
     partial = path.with_suffix(f".{os.getpid()}")
@@ -73,8 +73,28 @@ def _counted(recipe: str, arguments: Mapping[str, Any]) -> str:
     return json.dumps([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats])
 
 
-def _built(request: str) -> str:
-    """The workload, and what of the base it was read from, as JSON, from a process that imports NeMo."""
+def _described(request: str) -> str:
+    """The workload, and what of the base it was read from, as JSON."""
+    from nemo_cpt.catalog.build import build_recipe
+    from nemo_cpt.planning.recipe_reader import configuration_of, read
+
+    recipe, arguments, fields = json.loads(request)
+    partial = build_recipe(recipe, arguments, fields)
+    found, configuration = read(partial), str(configuration_of(partial))
+    return json.dumps({"workload": asdict(found), "configuration": configuration, "digest": _digest(configuration)})
+
+
+def _described_here(request: str) -> str:
+    try:
+        return _described(request)
+    except CptError:
+        raise
+    except Exception as error:
+        raise CptError(f"the recipe could not be built to be planned: {error!r}") from error
+
+
+def _described_elsewhere(request: str) -> str:
+    """The same from a process that imports NeMo."""
     command = [sys.executable, "-m", "nemo_cpt.catalog.workloads"]
     say_that_nemo_loads()
     try:
@@ -109,18 +129,12 @@ def _digest(configuration: str) -> str:
 
 
 def _main() -> None:
-    from nemo_cpt.catalog.build import build_recipe
-    from nemo_cpt.planning.recipe_reader import configuration_of, read
-
-    recipe, arguments, fields = json.load(sys.stdin)
     try:
-        partial = build_recipe(recipe, arguments, fields)
-        found, configuration = read(partial), str(configuration_of(partial))
+        print(_described(sys.stdin.read()))
     except CptError as error:
         # One line, because the caller takes the last one.
         print(" ".join(str(error).split("\n")), file=sys.stderr)
         sys.exit(error.exit_code)
-    print(json.dumps({"workload": asdict(found), "configuration": configuration, "digest": _digest(configuration)}))
 
 
 if __name__ == "__main__":

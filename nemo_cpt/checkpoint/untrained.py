@@ -119,6 +119,7 @@ def make_untrained(
     weights = _Weights(arch, seed)
     size = sum(map(weights.nbytes, weights.shapes))
     tensors = Tensors(weights.read, weights.blocks, path=lambda name: Path(dest), nbytes=weights.nbytes)
+    # Beside the weights: the tokenizer's files and the checkpoint's own.
     with new_folder(dest, size + 64 * 2**20) as folder:
         small_files = folder / HF_FOLDER
         copy_small_files(tokenizer, small_files)
@@ -156,8 +157,10 @@ class _Weights:
         if len(shape) == 1:  # a norm
             yield np.ones(shape, self._dtype)
             return
+        # By the tensor's name, and not by hash(), which is another in each process.
         chance = np.random.default_rng([self._seed, zlib.crc32(name.encode())])
         std = self._residual_std if name.endswith(_RESIDUAL) else _STD
+        # In fp32, in which the block is drawn before it is rounded.
         step = max(1, BLOCK_BYTES // (4 * shape[1]))
         for row in range(0, shape[0], step):
             values = chance.standard_normal((min(step, shape[0] - row), shape[1]), np.float32)

@@ -123,7 +123,7 @@ def run(
     from nemo_cpt.launching import dry_run, jobs
     from nemo_cpt.launching.description import describe
     from nemo_cpt.launching.executor import make_executor
-    from nemo_cpt.launching.task import nothing_to_train
+    from nemo_cpt.launching.task import moves_its_folder, nothing_to_train
     from nemo_cpt.watching.launch_view import launch_view
 
     # From here to `submit` each step costs more than the one before: what can be refused is refused early.
@@ -147,7 +147,8 @@ def run(
             result = dict(dry_run.rows(job, function, arguments, fields, options, where))
             result |= jobs.prepared(function, arguments, fields, where)
         else:
-            plain = plain or json or detach or executor != "local" or not sys.stdout.isatty()
+            plain = plain or json or detach or executor != "local" or moves_its_folder(fields)
+            plain = plain or not sys.stdout.isatty()
             with contextlib.nullcontext() if plain else launch_view(job.directory) as begun:
                 result = jobs.submit(function, arguments, fields, where, detach, begun)
     if dryrun and not json:

@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_cpt.doctor.job import Job, Place, checkpoints_at_once
+from nemo_cpt.doctor.job import Job, Place, checkpoints_at_once, exports_kept
 from nemo_cpt.training.settings import settings_in
 
 if TYPE_CHECKING:
@@ -58,6 +58,9 @@ def job_of(recipe: Any, place: Place) -> Job | None:
         seq_length=_number(data, "seq_length"),
         max_steps=max_steps,
         checkpoints=checkpoints_at_once(max_steps, interval, getattr(getattr(log, "ckpt", None), "save_top_k", 3)),
+        exports=next(
+            (exports_kept(max_steps, each.every, each.keep) for each in callbacks if hasattr(each, "keep")), 0
+        ),
         attention_backend=str(getattr(config, "attention_backend", None) or "auto").rpartition(".")[2],
         logs_to_wandb=bool(wandb) and not getattr(wandb, "offline", False),
         logs_to_mlflow=any("MLFlow" in _kind(each) for each in log.__arguments__.get("extra_loggers") or ()),

@@ -144,12 +144,17 @@ def disk(examination: Examination) -> Finding:
     checkpoint = checkpoint_size.checkpoint_bytes(
         architecture, job.lora_rank, job.trained_embeddings, on_cpu=job.gpus_per_node == 0
     )
-    needed = max(job.checkpoints - _already_there(job, checkpoint), 1) * checkpoint
+    export = checkpoint_size.export_bytes(architecture)
+    needed = max(job.checkpoints - _already_there(job, checkpoint), 1) * checkpoint + job.exports * export
     found = f"{free / 1e9:,.1f} GB free for {folder}; up to {job.checkpoints} checkpoints of {checkpoint / 1e9:,.3g} GB"
+    if job.exports:
+        found += f" and {job.exports} exports of {export / 1e9:,.3g} GB"
     if free >= needed:
         return Finding("disk", "ok", found)
     cure = f"free {(needed - free) / 1e9:,.1f} GB, or write elsewhere (directory=)"
-    kept = int(free // checkpoint) - 1  # one more is written before the worst is removed
+    if job.exports:
+        cure += ", or keep fewer exports (export_keep=1)"
+    kept = int((free - job.exports * export) // checkpoint) - 1  # one more is written before the worst is removed
     if 1 <= kept < job.checkpoints - 1:
         cure += f", or keep fewer (log.ckpt.save_top_k={kept})"
     return Finding("disk", "error", found, cure)

@@ -69,6 +69,7 @@ class Job:
         seq_length: tokens of a sequence; likewise.
         max_steps: steps; likewise.
         checkpoints: how many checkpoints lie on the disk at once, at most.
+        exports: how many of them are exported beside the training and kept.
         attention_backend: Megatron's.
         logs_to_wandb: whether it has a logger for W&B that is not offline.
         logs_to_mlflow: whether it has one for MLflow.
@@ -95,6 +96,7 @@ class Job:
     seq_length: int = 0
     max_steps: int = 0
     checkpoints: int = 4
+    exports: int = 0
     attention_backend: str = "auto"
     logs_to_wandb: bool = False
     logs_to_mlflow: bool = False
@@ -130,3 +132,17 @@ def checkpoints_at_once(max_steps: int, interval: int, kept: int) -> int:
     """
     written = max(-(-max_steps // max(interval, 1)), 1)
     return written if kept < 0 else min(written if max_steps else kept + 1, kept + 1)
+
+
+def exports_kept(max_steps: int, every: int | None, keep: int | None) -> int:
+    """Exports on the disk at a run's end, or while one more than are kept is written.
+
+    Args:
+        max_steps: of the run; 0 where it is not known.
+        every: the recipe's `export_every`.
+        keep: its `export_keep`.
+    """
+    if not every:
+        return 0
+    written = max(-(-max_steps // every), 1)
+    return min(written, keep + 1) if keep else written

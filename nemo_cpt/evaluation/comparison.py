@@ -153,6 +153,7 @@ def evaluate(
     wrappers = wrappers or (["chat"] if all(each.has_chat_template for each in candidates) else ["none"])
     _check_conversations(candidates, sets, wrappers)
     questions = _judge_questions(judge, candidates, language or "ja", limit, say) if judge else []
+    # The same for all models: with more context a loss is lower, whatever was learned.
     window = min([WINDOW, *(each.context_length for each in candidates if each.context_length)])
     sampling = Sampling(max_tokens=max_tokens)
     output = Path(output)

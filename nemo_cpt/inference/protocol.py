@@ -118,6 +118,7 @@ class ChatRequest(_Completion):
         """The most tokens of a reply, where the context leaves `room`."""
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise CptError("max_tokens and max_completion_tokens say different things: give one")
+        # OpenAI's newer name for it; clients send either, some both.
         wanted = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
         return wanted if wanted is not None else min(max(room, 1), DEFAULT_CHAT_TOKENS)
 

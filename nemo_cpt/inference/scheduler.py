@@ -58,6 +58,7 @@ class Scheduler:
 
     def __init__(self, decoder: Decoder, most_rows: int, batch_tokens: int, most_waiting: int) -> None:
         self.decoder, self.most_rows, self.batch_tokens = decoder, most_rows, batch_tokens
+        # Bounded: beyond that, a client is better told to come back than kept waiting.
         self.most_waiting = most_waiting
         self._waiting: queue.Queue[Ticket | None] = queue.Queue(most_waiting)
         self._next: Ticket | None = None  # taken from the queue, and waiting for room

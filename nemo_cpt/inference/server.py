@@ -65,6 +65,7 @@ def make_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
+        # In a thread: it waits for the batch's step, and this loop tells the clients meanwhile.
         await asyncio.to_thread(scheduler.close)
 
     # No docs pages: they load scripts from another host.
@@ -153,6 +154,7 @@ class _Guard:
     def _check(self, request: Request) -> None:
         if self.api_key is not None and request.url.path not in OPEN_PATHS:
             kind, _, given = request.headers.get("authorization", "").partition(" ")
+            # In constant time: how long a comparison takes must not tell how much of a key was right.
             if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self.api_key.encode()):
                 raise ApiError(401, "the request needs the header Authorization: Bearer KEY", code="invalid_api_key")
         length = request.headers.get("content-length", "")
@@ -317,6 +319,8 @@ class _Service:
                     pass
                 self.metrics.count(ticket.request)
 
+        # Starlette tells of a client that has gone only to who asks; else its replies would fill the batch to their
+        # end.
         async def hang_up() -> None:
             while (await request.receive())["type"] != "http.disconnect":
                 pass
@@ -337,6 +341,7 @@ class _Service:
         self, tickets: list[Ticket], form: Form, body: ChatRequest | CompletionRequest
     ) -> AsyncIterator[str]:
         """Server-sent events, the choices' pieces as they come; ends by GeneratorExit when the client goes away."""
+        # One stream of several choices: their pieces go out in the order in which they are drawn.
         merged: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
 
         async def forward(number: int, ticket: Ticket) -> None:
@@ -355,6 +360,7 @@ class _Service:
             while going_on:
                 number, piece = await merged.get()
                 if isinstance(piece, Exception):
+                    # The status 200 is sent already: in a stream an error is an event.
                     yield event(_as_api_error(piece).body())
                     return
                 if piece.text or piece.finish_reason or piece.logprobs:

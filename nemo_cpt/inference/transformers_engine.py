@@ -135,6 +135,7 @@ class TransformersEngine:
         decoder = self.decoder()
         for request in requests:  # all of them, before the first one costs time
             decoder.check(request)
+        # Taken from the end, that is the longest first.
         waiting = sorted(range(len(requests)), key=lambda index: len(requests[index].ids))
         index_of: dict[Request, int] = {}
         while waiting or decoder.rows:

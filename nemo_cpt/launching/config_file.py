@@ -28,6 +28,7 @@ from nemo_cpt.errors import CptError
 from nemo_cpt.launching.executor import make_executor
 
 ENDINGS = (".yaml", ".yml")
+NULL = "tag:yaml.org,2002:null"
 WIDTH = 120
 
 
@@ -103,6 +104,8 @@ def _lines(path: str | Path) -> Iterator[tuple[str, str]]:
             raise CptError(f"{path}: {yaml.serialize(key).strip()} is no key")
         if not isinstance(value, yaml.ScalarNode):
             yield key.value, _in_one_line(value)
+        elif value.value and value.tag == NULL:
+            yield key.value, "None"  # the command line's word for it
         elif value.value or value.style:
             yield key.value, value.value
         else:
@@ -188,7 +191,7 @@ def _flow(value: Any) -> str:
 def _scalar(text: str) -> str:
     """Text that YAML reads back as the very same."""
     node = yaml.compose(text, Loader=yaml.SafeLoader) if _may_be_plain(text) else None
-    plain = isinstance(node, yaml.ScalarNode) and node.value == text and node.style is None
+    plain = isinstance(node, yaml.ScalarNode) and node.value == text and node.style is None and node.tag != NULL
     return text if plain else "'" + text.replace("'", "''") + "'"
 
 
@@ -206,4 +209,4 @@ def _default(source: str) -> str:
         value = ast.literal_eval(source)
     except (ValueError, SyntaxError):
         return f" # by default {source}"
-    return "None" if value is None else _flow(list(value) if isinstance(value, tuple) else value)
+    return _flow(list(value) if isinstance(value, tuple) else value)

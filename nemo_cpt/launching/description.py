@@ -20,7 +20,7 @@ from nemo_cpt.compatibility import read_base
 from nemo_cpt.conversations import Conversations, mixture
 from nemo_cpt.corpus import Blend
 from nemo_cpt.doctor import Job, Place
-from nemo_cpt.doctor.job import checkpoints_at_once
+from nemo_cpt.doctor.job import checkpoints_at_once, exports_kept
 from nemo_cpt.errors import CptError
 from nemo_cpt.launching.executor import make_executor
 from nemo_cpt.recipe_models import LIKE_BASE, model_config, module_named
@@ -107,6 +107,7 @@ def describe(
             int(given.get("val_check_interval") or max(given["max_steps"] // 10, 1)),
             int(given.get("save_top_k", 3)),
         ),
+        exports=exports_kept(given["max_steps"], given.get("export_every"), given.get("export_keep")),
         attention_backend=str(given.get("attention_backend") or "auto").rpartition(".")[2],
         logs_to_wandb=logger.kind == "wandb" and not logger.offline,
         logs_to_mlflow=logger.kind == "mlflow",

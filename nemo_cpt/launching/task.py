@@ -38,6 +38,11 @@ def run_recipe(recipe: str, arguments: dict[str, Any], overrides: list[str]) -> 
     fdl.build(partial)()
 
 
+def moves_its_folder(overrides: Sequence[str]) -> bool:
+    """Whether fields of the config put a run elsewhere than into its recipe's `directory/name`."""
+    return any(override.partition("=")[0] in _FOLDER_FIELDS for override in overrides)
+
+
 def nothing_to_train(recipe: str, arguments: Mapping[str, Any], overrides: Sequence[str], here: bool = True) -> str:
     """What to say of a run that is finished, by its folder; empty where there are steps to train, or no telling.
 
@@ -54,7 +59,7 @@ def nothing_to_train(recipe: str, arguments: Mapping[str, Any], overrides: Seque
     from nemo_cpt.training.run_lock import check_free
 
     # Where the folder is set by hand, it is not known without building the recipe.
-    if any(override.partition("=")[0] in _FOLDER_FIELDS for override in overrides):
+    if moves_its_folder(overrides):
         return ""
     job = describe(catalog.recipe(recipe), arguments, overrides, "local", ())
     said = finished(job.directory / "checkpoints", job.max_steps)

@@ -42,3 +42,8 @@ def checkpoint_bytes(
     # Through the planner's own counting, so that doctor and plan cannot disagree.
     work = _workload(arch).replace(lora_rank=lora_rank, trained_embeddings=trained_embeddings)
     return work.trained_parameters * (ON_CPU if on_cpu else WEIGHTS + OPTIMIZER)
+
+
+def export_bytes(arch: Architecture) -> int:
+    """An exported model's bytes."""
+    return _workload(arch).parameters * WEIGHTS

@@ -227,6 +227,9 @@ def layer_bytes_per_token(work: Workload) -> float:
     residual = hidden / (tensor if work.sequence_parallel else 1)
     kept = 2 * residual * dtype + 2 * attention / tensor * dtype + wide / tensor * dtype
     kept += 4 * work.num_attention_heads / tensor + 8
+    if work.qk_norm:  # what they normalise, before it is rotated, and a number a head; not measured
+        heads = work.num_attention_heads + work.num_query_groups
+        kept += (attention * dtype + 4 * heads) / tensor
     return kept + _inputs_of_linear(work, residual) + _adapters_keep(work) + _selective(work)
 
 

@@ -170,6 +170,7 @@ def _recipe(launched: Mapping[str, Any] | None) -> str | None:
     """The recipe as it was called, without what names this machine's files or may do so."""
     if not launched:
         return None
+    # Both sieves: by name what is private whatever it says, by form what may be a path under any other name.
     given = {name: value for name, value in launched.get("arguments", {}).items() if name not in _PRIVATE}
     words = [f"{name}={value}" for name, value in given.items() if _is_public(value)]
     return f"`{' '.join([launched['recipe'], *words])}`"

@@ -84,6 +84,7 @@ def licence_texts(folder: Path) -> list[Path]:
 def licence_of_texts(folder: Path) -> Licence | None:
     """The licence whose text lies in a folder, if it is one that is known by its text."""
     for path in licence_texts(folder):
+        # The title stands at the top; further down agreements name each other.
         head = path.read_text(encoding="utf-8", errors="replace")[:4000].upper()
         for pattern, name in _TEXTS:
             if found := re.search(pattern, head):

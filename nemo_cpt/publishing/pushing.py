@@ -193,6 +193,7 @@ def _contents(folder: Path, files: Sequence[str], subject: Subject) -> dict[str,
     if subject.is_adapter:
         if subject.origin.repo_id is None:
             raise CptError(f"{folder} is an adapter, which is of no use without its base: give --base-model OWNER/NAME")
+        # The export has the base's folder there, which is nobody else's.
         config = json.loads((folder / _ADAPTER).read_bytes()) | {"base_model_name_or_path": subject.origin.repo_id}
         contents[_ADAPTER] = json.dumps(config, indent=2).encode() + b"\n"
     return contents
@@ -202,6 +203,7 @@ def _refuse_private(folder: Path, contents: dict[str, Path | bytes], api: Any) -
     """Raise CptError where a text holds the token, or the path of a folder that this user works in."""
     from huggingface_hub import get_token
 
+    # Not every path: /usr and the like stand in ordinary texts, and tell nothing.
     places = {str(path) for path in (Path.home(), Path.cwd(), folder.resolve().parent)}
     paths = {f"{place}/": "a path of this machine" for place in places if len(place) > _SHORT}
     tokens = {token: "your token" for token in (api.token, get_token()) if token}
@@ -232,6 +234,7 @@ def _send(api: Any, repo_id: str, contents: dict[str, Path | bytes], *, private:
         there = {file.rfilename for file in info.siblings or []}
         _check_repository(api, info, private=private, replace=replace)
     weights = {name for name in there if name.endswith((".safetensors", ".safetensors.index.json"))}
+    # In one commit what comes and what goes: at no moment are two models' weights there.
     operations: list[Any] = [CommitOperationAdd(name, content) for name, content in contents.items()]
     # Of an earlier push: transformers takes a model.safetensors before the shards of an index.
     operations += [CommitOperationDelete(name) for name in sorted(weights - set(contents))]

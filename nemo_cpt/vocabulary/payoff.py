@@ -103,8 +103,10 @@ def worth(
         raise CptError(f"the tokenizer {grown} has no token that {base} has not")
     seldom = sum(seen[number] * scale < SELDOM for number in range(old.size, new.size))
     outputs = rows * hidden_size
+    # A tied embedding is multiplied with, as the output layer; one of its own is only looked up.
     computed = parameters - (0 if tied else old.size * hidden_size)
     dearer = outputs / computed
+    # Fewer tokens, each of which costs a little more.
     compute = len(after) / len(before) * (1 + dearer)
     new_parameters = outputs * (1 if tied else 2)
     return Worth(

@@ -24,6 +24,7 @@ TITLES = {
     "throughput": "Throughput",
     "memory": "GPU memory",
 }
+COLUMNS = ("set", "unit", "step 0", "now", "change", "2 standard errors", "at the end", "")
 REPLIES_SHOWN = 8  # prompts
 GRID = (
     "<style>.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(34em, 1fr)) } "
@@ -123,9 +124,6 @@ def came_and_planned(record: Record) -> Iterator[tuple[str, str]]:
 
 def _beside(value: float, planned: float | None, form: str) -> str:
     return f" (planned {planned:{form}}, {100 * (value / planned - 1):+.0f} %)" if planned else ""
-
-
-COLUMNS = ("set", "unit", "step 0", "now", "change", "2 standard errors", "at the end", "")
 
 
 def _changes(records: Sequence[Record]) -> Iterator[str]:

@@ -34,7 +34,7 @@ def _forward(folder: Path) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]
 @pytest.mark.parametrize(("shape", "base"), [("plain", "hf"), ("biased", "biased_hf")])
 def test_merged_is_what_nemo_computes_at_either_size(shape: str, base: str, nemo_jobs: Path, tmp_path: Path) -> None:
     work = nemo_jobs / "runs" / f"dora_{shape}"
-    for size in ("tp1", "tp2"):
+    for size in ("tp1", "tp2", "tp2_in_parts"):
         export_hf(work / size, tmp_path / size, base=nemo_jobs / base, dtype="float32")
         logits, _ = _forward(work / size)
         assert _agree(_logits(tmp_path / size), logits)
@@ -45,8 +45,10 @@ def test_merged_is_what_nemo_computes_at_either_size(shape: str, base: str, nemo
     assert not verify(work / "tp2", nemo_jobs / base, base=nemo_jobs / base).identical
 
 
-def test_the_ranks_agree_on_the_magnitudes_that_all_of_them_have(nemo_jobs: Path) -> None:
-    (alone,), ranks = (_forward(nemo_jobs / "runs" / "dora_plain" / size)[1] for size in ("tp1", "tp2"))
+@pytest.mark.parametrize("size", ["tp2", "tp2_in_parts"])
+def test_the_ranks_agree_on_the_magnitudes_that_all_of_them_have(size: str, nemo_jobs: Path) -> None:
+    """Under sequence parallelism ("in parts") each has the gradient of its part of the sequence, and all are added."""
+    (alone,), ranks = (_forward(nemo_jobs / "runs" / "dora_plain" / each)[1] for each in ("tp1", size))
     assert len(alone) == 8  # linear_proj and linear_fc2 of four layers
     for rank in ranks:
         for name, gradient in alone.items():

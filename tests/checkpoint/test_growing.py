@@ -139,7 +139,7 @@ def test_what_does_not_belong_together_is_refused_and_leaves_nothing(
         (source, base, "nothing to grow"),
         (short, grown, "give it a row for each first"),
         (source, tmp_path / "nowhere", "no tokenizer folder"),
-        (tmp_path / "nowhere", grown, "no NeMo checkpoint"),
+        (tmp_path / "nowhere", grown, "there is no folder"),
     ):
         with pytest.raises(CptError, match=message):
             grow_model(model, tmp_path / "dest", tokenizer)

@@ -1,5 +1,6 @@
 """Adapters merged into a NeMo checkpoint: the import of the merged export, in one pass, and as safe."""
 
+import functools
 import json
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 from nemo_cpt.checkpoint import export_hf, import_hf, merge, verify
 from nemo_cpt.errors import CptError
 from tests.support import small_models as models
+from tests.training import jobs
 
 
 def _checkpoint(folder: Path, run: str) -> Path:
@@ -40,13 +42,14 @@ def test_nemo_computes_with_it_what_transformers_does_with_the_export(nemo_jobs:
     checkpoint = _checkpoint(nemo_jobs, "dora")
     merge(checkpoint, tmp_path / "merged")
     export_hf(checkpoint, tmp_path / "hf")
-    script = (
-        "import sys; from nemo_cpt.checkpoint import verify\n"
-        "report = verify(sys.argv[1], sys.argv[2], logits=True)\n"
-        "sys.exit(not (report.identical and report.logits_difference is not None))"
-    )
-    done = subprocess.run([sys.executable, "-c", script, tmp_path / "merged", tmp_path / "hf"], capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    job, log = functools.partial(_verify_logits, tmp_path / "merged", tmp_path / "hf"), tmp_path / "log"
+    assert jobs.run(job, log=log) == 0, log.read_text()[-3000:]
+
+
+def _verify_logits(merged: Path, exported: Path) -> None:
+    report = verify(merged, exported, logits=True)
+    assert report.identical
+    assert report.logits_difference is not None
 
 
 def test_a_tuned_run_takes_its_template_along(nemo_jobs: Path, tmp_path: Path) -> None:

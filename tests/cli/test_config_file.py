@@ -88,6 +88,13 @@ def test_the_command_line_wins(file: Path, capsys: pytest.CaptureFixture[str]) -
     assert "left away for local: executor.partition=gpu, executor.time=4:00:00" in capsys.readouterr().err
 
 
+def test_yamls_null_is_none_and_the_word_in_quotes_is_a_word(file: Path) -> None:
+    file.write_text("recipe: smollm2\nbase: b\ntokenizer: null\nname: 'null'\nmodel: ~\n")
+    assert read_config(file).pairs == ["base=b", "tokenizer=None", "name=null", "model=None"]
+    function = catalog.recipe("smollm2.continual_pretrain")
+    assert "name: 'null'" in written(function, ["base=b", "name=null"])
+
+
 def test_python_takes_the_same_file(file: Path) -> None:
     file.write_text(SLURM)
     recipe, executor = nemo_cpt.load_config(file, "max_steps=7")

@@ -10,6 +10,7 @@ import pytest
 from nemo_cpt.checkpoint.architecture import parse_config, read_architecture
 from nemo_cpt.corpus import Blend
 from nemo_cpt.doctor import Examination, Job, Place, inputs
+from nemo_cpt.doctor.job import exports_kept
 from nemo_cpt.errors import CptError
 from nemo_cpt.planning import checkpoint_size
 from nemo_cpt.recipe_models import model_config
@@ -228,6 +229,17 @@ def test_a_disk_that_is_too_small(world, monkeypatch):
         (world / "runs" / "one" / "checkpoints" / f"steps={number}").mkdir(parents=True, exist_ok=True)
     assert inputs.disk(Examination(job(world, checkpoints=4))).state == "ok"
     shutil.rmtree(world / "runs")
+
+
+def test_exports_beside_the_training_take_the_disk_too(world, monkeypatch):
+    usage, arch = shutil.disk_usage(world), read_architecture(world / "hf")
+    checkpoint = checkpoint_size.checkpoint_bytes(arch, None, on_cpu=True)
+    room = 2 * checkpoint + 3 * checkpoint_size.export_bytes(arch)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=room))
+    assert inputs.disk(Examination(job(world, checkpoints=2, exports=3))).state == "ok"
+    found = inputs.disk(Examination(job(world, checkpoints=2, exports=4)))
+    assert (found.state, "export_keep=1" in found.cure) == ("error", True)
+    assert [exports_kept(100, *each) for each in ((None, None), (30, None), (30, 2), (200, 2))] == [0, 4, 3, 1]
 
 
 def test_a_directory_that_cannot_be_written(world, tmp_path):

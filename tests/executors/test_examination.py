@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import nemo_run as run
@@ -16,6 +15,7 @@ from nemo_cpt.doctor import Place
 from nemo_cpt.doctor.built import job_of
 from nemo_cpt.executors import docker, examination, local, slurm
 from nemo_cpt.launching.description import describe
+from tests.support.servers import serving
 
 SCRIPT = """
 import nemo_run as run
@@ -91,8 +91,7 @@ class Engine(BaseHTTPRequestHandler):
 
 
 def test_an_image_that_was_not_built_is_not_asked_of_a_registry(monkeypatch):
-    with ThreadingHTTPServer(("127.0.0.1", 0), Engine) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Engine)) as server:
         monkeypatch.setenv("DOCKER_HOST", f"tcp://127.0.0.1:{server.server_address[1]}")
         with pytest.raises(
             CptError, match=r"there is no image localhost/nemo-cpt here: build it .*`docker build --tag"
@@ -100,7 +99,6 @@ def test_an_image_that_was_not_built_is_not_asked_of_a_registry(monkeypatch):
             examination.check_docker("localhost/nemo-cpt")
         examination.check_docker("localhost/there")
         examination.check_docker("registry.example/pulled:1")
-        server.shutdown()
 
 
 def test_a_task_that_waits_for_others_is_examined_without_the_files_that_they_may_make(given, project):

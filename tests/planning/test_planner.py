@@ -1,6 +1,5 @@
 """The planner by itself, without NeMo."""
 
-import time
 from unittest import mock
 
 import pytest
@@ -10,6 +9,7 @@ from hypothesis import strategies as st
 from nemo_cpt.errors import CptError
 from nemo_cpt.planning import ALLOWED, Workload, fit_workload, memory, plan_workload
 from nemo_cpt.planning.hardware import GIB, gpu, usable_gib
+from tests.support.cost import within_cpu_seconds
 
 LLAMA = {
     "num_layers": 32, "hidden_size": 4096, "ffn_hidden_size": 14336, "num_attention_heads": 32, "num_query_groups": 8,
@@ -109,6 +109,12 @@ def test_sizes_that_do_not_go_together_are_refused(changes: dict, message: str) 
         llama(**changes)
 
 
+def test_norms_of_queries_and_keys_keep_what_they_normalise() -> None:
+    plain, normed = (memory.layer_bytes_per_token(llama(qk_norm=each)) for each in (False, True))
+    assert normed - plain == 2 * (4096 + 1024) + 4 * (32 + 8)
+    assert llama(qk_norm=True).parameters - llama().parameters == 32 * 2 * 128
+
+
 def test_layers_recomputed_at_once_keep_fewer_inputs_and_take_more_in_the_backward_pass() -> None:
     one, four = (
         memory.stage_memory(llama(lora_rank=8, recompute="uniform", recompute_num_layers=count), 0) for count in (1, 4)
@@ -157,9 +163,8 @@ class TestHostMemory:
 
 class TestFit:
     def test_it_is_fast_and_says_what_each_change_bought(self) -> None:
-        started = time.perf_counter()
-        found = fit_workload(llama(lora_rank=128, loss="native"), 48)
-        assert time.perf_counter() - started < 2
+        with within_cpu_seconds(2):
+            found = fit_workload(llama(lora_rank=128, loss="native"), 48)
         assert [change.knob for change in found.changes] == ["loss", "recompute"]
         assert found.changes[0].memory_gib > 8
         assert found.changes[1].tokens_per_second < 0 < found.changes[1].memory_gib
@@ -174,9 +179,8 @@ class TestFit:
         assert plan_workload(work, 48).peak_gib <= budget < plan_workload(one_less, 48).peak_gib
 
     def test_eight_gpus_get_a_layout_in_time(self) -> None:
-        started = time.perf_counter()
-        work = fit_workload(llama(gpus=8, global_batch_size=1024), 80).plan.workload
-        assert time.perf_counter() - started < 2
+        with within_cpu_seconds(2):
+            work = fit_workload(llama(gpus=8, global_batch_size=1024), 80).plan.workload
         assert work.tensor_model_parallel_size > 1
         assert not work.host_states
 

@@ -3,9 +3,13 @@
 Run by nemo_jobs.py. At TP 1 the adapters are drawn; at TP 2 they are read from that checkpoint, and saved once more.
 """
 
+import contextlib
+import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 RANK = 4  # of the adapters
 
@@ -64,10 +68,27 @@ def build(base: Path, tensor_parallel: int, in_parts: bool) -> Any:
     for name, value in {**UNFUSED, **settings}.items():
         setattr(description, name, value)
     description.transformer_layer_spec = local_layer_spec
-    model = fdl.build(description).configure_model(tokenizer=None).float()
+    with _norms_of_parts():
+        model = fdl.build(description).configure_model(tokenizer=None).float()
     content = dist_checkpointing.load_content_metadata(str(base / "weights"))
     load(model, model.sharded_state_dict(prefix="module.", metadata=content), base)
     return model.float()
+
+
+@contextlib.contextmanager
+def _norms_of_parts() -> Iterator[None]:
+    """Megatron's plain norm refuses sequence parallelism, as nobody adds up its gradient: here it is frozen."""
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    make = WrappedTorchNorm.__new__
+
+    def make_for_parts(kind: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
+        whole = copy.copy(config)
+        whole.sequence_parallel = False
+        return make(kind, whole, *args, **kwargs)
+
+    with mock.patch.object(WrappedTorchNorm, "__new__", make_for_parts):
+        yield
 
 
 def load(model: Any, sharded: dict[str, Any], checkpoint: Path) -> None:

@@ -30,12 +30,13 @@ def main() -> None:
     (dest / "parallel" / "weights").mkdir(parents=True)
     _run([fork.Process(target=resave_parallel.resave, args=(rank, base, dest / "parallel")) for rank in ranks])
     for shape, start in (("plain", base), ("biased", folder / "biased_nemo")):
-        for name, tensor_parallel, patched in (("tp1", 1, True), ("tp2", 2, True), ("unpatched", 2, False)):
+        for name, tensor_parallel, patched in (
+            ("tp1", 1, True), ("tp2", 2, True), ("tp2_in_parts", 2, True), ("unpatched", 2, False)
+        ):  # fmt: skip
             work = dest / f"dora_{shape}" / name
             (work / "weights").mkdir(parents=True)
-            ranks = range(tensor_parallel)
-            _run([fork.Process(target=dora_parallel.forward, args=(rank, tensor_parallel, patched, start, work))
-                  for rank in ranks])  # fmt: skip
+            how = (tensor_parallel, patched, start, work, name == "tp2_in_parts")
+            _run([fork.Process(target=dora_parallel.forward, args=(rank, *how)) for rank in range(tensor_parallel)])
 
 
 def _run(processes: list[multiprocessing.process.BaseProcess]) -> None:

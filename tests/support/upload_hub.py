@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from tests.support.servers import serving
+
 TOKEN, USER = "hf_writewritewritewritewritewrite", "me"
 
 
@@ -43,14 +45,11 @@ class UploadHub(ThreadingHTTPServer):
 
 @contextmanager
 def upload_hub() -> Iterator[UploadHub]:
-    server = UploadHub()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield server
-    finally:
-        server.release.set()
-        server.shutdown()
-        server.server_close()
+    with serving(UploadHub()) as server:
+        try:
+            yield server
+        finally:
+            server.release.set()
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -3,6 +3,9 @@
 import functools
 import importlib.util
 import json
+import re
+import runpy
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.resources import files
@@ -297,3 +300,20 @@ def _tune_smollm2(folder: Path) -> None:
         micro_batch_size=1, epochs=1, val_check_interval=100,
     )  # fmt: skip
     run.run(on_cpu(recipe), direct=True)
+
+
+def follow_example(world: Path) -> None:
+    sys.argv = [
+        "instruction_tune.py", "--base", str(world / "base"), "--chats", str(world / "chats_train.jsonl"),
+        "--template", str(world / "template.jinja"), "--epochs", "0.5", "--out", str(world / "example"),
+    ]  # fmt: skip
+    runpy.run_path(str(Path(__file__).parents[2] / "examples/instruction_tune.py"), run_name="__main__")
+
+
+def test_the_example_comes_to_its_reply(world: Path, chats: Conversations) -> None:
+    assert jobs.run(functools.partial(follow_example, world), log=log(world, "example")) == 0, log(
+        world, "example"
+    ).read_text()[-3000:]
+    printed = log(world, "example").read_text()
+    assert re.search(r"^held-out answers: \d\.\d+ nats a token before, \d\.\d+ after$", printed, re.MULTILINE)
+    assert re.search(r"\((stop|length)\)$", printed.rstrip())
