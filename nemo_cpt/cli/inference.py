@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 _Model = Annotated[
-    str, typer.Argument(help="Hugging Face folder, NeMo checkpoint, run folder, or an endpoint's http address.")
+    str,
+    typer.Argument(help="Hugging Face folder, NeMo checkpoint, run folder, or an endpoint's address (ADDRESS#MODEL)."),
 ]
 _Base = Annotated[Path | None, typer.Option(help="LoRA: the base; default: the one that the run recorded.")]
 _Device = Annotated[str | None, typer.Option(help="cuda, cpu; default: the GPU where there is one.")]
@@ -37,7 +38,7 @@ def chat_command(
     max_tokens: Annotated[int, typer.Option(help="The most tokens of a reply.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 for the most probable words.")] = 0.7,
     top_p: Annotated[float, typer.Option(help="Draw among the most probable tokens of this probability.")] = 0.9,
-    seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the first reply's random numbers.")] = 0,
     base: _Base = None,
     device: _Device = None,
     chat_template: _Template = None,
@@ -96,7 +97,7 @@ def _language_of(question: str, reply: str) -> str:
 
 @app.command("serve")
 def serve_command(
-    model: _Model,
+    model: Annotated[str, typer.Argument(help="Hugging Face folder, NeMo checkpoint, or run folder.")],
     host: Annotated[str, typer.Option(help="Address; other than this machine's own needs a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
     served_as: Annotated[str | None, typer.Option(help="The model's name in requests; default: its folder's.")] = None,

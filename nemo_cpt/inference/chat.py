@@ -109,6 +109,8 @@ class Chat:
         try:
             self._show_one(streams[0]) if len(streams) == 1 else self._show_side_by_side(text, streams)
         finally:
+            # The same question once more, after /reset say, is to have another answer; the same session, the same ones.
+            self.sampling = replace(self.sampling, seed=self.sampling.seed + 1)
             for side in self.sides:
                 told = [Message(role="user", content=text), Message(role="assistant", content=side.reply)]
                 side.history += told if side.reply else []

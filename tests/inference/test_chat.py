@@ -114,6 +114,18 @@ def test_two_models_side_by_side(engine: TransformersEngine, make_model: Callabl
     assert [len(side.history) for side in talk.sides] == [2, 2]
 
 
+def test_a_question_asked_again_has_another_answer_and_a_session_the_same_ones(engine: TransformersEngine) -> None:
+    sessions = []
+    for _ in range(2):
+        talk, _ = chat(engine)
+        talk.run(["/temperature 2", "/tokens 12", "Hello"])
+        first = talk.sides[0].history[1]
+        talk.run(["/reset", "Hello"])
+        sessions.append((first, talk.sides[0].history[1]))
+    assert sessions[0][0] != sessions[0][1]
+    assert sessions[0] == sessions[1]
+
+
 def test_a_reply_has_the_room_that_the_context_leaves(engine: TransformersEngine) -> None:
     talk, shown = chat(engine)
     talk.run(["/tokens 5000", "Hello", "a" * 500, "/reset", "Hello"])
