@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 TESTS = Path(__file__).parent
 
@@ -16,6 +17,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Begun first, so that at the end no process is left with a file of minutes while the others have none.
 SLOW = ("executors", "training", "checkpoint")
+
+settings.register_profile("busy", deadline=None)  # the machine may have other work
+settings.load_profile("busy")
 
 gc.set_threshold(100_000)  # most of what the tests make is modules, which stay
 

@@ -136,7 +136,7 @@ def judge_language(reply: str, asked: str) -> Verdict:
     text = unicodedata.normalize("NFKC", reply)
     if not text.strip():
         return Verdict(EMPTY, {})
-    weights, shared = Counter[str](), list[tuple[int, tuple[str, ...]]]()
+    weights, names, shared = Counter[str](), Counter[str](), list[tuple[int, tuple[str, ...]]]()
     for line in _NO_LANGUAGE.sub(" ", text).splitlines():
         # A quotation in another language does not change the sentence's, unless it is all there is.
         unquoted = _QUOTED.sub(" ", line)
@@ -144,14 +144,15 @@ def judge_language(reply: str, asked: str) -> Verdict:
             for part in _parts(sentence):
                 candidates = _candidates(part, asked)
                 if len(candidates) == 1:
-                    weights[candidates[0]] += _weight(part)
+                    (names if _only_names(part) else weights)[candidates[0]] += _weight(part)
                 elif candidates:
                     shared.append((_weight(part), candidates))
     # From what could be told alone, so that the shared ones do not decide about one another.
     told = Counter(weights)
     for weight, candidates in shared:
         weights[max(candidates, key=lambda each: (told[each], each == asked))] += weight
-    return _verdict(+weights)  # without what has no letters that Python's Unicode knows
+    # A name says something of a reply that has nothing else: every language has it.
+    return _verdict(+weights or +names)  # without what has no letters that Python's Unicode knows
 
 
 def _verdict(weights: Mapping[str, int]) -> Verdict:
@@ -235,6 +236,14 @@ def _of_other_scripts(part: str, words: list[str], asked: str) -> tuple[str, ...
     if only_names:
         return _of_names(part, asked)
     return _of_latin(part, words, asked)
+
+
+def _only_names(part: str) -> bool:
+    """Whether a sentence is made of names in Latin letters."""
+    words = _LATIN_WORD.findall(part)
+    if not words or _letters(_LATIN_WORD.sub(" ", part)):
+        return False
+    return all(word[0].isupper() for word in words) and not _ENGLISH.search(part)
 
 
 def _of_names(part: str, asked: str) -> tuple[str, ...]:

@@ -5,14 +5,10 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 
 from tests.support import tokenizers
 from tests.support.corpus_helpers import write_jsonl
 from tests.support.tokenizers import write_config
-
-settings.register_profile("corpus", deadline=None)  # the machine may be busy
-settings.load_profile("corpus")
 
 
 @pytest.fixture(scope="session")
