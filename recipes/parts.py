@@ -45,6 +45,7 @@ from nemo_cpt.training.oom_advice import OutOfMemoryAdvice
 from nemo_cpt.training.options import LoggerOptions, read_early_stop, read_logger
 from nemo_cpt.training.preemption import SaveWhenStopped
 from nemo_cpt.training.resume import KEPT_TOKENIZER, ResumeOrStartFromBase
+from nemo_cpt.training.settings import check_name
 
 examine_before_launch()  # of every recipe, whatever executor it is given
 
@@ -415,8 +416,9 @@ def log(
         logger: another logger beside TensorBoard; see `continual.continual_pretrain`.
 
     Raises:
-        CptError: there is no such logger.
+        CptError: there is no such logger, or the name is no folder's.
     """
+    check_name(name)
     checkpoints = run.Config(
         RunCheckpoint,
         save_every=save_every,

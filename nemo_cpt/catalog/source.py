@@ -104,8 +104,9 @@ def recipe(name: str) -> Function:
     if full not in known:
         full_names = {each: each for each in known} | {each.partition(".")[0]: each for each in known}
         close = difflib.get_close_matches(name, full_names, n=3)
-        near = dict.fromkeys(full_names[each] if each in known else f"{each}.{PREFERRED}" for each in close) or known
-        raise CptError(f"there is no recipe {name!r}; near: {', '.join(near)} (nemo-cpt recipes lists all)")
+        near = dict.fromkeys(full_names[each] if each in known else f"{each}.{PREFERRED}" for each in close)
+        said = f"; near: {', '.join(near)}" if near else ""
+        raise CptError(f"there is no recipe {name!r}{said} (nemo-cpt recipes lists all)")
     return known[full]
 
 
@@ -277,7 +278,9 @@ def default_data(function: Function) -> Any:
     if kind is None:
         return None
     module = {"Conversations": "instruction.py"}.get(kind.__name__, "continual.py")
-    node = functions(function.path.with_name(module)).get("default_data")
+    # A recipe's own module goes before what all recipes share: gpt's text is not the continual pretraining's.
+    own = functions(function.path).get("default_data")
+    node = own or functions(function.path.with_name(module)).get("default_data")
     call = node.body[-1].value if node and isinstance(node.body[-1], ast.Return) else None
     if not isinstance(call, ast.Call):
         return None

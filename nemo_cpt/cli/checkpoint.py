@@ -117,7 +117,7 @@ def init_command(
     tokenizer: Annotated[Path, typer.Option("--tokenizer", "-t", help="Folder of the model's tokenizer.")],
     params: Annotated[str, typer.Option(help="124M, 350M or 1.3B; tiny, for a CPU.")] = "124M",
     max_position_embeddings: Annotated[int, typer.Option(help="The longest sequence.")] = 2048,
-    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 1234,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random weights.")] = 1234,
     as_json: _Json = False,
 ) -> None:
     """Write a model that knows nothing, for a training from scratch to start from."""

@@ -99,7 +99,7 @@ def _language_of(question: str, reply: str) -> str:
 def serve_command(
     model: Annotated[str, typer.Argument(help="Hugging Face folder, NeMo checkpoint, or run folder.")],
     host: Annotated[str, typer.Option(help="Address; other than this machine's own needs a key.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
     served_as: Annotated[str | None, typer.Option(help="The model's name in requests; default: its folder's.")] = None,
     api_key_env: Annotated[str | None, typer.Option(help="Variable of the key that requests must carry.")] = None,
     engine: Annotated[str, typer.Option(help="own, or vllm: start that with the flags that the model needs.")] = "own",

@@ -24,7 +24,7 @@ def plan(
     gpu_memory: Annotated[float | None, typer.Option(help="The card's memory as sold: 24, 48, 80, 141.")] = None,
     gpu: Annotated[str | None, typer.Option(help='Kind of GPU: H200, H100, A100-80GB, "RTX 6000 Ada", ...')] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="GPUs in all; by default the recipe's own.")] = None,
-    tokens: Annotated[float | None, typer.Option(help="Tokens to train on; by default the recipe's own.")] = None,
+    tokens: Annotated[float | None, typer.Option(min=1, help="To train on; by default the recipe's own.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write the breakdown as a PNG file.")] = None,
     json: Json = False,
 ) -> None:

@@ -45,6 +45,7 @@ class TransformersEngine:
         self.name = name or str(folder)
         self.chat_stop: tuple[str, ...] = ()  # ends the reply to messages, beside what a request names
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        _check_device(device)
         wanted = "float32" if dtype == "auto" and device == "cpu" else dtype
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -162,6 +163,20 @@ class TransformersEngine:
         del self.network
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _check_device(device: str) -> None:
+    """Refuse a device that PyTorch does not know, or that is not here.
+
+    Raises:
+        CptError: it is so.
+    """
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise CptError(f"device is {device!r}: give cpu, cuda, cuda:1 or another of PyTorch's") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise CptError(f"device is {device!r}, and PyTorch sees no GPU here: leave it away, or give cpu")
 
 
 def _seeded(request: Request, seed: int) -> Request:

@@ -25,7 +25,7 @@ from nemo_cpt.errors import CptError
 from nemo_cpt.launching.executor import make_executor
 from nemo_cpt.recipe_models import LIKE_BASE, model_config, module_named
 from nemo_cpt.training.options import read_early_stop, read_logger
-from nemo_cpt.training.settings import OF_A_BUILT_RECIPE, UNEVEN_STAGES, Settings
+from nemo_cpt.training.settings import OF_A_BUILT_RECIPE, UNEVEN_STAGES, Settings, check_name
 
 MODEL = "model.config."
 # Fields of a recipe's config that say the same as one of its arguments, and that argument's type.
@@ -76,6 +76,8 @@ def describe(
     given |= {FIELDS[path][0]: _field(path, text) for path, _, text in pairs if path in FIELDS}
     on_cpu = "processes" in function.parameters  # of recipes for GPUs it is called gpus_per_node
     data = catalog.default_data(function) if given.get("data") is None else given["data"]
+    if given.get("name") is not None:
+        check_name(str(given["name"]))
     given["max_steps"], asked = _max_steps(given, data), given.get("max_steps")
     model, logger = _model(function, given, fields), read_logger(given.get("logger"))
     if isinstance(data, Blend | Conversations):

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from nemo_cpt.catalog import Function, mixture_of
+from nemo_cpt.catalog import Function, functions, mixture_of
 from nemo_cpt.errors import CptError
 
 _BASE = '"checkpoints/base"'
@@ -41,6 +41,8 @@ def _call(recipe: Function) -> str:
     data = recipe.parameters.get("data")
     kind = mixture_of(data.annotation) if data else None
     examples = {"base": _BASE} | ({"data": _DATA[kind.__name__]} if kind else {})
+    if kind and "default_data" in functions(recipe.path):
+        examples["data"] = "default_data()"  # the module's own sets, not those of a continual pretraining
     lines = [f"        {name}={value},  # edit" for name, value in examples.items() if name in recipe.parameters]
     return "\n".join(
         [

@@ -27,15 +27,18 @@ def check_base(base: str | Path | None) -> None:
         )
     base = Path(base)
     if not base.exists():
-        # `org/name`, and no folder `org` here: a hub name is meant, not a path mistyped.
-        if _HUB_NAME.fullmatch(str(base)) and not base.parent.exists():
+        # `org/name`, and no folder `org` here: a hub name is meant, not a path mistyped, nor a recipe's own default.
+        if _HUB_NAME.fullmatch(str(base)) and not base.parent.exists() and base.parts[0] != "checkpoints":
             raise CptError(
                 f"the base {base} is not there: for a model of the Hugging Face hub, run "
                 f"`nemo-cpt download {base} models/{base.name}`, "
                 f"`nemo-cpt import models/{base.name} checkpoints/{base.name}`, and this again with "
                 f"base=checkpoints/{base.name}"
             )
-        raise CptError(f"the base {base} is not there: import it first with `nemo-cpt import HF_MODEL {base}`")
+        raise CptError(
+            f"the base {base} is not there: import it first with `nemo-cpt import HF_MODEL {base}`; "
+            f"for a training from scratch, make it with `nemo-cpt init {base} --tokenizer TOKENIZER`"
+        )
     if (base / "config.json").is_file():
         raise CptError(
             f"the base {base} is a Hugging Face model: `nemo-cpt import {shlex.quote(str(base))} "

@@ -111,6 +111,16 @@ def _get(config: Any, path: str) -> Any:
     return config
 
 
+def check_name(name: str) -> None:
+    """Refuse a run's name that is not a folder's in `directory`, where everything looks for runs.
+
+    Raises:
+        CptError: it is so.
+    """
+    if name in ("", ".", "..") or "/" in name:
+        raise CptError(f"name={name}: give the run a name that is one folder's; directory= says where runs are kept")
+
+
 def check(settings: Settings) -> None:
     """Refuse numbers with which no job could run, or only in vain.
 

@@ -48,12 +48,28 @@ def test_one_prefix_is_a_blend_of_one() -> None:
             "num_attention_heads 9 cannot",
         ),
         (["run", "tiny", "base=meta-llama/L", "data=d"], "`nemo-cpt import models/L checkpoints/L`"),
+        (["run", "tiny", "base=b", "data=d", "name="], "name=: give the run a name that is one folder's"),
+        (["run", "tiny", "base=b", "data=d", "name=a/b"], "name=a/b: give the run a name that is one folder's"),
+        (["run", "gpt.pretrain"], "There is no ds/train_text_document"),
+        (["run", "gpt.pretrain"], "make it with `nemo-cpt init checkpoints/gpt_124m --tokenizer TOKENIZER`"),
+        (["run", "README.md"], "there is no recipe 'README.md' (nemo-cpt recipes lists all)"),
+        (["plan", "tiny", "--tokens", "-5"], "'--tokens'"),
+        (["serve", "m", "--port", "-1"], "'--port'"),
+        (["init", "m", "-t", "t", "--seed", "-1"], "'--seed'"),
     ],
 )
 def test_what_was_meant_is_said(arguments: list[str], says: str, tmp_path: Path) -> None:
     done = nemo_cpt(*arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert says in done.stderr
+
+
+def test_a_recipe_of_other_data_has_them_wherever_it_is_written(tmp_path: Path) -> None:
+    assert catalog.default_data(catalog.recipe("gpt.pretrain")).train == {"ds/train": 1.0}
+    for name in ("g.py", "g.yaml"):
+        assert nemo_cpt("copy", "gpt.pretrain", name, cwd=tmp_path).returncode == 0
+    assert "data=default_data()," in (tmp_path / "g.py").read_text()
+    assert "ds/train: 1.0" in (tmp_path / "g.yaml").read_text()
 
 
 def test_a_base_that_is_no_checkpoint_names_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

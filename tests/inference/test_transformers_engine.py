@@ -223,3 +223,15 @@ def test_a_nemo_checkpoint_is_exported_into_the_cache_once(
     assert replies[0] == replies[1]
     import_hf(make_model("qwen2_tied"), tmp_path / "other")
     assert hugging_face_folder(tmp_path / "other") != folder
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x"])
+def test_a_device_that_is_none_is_named(device: str, tmp_path: Path) -> None:
+    with pytest.raises(CptError, match=f"device is '{device}': give cpu, cuda"):
+        TransformersEngine(tmp_path, device=device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_here_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CptError, match="PyTorch sees no GPU here"):
+        TransformersEngine(tmp_path, device="cuda")

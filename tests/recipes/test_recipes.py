@@ -214,7 +214,10 @@ def test_a_layout_that_the_model_cannot_be_cut_into_is_refused() -> None:
             "num_attention_heads 32 cannot",
         ),
         ({"gpus_per_node": 10, "pipeline_model_parallel_size": 5, "global_batch_size": 10}, "32 layers cannot be cut"),
-        ({"gpus_per_node": 16, "tensor_model_parallel_size": 16}, "num_query_groups 8 cannot be cut over 16"),
+        (
+            {"gpus_per_node": 16, "tensor_model_parallel_size": 16},
+            "num_query_groups 8 cannot be cut over tensor_model_parallel_size 16",
+        ),
     ):
         for recipe in (llama31_8b.continual_pretrain, llama31_8b.instruction_tune):
             with pytest.raises(CptError, match=words):
