@@ -9,7 +9,7 @@ CHECKOUT = Path(__file__).parents[1]
 
 # From the bottom up: a room imports rooms of the lines above it alone.
 LAYERS = (
-    ("constants", "importing", "output", "quiet", "signals", "urls"),
+    ("constants", "importing", "installed", "output", "quiet", "signals", "urls"),
     ("errors", "cpu_stack"),
     ("cache", "hub", "recipe_models"),
     ("corpus",),

@@ -8,11 +8,9 @@ import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_cpt import __version__
 from nemo_cpt.corpus.progress import ProgressBar
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation import benchmarks
@@ -24,6 +22,7 @@ from nemo_cpt.evaluation.loss_sets import LossSet, check_names, find_loss_sets, 
 from nemo_cpt.evaluation.questions import SHIPPED
 from nemo_cpt.evaluation.reading import Asked, PromptSet, prompt_set, read_documents
 from nemo_cpt.inference import Prompt, Reply, Sampling
+from nemo_cpt.installed import installed_versions
 from nemo_cpt.urls import hide_credentials
 
 if TYPE_CHECKING:
@@ -187,7 +186,7 @@ def evaluate(
             "limit": limit,
             "tasks": list(tasks),
         },
-        versions=_versions(),
+        versions=installed_versions(PACKAGES) | {"python": platform.python_version()},
         judged=judged.as_dict() if judged else None,
     )
 
@@ -475,13 +474,3 @@ def _judge_row(judged: "JudgeReport", seed: int) -> Row:
     measures = [mean("score", [each[question] for question in both], better="higher", unit="of 10") for each in scores]
     row = compare("judge", measures[0] if len(measures) > 1 else None, measures[-1], seed)
     return replace(row, note=f"{judged.judge}, prompt {judged.prompt_version}")
-
-
-def _versions() -> dict[str, str]:
-    found = {"nemo_cpt": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

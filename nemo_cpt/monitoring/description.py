@@ -8,7 +8,6 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,11 +18,11 @@ import lightning.pytorch as pl
 import torch
 from nemo.utils import AppState
 
-from nemo_cpt import __version__
 from nemo_cpt.conversations.dataset import is_conversations
 from nemo_cpt.corpus.atomic_files import write_whole
 from nemo_cpt.corpus.dataset.index import read_index
 from nemo_cpt.errors import CptError, StoppedEarlyError
+from nemo_cpt.installed import installed_versions
 from nemo_cpt.training.datasets import FirstSamples
 from nemo_cpt.training.metrics import END_FILE, RUN_FILE
 from nemo_cpt.urls import hide_credentials
@@ -85,7 +84,7 @@ def describe(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, An
         "validation": _validation(data),
         "machine": _machine(trainer),
         "plan": _plan(recipe),
-        "versions": _versions(),
+        "versions": installed_versions(PACKAGES),
         "launched": plain(launched),
         "configuration": _configuration(recipe),
     }
@@ -169,30 +168,18 @@ def _machine(trainer: pl.Trainer) -> dict[str, Any]:
 def _plan(recipe: Any) -> dict[str, Any]:
     """The planner's figures on GPUs of this kind; why there are none, where there are none."""
     from nemo_cpt import planning
-    from nemo_cpt.planning.hardware import GPUS
+    from nemo_cpt.planning.hardware import of_device
 
     if not torch.cuda.is_available():
         return {"unknown": "the planner is for GPUs"}
     name = torch.cuda.get_device_name()
-    kind = next(
-        (known for known in GPUS if set(known.replace("-", " ").split()) <= set(name.replace("-", " ").split())), None
-    )
+    kind = of_device(name)
     if kind is None:
         return {"unknown": f"the planner knows no {name}"}
     try:
-        return planning.plan(recipe, gpu=kind).as_dict()
+        return planning.plan(recipe, gpu=kind.name).as_dict()
     except CptError as error:
         return {"unknown": error.message}
-
-
-def _versions() -> dict[str, str]:
-    found = {"nemo_cpt": __version__}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def plain(value: Any) -> Any:

@@ -74,6 +74,12 @@ def of_size(gpu_memory_gib: float) -> Gpu | None:
     return next((each for each in GPUS.values() if each.memory_gib == usable), None)
 
 
+def of_device(name: str) -> Gpu | None:
+    """Return the GPU that a driver's name is of, such as "NVIDIA H100 80GB HBM3"; None if the planner knows it not."""
+    words = set(name.replace("-", " ").split())
+    return next((each for each in GPUS.values() if set(each.name.replace("-", " ").split()) <= words), None)
+
+
 def gpu(name: str | None) -> Gpu:
     """Return a GPU by name, the H200, on which everything was measured, if none is given.
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from nemo_cpt.errors import CptError
 from nemo_cpt.planning import ALLOWED, Workload, fit_workload, memory, plan_workload
-from nemo_cpt.planning.hardware import GIB, gpu, usable_gib
+from nemo_cpt.planning.hardware import GIB, gpu, of_device, usable_gib
 from tests.support.cost import within_cpu_seconds
 
 LLAMA = {
@@ -244,3 +244,17 @@ def test_cards_are_known_by_size_and_by_name() -> None:
         gpu("TPU")
     with pytest.raises(CptError, match="-1 GiB"):
         usable_gib(-1)
+
+
+@pytest.mark.parametrize(
+    ("device", "kind"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA A100-SXM4-80GB", "A100-80GB"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
+        ("Tesla V100-SXM2-16GB", None),
+    ],
+)
+def test_a_gpu_is_known_by_its_drivers_name(device: str, kind: str | None) -> None:
+    found = of_device(device)
+    assert (found.name if found else None) == kind

@@ -84,7 +84,7 @@ def test_one_that_fails_is_told_and_the_run_goes_on(world: Path, blend: Any) -> 
 
 
 def test_a_stop_ends_the_export_and_the_same_command_makes_it_good(world: Path, blend: Any) -> None:
-    hangs = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(1e6)"]
+    hangs = [sys.executable, "-c", "import os, signal; print(os.getpid(), flush=True); signal.pause()"]
     log, made = world / "stopped.log", world / "runs" / "stopped" / exports.FOLDER
     job = functools.partial(train, world, blend, "stopped", hangs, stopped_while_exporting=True)
     assert jobs.run(job, log=log) != 0

@@ -1,0 +1,17 @@
+"""Which versions are installed, for records of what was computed with what."""
+
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+
+from nemo_cpt import __version__
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """This library's version, and that of each of the packages that is installed, by their names."""
+    found = {"nemo_cpt": __version__}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
