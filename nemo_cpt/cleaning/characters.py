@@ -61,6 +61,24 @@ def kinds() -> Any:
     return table
 
 
+@cache
+def folded() -> Any:
+    """Return, for each code point, that of the same character without width and case; 0 for spaces.
+
+    Compatibility forms that are several characters (㈱) stay as they are.
+    """
+    import numpy as np
+
+    table = np.arange(sys.maxunicode + 1, dtype=np.uint32)
+    for code in range(0x20000):
+        plain = unicodedata.normalize("NFKC", chr(code)).lower()
+        if not plain or plain.isspace():
+            table[code] = 0
+        elif len(plain) == 1:
+            table[code] = ord(plain)
+    return table
+
+
 def _kind(character: str) -> Kind:
     category = unicodedata.category(character)
     if category == "Cn":

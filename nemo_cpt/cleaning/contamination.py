@@ -7,14 +7,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from nemo_cpt.cleaning.characters import Kind, kinds
+from nemo_cpt.cleaning.characters import Kind, folded, kinds
 from nemo_cpt.cleaning.document import Document
 from nemo_cpt.cleaning.hashing import segment_hashes, symbols, window_hashes
 from nemo_cpt.cleaning.rule import Check, Rule
 from nemo_cpt.corpus.reading.chunks import Feed, take_from
 from nemo_cpt.corpus.reading.sources import list_sources
 from nemo_cpt.corpus.reading.tally import Policy, Tally
-from nemo_cpt.corpus.splitting.duplicates import plain
 from nemo_cpt.errors import CptError
 
 _CHUNK = 2 << 20
@@ -64,7 +63,7 @@ class Contamination(Rule):
     def apply(self, document: Document) -> Iterator[Check]:
         """Count the document's n-grams that an evaluation set has."""
         if self.files:
-            yield Check("shared_ngrams", self._index.count(document.plain, document.text), at_most=self.max_ngrams)
+            yield Check("shared_ngrams", self._index.count(document), at_most=self.max_ngrams)
 
     @cached_property
     def _index(self) -> "Index":
@@ -92,7 +91,7 @@ class Index:
         self.sizes, self.too_short = {size}, 0
         found = [np.zeros(0, np.uint64)]
         for text in texts:
-            mixed = self._symbols(plain(text), text)
+            mixed = self._symbols(Document(text))
             if len(mixed) * 2 < size:
                 self.too_short += 1
                 continue
@@ -104,9 +103,9 @@ class Index:
         self._table = np.zeros(1 << _TABLE_BITS, bool)
         self._table[self.numbers >> np.uint64(64 - _TABLE_BITS)] = True
 
-    def count(self, plain_text: str, text: str) -> int:
+    def count(self, document: Document) -> int:
         """Return how many different n-grams of a document a set has."""
-        mixed, found = self._symbols(plain_text, text), set[int]()
+        mixed, found = self._symbols(document), set[int]()
         for size in self.sizes:
             windows = window_hashes(mixed, size)
             likely = windows[self._table[windows >> np.uint64(64 - _TABLE_BITS)]]
@@ -115,26 +114,22 @@ class Index:
                 found.update(likely[self.numbers[places] == likely].tolist())
         return len(found)
 
-    def _symbols(self, plain_text: str, text: str) -> Any:
-        if not self.by_characters:
-            return _word_symbols(text)
-        codes = np.frombuffer(plain_text.encode("utf-32-le", "surrogatepass"), np.uint32)
-        return symbols(codes[_is_text(kinds()[codes])])
+    def _symbols(self, document: Document) -> Any:
+        """Return a number for each character or word, marks left out."""
+        # Spaces are 0 here, and no text.
+        codes = folded()[document.codes]
+        text = _is_text(kinds()[codes])
+        if self.by_characters:
+            return symbols(codes[text])
+        # Other marks vanish, so that "don't" is a word and "well-known" one too.
+        gap = (codes == 0)[text | (codes == 0)]
+        codes = codes[text | (codes == 0)]
+        edges = np.flatnonzero(np.diff(np.concatenate(([True], gap, [True]))))
+        return symbols(segment_hashes(symbols(codes), edges[::2], edges[1::2]))
 
 
 def _is_text(kind: Any) -> Any:
-    return ((kind >= Kind.HIRAGANA) & (kind <= Kind.DIGIT)) | (kind == Kind.OTHER)
-
-
-def _word_symbols(text: str) -> Any:
-    codes = np.frombuffer(text.lower().encode("utf-32-le", "surrogatepass"), np.uint32)
-    kind = kinds()[codes]
-    gap = (kind == Kind.SPACE) | (kind == Kind.NEWLINE)
-    # Apostrophes and other marks vanish, so that "don't" is a word.
-    kept = gap | _is_text(kind)
-    codes, gap = codes[kept], gap[kept]
-    edges = np.flatnonzero(np.diff(np.concatenate(([True], gap, [True]))))
-    return symbols(segment_hashes(symbols(codes), edges[::2], edges[1::2]))
+    return (kind >= Kind.HIRAGANA) & (kind <= Kind.DIGIT)
 
 
 def _texts(files: tuple[str, ...]) -> Iterator[str]:

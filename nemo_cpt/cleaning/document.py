@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from nemo_cpt.cleaning.characters import KINDS, LETTERS, Kind, kinds
+from nemo_cpt.cleaning.characters import KINDS, LETTERS, Kind, folded, kinds
 from nemo_cpt.cleaning.hashing import segment_hashes, symbols
-from nemo_cpt.corpus.splitting.duplicates import plain
 
 _SENTENCE = re.compile(r"[^。．！？!?\n]+[。．！？!?]?")  # as Swallow cuts Japanese, line by line
 
@@ -73,9 +72,10 @@ class Document:
         return Words(self.codes, self.kinds)
 
     @cached_property
-    def plain(self) -> str:
-        """The text without width, case and spacing: what duplicates are told by."""
-        return plain(self.text)
+    def plain(self) -> Any:
+        """Its code points without width, case and spacing, uint32: what duplicates are told by."""
+        plain = folded()[self.codes]
+        return plain[plain != 0]
 
 
 class Words:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from nemo_cpt.cleaning.hashing import segment_hashes, symbols, window_hashes
-from nemo_cpt.corpus.splitting.duplicates import BANDS, PERMUTATIONS, SEED, SHINGLE, fingerprint_of_plain
+from nemo_cpt.corpus.splitting.duplicates import BANDS, PERMUTATIONS, SEED, SHINGLE
 
 ROW = np.dtype([("fingerprint", np.uint64), ("nbytes", np.uint64), ("minhash", np.uint32, PERMUTATIONS)])
 _PAIRS = 1 << 14  # whose MinHashes are compared at once
@@ -51,29 +51,30 @@ class Duplicate:
     exact: bool
 
 
-def sketch(plains: Sequence[str], nbytes: Sequence[int]) -> Any:
+def sketch(plains: Sequence[Any], nbytes: Sequence[int]) -> Any:
     """Return a row for each text.
 
     Args:
-        plains: The texts, without width, case and spacing.
+        plains: The texts' code points without width, case and spacing, uint32.
         nbytes: Bytes of their documents, which the row keeps.
     """
+    import xxhash
     from rensa import RMinHash
 
     rows: Any = np.zeros(len(plains), ROW)
     if not plains:
         return rows
-    shingles = [_shingles(text) for text in plains]
+    shingles = [_shingles(codes) for codes in plains]
     offsets = np.concatenate(([0], np.cumsum([len(each) for each in shingles]))).tolist()
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(np.concatenate(shingles), offsets, PERMUTATIONS, SEED)
     rows["minhash"] = matrix.to_rows()
-    rows["fingerprint"] = [fingerprint_of_plain(text) for text in plains]
+    rows["fingerprint"] = [xxhash.xxh3_64_intdigest(codes) for codes in plains]
     rows["nbytes"] = nbytes
     return rows
 
 
-def _shingles(text: str) -> Any:
-    mixed = symbols(np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32))
+def _shingles(codes: Any) -> Any:
+    mixed = symbols(codes)
     if len(mixed) < SHINGLE:  # the text itself: an empty sketch would resemble every other empty one
         return segment_hashes(mixed, np.zeros(1, np.int64), np.full(1, len(mixed)))
     return window_hashes(mixed, SHINGLE)

@@ -248,7 +248,7 @@ class _Cleaning:
         """Take a task's documents through the rules; called in a worker."""
         portion = _Portion()
         counts, kept, dropped = portion.counts, list[bytes](), list[bytes]()
-        plains, sizes = list[str](), list[int]()
+        plains, sizes = list[Any](), list[int]()
         values, values_of_kept = dict[str, list[float]](), dict[str, list[float]]()
         for record in read_records(task, self.json_key, portion.reading):
             found = examine(record.text, self.rules)

@@ -30,7 +30,7 @@ class Language(Rule):
 
     language: str = "en"
     min_score: float | None = 0.65
-    characters: int = 300
+    characters: int = 200
     rivals: tuple[str, ...] = RIVALS
 
     def load(self) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from nemo_cpt.cleaning.characters import Kind
 from nemo_cpt.cleaning.document import Document
 from nemo_cpt.cleaning.rule import Check, Rule
 
@@ -19,7 +20,7 @@ _OCTET = r"(?:25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])"
 _IPV4 = re.compile(rf"(?<![A-Za-z0-9_.])(?:{_OCTET}\.){{3}}{_OCTET}(?![A-Za-z0-9_]|\.[0-9])")
 _IPV6 = re.compile(r"(?<![0-9A-Za-z:])(?:[0-9A-Fa-f]{1,4}:){7}[0-9A-Fa-f]{1,4}(?![0-9A-Za-z:])")
 _NOT_PUBLIC = re.compile(r"(?:0|10|127|22[4-9]|2[3-5]\d)\.|169\.254\.|192\.168\.|172\.(?:1[6-9]|2\d|3[01])\.")
-_LONG_NUMBER = re.compile(r"\d(?:[^\w\n]{0,2}\d){6}")  # seven digits: less is neither a phone number nor an id
+_LONG_NUMBER = re.compile(r"[0-9０-９](?:[^\w\n]{0,2}\d){6}")  # seven digits: less is neither a phone number nor an id
 _BEFORE, _AFTER = rf"(?<![\d.])(?<!\d{_H})", rf"(?!{_H}?\d)"  # no part of a longer number
 _PHONES = {
     "": rf"[+＋]\d{{1,3}}(?:[ .]|{_H})?\(?\d{{1,4}}\)?(?:(?:[ .]|{_H})?\d{{2,4}}){{1,4}}",
@@ -59,10 +60,13 @@ class Masking(Rule):
         masked = Masked(document.text)
         if self.email is not None and ("@" in document.text or "＠" in document.text):
             masked.replace("email", _EMAIL, self.email)
-        if self.ip is not None:
+        # Most texts have no such numbers, and counting is cheaper than looking for them.
+        digits = document.counts[Kind.DIGIT]
+        if self.ip is not None and digits >= 4 and masked.text.count(".") >= 3:
             masked.replace("ip", _IPV4, self.ip, lambda found: not _NOT_PUBLIC.match(found))
+        if self.ip is not None and masked.text.count(":") >= 7:
             masked.replace("ip", _IPV6, self.ip)
-        if _LONG_NUMBER.search(masked.text):
+        if digits >= 7 and _LONG_NUMBER.search(masked.text):
             self._mask_numbers(masked)
         for what, count in masked.counts.items():
             document.changes[f"masked {what}"] += count

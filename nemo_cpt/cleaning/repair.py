@@ -1,27 +1,32 @@
 """Characters as they were meant: encodings repaired, Unicode in one form, nothing invisible."""
 
 import re
+import sys
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Literal
 
+import numpy as np
+
 from nemo_cpt.cleaning.characters import Kind
 from nemo_cpt.cleaning.document import Document
 from nemo_cpt.cleaning.rule import Check, Rule
 from nemo_cpt.errors import CptError
 
-# Each text that ftfy would change has one of these: letters that bytes become in a wrong encoding (Latin with accents,
-# Greek, Cyrillic, the box drawings of code page 437), control characters, an entity of HTML. Most East Asian texts have
+# Each text that ftfy would change has one of these, or an entity: letters that bytes become in a wrong encoding (Latin
+# with accents, Greek, Cyrillic, the box drawings of code page 437) and control characters. Most East Asian texts have
 # none, and are not looked at any further.
-_SUSPICIOUS = re.compile(
-    r"[\x00-\x08\x0b-\x1f\x7f-\u024f\u02c6\u02dc\u0370-\u04ff\u2028\u2029\u2500-\u257f\u221a\ud800-\udfff\ufeff\ufff9-\uffff]"
-    r"|&(?:#|[A-Za-z]{2})"
-)
+_SUSPICIOUS = (
+    (0x00, 0x08), (0x0B, 0x1F), (0x7F, 0x24F), (0x2C6, 0x2C6), (0x2DC, 0x2DC), (0x370, 0x4FF), (0x200B, 0x200B),
+    (0x2028, 0x2029), (0x2060, 0x2060), (0x221A, 0x221A), (0x2500, 0x257F), (0xD800, 0xDFFF), (0xFEFF, 0xFEFF),
+    (0xFFF9, 0xFFFF),
+)  # fmt: skip
+_ENTITY = re.compile("&(?:#|[A-Za-z]{2})")
 _INVISIBLE = re.compile("[\u00ad\u200b\u2060\ufeff]")  # but no joiners, which emoji and Persian are written with
 _HALFWIDTH_KATAKANA = re.compile(r"[\uff61-\uff9f]+")
-_READ_AS_SHIFT_JIS = re.compile("[縺繧繝]")  # the first bytes of kana in UTF-8, E3 81 to E3 83, as Shift JIS
+_READ_AS_SHIFT_JIS = "縺繧繝"  # the first bytes of kana in UTF-8, E3 81 to E3 83, as Shift JIS
 _BLANK_LINES = re.compile(r"\n(?:[ \t\u3000]*\n){2,}")
 
 
@@ -62,8 +67,14 @@ class Repair(Rule):
 
     def apply(self, document: Document) -> Iterator[Check]:
         """Mend the text, then see how much of it nobody can read."""
+        self._mend(document, bool(_suspicious()[document.codes].any()))
+        document.replace(self._in_form(document))
+        unreadable = document.counts[Kind.UNREADABLE] / max(len(document.text), 1)
+        yield Check("unreadable_share", unreadable, at_most=self.max_unreadable_share)
+
+    def _mend(self, document: Document, suspicious: bool) -> None:
         text = document.text
-        if (self.mojibake or self.entities) and _SUSPICIOUS.search(text):
+        if (self.mojibake and suspicious) or (self.entities and "&" in text and _ENTITY.search(text)):
             import ftfy
 
             text = ftfy.fix_text(text, _ftfy(self.mojibake, self.entities))
@@ -71,13 +82,11 @@ class Repair(Rule):
             text = _from_shift_jis(text)
         if text != document.text:
             document.changes["repaired encoding"] += 1
-        document.replace(self._in_form(_INVISIBLE.sub("", text), document))
-        unreadable = document.counts[Kind.UNREADABLE] / max(len(document.text), 1)
-        yield Check("unreadable_share", unreadable, at_most=self.max_unreadable_share)
+        document.replace(_INVISIBLE.sub("", text) if suspicious else text)
 
-    def _in_form(self, text: str, document: Document) -> str:
-        before = text
-        if self.halfwidth_katakana and _HALFWIDTH_KATAKANA.search(text):
+    def _in_form(self, document: Document) -> str:
+        text = before = document.text
+        if self.halfwidth_katakana and ((document.codes >= 0xFF61) & (document.codes <= 0xFF9F)).any():
             # Runs, not characters: a voiced one is written as two, and becomes one.
             text = _HALFWIDTH_KATAKANA.sub(lambda run: unicodedata.normalize("NFKC", run[0]), text)
         if self.form != "none" and not unicodedata.is_normalized(self.form, text):
@@ -88,12 +97,20 @@ class Repair(Rule):
 
 
 def _from_shift_jis(text: str) -> str:
-    if len(_READ_AS_SHIFT_JIS.findall(text)) * 10 < len(text):
+    if sum(map(text.count, _READ_AS_SHIFT_JIS)) * 10 < len(text):
         return text
     try:
         return text.encode("cp932").decode("utf-8")
     except UnicodeError:  # bytes are lost: the text stays, and is no Japanese to the rules that follow
         return text
+
+
+@cache
+def _suspicious() -> Any:
+    table = np.zeros(sys.maxunicode + 1, bool)
+    for first, last in _SUSPICIOUS:
+        table[first : last + 1] = True
+    return table
 
 
 @cache

@@ -9,30 +9,21 @@ PERMUTATIONS, BANDS, SEED = 128, 32, 42
 
 def fingerprint(text: str) -> int:
     """Return a 64-bit hash of a text that ignores width, case and spacing; a fixed function, whatever the machine."""
-    return fingerprint_of_plain(plain(text))
-
-
-def plain(text: str) -> str:
-    """Return a text without width, case and spacing."""
-    # Part of the promise that a held-out document stays held out: a change here moves documents between the sets.
-    return "".join(unicodedata.normalize("NFKC", text).split()).lower()
-
-
-def fingerprint_of_plain(text: str) -> int:
-    """Return the `fingerprint` of a text of which `plain` has been made already."""
     import xxhash
 
-    return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"))
+    # Part of the promise that a held-out document stays held out: a change here moves documents between the sets.
+    plain = "".join(unicodedata.normalize("NFKC", text).split()).lower()
+    return xxhash.xxh3_64_intdigest(plain.encode("utf-8", "surrogatepass"))
 
 
 def sketch(text: str) -> Any:
     """Return the MinHash of a text's character 5-grams (R-MinHash of the rensa library, 128 permutations)."""
     from rensa import RMinHash
 
-    joined = "".join(text.split()).lower()
+    plain = "".join(text.split()).lower()
     minhash = RMinHash(PERMUTATIONS, SEED)
     # At least one shingle, the text itself: an empty sketch would resemble every other empty one.
-    minhash.update({joined[i : i + SHINGLE] for i in range(max(len(joined) - SHINGLE + 1, 1))})
+    minhash.update({plain[i : i + SHINGLE] for i in range(max(len(plain) - SHINGLE + 1, 1))})
     return minhash
 
 
