@@ -141,14 +141,19 @@ def _number(pattern: str) -> re.Pattern[str]:
     return re.compile(f"{_BEFORE}(?:{pattern}){_AFTER}")
 
 
+def _grouped(groups: int) -> re.Pattern[str]:
+    """Return a pattern of so many groups of four digits that no further group stands beside."""
+    return re.compile(rf"(?<!\d )(?<!\d{_H})(?<![\d.])\d{{4}}(?:(?: |{_H})?\d{{4}}){{{groups - 1}}}(?!(?: |{_H})?\d)")
+
+
 def _always(found: str) -> bool:
     return True
 
 
 _MONTH_DAY = r"(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])"
 _IDENTITIES: tuple[tuple[str, re.Pattern[str], Callable[[str], bool]], ...] = (
-    ("", _number(rf"\d{{4}}(?:(?: |{_H})?\d{{4}}){{3}}"), _is_card),
-    ("jp", _number(rf"\d{{4}}(?:(?: |{_H})?\d{{4}}){{2}}"), _is_my_number),
+    ("", _grouped(4), _is_card),
+    ("jp", _grouped(3), _is_my_number),
     ("us", _number(r"(?!000|666|9)[0-9]{3}-(?!00)[0-9]{2}-(?!0000)[0-9]{4}"), _always),
     ("cn", _number(rf"[1-9]\d{{5}}(?:19|20)[0-9]{{2}}{_MONTH_DAY}[0-9]{{3}}[0-9Xx]"), _is_chinese_identity),
     ("kr", _number(rf"[0-9]{{2}}{_MONTH_DAY}-[1-8][0-9]{{6}}"), _always),
