@@ -284,3 +284,20 @@ def test_estimates(tmp_path: Path, corpus: Path, small: Path, one: str) -> None:
     assert round(by_hand.task_seconds - 15, 6) == 2.0
     assert by_hand.dataset == 64 * 10**8 * (0.25 * 4 + 1e-3 * 20)
     assert by_hand.disk == 2 * by_hand.dataset
+
+
+@pytest.mark.parametrize(
+    ("tasks", "cpus", "minutes", "rate"), [(8, 16, 2.9, 5.8), (64, 1, 5.5, 3.1), (64, 16, 0.6, 29.0)]
+)
+def test_the_plan_for_a_terabyte(tasks: int, cpus: int, minutes: float, rate: float) -> None:
+    """The table of docs/corpus.md."""
+    plan = estimate_shares([10**12 // tasks] * tasks, 0, Sample(1.0, 0.2625, 3e-4), 4, cpus)
+    assert round(plan.task_seconds / 60, 1) == minutes
+    assert round(plan.stored / plan.task_seconds / 1e9, 1) == rate
+    assert (round(plan.join_seconds / 60), round(plan.disk / 1e11), round(plan.network / 1e11)) == (35, 21, 42)
+    one_file = estimate_shares([10**12 // tasks] * tasks, 10**12, Sample(1.0, 0.2625, 3e-4), 4, cpus)
+    assert round(one_file.join_seconds / 60) == 52
+    row = (
+        f"| {tasks} x {cpus} | {1000 / tasks:.1f} GB | {minutes} minutes | {rate} GB/s | 35 minutes | 2.1 TB | 4.2 TB |"
+    )
+    assert row in (Path(__file__).parents[2] / "docs" / "corpus.md").read_text()
