@@ -11,7 +11,7 @@ from nemo_cpt.cli import app
 from nemo_cpt.cli.conversations import inspect_conversations, prepare_conversations
 from nemo_cpt.cli.launch import only_json_on_stdout
 from nemo_cpt.cli.recipe_arguments import Executor
-from nemo_cpt.cli.tables import print_json, print_plain, print_report
+from nemo_cpt.cli.tables import print_json, print_plain, print_report, size_of
 from nemo_cpt.errors import CptError
 
 if TYPE_CHECKING:
@@ -187,19 +187,21 @@ def _print_estimate(estimate: "Estimate", asked: int, json: bool) -> None:
     fewer = f" (the inputs cannot be cut into {asked})" if estimate.tasks < asked else ""
     rows = {
         "tasks": f"{estimate.tasks:,}{fewer}",
-        "inputs": f"{estimate.stored / 1e9:,.1f} GB on disk, about {estimate.text / 1e9:,.1f} GB of text",
-        "largest share": f"{estimate.largest / 1e9:,.1f} GB, about {_span(estimate.task_seconds)}",
+        "inputs": f"{size_of(estimate.stored)} on disk, about {size_of(estimate.text)} of text",
+        "largest share": f"{size_of(estimate.largest)}, about {_span(estimate.task_seconds)}",
         "all tasks": f"about {_span(estimate.all_seconds)} of one task's time",
         "join": f"about {_span(estimate.join_seconds)}",
-        "dataset": f"about {estimate.tokens / 1e9:,.2f} B tokens, {estimate.dataset / 1e9:,.1f} GB",
-        "disk": f"{estimate.disk / 1e9:,.1f} GB beside the inputs, until the parts are joined",
-        "network": f"{estimate.network / 1e9:,.1f} GB read and written in all",
+        "dataset": f"about {estimate.tokens / 1e6:,.0f} M tokens, {size_of(estimate.dataset)}",
+        "disk": f"{size_of(estimate.disk)} beside the inputs, until the parts are joined",
+        "network": f"{size_of(estimate.network)} read and written in all",
         "submitted": "nothing: this is a dry run",
     }
     print_report(rows, [])
 
 
 def _span(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
     return f"{seconds / 60:,.0f} minutes" if seconds < 5400 else f"{seconds / 3600:,.1f} hours"
 
 

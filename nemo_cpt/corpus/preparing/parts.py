@@ -147,8 +147,8 @@ class Plan:
             return cls(**content | {"settings": Settings(**content["settings"])}, sources=sources, shares=shares)
         except OSError as error:
             raise CptError(
-                f"{path} cannot be read on {socket.gethostname()}: {error.strerror}. The output must be on a file "
-                "system that every task's machine sees under the same path."
+                f"{path} cannot be read on {socket.gethostname()}: {error.strerror}. `nemo-cpt prepare --tasks` makes "
+                "it; the output must be on a file system that every task's machine sees under the same path."
             ) from error
         except (ValueError, TypeError, KeyError) as error:
             raise CptError(f"{path} is damaged: {error}. Begin anew with overwrite=True (--overwrite).") from error
