@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_cpt.corpus.plan import remove_parts
 from nemo_cpt.corpus.preparing import parts
 from nemo_cpt.corpus.preparing.estimate import Estimate, estimate
 from nemo_cpt.corpus.preparing.preparation import PrepareReport
@@ -63,18 +64,18 @@ def prepare_in_tasks(
     check_executor(executor, detach)
     options["workers"] = _workers(options.get("workers"), executor, tasks)
     plan, loaded = parts.make_plan(inputs, output_prefix, tokenizer, tasks, overwrite, **options)
-    whole = plan.whole(loaded)
+    whole = parts.whole(plan, loaded)
     if whole.is_there(overwrite):
-        parts.remove_parts(plan.folder)
-        return whole.report(plan.settings, "unchanged", {})
+        remove_parts(plan.folder)
+        return whole.report(parts.settings_of(plan), "unchanged", {})
     missing = parts.take_up(plan, loaded)
     name = f"prepare-{Path(output_prefix).name}"
-    array = Array(name, plan.folder, TASK, JOIN, missing, lambda: plan.missing(loaded))
+    array = Array(name, plan.folder, TASK, JOIN, missing, lambda: parts.missing(plan, loaded))
     experiment = ""
     if missing or not _is_local(executor):
         experiment = run_array(array, executor, detach)
     if detach:
-        return Submitted(experiment, plan.prefix, len(plan.shares), len(missing))
+        return Submitted(experiment, whole.prefix, len(plan.shares), len(missing))
     # Slurm's last job has joined them: then this reports.
     return parts.join(plan.folder)
 

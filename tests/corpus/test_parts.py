@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 import nemo_cpt.corpus
 from nemo_cpt.corpus import prepare, read_manifest
+from nemo_cpt.corpus.plan import Plan, remove_parts
 from nemo_cpt.corpus.preparing import parts
 from nemo_cpt.corpus.preparing.estimate import Sample, estimate, estimate_shares
-from nemo_cpt.corpus.preparing.parts import Plan, join, make_plan, prepare_part, take_up
+from nemo_cpt.corpus.preparing.parts import join, make_plan, part_prefix, prepare_part, take_up
 from nemo_cpt.corpus.reading.shares import cut
 from nemo_cpt.corpus.reading.sources import Source, list_sources
 from nemo_cpt.corpus.tokenization.tokenizer import load_tokenizer
@@ -168,18 +169,18 @@ def test_killed_joins_go_on(tmp_path_factory: pytest.TempPathFactory, corpus: Pa
     # Whether or not it came to its end meanwhile: what is there then is whole.
     assert same_files(join(plan.folder).prefix, one)
     assert not plan.folder.exists()
-    assert [path.name for path in Path(plan.prefix).parent.glob("*.part")] == []
+    assert [path.name for path in plan.folder.parent.glob("*.part")] == []
 
 
 def test_a_killed_task_goes_on(tmp_path: Path, corpus: Path, small: Path, one: str) -> None:
     plan = planned(corpus, tmp_path, small, 2, chunk_bytes=5_000, checkpoint_seconds=0)
     count = lines_of(lambda: prepare_part(plan.folder, 0), CODE).count
-    parts.remove_parts(plan.folder)
+    remove_parts(plan.folder)
     plan.write()
     killed, _ = killed_at(count // 2, lambda: prepare_part(plan.folder, 0), CODE)
     assert killed
-    assert Path(plan.part_prefix(0) + ".journal").exists()
-    assert plan.missing(load_tokenizer(small)) == [0, 1]
+    assert Path(part_prefix(plan, 0) + ".journal").exists()
+    assert parts.missing(plan, load_tokenizer(small)) == [0, 1]
     with pytest.raises(CptError, match=r"2 of the 2 parts .* are not there, or not done"):
         join(plan.folder)
     for number in (0, 1):
@@ -238,7 +239,7 @@ def test_changed_inputs_are_noticed(tmp_path: Path, small: Path, texts: list[str
 
 def test_what_the_join_does_not_see_is_said(tmp_path: Path, corpus: Path, small: Path) -> None:
     plan = made(corpus, tmp_path, small)
-    elsewhere = Path(plan.part_prefix(2) + ".idx")
+    elsewhere = Path(part_prefix(plan, 2) + ".idx")
     elsewhere.unlink()
     with pytest.raises(CptError, match=r"1 of the 5 parts .* as \S+ sees it: 2\. .*share"):
         join(plan.folder)

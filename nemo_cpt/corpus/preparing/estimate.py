@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from nemo_cpt.corpus.dataset.index import ITEMSIZE
-from nemo_cpt.corpus.preparing.parts import Plan
+from nemo_cpt.corpus.plan import Plan
+from nemo_cpt.corpus.preparing.parts import settings_of, whole
 from nemo_cpt.corpus.reading.chunks import Feed, texts_of
 from nemo_cpt.corpus.reading.sources import Source
 from nemo_cpt.corpus.tokenization.tokenizer import Tokenizer
@@ -80,7 +81,7 @@ def estimate(plan: Plan, tokenizer: Tokenizer, cpus: int) -> Estimate:
     if not sum(shares):
         raise CptError("The inputs have no size that is known beforehand: bring them here with `nemo-cpt fetch` first.")
     divided = {source.path: source.size for share in plan.shares for source in share if source.is_range}
-    itemsize = ITEMSIZE[plan.whole(tokenizer).dtype]
+    itemsize = ITEMSIZE[whole(plan, tokenizer).dtype]
     return estimate_shares(shares, sum(divided.values()), _sample(plan, tokenizer), itemsize, cpus)
 
 
@@ -116,7 +117,7 @@ def estimate_shares(shares: list[int], divided: int, sample: Sample, itemsize: i
 
 def _sample(plan: Plan, tokenizer: Tokenizer) -> Sample:
     source = max(plan.sources, key=lambda each: each.size)
-    texts, read = _first_texts(source, plan.settings.json_key)
+    texts, read = _first_texts(source, settings_of(plan).json_key)
     size = sum(len(text.encode()) for text in texts)
     ids, _ = tokenizer.reference_encoder().encode(texts)
     return Sample(size / read, (len(ids) + len(texts)) / size, len(texts) / size)

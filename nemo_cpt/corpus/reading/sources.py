@@ -21,8 +21,8 @@ _TEXT_NAME = re.compile(r"\.(txt|text|md|markdown|csv|tsv)$", re.IGNORECASE)
 _ABOUT = re.compile(r"(readme|licen[sc]e|copying|changelog|notice)\b", re.IGNORECASE)  # what a folder is, not its data
 HUB = "hf:"
 UNFINISHED = ".part"  # the folder in which `split` works
-PLAN = "plan.json"  # of several tasks that make one dataset, in a folder whose name ends so:
-PARTS = ".parts"
+PLAN = "plan.json"  # of several tasks that make one output, beside the parts that they have made,
+PARTS = ".parts"  # in a folder whose name ends so
 DATASET_DICT = "dataset_dict.json"
 Inputs = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -175,8 +175,8 @@ def _is_bookkeeping(path: Path) -> bool:
     """Say whether `fetch`, `split` or `prepare` wrote a file beside data; only its neighbours tell it from data."""
     name = path.name
     # By name and neighbours: a user's own file of that name, alone, is data.
-    if name == PLAN:
-        return path.parent.name.endswith(PARTS)
+    if path.parent.name.endswith(PARTS) and (path.parent / PLAN).exists():
+        return True
     if name == "split.json":
         neighbours = ["train.jsonl"]
     elif name.endswith(".part.json"):
