@@ -120,6 +120,8 @@ class SlurmJob(SlurmExecutor):
             f"comes_back={int(self.comes_back)} max_restarts={self.retries} preempt_seconds={self.preempt_seconds}",
             f"marker=$job/{MARKER_PREFIX}$SLURM_JOB_ID refusal=$job/{REFUSAL_PREFIX}$SLURM_JOB_ID",
             *self._chain_lines(),
+            # Of sbatch's --cpus-per-task srun makes nothing by itself, since Slurm 22.05.
+            '[ -z "$SLURM_CPUS_PER_TASK" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK',
             "export MASTER_ADDR=${head_node_ip%% *}",  # the template's, of a node with several addresses the first
             f"export {MARKER}={job}/{MARKER_PREFIX}$SLURM_JOB_ID {REFUSAL}={job}/{REFUSAL_PREFIX}$SLURM_JOB_ID",
             f"export PYTHONSAFEPATH=1 PYTHONPATH={python_path(f'{job}/code', f'{job}/code/src')}",

@@ -129,7 +129,7 @@ def run(
     # From here to `submit` each step costs more than the one before: what can be refused is refused early.
     recipe, pairs, executor = from_file(recipe, overrides, executor)
     function, arguments, fields, options = catalog.split(recipe, pairs)
-    with _only_json_on_stdout(json):
+    with only_json_on_stdout(json):
         job = describe(function, arguments, fields, executor, options)
         # Not for a cluster's files, which this machine does not see.
         if job.place.same_files and (said := nothing_to_train(function.name, arguments, fields, job.place.here)):
@@ -179,7 +179,7 @@ def status(
             for task in each["tasks"]
         ]
         return print_table(("experiment", "started", "task", "status", "job"), rows)
-    with _only_json_on_stdout(json):
+    with only_json_on_stdout(json):
         one = jobs.status(experiment)
     if json:
         return print(jsonlib.dumps(one))
@@ -211,7 +211,7 @@ def cancel(experiment: Experiment = None, json: Json = False) -> None:
     """
     from nemo_cpt.launching import jobs
 
-    with _only_json_on_stdout(json):
+    with only_json_on_stdout(json):
         cancelled = jobs.cancel(experiment)
     if json:
         return print(jsonlib.dumps(cancelled))
@@ -221,7 +221,7 @@ def cancel(experiment: Experiment = None, json: Json = False) -> None:
 
 
 @contextlib.contextmanager
-def _only_json_on_stdout(json: bool) -> Iterator[None]:
+def only_json_on_stdout(json: bool) -> Iterator[None]:
     """With --json, let what is printed within, NeMo-Run's panels and the job's log, go to stderr."""
     # What scripts read from stdout is one object, whatever NeMo-Run prints.
     with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
