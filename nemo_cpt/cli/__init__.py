@@ -51,6 +51,7 @@ def main() -> None:
         results,
         vocabulary,
         watching,
+        workflow,
     )
 
     try:
