@@ -59,9 +59,7 @@ def call(
 def _named(function: Callable[..., Any]) -> str:
     file = inspect.getsourcefile(function)
     if file is None or not function.__qualname__.isidentifier():
-        raise CptError(
-            f"{function!r} stands within another function, or in no file: a step's process could not find it"
-        )
+        raise CptError(f"{function!r} stands within another function, or in no file: no other process could find it")
     return f"{Path(file).absolute()}:{function.__name__}"
 
 

@@ -43,7 +43,7 @@ class DryRun:
             if each.done:
                 yield each.step.name, does, "done", "", "", "", ""
             else:
-                yield each.step.name, does, "would run", each.why, *_cells(estimate)
+                yield each.step.name, does, "may run" if each.waits else "would run", each.why, *_cells(estimate)
         seconds, disk = (sum(getattr(each, name) or 0 for each in self.estimates) for name in ("seconds", "disk_bytes"))
         memory = max((each.memory_gib or 0 for each in self.estimates), default=0)
         more = " and what is not known" if any(self._unknown()) else ""

@@ -8,6 +8,7 @@ steps:
 import re
 from collections.abc import Iterator
 from importlib.util import module_from_spec, spec_from_file_location
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ _SCALARS = (
     ("null", r"~|null|", ["~", "n", ""]),
     ("bool", r"true|false", list("tf")),
     ("int", r"[-+]?[0-9][0-9_]*", list("-+0123456789")),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", list("-+.0123456789")),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
 )
 
 
@@ -46,15 +47,10 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
-    text = str(node.value).lower()
-    return float(text.replace(".inf", "inf").replace(".nan", "nan"))
-
-
 for _class in (_Loader, _Dumper):
     for _kind, _pattern, _first in _SCALARS:
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_pattern})$"), _first)
-_Loader.add_constructor("tag:yaml.org,2002:float", _number)
+_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(node.value))
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value.replace("_", "")))
 
 
@@ -175,7 +171,7 @@ def _call(step: Step) -> Iterator[str]:
     yield f"    {step.name!r},"
     if step.kind is OWN:
         yield f"    {step.do!r},"
-    plain = {name: value for name, value in step.parameters.items() if name.isidentifier()}
+    plain = {name: value for name, value in step.parameters.items() if name.isidentifier() and not iskeyword(name)}
     for name, value in plain.items():
         yield f"    {name}={value!r},"
     if others := {name: value for name, value in step.parameters.items() if name not in plain}:

@@ -157,7 +157,7 @@ def source_of(do: str, folder: Path) -> Path:
             spec = None
         path = Path(spec.origin) if spec and spec.origin else Path(module)
     if not path.is_file():
-        raise CptError(f"do: {do}: there is no file or module {module}")
+        raise CptError(f"there is no file or module {module}")
     return path
 
 

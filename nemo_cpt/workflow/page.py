@@ -12,6 +12,7 @@ from nemo_cpt.workflow import outputs
 from nemo_cpt.workflow.state import PAGE, RECORD, State
 
 COLUMNS = ("step", "does", "state", "seconds", "made", "content", "reports")
+OF_A_STEP = ("parameters", "result", "inputs", "outputs", "started", "ended", "starts")
 REPORTS = ("report.html", "report/report.html", "split.json", "cleaning.json", "synthesis.json")
 
 
@@ -39,10 +40,7 @@ def _page(state: State) -> Iterator[str]:
             yield f'<p class="warning">{html.escape(name)}: {html.escape(record["message"])}</p>'
     yield "<h2>Each step</h2>"
     for name, record in records.items():
-        shown = {
-            key: record[key] for key in ("parameters", "result", "inputs", "outputs", "started", "ended", "starts")
-        }
-        yield details(name, shown)
+        yield details(name, {key: record[key] for key in OF_A_STEP})
     yield details("versions", whole["versions"])
     yield "</body></html>"
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from nemo_cpt.corpus.atomic_files import make_folder, write_whole
 from nemo_cpt.errors import CptError, StoppedEarlyError
@@ -203,30 +203,25 @@ class Runner:
             StoppedEarlyError: it was told to stop.
         """
         log = self.state.path(step.name, "log")
-        if code == 0:
-            now = inputs_of(step, record)
-            if name := next((name for path in now if (name := outputs.changed(record.inputs[path], now[path]))), ""):
-                message = (
-                    f"{step.name} read {name}, which changed while it ran: what it made is of neither; run it again"
-                )
-                # Without inputs: it is not gone on from, whatever they become.
-                self.state.write(record.replace(state=FAILED, message=message, inputs={}))
-                raise CptError(message)
-            made = outputs_of(step)
-            if missing := [path for path, files in made.items() if not files]:
-                message = f"{step.name} ended well, and {missing[0]} is not there; its log is {log}"
-                self.state.write(record.replace(state=FAILED, message=message))
-                raise CptError(message)
-            result = self.state.path(step.name, "result")
-            returned = json.loads(result.read_bytes()) if result.is_file() else {}
-            self.state.write(record.replace(state=DONE, outputs=made, result=returned))
-            return self.shown.end(step.name, record.seconds)
-        if self.given or code == StoppedEarlyError.exit_code:
+        if code and (self.given or code == StoppedEarlyError.exit_code):
             self.state.write(record.replace(state=STOPPED, message="told to stop"))
-            raise StoppedEarlyError(
-                f"{self.workflow.name} was stopped in {step.name}: the same command goes on from there"
-            )
-        message = _message(step, code, log)
+            where = f"{self.workflow.name} was stopped in {step.name}"
+            raise StoppedEarlyError(f"{where}: the same command goes on from there")
+        if code:
+            self._fail(record, _message(step, code, log))
+        now, made = inputs_of(step, record), outputs_of(step)
+        if names := [name for path in now if (name := outputs.changed(record.inputs[path], now[path]))]:
+            message = f"{step.name} read {names[0]}, which changed meanwhile: what it made is of neither; run it again"
+            # Without inputs: it is not gone on from, whatever they become.
+            self._fail(record.replace(inputs={}), message)
+        if missing := [path for path, files in made.items() if not files]:
+            self._fail(record, f"{step.name} ended well, and {missing[0]} is not there; its log is {log}")
+        result = self.state.path(step.name, "result")
+        returned = json.loads(result.read_bytes()) if result.is_file() else {}
+        self.state.write(record.replace(state=DONE, outputs=made, result=returned))
+        self.shown.end(step.name, record.seconds)
+
+    def _fail(self, record: Record, message: str) -> NoReturn:
         self.state.write(record.replace(state=FAILED, message=message))
         raise CptError(message)
 

@@ -50,9 +50,7 @@ class Chosen:
         chosen = workflow.before(workflow.step(self.until).name) if self.until else set(workflow.steps)
         named = {*self.redo, *([self.start_from] if self.start_from else [])}
         if outside := sorted(named - chosen):
-            raise CptError(
-                f"{outside[0]} is not among what {self.until} needs: leave --until away, or name a later one"
-            )
+            raise CptError(f"{self.until} does not need {outside[0]}: leave --until away, or name a later step")
         return chosen
 
 

@@ -1,9 +1,11 @@
 """A workflow: steps that name what they read and write, put in order by that, and checked before anything runs."""
 
 import glob
+import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
@@ -54,17 +56,16 @@ class Step:
     @cached_property
     def kind(self) -> Kind:
         """What steps like it do."""
-        try:
+        with self._named():
             return kind_of(self.do, self.parameters)
-        except CptError as error:
-            raise CptError(f"{self.name}: {error.message}") from None
 
     @cached_property
     def function(self) -> catalog.Function:
         """The function or recipe that it calls, as its source has it."""
         if self.kind.recipe:
             return recipes.function(self.name, self.parameters)
-        return function_of(self.do, self.kind, self.folder)
+        with self._named():
+            return function_of(self.do, self.kind, self.folder)
 
     @cached_property
     def reads(self) -> list[str]:
@@ -122,6 +123,14 @@ class Step:
         required = [name for name, each in known.items() if each.default is None and name != "**"]
         if missing := [name for name in required if name not in self.arguments]:
             raise CptError(f"{self.name}: {self.do} needs {', '.join(missing)}")
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Say which step it is that cannot work."""
+        try:
+            yield
+        except CptError as error:
+            raise CptError(f"{self.name}: {error.message}") from None
 
     def _own_paths(self, which: str) -> list[str]:
         names = self.parameters.get(which) or []
@@ -285,7 +294,7 @@ def _feeds(step: Step, other: Step) -> bool:
 
 def _plain(value: Any, where: str) -> Any:
     """A value as YAML holds it."""
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
         return value
     if isinstance(value, Step | os.PathLike):
         return os.fspath(value)
