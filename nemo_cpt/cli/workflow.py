@@ -1,5 +1,6 @@
 """Commands of `nemo-cpt`: workflows, many steps as one file."""
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,7 +9,9 @@ import typer
 from typer.core import TyperGroup
 
 from nemo_cpt.cli import app
+from nemo_cpt.cli.recipe_arguments import Executor
 from nemo_cpt.cli.tables import print_json, print_table
+from nemo_cpt.errors import CptError
 
 RUN = "run"
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -45,22 +48,62 @@ def run_command(
     start_from: Annotated[
         str | None, typer.Option("--from", help="Make this step again, and all that need it.")
     ] = None,
+    options: Annotated[
+        list[str] | None, typer.Argument(help="executor.key=value: the executor's options, of all steps.")
+    ] = None,
+    executor: Executor = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Return once the jobs are submitted.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Train although the doctor finds it red.")] = False,
     json: Json = False,
 ) -> None:
     """Run the steps of a workflow that are not done; a killed or stopped one goes on.
 
     A step is done as long as what it reads, its parameters and what it made are the same, by content. Ends with 75
-    where it was told to stop, and with 2 where a step cannot work.
+    where it was told to stop, and with 2 where a step cannot work. With --executor each step is a job, behind those
+    that it needs.
     """
     from nemo_cpt.workflow import Chosen, load, run
 
     workflow, chosen = load(file), Chosen(until, redo or (), start_from, force)
+    own = _own_options(options or [], executor)
     if dry_run:
         return _show(workflow, chosen, json)
+    if own is not None:
+        return _submit(file, chosen, str(executor), own, detach, json)
+    if detach:
+        raise CptError("--detach is for jobs on an --executor: the steps run in this process")
     record = run(workflow, chosen, say=lambda line: print(line, file=sys.stderr if json else sys.stdout, flush=True))
     if json:
         print_json(record)
+
+
+def _own_options(pairs: list[str], executor: str | None) -> list[str] | None:
+    """The executor's options, without `executor.`; None where the steps run here."""
+    prefix = "executor."
+    if unknown := [pair for pair in pairs if not pair.startswith(prefix)]:
+        raise CptError(f"{unknown[0]}: a step's parameters stand in the file; here only {prefix}key=value")
+    if executor in (None, "local"):
+        if pairs:
+            raise CptError(f"{pairs[0]} is for an --executor, and the steps run here")
+        return None
+    from nemo_cpt.launching.description import place
+
+    found = [pair.removeprefix(prefix) for pair in pairs]
+    place(str(executor), found)  # which refuses what is misspelt
+    return found
+
+
+def _submit(file: Path, chosen: Any, executor: str, options: list[str], detach: bool, json: bool) -> None:
+    from nemo_cpt.workflow.cluster import submit
+
+    with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
+        found = submit(file, chosen, executor, options, detach)
+    if json:
+        print_json(found)
+    elif found["experiment"]:
+        print(f"experiment {found['experiment']}: nemo-cpt status|logs|cancel {found['experiment']}")
+    else:
+        print("every step is done")
 
 
 def _show(workflow: Any, chosen: Any, json: bool) -> None:

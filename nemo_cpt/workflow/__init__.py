@@ -26,7 +26,11 @@ if TYPE_CHECKING:
 
 _KINDS = {name: do for do, name in maker_names().items()}
 _HOMES = {"Chosen": "standing", "run": "running"}
-__all__ = ["Chosen", "Step", "Workflow", "as_python", "as_yaml", "call", "load", "run"]
+_OF_KINDS = (
+    "download", "evaluate", "export", "fetch", "grow", "grow_tokenizer", "import_", "init", "merge", "prepare", "push",
+    "report", "serve", "split", "synthesize", "tokenizer", "train", "tune", "verify",
+)  # fmt: skip
+__all__ = [*_OF_KINDS, "Chosen", "Step", "Workflow", "as_python", "as_yaml", "call", "load", "run"]
 
 
 def call(
@@ -80,4 +84,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__, *_KINDS]
+    return [*globals(), *__all__]

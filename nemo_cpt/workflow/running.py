@@ -49,11 +49,11 @@ def run(workflow: Workflow, chosen: Chosen | None = None, say: Callable[[str], N
     """
     chosen = chosen or Chosen()
     state, again = State(workflow), chosen.again(workflow)
-    with state.held() as lock:
+    with state.held():
         found = dry_run(workflow, chosen, plan=False)
         if not chosen.force:
             refuse_red(found)
-        runner = Runner(workflow, state, lock, chosen.force, Shown(workflow.name, len(found.standings), say))
+        runner = Runner(workflow, state, chosen.force, Shown(workflow.name, len(found.standings), say))
         try:
             with runner.shown, runner.listening():
                 for each in found.standings:
@@ -71,13 +71,12 @@ class Runner:
     Args:
         workflow: its steps.
         state: its records, held.
-        lock: file descriptor of the lock, which a step's process holds too.
         force: see `Chosen`.
         shown: where its progress is shown.
     """
 
-    def __init__(self, workflow: Workflow, state: State, lock: int, force: bool, shown: Shown) -> None:
-        self.workflow, self.state, self.lock, self.force, self.shown = workflow, state, lock, force, shown
+    def __init__(self, workflow: Workflow, state: State, force: bool, shown: Shown) -> None:
+        self.workflow, self.state, self.force, self.shown = workflow, state, force, shown
         self.child: subprocess.Popen[bytes] | None = None
         self.given = Given()
         self.stamps = {
@@ -108,19 +107,23 @@ class Runner:
             StoppedEarlyError: it was told to stop.
         """
         self._check_stopped(step)
-        found = standing(step, self.state, again)
-        if found.done:
-            return self.shown.skip(step.name)
-        self._check_given(step)
-        record = self._begin(found)
-        self.shown.begin(step.name, step.do, found.why)
-        started = time.monotonic()
-        code = self._wait(step)
-        record = record.replace(seconds=round(record.seconds + time.monotonic() - started, 3), ended=_now())
-        self._end(step, record, code)
+        with self.state.held(step.name) as lock:
+            found = standing(step, self.state, again)
+            if found.done:
+                return self.shown.skip(step.name)
+            self._check_given(step)
+            record = self.begin(found)
+            self.shown.begin(step.name, step.do, found.why)
+            started = time.monotonic()
+            code = self._wait(step, lock)
+            self.end(step, record, code, time.monotonic() - started)
 
-    def _begin(self, found: Standing) -> Record:
-        """Clear away what stands in a step's way, and note that it runs."""
+    def begin(self, found: Standing) -> Record:
+        """Clear away what stands in a step's way, and note that it runs.
+
+        Raises:
+            CptError: what it reads was not made.
+        """
         step, before = found.step, found.record
         for path in step.reads:
             if not outputs.files_of(step.folder / path) and any(
@@ -153,7 +156,7 @@ class Runner:
             else:
                 outputs.remove(full)
 
-    def _wait(self, step: Step) -> int:
+    def _wait(self, step: Step, lock: int) -> int:
         """Run a step's process to its end; returns its exit code."""
         for path in step.writes:
             make_folder((step.folder / path).absolute().parent)
@@ -166,7 +169,7 @@ class Runner:
             self.child = subprocess.Popen(
                 command, cwd=step.folder.absolute(), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
                 # A terminal's Ctrl-C comes by way of this process, once.
-                start_new_session=True, pass_fds=[self.lock], env=_environment(),
+                start_new_session=True, pass_fds=[lock], env=_environment(),
             )  # fmt: skip
             try:
                 # A signal between the look at what was given and the start would have found no child.
@@ -195,14 +198,15 @@ class Runner:
         found = checkpoint_folder(step.folder / value)
         return os.path.relpath(found, step.folder) if found != step.folder / value else value
 
-    def _end(self, step: Step, record: Record, code: int) -> None:
-        """Note how a step ended.
+    def end(self, step: Step, record: Record, code: int, seconds: float) -> None:
+        """Note how a step ended, with what exit code and after how long.
 
         Raises:
             CptError: it failed, or what it reads changed while it ran.
             StoppedEarlyError: it was told to stop.
         """
         log = self.state.path(step.name, "log")
+        record = record.replace(seconds=round(record.seconds + seconds, 3), ended=_now())
         if code and (self.given or code == StoppedEarlyError.exit_code):
             self.state.write(record.replace(state=STOPPED, message="told to stop"))
             where = f"{self.workflow.name} was stopped in {step.name}"

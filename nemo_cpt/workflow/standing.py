@@ -13,7 +13,7 @@ from nemo_cpt.workflow.kinds import OF_THE_MACHINE, OPTION, OWN, source_of
 from nemo_cpt.workflow.state import DONE, FAILED, RUNNING, STOPPED, Record, State
 from nemo_cpt.workflow.steps import Step, Workflow
 
-GOES_ON = {RUNNING: "was killed", STOPPED: "was stopped", FAILED: "failed"}
+GOES_ON = {RUNNING: "did not end", STOPPED: "was stopped", FAILED: "failed"}
 
 
 @dataclass(frozen=True)

@@ -112,19 +112,23 @@ class State:
         return self.folder / RECORD
 
     @contextmanager
-    def held(self) -> Iterator[int]:
-        """Hold the workflow; gives the lock's file descriptor, through which a step's process holds it too.
+    def held(self, step: str | None = None) -> Iterator[int]:
+        """Hold the workflow, or a step of it; gives the lock's file descriptor, which a step's process inherits.
+
+        What a killed workflow's last step still does is waited for.
 
         Raises:
             CptError: it runs already, or the folder cannot be written.
         """
         make_folder(self.folder / "steps")
+        path = self.path(step, LOCK) if step else self.folder / LOCK
         try:
-            file = open_locked(self.folder / LOCK, PATIENCE)
+            file = open_locked(path, PATIENCE)
         except CptError as error:
             if "Another process" not in error.message:
                 raise
-            raise CptError(f"the workflow {self.workflow.name} runs already: {self.folder / LOCK} is held") from None
+            what = f"the step {step}" if step else f"the workflow {self.workflow.name}"
+            raise CptError(f"{what} runs already: another process holds {path}") from None
         with file:
             yield file.fileno()
 

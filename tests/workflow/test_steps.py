@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 
+import nemo_cpt.workflow
 from nemo_cpt import CptError
 from nemo_cpt.conversations import Conversations
 from nemo_cpt.corpus import Blend
 from nemo_cpt.workflow import Step, Workflow, call, export, import_, init, prepare, split, tokenizer, train
+from nemo_cpt.workflow.files import maker_names
 from nemo_cpt.workflow.kinds import KINDS, function_of
 from tests.workflow.conftest import chain, own
 
@@ -122,6 +124,11 @@ def test_a_function_of_one_s_own_is_looked_for_before(folder: Path) -> None:
         call("x", lambda: None)
     with pytest.raises(CptError, match="give text, numbers, paths"):
         call("x", "functions.py:join", sources=object())
+
+
+def test_every_kind_has_its_function_for_python() -> None:
+    assert set(maker_names().values()) <= set(nemo_cpt.workflow.__all__)
+    assert all(callable(getattr(nemo_cpt.workflow, name)) for name in nemo_cpt.workflow.__all__)
 
 
 @pytest.mark.parametrize("do", [do for do, kind in KINDS.items() if not kind.recipe])
