@@ -47,5 +47,4 @@ workflow = Workflow(
 )
 
 if __name__ == "__main__":
-    workflow.folder.mkdir(exist_ok=True)
     run(workflow)

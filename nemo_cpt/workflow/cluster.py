@@ -19,12 +19,12 @@ from nemo_cpt.launching.results import checkpoint_folder
 from nemo_cpt.workflow import recipes
 from nemo_cpt.workflow.dry_run import dry_run, refuse_red
 from nemo_cpt.workflow.files import load
-from nemo_cpt.workflow.page import write_page
+from nemo_cpt.workflow.page import write_up
 from nemo_cpt.workflow.running import Runner
 from nemo_cpt.workflow.showing import Shown
 from nemo_cpt.workflow.standing import Chosen, standing
 from nemo_cpt.workflow.state import DONE, State
-from nemo_cpt.workflow.steps import Step, Workflow
+from nemo_cpt.workflow.steps import Step
 
 BEGIN, WHOLE, END = "begin", "whole", "end"
 # A job that waits for one that failed would wait for ever.
@@ -60,14 +60,16 @@ def submit(file: Path, chosen: Chosen, executor: str, options: Sequence[str], de
             raise CptError(f"{forever[0]} would hold its job for ever: leave it away with --until, or run it here")
         if not steps:
             return {"experiment": None, "jobs": {}}
+        # Before the experiment: the first executor mends NeMo-Run's, whose end is looked up when it begins.
+        jobs = {step.name: list(_tasks(file.absolute(), step, step.name in again, executor, options)) for step in steps}
         import nemo_run as run
 
         with run.Experiment(f"workflow-{workflow.name}", enable_goodbye_message=False) as experiment:
-            for step in steps:
-                behind = [tasks[name] for name in workflow.needs[step.name] if name in tasks]
-                for name, task, where in _tasks(file.absolute(), step, step.name in again, executor, options):
-                    behind = [experiment.add(task, executor=where, name=name, dependencies=behind, tail_logs=False)]
-                (tasks[step.name],) = behind
+            for name, parts in jobs.items():
+                behind = [tasks[each] for each in workflow.needs[name] if each in tasks]
+                for title, task, where in parts:
+                    behind = [experiment.add(task, executor=where, name=title, dependencies=behind, tail_logs=False)]
+                (tasks[name],) = behind
             experiment.run(detach=detach)
         return {"experiment": experiment._id, "jobs": {job.id: job.handle for job in experiment.jobs}}
 
@@ -141,7 +143,7 @@ def run_part(file: str, step: str, part: str, again: bool) -> None:
         else:
             _note(runner, chosen, part, again)
     finally:
-        _write_up(workflow, state)
+        write_up(state)
 
 
 def _note(runner: Runner, step: Step, part: str, again: bool) -> None:
@@ -155,10 +157,3 @@ def _note(runner: Runner, step: Step, part: str, again: bool) -> None:
         elif record is not None and record.state != DONE:
             begun = runner.state.path(step.name, "json").stat().st_mtime
             runner.end(step, record, 0, time.time() - begun)
-
-
-def _write_up(workflow: Workflow, state: State) -> None:
-    # One at a time: jobs of steps that need not wait for each other may end together.
-    with state.held():
-        state.write_whole()
-        write_page(state)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from nemo_cpt.corpus.atomic_files import make_folder
 from nemo_cpt.doctor import Finding
 from nemo_cpt.errors import CptError
 from nemo_cpt.workflow.estimates import Estimate, Estimates
@@ -97,6 +98,7 @@ def dry_run(workflow: Workflow, chosen: Chosen, plan: bool = True) -> DryRun:
     Raises:
         CptError: it could not be run, whatever the machine.
     """
+    make_folder(workflow.folder)
     workflow.check()
     names, again, state = chosen.steps(workflow), chosen.again(workflow), State(workflow)
     found = [each for each in standings(workflow, state, again) if each.step.name in names]

@@ -12,14 +12,18 @@ from nemo_cpt.workflow import outputs
 from nemo_cpt.workflow.state import PAGE, RECORD, State
 
 COLUMNS = ("step", "does", "state", "seconds", "made", "content", "reports")
+OF_THE_RECORD = ".record"  # the lock's name: no step is called so
 OF_A_STEP = ("parameters", "result", "inputs", "outputs", "started", "ended", "starts")
 REPORTS = ("report.html", "report/report.html", "split.json", "cleaning.json", "synthesis.json")
 
 
-def write_page(state: State) -> Path:
-    """Write a workflow's page; returns its path."""
+def write_up(state: State) -> Path:
+    """Write a workflow's record and its page; returns the page's path."""
     path = state.folder / PAGE
-    write_whole(path, "\n".join(_page(state)).encode())
+    # One at a time: jobs of steps that need not wait for each other may end together.
+    with state.held(OF_THE_RECORD):
+        state.write_whole()
+        write_whole(path, "\n".join(_page(state)).encode())
     return path
 
 

@@ -20,7 +20,7 @@ from nemo_cpt.signals import Given, listen
 from nemo_cpt.workflow import outputs, recipes
 from nemo_cpt.workflow.dry_run import dry_run, refuse_red
 from nemo_cpt.workflow.kinds import OWN, paths_in
-from nemo_cpt.workflow.page import write_page
+from nemo_cpt.workflow.page import write_up
 from nemo_cpt.workflow.showing import Shown
 from nemo_cpt.workflow.standing import Chosen, Standing, code_of, inputs_of, other_job, outputs_of, standing
 from nemo_cpt.workflow.state import DONE, FAILED, PACKAGES, RUNNING, STOPPED, Record, State
@@ -59,8 +59,7 @@ def run(workflow: Workflow, chosen: Chosen | None = None, say: Callable[[str], N
                 for each in found.standings:
                     runner.take(each.step, again=each.step.name in again)
         finally:
-            state.write_whole()
-            page = write_page(state)
+            page = write_up(state)
         runner.shown.line(f"{workflow.name} is done: {page}")
         return state.whole()
 
