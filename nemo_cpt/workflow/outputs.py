@@ -38,18 +38,18 @@ def files_of(path: Path) -> list[Path]:
     """The files that a path stands for, in a fixed order; none where there is nothing."""
     if path.is_file():
         return [path]
+    # Before folders: Megatron keeps the indices that a training made of a dataset in a folder of the prefix's name.
+    for prefix in (path.name, *(path.name + suffix for suffix in SUFFIXES)):
+        parts = [path.with_name(prefix + ending) for ending in OF_A_DATASET]
+        if parts[0].is_file():
+            return [part for part in parts if part.is_file()]
     if (path / "checkpoints").is_dir():
         newest = newest_whole(path / "checkpoints")
         return _below(newest.path) if newest else []
     if path.is_dir():
         return _below(path)
-    if glob.has_magic(str(path)) and (found := sorted(glob.glob(str(path), recursive=True))):
-        return [file for each in found for file in ([Path(each)] if os.path.isfile(each) else [])]
-    for prefix in (path.name, *(path.name + suffix for suffix in SUFFIXES)):
-        parts = [path.with_name(prefix + ending) for ending in OF_A_DATASET]
-        if parts[0].is_file():
-            return [part for part in parts if part.is_file()]
-    return []
+    found = sorted(glob.glob(str(path), recursive=True)) if glob.has_magic(str(path)) else []
+    return [Path(each) for each in found if os.path.isfile(each)]
 
 
 def _below(folder: Path) -> list[Path]:
@@ -92,7 +92,7 @@ def size(files: Mapping[str, Mapping[str, Any]]) -> int:
 
 
 def remove(path: Path) -> None:
-    """Remove what a step has made: a folder, a file, or a dataset with what lies beside it under its name."""
+    """Remove what a step has made: a folder, a file, or a dataset with all that lies under its name."""
     for each in _parts(path):
         shutil.rmtree(each) if each.is_dir() and not each.is_symlink() else each.unlink()
 
@@ -112,9 +112,8 @@ def is_there(path: Path) -> bool:
 
 
 def _parts(path: Path) -> list[Path]:
-    if path.exists() or path.is_symlink():
-        return [path]
+    own = [path] if path.exists() or path.is_symlink() else []
     # Of a prefix alone: beside corpus.jsonl, corpus.jsonl.gz is a file of its own.
     if not path.name.endswith(PREFIXES) or not path.parent.is_dir():
-        return []
-    return sorted(path.parent.glob(f"{glob.escape(path.name)}.*"))
+        return own
+    return own + sorted(path.parent.glob(f"{glob.escape(path.name)}.*"))
