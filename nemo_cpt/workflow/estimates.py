@@ -7,6 +7,7 @@ import contextlib
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from nemo_cpt.catalog.workloads import workload
 from nemo_cpt.corpus.preparing.workers import count_processes
@@ -16,7 +17,7 @@ from nemo_cpt.errors import CptError
 from nemo_cpt.launching.description import describe
 from nemo_cpt.planning.plans import plan_workload
 from nemo_cpt.workflow import outputs, recipes
-from nemo_cpt.workflow.kinds import paths_in
+from nemo_cpt.workflow.kinds import paths_in, value_of
 from nemo_cpt.workflow.standing import Standing
 from nemo_cpt.workflow.steps import Step, Workflow
 
@@ -61,12 +62,14 @@ class Estimate:
         memory_gib: of a GPU, of a training; else of this machine.
         disk_bytes: that it would write and keep.
         note: what the figures are of.
+        model_bytes: of a training's model.
     """
 
     seconds: float | None = None
     memory_gib: float | None = None
     disk_bytes: float | None = None
     note: str = ""
+    model_bytes: float | None = None
 
 
 class Estimates:
@@ -97,7 +100,8 @@ class Estimates:
         else:
             found = self._by_rate(step)
         if found.disk_bytes:
-            self.made |= dict.fromkeys(step.writes, found.disk_bytes)
+            # Of a training what is read of it: its weights, without the states of its optimizer.
+            self.made |= dict.fromkeys(step.writes, found.model_bytes or found.disk_bytes)
         return found
 
     def disk(self, needed: float) -> Finding:
@@ -126,7 +130,18 @@ class Estimates:
         files = outputs.files_of(self.workflow.folder / path)
         if files:
             return float(sum(file.stat().st_size for file in files))
-        return next((size for made, size in self.made.items() if outputs.related(path, made)), None)
+        size = next((size for made, size in self.made.items() if outputs.related(path, made)), None)
+        return size and size * self._share(path)
+
+    def _share(self, path: str) -> float:
+        """The part of a split's output that one of its sets is."""
+        makers = (step for step in self.workflow.steps.values() if step.do == "split")
+        step = next((step for step in makers if path.startswith(f"{step.writes[0]}/")), None)
+        if step is None:
+            return 1.0
+        shares = {name: value_of(step.function, name, step.parameters) for name in ("validation", "test")}
+        held_out = {name: share for name, share in shares.items() if isinstance(share, int | float)}
+        return held_out.get(Path(path).stem, 1 - sum(held_out.values()))
 
     def _training(self, standing: Standing, plan: bool) -> Estimate:
         step = standing.step
@@ -149,7 +164,8 @@ class Estimates:
         tokens = planned.workload.max_steps * planned.workload.tokens_per_step
         saved = planned.workload.trained_parameters * 14  # weights in bf16 and Adam's states in fp32
         note = f"{planned.speed.gpus} x {planned.gpu.name}"
-        return Estimate(planned.speed.hours(tokens) * 3600, planned.peak_gib, job.checkpoints * saved, note)
+        seconds, model = planned.speed.hours(tokens) * 3600, planned.workload.parameters * 2  # in bf16
+        return Estimate(seconds, planned.peak_gib, job.checkpoints * saved, note, model)
 
     def _preflight(self, standing: Standing, job: Job) -> None:
         # What steps before it make is not there yet: files are not looked at then, as of a task that waits for others.
