@@ -35,7 +35,7 @@ def train_command(
     special: Annotated[list[str] | None, typer.Option(help="A further special token; repeatable.")] = None,
     json_key: Key = "text",
     multiple_of: Multiple = 128,
-    sample_mb: Annotated[int, typer.Option(help="Megabytes of text that are learnt from at most.")] = 128,
+    sample_mb: Annotated[int, typer.Option(min=1, help="Megabytes of text that are learnt from at most.")] = 128,
     json: Json = False,
 ) -> None:
     """Train a byte-level BPE tokenizer, for a model from scratch."""
@@ -57,9 +57,10 @@ def train_command(
     )
     if json:
         return print_json(report.as_dict())
+    rounded = f" ({report.asked:,} rounded up, --multiple-of)" if report.asked != report.vocabulary_size else ""
     rows: dict[str, object] = {
         "tokenizer": report.output,
-        "vocabulary": f"{report.vocabulary_size:,} ids, {len(report.special)} special ones first",
+        "vocabulary": f"{report.vocabulary_size:,} ids{rounded}, {len(report.special)} special ones first",
     }
     for name, rate in report.characters_per_token.items():
         rows[name] = f"{rate:.3f} characters a token on held-out documents"

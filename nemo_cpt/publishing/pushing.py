@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class PushReport:
         files: names of the files that it has.
         left_out: names of those in the folder that do not belong to a model.
         bytes_total: of the files.
-        licence: the base's.
+        licence: the base's; of a model that was trained from scratch, its own.
         card: the model card.
         warnings: what else to know.
         seconds: wall time.
@@ -87,7 +87,8 @@ def push(
         public: let everybody see it; by default it is private.
         base_model: OWNER/NAME of the base on the hub, with `@REVISION` if wanted; by default the one that was
             downloaded with `download`.
-        base_licence: the hub's name of the base's licence, where neither the folder nor the base's card says it.
+        base_licence: the hub's name of the base's licence, where neither the folder nor the base's card says it; of a
+            model that was trained from scratch, its own.
         languages: codes for the card; by default those that the datasets are called by.
         replace: overwrite a repository that holds something that this function did not push.
         dry_run: send nothing; the report has the card and the files.
@@ -155,12 +156,14 @@ def _origin(folder: Path, base_model: str | None) -> Provenance:
     known = read_provenance(folder)
     if base_model is None:
         return known
+    if known.from_scratch:
+        raise CptError(f"--base-model {base_model}: {folder} was trained from random weights; leave it away")
     name, _, revision = base_model.partition("@")
     if not _REPOSITORY.fullmatch(name):
         raise CptError(f"--base-model {base_model}: give OWNER/NAME of the base on the hub, or OWNER/NAME@REVISION")
     if known.repo_id and known.repo_id != name:
         raise CptError(f"--base-model {name}: the base of {folder} was downloaded as {known.repo_id}; leave it away")
-    return Provenance(name, revision or known.commit, known.trainings)
+    return replace(known, repo_id=name, commit=revision or known.commit)
 
 
 def _licence(api: Any, folder: Path, origin: Provenance, given: str | None) -> tuple[Licence, list[str]]:
@@ -170,6 +173,8 @@ def _licence(api: Any, folder: Path, origin: Provenance, given: str | None) -> t
         raise CptError(f"--license {given}: the text in {folder} is that of {stated.name or stated.id}; leave it away")
     if found := stated or (licence(given) if given else None):
         return found, []
+    if origin.from_scratch:
+        raise CptError(f"{folder} was trained from random weights: under which licence is it published? Give --license")
     if origin.repo_id is None:
         raise CptError(
             f"{folder} does not say which model its training began with, and so not under which licence it may be "

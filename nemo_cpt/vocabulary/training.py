@@ -38,6 +38,7 @@ class TrainReport:
     Attributes:
         output: the folder that was made.
         vocabulary_size: ids in all.
+        asked: ids that were asked for, before they were rounded up to `multiple_of`.
         special: the special tokens, which have the first ids.
         learnt_from: bytes of each corpus, as its share in the learning was.
         characters_per_token: on documents of each corpus that were held out.
@@ -47,6 +48,7 @@ class TrainReport:
 
     output: str
     vocabulary_size: int
+    asked: int
     special: tuple[str, ...]
     learnt_from: dict[str, int]
     characters_per_token: dict[str, float]
@@ -94,7 +96,7 @@ def train(
     tokens = [BOS, EOS, PAD, *CHAT, *special, *reserved]
     # A multiple of 0 is refused below, in words and not by the division.
     size = -(-vocabulary_size // max(multiple_of, 1)) * multiple_of
-    _check_arguments(corpora, output, tokens, size, multiple_of)
+    _check_arguments(corpora, output, tokens, vocabulary_size, size, multiple_of, sample_bytes)
     if isinstance(corpora, Mapping):
         samples = _weighted(corpora, json_key, sample_bytes)
     else:
@@ -113,6 +115,7 @@ def train(
     return TrainReport(
         output=str(output),
         vocabulary_size=size,
+        asked=vocabulary_size,
         special=tuple(tokens),
         learnt_from={name: sample.nbytes for name, sample in samples.items()},
         characters_per_token={
@@ -124,17 +127,27 @@ def train(
 
 
 def _check_arguments(
-    corpora: Inputs | Mapping[str, float], output: Path, tokens: Sequence[str], size: int, multiple_of: int
+    corpora: Inputs | Mapping[str, float],
+    output: Path,
+    tokens: Sequence[str],
+    asked: int,
+    size: int,
+    multiple_of: int,
+    sample_bytes: int,
 ) -> None:
     weights = corpora if isinstance(corpora, Mapping) else {}
     if wrong := {name: weight for name, weight in weights.items() if not 0 < weight < float("inf")}:
         raise CptError(f"the weight of {next(iter(wrong))} is {next(iter(wrong.values()))}; it must be above 0")
-    if multiple_of < 1:
-        raise CptError(f"multiple_of is {multiple_of}; it must be 1 or more")
+    for name, value in (("multiple_of", multiple_of), ("sample_bytes", sample_bytes)):
+        if value < 1:
+            raise CptError(f"{name} is {value}; it must be 1 or more")
     if twice := [token for token in tokens if tokens.count(token) > 1]:
         raise CptError(f"the special token {twice[0]} is there twice")
     if size <= len(tokens) + 256:
-        raise CptError(f"a vocabulary of {size} has no room for tokens beside 256 bytes and {len(tokens)} special ones")
+        raise CptError(
+            f"a vocabulary of {asked:,} has no room for tokens beside 256 bytes and {len(tokens)} special ones: give a "
+            "larger vocabulary_size (--vocabulary-size)"
+        )
     check_free(output)
 
 
