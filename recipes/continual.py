@@ -127,7 +127,7 @@ def continual_pretrain(
         model=parts.fused(parts.model_of(model, base, seq_length)),
         data=parts.data(
             data or default_data(),
-            tokenizer=tokenizer or parts.tokenizer(base, directory, name),
+            tokenizer=parts.tokenizer(base, directory, name) if tokenizer is None else tokenizer,
             seq_length=seq_length,
             global_batch_size=global_batch_size,
             micro_batch_size=micro_batch_size,

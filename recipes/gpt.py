@@ -10,7 +10,7 @@ from nemo.collections import llm
 
 from nemo_cpt.corpus import Blend
 from nemo_cpt.output import say
-from nemo_cpt.planning.from_scratch import of_another_size, schedule_of
+from nemo_cpt.planning.from_scratch import schedule_of, size_warning
 from nemo_cpt.recipe_models import LIKE_BASE
 from nemo_cpt.recipes import continual
 from nemo_cpt.training.settings import Settings, check
@@ -64,7 +64,7 @@ def pretrain(
     # What the steps are counted by.
     check(Settings(seq_length=seq_length, global_batch_size=global_batch_size, max_steps=max_steps))
     given = {"global_batch_size": global_batch_size, "max_steps": max_steps, "warmup_steps": warmup_steps, "lr": lr}
-    if warning := of_another_size(params, base):
+    if warning := size_warning(params, base):
         say(f"nemo_cpt: warning: {warning}", sys.stderr)
     return continual.continual_pretrain(
         model=LIKE_BASE,

@@ -122,7 +122,7 @@ def instruction_tune(
     """
     # What the steps are counted by, and what would be taken for "not given".
     check(Settings(epochs=epochs, max_steps=max_steps, seq_length=seq_length, global_batch_size=global_batch_size))
-    check(Settings(val_check_interval=val_check_interval))
+    check(Settings(val_check_interval=val_check_interval, limit_val_batches=limit_val_batches))
     data = data or default_data()
     # Settled before the steps are counted, which it lengthens.
     share = mixture.replay_share(replay, replay_share)
@@ -134,7 +134,7 @@ def instruction_tune(
             data,
             replay,
             share,
-            tokenizer=tokenizer or parts.tokenizer(base, directory, name),
+            tokenizer=parts.tokenizer(base, directory, name) if tokenizer is None else tokenizer,
             seq_length=seq_length,
             global_batch_size=global_batch_size,
             micro_batch_size=micro_batch_size,

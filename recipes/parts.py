@@ -147,8 +147,12 @@ def model_of(model: run.Config | str, base: str, seq_length: int) -> run.Config:
     Raises:
         CptError: there is no module of that name, or the base does not say its shape.
     """
-    if not isinstance(model, str):
+    if base is None:
+        check_base(base)
+    if isinstance(model, run.Config):
         return model
+    if not isinstance(model, str):
+        raise CptError(f"model is {model!r}: give {LIKE_BASE!r}, the name of a module of recipes, or a run.Config")
     if model == LIKE_BASE:
         return model_like(base, seq_length)
     return import_module(f"nemo_cpt.recipes.{module_named(model).stem}").model(seq_length)
@@ -329,7 +333,13 @@ def conversations(
 
 
 def _reading(tokenizer: str, seq_length: int, global_batch_size: int, micro_batch_size: int) -> dict[str, Any]:
-    """The fields that every data module takes."""
+    """The fields that every data module takes.
+
+    Raises:
+        CptError: the tokenizer has no name.
+    """
+    if not tokenizer:
+        raise CptError("tokenizer is empty: give a folder or a name on the hub, or None for the base's own")
     return {
         "tokenizer": run.Config(AutoTokenizer, pretrained_model_name=tokenizer),
         "seq_length": seq_length,
@@ -357,7 +367,12 @@ def tokenizer(base: str, directory: str, name: str) -> str:
 
 
 def set_seed(recipe: run.Partial, seed: int) -> None:
-    """Have a recipe's data read in another order, and its adapters begin with other values."""
+    """Have a recipe's data read in another order, and its adapters begin with other values.
+
+    Raises:
+        CptError: it is no seed.
+    """
+    check(Settings(seed=seed))
     recipe.data.seed = seed
     if seed != SEED:
         recipe.trainer.callbacks.append(run.Config(Seed, seed=seed))
@@ -414,7 +429,7 @@ def log(
     Raises:
         CptError: there is no such logger, or the name is no folder's.
     """
-    check_name(name)
+    check_name(name, directory)
     checkpoints = run.Config(
         RunCheckpoint,
         save_every=save_every,

@@ -13,7 +13,7 @@ from nemo_cpt.doctor.examination import Examination, Finding, from_error
 from nemo_cpt.doctor.job import Job
 from nemo_cpt.errors import CptError
 from nemo_cpt.planning import checkpoint_size
-from nemo_cpt.planning.from_scratch import of_another_size
+from nemo_cpt.planning.from_scratch import size_warning
 from nemo_cpt.training.preconditions import check_base
 from nemo_cpt.training.run_folder import Checkpoint, finished, newest_whole, to_resume
 from nemo_cpt.training.run_lock import check_free
@@ -56,7 +56,7 @@ def base(examination: Examination) -> Finding:
         if job.tokenizer is None and carried_tokenizer(folder) is None:
             raise CptError(f"{folder}/hf holds no tokenizer: import the model again, or give the recipe tokenizer=")
         warnings = compatibility.check_model(compatibility.read_base(folder), job.model, job.unlike_base)
-        if job.params is not None and (other_size := of_another_size(job.params, folder)):
+        if job.params is not None and (other_size := size_warning(job.params, folder)):
             warnings = [*warnings, other_size]
     except CptError as error:
         return from_error("base", error)

@@ -190,7 +190,8 @@ def _exported(checkpoint: Path, base: str | Path | None, say: Callable[[str], No
 
 
 def _advice(model: str) -> str:
-    if HUB_NAME.fullmatch(model):
+    # Not of a path in a folder of this machine, in which something is missing.
+    if HUB_NAME.fullmatch(model) and not Path(model).parent.exists():
         return f"; if it is on the hub: nemo-cpt download {model} models/{model.partition('/')[2]}"
     return ""
 

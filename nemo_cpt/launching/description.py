@@ -80,7 +80,7 @@ def describe(
     on_cpu = "processes" in function.parameters  # of recipes for GPUs it is called gpus_per_node
     data = catalog.default_data(function) if given.get("data") is None else given["data"]
     if given.get("name") is not None:
-        check_name(str(given["name"]))
+        check_name(str(given["name"]), str(given.get("directory", "results")))
     if "params" in given:
         given |= _of_its_size(given)
     where = place(executor, options)
@@ -161,7 +161,8 @@ def _tokenizer_folder(given: Mapping[str, Any]) -> Path | None:
 
 def _settings(given: Mapping[str, Any], model: Mapping[str, Any], on_cpu: bool) -> Settings:
     """The job's numbers: arguments, and of the model what its config says."""
-    known = {name: given.get(name, model.get(name)) for name in OF_A_BUILT_RECIPE} | {"epochs": given.get("epochs")}
+    known = {name: given.get(name, model.get(name)) for name in OF_A_BUILT_RECIPE}
+    known |= {name: given.get(name) for name in ("epochs", "limit_val_batches")}
     if known["min_lr"] is None and known["lr"] is not None:
         known["min_lr"] = default_min_lr(known["lr"])
     if on_cpu:

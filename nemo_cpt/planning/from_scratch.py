@@ -70,14 +70,17 @@ def schedule_of(params: str) -> Schedule:
 
 
 def of_another_size(params: str, base: str | Path) -> str:
-    """What to say of a base that is not of the size that its schedule is for; empty for one that is, or is not here."""
+    """How a base is not of the size that a schedule is for, in words; empty for one that is, or is not here."""
     architecture = read_base(base).architecture if Path(base).is_dir() else None
     wanted = schedule_of(params).parameters
     there = checkpoint_size.parameters(architecture) if architecture else wanted
     if 1 / OF_A_SIZE <= there / wanted <= OF_A_SIZE:
         return ""
-    return (
-        f"batch, learning rate and steps are those of {params} parameters (params=), and {base} has "
-        f"{there / 1e6:,.1f} M. Give params= the nearest of {', '.join(SCHEDULES)}, or max_steps=, lr= and "
-        "global_batch_size= of your own"
-    )
+    return f"its schedule is for {params} parameters (the base has {there / 1e6:,.1f} M)"
+
+
+def size_warning(params: str, base: str | Path) -> str:
+    """What to say before such a training; empty where there is nothing to say."""
+    if not (differing := of_another_size(params, base)):
+        return ""
+    return f"{differing}. Give params= the nearest of {', '.join(SCHEDULES)}, or max_steps=, lr= and global_batch_size="

@@ -16,7 +16,7 @@ from nemo_cpt.publishing.licences import Licence
 TAG = "nemo-cpt"  # in the tags of every card that is written here
 _PRIVATE = ("base", "data", "directory", "name", "tokenizer", "replay", "logger", "secrets")
 _WORD = re.compile(r"[A-Za-z0-9_.+-]{1,32}")  # no path, address or sentence
-_LANGUAGE = re.compile(r"[a-z]{2,3}(-[a-z]{2,4})?")
+LANGUAGE = re.compile(r"[a-z]{2,3}(-[a-z]{2,4})?")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def model_card(subject: Subject) -> str:
 def languages_of(origin: Provenance) -> list[str]:
     """The languages that a model was trained on, where its datasets are called by their codes (`ds/ja`, `ja_train`)."""
     names = [name.partition("_")[0] for training in origin.trainings for name, _ in _sets(training)]
-    return sorted({name for name in names if _LANGUAGE.fullmatch(name) and len(name.partition("-")[0]) == 2})
+    return sorted({name for name in names if LANGUAGE.fullmatch(name) and len(name.partition("-")[0]) == 2})
 
 
 def _metadata(subject: Subject) -> str:

@@ -15,9 +15,9 @@ from typing import Any
 from nemo_cpt.checkpoint.folders import has_tokenizer
 from nemo_cpt.checkpoint.provenance import Provenance, read_provenance
 from nemo_cpt.checkpoint.safetensors_files import HFWeights
-from nemo_cpt.errors import CptError
+from nemo_cpt.errors import CptError, near_paths
 from nemo_cpt.hub import SET_A_TOKEN, TOKEN_PAGE, explained, progress_bars
-from nemo_cpt.publishing.card import TAG, Subject, languages_of, model_card
+from nemo_cpt.publishing.card import LANGUAGE, TAG, Subject, languages_of, model_card
 from nemo_cpt.publishing.licences import Licence, breaches, licence, licence_of_card, licence_of_texts
 
 CARD = "README.md"
@@ -26,6 +26,7 @@ _KINDS = (".json", ".safetensors", ".model", ".jinja", ".txt", ".tiktoken")
 _TEXTS = ("LICEN", "NOTICE", "USE_POLICY")  # how the names of files begin that go with them, whatever their kind
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt")  # some have `/root` or `/home` among their tokens
+_OF_NO_COUNTRY = ("multilingual", "code")  # what the hub knows beside codes
 _SHORT = 4  # a folder's path of so many characters, such as `/` or `/tmp`, gives nothing away
 
 
@@ -104,6 +105,8 @@ def push(
     start, folder = time.monotonic(), Path(folder)
     if not _REPOSITORY.fullmatch(repo_id):
         raise CptError(f"{repo_id!r} is no repository's name: give OWNER/NAME, OWNER being you or your organisation")
+    if wrong := [each for each in languages if not LANGUAGE.fullmatch(each.lower()) and each not in _OF_NO_COUNTRY]:
+        raise CptError(f"{wrong[0]!r} is no language's code: give one of ISO 639, such as ja or zh-tw")
     api = HfApi(library_name="nemo-cpt")
     files, left_out = _files(folder)
     origin = _origin(folder, base_model)
@@ -138,7 +141,11 @@ def _files(folder: Path) -> tuple[list[str], tuple[str, ...]]:
         CptError: it is no whole export.
     """
     if not folder.is_dir():
-        raise CptError(f"{folder} is no folder. Give what `nemo-cpt export` made")
+        raise CptError(f"{folder} is no folder{near_paths(folder)}. Give what `nemo-cpt export` made")
+    if not (folder / "config.json").exists() and any((folder / name).is_dir() for name in ("checkpoints", "weights")):
+        raise CptError(
+            f"{folder} is a run or a NeMo checkpoint: `nemo-cpt export {folder} FOLDER` makes what is pushed"
+        )
     found = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     files = [name for name in found if name.endswith(_KINDS) or name.upper().startswith(_TEXTS) or name == CARD]
     if _ADAPTER in files:

@@ -108,8 +108,8 @@ def read_early_stop(early_stop: str | None, patience: int | None, sets: Collecti
     if early_stop not in sets:
         known = ", ".join(sets) or "none: give data validation sets"
         raise CptError(f"early_stop={early_stop}: that is no validation set; there are: {known}")
-    if patience is not None and patience < 1:
-        raise CptError(f"patience={patience}: give patience=1 or more")
+    if patience is not None and not (isinstance(patience, int) and patience >= 1):
+        raise CptError(f"patience={patience}: give a whole number of 1 or more")
     return early_stop, PATIENCE if patience is None else patience
 
 

@@ -38,7 +38,6 @@ class TrainReport:
     Attributes:
         output: the folder that was made.
         vocabulary_size: ids in all.
-        asked: ids that were asked for, before they were rounded up to `multiple_of`.
         special: the special tokens, which have the first ids.
         learnt_from: bytes of each corpus, as its share in the learning was.
         characters_per_token: on documents of each corpus that were held out.
@@ -48,7 +47,6 @@ class TrainReport:
 
     output: str
     vocabulary_size: int
-    asked: int
     special: tuple[str, ...]
     learnt_from: dict[str, int]
     characters_per_token: dict[str, float]
@@ -115,7 +113,6 @@ def train(
     return TrainReport(
         output=str(output),
         vocabulary_size=size,
-        asked=vocabulary_size,
         special=tuple(tokens),
         learnt_from={name: sample.nbytes for name, sample in samples.items()},
         characters_per_token={
