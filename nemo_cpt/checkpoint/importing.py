@@ -83,6 +83,8 @@ def import_hf(
     """
     start = time.monotonic()
     source = Path(source)
+    if (source / "weights").is_dir() and not (source / "config.json").exists():
+        raise CptError(f"{source} is a NeMo checkpoint already: give it to a recipe as it is, base={source}")
     # The cheap refusals first: gigabytes are read only when nothing speaks against it.
     arch = read_architecture(source, ignore_fields)
     require_tokenizer(source)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_cpt.checkpoint import layout
+from nemo_cpt.checkpoint.arrays import cast
 from nemo_cpt.checkpoint.distributed_reader import DistributedReader
 from nemo_cpt.checkpoint.model_config import FIELDS, is_known_class, read_model_config
 from nemo_cpt.checkpoint.nemo_weights import locate
@@ -23,12 +24,13 @@ if TYPE_CHECKING:
     import torch
 
 
-def nemo_logits(nemo: str | Path, prompts: list[list[int]]) -> list[torch.Tensor]:
+def nemo_logits(nemo: str | Path, prompts: list[list[int]], rounded_to: str | None = None) -> list[torch.Tensor]:
     """The logits that NeMo's model gives, in fp32 on the CPU with Megatron's local layers.
 
     Args:
         nemo: a NeMo checkpoint; its context says which model.
         prompts: token ids, one list a prompt.
+        rounded_to: a dtype that the weights are cast to first, as an export in it has them; None for as they are.
 
     Returns:
         For each prompt a [tokens, vocabulary] fp32 tensor; the vocabulary may be padded.
@@ -41,7 +43,7 @@ def nemo_logits(nemo: str | Path, prompts: list[list[int]]) -> list[torch.Tensor
     from nemo_cpt.cpu_stack import cpu_stack
 
     with cpu_stack(), one_process(), torch.no_grad():
-        model = _build(Path(nemo), max(map(len, prompts)))
+        model = _build(Path(nemo), max(map(len, prompts)), rounded_to)
         return [_forward(model, torch.tensor([prompt])) for prompt in prompts]
 
 
@@ -54,7 +56,7 @@ def _forward(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     return model(tokens, torch.arange(length)[None], masked)[0].float()
 
 
-def _build(nemo: Path, length: int) -> Any:
+def _build(nemo: Path, length: int, rounded_to: str | None) -> Any:
     import torch
     from nemo.collections.llm.gpt.model.base import local_layer_spec
 
@@ -77,7 +79,8 @@ def _build(nemo: Path, length: int) -> Any:
     )
     model = config.configure_model(tokenizer=None, pre_process=True, post_process=True).float().eval()
     for name, parameter in model.named_parameters():
-        parameter.data = torch.from_numpy(_read(reader, name).astype("float32"))
+        values = _read(reader, name)
+        parameter.data = torch.from_numpy((cast(values, name, rounded_to) if rounded_to else values).astype("float32"))
     return model
 
 

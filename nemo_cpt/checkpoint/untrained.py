@@ -19,8 +19,9 @@ from nemo_cpt.checkpoint.arrays import BLOCK_BYTES, DTYPES
 from nemo_cpt.checkpoint.context import HF_FOLDER
 from nemo_cpt.checkpoint.folders import copy_small_files, new_folder, require_tokenizer
 from nemo_cpt.checkpoint.nemo_writer import Tensors, write_nemo
+from nemo_cpt.checkpoint.provenance import Provenance, write_provenance
 from nemo_cpt.checkpoint.tokenizer_ids import count_token_ids
-from nemo_cpt.errors import CptError
+from nemo_cpt.errors import CptError, near_paths
 
 # GPT-3's sizes (arXiv 2005.14165, table 2.1; its 1.3B with 16 heads of 128), with Llama's layers: a gated MLP two
 # thirds as wide, to a multiple of 256 (arXiv 2302.13971). `tiny` is for a CPU.
@@ -86,16 +87,22 @@ def make_untrained(
         progress: called with (bytes done, bytes in all).
 
     Raises:
-        CptError: there is no such size or tokenizer, the tokenizer names no end of a text, `dest` exists. Nothing is
-            left at `dest` then.
+        CptError: there is no such size or tokenizer, the tokenizer names no end of a text, the seed or the longest
+            sequence is out of range, `dest` exists. Nothing is left at `dest` then.
     """
     from nemo_cpt.corpus.tokenization.tokenizer import load_tokenizer
 
     start, tokenizer = time.monotonic(), Path(tokenizer)
     if params not in SIZES:
         raise CptError(f"params is {params!r}; it can be {', '.join(SIZES)}")
+    if seed < 0 or max_position_embeddings < 1:
+        raise CptError(
+            f"seed is {seed} and max_position_embeddings {max_position_embeddings}: give 0 or more, and 1 or more"
+        )
     if not tokenizer.is_dir():
-        raise CptError(f"There is no tokenizer folder {tokenizer}: nemo-cpt tokenizer train makes one.")
+        raise CptError(
+            f"There is no tokenizer folder {tokenizer}{near_paths(tokenizer)}: nemo-cpt tokenizer train makes one."
+        )
     require_tokenizer(tokenizer)
     described = load_tokenizer(str(tokenizer))
     if described.eos is None:
@@ -126,6 +133,7 @@ def make_untrained(
         ends = {name: value for name, value in config.items() if name.endswith("_token_id")}
         for name, content in (("config.json", config), ("generation_config.json", ends)):
             (small_files / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_provenance(small_files, Provenance(from_scratch=True))
         write_nemo(folder, tensors, arch, progress)
     return UntrainedReport(
         dest=str(dest),

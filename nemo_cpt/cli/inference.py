@@ -51,6 +51,7 @@ def chat_command(
 
     from nemo_cpt.inference import Sampling
     from nemo_cpt.inference.chat import Chat, typed_lines
+    from nemo_cpt.inference.models import check_model
 
     if against_key_env and not against:
         raise CptError("--against-key-env names the key of --against, which is not given")
@@ -58,6 +59,8 @@ def chat_command(
     options = _given(base=base, device=device, template=chat_template)
     if options and all(map(_is_address, (model, against or model))):
         raise CptError(f"{', '.join(options)} cannot be set for a model that a server has: set it there")
+    for each in (model, against or model):  # before the first one is loaded
+        check_model(each)
     sides = [_side(model, api_key_env, options, plain)]
     if against:
         sides.append(_side(against, against_key_env, options, plain))
@@ -136,8 +139,11 @@ def serve_command(
         if given := [option for option, value in only_own.items() if value]:
             raise CptError(f"{', '.join(given)}: of this project's own server, not of --engine vllm")
         return _become_vllm(model, base, name, host, port, chat_template, key)
-    listener = _listen(host, port)  # before the model is loaded: a port in use is known at once
-    from nemo_cpt.inference.models import open_transformers
+    from nemo_cpt.inference.models import check_model, open_transformers
+
+    # What costs nothing to know, before the server's libraries and the model are loaded.
+    check_model(model)
+    listener = _listen(host, port)
     from nemo_cpt.inference.server import make_app, serve
 
     loaded = open_transformers(model, base=base, template=chat_template, say=_say, **_given(device=device))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nemo_cpt.catalog import Function
 
 PANEL = "Recipes and jobs"
+EXIT_RED = 3  # of what looks at a job, and finds that it could not run
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Experiment = Annotated[str | None, typer.Argument(help="The experiment's id, as run prints it; by default the latest.")]
 
@@ -91,9 +92,11 @@ def copy(
     if file.suffix in ENDINGS:
         write_new(written(found, []), file)
         print(f"wrote {file}; edit it, then: nemo-cpt run {file}")
-    else:
+    elif file.suffix == ".py":
         write_script(found, file)
         print(f"wrote {file}; edit it, then: python {file}")
+    else:
+        raise CptError(f"{file}: give a name that ends in .py, for a script, or in {' or '.join(ENDINGS)}")
 
 
 @app.command(rich_help_panel=PANEL, cls=RecipeCommand)
@@ -110,7 +113,8 @@ def run(
 ) -> None:
     """Run a recipe on an executor; ends non-zero if the job fails.
 
-    On a terminal a local job is shown as `nemo-cpt watch` does, and its log goes to a file.
+    On a terminal a local job is shown as `nemo-cpt watch` does, and its log goes to a file. A dry run ends with 3 where
+    the job would be refused.
 
     Parameters are checked at once, and so is what `nemo-cpt doctor` finds without importing anything: a job that could
     not start is refused. To plan a GPU recipe's memory, and how long it takes to save, a process imports NeMo the first
@@ -136,7 +140,7 @@ def run(
             print(said if not json else jsonlib.dumps({"finished": said}), file=sys.__stdout__)
             return
         # A dry run is to show the script, whatever this machine lacks.
-        preflight(job, force=force or dryrun, how_to_force="--force", speaker="nemo-cpt")
+        errors = preflight(job, force=force or dryrun, how_to_force="--force", speaker="nemo-cpt")
         if check or (fields and executor != "local"):
             build_recipe(function.name, arguments, fields)
         where = make_executor(executor, options, function.processes(arguments))
@@ -146,6 +150,7 @@ def run(
         if dryrun:
             result = dict(dry_run.rows(job, function, arguments, fields, options, where))
             result |= jobs.prepared(function, arguments, fields, where)
+            refused = [] if force else [str(each) for each in errors]
         else:
             plain = plain or json or detach or executor != "local" or moves_its_folder(fields)
             plain = plain or not sys.stdout.isatty()
@@ -153,9 +158,13 @@ def run(
                 result = jobs.submit(function, arguments, fields, where, detach, begun)
     if dryrun and not json:
         shown = result | {"submitted": "nothing: this is a dry run; --json shows what would be"}
+        if refused:
+            shown["submitted"] = f"nothing, and without --dryrun it would be refused; errors, see above: {len(refused)}"
         print_pairs(shown.items())
     if json:
-        print(jsonlib.dumps(result))
+        print(jsonlib.dumps(result | ({"refused": refused} if dryrun else {})))
+    if dryrun and refused:
+        raise typer.Exit(EXIT_RED)
 
 
 @app.command(rich_help_panel=PANEL)

@@ -10,7 +10,7 @@ from nemo_cpt.checkpoint.architecture import read_json
 from nemo_cpt.errors import CptError
 from nemo_cpt.inference import Engine, hugging_face_folder, open_engine
 from nemo_cpt.inference.asked_as import end_ids, has_chat_template, reply_warnings
-from nemo_cpt.inference.models import folder_key
+from nemo_cpt.inference.models import check_model, folder_key
 from nemo_cpt.training.run_folder import checkpoints
 
 Say = Callable[[str], None]
@@ -87,9 +87,16 @@ class Candidate:
 def find_candidates(
     model: str | Path | None, against: str | Path | None, run: str | Path | None, options: Mapping[str, Any], say: Say
 ) -> list[Candidate]:
-    """The models in order: the one compared with first, the one that matters last."""
+    """The models in order: the one compared with first, the one that matters last.
+
+    Raises:
+        CptError: one of them is not there; nothing is loaded yet.
+    """
     if (model is None) == (run is None):
         raise CptError("name either a model to evaluate, or a run whose checkpoints are (--checkpoints RUN)")
+    for each in (model, against):
+        if each is not None:
+            check_model(each)
     before = [Candidate("before", str(against), options, 0, say)] if against is not None else []
     if run is None:
         return [*before, Candidate("after", str(model), options, None, say)]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_cpt.cache import cache_folder
 from nemo_cpt.checkpoint import export_hf
 from nemo_cpt.checkpoint.context import RUN_JSON
-from nemo_cpt.errors import CptError
+from nemo_cpt.errors import CptError, near_paths
 from nemo_cpt.inference.asked_as import check_template_choice, reply_warnings, template_text
 from nemo_cpt.inference.engine import Engine
 from nemo_cpt.training.run_folder import Checkpoint, newest_whole
@@ -121,20 +121,28 @@ def find_model(
         CptError: there is no model at `model`, or it cannot be exported.
     """
     path = Path(model)
-    if not path.exists():
-        raise CptError(f"there is no model at {model}{_advice(str(model))}")
+    check_model(path)
     # In this order: an imported base holds `hf/config.json`, not one of its own.
     if (path / "config.json").is_file():
         return Found(path, str(path))
     if (path / "weights").is_dir():
         return Found(_exported(path, base, say), str(path))
-    if (path / "checkpoints").is_dir():
-        return _of_run(path, base, say)
-    found = ", ".join(sorted(each.name for each in path.iterdir())[:6]) if path.is_dir() else "a file"
-    raise CptError(
-        f"{path} is neither a Hugging Face folder (config.json) nor a NeMo checkpoint (weights/) nor a run's folder "
-        f"(checkpoints/); it holds {found or 'nothing'}"
-    )
+    return _of_run(path, base, say)
+
+
+def check_model(model: str | Path) -> None:
+    """Raise CptError unless there is a model at a path, or it is an address; nothing of it is read."""
+    if str(model).startswith(("http://", "https://")):
+        return
+    path = Path(model)
+    if not path.exists():
+        raise CptError(f"there is no model at {model}{near_paths(path) or _advice(str(model))}")
+    if not ((path / "config.json").is_file() or (path / "weights").is_dir() or (path / "checkpoints").is_dir()):
+        found = ", ".join(sorted(each.name for each in path.iterdir())[:6]) if path.is_dir() else "a file"
+        raise CptError(
+            f"{path} is neither a Hugging Face folder (config.json) nor a NeMo checkpoint (weights/) nor a run's "
+            f"folder (checkpoints/); it holds {found or 'nothing'}"
+        )
 
 
 def _of_run(run: Path, base: str | Path | None, say: Callable[[str], None]) -> Found:
@@ -182,7 +190,8 @@ def _exported(checkpoint: Path, base: str | Path | None, say: Callable[[str], No
 
 
 def _advice(model: str) -> str:
-    if HUB_NAME.fullmatch(model):
+    # Not of a path in a folder of this machine, in which something is missing.
+    if HUB_NAME.fullmatch(model) and not Path(model).parent.exists():
         return f"; if it is on the hub: nemo-cpt download {model} models/{model.partition('/')[2]}"
     return ""
 

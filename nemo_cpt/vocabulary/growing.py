@@ -112,7 +112,8 @@ def grow(
             few tokens; `until` is not reached; `output` exists. Nothing is left at `output` then.
     """
     start = time.monotonic()
-    _check_arguments(tokens, until, multiple_of, max_characters, min_count, Path(output))
+    least_one = {"multiple_of": multiple_of, "max_characters": max_characters, "min_count": min_count}
+    _check_arguments(tokens, until, least_one | {"sample_bytes": sample_bytes}, Path(output))
     base = read_byte_level(tokenizer)
     sample = draw(inputs, json_key, sample_bytes)
     say(f"{len(sample.texts):,} of {sample.seen:,} documents are learnt from, {len(sample.held_out):,} are held out")
@@ -153,14 +154,12 @@ def grow(
     )
 
 
-def _check_arguments(
-    tokens: int | None, until: float | None, multiple_of: int, max_characters: int, min_count: int, output: Path
-) -> None:
+def _check_arguments(tokens: int | None, until: float | None, least_one: dict[str, int], output: Path) -> None:
     if (tokens is None) == (until is None):
         raise CptError("say how far to grow: either tokens=12000 (--tokens) or until=1.6 (--until), characters a token")
     if tokens is not None and tokens < 1:
         raise CptError(f"tokens is {tokens}; it must be 1 or more")
-    for name, value in (("multiple_of", multiple_of), ("max_characters", max_characters), ("min_count", min_count)):
+    for name, value in least_one.items():
         if value < 1:
             raise CptError(f"{name} is {value}; it must be 1 or more")
     check_free(output)

@@ -94,7 +94,7 @@ def train(
     tokens = [BOS, EOS, PAD, *CHAT, *special, *reserved]
     # A multiple of 0 is refused below, in words and not by the division.
     size = -(-vocabulary_size // max(multiple_of, 1)) * multiple_of
-    _check_arguments(corpora, output, tokens, size, multiple_of)
+    _check_arguments(corpora, output, tokens, vocabulary_size, size, multiple_of, sample_bytes)
     if isinstance(corpora, Mapping):
         samples = _weighted(corpora, json_key, sample_bytes)
     else:
@@ -124,17 +124,27 @@ def train(
 
 
 def _check_arguments(
-    corpora: Inputs | Mapping[str, float], output: Path, tokens: Sequence[str], size: int, multiple_of: int
+    corpora: Inputs | Mapping[str, float],
+    output: Path,
+    tokens: Sequence[str],
+    asked: int,
+    size: int,
+    multiple_of: int,
+    sample_bytes: int,
 ) -> None:
     weights = corpora if isinstance(corpora, Mapping) else {}
     if wrong := {name: weight for name, weight in weights.items() if not 0 < weight < float("inf")}:
         raise CptError(f"the weight of {next(iter(wrong))} is {next(iter(wrong.values()))}; it must be above 0")
-    if multiple_of < 1:
-        raise CptError(f"multiple_of is {multiple_of}; it must be 1 or more")
+    for name, value in (("multiple_of", multiple_of), ("sample_bytes", sample_bytes)):
+        if value < 1:
+            raise CptError(f"{name} is {value}; it must be 1 or more")
     if twice := [token for token in tokens if tokens.count(token) > 1]:
         raise CptError(f"the special token {twice[0]} is there twice")
     if size <= len(tokens) + 256:
-        raise CptError(f"a vocabulary of {size} has no room for tokens beside 256 bytes and {len(tokens)} special ones")
+        raise CptError(
+            f"a vocabulary of {asked:,} has no room for tokens beside 256 bytes and {len(tokens)} special ones: give a "
+            "larger vocabulary_size (--vocabulary-size)"
+        )
     check_free(output)
 
 

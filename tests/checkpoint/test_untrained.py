@@ -72,6 +72,9 @@ def test_what_cannot_be_made(tokenizer: Path, tmp_path: Path) -> None:
         make_untrained(tmp_path / "base", tokenizer, "7B")
     with pytest.raises(CptError, match="nemo-cpt tokenizer train makes one"):
         make_untrained(tmp_path / "base", tmp_path / "nowhere", "tiny")
+    for wrong in ({"seed": -1}, {"max_position_embeddings": 0}):
+        with pytest.raises(CptError, match="give 0 or more, and 1 or more"):
+            make_untrained(tmp_path / "base", tokenizer, "tiny", **wrong)
     (tokenizer / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     with pytest.raises(CptError, match="names no eos_token"):
         make_untrained(tmp_path / "base", tokenizer, "tiny")

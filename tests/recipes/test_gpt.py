@@ -8,10 +8,15 @@ from typing import Any
 
 import pytest
 
+from nemo_cpt import catalog
+from nemo_cpt.catalog.matching import recipes_for
 from nemo_cpt.checkpoint import make_untrained
+from nemo_cpt.checkpoint.provenance import read_provenance
 from nemo_cpt.corpus import Blend, prepare
+from nemo_cpt.doctor import Examination, inputs
 from nemo_cpt.errors import CptError
 from nemo_cpt.launching import yaml_file
+from nemo_cpt.launching.description import describe
 from nemo_cpt.recipes import gpt
 from nemo_cpt.vocabulary import train
 from tests.training import jobs
@@ -61,6 +66,26 @@ def test_what_is_given_goes_before(work: Path) -> None:
     assert (made.trainer.max_steps, made.data.global_batch_size, made.optim.lr_scheduler.warmup_steps) == (7, 16, 2)
     with pytest.raises(CptError, match="it can be 124M"):
         gpt.pretrain(str(work / "base"), blend(work), params="7B")
+    for wrong in ("global_batch_size", "max_steps", "seq_length"):
+        with pytest.raises(CptError, match=f"{wrong}=0: give {wrong}=1 or more"):
+            gpt.pretrain(str(work / "base"), blend(work), **{wrong: 0})
+
+
+def test_the_launcher_knows_the_steps_and_a_base_of_another_size(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = {"base": str(work / "base"), "data": blend(work)}
+    job = describe(catalog.recipe("gpt.pretrain_350m"), arguments, [], "local", [])
+    assert (job.max_steps, job.global_batch_size, job.settings.lr) == (13_351, 512, 3e-4)
+    assert job.settings.num_layers == 4  # the base's
+    found = inputs.base(Examination(job))
+    assert found.state == "warning"
+    said = "its schedule is for 350M parameters (the base has "
+    assert said in found.found
+    gpt.pretrain_350m(**arguments)
+    assert said in capsys.readouterr().err
+    fits = recipes_for(work / "base")["gpt.pretrain_350m"][1]
+    assert fits.startswith(said)
 
 
 def _train(work: Path) -> None:
@@ -86,5 +111,7 @@ def test_a_run_learns_from_random_weights_and_is_exported(work: Path) -> None:
     assert losses[-1] < losses[0] - 0.7
     (last,) = (work / "runs/gpt_124m/checkpoints").glob("*-last")
     export_hf(last, work / "hf")
+    assert read_provenance(work / "hf").from_scratch
+    assert len(read_provenance(work / "hf").trainings) == 1
     model, tokenizer = (kind.from_pretrained(work / "hf") for kind in (AutoModelForCausalLM, AutoTokenizer))
     assert model.get_input_embeddings().weight.shape[0] == len(tokenizer) == 1024
