@@ -113,8 +113,8 @@ def run(
 ) -> None:
     """Run a recipe on an executor; ends non-zero if the job fails.
 
-    On a terminal a local job is shown as `nemo-cpt watch` does, and its log goes to a file. A dry run ends with 3 where
-    the job would be refused.
+    On a terminal a local job is shown as `nemo-cpt watch` does, and its log goes to a file, which the key l shows. A
+    dry run ends with 3 where the job would be refused.
 
     Parameters are checked at once, and so is what `nemo-cpt doctor` finds without importing anything: a job that could
     not start is refused. To plan a GPU recipe's memory, and how long it takes to save, a process imports NeMo the first
@@ -129,6 +129,7 @@ def run(
     from nemo_cpt.launching.executor import make_executor
     from nemo_cpt.launching.task import moves_its_folder, nothing_to_train
     from nemo_cpt.watching.launch_view import launch_view
+    from nemo_cpt.watching.terminal import shows_views
 
     # From here to `submit` each step costs more than the one before: what can be refused is refused early.
     recipe, pairs, executor = from_file(recipe, overrides, executor)
@@ -153,7 +154,7 @@ def run(
             refused = [] if force else [str(each) for each in errors]
         else:
             plain = plain or json or detach or executor != "local" or moves_its_folder(fields)
-            plain = plain or not sys.stdout.isatty()
+            plain = plain or not shows_views(sys.stdout)
             with contextlib.nullcontext() if plain else launch_view(job.directory) as begun:
                 result = jobs.submit(function, arguments, fields, where, detach, begun)
     if dryrun and not json:
