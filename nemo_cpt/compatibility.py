@@ -76,11 +76,11 @@ class Base:
         return load_tokenizer(self.tokenizer or self.folder)
 
     @cached_property
-    def tokenizer_before_growth(self) -> Any:
-        """The tokenizer that theirs grew from, described; None where it did not grow."""
+    def tokenizers_before_growth(self) -> list[Any]:
+        """The tokenizers that theirs grew from, described, the nearest first."""
         from nemo_cpt.vocabulary.byte_level import before_growth
 
-        return before_growth(self.tokenizer) if self.tokenizer else None
+        return list(before_growth(self.tokenizer)) if self.tokenizer else []
 
 
 def check(
@@ -384,9 +384,9 @@ def _check_maker(base: Base, prefix: str, manifest: Mapping[str, Any]) -> list[s
     splits = manifest["options"].get("split_special_tokens", False)
     of_data = (made_with, manifest.get("markers", {}), manifest.get("probes", {}), splits)
     difference = _difference(*of_data, base.loaded_tokenizer)
-    if difference and base.tokenizer_before_growth and not _difference(*of_data, base.tokenizer_before_growth):
+    if difference and any(not _difference(*of_data, older) for older in base.tokenizers_before_growth):
         return [
-            f"{prefix} was made with the tokenizer that the base's grew from: its ids are the same ones, but its texts "
+            f"{prefix} was made with a tokenizer that the base's grew from: its ids are the same ones, but its texts "
             f"have more tokens than they need. Prepare it again: nemo-cpt prepare ... --tokenizer {base.tokenizer}"
         ]
     if difference:

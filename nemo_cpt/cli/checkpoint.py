@@ -95,8 +95,16 @@ def grow_command(
         Path | None, typer.Option(help="LoRA run: the base of the adapters; default: the one that it recorded.")
     ] = None,
     initialisation: Annotated[
-        str, typer.Option(help="Of the new rows: mean of the old tokens' rows, noise (the mean and some), or zero.")
+        str,
+        typer.Option(
+            help="Of the new rows: mean of the old tokens' rows, noise (the mean and some), zero, or focus: rows of "
+            "tokens that --corpus uses alike."
+        ),
     ] = "mean",
+    corpus: Annotated[
+        list[str] | None, typer.Option(help="Texts of the language that was added, for focus; repeatable.")
+    ] = None,
+    json_key: Annotated[str, typer.Option(help="Field of --corpus that holds the text.")] = "text",
     ignore_field: _Ignore = [],  # noqa: B006
     as_json: _Json = False,
 ) -> None:
@@ -105,8 +113,8 @@ def grow_command(
 
     with _progress("Growing") as progress:
         report = grow_model(
-            _of_run(source), output, tokenizer, base=base, initialisation=initialisation, ignore_fields=ignore_field,
-            progress=progress,
+            _of_run(source), output, tokenizer, base=base, initialisation=initialisation, corpus=corpus,
+            json_key=json_key, ignore_fields=ignore_field, progress=progress,
         )  # fmt: skip
     _print(report.as_dict(), as_json)
 

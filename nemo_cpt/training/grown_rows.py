@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from nemo_cpt.corpus.tokenization.tokenizer_files import read_object
 from nemo_cpt.errors import CptError
 from nemo_cpt.training.adapters import is_embedding_or_head
-from nemo_cpt.vocabulary.byte_level import RECORD
+from nemo_cpt.vocabulary.byte_level import FIRST_ROW, RECORD
 
 
 class GrownRowsFirst(pl.Callback):
@@ -79,7 +79,8 @@ def first_new_row(tokenizer: Path, steps: int) -> int:
     """
     if steps < 1:
         raise CptError(f"grown_rows_first is {steps}; it must be 1 or more")
-    first = read_object(tokenizer / RECORD).get("from", {}).get("vocabulary_size", 0)
+    record = read_object(tokenizer / RECORD)
+    first = record.get(FIRST_ROW) or record.get("from", {}).get("vocabulary_size", 0)
     if not first:
         raise CptError(
             f"grown_rows_first is {steps}, and the tokenizer in {tokenizer} has not grown (it has no {RECORD}): leave "

@@ -12,6 +12,7 @@ from nemo_cpt.checkpoint import export_hf, grow_model, import_hf
 from nemo_cpt.errors import CptError
 from nemo_cpt.vocabulary import grow
 from nemo_cpt.vocabulary.byte_level import read_byte_level
+from nemo_cpt.vocabulary.similarity import similar_tokens
 from tests.support import small_models as models
 from tests.vocabulary.conftest import CORPUS, small_base, texts
 
@@ -116,14 +117,27 @@ def test_a_nemo_checkpoint_becomes_what_the_grown_model_is_imported_as(
 def test_other_initialisations(tokenizers: tuple[Path, Path], tmp_path: Path) -> None:
     source, first = make("llama31", tmp_path / "hf", tokenizers[0]), read_byte_level(str(tokenizers[0])).size
     new = {}
-    for kind in ("mean", "noise", "zero"):
-        grow_model(source, tmp_path / kind, tokenizers[1], initialisation=kind)
+    for kind in ("mean", "noise", "zero", "focus"):
+        corpus = str(CORPUS / "ja.jsonl") if kind == "focus" else None
+        report = grow_model(source, tmp_path / kind, tokenizers[1], initialisation=kind, corpus=corpus)
         new[kind] = models.tensors(tmp_path / kind)[EMBEDDING][first:].float()
     spread = float(models.tensors(source)[EMBEDDING].float().std())
     assert not new["zero"].any()
     assert float((new["noise"] - new["mean"]).std()) == pytest.approx(0.05 * spread, rel=0.1)
-    with pytest.raises(CptError, match="it can be mean, noise, zero"):
+    old, grown = map(read_byte_level, map(str, tokenizers))
+    alike = similar_tokens(old, grown, str(CORPUS / "ja.jsonl"))
+    assert report.by_similarity == len(alike) > 50
+    rows = models.tensors(source)[EMBEDDING].float()
+    for number, row in enumerate(new["focus"], first):
+        expected = torch.from_numpy(alike[number].weights) @ rows[alike[number].ids] if number in alike else None
+        torch.testing.assert_close(
+            row, new["mean"][number - first] if expected is None else expected, rtol=1e-2, atol=1e-3
+        )
+    with pytest.raises(CptError, match="it can be mean, noise, zero, focus"):
         grow_model(source, tmp_path / "other", tokenizers[1], initialisation="best")
+    for kind, corpus in (("focus", None), ("mean", "ja.jsonl")):
+        with pytest.raises(CptError, match="focus, and no other, is learnt from a corpus"):
+            grow_model(source, tmp_path / "other", tokenizers[1], initialisation=kind, corpus=corpus)
 
 
 def test_what_does_not_belong_together_is_refused_and_leaves_nothing(
