@@ -124,7 +124,10 @@ def init_command(
     dest: Annotated[Path, typer.Argument(help="NeMo checkpoint to make.")],
     tokenizer: Annotated[Path, typer.Option("--tokenizer", "-t", help="Folder of the model's tokenizer.")],
     params: Annotated[str, typer.Option(help="124M, 350M or 1.3B; tiny, for a CPU.")] = "124M",
-    max_position_embeddings: Annotated[int, typer.Option(help="The longest sequence.")] = 2048,
+    shape: Annotated[str, typer.Option(help="Of the layers: llama or gpt2.")] = "llama",
+    max_position_embeddings: Annotated[
+        int | None, typer.Option(help="The longest sequence; default: 2048, of gpt2 1024.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the random weights.")] = 1234,
     as_json: _Json = False,
 ) -> None:
@@ -133,8 +136,9 @@ def init_command(
 
     with _progress("Writing") as progress:
         report = make_untrained(
-            dest, tokenizer, params, max_position_embeddings=max_position_embeddings, seed=seed, progress=progress
-        )
+            dest, tokenizer, params, shape=shape, max_position_embeddings=max_position_embeddings, seed=seed,
+            progress=progress,
+        )  # fmt: skip
     _print(report.as_dict(), as_json)
 
 
