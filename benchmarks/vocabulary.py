@@ -10,6 +10,8 @@ documents  before and after, of --en and of each of --documents: tokens that cha
 model      `nemo-cpt grow` of a model beside `cp` and `sync`: --model, or one of Llama-3.1-8B's shape with --layers of
            its 32, of random weights
 prepare    `nemo-cpt prepare` of --ja with the base's tokenizer and the grown one
+rows       of --model: bits per byte of Japanese that was held out, as it is and with new rows of each initialisation,
+           before any training
 
 `grow` judges on documents that it held out itself; `documents` on all of them, of which 98 % of --ja were learnt from.
 """
@@ -23,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +35,13 @@ from nemo_cpt.checkpoint import grow_model
 from nemo_cpt.checkpoint.architecture import parse_config
 from nemo_cpt.checkpoint.arrays import BLOCK_BYTES, DTYPES
 from nemo_cpt.checkpoint.folders import copy_small_files
+from nemo_cpt.checkpoint.growing import INITIALISATIONS
 from nemo_cpt.checkpoint.layout import slots
 from nemo_cpt.checkpoint.safetensors_files import TensorPlan, write_weights
 from nemo_cpt.corpus import prepare
 from nemo_cpt.corpus.tokenization.tokenizer import Encoder, FastEncoder, load_tokenizer
 from nemo_cpt.vocabulary import grow, train
-from nemo_cpt.vocabulary.samples import documents
+from nemo_cpt.vocabulary.samples import documents, draw
 
 LLAMA31_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -62,8 +66,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=12_000)
     parser.add_argument("--model", type=Path, help="Hugging Face folder with the base's tokenizer")
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--judged", type=int, default=20, help="documents of `rows`, their first 1,000 characters")
     parser.add_argument("--work", type=Path, help="folder for what is made; a temporary one if not given")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=" ".join(PARTS))
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=DEFAULT_PARTS, metavar="PART", help=" ".join(PARTS))
     given = parser.parse_args()
     if given.work and len(given.only) == 1:
         given.work.mkdir(parents=True, exist_ok=True)
@@ -144,12 +149,12 @@ def _llama(given: argparse.Namespace) -> Path:
     plans = [TensorPlan(slot.name, "bfloat16", slot.shape) for slot in slots(parse_config(config, "config.json"))]
     block = np.random.default_rng(0).standard_normal(BLOCK_BYTES // 2, np.float32).astype(DTYPES["bfloat16"])
     shapes = {plan.name: plan.shape for plan in plans}
-    write_weights(folder, plans, lambda name: _rows(shapes[name], block))
+    write_weights(folder, plans, lambda name: _repeated(shapes[name], block))
     os.sync()
     return folder
 
 
-def _rows(shape: tuple[int, ...], block: np.ndarray) -> Iterator[np.ndarray]:
+def _repeated(shape: tuple[int, ...], block: np.ndarray) -> Iterator[np.ndarray]:
     """A tensor's rows out of one block of numbers."""
     width = int(np.prod(shape[1:]))
     step = block.size // width
@@ -180,7 +185,34 @@ def _prepare(given: argparse.Namespace) -> None:
         _show("prepare", {"tokenizer": name} | found | speed)
 
 
-PARTS = {"train": _train, "grow": _grow, "documents": _documents, "model": _model, "prepare": _prepare}
+def _rows(given: argparse.Namespace) -> None:
+    if given.model is None:
+        raise SystemExit("rows: name a model that has learnt something, --model")
+    sample = draw(given.ja)
+    texts = [text[:1000] for text in sample.held_out[: given.judged]]
+    with tempfile.TemporaryDirectory(dir=given.work) as name:
+        corpus = Path(name, "ja.jsonl")
+        corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in sample.texts))
+        grow(given.base, str(corpus), Path(name, "tokenizer"), tokens=given.tokens)
+        _judge_rows("as it is", given.model, texts, {})
+        for kind in INITIALISATIONS:
+            learnt = str(corpus) if kind == "focus" else None
+            grown = partial(grow_model, given.model, Path(name, kind), Path(name, "tokenizer"), initialisation=kind)
+            report, cost = _measured(partial(grown, corpus=learnt))
+            _judge_rows(kind, Path(name, kind), texts, {"by_similarity": report.by_similarity} | cost)
+
+
+def _judge_rows(kind: str, model: Path, texts: list[str], known: dict[str, Any]) -> None:
+    from nemo_cpt.evaluation.bits_per_byte import documents_loss
+    from nemo_cpt.inference.transformers_engine import TransformersEngine
+
+    loss = documents_loss(TransformersEngine(model), texts)
+    found = {"documents": len(texts), "bits_per_byte": round(loss.bits_per_byte, 4), "tokens": sum(loss.tokens)}
+    _show("rows", {"initialisation": kind} | found | known)
+
+
+PARTS = {"train": _train, "grow": _grow, "documents": _documents, "model": _model, "prepare": _prepare, "rows": _rows}
+DEFAULT_PARTS = [part for part in PARTS if part != "rows"]  # which needs a model that has learnt something
 
 
 def _encode(encoder: Encoder, texts: list[str]) -> tuple[list[list[int]], float]:
