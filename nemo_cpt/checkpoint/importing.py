@@ -137,6 +137,11 @@ def check_tensors(weights: HFWeights, slots: Sequence[layout.Slot], arch: Archit
     """
     for slot in slots:
         info = weights.infos.get(slot.name)
+        if info is None and slot.name.removeprefix("transformer.") in weights.infos:
+            raise CptError(
+                f"{weights.folder}: the tensors have no `transformer.` before their names: it is GPT-2 without its "
+                "output layer, as OpenAI's is published. Save it once with transformers' GPT2LMHeadModel."
+            )
         if info is None:
             raise CptError(
                 f"{weights.folder}: tensor {slot.name} is missing, which config.json asks for "
