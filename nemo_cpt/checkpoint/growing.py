@@ -26,7 +26,9 @@ from nemo_cpt.checkpoint.nemo_writer import Tensors, write_nemo
 from nemo_cpt.checkpoint.provenance import hand_on
 from nemo_cpt.checkpoint.safetensors_files import SHARD_BYTES, HFWeights, TensorPlan, write_weights
 from nemo_cpt.checkpoint.trained import describe, open_trained
+from nemo_cpt.conversations.templates import own_template
 from nemo_cpt.corpus.reading.sources import Inputs
+from nemo_cpt.corpus.tokenization.tokenizer import Tokenizer
 from nemo_cpt.corpus.tokenization.tokenizer_files import FILES, read_object
 from nemo_cpt.errors import CptError
 from nemo_cpt.vocabulary.byte_level import FIRST_ROW, RECORD, ByteLevelBPE, grew_from, read_byte_level
@@ -177,7 +179,8 @@ def grow_model(
         progress: called with (bytes done, bytes in all).
 
     Raises:
-        CptError: the tokenizer did not grow from the model's; the model has no rows for its own tokens; whatever
+        CptError: the tokenizer did not grow from the model's, or from one with other special tokens or another chat
+            template; the model has no rows for its own tokens; whatever
             `import_hf` or `export_hf` refuses of it; `dest` exists. Nothing is left at `dest` then.
     """
     start = time.monotonic()
@@ -337,6 +340,11 @@ def _growth(
             f"the tokenizer {tokenizer} did not grow from that of {files}: {reason}. Grow that one: "
             f"nemo-cpt tokenizer grow {files} CORPUS --tokens N --output FOLDER"
         )
+    if changed := _other_settings(files, tokenizer, old.described, new.described):
+        raise CptError(
+            f"the tokenizer {tokenizer} grew from one of the same tokens as that of {files}, and would take its "
+            f"{changed} away. Grow the model's own: nemo-cpt tokenizer grow {files} CORPUS --tokens N --output FOLDER"
+        )
     if new.size == old.size:
         raise CptError(f"the tokenizer {tokenizer} has no token that {files} has not: there is nothing to grow")
     if old.size > arch.vocab_size:
@@ -348,6 +356,15 @@ def _growth(
     alike = similar_tokens(old, new, corpus, json_key) if corpus is not None else {}
     parts = [alike.get(number, part) for number, part in enumerate(_old_tokens(old, new), old.size)]
     return _Growth(old.size, parts, max(arch.vocab_size, new.size), initialisation, len(alike))
+
+
+def _other_settings(files: Path, tokenizer: Path, old: Tokenizer, new: Tokenizer) -> str | None:
+    """What of a model's tokenizer another of the same tokens has not, such as a base model's in an instructed one."""
+    template = own_template(files)
+    if template is not None and template != own_template(tokenizer):
+        return "chat template"
+    kinds = [kind for kind in ("bos", "eos", "pad") if getattr(old, kind) not in (None, getattr(new, kind))]
+    return next((f"{kind}_token {getattr(old, kind)[0]!r}" for kind in kinds), None)
 
 
 def _old_tokens(old: ByteLevelBPE, new: ByteLevelBPE) -> list[Likeness]:

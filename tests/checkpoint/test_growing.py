@@ -167,6 +167,23 @@ def test_what_does_not_belong_together_is_refused_and_leaves_nothing(
     assert not list(tmp_path.glob(".dest*"))
 
 
+def test_an_instructed_models_template_and_ends_are_not_taken_away_by_its_bases_tokenizer(
+    tokenizers: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base, grown = tokenizers
+    source = make("llama32", tmp_path / "hf", base)
+    template, config = source / "chat_template.jinja", source / "tokenizer_config.json"
+    template.write_text("{{ bos_token }}{{ messages }}")
+    with pytest.raises(CptError, match="would take its chat template away"):
+        grow_model(source, tmp_path / "dest", grown)
+    template.unlink()  # of which the grown one may have one
+    grow_model(source, tmp_path / "kept", grown)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token": "<|eot_id|>"}))
+    with pytest.raises(CptError, match=r"would take its eos_token '<\|eot_id\|>' away"):
+        grow_model(source, tmp_path / "dest", grown)
+    assert not (tmp_path / "dest").exists()
+
+
 def test_the_command(tokenizers: tuple[Path, Path], tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
