@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nemo_cpt.checkpoint.architecture import read_json
+from nemo_cpt.checkpoint.architecture import context_length, read_json
 from nemo_cpt.errors import CptError
 from nemo_cpt.inference import Engine, hugging_face_folder, open_engine
 from nemo_cpt.inference.asked_as import end_ids, has_chat_template, reply_warnings
@@ -72,7 +72,7 @@ class Candidate:
     @cached_property
     def context_length(self) -> int | None:
         """Tokens of its context; None for an endpoint."""
-        return None if self.is_endpoint else read_json(self.folder / "config.json").get("max_position_embeddings")
+        return None if self.is_endpoint else context_length(read_json(self.folder / "config.json"))
 
     @cached_property
     def has_chat_template(self) -> bool:
