@@ -194,3 +194,7 @@ def test_the_command(tokenizers: tuple[Path, Path], tmp_path: Path) -> None:
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0
     assert json.loads(done.stdout)["grown"] == [EMBEDDING]
+    alike = ["--initialisation", "focus", "--corpus", str(CORPUS / "ja.jsonl"), "--json"]
+    done = CliRunner().invoke(app, [*arguments[:-2], str(tmp_path / "alike"), *alike])
+    assert done.exit_code == 0
+    assert json.loads(done.stdout)["by_similarity"] > 50

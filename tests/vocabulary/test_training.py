@@ -166,4 +166,6 @@ def test_the_command(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, [*arguments, "--weight", "1", "--weight", "1"])
     assert done.exit_code == 0
     assert "640 ids" in done.stdout
+    unigram = ["tokenizer", "train", JA, "-o", str(tmp_path / "u"), "--vocabulary-size", "600", "--kind", "unigram"]
+    assert json.loads(CliRunner().invoke(app, [*unigram, "--json"]).stdout)["kind"] == "unigram"
     assert isinstance(CliRunner().invoke(app, [*arguments, "--weight", "1"]).exception, CptError)
