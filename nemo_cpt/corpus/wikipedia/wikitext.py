@@ -19,14 +19,14 @@ _HELD_MARK = re.compile("\x02(\\d+)\x03")
 _GONE = "\x04"  # a template without a text: it may leave empty brackets or a comma behind
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _FILE, _CATEGORY = 6, 14
-_DEPTH = 100  # constructs within each other; MediaWiki stops at 40
+_DEPTH = 100  # constructs within each other; MediaWiki stops at 40, what goes on is broken
 _VARIANTS = ("zh-hans", "zh-cn", "zh-sg", "zh-my", "zh", "zh-hant", "zh-tw", "zh-hk", "zh-mo", "sr-ec", "sr-cyrl")
 _KEPT = "nowiki|pre|syntaxhighlight|source|math|ce|chem"
 _DROPPED = (
     "ref|references|gallery|timeline|score|graph|chart|mapframe|maplink|imagemap|hiero|templatedata|templatestyles|"
     "inputbox|categorytree|indicator|includeonly|section|dynamicpagelist|phonos"
 )
-_OPENING = re.compile(rf"<!--|<({_KEPT}|{_DROPPED})(?=[\s/>])([^>]*+)>", re.IGNORECASE)
+_OPENING = re.compile(rf"<!--|<({_KEPT}|{_DROPPED})(?=[\s/>])([^<>]*+)>", re.IGNORECASE)
 _SIMPLE_LINK = re.compile(r"\[\[ *+([^\[\]{}|\n:#<>]++)\]\]")
 _LABELLED_LINK = re.compile(r"\[\[[^\[\]{}|\n:<>]++\|([^\[\]{}|\n]++)\]\]")
 _MARK = re.compile(
@@ -34,7 +34,7 @@ _MARK = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _OF_HEADERS = re.compile(r"^[ \t]*!.*$", re.MULTILINE)
-_EXTERNAL = re.compile(r"\[(?:(?:https?:|ftps?:|irc:)?//|mailto:)[^\s\[\]<>\"]*+[ \t]*+([^\]\n]*+)\]", re.IGNORECASE)
+_EXTERNAL = re.compile(r"\[(?:(?:https?:|ftps?:|irc:)?//|mailto:)[^\s\[\]<>\"]*+[ \t]*+([^\[\]\n]*+)\]", re.IGNORECASE)
 _TAG = re.compile(
     r"</?(?:abbr|b|bdi|bdo|big|blockquote|br|caption|center|cite|code|data|dd|del|dfn|div|dl|dt|em|font|h[1-6]|hr|i|ins|"
     r"kbd|li|mark|noinclude|ol|onlyinclude|p|poem|q|rb|rp|rt|rtc|ruby|s|samp|section|small|span|strike|strong|sub|sup|"
@@ -51,7 +51,7 @@ _HEADING = re.compile(r"(={1,6})(.+?)(={1,6})")
 _CELLS = ("|", "{|", PIPE)
 _LEAD = ",;:、，；：/・"
 _BRACKETS = re.compile(f"( ?[(（])[ {_LEAD}]*+{_GONE}[ {_LEAD}{_GONE}]*+([)）]?)")
-_BEFORE_BRACKET = re.compile(f"(?:[,;、，；] ?)?{_GONE}[ ,;{_GONE}、，；]*+(?=[)）])")
+_BEFORE_BRACKET = re.compile(f"(?:[,;、，；] ?)?{_GONE}[ ,;{_GONE}、，；]{{0,30}}+(?=[)）])")
 _BEFORE_STOP = re.compile(f" {_GONE}(?=[.,;:!?])")
 _GONE_ROW = re.compile(f"{_GONE}(?: ?{_GONE})++")
 _BLANKS = re.compile(r"[ \t]{2,}+")
@@ -198,8 +198,7 @@ class _Nesting:
             self.stack[-1].pieces.append(text[place:begin])
             place = begin + self._heed(text[begin:end])
         self.stack[-1].pieces.append(text[place:])
-        while len(self.stack) > 1:
-            self._give_up()
+        self._give_all_up()
         return "".join(self.stack[0].pieces)
 
     def _heed(self, mark: str) -> int:
@@ -209,25 +208,30 @@ class _Nesting:
             How many characters of the mark that took; the others may begin another one.
         """
         if mark == "[[" or mark.startswith("{{"):
-            self.stack.append(_Open(mark))
+            self._open(mark)
         elif mark == "]]":
             if self._unwound_to("["):
                 self._add(self.cleaner.link(self._closed()))
         elif mark.startswith("}}"):
             return self._close_braces(len(mark))
         elif mark == "-{" and self.cleaner.converts:
-            self.stack.append(_Open(mark))
+            self._open(mark)
         elif mark == "}-" and self._unwound_to("-"):
             self._add(self.cleaner.converted(self._closed()))
         elif mark in ("-{", "}-"):
             self._add(mark[0])
             return 1
         elif mark.endswith("{|") or mark[1] in "tT":
-            self.stack.append(_Open("t"))
+            self._open("t")
         elif self._unwound_to("t"):
             self._closed()
             self._add("\n")
         return len(mark)
+
+    def _open(self, mark: str) -> None:
+        if len(self.stack) > _DEPTH:
+            self._give_all_up()
+        self.stack.append(_Open(mark))
 
     def _close_braces(self, braces: int) -> int:
         """Close a template (two braces) or a parameter (three); return how many that took."""
@@ -249,7 +253,7 @@ class _Nesting:
         table closes a link around it.
         """
         stack = self.stack
-        for place in range(len(stack) - 1, max(len(stack) - 1 - _DEPTH, 0), -1):
+        for place in range(len(stack) - 1, 0, -1):
             mark = stack[place].mark
             if mark[0] == kind:
                 while len(stack) > place + 1:
@@ -258,6 +262,10 @@ class _Nesting:
             if kind in "[-" and mark[0] in "{t":
                 return False
         return False
+
+    def _give_all_up(self) -> None:
+        while len(self.stack) > 1:
+            self._give_up()
 
     def _closed(self) -> str:
         return "".join(self.stack.pop().pieces)
