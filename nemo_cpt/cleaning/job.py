@@ -58,7 +58,7 @@ def clean(
     Beside them `cleaning.json` says what was done to what and with what, and `report.html` shows it. A kept document
     has all its fields, and its text as the rules left it; a dropped one is as it came, with the field `dropped_by`:
     `rule`, `measure`, `value` and its limits. A duplicate is as the rules left it; `kept_line` is its twin's line of
-    `kept.jsonl`. Documents stay in their order, whatever the number of workers; in `dropped.jsonl` duplicates come last.
+    `kept.jsonl`. Documents stay in their order, whatever the number of workers; duplicates come last among the dropped.
 
     Args:
         inputs: As for `prepare`.
