@@ -25,6 +25,7 @@ LAYERS = (
     ("catalog",),
     ("launching",),
     ("watching",),
+    ("workflow",),
     ("demo",),
     ("cli",),
 )

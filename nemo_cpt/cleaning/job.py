@@ -20,8 +20,8 @@ from nemo_cpt.cleaning.rules import Rules, rules_for
 from nemo_cpt.cleaning.tallies import CleaningReport, Counts
 from nemo_cpt.corpus.atomic_files import locked, make_folder, sync_directory, write_whole
 from nemo_cpt.corpus.dataset.manifest import changed_input, describe_inputs
-from nemo_cpt.corpus.in_order import in_order
 from nemo_cpt.corpus.preparing.workers import count_processes
+from nemo_cpt.corpus.processes import in_order
 from nemo_cpt.corpus.progress import ProgressBar
 from nemo_cpt.corpus.reading.chunks import Feed, Task, check_unchanged
 from nemo_cpt.corpus.reading.lines import Reading
@@ -58,7 +58,7 @@ def clean(
     Beside them `cleaning.json` says what was done to what and with what, and `report.html` shows it. A kept document
     has all its fields, and its text as the rules left it; a dropped one is as it came, with the field `dropped_by`:
     `rule`, `measure`, `value` and its limits. A duplicate is as the rules left it; `kept_line` is its twin's line of
-    `kept.jsonl`. Documents stay in their order, whatever the number of workers; duplicates come last among the dropped.
+    `kept.jsonl`. Documents stay in order, whatever the number of workers; in `dropped.jsonl` duplicates come last.
 
     Args:
         inputs: As for `prepare`.

@@ -52,6 +52,7 @@ def main() -> None:
         results,
         vocabulary,
         watching,
+        workflow,
     )
 
     try:

@@ -36,8 +36,10 @@ def write_report(records: Sequence[Record], folder: Path) -> list[Path]:
     """Write the report of a run, or of two, into a folder; returns the files' paths, the page first.
 
     Raises:
-        CptError: the folder cannot be written.
+        CptError: the folder cannot be written, or the two are one run.
     """
+    if len(records) > 1 and records[0].folder.resolve() == records[1].folder.resolve():
+        raise CptError(f"{records[0].folder} would be compared with itself: name another run, or leave it away")
     make_folder(folder)
     drawn = pictures(records)
     files = {

@@ -13,8 +13,8 @@ import orjson
 
 from nemo_cpt.corpus.atomic_files import locked, make_folder, sync_directory, write_whole
 from nemo_cpt.corpus.dataset.manifest import changed_input, describe_inputs
-from nemo_cpt.corpus.in_order import in_order
 from nemo_cpt.corpus.preparing.workers import count_processes
+from nemo_cpt.corpus.processes import in_order
 from nemo_cpt.corpus.progress import ProgressBar
 from nemo_cpt.corpus.reading.chunks import Feed, Task, check_unchanged, lines_of, texts_of
 from nemo_cpt.corpus.reading.lines import Reading, TextUnder, parse_lines
