@@ -21,6 +21,7 @@ _ABOUT = re.compile(r"(readme|licen[sc]e|copying|changelog|notice)\b", re.IGNORE
 HUB = "hf:"
 UNFINISHED = ".part"  # the folder in which `split` works
 DATASET_DICT = "dataset_dict.json"
+EXTRACTED = ".wikipedia.json"  # the manifest beside a dump's text
 Inputs = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
@@ -152,6 +153,8 @@ def _is_bookkeeping(path: Path) -> bool:
         neighbours = ["train.jsonl"]
     elif name.endswith(".part.json"):
         neighbours = [name.removesuffix(".json"), name.removesuffix(".part.json")]
+    elif name.endswith(EXTRACTED):
+        neighbours = [name.removesuffix(EXTRACTED) + ".jsonl"]
     elif name.endswith(("_document.json", "_document.skipped.jsonl")):
         prefix = name.removesuffix(".json").removesuffix(".skipped.jsonl")
         neighbours = [prefix + ".idx", prefix + ".journal"]
