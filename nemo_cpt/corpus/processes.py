@@ -13,6 +13,7 @@ from nemo_cpt.errors import CptError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+AHEAD = 4  # tasks for each worker that wait, are worked on, or are done before their turn
 
 # A global, set before the workers are forked: they inherit it, and what it holds is too large to go with every task.
 _work: Callable[[Any], Any] | None = None
@@ -32,7 +33,7 @@ def in_order(work: Callable[[Task], Result], tasks: Iterable[Task], workers: int
         try:
             for task in tasks:
                 ahead.append((task, pool.submit(_call, task)))
-                if len(ahead) > 2 * workers:
+                if len(ahead) > AHEAD * workers:
                     done, future = ahead.popleft()
                     yield done, future.result()
             while ahead:
