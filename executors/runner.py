@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from nemo_cpt import signals
+from nemo_cpt.constants import MARKER
 from nemo_cpt.errors import CptError, StoppedEarlyError
 from nemo_cpt.executors.tracking import continue_wandb_run
 from nemo_cpt.importing import uncollected
 from nemo_cpt.output import WithoutReaders, say
 
-MARKER = "NEMO_CPT_PREEMPTED"  # names the file that a task leaves which was told to stop: empty once it saved
 UNTRAINED = "nothing was trained yet"  # what stands in that file where there was nothing to save
-REFUSAL = "NEMO_CPT_REFUSED"  # names the one of a task that a CptError ended
+REFUSAL = "NEMO_CPT_REFUSED"  # names the file of a task that a CptError ended
 
 
 def main() -> None:

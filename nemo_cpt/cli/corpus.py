@@ -375,12 +375,17 @@ def _share_or_inputs(value: str) -> float | str:
 @app.command(rich_help_panel=PANEL)
 def fetch(
     corpus: Annotated[
-        str | None, typer.Argument(help="A name, an https:// address or hf:NAME; none lists the names.")
+        str | None,
+        typer.Argument(
+            help="A name, wikipedia:LANGUAGE@DATE, an https:// address, hf:NAME, or the file of a dump of Wikipedia; "
+            "none lists the names."
+        ),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder.")] = Path("data"),
+    workers: Annotated[int | None, typer.Option(help="Processes for a dump's text; all CPUs by default.")] = None,
     json: Json = False,
 ) -> None:
-    """Download a corpus; certificates are verified, checksums kept, interrupted downloads resumed."""
+    """Download a corpus, of a dump of Wikipedia as text too; checksums are kept, interrupted downloads resumed."""
     from nemo_cpt.corpus.fetching.known_corpora import CORPORA
 
     if corpus is None:
@@ -388,7 +393,10 @@ def fetch(
         return print_json(known) if json else print_report({name: entry.note for name, entry in CORPORA.items()}, [])
     from nemo_cpt.corpus import fetch as run
 
-    files = run(corpus, output)
+    files = run(corpus, output, workers=workers)
     if json:
         return print_json({"files": [asdict(file) for file in files]})
-    print_report({file.path: f"{file.size:,} bytes, {file.status} {file.sha256[:16]}" for file in files}, [])
+    rows = {file.path: f"{file.size:,} bytes, {file.status} {file.sha256[:16]}" for file in files}
+    for file in files:
+        rows |= {kind: f"{count:,} pages" for kind, count in file.pages.items()}
+    print_report(rows, [])

@@ -99,8 +99,8 @@ def list_sources(inputs: Inputs) -> list[Source]:
     """List the files that the inputs stand for; the order is that of the inputs, sorted within each folder and glob.
 
     Args:
-        inputs: A path, a folder (all its JSON lines and Parquet files, recursively, but not what `fetch`, `split` and
-            `prepare` write beside them; if it has none, its .txt, .md, .csv and .tsv files), a glob,
+        inputs: A path, a folder (all its JSON lines and Parquet files, recursively, but not what `fetch`, `clean`,
+            `split` and `prepare` write beside them; if it has none, its .txt, .md, .csv and .tsv files), a glob,
             `hf:NAME[@CONFIG][:SPLIT]`, or a list of them.
 
     Raises:
@@ -172,13 +172,15 @@ def _refuse_saved_datasets(folder: Path, paths: list[Path]) -> None:
 
 
 def _is_bookkeeping(path: Path) -> bool:
-    """Say whether `fetch`, `split` or `prepare` wrote a file beside data; only its neighbours tell it from data."""
+    """Say whether this library's commands wrote a file beside data; only its neighbours tell it from data."""
     name = path.name
     # By name and neighbours: a user's own file of that name, alone, is data.
     if path.parent.name.endswith(PARTS) and (path.parent / PLAN).exists():
         return True
     if name == "split.json":
         neighbours = ["train.jsonl"]
+    elif name in ("cleaning.json", "dropped.jsonl"):
+        return path.with_name("kept.jsonl").exists() and path.with_name("cleaning.json").exists()
     elif name.endswith(".part.json"):
         neighbours = [name.removesuffix(".json"), name.removesuffix(".part.json")]
     elif name.endswith(("_document.json", "_document.skipped.jsonl")):
