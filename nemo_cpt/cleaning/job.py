@@ -1,5 +1,6 @@
 """Cleaning a corpus: every document through the rules, then duplicates; what is kept and what is dropped, with why."""
 
+import json
 import os
 import shutil
 import time
@@ -308,7 +309,7 @@ class _Cleaning:
         check = Check("exact" if found.exact else "similarity", found.similarity, at_most=wanted.near)
         self.counts.kept -= 1
         self.counts.kept_bytes -= len(line)
-        text = orjson.loads(line)[self.json_key]
+        text = json.loads(line)[self.json_key]  # as it was read: orjson takes no NaN
         self.counts.drop("duplicates", check, text, len(line), f"line {kept_line:,} of {KEPT}")
         dropped.write(_with_reason(line.rstrip(b"\n"), "duplicates", check, {"kept_line": kept_line}))
 

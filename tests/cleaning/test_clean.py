@@ -78,6 +78,19 @@ def test_only_the_text_changes(tmp_path: Path, japanese: list[str]) -> None:
     assert report.changes == {"masked email": 1}
 
 
+def test_empty_texts_and_fields_that_are_no_json_numbers(tmp_path: Path) -> None:
+    lines = [
+        '{"id": NaN, "text": "一つの文。"}',
+        '{"id": -Infinity, "text": "一つの文｡"}',
+        '{"text": ""}',
+        '{"text": "二つ"}',
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(line + "\n" for line in lines), "utf-8")
+    report = clean(tmp_path / "a.jsonl", tmp_path / "out", Rules("ja", ()), quiet=True)
+    assert Path(report.files["kept"]).read_text("utf-8").splitlines() == [lines[0], lines[2], lines[3]]
+    assert report.dropped == {"duplicates": {"exact": {"documents": 1, "nbytes": len(lines[1].encode()) + 1}}}
+
+
 def test_the_files_do_not_depend_on_the_number_of_workers(tmp_path: Path, corpus: Path, japanese: list[str]) -> None:
     with corpus.open("a") as file:  # enough for several tasks
         for number in range(2000):

@@ -20,6 +20,7 @@ from nemo_cpt.errors import CptError
 from tests.cleaning.conftest import CHINESE, KOREAN
 
 LANGUAGES = ("ja", "en", "zh", "ko")
+MORE_THAN_WHOLE = ("hash_share", "ellipsis_share", "newline_share")  # against the words, which may be fewer
 STOP_WORDS = r"(?i)\b(the|be|to|of|and|that|have|with)\b"
 CHINESE_STOP_WORDS = "的年在月是和日了於于為有被人中为他與后後也而由"
 
@@ -118,6 +119,18 @@ def test_boilerplate_is_removed_and_counted(japanese: list[str]) -> None:
     assert found.document.changes["removed lines"] == 3
     told = "利用規約とは何か、という話である。" * 8
     assert examine(f"{text}\n{told}", Rules("ja", (Boilerplate(("利用規約",)),))).document.text.endswith(told)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@settings(max_examples=50, deadline=None)
+@given(text=st.text(max_size=200))
+def test_any_text_can_be_examined(language: str, text: str) -> None:
+    found = examine(text, rules_for(language), to_the_end=True)
+    for _, check in found.checks:
+        assert check.value >= 0
+        assert not check.measure.endswith("_share") or check.value <= 1 or check.measure in MORE_THAN_WHOLE, check
+    first = examine(text, rules_for(language))
+    assert first.failed == found.failed
 
 
 def ngrams_by_hand(items: list[str], n: int) -> Counter[tuple[str, ...]]:
