@@ -15,12 +15,12 @@ import dataclasses
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nemo_run as run
-import numpy as np
+from curves_apart import table
 from loss_curves import make_recipe, series, train_by_recipe
-from state_precision import smooth
 
 from nemo_cpt.recipes import parts
 
@@ -57,30 +57,12 @@ def recipe_of(variant: Variant, folder: Path, out: Path, steps: int) -> run.Part
     return recipe
 
 
-def report(curves: dict[str, list[float]], held_out: dict[str, float]) -> str:
-    """A table of each variant's distance from bf16, by smoothed curve and by held-out loss, and a verdict on fp8."""
-    apart = {name: smooth(curve) - smooth(curves["bf16"]) for name, curve in curves.items()}
-    rounding = np.abs(apart["smaller micro batches"]).max()
-    chance = max(abs(held_out[name] - held_out["bf16"]) for name in held_out if name.startswith("shuffled"))
-    lines = [
-        f"| precision | smoothed curve: mean, largest difference (rounding: {rounding:.5f}) | held-out loss | "
-        f"difference (chance: {chance:.5f}) | within rounding x 2 | within chance |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, difference in apart.items():
-        largest, further = np.abs(difference).max(), held_out[name] - held_out["bf16"]
-        curve = "" if name.startswith("shuffled") else f"{difference.mean():+.5f}, {largest:.5f}"
-        verdicts = ["yes" if largest <= 2 * rounding else "no", "yes" if further <= chance else "no"]
-        verdict = " | ".join(verdicts if name.startswith("fp8") else ["", ""])
-        lines.append(f"| {name} | {curve} | {held_out[name]:.4f} | {further:+.5f} | {verdict} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--out", type=Path, default=Path("fp8-curves"))
+    parser.add_argument("--at-once", type=int, default=1, help="variants that train at a time")
     parser.add_argument("--variant", choices=VARIANTS, help="train this one alone, and write its curve")
     options = parser.parse_args()
     if options.variant:
@@ -89,14 +71,19 @@ def main() -> None:
         (out / "metrics.json").write_text(json.dumps(metrics))
         return
     curves, held_out = {}, {}
-    for name in VARIANTS:
+
+    def train(name: str) -> None:
         again = [str(options.folder), "--steps", str(options.steps), "--out", str(options.out), "--variant", name]
         subprocess.run([sys.executable, __file__, *again], check=True)
+
+    with ThreadPoolExecutor(options.at_once) as pool:
+        list(pool.map(train, VARIANTS))
+    for name in VARIANTS:
         metrics = json.loads((options.out / name / "metrics.json").read_text())
         curves[name] = list(series(metrics, "reduced_train_loss").values())
         held_out[name] = sum(list(series(metrics, f"val_loss_{each}").values())[-1] for each in ("ja", "en")) / 2
     options.out.joinpath("fp8_curves.json").write_text(json.dumps({"curves": curves, "held_out": held_out}))
-    print(report(curves, held_out))
+    print(table("precision", curves, held_out, "smaller micro batches", lambda name: name.startswith("fp8")))
 
 
 if __name__ == "__main__":

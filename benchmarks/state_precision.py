@@ -23,10 +23,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from curves_apart import smooth, table
 
 LEARNING_RATE, WARM_UP, WEIGHT_DECAY, BETAS, EPSILON = 1e-4, 30, 0.1, (0.9, 0.95), 1e-8
 SEQUENCE, MICRO_BATCHES, HELD_OUT = 1024, 8, 64
-WINDOW = 20  # steps of the moving average in which curves are compared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,33 +144,6 @@ def train(variant: Variant, model: str, samples: np.ndarray, pipe) -> None:
     pipe.send(([round(float(loss), 5) for loss in losses], float(torch.stack(held_out).mean())))
 
 
-def smooth(curve: list[float]) -> np.ndarray:
-    """Moving average over WINDOW steps, fewer where the curve is shorter."""
-    window = min(WINDOW, len(curve))
-    return np.convolve(curve, np.full(window, 1 / window), mode="valid")
-
-
-def report(curves: dict[str, list[float]], held_out: dict[str, float]) -> str:
-    """A table of each variant's distance from fp32, by smoothed curve and by held-out loss, and a verdict on each."""
-    curve_of_fp32 = smooth(curves["fp32"])
-    apart = {name: smooth(curve) - curve_of_fp32 for name, curve in curves.items()}
-    rounding = np.abs(apart["reordered"]).max()
-    chance = max(abs(held_out[name] - held_out["fp32"]) for name in held_out if name.startswith("shuffled"))
-    lines = [
-        f"| states | smoothed curve: mean, largest difference (rounding: {rounding:.5f}) | held-out loss | "
-        f"difference (chance: {chance:.5f}) | within rounding x 2 | within chance |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, difference in apart.items():
-        largest, further = np.abs(difference).max(), held_out[name] - held_out["fp32"]
-        curve = "" if name.startswith("shuffled") else f"{difference.mean():+.5f}, {largest:.5f}"
-        judged = name.startswith("bf16")
-        verdicts = ("yes" if largest <= 2 * rounding else "no", "yes" if further <= chance else "no")
-        verdict = " | ".join(verdicts if judged else ("", ""))
-        lines.append(f"| {name} | {curve} | {held_out[name]:.4f} | {further:+.5f} | {verdict} |")
-    return "\n".join(lines)
-
-
 def draw(curves: dict[str, list[float]], path: Path) -> None:
     import matplotlib
 
@@ -216,7 +189,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "state_precision.json").write_text(json.dumps({"curves": curves, "held_out": held_out}))
     draw(curves, options.out / "state_precision.png")
-    print(report(curves, held_out))
+    print(table("states", curves, held_out, "reordered", lambda name: name.startswith("bf16")))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ none, `run.Experiment`, `nemo llm ...`. A function to call instead of `run.run` 
 the trainer comes too late: without a GPU the trainer is not even built.
 """
 
-import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from functools import cache, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_cpt.errors import CptError, exit_with_the_message
+from nemo_cpt.errors import exit_with_the_message
 from nemo_cpt.executors import window
 from nemo_cpt.executors.tracking import in_its_wandb_run
 
@@ -27,7 +26,6 @@ FORCE = "NEMO_CPT_FORCE"
 @cache
 def examine_before_launch() -> None:
     """Have NeMo-Run refuse what could not run, with the doctor's words; once a process."""
-    from nemo_run import DockerExecutor
     from nemo_run.run import api, job, task
     from nemo_run.run.experiment import Experiment
 
@@ -42,8 +40,6 @@ def examine_before_launch() -> None:
         if not (direct or experiment._launched or experiment._reconstruct):
             for each, executor, comes_first in tasks_of(experiment, sequential):
                 examine_task(each, place_of(executor), comes_first)
-                if isinstance(executor, DockerExecutor):
-                    check_docker(executor.container_image)
         return launch(experiment, sequential, detach, tail_logs, direct)
 
     @wraps(run_here)
@@ -58,29 +54,6 @@ def examine_before_launch() -> None:
     # Each of them imported the function by its name.
     for module in (api, job, task):
         module.direct_run_fn = examine_and_run_here
-
-
-def check_docker(image: str) -> None:
-    """Raise CptError unless a Docker engine answers on this machine, and has the image if no registry could."""
-    import docker as client  # NeMo-Run's own requirement
-
-    try:
-        engine = client.from_env()  # which asks it for its version
-    except client.errors.DockerException as error:
-        reason = " ".join(str(error).split())
-        raise CptError(
-            f"no Docker engine answers here ({reason}): install it, or start it (`systemctl start docker`), and let "
-            "this user reach it (`docker ps` must work); DOCKER_HOST names another"
-        ) from None
-    with contextlib.closing(engine):
-        if image.startswith("localhost/"):
-            try:
-                engine.images.get(image)
-            except client.errors.ImageNotFound:
-                raise CptError(
-                    f"there is no image {image} here: build it in the checkout (`docker build --tag {image} .`), "
-                    "or give docker(image=...)"
-                ) from None
 
 
 def tasks_of(experiment: Any, sequential: bool) -> Iterator[tuple[Any, Any, bool]]:
@@ -98,6 +71,8 @@ def tasks_of(experiment: Any, sequential: bool) -> Iterator[tuple[Any, Any, bool
 def examine_task(task: Any, place: "Place", comes_first: bool = True) -> None:
     """Examine what trains; of a task that waits for others, files are not looked at, because they may make them.
 
+    Of a task that trains nothing it is asked only whether its container can be started.
+
     Args:
         task: of NeMo-Run's.
         place: where it is to run.
@@ -107,12 +82,15 @@ def examine_task(task: Any, place: "Place", comes_first: bool = True) -> None:
         CptError: something would stop it.
     """
     from nemo_cpt.doctor.built import job_of
+    from nemo_cpt.doctor.containers import check_engine
     from nemo_cpt.doctor.preflight import preflight
 
     exit_with_the_message()
     job = job_of(task, place if comes_first else replace(place, same_files=False))
     if job is not None:
         preflight(job, force=bool(os.environ.get(FORCE)), how_to_force=f"{FORCE}=1", speaker="nemo_cpt")
+    elif place.image is not None:
+        check_engine(place.image)
 
 
 def place_of(executor: Any) -> "Place":
@@ -128,7 +106,8 @@ def place_of(executor: Any) -> "Place":
     if isinstance(executor, LocalExecutor):
         return Place("local", nodes=executor.nodes, environ=variables)
     if isinstance(executor, DockerExecutor):
-        return Place("docker", same_packages=False, same_files=False, environ=variables)
+        image = executor.container_image
+        return Place("docker", same_packages=False, same_files=False, image=image, environ=variables)
     if not isinstance(executor, SlurmJob) or not isinstance(executor.tunnel, LocalTunnel):
         return Place(type(executor).__name__, here=False, same_packages=False, same_files=False, environ=variables)
     in_container = bool(executor.container_image)

@@ -1,8 +1,10 @@
 """The one exception for what the user can mend, and a kind of it for what only has to be started again."""
 
+import difflib
 import io
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -64,3 +66,10 @@ def _hook_before(others: Callable[..., Any]) -> Callable[..., Any]:
 
     hook.exits_with_the_message = True  # type: ignore[attr-defined]
     return hook
+
+
+def near_paths(path: Path) -> str:
+    """What to say behind the name of a path that is not there: those beside it with names like it; perhaps nothing."""
+    beside = [each.name for each in path.parent.glob("[!.]*")]
+    near = difflib.get_close_matches(path.name, beside, n=3)
+    return f"; near: {', '.join(str(path.with_name(each)) for each in near)}" if near else ""

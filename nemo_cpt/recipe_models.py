@@ -42,6 +42,13 @@ def model_config(recipes: Path) -> dict[str, Any]:
     return {}
 
 
+def like_base(recipes: Path) -> bool:
+    """Whether a module's recipes have the shape of whatever base they get: a call in it says `model=LIKE_BASE`."""
+    calls = (node for node in ast.walk(ast.parse(recipes.read_text())) if isinstance(node, ast.Call))
+    keywords = (word for call in calls for word in call.keywords)
+    return any(word.arg == "model" and ast.unparse(word.value) == "LIKE_BASE" for word in keywords)
+
+
 def module_named(name: str) -> Path:
     """Return the module of recipes of a name, for its model.
 

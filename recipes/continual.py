@@ -7,11 +7,14 @@ import nemo_run as run
 from nemo.collections import llm
 
 from nemo_cpt.corpus import Blend
+from nemo_cpt.errors import CptError
 from nemo_cpt.planning import ALLOWED, fit
 from nemo_cpt.planning.recipe_reader import check_layout
 from nemo_cpt.recipes import parts
 from nemo_cpt.training.adapters import adapters_class
+from nemo_cpt.training.grown_rows import GrownRowsFirst
 from nemo_cpt.training.guards import check_belonging
+from nemo_cpt.training.options import check_grown_rows_first
 from nemo_cpt.training.settings import Settings, check, settings_in
 
 LINEAR_LAYERS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
@@ -125,7 +128,7 @@ def continual_pretrain(
         model=parts.fused(parts.model_of(model, base, seq_length)),
         data=parts.data(
             data or default_data(),
-            tokenizer=tokenizer or parts.tokenizer(base, directory, name),
+            tokenizer=parts.tokenizer(base, directory, name) if tokenizer is None else tokenizer,
             seq_length=seq_length,
             global_batch_size=global_batch_size,
             micro_batch_size=micro_batch_size,
@@ -226,9 +229,13 @@ def with_lora(
 
     Raises:
         CptError: `rank` is not positive, `embeddings_lr` neither or below the schedule's min_lr; there is no such
-            `peft_scheme`.
+            `peft_scheme`; the recipe trains a grown base's new rows first, and they are frozen.
     """
     check(Settings(rank=rank, embeddings_lr=embeddings_lr))
+    grown = next((each for each in recipe.trainer.callbacks if each.__fn_or_cls__ is GrownRowsFirst), None)
+    check_grown_rows_first(grown and grown.steps, None, frozen=embeddings_lr is None)
+    if getattr(recipe.model.config, "position_embedding_type", None) == "learned_absolute":
+        raise CptError("adapters on GPT-2's layers cannot be exported: train every parameter, without peft")
     rank, adapters = 128 if rank is None else rank, adapters_class(peft_scheme, embeddings_lr is not None)
     recipe.model.config.gradient_accumulation_fusion = False  # the adapters' gradients are small
     return run.Partial(

@@ -1,42 +1,19 @@
-"""Pretraining from scratch: Llama-shaped models of GPT-3's smaller sizes, on one's own tokenizer and data.
+"""Pretraining from scratch: Llama- or GPT-2-shaped models of GPT-3's smaller sizes, on one's own tokenizer and data.
 
 `nemo-cpt init` writes the random weights that a run starts from.
 """
 
-from dataclasses import dataclass
+import sys
 
 import nemo_run as run
 from nemo.collections import llm
 
 from nemo_cpt.corpus import Blend
-from nemo_cpt.errors import CptError
+from nemo_cpt.output import say
+from nemo_cpt.planning.from_scratch import schedule_of, size_warning
 from nemo_cpt.recipe_models import LIKE_BASE
 from nemo_cpt.recipes import continual
-
-TOKENS_PER_PARAMETER = 20  # Hoffmann et al., arXiv 2203.15556: what a model should see for the compute to be well spent
-WARMUP_TOKENS = 375_000_000  # GPT-3's (arXiv 2005.14165, appendix B)
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How a size is trained: GPT-3's table 2.1 (arXiv 2005.14165).
-
-    Attributes:
-        parameters: of the model, about.
-        lr: peak learning rate.
-        batch_tokens: of a step.
-    """
-
-    parameters: float
-    lr: float
-    batch_tokens: int
-
-
-SCHEDULES = {
-    "124M": Schedule(124e6, 6e-4, 524_288),
-    "350M": Schedule(350e6, 3e-4, 524_288),
-    "1.3B": Schedule(1.3e9, 2e-4, 1_048_576),
-}
+from nemo_cpt.training.settings import Settings, check
 
 
 def default_data() -> Blend:
@@ -84,29 +61,22 @@ def pretrain(
     Raises:
         CptError: there is no such size; see `continual.continual_pretrain`.
     """
-    if params not in SCHEDULES:
-        raise CptError(f"params is {params!r}; it can be {', '.join(SCHEDULES)}")
-    schedule = SCHEDULES[params]
-    global_batch_size = global_batch_size or schedule.batch_tokens // seq_length
-    batch_tokens = global_batch_size * seq_length
-    max_steps = max_steps or round(TOKENS_PER_PARAMETER * schedule.parameters / batch_tokens)
-    if warmup_steps is None:
-        warmup_steps = min(WARMUP_TOKENS // batch_tokens, max_steps // 10)
+    # What the steps are counted by.
+    check(Settings(seq_length=seq_length, global_batch_size=global_batch_size, max_steps=max_steps))
+    given = {"global_batch_size": global_batch_size, "max_steps": max_steps, "warmup_steps": warmup_steps, "lr": lr}
+    if warning := size_warning(params, base):
+        say(f"nemo_cpt: warning: {warning}", sys.stderr)
     return continual.continual_pretrain(
         model=LIKE_BASE,
         base=base,
-        data=data or default_data(),
+        data=default_data() if data is None else data,
         name=name,
         gpus_per_node=gpus_per_node,
         seq_length=seq_length,
-        global_batch_size=global_batch_size,
         micro_batch_size=micro_batch_size,
-        max_steps=max_steps,
-        warmup_steps=warmup_steps,
         val_check_interval=val_check_interval,
-        lr=lr or schedule.lr,
         untrained_base=True,
-        **kwargs,
+        **schedule_of(params).settings(seq_length, given) | kwargs,
     )
 
 

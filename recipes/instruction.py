@@ -15,7 +15,6 @@ from nemo.collections import llm
 from nemo_cpt.conversations import Conversations, mixture
 from nemo_cpt.conversations.dataset import conversations_prefix
 from nemo_cpt.corpus import Blend
-from nemo_cpt.errors import CptError
 from nemo_cpt.planning import ALLOWED, fit
 from nemo_cpt.planning.recipe_reader import check_layout
 from nemo_cpt.recipes import parts
@@ -122,8 +121,8 @@ def instruction_tune(
             and data are on this machine, they do not belong together.
     """
     # What the steps are counted by, and what would be taken for "not given".
-    check(Settings(epochs=epochs, seq_length=seq_length, global_batch_size=global_batch_size))
-    check(Settings(val_check_interval=val_check_interval))
+    check(Settings(epochs=epochs, max_steps=max_steps, seq_length=seq_length, global_batch_size=global_batch_size))
+    check(Settings(val_check_interval=val_check_interval, limit_val_batches=limit_val_batches))
     data = data or default_data()
     # Settled before the steps are counted, which it lengthens.
     share = mixture.replay_share(replay, replay_share)
@@ -135,7 +134,7 @@ def instruction_tune(
             data,
             replay,
             share,
-            tokenizer=tokenizer or parts.tokenizer(base, directory, name),
+            tokenizer=parts.tokenizer(base, directory, name) if tokenizer is None else tokenizer,
             seq_length=seq_length,
             global_batch_size=global_batch_size,
             micro_batch_size=micro_batch_size,
@@ -251,9 +250,6 @@ def _steps(
     replay_share: float,
 ) -> tuple[int, float | None]:
     """A run's steps, and its epochs where their steps cannot be counted here."""
-    # Two lengths would contradict each other; neither may win silently.
-    if max_steps is not None and epochs is not None:
-        raise CptError(f"epochs is {epochs:g} and max_steps {max_steps}: give one of them")
     if max_steps is not None:
         return max_steps, None
     epochs = mixture.EPOCHS if epochs is None else epochs

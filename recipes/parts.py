@@ -16,12 +16,11 @@ from nemo.collections.llm.recipes.log.default import tensorboard_logger
 from nemo.lightning.pytorch.callbacks import GarbageCollectionCallback
 from nemo.utils.exp_manager import TimingCallback
 
-from nemo_cpt.checkpoint.base import carried_places
-from nemo_cpt.checkpoint.context import nemo_model
-from nemo_cpt.checkpoint.folders import has_tokenizer
+from nemo_cpt.checkpoint.base import carried_tokenizer
+from nemo_cpt.checkpoint.context import Name, nemo_model
 from nemo_cpt.compatibility import read_base
 from nemo_cpt.conversations import Conversations
-from nemo_cpt.conversations.mixture import SEED
+from nemo_cpt.conversations.mixture import SEED, check_replay
 from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
 from nemo_cpt.executors.examination import examine_before_launch
@@ -32,20 +31,29 @@ from nemo_cpt.recipe_models import LIKE_BASE, module_named
 from nemo_cpt.training.adapters import EmbeddingRateOptimizer
 from nemo_cpt.training.callbacks import MetricsFile, Seed, ValidationLossBySet
 from nemo_cpt.training.checkpoints import RunCheckpoint
-from nemo_cpt.training.conversations import ConversationDataModule, check_replay
+from nemo_cpt.training.conversations import ConversationDataModule
 from nemo_cpt.training.data import BlendDataModule
 from nemo_cpt.training.early_stop import StopEarly
-from nemo_cpt.training.exports import ExportCheckpoints, check_numbers
+from nemo_cpt.training.exports import ExportCheckpoints
 from nemo_cpt.training.gradients import EveryTrainableParameterHasGradient
-from nemo_cpt.training.grown_rows import GrownRowsFirst, first_new_row
+from nemo_cpt.training.grown_rows import GrownRowsFirst
 from nemo_cpt.training.guards import Guards
 from nemo_cpt.training.logger import RunLogger
 from nemo_cpt.training.loggers import ContinuedMLFlowLogger
 from nemo_cpt.training.oom_advice import OutOfMemoryAdvice
-from nemo_cpt.training.options import LoggerOptions, read_early_stop, read_logger
+from nemo_cpt.training.options import (
+    LoggerOptions,
+    check_exports,
+    check_extend,
+    check_grown_rows_first,
+    read_early_stop,
+    read_logger,
+    read_precision,
+)
+from nemo_cpt.training.preconditions import check_base
 from nemo_cpt.training.preemption import SaveWhenStopped
 from nemo_cpt.training.resume import KEPT_TOKENIZER, ResumeOrStartFromBase
-from nemo_cpt.training.settings import check_name
+from nemo_cpt.training.settings import Settings, check, check_name, default_min_lr
 
 examine_before_launch()  # of every recipe, whatever executor it is given
 
@@ -109,26 +117,41 @@ def trainer(
 
 
 def model_like(base: str, seq_length: int) -> run.Config:
-    """The model that a base's own files describe, of the kin of Llama, Mistral and Qwen, for a recipe's `model=`.
+    """The model that a base's own files describe, of the kin of Llama, Mistral, Qwen or GPT-2, for a recipe's `model=`.
 
     Args:
         base: folder of an imported base, or of a training's checkpoint.
         seq_length: tokens of a sequence.
 
     Raises:
-        CptError: the base's files are not here, or describe a model that is not supported.
+        CptError: the base's files are not here, or describe a model that is not supported; sequences are longer than
+            its learnt positions.
     """
+    if not Path(base).exists():
+        check_base(base)
     architecture = read_base(base).architecture
     if architecture is None:
-        raise CptError(f"{base} carries no config.json of Llama, Mistral or Qwen: write its model= by hand")
+        raise CptError(f"{base} carries no config.json of Llama, Mistral, Qwen or GPT-2: write its model= by hand")
     model = nemo_model(architecture, has_generation_config=False)
     config = model.arguments["config"]
     # What the import says for its own reading: precision and padding are the trainer's to say.
     of_the_import = ("fp16", "bf16", "params_dtype", "apply_rope_fusion", "vocab_size", "make_vocab_size_divisible_by")
     arguments = {name: value for name, value in config.arguments.items() if name not in of_the_import}
-    # Only names that `nemo_model` itself put there.
-    classes = [getattr(import_module(each.target.module), each.target.name) for each in (model, config)]
-    return run.Config(classes[0], config=run.Config(classes[1], **arguments | {"seq_length": seq_length}))
+    classes = [_named(each.target) for each in (model, config)]
+    arguments = {name: _named(value) if isinstance(value, Name) else value for name, value in arguments.items()}
+    # Learnt positions are weights: the model has the base's, and sequences may be shorter.
+    if architecture.like_gpt2 and seq_length > architecture.max_position_embeddings:
+        raise CptError(
+            f"seq_length is {seq_length}, and {base} has learnt {architecture.max_position_embeddings} positions: give "
+            "shorter sequences, or make another with nemo-cpt init --max-position-embeddings"
+        )
+    length = architecture.max_position_embeddings if architecture.like_gpt2 else seq_length
+    return run.Config(classes[0], config=run.Config(classes[1], **arguments | {"seq_length": length}))
+
+
+def _named(name: Name) -> Any:
+    """What a description of `nemo_model` names: it holds no other names."""
+    return getattr(import_module(name.module), name.name)
 
 
 def model_of(model: run.Config | str, base: str, seq_length: int) -> run.Config:
@@ -137,8 +160,12 @@ def model_of(model: run.Config | str, base: str, seq_length: int) -> run.Config:
     Raises:
         CptError: there is no module of that name, or the base does not say its shape.
     """
-    if not isinstance(model, str):
+    if base is None:
+        check_base(base)
+    if isinstance(model, run.Config):
         return model
+    if not isinstance(model, str):
+        raise CptError(f"model is {model!r}: give {LIKE_BASE!r}, the name of a module of recipes, or a run.Config")
     if model == LIKE_BASE:
         return model_like(base, seq_length)
     return import_module(f"nemo_cpt.recipes.{module_named(model).stem}").model(seq_length)
@@ -167,9 +194,6 @@ def bf16() -> run.Config[nl.MegatronMixedPrecision]:
     )
 
 
-FP8_SCALING = {"fp8": "tensorwise", "fp8_blockwise": "blockwise"}
-
-
 def mixed_precision(precision: str, bf16_layers: int = 0) -> run.Config[nl.MegatronMixedPrecision]:
     """bf16, or that with the linear layers' products in fp8.
 
@@ -180,15 +204,12 @@ def mixed_precision(precision: str, bf16_layers: int = 0) -> run.Config[nl.Megat
         bf16_layers: of fp8, layers at either end that multiply in bf16, as NeMo's recipes have one.
 
     Raises:
-        CptError: there is no such precision, or bf16_layers is given for bf16.
+        CptError: see `read_precision`.
     """
-    plugin = bf16()
-    if precision == "bf16" and not bf16_layers:
+    plugin, scaling = bf16(), read_precision(precision, bf16_layers)
+    if scaling is None:
         return plugin
-    if precision not in FP8_SCALING:
-        meant = "give bf16_layers with fp8 only" if precision == "bf16" else f"give bf16, {', '.join(FP8_SCALING)}"
-        raise CptError(f"precision={precision}, bf16_layers={bf16_layers}: {meant}")
-    plugin.fp8, plugin.fp8_recipe, plugin.fp8_param_gather = "hybrid", FP8_SCALING[precision], False
+    plugin.fp8, plugin.fp8_recipe, plugin.fp8_param_gather = "hybrid", scaling, False
     if bf16_layers:
         plugin.first_last_layers_bf16 = True
         plugin.num_layers_at_start_in_bf16 = plugin.num_layers_at_end_in_bf16 = bf16_layers
@@ -219,7 +240,7 @@ def adam(
 
     Args:
         lr: the peak.
-        min_lr: the end; a tenth of `lr` when None, as in the recorded Japanese run and in Swallow.
+        min_lr: the end; `default_min_lr(lr)` when None.
         warmup_steps: `default_warmup(max_steps)` when None.
         max_steps: the schedule's length.
         weight_decay: decoupled, on matrices only.
@@ -241,7 +262,7 @@ def adam(
         max_steps=max_steps,
         warmup_steps=default_warmup(max_steps) if warmup_steps is None else warmup_steps,
         constant_steps=0,
-        min_lr=lr / 10 if min_lr is None else min_lr,
+        min_lr=default_min_lr(lr) if min_lr is None else min_lr,
     )
     return run.Config(nl.MegatronOptimizerModule, config=config, lr_scheduler=schedule)
 
@@ -252,11 +273,7 @@ def with_embeddings_rate(optim: run.Config, embeddings_lr: float) -> run.Config[
     Raises:
         CptError: it is below the schedule's `min_lr`, which both rates end at.
     """
-    if embeddings_lr < optim.lr_scheduler.min_lr:
-        raise CptError(
-            f"embeddings_lr {embeddings_lr:g} is below the schedule's min_lr {optim.lr_scheduler.min_lr:g}: "
-            "give a larger one, or a smaller min_lr"
-        )
+    check(Settings(embeddings_lr=embeddings_lr, min_lr=optim.lr_scheduler.min_lr))
     return run.Config(
         EmbeddingRateOptimizer, config=optim.config, lr_scheduler=optim.lr_scheduler, embeddings_lr=embeddings_lr
     )
@@ -329,7 +346,13 @@ def conversations(
 
 
 def _reading(tokenizer: str, seq_length: int, global_batch_size: int, micro_batch_size: int) -> dict[str, Any]:
-    """The fields that every data module takes."""
+    """The fields that every data module takes.
+
+    Raises:
+        CptError: the tokenizer has no name.
+    """
+    if not tokenizer:
+        raise CptError("tokenizer is empty: give a folder or a name on the hub, or None for the base's own")
     return {
         "tokenizer": run.Config(AutoTokenizer, pretrained_model_name=tokenizer),
         "seq_length": seq_length,
@@ -353,14 +376,16 @@ def tokenizer(base: str, directory: str, name: str) -> str:
     """
     kept = Path(directory, name, KEPT_TOKENIZER)
     # The base before the run's copy: a base that was imported anew is the newer one.
-    own = next((place for place in carried_places(Path(base)) if has_tokenizer(place)), None)
-    return str(own or (kept if kept.is_dir() else Path(base, "hf")))
+    return str(carried_tokenizer(Path(base)) or (kept if kept.is_dir() else Path(base, "hf")))
 
 
 def set_seed(recipe: run.Partial, seed: int) -> None:
-    """Have a recipe's data read in another order, and its adapters begin with other values."""
-    if seed < 0:
-        raise CptError(f"seed={seed}: give seed=0 or more")
+    """Have a recipe's data read in another order, and its adapters begin with other values.
+
+    Raises:
+        CptError: it is no seed.
+    """
+    check(Settings(seed=seed))
     recipe.data.seed = seed
     if seed != SEED:
         recipe.trainer.callbacks.append(run.Config(Seed, seed=seed))
@@ -393,11 +418,10 @@ def train_grown_rows_first(recipe: run.Partial, steps: int | None) -> None:
     Raises:
         CptError: there are no steps, or the base, where it is on this machine, has not grown.
     """
-    if steps is None:
-        return
-    if (folder := Path(recipe.data.tokenizer.pretrained_model_name)).is_dir():
-        first_new_row(folder, steps)
-    recipe.trainer.callbacks.append(run.Config(GrownRowsFirst, steps=steps))
+    folder = Path(recipe.data.tokenizer.pretrained_model_name)
+    check_grown_rows_first(steps, folder if folder.is_dir() else None)
+    if steps is not None:
+        recipe.trainer.callbacks.append(run.Config(GrownRowsFirst, steps=steps))
 
 
 def _validation_sets(recipe: run.Partial) -> list[str]:
@@ -418,7 +442,7 @@ def log(
     Raises:
         CptError: there is no such logger, or the name is no folder's.
     """
-    check_name(name)
+    check_name(name, directory)
     checkpoints = run.Config(
         RunCheckpoint,
         save_every=save_every,
@@ -484,21 +508,11 @@ def export_along(recipe: run.Partial, every: int | None, keep: int | None = None
         keep: how many exports are kept; all when None.
 
     Raises:
-        CptError: a number is below 1, `every` is not a multiple of the steps between checkpoints, or `keep` is given
-            alone.
+        CptError: see `check_exports`.
     """
-    if every is None:
-        if keep is not None:
-            raise CptError(f"export_keep is {keep} and export_every None: give both, or neither")
-        return
-    check_numbers(every, keep)
-    saved = recipe.log.ckpt.save_every or recipe.trainer.val_check_interval
-    if every % saved:
-        raise CptError(
-            f"export_every {every} is not a multiple of the {saved} steps between checkpoints: give "
-            f"{max(every // saved, 1) * saved}, or save_every={every}"
-        )
-    recipe.trainer.callbacks.append(run.Config(ExportCheckpoints, every=every, keep=keep))
+    check_exports(every, keep, recipe.log.ckpt.save_every or recipe.trainer.val_check_interval)
+    if every is not None:
+        recipe.trainer.callbacks.append(run.Config(ExportCheckpoints, every=every, keep=keep))
 
 
 def resume(base: str, extend: str | None = None) -> run.Config[ResumeOrStartFromBase]:
@@ -507,5 +521,9 @@ def resume(base: str, extend: str | None = None) -> run.Config[ResumeOrStartFrom
     Args:
         base: folder of the NeMo checkpoint to start from.
         extend: what becomes of the learning rate when the schedule changed; see `ResumeOrStartFromBase`.
+
+    Raises:
+        CptError: there is no such `extend`.
     """
+    check_extend(extend)
     return run.Config(ResumeOrStartFromBase, base=base, extend=extend)

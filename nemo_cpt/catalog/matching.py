@@ -1,12 +1,14 @@
 """Which recipes are made for a base: their models, as the source declares them, compared with its own files."""
 
+import ast
 from pathlib import Path
 from typing import Any
 
 from nemo_cpt import compatibility
 from nemo_cpt.catalog.source import Function, recipes
 from nemo_cpt.errors import CptError
-from nemo_cpt.recipe_models import LIKE_BASE, model_config
+from nemo_cpt.planning import from_scratch
+from nemo_cpt.recipe_models import LIKE_BASE, like_base, model_config
 
 SHOWN = 2  # differences: a model of another size differs in all
 
@@ -35,11 +37,15 @@ def recipes_for(folder: Path) -> dict[str, tuple[Function, str]]:
 
 def takes_like_base(folder: Path) -> str:
     """What to say of the recipes that are not the base's; empty where its config.json is not translated."""
-    known = compatibility.read_base(folder).architecture is not None
-    return f"the others train it too, with model={LIKE_BASE}: its shape, and their settings" if known else ""
+    if compatibility.read_base(folder).architecture is None:
+        return ""
+    return f"the others train it too, with model={LIKE_BASE} (gpt's in any case): its shape, and their settings"
 
 
 def _why_not(base: compatibility.Base, recipe: Function) -> str:
+    if like_base(recipe.path):
+        size = recipe.parameters["params"].default if "params" in recipe.parameters else None
+        return from_scratch.of_another_size(ast.literal_eval(size), base.folder) if size else ""
     model = model_config(recipe.path)
     if not model:
         return "its source declares no model that could be compared"

@@ -105,6 +105,8 @@ def recipe(name: str) -> Function:
         full_names = {each: each for each in known} | {each.partition(".")[0]: each for each in known}
         close = difflib.get_close_matches(name, full_names, n=3)
         near = dict.fromkeys(full_names[each] if each in known else f"{each}.{PREFERRED}" for each in close)
+        if Path(name).is_file():
+            raise CptError(f"{name} is no recipe, and no configuration file: the name of one ends in .yaml or .yml")
         said = f"; near: {', '.join(near)}" if near else ""
         raise CptError(f"there is no recipe {name!r}{said} (nemo-cpt recipes lists all)")
     return known[full]
@@ -158,7 +160,8 @@ def parse(function: Function, given: Sequence[str], prefix: str = "") -> dict[st
         prefix: before the keys in messages.
 
     Raises:
-        CptError: a string has no `=`, a key is unknown (with the nearest names) or a value has the wrong type.
+        CptError: a string has no `=` or nothing behind it, a key is unknown (with the nearest names) or a value has the
+            wrong type.
     """
     values = {}
     for pair in given:
@@ -166,6 +169,9 @@ def parse(function: Function, given: Sequence[str], prefix: str = "") -> dict[st
         if not equals:
             raise CptError(f"{prefix}{pair}: write key=value")
         parameter = function.parameters.get(key)
+        # Else a shell's variable that is not set would stand for the default, or for the current folder.
+        if parameter is not None and not text:
+            raise CptError(f"{prefix}{key}= has no value: give one, or leave {prefix}{key}= away")
         if parameter is None and "**" not in function.parameters:
             raise CptError(f"{function.name} has no parameter {prefix}{key}; {nearest(key, function.parameters)}")
         # `**` is in the parameters where any key is taken, such as slurm's directives: those values are YAML.
@@ -199,8 +205,15 @@ def split(name: str, pairs: list[str]) -> tuple[Function, dict[str, Any], list[s
 def _how_data_is_written(missing: Sequence[str]) -> str:
     if "data" not in missing:
         return ""
-    several = "{train: {ds/ja: 0.75, ds/en: 0.25}, validation: {ja: ds/ja_validation}}"
-    return f" (one set: data=ds/ja; several: data='{several}')"
+    return f" (one set: data=ds/ja; several: data='{_AS_IN['Blend']}')"
+
+
+def check_distinct(pairs: Sequence[str]) -> None:
+    """Raise CptError where a key stands twice among `key=value`: one of the two would win silently."""
+    keys = [pair.partition("=")[0] for pair in pairs]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        values = [pair for pair in pairs if pair.partition("=")[0] == twice[0]]
+        raise CptError(f"{twice[0]} stands twice: {', '.join(values)}; give it once")
 
 
 def nearest(key: str, known: Mapping[str, Any] | Sequence[str]) -> str:
@@ -288,14 +301,7 @@ def default_data(function: Function) -> Any:
     """Return the data that a recipe takes where none are given, if their source is made of literals; else None."""
     parameter = function.parameters.get("data")
     kind = mixture_of(parameter.annotation) if parameter and parameter.default is not None else None
-    if kind is None:
-        return None
-    module = {"Conversations": "instruction.py"}.get(kind.__name__, "continual.py")
-    # A recipe's own module goes before what all recipes share: gpt's text is not the continual pretraining's.
-    own = functions(function.path).get("default_data")
-    node = own or functions(function.path.with_name(module)).get("default_data")
-    call = node.body[-1].value if node and isinstance(node.body[-1], ast.Return) else None
-    if not isinstance(call, ast.Call):
+    if kind is None or (call := _default_data(function, kind)) is None:
         return None
     owner, _, method = ast.unparse(call.func).partition(".")
     try:
@@ -306,6 +312,33 @@ def default_data(function: Function) -> Any:
         return None
 
 
+def data_example(function: Function) -> str | None:
+    """Return how a script writes a recipe's data: its defaults, or those of its kind; None for one without data."""
+    parameter = function.parameters.get("data")
+    kind = mixture_of(parameter.annotation) if parameter else None
+    if kind is None:
+        return None
+    if "default_data" in functions(function.path):
+        return "default_data()"
+    call = _default_data(function, kind)
+    return ast.unparse(call) if call else None
+
+
+def _default_data(function: Function, kind: type) -> ast.Call | None:
+    """What `default_data` of a recipe's module returns, else that of what all recipes of its kind share."""
+    shared = function.path.with_name({"Conversations": "instruction.py"}.get(kind.__name__, "continual.py"))
+    # The recipe's own goes first: gpt's text is not the continual pretraining's.
+    node = next((each for path in (function.path, shared) if (each := functions(path).get("default_data"))), None)
+    call = node.body[-1].value if node and isinstance(node.body[-1], ast.Return) else None
+    return call if isinstance(call, ast.Call) else None
+
+
+_AS_IN = {  # how a mixture is written
+    "Blend": "{train: {ds/ja: 0.75, ds/en: 0.25}, validation: {ja: ds/ja_validation}}",
+    "Conversations": "{train: {sft/ja: 1.0}, validation: {ja: sft/ja_validation}}",
+}
+
+
 def _mixture(kind: str) -> Any:
     """A parser of a mixture: {train: {ds/ja: 0.75}, validation: {...}}, a YAML or JSON file of that, or one prefix."""
 
@@ -313,12 +346,16 @@ def _mixture(kind: str) -> Any:
         make = mixture_of(kind)
         # JSON is YAML.
         written = Path(text).read_text() if text.endswith((".yaml", ".yml", ".json")) else text
-        fields = yaml.safe_load(written)
+        try:
+            fields = yaml.safe_load(written)
+        except yaml.YAMLError as error:
+            raise CptError(f"no YAML ({' '.join(str(error).split())}); it would be {_AS_IN[kind]}") from None
         # A single word is a prefix, the shortest way to say one set.
         if written is text and isinstance(fields, str) and not set(text) & set(",:{}[]"):
             return make(train={text: 1.0})
         if not isinstance(fields, dict):
-            weights = ", ".join(f"{prefix.strip()}: 1.0" for prefix in text.split(",") if "[" not in text)
+            named = [prefix.strip() for prefix in text.split(",") if prefix.strip() and not set(prefix) & set("[]{}:")]
+            weights = ", ".join(f"{prefix}: 1.0" for prefix in named)
             raise CptError(
                 f"a {kind} is one dataset's prefix, the name of a .yaml file, or "
                 f"{{train: {{{weights or 'PREFIX: 1.0'}}}, validation: {{NAME: PREFIX}}}}"

@@ -3,6 +3,7 @@
 The first plan of a recipe takes as long as NeMo's import; the same one again, for another card, a tenth of a second.
 """
 
+import ast
 import hashlib
 import json
 import os
@@ -20,6 +21,8 @@ from nemo_cpt.catalog import source
 from nemo_cpt.errors import CptError
 from nemo_cpt.output import say_that_nemo_loads
 from nemo_cpt.planning.workload import Workload
+from nemo_cpt.recipe_models import LIKE_BASE, like_base
+from nemo_cpt.training.preconditions import check_base
 
 SECONDS = 300  # for the process that builds the recipe
 SOURCES = ("nemo_cpt.recipes", "nemo_cpt.planning", "nemo_cpt.training", "nemo_cpt.catalog")
@@ -44,6 +47,7 @@ def workload(recipe: str, arguments: Mapping[str, Any], fields: Sequence[str] = 
     # The base may be imported, or another one put in its place, after it was planned.
     if remembered and remembered["digest"] == _digest(remembered["configuration"]):
         return _workload(remembered["workload"])
+    _check_its_shape_is_here(source.recipe(recipe), arguments)
     text = _described_here(request) if "nemo.collections.llm" in sys.modules else _described_elsewhere(request)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Two plans at once write two files; the last rename wins, with the same content.
@@ -51,6 +55,15 @@ def workload(recipe: str, arguments: Mapping[str, Any], fields: Sequence[str] = 
     partial.write_text(text)
     partial.rename(path)
     return _workload(json.loads(text)["workload"])
+
+
+def _check_its_shape_is_here(recipe: source.Function, arguments: Mapping[str, Any]) -> None:
+    """Refuse at once, and not when NeMo is imported, a recipe of its base's shape whose base is not there."""
+    base = recipe.parameters.get("base")
+    if base and (arguments.get("model") == LIKE_BASE or like_base(recipe.path)):
+        folder = arguments["base"] if "base" in arguments else ast.literal_eval(str(base.default))
+        if not Path(str(folder)).exists():
+            check_base(folder)
 
 
 def _workload(fields: Mapping[str, Any]) -> Workload:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from nemo_cpt.checkpoint.architecture import Architecture
 from nemo_cpt.checkpoint.context import HF_FOLDER, UNFINISHED
-from nemo_cpt.checkpoint.folders import require_tokenizer
-from nemo_cpt.errors import CptError
+from nemo_cpt.checkpoint.folders import has_tokenizer, require_tokenizer
+from nemo_cpt.errors import CptError, near_paths
 
 if TYPE_CHECKING:
     from nemo_cpt.checkpoint.nemo_weights import NemoWeights
@@ -35,11 +34,7 @@ def nemo_folder(path: str | Path) -> Path:
             f"({folder.name}{UNFINISHED} lies beside it). Wait for the run, or take another checkpoint."
         )
     if not folder.exists():
-        near = difflib.get_close_matches(folder.name, [each.name for each in folder.parent.glob("[!.]*")], n=3)
-        meant = (
-            f"near: {', '.join(str(folder.with_name(each)) for each in near)}" if near else "`nemo-cpt ls` lists runs"
-        )
-        raise CptError(f"there is no folder {folder}; {meant}")
+        raise CptError(f"there is no folder {folder}{near_paths(folder) or '; `nemo-cpt ls` lists runs'}")
     if not (folder / "weights").is_dir():
         raise CptError(
             f"{path} is no NeMo checkpoint: it has no folder `weights`. "
@@ -88,6 +83,11 @@ def _stamp(nemo: Path) -> object:
 def carried_places(nemo: Path) -> list[Path]:
     """Where a checkpoint carries its base's files: beside the weights, or in the tokenizer's folder of its context."""
     return [nemo / HF_FOLDER, *sorted(path for path in nemo.glob("context/*") if path.is_dir())]
+
+
+def carried_tokenizer(nemo: Path) -> Path | None:
+    """The folder of the tokenizer that a checkpoint carries; None where it carries none."""
+    return next((place for place in carried_places(nemo) if has_tokenizer(place)), None)
 
 
 def base_weights(base: Path, arch: Architecture) -> NemoWeights | HFWeights:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_cpt.checkpoint import layout
+from nemo_cpt.checkpoint.arrays import cast
 from nemo_cpt.checkpoint.distributed_reader import DistributedReader
-from nemo_cpt.checkpoint.model_config import FIELDS, is_known_class, read_model_config
+from nemo_cpt.checkpoint.model_config import FIELDS, constants_of_nemo, is_known_class, read_model_config
 from nemo_cpt.checkpoint.nemo_weights import locate
 from nemo_cpt.errors import CptError
 
@@ -23,25 +24,27 @@ if TYPE_CHECKING:
     import torch
 
 
-def nemo_logits(nemo: str | Path, prompts: list[list[int]]) -> list[torch.Tensor]:
+def nemo_logits(nemo: str | Path, prompts: list[list[int]], rounded_to: str | None = None) -> list[torch.Tensor]:
     """The logits that NeMo's model gives, in fp32 on the CPU with Megatron's local layers.
 
     Args:
         nemo: a NeMo checkpoint; its context says which model.
         prompts: token ids, one list a prompt.
+        rounded_to: a dtype that the weights are cast to first, as an export in it has them; None for as they are.
 
     Returns:
         For each prompt a [tokens, vocabulary] fp32 tensor; the vocabulary may be padded.
 
     Raises:
-        CptError: the context names another class than NeMo's own of Llama, Mistral or Qwen, or weights are missing.
+        CptError: the context names another class than NeMo's own of Llama, Mistral, Qwen or GPT, or weights are
+            missing.
     """
     import torch
 
     from nemo_cpt.cpu_stack import cpu_stack
 
     with cpu_stack(), one_process(), torch.no_grad():
-        model = _build(Path(nemo), max(map(len, prompts)))
+        model = _build(Path(nemo), max(map(len, prompts)), rounded_to)
         return [_forward(model, torch.tensor([prompt])) for prompt in prompts]
 
 
@@ -54,8 +57,9 @@ def _forward(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     return model(tokens, torch.arange(length)[None], masked)[0].float()
 
 
-def _build(nemo: Path, length: int) -> Any:
+def _build(nemo: Path, length: int, rounded_to: str | None) -> Any:
     import torch
+    from megatron.core.transformer.utils import openai_gelu
     from nemo.collections.llm.gpt.model.base import local_layer_spec
 
     from nemo_cpt.cpu_stack import UNFUSED
@@ -65,11 +69,16 @@ def _build(nemo: Path, length: int) -> Any:
     if fields.get("window_size"):
         fields["window_size"] = tuple(fields["window_size"])  # Megatron hashes it
     reader = DistributedReader(nemo / "weights")
+    stated = constants_of_nemo(recorded)
+    # The one function that a class of NeMo's does not say itself.
+    if stated.get("activation_func") == openai_gelu.__name__:
+        fields["activation_func"] = openai_gelu
+    if "max_position_embeddings" not in stated:  # which learnt positions have rows for
+        fields["seq_length"] = max(length, 8)
     config = _config_class(recorded, nemo)(
         **fields,
         **UNFUSED,
         transformer_layer_spec=local_layer_spec,
-        seq_length=max(length, 8),
         vocab_size=reader.shapes[layout.PREFIX + layout.EMBEDDING][0],
         params_dtype=torch.float32,
         # Every parameter is replaced below: drawing random ones would take most of the time.
@@ -77,7 +86,8 @@ def _build(nemo: Path, length: int) -> Any:
     )
     model = config.configure_model(tokenizer=None, pre_process=True, post_process=True).float().eval()
     for name, parameter in model.named_parameters():
-        parameter.data = torch.from_numpy(_read(reader, name).astype("float32"))
+        values = _read(reader, name)
+        parameter.data = torch.from_numpy((cast(values, name, rounded_to) if rounded_to else values).astype("float32"))
     return model
 
 
@@ -88,8 +98,8 @@ def _config_class(recorded: Mapping[str, Any], nemo: Path) -> type:
     found = getattr(import_module(module), name, None) if is_known_class(f"{module}.{name}") else None
     if not isinstance(found, type) or not issubclass(found, GPTConfig):
         raise CptError(
-            f"{nemo}/context names the model config {module}.{name}; logits are compared of NeMo's own Llama, Mistral "
-            "and Qwen models. Compare the weights alone (--no-logits)."
+            f"{nemo}/context names the model config {module}.{name}; logits are compared of NeMo's own Llama, Mistral, "
+            "Qwen and GPT models. Compare the weights alone (--no-logits)."
         )
     return found
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,13 @@ class Provenance:
         repo_id: the base's name on the hub; None where it was not downloaded with `download`.
         commit: of the revision that was downloaded.
         trainings: what was recorded of each training since, as its checkpoint's `run.json` has it, the first one first.
+        from_scratch: the first training began with random weights.
     """
 
     repo_id: str | None = None
     commit: str | None = None
     trainings: Sequence[Mapping[str, Any]] = ()
+    from_scratch: bool = False
 
 
 def read_provenance(folder: Path) -> Provenance:
@@ -49,9 +51,14 @@ def hand_on(source: Path, dest: Path, checkpoint: Path | None = None) -> None:
     """Let a folder say where its model comes from: where the source's does, and from the training of a checkpoint."""
     known = read_provenance(source)
     own = trainings_of(checkpoint) if checkpoint else []
-    found = Provenance(known.repo_id, known.commit, [*known.trainings, *own])
+    found = replace(known, trainings=[*known.trainings, *own])
     if found != Provenance(trainings=[]):
-        (dest / _FILE).write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
+        write_provenance(dest, found)
+
+
+def write_provenance(folder: Path, known: Provenance) -> None:
+    """Let a folder say where its model comes from."""
+    (folder / _FILE).write_text(json.dumps(asdict(known), indent=1) + "\n", encoding="utf-8")
 
 
 def trainings_of(checkpoint: Path) -> list[Mapping[str, Any]]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import Architecture, read_architecture
-from nemo_cpt.checkpoint.arrays import bits, cast
+from nemo_cpt.checkpoint.arrays import DTYPES, bits, cast
 from nemo_cpt.checkpoint.base import base_weights, carried_places, nemo_folder, unchanged
 from nemo_cpt.checkpoint.chat_template import InstructionTemplate, instruction_template, template_differences
 from nemo_cpt.checkpoint.model_config import context_differences, read_model_config
@@ -43,6 +43,9 @@ class Difference:
     of: int
     largest: float
 
+    def __str__(self) -> str:
+        return f"{self.name}: {self.values:,} of {self.of:,} values, by {self.largest:.3g} at most"
+
 
 @dataclass(frozen=True)
 class VerifyReport:
@@ -52,6 +55,8 @@ class VerifyReport:
         nemo: the checkpoint.
         hf: the Hugging Face folder.
         tensors: how many were compared.
+        cast: "float32 -> bfloat16" where the checkpoint's dtype is not the folder's: its values were cast, as an export
+            does, before they were compared; else None.
         differences: of tensors.
         constants: differences between the checkpoint's context and config.json, in words.
         chat_template: the one that the run was tuned on, as its record names it; None where it read texts alone.
@@ -66,6 +71,7 @@ class VerifyReport:
     nemo: str
     hf: str
     tensors: int
+    cast: str | None
     differences: tuple[Difference, ...]
     constants: tuple[str, ...]
     chat_template: str | None
@@ -101,12 +107,13 @@ def verify(
 ) -> VerifyReport:
     """Compare a NeMo checkpoint with a Hugging Face folder.
 
-    Every tensor bit by bit, one at a time; the constants of the forward pass (rotary base and scaling, window, norm
-    epsilon and so on) that the checkpoint's context and config.json state; then the logits of NeMo's and transformers'
-    models in fp32 on the CPU. A LoRA run's checkpoint stands for its adapters merged into the base, as `export_hf`
-    writes them; without logits. After instruction tuning the folder also has to carry the chat template that the run
-    was trained on, and end replies where its answers ended; its tokenizer and generation settings are then not the
-    base's. Those of other runs' exports are, byte for byte, and are not compared.
+    Every tensor bit by bit, one at a time, in the folder's dtype where the checkpoint has another; the constants of the
+    forward pass (rotary base and scaling, window, norm epsilon and so on) that the checkpoint's context and config.json
+    state; then the logits of NeMo's and transformers' models in fp32 on the CPU. A LoRA run's checkpoint stands for its
+    adapters merged into the base, as `export_hf` writes them; without logits. After instruction tuning the folder also
+    has to carry the chat template that the run was trained on, and end replies where its answers ended; its tokenizer
+    and generation settings are then not the base's. Those of other runs' exports are, byte for byte, and are not
+    compared.
 
     Args:
         nemo: a NeMo checkpoint.
@@ -132,19 +139,21 @@ def verify(
     # Around all that is read of the checkpoint: a run may replace it, and the comparison would be of two.
     with unchanged(folder):
         read, warnings = _merged(folder, arch, theirs, base) if lora else (NemoWeights(folder, arch).read, ())
+        casts: dict[tuple[str, str], None] = {}
         recorded, template = read_model_config(folder), instruction_template(folder)
         differing = context_differences(recorded, arch)
-        differences = tuple(found for slot in slots if (found := _compare(slot, read, theirs)))
+        differences = tuple(found for slot in slots if (found := _compare(slot, read, theirs, casts)))
         parameters = sum(prod(slot.shape) for slot in slots)
         gap, largest, longest = None, None, None
         if logits or (logits is None and not lora and parameters <= _LOGITS_UP_TO):
             ids = _ids(hf, prompts) if prompts else [*_ids(hf, PROMPTS), _long_prompt(arch, parameters)]
-            gap, largest = _compare_logits(folder, hf, ids, ignore_fields)
+            gap, largest = _compare_logits(folder, hf, ids, ignore_fields, theirs.dtype if casts else None)
             longest = max(map(len, ids))
     return VerifyReport(
         nemo=str(nemo),
         hf=str(hf),
         tensors=len(slots),
+        cast=", ".join(f"{mine} -> {other}" for mine, other in casts) or None,
         differences=differences,
         chat_template=template.name if template else None,
         chat=tuple(template_differences(hf, template)) if template else (),
@@ -152,9 +161,19 @@ def verify(
         logits_difference=gap,
         largest_logit=largest,
         longest_prompt=longest,
-        warnings=(*warnings, *_unseen(folder, hf, arch, recorded, template, longest)),
+        warnings=(*warnings, *_cast_away(folder, hf, casts), *_unseen(folder, hf, arch, recorded, template, longest)),
         seconds=round(time.monotonic() - start, 3),
     )
+
+
+def _cast_away(nemo: Path, hf: Path, casts: Collection[tuple[str, str]]) -> Iterator[str]:
+    """What of the checkpoint's precision the folder has not, in a sentence."""
+    for mine, other in casts:
+        if DTYPES[mine].itemsize > DTYPES[other].itemsize:
+            yield (
+                f"{nemo} holds {mine} and {hf} {other}: they were compared after that cast; `nemo-cpt export --dtype "
+                f"{mine}` writes every bit"
+            )
 
 
 def _unseen(
@@ -194,13 +213,18 @@ def _merged(nemo: Path, arch: Architecture, theirs: HFWeights, base: str | Path 
     return read, adapters.warnings
 
 
-def _compare(slot: layout.Slot, read: Read, theirs: HFWeights) -> Difference | None:
+def _compare(slot: layout.Slot, read: Read, theirs: HFWeights, casts: dict[tuple[str, str], None]) -> Difference | None:
+    """How a tensor differs, if it does; a cast that it took is noted in `casts`."""
     if slot.name not in theirs.infos:
         raise CptError(f"{theirs.folder} lacks {slot.name}: config.json and the weights belong to different models.")
     mine, other = read(slot.name), theirs.read(slot.name)
     if mine.shape != other.shape:
         raise CptError(f"{slot.name} has shape {other.shape}, config.json asks for {slot.shape}.")
-    if mine.dtype == other.dtype and np.array_equal(bits(mine), bits(other)):
+    if mine.dtype != other.dtype:
+        casts[mine.dtype.name, other.dtype.name] = None
+        with np.errstate(over="ignore"):  # beyond float16: infinite, and so different
+            mine = mine.astype(other.dtype)
+    if np.array_equal(bits(mine), bits(other)):
         return None
     rows = max(1, _COMPARED_AT_ONCE * mine.shape[0] // mine.size)
     starts = range(0, mine.shape[0], rows)
@@ -209,10 +233,9 @@ def _compare(slot: layout.Slot, read: Read, theirs: HFWeights) -> Difference | N
 
 
 def _differ(mine: np.ndarray, other: np.ndarray) -> tuple[int, float]:
-    """How many values differ, in bits where the dtypes are the same, and by how much at most."""
-    values = mine.astype(np.float32), other.astype(np.float32)
-    unequal = bits(mine) != bits(other) if mine.dtype == other.dtype else values[0] != values[1]
-    return int(unequal.sum()), float(np.abs(values[0] - values[1]).max())
+    """How many values differ in their bits, and by how much at most."""
+    gap = np.abs(mine.astype(np.float32) - other.astype(np.float32))
+    return int((bits(mine) != bits(other)).sum()), float(gap.max())
 
 
 def _ids(hf: Path, prompts: Sequence[str]) -> list[list[int]]:
@@ -244,7 +267,9 @@ def _long_prompt(arch: Architecture, parameters: int) -> list[int]:
     return drawn
 
 
-def _compare_logits(nemo: Path, hf: Path, ids: list[list[int]], ignore_fields: Collection[str]) -> tuple[float, float]:
+def _compare_logits(
+    nemo: Path, hf: Path, ids: list[list[int]], ignore_fields: Collection[str], rounded_to: str | None
+) -> tuple[float, float]:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -252,7 +277,7 @@ def _compare_logits(nemo: Path, hf: Path, ids: list[list[int]], ignore_fields: C
     from nemo_cpt.checkpoint.transformers_config import transformers_config
 
     # One model after the other: both at once in fp32 would need twice the memory.
-    ours = nemo_logits(nemo, ids)
+    ours = nemo_logits(nemo, ids, rounded_to)
     config = transformers_config(hf, ignore_fields)
     model = AutoModelForCausalLM.from_pretrained(
         hf, config=config, dtype=torch.float32, attn_implementation="eager", use_safetensors=True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +15,7 @@ import typer
 from nemo_cpt.cli import app
 from nemo_cpt.cli.tables import print_pairs
 
+SHOWN = 5  # tensors that differ
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 _Ignore = Annotated[
     list[str], typer.Option("--ignore-field", help="Accept this config.json field although it is unknown; repeatable.")
@@ -95,8 +96,16 @@ def grow_command(
         Path | None, typer.Option(help="LoRA run: the base of the adapters; default: the one that it recorded.")
     ] = None,
     initialisation: Annotated[
-        str, typer.Option(help="Of the new rows: mean of the old tokens' rows, noise (the mean and some), or zero.")
+        str,
+        typer.Option(
+            help="Of the new rows: mean of the old tokens' rows, noise (the mean and some), zero, or focus: rows of "
+            "tokens that --corpus uses alike."
+        ),
     ] = "mean",
+    corpus: Annotated[
+        list[str] | None, typer.Option(help="Texts of the language that was added, for focus; repeatable.")
+    ] = None,
+    json_key: Annotated[str, typer.Option(help="Field of --corpus that holds the text.")] = "text",
     ignore_field: _Ignore = [],  # noqa: B006
     as_json: _Json = False,
 ) -> None:
@@ -105,8 +114,8 @@ def grow_command(
 
     with _progress("Growing") as progress:
         report = grow_model(
-            _of_run(source), output, tokenizer, base=base, initialisation=initialisation, ignore_fields=ignore_field,
-            progress=progress,
+            _of_run(source), output, tokenizer, base=base, initialisation=initialisation, corpus=corpus,
+            json_key=json_key, ignore_fields=ignore_field, progress=progress,
         )  # fmt: skip
     _print(report.as_dict(), as_json)
 
@@ -116,7 +125,10 @@ def init_command(
     dest: Annotated[Path, typer.Argument(help="NeMo checkpoint to make.")],
     tokenizer: Annotated[Path, typer.Option("--tokenizer", "-t", help="Folder of the model's tokenizer.")],
     params: Annotated[str, typer.Option(help="124M, 350M or 1.3B; tiny, for a CPU.")] = "124M",
-    max_position_embeddings: Annotated[int, typer.Option(help="The longest sequence.")] = 2048,
+    shape: Annotated[str, typer.Option(help="Of the layers: llama or gpt2.")] = "llama",
+    max_position_embeddings: Annotated[
+        int | None, typer.Option(min=1, help="The longest sequence; default: 2048, of gpt2 1024.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the random weights.")] = 1234,
     as_json: _Json = False,
 ) -> None:
@@ -125,8 +137,9 @@ def init_command(
 
     with _progress("Writing") as progress:
         report = make_untrained(
-            dest, tokenizer, params, max_position_embeddings=max_position_embeddings, seed=seed, progress=progress
-        )
+            dest, tokenizer, params, shape=shape, max_position_embeddings=max_position_embeddings, seed=seed,
+            progress=progress,
+        )  # fmt: skip
     _print(report.as_dict(), as_json)
 
 
@@ -145,7 +158,10 @@ def verify_command(
     from nemo_cpt.checkpoint import verify
 
     report = verify(_of_run(nemo), hf, base, logits=logits, ignore_fields=ignore_field)
-    _print(report.as_dict(), as_json)
+    every = report.as_dict()
+    if not as_json:
+        every["differences"] = _first(report.differences)
+    _print(every, as_json)
     if not report.identical:
         # 1, not 2: the command did what it was asked, and the answer is no.
         raise typer.Exit(1)
@@ -172,6 +188,12 @@ def _of_run(source: Path) -> Path:
     if found != source:
         print(f"the newest whole checkpoint of {source} is {found}", file=sys.stderr)
     return found
+
+
+def _first(differences: Sequence[object]) -> str:
+    """The first differences in words, and how many more there are: another model's are as many as its tensors."""
+    more = [f"and {len(differences) - SHOWN} more (--json has all)"] if len(differences) > SHOWN else []
+    return "; ".join([*map(str, differences[:SHOWN]), *more])
 
 
 def _print(report: Mapping[str, Any], as_json: bool) -> None:

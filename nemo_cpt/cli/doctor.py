@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nemo_cpt.cli import app
-from nemo_cpt.cli.launch import PANEL, Json
+from nemo_cpt.cli.launch import EXIT_RED, PANEL, Json
 from nemo_cpt.cli.recipe_arguments import Executor, Pairs, RecipeCommand, RecipeIfAny, from_file
 
 if TYPE_CHECKING:
     from nemo_cpt.doctor import Finding
 
-EXIT_RED = 3
 # The worst first, as they are printed.
 MARKS = {"error": ("✘", "red"), "warning": ("!", "yellow"), "ok": ("✔", "green"), "skipped": ("–", "dim")}
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nemo_cpt.catalog import Function
 
 PANEL = "Recipes and jobs"
+EXIT_RED = 3  # of what looks at a job, and finds that it could not run
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Experiment = Annotated[str | None, typer.Argument(help="The experiment's id, as run prints it; by default the latest.")]
 
@@ -91,9 +92,11 @@ def copy(
     if file.suffix in ENDINGS:
         write_new(written(found, []), file)
         print(f"wrote {file}; edit it, then: nemo-cpt run {file}")
-    else:
+    elif file.suffix == ".py":
         write_script(found, file)
         print(f"wrote {file}; edit it, then: python {file}")
+    else:
+        raise CptError(f"{file}: give a name that ends in .py, for a script, or in {' or '.join(ENDINGS)}")
 
 
 @app.command(rich_help_panel=PANEL, cls=RecipeCommand)
@@ -110,7 +113,8 @@ def run(
 ) -> None:
     """Run a recipe on an executor; ends non-zero if the job fails.
 
-    On a terminal a local job is shown as `nemo-cpt watch` does, and its log goes to a file.
+    On a terminal a local job is shown as `nemo-cpt watch` does, and its log goes to a file, which the key l shows. A
+    dry run ends with 3 where the job would be refused.
 
     Parameters are checked at once, and so is what `nemo-cpt doctor` finds without importing anything: a job that could
     not start is refused. To plan a GPU recipe's memory, and how long it takes to save, a process imports NeMo the first
@@ -125,18 +129,19 @@ def run(
     from nemo_cpt.launching.executor import make_executor
     from nemo_cpt.launching.task import moves_its_folder, nothing_to_train
     from nemo_cpt.watching.launch_view import launch_view
+    from nemo_cpt.watching.terminal import shows_views
 
     # From here to `submit` each step costs more than the one before: what can be refused is refused early.
     recipe, pairs, executor = from_file(recipe, overrides, executor)
     function, arguments, fields, options = catalog.split(recipe, pairs)
-    with _only_json_on_stdout(json):
+    with only_json_on_stdout(json):
         job = describe(function, arguments, fields, executor, options)
         # Not for a cluster's files, which this machine does not see.
         if job.place.same_files and (said := nothing_to_train(function.name, arguments, fields, job.place.here)):
             print(said if not json else jsonlib.dumps({"finished": said}), file=sys.__stdout__)
             return
         # A dry run is to show the script, whatever this machine lacks.
-        preflight(job, force=force or dryrun, how_to_force="--force", speaker="nemo-cpt")
+        errors = preflight(job, force=force or dryrun, how_to_force="--force", speaker="nemo-cpt")
         if check or (fields and executor != "local"):
             build_recipe(function.name, arguments, fields)
         where = make_executor(executor, options, function.processes(arguments))
@@ -146,16 +151,21 @@ def run(
         if dryrun:
             result = dict(dry_run.rows(job, function, arguments, fields, options, where))
             result |= jobs.prepared(function, arguments, fields, where)
+            refused = [] if force else [str(each) for each in errors]
         else:
             plain = plain or json or detach or executor != "local" or moves_its_folder(fields)
-            plain = plain or not sys.stdout.isatty()
+            plain = plain or not shows_views(sys.stdout)
             with contextlib.nullcontext() if plain else launch_view(job.directory) as begun:
                 result = jobs.submit(function, arguments, fields, where, detach, begun)
     if dryrun and not json:
         shown = result | {"submitted": "nothing: this is a dry run; --json shows what would be"}
+        if refused:
+            shown["submitted"] = f"nothing, and without --dryrun it would be refused; errors, see above: {len(refused)}"
         print_pairs(shown.items())
     if json:
-        print(jsonlib.dumps(result))
+        print(jsonlib.dumps(result | ({"refused": refused} if dryrun else {})))
+    if dryrun and refused:
+        raise typer.Exit(EXIT_RED)
 
 
 @app.command(rich_help_panel=PANEL)
@@ -179,7 +189,7 @@ def status(
             for task in each["tasks"]
         ]
         return print_table(("experiment", "started", "task", "status", "job"), rows)
-    with _only_json_on_stdout(json):
+    with only_json_on_stdout(json):
         one = jobs.status(experiment)
     if json:
         return print(jsonlib.dumps(one))
@@ -211,7 +221,7 @@ def cancel(experiment: Experiment = None, json: Json = False) -> None:
     """
     from nemo_cpt.launching import jobs
 
-    with _only_json_on_stdout(json):
+    with only_json_on_stdout(json):
         cancelled = jobs.cancel(experiment)
     if json:
         return print(jsonlib.dumps(cancelled))
@@ -221,7 +231,7 @@ def cancel(experiment: Experiment = None, json: Json = False) -> None:
 
 
 @contextlib.contextmanager
-def _only_json_on_stdout(json: bool) -> Iterator[None]:
+def only_json_on_stdout(json: bool) -> Iterator[None]:
     """With --json, let what is printed within, NeMo-Run's panels and the job's log, go to stderr."""
     # What scripts read from stdout is one object, whatever NeMo-Run prints.
     with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():

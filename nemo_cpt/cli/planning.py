@@ -35,6 +35,7 @@ def plan(
     from nemo_cpt.planning import hardware, picture, plan_workload
     from nemo_cpt.planning.search import nearest_that_fits
 
+    hardware.gpu(gpu)  # before a process imports NeMo to read the recipe
     work = read(recipe, overrides, gpus)
     assumed = None if gpu or gpu_memory is None else hardware.of_size(gpu_memory)
     gpu = assumed.name if assumed else gpu

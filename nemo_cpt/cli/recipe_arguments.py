@@ -44,9 +44,14 @@ def from_file(recipe: str, pairs: list[str] | None, executor: str | None = None)
     """The recipe, its `key=value` and the executor that a configuration file stands for; else what is given.
 
     What the command line says comes last, and so wins.
+
+    Raises:
+        CptError: a key stands twice on the command line; or as `read_config`.
     """
+    from nemo_cpt import catalog
     from nemo_cpt.launching.config_file import ENDINGS, read_config
 
+    catalog.check_distinct(pairs or ())
     if not recipe.endswith(ENDINGS):
         return recipe, pairs or [], executor or "local"
     config = read_config(recipe)

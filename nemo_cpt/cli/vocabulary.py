@@ -28,6 +28,7 @@ def train_command(
     inputs: Inputs,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make.")],
     vocabulary_size: Annotated[int, typer.Option(help="Ids in all; rounded up, see --multiple-of.")] = 32_000,
+    kind: Annotated[str, typer.Option(help="bpe or unigram, both over bytes.")] = "bpe",
     weight: Annotated[
         list[float] | None,
         typer.Option(help="Of each input in its turn, in what is learnt from."),
@@ -35,10 +36,10 @@ def train_command(
     special: Annotated[list[str] | None, typer.Option(help="A further special token; repeatable.")] = None,
     json_key: Key = "text",
     multiple_of: Multiple = 128,
-    sample_mb: Annotated[int, typer.Option(help="Megabytes of text that are learnt from at most.")] = 128,
+    sample_mb: Annotated[int, typer.Option(min=1, help="Megabytes of text that are learnt from at most.")] = 128,
     json: Json = False,
 ) -> None:
-    """Train a byte-level BPE tokenizer, for a model from scratch."""
+    """Train a tokenizer, byte-level BPE or Unigram, for a model from scratch."""
     from nemo_cpt.vocabulary import train
 
     if weight and (len(weight) != len(inputs) or len(set(inputs)) < len(inputs)):
@@ -49,6 +50,7 @@ def train_command(
         dict(zip(inputs, weight, strict=True)) if weight else inputs,
         output,
         vocabulary_size,
+        kind=kind,
         special=special or [],
         json_key=json_key,
         multiple_of=multiple_of,
@@ -59,7 +61,8 @@ def train_command(
         return print_json(report.as_dict())
     rows: dict[str, object] = {
         "tokenizer": report.output,
-        "vocabulary": f"{report.vocabulary_size:,} ids, {len(report.special)} special ones first",
+        "vocabulary": f"{report.vocabulary_size:,} ids{_rounded(vocabulary_size, report.vocabulary_size)}, "
+        f"{len(report.special)} special ones first",
     }
     for name, rate in report.characters_per_token.items():
         rows[name] = f"{rate:.3f} characters a token on held-out documents"
@@ -105,8 +108,8 @@ def grow_command(
         return print_json(report.as_dict())
     rows: dict[str, object] = {
         "tokenizer": report.output,
-        "new tokens": f"{report.tokens:,} of {', '.join(report.scripts)}; the rarest was seen {report.least_count:,} "
-        "times",
+        "new tokens": f"{report.tokens:,}{_rounded(tokens, report.tokens)} of {', '.join(report.scripts)}; the rarest "
+        f"was seen {report.least_count:,} times",
         "vocabulary": f"{report.vocabulary_size:,} ids; the new ones begin at {report.first_id:,}",
         "learnt from": f"{report.documents:,} documents, {report.share:.0%} of the corpus",
     }
@@ -198,6 +201,11 @@ def worth_command(
         "not known": "how much the model loses until it has learnt the rows: compare bits per byte of a short run",
     }
     print_report(rows, [])
+
+
+def _rounded(asked: int | None, given: int) -> str:
+    """What to say of a number that is not the one that was asked for."""
+    return f" ({asked:,} rounded up, --multiple-of)" if asked not in (None, given) else ""
 
 
 def _labelled(corpora: list[str]) -> dict[str, list[str]]:

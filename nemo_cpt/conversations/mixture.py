@@ -157,6 +157,19 @@ def replay_share(replay: Any, share: float | None) -> float:
     return share if share is not None else REPLAY_SHARE if replay is not None else 0.0
 
 
+def check_replay(replay: Any, share: float) -> None:
+    """Refuse a share without text, or text without a share.
+
+    Raises:
+        CptError: it is one of these, or no share.
+    """
+    if not 0 <= share < 1 or bool(share) != (replay is not None):
+        raise CptError(
+            f"replay_share is {share} with {'' if replay else 'no '}replay: give both, the share between 0 and 1, such "
+            "as 0.05, or neither"
+        )
+
+
 def other_than_replay(samples: int, share: float) -> int:
     """Of a training's first sequences those that are conversations; replay is spread evenly among them."""
     # A function of the count alone: a resumed run, another process and the planner all come to the same.

@@ -5,7 +5,7 @@ are the whole examination, `PREFLIGHT` what `nemo-cpt run` looks at before each 
 these lists takes part.
 """
 
-from nemo_cpt.doctor import access, gpus, host, inputs, network, slurm, software
+from nemo_cpt.doctor import access, containers, gpus, host, inputs, network, slurm, software
 from nemo_cpt.doctor.examination import Check, Examination, Finding, examine, worst
 from nemo_cpt.doctor.job import Job, Place
 
@@ -28,6 +28,7 @@ PREFLIGHT: tuple[Check, ...] = (
     inputs.disk,
     access.weights_and_biases,
     access.mlflow,
+    containers.docker,
     slurm.slurm,
 )
 """Quick ones: no process is started but sinfo."""
@@ -67,6 +68,7 @@ JOB_CHECKS: tuple[Check, ...] = (
     gpus.fit,
     slurm.saving_in_time,
     access.mlflow,
+    containers.docker,
 )
 """What is looked at besides, where a recipe is named."""
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from nemo_cpt import compatibility, corpus
 from nemo_cpt.checkpoint.architecture import Architecture, read_architecture
-from nemo_cpt.checkpoint.base import carried_places
+from nemo_cpt.checkpoint.base import carried_tokenizer
 from nemo_cpt.checkpoint.context import UNFINISHED
-from nemo_cpt.checkpoint.folders import has_tokenizer
 from nemo_cpt.doctor.examination import Examination, Finding, from_error
 from nemo_cpt.doctor.job import Job
 from nemo_cpt.errors import CptError
 from nemo_cpt.planning import checkpoint_size
+from nemo_cpt.planning.from_scratch import size_warning
 from nemo_cpt.training.preconditions import check_base
 from nemo_cpt.training.run_folder import Checkpoint, finished, newest_whole, to_resume
 from nemo_cpt.training.run_lock import check_free
@@ -53,9 +53,11 @@ def base(examination: Examination) -> Finding:
     try:
         check_base(folder)
         _check_whole(folder)
-        if job.tokenizer is None and not any(map(has_tokenizer, carried_places(folder))):
+        if job.tokenizer is None and carried_tokenizer(folder) is None:
             raise CptError(f"{folder}/hf holds no tokenizer: import the model again, or give the recipe tokenizer=")
         warnings = compatibility.check_model(compatibility.read_base(folder), job.model, job.unlike_base)
+        if job.params is not None and (other_size := size_warning(job.params, folder)):
+            warnings = [*warnings, other_size]
     except CptError as error:
         return from_error("base", error)
     if warnings:
@@ -93,7 +95,7 @@ def data(examination: Examination) -> Finding:
         return Finding("data", "skipped", f"{job.recipe}'s default data cannot be read from its source")
     try:
         length = job.seq_length or (1 if isinstance(job.data, corpus.Blend) else _LONG)
-        report = job.data.report(job.global_batch_size or 1, length, job.max_steps or 1)
+        report = job.data.report(job.global_batch_size or 1, length, max(job.max_steps, 1))
         if job.replay is not None:
             job.replay.check()
     except CptError as error:

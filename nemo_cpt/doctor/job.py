@@ -23,6 +23,7 @@ class Place:
         here: the job's processes are this machine's: its GPUs, memory and environment count.
         same_packages: the job uses this Python environment.
         same_files: paths mean the same to the job as here.
+        image: of the container that this machine's Docker is to start; None for a job without one.
         slurm: jobs are submitted by this machine's sbatch.
         partition: Slurm's; None for the default one.
         nodes: machines; None for what the recipe says.
@@ -35,6 +36,7 @@ class Place:
     here: bool = True
     same_packages: bool = True
     same_files: bool = True
+    image: str | None = None
     slurm: bool = False
     partition: str | None = None
     nodes: int | None = None
@@ -52,6 +54,7 @@ class Job:
         place: where it runs.
         settings: its numbers, as far as they are known.
         planned: reads its workload for the planner; None where nothing does.
+        params: of a training from scratch, the size that its schedule is for; else None.
         model: its model config, or that's fields (`recipe_models.model_config`); empty where the source does not say.
         unlike_base: in what that differs from the base's on purpose.
         base: folder of the NeMo checkpoint to start from; None where the recipe names none.
@@ -79,6 +82,7 @@ class Job:
     place: Place = field(default_factory=Place)
     settings: Settings = field(default_factory=Settings)
     planned: "Callable[[], Workload] | None" = None
+    params: str | None = None
     model: Any = field(default_factory=dict)
     unlike_base: Sequence[str] = ()
     base: str | None = None

@@ -2,11 +2,11 @@
 
 import sys
 
-from nemo_cpt.doctor import FITTING, PREFLIGHT, Examination, Job, examine, worst
+from nemo_cpt.doctor import FITTING, PREFLIGHT, Examination, Finding, Job, examine, worst
 from nemo_cpt.errors import CptError
 
 
-def preflight(job: Job, force: bool, how_to_force: str, speaker: str) -> None:
+def preflight(job: Job, force: bool, how_to_force: str, speaker: str) -> list[Finding]:
     """Examine a job before its launch: warnings are printed, errors refuse it.
 
     Args:
@@ -14,6 +14,9 @@ def preflight(job: Job, force: bool, how_to_force: str, speaker: str) -> None:
         force: launch it all the same; its errors are printed as warnings are.
         how_to_force: what the user gives for that.
         speaker: who says the warnings.
+
+    Returns:
+        Its errors, which there are only with `force`.
 
     Raises:
         CptError: something would stop the job; the message holds everything found, with its cure.
@@ -31,3 +34,4 @@ def preflight(job: Job, force: bool, how_to_force: str, speaker: str) -> None:
     if errors and not force:
         listed = "\n".join(f"  {each}" for each in errors)
         raise CptError(f"{job.recipe} is not launched ({how_to_force} launches it all the same):\n{listed}")
+    return errors

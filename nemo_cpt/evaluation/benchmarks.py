@@ -24,6 +24,7 @@ from nemo_cpt.evaluation.journal import Journal, key_of
 HARNESS = "lm_eval"
 NORMAL_95 = 1.959964  # standard errors on either side of a 95 % interval
 LAST_LINES = 8
+_EXCEPTION = re.compile(r"[A-Za-z_.]+(Error|Exception): .")
 # A process that has trained keeps these, and accelerate, which the harness uses, would wait for the other ranks.
 OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -225,7 +226,8 @@ def _device() -> str:
 
 def _failure(code: int, log: Path, tasks: Sequence[Task]) -> str:
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    last = " | ".join(lines[-LAST_LINES:])[-1500:]
+    # Of an exception its own line: the traceback before it is in the log.
+    last = lines[-1] if lines and _EXCEPTION.match(lines[-1]) else " | ".join(lines[-LAST_LINES:])[-1500:]
     datasets = sorted({task.dataset for task in tasks if task.dataset})
     needed = f" It reads the data sets {', '.join(datasets)}." if datasets else ""
     return f"lm-evaluation-harness ended with {code}, its log is {log}.{needed} It said last: {last}"

@@ -127,7 +127,7 @@ def evaluate(
     Raises:
         CptError: something cannot be found, read, or asked for; what was measured before is kept.
     """
-    _check_numbers(max_tokens, limit)
+    _check_numbers(max_tokens, limit, seed)
     if unknown := [each for each in wrappers if each not in WRAPPERS]:
         raise CptError(f"there is no wrapper {unknown[0]!r}; there are {', '.join(WRAPPERS)}")
     found_tasks = benchmarks.find_tasks(tasks) if tasks else []
@@ -191,9 +191,11 @@ def evaluate(
     )
 
 
-def _check_numbers(max_tokens: int, limit: int | None) -> None:
+def _check_numbers(max_tokens: int, limit: int | None, seed: int) -> None:
     if max_tokens < 1 or (limit is not None and limit < 1):
         raise CptError(f"max_tokens {max_tokens} and limit {limit} have to be 1 or more")
+    if seed < 0:
+        raise CptError(f"seed is {seed}; it has to be 0 or more")
 
 
 def _refuse_unused(settings: Mapping[str, tuple[Any, Any]]) -> None:

@@ -58,6 +58,7 @@ class Sampling:
             ("min_tokens", self.min_tokens, 0 <= self.min_tokens <= self.max_tokens, "between 0 and max_tokens"),
             ("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < float("inf"), "above 0"),
             ("stop", self.stop, all(self.stop), "strings that are not empty"),
+            ("seed", self.seed, -(2**63) <= self.seed < 2**64, "a number of 64 bits"),
             ("logprobs", self.logprobs, self.logprobs is None or 0 <= self.logprobs <= 20, "between 0 and 20"),
         ):
             if not fits:

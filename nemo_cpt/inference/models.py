@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from nemo_cpt.cache import cache_folder
 from nemo_cpt.checkpoint import export_hf
 from nemo_cpt.checkpoint.context import RUN_JSON
-from nemo_cpt.errors import CptError
+from nemo_cpt.errors import CptError, near_paths
 from nemo_cpt.inference.asked_as import check_template_choice, reply_warnings, template_text
 from nemo_cpt.inference.engine import Engine
 from nemo_cpt.training.run_folder import Checkpoint, newest_whole
+from nemo_cpt.urls import is_address
 
 if TYPE_CHECKING:
     from nemo_cpt.inference.transformers_engine import TransformersEngine
@@ -61,7 +62,7 @@ def open_engine(
         CptError: there is no such model, it cannot be loaded, or the endpoint does not answer.
     """
     # Before anything is looked for on the disk: an address is never a path.
-    if str(model).startswith(("http://", "https://")):
+    if is_address(str(model)):
         from nemo_cpt.inference.endpoint import EndpointEngine
 
         if options:
@@ -120,16 +121,29 @@ def find_model(
     Raises:
         CptError: there is no model at `model`, or it cannot be exported.
     """
+    check_model(model)
     path = Path(model)
-    if not path.exists():
-        raise CptError(f"there is no model at {model}{_advice(str(model))}")
     # In this order: an imported base holds `hf/config.json`, not one of its own.
     if (path / "config.json").is_file():
         return Found(path, str(path))
     if (path / "weights").is_dir():
         return Found(_exported(path, base, say), str(path))
-    if (path / "checkpoints").is_dir():
-        return _of_run(path, base, say)
+    return _of_run(path, base, say)
+
+
+def check_model(model: str | Path) -> None:
+    """Refuse a path that is no model's, at once: whoever opens several looks at all of them first; addresses pass.
+
+    Raises:
+        CptError: nothing is there, or something else.
+    """
+    if is_address(str(model)):
+        return
+    path = Path(model)
+    if not path.exists():
+        raise CptError(f"there is no model at {model}{near_paths(path) or _advice(str(model))}")
+    if (path / "config.json").is_file() or (path / "weights").is_dir() or (path / "checkpoints").is_dir():
+        return
     found = ", ".join(sorted(each.name for each in path.iterdir())[:6]) if path.is_dir() else "a file"
     raise CptError(
         f"{path} is neither a Hugging Face folder (config.json) nor a NeMo checkpoint (weights/) nor a run's folder "
@@ -182,7 +196,8 @@ def _exported(checkpoint: Path, base: str | Path | None, say: Callable[[str], No
 
 
 def _advice(model: str) -> str:
-    if HUB_NAME.fullmatch(model):
+    # Not of a path in a folder of this machine, in which something is missing.
+    if HUB_NAME.fullmatch(model) and not Path(model).parent.exists():
         return f"; if it is on the hub: nemo-cpt download {model} models/{model.partition('/')[2]}"
     return ""
 

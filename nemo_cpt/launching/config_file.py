@@ -60,6 +60,7 @@ def load_config(path: str | Path, *overrides: str) -> tuple[Any, Any]:
     Raises:
         CptError: there is no such file, recipe, parameter, field or executor, or a value has the wrong type.
     """
+    catalog.check_distinct(overrides)
     config = read_config(path)
     function, arguments, fields, options = catalog.split(config.recipe, [*config.pairs, *overrides])
     executor = make_executor(config.executor or "local", options, function.processes(arguments))
@@ -70,13 +71,18 @@ def read_config(path: str | Path) -> ConfigFile:
     """Read a configuration file, without building anything.
 
     Raises:
-        CptError: there is no such file, it is no YAML of lines `key: value`, a key stands twice, or none is `recipe`.
+        CptError: there is no such file, it is no YAML of lines `key: value`, a key stands twice, or none is `recipe`;
+            or as `catalog.parse` of its lines. Each names the file.
     """
     values: dict[str, str] = {}
-    for key, text in _lines(path):
+    mappings: list[tuple[str, str]] = []
+    for key, node in _lines(path):
         if key in values:
             raise CptError(f"{path}: {key} stands twice")
-        values[key] = text
+        values[key] = _text(path, key, node)
+        if isinstance(node, yaml.MappingNode) and node.value:
+            inner, value = node.value[0]
+            mappings.append((key, f"{inner.value}: {value.value if isinstance(value, yaml.ScalarNode) else '...'}"))
     if "_target_" in values:
         raise CptError(
             f"{path} is a whole recipe's config (_target_): `nemo llm pretrain --yaml {path}` runs it; "
@@ -86,11 +92,29 @@ def read_config(path: str | Path) -> ConfigFile:
         near = f"; {catalog.nearest('recipe', values)}" if values else ""
         raise CptError(f"{path} names no recipe: give it a line such as recipe: tiny.continual_pretrain{near}")
     recipe, executor = values.pop("recipe"), values.pop("executor", None)
-    return ConfigFile(recipe, executor, [f"{key}={text}" for key, text in values.items()])
+    config = ConfigFile(recipe, executor, [f"{key}={text}" for key, text in values.items()])
+    try:
+        _check(config, mappings)
+    except CptError as error:
+        raise CptError(f"{path}: {error.message}") from None
+    return config
 
 
-def _lines(path: str | Path) -> Iterator[tuple[str, str]]:
-    """The keys of a file and their values' texts as written: a time such as 4:00:00 is no number of YAML's."""
+def _check(config: ConfigFile, mappings: Sequence[tuple[str, str]]) -> None:
+    """Raise CptError for a line that means nothing: the command line's own refusals would not name the file."""
+    parameters = catalog.recipe(config.recipe).parameters
+    for key, inner in mappings:
+        if key not in parameters and "." not in key:
+            raise CptError(f"{key} holds lines of its own: write each with its path, such as {key}.{inner}")
+    own = [pair for pair in config.pairs if "." not in pair.partition("=")[0]]
+    catalog.parse(catalog.recipe(config.recipe), own)
+    if not (executor := config.executor or "local").partition(":")[0].endswith(".py"):
+        options = [pair.removeprefix("executor.") for pair in config.pairs if pair.startswith("executor.")]
+        catalog.parse(catalog.executor(executor), options, prefix="executor.")
+
+
+def _lines(path: str | Path) -> Iterator[tuple[str, yaml.Node]]:
+    """The keys of a file and their values."""
     try:
         root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except OSError as error:
@@ -102,14 +126,18 @@ def _lines(path: str | Path) -> Iterator[tuple[str, str]]:
     for key, value in root.value:
         if not isinstance(key, yaml.ScalarNode):
             raise CptError(f"{path}: {yaml.serialize(key).strip()} is no key")
-        if not isinstance(value, yaml.ScalarNode):
-            yield key.value, _in_one_line(value)
-        elif value.value and value.tag == NULL:
-            yield key.value, "None"  # the command line's word for it
-        elif value.value or value.style:
-            yield key.value, value.value
-        else:
-            raise CptError(f"{path}: {key.value} has no value: give one, or leave the line away")
+        yield key.value, value
+
+
+def _text(path: str | Path, key: str, node: yaml.Node) -> str:
+    """A value's text as written: a time such as 4:00:00 is no number of YAML's."""
+    if not isinstance(node, yaml.ScalarNode):
+        return _in_one_line(node)
+    if node.value and node.tag == NULL:
+        return "None"  # the command line's word for it
+    if node.value or node.style:
+        return str(node.value)
+    raise CptError(f"{path}: {key} has no value: give one, or leave the line away")
 
 
 def _in_one_line(node: yaml.Node) -> str:

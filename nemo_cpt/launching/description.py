@@ -15,6 +15,7 @@ from typing import Any
 from nemo_cpt import catalog
 from nemo_cpt.catalog import Function
 from nemo_cpt.catalog.workloads import workload
+from nemo_cpt.checkpoint.base import carried_tokenizer
 from nemo_cpt.checkpoint.context import config_arguments
 from nemo_cpt.compatibility import read_base
 from nemo_cpt.conversations import Conversations, mixture
@@ -23,9 +24,11 @@ from nemo_cpt.doctor import Job, Place
 from nemo_cpt.doctor.job import checkpoints_at_once, exports_kept
 from nemo_cpt.errors import CptError
 from nemo_cpt.launching.executor import make_executor
-from nemo_cpt.recipe_models import LIKE_BASE, model_config, module_named
-from nemo_cpt.training.options import read_early_stop, read_logger
-from nemo_cpt.training.settings import OF_A_BUILT_RECIPE, UNEVEN_STAGES, Settings, check_name
+from nemo_cpt.monitoring import forgetting
+from nemo_cpt.planning import from_scratch
+from nemo_cpt.recipe_models import LIKE_BASE, like_base, model_config, module_named
+from nemo_cpt.training import options as training_options
+from nemo_cpt.training.settings import OF_A_BUILT_RECIPE, UNEVEN_STAGES, Settings, check_name, default_min_lr
 
 MODEL = "model.config."
 # Fields of a recipe's config that say the same as one of its arguments, and that argument's type.
@@ -47,6 +50,7 @@ FIELDS = {
     "data.seq_length": ("seq_length", "int"),
     "data.global_batch_size": ("global_batch_size", "int"),
     "data.micro_batch_size": ("micro_batch_size", "int"),
+    "data.seed": ("seed", "int"),
     "optim.config.lr": ("lr", "float"),
     "optim.lr_scheduler.min_lr": ("min_lr", "float"),
     "optim.lr_scheduler.warmup_steps": ("warmup_steps", "int"),
@@ -68,8 +72,7 @@ def describe(
         options: `key=value` of the executor.
 
     Raises:
-        CptError: there is no such executor, logger or validation set, an option is wrong, or a field has the wrong
-            type.
+        CptError: there is no such executor, an option of it or of the recipe is wrong, or a field has the wrong type.
     """
     given = {name: _default(function, name) for name in function.parameters} | dict(arguments)
     pairs = (field.partition("=") for field in fields)  # set after the recipe is built: they win over arguments
@@ -77,17 +80,19 @@ def describe(
     on_cpu = "processes" in function.parameters  # of recipes for GPUs it is called gpus_per_node
     data = catalog.default_data(function) if given.get("data") is None else given["data"]
     if given.get("name") is not None:
-        check_name(str(given["name"]))
+        check_name(str(given["name"]), str(given.get("directory", "results")))
+    if "params" in given:
+        given |= _of_its_size(given)
+    where = place(executor, options)
+    _check_options(given, data, where)
     given["max_steps"], asked = _max_steps(given, data), given.get("max_steps")
-    model, logger = _model(function, given, fields), read_logger(given.get("logger"))
-    if isinstance(data, Blend | Conversations):
-        replayed = given["replay"].validation if given.get("replay") else ()
-        read_early_stop(given.get("early_stop"), given.get("patience"), [*data.validation, *replayed])
+    model, logger = _model(function, given, fields), training_options.read_logger(given.get("logger"))
     return Job(
         recipe=function.name,
-        place=place(executor, options),
+        place=where,
         settings=_settings(given | {"max_steps": asked}, model, on_cpu),
         planned=partial(workload, function.name, arguments, fields),
+        params=given.get("params"),
         model=model,
         unlike_base=tuple(given.get("unlike_base") or ()),
         base=None if given.get("base") is None else str(given["base"]),
@@ -116,9 +121,50 @@ def describe(
     )
 
 
+def _of_its_size(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the recipes from scratch fill in for their size; nothing where a sequence is refused anyway."""
+    length = given.get("seq_length")
+    return from_scratch.schedule_of(given["params"]).settings(length, given) if length and length > 0 else {}
+
+
+def _check_options(given: Mapping[str, Any], data: Any, where: Place) -> None:
+    """Read what is not a number as the recipe's function will: what it would refuse in the job is refused here.
+
+    Raises:
+        CptError: as the readers.
+    """
+    training_options.read_precision(given.get("precision") or "bf16", given.get("bf16_layers") or 0)
+    training_options.check_extend(given.get("extend"))
+    saved = given.get("save_every") or given.get("val_check_interval")
+    steps_between = saved if isinstance(saved, int) else None  # of a share of an epoch they are not known here
+    training_options.check_exports(given.get("export_every"), given.get("export_keep"), steps_between)
+    if given.get("peft_scheme") is not None:
+        training_options.check_peft_scheme(given["peft_scheme"])
+    if isinstance(data, Blend | Conversations):
+        replayed = given["replay"].validation if given.get("replay") else ()
+        sets = [*data.validation, *replayed]
+        training_options.read_early_stop(given.get("early_stop"), given.get("patience"), sets)
+        forgetting.limits(given.get("stop_when"), sets)
+    if "replay_share" in given:
+        mixture.check_replay(given.get("replay"), mixture.replay_share(given.get("replay"), given["replay_share"]))
+    frozen = "rank" in given and given.get("embeddings_lr") is None
+    tokenizer = _tokenizer_folder(given) if where.same_files else None
+    training_options.check_grown_rows_first(given.get("grown_rows_first"), tokenizer, frozen)
+
+
+def _tokenizer_folder(given: Mapping[str, Any]) -> Path | None:
+    """The run's tokenizer: what is given, else the base's; None where that is not a folder here."""
+    if given.get("tokenizer") is not None:
+        return folder if (folder := Path(str(given["tokenizer"]))).is_dir() else None
+    return carried_tokenizer(Path(str(given["base"]))) if given.get("base") else None
+
+
 def _settings(given: Mapping[str, Any], model: Mapping[str, Any], on_cpu: bool) -> Settings:
     """The job's numbers: arguments, and of the model what its config says."""
-    known = {name: given.get(name, model.get(name)) for name in OF_A_BUILT_RECIPE} | {"epochs": given.get("epochs")}
+    known = {name: given.get(name, model.get(name)) for name in OF_A_BUILT_RECIPE}
+    known |= {name: given.get(name) for name in ("epochs", "limit_val_batches")}
+    if known["min_lr"] is None and known["lr"] is not None:
+        known["min_lr"] = default_min_lr(known["lr"])
     if on_cpu:
         known["gpus_per_node"] = given["processes"]
     elif known["sequence_parallel"] is None:  # the recipes share sequences wherever they cut layers
@@ -135,7 +181,7 @@ def _model(function: Function, given: Mapping[str, Any], fields: Sequence[str]) 
         CptError: there is no such model.
     """
     model = given.get("model")
-    if model == LIKE_BASE:
+    if model == LIKE_BASE or (model is None and like_base(function.path)):
         config = _of_base(given.get("base"))
     else:
         config = model_config(module_named(model) if model else function.path)
@@ -186,6 +232,7 @@ def place(executor: str, options: Sequence[str]) -> Place:
         here=executor in ("local", "docker"),
         same_packages=executor == "local" or (submits and not container and not given.get("venv")),
         same_files=executor == "local" or (submits and not container),
+        image=str(given.get("image") or _default(described, "image")) if executor == "docker" else None,
         slurm=submits,
         partition=given.get("partition"),
         nodes=given.get("nodes"),

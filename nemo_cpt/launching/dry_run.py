@@ -84,6 +84,6 @@ def _plan(job: Job) -> Iterator[tuple[str, str]]:
     except CptError as error:
         yield "plan", f"none: {error.message}"
         return
-    speed, tokens = plan.speed, plan.workload.max_steps * plan.workload.tokens_per_step
+    speed = plan.speed
     yield "memory", plan.verdict
-    yield "speed", f"{speed.tokens_per_second:,.0f} tokens/s, {speed.hours(tokens):.1f} hours ({speed.error})"
+    yield "speed", f"{speed.tokens_per_second:,.0f} tokens/s, {speed.hours(plan.tokens):.1f} hours ({speed.error})"

@@ -36,8 +36,10 @@ def make_executor(name: str, options: Sequence[str], processes: int) -> Any:
 
 
 def _from_file(file: Path, function: str) -> Any:
-    if not file.is_file() or not function:
-        raise CptError(f"executor {file}:{function}: give FILE.py:FUNCTION of a file that exists")
+    if not file.is_file():
+        raise CptError(f"executor {file}: there is no such file; give FILE.py:FUNCTION")
+    if not function:
+        raise CptError(f"executor {file}: which function of it makes the executor? Give {file}:FUNCTION")
     spec = spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None:
         raise CptError(f"executor {file}: not a Python file")

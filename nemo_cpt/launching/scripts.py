@@ -3,14 +3,10 @@
 import os
 from pathlib import Path
 
-from nemo_cpt.catalog import Function, functions, mixture_of
+from nemo_cpt.catalog import Function, data_example
 from nemo_cpt.errors import CptError
 
 _BASE = '"checkpoints/base"'
-_DATA = {
-    "Blend": 'Blend.replay("ds/ja", "ds/en", validation={"ja": "ds/ja_validation", "en": "ds/en_validation"})',
-    "Conversations": 'Conversations(train={"sft/ja": 1.0}, validation={"ja": "sft/ja_validation"})',
-}
 
 
 def write_script(recipe: Function, file: Path) -> None:
@@ -38,12 +34,10 @@ def write_new(text: str, file: Path) -> None:
 
 def _call(recipe: Function) -> str:
     function = recipe.name.rpartition(".")[2]
-    data = recipe.parameters.get("data")
-    kind = mixture_of(data.annotation) if data else None
-    examples = {"base": _BASE} | ({"data": _DATA[kind.__name__]} if kind else {})
-    if kind and "default_data" in functions(recipe.path):
-        examples["data"] = "default_data()"  # the module's own sets, not those of a continual pretraining
-    lines = [f"        {name}={value},  # edit" for name, value in examples.items() if name in recipe.parameters]
+    examples = {"base": _BASE, "data": data_example(recipe)}
+    lines = [
+        f"        {name}={value},  # edit" for name, value in examples.items() if value and name in recipe.parameters
+    ]
     return "\n".join(
         [
             "",

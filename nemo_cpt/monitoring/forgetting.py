@@ -238,6 +238,8 @@ def limits(stop_when: Mapping[str, str] | None, names: Iterable[str] | None = No
     Raises:
         CptError: a limit is not written like that, or is one of a set that nobody validates.
     """
+    if stop_when is not None and not isinstance(stop_when, Mapping):
+        raise CptError(f"stop_when is {stop_when!r}: give limits by validation set, such as {{'en': '+3%'}}")
     validated = None if names is None else list(names)
     if validated is not None and (unknown := [name for name in stop_when or () if name not in validated]):
         raise CptError(

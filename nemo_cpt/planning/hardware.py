@@ -1,5 +1,6 @@
 """What the planner knows of GPUs: memory that a process can use, ceilings of arithmetic and of bandwidth."""
 
+import difflib
 from dataclasses import dataclass
 
 from nemo_cpt.errors import CptError
@@ -93,4 +94,6 @@ def gpu(name: str | None) -> Gpu:
     for known in GPUS.values():
         if known.name.lower().replace("-", " ") == wanted:
             return known
-    raise CptError(f"the planner knows no GPU {name!r}: {', '.join(GPUS)}")
+    near = difflib.get_close_matches(name, GPUS, n=2)
+    meant = f" (near: {', '.join(near)})" if near else ""
+    raise CptError(f"the planner knows no GPU {name!r}{meant}: {', '.join(GPUS)}")

@@ -43,7 +43,7 @@ def print_plan(plan: Plan, tokens: float | None = None) -> None:
 
 def lines(plan: Plan, tokens: float | None = None) -> Iterator[str]:
     """Yield what a script or a log wants, one fact a line; the verdict last."""
-    speed, tokens = plan.speed, tokens or plan.workload.max_steps * plan.workload.tokens_per_step
+    speed, tokens = plan.speed, plan.tokens if tokens is None else tokens
     yield (
         f"speed: {speed.tokens_per_second:,.0f} tokens/s ({speed.tokens_per_second / speed.gpus:,.0f} a GPU, "
         f"{speed.model_tflops:.0f} model TFLOP/s), {speed.step_seconds:.2f} s a step; {speed.error}"

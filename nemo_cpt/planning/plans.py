@@ -52,6 +52,11 @@ class Plan:
         return bool(self.workload.unmodelled)
 
     @property
+    def tokens(self) -> int:
+        """Those that the recipe trains on; 0 for one without steps, which has no duration of its own."""
+        return self.workload.max_steps * self.workload.tokens_per_step
+
+    @property
     def verdict(self) -> str:
         """One line for people and scripts."""
         bound = "at least " if self.lower_bound else ""
@@ -64,8 +69,7 @@ class Plan:
 
     def as_dict(self, tokens: float | None = None) -> dict[str, Any]:
         """Return the plan as plain data for JSON: bytes, seconds, and hours for `tokens` if given."""
-        # A recipe without steps has no duration of its own.
-        tokens = tokens or self.workload.max_steps * self.workload.tokens_per_step
+        tokens = self.tokens if tokens is None else tokens
         return {
             "fits": self.fits,
             "verdict": self.verdict,

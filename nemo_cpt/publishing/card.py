@@ -16,7 +16,7 @@ from nemo_cpt.publishing.licences import Licence
 TAG = "nemo-cpt"  # in the tags of every card that is written here
 _PRIVATE = ("base", "data", "directory", "name", "tokenizer", "replay", "logger", "secrets")
 _WORD = re.compile(r"[A-Za-z0-9_.+-]{1,32}")  # no path, address or sentence
-_LANGUAGE = re.compile(r"[a-z]{2,3}(-[a-z]{2,4})?")
+LANGUAGE = re.compile(r"[a-z]{2,3}(-[a-z]{2,4})?")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Subject:
     Attributes:
         repo_id: its repository.
         origin: where the model comes from.
-        licence: of the base.
+        licence: of the base, or of a model from scratch.
         languages: it was trained on, as ISO 639 codes.
         is_adapter: it is an adapter for peft, not a whole model.
         has_template: it carries a chat template.
@@ -48,12 +48,13 @@ def model_card(subject: Subject) -> str:
 def languages_of(origin: Provenance) -> list[str]:
     """The languages that a model was trained on, where its datasets are called by their codes (`ds/ja`, `ja_train`)."""
     names = [name.partition("_")[0] for training in origin.trainings for name, _ in _sets(training)]
-    return sorted({name for name in names if _LANGUAGE.fullmatch(name) and len(name.partition("-")[0]) == 2})
+    return sorted({name for name in names if LANGUAGE.fullmatch(name) and len(name.partition("-")[0]) == 2})
 
 
 def _metadata(subject: Subject) -> str:
     licence, base = subject.licence, subject.origin.repo_id
     tuned = any(map(_on_conversations, subject.origin.trainings))
+    pretraining = "pretraining" if subject.origin.from_scratch else "continual-pretraining"
     fields = {
         "license": licence.id,
         "license_name": licence.name,
@@ -63,7 +64,7 @@ def _metadata(subject: Subject) -> str:
         "language": list(subject.languages),
         "library_name": "peft" if subject.is_adapter else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": [TAG, "continual-pretraining", *(["instruction-tuning"] if tuned else [])],
+        "tags": [TAG, pretraining, *(["instruction-tuning"] if tuned else [])],
     }
     return yaml.safe_dump({name: value for name, value in fields.items() if value}, sort_keys=False)
 
@@ -74,12 +75,14 @@ def _body(subject: Subject) -> Iterator[str]:
     if licence.display:
         yield f"**{licence.display}**\n"
     what = "An adapter for" if subject.is_adapter else "A model trained from"
+    whose = "" if origin.from_scratch else ", the base's"
     revision = f", revision `{origin.commit[:12]}`" if origin.commit else ""
-    yield f"{what} {_base(origin)}{revision}. Licence: {licence.name or licence.id}, the base's.\n"
+    yield f"{what} {_base(origin)}{revision}. Licence: {licence.name or licence.id}{whose}.\n"
     yield "## How to use it\n"
     yield _usage(subject)
     for number, training in enumerate(origin.trainings, start=1):
-        kind = "Instruction tuning" if _on_conversations(training) else "Continual pretraining"
+        first = "Pretraining" if origin.from_scratch and number == 1 else "Continual pretraining"
+        kind = "Instruction tuning" if _on_conversations(training) else first
         yield f"## {f'{number}. ' if len(origin.trainings) > 1 else ''}{kind}\n"
         yield from _training(training)
     if not origin.trainings:
@@ -87,6 +90,8 @@ def _body(subject: Subject) -> Iterator[str]:
 
 
 def _base(origin: Provenance) -> str:
+    if origin.from_scratch:
+        return "random weights"
     return f"[{origin.repo_id}](https://huggingface.co/{origin.repo_id})" if origin.repo_id else "a base of its own"
 
 

@@ -8,16 +8,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nemo_cpt.checkpoint.folders import has_tokenizer
 from nemo_cpt.checkpoint.provenance import Provenance, read_provenance
 from nemo_cpt.checkpoint.safetensors_files import HFWeights
-from nemo_cpt.errors import CptError
+from nemo_cpt.errors import CptError, near_paths
 from nemo_cpt.hub import SET_A_TOKEN, TOKEN_PAGE, explained, progress_bars
-from nemo_cpt.publishing.card import TAG, Subject, languages_of, model_card
+from nemo_cpt.publishing.card import LANGUAGE, TAG, Subject, languages_of, model_card
 from nemo_cpt.publishing.licences import Licence, breaches, licence, licence_of_card, licence_of_texts
 
 CARD = "README.md"
@@ -26,6 +26,7 @@ _KINDS = (".json", ".safetensors", ".model", ".jinja", ".txt", ".tiktoken")
 _TEXTS = ("LICEN", "NOTICE", "USE_POLICY")  # how the names of files begin that go with them, whatever their kind
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt")  # some have `/root` or `/home` among their tokens
+_OF_NO_COUNTRY = ("multilingual", "code")  # what the hub knows beside codes
 _SHORT = 4  # a folder's path of so many characters, such as `/` or `/tmp`, gives nothing away
 
 
@@ -40,7 +41,7 @@ class PushReport:
         files: names of the files that it has.
         left_out: names of those in the folder that do not belong to a model.
         bytes_total: of the files.
-        licence: the base's.
+        licence: the base's; of a model that was trained from scratch, its own.
         card: the model card.
         warnings: what else to know.
         seconds: wall time.
@@ -87,7 +88,8 @@ def push(
         public: let everybody see it; by default it is private.
         base_model: OWNER/NAME of the base on the hub, with `@REVISION` if wanted; by default the one that was
             downloaded with `download`.
-        base_licence: the hub's name of the base's licence, where neither the folder nor the base's card says it.
+        base_licence: the hub's name of the base's licence, where neither the folder nor the base's card says it; of a
+            model that was trained from scratch, its own.
         languages: codes for the card; by default those that the datasets are called by.
         replace: overwrite a repository that holds something that this function did not push.
         dry_run: send nothing; the report has the card and the files.
@@ -103,6 +105,8 @@ def push(
     start, folder = time.monotonic(), Path(folder)
     if not _REPOSITORY.fullmatch(repo_id):
         raise CptError(f"{repo_id!r} is no repository's name: give OWNER/NAME, OWNER being you or your organisation")
+    if wrong := [each for each in languages if not LANGUAGE.fullmatch(each.lower()) and each not in _OF_NO_COUNTRY]:
+        raise CptError(f"{wrong[0]!r} is no language's code: give one of ISO 639, such as ja or zh-tw")
     api = HfApi(library_name="nemo-cpt")
     files, left_out = _files(folder)
     origin = _origin(folder, base_model)
@@ -137,7 +141,11 @@ def _files(folder: Path) -> tuple[list[str], tuple[str, ...]]:
         CptError: it is no whole export.
     """
     if not folder.is_dir():
-        raise CptError(f"{folder} is no folder. Give what `nemo-cpt export` made")
+        raise CptError(f"{folder} is no folder{near_paths(folder)}. Give what `nemo-cpt export` made")
+    if not (folder / "config.json").exists() and any((folder / name).is_dir() for name in ("checkpoints", "weights")):
+        raise CptError(
+            f"{folder} is a run or a NeMo checkpoint: `nemo-cpt export {folder} FOLDER` makes what is pushed"
+        )
     found = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     files = [name for name in found if name.endswith(_KINDS) or name.upper().startswith(_TEXTS) or name == CARD]
     if _ADAPTER in files:
@@ -155,12 +163,14 @@ def _origin(folder: Path, base_model: str | None) -> Provenance:
     known = read_provenance(folder)
     if base_model is None:
         return known
+    if known.from_scratch:
+        raise CptError(f"--base-model {base_model}: {folder} was trained from random weights; leave it away")
     name, _, revision = base_model.partition("@")
     if not _REPOSITORY.fullmatch(name):
         raise CptError(f"--base-model {base_model}: give OWNER/NAME of the base on the hub, or OWNER/NAME@REVISION")
     if known.repo_id and known.repo_id != name:
         raise CptError(f"--base-model {name}: the base of {folder} was downloaded as {known.repo_id}; leave it away")
-    return Provenance(name, revision or known.commit, known.trainings)
+    return replace(known, repo_id=name, commit=revision or known.commit)
 
 
 def _licence(api: Any, folder: Path, origin: Provenance, given: str | None) -> tuple[Licence, list[str]]:
@@ -170,6 +180,8 @@ def _licence(api: Any, folder: Path, origin: Provenance, given: str | None) -> t
         raise CptError(f"--license {given}: the text in {folder} is that of {stated.name or stated.id}; leave it away")
     if found := stated or (licence(given) if given else None):
         return found, []
+    if origin.from_scratch:
+        raise CptError(f"{folder} was trained from random weights: under which licence is it published? Give --license")
     if origin.repo_id is None:
         raise CptError(
             f"{folder} does not say which model its training began with, and so not under which licence it may be "

@@ -283,6 +283,10 @@ class _Folder:
                 raise CptError(self._refusal(f"{self._file(foreign[0])} is not of its making"))
             return False
         manifest = self._read()
+        made = [path for path in (self.path / REPLIES, *map(self._file, SETS)) if path.exists()]
+        # A job that failed ahead of its first question, such as at a misspelt field: there is nothing to keep.
+        if not manifest["finished"] and not made:
+            return False
         if differ := [key for key, value in self._options.items() if manifest["options"].get(key) != value]:
             raise CptError(self._refusal(f"what is there was made with another {', '.join(differ)}"))
         # The same job's, interrupted: it begins anew, with the replies that are there.

@@ -9,7 +9,7 @@ from nemo.collections.llm.peft import DoRA, LoRA
 from nemo.lightning.pytorch.callbacks.peft import PEFT
 from nemo.lightning.pytorch.optim.base import LRSchedulerModule
 
-from nemo_cpt.errors import CptError
+from nemo_cpt.training.options import check_peft_scheme
 
 # The ends of Megatron's names: in front stand the wrappers' (`module.module.`), which differ by precision and
 # parallelism.
@@ -58,8 +58,7 @@ def adapters_class(peft_scheme: str, with_embeddings: bool) -> type[PEFT]:
         CptError: there is no such kind.
     """
     classes = {"lora": (LoRA, LoRAWithEmbeddings), "dora": (DoRA, DoRAWithEmbeddings)}
-    if peft_scheme not in classes:
-        raise CptError(f"peft_scheme is {peft_scheme!r}: it can be {' or '.join(classes)}")
+    check_peft_scheme(peft_scheme)
     return classes[peft_scheme][with_embeddings]
 
 

@@ -15,7 +15,14 @@ from nemo.utils.get_rank import is_global_rank_zero
 from torch.utils.data import Dataset
 
 from nemo_cpt.conversations.dataset import conversations_prefix, lay_out, open_conversations
-from nemo_cpt.conversations.mixture import SEED, Conversations, TrainingSequences, other_than_replay, sequences_of
+from nemo_cpt.conversations.mixture import (
+    SEED,
+    Conversations,
+    TrainingSequences,
+    check_replay,
+    other_than_replay,
+    sequences_of,
+)
 from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
 from nemo_cpt.training.data import NamedSetsDataModule, blend_of, weights_of, whole_batches
@@ -177,19 +184,6 @@ def check(conversations: Conversations, replay: Blend | None, replay_share: floa
     replay.check()
     if twice := sorted(set(conversations.validation) & set(replay.validation)):
         raise CptError(f"conversations and replay both have a validation set {twice[0]!r}: call one otherwise")
-
-
-def check_replay(replay: Blend | None, share: float) -> None:
-    """Refuse a share without text, or text without a share.
-
-    Raises:
-        CptError: it is one of these, or no share.
-    """
-    if not 0 <= share < 1 or bool(share) != (replay is not None):
-        raise CptError(
-            f"replay_share is {share} with {'' if replay else 'no '}replay: give both, the share between 0 and 1, such "
-            "as 0.05, or neither"
-        )
 
 
 def check_layout(context_parallel_size: int, pipeline_model_parallel_size: int, micro_batch_size: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Optional
 import lightning.pytorch as pl
 from nemo.utils import AppState
 
-from nemo_cpt.errors import CptError
+from nemo_cpt.training.options import check_exports
 from nemo_cpt.training.run_folder import checkpoints
 
 FOLDER = "exports"  # of a run: step-N, and step-N.log of one that failed
@@ -36,7 +36,7 @@ class ExportCheckpoints(pl.Callback):
     """
 
     def __init__(self, every: int, keep: Optional[int] = None) -> None:  # noqa: UP045  NeMo-Run cannot parse `| None`
-        check_numbers(every, keep)
+        check_exports(every, keep)
         self.every, self.keep = every, keep
         self._folder = self._checkpoints = Path()
         self._awaited: list[int] = []  # steps whose checkpoints are not yet seen
@@ -148,12 +148,6 @@ class ExportCheckpoints(pl.Callback):
 
     def _log(self, step: int) -> Path:
         return self._folder / f"step-{step}.log"
-
-
-def check_numbers(every: int, keep: int | None) -> None:
-    """Refuse numbers below 1."""
-    if every < 1 or (keep is not None and keep < 1):
-        raise CptError(f"export_every is {every} and export_keep {keep}: give whole numbers of 1 or more")
 
 
 def _remove(folder: Path) -> None:

@@ -8,10 +8,8 @@ import lightning.pytorch as pl
 import torch
 from megatron.core import parallel_state
 
-from nemo_cpt.corpus.tokenization.tokenizer_files import read_object
-from nemo_cpt.errors import CptError
 from nemo_cpt.training.adapters import is_embedding_or_head
-from nemo_cpt.vocabulary.byte_level import RECORD
+from nemo_cpt.training.options import check_grown_rows_first, first_new_row
 
 
 class GrownRowsFirst(pl.Callback):
@@ -39,12 +37,8 @@ class GrownRowsFirst(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to train nothing."""
-        frozen = [name for name, each in _parameters(trainer) if is_embedding_or_head(name) and not each.requires_grad]
-        if frozen:
-            raise CptError(
-                f"grown_rows_first is {self.steps}, and {frozen[0]} is frozen: train it beside the adapters, "
-                "embeddings_lr=2e-5, or leave grown_rows_first away"
-            )
+        rows = [each for name, each in _parameters(trainer) if is_embedding_or_head(name)]
+        check_grown_rows_first(self.steps, None, frozen=not all(each.requires_grad for each in rows))
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Leave the new rows' gradients alone, and no others."""
@@ -69,23 +63,6 @@ class GrownRowsFirst(pl.Callback):
         """How many of this rank's rows are old ones: tensor parallelism cuts the vocabulary into equal parts."""
         before = parallel_state.get_tensor_model_parallel_rank() * rows
         return min(max(self._first - before, 0), rows)
-
-
-def first_new_row(tokenizer: Path, steps: int) -> int:
-    """The row at which the new ones of a grown tokenizer begin.
-
-    Raises:
-        CptError: it has not grown, or there are no steps.
-    """
-    if steps < 1:
-        raise CptError(f"grown_rows_first is {steps}; it must be 1 or more")
-    first = read_object(tokenizer / RECORD).get("from", {}).get("vocabulary_size", 0)
-    if not first:
-        raise CptError(
-            f"grown_rows_first is {steps}, and the tokenizer in {tokenizer} has not grown (it has no {RECORD}): leave "
-            "it away, or grow the model first with `nemo-cpt grow`"
-        )
-    return int(first)
 
 
 def _parameters(trainer: pl.Trainer) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -1,8 +1,12 @@
-"""A recipe's `logger=` and `early_stop=`: what may be given, found without torch or NeMo."""
+"""What a recipe's options may be, such as `logger=` and `precision=`: found without torch or NeMo.
+
+One reader for each, which the recipe's function calls, and the launcher too, before a GPU is taken.
+"""
 
 import difflib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nemo_cpt.errors import CptError
@@ -13,6 +17,13 @@ LOGGER_FIELDS = {
     "mlflow": ("name", "group", "tags", "uri"),
 }
 PATIENCE = 3
+FP8_SCALING = {"fp8": "tensorwise", "fp8_blockwise": "blockwise"}  # Megatron's words for it
+PEFT_SCHEMES = ("lora", "dora")
+EXTENSIONS = {
+    "rewarm": "a new warmup and decay, over the steps that are left",
+    "stretch": "the new schedule, as if it had been so from the start",
+    "keep": "the old schedule; past its end the rate stays at its min_lr",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +108,103 @@ def read_early_stop(early_stop: str | None, patience: int | None, sets: Collecti
     if early_stop not in sets:
         known = ", ".join(sets) or "none: give data validation sets"
         raise CptError(f"early_stop={early_stop}: that is no validation set; there are: {known}")
-    if patience is not None and patience < 1:
-        raise CptError(f"patience={patience}: give patience=1 or more")
+    if patience is not None and not (isinstance(patience, int) and patience >= 1):
+        raise CptError(f"patience={patience}: give a whole number of 1 or more")
     return early_stop, PATIENCE if patience is None else patience
+
+
+def read_precision(precision: str, bf16_layers: int = 0) -> str | None:
+    """Read a recipe's `precision=` and `bf16_layers=`.
+
+    Returns:
+        How fp8 is scaled, in Megatron's word; None for bf16.
+
+    Raises:
+        CptError: there is no such precision, or bf16_layers is negative, or given for bf16.
+    """
+    if precision != "bf16" and precision not in FP8_SCALING:
+        raise CptError(f"precision={precision}: give bf16, {', '.join(FP8_SCALING)}")
+    if bf16_layers < 0:
+        raise CptError(f"bf16_layers={bf16_layers}: give bf16_layers=0 or more")
+    if precision == "bf16" and bf16_layers:
+        raise CptError(f"precision=bf16, bf16_layers={bf16_layers}: give bf16_layers with fp8 only")
+    return FP8_SCALING.get(precision)
+
+
+def check_extend(extend: str | None) -> None:
+    """Raise CptError where a recipe's `extend=` is none of `EXTENSIONS`."""
+    if extend is not None and extend not in EXTENSIONS:
+        raise CptError(f"extend is {extend!r}: give one of {', '.join(EXTENSIONS)}, or none")
+
+
+def check_peft_scheme(peft_scheme: str) -> None:
+    """Raise CptError where a recipe's `peft_scheme=` is none of `PEFT_SCHEMES`."""
+    if peft_scheme not in PEFT_SCHEMES:
+        raise CptError(f"peft_scheme is {peft_scheme!r}: it can be {' or '.join(PEFT_SCHEMES)}")
+
+
+def check_exports(every: int | None, keep: int | None, saved: int | None = None) -> None:
+    """Check a recipe's `export_every=` and `export_keep=`.
+
+    Args:
+        every: steps between exports; None for a run that makes none.
+        keep: how many are kept; None for all.
+        saved: steps between checkpoints; None where they are not known.
+
+    Raises:
+        CptError: a number is below 1, `every` is not a multiple of `saved`, or `keep` is given alone.
+    """
+    if every is None:
+        if keep is not None:
+            raise CptError(f"export_keep is {keep} and export_every None: give both, or neither")
+        return
+    if every < 1 or (keep is not None and keep < 1):
+        raise CptError(f"export_every is {every} and export_keep {keep}: give whole numbers of 1 or more")
+    if saved and every % saved:
+        raise CptError(
+            f"export_every {every} is not a multiple of the {saved} steps between checkpoints: give "
+            f"{max(every // saved, 1) * saved}, or save_every={every}"
+        )
+
+
+def check_grown_rows_first(steps: int | None, tokenizer: Path | None, frozen: bool = False) -> None:
+    """Check a recipe's `grown_rows_first=`.
+
+    Args:
+        steps: None for a run that trains everything from the start.
+        tokenizer: folder of the run's; None where it is not on this machine.
+        frozen: the embedding and the output layer are not trained.
+
+    Raises:
+        CptError: there are no steps, the tokenizer has not grown, or nothing of the rows is trained.
+    """
+    if steps is None:
+        return
+    if steps < 1:
+        raise CptError(f"grown_rows_first is {steps}: give 1 or more")
+    if tokenizer is not None:
+        first_new_row(tokenizer, steps)
+    if frozen:
+        raise CptError(
+            f"grown_rows_first is {steps}, and the embedding and the output layer are frozen: train them beside the "
+            "adapters, embeddings_lr=2e-5, or leave grown_rows_first away"
+        )
+
+
+def first_new_row(tokenizer: Path, steps: int) -> int:
+    """The row at which the new ones of a grown tokenizer begin; `steps` are those of `grown_rows_first=`.
+
+    Raises:
+        CptError: it has not grown.
+    """
+    from nemo_cpt.corpus.tokenization.tokenizer_files import read_object
+    from nemo_cpt.vocabulary.byte_level import FIRST_ROW, RECORD
+
+    record = read_object(tokenizer / RECORD)
+    first = record.get(FIRST_ROW) or record.get("from", {}).get("vocabulary_size", 0)
+    if not first:
+        raise CptError(
+            f"grown_rows_first is {steps}, and the tokenizer in {tokenizer} has not grown (it has no {RECORD}): leave "
+            "it away, or grow the model first with `nemo-cpt grow`"
+        )
+    return int(first)

@@ -14,16 +14,12 @@ from torch.optim.lr_scheduler import _enable_get_lr_call
 from nemo_cpt.compatibility import check_resumed
 from nemo_cpt.errors import CptError, exit_with_the_message
 from nemo_cpt.training import run_lock
+from nemo_cpt.training.options import EXTENSIONS, check_extend
 from nemo_cpt.training.preconditions import check_base
 from nemo_cpt.training.record import Change, changes, settings_of
 from nemo_cpt.training.run_folder import Checkpoint, damaged_since, newest_whole, to_resume
 
 KEPT_TOKENIZER = f"{run_lock.FOLDER}/hf"  # in the run's folder
-EXTENSIONS = {
-    "rewarm": "a new warmup and decay, over the steps that are left",
-    "stretch": "the new schedule, as if it had been so from the start",
-    "keep": "the old schedule; past its end the rate stays at its min_lr",
-}
 
 
 class ResumeOrStartFromBase(nl.AutoResume):
@@ -56,8 +52,7 @@ class ResumeOrStartFromBase(nl.AutoResume):
     """
 
     def __init__(self, base: Optional[str] = None, extend: Optional[str] = None):  # noqa: UP045  for NeMo-Run's parser
-        if extend is not None and extend not in EXTENSIONS:
-            raise CptError(f"extend is {extend!r}: give one of {', '.join(EXTENSIONS)}, or none")
+        check_extend(extend)
         # Without artifacts: the recipe gives the tokenizer, and NeMo would overwrite it with the base's.
         restore = nl.RestoreConfig(path=str(base), load_artifacts=False) if base else None
         super().__init__(

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from nemo_cpt.errors import CptError
@@ -10,8 +11,9 @@ from nemo_cpt.errors import CptError
 COUNTS = (  # of which there is at least one
     "max_steps", "val_check_interval", "save_every", "epochs", "seq_length", "global_batch_size", "micro_batch_size",
     "num_nodes", "gpus_per_node", "tensor_model_parallel_size", "pipeline_model_parallel_size",
-    "context_parallel_size", "rank",
+    "context_parallel_size", "rank", "limit_val_batches",
 )  # fmt: skip
+PARTS = ("epochs", "val_check_interval")  # of which a part is enough
 WIDTHS = ("num_attention_heads", "num_query_groups", "ffn_hidden_size")  # which tensor parallelism cuts
 OF_A_BUILT_RECIPE = {
     "lr": "optim.config.lr",
@@ -31,6 +33,7 @@ OF_A_BUILT_RECIPE = {
     "context_parallel_size": "trainer.strategy.context_parallel_size",
     "sequence_parallel": "trainer.strategy.sequence_parallel",
     "rank": "peft.dim",
+    "seed": "data.seed",
     "num_layers": "model.config.num_layers",
     "num_attention_heads": "model.config.num_attention_heads",
     "num_query_groups": "model.config.num_query_groups",
@@ -70,6 +73,8 @@ class Settings:
     context_parallel_size: int | None = None
     sequence_parallel: bool | None = None
     rank: int | None = None
+    limit_val_batches: int | None = None
+    seed: int | None = None
     num_layers: int | None = None
     num_attention_heads: int | None = None
     num_query_groups: int | None = None
@@ -111,12 +116,19 @@ def _get(config: Any, path: str) -> Any:
     return config
 
 
-def check_name(name: str) -> None:
+def default_min_lr(lr: float) -> float:
+    """Where a learning rate ends that nothing else is said of: at a tenth, as in the recorded Japanese run, Swallow."""
+    return lr / 10
+
+
+def check_name(name: str, directory: str) -> None:
     """Refuse a run's name that is not a folder's in `directory`, where everything looks for runs.
 
     Raises:
-        CptError: it is so.
+        CptError: it is so, or the directory has no name.
     """
+    if not directory:
+        raise CptError("directory= has no name: say where runs are kept, or leave it away for `results`")
     if name in ("", ".", "..") or "/" in name:
         raise CptError(f"name={name}: give the run a name that is one folder's; directory= says where runs are kept")
 
@@ -135,8 +147,16 @@ def _complaints(each: Settings) -> Iterator[str]:
     """What is wrong, the causes ahead of what follows from them."""
     for name in COUNTS:
         value = getattr(each, name)
-        if value is not None and not (value >= 1 or (name in ("epochs", "val_check_interval") and value > 0)):
+        if value is not None and not (value >= 1 or (name in PARTS and value > 0)):
             yield f"{name}={value:g}: give {name}=1 or more"
+    for name in (*COUNTS, "seed"):
+        value = getattr(each, name)
+        if value is not None and name not in PARTS and not isinstance(value, Integral):
+            yield f"{name}={value}: give a whole number"
+    if each.seed is not None and each.seed < 0:
+        yield f"seed={each.seed}: give seed=0 or more"
+    if each.epochs is not None and each.max_steps is not None:  # neither may win silently
+        yield f"epochs is {each.epochs:g} and max_steps {each.max_steps}: give one of them"
     yield from _schedule(each)
     yield from _cuts_of_the_model(each)
     yield from _batches(each)
@@ -153,6 +173,11 @@ def _schedule(each: Settings) -> Iterator[str]:
         yield (
             f"min_lr {each.min_lr:g} is not below lr {each.lr:g}: give min_lr={each.lr / 10:g}, a tenth of lr, "
             "or a larger lr="
+        )
+    if each.embeddings_lr is not None and each.min_lr is not None and each.embeddings_lr < each.min_lr:
+        yield (
+            f"embeddings_lr {each.embeddings_lr:g} is below the schedule's min_lr {each.min_lr:g}, at which both rates "
+            "end: give a larger one, or a smaller min_lr"
         )
     if each.warmup_steps is not None and each.warmup_steps < 0:
         yield f"warmup_steps={each.warmup_steps}: give warmup_steps=0 or more"

@@ -15,7 +15,7 @@ import orjson
 
 from nemo_cpt.corpus.reading.sources import Inputs
 from nemo_cpt.corpus.tokenization.tokenizer import load_tokenizer
-from nemo_cpt.corpus.tokenization.tokenizer_files import ADDED, CONFIG, DEFINITION, SPECIAL_MAP
+from nemo_cpt.corpus.tokenization.tokenizer_files import ADDED, CONFIG, DEFINITION, SPECIAL_MAP, read_object
 from nemo_cpt.errors import CptError
 from nemo_cpt.vocabulary.byte_level import RECORD, ByteLevelBPE, grew_from, read_byte_level
 from nemo_cpt.vocabulary.folders import check_free, new_folder
@@ -112,7 +112,8 @@ def grow(
             few tokens; `until` is not reached; `output` exists. Nothing is left at `output` then.
     """
     start = time.monotonic()
-    _check_arguments(tokens, until, multiple_of, max_characters, min_count, Path(output))
+    least_one = {"multiple_of": multiple_of, "max_characters": max_characters, "min_count": min_count}
+    _check_arguments(tokens, until, least_one | {"sample_bytes": sample_bytes}, Path(output))
     base = read_byte_level(tokenizer)
     sample = draw(inputs, json_key, sample_bytes)
     say(f"{len(sample.texts):,} of {sample.seen:,} documents are learnt from, {len(sample.held_out):,} are held out")
@@ -153,14 +154,12 @@ def grow(
     )
 
 
-def _check_arguments(
-    tokens: int | None, until: float | None, multiple_of: int, max_characters: int, min_count: int, output: Path
-) -> None:
+def _check_arguments(tokens: int | None, until: float | None, least_one: dict[str, int], output: Path) -> None:
     if (tokens is None) == (until is None):
         raise CptError("say how far to grow: either tokens=12000 (--tokens) or until=1.6 (--until), characters a token")
     if tokens is not None and tokens < 1:
         raise CptError(f"tokens is {tokens}; it must be 1 or more")
-    for name, value in (("multiple_of", multiple_of), ("max_characters", max_characters), ("min_count", min_count)):
+    for name, value in least_one.items():
         if value < 1:
             raise CptError(f"{name} is {value}; it must be 1 or more")
     check_free(output)
@@ -223,12 +222,15 @@ def grown_definition(base: ByteLevelBPE, merges: Sequence[Merge]) -> dict[str, A
 
 
 def _record(base: ByteLevelBPE, merges: Sequence[Merge], words: Words) -> dict[str, Any]:
+    # Of a base that had grown itself, whose data stay valid as well.
+    earlier = {"from": before} if (before := read_object(Path(base.described.folder, RECORD)).get("from")) else {}
     return {
         "from": {
             "name": base.described.name,
             "sha256": base.described.sha256,
             "vocabulary_size": base.size,
             "merges": len(base.merges),
+            **earlier,
         },
         "tokens": len(merges),
         "scripts": list(words.scripts),

@@ -9,9 +9,9 @@ from typing import Any
 from nemo_cpt import catalog
 from nemo_cpt.corpus.atomic_files import make_folder, write_whole
 from nemo_cpt.errors import CptError
-from nemo_cpt.evaluation.page import details, finite, head, image, table, table_row
 from nemo_cpt.launching.results import Run, every_checkpoint, size
 from nemo_cpt.monitoring.forgetting import Change, set_name
+from nemo_cpt.page import details, finite, head, image, table, table_row
 from nemo_cpt.watching.plots import pictures
 from nemo_cpt.watching.record import GPU_MEMORY, TRAIN_LOSS, Record
 
@@ -36,8 +36,10 @@ def write_report(records: Sequence[Record], folder: Path) -> list[Path]:
     """Write the report of a run, or of two, into a folder; returns the files' paths, the page first.
 
     Raises:
-        CptError: the folder cannot be written.
+        CptError: the folder cannot be written, or the two are one run.
     """
+    if len(records) > 1 and records[0].folder.resolve() == records[1].folder.resolve():
+        raise CptError(f"{records[0].folder} would be compared with itself: name another run, or leave it away")
     make_folder(folder)
     drawn = pictures(records)
     files = {

@@ -3,15 +3,19 @@
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer
+from safetensors.torch import load_file, save_file
 
-from nemo_cpt.checkpoint import import_hf, verify
+from nemo_cpt.checkpoint import export_hf, import_hf, verify
 from nemo_cpt.checkpoint.architecture import read_architecture
 from nemo_cpt.checkpoint.verification import _long_prompt
+from nemo_cpt.cli.checkpoint import verify_command
 from nemo_cpt.errors import CptError
 from tests.support import small_models as models
 
@@ -58,6 +62,24 @@ def test_constants_are_compared(shape: str, fields: dict[str, Any], name: str, t
     assert not report.differences
     assert [each.split()[0] for each in report.constants] == [name]
     assert not report.identical
+
+
+def test_an_export_of_another_dtype_is_compared_after_the_cast(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nemo, hf = _imported("qwen25", tmp_path)  # in fp32
+    export_hf(nemo, tmp_path / "out", dtype="bfloat16")
+    report = verify(nemo, tmp_path / "out", logits=True)
+    assert (report.identical, report.cast, report.differences) == (True, "float32 -> bfloat16", ())
+    assert "`nemo-cpt export --dtype float32` writes every bit" in report.warnings[0]
+    assert verify(nemo, hf).cast is None
+
+    (weights,) = (tmp_path / "out").glob("*.safetensors")
+    save_file({name: each + 1 for name, each in load_file(weights).items()}, weights, {"format": "pt"})
+    with pytest.raises(typer.Exit):
+        verify_command(nemo, tmp_path / "out", logits=False)
+    (line,) = [each for each in capsys.readouterr().out.splitlines() if each.startswith("differences")]
+    assert re.fullmatch(r"differences\t(model\.\S+: [\d,]+ of [\d,]+ values, by \S+ at most; ){5}and \d+ more .*", line)
 
 
 def test_rope_parameters_of_transformers_5(tmp_path: Path) -> None:

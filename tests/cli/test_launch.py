@@ -116,7 +116,7 @@ def test_types_are_whole_in_a_terminals_table():
         (["run", "llama31_8b", "--executor", "slrum"], "no executor 'slrum'"),
         (["run", "llama31_8b", "--executor", "slurm", "executor.partitoin=gpu"], "near: partition"),
         (["run", "llama31_8b", "--executor", "slurm", "executor.code=all"], "expected one of 'ship', 'committed'"),
-        (["run", "llama31_8b", "--executor", "none.py:f"], "of a file that exists"),
+        (["run", "llama31_8b", "--executor", "none.py:f"], "there is no such file; give FILE.py:FUNCTION"),
         (["run", "llama31_8b", "--force", "-e", "bad.py:f"], "bad.py cannot be imported: SyntaxError: "),
         (["run", "tiny", "base=b", "data=nosuch.yaml"], "data=nosuch.yaml: the file cannot be read: No such file"),
         ([*SLURM, "executor.tunnel=ssh(host='l'"], "write ssh('HOST', 'USER', 'FOLDER THERE') ('(' was never closed"),

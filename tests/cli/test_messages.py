@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from nemo_cpt import CptError, catalog
+from nemo_cpt.cli.recipe_arguments import from_file
 from nemo_cpt.corpus import Blend
 from nemo_cpt.training.preconditions import check_base
 
@@ -48,7 +49,7 @@ def test_one_prefix_is_a_blend_of_one() -> None:
             "num_attention_heads 9 cannot",
         ),
         (["run", "tiny", "base=meta-llama/L", "data=d"], "`nemo-cpt import models/L checkpoints/L`"),
-        (["run", "tiny", "base=b", "data=d", "name="], "name=: give the run a name that is one folder's"),
+        (["run", "tiny", "base=b", "data=d", "name="], "name= has no value: give one, or leave name= away"),
         (["run", "tiny", "base=b", "data=d", "name=a/b"], "name=a/b: give the run a name that is one folder's"),
         (["run", "gpt.pretrain"], "There is no ds/train_text_document"),
         (["run", "gpt.pretrain"], "make it with `nemo-cpt init checkpoints/gpt_124m --tokenizer TOKENIZER`"),
@@ -56,12 +57,52 @@ def test_one_prefix_is_a_blend_of_one() -> None:
         (["plan", "tiny", "--tokens", "-5"], "'--tokens'"),
         (["serve", "m", "--port", "-1"], "'--port'"),
         (["init", "m", "-t", "t", "--seed", "-1"], "'--seed'"),
+        (["run", "tiny", "base=b", "data=d", "max_steps=3", "max_steps=4"], "stands twice: max_steps=3, max_steps=4;"),
+        (["run", "tiny", "base=b", "data={train: {ds/ja: 0.75}"], "no YAML (while parsing a flow mapping"),
+        (["run", "tiny", "base=b", "data=d", "-e", "e.py"], "which function of it makes the executor? Give e.py:FUNC"),
+        (["run", "tiny", "base=b", "data=d", "-e", "f.py:g"], "executor f.py: there is no such file"),
+        (["run", "e.py"], "e.py is no recipe, and no configuration file: the name of one ends in .yaml"),
+        (["copy", "tiny", "x.json"], "x.json: give a name that ends in .py, for a script, or in .yaml or .yml"),
+        (["plan", "llama31_8b", "--gpu", "H1000"], "no GPU 'H1000' (near: H100"),
+        (["plan", "gpt.pretrain"], "the base checkpoints/gpt_124m is not there"),
+        (["import", "nemo", "out"], "nemo is a NeMo checkpoint already: give it to a recipe as it is, base=nemo"),
+        (["chat", "model", "--against", "modle"], "there is no model at modle; near: model"),
+        (["serve", "modle"], "there is no model at modle; near: model"),
+        (["tokenizer", "train", "e.py", "-o", "t", "--vocabulary-size", "-5"], "a vocabulary of -5 has no room"),
+        (
+            ["tokenizer", "grow", "toks/mien", "e.py", "-o", "t", "--tokens", "9"],
+            "There is no tokenizer folder toks/mien; near: toks/mine",
+        ),
     ],
 )
 def test_what_was_meant_is_said(arguments: list[str], says: str, tmp_path: Path) -> None:
-    done = nemo_cpt(*arguments, cwd=tmp_path)
+    (tmp_path / "e.py").touch()
+    for folder in ("nemo/weights", "model", "toks/mine"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "model/config.json").touch()
+    done = nemo_cpt(*arguments, cwd=tmp_path, HF_HUB_OFFLINE="1")
     assert done.returncode == 2
     assert says in done.stderr
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "doctor"])
+def test_what_is_wrong_in_a_file_names_it(command: str, tmp_path: Path) -> None:
+    for line, says in {
+        "trainer:\n  log_every_n_steps: 1": "trainer holds lines of its own: write each with its path, such as "
+        "trainer.log_every_n_steps: 1",
+        "max_stepz: 1": "tiny.continual_pretrain has no parameter max_stepz; near: max_steps",
+        "lr: fast": "lr=fast: expected float",
+        "data: {trian: {d: 1}}": "Blend has no field trian",
+        "executor: slrum": "there is no executor 'slrum' (near: slurm)",
+        "executor.gups: 1": "local has no parameter executor.gups; near: gpus",
+    }.items():
+        (tmp_path / "my.yaml").write_text(f"recipe: tiny\nbase: b\n{line}\n")
+        with pytest.raises(CptError) as refused:
+            from_file(str(tmp_path / "my.yaml"), None)
+        assert refused.value.message.startswith(f"{tmp_path}/my.yaml: ")
+        assert says in refused.value.message
+    done = nemo_cpt(command, "my.yaml", cwd=tmp_path)
+    assert (done.returncode, done.stderr.startswith("nemo-cpt: my.yaml: ")) == (2, True)
 
 
 def test_a_recipe_of_other_data_has_them_wherever_it_is_written(tmp_path: Path) -> None:
@@ -69,6 +110,11 @@ def test_a_recipe_of_other_data_has_them_wherever_it_is_written(tmp_path: Path) 
     for name in ("g.py", "g.yaml"):
         assert nemo_cpt("copy", "gpt.pretrain", name, cwd=tmp_path).returncode == 0
     assert "data=default_data()," in (tmp_path / "g.py").read_text()
+    for name, data in {
+        "tiny": "Blend.replay('ds/ja', 'ds/en'",
+        "tiny.instruction_tune": "Conversations(train={",
+    }.items():
+        assert str(catalog.data_example(catalog.recipe(name))).startswith(data)
     assert "ds/train: 1.0" in (tmp_path / "g.yaml").read_text()
 
 

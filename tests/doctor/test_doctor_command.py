@@ -267,6 +267,15 @@ def test_warnings_are_printed_and_go_on(world, tmp_path):
     assert rows["run folder"] == f"{world}/runs/tiny_cpt (a new run)"
 
 
+def test_a_dry_run_of_what_is_refused_says_so(world, tmp_path):
+    given = [*material(world)[1:], "base=nowhere", f"tokenizer={world / 'hf'}", "max_steps=1"]
+    done = nemo_cpt("run", "tiny", *given, "--dryrun", NEMORUN_HOME=str(tmp_path / "home"))
+    assert done.returncode == 3
+    assert "nemo-cpt: error: base: the base nowhere is not there" in done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert last == "submitted\tnothing, and without --dryrun it would be refused; errors, see above: 1"
+
+
 def test_force_launches_what_is_red(world, tmp_path):
     """The job itself then fails at the base, in its own guard."""
     given = [*material(world)[1:], "base=nowhere", f"tokenizer={world / 'hf'}", "max_steps=1"]

@@ -266,6 +266,7 @@ def refusals(world: Path, prompts: Path, tmp_path: Path) -> Iterator[tuple[dict[
     yield {"losses": [f"ja={world}/ds/ja_validation"] * 2}, r"two sets are named 'ja'"
     yield {"max_tokens": 0}, r"max_tokens 0"
     yield {"limit": 0}, r"limit 0"
+    yield {"seed": -1}, r"seed is -1"
     yield {"against": tmp_path / "nobody"}, r"there is no model at .*nobody"
     yield {"prompts": [], "wrappers": ["none"]}, r"wrapper is set, and nothing that is to be evaluated uses it"
     yield {"judge_key": "secret"}, r"judge_key is set, and nothing"

@@ -11,7 +11,7 @@ import pytest
 
 from nemo_cpt import CptError, catalog
 from nemo_cpt.catalog.build import build_recipe
-from nemo_cpt.doctor import Place
+from nemo_cpt.doctor import Place, containers
 from nemo_cpt.doctor.built import job_of
 from nemo_cpt.executors import docker, examination, local, slurm
 from nemo_cpt.launching.description import describe
@@ -96,9 +96,9 @@ def test_an_image_that_was_not_built_is_not_asked_of_a_registry(monkeypatch):
         with pytest.raises(
             CptError, match=r"there is no image localhost/nemo-cpt here: build it .*`docker build --tag"
         ):
-            examination.check_docker("localhost/nemo-cpt")
-        examination.check_docker("localhost/there")
-        examination.check_docker("registry.example/pulled:1")
+            containers.check_engine("localhost/nemo-cpt")
+        containers.check_engine("localhost/there")
+        containers.check_engine("registry.example/pulled:1")
 
 
 def test_a_task_that_waits_for_others_is_examined_without_the_files_that_they_may_make(given, project):
@@ -121,6 +121,44 @@ def test_what_trains_nothing_is_not_examined(project, tmp_path):
 
     run.run(run.Partial(tasks.report, path=str(tmp_path / "seen")))
     assert (tmp_path / "seen.0").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "wrong", "says"),
+    [
+        ("tiny", {"stop_when": {"jp": "+3%"}}, "stop_when names jp, and the run validates on en"),
+        ("tiny", {"stop_when": {"en": 3}}, r"stop_when\['en'\] is 3: give by how many percent"),
+        ("tiny", {"precision": "fp9"}, "precision=fp9: give bf16, fp8, fp8_blockwise"),
+        ("tiny", {"bf16_layers": 2}, "give bf16_layers with fp8 only"),
+        ("tiny", {"precision": "fp8", "bf16_layers": -1}, "bf16_layers=-1: give bf16_layers=0 or more"),
+        ("tiny", {"grown_rows_first": 0}, "grown_rows_first is 0: give 1 or more"),
+        ("tiny", {"grown_rows_first": 2}, "has not grown"),
+        ("tiny", {"extend": "more"}, "extend is 'more': give one of rewarm"),
+        ("tiny", {"export_keep": 1}, "give both, or neither"),
+        ("tiny", {"export_every": 3, "val_check_interval": 2}, "export_every 3 is not a multiple of the 2 steps"),
+        ("tiny.instruction_tune", {"replay_share": 0.1}, "replay_share is 0.1 with no replay"),
+        ("llama31_8b.continual_pretrain_single_gpu", {"peft_scheme": "ia3"}, "peft_scheme is 'ia3': it can be lora or"),
+        (
+            "llama31_8b.continual_pretrain_single_gpu",
+            {"grown_rows_first": 2, "base": "elsewhere", "model": "llama31_8b"},
+            "the output layer are frozen",
+        ),
+        ("gpt.pretrain", {"params": "7B"}, "params is '7B'; it can be 124M"),
+    ],
+)
+def test_python_and_the_command_line_refuse_the_same_option(given, recipe, wrong, says, tmp_path):
+    function = catalog.recipe(recipe)
+    given = given | {"directory": str(tmp_path)} | wrong
+    if recipe == "tiny.instruction_tune":
+        given["data"] = {"train": {"sft/ja": 1.0}}
+    if recipe == "gpt.pretrain":
+        given.pop("model")
+    kind = catalog.mixture_of(function.parameters["data"].annotation)
+    with pytest.raises(CptError, match=says) as told:
+        describe(function, given | {"data": kind(**given["data"])}, [], "local", [])
+    with pytest.raises(CptError, match=says) as refused:
+        build_recipe(function.name, given)
+    assert told.value.message == refused.value.message
 
 
 @pytest.mark.parametrize("name", ["tiny", "smollm2", "llama31_8b"])

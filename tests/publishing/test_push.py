@@ -13,7 +13,7 @@ import yaml
 
 from nemo_cpt.checkpoint import export_hf, import_hf
 from nemo_cpt.checkpoint.download_record import DownloadRecord
-from nemo_cpt.checkpoint.provenance import BEFORE, read_provenance
+from nemo_cpt.checkpoint.provenance import BEFORE, Provenance, read_provenance, write_provenance
 from nemo_cpt.errors import CptError
 from nemo_cpt.publishing import push
 from tests.support import small_models as models
@@ -187,6 +187,11 @@ def _hold_token(folder: Path) -> None:
     (folder / "notes.txt").write_text(f"export HF_TOKEN={TOKEN}")
 
 
+def _be_a_run(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / "checkpoints").mkdir()
+
+
 def _lose_shard(folder: Path) -> None:
     sorted(folder.glob("*.safetensors"))[1].unlink()
 
@@ -203,6 +208,8 @@ def _lose_tokenizer(folder: Path) -> None:
         (None, {"repo_id": "me/swallow", "public": True}, "name begins with 'Llama': Llama-..., not swallow"),
         (None, {"base_model": "meta-llama/Llama-3.2-1B"}, f"was downloaded as {BASE}"),
         (None, {"base_licence": "apache-2.0"}, "the text in .* is that of llama3.1"),
+        (None, {"languages": ["Japanese"]}, "'Japanese' is no language's code"),
+        (_be_a_run, {}, "is a run or a NeMo checkpoint: `nemo-cpt export"),
         (_edit_config, {}, "config.json in .* holds a path of this machine"),
         (_hold_token, {}, "notes.txt in .* holds your token"),
         (_lose_shard, {}, "is missing though the index names it"),
@@ -279,6 +286,19 @@ def test_a_base_that_is_not_known_has_to_be_named(out: Path, hub: UploadHub) -> 
     assert metadata(card)["license"] == "apache-2.0"
     assert metadata(card)["language"] == ["en"]
     assert "How it was trained was not recorded" in card
+
+
+def test_a_model_from_scratch_has_no_base(out: Path, hub: UploadHub) -> None:
+    write_provenance(out, Provenance(from_scratch=True, trainings=[{"step": 3}]))
+    (out / "LICENSE").unlink()
+    with pytest.raises(CptError, match="trained from random weights: under which licence"):
+        push(out, "me/x")
+    with pytest.raises(CptError, match="trained from random weights; leave it away"):
+        push(out, "me/x", base_model="a/b")
+    card = push(out, "me/x", base_licence="mit", dry_run=True).card
+    assert "A model trained from random weights. Licence: mit.\n" in card
+    assert "## Pretraining" in card
+    assert "base_model" not in metadata(card)
 
 
 def test_an_adapter_names_its_base_on_the_hub(tmp_path: Path, hub: UploadHub) -> None:

@@ -58,6 +58,12 @@ class TestRules:
         assert again.questions == {"train": 9, "validation": 1}
         assert (tmp_path / "train.jsonl").stat().st_mtime_ns == before
 
+    def test_a_job_that_failed_at_once_is_in_nobodys_way(self, tmp_path: Path) -> None:
+        with pytest.raises(CptError, match="no key 'txt'"):
+            synthesize(CORPUS, tmp_path / "chats", train=4, validation=2, json_key="txt", quiet=True)
+        report = synthesize(CORPUS, tmp_path / "chats", train=4, validation=2, quiet=True)
+        assert report.status == "written"
+
     def test_another_job_is_refused_and_replaced_when_asked(self, tmp_path: Path) -> None:
         synthesize(CORPUS, tmp_path, train=9, validation=1)
         with pytest.raises(CptError, match="made with another sets, seed"):

@@ -92,4 +92,4 @@ def test_what_has_not_grown_or_is_frozen_is_refused(work: Path) -> None:
     assert "has not grown" in log
     code, log = train(work, "frozen", rank=4)
     assert code == 2, log
-    assert "is frozen: train it beside the adapters" in log
+    assert "layer are frozen: train them beside the adapters" in log

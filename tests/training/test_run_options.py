@@ -116,7 +116,7 @@ def test_what_an_early_stop_may_be() -> None:
     for given, says in {
         ("jp", None): "early_stop=jp: that is no validation set; there are: ja, en",
         (None, 2): "patience=2 is early_stop's",
-        ("ja", 0): "patience=0: give patience=1 or more",
+        ("ja", 0): "patience=0: give a whole number of 1 or more",
     }.items():
         with pytest.raises(CptError, match=says):
             read_early_stop(*given, ["ja", "en"])

@@ -118,6 +118,7 @@ def test_a_run_of_an_older_version_has_a_report_too(tmp_path: Path) -> None:
     ("arguments", "says"),
     [
         (["onne"], "there is no run 'onne' in results; near: one"),
+        (["one", "one"], "would be compared with itself"),
         (["empty"], "has no metrics/steps.jsonl"),
         (["one", "-d", "nowhere"], "there is no folder nowhere with runs"),
     ],

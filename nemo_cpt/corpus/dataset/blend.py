@@ -183,7 +183,9 @@ class Blend:
         """
         # The whole check first: a report on a blend that cannot be trained on would only mislead.
         self.check()
-        steps = steps or self.steps(global_batch_size, seq_length)
+        if steps is not None and steps < 1:
+            raise CptError(f"steps is {steps}; it must be 1 or more.")
+        steps = self.steps(global_batch_size, seq_length) if steps is None else steps
         train_tokens = steps * global_batch_size * seq_length
         shares, epochs = self.shares(), self.epochs(train_tokens)
         indices = {prefix: read_index(prefix) for prefix in shares}

@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from nemo_cpt.errors import CptError
+from nemo_cpt.errors import CptError, near_paths
 
 CONFIG, DEFINITION = "tokenizer_config.json", "tokenizer.json"
 SPECIAL_MAP, ADDED = "special_tokens_map.json", "added_tokens.json"
@@ -102,7 +102,7 @@ def find_folder(tokenizer: str) -> Path:
         return folder.resolve()
     # No name of the hub looks like that: asking the hub for a mistyped path would only give a confusing 404.
     if tokenizer.startswith(("/", ".", "~")) or tokenizer.count("/") > 1:
-        raise CptError(f"There is no tokenizer folder {tokenizer}.")
+        raise CptError(f"There is no tokenizer folder {tokenizer}{near_paths(folder)}.")
     return _download(tokenizer)
 
 
@@ -112,6 +112,9 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[*FILES, *OTHER_FILES]))
     except Exception as error:  # the hub's client has some twenty kinds
+        # `tokenizers/mine` where there is a folder `tokenizers`: a path of this machine, whatever the hub says.
+        if "/" in name and Path(name).parent.is_dir():
+            raise CptError(f"There is no tokenizer folder {name}{near_paths(Path(name))}.") from None
         reason = str(error).splitlines()[0]
         raise CptError(
             f"Cannot get the tokenizer {name!r}: there is no such folder here, and the Hugging Face hub says: {reason} "
