@@ -15,6 +15,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nemo_run as run
@@ -61,6 +62,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--out", type=Path, default=Path("fp8-curves"))
+    parser.add_argument("--at-once", type=int, default=1, help="variants that train at a time")
     parser.add_argument("--variant", choices=VARIANTS, help="train this one alone, and write its curve")
     options = parser.parse_args()
     if options.variant:
@@ -69,9 +71,14 @@ def main() -> None:
         (out / "metrics.json").write_text(json.dumps(metrics))
         return
     curves, held_out = {}, {}
-    for name in VARIANTS:
+
+    def train(name: str) -> None:
         again = [str(options.folder), "--steps", str(options.steps), "--out", str(options.out), "--variant", name]
         subprocess.run([sys.executable, __file__, *again], check=True)
+
+    with ThreadPoolExecutor(options.at_once) as pool:
+        list(pool.map(train, VARIANTS))
+    for name in VARIANTS:
         metrics = json.loads((options.out / name / "metrics.json").read_text())
         curves[name] = list(series(metrics, "reduced_train_loss").values())
         held_out[name] = sum(list(series(metrics, f"val_loss_{each}").values())[-1] for each in ("ja", "en")) / 2

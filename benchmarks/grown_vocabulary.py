@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tokens", type=int, default=8000)
     parser.add_argument("--min-count", type=int, default=5)
+    parser.add_argument("--initialisation", default="mean", help="of the new rows: mean, noise, zero or focus")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--rows-first", type=int, default=30)
     parser.add_argument("--validations", type=int, default=10)
@@ -66,13 +67,15 @@ def main() -> None:
 
 def _models(given: argparse.Namespace, out: Path) -> dict[str, Path]:
     """The imported bases, made where they are not there yet."""
+    japanese = str(given.folder / "text/ja/train.jsonl")
     if not (out / "tokenizer").exists():
-        japanese = str(given.folder / "text/ja/train.jsonl")
         print(
             grow(str(given.folder / "hf"), japanese, out / "tokenizer", tokens=given.tokens, min_count=given.min_count)
         )
     if not (out / "hf").exists():
-        print(grow_model(given.folder / "hf", out / "hf", out / "tokenizer"))
+        corpus = japanese if given.initialisation == "focus" else None
+        rows = {"initialisation": given.initialisation, "corpus": corpus}
+        print(grow_model(given.folder / "hf", out / "hf", out / "tokenizer", **rows))
     for kind, hf in zip(KINDS, (given.folder / "hf", out / "hf"), strict=True):
         if not (out / "nemo" / kind).exists():
             import_hf(hf, out / "nemo" / kind)

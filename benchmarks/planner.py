@@ -118,6 +118,33 @@ SEVERAL_GPUS = {
     "8B x 8, full, 4096, DP 2": Setting(layers=8, gpus=2, micro_batches=4),
     "8B, LoRA 128, 8192, TP 2": Setting(rank=128, seq=8192, tp=2, gpus=2),
 }
+WHOLE_8B: dict[str, Any] = {"seq": 8192, "gpus": 4, "config": FUSED}  # every parameter of Llama-3.1-8B
+FOUR_GPUS = {  # 16 sequences a step
+    "8B, full, 8192, DP 4": Setting(micro_batches=4, **WHOLE_8B),
+    "8B, full, 8192, TP 2 x DP 2": Setting(tp=2, sequence_parallel=True, micro_batches=8, **WHOLE_8B),
+    "8B, full, 8192, DP 4, fp8": Setting(micro_batches=4, fp8="tensorwise", **WHOLE_8B),
+    "8B, full, 8192, TP 2 x DP 2, fp8": Setting(
+        tp=2, sequence_parallel=True, micro_batches=8, fp8="tensorwise", **WHOLE_8B
+    ),
+    "8B, full, 8192, CP 2 x DP 2": Setting(cp=2, micro_batches=8, **WHOLE_8B),
+    "70B, LoRA 16, 4096 x 2, TP 4": Setting(
+        shape="70B", layers=80, rank=16, mbs=2, tp=4, gpus=4, sequence_parallel=True, micro_batches=4
+    ),
+}
+FOUR_GPUS_HELD_OUT = {
+    "8B, full, 8192, DP 4, 32 sequences": Setting(micro_batches=8, **WHOLE_8B),
+    "8B, full, 8192 x 2, DP 4, host states, 32 sequences": Setting(
+        mbs=2, micro_batches=4, optimizer=AWARE, host_states=True, **WHOLE_8B
+    ),
+    "8B, full, 8192, DP 4, fp8, 32 sequences": Setting(micro_batches=8, fp8="tensorwise", **WHOLE_8B),
+    "8B, full, 8192, TP 2 x DP 2, fp8, 32 sequences": Setting(
+        tp=2, sequence_parallel=True, micro_batches=16, fp8="tensorwise", cap=80, **WHOLE_8B
+    ),
+    "8B, full, 8192, TP 2 x DP 2, 32 sequences": Setting(
+        tp=2, sequence_parallel=True, micro_batches=16, cap=80, **WHOLE_8B
+    ),
+    "8B, full, 8192, TP 4": Setting(tp=4, sequence_parallel=True, micro_batches=16, **WHOLE_8B),
+}
 CARDS = {
     "LoRA recipe for 24 GB": Setting(card=24, rank=128),
     "LoRA recipe for 48 GB": Setting(card=48, rank=128),
@@ -141,6 +168,8 @@ GROUPS = {
     "tune": TUNE,
     "held_out": HELD_OUT,
     "several_gpus": SEVERAL_GPUS,
+    "four_gpus": FOUR_GPUS,
+    "four_gpus_held_out": FOUR_GPUS_HELD_OUT,
     "cards": CARDS,
     "conversations": CONVERSATIONS,
 }

@@ -33,6 +33,7 @@ def main() -> None:
     """Everything, in order; what is there already is not made again."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--params", default="tiny", help="tiny, 124M, 350M or 1.3B")
+    parser.add_argument("--shape", default="llama", help="of the layers: llama or gpt2")
     parser.add_argument("--text", default=CORPUS)
     parser.add_argument("--vocabulary-size", type=int, default=None, help="32,000; 2,048 for tiny")
     parser.add_argument("--out", type=Path, default=Path("from_scratch"))
@@ -43,7 +44,7 @@ def main() -> None:
     if not (out / "tokenizer").exists():
         train(str(out / "text/train.jsonl"), out / "tokenizer", given.vocabulary_size or (2048 if tiny else 32_000))
     if not (out / "base").exists():
-        make_untrained(out / "base", out / "tokenizer", given.params)
+        make_untrained(out / "base", out / "tokenizer", given.params, shape=given.shape)
     for part in ("train", "validation"):
         prepare(out / "text" / f"{part}.jsonl", out / "ds" / part, out / "tokenizer")
     data = Blend(train={f"{out}/ds/train": 1.0}, validation={"validation": f"{out}/ds/validation"})

@@ -175,8 +175,11 @@ def last_word(job_dir: str) -> str:
 def log_tail(job_dir: str, lines: int = LOG_LINES) -> str:
     """Return the last lines of a job's newest log under `job_dir`, headed by its path."""
     log = newest_log(Path(job_dir))
-    if log is None:
-        return f"It left no log in {job_dir}"
+    return f"It left no log in {job_dir}" if log is None else last_lines(log, lines)
+
+
+def last_lines(log: Path, lines: int = LOG_LINES) -> str:
+    """Return the last lines of a log, headed by its path; of one that ends with our message, that alone."""
     printed = log.read_text(errors="replace").rstrip().splitlines()
     last = (_of_workers(printed) or printed)[-lines:]
     if last and _MESSAGE.match(last[-1]):  # it says what is wrong; what came before adds nothing

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from nemo_cpt import signals
+from nemo_cpt.constants import MARKER
 from nemo_cpt.errors import CptError, StoppedEarlyError
 from nemo_cpt.executors.tracking import continue_wandb_run
 from nemo_cpt.importing import uncollected
 from nemo_cpt.output import WithoutReaders, say
 
-MARKER = "NEMO_CPT_PREEMPTED"  # names the file that a task leaves which was told to stop: empty once it saved
 UNTRAINED = "nothing was trained yet"  # what stands in that file where there was nothing to save
-REFUSAL = "NEMO_CPT_REFUSED"  # names the one of a task that a CptError ended
+REFUSAL = "NEMO_CPT_REFUSED"  # names the file of a task that a CptError ended
 
 
 def main() -> None:
@@ -34,12 +34,12 @@ def main() -> None:
     try:
         _run_task()
     except StoppedEarlyError as stop:
-        left = _leave(MARKER, "" if stop.trained else UNTRAINED)
+        left = leave(MARKER, "" if stop.trained else UNTRAINED)
         say(f"nemo_cpt: {stop.message}")
         # With a marker 0: any other code would have srun or torchrun end the tasks that are still at it.
         sys.exit(0 if left else stop.exit_code)
     except CptError as error:
-        _leave(REFUSAL)
+        leave(REFUSAL)
         say(f"nemo_cpt: {error.message}", sys.stderr)
         sys.exit(error.exit_code)
     except SystemExit as end:
@@ -73,7 +73,7 @@ def _run_task() -> None:
             command.invoke(context)
 
 
-def _leave(variable: str, words: str = "") -> bool:
+def leave(variable: str, words: str = "") -> bool:
     """Write the file that an environment variable names; return whether there is one."""
     if file := os.environ.get(variable):
         Path(file).write_text(words)
@@ -92,7 +92,7 @@ def _end_untrained(number: int, frame: Any) -> None:
     """
     if signals.training_began:
         return
-    _leave(MARKER, UNTRAINED)
+    leave(MARKER, UNTRAINED)
     os.write(2, f"nemo_cpt: told to stop, {UNTRAINED}\n".encode())
     # 0, as with every marker; see `main`.
     os._exit(0)

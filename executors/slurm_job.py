@@ -19,12 +19,13 @@ from torchx.schedulers.api import DescribeAppResponse
 from torchx.schedulers.slurm_scheduler import SLURM_STATES
 from torchx.specs import AppDef, AppDryRunInfo, AppState, Role, is_terminal
 
+from nemo_cpt.constants import MARKER
 from nemo_cpt.errors import CptError, StoppedEarlyError
 from nemo_cpt.executors import window
 from nemo_cpt.executors.environment import python_path, secrets_file
-from nemo_cpt.executors.runner import MARKER, REFUSAL
+from nemo_cpt.executors.runner import REFUSAL
 from nemo_cpt.executors.stopping import with_our_runner
-from nemo_cpt.executors.supervisor import MARKER_PREFIX, REFUSAL_PREFIX
+from nemo_cpt.executors.supervisor import MARKER_PREFIX, REACHED_FILE, REFUSAL_PREFIX
 from nemo_cpt.executors.tracking import EXPERIMENT
 from nemo_cpt.planning.save_window import window_within
 
@@ -105,6 +106,13 @@ class SlurmJob(SlurmExecutor):
         """The job's folder on the cluster."""
         return os.path.join(self.tunnel.job_dir, Path(self.job_dir).name)
 
+    @property
+    def runs_in(self) -> str:
+        """The folder that the tasks run in, on the cluster."""
+        flag = "--container-workdir=" if self.container_image else "--chdir="
+        given = [shlex.split(each)[0].removeprefix(flag) for each in self.srun_args or () if each.startswith(flag)]
+        return given[-1] if given else f"{self.folder}/code"
+
     def script_head(self) -> str:
         """Return the shell lines that run before srun.
 
@@ -120,6 +128,8 @@ class SlurmJob(SlurmExecutor):
             f"comes_back={int(self.comes_back)} max_restarts={self.retries} preempt_seconds={self.preempt_seconds}",
             f"marker=$job/{MARKER_PREFIX}$SLURM_JOB_ID refusal=$job/{REFUSAL_PREFIX}$SLURM_JOB_ID",
             *self._chain_lines(),
+            # Of sbatch's --cpus-per-task srun makes nothing by itself, since Slurm 22.05.
+            '[ -z "$SLURM_CPUS_PER_TASK" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK',
             "export MASTER_ADDR=${head_node_ip%% *}",  # the template's, of a node with several addresses the first
             f"export {MARKER}={job}/{MARKER_PREFIX}$SLURM_JOB_ID {REFUSAL}={job}/{REFUSAL_PREFIX}$SLURM_JOB_ID",
             f"export PYTHONSAFEPATH=1 PYTHONPATH={python_path(f'{job}/code', f'{job}/code/src')}",
@@ -191,6 +201,8 @@ class SlurmJobScheduler(SlurmTunnelScheduler):
         for job_id in ids:
             _save_job_dir(job_id, job.job_dir, tunnel, job.job_details.ls_term)
         Path(job.job_dir, "slurm_jobs.json").write_text(json.dumps(ids))
+        if isinstance(tunnel, SSHTunnel):
+            Path(job.job_dir, REACHED_FILE).write_text(json.dumps(_how_reached(tunnel, job, ids)))
         return ids[-1]
 
     def _cancel_existing(self, app_id: str) -> None:
@@ -264,6 +276,12 @@ def _check_that_it_can_ever_run(tunnel: Tunnel, script: str) -> None:
     said = tunnel.run(shlex.join([SBATCH, "--test-only", script]), warn=True).stderr.strip()
     if "node configuration is not available" in said:
         raise CptError(f"Slurm could never run the job: more nodes, tasks, GPUs or memory than there are. {said}")
+
+
+def _how_reached(tunnel: SSHTunnel, job: SlurmJob, ids: list[str]) -> dict[str, Any]:
+    """For `nemo-cpt watch`, which does not import NeMo-Run."""
+    way = {"host": tunnel.host, "user": tunnel.user, "port": tunnel.port or 22, "identity": tunnel.identity}
+    return way | {"runs_in": job.runs_in, "jobs": ids}
 
 
 def _write_secrets(tunnel: Tunnel, job: SlurmJob) -> None:

@@ -18,13 +18,15 @@ from types import FrameType
 
 import psutil
 
+from nemo_cpt.constants import MARKER
 from nemo_cpt.errors import CptError, StoppedEarlyError
-from nemo_cpt.executors.runner import MARKER, REFUSAL, UNTRAINED
+from nemo_cpt.executors.runner import REFUSAL, UNTRAINED
 from nemo_cpt.output import say
 from nemo_cpt.signals import STOP_SIGNALS, Given, held, listen
 
 MARKER_PREFIX = "preempted-"  # of the file in a job's folder that says: it was told to stop, and nothing is lost
 REFUSAL_PREFIX = "refused-"  # of the one that says: a CptError ended it
+REACHED_FILE = "reached.json"  # in a job's folder here: where it is on a cluster that is reached over SSH
 RUNNER = "nemo_cpt.executors.runner"
 FROM_LAUNCHER = signal.SIGUSR2
 POLL_SECONDS = 0.5

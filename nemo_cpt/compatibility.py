@@ -28,7 +28,6 @@ from nemo_cpt.checkpoint.model_config import (
 from nemo_cpt.errors import CptError
 
 ROWS = "vocab_size"
-EMBEDDING_TENSOR, HEAD_TENSOR = "model.embed_tokens.weight", "lm_head.weight"  # as Hugging Face names them
 TILE = 16  # rows of a weight that the GPU's matrix products take at once, in bf16 as in fp8
 END_OF_TEXT = "eos_token_id"
 # What a training may change on purpose, such as to a longer context: no tensor's shape depends on it, and an export
@@ -76,11 +75,11 @@ class Base:
         return load_tokenizer(self.tokenizer or self.folder)
 
     @cached_property
-    def tokenizer_before_growth(self) -> Any:
-        """The tokenizer that theirs grew from, described; None where it did not grow."""
+    def tokenizers_before_growth(self) -> list[Any]:
+        """The tokenizers that theirs grew from, described, the nearest first."""
         from nemo_cpt.vocabulary.byte_level import before_growth
 
-        return before_growth(self.tokenizer) if self.tokenizer else None
+        return list(before_growth(self.tokenizer)) if self.tokenizer else []
 
 
 def check(
@@ -329,6 +328,7 @@ def check_template(base: Base, prefixes: Iterable[str]) -> list[str]:
         CptError: rows of the template's special tokens are as nothing has trained them.
     """
     from nemo_cpt.checkpoint.base import base_weights
+    from nemo_cpt.checkpoint.layout import slots
     from nemo_cpt.conversations.special_rows import measure_rows
 
     template = next((manifest["template"] for each in prefixes if "template" in (manifest := _manifest(each))), None)
@@ -337,9 +337,8 @@ def check_template(base: Base, prefixes: Iterable[str]) -> list[str]:
     if base.architecture is None:
         return [f"The base {base.folder} carries no config.json: whether it knows the template's tokens is not known."]
     weights, stop = base_weights(base.folder, base.architecture), [template["stop"]]
-    tokens = {EMBEDDING_TENSOR: template["tokens"]}
-    if not base.architecture.tie_word_embeddings:
-        tokens[HEAD_TENSOR] = dict(stop)
+    embedding, *head = (slot.name for slot in slots(base.architecture) if slot.part == "vocab")
+    tokens = {embedding: template["tokens"]} | {name: dict(stop) for name in head}
     rows = {(row.token, row.id) for name, each in tokens.items()
             for row in measure_rows(weights.read(name), each) if row.untrained}  # fmt: skip
     if rows:
@@ -384,9 +383,9 @@ def _check_maker(base: Base, prefix: str, manifest: Mapping[str, Any]) -> list[s
     splits = manifest["options"].get("split_special_tokens", False)
     of_data = (made_with, manifest.get("markers", {}), manifest.get("probes", {}), splits)
     difference = _difference(*of_data, base.loaded_tokenizer)
-    if difference and base.tokenizer_before_growth and not _difference(*of_data, base.tokenizer_before_growth):
+    if difference and any(not _difference(*of_data, older) for older in base.tokenizers_before_growth):
         return [
-            f"{prefix} was made with the tokenizer that the base's grew from: its ids are the same ones, but its texts "
+            f"{prefix} was made with a tokenizer that the base's grew from: its ids are the same ones, but its texts "
             f"have more tokens than they need. Prepare it again: nemo-cpt prepare ... --tokenizer {base.tokenizer}"
         ]
     if difference:

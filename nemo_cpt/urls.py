@@ -1,4 +1,4 @@
-"""How a URL is shown and kept: as an address, without what would let a reader use it."""
+"""How a URL is told from a path, and shown and kept: as an address, without what would let a reader use it."""
 
 import re
 from urllib.parse import unquote, urlsplit
@@ -12,6 +12,11 @@ _SECRET = re.compile(
 _PLAIN = 12  # characters of a value that is shown; a longer one may be a secret under a name of its own
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]*[^\s'\"<>.,;:)\]]")  # not the punctuation after it
 _REQUESTED = re.compile(r"(?<=with url: )[^\s'\"]+")  # how urllib3's messages name the path and query that failed
+
+
+def is_address(text: str) -> bool:
+    """Whether a text is the address of a server, and no path."""
+    return text.startswith(("http://", "https://"))
 
 
 def public_url(url: str) -> str:

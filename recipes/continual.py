@@ -7,6 +7,7 @@ import nemo_run as run
 from nemo.collections import llm
 
 from nemo_cpt.corpus import Blend
+from nemo_cpt.errors import CptError
 from nemo_cpt.planning import ALLOWED, fit
 from nemo_cpt.planning.recipe_reader import check_layout
 from nemo_cpt.recipes import parts
@@ -233,6 +234,8 @@ def with_lora(
     check(Settings(rank=rank, embeddings_lr=embeddings_lr))
     grown = next((each for each in recipe.trainer.callbacks if each.__fn_or_cls__ is GrownRowsFirst), None)
     check_grown_rows_first(grown and grown.steps, None, frozen=embeddings_lr is None)
+    if getattr(recipe.model.config, "position_embedding_type", None) == "learned_absolute":
+        raise CptError("adapters on GPT-2's layers cannot be exported: train every parameter, without peft")
     rank, adapters = 128 if rank is None else rank, adapters_class(peft_scheme, embeddings_lr is not None)
     recipe.model.config.gradient_accumulation_fusion = False  # the adapters' gradients are small
     return run.Partial(

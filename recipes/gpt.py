@@ -1,4 +1,4 @@
-"""Pretraining from scratch: Llama-shaped models of GPT-3's smaller sizes, on one's own tokenizer and data.
+"""Pretraining from scratch: Llama- or GPT-2-shaped models of GPT-3's smaller sizes, on one's own tokenizer and data.
 
 `nemo-cpt init` writes the random weights that a run starts from.
 """

@@ -17,7 +17,7 @@ from nemo.lightning.pytorch.callbacks import GarbageCollectionCallback
 from nemo.utils.exp_manager import TimingCallback
 
 from nemo_cpt.checkpoint.base import carried_tokenizer
-from nemo_cpt.checkpoint.context import nemo_model
+from nemo_cpt.checkpoint.context import Name, nemo_model
 from nemo_cpt.compatibility import read_base
 from nemo_cpt.conversations import Conversations
 from nemo_cpt.conversations.mixture import SEED, check_replay
@@ -117,28 +117,41 @@ def trainer(
 
 
 def model_like(base: str, seq_length: int) -> run.Config:
-    """The model that a base's own files describe, of the kin of Llama, Mistral and Qwen, for a recipe's `model=`.
+    """The model that a base's own files describe, of the kin of Llama, Mistral, Qwen or GPT-2, for a recipe's `model=`.
 
     Args:
         base: folder of an imported base, or of a training's checkpoint.
         seq_length: tokens of a sequence.
 
     Raises:
-        CptError: the base's files are not here, or describe a model that is not supported.
+        CptError: the base's files are not here, or describe a model that is not supported; sequences are longer than
+            its learnt positions.
     """
     if not Path(base).exists():
         check_base(base)
     architecture = read_base(base).architecture
     if architecture is None:
-        raise CptError(f"{base} carries no config.json of Llama, Mistral or Qwen: write its model= by hand")
+        raise CptError(f"{base} carries no config.json of Llama, Mistral, Qwen or GPT-2: write its model= by hand")
     model = nemo_model(architecture, has_generation_config=False)
     config = model.arguments["config"]
     # What the import says for its own reading: precision and padding are the trainer's to say.
     of_the_import = ("fp16", "bf16", "params_dtype", "apply_rope_fusion", "vocab_size", "make_vocab_size_divisible_by")
     arguments = {name: value for name, value in config.arguments.items() if name not in of_the_import}
-    # Only names that `nemo_model` itself put there.
-    classes = [getattr(import_module(each.target.module), each.target.name) for each in (model, config)]
-    return run.Config(classes[0], config=run.Config(classes[1], **arguments | {"seq_length": seq_length}))
+    classes = [_named(each.target) for each in (model, config)]
+    arguments = {name: _named(value) if isinstance(value, Name) else value for name, value in arguments.items()}
+    # Learnt positions are weights: the model has the base's, and sequences may be shorter.
+    if architecture.like_gpt2 and seq_length > architecture.max_position_embeddings:
+        raise CptError(
+            f"seq_length is {seq_length}, and {base} has learnt {architecture.max_position_embeddings} positions: give "
+            "shorter sequences, or make another with nemo-cpt init --max-position-embeddings"
+        )
+    length = architecture.max_position_embeddings if architecture.like_gpt2 else seq_length
+    return run.Config(classes[0], config=run.Config(classes[1], **arguments | {"seq_length": length}))
+
+
+def _named(name: Name) -> Any:
+    """What a description of `nemo_model` names: it holds no other names."""
+    return getattr(import_module(name.module), name.name)
 
 
 def model_of(model: run.Config | str, base: str, seq_length: int) -> run.Config:

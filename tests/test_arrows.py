@@ -9,11 +9,11 @@ CHECKOUT = Path(__file__).parents[1]
 
 # From the bottom up: a room imports rooms of the lines above it alone.
 LAYERS = (
-    ("constants", "importing", "installed", "output", "quiet", "signals", "urls"),
+    ("constants", "importing", "installed", "output", "page", "quiet", "signals", "urls"),
     ("errors", "cpu_stack"),
     ("cache", "hub", "recipe_models"),
     ("corpus",),
-    ("conversations", "vocabulary"),
+    ("cleaning", "conversations", "vocabulary"),
     ("checkpoint",),  # an export of a tuned model carries the chat template of its conversations
     ("compatibility",),
     ("training",),
@@ -25,6 +25,7 @@ LAYERS = (
     ("catalog",),
     ("launching",),
     ("watching",),
+    ("workflow",),
     ("demo",),
     ("cli",),
 )

@@ -377,7 +377,9 @@ def test_a_base_without_config_json_is_compared_by_its_context(kin: Path, tmp_pa
     check_model(base, parts.model_like(str(kin / "llama31"), 64).config)
     with pytest.raises(CptError, match="rope_scaling"):
         check_model(base, parts.model_like(str(kin / "llama3"), 64).config)
-    with pytest.raises(CptError, match=r"carries no config\.json of Llama, Mistral or Qwen: write its model= by hand"):
+    with pytest.raises(
+        CptError, match=r"carries no config\.json of Llama, Mistral, Qwen or GPT-2: write its model= by hand"
+    ):
         parts.model_like(str(tmp_path / "base"), 64)
 
 

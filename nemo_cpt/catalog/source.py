@@ -138,6 +138,19 @@ def executor(name: str) -> Function:
     return Function(name, path, _summary(node), _parameters(path, node))
 
 
+def function_in(path: Path, name: str) -> Function:
+    """Return any function of a module by its source.
+
+    Raises:
+        CptError: the module has none of that name.
+    """
+    known = functions(path)
+    if name not in known:
+        raise CptError(f"{path} has no function {name!r}; {nearest(name, known)}")
+    node = known[name]
+    return Function(name, path, _summary(node), _parameters(path, node))
+
+
 def parse(function: Function, given: Sequence[str], prefix: str = "") -> dict[str, Any]:
     """Parse `key=value` strings by the parameters' annotations.
 

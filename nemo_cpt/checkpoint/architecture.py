@@ -19,6 +19,17 @@ _TRANSLATED = {
     "max_position_embeddings", "initializer_range", "torch_dtype", "dtype",
 }  # fmt: skip
 
+# What GPT-2's config.json calls otherwise than the other families' (attribute_map of transformers' GPT2Config, and two
+# that it has no other name for).
+_GPT2_NAMES = {
+    "n_embd": "hidden_size",
+    "n_inner": "intermediate_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_positions": "max_position_embeddings",
+    "layer_norm_epsilon": "rms_norm_eps",
+}
+
 # No effect on the forward pass: bookkeeping, special tokens' ids, settings of generation, of the cache and of outputs.
 _NEUTRAL = {
     "transformers_version", "name_or_path", "use_cache",
@@ -32,7 +43,8 @@ _NEUTRAL = {
     "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty",
     "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "num_return_sequences", "exponential_decay_length_penalty",
     "remove_invalid_values", "chunk_size_feed_forward", "pruned_heads", "tf_legacy_loss", "unsloth_version",
-    "unsloth_fixed", "max_window_layers",
+    "unsloth_fixed", "max_window_layers", "n_ctx", "summary_type", "summary_use_proj", "summary_activation",
+    "summary_proj_to_labels", "summary_first_dropout",
 }  # fmt: skip
 
 # Of these, only the values for which Megatron's layers compute the same; null is what transformers takes for false.
@@ -52,14 +64,24 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False, None),
     "cross_attention_hidden_size": (None,),
     "tie_encoder_decoder": (False, None),
+    # GPT-2's. Dropout is no part of a trained model, but transformers would train on with it, and NeMo here without.
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "attn_pdrop": (0,),
+    "embd_pdrop": (0,),
+    "resid_pdrop": (0,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "reorder_and_upcast_attn": (False,),
 }
 
-# What transformers assumes where config.json is silent (configuration_{llama,mistral,qwen2,qwen3}.py, version 4.57).
+# What transformers assumes where config.json is silent (configuration_{llama,mistral,qwen2,qwen3,gpt2}.py, version
+# 4.57).
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048},
     "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
     "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+    "gpt2": {"max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
 }
 _COMMON_DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "initializer_range": 0.02, "tie_word_embeddings": False}
 _CAUSAL_LM = {
@@ -67,6 +89,7 @@ _CAUSAL_LM = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
 }
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _WHOLE_NUMBERS = (*_REQUIRED, "max_position_embeddings", "num_key_value_heads", "head_dim", "sliding_window")
@@ -102,6 +125,12 @@ class Architecture:
     sliding_window: int | None
     initializer_range: float
     dtype: str | None
+
+    @property
+    def like_gpt2(self) -> bool:
+        """Whether the layers are GPT-2's, and not Llama's: LayerNorm, whose epsilon `rms_norm_eps` then is, biases
+        throughout, an MLP of a GELU without a gate, learnt positions, of which there are `max_position_embeddings`."""
+        return self.model_type == "gpt2"
 
     @property
     def heads_per_group(self) -> int:
@@ -149,10 +178,12 @@ def parse_config(config: Mapping[str, Any], where: str, ignore_fields: Collectio
     if model_type not in _DEFAULTS:
         raise CptError(
             f"{where}: model_type {model_type!r} is not supported; supported are {', '.join(_DEFAULTS)} "
-            "(Llama 2 to 3.2, SmolLM2, Mistral, Qwen2, Qwen2.5 and Qwen3)."
+            "(Llama 2 to 3.2, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3 and GPT-2)."
         )
     # Before the defaults are put in, so that only what the file says is judged.
     _refuse_unknown(config, where, ignore_fields)
+    if model_type == "gpt2":
+        config = _in_common_names(config)
     # Nulls stay nulls: `"sliding_window": null` is full attention, and not a default.
     config = {**_COMMON_DEFAULTS, **_DEFAULTS[model_type], **config}
     _check_values(config, where)
@@ -169,7 +200,8 @@ def parse_config(config: Mapping[str, Any], where: str, ignore_fields: Collectio
 
 def _refuse_unknown(config: Mapping[str, Any], where: str, ignore_fields: Collection[str]) -> None:
     for name, value in config.items():
-        known = name in _TRANSLATED or name in _NEUTRAL or name.startswith("_")  # _ is transformers' own bookkeeping
+        common = _GPT2_NAMES.get(name, name) if config["model_type"] == "gpt2" else name
+        known = common in _TRANSLATED or name in _NEUTRAL or name.startswith("_")  # _ is transformers' own bookkeeping
         if known or name in ignore_fields:
             continue
         if name in _FIXED:
@@ -183,6 +215,25 @@ def _refuse_unknown(config: Mapping[str, Any], where: str, ignore_fields: Collec
             f"{where}: field {name!r} with value {value!r} is refused because {reason}. "
             f"If you know that it does not matter, allow it with ignore_fields=[{name!r}] (--ignore-field {name})."
         )
+
+
+def _in_common_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """GPT-2's config with the other families' names, and without what it has no use for."""
+    common = {_GPT2_NAMES.get(name, name): value for name, value in config.items() if not name.startswith("rope_")}
+    if common.get("intermediate_size") is None and isinstance(hidden := common.get("hidden_size"), int):
+        common["intermediate_size"] = 4 * hidden
+    return common | {"num_key_value_heads": None, "head_dim": None}
+
+
+def own_name(name: str, model_type: str) -> str:
+    """What a model's config.json calls a field of `Architecture`."""
+    own = {common: name for name, common in _GPT2_NAMES.items()} if model_type == "gpt2" else {}
+    return own.get(name, name)
+
+
+def context_length(config: Mapping[str, Any]) -> int | None:
+    """The longest sequence by a config.json's fields; None where it does not say."""
+    return config.get("max_position_embeddings", config.get("n_positions"))
 
 
 def _uniform_layers(value: Any, config: Mapping[str, Any]) -> bool:
@@ -261,7 +312,11 @@ def _translate(config: Mapping[str, Any], rope: Rope) -> Architecture:
 
 
 def _check_shape(arch: Architecture, where: str) -> None:
-    if arch.head_dim < 2 or arch.head_dim % 2:
+    if arch.like_gpt2 and arch.hidden_size % arch.num_attention_heads:
+        raise CptError(
+            f"{where}: {arch.num_attention_heads} attention heads do not divide a hidden size of {arch.hidden_size}."
+        )
+    if not arch.like_gpt2 and (arch.head_dim < 2 or arch.head_dim % 2):
         raise CptError(f"{where}: a head size of {arch.head_dim} is refused: rotary embeddings turn pairs of values.")
     if arch.num_attention_heads % arch.num_key_value_heads:
         raise CptError(

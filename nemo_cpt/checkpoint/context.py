@@ -83,6 +83,7 @@ def nemo_model(arch: Architecture, has_generation_config: bool) -> Call:
         "mistral": ("mistral", "MistralModel"),
         "qwen2": ("qwen2", "Qwen2Model"),
         "qwen3": ("qwen3", "Qwen3Model"),
+        "gpt2": ("base", "GPTModel"),
     }[arch.model_type]
     # A name relative to the context: the loader puts the folder's place in front, wherever it was moved.
     tokenizer = Call(
@@ -106,7 +107,12 @@ def config_class(arch: Architecture) -> str:
     """The name of NeMo's config class for an architecture."""
     if arch.model_type == "llama":
         return "Llama31Config" if arch.rope_scaling and arch.rope_scaling.kind == "llama3" else "LlamaConfig"
-    return {"mistral": "MistralConfig7B", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config"}[arch.model_type]
+    return {
+        "mistral": "MistralConfig7B",
+        "qwen2": "Qwen2Config",
+        "qwen3": "Qwen3Config",
+        "gpt2": "GPTConfig",
+    }[arch.model_type]
 
 
 def config_arguments(arch: Architecture) -> dict[str, Any]:
@@ -126,7 +132,7 @@ def config_arguments(arch: Architecture) -> dict[str, Any]:
         # NeMo pads the vocabulary to a multiple of this; the weights have no rows for padding.
         "make_vocab_size_divisible_by": _largest_power_of_two(arch.vocab_size),
         "share_embeddings_and_output_weights": arch.tie_word_embeddings,
-        "gated_linear_unit": True,
+        "gated_linear_unit": not arch.like_gpt2,
         # Needs Transformer Engine; without it, NeMo's config class refuses to be built from its own default.
         "apply_rope_fusion": False,
         "fp16": arch.dtype == "float16",
@@ -142,11 +148,28 @@ def config_arguments(arch: Architecture) -> dict[str, Any]:
         }
     elif arch.rope_scaling:
         arguments["seq_len_interpolation_factor"] = arch.rope_scaling.factor
+    if arch.like_gpt2:
+        arguments |= _GPT2_ARGUMENTS
     if arch.model_type == "mistral":
         # Megatron counts the keys to the left, transformers the position itself too.
         window = arch.sliding_window
         arguments |= {"window_size": (window - 1, 0) if window else None, "cp_comm_type": "a2a" if window else None}
     return arguments
+
+
+# What the families' own classes say, and NeMo's class for all of them leaves to Megatron.
+_GPT2_ARGUMENTS: dict[str, Any] = {
+    "normalization": "LayerNorm",
+    "position_embedding_type": "learned_absolute",
+    "add_bias_linear": True,
+    # GPT-2's GELU, by tanh. Megatron's fused one is it too, its plain one is not: a CPU would train another model.
+    "activation_func": Name("megatron.core.transformer.utils", "openai_gelu"),
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": True,
+    "persist_layer_norm": True,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+}
 
 
 def _largest_power_of_two(vocab_size: int) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nemo_cpt.checkpoint.architecture import Architecture, parse_config, read_json
+from nemo_cpt.checkpoint.architecture import Architecture, own_name, parse_config, read_json
 from nemo_cpt.checkpoint.base import carried_places
 from nemo_cpt.checkpoint.chat_template import with_end
 from nemo_cpt.checkpoint.folders import VOCABULARIES
@@ -92,7 +92,9 @@ def exported_config(nemo: Path, base: Path, ignore_fields: Collection[str] = ())
         if arch.model_type == "mistral":  # a window as long as the positions were had no effect, and would have one now
             changed.setdefault("sliding_window", arch.sliding_window)
     arch = replace(arch, **changed)
-    fields |= {name: value for name, value in changed.items() if not name.startswith("rope_")}
+    fields |= {
+        own_name(name, arch.model_type): value for name, value in changed.items() if not name.startswith("rope_")
+    }
     # Rotary constants are written by `set_rope`, in both spellings at once.
     rope = Rope(arch.rope_theta, arch.rope_scaling)
     if changed.keys() & {"rope_theta", "rope_scaling"}:
@@ -118,6 +120,8 @@ def _differ(one: Path, other: Path) -> bool:
 
 def can_be_written(difference: Difference, arch: Architecture) -> bool:
     """Whether the config.json of a base can say what a training of it changed, `difference.one` being its value."""
+    if arch.like_gpt2:  # without a rotary embedding
+        return difference.name == "rms_norm_eps"
     if difference.name == "rope_scaling" and difference.one is not None:
         return difference.one.kind == "linear" or (difference.one.kind == "llama3" and arch.model_type == "llama")
     return difference.name in (*_WRITABLE, *(["sliding_window"] if arch.model_type == "mistral" else []))

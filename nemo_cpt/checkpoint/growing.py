@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import Architecture, read_architecture, read_json
-from nemo_cpt.checkpoint.arrays import cast, check_finite
+from nemo_cpt.checkpoint.arrays import BLOCK_BYTES, cast, check_finite
 from nemo_cpt.checkpoint.base import nemo_folder, unchanged
 from nemo_cpt.checkpoint.chat_template import InstructionTemplate, write_template
 from nemo_cpt.checkpoint.context import HF_FOLDER
@@ -25,17 +26,21 @@ from nemo_cpt.checkpoint.nemo_writer import Tensors, write_nemo
 from nemo_cpt.checkpoint.provenance import hand_on
 from nemo_cpt.checkpoint.safetensors_files import SHARD_BYTES, HFWeights, TensorPlan, write_weights
 from nemo_cpt.checkpoint.trained import describe, open_trained
-from nemo_cpt.corpus.tokenization.tokenizer_files import FILES
+from nemo_cpt.conversations.templates import own_template
+from nemo_cpt.corpus.reading.sources import Inputs
+from nemo_cpt.corpus.tokenization.tokenizer import Tokenizer
+from nemo_cpt.corpus.tokenization.tokenizer_files import FILES, read_object
 from nemo_cpt.errors import CptError
-from nemo_cpt.vocabulary.byte_level import RECORD, ByteLevelBPE, grew_from, read_byte_level
+from nemo_cpt.vocabulary.byte_level import FIRST_ROW, RECORD, ByteLevelBPE, grew_from, read_byte_level
+from nemo_cpt.vocabulary.similarity import Likeness, similar_tokens
 
 INITIALISATIONS = {
     "mean": "the mean of the rows of its old tokens",
     "noise": "that mean with a twentieth of the rows' spread as noise, so that no two new rows are alike",
     "zero": "zeros",
+    "focus": "a weighted mean of the rows of old tokens that a corpus uses alike; the mean where it is rare there",
 }
 _NOISE = 0.05
-_ROWS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class GrowModelReport:
         rows: of the embedding: all ids, and the source's spare rows where those reach further.
         grown: the tensors that were given rows; one where the output layer is the embedding.
         initialisation: of the new rows.
+        by_similarity: new tokens whose rows are, with `focus`, of tokens that are used alike.
         bytes_written: of the weights.
         seconds: wall time.
     """
@@ -67,6 +73,7 @@ class GrowModelReport:
     rows: int
     grown: tuple[str, ...]
     initialisation: str
+    by_similarity: int
     bytes_written: int
     seconds: float
 
@@ -81,22 +88,26 @@ class _Growth:
 
     Attributes:
         first: the first new id.
-        parts: of each new token in turn, the old ids that its text was tokenized to.
+        parts: of each new token in turn, old ids and their weights: those that its text was tokenized to, each 1, or
+            those that it is used like.
         rows: of the grown tensors.
         initialisation: see `INITIALISATIONS`.
+        by_similarity: new tokens whose parts are those that they are used like.
     """
 
     first: int
-    parts: Sequence[Sequence[int]]
+    parts: Sequence[Likeness]
     rows: int
     initialisation: str
+    by_similarity: int
 
     def blocks(self, old: Iterable[np.ndarray], name: str) -> Iterator[np.ndarray]:
         """A tensor with the new rows in it, in one pass over the old one's blocks."""
-        of_part = np.array([number for parts in self.parts for number in parts], np.int64)
-        of_new = np.repeat(np.arange(len(self.parts)), [len(parts) for parts in self.parts])
+        of_part = np.concatenate([part.ids for part in self.parts])
+        weights = np.concatenate([part.weights for part in self.parts])
+        of_new = np.repeat(np.arange(len(self.parts)), [len(part.ids) for part in self.parts])
         order = np.argsort(of_part, kind="stable")
-        of_part, of_new = of_part[order], of_new[order]
+        of_part, of_new, weights = of_part[order], of_new[order], weights[order]
         sums: np.ndarray | None = None
         total, squares, row, end = 0.0, 0.0, 0, self.first + len(self.parts)
         for block in old:
@@ -104,7 +115,12 @@ class _Growth:
                 sums = np.zeros((len(self.parts), block.shape[1]), np.float32)
             known = block[: max(self.first - row, 0)]
             low, high = (int(np.searchsorted(of_part, edge)) for edge in (row, row + len(known)))
-            np.add.at(sums, of_new[low:high], known[of_part[low:high] - row].astype(np.float32))
+            # A part at a time of them: many new tokens may have the same old ones.
+            step = max(BLOCK_BYTES // (4 * block.shape[1]), 1)
+            for start in range(low, high, step):
+                taken = slice(start, min(start + step, high))
+                weighted = known[of_part[taken] - row].astype(np.float32) * weights[taken, None]
+                np.add.at(sums, of_new[taken], weighted)
             if self.initialisation == "noise":
                 values = known.astype(np.float32)
                 total, squares = total + float(values.sum()), squares + float(np.square(values).sum())
@@ -121,7 +137,7 @@ class _Growth:
         if self.initialisation == "zero":
             sums[:] = 0
         else:
-            sums /= np.array([max(len(parts), 1) for parts in self.parts], np.float32)[:, None]
+            sums /= np.array([part.weights.sum() if len(part.ids) else 1 for part in self.parts], np.float32)[:, None]
         if self.initialisation == "noise":
             count = self.first * sums.shape[1]
             spread = (squares / count - (total / count) ** 2) ** 0.5
@@ -137,6 +153,8 @@ def grow_model(
     *,
     base: str | Path | None = None,
     initialisation: str = "mean",
+    corpus: Inputs | None = None,
+    json_key: str = "text",
     shard_bytes: int = SHARD_BYTES,
     ignore_fields: Collection[str] = (),
     progress: Callable[[int, int], None] | None = None,
@@ -154,30 +172,40 @@ def grow_model(
         tokenizer: folder of the grown tokenizer, as `nemo-cpt tokenizer grow` makes it.
         base: of a LoRA run's checkpoint, where it is not the one that the run recorded.
         initialisation: of the new rows, one of `INITIALISATIONS`.
+        corpus: with `focus`, texts of the language that was added, as `prepare` takes them (`vocabulary.similarity`).
+        json_key: of `corpus`, the field that holds the text.
         shard_bytes: the most that one file of a Hugging Face folder's weights holds.
         ignore_fields: config fields to accept although they are unknown here.
         progress: called with (bytes done, bytes in all).
 
     Raises:
-        CptError: the tokenizer did not grow from the model's; the model has no rows for its own tokens; whatever
+        CptError: the tokenizer did not grow from the model's, or from one with other special tokens or another chat
+            template; the model has no rows for its own tokens; whatever
             `import_hf` or `export_hf` refuses of it; `dest` exists. Nothing is left at `dest` then.
     """
     start = time.monotonic()
     source, tokenizer = Path(source), Path(tokenizer)
     if initialisation not in INITIALISATIONS:
         raise CptError(f"initialisation is {initialisation!r}; it can be {', '.join(INITIALISATIONS)}")
+    if (initialisation == "focus") != (corpus is not None):
+        raise CptError(
+            f"initialisation is {initialisation!r}, and corpus {corpus!r}: focus, and no other, is learnt from a "
+            "corpus (--corpus) of the language that was added"
+        )
     with _opened(source, base, ignore_fields) as model:
-        growth = _growth(model.arch, model.files, tokenizer, initialisation)
+        growth = _growth(model.arch, model.files, tokenizer, initialisation, corpus, json_key)
         grown = replace(model.arch, vocab_size=growth.rows)
+        rows = tuple(slot.name for slot in layout.slots(grown) if slot.part == "vocab")
         plans = [TensorPlan(slot.name, model.dtype_of(slot.name), slot.shape) for slot in layout.slots(grown)]
         size = sum(plan.nbytes for plan in plans)
         with new_folder(dest, size + 64 * 2**20) as folder:
             small_files = folder if model.is_hf else folder / HF_FOLDER
             model.write_files(small_files)
-            _replace_tokenizer(small_files, tokenizer, growth.rows)
+            _replace_tokenizer(small_files, tokenizer, growth)
             if model.template:  # which stands in the tokenizer's files
                 write_template(small_files, model.template)
-            _write_weights(folder, model, growth, grown, plans, shard_bytes, progress or (lambda done, total: None))
+            grow_rows = partial(_with_new_rows, model, growth, rows)
+            _write_weights(folder, model, grow_rows, grown, plans, shard_bytes, progress or (lambda done, total: None))
             model.check_unchanged()
     return GrowModelReport(
         source=str(source),
@@ -188,8 +216,9 @@ def grow_model(
         old_tokens=growth.first,
         new_tokens=len(growth.parts),
         rows=growth.rows,
-        grown=_ROWS[:1] if grown.tie_word_embeddings else _ROWS,
+        grown=rows,
         initialisation=initialisation,
+        by_similarity=growth.by_similarity,
         bytes_written=size,
         seconds=round(time.monotonic() - start, 3),
     )
@@ -271,22 +300,23 @@ def _copy_files(source: Path, folder: Path) -> None:
     hand_on(source, folder)
 
 
+def _with_new_rows(model: _Model, growth: _Growth, grown: Collection[str], name: str) -> Iterator[np.ndarray]:
+    """A tensor in blocks, with its new rows where it is one of those that are grown."""
+    old = model.blocks(name)
+    for block in growth.blocks(old, name) if name in grown else old:
+        yield cast(block, name, model.dtype_of(name))
+
+
 def _write_weights(
     folder: Path,
     model: _Model,
-    growth: _Growth,
+    blocks: Callable[[str], Iterator[np.ndarray]],
     grown: Architecture,
     plans: Sequence[TensorPlan],
     shard_bytes: int,
     progress: Callable[[int, int], None],
 ) -> None:
     """Write the tensors in the form of the model's kind."""
-
-    def blocks(name: str) -> Iterator[np.ndarray]:
-        old = model.blocks(name)
-        for block in growth.blocks(old, name) if name in _ROWS else old:
-            yield cast(block, name, model.dtype_of(name))
-
     sizes = {plan.name: plan.nbytes for plan in plans}
     if model.is_hf:
         write_weights(folder, plans, _watched(blocks, sum(sizes.values()), model.where, progress), shard_bytes)
@@ -300,13 +330,20 @@ def _write_weights(
         write_nemo(folder, tensors, grown, progress)
 
 
-def _growth(arch: Architecture, files: Path, tokenizer: Path, initialisation: str) -> _Growth:
+def _growth(
+    arch: Architecture, files: Path, tokenizer: Path, initialisation: str, corpus: Inputs | None, json_key: str
+) -> _Growth:
     """What the new rows are made of, the two tokenizers compared."""
     old, new = read_byte_level(str(files)), read_byte_level(str(tokenizer))
     if reason := grew_from(new, old):
         raise CptError(
             f"the tokenizer {tokenizer} did not grow from that of {files}: {reason}. Grow that one: "
             f"nemo-cpt tokenizer grow {files} CORPUS --tokens N --output FOLDER"
+        )
+    if changed := _other_settings(files, tokenizer, old.described, new.described):
+        raise CptError(
+            f"the tokenizer {tokenizer} grew from one of the same tokens as that of {files}, and would take its "
+            f"{changed} away. Grow the model's own: nemo-cpt tokenizer grow {files} CORPUS --tokens N --output FOLDER"
         )
     if new.size == old.size:
         raise CptError(f"the tokenizer {tokenizer} has no token that {files} has not: there is nothing to grow")
@@ -316,16 +353,26 @@ def _growth(arch: Architecture, files: Path, tokenizer: Path, initialisation: st
             f"{old.size:,} tokens: give it a row for each first (transformers: "
             f"model.resize_token_embeddings({old.size}))"
         )
-    parts = _old_tokens(old, new)
-    return _Growth(old.size, parts, max(arch.vocab_size, new.size), initialisation)
+    alike = similar_tokens(old, new, corpus, json_key) if corpus is not None else {}
+    parts = [alike.get(number, part) for number, part in enumerate(_old_tokens(old, new), old.size)]
+    return _Growth(old.size, parts, max(arch.vocab_size, new.size), initialisation, len(alike))
 
 
-def _old_tokens(old: ByteLevelBPE, new: ByteLevelBPE) -> list[list[int]]:
-    """The old ids of each new token's text, by new id."""
+def _other_settings(files: Path, tokenizer: Path, old: Tokenizer, new: Tokenizer) -> str | None:
+    """What of a model's tokenizer another of the same tokens has not, such as a base model's in an instructed one."""
+    template = own_template(files)
+    if template is not None and template != own_template(tokenizer):
+        return "chat template"
+    kinds = [kind for kind in ("bos", "eos", "pad") if getattr(old, kind) not in (None, getattr(new, kind))]
+    return next((f"{kind}_token {getattr(old, kind)[0]!r}" for kind in kinds), None)
+
+
+def _old_tokens(old: ByteLevelBPE, new: ByteLevelBPE) -> list[Likeness]:
+    """The old ids of each new token's text, by new id, all of one weight."""
     names = {number: token for token, number in new.ids.items()}
     words = [names.get(number, "") for number in range(old.size, new.size)]
-    model = old.model_alone()
-    return [encoding.ids for encoding in model.encode_batch_fast(words, add_special_tokens=False)]
+    encodings = old.model_alone().encode_batch_fast(words, add_special_tokens=False)
+    return [Likeness(np.array(each.ids, np.int64), np.ones(len(each.ids), np.float32)) for each in encodings]
 
 
 def _watched(
@@ -345,7 +392,7 @@ def _watched(
     return watched
 
 
-def _replace_tokenizer(folder: Path, tokenizer: Path, rows: int) -> None:
+def _replace_tokenizer(folder: Path, tokenizer: Path, growth: _Growth) -> None:
     """Put the grown tokenizer in the place of the old one, and the rows into config.json."""
     for name in (*FILES, RECORD):
         (folder / name).unlink(missing_ok=True)
@@ -353,5 +400,8 @@ def _replace_tokenizer(folder: Path, tokenizer: Path, rows: int) -> None:
             shutil.copyfile(tokenizer / name, folder / name)
     for path in tokenizer.glob("*.jinja"):
         shutil.copyfile(path, folder / path.name)
-    config = read_json(folder / "config.json") | {"vocab_size": rows}
+    # A tokenizer may have grown twice since: to the model all of it is new.
+    if record := read_object(folder / RECORD):
+        (folder / RECORD).write_text(json.dumps(record | {FIRST_ROW: growth.first}, indent=2) + "\n", encoding="utf-8")
+    config = read_json(folder / "config.json") | {"vocab_size": growth.rows}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

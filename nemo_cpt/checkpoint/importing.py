@@ -72,7 +72,7 @@ def import_hf(
 
     Args:
         source: folder with config.json, safetensors weights and a tokenizer; Llama 2 to 3.2, SmolLM2, Mistral,
-            Qwen2, Qwen2.5 and Qwen3.
+            Qwen2, Qwen2.5, Qwen3 and GPT-2.
         dest: the checkpoint's folder; must not exist.
         ignore_fields: config fields to accept although they are unknown here.
         progress: called with (bytes done, bytes in all) after each tensor.
@@ -139,6 +139,11 @@ def check_tensors(weights: HFWeights, slots: Sequence[layout.Slot], arch: Archit
     """
     for slot in slots:
         info = weights.infos.get(slot.name)
+        if info is None and slot.name.removeprefix("transformer.") in weights.infos:
+            raise CptError(
+                f"{weights.folder}: the tensors have no `transformer.` before their names: it is GPT-2 without its "
+                "output layer, as OpenAI's is published. Save it once with transformers' GPT2LMHeadModel."
+            )
         if info is None:
             raise CptError(
                 f"{weights.folder}: tensor {slot.name} is missing, which config.json asks for "
@@ -150,15 +155,15 @@ def check_tensors(weights: HFWeights, slots: Sequence[layout.Slot], arch: Archit
                 f"{info.path}: tensor {slot.name} has shape {info.shape}, config.json asks for {slot.shape}. "
                 "config.json and the weights belong to different models."
             )
-    return _droppable(weights, {slot.name for slot in slots}, arch)
+    return _droppable(weights, slots, arch)
 
 
-def _droppable(weights: HFWeights, known: set[str], arch: Architecture) -> list[str]:
-    dropped = []
+def _droppable(weights: HFWeights, slots: Sequence[layout.Slot], arch: Architecture) -> list[str]:
+    dropped, known = [], {slot.name for slot in slots}
     for name in sorted(weights.infos.keys() - known):
-        tied_head = name == "lm_head.weight" and arch.tie_word_embeddings
+        tied_head = name == layout.HEAD and arch.tie_word_embeddings
         # Old Llama 2 files hold the rotary frequencies, which follow from rope_theta; a tied head is the embedding.
-        if not name.endswith("rotary_emb.inv_freq") and not (tied_head and _same_as_embedding(weights)):
+        if not name.endswith("rotary_emb.inv_freq") and not (tied_head and _same_as(slots[0].name, weights)):
             raise CptError(
                 f"{weights.infos[name].path}: tensor {name} has no place in a {arch.model_type} model of this config. "
                 "It would be lost; check config.json (tie_word_embeddings, num_hidden_layers, biases)."
@@ -167,6 +172,6 @@ def _droppable(weights: HFWeights, known: set[str], arch: Architecture) -> list[
     return dropped
 
 
-def _same_as_embedding(weights: HFWeights) -> bool:
-    head, embedding = weights.read("lm_head.weight"), weights.read("model.embed_tokens.weight")
-    return head.dtype == embedding.dtype and np.array_equal(bits(head), bits(embedding))
+def _same_as(embedding: str, weights: HFWeights) -> bool:
+    one, other = weights.read(layout.HEAD), weights.read(embedding)
+    return one.dtype == other.dtype and np.array_equal(bits(one), bits(other))

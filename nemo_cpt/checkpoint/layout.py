@@ -19,8 +19,14 @@ from nemo_cpt.checkpoint.architecture import Architecture
 PREFIX = "module."  # NeMo saves the module that Megatron's DDP wraps
 LAYERS = "decoder.layers."
 EMBEDDING = "embedding.word_embeddings.weight"
+POSITIONS = "embedding.position_embeddings.weight"
 OUTPUT = "output_layer.weight"
-FINAL_NORM = "decoder.final_layernorm.weight"
+FINAL_NORM = "decoder.final_layernorm"
+EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight")  # Hugging Face's names: Llama's kin, GPT-2
+HEAD = "lm_head.weight"
+# Of `Slot.part`: GPT-2's linear layers, which transformers keeps as [in, out]; `qkv` has query, key and value side by
+# side, which Megatron orders by heads, their bias alike.
+TURNED = ("turned", "qkv")
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,8 @@ class Slot:
         shape: its shape there.
         key: the Megatron tensor's name, without NeMo's `module.` and without a layer's number.
         layer: the index along Megatron's leading layer axis; None where there is none.
-        part: `whole`; `gate` or `up` of linear_fc1; `q`, `k` or `v` of linear_qkv; `vocab`, which may be padded.
+        part: `whole`; `gate` or `up` of linear_fc1; `q`, `k` or `v` of linear_qkv; `vocab`, which may be padded; one of
+            `TURNED`.
     """
 
     name: str
@@ -43,7 +50,8 @@ class Slot:
 
     @property
     def rows(self) -> tuple[int, int]:
-        """Start and stop of its rows in a Megatron tensor that it shares with another, or with padding; not for qkv."""
+        """Start and stop of its rows in a Megatron tensor that it shares with another, or with padding; not for q, k,
+        v and `TURNED`."""
         start = self.shape[0] if self.part == "up" else 0
         return start, start + self.shape[0]
 
@@ -51,14 +59,18 @@ class Slot:
 # The one list from which import, export, merge and verify work: what is missing here is missing everywhere.
 def slots(arch: Architecture) -> list[Slot]:
     """All tensors of a model, in the order in which transformers writes them."""
-    embedding_shape = (arch.vocab_size, arch.hidden_size)
-    found = [Slot("model.embed_tokens.weight", embedding_shape, EMBEDDING, None, "vocab")]
+    if arch.like_gpt2:
+        return [*_gpt2_slots(arch), *_head(arch)]
+    found = [Slot(EMBEDDINGS[0], (arch.vocab_size, arch.hidden_size), EMBEDDING, None, "vocab")]
     for layer in range(arch.num_hidden_layers):
         found += _layer_slots(arch, layer)
-    found.append(Slot("model.norm.weight", (arch.hidden_size,), FINAL_NORM, None))
+    found.append(Slot("model.norm.weight", (arch.hidden_size,), f"{FINAL_NORM}.weight", None))
+    return [*found, *_head(arch)]
+
+
+def _head(arch: Architecture) -> Iterator[Slot]:
     if not arch.tie_word_embeddings:
-        found.append(Slot("lm_head.weight", embedding_shape, OUTPUT, None, "vocab"))
-    return found
+        yield Slot(HEAD, (arch.vocab_size, arch.hidden_size), OUTPUT, None, "vocab")
 
 
 def _layer_slots(arch: Architecture, layer: int) -> Iterator[Slot]:
@@ -80,6 +92,27 @@ def _layer_slots(arch: Architecture, layer: int) -> Iterator[Slot]:
     yield Slot(f"{name}mlp.down_proj.weight", (hidden, ffn), f"{key}{FC2}.weight", layer)
     yield Slot(f"{name}input_layernorm.weight", (hidden,), f"{key}{QKV}.layer_norm_weight", layer)
     yield Slot(f"{name}post_attention_layernorm.weight", (hidden,), f"{key}{FC1}.layer_norm_weight", layer)
+
+
+def _gpt2_slots(arch: Architecture) -> Iterator[Slot]:
+    hidden, ffn = arch.hidden_size, arch.intermediate_size
+    yield Slot(EMBEDDINGS[1], (arch.vocab_size, hidden), EMBEDDING, None, "vocab")
+    yield Slot("transformer.wpe.weight", (arch.max_position_embeddings, hidden), POSITIONS, None)
+    for layer in range(arch.num_hidden_layers):
+        name = f"transformer.h.{layer}."
+        for norm, behind in (("ln_1", QKV), ("ln_2", FC1)):
+            for part in ("weight", "bias"):
+                yield Slot(f"{name}{norm}.{part}", (hidden,), f"{LAYERS}{behind}.layer_norm_{part}", layer)
+        for linear, key, shape, part in (
+            ("attn.c_attn", QKV, (hidden, 3 * hidden), "qkv"),
+            ("attn.c_proj", PROJ, (hidden, hidden), "turned"),
+            ("mlp.c_fc", FC1, (hidden, ffn), "turned"),
+            ("mlp.c_proj", FC2, (ffn, hidden), "turned"),
+        ):
+            yield Slot(f"{name}{linear}.weight", shape, f"{LAYERS}{key}.weight", layer, part)
+            yield Slot(f"{name}{linear}.bias", shape[1:], f"{LAYERS}{key}.bias", layer, part)
+    for part in ("weight", "bias"):
+        yield Slot(f"transformer.ln_f.{part}", (hidden,), f"{FINAL_NORM}.{part}", None)
 
 
 QKV = "self_attention.linear_qkv"
@@ -110,3 +143,18 @@ def split_qkv(merged: np.ndarray, arch: Architecture) -> dict[str, np.ndarray]:
     by_group = merged.reshape(groups, queries + 2 * dim, *rest)
     bounds = {"q": (0, queries), "k": (queries, queries + dim), "v": (queries + dim, queries + 2 * dim)}
     return {part: by_group[:, start:stop].reshape(-1, *rest) for part, (start, stop) in bounds.items()}
+
+
+def to_megatron(slot: Slot, tensor: np.ndarray, arch: Architecture) -> np.ndarray:
+    """What Megatron has of a tensor of one of the parts `TURNED`."""
+    rows = tensor.T
+    if slot.part == "qkv":
+        rows = merge_qkv(dict(zip(("q", "k", "v"), np.split(rows, 3), strict=True)), arch)
+    return np.ascontiguousarray(rows)
+
+
+def from_megatron(slot: Slot, tensor: np.ndarray, arch: Architecture) -> np.ndarray:
+    """The inverse of `to_megatron`."""
+    if slot.part == "qkv":
+        tensor = np.concatenate(list(split_qkv(tensor, arch).values()))
+    return np.ascontiguousarray(tensor.T)

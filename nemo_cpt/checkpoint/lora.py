@@ -102,10 +102,12 @@ class Adapters:
 
     Raises:
         CptError: the run used another method than LoRA and DoRA, or adapted layers that have no Hugging Face
-            counterpart.
+            counterpart, or GPT-2's.
     """
 
     def __init__(self, nemo: Path, arch: Architecture) -> None:
+        if arch.like_gpt2:
+            raise CptError(f"{nemo} holds adapters on GPT-2's layers, which cannot be exported: train every parameter.")
         self.arch = arch
         # Partial: the frozen tensors are not in the checkpoint.
         self._weights = NemoWeights(nemo, arch, partial=True)

@@ -22,6 +22,7 @@ Constants = dict[str, Any]
 _MODELS = "nemo.collections.llm.gpt.model."
 # The modules whose classes compute what config.json says.
 _FAMILIES = ("llama", "llama_nemotron", "mistral", "qwen2", "qwen3")
+GPT_CLASS = f"{_MODELS}base.GPTConfig"  # of GPT-2's kin: what the families' classes build on
 _LLAMA3 = ("scale_factor", "low_freq_factor", "high_freq_factor", "old_context_len")  # of Llama31Config
 _ROPE_SCALING = (*_LLAMA3, "seq_len_interpolation_factor")
 
@@ -37,6 +38,7 @@ _MEGATRON_NAMES = {
     "rms_norm_eps": "layernorm_epsilon",
     "rope_theta": "rotary_base",
     "sliding_window": "window_size",
+    "max_position_embeddings": "seq_length",
 }
 
 # What Megatron can vary and no supported config.json can say.
@@ -60,6 +62,13 @@ _FIXED: Constants = {
     "mtp_num_layers": None,
     "multi_latent_attention": False,
     "heterogeneous_block_specs": False,
+}
+_GPT2 = _FIXED | {
+    "normalization": "LayerNorm",
+    "activation_func": "openai_gelu",
+    "gated_linear_unit": False,
+    "add_bias_linear": True,
+    "position_embedding_type": "learned_absolute",
 }
 
 
@@ -91,8 +100,10 @@ class Difference:
 
 def constants_of(arch: Architecture) -> Constants:
     """The constants that a config.json states, those that it cannot state included."""
+    # Learnt positions are rows: their number is the model's, where a rotary embedding knows none.
+    positions = {"max_position_embeddings": arch.max_position_embeddings} if arch.like_gpt2 else {}
     return {
-        "model": None,
+        "model": GPT_CLASS if arch.like_gpt2 else None,
         "num_hidden_layers": arch.num_hidden_layers,
         "hidden_size": arch.hidden_size,
         "intermediate_size": arch.intermediate_size,
@@ -107,7 +118,8 @@ def constants_of(arch: Architecture) -> Constants:
         "rope_theta": arch.rope_theta,
         "rope_scaling": _unless_one(arch.rope_scaling),
         "sliding_window": arch.sliding_window,
-        **_FIXED,
+        **positions,
+        **(_GPT2 if arch.like_gpt2 else _FIXED),
     }
 
 
@@ -145,6 +157,8 @@ def constants_of_nemo(config: Any) -> Constants:
         found["rope_scaling"] = _rope_scaling(get)
     if (window := get("window_size", _ABSENT)) is not _ABSENT:
         found["sliding_window"] = _window(window)
+    if get("position_embedding_type") == "learned_absolute":
+        found["max_position_embeddings"] = get("seq_length")
     for name in _FIXED:
         if (value := get(name, _ABSENT)) is not _ABSENT:
             found[name] = _plain(value)
@@ -242,12 +256,12 @@ def _foreign_class(config: Any) -> str | None:
         names = [f"{each.__module__}.{each.__qualname__}" for each in config_class.__mro__]
     # A user's subclass is judged by the class of NeMo's that it is made from.
     nearest = next((name for name in names if name.startswith("nemo.")), None)
-    return None if nearest is None or is_known_class(nearest) else nearest
+    return None if nearest is None or (is_known_class(nearest) and nearest != GPT_CLASS) else nearest
 
 
 def is_known_class(name: str) -> bool:
     """Whether a class, by its full name, is one of NeMo's that compute what config.json says."""
-    return name.rpartition(".")[0] in [_MODELS + family for family in _FAMILIES]
+    return name == GPT_CLASS or name.rpartition(".")[0] in [_MODELS + family for family in _FAMILIES]
 
 
 def _leaves_scaling_open(config: Any) -> bool:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.arrays import cast
 from nemo_cpt.checkpoint.distributed_reader import DistributedReader
-from nemo_cpt.checkpoint.model_config import FIELDS, is_known_class, read_model_config
+from nemo_cpt.checkpoint.model_config import FIELDS, constants_of_nemo, is_known_class, read_model_config
 from nemo_cpt.checkpoint.nemo_weights import locate
 from nemo_cpt.errors import CptError
 
@@ -36,7 +36,8 @@ def nemo_logits(nemo: str | Path, prompts: list[list[int]], rounded_to: str | No
         For each prompt a [tokens, vocabulary] fp32 tensor; the vocabulary may be padded.
 
     Raises:
-        CptError: the context names another class than NeMo's own of Llama, Mistral or Qwen, or weights are missing.
+        CptError: the context names another class than NeMo's own of Llama, Mistral, Qwen or GPT, or weights are
+            missing.
     """
     import torch
 
@@ -58,6 +59,7 @@ def _forward(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 def _build(nemo: Path, length: int, rounded_to: str | None) -> Any:
     import torch
+    from megatron.core.transformer.utils import openai_gelu
     from nemo.collections.llm.gpt.model.base import local_layer_spec
 
     from nemo_cpt.cpu_stack import UNFUSED
@@ -67,11 +69,16 @@ def _build(nemo: Path, length: int, rounded_to: str | None) -> Any:
     if fields.get("window_size"):
         fields["window_size"] = tuple(fields["window_size"])  # Megatron hashes it
     reader = DistributedReader(nemo / "weights")
+    stated = constants_of_nemo(recorded)
+    # The one function that a class of NeMo's does not say itself.
+    if stated.get("activation_func") == openai_gelu.__name__:
+        fields["activation_func"] = openai_gelu
+    if "max_position_embeddings" not in stated:  # which learnt positions have rows for
+        fields["seq_length"] = max(length, 8)
     config = _config_class(recorded, nemo)(
         **fields,
         **UNFUSED,
         transformer_layer_spec=local_layer_spec,
-        seq_length=max(length, 8),
         vocab_size=reader.shapes[layout.PREFIX + layout.EMBEDDING][0],
         params_dtype=torch.float32,
         # Every parameter is replaced below: drawing random ones would take most of the time.
@@ -91,8 +98,8 @@ def _config_class(recorded: Mapping[str, Any], nemo: Path) -> type:
     found = getattr(import_module(module), name, None) if is_known_class(f"{module}.{name}") else None
     if not isinstance(found, type) or not issubclass(found, GPTConfig):
         raise CptError(
-            f"{nemo}/context names the model config {module}.{name}; logits are compared of NeMo's own Llama, Mistral "
-            "and Qwen models. Compare the weights alone (--no-logits)."
+            f"{nemo}/context names the model config {module}.{name}; logits are compared of NeMo's own Llama, Mistral, "
+            "Qwen and GPT models. Compare the weights alone (--no-logits)."
         )
     return found
 

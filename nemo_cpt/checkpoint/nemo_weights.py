@@ -70,7 +70,7 @@ class NemoWeights:
         if layer is not None and shape[0] != self.arch.num_hidden_layers:
             raise CptError(f"{self.folder}: {key} has {shape[0]} layers, config.json {self.arch.num_hidden_layers}.")
         found = shape if layer is None else shape[1:]
-        rows = self._rows(slot)
+        rows, *rest = self._expected(slot)
         if slot.part == "vocab" and found[0] < rows and found[1:] == slot.shape[1:]:
             raise CptError(
                 f"{self.folder}: {key} has {found[0]} rows, config.json asks for {rows}: the model was trained without "
@@ -79,29 +79,34 @@ class NemoWeights:
             )
         # Megatron pads the vocabulary for tensor parallelism; every other size is exact.
         enough = found[0] >= rows if slot.part == "vocab" else found[0] == rows
-        if not enough or found[1:] != slot.shape[1:]:
+        if not enough or found[1:] != tuple(rest):
             raise CptError(
-                f"{self.folder}: {key} has shape {found}, config.json asks for {(rows, *slot.shape[1:])}. "
+                f"{self.folder}: {key} has shape {found}, config.json asks for {(rows, *rest)}. "
                 "Give as base the model from which this checkpoint was trained."
             )
 
-    def _rows(self, slot: layout.Slot) -> int:
-        arch = self.arch
+    def _expected(self, slot: layout.Slot) -> tuple[int, ...]:
+        """The shape of the Megatron tensor that a tensor is a part of, without layers and padding."""
+        arch, (rows, *rest) = self.arch, slot.shape
+        if slot.part in layout.TURNED:
+            return slot.shape[::-1]
         if slot.part in ("q", "k", "v"):
-            return (arch.num_attention_heads + 2 * arch.num_key_value_heads) * arch.head_dim
-        return slot.shape[0] * (2 if slot.part in ("gate", "up") else 1)
+            return (arch.num_attention_heads + 2 * arch.num_key_value_heads) * arch.head_dim, *rest
+        return rows * (2 if slot.part in ("gate", "up") else 1), *rest
 
     def read(self, name: str) -> np.ndarray:
         """One tensor by its Hugging Face name, in the checkpoint's dtype, without padding."""
         slot = self._slots[name]
         if slot.part in ("q", "k", "v"):
             return self._read_part(slot)
+        if slot.part in layout.TURNED:
+            return layout.from_megatron(slot, self.reader.read(*self.locate(slot.key, slot.layer)), self.arch)
         return self.reader.read(*self.locate(slot.key, slot.layer), slot.rows)
 
     def blocks(self, name: str) -> Iterator[np.ndarray]:
         """The same tensor in blocks of rows; a block is overwritten by the next one."""
         slot = self._slots[name]
-        if slot.part in ("q", "k", "v"):
+        if slot.part in ("q", "k", "v", *layout.TURNED):
             yield self.read(name)
         else:
             yield from self.reader.blocks(*self.locate(slot.key, slot.layer), *slot.rows)

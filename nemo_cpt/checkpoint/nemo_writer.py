@@ -92,6 +92,13 @@ def _write_group(
         merged = layout.merge_qkv(parts, arch)
         _add(writer, first, merged, merged.shape, 0, arch)
         return
+    if first.part in layout.TURNED:
+        tensor = tensors.read(first.name)
+        check_finite(tensor, first.name, tensors.path(first.name))
+        sums.add(first.name, tensor)
+        turned = layout.to_megatron(first, tensor, arch)
+        _add(writer, first, turned, turned.shape, 0, arch)
+        return
     row = 0
     # Gate and up stand one above the other: each is written at its row as it comes.
     shape = (sum(slot.shape[0] for slot in slots), *first.shape[1:])

@@ -17,13 +17,13 @@ from nemo_cpt.checkpoint.architecture import read_json
 from nemo_cpt.checkpoint.arrays import BLOCK_BYTES, DTYPES, Buffers, bits, cast, read_into
 from nemo_cpt.checkpoint.download_record import check_file, read_record
 from nemo_cpt.checkpoint.folders import write_pieces
+from nemo_cpt.checkpoint.layout import EMBEDDINGS
 from nemo_cpt.errors import CptError
 
 _CODES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 SHARD_BYTES = 5_000_000_000  # what transformers' save_pretrained uses
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,16 @@ class HFWeights:
     @property
     def dtype(self) -> str:
         """The dtype of the embedding."""
-        return self.infos[_EMBEDDING].dtype
+        return self._embedding.dtype
 
     @property
     def vocab_rows(self) -> int:
         """Rows of the embedding."""
-        return self.infos[_EMBEDDING].shape[0]
+        return self._embedding.shape[0]
+
+    @property
+    def _embedding(self) -> TensorInfo:
+        return next(self.infos[name] for name in EMBEDDINGS if name in self.infos)
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, whole."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -31,8 +31,9 @@ SIZES: dict[str, dict[str, int]] = {
     "350M": {"num_hidden_layers": 24, "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16},
     "1.3B": {"num_hidden_layers": 24, "hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16},
 }
+SHAPES = {"llama": 2048, "gpt2": 1024}  # with the longest sequence where none is given
 _STD = 0.02  # GPT-2's; what writes into the residual stream has it divided by the root of the writings' number
-_RESIDUAL = ("o_proj.weight", "down_proj.weight")
+_RESIDUAL = ("o_proj.weight", "down_proj.weight", "c_proj.weight")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class UntrainedReport:
     Attributes:
         dest: the NeMo checkpoint.
         params: the size's name.
+        shape: one of `SHAPES`.
         parameters: values in all.
         vocabulary_size: rows of the embedding, which is the output layer too.
         seed: of the weights.
@@ -51,6 +53,7 @@ class UntrainedReport:
 
     dest: str
     params: str
+    shape: str
     parameters: int
     vocabulary_size: int
     seed: int
@@ -67,38 +70,41 @@ def make_untrained(
     tokenizer: str | Path,
     params: str = "124M",
     *,
-    max_position_embeddings: int = 2048,
+    shape: str = "llama",
+    max_position_embeddings: int | None = None,
     seed: int = 1234,
     progress: Callable[[int, int], None] | None = None,
 ) -> UntrainedReport:
-    """Write a Llama-shaped model of random weights, with a tokenizer's rows.
+    """Write a model of random weights, Llama- or GPT-2-shaped, with a tokenizer's rows.
 
     Weights are normal with a deviation of 0.02, those of the projections back into the residual stream of 0.02 /
     sqrt(2 x layers) (Radford et al., "Language Models are Unsupervised Multitask Learners", 2019; Megatron does the
-    same); norms are ones. The output layer is the embedding, rope's base 10,000. The checkpoint is like an imported
-    one: planned, trained from, resumed and exported by the same commands.
+    same); norms are ones, biases zeros. The output layer is the embedding, rope's base 10,000. Dropout is 0 in either
+    shape. The checkpoint is like an imported one: planned, trained from, resumed and exported by the same commands.
 
     Args:
         dest: the checkpoint's folder; must not exist.
         tokenizer: folder of the tokenizer, as `nemo-cpt tokenizer train` makes it.
         params: one of `SIZES`.
-        max_position_embeddings: the longest sequence, by the exported config.json.
+        shape: "llama", or "gpt2": LayerNorm, biases, an MLP four times as wide without a gate, learnt positions.
+        max_position_embeddings: the longest sequence; of "gpt2" rows of its own. By default what `SHAPES` says.
         seed: of the weights.
         progress: called with (bytes done, bytes in all).
 
     Raises:
-        CptError: there is no such size or tokenizer, the tokenizer names no end of a text, the seed or the longest
-            sequence is out of range, `dest` exists. Nothing is left at `dest` then.
+        CptError: there is no such size, shape or tokenizer, the tokenizer names no end of a text, the seed or the
+            longest sequence is out of range, `dest` exists. Nothing is left at `dest` then.
     """
     from nemo_cpt.corpus.tokenization.tokenizer import load_tokenizer
 
     start, tokenizer = time.monotonic(), Path(tokenizer)
     if params not in SIZES:
         raise CptError(f"params is {params!r}; it can be {', '.join(SIZES)}")
-    if seed < 0 or max_position_embeddings < 1:
-        raise CptError(
-            f"seed is {seed} and max_position_embeddings {max_position_embeddings}: give 0 or more, and 1 or more"
-        )
+    if shape not in SHAPES:
+        raise CptError(f"shape is {shape!r}; it can be {', '.join(SHAPES)}")
+    positions = SHAPES[shape] if max_position_embeddings is None else max_position_embeddings
+    if seed < 0 or positions < 1:
+        raise CptError(f"seed is {seed} and max_position_embeddings {positions}: give 0 or more, and 1 or more")
     if not tokenizer.is_dir():
         raise CptError(
             f"There is no tokenizer folder {tokenizer}{near_paths(tokenizer)}: nemo-cpt tokenizer train makes one."
@@ -108,16 +114,9 @@ def make_untrained(
     if described.eos is None:
         raise CptError(f"the tokenizer {tokenizer} names no eos_token: the model could not learn where a text ends")
     config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **SIZES[params],
-        "num_key_value_heads": SIZES[params]["num_attention_heads"],
+        **(_gpt2 if shape == "gpt2" else _llama)(SIZES[params], positions),
         "vocab_size": max(described.highest + 1, count_token_ids(tokenizer) or 0),
-        "max_position_embeddings": max_position_embeddings,
-        "rope_theta": 10000.0,
-        "rms_norm_eps": 1e-5,
         "initializer_range": _STD,
-        "hidden_act": "silu",
         "tie_word_embeddings": True,
         "torch_dtype": "bfloat16",
         **{f"{kind}_token_id": token[1] for kind in ("bos", "eos", "pad") if (token := getattr(described, kind))},
@@ -138,12 +137,42 @@ def make_untrained(
     return UntrainedReport(
         dest=str(dest),
         params=params,
+        shape=shape,
         parameters=sum(map(prod, weights.shapes.values())),
         vocabulary_size=arch.vocab_size,
         seed=seed,
         bytes_written=size,
         seconds=round(time.monotonic() - start, 3),
     )
+
+
+def _llama(size: Mapping[str, int], positions: int) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **size,
+        "num_key_value_heads": size["num_attention_heads"],
+        "max_position_embeddings": positions,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+    }
+
+
+def _gpt2(size: Mapping[str, int], positions: int) -> dict[str, Any]:
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "n_layer": size["num_hidden_layers"],
+        "n_embd": size["hidden_size"],
+        "n_head": size["num_attention_heads"],
+        "n_inner": None,  # four times the hidden size: without a gate, about as many weights as Llama's MLP
+        "n_positions": positions,
+        "layer_norm_epsilon": 1e-5,
+        "activation_function": "gelu_new",
+        # Said, since transformers takes 0.1 where a file is silent.
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
+    }
 
 
 class _Weights:
@@ -162,8 +191,8 @@ class _Weights:
 
     def blocks(self, name: str) -> Iterator[np.ndarray]:
         shape = self.shapes[name]
-        if len(shape) == 1:  # a norm
-            yield np.ones(shape, self._dtype)
+        if len(shape) == 1:  # a norm's or a bias
+            yield (np.zeros if name.endswith(".bias") else np.ones)(shape, self._dtype)
             return
         # By the tensor's name, and not by hash(), which is another in each process.
         chance = np.random.default_rng([self._seed, zlib.crc32(name.encode())])

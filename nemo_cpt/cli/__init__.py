@@ -40,6 +40,7 @@ def main() -> None:
     quiet_imports()
     from nemo_cpt.cli import (  # noqa: F401  each registers its commands on `app`
         checkpoint,
+        cleaning,
         conversations,
         corpus,
         doctor,
@@ -51,6 +52,7 @@ def main() -> None:
         results,
         vocabulary,
         watching,
+        workflow,
     )
 
     try:

@@ -96,8 +96,16 @@ def grow_command(
         Path | None, typer.Option(help="LoRA run: the base of the adapters; default: the one that it recorded.")
     ] = None,
     initialisation: Annotated[
-        str, typer.Option(help="Of the new rows: mean of the old tokens' rows, noise (the mean and some), or zero.")
+        str,
+        typer.Option(
+            help="Of the new rows: mean of the old tokens' rows, noise (the mean and some), zero, or focus: rows of "
+            "tokens that --corpus uses alike."
+        ),
     ] = "mean",
+    corpus: Annotated[
+        list[str] | None, typer.Option(help="Texts of the language that was added, for focus; repeatable.")
+    ] = None,
+    json_key: Annotated[str, typer.Option(help="Field of --corpus that holds the text.")] = "text",
     ignore_field: _Ignore = [],  # noqa: B006
     as_json: _Json = False,
 ) -> None:
@@ -106,8 +114,8 @@ def grow_command(
 
     with _progress("Growing") as progress:
         report = grow_model(
-            _of_run(source), output, tokenizer, base=base, initialisation=initialisation, ignore_fields=ignore_field,
-            progress=progress,
+            _of_run(source), output, tokenizer, base=base, initialisation=initialisation, corpus=corpus,
+            json_key=json_key, ignore_fields=ignore_field, progress=progress,
         )  # fmt: skip
     _print(report.as_dict(), as_json)
 
@@ -117,7 +125,10 @@ def init_command(
     dest: Annotated[Path, typer.Argument(help="NeMo checkpoint to make.")],
     tokenizer: Annotated[Path, typer.Option("--tokenizer", "-t", help="Folder of the model's tokenizer.")],
     params: Annotated[str, typer.Option(help="124M, 350M or 1.3B; tiny, for a CPU.")] = "124M",
-    max_position_embeddings: Annotated[int, typer.Option(min=1, help="The longest sequence.")] = 2048,
+    shape: Annotated[str, typer.Option(help="Of the layers: llama or gpt2.")] = "llama",
+    max_position_embeddings: Annotated[
+        int | None, typer.Option(min=1, help="The longest sequence; default: 2048, of gpt2 1024.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the random weights.")] = 1234,
     as_json: _Json = False,
 ) -> None:
@@ -126,8 +137,9 @@ def init_command(
 
     with _progress("Writing") as progress:
         report = make_untrained(
-            dest, tokenizer, params, max_position_embeddings=max_position_embeddings, seed=seed, progress=progress
-        )
+            dest, tokenizer, params, shape=shape, max_position_embeddings=max_position_embeddings, seed=seed,
+            progress=progress,
+        )  # fmt: skip
     _print(report.as_dict(), as_json)
 
 

@@ -9,11 +9,15 @@ import typer
 
 from nemo_cpt.cli import app
 from nemo_cpt.cli.conversations import inspect_conversations, prepare_conversations
-from nemo_cpt.cli.tables import print_json, print_plain, print_report
+from nemo_cpt.cli.launch import only_json_on_stdout
+from nemo_cpt.cli.recipe_arguments import Executor
+from nemo_cpt.cli.tables import print_json, print_plain, print_report, size_of
 from nemo_cpt.errors import CptError
 
 if TYPE_CHECKING:
+    from nemo_cpt.corpus import PrepareReport
     from nemo_cpt.corpus.dataset.inspection import Inspection
+    from nemo_cpt.corpus.preparing.estimate import Estimate
 
 PANEL = "Corpora"
 OF_TEXTS = (
@@ -25,11 +29,13 @@ OF_TEXTS = (
     "keep_empty_documents",
     "verify",
 )
+OF_TASKS = ("executor", "tasks", "detach", "dry_run")
 OF_CONVERSATIONS = ("form", "system", "train_on", "seq_length", "too_long")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Key = Annotated[str, typer.Option(help="The field that holds the text.")]
 OnError = Annotated[str, typer.Option(help="stop at a line that gives no text, or skip it.")]
 MaxSkipped = Annotated[float | None, typer.Option(help="Share that --on-error skip may leave out; 0.01 by default.")]
+Tasks = Annotated[int | None, typer.Option(help="Make it in so many parts, by as many tasks on --executor.")]
 Workers = Annotated[int | None, typer.Option(help="Processes; all CPUs by default.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 SeqLength = Annotated[int, typer.Option(help="Conversations: of a training's sequences, for the report.")]
@@ -84,36 +90,122 @@ def prepare(
     train_on: Annotated[str, typer.Option(help="Conversations: assistant, last or all.")] = "assistant",
     seq_length: SeqLength = 4096,
     too_long: TooLong = "drop",
+    executor: Executor = None,
+    tasks: Tasks = None,
+    detach: Annotated[bool, typer.Option("--detach", help="With --tasks: return once they are submitted.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="With --tasks: print the plan, and do nothing.")] = False,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Tokenize text, or conversations with a template, for Megatron; a killed run resumes when it is started again."""
+    """Tokenize text, or conversations with a template, for Megatron; a killed run resumes when it is started again.
+
+    With --tasks N, N processes on an executor (executor.partition=cpu, ... among the inputs) make a part each, and a
+    last job joins them; the same command again makes the parts that are missing.
+    """
+    inputs, of_executor = _without_executors(inputs)
     if template is not None:
         _refuse(context, OF_TEXTS, "belongs to texts, and --template makes this a preparation of conversations")
+        _refuse(context, OF_TASKS, "belongs to texts: conversations are prepared by one machine")
         chosen: dict[str, Any] = {"form": form, "system": system, "train_on": train_on, "seq_length": seq_length}
         chosen |= {"too_long": too_long, "workers": workers, "on_error": on_error, "max_skipped": max_skipped}
         chosen |= {"fast": fast, "overwrite": overwrite}
         return prepare_conversations(inputs, output, tokenizer, json, template=template, **chosen)
     _refuse(context, OF_CONVERSATIONS, "belongs to conversations: name their --template too")
+    options: dict[str, Any] = {
+        "json_key": json_key,
+        "append_eod": append_eod,
+        "eod_token": eod_token,
+        "prepend_bos": prepend_bos,
+        "workers": workers,
+        "on_error": on_error,
+        "max_skipped": max_skipped,
+        "split_special_tokens": split_special_tokens,
+        "keep_empty_documents": keep_empty_documents,
+        "verify": verify,
+        "fast": fast,
+        "overwrite": overwrite,
+    }
+    if tasks is not None:
+        return _prepare_in_tasks(
+            inputs, output, tokenizer, executor or "local", of_executor, tasks, detach, dry_run, json, options
+        )
+    if executor or of_executor or detach or dry_run:
+        raise CptError(
+            "--executor, executor.X=..., --detach and --dry-run are for many tasks: say how many with --tasks"
+        )
     from nemo_cpt.corpus import prepare as run
 
-    report = run(
-        inputs,
-        output,
-        tokenizer,
-        json_key=json_key,
-        append_eod=append_eod,
-        eod_token=eod_token,
-        prepend_bos=prepend_bos,
-        workers=workers,
-        on_error=on_error,
-        max_skipped=max_skipped,
-        split_special_tokens=split_special_tokens,
-        keep_empty_documents=keep_empty_documents,
-        verify=verify,
-        fast=fast,
-        overwrite=overwrite,
+    _print_prepared(run(inputs, output, tokenizer, **options), json)
+
+
+def _without_executors(inputs: list[str]) -> tuple[list[str], list[str]]:
+    """Part the inputs from the `executor.key=value` among them."""
+    pairs = [each for each in inputs if each.startswith("executor.") and "=" in each]
+    return [each for each in inputs if each not in pairs], [pair.removeprefix("executor.") for pair in pairs]
+
+
+def _prepare_in_tasks(
+    inputs: list[str],
+    output: str,
+    tokenizer: str,
+    executor: str,
+    of_executor: list[str],
+    tasks: int,
+    detach: bool,
+    dry_run: bool,
+    json: bool,
+    options: dict[str, Any],
+) -> None:
+    from nemo_cpt.launching.executor import make_executor
+    from nemo_cpt.launching.in_tasks import Submitted, plan_in_tasks, prepare_in_tasks
+
+    with only_json_on_stdout(json):
+        where = make_executor(executor, of_executor, processes=1)
+        if dry_run:
+            done: Any = plan_in_tasks(inputs, output, tokenizer, where, tasks, **options)
+        else:
+            done = prepare_in_tasks(inputs, output, tokenizer, where, tasks, detach=detach, **options)
+    if dry_run:
+        return _print_estimate(done, tasks, json)
+    if not isinstance(done, Submitted):
+        return _print_prepared(done, json)
+    if json:
+        return print_json(asdict(done))
+    print_report(
+        {
+            "submitted": f"{done.missing} of {done.tasks} tasks, and a job behind them that joins their parts",
+            "experiment": f"{done.experiment}: nemo-cpt status|logs|cancel {done.experiment}",
+            "dataset": f"{done.prefix}, once the last job has ended",
+        },
+        [],
     )
+
+
+def _print_estimate(estimate: "Estimate", asked: int, json: bool) -> None:
+    if json:
+        return print_json(asdict(estimate))
+    fewer = f" (the inputs cannot be cut into {asked})" if estimate.tasks < asked else ""
+    rows = {
+        "tasks": f"{estimate.tasks:,}{fewer}",
+        "inputs": f"{size_of(estimate.stored)} on disk, about {size_of(estimate.text)} of text",
+        "largest share": f"{size_of(estimate.largest)}, about {_span(estimate.task_seconds)}",
+        "all tasks": f"about {_span(estimate.all_seconds)} of one task's time",
+        "join": f"about {_span(estimate.join_seconds)}",
+        "dataset": f"about {estimate.tokens / 1e6:,.0f} M tokens, {size_of(estimate.dataset)}",
+        "disk": f"{size_of(estimate.disk)} beside the inputs, until the parts are joined",
+        "network": f"{size_of(estimate.network)} read and written in all",
+        "submitted": "nothing: this is a dry run",
+    }
+    print_report(rows, [])
+
+
+def _span(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:,.0f} minutes" if seconds < 5400 else f"{seconds / 3600:,.1f} hours"
+
+
+def _print_prepared(report: "PrepareReport", json: bool) -> None:
     if json:
         return print_json(asdict(report))
     rows: dict[str, Any] = {
@@ -153,6 +245,17 @@ def _refuse(context: typer.Context, names: tuple[str, ...], why: str) -> None:
 def _markers(markers: dict[str, list[Any] | None]) -> str:
     eod, bos = (f"{value[0]} ({value[1]})" if (value := markers.get(name)) else "nothing" for name in ("eod", "bos"))
     return f"{eod}; begins with {bos}"
+
+
+@app.command(rich_help_panel=PANEL)
+def join(
+    prefix: Annotated[str, typer.Argument(help="ds/ja, or the folder with its parts, ds/ja_text_document.parts.")],
+    json: Json = False,
+) -> None:
+    """Join the parts that the tasks of `prepare --tasks` made; on Slurm a job does it behind them."""
+    from nemo_cpt.corpus.preparing import parts
+
+    _print_prepared(parts.join(parts.parts_folder(prefix)), json)
 
 
 @app.command(rich_help_panel=PANEL)
@@ -272,12 +375,17 @@ def _share_or_inputs(value: str) -> float | str:
 @app.command(rich_help_panel=PANEL)
 def fetch(
     corpus: Annotated[
-        str | None, typer.Argument(help="A name, an https:// address or hf:NAME; none lists the names.")
+        str | None,
+        typer.Argument(
+            help="A name, wikipedia:LANGUAGE@DATE, an https:// address, hf:NAME, or the file of a dump of Wikipedia; "
+            "none lists the names."
+        ),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder.")] = Path("data"),
+    workers: Annotated[int | None, typer.Option(help="Processes for a dump's text; all CPUs by default.")] = None,
     json: Json = False,
 ) -> None:
-    """Download a corpus; certificates are verified, checksums kept, interrupted downloads resumed."""
+    """Download a corpus, of a dump of Wikipedia as text too; checksums are kept, interrupted downloads resumed."""
     from nemo_cpt.corpus.fetching.known_corpora import CORPORA
 
     if corpus is None:
@@ -285,7 +393,10 @@ def fetch(
         return print_json(known) if json else print_report({name: entry.note for name, entry in CORPORA.items()}, [])
     from nemo_cpt.corpus import fetch as run
 
-    files = run(corpus, output)
+    files = run(corpus, output, workers=workers)
     if json:
         return print_json({"files": [asdict(file) for file in files]})
-    print_report({file.path: f"{file.size:,} bytes, {file.status} {file.sha256[:16]}" for file in files}, [])
+    rows = {file.path: f"{file.size:,} bytes, {file.status} {file.sha256[:16]}" for file in files}
+    for file in files:
+        rows |= {kind: f"{count:,} pages" for kind, count in file.pages.items()}
+    print_report(rows, [])

@@ -13,11 +13,12 @@ import typer
 
 from nemo_cpt.cli import app
 from nemo_cpt.errors import CptError
+from nemo_cpt.inference.hosts import LOCAL_HOSTS, names_to_answer
+from nemo_cpt.urls import is_address
 
 if TYPE_CHECKING:
     from nemo_cpt.inference.chat import Side
 
-_LOCAL = ("127.0.0.1", "localhost", "::1")
 _Model = Annotated[
     str,
     typer.Argument(help="Hugging Face folder, NeMo checkpoint, run folder, or an endpoint's address (ADDRESS#MODEL)."),
@@ -51,23 +52,35 @@ def chat_command(
 
     from nemo_cpt.inference import Sampling
     from nemo_cpt.inference.chat import Chat, typed_lines
-    from nemo_cpt.inference.models import check_model
 
     if against_key_env and not against:
         raise CptError("--against-key-env names the key of --against, which is not given")
     console, sampling = Console(soft_wrap=True), Sampling(max_tokens, temperature, top_p, seed=seed)
     options = _given(base=base, device=device, template=chat_template)
-    if options and all(map(_is_address, (model, against or model))):
+    if options and all(map(is_address, (model, against or model))):
         raise CptError(f"{', '.join(options)} cannot be set for a model that a server has: set it there")
-    for each in (model, against or model):  # before the first one is loaded
-        check_model(each)
-    sides = [_side(model, api_key_env, options, plain)]
-    if against:
-        sides.append(_side(against, against_key_env, options, plain))
+    asked = [(model, api_key_env), *([(against, against_key_env)] if against else [])]
+    for each in asked:
+        _check_side(*each)
+    # Endpoints first: whether one answers is known sooner than a model is loaded.
+    order = sorted(range(len(asked)), key=lambda number: not is_address(asked[number][0]))
+    opened = {number: _side(*asked[number], options, plain) for number in order}
+    sides = [opened[number] for number in range(len(asked))]
     if sys.stdin.isatty():
         _say("/help lists the commands")
     prompt = "> " if against else f"{sides[0].title}> "
     Chat(sides, sampling, system=system, console=console, language_of=_language_of).run(typed_lines(prompt))
+
+
+def _check_side(model: str, key_variable: str | None) -> None:
+    """Refuse what can be refused before any model is loaded."""
+    from nemo_cpt.inference.models import check_model
+
+    if is_address(model):
+        return
+    if key_variable:
+        raise CptError(f"{model} is no endpoint: it takes no key ({key_variable})")
+    check_model(model)
 
 
 def _side(model: str, key_variable: str | None, options: dict[str, Any], plain: bool) -> Side:
@@ -78,10 +91,8 @@ def _side(model: str, key_variable: str | None, options: dict[str, Any], plain: 
     from nemo_cpt.inference.chat import Side
 
     key = key_of_variable(key_variable)
-    if key and not _is_address(model):
-        raise CptError(f"{model} is no endpoint: it takes no key ({key_variable})")
     with Console(stderr=True).status(f"loading {model}"):
-        engine = open_engine(model, api_key=key, say=_say, **({} if _is_address(model) else options))
+        engine = open_engine(model, api_key=key, say=_say, **({} if is_address(model) else options))
     if not plain and not getattr(engine, "has_chat_template", True):
         _say(f"{model} has no chat template: it continues your text (--chat-template alpaca-en gives it one)")
         plain = True
@@ -104,6 +115,9 @@ def serve_command(
     host: Annotated[str, typer.Option(help="Address; other than this machine's own needs a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
     served_as: Annotated[str | None, typer.Option(help="The model's name in requests; default: its folder's.")] = None,
+    allowed_host: Annotated[
+        list[str] | None, typer.Option(help="Another name that requests may go by (Host header), as behind a proxy.")
+    ] = None,
     api_key_env: Annotated[str | None, typer.Option(help="Variable of the key that requests must carry.")] = None,
     engine: Annotated[str, typer.Option(help="own, or vllm: start that with the flags that the model needs.")] = "own",
     max_waiting: Annotated[int | None, typer.Option(help="Requests that may wait, others get 429; 256.")] = None,
@@ -120,9 +134,9 @@ def serve_command(
     key, name = key_of_variable(api_key_env), served_as or Path(model).resolve().name
     if engine not in ("own", "vllm"):
         raise CptError(f"there is no engine {engine}: own or vllm")
-    if _is_address(model):
+    if is_address(model):
         raise CptError(f"{model} is served already: give serve a Hugging Face folder, a NeMo checkpoint or a run")
-    if host not in _LOCAL and key is None:
+    if host not in LOCAL_HOSTS and key is None:
         raise CptError(f"{host} can be reached from other machines: name the variable of a key with --api-key-env")
     for option, value in {"--max-waiting": max_waiting, "--batch-tokens": batch_tokens}.items():
         if value is not None and value < 1:
@@ -134,21 +148,22 @@ def serve_command(
     if engine == "vllm":
         only_own = {
             "--max-waiting": max_waiting, "--batch-tokens": batch_tokens, "--device": device, "--nemo-api": nemo_api,
-            "--log-requests": log_requests, "--port 0": port == 0,
+            "--log-requests": log_requests, "--allowed-host": allowed_host, "--port 0": port == 0,
         }  # fmt: skip
         if given := [option for option, value in only_own.items() if value]:
             raise CptError(f"{', '.join(given)}: of this project's own server, not of --engine vllm")
         return _become_vllm(model, base, name, host, port, chat_template, key)
     from nemo_cpt.inference.models import check_model, open_transformers
 
-    # What costs nothing to know, before the server's libraries and the model are loaded.
+    # Before torch is imported and the model loaded: a port in use, and a path that is no model's, are known at once.
     check_model(model)
     listener = _listen(host, port)
     from nemo_cpt.inference.server import make_app, serve
 
     loaded = open_transformers(model, base=base, template=chat_template, say=_say, **_given(device=device))
     limits = _given(most_waiting=max_waiting, batch_tokens=batch_tokens)
-    application = make_app(loaded, served_as=name, api_key=key, nemo_api=nemo_api, **limits)
+    names = names_to_answer(host, allowed_host or ())
+    application = make_app(loaded, served_as=name, api_key=key, nemo_api=nemo_api, hosts=names, **limits)
     _say(f"{name} at http://{host}:{listener.getsockname()[1]}/v1")
     serve(application, listener, log_requests=log_requests)
 
@@ -166,10 +181,6 @@ def _become_vllm(
     server = VllmServer(folder, name, host, port, chat_template, key)
     _say(shlex.join(server.command()))
     server.start()
-
-
-def _is_address(model: str) -> bool:
-    return model.startswith(("http://", "https://"))
 
 
 def _given(**options: Any) -> dict[str, Any]:

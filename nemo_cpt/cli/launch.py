@@ -113,8 +113,8 @@ def run(
 ) -> None:
     """Run a recipe on an executor; ends non-zero if the job fails.
 
-    On a terminal a local job is shown as `nemo-cpt watch` does, and its log goes to a file. A dry run ends with 3 where
-    the job would be refused.
+    On a terminal a local job is shown as `nemo-cpt watch` does, and its log goes to a file, which the key l shows. A
+    dry run ends with 3 where the job would be refused.
 
     Parameters are checked at once, and so is what `nemo-cpt doctor` finds without importing anything: a job that could
     not start is refused. To plan a GPU recipe's memory, and how long it takes to save, a process imports NeMo the first
@@ -129,11 +129,12 @@ def run(
     from nemo_cpt.launching.executor import make_executor
     from nemo_cpt.launching.task import moves_its_folder, nothing_to_train
     from nemo_cpt.watching.launch_view import launch_view
+    from nemo_cpt.watching.terminal import shows_views
 
     # From here to `submit` each step costs more than the one before: what can be refused is refused early.
     recipe, pairs, executor = from_file(recipe, overrides, executor)
     function, arguments, fields, options = catalog.split(recipe, pairs)
-    with _only_json_on_stdout(json):
+    with only_json_on_stdout(json):
         job = describe(function, arguments, fields, executor, options)
         # Not for a cluster's files, which this machine does not see.
         if job.place.same_files and (said := nothing_to_train(function.name, arguments, fields, job.place.here)):
@@ -153,7 +154,7 @@ def run(
             refused = [] if force else [str(each) for each in errors]
         else:
             plain = plain or json or detach or executor != "local" or moves_its_folder(fields)
-            plain = plain or not sys.stdout.isatty()
+            plain = plain or not shows_views(sys.stdout)
             with contextlib.nullcontext() if plain else launch_view(job.directory) as begun:
                 result = jobs.submit(function, arguments, fields, where, detach, begun)
     if dryrun and not json:
@@ -188,7 +189,7 @@ def status(
             for task in each["tasks"]
         ]
         return print_table(("experiment", "started", "task", "status", "job"), rows)
-    with _only_json_on_stdout(json):
+    with only_json_on_stdout(json):
         one = jobs.status(experiment)
     if json:
         return print(jsonlib.dumps(one))
@@ -220,7 +221,7 @@ def cancel(experiment: Experiment = None, json: Json = False) -> None:
     """
     from nemo_cpt.launching import jobs
 
-    with _only_json_on_stdout(json):
+    with only_json_on_stdout(json):
         cancelled = jobs.cancel(experiment)
     if json:
         return print(jsonlib.dumps(cancelled))
@@ -230,7 +231,7 @@ def cancel(experiment: Experiment = None, json: Json = False) -> None:
 
 
 @contextlib.contextmanager
-def _only_json_on_stdout(json: bool) -> Iterator[None]:
+def only_json_on_stdout(json: bool) -> Iterator[None]:
     """With --json, let what is printed within, NeMo-Run's panels and the job's log, go to stderr."""
     # What scripts read from stdout is one object, whatever NeMo-Run prints.
     with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():

@@ -7,7 +7,7 @@ import typer
 
 from nemo_cpt.cli import app
 from nemo_cpt.cli.launch import PANEL, Json
-from nemo_cpt.cli.tables import print_json, print_table
+from nemo_cpt.cli.tables import print_json, print_table, size_of
 from nemo_cpt.errors import CptError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def ls(
     if json:
         return print_json({"runs": found})
     rows = [
-        (each["name"], each["state"], _steps(each), _change(each), _size(each["size"]), each["newest"] or "-")
+        (each["name"], each["state"], _steps(each), _change(each), size_of(each["size"]), each["newest"] or "-")
         for each in found
     ]
     print_table(("run", "state", "step", "validation losses", "size", "newest checkpoint"), rows)
@@ -61,8 +61,8 @@ def rm(
         gone = [{"path": str(each.path), "why": each.why, "size": each.size} for each in removals]
         return print_json({"removed": yes, "checkpoints": gone})
     for each in removals:
-        print(f"{each.path} ({_size(each.size)}, {each.why})")
-    total = _size(sum(each.size for each in removals))
+        print(f"{each.path} ({size_of(each.size)}, {each.why})")
+    total = size_of(sum(each.size for each in removals))
     if not removals:
         print(f"{chosen.folder}: nothing to remove")
     else:
@@ -104,7 +104,7 @@ def _print_checkpoints(run: "Run", json: bool) -> None:
         return print_json({"run": str(run.folder), "state": run.state, "checkpoints": found})
     print(f"{run.folder}: {run.state}, step {run.step} of {run.max_steps or 'unknown'}")
     rows = [
-        (each["name"], str(each["step"]), _losses(each["losses"]), _size(each["size"]), each["state"], _note(each))
+        (each["name"], str(each["step"]), _losses(each["losses"]), size_of(each["size"]), each["state"], _note(each))
         for each in found
     ]
     print_table(("checkpoint", "step", "validation losses", "size", "state", "note"), rows)
@@ -128,7 +128,3 @@ def _change(run: dict[str, Any]) -> str:
     first = run["first_losses"]
     return ", ".join(f"{name} {first[name]:.4f} -> {loss:.4f}" if name in first else f"{name} {loss:.4f}"
                      for name, loss in run["losses"].items()) or "-"  # fmt: skip
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:,.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:,.1f} MB"

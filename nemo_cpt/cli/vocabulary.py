@@ -28,6 +28,7 @@ def train_command(
     inputs: Inputs,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make.")],
     vocabulary_size: Annotated[int, typer.Option(help="Ids in all; rounded up, see --multiple-of.")] = 32_000,
+    kind: Annotated[str, typer.Option(help="bpe or unigram, both over bytes.")] = "bpe",
     weight: Annotated[
         list[float] | None,
         typer.Option(help="Of each input in its turn, in what is learnt from."),
@@ -38,7 +39,7 @@ def train_command(
     sample_mb: Annotated[int, typer.Option(min=1, help="Megabytes of text that are learnt from at most.")] = 128,
     json: Json = False,
 ) -> None:
-    """Train a byte-level BPE tokenizer, for a model from scratch."""
+    """Train a tokenizer, byte-level BPE or Unigram, for a model from scratch."""
     from nemo_cpt.vocabulary import train
 
     if weight and (len(weight) != len(inputs) or len(set(inputs)) < len(inputs)):
@@ -49,6 +50,7 @@ def train_command(
         dict(zip(inputs, weight, strict=True)) if weight else inputs,
         output,
         vocabulary_size,
+        kind=kind,
         special=special or [],
         json_key=json_key,
         multiple_of=multiple_of,

@@ -1,8 +1,10 @@
 """Commands of `nemo-cpt`: looking at runs."""
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,6 +12,10 @@ from nemo_cpt.cli import app
 from nemo_cpt.cli.launch import PANEL, Json
 from nemo_cpt.cli.results import RESULTS, Directory
 from nemo_cpt.cli.tables import print_json
+from nemo_cpt.errors import CptError
+
+if TYPE_CHECKING:
+    from nemo_cpt.watching.following import Follower
 
 
 @app.command(rich_help_panel=PANEL)
@@ -20,18 +26,38 @@ def watch(
 ) -> None:
     """Watch a run until it ends: progress, speed, losses, what is gained and forgotten. Ctrl-C leaves the run alone.
 
-    It reads the run's files alone, so that it works for jobs elsewhere that share the file system. Ends with 0 where
-    the run is finished, with 75 where it was stopped and has saved, with 2 where it failed.
+    On a terminal the key l goes to the raw log and back, and q ends watching as Ctrl-C does. It reads the run's files
+    alone, so that it works for jobs elsewhere that share the file system. Ends with 0 where the run is finished, with
+    75 where it was stopped and has saved, with 2 where it failed.
     """
-    from nemo_cpt.launching import results
     from nemo_cpt.watching import following
+    from nemo_cpt.watching.terminal import shows_views
 
-    folder = results.run(run, directory).folder if run else following.newest_run(directory)
     try:
-        ended = following.follow(following.Follower(folder), live=sys.stdout.isatty() and not plain)
+        with _follower(run, directory) as follower:
+            ended = following.follow(follower, live=shows_views(sys.stdout) and not plain)
     except KeyboardInterrupt:
         raise typer.Exit from None
     following.check_ended_well(ended)
+
+
+@contextlib.contextmanager
+def _follower(run: str | None, directory: Path) -> Iterator["Follower"]:
+    """Of a run here, else of one that was submitted from here over SSH."""
+    from nemo_cpt.launching import results
+    from nemo_cpt.watching import following
+
+    try:
+        folder = results.run(run, directory).folder if run else following.newest_run(directory)
+    except CptError:
+        from nemo_cpt.watching import remote
+
+        if (reached := remote.find(run)) is None:
+            raise
+        with remote.connected(reached) as follower:
+            yield follower
+    else:
+        yield following.Follower(folder)
 
 
 @app.command(rich_help_panel=PANEL)

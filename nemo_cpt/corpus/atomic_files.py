@@ -1,6 +1,7 @@
 """Writing files so that they are complete or absent, by one process at a time."""
 
 import fcntl
+import hashlib
 import os
 import time
 from collections.abc import Iterator
@@ -116,3 +117,9 @@ def write_whole(path: Path, data: bytes) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise CptError(f"Cannot write {path}: {error.strerror}.") from error
+
+
+def hash_of(path: Path, algorithm: str = "sha256") -> str:
+    """Return a file's checksum in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()

@@ -6,12 +6,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nemo_cpt.checkpoint.architecture import read_json
+from nemo_cpt.checkpoint.architecture import context_length, read_json
 from nemo_cpt.errors import CptError
 from nemo_cpt.inference import Engine, hugging_face_folder, open_engine
 from nemo_cpt.inference.asked_as import end_ids, has_chat_template, reply_warnings
 from nemo_cpt.inference.models import check_model, folder_key
 from nemo_cpt.training.run_folder import checkpoints
+from nemo_cpt.urls import is_address
 
 Say = Callable[[str], None]
 
@@ -36,7 +37,7 @@ class Candidate:
     @property
     def is_endpoint(self) -> bool:
         """Whether it is asked over HTTP."""
-        return self.model.startswith(("http://", "https://"))
+        return is_address(self.model)
 
     @cached_property
     def folder(self) -> Path:
@@ -71,7 +72,7 @@ class Candidate:
     @cached_property
     def context_length(self) -> int | None:
         """Tokens of its context; None for an endpoint."""
-        return None if self.is_endpoint else read_json(self.folder / "config.json").get("max_position_embeddings")
+        return None if self.is_endpoint else context_length(read_json(self.folder / "config.json"))
 
     @cached_property
     def has_chat_template(self) -> bool:
@@ -94,7 +95,7 @@ def find_candidates(
     """
     if (model is None) == (run is None):
         raise CptError("name either a model to evaluate, or a run whose checkpoints are (--checkpoints RUN)")
-    for each in (model, against):
+    for each in (model, against):  # both, before one is exported
         if each is not None:
             check_model(each)
     before = [Candidate("before", str(against), options, 0, say)] if against is not None else []

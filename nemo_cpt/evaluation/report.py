@@ -10,7 +10,7 @@ from typing import Any
 from nemo_cpt.corpus.atomic_files import write_whole
 from nemo_cpt.evaluation.bootstrap import Row
 from nemo_cpt.evaluation.comparison import Report
-from nemo_cpt.evaluation.page import details, finite, head, image, png, table, table_row
+from nemo_cpt.page import details, finite, head, image, png, table, table_row
 
 COLUMNS = ("set", "measure", "before", "after", "difference", "95 % interval", "")
 PLOTTED = ("bits per byte", "replies in ", "exact match", "character F1", "BLEU", "chrF", "ROUGE-L", "benchmark")

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from threading import Event
@@ -46,17 +46,32 @@ class EndpointEngine:
         # What is shown and kept, in reports and journals too; the client alone has a password that stands in it.
         self.url, self.concurrency, self.retries, self.limited = public_url(address), concurrency, retries, limited
         self.client = openai.OpenAI(base_url=address, api_key=api_key or NO_KEY, timeout=timeout, max_retries=retries)
+        self._has_answered = False
         self.model = model or self._only_model()
         self.name = f"{self.model} at {self.url}"
 
     def _only_model(self) -> str:
         try:
-            models = [each.id for each in self.client.models.list()]
+            models = [each.id for each in self._answer_of(lambda client: client.models.list())]
         except (openai.OpenAIError, httpx.HTTPError, ValueError, TypeError) as error:
             raise _endpoint_error(self.url, error) from error
         if len(models) != 1:
             raise CptError(f"{self.url} serves {', '.join(models) or 'no model'}: name the one to ask")
         return models[0]
+
+    def _answer_of(self, ask: Callable[[openai.OpenAI], Any]) -> Any:
+        """What a request returns. Where nobody has answered yet, a connection that is refused is not tried again."""
+        if self._has_answered or not self.retries:
+            return ask(self.client)
+        try:
+            found = ask(self.client.with_options(max_retries=0))
+        except (openai.APIConnectionError, openai.APIStatusError) as error:
+            # Nobody listens there, or the host is unknown: a server that is busy, or restarts, says otherwise.
+            if isinstance(error.__cause__, httpx.ConnectError) or not _may_pass(error):
+                raise
+            found = ask(self.client)
+        self._has_answered = True
+        return found
 
     def room(self, prompt: Prompt) -> int | None:
         """None: how a server's tokens count is its own matter; it answers what does not fit with an error."""
@@ -158,15 +173,21 @@ class EndpointEngine:
         if sampling.repetition_penalty != 1:
             settings["extra_body"]["repetition_penalty"] = sampling.repetition_penalty
         if isinstance(prompt, str):
-            return self.client.completions.create(prompt=prompt, **settings)
+            return self._answer_of(lambda client: client.completions.create(prompt=prompt, **settings))
         check_messages(prompt)
-        return self.client.chat.completions.create(
-            messages=cast(Any, list(cast(Sequence[Message], prompt))), **settings
-        )
+        messages = cast(Any, list(cast(Sequence[Message], prompt)))
+        return self._answer_of(lambda client: client.chat.completions.create(messages=messages, **settings))
 
     def close(self) -> None:
         """Close the connections."""
         self.client.close()
+
+
+def _may_pass(error: openai.APIError) -> bool:
+    """Whether OpenAI's client would ask again."""
+    return (
+        not isinstance(error, openai.APIStatusError) or error.status_code in (408, 409, 429) or error.status_code > 499
+    )
 
 
 class EndpointError(CptError):

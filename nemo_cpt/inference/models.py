@@ -14,6 +14,7 @@ from nemo_cpt.errors import CptError, near_paths
 from nemo_cpt.inference.asked_as import check_template_choice, reply_warnings, template_text
 from nemo_cpt.inference.engine import Engine
 from nemo_cpt.training.run_folder import Checkpoint, newest_whole
+from nemo_cpt.urls import is_address
 
 if TYPE_CHECKING:
     from nemo_cpt.inference.transformers_engine import TransformersEngine
@@ -61,7 +62,7 @@ def open_engine(
         CptError: there is no such model, it cannot be loaded, or the endpoint does not answer.
     """
     # Before anything is looked for on the disk: an address is never a path.
-    if str(model).startswith(("http://", "https://")):
+    if is_address(str(model)):
         from nemo_cpt.inference.endpoint import EndpointEngine
 
         if options:
@@ -120,8 +121,8 @@ def find_model(
     Raises:
         CptError: there is no model at `model`, or it cannot be exported.
     """
+    check_model(model)
     path = Path(model)
-    check_model(path)
     # In this order: an imported base holds `hf/config.json`, not one of its own.
     if (path / "config.json").is_file():
         return Found(path, str(path))
@@ -131,18 +132,23 @@ def find_model(
 
 
 def check_model(model: str | Path) -> None:
-    """Raise CptError unless there is a model at a path, or it is an address; nothing of it is read."""
-    if str(model).startswith(("http://", "https://")):
+    """Refuse a path that is no model's, at once: whoever opens several looks at all of them first; addresses pass.
+
+    Raises:
+        CptError: nothing is there, or something else.
+    """
+    if is_address(str(model)):
         return
     path = Path(model)
     if not path.exists():
         raise CptError(f"there is no model at {model}{near_paths(path) or _advice(str(model))}")
-    if not ((path / "config.json").is_file() or (path / "weights").is_dir() or (path / "checkpoints").is_dir()):
-        found = ", ".join(sorted(each.name for each in path.iterdir())[:6]) if path.is_dir() else "a file"
-        raise CptError(
-            f"{path} is neither a Hugging Face folder (config.json) nor a NeMo checkpoint (weights/) nor a run's "
-            f"folder (checkpoints/); it holds {found or 'nothing'}"
-        )
+    if (path / "config.json").is_file() or (path / "weights").is_dir() or (path / "checkpoints").is_dir():
+        return
+    found = ", ".join(sorted(each.name for each in path.iterdir())[:6]) if path.is_dir() else "a file"
+    raise CptError(
+        f"{path} is neither a Hugging Face folder (config.json) nor a NeMo checkpoint (weights/) nor a run's folder "
+        f"(checkpoints/); it holds {found or 'nothing'}"
+    )
 
 
 def _of_run(run: Path, base: str | Path | None, say: Callable[[str], None]) -> Found:

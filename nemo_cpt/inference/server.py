@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from nemo_cpt.errors import CptError
 from nemo_cpt.inference import decoding
 from nemo_cpt.inference.engine import ContextError, Piece
+from nemo_cpt.inference.hosts import LOCAL_HOSTS, name_of
 from nemo_cpt.inference.protocol import (
     ApiError,
     ChatForm,
@@ -46,6 +47,7 @@ SECONDS_TO_FINISH = 30  # replies that have begun when the server is told to sto
 def make_app(
     engine: TransformersEngine, *, served_as: str, api_key: str | None = None, most_waiting: int = 256,
     most_rows: int = MOST_ROWS, batch_tokens: int = BATCH_TOKENS, nemo_api: bool = False,
+    hosts: frozenset[str] | None = frozenset(LOCAL_HOSTS),
 ) -> FastAPI:  # fmt: skip
     """The server's application.
 
@@ -57,6 +59,7 @@ def make_app(
         most_rows: requests in the batch at once.
         batch_tokens: tokens of prompts and replies that the batch may come to hold; sets the memory of keys and values.
         nemo_api: answer `PUT /generate` too.
+        hosts: the names that requests may go by (`hosts.names_to_answer`); None for every name.
     """
     scheduler = Scheduler(engine.decoder(), most_rows, batch_tokens, most_waiting)
     metrics = _Metrics(scheduler)
@@ -70,7 +73,7 @@ def make_app(
 
     # No docs pages: they load scripts from another host.
     app = FastAPI(title="nemo-cpt serve", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(_Guard, api_key=api_key, answers=metrics.answers)
+    app.add_middleware(_Guard, api_key=api_key, hosts=hosts, answers=metrics.answers)
     for kind, explain in _EXPLANATIONS.items():
         app.exception_handler(kind)(explain)
     app.get("/health")(service.health)
@@ -119,10 +122,12 @@ class _Metrics:
 
 
 class _Guard:
-    """Before each request: its key and its size. After it: a count, and an answer where the server itself failed."""
+    """Before each request: its host, its key, its size. After it: a count, and an answer where the server failed."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None, answers: prometheus.Counter) -> None:
-        self.app, self.api_key, self.answers = app, api_key, answers
+    def __init__(
+        self, app: ASGIApp, api_key: str | None, hosts: frozenset[str] | None, answers: prometheus.Counter
+    ) -> None:
+        self.app, self.api_key, self.hosts, self.answers = app, api_key, hosts, answers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -152,6 +157,12 @@ class _Guard:
             )
 
     def _check(self, request: Request) -> None:
+        host = request.headers.get("host", "")
+        if self.hosts is not None and name_of(host) not in self.hosts:
+            raise ApiError(
+                403, f"this server is not asked as {host!r}: serve --allowed-host NAME adds a name",
+                code="host_not_allowed",
+            )  # fmt: skip
         if self.api_key is not None and request.url.path not in OPEN_PATHS:
             kind, _, given = request.headers.get("authorization", "").partition(" ")
             # In constant time: how long a comparison takes must not tell how much of a key was right.

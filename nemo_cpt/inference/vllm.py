@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_cpt.cache import cache_folder
-from nemo_cpt.checkpoint.architecture import read_json
+from nemo_cpt.checkpoint.architecture import context_length, read_json
 from nemo_cpt.errors import CptError
 from nemo_cpt.inference.asked_as import template_text
 
@@ -48,7 +48,7 @@ class VllmServer:
             "--served-model-name": self.served_as,
             "--host": self.host,
             "--port": self.port,
-            "--max-model-len": config["max_position_embeddings"],
+            "--max-model-len": context_length(config),
             # Its own choice for weights in fp32 is fp16, in which models that were trained in bf16 overflow.
             "--dtype": config.get("dtype") or config.get("torch_dtype") or "bfloat16",
             "--generation-config": folder,  # every token that ends a reply

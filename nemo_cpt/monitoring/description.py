@@ -18,6 +18,7 @@ import lightning.pytorch as pl
 import torch
 from nemo.utils import AppState
 
+from nemo_cpt.constants import MARKER
 from nemo_cpt.conversations.dataset import is_conversations
 from nemo_cpt.corpus.atomic_files import write_whole
 from nemo_cpt.corpus.dataset.index import read_index
@@ -86,6 +87,8 @@ def describe(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, An
         "plan": _plan(recipe),
         "versions": installed_versions(PACKAGES),
         "launched": plain(launched),
+        # Where its log is: the launcher's folder of the task, which a container's host has under another name.
+        "logs": str(Path(os.environ[MARKER]).parent) if MARKER in os.environ else None,
         "configuration": _configuration(recipe),
     }
 

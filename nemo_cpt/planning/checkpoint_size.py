@@ -25,6 +25,7 @@ def _workload(arch: Architecture) -> Workload:
         tied=arch.tie_word_embeddings,
         qkv_bias=arch.qkv_bias,
         qk_norm=arch.qk_norm,
+        gated=not arch.like_gpt2,
     )
 
 

@@ -209,3 +209,5 @@ def _left_out(recipe: Any, config: Any) -> Iterator[str]:
         yield "activation offloading (cpu_offloading)"
     if _get(config, "add_bias_linear", False):
         yield "biases of linear layers"
+    if _get(config, "position_embedding_type", "rope") == "learned_absolute":
+        yield "learnt positions"

@@ -198,9 +198,10 @@ def first_new_row(tokenizer: Path, steps: int) -> int:
         CptError: it has not grown.
     """
     from nemo_cpt.corpus.tokenization.tokenizer_files import read_object
-    from nemo_cpt.vocabulary.byte_level import RECORD
+    from nemo_cpt.vocabulary.byte_level import FIRST_ROW, RECORD
 
-    first = read_object(tokenizer / RECORD).get("from", {}).get("vocabulary_size", 0)
+    record = read_object(tokenizer / RECORD)
+    first = record.get(FIRST_ROW) or record.get("from", {}).get("vocabulary_size", 0)
     if not first:
         raise CptError(
             f"grown_rows_first is {steps}, and the tokenizer in {tokenizer} has not grown (it has no {RECORD}): leave "

@@ -18,7 +18,8 @@ from nemo_cpt.corpus.tokenization.tokenizer import Tokenizer, load_tokenizer
 from nemo_cpt.corpus.tokenization.tokenizer_files import read_object
 from nemo_cpt.errors import CptError
 
-RECORD = "grown.json"  # in a grown tokenizer's folder: what it grew from
+RECORD = "grown.json"  # in a grown tokenizer's folder: what it grew from, and that from
+FIRST_ROW = "first_row"  # in a grown model's: at which its own growth began
 Pair = tuple[str, str]
 
 
@@ -106,22 +107,22 @@ def ancestor(grown: ByteLevelBPE, vocabulary_size: int, merges: int) -> dict[str
     return grown.content | {"model": model | {"vocab": old, "merges": model["merges"][:merges]}}
 
 
-def before_growth(folder: Path) -> Tokenizer | None:
-    """The tokenizer that the one in a folder grew from; None where it did not grow."""
+def before_growth(folder: Path) -> Iterator[Tokenizer]:
+    """The tokenizers that the one in a folder grew from, the nearest first; none where it did not grow."""
     record = read_object(folder / RECORD).get("from")
-    if not record:
-        return None
-    grown = read_byte_level(str(folder))
-    content = ancestor(grown, record["vocabulary_size"], record["merges"])
-    entries = content.get("added_tokens") or ()
-    size = len(content["model"]["vocab"].keys() | {entry["content"] for entry in entries})
-    return replace(
-        grown.described,
-        name=record["name"],
-        vocabulary_size=size,
-        definition=orjson.dumps(content).decode(),
-        loaded=None,
-    )
+    grown = read_byte_level(str(folder)) if record else None
+    while record and grown:
+        content = ancestor(grown, record["vocabulary_size"], record["merges"])
+        entries = content.get("added_tokens") or ()
+        size = len(content["model"]["vocab"].keys() | {entry["content"] for entry in entries})
+        yield replace(
+            grown.described,
+            name=record["name"],
+            vocabulary_size=size,
+            definition=orjson.dumps(content).decode(),
+            loaded=None,
+        )
+        record = record.get("from")
 
 
 def grew_from(grown: ByteLevelBPE, base: ByteLevelBPE) -> str | None:

@@ -15,7 +15,7 @@ import orjson
 
 from nemo_cpt.corpus.reading.sources import Inputs
 from nemo_cpt.corpus.tokenization.tokenizer import load_tokenizer
-from nemo_cpt.corpus.tokenization.tokenizer_files import ADDED, CONFIG, DEFINITION, SPECIAL_MAP
+from nemo_cpt.corpus.tokenization.tokenizer_files import ADDED, CONFIG, DEFINITION, SPECIAL_MAP, read_object
 from nemo_cpt.errors import CptError
 from nemo_cpt.vocabulary.byte_level import RECORD, ByteLevelBPE, grew_from, read_byte_level
 from nemo_cpt.vocabulary.folders import check_free, new_folder
@@ -222,12 +222,15 @@ def grown_definition(base: ByteLevelBPE, merges: Sequence[Merge]) -> dict[str, A
 
 
 def _record(base: ByteLevelBPE, merges: Sequence[Merge], words: Words) -> dict[str, Any]:
+    # Of a base that had grown itself, whose data stay valid as well.
+    earlier = {"from": before} if (before := read_object(Path(base.described.folder, RECORD)).get("from")) else {}
     return {
         "from": {
             "name": base.described.name,
             "sha256": base.described.sha256,
             "vocabulary_size": base.size,
             "merges": len(base.merges),
+            **earlier,
         },
         "tokens": len(merges),
         "scripts": list(words.scripts),

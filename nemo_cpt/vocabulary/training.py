@@ -1,4 +1,4 @@
-"""A tokenizer of one's own: byte-level BPE, learnt from weighted corpora by Hugging Face's library."""
+"""A tokenizer of one's own: byte-level BPE or Unigram, learnt from weighted corpora by Hugging Face's library."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ CHAT = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")  # of the temp
 RESERVED = 8  # tokens without a use, for which a trained model has rows when one is needed
 SAMPLE_BYTES = 128 * 2**20
 MAX_BYTES = 24  # of a token: 8 characters of Japanese, 24 letters
+KINDS = ("bpe", "unigram")
+_NEVER = -1e6  # a special token's score: its name in a text that is to be taken for text is spelled in other tokens
 # Japanese and Chinese write no blanks: a run of one script is a word there, or a whole clause would become a token.
 # Ranges, since fastokens takes \p{Han} and its like for something else than Hugging Face's library.
 UNSPACED = r"[㐀-䶿一-鿿々〆]+|[ぁ-ゟ]+|[゠-ヿ]+"
@@ -37,6 +39,7 @@ class TrainReport:
 
     Attributes:
         output: the folder that was made.
+        kind: one of `KINDS`.
         vocabulary_size: ids in all.
         special: the special tokens, which have the first ids.
         learnt_from: bytes of each corpus, as its share in the learning was.
@@ -46,6 +49,7 @@ class TrainReport:
     """
 
     output: str
+    kind: str
     vocabulary_size: int
     special: tuple[str, ...]
     learnt_from: dict[str, int]
@@ -63,13 +67,14 @@ def train(
     output: str | Path,
     vocabulary_size: int = 32_000,
     *,
+    kind: str = "bpe",
     special: Sequence[str] = (),
     json_key: str = "text",
     multiple_of: int = MULTIPLE_OF,
     sample_bytes: int = SAMPLE_BYTES,
     say: Callable[[str], None] = lambda line: None,
 ) -> TrainReport:
-    """Train a byte-level BPE tokenizer.
+    """Train a byte-level tokenizer.
 
     The special tokens are in the model's vocabulary, at the first ids: the beginning, the end, padding, those of the
     chat template llama3, `special`, and some in reserve. The same corpora give the same tokenizer, in whatever order
@@ -79,6 +84,8 @@ def train(
         corpora: inputs as `prepare` takes them; as a mapping, each with its weight in what is learnt from.
         output: the folder to make; must not exist.
         vocabulary_size: ids in all, rounded up to `multiple_of`.
+        kind: "bpe", or "unigram" (Kudo, arXiv 1804.10959): tokens by their probability, over bytes too, so that every
+            text comes back. fastokens does not know it, and it cannot be grown.
         special: further special tokens.
         json_key: the field that holds the text.
         multiple_of: what the vocabulary's size shall be a multiple of, 128 times the tensor-parallel size.
@@ -86,14 +93,16 @@ def train(
         say: called with a line about each stage.
 
     Raises:
-        CptError: a corpus is missing, unreadable, or too small for so many tokens; a weight or a size is impossible; a
-            special token is named twice; `output` exists. Nothing is left at `output` then.
+        CptError: a corpus is missing, unreadable, or too small for so many tokens; a weight or a size is impossible;
+            there is no such kind; a special token is named twice; `output` exists. Nothing is left at `output` then.
     """
     start = time.monotonic()
     output, reserved = Path(output), [f"<|reserved_special_token_{number}|>" for number in range(RESERVED)]
     tokens = [BOS, EOS, PAD, *CHAT, *special, *reserved]
     # A multiple of 0 is refused below, in words and not by the division.
     size = -(-vocabulary_size // max(multiple_of, 1)) * multiple_of
+    if kind not in KINDS:
+        raise CptError(f"kind is {kind!r}; it can be {', '.join(KINDS)}")
     _check_arguments(corpora, output, tokens, vocabulary_size, size, multiple_of, sample_bytes)
     if isinstance(corpora, Mapping):
         samples = _weighted(corpora, json_key, sample_bytes)
@@ -101,7 +110,7 @@ def train(
         samples = {"text": draw(corpora, json_key, sample_bytes)}
     for name, sample in samples.items():
         say(f"{name}: {len(sample.texts):,} of {sample.seen:,} documents, {sample.nbytes / 1e6:,.1f} MB")
-    backend = _train([text for sample in samples.values() for text in sample.texts], tokens, size)
+    backend = _train([text for sample in samples.values() for text in sample.texts], tokens, size, kind)
     # The library stops early without a word, and the model is made for the size that was asked for.
     if backend.get_vocab_size() < size:
         raise CptError(
@@ -112,6 +121,7 @@ def train(
     held_out = {name: sample.held_out for name, sample in samples.items() if sample.held_out}
     return TrainReport(
         output=str(output),
+        kind=kind,
         vocabulary_size=size,
         special=tuple(tokens),
         learnt_from={name: sample.nbytes for name, sample in samples.items()},
@@ -173,10 +183,10 @@ def _cut(sample: Sample, nbytes: float) -> None:
     sample.texts, sample.nbytes = kept, total
 
 
-def _train(texts: Sequence[str], special: Sequence[str], size: int) -> Any:
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+def _train(texts: Sequence[str], special: Sequence[str], size: int, kind: str) -> Any:
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = Tokenizer(models.Unigram() if kind == "unigram" else models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(UNSPACED), "isolated"),
@@ -185,19 +195,42 @@ def _train(texts: Sequence[str], special: Sequence[str], size: int) -> Any:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=list(special),
-        # Every byte, seen or not, so that no text is unknown; sorted, since they come in no order of their own.
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        max_token_length=MAX_BYTES,
-        min_frequency=2,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(texts, _trainer(special, size, kind))
     begin = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, special.index(BOS))])
     tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), begin])
-    return tokenizer
+    if kind == "bpe":
+        return tokenizer
+    content = orjson.loads(tokenizer.to_str())
+    pieces = settled(content["model"]["vocab"][len(special) :])
+    content["model"]["vocab"] = [*((token, _NEVER) for token in special), *pieces]
+    return Tokenizer.from_str(orjson.dumps(content).decode())
+
+
+def settled(pieces: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
+    """Unigram's tokens with their scores, without what chance put there.
+
+    The library sums in another order each time, which shows in the last digits and in the order of equals, and draws
+    the order of the bytes that it adds below all others.
+    """
+    lowest = min(score for token, score in pieces if len(token) > 1)
+    # No longer token is below the lowest of them: only bytes are lifted.
+    scores = [(token, round(max(score, lowest), 6)) for token, score in pieces]
+    return sorted(scores, key=lambda each: (-each[1], each[0]))
+
+
+def _trainer(special: Sequence[str], size: int, kind: str) -> Any:
+    from tokenizers import pre_tokenizers, trainers
+
+    common = {
+        "vocab_size": size,
+        "special_tokens": list(special),
+        # Every byte, seen or not, so that no text is unknown; sorted, since they come in no order of their own.
+        "initial_alphabet": sorted(pre_tokenizers.ByteLevel.alphabet()),
+        "show_progress": False,
+    }
+    if kind == "unigram":
+        return trainers.UnigramTrainer(max_piece_length=MAX_BYTES, **common)
+    return trainers.BpeTrainer(max_token_length=MAX_BYTES, min_frequency=2, **common)
 
 
 def _write(backend: Any, output: Path) -> None:

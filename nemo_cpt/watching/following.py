@@ -4,20 +4,23 @@ import contextlib
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from nemo_cpt.errors import CptError, StoppedEarlyError
+from nemo_cpt.executors.nemo_run_patches import newest_log
 from nemo_cpt.launching.results import Run, runs
 from nemo_cpt.training.metrics import END_FILE, METRICS_FILE, RUN_FILE, MetricsReader
 from nemo_cpt.training.run_folder import checkpoints
 from nemo_cpt.training.run_lock import read_owner
 from nemo_cpt.watching.record import TRAIN_LOSS, Record, record
-from nemo_cpt.watching.view import Snapshot, lines, render
+from nemo_cpt.watching.screen import screen_on
+from nemo_cpt.watching.view import Snapshot, lines
 
 POLL_SECONDS = 0.5
+UNDERWAY = ("queued", "starting", "running")
 QUIET_SECONDS = 5.0  # without anything new, after which it is asked whether the job lives
 RANK_0_LOG = "nemo_log_globalrank-0_localrank-0.txt"  # NeMo's own, in the run's folder
 _WARNING = re.compile(r"\[NeMo W (\S+ \S+) [^\]]*\]\s*(.*)")
@@ -38,13 +41,14 @@ class Follower:
         self._record = Record(folder, self._reader)
         self._stamps: tuple[float, ...] = ()
         self._alive, self._asked = True, -QUIET_SECONDS
-        self._log = _LogWarnings(folder / RANK_0_LOG)
+        self._warnings = _LogWarnings(folder / RANK_0_LOG)
+        self._printed: tuple[float, Path | None] | None = None  # of a start: the job's log
 
     def snapshot(self, log: Path | None = None) -> Snapshot:
         """The run as it is now.
 
         Args:
-            log: the job's raw log, to name it.
+            log: the job's raw log; where nothing is given, the one that the run itself names.
         """
         stamps = tuple(_changed(self.folder / name) for name in (METRICS_FILE, RUN_FILE, END_FILE))
         # Twice a second, maybe for days: while the files stand still nothing is parsed.
@@ -59,10 +63,24 @@ class Follower:
             state=state,
             message=message,
             saved=[each.path.name for each in checkpoints(self.folder / "checkpoints")] if begun else (),
-            warnings=own + self._log.since(self._record) if begun else (),
-            log=str(log or ""),
+            warnings=own + self._warnings.since(self._record) if begun else (),
+            log=str(log or (self._log() if begun else None) or ""),
             seconds=None if begun else time.monotonic() - self._since,
+            trouble=self._trouble(),
         )
+
+    def _trouble(self) -> str:
+        """Why what is known may be old."""
+        return ""
+
+    def _log(self) -> Path | None:
+        """What the job prints, where its folder is in sight from here; else what NeMo logs."""
+        # Looked for once a start: the folder may hold a whole checkout.
+        if self._printed is None or self._printed[0] != self._stamps[1]:
+            folder = self._record.description.get("logs")
+            self._printed = self._stamps[1], newest_log(Path(folder)) if folder else None
+        own = self.folder / RANK_0_LOG
+        return self._printed[1] or (own if own.is_file() else None)
 
     def _state(self) -> tuple[str, str]:
         if (end := self._record.end) and not self._has_started_again(end["time"]):
@@ -137,58 +155,41 @@ def follow(follower: Follower, live: bool) -> Snapshot:
     Args:
         follower: of the run.
         live: as a view that changes in its place; else as lines.
+
+    Raises:
+        KeyboardInterrupt: the view was left, by Ctrl-C or by its key.
     """
-    if live:
-        with live_view(sys.stdout) as view:
-            return _until_the_end(follower, lambda shown, before: view.show(shown))
+    if not live:
+        return _until_the_end(follower, _print_new, time.sleep)
+    with screen_on(sys.stdout, sys.stdin, may_leave=True) as screen:
 
-    def print_new(shown: Snapshot, before: Snapshot | None) -> None:
-        for line in lines(shown, before):
-            print(line, flush=True)
+        def wait(seconds: float) -> None:
+            screen.wait(seconds)
+            if screen.left:
+                raise KeyboardInterrupt
 
-    return _until_the_end(follower, print_new)
+        ended = _until_the_end(follower, lambda shown, before: screen.show(shown), wait)
+        screen.end(ended)
+        return ended
 
 
-def _until_the_end(follower: Follower, show: Callable[[Snapshot, Snapshot | None], None]) -> Snapshot:
+def _print_new(shown: Snapshot, before: Snapshot | None) -> None:
+    for line in lines(shown, before):
+        print(line, flush=True)
+
+
+def _until_the_end(
+    follower: Follower, show: Callable[[Snapshot, Snapshot | None], None], wait: Callable[[float], None]
+) -> Snapshot:
     before = None
     while True:
         with contextlib.suppress(FileNotFoundError):  # a checkpoint that was removed while it was looked at
             shown = follower.snapshot()
             show(shown, before)
-            if shown.state not in ("running", "starting"):
+            if shown.state not in UNDERWAY:
                 return shown
             before = shown
-        time.sleep(POLL_SECONDS)
-
-
-class View:
-    """A place on the terminal that shows what it was given last; see `live_view`."""
-
-    def __init__(self, live: Any) -> None:
-        self._live = live
-        self._drawn: Snapshot | None = None
-
-    def show(self, shown: Snapshot) -> None:
-        """Draw a moment in the place of the last one, if it is another."""
-        if self._drawn is None or shown.record is not self._drawn.record or shown != self._drawn:
-            self._live.update(render(shown), refresh=True)
-            self._drawn = shown
-
-    def above(self, line: str) -> None:
-        """Print a line above the view."""
-        self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-@contextlib.contextmanager
-def live_view(output: Any) -> Iterator[View]:
-    """A view on a terminal, which stays there as it was last."""
-    from rich.console import Console
-    from rich.live import Live
-
-    console = Console(file=output)
-    # Drawn when something is new; what else is printed meanwhile is for `launch_view` to sort.
-    with Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False) as live:
-        yield View(live)
+        wait(POLL_SECONDS)
 
 
 def check_ended_well(shown: Snapshot) -> None:

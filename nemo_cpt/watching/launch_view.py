@@ -15,7 +15,8 @@ from pathlib import Path
 from nemo_cpt.executors.nemo_run_patches import newest_log
 from nemo_cpt.executors.stopping import STOPPING
 from nemo_cpt.output import WithoutReaders
-from nemo_cpt.watching.following import POLL_SECONDS, Follower, live_view
+from nemo_cpt.watching.following import POLL_SECONDS, Follower
+from nemo_cpt.watching.screen import screen_on
 
 OURS = (STOPPING, "experiment ", "nemo_cpt: ")  # beginnings of lines
 
@@ -33,25 +34,27 @@ def launch_view(folder: Path) -> Iterator[Callable[[Path], None]]:
     def log() -> Path | None:
         return newest_log(experiment[0]) if experiment else None
 
-    with live_view(WithoutReaders(sys.stdout)) as view:  # whose job outlives its terminal
+    # Of a job that outlives its terminal. To leave the view would be to stop the job: that is Ctrl-C alone.
+    with screen_on(WithoutReaders(sys.stdout), sys.stdin, may_leave=False) as screen:
         ended = threading.Event()
 
         def draw() -> None:
-            while not ended.wait(POLL_SECONDS):
+            while not ended.is_set():
                 with contextlib.suppress(FileNotFoundError):  # a checkpoint that was removed while it was looked at
-                    view.show(follower.snapshot(log()))
+                    screen.show(follower.snapshot(log()))
+                screen.wait(POLL_SECONDS)
 
-        view.show(follower.snapshot())
         thread = threading.Thread(target=draw, daemon=True, name="view")
         thread.start()
         try:
-            with contextlib.redirect_stdout(_Said(view.above)):
+            with contextlib.redirect_stdout(_Said(screen.above)):
                 yield experiment.append
         finally:
             ended.set()
+            screen.keys.wake()
             thread.join()
             last = follower.snapshot(log())
-            view.show(replace(last, state="ended", seconds=None) if last.state in ("starting", "running") else last)
+            screen.end(replace(last, state="ended", seconds=None) if last.state in ("starting", "running") else last)
 
 
 class _Said(io.TextIOBase):

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from nemo_cpt.evaluation.page import png
+from nemo_cpt.page import png
 from nemo_cpt.training.metrics import LOSS
 from nemo_cpt.watching.record import GPU_MEMORY, TRAIN_LOSS, Record
 

@@ -9,9 +9,9 @@ from typing import Any
 from nemo_cpt import catalog
 from nemo_cpt.corpus.atomic_files import make_folder, write_whole
 from nemo_cpt.errors import CptError
-from nemo_cpt.evaluation.page import details, finite, head, image, table, table_row
 from nemo_cpt.launching.results import Run, every_checkpoint, size
 from nemo_cpt.monitoring.forgetting import Change, set_name
+from nemo_cpt.page import details, finite, head, image, table, table_row
 from nemo_cpt.watching.plots import pictures
 from nemo_cpt.watching.record import GPU_MEMORY, TRAIN_LOSS, Record
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 MARKS = {"worse": ("forgotten", "red"), "better": ("gained", "green"), "": ("", "dim")}
 STATES = {
     "running": "cyan",
+    "queued": "yellow",
     "starting": "yellow",
     "finished": "green",
     "ended early": "green",
@@ -26,12 +27,13 @@ class Snapshot:
 
     Attributes:
         record: what its files say.
-        state: starting, running, finished, ended early, stopped, failed or killed.
+        state: queued, starting, running, finished, ended early, stopped, failed or killed.
         message: what its end said; empty while it goes on.
         saved: its checkpoints' names, the newest first.
         warnings: of the run itself and of its log, the newest last.
         log: where the raw log is; empty where that is not known.
         seconds: since the job was started, while it has not measured anything.
+        trouble: why all this may be old; empty where it is not.
     """
 
     record: Record
@@ -41,10 +43,16 @@ class Snapshot:
     warnings: Sequence[str] = field(default=())
     log: str = ""
     seconds: float | None = None
+    trouble: str = ""
 
 
-def render(shown: Snapshot) -> "RenderableType":
-    """The live view: seven lines and one a validation set."""
+def render(shown: Snapshot, hint: str = "") -> "RenderableType":
+    """The live view: seven lines and one a validation set.
+
+    Args:
+        shown: the run.
+        hint: which keys do what.
+    """
     from rich.console import Group
     from rich.progress_bar import ProgressBar
     from rich.table import Table
@@ -67,12 +75,16 @@ def render(shown: Snapshot) -> "RenderableType":
     if shown.saved:
         parts.append(Text.assemble(("saved ", "dim"), f"{len(shown.saved)}, the newest {shown.saved[0]}"))
     parts += [Text(line, style="yellow", overflow="ellipsis", no_wrap=True) for line in _folded(shown.warnings)]
+    if shown.trouble:
+        parts.append(Text(f"! {shown.trouble}", style="yellow", overflow="fold"))
     if shown.seconds is not None:
         parts.append(Text(f"importing NeMo and building the model, {shown.seconds:.0f} s", style="dim"))
     if shown.message:
         parts.append(Text(shown.message))
     if shown.log:
         parts.append(Text.assemble(("log ", "dim"), shown.log, overflow="fold"))
+    if hint:
+        parts.append(Text(hint, style="dim"))
     return Group(*parts)
 
 
@@ -141,6 +153,8 @@ def duration(seconds: float) -> str:
 def lines(shown: Snapshot, before: Snapshot | None) -> Iterator[str]:
     """What is new since an earlier moment, as lines for a log: steps, validations, checkpoints, warnings, the end."""
     record, known = shown.record, before.record.step if before else -1
+    if before is not None and bool(before.trouble) != bool(shown.trouble):
+        yield f"warning: {shown.trouble}" if shown.trouble else "heard of again"
     if before is None or before.state != shown.state:
         yield f"{record.name}: {shown.state}" + (f": {shown.message}" if shown.message else "")
     if record.step != known and record.metrics:

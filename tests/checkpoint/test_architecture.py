@@ -52,6 +52,40 @@ def test_refused_or_what_transformers_takes(model_type: str, fields: dict[str, A
     assert theirs.hidden_act == "silu"
 
 
+GPT2_GIVEN = {
+    "n_inner": [200],
+    "n_positions": [512],
+    "layer_norm_epsilon": [1e-6],
+    "tie_word_embeddings": [True, False],
+    "activation_function": ["gelu_new", "gelu_pytorch_tanh", "gelu", "relu"],
+    "resid_pdrop": [0.0, 0.1],
+    "scale_attn_by_inverse_layer_idx": [False, True],
+    "reorder_and_upcast_attn": [False, True],
+    "rope_theta": [500000.0],
+    "num_key_value_heads": [2],
+    "n_ctx": [7],
+}
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for name, values in GPT2_GIVEN.items()}))
+def test_gpt2_is_refused_or_what_transformers_takes(fields: dict[str, Any]) -> None:
+    config = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 256, **fields}
+    try:
+        arch = parse_config(config, "config.json")
+    except CptError:
+        other = fields.get("activation_function", "gelu_new") not in ("gelu_new", "gelu_pytorch_tanh")
+        assert other or fields.keys() & {"resid_pdrop", *(name for name in fields if fields[name] is True)}
+        return
+    theirs = AutoConfig.for_model(**config)
+    assert (arch.hidden_size, arch.num_hidden_layers, arch.num_attention_heads) == (64, 2, 4)
+    assert (arch.num_key_value_heads, arch.head_dim, arch.rope_theta) == (4, 16, 10000.0)
+    assert arch.intermediate_size == (theirs.n_inner or 256)
+    assert (arch.max_position_embeddings, arch.rms_norm_eps) == (theirs.n_positions, theirs.layer_norm_epsilon)
+    assert arch.tie_word_embeddings == theirs.tie_word_embeddings
+    assert theirs.resid_pdrop == (0.1 if "resid_pdrop" not in fields else 0)
+
+
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
 def test_null_is_not_left_out(model_type: str) -> None:
     config = {"model_type": model_type, **SIZES}

@@ -193,6 +193,17 @@ def test_other_architectures_and_no_config(hf: Path) -> None:
     _refuse_import(hf, r"config\.json does not exist")
 
 
+def test_a_bare_gpt2_is_refused_with_the_cure(tmp_path: Path) -> None:
+    hf = models.make("gpt2", tmp_path / "hf")
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in models.tensors(hf).items()}
+    for path in hf.glob("model*"):
+        path.unlink()
+    save_file(bare, hf / "model.safetensors")
+    _refuse_import(hf, "Save it once with transformers' GPT2LMHeadModel")
+    models.make("gpt2", tmp_path / "dropout", attn_pdrop=0.1)
+    _refuse_import(tmp_path / "dropout", "'attn_pdrop' with value 0.1 is refused")
+
+
 def test_no_tokenizer(hf: Path) -> None:
     (hf / "tokenizer.json").unlink()
     _refuse_import(hf, "holds no tokenizer")

@@ -12,10 +12,11 @@ from nemo_cpt.checkpoint import export_hf, grow_model, import_hf
 from nemo_cpt.errors import CptError
 from nemo_cpt.vocabulary import grow
 from nemo_cpt.vocabulary.byte_level import read_byte_level
+from nemo_cpt.vocabulary.similarity import similar_tokens
 from tests.support import small_models as models
 from tests.vocabulary.conftest import CORPUS, small_base, texts
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, HEAD, OF_GPT2 = "model.embed_tokens.weight", "lm_head.weight", "transformer.wte.weight"
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def small_files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("spare", [0, 30, 2000])
-@pytest.mark.parametrize("shape", ["llama31", "llama32", "qwen2", "mistral"])
+@pytest.mark.parametrize("shape", ["llama31", "llama32", "qwen2", "mistral", "gpt2"])
 def test_old_rows_keep_their_bits_and_new_ones_are_means(
     shape: str, spare: int, tokenizers: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -69,10 +70,10 @@ def test_old_rows_keep_their_bits_and_new_ones_are_means(
                 expected = tensor[parts].float().mean(0).to(tensor.dtype)
                 torch.testing.assert_close(after[name][number], expected, rtol=1e-2, atol=1e-4)
     assert backend.get_vocab_size() == report.old_tokens
-    assert report.grown == ((EMBEDDING,) if HEAD not in before else (EMBEDDING, HEAD))
+    assert report.grown == tuple(name for name in (EMBEDDING, OF_GPT2, HEAD) if name in before)
 
 
-@pytest.mark.parametrize("shape", ["linear_rope", "qwen25"])  # in fp32, with an output layer and with tied rows
+@pytest.mark.parametrize("shape", ["linear_rope", "qwen25", "gpt2"])  # in fp32, with an output layer, with tied rows
 def test_logits_of_old_tokens_are_the_same_to_the_last_bit(
     shape: str, tokenizers: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -116,14 +117,27 @@ def test_a_nemo_checkpoint_becomes_what_the_grown_model_is_imported_as(
 def test_other_initialisations(tokenizers: tuple[Path, Path], tmp_path: Path) -> None:
     source, first = make("llama31", tmp_path / "hf", tokenizers[0]), read_byte_level(str(tokenizers[0])).size
     new = {}
-    for kind in ("mean", "noise", "zero"):
-        grow_model(source, tmp_path / kind, tokenizers[1], initialisation=kind)
+    for kind in ("mean", "noise", "zero", "focus"):
+        corpus = str(CORPUS / "ja.jsonl") if kind == "focus" else None
+        report = grow_model(source, tmp_path / kind, tokenizers[1], initialisation=kind, corpus=corpus)
         new[kind] = models.tensors(tmp_path / kind)[EMBEDDING][first:].float()
     spread = float(models.tensors(source)[EMBEDDING].float().std())
     assert not new["zero"].any()
     assert float((new["noise"] - new["mean"]).std()) == pytest.approx(0.05 * spread, rel=0.1)
-    with pytest.raises(CptError, match="it can be mean, noise, zero"):
+    old, grown = map(read_byte_level, map(str, tokenizers))
+    alike = similar_tokens(old, grown, str(CORPUS / "ja.jsonl"))
+    assert report.by_similarity == len(alike) > 50
+    rows = models.tensors(source)[EMBEDDING].float()
+    for number, row in enumerate(new["focus"], first):
+        expected = torch.from_numpy(alike[number].weights) @ rows[alike[number].ids] if number in alike else None
+        torch.testing.assert_close(
+            row, new["mean"][number - first] if expected is None else expected, rtol=1e-2, atol=1e-3
+        )
+    with pytest.raises(CptError, match="it can be mean, noise, zero, focus"):
         grow_model(source, tmp_path / "other", tokenizers[1], initialisation="best")
+    for kind, corpus in (("focus", None), ("mean", "ja.jsonl")):
+        with pytest.raises(CptError, match="focus, and no other, is learnt from a corpus"):
+            grow_model(source, tmp_path / "other", tokenizers[1], initialisation=kind, corpus=corpus)
 
 
 def test_what_does_not_belong_together_is_refused_and_leaves_nothing(
@@ -153,6 +167,23 @@ def test_what_does_not_belong_together_is_refused_and_leaves_nothing(
     assert not list(tmp_path.glob(".dest*"))
 
 
+def test_an_instructed_models_template_and_ends_are_not_taken_away_by_its_bases_tokenizer(
+    tokenizers: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base, grown = tokenizers
+    source = make("llama32", tmp_path / "hf", base)
+    template, config = source / "chat_template.jinja", source / "tokenizer_config.json"
+    template.write_text("{{ bos_token }}{{ messages }}")
+    with pytest.raises(CptError, match="would take its chat template away"):
+        grow_model(source, tmp_path / "dest", grown)
+    template.unlink()  # of which the grown one may have one
+    grow_model(source, tmp_path / "kept", grown)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token": "<|eot_id|>"}))
+    with pytest.raises(CptError, match=r"would take its eos_token '<\|eot_id\|>' away"):
+        grow_model(source, tmp_path / "dest", grown)
+    assert not (tmp_path / "dest").exists()
+
+
 def test_the_command(tokenizers: tuple[Path, Path], tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
@@ -163,3 +194,7 @@ def test_the_command(tokenizers: tuple[Path, Path], tmp_path: Path) -> None:
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0
     assert json.loads(done.stdout)["grown"] == [EMBEDDING]
+    alike = ["--initialisation", "focus", "--corpus", str(CORPUS / "ja.jsonl"), "--json"]
+    done = CliRunner().invoke(app, [*arguments[:-2], str(tmp_path / "alike"), *alike])
+    assert done.exit_code == 0
+    assert json.loads(done.stdout)["by_similarity"] > 50

@@ -26,7 +26,7 @@ def _build(nemo: Path) -> Any:
     return fdl.build(description).configure_model(tokenizer=None, pre_process=True, post_process=True)
 
 
-@pytest.mark.parametrize("shape", ["llama31", "llama32", "qwen2", "qwen3"])
+@pytest.mark.parametrize("shape", ["llama31", "llama32", "qwen2", "qwen3", "gpt2"])
 def test_transformer_engine_layers_read_the_import(shape: str, tmp_path: Path) -> None:
     from megatron.core import dist_checkpointing
 

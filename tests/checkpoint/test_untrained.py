@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_cpt.checkpoint import export_hf, make_untrained
-from nemo_cpt.checkpoint.untrained import SIZES
+from nemo_cpt.checkpoint.untrained import SHAPES, SIZES
 from nemo_cpt.compatibility import read_base
 from nemo_cpt.errors import CptError
 from nemo_cpt.training.preconditions import check_base
@@ -22,8 +22,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_base(tmp_path_factory.mktemp("small") / "tokenizer")
 
 
-def test_it_is_a_base_whose_loss_is_that_of_a_guess(tokenizer: Path, tmp_path: Path) -> None:
-    report = make_untrained(tmp_path / "base", tokenizer, "tiny")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_is_a_base_whose_loss_is_that_of_a_guess(shape: str, tokenizer: Path, tmp_path: Path) -> None:
+    report = make_untrained(tmp_path / "base", tokenizer, "tiny", shape=shape)
     check_base(tmp_path / "base")
     assert read_base(tmp_path / "base").rows == report.vocabulary_size == 703
     export_hf(tmp_path / "base", tmp_path / "hf")
@@ -38,14 +39,15 @@ def test_it_is_a_base_whose_loss_is_that_of_a_guess(tokenizer: Path, tmp_path: P
     assert (model.generation_config.eos_token_id, model.config.eos_token_id) == (loaded.eos_token_id,) * 2
 
 
-def test_weights_spread_as_gpt2s(tokenizer: Path, tmp_path: Path) -> None:
-    make_untrained(tmp_path / "base", tokenizer, "tiny")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_weights_spread_as_gpt2s(shape: str, tokenizer: Path, tmp_path: Path) -> None:
+    make_untrained(tmp_path / "base", tokenizer, "tiny", shape=shape)
     export_hf(tmp_path / "base", tmp_path / "hf")
     for name, tensor in models.tensors(tmp_path / "hf").items():
         if tensor.dim() == 1:
-            assert torch.equal(tensor, torch.ones_like(tensor))
+            assert torch.equal(tensor, torch.full_like(tensor, 0 if name.endswith(".bias") else 1)), name
             continue
-        residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+        residual = name.endswith(("o_proj.weight", "down_proj.weight", "c_proj.weight"))
         assert float(tensor.float().std()) == pytest.approx(0.02 / (8**0.5 if residual else 1), rel=0.03), name
 
 
@@ -70,6 +72,8 @@ def test_sizes_are_what_their_names_say() -> None:
 def test_what_cannot_be_made(tokenizer: Path, tmp_path: Path) -> None:
     with pytest.raises(CptError, match=r"it can be tiny, 124M, 350M, 1\.3B"):
         make_untrained(tmp_path / "base", tokenizer, "7B")
+    with pytest.raises(CptError, match="it can be llama, gpt2"):
+        make_untrained(tmp_path / "base", tokenizer, "tiny", shape="gpt3")
     with pytest.raises(CptError, match="nemo-cpt tokenizer train makes one"):
         make_untrained(tmp_path / "base", tmp_path / "nowhere", "tiny")
     for wrong in ({"seed": -1}, {"max_position_embeddings": 0}):

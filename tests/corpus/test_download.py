@@ -13,7 +13,7 @@ import pytest
 import nemo_cpt.corpus
 from nemo_cpt.corpus import fetch
 from nemo_cpt.corpus.atomic_files import locked
-from nemo_cpt.corpus.fetching.fetch import CHECKSUMS, LOCK, URLS
+from nemo_cpt.corpus.fetching.download import CHECKSUMS, LOCK, URLS
 from nemo_cpt.corpus.fetching.known_corpora import CORPORA
 from nemo_cpt.errors import CptError
 from tests.support.crashes import killed_at, lines_of

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nemo_cpt.corpus import fetch
-from nemo_cpt.corpus.fetching.fetch import ATTEMPTS, CHECKSUMS, URLS
+from nemo_cpt.corpus.fetching.download import ATTEMPTS, CHECKSUMS, URLS
 from nemo_cpt.errors import CptError
 from tests.support.servers import serving
 

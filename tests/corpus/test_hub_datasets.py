@@ -14,7 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from nemo_cpt.corpus.fetching.fetch import CHECKSUMS, URLS
+from nemo_cpt.corpus.fetching.download import CHECKSUMS, URLS
 from tests.support.corpus_helpers import same_files, write_jsonl, write_reference
 from tests.support.servers import serving
 

@@ -9,8 +9,9 @@ import nemo_run as run
 import pytest
 from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 
+from nemo_cpt.constants import MARKER
 from nemo_cpt.executors import local, nemo_run_patches, supervisor
-from nemo_cpt.executors.runner import MARKER, REFUSAL
+from nemo_cpt.executors.runner import REFUSAL
 from nemo_cpt.output import WithoutReaders, send_nowhere
 from tests.support.executor_jobs import wait_until
 

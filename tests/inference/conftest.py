@@ -9,6 +9,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -27,6 +29,7 @@ SHAPES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "mistral_window": (MistralConfig, MistralForCausalLM, {"sliding_window": 12}),
     "long_context": (LlamaConfig, LlamaForCausalLM, {"max_position_embeddings": 65_536, "eos_token_id": None}),
     "qwen2_tied": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True}),
+    "gpt2": (GPT2Config, GPT2LMHeadModel, {}),
 }
 
 

@@ -197,6 +197,21 @@ def test_serve_answers_and_ends_in_good_order(make_model: Callable[[str], Path])
     assert "completions" not in logged
 
 
+@pytest.mark.parametrize("words", [["serve", "nowhere"], ["chat", "{model}", "--against", "nowhere"]])
+def test_a_path_that_is_no_models_is_known_before_a_model_is_loaded(
+    make_model: Callable[[str], Path], words: list[str]
+) -> None:
+    given = [each.format(model=make_model("llama")) for each in words]
+    code = (
+        f"import sys; sys.argv = {['nemo-cpt', *given]!r}\nimport atexit\n"
+        "atexit.register(lambda: print('torch' in sys.modules))\n"
+        "from nemo_cpt.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "False\n"), done.stderr
+    assert "there is no model at nowhere" in done.stderr
+
+
 def test_serve_refuses() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -1,5 +1,6 @@
 """What becomes of replies when the server behind an address is slow, fails, breaks off or speaks another language."""
 
+import socket
 import threading
 
 import pytest
@@ -30,6 +31,32 @@ def test_what_may_pass_is_tried_again(fault: Fault) -> None:
         ((index, reply),) = EndpointEngine(server.url, retries=1).generate([HELLO], Sampling())
     assert (index, reply.text, reply.prompt_tokens, reply.completion_tokens) == (0, "はい、どうぞ。", 100, 10)
     assert len(server.asked) == 2
+
+
+@pytest.mark.parametrize("fault", ["503", "hang up"])
+def test_a_server_that_is_busy_at_the_first_contact_is_asked_again(fault: Fault) -> None:
+    def answer(body: Body, number: int) -> str:
+        if number == 1:
+            raise FaultError(fault)
+        return "はい。"
+
+    with ChatServer(answer) as server:
+        ((_, reply),) = EndpointEngine(server.url, "named").generate([HELLO], Sampling())
+    assert (reply.text, len(server.asked)) == ("はい。", 2)
+
+
+def test_where_nobody_listens_the_first_contact_is_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wait(seconds: float) -> None:
+        raise AssertionError(f"it waits {seconds} s to try again")
+
+    monkeypatch.setattr("time.sleep", wait)
+    with socket.socket() as nobodys:
+        nobodys.bind(("127.0.0.1", 0))  # and does not listen
+        url = f"http://127.0.0.1:{nobodys.getsockname()[1]}"
+        with pytest.raises(CptError, match=r"does not answer .*refused.*: is the server running there"):
+            EndpointEngine(url)
+        with pytest.raises(CptError, match=r"does not answer .*refused"):
+            list(EndpointEngine(url, "named").stream(HELLO, Sampling()))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import uvicorn
 
 from nemo_cpt.errors import CptError
 from nemo_cpt.inference import Sampling, open_engine
+from nemo_cpt.inference.hosts import LOCAL_HOSTS, names_to_answer
 from nemo_cpt.inference.server import MOST_BYTES, make_app
 from nemo_cpt.inference.transformers_engine import TransformersEngine
 
@@ -206,6 +207,28 @@ def test_other_origins_and_bodies_without_a_length_are_refused(url: str) -> None
     assert endless.status_code == 413
 
 
+def test_a_page_whose_name_leads_here_gets_no_answer(engine: TransformersEngine) -> None:
+    """DNS rebinding: to the browser the server is then of the page's own origin."""
+    names = names_to_answer("127.0.0.1", ["Models.example.org"])
+    asked = {
+        "127.0.0.1": 200, "localhost:{port}": 200, "[::1]:{port}": 200, "LOCALHOST.": 200, "models.example.org:80": 200,
+        "evil.example:{port}": 403, "127.0.0.1.evil.example": 403, "localhost.evil.example": 403, "": 403,
+    }  # fmt: skip
+    with serving(engine, hosts=names) as url:
+        for name, status in asked.items():
+            answer = httpx.get(f"{url}/v1/models", headers={"Host": name.format(port=url.rpartition(":")[2])})
+            assert answer.status_code == status, name
+            assert status == 200 or answer.json()["error"]["code"] == "host_not_allowed"
+        preflight = {"Host": "evil.example", "Origin": "http://evil.example"}
+        assert httpx.options(f"{url}/v1/completions", headers=preflight).status_code == 403
+
+
+def test_by_which_names_a_server_is_asked() -> None:
+    assert names_to_answer("0.0.0.0", []) is None  # no machine knows all of its names; there requests carry a key
+    assert names_to_answer("0.0.0.0", ["gpu1"]) == {*LOCAL_HOSTS, "0.0.0.0", "gpu1"}
+    assert "10.0.0.7" in (names_to_answer("10.0.0.7", []) or ())
+
+
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
 def test_the_curl_line_of_2023_as_it_stands(url: str) -> None:
     """Of the wiki page by which people asked NeMo's server, but for the port."""
@@ -287,7 +310,7 @@ def test_a_client_that_hangs_up_leaves_the_batch(engine: TransformersEngine, mon
             body = {"prompt": "a", "max_tokens": 200, "temperature": 0, "min_tokens": 200, "stream": stream}
             with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as raw:
                 content = json.dumps(body).encode()
-                head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n"
+                head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n"
                 raw.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + content)
                 gate.reached.wait()
             gate.open.set()

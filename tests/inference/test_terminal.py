@@ -1,67 +1,15 @@
 """`nemo-cpt chat` on a terminal: keys, Ctrl-C, wide characters; driven through a pseudo-terminal."""
 
-import os
-import pty
-import re
-import select
-import signal
-import subprocess
 import sys
-import termios
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.chat_server import Body, ChatServer
+from tests.support.terminals import Terminal
 
 COMMAND = [sys.executable, "-m", "nemo_cpt.cli", "chat"]
-SECONDS = 120  # in which the command says something; no test depends on how soon
-
-
-class Terminal:
-    """A command on a terminal of 24 lines and 80 columns."""
-
-    def __init__(self, *arguments: str) -> None:
-        self.master, slave = pty.openpty()
-        termios.tcsetwinsize(slave, (24, 80))
-        environment = os.environ | {"TERM": "xterm", "NO_COLOR": "1", "PROMPT_TOOLKIT_NO_CPR": "1"}
-        self.process = subprocess.Popen(
-            [*COMMAND, *arguments], stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True,
-            preexec_fn=lambda: os.close(os.open(os.ttyname(slave), os.O_RDWR)),  # its terminal, whose Ctrl-C it gets
-        )  # fmt: skip
-        os.close(slave)
-        self.shown = ""
-
-    def type(self, keys: str) -> None:
-        """Press keys at the prompt; only then is the terminal in the mode for it."""
-        self.until(">")
-        self.press(keys)
-
-    def press(self, keys: str) -> None:
-        os.write(self.master, keys.encode())
-
-    def until(self, pattern: str) -> str:
-        """Read on until a pattern is shown; return what was read up to its end."""
-        while (found := re.search(pattern, self.shown)) is None:
-            ready, _, _ = select.select([self.master], [], [], SECONDS)
-            assert ready, f"{pattern!r} is not in {self.shown!r}"
-            try:
-                chunk = os.read(self.master, 65536)
-            except OSError:  # Linux' EOF of a terminal
-                raise AssertionError(f"it ended before {pattern!r}: {self.shown!r}") from None
-            self.shown += re.sub(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[=>]|\r", "", chunk.decode(errors="replace"))
-        read, self.shown = self.shown[: found.end()], self.shown[found.end() :]
-        return read
-
-    def ends(self) -> int:
-        """The exit code."""
-        try:
-            while select.select([self.master], [], [], SECONDS)[0] and os.read(self.master, 65536):
-                pass
-        except OSError:
-            pass
-        return self.process.wait(SECONDS)
 
 
 @pytest.fixture
@@ -69,15 +17,12 @@ def on_terminal() -> Iterator[Callable[..., Terminal]]:
     started: list[Terminal] = []
 
     def start(*arguments: str) -> Terminal:
-        started.append(Terminal(*arguments))
+        started.append(Terminal([*COMMAND, *arguments]))
         return started[-1]
 
     yield start
     for each in started:
-        if each.process.poll() is None:
-            each.process.send_signal(signal.SIGKILL)
-            each.process.wait()
-        os.close(each.master)
+        each.close()
 
 
 def echo(body: Body, number: int) -> str:

@@ -12,12 +12,14 @@ from nemo_cpt import catalog
 from nemo_cpt.catalog.matching import recipes_for
 from nemo_cpt.checkpoint import make_untrained
 from nemo_cpt.checkpoint.provenance import read_provenance
+from nemo_cpt.compatibility import check_model, read_base
 from nemo_cpt.corpus import Blend, prepare
 from nemo_cpt.doctor import Examination, inputs
 from nemo_cpt.errors import CptError
 from nemo_cpt.launching import yaml_file
 from nemo_cpt.launching.description import describe
-from nemo_cpt.recipes import gpt
+from nemo_cpt.planning import recipe_reader
+from nemo_cpt.recipes import continual, gpt
 from nemo_cpt.vocabulary import train
 from tests.training import jobs
 from tests.vocabulary.conftest import CORPUS
@@ -30,6 +32,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     languages = [str(CORPUS / f"{language}.jsonl") for language in ("ja", "en")]
     train(languages, folder / "tokenizer", 1024)
     make_untrained(folder / "base", folder / "tokenizer", "tiny")
+    make_untrained(folder / "gpt2", folder / "tokenizer", "tiny", shape="gpt2", max_position_embeddings=128)
     for part, text in zip(("train", "validation"), languages, strict=True):
         prepare(text, folder / part, folder / "tokenizer", workers=1, quiet=True)
     return folder
@@ -88,30 +91,60 @@ def test_the_launcher_knows_the_steps_and_a_base_of_another_size(
     assert fits.startswith(said)
 
 
-def _train(work: Path) -> None:
+def test_learnt_positions_are_the_bases_and_no_sequence_is_longer(work: Path, tmp_path: Path) -> None:
+    from nemo_run.core.serialization.yaml import YamlSerializer
+
+    made = gpt.pretrain(str(work / "gpt2"), blend(work), seq_length=64)
+    assert (made.data.seq_length, made.model.config.seq_length) == (64, 128)
+    assert check_model(read_base(work / "gpt2"), made.model.config) == []
+    (tmp_path / "recipe.yaml").write_text(YamlSerializer().serialize(made))
+    assert yaml_file.load(tmp_path / "recipe.yaml") == made
+    assert {"biases of linear layers", "learnt positions"} <= set(recipe_reader.read(made).unmodelled)
+    with pytest.raises(CptError, match="has learnt 128 positions"):
+        gpt.pretrain(str(work / "gpt2"), blend(work), seq_length=256)
+    with pytest.raises(CptError, match="adapters on GPT-2's layers cannot be exported"):
+        continual.with_lora(made)
+    made.model.config.seq_length = 64
+    with pytest.raises(CptError, match=r"max_position_embeddings \(NeMo: seq_length\) is 64 in the recipe and 128"):
+        check_model(read_base(work / "gpt2"), made.model.config)
+    llama = gpt.pretrain(str(work / "base"), blend(work), seq_length=64)
+    for base, other in (("gpt2", llama), ("base", made)):
+        with pytest.raises(CptError, match="is not that of its base"):
+            check_model(read_base(work / base), other.model.config)
+
+
+def _train(work: Path, base: str) -> None:
     import nemo_run as run
 
     from nemo_cpt.training.cpu import on_cpu
 
     sizes: dict[str, Any] = {"seq_length": 64, "global_batch_size": 8, "micro_batch_size": 8, "max_steps": 30}
-    places = {"directory": str(work / "runs"), "val_check_interval": 30}
-    made = gpt.pretrain(str(work / "base"), blend(work), lr=3e-3, **sizes, **places)
+    places = {"directory": str(work / "runs"), "val_check_interval": 30, "name": base}
+    made = gpt.pretrain(str(work / base), blend(work), lr=3e-3, **sizes, **places)
     run.run(on_cpu(made), direct=True)
 
 
-def test_a_run_learns_from_random_weights_and_is_exported(work: Path) -> None:
+@pytest.mark.parametrize("base", ["base", "gpt2"])
+def test_a_run_learns_from_random_weights_and_is_exported(base: str, work: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from nemo_cpt.checkpoint import export_hf
+    from nemo_cpt.checkpoint import export_hf, verify
 
-    assert jobs.run(functools.partial(_train, work), log=work / "log") == 0, (work / "log").read_text()[-3000:]
-    lines = (work / "runs/gpt_124m/metrics/steps.jsonl").read_text().splitlines()
+    log = work / f"{base}.log"
+    assert jobs.run(functools.partial(_train, work, base), log=log) == 0, log.read_text()[-3000:]
+    lines = (work / "runs" / base / "metrics/steps.jsonl").read_text().splitlines()
     losses = [each["reduced_train_loss"] for each in map(json.loads, lines) if "reduced_train_loss" in each]
     assert losses[0] == pytest.approx(math.log(1024), abs=0.3)
     assert losses[-1] < losses[0] - 0.7
-    (last,) = (work / "runs/gpt_124m/checkpoints").glob("*-last")
-    export_hf(last, work / "hf")
-    assert read_provenance(work / "hf").from_scratch
-    assert len(read_provenance(work / "hf").trainings) == 1
-    model, tokenizer = (kind.from_pretrained(work / "hf") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    (last,) = (work / "runs" / base / "checkpoints").glob("*-last")
+    exported = work / f"{base}_hf"
+    export_hf(last, exported, dtype="float32")
+    assert read_provenance(exported).from_scratch
+    assert len(read_provenance(exported).trainings) == 1
+    model, tokenizer = (kind.from_pretrained(exported) for kind in (AutoModelForCausalLM, AutoTokenizer))
     assert model.get_input_embeddings().weight.shape[0] == len(tokenizer) == 1024
+    found = verify(last, exported)
+    assert found.identical
+    assert found.logits_difference is not None
+    assert found.logits_difference <= 1e-5 * (found.largest_logit or 0)
+    assert type(model).__name__ == {"base": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}[base]

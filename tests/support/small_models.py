@@ -6,6 +6,8 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -63,9 +65,15 @@ SHAPES = {
     "qwen2": (Qwen2Config, {"rope_theta": 1e6}, torch.bfloat16),
     "qwen25": (Qwen2Config, {"rope_theta": 1e6, "tie_word_embeddings": True}, torch.float32),
     "qwen3": (Qwen3Config, {"rope_theta": 1e6, "head_dim": 16}, torch.bfloat16),
+    "gpt2": (
+        GPT2Config,
+        {"n_inner": 80, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "tie_word_embeddings": True},
+        torch.float32,
+    ),
     "qwen3_tied": (Qwen3Config, {"rope_theta": 1e6, "head_dim": 20, "tie_word_embeddings": True}, torch.bfloat16),
 }
 _CLASSES = {
+    GPT2Config: GPT2LMHeadModel,
     LlamaConfig: LlamaForCausalLM,
     MistralConfig: MistralForCausalLM,
     Qwen2Config: Qwen2ForCausalLM,

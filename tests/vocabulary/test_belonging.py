@@ -11,6 +11,7 @@ from nemo_cpt.compatibility import check_data, check_tokenizer, read_base
 from nemo_cpt.corpus import prepare
 from nemo_cpt.errors import CptError
 from nemo_cpt.vocabulary import grow
+from nemo_cpt.vocabulary.byte_level import FIRST_ROW, RECORD
 from tests.checkpoint.test_growing import make
 from tests.vocabulary.conftest import CORPUS, small_base
 
@@ -38,6 +39,22 @@ def test_each_base_takes_its_own(work: Path) -> None:
 def test_older_data_are_valid_for_the_grown_model_and_said_to_be_wasteful(work: Path) -> None:
     (warning,) = check_data(read_base(work / "new"), [str(work / "ds" / "old")])
     assert "more tokens than they need" in warning
+
+
+def test_data_of_every_tokenizer_before_are_valid_for_one_that_grew_twice(work: Path, tmp_path: Path) -> None:
+    english = str(CORPUS / "en.jsonl")
+    (tmp_path / "ru.jsonl").write_text(json.dumps({"text": "привет мир, " * 40}) + "\n")
+    grow(str(work / "grown"), str(tmp_path / "ru.jsonl"), tmp_path / "twice", tokens=3, multiple_of=1, min_count=2)
+    grow_model(work / "old", tmp_path / "new", tmp_path / "twice")
+    # Where grown_rows_first begins: all of it is new to this model.
+    assert json.loads((tmp_path / "new" / "hf" / RECORD).read_text())[FIRST_ROW] == read_base(work / "old").rows
+    for name in ("old", "new"):
+        (warning,) = check_data(read_base(tmp_path / "new"), [str(work / "ds" / name)])
+        assert "more tokens than they need" in warning
+    prepare(english, tmp_path / "ds", tmp_path / "twice", workers=1, quiet=True)
+    assert check_data(read_base(tmp_path / "new"), [str(tmp_path / "ds")]) == []
+    with pytest.raises(CptError, match="which is not the base's"):
+        check_data(read_base(work / "new"), [str(tmp_path / "ds")])
 
 
 def test_newer_data_are_refused_by_the_older_model(work: Path) -> None:

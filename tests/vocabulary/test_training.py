@@ -1,14 +1,18 @@
 """A tokenizer learnt from corpora: byte-level, deterministic, special tokens in their places."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
 
+from nemo_cpt.checkpoint import make_untrained
+from nemo_cpt.compatibility import check_data, read_base
+from nemo_cpt.corpus import prepare
 from nemo_cpt.corpus.tokenization.tokenizer import FastEncoder, load_tokenizer
 from nemo_cpt.errors import CptError
 from nemo_cpt.vocabulary import grow, train
-from nemo_cpt.vocabulary.training import BOS, CHAT, EOS, MAX_BYTES, PAD
+from nemo_cpt.vocabulary.training import BOS, CHAT, EOS, MAX_BYTES, PAD, settled
 from nemo_cpt.vocabulary.words import script_of
 from tests.vocabulary.conftest import CORPUS, texts
 
@@ -53,6 +57,58 @@ def test_every_text_comes_back_and_the_fast_encoder_agrees(trained: Path) -> Non
     assert FastEncoder(described.definition, False).encode(documents)[0].tolist() == ids.tolist()
 
 
+@pytest.fixture(scope="module")
+def unigram(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unigram") / "t"
+    report = train({JA: 2, EN: 1}, folder, 2000, kind="unigram", special=["tool"])
+    assert (report.kind, report.vocabulary_size, report.round_trip_failures) == ("unigram", 2048, 0)
+    return folder
+
+
+def test_unigram_has_a_token_for_every_byte_and_every_text_comes_back(unigram: Path) -> None:
+    from transformers import AutoTokenizer
+
+    described = load_tokenizer(str(unigram))
+    reference, loaded = described.reference_encoder(), AutoTokenizer.from_pretrained(unigram)
+    assert len(loaded) == described.vocabulary_size == 2048
+    assert loaded.convert_tokens_to_ids([BOS, EOS, PAD, *CHAT, "tool"]) == list(range(7))
+    every_byte = "".join(map(chr, range(0x800))) + "\uffff\U00010000\U0010ffff\U000f0000"
+    for text in (*texts("ja"), *texts("en"), every_byte, "한국어 문장, 中文的句子。👩‍👩‍👧‍👦", "\r\n\t  x 12345 naïve "):
+        ids = reference.encode([text])[0].tolist()
+        assert reference.decode(ids) == text
+        assert loaded(text, add_special_tokens=False)["input_ids"] == ids
+    tokens = [loaded.convert_ids_to_tokens(number) for number in range(7, 2048)]
+    assert max(len(token) for token in tokens if not token.startswith("<|")) <= MAX_BYTES
+
+
+def test_a_special_tokens_name_that_is_taken_for_text_is_spelled_in_other_tokens(unigram: Path) -> None:
+    reference = load_tokenizer(str(unigram)).reference_encoder(split_special_tokens=True)
+    ids = reference.encode(["tool"])[0].tolist()
+    assert min(ids) > 6
+    assert reference.decode(ids) == "tool"
+
+
+def test_the_order_in_which_unigram_was_summed_does_not_show() -> None:
+    pieces = [("ab", -2.5), ("abc", -3.25), ("x", -3.0), ("abd", -3.25), ("b", -3.2501), ("a", -3.2502)]
+    chance = random.Random(0)
+    found = settled(pieces)
+    assert [token for token, _ in found] == ["ab", "x", "a", "abc", "abd", "b"]
+    for _ in range(20):
+        # Bytes that the library adds have one after the other, in an order of its own.
+        added = dict(zip(chance.sample("ab", 2), (-3.2501, -3.2502), strict=True))
+        noisy = [(token, added.get(token, score) + chance.uniform(-1e-14, 1e-14)) for token, score in pieces]
+        assert settled(chance.sample(noisy, len(noisy))) == found
+
+
+def test_unigram_is_prepared_with_and_has_rows_and_is_not_grown(unigram: Path, tmp_path: Path) -> None:
+    report = prepare(EN, tmp_path / "ds", unigram, workers=1, verify=5, quiet=True)
+    assert "tokenizers" in report.encoder
+    assert make_untrained(tmp_path / "base", unigram, "tiny").vocabulary_size == 2048
+    assert check_data(read_base(tmp_path / "base"), [str(tmp_path / "ds")]) == []
+    with pytest.raises(CptError, match="is Unigram: only byte-level BPE can be grown"):
+        grow(str(unigram), JA, tmp_path / "t", tokens=10)
+
+
 def test_no_token_is_a_clause(trained: Path) -> None:
     vocabulary = json.loads((trained / "tokenizer.json").read_text())["model"]["vocab"]
     assert max(len(token) for token in vocabulary if not token.startswith("<|")) <= MAX_BYTES
@@ -91,6 +147,8 @@ def test_it_can_be_grown(trained: Path, tmp_path: Path) -> None:
         ({"corpora": {}}, "no corpus"),
         ({"corpora": "nowhere.jsonl"}, "no input"),
         ({"multiple_of": 0}, "multiple_of is 0"),
+        ({"kind": "wordpiece"}, "it can be bpe, unigram"),
+        ({"kind": "unigram", "vocabulary_size": 100_000}, "the corpora give"),
     ],
 )
 def test_what_cannot_be_is_refused_and_leaves_nothing(changes: dict, message: str, tmp_path: Path) -> None:
@@ -108,4 +166,6 @@ def test_the_command(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, [*arguments, "--weight", "1", "--weight", "1"])
     assert done.exit_code == 0
     assert "640 ids" in done.stdout
+    unigram = ["tokenizer", "train", JA, "-o", str(tmp_path / "u"), "--vocabulary-size", "600", "--kind", "unigram"]
+    assert json.loads(CliRunner().invoke(app, [*unigram, "--json"]).stdout)["kind"] == "unigram"
     assert isinstance(CliRunner().invoke(app, [*arguments, "--weight", "1"]).exception, CptError)

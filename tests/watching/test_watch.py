@@ -5,10 +5,13 @@ import io
 import json
 import os
 import pty
+import shlex
 import signal
 import subprocess
 import sys
+import termios
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ from nemo_cpt.watching.following import RANK_0_LOG, Follower, newest_run
 from nemo_cpt.watching.view import Snapshot, duration, lines, render
 from tests.support import run_folders
 from tests.support.executor_jobs import held_by_another_process
+from tests.support.terminals import Terminal
 
 COMMAND = [sys.executable, "-m", "nemo_cpt.cli", "watch"]
 
@@ -166,6 +170,76 @@ def test_a_live_view_follows_the_run_and_ctrl_c_leaves_it_alone(folder: Path) ->
             os.close(controller)
             (folder / END_FILE).unlink(missing_ok=True)
             run_folders.measure(folder, 60)
+
+
+@pytest.fixture
+def on_terminal(folder: Path) -> Iterator[Callable[[list[str]], Terminal]]:
+    """Starts a command on a terminal, beside a job that holds the run."""
+    started: list[Terminal] = []
+
+    def start(command: list[str]) -> Terminal:
+        started.append(Terminal(command, cwd=folder.parents[1], columns=100))
+        return started[-1]
+
+    with held_by_another_process(folder):
+        yield start
+        for each in started:
+            each.close()
+
+
+def hears_keys(terminal: Terminal) -> bool:
+    return not terminal.modes[3] & (termios.ICANON | termios.ECHO)
+
+
+@pytest.mark.parametrize("ended_by", ["q", "\x03", signal.SIGTERM, "an error"])
+def test_a_key_goes_to_the_raw_log_and_back_and_the_terminal_is_left_as_it_was(
+    folder: Path, on_terminal: Callable[[list[str]], Terminal], ended_by: str | int
+) -> None:
+    log = folder / RANK_0_LOG
+    log.write_text("".join(f"line {number}\n" for number in range(500)) + "10 %\r100 % \x1b[31mred\x1b]0;title\x07\n")
+    terminal = on_terminal(COMMAND)
+    found = terminal.modes
+    terminal.until("step 60 of 100")
+    terminal.until("l: the log   q: leave, and the run goes on")
+    assert hears_keys(terminal)
+    terminal.press("\x1b[Cl")  # an arrow is no key of ours, whatever letter it ends in
+    shown = terminal.until("100 % red\n")
+    assert "line 499\n" in shown
+    assert "line 478\n" not in shown  # 24 lines are the terminal
+    with log.open("a") as file:
+        file.write("and one more\n")
+    terminal.until("and one more\n")
+    terminal.press("q")
+    terminal.until("step 60 of 100[\\s\\S]*q: leave")
+    if ended_by == "an error":
+        (folder / "metrics/run.json").write_text("[]")
+    else:
+        terminal.press(ended_by) if isinstance(ended_by, str) else terminal.process.send_signal(ended_by)
+    code = terminal.ends()
+    assert code == {"q": 0, "\x03": 0, "an error": 1}.get(str(ended_by), -signal.SIGTERM)
+    assert terminal.modes == found
+
+
+def test_ctrl_z_gives_the_terminal_back_and_fg_goes_on(
+    folder: Path, on_terminal: Callable[[list[str]], Terminal]
+) -> None:
+    (folder / RANK_0_LOG).write_text("a line of the log\n")
+    shell = on_terminal(["env", "PS1=ready> ", "sh", "-i"])
+    shell.press(f"{shlex.join(COMMAND)}\n")
+    shell.until("q: leave")
+    assert hears_keys(shell)
+    shell.press("\x1a")
+    shell.until("Stopped")
+    assert not hears_keys(shell)
+    shell.press("fg\n")
+    shell.until("step 60 of 100[\\s\\S]*q: leave")
+    shell.press("l")
+    shell.until("a line of the log")
+    shell.press("qq")
+    shell.until("ready> ")
+    shell.press("echo left with $?\n")
+    shell.until("left with 0")
+    assert not hears_keys(shell)
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,15 @@ def read_tokens(index: Index, document: int) -> Any:
     return np.fromfile(index.prefix + ".bin", dtype=index.dtype, count=count, offset=int(index.pointers[first]))
 
 
+def document_lengths(index: Index) -> Any:
+    """Return the tokens of each document, int64 of shape [documents]."""
+    import numpy as np
+
+    ends = np.concatenate(([0], np.cumsum(index.lengths, dtype=np.int64)))
+    # A document may have several sequences, or none: lengths of sequences are not lengths of documents.
+    return np.diff(ends[index.document_indices])
+
+
 def fingerprint(prefix: str | os.PathLike[str]) -> str:
     """Return a digest by which copies of a dataset are known, of its files' sizes, beginnings and ends.
 

@@ -5,7 +5,7 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_cpt.corpus.dataset.index import BLOCK, Index, max_token_id, read_index, read_tokens
+from nemo_cpt.corpus.dataset.index import BLOCK, Index, document_lengths, max_token_id, read_index, read_tokens
 from nemo_cpt.corpus.dataset.manifest import manifest_path, read_manifest
 from nemo_cpt.corpus.tokenization.tokenizer import Tokenizer, load_tokenizer
 from nemo_cpt.errors import CptError
@@ -85,7 +85,7 @@ def inspect(
             "vocabulary "
             f"of {size}: it was made with another tokenizer, or is corrupt."
         )
-    lengths = _document_lengths(index)
+    lengths = document_lengths(index)
     chosen = random.Random(seed).sample(range(index.documents), min(samples, index.documents))
     return Inspection(
         prefix=index.prefix,
@@ -127,15 +127,6 @@ def check_index(index: Index) -> None:
         boundaries = index.document_indices[begin : begin + BLOCK + 1]
         if (np.diff(boundaries) < 0).any() or index.document_indices[0] != 0:
             raise CptError(f"{index.prefix}.idx is corrupt: its document boundaries do not ascend from 0.")
-
-
-def _document_lengths(index: Index) -> Any:
-    """Return the tokens of each document, int64 of shape [documents]."""
-    import numpy as np
-
-    ends = np.concatenate(([0], np.cumsum(index.lengths, dtype=np.int64)))
-    # A document may have several sequences, or none: lengths of sequences are not lengths of documents.
-    return np.diff(ends[index.document_indices])
 
 
 def percentiles(lengths: Any) -> dict[int, int]:

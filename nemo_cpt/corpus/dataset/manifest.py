@@ -53,6 +53,7 @@ def describe_inputs(sources: list[Source], hashes: dict[str, str]) -> list[dict[
     """Return the manifest's entry for each input."""
     return [
         {"path": s.path, "kind": s.kind, "size": s.size, "mtime_ns": s.mtime_ns, "hash": hashes.get(str(number), "")}
+        | ({"start": s.start, "stop": s.stop} if s.is_range else {})
         for number, s in enumerate(sources)
     ]
 

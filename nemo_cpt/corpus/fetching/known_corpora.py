@@ -11,7 +11,7 @@ class Corpus:
     """A corpus to fetch.
 
     Attributes:
-        urls: Addresses of its files, or `hf:NAME` for a dataset of the Hugging Face hub.
+        urls: Addresses of its files, `hf:NAME` for a dataset of the Hugging Face hub, or a dump's name.
         note: What to do with it.
     """
 
@@ -29,7 +29,7 @@ CORPORA = {
         note="Wikinews in traditional Chinese; give the folder to prepare.",
     ),
     "wikimedia/enwiki": Corpus(
-        urls=("https://dumps.wikimedia.org/enwiki/latest/enwiki-latest-pages-articles.xml.bz2",),
-        note="The English Wikipedia as XML: `wikiextractor --json` makes the JSON lines to prepare.",
+        urls=("wikipedia:en@latest",),
+        note="The English Wikipedia of its latest dump, as JSON lines to prepare; `wikipedia:ja@latest` and so on.",
     ),
 }

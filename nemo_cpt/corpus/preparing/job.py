@@ -189,7 +189,7 @@ class Job:
         if task.last:
             self.inputs.append(ReadInput(source.stamp, task.hash))
             progress.source, progress.position, progress.before = task.source + 1, 0, ""
-        progress.read = sum(source.size for source in self.sources[: task.source]) + task.done
+        progress.read = sum(source.nbytes for source in self.sources[: task.source]) + task.done
         for number, count in encoded.special.items():
             progress.special[str(number)] = progress.special.get(str(number), 0) + count
         for name, count in encoded.counts.items():

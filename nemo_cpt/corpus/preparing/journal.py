@@ -177,6 +177,16 @@ class Journal:
         records = self._records()
         return len(records) > 1 and records[0]["job"] == self.job and records[-1]["progress"]["finished"]
 
+    def check(self) -> None:
+        """Check that one could go on with what is there.
+
+        Raises:
+            CptError: It belongs to another job.
+        """
+        records = self._records() if self.path.is_file() else []
+        if records and (obstacle := self._obstacle(records)):
+            raise CptError(obstacle)
+
     def _records(self) -> list[dict[str, Any]]:
         """Return the whole records: one that a crash tore, and all after it, do not count."""
         records, self._sound = [], 0
@@ -206,7 +216,7 @@ class Journal:
         return ""
 
     def _other_job(self, theirs: dict[str, Any]) -> str:
-        changed = [key for key in self.job if theirs.get(key) != self.job[key]]
+        changed = [key for key in self.job | theirs if theirs.get(key) != self.job.get(key)]
         return (
             f"{self.path} belongs to an unfinished job that differs in {', '.join(changed) or 'its format'}. "
             "Run that job again to finish it, take another output prefix, or discard it with overwrite=True "

@@ -4,7 +4,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
@@ -87,6 +87,7 @@ class Output(ABC):
         json_key: Name of the text's column where inputs have columns; None for all of them.
         split: Whether special tokens' names in a text are encoded as ordinary text.
         files: What workers write, see `journal.SIZES`.
+        part: It is a task's part of a dataset: it may be empty, and what was left out is for the whole to judge.
     """
 
     def __init__(
@@ -99,7 +100,9 @@ class Output(ABC):
         json_key: str | None,
         split: bool = False,
         files: Sequence[str] = ("bin",),
+        part: bool = False,
     ) -> None:
+        self.part = part
         self.prefix, self.sources, self.tokenizer, self.dtype = prefix, sources, tokenizer, dtype
         self.options, self.json_key, self.split = options, json_key, split
         self.bin, self.idx = Path(prefix + ".bin"), Path(prefix + ".idx")
@@ -166,8 +169,9 @@ class Output(ABC):
                 resumed, tasks = False, self._tasks_left(run)
             if not journal.progress.finished:
                 rates = self._encode(run, tasks)
-            journal.progress.tally.check(self.sources, run.policy.max_skipped)
-            self._put_in_place()
+            if not self.part:
+                journal.progress.tally.check(self.sources, run.policy.max_skipped)
+            self.put_in_place()
         except BaseException as error:
             # `saved`, not `progress`: what counts is what the next run will find on the disk.
             if not (journal.saved.source or journal.saved.position):
@@ -213,7 +217,7 @@ class Output(ABC):
             before = (progress.entries, progress.read, progress.tokens)
             begin = time.monotonic()
             job = Job(tasks, self.sources, self.journal, run.policy, run.checkpoint_seconds)
-            with ProgressBar(Path(self.prefix).name, sum(source.size for source in self.sources), run.quiet) as bar:
+            with ProgressBar(Path(self.prefix).name, sum(source.nbytes for source in self.sources), run.quiet) as bar:
                 job.run(work, run.workers, bar, choice.comparison())
         # This run's own: a resumed one must not be credited with what the first did.
         seconds = max(time.monotonic() - begin, 1e-9)
@@ -228,14 +232,14 @@ class Output(ABC):
         progress = self.journal.progress
         return progress.entries, progress.read, progress.tokens
 
-    def _put_in_place(self) -> None:
+    def put_in_place(self) -> None:
         """Give the finished parts their names, the `.idx` last; each step may be repeated after a crash.
 
         Raises:
             CptError: There is no token, or the disk is full.
         """
         journal = self.journal
-        if journal.progress.tokens == 0:
+        if journal.progress.tokens == 0 and not self.part:
             # An empty dataset cannot be mapped by Megatron, whose reader fails on it with a bare ValueError.
             journal.begin_anew()  # nothing to keep
             raise CptError(f"The inputs hold no document (first input: {self.sources[0].path}); nothing was written.")
@@ -294,4 +298,5 @@ class Output(ABC):
             "special_tokens": {names[number]: count for number, count in progress.special.items()},
             "seconds": round(progress.seconds, 3),
             "inputs": describe_inputs(self.sources, hashes),
+            **({"tally": asdict(progress.tally)} if self.part else {}),
         } | self.describe()

@@ -1,6 +1,7 @@
 """Text files to a Megatron dataset, as fast as the tokenizer allows and resumable at any moment."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -128,51 +129,128 @@ def prepare(
     Raises:
         CptError: An input, the tokenizer or an option is unusable, the output exists, or the disk is full.
     """
-    policy = Policy.of(on_error, max_skipped)
-    if verify is not None and verify < 0:
-        raise CptError(f"verify is {verify}; it is a number of documents, 0 for none.")
-    count = count_processes(workers)
+    settings = Settings(
+        json_key=json_key,
+        append_eod=append_eod,
+        eod_token=eod_token,
+        prepend_bos=prepend_bos,
+        workers=workers,
+        on_error=on_error,
+        max_skipped=max_skipped,
+        split_special_tokens=split_special_tokens,
+        keep_empty_documents=keep_empty_documents,
+        verify=verify,
+        fast=fast,
+        quiet=quiet,
+        chunk_bytes=chunk_bytes,
+        checkpoint_seconds=checkpoint_seconds,
+        patience=patience,
+    )
     # Everything that can be refused is refused before the tokenizer loads, which takes seconds.
+    settings.check()
     sources = list_sources(inputs)
     prefix = f"{output_prefix}_{json_key}_document"
     # Where the dataset is there, nothing is encoded, and nothing needs to be loaded.
     head_start = HeadStart(fast and (overwrite or not Path(prefix + ".idx").exists()), split_special_tokens)
     with head_start:
-        loaded = load_tokenizer(tokenizer, head_start.begin)
-        eod = end_of_document(loaded, eod_token) if append_eod else None
-        layout = _layout(loaded, json_key, eod, prepend_bos, keep_empty_documents)
-        output = _TextOutput(prefix, sources, loaded, layout, split_special_tokens)
+        output = TextOutput(prefix, sources, load_tokenizer(tokenizer, head_start.begin), settings)
         status, rates = "unchanged", dict[str, float]()
         # A finished dataset of this very job: a rerun of a pipeline costs a few file stats.
         if not output.is_there(overwrite):
-            compare = verify != 0
-            run = Run(policy, fast, compare, count, chunk_bytes, checkpoint_seconds, patience, quiet, head_start)
-            status, rates = output.make(run, overwrite)
-    verified, kinds = 0, 0
-    if verify:
-        verified, kinds = verify_documents(output.prefix, sources, loaded, layout, split_special_tokens, verify)
-    warnings = end_warnings(loaded, layout.eod, named=eod_token is not None)
-    return _report(output.prefix, status, rates, verified, kinds, warnings)
+            status, rates = output.make(settings.run(head_start), overwrite)
+    return output.report(settings, status, rates)
 
 
-def _layout(tokenizer: Tokenizer, json_key: str, eod: int | None, prepend_bos: bool, keep_empty: bool) -> Layout:
-    if prepend_bos and tokenizer.bos is None:
-        raise CptError(f"{tokenizer.name} has no BOS token; use prepend_bos=False.")
-    return Layout(
-        json_key=json_key,
-        # By the vocabulary, not by the ids met: datasets of one tokenizer must have one type.
-        dtype=dtype_for(max(tokenizer.vocabulary_size, tokenizer.highest + 1)),
-        bos=tokenizer.bos[1] if prepend_bos and tokenizer.bos else None,
-        eod=eod,
-        keep_empty=keep_empty,
-        special=tuple(sorted(tokenizer.special.values())),
-    )
+@dataclass(frozen=True)
+class Settings:
+    """The options of `prepare`, which has what each of them means."""
+
+    json_key: str = "text"
+    append_eod: bool = True
+    eod_token: str | None = None
+    prepend_bos: bool = False
+    workers: int | None = None
+    on_error: str = "stop"
+    max_skipped: float | None = None
+    split_special_tokens: bool = False
+    keep_empty_documents: bool = False
+    verify: int | None = None
+    fast: bool = True
+    quiet: bool = False
+    chunk_bytes: int = 2 << 20
+    checkpoint_seconds: float = 15.0
+    patience: float = 10.0
+
+    @property
+    def policy(self) -> Policy:
+        """What to do with lines that give no text."""
+        return Policy.of(self.on_error, self.max_skipped)
+
+    def check(self) -> None:
+        """Check what can be checked without the tokenizer.
+
+        Raises:
+            CptError: An option is unusable.
+        """
+        _ = self.policy
+        count_processes(self.workers)
+        if self.verify is not None and self.verify < 0:
+            raise CptError(f"verify is {self.verify}; it is a number of documents, 0 for none.")
+
+    def run(self, head_start: HeadStart) -> Run:
+        """Return the options that do not change the output."""
+        return Run(
+            policy=self.policy,
+            fast=self.fast,
+            compare=self.verify != 0,
+            workers=count_processes(self.workers),
+            chunk_bytes=self.chunk_bytes,
+            checkpoint_seconds=self.checkpoint_seconds,
+            patience=self.patience,
+            quiet=self.quiet,
+            head_start=head_start,
+        )
+
+    def layout(self, tokenizer: Tokenizer) -> Layout:
+        """Return how documents are laid out with a tokenizer.
+
+        Raises:
+            CptError: It lacks the token that is to end or to begin them.
+        """
+        eod = end_of_document(tokenizer, self.eod_token) if self.append_eod else None
+        if self.prepend_bos and tokenizer.bos is None:
+            raise CptError(f"{tokenizer.name} has no BOS token; use prepend_bos=False.")
+        return Layout(
+            json_key=self.json_key,
+            # By the vocabulary, not by the ids met: datasets of one tokenizer must have one type.
+            dtype=dtype_for(max(tokenizer.vocabulary_size, tokenizer.highest + 1)),
+            bos=tokenizer.bos[1] if self.prepend_bos and tokenizer.bos else None,
+            eod=eod,
+            keep_empty=self.keep_empty_documents,
+            special=tuple(sorted(tokenizer.special.values())),
+        )
 
 
-class _TextOutput(Output):
-    """A dataset of texts."""
+class TextOutput(Output):
+    """A dataset of texts.
 
-    def __init__(self, prefix: str, sources: list[Source], tokenizer: Tokenizer, layout: Layout, split: bool) -> None:
+    Args:
+        prefix: Of the files.
+        sources: The inputs in order.
+        tokenizer: Their tokenizer.
+        settings: The options.
+        part_of: Of a task's part, what tells it from other parts and from parts of other jobs; goes into its options.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        sources: list[Source],
+        tokenizer: Tokenizer,
+        settings: Settings,
+        part_of: dict[str, Any] | None = None,
+    ) -> None:
+        layout, split = settings.layout(tokenizer), settings.split_special_tokens
         options = {
             "tokenizer_sha256": tokenizer.sha256,
             "json_key": layout.json_key,
@@ -181,8 +259,9 @@ class _TextOutput(Output):
             "bos": layout.bos,
             "split_special_tokens": split,
             "keep_empty_documents": layout.keep_empty,
-        }
-        super().__init__(prefix, sources, tokenizer, layout.dtype, options, layout.json_key, split)
+        } | (part_of or {})
+        is_part = part_of is not None
+        super().__init__(prefix, sources, tokenizer, layout.dtype, options, layout.json_key, split, part=is_part)
         self.layout = layout
 
     def samples(self) -> list[str]:
@@ -203,17 +282,42 @@ class _TextOutput(Output):
     def _marker(self, number: int | None) -> list[Any] | None:
         return None if number is None else [self.tokenizer.text_of(number), number]
 
+    def report(self, settings: Settings, status: str, rates: dict[str, float]) -> PrepareReport:
+        """Return the report of the finished dataset, after the comparison of documents that `verify` asks for.
 
-def _report(
-    prefix: str, status: str, rates: dict[str, float], verified: int, kinds: int, warnings: list[str]
+        Raises:
+            CptError: A document is not what transformers gives.
+        """
+        verified, kinds = 0, 0
+        if settings.verify:
+            split = settings.split_special_tokens
+            verified, kinds = verify_documents(
+                self.prefix, self.sources, self.tokenizer, self.layout, split, settings.verify
+            )
+        warnings = end_warnings(self.tokenizer, self.layout.eod, named=settings.eod_token is not None)
+        return report_of(self.prefix, status, rates, verified, kinds, warnings)
+
+
+def report_of(
+    prefix: str,
+    status: str,
+    rates: dict[str, float] | None = None,
+    verified: int = 0,
+    kinds: int = 0,
+    warnings: Sequence[str] = (),
 ) -> PrepareReport:
+    """Return the report of a finished dataset, out of its manifest and what this run adds.
+
+    Raises:
+        CptError: It has no manifest.
+    """
     manifest = read_manifest(prefix)
     same = {entry.name for entry in fields(PrepareReport)} & manifest.keys()
     values = {name: manifest[name] for name in same}
     return PrepareReport(
         prefix=prefix,
         status=status,
-        rates=rates,
+        rates=rates or {},
         verified=verified,
         kinds=kinds,
         warnings=[*warnings, *_warnings(prefix, manifest)],

@@ -52,12 +52,15 @@ class Worker:
 def count_processes(workers: int | None) -> int:
     """Return how many processes to use: so many, or all CPUs that this process may use.
 
+    In a Slurm job those are the ones that it was given, also where nothing binds it to them.
+
     Raises:
         CptError: Fewer than one.
     """
     if workers is not None and workers < 1:
         raise CptError(f"workers is {workers}; it must be at least 1.")
-    return workers or len(os.sched_getaffinity(0))
+    given = os.environ.get("SLURM_CPUS_ON_NODE", "")
+    return workers or min(len(os.sched_getaffinity(0)), int(given) if given.isdigit() else os.cpu_count() or 1)
 
 
 class Pool:

@@ -14,6 +14,7 @@ from nemo_cpt.corpus.reading.tables import ROWS, open_csv, open_text
 from nemo_cpt.errors import CptError
 from nemo_cpt.hub import retries_told_once
 
+HASHED = 1 << 20  # bytes read at once where they are only hashed or counted
 ROW_KINDS = ("parquet", "dataset", "hub", "csv", "text")
 
 
@@ -88,7 +89,8 @@ class Feed:
         """Yield one input's tasks from `start` on; what lies before is read and compared."""
         import xxhash
 
-        source, content, position = self.sources[number], xxhash.xxh3_128(), 0
+        source, content = self.sources[number], xxhash.xxh3_128()
+        position = source.start
         # Also what lies before the cursor is read: hashing it is the only proof that it is still the same.
         # GB/s).
         for part in self._parts(source):
@@ -125,7 +127,7 @@ class Feed:
     def _parts(self, source: Source) -> Iterator["_Part"]:
         if source.kind in ROW_KINDS:
             return _rows(source, self.json_key)
-        if source.kind == "plain" and not source.array:
+        if source.divisible:
             # Plain lines alone can be read from the middle, so that workers read them in parallel.
             return _ranges(source, self.chunk_bytes)
         return _blocks(source, self.chunk_bytes)
@@ -155,10 +157,11 @@ def _ranges(source: Source, chunk_bytes: int) -> Iterator[_Part]:
     """Yield a plain file's lines, through one buffer: they are hashed here and read by the workers."""
     buffer, have, done = bytearray(chunk_bytes), 0, 0  # buffer[:have] is read and not given yet; `done` counts the file
     with open(source.path, "rb", buffering=0) as file:
+        file.seek(source.start)
         # Never past the size that the input was listed with: `check_unchanged` refuses what has grown.
-        while done < source.size and (got := file.readinto(memoryview(buffer)[have : have + source.size - done])):
+        while done < source.nbytes and (got := file.readinto(memoryview(buffer)[have : have + source.nbytes - done])):
             have, done = have + got, done + got
-            if done == source.size:
+            if done == source.nbytes:
                 break
             if cut := buffer.rfind(b"\n", 0, have) + 1:
                 yield _Part(memoryview(buffer)[:cut], done, in_place=True)
@@ -311,6 +314,35 @@ def hash_file(path: str) -> str:
         return file.hexdigest()
 
 
+def hash_ranges(path: str, ranges: list[tuple[int, int]]) -> list[str]:
+    """Return the xxh3-128 of each range of a file's bytes, and of all of them together; the ranges follow one another.
+
+    The hash of a range that the file is too short for is that of what there is.
+    """
+    import xxhash
+
+    together, hashes = xxhash.xxh3_128(), list[str]()
+    with open(path, "rb", buffering=0) as file:
+        file.seek(ranges[0][0])
+        for start, stop in ranges:
+            content, left = xxhash.xxh3_128(), stop - start
+            while left and (piece := file.read(min(left, HASHED))):
+                content.update(piece)
+                together.update(piece)
+                left -= len(piece)
+            hashes.append(content.hexdigest())
+    return [*hashes, together.hexdigest()]
+
+
+def count_lines(path: str, stop: int) -> int:
+    """Return how many lines of a file end before byte `stop`."""
+    lines, left = 0, stop
+    with open(path, "rb", buffering=0) as file:
+        while left and (piece := file.read(min(left, HASHED))):
+            lines, left = lines + piece.count(b"\n"), left - len(piece)
+    return lines
+
+
 def _gather(pieces: Iterator[bytes], size: int) -> Iterator[bytes]:
     """Join pieces to such of at least `size` bytes; what comes before an error is given before it."""
     gathered: list[bytes] = []
@@ -404,6 +436,8 @@ def hash_source(source: Source) -> str:
     """Return the hash of an input's bytes; of a dataset of the hub, its fingerprint."""
     if source.kind == "hub":
         return f"fingerprint:{_open_dataset(source)._fingerprint}"
+    if source.is_range:
+        return hash_ranges(source.path, [(source.start, source.end)])[0]
     return _hash_folder(source.path) if source.kind == "dataset" else hash_file(source.path)
 
 

@@ -3,8 +3,9 @@
 import glob
 import os
 import re
+import socket
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,15 @@ _TEXT_NAME = re.compile(r"\.(txt|text|md|markdown|csv|tsv)$", re.IGNORECASE)
 _ABOUT = re.compile(r"(readme|licen[sc]e|copying|changelog|notice)\b", re.IGNORECASE)  # what a folder is, not its data
 HUB = "hf:"
 UNFINISHED = ".part"  # the folder in which `split` works
+PLAN = "plan.json"  # of several tasks that make one output, beside the parts that they have made,
+PARTS = ".parts"  # in a folder whose name ends so
 DATASET_DICT = "dataset_dict.json"
 Inputs = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
 @dataclass(frozen=True)
 class Source:
-    """One input file, or one dataset.
+    """One input file, or one dataset; or a range of whole lines of a plain file, which one of several tasks reads.
 
     Attributes:
         path: Absolute path, or `hf:NAME[@CONFIG][:SPLIT]`.
@@ -35,6 +38,8 @@ class Source:
         mtime_ns: Time of the last change of its content, in nanoseconds since 1970, as programs may set it.
         ctime_ns: Time of the last change of anything about it, which the system alone sets.
         array: Whether its text is a JSON array and not JSON lines.
+        start: First byte of the range; 0 for a whole file.
+        stop: Where the range ends; None for a whole file.
     """
 
     path: str
@@ -43,6 +48,28 @@ class Source:
     mtime_ns: int
     ctime_ns: int = 0
     array: bool = False
+    start: int = 0
+    stop: int | None = None
+
+    @property
+    def is_range(self) -> bool:
+        """Whether it is a part of its file."""
+        return self.stop is not None
+
+    @property
+    def divisible(self) -> bool:
+        """Whether it can be read from the middle: lines that are neither compressed nor within an array."""
+        return self.kind == "plain" and not self.array
+
+    @property
+    def end(self) -> int:
+        """The byte of the file at which reading ends."""
+        return self.size if self.stop is None else self.stop
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk that are read of it."""
+        return self.end - self.start
 
     @property
     def stamp(self) -> list[Any]:
@@ -72,8 +99,8 @@ def list_sources(inputs: Inputs) -> list[Source]:
     """List the files that the inputs stand for; the order is that of the inputs, sorted within each folder and glob.
 
     Args:
-        inputs: A path, a folder (all its JSON lines and Parquet files, recursively, but not what `fetch`, `split` and
-            `prepare` write beside them; if it has none, its .txt, .md, .csv and .tsv files), a glob,
+        inputs: A path, a folder (all its JSON lines and Parquet files, recursively, but not what `fetch`, `clean`,
+            `split` and `prepare` write beside them; if it has none, its .txt, .md, .csv and .tsv files), a glob,
             `hf:NAME[@CONFIG][:SPLIT]`, or a list of them.
 
     Raises:
@@ -145,11 +172,15 @@ def _refuse_saved_datasets(folder: Path, paths: list[Path]) -> None:
 
 
 def _is_bookkeeping(path: Path) -> bool:
-    """Say whether `fetch`, `split` or `prepare` wrote a file beside data; only its neighbours tell it from data."""
+    """Say whether this library's commands wrote a file beside data; only its neighbours tell it from data."""
     name = path.name
     # By name and neighbours: a user's own file of that name, alone, is data.
+    if path.parent.name.endswith(PARTS) and (path.parent / PLAN).exists():
+        return True
     if name == "split.json":
         neighbours = ["train.jsonl"]
+    elif name in ("cleaning.json", "dropped.jsonl"):
+        return path.with_name("kept.jsonl").exists() and path.with_name("cleaning.json").exists()
     elif name.endswith(".part.json"):
         neighbours = [name.removesuffix(".json"), name.removesuffix(".part.json")]
     elif name.endswith(("_document.json", "_document.skipped.jsonl")):
@@ -172,6 +203,24 @@ def _source(name: str, kind: str = "") -> Source:
     except OSError as error:
         raise CptError(f"Cannot read the input {name}: {error.strerror}.") from error
     return Source(path, kind, size, mtime_ns, ctime_ns, array)
+
+
+def listed_again(source: Source) -> Source:
+    """Return an input as it is now, its size and its times.
+
+    Raises:
+        CptError: It is not there any more.
+    """
+    if source.kind == "hub":
+        return source
+    try:
+        size, mtime_ns, ctime_ns = _stat(source.path, source.kind)
+    except OSError as error:
+        raise CptError(
+            f"Cannot read the input {source.path} on {socket.gethostname()}: {error.strerror}. Where several machines "
+            "work on it, every one must see it under this path."
+        ) from error
+    return replace(source, size=size, mtime_ns=mtime_ns, ctime_ns=ctime_ns)
 
 
 def _stat(path: str, kind: str) -> tuple[int, int, int]:

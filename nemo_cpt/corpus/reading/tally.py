@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_cpt.corpus.reading.chunks import Task
+from nemo_cpt.corpus.reading.chunks import Task, count_lines
 from nemo_cpt.corpus.reading.formats import first_bytes, resemblance
 from nemo_cpt.corpus.reading.lines import Problem, Reading
 from nemo_cpt.corpus.reading.sources import Source
@@ -56,6 +56,8 @@ class Tally:
         skipped_bytes: Their bytes.
         damaged_bytes: Size on disk of the inputs that break off: nobody knows how much of them is missing.
         first: The first line left out, with its place and its reason.
+        ranges: What was counted of each range of a file: `path`, `lines`, `blank`, `texts`, `first`. Whether the file
+            may pass is for `check_ranges` to say, once all of its ranges are counted.
     """
 
     texts: int = 0
@@ -69,6 +71,7 @@ class Tally:
     file_blank: int = 0
     file_texts: int = 0
     file_first: str = ""
+    ranges: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, task: Task, reading: Reading, source: Source, policy: Policy) -> list[dict[str, Any]]:
         """Count a task in; tasks must come in the inputs' order, so that the first problem is the one reported.
@@ -79,24 +82,28 @@ class Tally:
         Raises:
             CptError: A line gives no text and is not to be skipped, or hardly one of the input's lines gives one.
         """
-        problems = self._problems(task, reading)
-        sentences = [self._sentence(task, problem) for problem in problems]
+        problems = self._problems(task, reading, source)
+        sentences = [self._sentence(task, problem, source) for problem in problems]
         texts = self.file_texts + reading.texts
         # With "stop" the first one ends it; with "skip" nothing is decided before the file's end.
         if problems and not policy.skip:
             # Only of a file's first line: what begins well is of the right format.
-            hint = _hint(source) if self.file_lines + problems[0].line == 0 else ""
+            hint = _hint(source) if self.file_lines + problems[0].line + source.start == 0 else ""
+            line = f"line {self._line(problems[0]) + count_lines(source.path, source.start)}, "
             raise CptError(
-                f"{task.path}, {sentences[0]}. {hint}"
+                f"{task.path}, {line if source.is_range else ''}{sentences[0]}. {hint}"
                 "Mend it, or leave such lines out with on_error='skip' (--on-error skip)."
             )
         file_first = self.file_first or next(iter(sentences), "")
         # Nothing is counted before the checks: a refused task must not be in the next checkpoint.
         lines, blank = self.file_lines + reading.lines, self.file_blank + reading.blank
-        if task.last:
+        if task.last and source.is_range:
+            counted = {"lines": lines, "blank": blank, "texts": texts, "first": file_first}
+            self.ranges.append({"path": source.path} | counted)
+        elif task.last:
             _check_file(source, lines - blank, texts, task.damage, file_first, policy)
         found = [
-            {"path": task.path, "line": self.file_lines + problem.line + 1}
+            {"path": task.path, "line": self._line(problem)}
             | {key: getattr(problem, key) for key in ("offset", "reason", "detail")}
             for problem in problems
         ]
@@ -113,17 +120,51 @@ class Tally:
         )
         return found
 
-    def _problems(self, task: Task, reading: Reading) -> list[Problem]:
+    def include(self, other: "Tally") -> None:
+        """Count in what another task read, of the inputs that follow."""
+        self.texts += other.texts
+        self.blank += other.blank
+        self.nbytes += other.nbytes
+        for reason, count in other.skipped.items():
+            self.skipped[reason] = self.skipped.get(reason, 0) + count
+        self.skipped_bytes += other.skipped_bytes
+        self.damaged_bytes += other.damaged_bytes
+        self.first = self.first or other.first
+        self.ranges += other.ranges
+
+    def check_ranges(self, sources: Sequence[Source], policy: Policy) -> None:
+        """Check each input of which ranges were counted as `add` checks one that is read whole.
+
+        Raises:
+            CptError: It is empty, or hardly one of its lines gives a text.
+        """
+        by_path = {source.path: source for source in sources}
+        for path in dict.fromkeys(each["path"] for each in self.ranges):
+            own = [each for each in self.ranges if each["path"] == path]
+            lines, blank, texts = (sum(each[name] for each in own) for name in ("lines", "blank", "texts"))
+            if lines == blank:
+                raise CptError(f"{path} is empty: it holds blank lines alone. Take it out of the inputs.")
+            first = next((each["first"] for each in own if each["first"]), "")
+            _check_file(by_path[path], lines - blank, texts, "", first, policy)
+
+    def _line(self, problem: Problem) -> int:
+        return self.file_lines + problem.line + 1
+
+    def _problems(self, task: Task, reading: Reading, source: Source) -> list[Problem]:
         problems = list(reading.problems)
         if task.damage:
             problems.append(Problem("damaged", task.damage, reading.lines, task.stop))
+        elif source.is_range:
+            pass  # blank lines alone may be all that is in it
         elif task.last and self.file_lines + reading.lines == self.file_blank + reading.blank:
             problems.append(Problem("empty_file", "the file is empty", 0, 0))
         return problems
 
-    def _sentence(self, task: Task, problem: Problem) -> str:
+    def _sentence(self, task: Task, problem: Problem, source: Source) -> str:
         unit = "row" if isinstance(task.data, list) else "byte offset"
-        return f"line {self.file_lines + problem.line + 1}, {unit} {problem.offset}: {problem.detail}"
+        # Of a range nobody has counted the lines before it.
+        line = "" if source.is_range else f"line {self._line(problem)}, "
+        return f"{line}{unit} {problem.offset}: {problem.detail}"
 
     def check(self, sources: Sequence[Source], max_skipped: float) -> None:
         """Check the share of what was left out: of the lines, of their bytes, and of the files that break off.

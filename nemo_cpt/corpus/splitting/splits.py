@@ -1,16 +1,11 @@
 """Held-out sets: documents taken by their own hash, so that more data never moves one from validation to training."""
 
 import io
-import multiprocessing
 import os
 import shutil
-import signal
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +14,7 @@ import orjson
 from nemo_cpt.corpus.atomic_files import locked, make_folder, sync_directory, write_whole
 from nemo_cpt.corpus.dataset.manifest import changed_input, describe_inputs
 from nemo_cpt.corpus.preparing.workers import count_processes
+from nemo_cpt.corpus.processes import in_order
 from nemo_cpt.corpus.progress import ProgressBar
 from nemo_cpt.corpus.reading.chunks import Feed, Task, check_unchanged, lines_of, texts_of
 from nemo_cpt.corpus.reading.lines import Reading, TextUnder, parse_lines
@@ -305,7 +301,7 @@ class _Split:
             CptError: A line gives no text and is not to be skipped, too many give none, or an input changes.
         """
         tally, passed = Tally(), sum(self.report.documents.values())
-        for task, portion in _in_order(take, Feed(sources, self.json_key, CHUNK), workers):
+        for task, portion in in_order(take, Feed(sources, self.json_key, CHUNK), workers):
             source = sources[task.source]
             if task.last:
                 check_unchanged(source, task)
@@ -449,39 +445,3 @@ def _move_into_place(work: Path, folder: Path) -> None:
 
 def _size(sources: Iterable[Source]) -> int:
     return sum(source.size for source in sources)
-
-
-# What the workers of this pass do. A global, set before they are forked: they inherit the bound method and with it the
-# index of held-out documents, which is too large to be sent with every task.
-_take: Callable[[Task], _Portion] | None = None
-
-
-def _end_with(parent: int) -> None:
-    """Let the kernel end this worker when its parent is killed; it would wait for tasks for ever."""
-    import ctypes
-
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    # The parent may have died between the fork and prctl: then no signal comes any more.
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-def _call(task: Task) -> _Portion:
-    assert _take is not None
-    return _take(task)
-
-
-def _in_order(take: Callable[[Task], _Portion], feed: Feed, workers: int) -> Iterator[tuple[Task, _Portion]]:
-    """Yield each task with what forked workers made of it, in order, a few tasks at a time."""
-    global _take
-    # Before the pool: its workers are forked at the first task and see what stands here then.
-    _take = take
-    tasks = iter(feed)
-    fork = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, mp_context=fork, initializer=_end_with, initargs=(os.getpid(),)) as pool:
-        try:
-            # `map` takes all that it is given at once: so few at a time, and the whole corpus is never in memory.
-            while batch := list(islice(tasks, 4 * workers)):
-                yield from zip(batch, pool.map(_call, batch), strict=True)
-        except BrokenProcessPool:
-            raise CptError("A worker process died; the system may have run out of memory: use fewer workers.") from None

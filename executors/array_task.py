@@ -1,0 +1,47 @@
+"""Runs one task of an array of them, or the job behind it; without NeMo-Run, which takes 7 s to import.
+
+    python -m nemo_cpt.executors.array_task MODULE:FUNCTION FOLDER [NUMBER]
+
+The function is called with the folder that the tasks share, and with the task's number where there is one. How the task
+ends is told as `runner` tells it. One that is told to stop raises StoppedEarlyError in the function, which leaves what
+it has done to the next start.
+"""
+
+import sys
+from importlib import import_module
+from typing import Any
+
+from nemo_cpt import signals
+from nemo_cpt.errors import CptError, StoppedEarlyError
+from nemo_cpt.executors.runner import MARKER, REFUSAL, leave
+from nemo_cpt.output import WithoutReaders, say
+
+
+def main() -> None:
+    """Run the task that the command line names."""
+    signals.listen(_stop, signals.STOP_SIGNALS)
+    signals.shield_children()
+    sys.stdout, sys.stderr = WithoutReaders(sys.stdout), WithoutReaders(sys.stderr)
+    name, folder, *number = sys.argv[1:]
+    module, _, function = name.partition(":")
+    try:
+        getattr(import_module(module), function)(folder, *map(int, number))
+    except StoppedEarlyError as stop:
+        left = leave(MARKER)
+        say(f"nemo_cpt: {stop.message}")
+        # As in `runner`: the job's script makes another code of it where the marker is seen.
+        sys.exit(0 if left else stop.exit_code)
+    except CptError as error:
+        leave(REFUSAL)
+        say(f"nemo_cpt: {error.message}", sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def _stop(number: int, frame: Any) -> None:
+    # Once: what is left to do then is to leave the files in order.
+    signals.listen(lambda number, frame: None, signals.STOP_SIGNALS)
+    raise StoppedEarlyError("told to stop; the same task goes on from there")
+
+
+if __name__ == "__main__":
+    main()

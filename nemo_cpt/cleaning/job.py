@@ -1,0 +1,408 @@
+"""Cleaning a corpus: every document through the rules, then duplicates; what is kept and what is dropped, with why."""
+
+import os
+import shutil
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import orjson
+
+from nemo_cpt.cleaning.document import Document
+from nemo_cpt.cleaning.duplicates import Duplicate, find_duplicates, sketch
+from nemo_cpt.cleaning.examination import examine
+from nemo_cpt.cleaning.report import page
+from nemo_cpt.cleaning.rule import Check
+from nemo_cpt.cleaning.rules import Rules, rules_for
+from nemo_cpt.cleaning.tallies import CleaningReport, Counts
+from nemo_cpt.corpus.atomic_files import locked, make_folder, sync_directory, write_whole
+from nemo_cpt.corpus.dataset.manifest import changed_input, describe_inputs
+from nemo_cpt.corpus.preparing.workers import count_processes
+from nemo_cpt.corpus.processes import in_order
+from nemo_cpt.corpus.progress import ProgressBar
+from nemo_cpt.corpus.reading.chunks import Feed, Task, check_unchanged
+from nemo_cpt.corpus.reading.lines import Reading
+from nemo_cpt.corpus.reading.records import Record, read_records, to_json
+from nemo_cpt.corpus.reading.sources import UNFINISHED, Inputs, Source, list_sources
+from nemo_cpt.corpus.reading.tally import Policy, Tally
+from nemo_cpt.errors import CptError
+from nemo_cpt.installed import installed_versions
+
+KEPT, DROPPED, REPORT, MANIFEST, LOCK = "kept.jsonl", "dropped.jsonl", "report.html", "cleaning.json", ".cleaning.lock"
+FILES = (KEPT, DROPPED, REPORT, MANIFEST)
+FORMAT = 1  # of the manifest: raised when an older reader would misread what is new
+_CHUNK = 1 << 20
+_SKETCHES = "sketches.bin"
+_VERSIONS = ("ftfy", "lingua-language-detector", "rensa", "numpy", "xxhash")
+
+
+def clean(
+    inputs: Inputs,
+    output: str | os.PathLike[str],
+    rules: Rules | str,
+    *,
+    decontaminate: Inputs = (),
+    json_key: str = "text",
+    on_error: str = "stop",
+    max_skipped: float | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+    patience: float = 10.0,
+) -> CleaningReport:
+    """Write what is worth learning from to `kept.jsonl` of a folder, and the rest to `dropped.jsonl`, with the reason.
+
+    Beside them `cleaning.json` says what was done to what and with what, and `report.html` shows it. A kept document
+    has all its fields, and its text as the rules left it; a dropped one is as it came, with the field `dropped_by`:
+    `rule`, `measure`, `value` and its limits. A duplicate is as the rules left it; `kept_line` is its twin's line of
+    `kept.jsonl`. Documents stay in order, whatever the number of workers; in `dropped.jsonl` duplicates come last.
+
+    Args:
+        inputs: As for `prepare`.
+        output: Folder of the four files.
+        rules: The rules, or a language that has some: `ja`, `en`, `zh`, `ko`.
+        decontaminate: Evaluation sets, as inputs: documents that share an n-gram with one are dropped.
+        json_key: The field that holds the text.
+        on_error: As for `prepare`.
+        max_skipped: As for `prepare`.
+        workers: Processes; all CPUs that this process may use by default.
+        overwrite: Replace an existing cleaning, and any files of these names.
+        quiet: Show no progress.
+        patience: Seconds to wait for another process that cleans into the folder.
+
+    Raises:
+        CptError: An input, a rule or an option is unusable, the rules drop every document, an input lies where an
+            output would go, the folder holds another cleaning or files of another origin, another process cleans into
+            it, or it cannot be written.
+    """
+    processes = count_processes(workers)
+    chosen = rules_for(rules) if isinstance(rules, str) else rules
+    chosen = chosen.without_contamination_of(tuple(source.path for source in _sources_of(decontaminate)))
+    job = _Cleaning(list_sources(inputs), chosen, json_key, Policy.of(on_error, max_skipped))
+    folder = Path(output)
+    job.check_targets(folder)
+    # With the lock file there, somebody is at work: what the manifest says may be about to change.
+    if not (overwrite or (folder / LOCK).exists()) and (report := job.existing(folder)) is not None:
+        return report  # without the lock, which a folder that is only to be read does not allow
+    chosen.load()  # before anything is written: what the rules need may be missing
+    make_folder(folder)
+    try:
+        with locked(folder / LOCK, patience):
+            return job.make(folder, processes, overwrite, quiet)
+    except OSError as error:
+        raise CptError(f"Cannot clean into {folder}: {error}. Mend that and run the same command again.") from error
+
+
+def _sources_of(inputs: Inputs) -> list[Source]:
+    return list_sources(inputs) if inputs else []
+
+
+@dataclass
+class _Portion:
+    """What a worker made of a task.
+
+    Attributes:
+        kept: Lines of documents that are kept so far.
+        dropped: Lines of those that are not.
+        sketches: Rows of those that are kept.
+        counts: What was counted of all of them.
+        reading: How the task's lines were read.
+    """
+
+    kept: bytes = b""
+    dropped: bytes = b""
+    sketches: Any = None
+    counts: Counts = field(default_factory=Counts)
+    reading: Reading = field(default_factory=Reading)
+
+
+class _Cleaning:
+    """One cleaning: its options, and the rules that forked workers share.
+
+    Two passes: `_examine` takes each document through the rules, in parallel, and writes a sketch of those that are
+    kept; then duplicates are found among the sketches, and left out of the file of kept documents.
+    """
+
+    def __init__(self, sources: list[Source], rules: Rules, json_key: str, policy: Policy) -> None:
+        self.sources, self.rules, self.json_key, self.policy = sources, rules, json_key, policy
+        self.counts, self.tally, self.hashes = Counts(), Tally(), dict[str, str]()
+        self.options = rules.as_dict() | {"json_key": json_key, "evaluation_sets": self._evaluation_sets()}
+        self.seconds = 0.0
+
+    def _evaluation_sets(self) -> list[dict[str, Any]]:
+        files = [file for rule in self.rules.rules for file in getattr(rule, "files", ())]
+        return [{"path": each.path, "size": each.size, "mtime_ns": each.mtime_ns} for each in _sources_of(files)]
+
+    def check_targets(self, folder: Path) -> None:
+        """Check that no input lies where this cleaning writes or deletes.
+
+        Raises:
+            CptError: One does.
+        """
+        targets = {os.path.realpath(folder / name) for name in FILES}
+        work = os.path.realpath(folder / UNFINISHED)
+        for source in self.sources:
+            path = os.path.realpath(source.path)
+            if path in targets or path.startswith(work + os.sep):
+                raise CptError(
+                    f"The input {source.path} lies where the cleaning puts its own files: take another folder."
+                )
+
+    def existing(self, folder: Path) -> CleaningReport | None:
+        """Return the report of this very cleaning if it is there.
+
+        Raises:
+            CptError: Another cleaning is there.
+        """
+        if not (folder / MANIFEST).exists():
+            return None
+        recorded = read_cleaning(folder)
+        change = changed_input(self.sources, recorded["inputs"])
+        if recorded["options"] != orjson.loads(_dumps(self.options)) or change:
+            reason = change or "its rules or options are others, as its cleaning.json says"
+            raise CptError(
+                f"{folder} holds another cleaning: {reason}. Take another folder, or overwrite=True (--overwrite)."
+            )
+        return CleaningReport(**recorded["report"] | {"status": "unchanged"})
+
+    def make(self, folder: Path, workers: int, overwrite: bool, quiet: bool) -> CleaningReport:
+        """Write the files beside, then move them into their folder; the folder must be locked.
+
+        Raises:
+            CptError: As `clean`.
+        """
+        work = folder / UNFINISHED
+        # The manifest is written last into `work`: where it is, everything beside it is whole.
+        if (work / MANIFEST).exists():  # killed while it moved them
+            _move_into_place(work, folder)
+        shutil.rmtree(work, ignore_errors=True)
+        if not overwrite:
+            if (report := self.existing(folder)) is not None:
+                return report
+            _refuse_foreign_files(folder)
+        work.mkdir()
+        try:
+            report = self._write(work, folder, workers, quiet)
+            _move_into_place(work, folder)
+        finally:
+            # With the manifest, all is written: the next run moves it (above).
+            if not (work / MANIFEST).exists():
+                shutil.rmtree(work, ignore_errors=True)
+        return report
+
+    def _write(self, work: Path, folder: Path, workers: int, quiet: bool) -> CleaningReport:
+        begin = time.monotonic()
+        self._examine(work, workers, quiet)
+        if not self.counts.kept:
+            raise CptError(self._why_all_are_dropped())
+        self._leave_out(find_duplicates(work / _SKETCHES, self.rules.duplicates), work)
+        (work / _SKETCHES).unlink()
+        self.seconds = time.monotonic() - begin
+        report = self._report(folder)
+        shown = page(report, self.counts, self.rules, self.seconds)
+        write_whole(work / REPORT, shown.encode())
+        hashes = {str(number): self.hashes[source.path] for number, source in enumerate(self.sources)}
+        manifest = {
+            "format": FORMAT,
+            "options": self.options,
+            "inputs": describe_inputs(self.sources, hashes),
+            "report": asdict(report),
+            "seconds": round(self.seconds, 1),
+            "versions": installed_versions(_VERSIONS),
+        }
+        write_whole(work / MANIFEST, _dumps(manifest))
+        return report
+
+    def _examine(self, work: Path, workers: int, quiet: bool) -> None:
+        """Go through the inputs and write what the workers made of them, in order.
+
+        Raises:
+            CptError: A line gives no text and is not to be skipped, too many give none, or an input changes.
+        """
+        total = sum(source.size for source in self.sources)
+        before = np.cumsum([0, *(source.size for source in self.sources)]).tolist()
+        with ExitStack() as stack:
+            kept, dropped, sketches = (
+                stack.enter_context((work / name).open("wb")) for name in (KEPT, DROPPED, _SKETCHES)
+            )
+            bar = stack.enter_context(ProgressBar("cleaning", total, quiet))
+            for task, portion in in_order(self._take, Feed(self.sources, None, _CHUNK), workers):
+                source = self.sources[task.source]
+                if task.last:
+                    check_unchanged(source, task)
+                    self.hashes[task.path] = task.hash
+                self.tally.add(task, portion.reading, source, self.policy)
+                kept.write(portion.kept)
+                dropped.write(portion.dropped)
+                sketches.write(portion.sketches.tobytes())
+                self.counts.add(portion.counts)
+                bar.update(before[task.source] + task.done, self.counts.documents)
+            self.tally.check(self.sources, self.policy.max_skipped)
+            for file in (kept, dropped):
+                _sync(file)
+
+    def _take(self, task: Task) -> _Portion:
+        """Take a task's documents through the rules; called in a worker."""
+        portion = _Portion()
+        counts, kept, dropped = portion.counts, list[bytes](), list[bytes]()
+        plains, sizes = list[Any](), list[int]()
+        values, values_of_kept = dict[str, list[float]](), dict[str, list[float]]()
+        for record in read_records(task, self.json_key, portion.reading):
+            found = examine(record.text, self.rules)
+            counts.documents += 1
+            counts.nbytes += len(record.line)
+            for rule, check in found.checks:
+                values.setdefault(f"{rule}.{check.measure}", []).append(check.value)
+            if found.failed is not None:
+                rule, check = found.failed
+                counts.drop(rule, check, record.text, len(record.line))
+                dropped.append(_with_reason(record.line, rule, check))
+                continue
+            for rule, check in found.checks:
+                values_of_kept.setdefault(f"{rule}.{check.measure}", []).append(check.value)
+            line = self._line(record, found.document)
+            kept.append(line)
+            plains.append(found.document.plain)
+            sizes.append(len(line))
+            counts.changes.update(found.document.changes)
+        counts.kept, counts.kept_bytes = len(kept), sum(sizes)
+        counts.measured(values, values_of_kept)
+        portion.kept, portion.dropped = b"".join(kept), b"".join(dropped)
+        portion.sketches = sketch(plains, sizes)
+        return portion
+
+    def _line(self, record: Record, document: Document) -> bytes:
+        if document.text == record.text:
+            return record.line + b"\n"
+        return to_json(record.value | {self.json_key: document.text}) + b"\n"
+
+    def _leave_out(self, duplicates: list[Duplicate], work: Path) -> None:
+        """Move duplicates from the kept documents to the dropped ones."""
+        if not duplicates:
+            return
+        every = np.ones(self.counts.kept, bool)
+        every[[each.document for each in duplicates]] = False
+        lines = np.cumsum(every)  # of each kept document in the file to come
+        waiting = iter(duplicates)
+        following = next(waiting, None)
+        with (
+            (work / KEPT).open("rb") as source,
+            (work / "unique.jsonl").open("wb") as kept,
+            (work / DROPPED).open("ab") as dropped,
+        ):
+            for number, line in enumerate(source):
+                if following is None or number != following.document:
+                    kept.write(line)
+                    continue
+                self._drop_duplicate(following, line, int(lines[following.of]), dropped)
+                following = next(waiting, None)
+            for file in (kept, dropped):
+                _sync(file)
+        (work / "unique.jsonl").replace(work / KEPT)
+
+    def _drop_duplicate(self, found: Duplicate, line: bytes, kept_line: int, dropped: BinaryIO) -> None:
+        wanted = self.rules.duplicates
+        check = Check("exact" if found.exact else "similarity", found.similarity, at_most=wanted.near)
+        self.counts.kept -= 1
+        self.counts.kept_bytes -= len(line)
+        text = orjson.loads(line)[self.json_key]
+        self.counts.drop("duplicates", check, text, len(line), f"line {kept_line:,} of {KEPT}")
+        dropped.write(_with_reason(line.rstrip(b"\n"), "duplicates", check, {"kept_line": kept_line}))
+
+    def _why_all_are_dropped(self) -> str:
+        most = sorted(self.counts.dropped.items(), key=lambda each: -each[1].documents)[:3]
+        reasons = "; ".join(
+            f"{rule}: {measure} ({found.documents:,}; the first has {found.samples[0]['value']:g}, "
+            f"{found.samples[0]['limit']})"
+            for (rule, measure), found in most
+        )
+        return (
+            f"The rules drop all {self.counts.documents:,} documents: {reasons}. Are they in the language "
+            f"{self.rules.language}, and is {self.json_key!r} their text? --explain FILE:LINE shows one; "
+            "--config changes limits."
+        )
+
+    def _report(self, folder: Path) -> CleaningReport:
+        counts = self.counts
+        dropped = dict[str, dict[str, dict[str, int]]]()
+        for (rule, measure), found in counts.dropped.items():
+            dropped.setdefault(rule, {})[measure] = {"documents": found.documents, "nbytes": found.nbytes}
+        order = [rule.name for rule in self.rules.rules] + ["duplicates"]
+        report = CleaningReport(
+            files={file.partition(".")[0]: str(folder / file) for file in FILES},
+            documents=counts.documents,
+            nbytes=counts.nbytes,
+            kept=counts.kept,
+            kept_bytes=counts.kept_bytes,
+            dropped={rule: dict(sorted(dropped[rule].items())) for rule in order if rule in dropped},
+            changes={name: count for name, count in sorted(counts.changes.items()) if count},
+            skipped=self.tally.skipped,
+        )
+        if counts.kept * 5 < counts.documents:
+            report.warnings.append(
+                f"only {counts.kept / counts.documents:.0%} of the documents are kept: look at {REPORT} before you "
+                "train on them."
+            )
+        return report
+
+
+def read_cleaning(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the manifest of a cleaning, `cleaning.json`.
+
+    Raises:
+        CptError: There is none, or it is damaged.
+    """
+    path = Path(folder, MANIFEST)
+    try:
+        recorded = orjson.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CptError(f"There is no {path}: nothing was cleaned into that folder.") from None
+    except ValueError as error:
+        raise CptError(
+            f"{path} is damaged: {error}. Replace the cleaning with overwrite=True (--overwrite)."
+        ) from error
+    if not isinstance(recorded, dict) or recorded.get("format") != FORMAT:
+        raise CptError(
+            f"{path} is not the manifest of a cleaning. Take another folder, or overwrite=True (--overwrite)."
+        )
+    return recorded
+
+
+def _with_reason(line: bytes, rule: str, check: Check, more: dict[str, Any] | None = None) -> bytes:
+    """Return a document's line with why it was dropped as its last field; nothing else of it is touched."""
+    limits = {"at_least": check.at_least, "at_most": check.at_most}
+    reason = {"rule": rule, "measure": check.measure, "value": check.value}
+    reason |= {name: limit for name, limit in limits.items() if limit is not None} | (more or {})
+    return line[: line.rindex(b"}")] + b', "dropped_by": ' + orjson.dumps(reason) + b"}\n"
+
+
+def _dumps(value: Any) -> bytes:
+    return orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS) + b"\n"
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _refuse_foreign_files(folder: Path) -> None:
+    found = [name for name in FILES if os.path.lexists(folder / name)]
+    if found:
+        raise CptError(
+            f"{folder} holds {', '.join(found)} without a {MANIFEST}: no cleaning wrote that, and this one would "
+            "replace it. Take another folder, or overwrite=True (--overwrite)."
+        )
+
+
+def _move_into_place(work: Path, folder: Path) -> None:
+    """Move finished files into their folder, the manifest last; each step may be repeated after a crash."""
+    (folder / MANIFEST).unlink(missing_ok=True)  # first: until the new one is there, the folder holds no whole cleaning
+    for name in (KEPT, DROPPED, REPORT):
+        if (work / name).exists():
+            (work / name).replace(folder / name)
+    sync_directory(folder)
+    (work / MANIFEST).replace(folder / MANIFEST)
+    sync_directory(folder)

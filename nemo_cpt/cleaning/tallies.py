@@ -1,0 +1,143 @@
+"""What a cleaning counts: documents and bytes by rule, samples, and how the measures were distributed."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from nemo_cpt.cleaning.rule import Check
+
+SAMPLES = 5  # of what each measure dropped, in the report
+SAMPLE_CHARACTERS = 400
+SHARE_BINS, SIZE_BINS = 40, 96  # of a share from 0 to 1; of a size, four to each power of two up to 16 million
+
+
+@dataclass
+class Dropped:
+    """What one measure of a rule dropped.
+
+    Attributes:
+        documents: How many.
+        nbytes: Their bytes, as they came.
+        samples: The first of them: `text` (its beginning), `value`, `limit`.
+    """
+
+    documents: int = 0
+    nbytes: int = 0
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, other: "Dropped") -> None:
+        """Count in what comes behind."""
+        self.documents += other.documents
+        self.nbytes += other.nbytes
+        self.samples += other.samples[: SAMPLES - len(self.samples)]
+
+
+@dataclass
+class Counts:
+    """What was counted of some documents.
+
+    Attributes:
+        documents: All of them.
+        nbytes: Their bytes, as they came.
+        kept: Those that no rule about single documents dropped.
+        kept_bytes: Their bytes, as they are written.
+        dropped: What was dropped, by rule and measure.
+        changes: How often something was done to a text, by name.
+        before: By measure, how many documents have a value in each bin: of those that were measured.
+        after: The same of those that are kept.
+    """
+
+    documents: int = 0
+    nbytes: int = 0
+    kept: int = 0
+    kept_bytes: int = 0
+    dropped: dict[tuple[str, str], Dropped] = field(default_factory=dict)
+    changes: Counter[str] = field(default_factory=Counter)
+    before: dict[str, Any] = field(default_factory=dict)
+    after: dict[str, Any] = field(default_factory=dict)
+
+    def drop(self, rule: str, check: Check, text: str, nbytes: int, of: str = "") -> None:
+        """Count a dropped document.
+
+        Args:
+            rule: The rule's name.
+            check: What failed.
+            text: The document's.
+            nbytes: Its bytes.
+            of: What it repeats.
+        """
+        sample = {"text": text[:SAMPLE_CHARACTERS], "value": check.value, "limit": check.limit}
+        found = Dropped(1, nbytes, [sample | ({"of": of} if of else {})])
+        self.dropped.setdefault((rule, check.measure), Dropped()).add(found)
+
+    def measured(self, values: dict[str, list[float]], kept: dict[str, list[float]]) -> None:
+        """Count values into the histograms."""
+        for name, found in values.items():
+            self.before[name] = histogram(name, found)
+            self.after[name] = histogram(name, kept.get(name, []))
+
+    def add(self, other: "Counts") -> None:
+        """Count in what comes behind."""
+        self.documents += other.documents
+        self.nbytes += other.nbytes
+        self.kept += other.kept
+        self.kept_bytes += other.kept_bytes
+        self.changes.update(other.changes)
+        for key, found in other.dropped.items():
+            self.dropped.setdefault(key, Dropped()).add(found)
+        for mine, theirs in ((self.before, other.before), (self.after, other.after)):
+            for name, counted in theirs.items():
+                mine[name] = mine[name] + counted if name in mine else counted
+
+
+@dataclass
+class CleaningReport:
+    """What `clean` did.
+
+    Attributes:
+        status: `written`, or `unchanged` where the same cleaning was there already.
+        files: Paths of `kept`, `dropped`, `report` and `cleaning` (the manifest).
+        documents: That were read.
+        nbytes: Their bytes: of lines as they came.
+        kept: Documents that are kept.
+        kept_bytes: Their bytes, as they are written.
+        dropped: By rule, then by measure: `documents` and `nbytes`.
+        changes: How often something was done to a text: repaired, masked, lines removed.
+        skipped: Lines that gave no text, by reason.
+        warnings: Sentences for people.
+    """
+
+    status: str = "written"
+    files: dict[str, str] = field(default_factory=dict)
+    documents: int = 0
+    nbytes: int = 0
+    kept: int = 0
+    kept_bytes: int = 0
+    dropped: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
+    changes: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+def is_share(measure: str) -> bool:
+    """Say whether a measure lies between 0 and 1."""
+    return measure.endswith(("_share", "_score", "similarity"))
+
+
+def histogram(measure: str, values: list[float]) -> Any:
+    """Count values by bin."""
+    found = np.asarray(values, np.float64)
+    if is_share(measure):
+        bins = np.minimum(found * SHARE_BINS, SHARE_BINS - 1)
+    else:
+        bins = np.minimum(4 * np.log2(np.maximum(found, 1)), SIZE_BINS - 1)
+    return np.bincount(bins.astype(np.int64), minlength=SHARE_BINS if is_share(measure) else SIZE_BINS)
+
+
+def bin_edges(measure: str) -> list[float]:
+    """Return where the bins of a measure begin, and the end of the last."""
+    if is_share(measure):
+        return [number / SHARE_BINS for number in range(SHARE_BINS + 1)]
+    return [2 ** (number / 4) for number in range(SIZE_BINS + 1)]

@@ -1,0 +1,61 @@
+"""Work shared out among forked processes, its results in the order of the tasks."""
+
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from nemo_cpt.errors import CptError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+AHEAD = 4  # tasks for each worker that wait, are worked on, or are done before their turn
+
+# A global, set before the workers are forked: they inherit it, and what it holds is too large to go with every task.
+_work: Callable[[Any], Any] | None = None
+
+
+def in_order(work: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[tuple[Task, Result]]:
+    """Yield each task with what a forked worker made of it, in order; few tasks are taken ahead.
+
+    Raises:
+        CptError: A worker died, or `work` raised it.
+    """
+    global _work
+    _work = work
+    fork = multiprocessing.get_context("fork")
+    ahead = deque[tuple[Task, Future[Result]]]()
+    with ProcessPoolExecutor(workers, mp_context=fork, initializer=_end_with, initargs=(os.getpid(),)) as pool:
+        try:
+            for task in tasks:
+                ahead.append((task, pool.submit(_call, task)))
+                if len(ahead) > AHEAD * workers:
+                    done, future = ahead.popleft()
+                    yield done, future.result()
+            while ahead:
+                done, future = ahead.popleft()
+                yield done, future.result()
+        except BrokenProcessPool:
+            raise CptError("A worker process died; the system may have run out of memory: use fewer workers.") from None
+        finally:
+            for _, future in ahead:
+                future.cancel()
+
+
+def _end_with(parent: int) -> None:
+    """Let the kernel end this worker when its parent is killed; it would wait for tasks for ever."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    # The parent may have died between the fork and prctl: then no signal comes any more.
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _call(task: Any) -> Any:
+    assert _work is not None
+    return _work(task)

@@ -1,0 +1,1 @@
+"""Wikipedia's dumps: from the compressed XML to plain text."""

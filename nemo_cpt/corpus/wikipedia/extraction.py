@@ -1,0 +1,303 @@
+"""A dump to JSON lines: workers unpack and clean, the parent writes in order, and a killed run goes on."""
+
+import base64
+import bz2
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import orjson
+
+from nemo_cpt.corpus.atomic_files import hash_of, locked, make_folder, sync_directory, write_whole
+from nemo_cpt.corpus.preparing.workers import count_processes
+from nemo_cpt.corpus.processes import in_order
+from nemo_cpt.corpus.progress import ProgressBar
+from nemo_cpt.corpus.wikipedia.bzip2_blocks import Block, DamagedDumpError, ends_whole, find_blocks, unpack
+from nemo_cpt.corpus.wikipedia.pages import CLOSE, OPEN, Page, Site, address, pages_in, read_page, read_site
+from nemo_cpt.corpus.wikipedia.wikitext import Cleaner
+from nemo_cpt.errors import CptError
+
+MANIFEST = ".wikipedia.json"
+FORMAT = 1  # of the manifest and of the texts: another one begins anew
+_HEAD = 64 << 10
+_TASK = 8  # blocks: some 7 MB of XML
+_JOURNAL_BYTES = 64 << 20  # of text between two notes from which a killed run goes on
+
+
+@dataclass
+class Extraction:
+    """What `extract` made.
+
+    Attributes:
+        path: The JSON lines.
+        status: `extracted`, `resumed` or `unchanged`.
+        pages: How many were kept (`articles`), and how many not, by reason.
+        size: Bytes of the JSON lines.
+        sha256: Their checksum.
+    """
+
+    path: str
+    status: str
+    pages: dict[str, int]
+    size: int
+    sha256: str
+
+
+class _Part(NamedTuple):
+    """What a worker makes of a few blocks: lines, counts, and the pieces of pages that go beyond them.
+
+    `lines` is None where no page begins in the blocks: then all of them are `before`.
+    """
+
+    before: bytes
+    lines: bytes | None
+    after: bytes
+    counts: Counter[str]
+
+
+@dataclass
+class _Progress:
+    """Where a run is: the next block's bit, the bytes written, the piece of a page that is still open."""
+
+    bit: int = 0
+    written: int = 0
+    carry: bytes = b""
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+def extract(
+    dump: Path,
+    folder: Path,
+    *,
+    workers: int | None = None,
+    source: dict[str, Any] | None = None,
+    quiet: bool = False,
+    patience: float = 2.0,
+) -> Extraction:
+    """Write the articles of a dump as JSON lines: `title`, `id`, `revision`, `url`, `license`, `text`.
+
+    Args:
+        dump: A MediaWiki export, packed by bzip2, multistream or not.
+        folder: Where the lines go, under the dump's name, with a manifest beside them.
+        workers: Processes; all CPUs that this process may use by default.
+        source: What is known of the dump, for the manifest.
+        quiet: Show no progress.
+        patience: Seconds to wait for another process that extracts the same.
+
+    Raises:
+        CptError: The file is no dump, cut short or damaged; the folder holds the text of another dump of that name; it
+            cannot be written.
+    """
+    processes = count_processes(workers)
+    output = folder / text_name(dump.name)
+    # A file that is none leaves nothing behind, not even the folder.
+    job = _Job(dump, output, source or {})
+    make_folder(folder)
+    with locked(folder / f".{output.name}.lock", patience):
+        return job.finished() or job.run(processes, quiet)
+
+
+def text_name(name: str) -> str:
+    """Return the name of the text of a dump."""
+    for end in (".bz2", ".xml"):
+        name = name.removesuffix(end)
+    return f"{name}.jsonl"
+
+
+def read_manifest(output: Path) -> dict[str, Any] | None:
+    """Return what is noted of extracted text, None where it is not there whole."""
+    try:
+        manifest = orjson.loads(manifest_of(output).read_bytes())
+        whole = manifest["format"] == FORMAT and output.stat().st_size == manifest["size"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return manifest if whole else None
+
+
+def manifest_of(output: Path) -> Path:
+    """Return where the manifest of extracted text is."""
+    return output.with_name(output.name.removesuffix(".jsonl") + MANIFEST)
+
+
+def existing(folder: Path, url: str) -> Extraction | None:
+    """Return the text of the dump of an address, None where it is not there whole."""
+    output = folder / text_name(Path(urlsplit(url).path).name)
+    manifest = read_manifest(output)
+    return _described(output, manifest, "unchanged") if manifest and manifest["dump"].get("url") == url else None
+
+
+def _described(output: Path, manifest: dict[str, Any], status: str) -> Extraction:
+    return Extraction(str(output), status, manifest["pages"], manifest["size"], manifest["sha256"])
+
+
+class _Job:
+    def __init__(self, dump: Path, output: Path, source: dict[str, Any]) -> None:
+        self.dump, self.output = dump, output
+        self.part = output.with_name(f"{output.name}.part")
+        self.journal = output.with_name(f"{output.name}.journal")
+        self.source = {"file": dump.name, "size": dump.stat().st_size, **source}
+        self.site = _site_of(dump)
+        self.cleaner = Cleaner(self.site.language, self.site.namespaces)
+
+    def finished(self) -> Extraction | None:
+        """Return what an earlier run made of this dump.
+
+        Raises:
+            CptError: Other text has that name.
+        """
+        if not self.output.exists():
+            return None
+        manifest = read_manifest(self.output)
+        if manifest is None:
+            raise CptError(
+                f"{self.output} is there, and is no whole text of a dump. Move it away, or take another folder."
+            )
+        if any(manifest["dump"].get(key) != value for key, value in self.source.items()):
+            raise CptError(f"{self.output} is the text of another {self.dump.name}. Delete it, or take another folder.")
+        return _described(self.output, manifest, "unchanged")
+
+    def run(self, workers: int, quiet: bool) -> Extraction:
+        """Write the text, from the beginning or from where an earlier run was.
+
+        Raises:
+            CptError: As `extract`.
+        """
+        progress = self._noted()
+        resumed = progress.bit > 0
+        try:
+            with self.part.open("r+b" if resumed else "wb") as file:
+                file.truncate(progress.written)
+                file.seek(progress.written)
+                self._write(file, progress, workers, quiet)
+                file.flush()
+                os.fsync(file.fileno())
+        except DamagedDumpError:
+            # Nothing that could be gone on with: another file of this name begins anew.
+            self.part.unlink(missing_ok=True)
+            self.journal.unlink(missing_ok=True)
+            raise
+        except OSError as error:
+            raise CptError(f"Cannot write {self.part}: {error.strerror}. Make room; a rerun goes on.") from error
+        manifest = {
+            "format": FORMAT,
+            "dump": self.source,
+            "wiki": self.site.database,
+            "language": self.site.language,
+            "license": self.site.license,
+            "pages": dict(progress.counts.most_common()),
+            "size": progress.written,
+            "sha256": hash_of(self.part),
+        }
+        write_whole(manifest_of(self.output), orjson.dumps(manifest, option=orjson.OPT_INDENT_2) + b"\n")
+        self.part.rename(self.output)
+        sync_directory(self.output.parent)
+        self.journal.unlink(missing_ok=True)
+        return _described(self.output, manifest, "resumed" if resumed else "extracted")
+
+    def _write(self, file: Any, progress: _Progress, workers: int, quiet: bool) -> None:
+        noted = progress.written
+        with self.dump.open("rb") as opened, ProgressBar(self.output.name, self.source["size"], quiet) as bar:
+
+            def work(blocks: list[Block]) -> _Part:
+                try:
+                    return self._part(unpack(opened.fileno(), blocks))
+                except DamagedDumpError as error:
+                    raise DamagedDumpError(f"{self.dump} is damaged: {error}. Get it again.") from None
+
+            for blocks, part in in_order(work, _tasks(self.dump, progress.bit), workers):
+                progress.carry += part.before
+                if part.lines is not None:
+                    joined = self._part(progress.carry)
+                    lines = (joined.lines or b"") + part.lines
+                    file.write(lines)
+                    progress.written += len(lines)
+                    progress.counts += joined.counts + part.counts
+                    progress.carry = part.after
+                progress.bit = blocks[-1].stop
+                bar.update(progress.bit >> 3, progress.counts["articles"])
+                if progress.written - noted >= _JOURNAL_BYTES:
+                    file.flush()
+                    os.fsync(file.fileno())
+                    self._note(progress)
+                    noted = progress.written
+        # A file that was cut between two streams is a whole bzip2 file.
+        if b"</mediawiki>" not in progress.carry:
+            raise DamagedDumpError(f"{self.dump} ends before the dump does, without </mediawiki>. Get it again.")
+        if not progress.counts["articles"]:
+            told = ", ".join(f"{count:,} {reason}" for reason, count in progress.counts.items())
+            raise DamagedDumpError(f"{self.dump} holds no article, of {told or 'no pages'}.")
+
+    def _part(self, piece: bytes) -> _Part:
+        """Make lines of the whole pages in a piece of the dump."""
+        counts = Counter[str]()
+        begin = piece.find(OPEN)
+        if begin < 0:
+            return _Part(piece, None, b"", counts)
+        end = max(piece.rfind(CLOSE) + len(CLOSE), begin)
+        lines = [line for xml in pages_in(piece[begin:end]) if (line := self._line(xml, counts))]
+        return _Part(piece[:begin], b"".join(lines), piece[end:], counts)
+
+    def _line(self, xml: str, counts: Counter[str]) -> bytes:
+        page = read_page(xml, self.site)
+        text = self.cleaner.text(page.wikitext, page.title) if isinstance(page, Page) else ""
+        if isinstance(page, str) or not text:
+            counts[page if isinstance(page, str) else "empty"] += 1
+            return b""
+        counts["articles"] += 1
+        row = {"title": page.title, "id": page.id, "revision": page.revision}
+        row |= {"url": address(page.title, self.site), "license": self.site.license, "text": text}
+        return orjson.dumps(
+            {name: value for name, value in row.items() if value != ""}, option=orjson.OPT_APPEND_NEWLINE
+        )
+
+    def _note(self, progress: _Progress) -> None:
+        """Note where the run is; what is noted must be on the disk."""
+        noted = asdict(progress) | {"carry": base64.b64encode(progress.carry).decode(), "dump": self._identity}
+        write_whole(self.journal, orjson.dumps(noted))
+
+    def _noted(self) -> _Progress:
+        """Return where an earlier run was, the beginning where there is none of this dump."""
+        try:
+            noted = orjson.loads(self.journal.read_bytes())
+            if noted.pop("dump") == self._identity and self.part.stat().st_size >= noted["written"]:
+                noted["carry"], noted["counts"] = base64.b64decode(noted["carry"]), Counter(noted["counts"])
+                return _Progress(**noted)
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        return _Progress()
+
+    @property
+    def _identity(self) -> dict[str, Any]:
+        return {"format": FORMAT, **self.source}
+
+
+def _tasks(dump: Path, bit: int) -> Iterator[list[Block]]:
+    blocks = find_blocks(dump, bit)
+    while task := list(islice(blocks, _TASK)):
+        yield task
+
+
+def _site_of(dump: Path) -> Site:
+    """Return what a dump is of.
+
+    Raises:
+        CptError: It is none, or it is cut short.
+    """
+    try:
+        with dump.open("rb") as file:
+            head = file.read(_HEAD)
+        if not head.startswith(b"BZh"):
+            xml = " It is not compressed: bzip2 -k packs it." if b"<mediawiki" in head[:1000] else ""
+            raise CptError(f"{dump} is no bzip2 file, as dumps of Wikipedia are.{xml}")
+        with bz2.open(dump) as unpacked:
+            site = read_site(unpacked.read(_HEAD), dump)
+        if not ends_whole(dump):
+            raise CptError(f"{dump} is cut short: it does not end as a bzip2 file does. Get it again.")
+    except (OSError, EOFError) as error:
+        raise CptError(f"Cannot read {dump}: {error}.") from error
+    return site

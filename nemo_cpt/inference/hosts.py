@@ -1,0 +1,34 @@
+"""By which names a server may be asked.
+
+A page of anybody's can let its own name lead to 127.0.0.1 (DNS rebinding), and its script then asks a server there as
+one of its own origin, which CORS does not forbid. The Host header tells: it has the name that the page was opened by.
+"""
+
+from collections.abc import Collection
+
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+ALL_ADDRESSES = ("0.0.0.0", "::")
+
+
+def names_to_answer(host: str, allowed: Collection[str]) -> frozenset[str] | None:
+    """The names that requests may go by; None for every name.
+
+    On all addresses a machine has names that it does not know of itself, and there requests carry a key, which no
+    stranger's page has.
+
+    Args:
+        host: the address that the server listens on.
+        allowed: further names.
+    """
+    if host in ALL_ADDRESSES and not allowed:
+        return None
+    return frozenset(name_of(each) for each in (*LOCAL_HOSTS, host, *allowed))
+
+
+def name_of(host: str) -> str:
+    """The name or the address in a Host header, which may bring a port along: `[::1]:8000`, `Example.org.`."""
+    if host.startswith("["):
+        name = host[1:].partition("]")[0]
+    else:
+        name = host if host.count(":") > 1 else host.partition(":")[0]  # an address of IPv6 without brackets
+    return name.lower().removesuffix(".")

@@ -1,0 +1,289 @@
+"""A run on a cluster that is reached over SSH alone: its files are fetched into a folder here as they grow.
+
+One connection serves all that is asked (OpenSSH's ControlMaster); rsync sends what is new of each file. Where the
+connection breaks, what was fetched stays, and it is tried again.
+"""
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nemo_cpt import catalog
+from nemo_cpt.cache import cache_folder
+from nemo_cpt.errors import CptError
+from nemo_cpt.executors.supervisor import REACHED_FILE
+from nemo_cpt.launching.description import describe
+from nemo_cpt.launching.experiments import experiments
+from nemo_cpt.launching.task import moves_its_folder
+from nemo_cpt.watching.following import QUIET_SECONDS, RANK_0_LOG, Follower
+
+FETCH_SECONDS = 2.0  # between two looks
+TRANSFER_SECONDS = 60
+# What the view shows: never a checkpoint's weights, but that they are there.
+FETCHED = (
+    "/metrics/", "/metrics/**", "/run/", "/run/owner.json", f"/{RANK_0_LOG}",
+    "/checkpoints/", "/checkpoints/*/", "/checkpoints/*/weights/", "/checkpoints/*/run.json",
+    "/checkpoints/*-unfinished",
+)  # fmt: skip
+IN_CONTACT = (0, 23, 24)  # rsync's codes; the last two say that files were not there, or were removed meanwhile
+WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}  # Slurm's states
+
+
+@dataclass(frozen=True)
+class Reached:
+    """A run on a cluster, and the way there.
+
+    Attributes:
+        experiment: the id under which it was submitted from here.
+        folder: the run's, on the cluster.
+        jobs: ids of its Slurm jobs, of which all but one wait for another.
+        host: the login node.
+        user: account there.
+        port: SSH port.
+        identity: private key file; None for the agent's and the default ones.
+    """
+
+    experiment: str
+    folder: Path
+    jobs: Sequence[str]
+    host: str
+    user: str
+    port: int
+    identity: str | None
+
+
+@dataclass(frozen=True)
+class Queued:
+    """What Slurm says of a run's job.
+
+    Attributes:
+        state: one of Slurm's; empty where it knows the job no more.
+        started: when it was started, in seconds since 1970; 0 while it waits.
+    """
+
+    state: str
+    started: float = 0.0
+
+
+class Connection:
+    """A way to a login node, which fetches a run's files; see `connected`.
+
+    Args:
+        reached: the task, and how its machine is reached.
+        mirror: folder for the run's files.
+    """
+
+    def __init__(self, reached: Reached, mirror: Path) -> None:
+        self.reached, self.mirror = reached, mirror
+        self.job: Queued | None = None  # None while Slurm has not been asked
+        self.trouble = ""  # why it was not heard of since
+        self.heard = time.monotonic()
+        self._sockets = Path(tempfile.mkdtemp(prefix="nemo_cpt_"))  # short: a socket's path has 107 characters at most
+        self._end = threading.Event()
+
+    @property
+    def silent_seconds(self) -> float:
+        """Since it was heard of last; 0 while all is well."""
+        return time.monotonic() - self.heard if self.trouble else 0.0
+
+    def open(self, ask: bool) -> None:
+        """Log in; a process of ssh's stays behind that later ones go through.
+
+        Args:
+            ask: the user may be asked for a password, on the terminal.
+
+        Raises:
+            CptError: the node cannot be reached, or lets nobody in.
+        """
+        words = [*self._ssh(ask), "-fNM", "-o", "ConnectTimeout=10", self._where]
+        # A file and not a pipe, which the process that stays behind would keep open.
+        with tempfile.TemporaryFile("w+") as said:
+            code = subprocess.call(words, stdin=None if ask else subprocess.DEVNULL, stdout=said, stderr=said)
+            said.seek(0)
+            words_of_ssh = said.read()
+        if code:
+            raise CptError(f"SSH to {self._where}, port {self.reached.port}: {_last_line(words_of_ssh) or code}")
+
+    def close(self) -> None:
+        """Log out."""
+        self._end.set()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._call([*self._ssh(), "-O", "exit", self._where])
+        shutil.rmtree(self._sockets, ignore_errors=True)
+
+    def keep_fetching(self) -> None:
+        """Fetch again and again, in a thread of its own: a broken connection must not hold the view up."""
+        threading.Thread(target=self._work, daemon=True, name="fetching").start()
+
+    def _work(self) -> None:
+        asked = 0.0
+        while not self._end.wait(FETCH_SECONDS):
+            try:
+                if not self._control.exists():
+                    self.open(ask=False)
+                if time.monotonic() - asked > QUIET_SECONDS:
+                    # Before the files: of a job that is gone they are then whole.
+                    self.ask_slurm()
+                    asked = time.monotonic()
+                self.fetch()
+            except (CptError, subprocess.TimeoutExpired) as error:
+                self.trouble = str(error)
+
+    def fetch(self) -> None:
+        """Bring the files here up to date.
+
+        Raises:
+            CptError: the connection is broken.
+        """
+        filters = [f"--include={each}" for each in FETCHED] + ["--exclude=*"]
+        through = shlex.join(self._ssh())
+        source = f"{self._where}:{self.reached.folder}/"
+        self.mirror.mkdir(parents=True, exist_ok=True)
+        # -s: the path is sent as it is, and not to the shell there.
+        done = self._call(["rsync", "-rts", "--delete", *filters, "-e", through, source, f"{self.mirror}/"])
+        if done.returncode not in IN_CONTACT:
+            raise CptError(f"{self.reached.host}: {_last_line(done.stderr) or f'rsync ended with {done.returncode}'}")
+        self.heard, self.trouble = time.monotonic(), ""
+
+    def ask_slurm(self) -> None:
+        """Look for the job in Slurm's queue; where that does not answer, what it said last stands."""
+        asked = ["squeue", "--noheader", "--jobs", ",".join(self.reached.jobs), "--format", "%T %S"]
+        done = self._call([*self._ssh(), self._where, f"TZ=UTC {shlex.join(asked)}"])
+        if done.returncode == 0 or "Invalid job id" in done.stderr:
+            self.job = _in_queue(done.stdout)
+
+    def _call(self, words: Sequence[str]) -> "subprocess.CompletedProcess[str]":
+        # In a session of its own: it can ask for nothing on the terminal, and the view's Ctrl-C is not its own.
+        return subprocess.run(
+            words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", start_new_session=True,
+            timeout=TRANSFER_SECONDS, env=os.environ | {"LC_ALL": "C"},
+        )  # fmt: skip
+
+    def _ssh(self, ask: bool = False) -> list[str]:
+        reached = self.reached
+        options = ["ControlPath=" + str(self._control), "ServerAliveInterval=5", "ServerAliveCountMax=3"]
+        options += [] if ask else ["BatchMode=yes"]
+        identity = ["-i", reached.identity] if reached.identity else []
+        return ["ssh", "-p", str(reached.port), *identity, *(word for each in options for word in ("-o", each))]
+
+    @property
+    def _control(self) -> Path:
+        return self._sockets / "control"
+
+    @property
+    def _where(self) -> str:
+        return f"{self.reached.user}@{self.reached.host}"
+
+
+def _last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+
+
+def _in_queue(printed: str) -> Queued:
+    """The job of a chain that has come furthest, by squeue's lines of state and start."""
+    jobs = [line.split() for line in printed.splitlines() if line.strip()]
+    # Of a chain the others wait for the one that runs.
+    jobs.sort(key=lambda job: job[0] in WAITING)
+    if not jobs:
+        return Queued("")
+    state, start = jobs[0]
+    if state in WAITING:
+        return Queued(state)
+    return Queued(state, datetime.fromisoformat(start).replace(tzinfo=UTC).timestamp())
+
+
+class RemoteFollower(Follower):
+    """Follows a run by the files that a connection fetches, and by what Slurm says of its job."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__(connection.mirror)
+        self._connection = connection
+
+    def _state(self) -> tuple[str, str]:
+        job, end = self._connection.job, self._record.end
+        if job and job.state in WAITING:
+            return "queued", ""
+        # An end that was written before the job was started is an earlier one's.
+        if end and not (job and job.started > end["time"]):
+            return end["state"], end["message"]
+        if not self._record.description or (job and job.started > self._described()):
+            return ("starting", "") if job is None or job.state else ("killed", _WITHOUT_A_WORD)
+        return ("running", "") if job is None or job.state else ("killed", _WITHOUT_A_WORD)
+
+    def _described(self) -> float:
+        return datetime.fromisoformat(self._record.description["started"]).timestamp()
+
+    def _log(self) -> Path | None:
+        own = self.folder / RANK_0_LOG
+        return own if own.is_file() else None
+
+    def _trouble(self) -> str:
+        silent = self._connection.silent_seconds
+        return f"not heard of for {silent:.0f} s ({self._connection.trouble})" if silent else ""
+
+
+_WITHOUT_A_WORD = "its job has left Slurm's queue without a word; nemo-cpt logs may say why"
+
+
+def find(chosen: str | None) -> Reached | None:
+    """The newest run over SSH, or that of an experiment's id, of a run's name or of its folder there; None for none."""
+    for found in _over_ssh():
+        if chosen in (None, found.experiment, found.folder.name, str(found.folder)):
+            return found
+    return None
+
+
+def _over_ssh() -> Iterator[Reached]:
+    """The runs that were submitted over SSH, the latest first."""
+    try:
+        known = experiments()
+    except CptError:  # there are none
+        return
+    for experiment in known:
+        for record in (task / REACHED_FILE for task in experiment.tasks):
+            if record.is_file() and (folder := _folder_of(record.parent)) is not None:
+                about: dict[str, Any] = json.loads(record.read_bytes())
+                yield Reached(experiment.id, Path(about.pop("runs_in"), folder), **about)
+
+
+def _folder_of(task: Path) -> Path | None:
+    """A task's run folder, from where it runs, by what NeMo-Run wrote of it; None where that does not say."""
+    (config,) = map(yaml.safe_load, (path.read_text() for path in task.glob("configs/*_config.yaml")))
+    if "recipe" in config and not moves_its_folder(config["overrides"]):  # of `nemo-cpt run`
+        function = catalog.recipe(config["recipe"])
+        return describe(function, config["arguments"], config["overrides"], "local", ()).directory
+    log = config.get("log", {})  # of a script's
+    if log.get("explicit_log_dir"):
+        return Path(log["explicit_log_dir"])
+    return Path(log["log_dir"], log["name"]) if log.get("log_dir") and log.get("name") else None
+
+
+@contextlib.contextmanager
+def connected(reached: Reached) -> Iterator[RemoteFollower]:
+    """A follower of a run over SSH; asks for a password where the login node does.
+
+    Raises:
+        CptError: the login node cannot be reached.
+    """
+    connection = Connection(reached, cache_folder("watched") / reached.experiment / reached.folder.name)
+    try:
+        connection.open(ask=True)
+        connection.ask_slurm()
+        connection.fetch()
+        connection.keep_fetching()
+        yield RemoteFollower(connection)
+    finally:
+        connection.close()

@@ -1,0 +1,137 @@
+"""Where every step of a workflow stands, and what all that would run would take, before anything starts."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from nemo_cpt.corpus.atomic_files import make_folder
+from nemo_cpt.doctor import Finding
+from nemo_cpt.errors import CptError
+from nemo_cpt.workflow.estimates import Estimate, Estimates
+from nemo_cpt.workflow.standing import Chosen, Standing, check_free, standings
+from nemo_cpt.workflow.state import State
+from nemo_cpt.workflow.steps import Workflow
+
+COLUMNS = ("step", "does", "state", "why", "time", "memory", "disk")
+UNKNOWN = "?"
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a run would do.
+
+    Attributes:
+        workflow: whose.
+        standings: of its steps.
+        estimates: of each of them.
+        findings: what the doctor finds of trainings and of the disk, with the step's name.
+    """
+
+    workflow: Workflow
+    standings: list[Standing]
+    estimates: list[Estimate]
+    findings: list[tuple[str, Finding]]
+
+    @property
+    def errors(self) -> list[tuple[str, Finding]]:
+        """The findings for which a run would be refused."""
+        return [each for each in self.findings if each[1].state == "error"]
+
+    def rows(self) -> Iterator[tuple[str, ...]]:
+        """The table under `COLUMNS`, and its sum."""
+        for each, estimate in zip(self.standings, self.estimates, strict=True):
+            does = str(each.step.parameters.get("recipe", each.step.do))
+            if each.done:
+                yield each.step.name, does, "done", "", "", "", ""
+            else:
+                yield each.step.name, does, "may run" if each.waits else "would run", each.why, *_cells(estimate)
+        seconds, disk = (sum(getattr(each, name) or 0 for each in self.estimates) for name in ("seconds", "disk_bytes"))
+        memory = max((each.memory_gib or 0 for each in self.estimates), default=0)
+        more = " and what is not known" if any(self._unknown()) else ""
+        yield (
+            "all",
+            "",
+            "",
+            more.strip(),
+            _time(seconds),
+            f"{memory:,.1f} GiB" if memory else "",
+            _bytes(disk),
+        )
+
+    def lines(self) -> Iterator[str]:
+        """What the doctor found."""
+        for name, finding in self.findings:
+            if finding.state != "ok":
+                yield f"{finding.state}: {name}: {finding}" if name else f"{finding.state}: {finding}"
+        if self.errors:
+            yield "It would not be run; --force runs it all the same."
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain data."""
+        steps = {
+            each.step.name: {
+                "do": each.step.do,
+                "done": each.done,
+                "why": each.why,
+                "reads": each.step.reads,
+                "writes": each.step.writes,
+                **asdict(estimate),
+            }
+            for each, estimate in zip(self.standings, self.estimates, strict=True)
+        }
+        findings = [{"step": name, **finding.as_dict()} for name, finding in self.findings]
+        return {"workflow": self.workflow.name, "steps": steps, "findings": findings, "would_run": not self.errors}
+
+    def _unknown(self) -> Iterator[bool]:
+        for each, estimate in zip(self.standings, self.estimates, strict=True):
+            yield not each.done and estimate.seconds is None
+
+
+def dry_run(workflow: Workflow, chosen: Chosen, plan: bool = True) -> DryRun:
+    """Look at a workflow without running anything.
+
+    Args:
+        workflow: its steps.
+        chosen: what of it would be run.
+        plan: plan trainings for GPUs, which imports NeMo the first time.
+
+    Raises:
+        CptError: it could not be run, whatever the machine.
+    """
+    make_folder(workflow.folder)
+    workflow.check()
+    names, again, state = chosen.steps(workflow), chosen.again(workflow), State(workflow)
+    found = [each for each in standings(workflow, state, again) if each.step.name in names]
+    check_free(found)
+    estimates = Estimates(workflow)
+    made = [estimates.of(each, plan) for each in found]
+    disk = estimates.disk(sum(each.disk_bytes or 0 for each in made))
+    return DryRun(workflow, found, made, [*estimates.findings, ("", disk)])
+
+
+def refuse_red(found: DryRun) -> None:
+    """Refuse a run in which something could not work.
+
+    Raises:
+        CptError: with all that the doctor finds red.
+    """
+    if found.errors:
+        listed = "\n".join(f"  {name or found.workflow.name}: {finding}" for name, finding in found.errors)
+        raise CptError(f"{found.workflow.name} is not run (--force runs it all the same):\n{listed}")
+
+
+def _cells(estimate: Estimate) -> tuple[str, str, str]:
+    memory = UNKNOWN if estimate.memory_gib is None else f"{estimate.memory_gib:,.1f} GiB"
+    disk = UNKNOWN if estimate.disk_bytes is None else _bytes(estimate.disk_bytes)
+    time = UNKNOWN if estimate.seconds is None else _time(estimate.seconds)
+    return time, f"{memory} ({estimate.note})" if estimate.note else memory, disk
+
+
+def _bytes(number: float) -> str:
+    return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{number / 1e6:,.1f} MB"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:,.0f} s"
+    return f"{seconds / 60:,.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"

@@ -1,0 +1,187 @@
+"""What a step would take: seconds, memory and disk, from the planner for trainings and from measured rates for others.
+
+What is not known is None, and nothing is guessed for it: a hub's sizes, a tuning whose conversations are not there yet.
+"""
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from nemo_cpt.catalog.workloads import workload
+from nemo_cpt.corpus.preparing.workers import count_processes
+from nemo_cpt.doctor import PREFLIGHT, Examination, Finding, Job, examine
+from nemo_cpt.doctor.examination import from_error
+from nemo_cpt.errors import CptError
+from nemo_cpt.launching.description import describe
+from nemo_cpt.planning.plans import plan_workload
+from nemo_cpt.workflow import outputs, recipes
+from nemo_cpt.workflow.kinds import paths_in, value_of
+from nemo_cpt.workflow.standing import Standing
+from nemo_cpt.workflow.steps import Step, Workflow
+
+# Inputs whose size tells that of what is made of them; the tokenizer's and the base's do not.
+MEASURED = ("inputs", "corpora", "source")
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How a kind of step goes through its inputs: docs/corpus.md and docs/checkpoints.md have the measurements.
+
+    Attributes:
+        bytes_per_second: of its inputs; of one worker where it has several.
+        grows: bytes made for each byte read.
+        memory_gib: of this process; 0 where nothing was measured.
+        by_workers: it has a worker a CPU.
+    """
+
+    bytes_per_second: float
+    grows: float
+    memory_gib: float = 0.0
+    by_workers: bool = False
+
+
+RATES = {
+    "split": Rate(20e6, 1.0),
+    "prepare": Rate(42e6, 1.05, 0.35, by_workers=True),
+    "tokenizer": Rate(1e6, 0.0, 1.8),
+    "import": Rate(0.9e9, 1.0, 0.5),
+    "grow": Rate(0.9e9, 1.0, 0.5),
+    "merge": Rate(0.9e9, 1.0, 0.5),
+    "export": Rate(0.9e9, 1.0, 0.5),
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a step would take; None for what is not known.
+
+    Attributes:
+        seconds: of wall time.
+        memory_gib: of a GPU, of a training; else of this machine.
+        disk_bytes: that it would write and keep.
+        note: what the figures are of.
+        model_bytes: of a training's model.
+    """
+
+    seconds: float | None = None
+    memory_gib: float | None = None
+    disk_bytes: float | None = None
+    note: str = ""
+    model_bytes: float | None = None
+
+
+class Estimates:
+    """Estimates of steps, in their order: what one makes another reads.
+
+    Args:
+        workflow: whose.
+    """
+
+    def __init__(self, workflow: Workflow) -> None:
+        self.workflow = workflow
+        self.made: dict[str, float] = {}
+        self.findings: list[tuple[str, Finding]] = []
+
+    def of(self, standing: Standing, plan: bool = True) -> Estimate:
+        """What one step would take, and what the doctor finds of a training.
+
+        Args:
+            standing: the step's.
+            plan: plan trainings for GPUs, which imports NeMo the first time.
+        """
+        step = standing.step
+        if standing.done:
+            found = Estimate(0.0, 0.0, 0.0)
+        elif step.kind.recipe:
+            with contextlib.chdir(self.workflow.folder):
+                found = self._training(standing, plan)
+        else:
+            found = self._by_rate(step)
+        if found.disk_bytes:
+            # Of a training what is read of it: its weights, without the states of its optimizer.
+            self.made |= dict.fromkeys(step.writes, found.model_bytes or found.disk_bytes)
+        return found
+
+    def disk(self, needed: float) -> Finding:
+        """Whether the disk holds what all steps would write."""
+        free = shutil.disk_usage(self.workflow.folder.absolute()).free
+        found = f"{free / 1e9:,.1f} GB free, {needed / 1e9:,.1f} GB known to be written"
+        short = f"free {(needed - free) / 1e9:,.1f} GB" if needed > free else ""
+        return Finding("disk", "error" if short else "ok", found, short)
+
+    def _by_rate(self, step: Step) -> Estimate:
+        rate = RATES.get(step.do)
+        if rate is None:
+            return Estimate()
+        size = self._size(step)
+        if size is None:
+            return Estimate(memory_gib=rate.memory_gib or None)
+        workers = count_processes(step.parameters.get("workers")) if rate.by_workers else 1
+        return Estimate(size / rate.bytes_per_second / workers, rate.memory_gib or None, size * rate.grows)
+
+    def _size(self, step: Step) -> float | None:
+        """Bytes of what a step reads; None where a part of it is not known."""
+        known = [self._size_of(path) for path in _measured(step)]
+        return None if not known or any(each is None for each in known) else sum(filter(None, known))
+
+    def _size_of(self, path: str) -> float | None:
+        files = outputs.files_of(self.workflow.folder / path)
+        if files:
+            return float(sum(file.stat().st_size for file in files))
+        size = next((size for made, size in self.made.items() if outputs.related(path, made)), None)
+        return size and size * self._share(path)
+
+    def _share(self, path: str) -> float:
+        """The part of a split's output that one of its sets is."""
+        makers = (step for step in self.workflow.steps.values() if step.do == "split")
+        step = next((step for step in makers if path.startswith(f"{step.writes[0]}/")), None)
+        if step is None:
+            return 1.0
+        shares = {name: value_of(step.function, name, step.parameters) for name in ("validation", "test")}
+        held_out = {name: share for name, share in shares.items() if isinstance(share, int | float)}
+        return held_out.get(Path(path).stem, 1 - sum(held_out.values()))
+
+    def _training(self, standing: Standing, plan: bool) -> Estimate:
+        step = standing.step
+        recipe, arguments, fields, options = recipes.split(step.name, step.parameters)
+        try:
+            job = describe(recipe, arguments, fields, str(step.parameters.get(recipes.EXECUTOR, "local")), options)
+        except CptError as error:  # such as the shape of a base that is not made yet
+            self.findings.append((step.name, from_error("recipe", error)))
+            return Estimate(note="not known before its base is there")
+        self._preflight(standing, job)
+        if not plan or not job.gpus_per_node:
+            return Estimate(note="" if job.gpus_per_node else "on the CPU")
+        try:
+            planned = plan_workload(workload(recipe.name, arguments, fields), job.gpu_memory_gib)
+        except CptError as error:
+            self.findings.append((step.name, Finding("plan", "warning", f"none: {error.message}")))
+            return Estimate()
+        if not planned.fits:
+            self.findings.append((step.name, Finding("plan", "error", planned.verdict, "nemo-cpt plan says what fits")))
+        tokens = planned.workload.max_steps * planned.workload.tokens_per_step
+        saved = planned.workload.trained_parameters * 14  # weights in bf16 and Adam's states in fp32
+        note = f"{planned.speed.gpus} x {planned.gpu.name}"
+        seconds, model = planned.speed.hours(tokens) * 3600, planned.workload.parameters * 2  # in bf16
+        return Estimate(seconds, planned.peak_gib, job.checkpoints * saved, note, model)
+
+    def _preflight(self, standing: Standing, job: Job) -> None:
+        # What steps before it make is not there yet: files are not looked at then, as of a task that waits for others.
+        first = [name for name in self.workflow.needs[standing.step.name] if self._missing(name)]
+        if first or standing.waits:
+            job = replace(job, place=replace(job.place, same_files=False))
+        for each in examine(PREFLIGHT, Examination(job), seconds=20):
+            if each.state in ("warning", "error"):
+                self.findings.append((standing.step.name, each))
+
+    def _missing(self, name: str) -> bool:
+        step = self.workflow.steps[name]
+        return any(not outputs.files_of(step.folder / path) for path in step.writes)
+
+
+def _measured(step: Step) -> Iterator[str]:
+    for name in MEASURED:
+        value = step.parameters.get(name)
+        yield from paths_in(list(value) if isinstance(value, Mapping) else value)

@@ -1,0 +1,119 @@
+"""What lies behind a path that a step names: a file, a folder, a dataset by its prefix, a run's newest checkpoint."""
+
+import glob
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+from nemo_cpt.corpus.reading.chunks import hash_file
+from nemo_cpt.training.run_folder import newest_whole
+
+# Without the manifest, which says when it was made: it would be another one each time.
+OF_A_DATASET = (".bin", ".idx", ".mask")
+SUFFIXES = ("_text_document", "_conversations")  # which `prepare` appends, and which nobody needs to write
+PREFIXES = ("_document", "_conversations")
+Files = dict[str, dict[str, Any]]
+
+
+def related(read: str, made: str) -> bool:
+    """Whether what is read is, or is part of, or holds what is made."""
+    made_path = PurePath(os.path.normpath(made))
+    for name in (read, *(read + suffix for suffix in SUFFIXES)):
+        path = PurePath(os.path.normpath(_without_magic(name)))
+        if path == made_path or path in made_path.parents or made_path in path.parents:
+            return path != PurePath(".")
+    return False
+
+
+def _without_magic(path: str) -> str:
+    """The part of a glob that is plain."""
+    parts = PurePath(path).parts
+    plain = next((number for number, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    return str(PurePath(*parts[:plain]))
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that a path stands for, in a fixed order; none where there is nothing."""
+    if path.is_file():
+        return [path]
+    # Before folders: Megatron keeps the indices that a training made of a dataset in a folder of the prefix's name.
+    for prefix in (path.name, *(path.name + suffix for suffix in SUFFIXES)):
+        parts = [path.with_name(prefix + ending) for ending in OF_A_DATASET]
+        if parts[0].is_file():
+            return [part for part in parts if part.is_file()]
+    if (path / "checkpoints").is_dir():
+        newest = newest_whole(path / "checkpoints")
+        return _below(newest.path) if newest else []
+    if path.is_dir():
+        return _below(path)
+    found = sorted(glob.glob(str(path), recursive=True)) if glob.has_magic(str(path)) else []
+    return [Path(each) for each in found if os.path.isfile(each)]
+
+
+def _below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def look(path: Path, known: Mapping[str, Mapping[str, Any]] | None = None) -> Files:
+    """The files of a path by their names in it, with size, time of change and a hash of the content.
+
+    Args:
+        path: what a step names.
+        known: as it was looked at before: a file whose size and time are the same is not read again.
+    """
+    found: Files = {}
+    for file in files_of(path):
+        stat = file.stat()
+        name = os.path.relpath(file, path.parent)
+        before = (known or {}).get(name, {})
+        same = (before.get("size"), before.get("mtime_ns")) == (stat.st_size, stat.st_mtime_ns)
+        # Stamped before it is read: what is written meanwhile has another time at the next look.
+        found[name] = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        found[name]["hash"] = before["hash"] if same else hash_file(str(file))
+    return found
+
+
+def content(files: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The hashes alone: equal for equal content, whenever it was written."""
+    return {name: each["hash"] for name, each in files.items()}
+
+
+def changed(before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]) -> str:
+    """The first file that is not as before; empty where all are."""
+    one, other = content(before), content(now)
+    return next((name for name in sorted({*one, *other}) if one.get(name) != other.get(name)), "")
+
+
+def size(files: Mapping[str, Mapping[str, Any]]) -> int:
+    """Bytes of the files."""
+    return sum(each["size"] for each in files.values())
+
+
+def remove(path: Path) -> None:
+    """Remove what a step has made: a folder, a file, or a dataset with all that lies under its name."""
+    for each in _parts(path):
+        shutil.rmtree(each) if each.is_dir() and not each.is_symlink() else each.unlink()
+
+
+def set_aside(path: Path) -> Path:
+    """Rename what a step has made, to the first free name of `PATH.1`, `PATH.2`, ...; returns it."""
+    number = 1
+    while (free := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    path.rename(free)
+    return free
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is anything under a path that a step makes."""
+    return bool(_parts(path))
+
+
+def _parts(path: Path) -> list[Path]:
+    own = [path] if path.exists() or path.is_symlink() else []
+    # Of a prefix alone: beside corpus.jsonl, corpus.jsonl.gz is a file of its own.
+    if not path.name.endswith(PREFIXES) or not path.parent.is_dir():
+        return own
+    return own + sorted(path.parent.glob(f"{glob.escape(path.name)}.*"))

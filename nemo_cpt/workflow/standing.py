@@ -1,0 +1,198 @@
+"""Where each step stands: done, or to be run, and why; by the content of what it reads, its parameters, its code."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_cpt.corpus.reading.chunks import hash_file
+from nemo_cpt.errors import CptError
+from nemo_cpt.installed import installed_versions
+from nemo_cpt.workflow import outputs
+from nemo_cpt.workflow.kinds import OF_THE_MACHINE, OPTION, OWN, source_of
+from nemo_cpt.workflow.state import DONE, FAILED, RUNNING, STOPPED, Record, State
+from nemo_cpt.workflow.steps import Step, Workflow
+
+GOES_ON = {RUNNING: "did not end", STOPPED: "was stopped", FAILED: "failed"}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What of a workflow is run, and how.
+
+    Attributes:
+        until: the last step, with all that it needs; None for every step.
+        redo: steps to make again.
+        start_from: a step to make again with all that need it.
+        force: trainings are launched although the doctor finds them red.
+    """
+
+    until: str | None = None
+    redo: Collection[str] = ()
+    start_from: str | None = None
+    force: bool = False
+
+    def again(self, workflow: Workflow) -> set[str]:
+        """Names of the steps that are made again.
+
+        Raises:
+            CptError: there is no such step.
+        """
+        named = {workflow.step(name).name for name in self.redo}
+        return named | (workflow.behind(workflow.step(self.start_from).name) if self.start_from else set())
+
+    def steps(self, workflow: Workflow) -> set[str]:
+        """Names of the steps that are looked at.
+
+        Raises:
+            CptError: there is no such step, or one to be made again is not among them.
+        """
+        chosen = workflow.before(workflow.step(self.until).name) if self.until else set(workflow.steps)
+        named = {*self.redo, *([self.start_from] if self.start_from else [])}
+        if outside := sorted(named - chosen):
+            raise CptError(f"{self.until} does not need {outside[0]}: leave --until away, or name a later step")
+        return chosen
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A step, and whether it is done.
+
+    Attributes:
+        step: which.
+        why: it would run; empty for one that is done.
+        record: of its last start; None where there was none.
+        waits: it reads what steps make that are to run first: it may turn out to be done.
+    """
+
+    step: Step
+    why: str = ""
+    record: Record | None = None
+    waits: bool = False
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self.why
+
+
+def standings(workflow: Workflow, state: State, again: Collection[str] = ()) -> list[Standing]:
+    """Where every step stands, in their order.
+
+    Args:
+        workflow: its steps.
+        state: its records.
+        again: names of steps to make again.
+    """
+    found: dict[str, Standing] = {}
+    for step in workflow.order:
+        first = [name for name in workflow.needs[step.name] if not found[name].done]
+        found[step.name] = standing(step, state, again=step.name in again, first=first)
+    return list(found.values())
+
+
+def check_free(found: Collection[Standing]) -> None:
+    """Check that no step would write over what it did not make.
+
+    Raises:
+        CptError: one would.
+    """
+    for each in found:
+        kind = each.step.kind
+        # What goes on from what is there looks itself whose it is; but not a training, which would call it finished.
+        if each.done or each.waits or (kind.goes_on and not kind.kept):
+            continue
+        for path in each.step.writes:
+            ours = each.record is not None and (path in each.record.outputs or each.record.state != DONE)
+            if outputs.is_there(each.step.folder / path) and not ours:
+                raise CptError(
+                    f"{each.step.name} would make {path}, which is there and which no run of this workflow made: move "
+                    "it away, or give the step another place"
+                )
+
+
+def standing(step: Step, state: State, again: bool = False, first: Collection[str] = ()) -> Standing:
+    """Where one step stands.
+
+    Args:
+        step: which.
+        state: the workflow's records.
+        again: it is to be made again.
+        first: steps that are to run before it and make what it reads.
+    """
+    record = state.record(step)
+    if record is None:
+        return Standing(step, "new")
+    why = "asked for" if again else _changed(step, record, bool(first))
+    if not why and first:
+        return Standing(step, f"after {', '.join(first)}", record, waits=True)
+    return Standing(step, why, record)
+
+
+def _changed(step: Step, record: Record, waits: bool) -> str:
+    """Why a step that was started before is to be run; empty where its record holds."""
+    if why := other_job(step, record, waits):
+        return why
+    if record.state != DONE:
+        return GOES_ON[record.state]
+    if step.kind.forever:
+        return "never done"
+    for path in step.writes:
+        now = outputs.look(step.folder / path, record.outputs.get(path))
+        if not now:
+            return f"output missing: {path}"
+        if name := outputs.changed(record.outputs.get(path, {}), now):
+            return f"output changed: {name}"
+    return ""
+
+
+def other_job(step: Step, record: Record, waits: bool = False) -> str:
+    """What makes a step another job than the one of its record; empty where it is the same.
+
+    Args:
+        step: as it is now.
+        record: of its last start.
+        waits: its inputs are about to be made again: they say nothing yet.
+    """
+    if step.do != record.do:
+        return f"does {step.do}, did {record.do}"
+    if names := _other_parameters(step.parameters, record.parameters):
+        return f"parameters: {', '.join(names)}"
+    if code_of(step) != record.code:
+        return f"code changed: {step.do}"
+    if step.kind.by_version and (was := record.versions.get("nemo_cpt")) != (now := installed_versions(())["nemo_cpt"]):
+        return f"version: {was}, now {now}"
+    for path in step.reads if not waits else ():
+        if name := outputs.changed(record.inputs.get(path, {}), outputs.look(_full(step, path), _known(record, path))):
+            return f"input changed: {name}"
+    return ""
+
+
+def inputs_of(step: Step, record: Record | None = None) -> dict[str, outputs.Files]:
+    """What a step reads, looked at."""
+    return {path: outputs.look(_full(step, path), _known(record, path)) for path in step.reads}
+
+
+def outputs_of(step: Step) -> dict[str, outputs.Files]:
+    """What a step has made, looked at."""
+    return {path: outputs.look(step.folder / path) for path in step.writes}
+
+
+def code_of(step: Step) -> str:
+    """The hash of the file of a function of the user's; empty for one of the library."""
+    return hash_file(str(source_of(step.do, step.folder))) if step.kind is OWN else ""
+
+
+def _known(record: Record | None, path: str) -> Mapping[str, Mapping[str, Any]]:
+    return record.inputs.get(path, {}) if record else {}
+
+
+def _full(step: Step, path: str) -> Path:
+    return step.folder / path
+
+
+def _other_parameters(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
+    """Parameters that are not as before, and change what is made."""
+    names = [name for name in {**before, **now} if name not in OF_THE_MACHINE and not name.startswith(OPTION)]
+    missing = object()
+    return [name for name in names if now.get(name, missing) != before.get(name, missing)]

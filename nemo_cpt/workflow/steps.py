@@ -1,0 +1,324 @@
+"""A workflow: steps that name what they read and write, put in order by that, and checked before anything runs."""
+
+import glob
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import cached_property
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+from nemo_cpt import catalog
+from nemo_cpt.errors import CptError
+from nemo_cpt.workflow import recipes
+from nemo_cpt.workflow.kinds import NOT_GIVEN, OWN, Kind, function_of, kind_of, paths_in, value_of
+from nemo_cpt.workflow.outputs import related
+
+NAME = re.compile(r"[\w][\w.-]*")
+ELSEWHERE = re.compile(r"(hf:|https?://)")
+READS, WRITES = "reads", "writes"  # of a function of the user's: which of its parameters are paths
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: a function of the library, or of the user's, with its parameters.
+
+    `step / "train.jsonl"` is a file below what it makes, and the step itself stands for all of it, wherever a parameter
+    of another step takes a path.
+
+    Attributes:
+        name: what it is called, and what its record and its log are called by.
+        do: a name of `kinds.KINDS`, or `FILE.py:FUNCTION`, `module:function`.
+        parameters: the function's own, as plain data; of a recipe as a configuration file has them.
+        folder: what relative paths are relative to: the folder of the workflow's file.
+    """
+
+    name: str
+    do: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path = Path()
+
+    def __post_init__(self) -> None:
+        """Turn steps, paths and mixtures among the parameters into plain data.
+
+        Raises:
+            CptError: the name is none that a file could have, or a parameter is no plain data.
+        """
+        if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
+            raise CptError(f"a step is called {self.name!r}: give letters, digits, '-', '_' and '.'")
+        made = {str(key): _plain(value, f"{self.name}: {key}") for key, value in self.parameters.items()}
+        object.__setattr__(self, "parameters", made)
+
+    @cached_property
+    def kind(self) -> Kind:
+        """What steps like it do."""
+        with self._named():
+            return kind_of(self.do, self.parameters)
+
+    @cached_property
+    def function(self) -> catalog.Function:
+        """The function or recipe that it calls, as its source has it."""
+        if self.kind.recipe:
+            return recipes.function(self.name, self.parameters)
+        with self._named():
+            return function_of(self.do, self.kind, self.folder)
+
+    @cached_property
+    def reads(self) -> list[str]:
+        """What it names that may be files."""
+        if self.kind.recipe:
+            return recipes.reads(self.function, self.arguments)
+        names = self.kind.reads if self.kind is not OWN else self._own_paths(READS)
+        return list(dict.fromkeys(path for name in names for path in paths_in(self.parameters.get(name))))
+
+    @cached_property
+    def writes(self) -> list[str]:
+        """What it makes: files, folders, prefixes of datasets."""
+        if self.kind.recipe:
+            return [recipes.run_folder(self.function, self.arguments)]
+        if self.kind is OWN:
+            return [path for name in self._own_paths(WRITES) for path in paths_in(self.parameters.get(name))]
+        names = re.findall(r"{(\w+)}", self.kind.writes)
+        values = {name: value_of(self.function, name, self.parameters) for name in names}
+        if missing := [name for name, value in values.items() if value is None]:
+            raise CptError(f"{self.name}: {self.do} needs {missing[0]}")
+        return [self.kind.writes.format_map(values)] if self.kind.writes else []
+
+    @cached_property
+    def arguments(self) -> dict[str, Any]:
+        """What the function is called with; of a recipe, without fields of its config and its executor's options."""
+        if self.kind.recipe:
+            return recipes.split(self.name, self.parameters)[1]
+        return {name: value for name, value in self.parameters.items() if name not in (READS, WRITES)}
+
+    def __truediv__(self, part: str) -> str:
+        return str(Path(os.fspath(self), part))
+
+    def __fspath__(self) -> str:
+        if not self.writes:
+            raise CptError(f"the step {self.name} makes no files that another could read")
+        return self.writes[0]
+
+    def check(self) -> None:
+        """Check the parameters against the function's own.
+
+        Raises:
+            CptError: one is unknown, with the nearest; is missing; has the wrong type; or is the workflow's to decide.
+        """
+        if self.kind.recipe:
+            recipes.check(self.name, self.parameters)
+            return
+        known = {name: each for name, each in self.function.parameters.items() if name not in NOT_GIVEN}
+        for name, value in self.arguments.items():
+            if name in NOT_GIVEN:
+                raise CptError(f"{self.name}: {name} is not for a workflow's step: leave it away")
+            if name not in known and "**" not in known:
+                raise CptError(f"{self.name}: {self.do} has no parameter {name}; {catalog.nearest(name, known)}")
+            if name in known and not _fits(value, known[name].annotation):
+                raise CptError(f"{self.name}: {name} is {value!r}: expected {known[name].annotation}")
+        required = [name for name, each in known.items() if each.default is None and name != "**"]
+        if missing := [name for name in required if name not in self.arguments]:
+            raise CptError(f"{self.name}: {self.do} needs {', '.join(missing)}")
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Say which step it is that cannot work."""
+        try:
+            yield
+        except CptError as error:
+            raise CptError(f"{self.name}: {error.message}") from None
+
+    def _own_paths(self, which: str) -> list[str]:
+        names = self.parameters.get(which) or []
+        names = [names] if isinstance(names, str) else names
+        if unknown := [name for name in names if name not in self.parameters]:
+            raise CptError(f"{self.name}: {which} names the parameter {unknown[0]}, which is not given")
+        return list(names)
+
+
+class Workflow:
+    """Steps, in the order that their files give them.
+
+    Args:
+        name: what it is called.
+        steps: in any order; of those that could come next the first one listed does.
+        folder: what relative paths are relative to; that of its file, where it is read from one.
+
+    Raises:
+        CptError: a name is given twice, or there is no step.
+    """
+
+    def __init__(self, name: str, steps: Sequence[Step], folder: str | Path = "") -> None:
+        self.name, self.folder = str(name), Path(folder)
+        self.steps = {
+            step.name: Step(step.name, _relative(step.do, self.folder), step.parameters, self.folder) for step in steps
+        }
+        if not steps:
+            raise CptError(f"the workflow {name} has no step")
+        names = [step.name for step in steps]
+        if twice := sorted({each for each in names if names.count(each) > 1}):
+            raise CptError(f"the workflow {name} has two steps that are called {twice[0]}")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Workflow):
+            return NotImplemented
+        mine, theirs = ([(each.name, each.do, each.parameters) for each in one.steps.values()] for one in (self, other))
+        return self.name == other.name and mine == theirs
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @cached_property
+    def needs(self) -> dict[str, list[str]]:
+        """By step, those whose files it reads.
+
+        Raises:
+            CptError: a step reads what it makes itself.
+        """
+        found: dict[str, list[str]] = {}
+        for step in self.steps.values():
+            others = [each for each in self.steps.values() if _feeds(each, step)]
+            if step in others:
+                raise CptError(f"{step.name} reads {', '.join(step.writes)}, which it makes itself")
+            found[step.name] = [each.name for each in others]
+        return found
+
+    @cached_property
+    def order(self) -> list[Step]:
+        """The steps, each behind those that it needs.
+
+        Raises:
+            CptError: steps wait for each other in a circle.
+        """
+        sorter = TopologicalSorter(self.needs)
+        try:
+            sorter.prepare()
+        except CycleError as error:
+            # graphlib names each node behind the one that needs it.
+            raise CptError(f"these steps wait for each other: {' -> '.join(reversed(error.args[1]))}") from None
+        listed, ordered = list(self.steps), list[str]()
+        ready = set(sorter.get_ready())
+        while ready:
+            following = min(ready, key=listed.index)
+            ready.remove(following)
+            ordered.append(following)
+            sorter.done(following)
+            ready |= set(sorter.get_ready())
+        # What never ends comes last: nothing could come behind it.
+        ordered.sort(key=lambda name: self.steps[name].kind.forever)
+        return [self.steps[name] for name in ordered]
+
+    def step(self, name: str) -> Step:
+        """A step by its name.
+
+        Raises:
+            CptError: there is none.
+        """
+        if name not in self.steps:
+            raise CptError(f"the workflow {self.name} has no step {name!r}; {catalog.nearest(name, self.steps)}")
+        return self.steps[name]
+
+    def before(self, name: str) -> set[str]:
+        """A step, and all that it needs, directly or not."""
+        return {name}.union(*(self.before(each) for each in self.needs[name]))
+
+    def behind(self, name: str) -> set[str]:
+        """A step, and all that need it, directly or not."""
+        return {name}.union(*(self.behind(each) for each, needed in self.needs.items() if name in needed))
+
+    def given(self, step: Step) -> list[str]:
+        """What a step reads that no step makes: files that must be there."""
+        made = [path for each in self.steps.values() for path in each.writes]
+        return [path for path in step.reads if not any(related(path, each) for each in made)]
+
+    def check(self) -> None:
+        """Check all that can be known without running anything.
+
+        Raises:
+            CptError: a parameter is wrong, two steps make one file, steps wait for each other, or a file is missing.
+        """
+        for step in self.steps.values():
+            step.check()
+        self._check_outputs()
+        for step in self.order:
+            for path in self.given(step):
+                self._check_there(step, path)
+
+    def _check_outputs(self) -> None:
+        made = [(step.name, path) for step in self.steps.values() for path in step.writes]
+        for number, (name, path) in enumerate(made):
+            for other, other_path in made[:number]:
+                if name != other and related(path, other_path):
+                    where = path if path == other_path else f"{other_path} and {path}, one within the other"
+                    raise CptError(f"{other} and {name} both write {where}: give each its own")
+
+    def _check_there(self, step: Step, path: str) -> None:
+        if ELSEWHERE.match(path) or _exists(self.folder, path):
+            return
+        made = [each for other in self.steps.values() for each in other.writes]
+        near = catalog.nearest(path, made) if made else ""
+        # A name of the hub's looks like a path of two parts: one that is close to a step's output is misspelt.
+        if not near.startswith("near: ") and path in _named(step):
+            return
+        hint = f"; {near}" if near.startswith("near: ") else ""
+        raise CptError(f"{step.name} reads {path}, which is not there and which no step makes{hint}")
+
+
+def _relative(do: str, folder: Path) -> str:
+    """A function of the user's by its file's place in the workflow's folder, wherever that lies."""
+    file = Path(do.partition(":")[0])
+    inside = file.is_absolute() and file.is_relative_to(folder.absolute())
+    return do.replace(str(file), str(file.relative_to(folder.absolute())), 1) if inside else do
+
+
+def _named(step: Step) -> set[str]:
+    """What a step may mean as a name and not as a path."""
+    if step.kind.recipe:
+        return {str(step.arguments.get("tokenizer"))}
+    return {path for name in step.kind.by_name for path in paths_in(step.parameters.get(name))}
+
+
+def _exists(folder: Path, path: str) -> bool:
+    full = folder / path
+    if full.exists() or (glob.has_magic(path) and glob.glob(str(full), recursive=True)):
+        return True
+    return any(full.parent.glob(f"{glob.escape(full.name)}*.idx"))  # a dataset by its prefix
+
+
+def _feeds(step: Step, other: Step) -> bool:
+    return any(related(read, made) for made in step.writes for read in other.reads)
+
+
+def _plain(value: Any, where: str) -> Any:
+    """A value as YAML holds it."""
+    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    if isinstance(value, Step | os.PathLike):
+        return os.fspath(value)
+    if is_dataclass(value) and not isinstance(value, type):  # a mixture: what differs from its defaults
+        return {name: each for name, each in _plain(asdict(value), where).items() if each not in ({}, "")}
+    if isinstance(value, Mapping):
+        return {os.fspath(key) if isinstance(key, os.PathLike) else str(key): _plain(each, where)
+                for key, each in value.items()}  # fmt: skip
+    if isinstance(value, Sequence | set | frozenset) and not isinstance(value, bytes):
+        return [_plain(each, where) for each in value]
+    raise CptError(f"{where} is {value!r}: give text, numbers, paths, steps, or lists and mappings of them")
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "Path": (str,), "None": (type(None),),
+    "Sequence": (list,), "Collection": (list,), "list": (list,), "tuple": (list,), "Mapping": (dict,), "dict": (dict,),
+    "Inputs": (str, list),
+}  # fmt: skip
+
+
+def _fits(value: Any, annotation: str) -> bool:
+    """Whether a plain value can be one of an annotation's; yes where the annotation says something unknown."""
+    kinds = [kind.strip().partition("[")[0].rpartition(".")[2] for kind in annotation.split("|")]
+    if not annotation or any(kind not in _TYPES for kind in kinds if kind != "PathLike"):
+        return True
+    allowed = tuple(each for kind in kinds for each in _TYPES.get(kind, ()))
+    return isinstance(value, allowed) and (not isinstance(value, bool) or bool in allowed)

@@ -1,0 +1,160 @@
+"""Corpora prepared by many tasks, as an array job on a real cluster of two nodes and as processes of this machine."""
+
+import json
+import os
+import signal
+import threading
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from nemo_cpt.corpus import prepare, read_manifest
+from nemo_cpt.errors import CptError
+from nemo_cpt.executors import local, slurm
+from nemo_cpt.launching.arrays import as_ranges
+from nemo_cpt.launching.in_tasks import Submitted, prepare_in_tasks
+from tests.support.corpus_helpers import same_files, write_jsonl
+from tests.support.executor_jobs import git, wait_until
+
+TASKS = 4
+
+# Every Python process of a job imports it: the project is in front of its path.
+SITE = """
+import os, signal, sys
+from pathlib import Path
+
+number, folder = os.environ.get("SLURM_ARRAY_TASK_ID", "join"), Path("FOLDER")
+if "nemo_cpt.executors.array_task" in sys.orig_argv:
+    with open(folder / f"{number}.started", "a") as file:
+        file.write(os.environ["SLURMD_NODENAME"] + "\\n")
+    if (folder / f"{number}.pause").exists():
+        from nemo_cpt.corpus.preparing.journal import Journal
+        checkpoint = Journal.checkpoint
+
+        def pause_behind_it(journal, *given):
+            checkpoint(journal, *given)
+            (folder / f"{number}.pid").write_text(str(os.getpid()))
+            (folder / f"{number}.pause").unlink()
+            (folder / f"{number}.paused").touch()
+            signal.pause()
+
+        Journal.checkpoint = pause_behind_it
+"""
+OPTIONS = {"workers": 1, "chunk_bytes": 8_000, "checkpoint_seconds": 0.0, "quiet": True}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A folder with a corpus of one file, a tokenizer, and what one run makes of the two."""
+    from nemo_cpt.demo import base
+
+    folder = tmp_path_factory.mktemp("corpus")
+    lines = (files("nemo_cpt.demo") / "corpus" / "en.jsonl").read_text().splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    base.train_tokenizer(texts, 400).save_pretrained(folder / "tokenizer")
+    write_jsonl(folder / "en.jsonl", texts)
+    prepare(folder / "en.jsonl", folder / "one", folder / "tokenizer", quiet=True)
+    return folder
+
+
+@pytest.fixture
+def watched(project, tmp_path):
+    """The folder in which tasks say that they start, and pause if they are asked to."""
+    (project / "sitecustomize.py").write_text(SITE.replace("FOLDER", str(tmp_path)))
+    git(project, "add", ".")
+    git(project, "commit", "-qm", "watched")
+    return tmp_path
+
+
+def starts(folder):
+    """On which nodes each task was started, and the join."""
+    return {path.stem: path.read_text().split() for path in folder.glob("*.started")}
+
+
+def kill_once_it_has_paused(folder, number):
+    wait_until((folder / f"{number}.paused").exists)
+    os.kill(int((folder / f"{number}.pid").read_text()), signal.SIGKILL)
+
+
+def test_a_killed_task_alone_is_done_again_and_the_bytes_are_one_runs(slurm_here, watched, corpus):
+    def command():
+        executor = slurm(tasks_per_node=1, time="5", cpus_per_task=4)  # of a node's eight: two tasks on each
+        return prepare_in_tasks(
+            corpus / "en.jsonl", watched / "ds" / "en", corpus / "tokenizer", executor, TASKS, **OPTIONS
+        )
+
+    (watched / "2.pause").touch()
+    killer = threading.Thread(target=kill_once_it_has_paused, args=(watched, 2), daemon=True)
+    killer.start()
+    with pytest.raises(
+        CptError, match=r"1 of 4 tasks did not end well; the same command runs these alone(.|\n)*task 2: "
+    ):
+        command()
+    killer.join()
+    assert slurm_here.jobs() == []  # the join does not wait for what will never be
+    before = starts(watched)
+    assert sorted(before) == ["0", "1", "2", "3"]
+    assert {node for nodes in before.values() for node in nodes} == {"cpt1", "cpt2"}
+    report = command()
+    after = starts(watched)
+    assert {name: len(nodes) for name, nodes in after.items()} == {"0": 1, "1": 1, "2": 2, "3": 1, "join": 1}
+    assert same_files(report.prefix, corpus / "one_text_document")
+    assert read_manifest(report.prefix)["inputs"] == read_manifest(corpus / "one")["inputs"]
+    assert not (watched / "ds" / "en_text_document.parts").exists()
+    assert command().status == "unchanged"
+    assert starts(watched) == after
+
+
+def test_bad_input_is_told_with_its_line_and_the_log_and_a_detached_command_returns(slurm_here, watched, corpus):
+    lines = (corpus / "en.jsonl").read_text().splitlines()
+    bad = len(lines) - 1
+    (watched / "bad.jsonl").write_text("\n".join([*lines[: bad - 1], "no JSON", lines[-1]]) + "\n")
+
+    def command(**options):
+        executor = slurm(tasks_per_node=1, time="5", max_restarts=2)
+        return prepare_in_tasks(
+            watched / "bad.jsonl", watched / "bad", corpus / "tokenizer", executor, 2, **OPTIONS | options
+        )
+
+    with pytest.raises(CptError) as raised:
+        command()
+    said = str(raised.value)
+    assert "1 of 2 tasks did not end well" in said
+    assert f"bad.jsonl, line {bad}, byte offset" in said
+    log = said.partition("The last lines of ")[2].partition(":\n")[0]
+    assert f"line {bad}" in Path(log).read_text()
+    assert starts(watched)["1"] == starts(watched)["1"][:1]  # what the user must mend is not tried again
+    submitted = command(on_error="skip", max_skipped=0.5, detach=True)
+    assert isinstance(submitted, Submitted)
+    assert (submitted.tasks, submitted.missing) == (2, 1)
+    wait_until(lambda: slurm_here.jobs() == [])
+    assert read_manifest(watched / "bad")["skipped"] == {"not_json": 1}
+
+
+def test_processes_of_this_machine(project, corpus, tmp_path):
+    arguments = (corpus / "en.jsonl", tmp_path / "en", corpus / "tokenizer", local(), 2)
+    report = prepare_in_tasks(*arguments, **OPTIONS)
+    assert report.status == "written"
+    assert same_files(report.prefix, corpus / "one_text_document")
+
+
+@pytest.mark.parametrize(
+    ("executor", "detach", "says"),
+    [
+        (lambda: slurm(nodes=2), False, "leave executor.nodes, tasks_per_node, chain and array away"),
+        (lambda: slurm(array="0-3"), False, "leave executor.nodes"),
+        (lambda: slurm(chain=2), False, "leave executor.nodes"),
+        (lambda: local(), True, "--detach is for a scheduler's jobs"),
+    ],
+)
+def test_executors_of_another_shape_are_refused(project, corpus, tmp_path, executor, detach, says):
+    with pytest.raises(CptError, match=says):
+        prepare_in_tasks(
+            corpus / "en.jsonl", tmp_path / "en", corpus / "tokenizer", executor(), 2, detach=detach, **OPTIONS
+        )
+    assert not list(tmp_path.glob("en*"))
+
+
+def test_ranges_of_an_array():
+    assert as_ranges([7, 0, 1, 2, 9, 10]) == "0-2,7,9-10"

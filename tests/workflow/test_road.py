@@ -1,0 +1,100 @@
+"""A whole road, through the library's own steps and one short training: the example, run as it stands."""
+
+import json
+import os
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+from nemo_cpt import CptError
+from nemo_cpt.workflow import Chosen, Step, Workflow, load
+from nemo_cpt.workflow.dry_run import dry_run
+from nemo_cpt.workflow.running import run
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "workflow.py"
+CLI = [sys.executable, "-m", "nemo_cpt.cli", "workflow"]
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the example has run."""
+    folder = tmp_path_factory.mktemp("road")
+    environ = os.environ | {"NEMORUN_HOME": str(folder / "home")}
+    done = subprocess.run([sys.executable, str(EXAMPLE)], cwd=folder, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture
+def workflow(road: Path, monkeypatch: pytest.MonkeyPatch) -> Workflow:
+    monkeypatch.chdir(road)
+    return load(EXAMPLE)
+
+
+def test_everything_is_done_and_recorded(road: Path, workflow: Workflow) -> None:
+    record = json.loads((road / "workflow_ja/ja.workflow/record.json").read_bytes())
+    assert {step["state"] for step in record["steps"].values()} == {"done"}
+    assert record["steps"]["data"]["result"]["documents"] > 50
+    assert record["steps"]["init"]["parameters"]["seed"] == 1234
+    assert record["steps"]["long"]["result"]["kept"] > 50
+    assert any("steps=20" in name for name in record["steps"]["train"]["outputs"]["results/ja"])
+    assert (road / "workflow_ja/model/model.safetensors").is_file()
+    assert not any(each.why for each in dry_run(workflow, Chosen()).standings)
+
+
+def test_the_page_s_links_lead_somewhere(road: Path) -> None:
+    class Links(HTMLParser):
+        found: list[str] = []  # noqa: RUF012
+
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            self.found += [str(value) for name, value in attrs if name in ("href", "src")]
+
+    page = road / "workflow_ja/ja.workflow/page.html"
+    Links().feed(page.read_text("utf-8"))
+    assert "../report/report.html" in Links.found
+    assert "../text/split.json" in Links.found
+    assert not [link for link in Links.found if not (page.parent / unquote(link)).is_file()]
+
+
+def test_the_command_says_so_and_ends_with_0(road: Path) -> None:
+    done = subprocess.run([*CLI, str(EXAMPLE), "--json"], cwd=road, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"]["train"]["state"] == "done"
+    assert "9/9 report: done before" in done.stderr
+    shown = subprocess.run([*CLI, str(EXAMPLE), "--dry-run", "--json"], cwd=road, capture_output=True, text=True)
+    assert all(step["done"] for step in json.loads(shown.stdout)["steps"].values())
+    wrong = subprocess.run([*CLI, str(EXAMPLE), "--until", "trian"], cwd=road, capture_output=True, text=True)
+    assert (wrong.returncode, wrong.stderr) == (2, "nemo-cpt: the workflow ja has no step 'trian'; near: train\n")
+
+
+def test_a_training_that_is_made_again_is_set_aside_and_what_follows_waits(road: Path, workflow: Workflow) -> None:
+    step = workflow.steps["train"]
+    other = Step("train", "train", {**step.parameters, "max_steps": 3, "max_step": 3}, workflow.folder)
+    with pytest.raises(CptError, match="near: max_steps"):
+        other.check()
+    found = dry_run(changed(workflow, "train", max_steps=3), Chosen())
+    assert {each.step.name: each.why for each in found.standings if not each.done} == {
+        "train": "parameters: max_steps",
+        "export": "after train",
+        "report": "after train",
+    }
+    assert not found.errors
+    # Before it starts, its folder is moved away; here it cannot start, for its base is damaged.
+    weights = next((workflow.folder / "base/weights").glob("*.distcp"))
+    kept = weights.read_bytes()
+    weights.write_bytes(kept[:100])
+    with pytest.raises(CptError, match=r"train: .*weights|base/weights"):
+        run(changed(workflow, "train", max_steps=3), Chosen(until="train"), say=lambda line: None)
+    weights.write_bytes(kept)
+
+
+def changed(workflow: Workflow, name: str, **parameters: object) -> Workflow:
+    steps = [
+        Step(each.name, each.do, {**each.parameters, **(parameters if each.name == name else {})})
+        for each in workflow.steps.values()
+    ]
+    return Workflow(workflow.name, steps, workflow.folder)

@@ -1,0 +1,220 @@
+"""Workflows run: what is done is left alone, what changed is made again, what was killed or stopped goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import nemo_cpt.workflow
+from nemo_cpt import CptError
+from nemo_cpt.workflow import Chosen, Workflow, as_yaml, run
+from nemo_cpt.workflow.comparison import compare
+from nemo_cpt.workflow.dry_run import dry_run
+from nemo_cpt.workflow.state import OF_TIME, State
+from tests.support.crashes import killed_at, lines_of
+from tests.workflow.conftest import chain, make_folder, own
+
+HERE = Path(nemo_cpt.workflow.__file__).parent
+KILLS = 25
+
+
+def ran(workflow: Workflow, **chosen: Any) -> list[str]:
+    """Run it, and return the steps that were done in it."""
+    said: list[str] = []
+    run(workflow, Chosen(**chosen), said.append)
+    return [line.split()[1].rstrip(":") for line in said if " done in " in line]
+
+
+def why(workflow: Workflow, **chosen: Any) -> dict[str, str]:
+    return {each.step.name: each.why for each in dry_run(workflow, Chosen(**chosen)).standings if not each.done}
+
+
+def test_a_rerun_does_what_changed_and_what_depends_on_it(folder: Path) -> None:
+    assert why(chain(folder)) == dict.fromkeys(("one", "two", "three", "four"), "new")
+    assert ran(chain(folder)) == ["three", "one", "two", "four"]
+    assert (folder / "four.txt").read_text() == "a+a-b+b"
+    assert ran(chain(folder)) == []
+    # Parameters: of a step, and then back to what they were.
+    assert why(chain(folder, two="*")) == {"two": "parameters: word", "four": "after two"}
+    assert ran(chain(folder, two="*")) == ["two", "four"]
+    assert (folder / "four.txt").read_text() == "a*a-b+b"
+    # An input's content; that a file is touched changes nothing.
+    os.utime(folder / "a.txt", (1, 1))
+    assert ran(chain(folder, two="*")) == []
+    (folder / "b.txt").write_text("B")
+    assert why(chain(folder, two="*")) == {"three": "input changed: b.txt", "four": "after three"}
+    assert ran(chain(folder, two="*")) == ["three", "four"]
+    # What was made is gone, or another.
+    (folder / "three.txt").unlink()
+    assert why(chain(folder, two="*")) == {"three": "output missing: three.txt", "four": "after three"}
+    assert ran(chain(folder, two="*")) == ["three"]  # and is what it was: four has nothing to do
+    (folder / "out/two.txt").write_text("by hand")
+    assert why(chain(folder, two="*")) == {"two": "output changed: two.txt", "four": "after two"}
+    assert ran(chain(folder, two="*")) == ["two"]
+    # The code of a function of one's own.
+    (folder / "functions.py").write_text((folder / "functions.py").read_text() + "\n# another\n")
+    assert why(chain(folder, two="*"))["one"] == "code changed: functions.py:join"
+
+
+def test_steps_are_made_again_or_left_when_asked(folder: Path) -> None:
+    assert ran(chain(folder), until="two") == ["one", "two"]
+    assert not (folder / "three.txt").exists()
+    assert ran(chain(folder)) == ["three", "four"]
+    assert ran(chain(folder), redo=["one"]) == ["one"]
+    assert ran(chain(folder), start_from="one") == ["one", "two", "four"]
+    with pytest.raises(CptError, match="two does not need three: leave --until away"):
+        run(chain(folder), Chosen(until="two", redo=["three"]))
+    for chosen in ({"until": "tow"}, {"redo": ["tow"]}, {"start_from": "tow"}):
+        with pytest.raises(CptError, match="has no step 'tow'; near: two"):
+            run(chain(folder), Chosen(**chosen))
+
+
+def test_what_no_run_of_it_made_is_not_written_over(folder: Path) -> None:
+    (folder / "three.txt").write_text("mine")
+    with pytest.raises(CptError, match=r"three would make three\.txt, which is there and which no run"):
+        run(chain(folder))
+    assert (folder / "three.txt").read_text() == "mine"
+    assert not (folder / "one.txt").exists()  # known before anything ran
+
+
+@pytest.mark.parametrize(
+    ("function", "parameters", "said"),
+    [
+        ("crash", {}, "last was killed by SIGKILL; the last lines of"),
+        ("forget", {}, "last ended well, and last.txt is not there"),
+        ("spoil", {"victim": "a.txt"}, "last read a.txt, which changed meanwhile"),
+        ("join", {"word": 3}, "last ended with exit code 1; the last lines of"),
+    ],
+)
+def test_a_step_that_fails_ends_the_workflow_and_goes_on_from_there(
+    folder: Path, function: str, parameters: dict[str, Any], said: str
+) -> None:
+    last = own("last", function, ["a.txt", "four.txt"], "last.txt", **parameters)
+    with pytest.raises(CptError) as error:
+        run(chain(folder, last))
+    assert said in error.value.message
+    assert "about to crash" in error.value.message or function != "crash"
+    assert set(why(chain(folder, last))) >= {"last"}
+    (folder / "a.txt").write_text("a")
+    assert ran(chain(folder, own("last", "join", ["a.txt", "four.txt"], "last.txt"))) == ["last"]
+
+
+def test_an_input_that_changes_between_two_steps_is_seen(folder: Path) -> None:
+    early = own("early", "spoil", [], "early.txt", victim="b.txt")
+    late = own("late", "join", ["b.txt", early], "late.txt")
+    with pytest.raises(CptError, match=r"b\.txt, which late reads, changed since the workflow started"):
+        run(Workflow("w", [early, late], folder))
+    assert not (folder / "late.txt").exists()
+    assert ran(Workflow("w", [early, late], folder)) == ["late"]
+
+
+def test_a_step_whose_input_comes_out_the_same_is_left_alone(folder: Path) -> None:
+    steps = [own("first", "constant", ["a.txt"], "c.txt"), own("second", "join", ["c.txt", "c.txt"], "d.txt")]
+    assert ran(Workflow("w", steps, folder)) == ["first", "second"]
+    (folder / "a.txt").write_text("changed")
+    assert why(Workflow("w", steps, folder))["second"] == "after first"
+    assert ran(Workflow("w", steps, folder)) == ["first"]
+
+
+def start(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "nemo_cpt.cli", "workflow", str(folder / "w.yaml"), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/")
+
+
+def until_begun(folder: Path) -> psutil.Process:
+    """The process of the step that waits."""
+    begun = folder / "go.begun"
+    while not (begun.exists() and begun.read_text()):
+        pass
+    return psutil.Process(int(begun.read_text()))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_what_is_told_to_stop_or_killed_takes_its_step_along_and_goes_on(folder: Path, number: signal.Signals) -> None:
+    waits = own("waits", "wait", ["one.txt"], "waited.txt", until=str(folder / "go"))
+    (folder / "w.yaml").write_text(as_yaml(chain(folder, waits)))
+    process = start(folder)
+    step = until_begun(folder)
+    process.send_signal(number)
+    said, _ = process.communicate()
+    step.wait()
+    assert process.returncode == (75 if number != signal.SIGKILL else -9), said
+    assert "was stopped in waits: the same command goes on from there" in said or number == signal.SIGKILL
+    assert why(chain(folder, waits))["waits"] == ("was stopped" if number != signal.SIGKILL else "did not end")
+    (folder / "go").touch()
+    assert ran(chain(folder, waits)) == ["waits"] or (folder / "four.txt").exists()
+    assert why(chain(folder, waits)) == {}
+
+
+def test_a_workflow_runs_once_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nemo_cpt.workflow.state.PATIENCE", 0.0)
+    workflow = chain(folder)
+    with State(workflow).held(), pytest.raises(CptError, match="the workflow light runs already"):
+        run(workflow)
+
+
+def without_times(record: Any) -> Any:
+    """A record of all, but for times."""
+    if isinstance(record, dict):
+        return {key: without_times(value) for key, value in record.items() if key not in (*OF_TIME, "mtime_ns")}
+    return [without_times(each) for each in record] if isinstance(record, list) else record
+
+
+def left(workflow: Workflow) -> Any:
+    return without_times(json.loads((State(workflow).folder / "record.json").read_bytes()))
+
+
+def test_killed_at_25_points_it_leaves_the_same_record(tmp_path: Path) -> None:
+    """Between steps and within them: the points lie all over what the workflow's own process does."""
+    make_folder(tmp_path / "unbroken")
+    lines = lines_of(lambda: run(chain(tmp_path / "unbroken"), say=lambda line: None), HERE)
+    hit = 0
+    for number in range(KILLS):
+        folder = tmp_path / str(number)
+        make_folder(folder)
+        point = 1 + number * (lines.count - 1) // KILLS
+        killed, _ = killed_at(point, lambda folder=folder: run(chain(folder), say=lambda line: None), HERE)
+        hit += killed
+        run(chain(folder), say=lambda line: None)
+        assert left(chain(folder)) == left(chain(tmp_path / "unbroken")), f"killed at line {point} of {lines.count}"
+        assert why(chain(folder)) == {}
+    assert hit >= KILLS - 2
+
+
+def test_two_runs_are_compared(folder: Path, tmp_path: Path) -> None:
+    make_folder(tmp_path / "other")
+    for where, words in ((folder, {}), (tmp_path / "other", {"two": "*"})):
+        (where / "w.yaml").write_text(as_yaml(chain(where, **words)))
+        run(chain(where, **words))
+    rows = compare(folder / "w.yaml", tmp_path / "other/light.workflow/record.json")
+    assert ("two", "word", '"+"', '"*"') in rows
+    changed = {(step, what) for step, what, *_ in rows if what != "seconds"}
+    assert {step for step, _ in changed} == {"two", "four"}
+    assert ("four", "input out/two.txt: two.txt") in changed
+    assert compare(folder / "w.yaml", folder / "light.workflow") == []
+    (folder / "broken.json").write_text("{}")
+    for path, said in ((folder / "none", "cannot be read"), (folder / "broken.json", "it has no steps")):
+        with pytest.raises(CptError, match=said):
+            compare(path, folder / "w.yaml")
+
+
+def test_the_page_links_what_the_steps_report(folder: Path) -> None:
+    run(chain(folder))
+    page = (folder / "light.workflow/page.html").read_text("utf-8")
+    assert "4 of 4 steps are done" in page
+    for name in ("one", "two", "three", "four"):
+        assert f'href="steps/{name}.log"' in page
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_a_broken_record_is_named(folder: Path) -> None:
+    run(chain(folder))
+    (folder / "light.workflow/steps/one.json").write_text("{")
+    with pytest.raises(CptError, match=r"one\.json is no record of a step"):
+        run(chain(folder))

@@ -1,0 +1,140 @@
+"""What is known of a workflow before anything runs: its order, and what cannot work."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import nemo_cpt.workflow
+from nemo_cpt import CptError
+from nemo_cpt.conversations import Conversations
+from nemo_cpt.corpus import Blend
+from nemo_cpt.workflow import Step, Workflow, call, export, import_, init, prepare, split, tokenizer, train
+from nemo_cpt.workflow.files import maker_names
+from nemo_cpt.workflow.kinds import KINDS, function_of
+from tests.workflow.conftest import chain, own
+
+
+def road(folder: Path, **changes: dict[str, Any]) -> Workflow:
+    """From text to an export, each step naming those before it; `changes` are parameters by step, "-" for none."""
+    text = split("text", inputs="ja.jsonl", output_folder="text", validation=0.1)
+    made = tokenizer("tokenizer", corpora=text / "train.jsonl", output="tok", vocabulary_size=512)
+    data = prepare("data", inputs=text / "train.jsonl", output_prefix="ds/ja", tokenizer=made)
+    base = init("init", dest="base", tokenizer=made, params="tiny")
+    run = train(
+        "train", recipe="tiny.continual_pretrain", base=base, data=Blend({"ds/ja": 1.0}), model="base", max_steps=2,
+        **{"trainer.log_every_n_steps": 1},
+    )  # fmt: skip
+    out = export("export", source=run, dest="hf")
+    steps = []
+    for step in (out, run, base, data, made, text):  # not in their order
+        parameters = {**step.parameters, **changes.get(step.name, {})}
+        steps.append(Step(step.name, step.do, {key: value for key, value in parameters.items() if value != "-"}))
+    (folder / "ja.jsonl").write_text('{"text": "こんにちは"}\n')
+    return Workflow("road", steps, folder)
+
+
+def test_steps_come_behind_those_whose_files_they_read(tmp_path: Path) -> None:
+    workflow = road(tmp_path)
+    workflow.check()
+    assert [step.name for step in workflow.order] == ["text", "tokenizer", "init", "data", "train", "export"]
+    assert workflow.needs["train"] == ["init", "data", "tokenizer"] or workflow.needs["train"] == ["init", "data"]
+    assert workflow.steps["data"].writes == ["ds/ja_text_document"]
+    assert workflow.steps["train"].writes == ["results/tiny_cpt"]
+    assert workflow.before("init") == {"init", "tokenizer", "text"}
+    assert workflow.behind("init") == {"init", "train", "export"}
+    assert workflow.given(workflow.steps["text"]) == ["ja.jsonl"]
+
+
+def test_a_template_makes_it_a_preparation_of_conversations(tmp_path: Path) -> None:
+    step = prepare("chats", inputs="chats.jsonl", output_prefix="sft/ja", tokenizer="tok", template="chatml")
+    assert step.writes == ["sft/ja_conversations"]
+    tuned = train("tune", recipe="tiny.instruction_tune", base="b", data=Conversations({"sft/ja": 1.0}))
+    assert Workflow("w", [tuned, step]).needs["tune"] == ["chats"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"text": {"validatoin": 0.1}}, "text: split has no parameter validatoin; near: validation"),
+        ({"text": {"overwrite": True}}, "overwrite is not for a workflow's step"),
+        ({"text": {"output_folder": "-"}}, "text: split needs output_folder"),
+        ({"init": {"seed": "seven"}}, "init: seed is 'seven': expected int"),
+        ({"data": {"append_eod": 1}}, "append_eod is 1: expected bool"),
+        ({"train": {"max_stpes": 3}}, "train: tiny.continual_pretrain has no parameter max_stpes; near: max_steps"),
+        ({"train": {"max_steps": "many"}}, "train: max_steps=many: expected int"),
+        ({"train": {"recipe": "-"}}, "train names no recipe"),
+        ({"train": {"recipe": "tinny"}}, "there is no recipe 'tinny'"),
+        ({"train": {"executor": "slurn"}}, "there is no executor 'slurn' (near: slurm)"),
+        ({"train": {"executor.processses": 2}}, "local has no parameter executor.processses; near: processes"),
+        ({"train": {"base": "bsae"}}, "train reads bsae, which is not there and which no step makes; near: base"),
+        ({"data": {"inputs": "text2/train.jsonl"}}, "data reads text2/train.jsonl, which is not there"),
+        ({"data": {"tokenizer": "tok2"}}, "data reads tok2, which is not there and which no step makes; near: tok"),
+        ({"init": {"dest": "tok"}}, "write tok: give each its own"),
+        ({"init": {"dest": "text/base"}}, "one within the other: give each its own"),
+        ({"text": {"inputs": "hf/train.jsonl"}}, "these steps wait for each other: "),
+        ({"text": {"inputs": "text/train.jsonl"}}, "text reads text, which it makes itself"),
+    ],
+)
+def test_what_cannot_work_is_refused(tmp_path: Path, changes: dict[str, dict[str, Any]], said: str) -> None:
+    with pytest.raises(CptError) as error:
+        road(tmp_path, **changes).check()
+    assert said in error.value.message
+
+
+def test_a_circle_is_named(folder: Path) -> None:
+    with pytest.raises(CptError, match=r"one -> two -> one|two -> one -> two"):
+        Workflow("w", [own("one", "join", ["2"], "1"), own("two", "join", ["1"], "2")], folder).check()
+
+
+def test_a_name_stands_once_and_could_be_a_file(folder: Path) -> None:
+    with pytest.raises(CptError, match="two steps that are called one"):
+        chain(folder, own("one", "join", ["a.txt"], "other.txt"))
+    for name in ("a/b", "", ".x", "a b"):
+        with pytest.raises(CptError, match="a step is called"):
+            own(name, "join", [], "x")
+    with pytest.raises(CptError, match="has no step"):
+        Workflow("w", [])
+
+
+def test_a_hub_s_name_is_no_missing_file_and_a_misspelt_output_is(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").touch()
+    named = prepare("data", inputs="a.jsonl", output_prefix="ds/a", tokenizer="meta-llama/Llama-3.1-8B")
+    Workflow("w", [named], tmp_path).check()
+    Workflow("w", [prepare("d", inputs="hf:x/y", output_prefix="d", tokenizer="o/n")], tmp_path).check()
+    loaded = import_("import", source="hf", dest="models/base")
+    (tmp_path / "hf").mkdir()
+    misspelt = prepare("data", inputs="a.jsonl", output_prefix="ds/a", tokenizer="models/bsae")
+    with pytest.raises(CptError, match="near: models/base"):
+        Workflow("w", [loaded, misspelt], tmp_path).check()
+
+
+def test_a_function_of_one_s_own_is_looked_for_before(folder: Path) -> None:
+    for do, said in (
+        ("functions.py:jion", "has no function 'jion'; near: join"),
+        ("missing.py:join", "there is no file or module missing.py"),
+        ("no.such.module:join", "there is no file or module no.such.module"),
+        ("perpare", "there is no kind of step 'perpare'; near: prepare"),
+    ):
+        with pytest.raises(CptError, match=said.replace(".", r"\.")):
+            Workflow("w", [Step("x", do, {"dest": "y", "sources": []})], folder).check()
+    with pytest.raises(CptError, match="writes names the parameter output, which is not given"):
+        Workflow("w", [call("x", "functions.py:join", writes="output", sources=["a.txt"], dest="d")], folder).check()
+    with pytest.raises(CptError, match="no other process could find it"):
+        call("x", lambda: None)
+    with pytest.raises(CptError, match="give text, numbers, paths"):
+        call("x", "functions.py:join", sources=object())
+
+
+def test_every_kind_has_its_function_for_python() -> None:
+    assert set(maker_names().values()) <= set(nemo_cpt.workflow.__all__)
+    assert all(callable(getattr(nemo_cpt.workflow, name)) for name in nemo_cpt.workflow.__all__)
+
+
+@pytest.mark.parametrize("do", [do for do, kind in KINDS.items() if not kind.recipe])
+def test_every_kind_s_function_and_paths_are_there(do: str) -> None:
+    kind = KINDS[do]
+    parameters = function_of(do, kind, Path()).parameters
+    named = [name.strip("{}") for name in kind.writes.replace("_", " _ ").split() if name.startswith("{")]
+    assert {*kind.reads, *kind.by_name, *kind.of_run} <= set(parameters), named
+    assert set(kind.by_name) | set(kind.of_run) <= set(kind.reads)
