@@ -61,6 +61,11 @@ def test_one_prefix_is_a_blend_of_one() -> None:
         (["run", "tiny", "base=b", "data={train: {ds/ja: 0.75}"], "no YAML (while parsing a flow mapping"),
         (["run", "tiny", "base=b", "data=d", "-e", "e.py"], "which function of it makes the executor? Give e.py:FUNC"),
         (["run", "tiny", "base=b", "data=d", "-e", "f.py:g"], "executor f.py: there is no such file"),
+        (
+            ["run", "tiny", "base=b", "data=d", "stop_when=en"],
+            "| None, such as stop_when='{NAME: VALUE}'",
+        ),
+        (["run", "tiny", "base=b", "data=d", "processes=0"], "gpus_per_node=1 or more (processes= of a recipe for the"),
         (["run", "e.py"], "e.py is no recipe, and no configuration file: the name of one ends in .yaml"),
         (["copy", "tiny", "x.json"], "x.json: give a name that ends in .py, for a script, or in .yaml or .yml"),
         (["plan", "llama31_8b", "--gpu", "H1000"], "no GPU 'H1000' (near: H100"),
