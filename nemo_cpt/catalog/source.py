@@ -322,7 +322,7 @@ def data_example(function: Function) -> str | None:
     if "default_data" in functions(function.path):
         return "default_data()"
     call = _default_data(function, kind)
-    return ast.unparse(call) if call else None
+    return ast.unparse(call).replace("'", '"') if call else None
 
 
 def _default_data(function: Function, kind: type) -> ast.Call | None:

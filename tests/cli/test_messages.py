@@ -116,7 +116,7 @@ def test_a_recipe_of_other_data_has_them_wherever_it_is_written(tmp_path: Path) 
         assert nemo_cpt("copy", "gpt.pretrain", name, cwd=tmp_path).returncode == 0
     assert "data=default_data()," in (tmp_path / "g.py").read_text()
     for name, data in {
-        "tiny": "Blend.replay('ds/ja', 'ds/en'",
+        "tiny": 'Blend.replay("ds/ja", "ds/en", share=0.25, ',
         "tiny.instruction_tune": "Conversations(train={",
     }.items():
         assert str(catalog.data_example(catalog.recipe(name))).startswith(data)
