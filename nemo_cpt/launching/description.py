@@ -147,7 +147,8 @@ def _check_options(given: Mapping[str, Any], data: Any, where: Place) -> None:
         training_options.read_early_stop(given.get("early_stop"), given.get("patience"), sets)
         forgetting.limits(given.get("stop_when"), sets)
     if "replay_share" in given:
-        mixture.check_replay(given.get("replay"), mixture.replay_share(given.get("replay"), given["replay_share"]))
+        share = mixture.replay_share(given.get("replay"), given["replay_share"])
+        mixture.check_replay(given.get("replay"), share, data if isinstance(data, Conversations) else None)
     frozen = "rank" in given and given.get("embeddings_lr") is None
     tokenizer = _tokenizer_folder(given) if where.same_files else None
     training_options.check_grown_rows_first(given.get("grown_rows_first"), tokenizer, frozen)
