@@ -100,7 +100,7 @@ class Connection:
         return time.monotonic() - self.heard if self.trouble else 0.0
 
     def open(self, ask: bool) -> None:
-        """Log in; a process of ssh's stays behind that later ones go through.
+        """Log in; a process of ssh's stays behind that later ones go through, and ends a minute behind the last.
 
         Args:
             ask: the user may be asked for a password, on the terminal.
@@ -108,7 +108,8 @@ class Connection:
         Raises:
             CptError: the node cannot be reached, or lets nobody in.
         """
-        words = [*self._ssh(ask), "-fNM", "-o", "ConnectTimeout=10", self._where]
+        master = ("ControlMaster=yes", "ControlPersist=60", "ConnectTimeout=10")
+        words = [*self._ssh(ask), *(word for each in master for word in ("-o", each)), self._where, "true"]
         # A file and not a pipe, which the process that stays behind would keep open.
         with tempfile.TemporaryFile("w+") as said:
             code = subprocess.call(words, stdin=None if ask else subprocess.DEVNULL, stdout=said, stderr=said)
