@@ -114,9 +114,9 @@ class Connection:
         with tempfile.TemporaryFile("w+") as said:
             code = subprocess.call(words, stdin=None if ask else subprocess.DEVNULL, stdout=said, stderr=said)
             said.seek(0)
-            words_of_ssh = said.read()
+            reason = _last_line(said.read()) or f"ssh ended with {code}"
         if code:
-            raise CptError(f"SSH to {self._where}, port {self.reached.port}: {_last_line(words_of_ssh) or code}")
+            raise CptError(f"SSH to {self._where}, port {self.reached.port}: {reason}")
 
     def close(self) -> None:
         """Log out."""
@@ -168,10 +168,15 @@ class Connection:
 
     def _call(self, words: Sequence[str]) -> "subprocess.CompletedProcess[str]":
         # In a session of its own: it can ask for nothing on the terminal, and the view's Ctrl-C is not its own.
-        return subprocess.run(
-            words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", start_new_session=True,
-            timeout=TRANSFER_SECONDS, env=os.environ | {"LC_ALL": "C"},
-        )  # fmt: skip
+        try:
+            return subprocess.run(
+                words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+                start_new_session=True, timeout=TRANSFER_SECONDS, env=os.environ | {"LC_ALL": "C"},
+            )  # fmt: skip
+        except FileNotFoundError:
+            raise CptError(
+                f"{words[0]} is not installed here: a run over SSH is watched through ssh and rsync"
+            ) from None
 
     def _ssh(self, ask: bool = False) -> list[str]:
         reached = self.reached
@@ -201,9 +206,9 @@ def _in_queue(printed: str) -> Queued:
     if not jobs:
         return Queued("")
     state, start = jobs[0]
-    if state in WAITING:
-        return Queued(state)
-    return Queued(state, datetime.fromisoformat(start).replace(tzinfo=UTC).timestamp())
+    # "N/A" of one that waits; else UTC, as it was asked for.
+    known = state not in WAITING and start[:1].isdigit()
+    return Queued(state, datetime.fromisoformat(start).replace(tzinfo=UTC).timestamp() if known else 0.0)
 
 
 class RemoteFollower(Follower):
@@ -262,7 +267,7 @@ def _over_ssh() -> Iterator[Reached]:
 
 def _folder_of(task: Path) -> Path | None:
     """A task's run folder, from where it runs, by what NeMo-Run wrote of it; None where that does not say."""
-    (config,) = map(yaml.safe_load, (path.read_text() for path in task.glob("configs/*_config.yaml")))
+    config: dict[str, Any] = next((yaml.safe_load(path.read_text()) for path in task.glob("configs/*_config.yaml")), {})
     if "recipe" in config and not moves_its_folder(config["overrides"]):  # of `nemo-cpt run`
         function = catalog.recipe(config["recipe"])
         return describe(function, config["arguments"], config["overrides"], "local", ()).directory
