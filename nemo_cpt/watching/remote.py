@@ -156,7 +156,8 @@ class Connection:
         # -s: the path is sent as it is, and not to the shell there.
         done = self._call(["rsync", "-rts", "--delete", *filters, "-e", through, source, f"{self.mirror}/"])
         if done.returncode not in IN_CONTACT:
-            raise CptError(f"{self.reached.host}: {_last_line(done.stderr) or f'rsync ended with {done.returncode}'}")
+            said = done.stderr.strip().partition("\n")[0]  # what comes behind is rsync's own name for it
+            raise CptError(f"{self.reached.host}: {said or f'rsync ended with {done.returncode}'}")
         self.heard, self.trouble = time.monotonic(), ""
 
     def ask_slurm(self) -> None:
@@ -168,15 +169,10 @@ class Connection:
 
     def _call(self, words: Sequence[str]) -> "subprocess.CompletedProcess[str]":
         # In a session of its own: it can ask for nothing on the terminal, and the view's Ctrl-C is not its own.
-        try:
-            return subprocess.run(
-                words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
-                start_new_session=True, timeout=TRANSFER_SECONDS, env=os.environ | {"LC_ALL": "C"},
-            )  # fmt: skip
-        except FileNotFoundError:
-            raise CptError(
-                f"{words[0]} is not installed here: a run over SSH is watched through ssh and rsync"
-            ) from None
+        return subprocess.run(
+            words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", start_new_session=True,
+            timeout=TRANSFER_SECONDS, env=os.environ | {"LC_ALL": "C"},
+        )  # fmt: skip
 
     def _ssh(self, ask: bool = False) -> list[str]:
         reached = self.reached
@@ -282,8 +278,10 @@ def connected(reached: Reached) -> Iterator[RemoteFollower]:
     """A follower of a run over SSH; asks for a password where the login node does.
 
     Raises:
-        CptError: the login node cannot be reached.
+        CptError: the login node cannot be reached, or a program that it takes is missing.
     """
+    if missing := [program for program in ("ssh", "rsync") if not shutil.which(program)]:
+        raise CptError(f"{' and '.join(missing)} not installed here: a run over SSH is watched through ssh and rsync")
     connection = Connection(reached, cache_folder("watched") / reached.experiment / reached.folder.name)
     try:
         connection.open(ask=True)
