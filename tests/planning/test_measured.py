@@ -31,7 +31,9 @@ def test_at_least_sixteen_settings_were_measured(rows) -> None:
     assert {row.half for row in rows} >= {"tune", "held_out"}
 
 
-@pytest.mark.parametrize("half", ["tune", "held_out", "several_gpus", "four_gpus", "four_gpus_held_out", "cards", "conversations"])
+@pytest.mark.parametrize(
+    "half", ["tune", "held_out", "several_gpus", "four_gpus", "four_gpus_held_out", "cards", "conversations"]
+)
 def test_memory_is_within_the_promised_errors(rows, half: str) -> None:
     errors = [row.error("used") for row in rows if row.half == half]
     assert statistics.fmean(map(abs, errors)) <= 0.03
