@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 from nemo_cpt.cleaning import examine, read_rules, rules_for
 from nemo_cpt.cleaning.contamination import Contamination
 from nemo_cpt.cleaning.document import Document
-from nemo_cpt.cleaning.heuristics import Boilerplate
+from nemo_cpt.cleaning.heuristics import Boilerplate, CharacterRepetition, WordRepetition
+from nemo_cpt.cleaning.language import Language
+from nemo_cpt.cleaning.masking import Masking
 from nemo_cpt.cleaning.repetition import character_ngrams, word_ngrams
+from nemo_cpt.cleaning.rule import Rule
 from nemo_cpt.cleaning.rules import RULES, Rules
 from nemo_cpt.errors import CptError
 from tests.cleaning.conftest import CHINESE, KOREAN
@@ -202,6 +205,22 @@ def test_mistakes_in_yaml_are_named(tmp_path: Path, change: dict, message: str) 
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump(rules_for("ja").as_dict() | change), "utf-8")
     with pytest.raises(CptError, match=message):
         read_rules(tmp_path / "rules.yaml")
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (Masking(countries=("jp", "xx")), "no numbers are known of xx; of jp, us, cn, kr"),
+        (Language("xx"), "lingua knows no such language"),
+        (CharacterRepetition(max_top_share={1: 0.1}), "character_repetition: n-grams of 1 are not counted"),
+        (WordRepetition(max_repeated_share={0: 0.1}), "word_repetition: n-grams of 0 are not counted"),
+        (Contamination(files=("no.jsonl",), words=1), "n-grams of 1 occur everywhere"),
+        (Contamination(files=("no.jsonl",)), "There is no input no.jsonl"),
+    ],
+)
+def test_what_cannot_work_is_told_before_the_first_document(rule: Rule, message: str) -> None:
+    with pytest.raises(CptError, match=message):
+        Rules("ja", (rule,)).load()
 
 
 def test_what_is_no_yaml_or_no_language(tmp_path: Path) -> None:
