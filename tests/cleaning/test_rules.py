@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from nemo_cpt.cleaning import examine, read_rules, rules_for
 from nemo_cpt.cleaning.contamination import Contamination
 from nemo_cpt.cleaning.document import Document
-from nemo_cpt.cleaning.heuristics import Boilerplate, CharacterRepetition, WordRepetition
+from nemo_cpt.cleaning.duplicates import Duplicates
+from nemo_cpt.cleaning.heuristics import Boilerplate, CharacterRepetition, Length, WordRepetition
 from nemo_cpt.cleaning.language import Language
 from nemo_cpt.cleaning.masking import Masking
 from nemo_cpt.cleaning.repetition import character_ngrams, word_ngrams
@@ -172,6 +173,18 @@ def test_rules_come_back_from_yaml(tmp_path: Path, language: str) -> None:
     rules = rules_for(language).without_contamination_of(("eval.jsonl",))
     (tmp_path / "rules.yaml").write_text(rules.to_yaml(), "utf-8")
     assert read_rules(tmp_path / "rules.yaml") == rules
+
+
+def test_limits_are_changed_by_name() -> None:
+    rules = rules_for("ja").with_limits(length={"min_characters": 7}, prose=None, duplicates={"near": 0.7})
+    assert [rule.name for rule in rules.rules] == [rule.name for rule in rules_for("ja").rules if rule.name != "prose"]
+    assert next(rule for rule in rules.rules if isinstance(rule, Length)) == Length(min_characters=7)
+    assert rules.duplicates == Duplicates(near=0.7)
+    assert rules_for("ja").with_limits() == rules_for("ja")
+    assert rules_for("ja").with_limits(duplicates=None).duplicates == Duplicates(exact=False, near=None)
+    for limits, message in (({"words": {}}, "no 'words'"), ({"length": {"max": 3}}, r"\(length\): there is no 'max'")):
+        with pytest.raises(CptError, match=message):
+            rules_for("ja").with_limits(**limits)
 
 
 def test_further_evaluation_sets_join_those_of_the_rules() -> None:
