@@ -70,7 +70,7 @@ class Rules:
     duplicates: Duplicates = field(default_factory=Duplicates)
 
     def with_limits(self, **limits: Mapping[str, Any] | None) -> "Rules":
-        """Return these rules with other limits: `rules_for("ja").with_limits(length={"min_characters": 200}, prose=None)`.
+        """Return these rules with other limits, such as `with_limits(length={"min_characters": 200}, prose=None)`.
 
         Args:
             limits: By rule, or `duplicates`, the limits that change; None leaves the rule out.
@@ -80,10 +80,8 @@ class Rules:
         """
         described = self.as_dict()
         _refuse_unknown(limits, [*(rule.name for rule in self.rules), "duplicates"], "limits")
-        changed = (
-            {"exact": False, "near": None} if limits.get("duplicates", {}) is None else limits.get("duplicates", {})
-        )
-        described["duplicates"] |= changed
+        duplicates = limits.get("duplicates", {})
+        described["duplicates"] |= {"exact": False, "near": None} if duplicates is None else duplicates
         kept = [each for each in described["rules"] if limits.get(each["rule"], {}) is not None]
         described["rules"] = [each | dict(limits.get(each["rule"]) or {}) for each in kept]
         return rules_of(described, "limits")
