@@ -168,7 +168,10 @@ def _what_failed(array: Array, logs: Path, error: CptError) -> str:
     """Say which tasks did not end well, with the end of each one's log; what the executor says where all did."""
     from nemo_cpt.executors.nemo_run_patches import last_lines
 
-    failed = [number for number in array.missing() if number in array.numbers]
+    try:
+        failed = [number for number in array.missing() if number in array.numbers]
+    except CptError:  # it would say what is wrong with an input; the logs do
+        failed = []
     if not failed or not logs.is_dir():
         return error.message
     said = []

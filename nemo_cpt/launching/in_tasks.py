@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,14 @@ from nemo_cpt.corpus.preparing import parts
 from nemo_cpt.corpus.preparing.estimate import Estimate, estimate
 from nemo_cpt.corpus.preparing.preparation import PrepareReport
 from nemo_cpt.corpus.preparing.workers import count_processes
-from nemo_cpt.corpus.reading.sources import Inputs
+from nemo_cpt.corpus.reading.sources import PLAN, Inputs
 from nemo_cpt.launching.arrays import Array, check_executor, run_array
 from nemo_cpt.output import say
 
 if TYPE_CHECKING:
     from nemo_cpt.cleaning import CleaningReport, Rules
+
+SEEN_SECONDS = 120
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,16 @@ def _carry_out(array: Array, plan: Plan, executor: Any, detached: str) -> Submit
     # On Slurm the join is a job too, also where it alone is left; here it is for the caller.
     if array.numbers or not _is_local(executor):
         experiment = run_array(array, executor, bool(detached))
+        if not (detached or _is_local(executor)):
+            _wait_to_see_the_join(plan.folder)
     return Submitted(experiment, detached, len(plan.shares), len(array.numbers)) if detached else None
+
+
+def _wait_to_see_the_join(folder: Path) -> None:
+    """Network file systems show what another machine did up to a minute late; the join removes the plan last."""
+    deadline = time.monotonic() + SEEN_SECONDS
+    while (folder / PLAN).exists() and time.monotonic() < deadline:
+        time.sleep(0.5)
 
 
 def plan_in_tasks(

@@ -31,6 +31,7 @@ number, folder = os.environ.get("SLURM_ARRAY_TASK_ID", "join"), Path("FOLDER")
 if "nemo_cpt.executors.array_task" in sys.orig_argv:
     with open(folder / f"{number}.started", "a") as file:
         file.write(os.environ["SLURMD_NODENAME"] + "\\n")
+    (folder / f"{number}.cpus").write_text(os.environ.get("SRUN_CPUS_PER_TASK", ""))
     if (folder / f"{number}.pause").exists():
         from nemo_cpt.corpus.preparing.journal import Journal
         checkpoint = Journal.checkpoint
@@ -100,6 +101,7 @@ def test_a_killed_task_alone_is_done_again_and_the_bytes_are_one_runs(slurm_here
     before = starts(watched)
     assert sorted(before) == ["0", "1", "2", "3"]
     assert {node for nodes in before.values() for node in nodes} == {"cpt1", "cpt2"}
+    assert (watched / "0.cpus").read_text() == "4"  # srun does not take it from sbatch by itself
     report = command()
     after = starts(watched)
     assert {name: len(nodes) for name, nodes in after.items()} == {"0": 1, "1": 1, "2": 2, "3": 1, "join": 1}
