@@ -63,12 +63,16 @@ class Standing:
         why: it would run; empty for one that is done.
         record: of its last start; None where there was none.
         waits: it reads what steps make that are to run first: it may turn out to be done.
+        spoilt: a file that it made, and that somebody else has changed since.
+        asked: it is made again because somebody wants it so.
     """
 
     step: Step
     why: str = ""
     record: Record | None = None
     waits: bool = False
+    spoilt: str = ""
+    asked: bool = False
 
     @property
     def done(self) -> bool:
@@ -98,6 +102,11 @@ def check_free(found: Collection[Standing]) -> None:
         CptError: one would.
     """
     for each in found:
+        if each.spoilt and not (each.done or each.asked or each.waits):
+            raise CptError(
+                f"{each.step.name} would be made again ({each.why}), and somebody has changed what it made, "
+                f"{each.spoilt}: move that away to keep it, or --redo {each.step.name}"
+            )
         kind = each.step.kind
         # What goes on from what is there looks itself whose it is; but not a training, which would call it finished.
         if each.done or each.waits or (kind.goes_on and not kind.kept):
@@ -123,27 +132,33 @@ def standing(step: Step, state: State, again: bool = False, first: Collection[st
     record = state.record(step)
     if record is None:
         return Standing(step, "new")
-    why = "asked for" if again else _changed(step, record, bool(first))
+    made = outputs_of(step, record) if record.state == DONE else {}
+    spoilt = _spoilt(step, record, made)
+    why = "asked for" if again else other_job(step, record, bool(first)) or _unlike(step, record, made, spoilt)
     if not why and first:
         return Standing(step, f"after {', '.join(first)}", record, waits=True)
-    return Standing(step, why, record)
+    return Standing(step, why, record, spoilt=spoilt, asked=again)
 
 
-def _changed(step: Step, record: Record, waits: bool) -> str:
-    """Why a step that was started before is to be run; empty where its record holds."""
-    if why := other_job(step, record, waits):
-        return why
+def _spoilt(step: Step, record: Record, made: Mapping[str, outputs.Files]) -> str:
+    """What of a step's files somebody else has changed; of a run also that it was trained on."""
+    for path, now in made.items():
+        before = record.outputs[path]
+        if name := outputs.spoilt(before, now):
+            return name
+        if step.kind.kept and now and before.keys() != now.keys():
+            return path
+    return ""
+
+
+def _unlike(step: Step, record: Record, made: Mapping[str, outputs.Files], spoilt: str) -> str:
+    """Why a step of the same job as its record's is to be run; empty where all is there that it made."""
     if record.state != DONE:
         return GOES_ON[record.state]
     if step.kind.forever:
         return "never done"
-    for path in step.writes:
-        now = outputs.look(step.folder / path, record.outputs.get(path))
-        if not now:
-            return f"output missing: {path}"
-        if name := outputs.changed(record.outputs.get(path, {}), now):
-            return f"output changed: {name}"
-    return ""
+    gone = next((path for path, now in made.items() if record.outputs[path].keys() - now.keys()), "")
+    return f"output missing: {gone}" if gone else f"output changed: {spoilt}" if spoilt else ""
 
 
 def other_job(step: Step, record: Record, waits: bool = False) -> str:
@@ -173,9 +188,10 @@ def inputs_of(step: Step, record: Record | None = None) -> dict[str, outputs.Fil
     return {path: outputs.look(_full(step, path), _known(record, path)) for path in step.reads}
 
 
-def outputs_of(step: Step) -> dict[str, outputs.Files]:
-    """What a step has made, looked at."""
-    return {path: outputs.look(step.folder / path) for path in step.writes}
+def outputs_of(step: Step, record: Record | None = None) -> dict[str, outputs.Files]:
+    """What a step has made, looked at; with its record, of the paths that it made then."""
+    known: Mapping[str, outputs.Files] = record.outputs if record else {path: {} for path in step.writes}
+    return {path: outputs.look(step.folder / path, files) for path, files in known.items()}
 
 
 def code_of(step: Step) -> str:

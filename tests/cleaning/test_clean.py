@@ -144,6 +144,7 @@ def test_evaluation_sets_are_kept_out(tmp_path: Path, corpus: Path, japanese: li
     (tmp_path / "eval.jsonl").write_text(json.dumps(question) + "\n", "utf-8")
     report = clean(corpus, tmp_path / "out", "ja", decontaminate=[tmp_path / "eval.jsonl"], quiet=True)
     dropped = {each["id"]: each["dropped_by"] for each in read(report.files["dropped"])}
+    assert report.evaluation_texts == {"looked for": 2, "too short": 2}
     found = {name for name, reason in dropped.items() if reason["rule"] == "contamination"}
     assert found == {"d5", "d7"}
     assert dropped["d5"]["value"] == 60 - 26 + 1 - sum(
@@ -174,7 +175,13 @@ def test_the_report_opens_offline_and_shows_all(tmp_path: Path, corpus: Path) ->
     assert "&lt;script&gt;alert(1)" in page
     assert "<script>alert" not in page
     assert "http" not in page.replace("http-equiv", "")
-    for name in ("dropped: length, characters", "japanese_script.hiragana_share", "<svg", "min_hiragana_share: 0.2"):
+    for name in (
+        "dropped: length, characters",
+        "japanese_script.hiragana_share",
+        "<svg",
+        'class="limit"',
+        "min_hiragana_share: 0.2",
+    ):
         assert name in page
 
 

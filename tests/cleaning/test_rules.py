@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_cpt.cleaning import examine, read_rules, rules_for
+from nemo_cpt.cleaning.contamination import Contamination
 from nemo_cpt.cleaning.document import Document
 from nemo_cpt.cleaning.heuristics import Boilerplate
 from nemo_cpt.cleaning.repetition import character_ngrams, word_ngrams
@@ -168,6 +169,11 @@ def test_rules_come_back_from_yaml(tmp_path: Path, language: str) -> None:
     rules = rules_for(language).without_contamination_of(("eval.jsonl",))
     (tmp_path / "rules.yaml").write_text(rules.to_yaml(), "utf-8")
     assert read_rules(tmp_path / "rules.yaml") == rules
+
+
+def test_further_evaluation_sets_join_those_of_the_rules() -> None:
+    rules = rules_for("ja").without_contamination_of(("a",)).without_contamination_of(("b",))
+    assert [rule.files for rule in rules.rules if isinstance(rule, Contamination)] == [("a", "b")]
 
 
 def test_every_rule_is_documented_and_named() -> None:
