@@ -51,8 +51,7 @@ def run(workflow: Workflow, chosen: Chosen | None = None, say: Callable[[str], N
     state, again = State(workflow), chosen.again(workflow)
     with state.held():
         found = dry_run(workflow, chosen, plan=False)
-        if not chosen.force:
-            refuse_red(found)
+        refuse_red(found)
         runner = Runner(workflow, state, chosen.force, Shown(workflow.name, len(found.standings), say))
         try:
             with runner.shown, runner.listening():

@@ -85,7 +85,7 @@ def test_a_training_that_is_made_again_is_set_aside_and_what_follows_waits(road:
         "export": "after train",
         "report": "after train",
     }
-    assert not found.errors
+    assert not found.refused
     # Before it starts, its folder is moved away, unless it is to go on there.
     for parameters, left in (({"extend": "keep"}, ["ja"]), ({}, ["ja.1"])):
         again = changed(workflow, "train", max_steps=3, **parameters)
