@@ -91,6 +91,18 @@ def test_what_no_run_of_it_made_is_not_written_over(folder: Path) -> None:
     assert not (folder / "one.txt").exists()  # known before anything ran
 
 
+def test_what_somebody_puts_in_the_place_of_a_failed_step_s_output_stays(folder: Path) -> None:
+    for dest in ("made.txt", "other.txt"):
+        failing = Workflow("w", [own("first", "forget", ["a.txt"], "made.txt")], folder)
+        with pytest.raises(CptError, match=r"made\.txt is not there"):
+            run(failing)
+        (folder / dest).write_text("by hand")
+        with pytest.raises(CptError, match="somebody has changed what it made|no run of this workflow made"):
+            run(Workflow("w", [own("first", "join", ["a.txt"], dest)], folder))
+        assert (folder / dest).read_text() == "by hand"
+        (folder / dest).unlink()
+
+
 @pytest.mark.parametrize(
     ("function", "parameters", "said"),
     [
