@@ -1,5 +1,6 @@
 """Cleaning a corpus: every document through the rules, then duplicates; what is kept and what is dropped, with why."""
 
+import json
 import os
 import shutil
 import time
@@ -11,6 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import orjson
 
+from nemo_cpt.cleaning.contamination import Contamination
 from nemo_cpt.cleaning.document import Document
 from nemo_cpt.cleaning.duplicates import Duplicate, find_duplicates, sketch
 from nemo_cpt.cleaning.examination import examine
@@ -249,27 +251,25 @@ class _Cleaning:
         portion = _Portion()
         counts, kept, dropped = portion.counts, list[bytes](), list[bytes]()
         plains, sizes = list[Any](), list[int]()
-        values, values_of_kept = dict[str, list[float]](), dict[str, list[float]]()
+        checks, is_kept = list[list[tuple[str, Check]]](), list[bool]()
         for record in read_records(task, self.json_key, portion.reading):
             found = examine(record.text, self.rules)
             counts.documents += 1
             counts.nbytes += len(record.line)
-            for rule, check in found.checks:
-                values.setdefault(f"{rule}.{check.measure}", []).append(check.value)
+            checks.append(found.checks)
+            is_kept.append(found.failed is None)
             if found.failed is not None:
                 rule, check = found.failed
                 counts.drop(rule, check, record.text, len(record.line))
                 dropped.append(_with_reason(record.line, rule, check))
                 continue
-            for rule, check in found.checks:
-                values_of_kept.setdefault(f"{rule}.{check.measure}", []).append(check.value)
             line = self._line(record, found.document)
             kept.append(line)
             plains.append(found.document.plain)
             sizes.append(len(line))
             counts.changes.update(found.document.changes)
         counts.kept, counts.kept_bytes = len(kept), sum(sizes)
-        counts.measured(values, values_of_kept)
+        counts.measured(checks, is_kept)
         portion.kept, portion.dropped = b"".join(kept), b"".join(dropped)
         portion.sketches = sketch(plains, sizes)
         return portion
@@ -308,7 +308,7 @@ class _Cleaning:
         check = Check("exact" if found.exact else "similarity", found.similarity, at_most=wanted.near)
         self.counts.kept -= 1
         self.counts.kept_bytes -= len(line)
-        text = orjson.loads(line)[self.json_key]
+        text = json.loads(line)[self.json_key]  # as it was read: orjson takes no NaN
         self.counts.drop("duplicates", check, text, len(line), f"line {kept_line:,} of {KEPT}")
         dropped.write(_with_reason(line.rstrip(b"\n"), "duplicates", check, {"kept_line": kept_line}))
 
@@ -339,6 +339,7 @@ class _Cleaning:
             kept_bytes=counts.kept_bytes,
             dropped={rule: dict(sorted(dropped[rule].items())) for rule in order if rule in dropped},
             changes={name: count for name, count in sorted(counts.changes.items()) if count},
+            evaluation_texts=next((each.searched for each in self.rules.rules if isinstance(each, Contamination)), {}),
             skipped=self.tally.skipped,
         )
         if counts.kept * 5 < counts.documents:

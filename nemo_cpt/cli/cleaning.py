@@ -69,6 +69,7 @@ def clean(
         found = ", ".join(f"{measure} {each['documents']:,}" for measure, each in measures.items())
         rows[f"dropped: {rule}"] = found
     rows |= {name: f"{count:,}" for name, count in report.changes.items()}
+    rows |= {f"evaluation texts {name}": f"{count:,}" for name, count in report.evaluation_texts.items()}
     rows |= {"report": report.files["report"], "status": report.status}
     print_report(rows, report.warnings)
 

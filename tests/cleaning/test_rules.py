@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_cpt.cleaning import examine, read_rules, rules_for
+from nemo_cpt.cleaning.contamination import Contamination
 from nemo_cpt.cleaning.document import Document
 from nemo_cpt.cleaning.heuristics import Boilerplate
 from nemo_cpt.cleaning.repetition import character_ngrams, word_ngrams
@@ -20,6 +21,7 @@ from nemo_cpt.errors import CptError
 from tests.cleaning.conftest import CHINESE, KOREAN
 
 LANGUAGES = ("ja", "en", "zh", "ko")
+MORE_THAN_WHOLE = ("hash_share", "ellipsis_share", "newline_share")  # against the words, which may be fewer
 STOP_WORDS = r"(?i)\b(the|be|to|of|and|that|have|with)\b"
 CHINESE_STOP_WORDS = "的年在月是和日了於于為有被人中为他與后後也而由"
 
@@ -120,6 +122,18 @@ def test_boilerplate_is_removed_and_counted(japanese: list[str]) -> None:
     assert examine(f"{text}\n{told}", Rules("ja", (Boilerplate(("利用規約",)),))).document.text.endswith(told)
 
 
+@pytest.mark.parametrize("language", LANGUAGES)
+@settings(max_examples=50, deadline=None)
+@given(text=st.text(max_size=200))
+def test_any_text_can_be_examined(language: str, text: str) -> None:
+    found = examine(text, rules_for(language), to_the_end=True)
+    for _, check in found.checks:
+        assert check.value >= 0
+        assert not check.measure.endswith("_share") or check.value <= 1 or check.measure in MORE_THAN_WHOLE, check
+    first = examine(text, rules_for(language))
+    assert first.failed == found.failed
+
+
 def ngrams_by_hand(items: list[str], n: int) -> Counter[tuple[str, ...]]:
     return Counter(tuple(items[start : start + n]) for start in range(len(items) - n + 1))
 
@@ -155,6 +169,11 @@ def test_rules_come_back_from_yaml(tmp_path: Path, language: str) -> None:
     rules = rules_for(language).without_contamination_of(("eval.jsonl",))
     (tmp_path / "rules.yaml").write_text(rules.to_yaml(), "utf-8")
     assert read_rules(tmp_path / "rules.yaml") == rules
+
+
+def test_further_evaluation_sets_join_those_of_the_rules() -> None:
+    rules = rules_for("ja").without_contamination_of(("a",)).without_contamination_of(("b",))
+    assert [rule.files for rule in rules.rules if isinstance(rule, Contamination)] == [("a", "b")]
 
 
 def test_every_rule_is_documented_and_named() -> None:

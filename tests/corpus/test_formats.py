@@ -215,7 +215,7 @@ FOREIGN: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "LFS pointer": (lambda content: b"version https://git-lfs.github.com/spec/v1\noid \n", "a Git LFS pointer"),
     "CSV": (as_csv, "seems to be CSV with the columns id, text: under a name that ends in .csv"),
     "TSV in gzip": (lambda content: gzip.compress(as_csv(content).replace(b",", b"\t")), "seems to be TSV"),
-    "XML": (lambda content: b"<mediawiki>\n<page>\n", "seems to be XML or HTML; `wikiextractor"),
+    "XML": (lambda content: b"<mediawiki>\n<page>\n", "XML or HTML; of a dump of Wikipedia"),
     "a value over lines": (lambda content: b'{\n "a": [\n {"text": "a"}\n ]\n}\n', "one JSON value over several lines"),
     "CR alone": (lambda content: b'{"text": "a"}\r{"text": "b"}\r', "lines end in CR alone"),
     "several on a line": (lambda content: b'{"text": "a"}{"text": "b"}\n', "several JSON objects"),

@@ -132,6 +132,25 @@ def test_bad_input_is_told_with_its_line_and_the_log_and_a_detached_command_retu
     assert read_manifest(watched / "bad")["skipped"] == {"not_json": 1}
 
 
+def test_a_task_that_is_told_to_stop_comes_back_by_itself(slurm_here, watched, corpus):
+    """As ahead of its time limit, or preempted: the command that waits for it sees nothing of that."""
+
+    def stop():
+        wait_until((watched / "1.paused").exists)
+        slurm_here.run("scancel", "--signal=TERM", f"{slurm_here.run('squeue', '-h', '-o', '%F').split()[0]}_1")
+
+    (watched / "1.pause").touch()
+    stopper = threading.Thread(target=stop, daemon=True)
+    stopper.start()
+    executor = slurm(tasks_per_node=1, time="5", cpus_per_task=2)
+    report = prepare_in_tasks(corpus / "en.jsonl", watched / "en", corpus / "tokenizer", executor, 2, **OPTIONS)
+    stopper.join()
+    assert {name: len(nodes) for name, nodes in starts(watched).items()} == {"0": 1, "1": 2, "join": 1}
+    assert same_files(report.prefix, corpus / "one_text_document")
+    (log,) = (watched / "home").rglob("log-cpt.tasks_1.out")
+    assert "told to stop" in log.read_text()
+
+
 def test_processes_of_this_machine(project, corpus, tmp_path):
     arguments = (corpus / "en.jsonl", tmp_path / "en", corpus / "tokenizer", local(), 2)
     report = prepare_in_tasks(*arguments, **OPTIONS)

@@ -93,5 +93,6 @@ def publish(root: Path, wiki: str, date: str, pages: Iterable[WikiPage], languag
     jobs = {"articlesmultistreamdump": job, "metahistory7zdump": waiting}
     (folder / "dumpstatus.json").write_text(json.dumps({"version": "0.8", "jobs": jobs}))
     sums_path = folder / f"{wiki}-{date}-sha1sums.txt"
-    sums_path.write_text("".join(f"{entry['sha1']}  {name}\n" for name, entry in files.items()))
+    finished = files if status == "done" else {}
+    sums_path.write_text("".join(f"{entry['sha1']}  {name}\n" for name, entry in finished.items()))
     return path

@@ -20,7 +20,7 @@ _CONVERT = "Write its texts to JSON lines or Parquet first"
 # In this order: UTF-32's mark begins with UTF-16's, and would be taken for it.
 _FOREIGN = (  # what it begins with, what it is, what to do
     (b"\xfd7zXZ\x00", "xz", f"{_UNPACK}: xz -dk FILE"),
-    (b"BZh", "bzip2", f"{_UNPACK}: bzip2 -dk FILE"),
+    (b"BZh", "bzip2", f"{_UNPACK}: bzip2 -dk FILE (a dump of Wikipedia: nemo-cpt fetch FILE)"),
     (b"PK\x03\x04", "a zip archive", f"{_UNPACK}: unzip FILE"),
     (b"PK\x05\x06", "an empty zip archive", _UNPACK),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", f"{_UNPACK}: 7z x FILE"),
@@ -118,7 +118,7 @@ def resemblance(head: bytes) -> str:
     first, _, rest = text.partition("\n")
     second = rest.partition("\n")[0]
     if text.startswith("<"):
-        return "It seems to be XML or HTML; `wikiextractor --json` makes JSON lines of a Wikipedia dump. "
+        return "It seems to be XML or HTML; of a dump of Wikipedia, as .xml.bz2, `nemo-cpt fetch` makes JSON lines. "
     if "\r" in first.rstrip("\r"):
         return "Its lines end in CR alone: convert them with `tr '\\r' '\\n'`. "
     if re.match(r"\{\s*$", first) or (first.startswith("{") and re.match(r"[\s\]},]", rest)):

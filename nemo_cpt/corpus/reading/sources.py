@@ -24,6 +24,7 @@ UNFINISHED = ".part"  # the folder in which `split` works
 PLAN = "plan.json"  # of several tasks that make one output, beside the parts that they have made,
 PARTS = ".parts"  # in a folder whose name ends so
 DATASET_DICT = "dataset_dict.json"
+EXTRACTED = ".wikipedia.json"  # the manifest beside a dump's text
 Inputs = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
@@ -183,6 +184,8 @@ def _is_bookkeeping(path: Path) -> bool:
         return path.with_name("kept.jsonl").exists() and path.with_name("cleaning.json").exists()
     elif name.endswith(".part.json"):
         neighbours = [name.removesuffix(".json"), name.removesuffix(".part.json")]
+    elif name.endswith(EXTRACTED):
+        neighbours = [name.removesuffix(EXTRACTED) + ".jsonl"]
     elif name.endswith(("_document.json", "_document.skipped.jsonl")):
         prefix = name.removesuffix(".json").removesuffix(".skipped.jsonl")
         neighbours = [prefix + ".idx", prefix + ".journal"]

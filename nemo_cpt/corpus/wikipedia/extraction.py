@@ -5,7 +5,7 @@ import bz2
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,12 +17,12 @@ from nemo_cpt.corpus.atomic_files import hash_of, locked, make_folder, sync_dire
 from nemo_cpt.corpus.preparing.workers import count_processes
 from nemo_cpt.corpus.processes import in_order
 from nemo_cpt.corpus.progress import ProgressBar
+from nemo_cpt.corpus.reading.sources import EXTRACTED
 from nemo_cpt.corpus.wikipedia.bzip2_blocks import Block, DamagedDumpError, ends_whole, find_blocks, unpack
 from nemo_cpt.corpus.wikipedia.pages import CLOSE, OPEN, Page, Site, address, pages_in, read_page, read_site
 from nemo_cpt.corpus.wikipedia.wikitext import Cleaner
 from nemo_cpt.errors import CptError
 
-MANIFEST = ".wikipedia.json"
 FORMAT = 1  # of the manifest and of the texts: another one begins anew
 _HEAD = 64 << 10
 _TASK = 8  # blocks: some 7 MB of XML
@@ -121,7 +121,7 @@ def read_manifest(output: Path) -> dict[str, Any] | None:
 
 def manifest_of(output: Path) -> Path:
     """Return where the manifest of extracted text is."""
-    return output.with_name(output.name.removesuffix(".jsonl") + MANIFEST)
+    return output.with_name(output.name.removesuffix(".jsonl") + EXTRACTED)
 
 
 def existing(folder: Path, url: str) -> Extraction | None:
@@ -257,7 +257,7 @@ class _Job:
 
     def _note(self, progress: _Progress) -> None:
         """Note where the run is; what is noted must be on the disk."""
-        noted = asdict(progress) | {"carry": base64.b64encode(progress.carry).decode(), "dump": self._identity}
+        noted = vars(progress) | {"carry": base64.b64encode(progress.carry).decode(), "dump": self._identity}
         write_whole(self.journal, orjson.dumps(noted))
 
     def _noted(self) -> _Progress:
