@@ -5,7 +5,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,6 +22,20 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CptError(f"Cannot make the folder {path}: {error.strerror}. Take another output.") from error
+
+
+@contextmanager
+def folder_to_fill(path: Path) -> Iterator[None]:
+    """Make a folder, as `make_folder` does; one that was not there, and in which nothing is at an error, goes again."""
+    new = not path.exists()
+    make_folder(path)
+    try:
+        yield
+    except BaseException:
+        if new:
+            with suppress(OSError):  # it holds something by now
+                path.rmdir()
+        raise
 
 
 def open_locked(path: Path, patience: float) -> BinaryIO:
