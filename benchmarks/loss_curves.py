@@ -25,7 +25,7 @@ from typing import Any
 import fiddle
 import nemo_run as run
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nemo_cpt.checkpoint import export_hf
 from nemo_cpt.corpus import Blend
@@ -78,7 +78,7 @@ def learning_rate(step: int, peak: float, end: float, warmup_steps: int, max_ste
     return end + (peak - end) * (1 + math.cos(math.pi * done)) / 2
 
 
-def loss_of(network: LlamaForCausalLM, samples: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+def loss_of(network: PreTrainedModel, samples: list[dict[str, torch.Tensor]]) -> torch.Tensor:
     """Mean cross-entropy over the tokens that the loss mask lets count."""
     tokens, labels, mask = (
         torch.stack([sample[name] for sample in samples]).to(DEVICE) for name in ("tokens", "labels", "loss_mask")
@@ -101,7 +101,7 @@ class PlainLoop:
     """A model with fp32 master weights, trained on a dataset's samples in their order."""
 
     def __init__(self, hf: Path, micro_batch_size: int):
-        self.network = LlamaForCausalLM.from_pretrained(hf, dtype=DTYPE).to(DEVICE).train()
+        self.network = AutoModelForCausalLM.from_pretrained(hf, dtype=DTYPE).to(DEVICE).train()
         self.weights = list(self.network.parameters())
         self.masters = list(copy.deepcopy(self.network).float().parameters())
         self.optimizer = adamw(self.masters)

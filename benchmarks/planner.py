@@ -570,7 +570,7 @@ def draw(rows: list[Row], path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 5), layout="constrained")
     for axis, what, unit in ((axes[0], "used", "GiB on the card"), (axes[1], "step", "seconds a step")):
-        for half, marker in zip(GROUPS, "osd^v", strict=True):
+        for half, marker in zip(GROUPS, "osd^v<>", strict=True):
             points = [getattr(row, what) for row in rows if row.half == half]
             axis.plot([b for _, b in points], [a for a, _ in points], marker, label=half.replace("_", " "), alpha=0.8)
         values = [value for row in rows for value in getattr(row, what)]

@@ -10,10 +10,12 @@ from typing import Any
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 80em; padding: 0 1em; color: #1b2733 }
-table { border-collapse: collapse; margin: 1em 0 } td, th { padding: .25em .7em; border-bottom: 1px solid #d5dce2;
-text-align: left; vertical-align: top } td div { white-space: pre-wrap; overflow-wrap: anywhere }
-#replies { table-layout: fixed; width: 100% } #replies th:first-child { width: 7em } small { color: #66788a }
-img { max-width: 100% } .better td:last-child { color: #14713d } .worse td:last-child { color: #b3261e }
+h1, h2, h3 { overflow-wrap: anywhere } img, input { max-width: 100% }
+table { border-collapse: collapse; margin: 1em 0; display: block; overflow-x: auto }
+td, th { padding: .25em .7em; border-bottom: 1px solid #d5dce2; text-align: left; vertical-align: top }
+td div { white-space: pre-wrap; overflow-wrap: anywhere } small { color: #66788a }
+#replies { display: table; table-layout: fixed; width: 100% } #replies th:first-child { width: 7em }
+.better td:last-child { color: #14713d } .worse td:last-child { color: #b3261e }
 .warning { background: #fff3cd; padding: .4em .8em } .answer { color: #14713d } pre { overflow-x: auto }
 """
 
@@ -22,7 +24,8 @@ def head(title: str) -> str:
     """The page's beginning, up to its heading; `</body></html>` ends it."""
     title = html.escape(title)
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width"><title>{title}</title>'
         f"<style>{STYLE}</style></head><body><h1>{title}</h1>"
     )
 

@@ -326,9 +326,9 @@ def conversations(
         raise CptError(f"data is {data!r}: give Conversations, such as Conversations(train={{'sft/ja': 1.0}})")
     if replay is not None and not isinstance(replay, Blend):
         raise CptError(f"replay is {replay!r}: give a Blend, such as Blend(train={{'ds/en': 1.0}})")
-    check_replay(replay, replay_share)
     # The form alone: the files may be on another machine.
     data.check_form()
+    check_replay(replay, replay_share, data)
     replayed = {
         "replay_paths": _in_turn(replay.train),
         "replay_validation": dict(replay.validation),

@@ -9,6 +9,7 @@ from nemo.collections import llm
 from nemo_cpt.conversations import Conversations
 from nemo_cpt.corpus import Blend
 from nemo_cpt.recipes import continual, instruction
+from nemo_cpt.training.settings import Settings, check
 
 DEFAULT_BASE = "checkpoints/SmolLM2-135M"
 
@@ -84,6 +85,7 @@ def continual_pretrain(
         **{"model": model(seq_length)} | kwargs,
     )
     # Small batches of short sequences: one of them alone would make a noisy loss.
+    check(Settings(limit_val_batches=limit_val_batches))
     recipe.trainer.limit_val_batches = limit_val_batches
     return recipe
 

@@ -246,7 +246,8 @@ def parse_value(key: str, text: str, annotation: str) -> Any:
         return _yaml(key, text)
     if "str" in kinds or "Literal" in annotation:
         return _literal(key, text, annotation)
-    raise CptError(f"{key}={text}: expected {annotation}")
+    example = next((_WRITTEN[kind] for kind in (each.partition("[")[0] for each in kinds) if kind in _WRITTEN), "")
+    raise CptError(f"{key}={text}: expected {annotation}{f', such as {key}={example}' if example else ''}")
 
 
 def _yaml(key: str, text: str) -> Any:
@@ -321,7 +322,7 @@ def data_example(function: Function) -> str | None:
     if "default_data" in functions(function.path):
         return "default_data()"
     call = _default_data(function, kind)
-    return ast.unparse(call) if call else None
+    return ast.unparse(call).replace("'", '"') if call else None
 
 
 def _default_data(function: Function, kind: type) -> ast.Call | None:
@@ -333,6 +334,7 @@ def _default_data(function: Function, kind: type) -> ast.Call | None:
     return call if isinstance(call, ast.Call) else None
 
 
+_WRITTEN = {"Mapping": "'{NAME: VALUE}'", "dict": "'{NAME: VALUE}'", "Sequence": "'[A, B]'", "list": "'[A, B]'"}
 _AS_IN = {  # how a mixture is written
     "Blend": "{train: {ds/ja: 0.75, ds/en: 0.25}, validation: {ja: ds/ja_validation}}",
     "Conversations": "{train: {sft/ja: 1.0}, validation: {ja: sft/ja_validation}}",

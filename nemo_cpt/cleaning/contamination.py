@@ -1,6 +1,6 @@
 """Documents that hold a part of an evaluation set, which a model must not have learnt by heart."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -60,6 +60,11 @@ class Contamination(Rule):
         if self.files and not self._index.numbers.size:
             raise CptError(f"{', '.join(self.files)}: no text is long enough to be looked for: decontaminate without.")
 
+    @property
+    def searched(self) -> dict[str, int]:
+        """How many texts of the sets are looked for, and how many are too short for that."""
+        return {"looked for": self._index.looked_for, "too short": self._index.too_short} if self.files else {}
+
     def apply(self, document: Document) -> Iterator[Check]:
         """Count the document's n-grams that an evaluation set has."""
         if self.files:
@@ -70,7 +75,7 @@ class Contamination(Rule):
         size = self.characters if self.by_characters else self.words
         if size < 2:
             raise CptError(f"contamination: n-grams of {size} occur everywhere; take at least 2.")
-        return Index(list(_texts(self.files)), size, self.by_characters)
+        return Index(_texts(self.files), size, self.by_characters)
 
 
 class Index:
@@ -83,12 +88,13 @@ class Index:
 
     Attributes:
         numbers: Sorted numbers of the n-grams, and of whole texts that are shorter.
-        too_short: Texts that are not looked for.
+        looked_for: Texts that are looked for.
+        too_short: Texts that are not.
     """
 
-    def __init__(self, texts: list[str], size: int, by_characters: bool) -> None:
+    def __init__(self, texts: Iterable[str], size: int, by_characters: bool) -> None:
         self.by_characters = by_characters
-        self.sizes, self.too_short = {size}, 0
+        self.sizes, self.looked_for, self.too_short = {size}, 0, 0
         found = [np.zeros(0, np.uint64)]
         for text in texts:
             mixed = self._symbols(Document(text))
@@ -98,6 +104,7 @@ class Index:
             # A shorter one is an n-gram of its own length: documents are then looked through for that length, too.
             length = min(len(mixed), size)
             self.sizes.add(length)
+            self.looked_for += 1
             found.append(window_hashes(mixed, length))
         self.numbers = np.unique(np.concatenate(found))
         self._table = np.zeros(1 << _TABLE_BITS, bool)

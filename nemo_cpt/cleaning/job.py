@@ -1,5 +1,6 @@
 """Cleaning a corpus: every document through the rules, then duplicates; what is kept and what is dropped, with why."""
 
+import json
 import os
 import shutil
 import time
@@ -11,6 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import orjson
 
+from nemo_cpt.cleaning.contamination import Contamination
 from nemo_cpt.cleaning.document import Document
 from nemo_cpt.cleaning.duplicates import Duplicate, find_duplicates, sketch
 from nemo_cpt.cleaning.examination import examine
@@ -35,7 +37,7 @@ KEPT, DROPPED, REPORT, MANIFEST, LOCK = "kept.jsonl", "dropped.jsonl", "report.h
 FILES = (KEPT, DROPPED, REPORT, MANIFEST)
 FORMAT = 1  # of the manifest: raised when an older reader would misread what is new
 _CHUNK = 1 << 20
-_SKETCHES = "sketches.bin"
+SKETCHES = "sketches.bin"
 _VERSIONS = ("ftfy", "lingua-language-detector", "rensa", "numpy", "xxhash")
 
 
@@ -81,7 +83,7 @@ def clean(
     processes = count_processes(workers)
     chosen = rules_for(rules) if isinstance(rules, str) else rules
     chosen = chosen.without_contamination_of(tuple(source.path for source in _sources_of(decontaminate)))
-    job = _Cleaning(list_sources(inputs), chosen, json_key, Policy.of(on_error, max_skipped))
+    job = Cleaning(list_sources(inputs), chosen, json_key, Policy.of(on_error, max_skipped))
     folder = Path(output)
     job.check_targets(folder)
     # With the lock file there, somebody is at work: what the manifest says may be about to change.
@@ -119,10 +121,10 @@ class _Portion:
     reading: Reading = field(default_factory=Reading)
 
 
-class _Cleaning:
+class Cleaning:
     """One cleaning: its options, and the rules that forked workers share.
 
-    Two passes: `_examine` takes each document through the rules, in parallel, and writes a sketch of those that are
+    Two passes: `examine` takes each document through the rules, in parallel, and writes a sketch of those that are
     kept; then duplicates are found among the sketches, and left out of the file of kept documents.
     """
 
@@ -195,11 +197,12 @@ class _Cleaning:
 
     def _write(self, work: Path, folder: Path, workers: int, quiet: bool) -> CleaningReport:
         begin = time.monotonic()
-        self._examine(work, workers, quiet)
+        self.examine(work, workers, quiet)
+        self.tally.check(self.sources, self.policy.max_skipped)
         if not self.counts.kept:
             raise CptError(self._why_all_are_dropped())
-        self._leave_out(find_duplicates(work / _SKETCHES, self.rules.duplicates), work)
-        (work / _SKETCHES).unlink()
+        self._leave_out(find_duplicates(work / SKETCHES, self.rules.duplicates), work)
+        (work / SKETCHES).unlink()
         self.seconds = time.monotonic() - begin
         report = self._report(folder)
         shown = page(report, self.counts, self.rules, self.seconds)
@@ -216,17 +219,17 @@ class _Cleaning:
         write_whole(work / MANIFEST, _dumps(manifest))
         return report
 
-    def _examine(self, work: Path, workers: int, quiet: bool) -> None:
+    def examine(self, work: Path, workers: int, quiet: bool) -> None:
         """Go through the inputs and write what the workers made of them, in order.
 
         Raises:
             CptError: A line gives no text and is not to be skipped, too many give none, or an input changes.
         """
-        total = sum(source.size for source in self.sources)
-        before = np.cumsum([0, *(source.size for source in self.sources)]).tolist()
+        total = sum(source.nbytes for source in self.sources)
+        before = np.cumsum([0, *(source.nbytes for source in self.sources)]).tolist()
         with ExitStack() as stack:
             kept, dropped, sketches = (
-                stack.enter_context((work / name).open("wb")) for name in (KEPT, DROPPED, _SKETCHES)
+                stack.enter_context((work / name).open("wb")) for name in (KEPT, DROPPED, SKETCHES)
             )
             bar = stack.enter_context(ProgressBar("cleaning", total, quiet))
             for task, portion in in_order(self._take, Feed(self.sources, None, _CHUNK), workers):
@@ -240,7 +243,6 @@ class _Cleaning:
                 sketches.write(portion.sketches.tobytes())
                 self.counts.add(portion.counts)
                 bar.update(before[task.source] + task.done, self.counts.documents)
-            self.tally.check(self.sources, self.policy.max_skipped)
             for file in (kept, dropped):
                 _sync(file)
 
@@ -249,27 +251,25 @@ class _Cleaning:
         portion = _Portion()
         counts, kept, dropped = portion.counts, list[bytes](), list[bytes]()
         plains, sizes = list[Any](), list[int]()
-        values, values_of_kept = dict[str, list[float]](), dict[str, list[float]]()
+        checks, is_kept = list[list[tuple[str, Check]]](), list[bool]()
         for record in read_records(task, self.json_key, portion.reading):
             found = examine(record.text, self.rules)
             counts.documents += 1
             counts.nbytes += len(record.line)
-            for rule, check in found.checks:
-                values.setdefault(f"{rule}.{check.measure}", []).append(check.value)
+            checks.append(found.checks)
+            is_kept.append(found.failed is None)
             if found.failed is not None:
                 rule, check = found.failed
                 counts.drop(rule, check, record.text, len(record.line))
                 dropped.append(_with_reason(record.line, rule, check))
                 continue
-            for rule, check in found.checks:
-                values_of_kept.setdefault(f"{rule}.{check.measure}", []).append(check.value)
             line = self._line(record, found.document)
             kept.append(line)
             plains.append(found.document.plain)
             sizes.append(len(line))
             counts.changes.update(found.document.changes)
         counts.kept, counts.kept_bytes = len(kept), sum(sizes)
-        counts.measured(values, values_of_kept)
+        counts.measured(checks, is_kept)
         portion.kept, portion.dropped = b"".join(kept), b"".join(dropped)
         portion.sketches = sketch(plains, sizes)
         return portion
@@ -308,7 +308,7 @@ class _Cleaning:
         check = Check("exact" if found.exact else "similarity", found.similarity, at_most=wanted.near)
         self.counts.kept -= 1
         self.counts.kept_bytes -= len(line)
-        text = orjson.loads(line)[self.json_key]
+        text = json.loads(line)[self.json_key]  # as it was read: orjson takes no NaN
         self.counts.drop("duplicates", check, text, len(line), f"line {kept_line:,} of {KEPT}")
         dropped.write(_with_reason(line.rstrip(b"\n"), "duplicates", check, {"kept_line": kept_line}))
 
@@ -339,6 +339,7 @@ class _Cleaning:
             kept_bytes=counts.kept_bytes,
             dropped={rule: dict(sorted(dropped[rule].items())) for rule in order if rule in dropped},
             changes={name: count for name, count in sorted(counts.changes.items()) if count},
+            evaluation_texts=next((each.searched for each in self.rules.rules if isinstance(each, Contamination)), {}),
             skipped=self.tally.skipped,
         )
         if counts.kept * 5 < counts.documents:

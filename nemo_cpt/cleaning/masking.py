@@ -9,6 +9,7 @@ from typing import ClassVar
 from nemo_cpt.cleaning.characters import Kind
 from nemo_cpt.cleaning.document import Document
 from nemo_cpt.cleaning.rule import Check, Rule
+from nemo_cpt.errors import CptError
 
 COUNTRIES = ("jp", "us", "cn", "kr")
 _H = r"[-‐‑–−ー－]"  # what people take for a hyphen between digits
@@ -37,7 +38,7 @@ class Masking(Rule):
     """Replaces what identifies a person or a machine, and counts it; it drops nothing.
 
     Numbers that have check digits are masked where these are right: Japan's My Number, China's identity number, cards
-    (Luhn). Addresses of private networks stay, they are nobody's.
+    (Luhn). Addresses of private networks stay, they are nobody's, and those of less than seven digits: versions, most.
 
     Attributes:
         email: What an e-mail address becomes; None leaves them.
@@ -55,6 +56,15 @@ class Masking(Rule):
     identity: str | None = "<ID>"
     countries: tuple[str, ...] = COUNTRIES
 
+    def load(self) -> None:
+        """Check the countries.
+
+        Raises:
+            CptError: The numbers of one are not known.
+        """
+        if unknown := set(self.countries).difference(COUNTRIES):
+            raise CptError(f"masking: no numbers are known of {', '.join(sorted(unknown))}; of {', '.join(COUNTRIES)}.")
+
     def apply(self, document: Document) -> Iterator[Check]:
         """Replace them; nothing is measured."""
         masked = Masked(document.text)
@@ -63,7 +73,7 @@ class Masking(Rule):
         # Most texts have no such numbers, and counting is cheaper than looking for them.
         digits = document.counts[Kind.DIGIT]
         if self.ip is not None and digits >= 4 and masked.text.count(".") >= 3:
-            masked.replace("ip", _IPV4, self.ip, lambda found: not _NOT_PUBLIC.match(found))
+            masked.replace("ip", _IPV4, self.ip, _is_public)
         if self.ip is not None and masked.text.count(":") >= 7:
             masked.replace("ip", _IPV6, self.ip)
         if digits >= 7 and _LONG_NUMBER.search(masked.text):
@@ -110,6 +120,11 @@ class Masked:
             return word
 
         self.text = pattern.sub(mask, self.text)
+
+
+def _is_public(found: str) -> bool:
+    """Tell an address from a version or a list such as 1.3.5.7 by its digits, and from those that are nobody's."""
+    return len(_digits(found)) >= 7 and not _NOT_PUBLIC.match(found)
 
 
 def _digits(found: str) -> str:

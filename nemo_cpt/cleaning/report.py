@@ -4,8 +4,9 @@ import html
 from collections.abc import Iterator
 from typing import Any
 
+from nemo_cpt.cleaning.rule import Check
 from nemo_cpt.cleaning.rules import Rules
-from nemo_cpt.cleaning.tallies import CleaningReport, Counts, bin_edges, is_share
+from nemo_cpt.cleaning.tallies import CleaningReport, Counts, bin_edge, is_share, position
 from nemo_cpt.page import head, table
 
 _WIDTH, _HEIGHT = 420, 130
@@ -54,9 +55,8 @@ def _page(report: CleaningReport, counts: Counts, rules: Rules, seconds: float) 
         "dropped; green of those that all rules about single documents kept. The dashed lines are the limits.</p>"
     )
     yield '<div class="grid">'
-    limits = _limits(counts)
     for name in counts.before:
-        yield _figure(name, counts.before[name].tolist(), counts.after[name].tolist(), limits.get(name, ""))
+        yield _figure(name, counts.before[name].tolist(), counts.after[name].tolist(), counts.limits[name])
     yield "</div><h2>Samples of what was dropped</h2>"
     for (rule, measure), found in _ordered(counts, rules):
         yield f"<h3>{html.escape(rule)}: {html.escape(measure)} ({found.documents:,})</h3>"
@@ -78,11 +78,7 @@ def _share(part: int, whole: int) -> str:
     return f"{part / max(whole, 1):.1%}"
 
 
-def _limits(counts: Counts) -> dict[str, str]:
-    return {f"{rule}.{measure}": found.samples[0]["limit"] for (rule, measure), found in counts.dropped.items()}
-
-
-def _figure(name: str, before: list[int], after: list[int], limit: str) -> str:
+def _figure(name: str, before: list[int], after: list[int], check: Check) -> str:
     """Return a histogram, from the first bin that has anything to the last."""
     used = [number for number, count in enumerate(before) if count]
     if not used:
@@ -95,10 +91,12 @@ def _figure(name: str, before: list[int], after: list[int], limit: str) -> str:
             if tall := _HEIGHT * counted[number] / tallest:
                 place = f'x="{(number - first) * width:.1f}" y="{_HEIGHT - tall:.1f}"'
                 bars.append(f'<rect class="{kind}" {place} width="{width:.1f}" height="{tall:.1f}"/>')
-    edges = bin_edges(name)
-    ends = [f"{edges[number]:,.3g}" if is_share(name) else f"{edges[number]:,.0f}" for number in (first, last + 1)]
+    for limit in (check.at_least, check.at_most):
+        if limit is not None and 0 <= (at := (float(position(name, limit)) - first) * width) <= _WIDTH:
+            bars.append(f'<line class="limit" x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="{_HEIGHT}"/>')
+    ends = [f"{bin_edge(name, number):,.{2 if is_share(name) else 0}f}" for number in (first, last + 1)]
     return (
-        f"<figure><figcaption><b>{html.escape(name)}</b> {html.escape(limit)}</figcaption>"
+        f"<figure><figcaption><b>{html.escape(name)}</b> {html.escape(check.limit)}</figcaption>"
         f'<svg width="{_WIDTH}" height="{_HEIGHT + 16}" role="img">{"".join(bars)}'
         f'<text x="0" y="{_HEIGHT + 13}">{ends[0]}</text>'
         f'<text x="{_WIDTH}" y="{_HEIGHT + 13}" text-anchor="end">{ends[1]}</text></svg></figure>'

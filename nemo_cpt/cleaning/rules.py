@@ -2,13 +2,14 @@
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from nemo_cpt.cleaning.characters import folded, kinds
 from nemo_cpt.cleaning.contamination import Contamination
 from nemo_cpt.cleaning.duplicates import Duplicates
 from nemo_cpt.cleaning.heuristics import (
@@ -68,12 +69,34 @@ class Rules:
     rules: tuple[Rule, ...]
     duplicates: Duplicates = field(default_factory=Duplicates)
 
+    def with_limits(self, **limits: Mapping[str, Any] | None) -> "Rules":
+        """Return these rules with other limits, such as `with_limits(length={"min_characters": 200}, prose=None)`.
+
+        Args:
+            limits: By rule, or `duplicates`, the limits that change; None leaves the rule out.
+
+        Raises:
+            CptError: There is no such rule among these, or no such limit.
+        """
+        described = self.as_dict()
+        _refuse_unknown(limits, [*(rule.name for rule in self.rules), "duplicates"], "limits")
+        duplicates = limits.get("duplicates", {})
+        described["duplicates"] |= {"exact": False, "near": None} if duplicates is None else duplicates
+        kept = [each for each in described["rules"] if limits.get(each["rule"], {}) is not None]
+        described["rules"] = [each | dict(limits.get(each["rule"]) or {}) for each in kept]
+        return rules_of(described, "limits")
+
     def without_contamination_of(self, files: tuple[str, ...]) -> "Rules":
-        """Return these rules with one more, that drops what shares n-grams with evaluation sets."""
+        """Return these rules with further evaluation sets, of which no document may hold a part."""
         if not files:
             return self
-        others = tuple(rule for rule in self.rules if not isinstance(rule, Contamination))
-        return Rules(self.language, (*others, Contamination.of(self.language, files)), self.duplicates)
+        known = next((rule for rule in self.rules if isinstance(rule, Contamination)), None)
+        if known is None:
+            rules = (*self.rules, Contamination.of(self.language, files))
+        else:
+            wider = replace(known, files=(*known.files, *files))
+            rules = tuple(wider if rule is known else rule for rule in self.rules)
+        return replace(self, rules=rules)
 
     def load(self) -> None:
         """Read what the rules need.
@@ -81,6 +104,7 @@ class Rules:
         Raises:
             CptError: Something cannot be had, or a limit makes no sense.
         """
+        kinds(), folded()  # here, so that forked workers share the tables
         for rule in self.rules:
             rule.load()
 

@@ -45,8 +45,9 @@ class Counts:
         kept_bytes: Their bytes, as they are written.
         dropped: What was dropped, by rule and measure.
         changes: How often something was done to a text, by name.
-        before: By measure, how many documents have a value in each bin: of those that were measured.
+        before: By rule and measure, how many documents have a value in each bin: of those that were measured.
         after: The same of those that are kept.
+        limits: By rule and measure, a check with its limits.
     """
 
     documents: int = 0
@@ -57,6 +58,7 @@ class Counts:
     changes: Counter[str] = field(default_factory=Counter)
     before: dict[str, Any] = field(default_factory=dict)
     after: dict[str, Any] = field(default_factory=dict)
+    limits: dict[str, Check] = field(default_factory=dict)
 
     def drop(self, rule: str, check: Check, text: str, nbytes: int, of: str = "") -> None:
         """Count a dropped document.
@@ -72,11 +74,23 @@ class Counts:
         found = Dropped(1, nbytes, [sample | ({"of": of} if of else {})])
         self.dropped.setdefault((rule, check.measure), Dropped()).add(found)
 
-    def measured(self, values: dict[str, list[float]], kept: dict[str, list[float]]) -> None:
-        """Count values into the histograms."""
-        for name, found in values.items():
-            self.before[name] = histogram(name, found)
-            self.after[name] = histogram(name, kept.get(name, []))
+    def measured(self, checks: list[list[tuple[str, Check]]], kept: list[bool]) -> None:
+        """Count the values of documents into the histograms.
+
+        Args:
+            checks: Of each document, with the rules' names.
+            kept: Whether it is kept.
+        """
+        before, after = dict[str, list[float]](), dict[str, list[float]]()
+        for found, is_kept in zip(checks, kept, strict=True):
+            for rule, check in found:
+                name = f"{rule}.{check.measure}"
+                before.setdefault(name, []).append(check.value)
+                if is_kept:
+                    after.setdefault(name, []).append(check.value)
+                self.limits[name] = check
+        for name, values in before.items():
+            self.before[name], self.after[name] = histogram(name, values), histogram(name, after.get(name, []))
 
     def add(self, other: "Counts") -> None:
         """Count in what comes behind."""
@@ -85,6 +99,7 @@ class Counts:
         self.kept += other.kept
         self.kept_bytes += other.kept_bytes
         self.changes.update(other.changes)
+        self.limits.update(other.limits)
         for key, found in other.dropped.items():
             self.dropped.setdefault(key, Dropped()).add(found)
         for mine, theirs in ((self.before, other.before), (self.after, other.after)):
@@ -105,6 +120,7 @@ class CleaningReport:
         kept_bytes: Their bytes, as they are written.
         dropped: By rule, then by measure: `documents` and `nbytes`.
         changes: How often something was done to a text: repaired, masked, lines removed.
+        evaluation_texts: Of evaluation sets, how many are `looked for` and how many `too short` for that.
         skipped: Lines that gave no text, by reason.
         warnings: Sentences for people.
     """
@@ -117,6 +133,7 @@ class CleaningReport:
     kept_bytes: int = 0
     dropped: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
     changes: dict[str, int] = field(default_factory=dict)
+    evaluation_texts: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -128,16 +145,16 @@ def is_share(measure: str) -> bool:
 
 def histogram(measure: str, values: list[float]) -> Any:
     """Count values by bin."""
-    found = np.asarray(values, np.float64)
-    if is_share(measure):
-        bins = np.minimum(found * SHARE_BINS, SHARE_BINS - 1)
-    else:
-        bins = np.minimum(4 * np.log2(np.maximum(found, 1)), SIZE_BINS - 1)
-    return np.bincount(bins.astype(np.int64), minlength=SHARE_BINS if is_share(measure) else SIZE_BINS)
+    bins = SHARE_BINS if is_share(measure) else SIZE_BINS
+    places = np.minimum(position(measure, np.asarray(values, np.float64)), bins - 1)
+    return np.bincount(places.astype(np.int64), minlength=bins)
 
 
-def bin_edges(measure: str) -> list[float]:
-    """Return where the bins of a measure begin, and the end of the last."""
-    if is_share(measure):
-        return [number / SHARE_BINS for number in range(SHARE_BINS + 1)]
-    return [2 ** (number / 4) for number in range(SIZE_BINS + 1)]
+def position(measure: str, value: Any) -> Any:
+    """Return in which bin a value lies, and where in it."""
+    return value * SHARE_BINS if is_share(measure) else 4 * np.log2(np.maximum(value, 1))
+
+
+def bin_edge(measure: str, number: int) -> float:
+    """Return the value at which a bin begins."""
+    return number / SHARE_BINS if is_share(measure) else 2 ** (number / 4)

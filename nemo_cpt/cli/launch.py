@@ -225,7 +225,10 @@ def cancel(experiment: Experiment = None, json: Json = False) -> None:
         cancelled = jobs.cancel(experiment)
     if json:
         return print(jsonlib.dumps(cancelled))
-    print(f"cancelled {cancelled['experiment']}: {', '.join(cancelled['tasks'])}")
+    if cancelled["tasks"]:
+        print(f"cancelled {cancelled['experiment']}: {', '.join(cancelled['tasks'])}")
+    for task, state in cancelled["ended"].items():
+        print(f"{task} of {cancelled['experiment']} had ended already: {state or 'UNKNOWN'}")
     for task in cancelled["killed"]:
         print(f"{task} did not save in time and was killed: it goes on from its last checkpoint")
 

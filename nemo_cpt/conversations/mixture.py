@@ -157,8 +157,13 @@ def replay_share(replay: Any, share: float | None) -> float:
     return share if share is not None else REPLAY_SHARE if replay is not None else 0.0
 
 
-def check_replay(replay: Any, share: float) -> None:
-    """Refuse a share without text, or text without a share.
+def check_replay(replay: Any, share: float, conversations: Conversations | None = None) -> None:
+    """Refuse a share without text, text without a share, and a name that stands for two validation sets.
+
+    Args:
+        replay: the Blend that is replayed; None for none.
+        share: of the sequences.
+        conversations: beside which it is; None looks at the share alone.
 
     Raises:
         CptError: it is one of these, or no share.
@@ -168,6 +173,8 @@ def check_replay(replay: Any, share: float) -> None:
             f"replay_share is {share} with {'' if replay else 'no '}replay: give both, the share between 0 and 1, such "
             "as 0.05, or neither"
         )
+    if replay and conversations and (twice := sorted(set(conversations.validation) & set(replay.validation))):
+        raise CptError(f"conversations and replay both have a validation set {twice[0]!r}: call one otherwise")
 
 
 def other_than_replay(samples: int, share: float) -> int:
@@ -224,7 +231,7 @@ class TrainingSequences:
         if not self.fit.positions.any():
             raise CptError(
                 f"None of the {len(self.fit.positions)} conversations of {', '.join(data.train)} fits into a sequence "
-                f"of {seq_length} positions: take a larger seq_length, or too_long=cut."
+                f"of {seq_length} positions: take a larger seq_length, or data's too_long: cut."
             )
         self._ends = [0]  # sequences before each epoch, as far as they were needed
         # One epoch's at a time: a training goes through them in order.
@@ -234,7 +241,7 @@ class TrainingSequences:
         """Return a sentence for each set of which more than a share is longer than a sequence and left out."""
         return [
             f"{fit.too_long - fit.cut} of the {len(fit.positions)} conversations of {chats.prefix} are longer than "
-            f"{fit.seq_length} positions and left out: take a larger seq_length, or too_long=cut."
+            f"{fit.seq_length} positions and left out: take a larger seq_length, or data's too_long: cut."
             for chats, fit in zip(self.sets, self.fits, strict=True)
             if fit.too_long - fit.cut > share * len(fit.positions)
         ]

@@ -11,6 +11,8 @@ from typing import BinaryIO
 
 from nemo_cpt.errors import CptError
 
+COPIED = 64 << 20  # bytes copied at once
+
 
 def make_folder(path: Path) -> None:
     """Make a folder and those above it; one that exists is left as it is.
@@ -101,6 +103,33 @@ def read_at(descriptor: int, size: int, offset: int) -> bytes:
         pieces.append(piece)
         size, offset = size - len(piece), offset + len(piece)
     return b"".join(pieces)
+
+
+def copy_to(path: Path, descriptor: int, offset: int) -> None:
+    """Copy a file to a place of an open one; file systems that can share or copy blocks by themselves do.
+
+    Raises:
+        CptError: The disk is full, or the file becomes shorter meanwhile.
+    """
+    with path.open("rb") as file:
+        size, done = os.fstat(file.fileno()).st_size, 0
+        try:
+            while done < size:
+                with suppress(OSError):  # of a file system, or a pair of them, that cannot
+                    if copied := os.copy_file_range(
+                        file.fileno(), descriptor, min(size - done, COPIED), done, offset + done
+                    ):
+                        done += copied
+                        continue
+                piece = read_at(file.fileno(), min(size - done, COPIED), done)
+                if not piece:
+                    raise CptError(f"{path} became shorter while it was copied. Run the same command again.")
+                write_at(descriptor, piece, offset + done)
+                done += len(piece)
+        except OSError as error:
+            raise CptError(
+                f"Cannot copy {path}: {error.strerror}. Make room and run the same command again."
+            ) from error
 
 
 def sync_directory(folder: Path) -> None:

@@ -69,7 +69,9 @@ class ProgressBar:
         rate = (done - self._start) / seconds
         rates = f"{rate / self._scale:,.1f} {self.unit}/s"
         if documents:
-            rates = f"{documents / seconds:,.0f} documents/s, {rates}, {tokens / 1e6:,.1f} M tokens"
+            rates = f"{documents / seconds:,.0f} documents/s, {rates}"
+        if tokens:
+            rates = f"{rates}, {tokens / 1e6:,.1f} M tokens"
         if self._bar is not None:
             self._bar.update(self._task, completed=done, rates=rates)
         else:

@@ -42,7 +42,7 @@ class VllmServer:
     api_key: str | None = None
 
     def command(self) -> list[str]:
-        """The command line: all of its flags have been vLLM's since 0.6."""
+        """The command line; its flags are those of https://docs.vllm.ai/en/v0.8.5/serving/engine_args.html."""
         folder, config = self.folder.resolve(), read_json(self.folder / "config.json")
         words: dict[str, Any] = {
             "--served-model-name": self.served_as,

@@ -28,7 +28,7 @@ from nemo_cpt.monitoring import forgetting
 from nemo_cpt.planning import from_scratch
 from nemo_cpt.recipe_models import LIKE_BASE, like_base, model_config, module_named
 from nemo_cpt.training import options as training_options
-from nemo_cpt.training.settings import OF_A_BUILT_RECIPE, UNEVEN_STAGES, Settings, check_name, default_min_lr
+from nemo_cpt.training.settings import OF_A_BUILT_RECIPE, UNEVEN_STAGES, Settings, check, check_name, default_min_lr
 
 MODEL = "model.config."
 # Fields of a recipe's config that say the same as one of its arguments, and that argument's type.
@@ -135,6 +135,7 @@ def _check_options(given: Mapping[str, Any], data: Any, where: Place) -> None:
     """
     training_options.read_precision(given.get("precision") or "bf16", given.get("bf16_layers") or 0)
     training_options.check_extend(given.get("extend"))
+    check(Settings(limit_val_batches=given.get("limit_val_batches")))
     saved = given.get("save_every") or given.get("val_check_interval")
     steps_between = saved if isinstance(saved, int) else None  # of a share of an epoch they are not known here
     training_options.check_exports(given.get("export_every"), given.get("export_keep"), steps_between)
@@ -146,7 +147,8 @@ def _check_options(given: Mapping[str, Any], data: Any, where: Place) -> None:
         training_options.read_early_stop(given.get("early_stop"), given.get("patience"), sets)
         forgetting.limits(given.get("stop_when"), sets)
     if "replay_share" in given:
-        mixture.check_replay(given.get("replay"), mixture.replay_share(given.get("replay"), given["replay_share"]))
+        share = mixture.replay_share(given.get("replay"), given["replay_share"])
+        mixture.check_replay(given.get("replay"), share, data if isinstance(data, Conversations) else None)
     frozen = "rank" in given and given.get("embeddings_lr") is None
     tokenizer = _tokenizer_folder(given) if where.same_files else None
     training_options.check_grown_rows_first(given.get("grown_rows_first"), tokenizer, frozen)
@@ -161,8 +163,7 @@ def _tokenizer_folder(given: Mapping[str, Any]) -> Path | None:
 
 def _settings(given: Mapping[str, Any], model: Mapping[str, Any], on_cpu: bool) -> Settings:
     """The job's numbers: arguments, and of the model what its config says."""
-    known = {name: given.get(name, model.get(name)) for name in OF_A_BUILT_RECIPE}
-    known |= {name: given.get(name) for name in ("epochs", "limit_val_batches")}
+    known = {name: given.get(name, model.get(name)) for name in OF_A_BUILT_RECIPE} | {"epochs": given.get("epochs")}
     if known["min_lr"] is None and known["lr"] is not None:
         known["min_lr"] = default_min_lr(known["lr"])
     if on_cpu:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import shutil
 import signal
 import sys
 import time
@@ -18,6 +19,8 @@ from nemo_cpt.errors import CptError
 from nemo_cpt.executors.supervisor import seconds_to_save
 from nemo_cpt.launching import experiments
 from nemo_cpt.launching.experiments import processes_of
+
+_ENDED = ("SUCCEEDED", "FAILED", "CANCELLED", "STOPPED")  # not UNKNOWN, which a scheduler may still run
 
 
 def give_time_to_save(
@@ -77,9 +80,17 @@ def prepared(
     Raises:
         CptError: the executor refuses it.
     """
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), _experiment(recipe, arguments, fields, executor) as experiment:
-        experiment.dryrun()
+    said, folder = io.StringIO(), Path()
+    try:
+        with contextlib.redirect_stdout(said), _experiment(recipe, arguments, fields, executor) as experiment:
+            folder = Path(experiment._exp_dir)
+            experiment.dryrun()
+    finally:
+        # NeMo-Run removes it where nothing is wrong, and leaves the one above, of the title, in any case.
+        if folder.name:
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # it holds other experiments, or was not made
+                folder.parent.rmdir()
     return {"experiment": experiment._title, "submitted": said.getvalue()}
 
 
@@ -160,16 +171,32 @@ def cancel(experiment_id: str | None) -> dict[str, Any]:
     """Cancel an experiment's tasks; local ones by ending their processes, which NeMo-Run cannot from outside.
 
     Returns:
-        The experiment's id and its tasks; `killed` names the local ones that did not save in time.
+        The experiment's id and those of its tasks that were cancelled; `killed` names the local ones that did not save
+        in time, `ended` has the state of each that had ended before.
     """
-    killed = []
-    with _opened(experiment_id) as experiment:
-        for job in experiment.jobs:
-            if not job.handle.startswith("local"):
+    chosen = experiments.experiment(experiment_id)
+    result: dict[str, Any] = {"experiment": chosen.id, "tasks": [], "killed": [], "ended": {}}
+    local = [task for task in chosen.tasks if chosen.executor(task) == "local"]
+    for task in local:
+        if list(processes_of(str(task))):
+            result["tasks"].append(task.name)
+            result["killed"] += [] if _end_processes(str(task)) else [task.name]
+        else:
+            result["ended"][task.name] = chosen.job(task)[0]
+    # As `status` does: without NeMo-Run where the disk knows all.
+    if len(local) < len(chosen.tasks):
+        with _opened(chosen.id) as experiment:
+            states = {task["name"]: task["status"] for task in status(chosen.id)["tasks"]}
+            for job in experiment.jobs:
+                if job.handle.startswith("local"):
+                    continue
+                # In any case: of a chain an earlier job may be left, and to cancel what has ended does nothing.
                 experiment.cancel(job.id)
-            elif not _end_processes(job.executor.job_dir):
-                killed.append(job.id)
-        return {"experiment": experiment._id, "tasks": [job.id for job in experiment.jobs], "killed": killed}
+                if (state := states.get(job.id, "UNKNOWN")) in _ENDED:
+                    result["ended"][job.id] = state
+                else:
+                    result["tasks"].append(job.id)
+    return result
 
 
 @contextlib.contextmanager

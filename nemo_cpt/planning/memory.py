@@ -242,6 +242,8 @@ def _inputs_of_linear(work: Workload, residual: float) -> float:
         return (2 * residual + activation) * (1 if work.fp8 else dtype)
     kept: float = sum(work.hidden_size for name in ("linear_qkv", "linear_fc1") if name in work.lora_targets) * dtype
     kept += activation * dtype if "linear_fc2" in work.lora_targets else 0
+    if work.sequence_parallel:  # what was gathered for the adapters lies beside the part that it was gathered from
+        kept += 2 * residual * dtype
     return kept + (2 * residual if work.fp8 else 0)
 
 

@@ -13,7 +13,8 @@ from nemo_cpt.planning.memory import layer_bytes_per_token, stage_parameters, tr
 from nemo_cpt.planning.workload import Workload
 
 BF16_RATE = 677e12  # operations a second of the linear layers' products on one H200
-FP8_RATE = 791e12  # the same with tensorwise scaling, with the casts
+FP8_RATE = 1158e12  # the same with tensorwise scaling, with the inputs' casts
+FP8_CAST_SECONDS = 10.8e-12  # a weight, cast once a step for all its micro batches
 ATTENTION_RATE = 505e12  # of causal attention, of which half the square is counted
 ACTIVATION_RATE = 1.39e12  # bytes of kept activations a second: norms, rotation, SwiGLU, residuals, both ways
 GRADIENT_RATE = 3.43e12  # bytes a second of weights' gradients, added to Megatron's buffer
@@ -22,12 +23,13 @@ RECOMPUTED = 0.4  # of a layer's work beside products that its second forward pa
 ADAM_SECONDS = {4: 14.2e-12, 2: 25.6e-12}  # a parameter, by the bytes of its first moment, on the GPU
 ADAM_FP8_SECONDS = 240e-12
 ADAM_HOST_SECONDS = 25.8e-12  # a byte of pinned state, which is read and written across the bus
+HOST_MEMORY_SECONDS = 10.6e-12  # a byte of it too, of all GPUs of a node: they share the host's memory
 STEP_SECONDS = 10e-3  # a step's fixed part
 NODE_LINK_GB_S = 50.0  # a GPU's share of the links between nodes: 400 Gb/s each
 ERRORS = {
     1: "mean error 3 %, worst 9 % on one H200",
     2: "mean error 5 %, worst 13 % on two H200",
-    4: "mean error 4 %, worst 9 % on four H200",  # in bf16
+    4: "mean error 4 %, worst 13 % on four H200",
 }
 NOT_MEASURED = "scaled from an H200, not measured"
 
@@ -81,6 +83,7 @@ def speed(work: Workload, gpu: Gpu = DEFAULT) -> Speed:
         "forward and backward": work.micro_batches * micro_batch,
         "pipeline bubble": bubble * micro_batch,
         "tensor parallel": work.micro_batches * _tensor_parallel_seconds(work, gpu),
+        "fp8 weights": _fp8_weights_seconds(work, gpu),
         "data parallel": _data_parallel_seconds(work, gpu),
         "optimizer": _optimizer_seconds(work, gpu),
     }
@@ -88,8 +91,6 @@ def speed(work: Workload, gpu: Gpu = DEFAULT) -> Speed:
     step = sum(seconds.values())
     tflops = work.tokens_per_step * model_flops_per_token(work) / step / work.gpus / 1e12
     error = ERRORS.get(work.gpus, f"{work.gpus} GPUs were not measured")
-    if work.gpus == 4 and work.fp8 and work.lora_rank is None:
-        error = "17 to 20 % too slow on four H200"
     return Speed(seconds, work.tokens_per_step, work.gpus, tflops, error if gpu.measured else NOT_MEASURED)
 
 
@@ -142,6 +143,8 @@ def _activation_traffic(work: Workload) -> float:
     if work.lora_rank and work.tensor_model_parallel_size > 1:  # patches.add_lora_in_one_pass leaves these alone
         outputs = sum(work.widths[name][1] for name in work.lora_targets) / work.tensor_model_parallel_size
         traffic += 8 * layers * outputs * work.tokens * work.weight_bytes
+    if work.lora_rank and work.fp8:  # the adapters cast their inputs once more
+        traffic += 4 * layers * sum(work.widths[name][0] for name in work.lora_targets) * work.tokens
     return traffic + work.logits * (6 if work.loss == "te" else 20)
 
 
@@ -152,6 +155,14 @@ def _gradient_traffic(work: Workload) -> float:
     )
     written = 0 if work.fused_gradients else 2 * work.weight_bytes
     return summed * (2 * work.grad_bytes + written)
+
+
+def _fp8_weights_seconds(work: Workload, gpu: Gpu) -> float:
+    """The linear layers' weights cast to fp8, where they are kept in bf16."""
+    if not work.fp8:
+        return 0.0
+    memory = DEFAULT.bandwidth_tb_s / gpu.bandwidth_tb_s
+    return memory * work.stage_layers * work.linear_parameters / work.tensor_model_parallel_size * FP8_CAST_SECONDS
 
 
 def _tensor_parallel_seconds(work: Workload, gpu: Gpu) -> float:
@@ -182,7 +193,9 @@ def _link(work: Workload, gpu: Gpu, span: int) -> float:
 def _optimizer_seconds(work: Workload, gpu: Gpu) -> float:
     trained = trained_parameters(work, 0) / work.optimizer_shards
     if work.host_states:
-        return trained * work.host_state_bytes * ADAM_HOST_SECONDS + STEP_SECONDS
+        state_bytes = trained * work.host_state_bytes
+        node = min(work.gpus, work.gpus_per_node)
+        return max(state_bytes * ADAM_HOST_SECONDS, node * state_bytes * HOST_MEMORY_SECONDS) + STEP_SECONDS
     memory = DEFAULT.bandwidth_tb_s / gpu.bandwidth_tb_s
     fp8_moments = work.precision_aware and work.fp8_moments
     a_parameter = ADAM_FP8_SECONDS if fp8_moments else ADAM_SECONDS[work.exp_avg_bytes]

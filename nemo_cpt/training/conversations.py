@@ -144,7 +144,7 @@ class ConversationDataModule(NamedSetsDataModule):
             if not len(chats):
                 raise CptError(
                     f"no conversation of the validation set {name!r} ({prefix}) fits into a sequence of "
-                    f"{self.seq_length} positions: take a larger seq_length, or too_long=cut"
+                    f"{self.seq_length} positions: take a larger seq_length, or data's too_long: cut"
                 )
             batches = min(most, math.ceil(len(chats) / self.global_batch_size))
             starts = range(0, batches * self.global_batch_size, self.global_batch_size)
@@ -178,12 +178,9 @@ def check(conversations: Conversations, replay: Blend | None, replay_share: floa
         CptError: a file is missing or damaged, the replay's share does not fit its data, or a name stands for two sets.
     """
     conversations.check()
-    check_replay(replay, replay_share)
-    if replay is None:
-        return
-    replay.check()
-    if twice := sorted(set(conversations.validation) & set(replay.validation)):
-        raise CptError(f"conversations and replay both have a validation set {twice[0]!r}: call one otherwise")
+    check_replay(replay, replay_share, conversations)
+    if replay is not None:
+        replay.check()
 
 
 def check_layout(context_parallel_size: int, pipeline_model_parallel_size: int, micro_batch_size: int) -> None:

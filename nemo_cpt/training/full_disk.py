@@ -15,11 +15,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_cpt.checkpoint.context import UNFINISHED
 from nemo_cpt.errors import CptError
+from nemo_cpt.training import run_lock
 from nemo_cpt.training.run_folder import newest_whole
-from nemo_cpt.training.run_lock import check_held
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PROBE_BYTES = 2**20
+_NOTE, _FULL = "disk", "disk-full"  # a file, and its name when rank 0 has found the disk full
 
 
 @contextlib.contextmanager
@@ -27,7 +28,8 @@ def say_which_disk_is_full(run_folder: Path, checkpoints: Path, clear_away: bool
     """Make one CptError of whatever a full disk makes of a training, and clear away the checkpoint that had no room.
 
     Checkpoints are written by this process, by writers that it forked and by PyTorch's own code, metrics and logs by
-    others; hardly any of their exceptions says what happened. So the disk is asked.
+    others; hardly any of their exceptions says what happened. So the disk is asked; ranks that come to ask when rank 0
+    has cleared away find its note.
 
     Args:
         run_folder: the run's.
@@ -37,6 +39,9 @@ def say_which_disk_is_full(run_folder: Path, checkpoints: Path, clear_away: bool
     Raises:
         CptError: a write failed for want of room.
     """
+    note = run_folder / run_lock.FOLDER / _NOTE
+    if clear_away:
+        _lay_out(note)
     try:
         with _log_files_do_not_complain():
             yield
@@ -45,12 +50,14 @@ def say_which_disk_is_full(run_folder: Path, checkpoints: Path, clear_away: bool
     except (Exception, CheckpointException) as error:  # the latter is PyTorch's, and a BaseException
         folder = checkpoints if checkpoints.is_dir() else run_folder
         # The disk before the exception: a writer's often says only that a child ended.
-        what = _refusal(folder) or _complaint(error)
+        what = _refusal(folder) or _noted(note, folder) or _complaint(error)
         if what is None:
             raise
         if clear_away:
             # What is unfinished may be another job's by now.
-            check_held(run_folder)
+            run_lock.check_held(run_folder)
+            with contextlib.suppress(OSError):
+                note.rename(note.with_name(_FULL))  # which takes no room; before there is some again
             _remove_unfinished(checkpoints)
         newest = newest_whole(checkpoints)
         kept = (
@@ -62,6 +69,19 @@ def say_which_disk_is_full(run_folder: Path, checkpoints: Path, clear_away: bool
         raise CptError(
             f"{what} ({type(error).__name__}). {kept}, once there is room ({free / 1e9:.2f} GB are free in {folder})"
         ) from error
+
+
+def _lay_out(note: Path) -> None:
+    """Make the file that a full disk has no room to make, and forget what an earlier start noted."""
+    with contextlib.suppress(OSError):
+        note.with_name(_FULL).unlink(missing_ok=True)
+        note.touch()
+
+
+def _noted(note: Path, folder: Path) -> str | None:
+    """What rank 0 found of the disk, if it has noted that."""
+    full = note.with_name(_FULL).exists()
+    return f"{folder} cannot be written any more: {os.strerror(errno.ENOSPC)}" if full else None
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from nemo_cpt.errors import CptError
 COUNTS = (  # of which there is at least one
     "max_steps", "val_check_interval", "save_every", "epochs", "seq_length", "global_batch_size", "micro_batch_size",
     "num_nodes", "gpus_per_node", "tensor_model_parallel_size", "pipeline_model_parallel_size",
-    "context_parallel_size", "rank", "limit_val_batches",
+    "context_parallel_size", "rank",
 )  # fmt: skip
 PARTS = ("epochs", "val_check_interval")  # of which a part is enough
 WIDTHS = ("num_attention_heads", "num_query_groups", "ffn_hidden_size")  # which tensor parallelism cuts
@@ -148,13 +148,15 @@ def _complaints(each: Settings) -> Iterator[str]:
     for name in COUNTS:
         value = getattr(each, name)
         if value is not None and not (value >= 1 or (name in PARTS and value > 0)):
-            yield f"{name}={value:g}: give {name}=1 or more"
-    for name in (*COUNTS, "seed"):
+            meant = " (processes= of a recipe for the CPU)" if name == "gpus_per_node" else ""
+            yield f"{name}={value:g}: give {name}=1 or more{meant}"
+    for name in (*COUNTS, "seed", "limit_val_batches"):
         value = getattr(each, name)
         if value is not None and name not in PARTS and not isinstance(value, Integral):
             yield f"{name}={value}: give a whole number"
-    if each.seed is not None and each.seed < 0:
-        yield f"seed={each.seed}: give seed=0 or more"
+    for name in ("seed", "limit_val_batches"):  # of which there may be none: limit_val_batches=0 validates on nothing
+        if (value := getattr(each, name)) is not None and value < 0:
+            yield f"{name}={value}: give {name}=0 or more"
     if each.epochs is not None and each.max_steps is not None:  # neither may win silently
         yield f"epochs is {each.epochs:g} and max_steps {each.max_steps}: give one of them"
     yield from _schedule(each)

@@ -100,7 +100,7 @@ class Connection:
         return time.monotonic() - self.heard if self.trouble else 0.0
 
     def open(self, ask: bool) -> None:
-        """Log in; a process of ssh's stays behind that later ones go through.
+        """Log in; a process of ssh's stays behind that later ones go through, and ends a minute behind the last.
 
         Args:
             ask: the user may be asked for a password, on the terminal.
@@ -108,14 +108,15 @@ class Connection:
         Raises:
             CptError: the node cannot be reached, or lets nobody in.
         """
-        words = [*self._ssh(ask), "-fNM", "-o", "ConnectTimeout=10", self._where]
+        master = ("ControlMaster=yes", "ControlPersist=60", "ConnectTimeout=10")
+        words = [*self._ssh(ask), *(word for each in master for word in ("-o", each)), self._where, "true"]
         # A file and not a pipe, which the process that stays behind would keep open.
         with tempfile.TemporaryFile("w+") as said:
             code = subprocess.call(words, stdin=None if ask else subprocess.DEVNULL, stdout=said, stderr=said)
             said.seek(0)
-            words_of_ssh = said.read()
+            reason = _last_line(said.read()) or f"ssh ended with {code}"
         if code:
-            raise CptError(f"SSH to {self._where}, port {self.reached.port}: {_last_line(words_of_ssh) or code}")
+            raise CptError(f"SSH to {self._where}, port {self.reached.port}: {reason}")
 
     def close(self) -> None:
         """Log out."""
@@ -155,7 +156,8 @@ class Connection:
         # -s: the path is sent as it is, and not to the shell there.
         done = self._call(["rsync", "-rts", "--delete", *filters, "-e", through, source, f"{self.mirror}/"])
         if done.returncode not in IN_CONTACT:
-            raise CptError(f"{self.reached.host}: {_last_line(done.stderr) or f'rsync ended with {done.returncode}'}")
+            said = done.stderr.strip().partition("\n")[0]  # what comes behind is rsync's own name for it
+            raise CptError(f"{self.reached.host}: {said or f'rsync ended with {done.returncode}'}")
         self.heard, self.trouble = time.monotonic(), ""
 
     def ask_slurm(self) -> None:
@@ -200,9 +202,9 @@ def _in_queue(printed: str) -> Queued:
     if not jobs:
         return Queued("")
     state, start = jobs[0]
-    if state in WAITING:
-        return Queued(state)
-    return Queued(state, datetime.fromisoformat(start).replace(tzinfo=UTC).timestamp())
+    # "N/A" of one that waits; else UTC, as it was asked for.
+    known = state not in WAITING and start[:1].isdigit()
+    return Queued(state, datetime.fromisoformat(start).replace(tzinfo=UTC).timestamp() if known else 0.0)
 
 
 class RemoteFollower(Follower):
@@ -261,7 +263,7 @@ def _over_ssh() -> Iterator[Reached]:
 
 def _folder_of(task: Path) -> Path | None:
     """A task's run folder, from where it runs, by what NeMo-Run wrote of it; None where that does not say."""
-    (config,) = map(yaml.safe_load, (path.read_text() for path in task.glob("configs/*_config.yaml")))
+    config: dict[str, Any] = next((yaml.safe_load(path.read_text()) for path in task.glob("configs/*_config.yaml")), {})
     if "recipe" in config and not moves_its_folder(config["overrides"]):  # of `nemo-cpt run`
         function = catalog.recipe(config["recipe"])
         return describe(function, config["arguments"], config["overrides"], "local", ()).directory
@@ -276,8 +278,10 @@ def connected(reached: Reached) -> Iterator[RemoteFollower]:
     """A follower of a run over SSH; asks for a password where the login node does.
 
     Raises:
-        CptError: the login node cannot be reached.
+        CptError: the login node cannot be reached, or a program that it takes is missing.
     """
+    if missing := [program for program in ("ssh", "rsync") if not shutil.which(program)]:
+        raise CptError(f"{' and '.join(missing)} not installed here: a run over SSH is watched through ssh and rsync")
     connection = Connection(reached, cache_folder("watched") / reached.experiment / reached.folder.name)
     try:
         connection.open(ask=True)

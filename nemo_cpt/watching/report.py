@@ -27,7 +27,7 @@ TITLES = {
 COLUMNS = ("set", "unit", "step 0", "now", "change", "2 standard errors", "at the end", "")
 REPLIES_SHOWN = 8  # prompts
 GRID = (
-    "<style>.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(34em, 1fr)) } "
+    "<style>.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(34em, 100%), 1fr)) } "
     "h3 { margin-bottom: 0 }</style>"
 )
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 _KINDS = {name: do for do, name in maker_names().items()}
 _HOMES = {"Chosen": "standing", "run": "running"}
 _OF_KINDS = (
-    "download", "evaluate", "export", "fetch", "grow", "grow_tokenizer", "import_", "init", "merge", "prepare", "push",
-    "report", "serve", "split", "synthesize", "tokenizer", "train", "tune", "verify",
+    "clean", "download", "evaluate", "export", "fetch", "grow", "grow_tokenizer", "import_", "init", "merge", "prepare",
+    "push", "report", "serve", "split", "synthesize", "tokenizer", "train", "tune", "verify",
 )  # fmt: skip
 __all__ = [*_OF_KINDS, "Chosen", "Step", "Workflow", "as_python", "as_yaml", "call", "load", "run"]
 

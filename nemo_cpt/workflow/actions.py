@@ -7,6 +7,14 @@ from typing import Any
 from nemo_cpt.errors import CptError
 
 
+def clean(rules: str, **parameters: Any) -> Any:
+    """Clean by `cleaning.clean`, with the rules of a language or those of a YAML file."""
+    from nemo_cpt.cleaning import clean as keep
+    from nemo_cpt.cleaning import read_rules
+
+    return keep(rules=read_rules(rules) if rules.endswith((".yaml", ".yml")) else rules, **parameters)
+
+
 def verify(nemo: str, hf: str, **parameters: Any) -> Any:
     """Compare a checkpoint with its export by `checkpoint.verify`; the workflow ends where they differ.
 

@@ -43,6 +43,7 @@ class Rate:
 
 
 RATES = {
+    "clean": Rate(4e6, 1.0, by_workers=True),
     "split": Rate(20e6, 1.0),
     "prepare": Rate(42e6, 1.05, 0.35, by_workers=True),
     "tokenizer": Rate(1e6, 0.0, 1.8),

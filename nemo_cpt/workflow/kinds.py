@@ -51,7 +51,15 @@ class Kind:
 
 _RECIPE = Kind("", recipe=True, goes_on=True, kept=True, of_run=("base",))
 KINDS = {
-    "fetch": Kind("corpus.fetching.fetch:fetch", writes="{folder}", goes_on=True),
+    "fetch": Kind("corpus.fetching.fetch:fetch", ("corpus",), "{folder}", by_name=("corpus",), goes_on=True),
+    "clean": Kind(
+        "cleaning.job:clean",
+        ("inputs", "decontaminate", "rules"),
+        "{output}",
+        by_name=("rules",),
+        goes_on=True,
+        action="clean",
+    ),
     "split": Kind("corpus.splitting.splits:split", ("inputs", "validation", "test"), "{output_folder}", goes_on=True),
     "synthesize": Kind("synthesis.sets:synthesize", ("inputs", "slots"), "{output}", goes_on=True),
     "tokenizer": Kind("vocabulary.training:train", ("corpora",), "{output}"),

@@ -86,6 +86,12 @@ def changed(before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[s
     return next((name for name in sorted({*one, *other}) if one.get(name) != other.get(name)), "")
 
 
+def spoilt(made: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]) -> str:
+    """The first file that was made and is another now; empty where none is. Files beside them are nobody's business."""
+    one, other = content(made), content(now)
+    return next((name for name in one if name in other and other[name] != one[name]), "")
+
+
 def size(files: Mapping[str, Mapping[str, Any]]) -> int:
     """Bytes of the files."""
     return sum(each["size"] for each in files.values())

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_cpt.corpus.atomic_files import write_whole
-from nemo_cpt.evaluation.page import details, head, table_row
+from nemo_cpt.page import details, head, table_row
 from nemo_cpt.workflow import outputs
 from nemo_cpt.workflow.state import PAGE, RECORD, State
 

@@ -1,5 +1,6 @@
 """Where each step stands: done, or to be run, and why; by the content of what it reads, its parameters, its code."""
 
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from nemo_cpt.workflow.kinds import OF_THE_MACHINE, OPTION, OWN, source_of
 from nemo_cpt.workflow.state import DONE, FAILED, RUNNING, STOPPED, Record, State
 from nemo_cpt.workflow.steps import Step, Workflow
 
+EXTEND = "extend"  # of a recipe: it goes on in its folder with another schedule
+SCHEDULE = {EXTEND, "max_steps", "lr", "min_lr", "warmup_steps"}
 GOES_ON = {RUNNING: "did not end", STOPPED: "was stopped", FAILED: "failed"}
 
 
@@ -63,12 +66,16 @@ class Standing:
         why: it would run; empty for one that is done.
         record: of its last start; None where there was none.
         waits: it reads what steps make that are to run first: it may turn out to be done.
+        spoilt: a file that it made, and that somebody else has changed since.
+        asked: it is made again because somebody wants it so.
     """
 
     step: Step
     why: str = ""
     record: Record | None = None
     waits: bool = False
+    spoilt: str = ""
+    asked: bool = False
 
     @property
     def done(self) -> bool:
@@ -98,12 +105,17 @@ def check_free(found: Collection[Standing]) -> None:
         CptError: one would.
     """
     for each in found:
+        if each.spoilt and not (each.done or each.asked or each.waits):
+            raise CptError(
+                f"{each.step.name} would be made again ({each.why}), and somebody has changed what it made, "
+                f"{each.spoilt}: move that away to keep it, or --redo {each.step.name}"
+            )
         kind = each.step.kind
         # What goes on from what is there looks itself whose it is; but not a training, which would call it finished.
         if each.done or each.waits or (kind.goes_on and not kind.kept):
             continue
         for path in each.step.writes:
-            ours = each.record is not None and (path in each.record.outputs or each.record.state != DONE)
+            ours = each.record is not None and path in each.record.outputs
             if outputs.is_there(each.step.folder / path) and not ours:
                 raise CptError(
                     f"{each.step.name} would make {path}, which is there and which no run of this workflow made: move "
@@ -123,27 +135,35 @@ def standing(step: Step, state: State, again: bool = False, first: Collection[st
     record = state.record(step)
     if record is None:
         return Standing(step, "new")
-    why = "asked for" if again else _changed(step, record, bool(first))
+    # Of one that was killed nobody knows what it has left; of one that goes on there, it need not be known.
+    looked_at = record.state == DONE or (record.state != RUNNING and not step.kind.goes_on)
+    made = outputs_of(step, record) if looked_at else {}
+    spoilt = _spoilt(step, record, made)
+    why = "asked for" if again else other_job(step, record, bool(first)) or _unlike(step, record, made, spoilt)
     if not why and first:
         return Standing(step, f"after {', '.join(first)}", record, waits=True)
-    return Standing(step, why, record)
+    return Standing(step, why, record, spoilt=spoilt, asked=again)
 
 
-def _changed(step: Step, record: Record, waits: bool) -> str:
-    """Why a step that was started before is to be run; empty where its record holds."""
-    if why := other_job(step, record, waits):
-        return why
+def _spoilt(step: Step, record: Record, made: Mapping[str, outputs.Files]) -> str:
+    """What of a step's files somebody else has changed; of a run also that it was trained on."""
+    for path, now in made.items():
+        before = record.outputs[path]
+        if name := outputs.spoilt(before, now) if record.state == DONE else outputs.changed(before, now):
+            return name
+        if step.kind.kept and now and before.keys() != now.keys():
+            return path
+    return ""
+
+
+def _unlike(step: Step, record: Record, made: Mapping[str, outputs.Files], spoilt: str) -> str:
+    """Why a step of the same job as its record's is to be run; empty where all is there that it made."""
     if record.state != DONE:
         return GOES_ON[record.state]
     if step.kind.forever:
         return "never done"
-    for path in step.writes:
-        now = outputs.look(step.folder / path, record.outputs.get(path))
-        if not now:
-            return f"output missing: {path}"
-        if name := outputs.changed(record.outputs.get(path, {}), now):
-            return f"output changed: {name}"
-    return ""
+    gone = next((path for path, now in made.items() if record.outputs[path].keys() - now.keys()), "")
+    return f"output missing: {gone}" if gone else f"output changed: {spoilt}" if spoilt else ""
 
 
 def other_job(step: Step, record: Record, waits: bool = False) -> str:
@@ -162,9 +182,28 @@ def other_job(step: Step, record: Record, waits: bool = False) -> str:
         return f"code changed: {step.do}"
     if step.kind.by_version and (was := record.versions.get("nemo_cpt")) != (now := installed_versions(())["nemo_cpt"]):
         return f"version: {was}, now {now}"
-    for path in step.reads if not waits else ():
-        if name := outputs.changed(record.inputs.get(path, {}), outputs.look(_full(step, path), _known(record, path))):
-            return f"input changed: {name}"
+    name = "" if waits else _other_input(step, record)
+    return f"input changed: {name}" if name else ""
+
+
+def goes_on(found: Standing) -> bool:
+    """Whether a step goes on from what its last start has left, instead of beginning anew."""
+    step, record = found.step, found.record
+    if record is None or found.asked or not step.kind.goes_on or _other_input(step, record):
+        return False
+    if not step.kind.kept:
+        return record.state != DONE and not other_job(step, record)
+    # What a training may change when it is resumed, `nemo-cpt run` decides, and refuses the rest; but one that is
+    # finished it would call so, whatever else has changed.
+    changed = set(_other_parameters(step.parameters, record.parameters))
+    return record.state != DONE or (EXTEND in step.parameters and changed <= SCHEDULE)
+
+
+def _other_input(step: Step, record: Record) -> str:
+    """The first file among what a step reads that is not as its record has it."""
+    for path in step.reads:
+        if name := outputs.changed(_known(record, path), outputs.look(_full(step, path), _known(record, path))):
+            return name
     return ""
 
 
@@ -173,9 +212,10 @@ def inputs_of(step: Step, record: Record | None = None) -> dict[str, outputs.Fil
     return {path: outputs.look(_full(step, path), _known(record, path)) for path in step.reads}
 
 
-def outputs_of(step: Step) -> dict[str, outputs.Files]:
-    """What a step has made, looked at."""
-    return {path: outputs.look(step.folder / path) for path in step.writes}
+def outputs_of(step: Step, record: Record | None = None) -> dict[str, outputs.Files]:
+    """What a step has made, looked at; with its record, of the paths that it made then."""
+    known: Mapping[str, outputs.Files] = record.outputs if record else {path: {} for path in step.writes}
+    return {path: outputs.look(step.folder / path, files) for path, files in known.items()}
 
 
 def code_of(step: Step) -> str:
@@ -194,5 +234,6 @@ def _full(step: Step, path: str) -> Path:
 def _other_parameters(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
     """Parameters that are not as before, and change what is made."""
     names = [name for name in {**before, **now} if name not in OF_THE_MACHINE and not name.startswith(OPTION)]
-    missing = object()
-    return [name for name in names if now.get(name, missing) != before.get(name, missing)]
+    # As text: 1 and True are equal in Python, and different settings.
+    texts = [{name: json.dumps(value) for name, value in each.items()} for each in (now, before)]
+    return [name for name in names if texts[0].get(name) != texts[1].get(name)]

@@ -7,9 +7,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from nemo_cpt import catalog
@@ -259,12 +260,19 @@ class Workflow:
         if ELSEWHERE.match(path) or _exists(self.folder, path):
             return
         made = [each for other in self.steps.values() for each in other.writes]
-        near = catalog.nearest(path, made) if made else ""
-        # A name of the hub's looks like a path of two parts: one that is close to a step's output is misspelt.
-        if not near.startswith("near: ") and path in _named(step):
+        if path in _named(step) and not self._looks_like_a_path(path, made):
             return
-        hint = f"; {near}" if near.startswith("near: ") else ""
+        near = get_close_matches(path, made, n=3)
+        hint = f"; near: {', '.join(near)}" if near else ""
         raise CptError(f"{step.name} reads {path}, which is not there and which no step makes{hint}")
+
+    def _looks_like_a_path(self, path: str, made: Sequence[str]) -> bool:
+        """Whether what may be a name, OWNER/NAME or NAME, is a path that somebody misspelt."""
+        owner, *names = PurePath(path).parts
+        if not names:
+            return bool(get_close_matches(path, made, cutoff=0.75))
+        folders = {PurePath(each).parts[0] for each in made}
+        return len(names) > 1 or owner in folders or (self.folder / owner).exists()
 
 
 def _relative(do: str, folder: Path) -> str:
@@ -311,7 +319,7 @@ def _plain(value: Any, where: str) -> Any:
 _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "Path": (str,), "None": (type(None),),
     "Sequence": (list,), "Collection": (list,), "list": (list,), "tuple": (list,), "Mapping": (dict,), "dict": (dict,),
-    "Inputs": (str, list),
+    "Inputs": (str, list), "Rules": (str,),
 }  # fmt: skip
 
 

@@ -2,8 +2,11 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,6 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from nemo_cpt.checkpoint import export_hf, import_hf, verify
 from nemo_cpt.errors import CptError
+from nemo_cpt.inference import Sampling
+from nemo_cpt.inference.transformers_engine import TransformersEngine
 from tests.support import small_models as models
 
 TOKENS = torch.arange(5, 45)[None]
@@ -55,6 +60,38 @@ def test_lora_merged_is_what_nemo_trained(nemo_jobs: Path, tmp_path: Path) -> No
     assert _agree(_logits(_load(tmp_path / "merged")), torch.load(nemo_jobs / "runs" / "lora_logits.pt"))
     export_hf(_checkpoint(nemo_jobs, "lora"), tmp_path / "from_hf", base=nemo_jobs / "hf", dtype="float32")
     models.assert_same_weights(tmp_path / "merged", tmp_path / "from_hf")
+
+
+def test_a_lora_run_is_talked_to_and_served_as_the_merged_model(
+    nemo_jobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run, prompt = str(nemo_jobs / "runs" / "lora"), "t5 t6 t7"
+    export_hf(_checkpoint(nemo_jobs, "lora"), tmp_path / "merged")
+    merged, base = (
+        next(TransformersEngine(folder, device="cpu").generate([prompt], Sampling(max_tokens=6)))[1].text
+        for folder in (tmp_path / "merged", nemo_jobs / "hf")
+    )
+    assert merged != base
+    command = [sys.executable, "-m", "nemo_cpt.cli"]
+    words = [*command, "chat", run, "--plain", "--temperature", "0", "--max-tokens", "6", "--device", "cpu"]
+    talked = subprocess.run(words, input=f"{prompt}\n", capture_output=True, text=True)
+    assert talked.stdout.strip() == merged.strip(), talked.stderr
+    assert "exporting" in talked.stderr
+    server = subprocess.Popen(
+        [*command, "serve", run, "--port", "0", "--device", "cpu"], stderr=subprocess.PIPE, text=True
+    )
+    with server:
+        assert server.stderr is not None
+        said = list[str]()
+        while not said or "http://" not in said[-1]:
+            said.append(next(server.stderr))
+        asked = {"prompt": prompt, "max_tokens": 6, "temperature": 0}
+        answer = httpx.post(f"{said[-1].split()[-1]}/completions", json=asked, timeout=60).json()
+        assert answer["choices"][0]["text"] == merged
+        assert any("its export is in the cache" in line for line in said), said
+        server.terminate()
+        assert server.wait() == 0
 
 
 @pytest.mark.parametrize(("run", "base"), [("full", "hf"), ("edited", "tied_hf"), ("lora", "hf")])

@@ -78,9 +78,22 @@ def test_only_the_text_changes(tmp_path: Path, japanese: list[str]) -> None:
     assert report.changes == {"masked email": 1}
 
 
+def test_empty_texts_and_fields_that_are_no_json_numbers(tmp_path: Path) -> None:
+    lines = [
+        '{"id": NaN, "text": "一つの文。"}',
+        '{"id": -Infinity, "text": "一つの文｡"}',
+        '{"text": ""}',
+        '{"text": "二つ"}',
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(line + "\n" for line in lines), "utf-8")
+    report = clean(tmp_path / "a.jsonl", tmp_path / "out", Rules("ja", ()), quiet=True)
+    assert Path(report.files["kept"]).read_text("utf-8").splitlines() == [lines[0], lines[2], lines[3]]
+    assert report.dropped == {"duplicates": {"exact": {"documents": 1, "nbytes": len(lines[1].encode()) + 1}}}
+
+
 def test_the_files_do_not_depend_on_the_number_of_workers(tmp_path: Path, corpus: Path, japanese: list[str]) -> None:
     with corpus.open("a") as file:  # enough for several tasks
-        for number in range(2000):
+        for number in range(700):
             text = japanese[number % 30][: 500 + number % 70] + f"第{number}号。"
             file.write(json.dumps({"id": number, "text": text}) + "\n")
     for workers in (1, 3):
@@ -131,6 +144,7 @@ def test_evaluation_sets_are_kept_out(tmp_path: Path, corpus: Path, japanese: li
     (tmp_path / "eval.jsonl").write_text(json.dumps(question) + "\n", "utf-8")
     report = clean(corpus, tmp_path / "out", "ja", decontaminate=[tmp_path / "eval.jsonl"], quiet=True)
     dropped = {each["id"]: each["dropped_by"] for each in read(report.files["dropped"])}
+    assert report.evaluation_texts == {"looked for": 2, "too short": 2}
     found = {name for name, reason in dropped.items() if reason["rule"] == "contamination"}
     assert found == {"d5", "d7"}
     assert dropped["d5"]["value"] == 60 - 26 + 1 - sum(
@@ -161,7 +175,13 @@ def test_the_report_opens_offline_and_shows_all(tmp_path: Path, corpus: Path) ->
     assert "&lt;script&gt;alert(1)" in page
     assert "<script>alert" not in page
     assert "http" not in page.replace("http-equiv", "")
-    for name in ("dropped: length, characters", "japanese_script.hiragana_share", "<svg", "min_hiragana_share: 0.2"):
+    for name in (
+        "dropped: length, characters",
+        "japanese_script.hiragana_share",
+        "<svg",
+        'class="limit"',
+        "min_hiragana_share: 0.2",
+    ):
         assert name in page
 
 

@@ -97,7 +97,7 @@ def test_persons_and_machines_are_masked(text: str, expected: str, what: str) ->
         "2,000,000円、2024-11-12 12:34:56",
         "ISBN 978-4-06-519981-7",
         "3.14159265358979",
-        "192.168.0.1 and 127.0.0.1 and v1.2.3",
+        "192.168.0.1 and 127.0.0.1 and v1.2.3, 1.3.5.7号",
         "個人番号 1234 5678 9012",  # a wrong check digit
         "card 4111 1111 1111 1112",
         "〒604-8571 京都市",

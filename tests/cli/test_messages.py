@@ -61,6 +61,11 @@ def test_one_prefix_is_a_blend_of_one() -> None:
         (["run", "tiny", "base=b", "data={train: {ds/ja: 0.75}"], "no YAML (while parsing a flow mapping"),
         (["run", "tiny", "base=b", "data=d", "-e", "e.py"], "which function of it makes the executor? Give e.py:FUNC"),
         (["run", "tiny", "base=b", "data=d", "-e", "f.py:g"], "executor f.py: there is no such file"),
+        (
+            ["run", "tiny", "base=b", "data=d", "stop_when=en"],
+            "| None, such as stop_when='{NAME: VALUE}'",
+        ),
+        (["run", "tiny", "base=b", "data=d", "processes=0"], "gpus_per_node=1 or more (processes= of a recipe for the"),
         (["run", "e.py"], "e.py is no recipe, and no configuration file: the name of one ends in .yaml"),
         (["copy", "tiny", "x.json"], "x.json: give a name that ends in .py, for a script, or in .yaml or .yml"),
         (["plan", "llama31_8b", "--gpu", "H1000"], "no GPU 'H1000' (near: H100"),
@@ -111,7 +116,7 @@ def test_a_recipe_of_other_data_has_them_wherever_it_is_written(tmp_path: Path) 
         assert nemo_cpt("copy", "gpt.pretrain", name, cwd=tmp_path).returncode == 0
     assert "data=default_data()," in (tmp_path / "g.py").read_text()
     for name, data in {
-        "tiny": "Blend.replay('ds/ja', 'ds/en'",
+        "tiny": 'Blend.replay("ds/ja", "ds/en", share=0.25, ',
         "tiny.instruction_tune": "Conversations(train={",
     }.items():
         assert str(catalog.data_example(catalog.recipe(name))).startswith(data)

@@ -20,6 +20,7 @@ from nemo_cpt.evaluation.journal import Journal
 from nemo_cpt.inference.endpoint import EndpointEngine
 from nemo_cpt.inference.transformers_engine import TransformersEngine
 from tests.inference.conftest import TEMPLATE
+from tests.support import browser
 from tests.support.chat_server import NAME, Body, ChatServer, FaultError
 from tests.support.crashes import FORK
 
@@ -118,6 +119,25 @@ def test_the_report_is_whole_and_opens_offline(whole: comparison.Report, tmp_pat
     assert all(each["key"] for each in content["models"])
     assert content["sets"][0]["unit"] == "document"
     assert content["rows"][0]["verdict"] in ("", "better", "worse")
+
+
+SEARCH = """
+const box = document.getElementById('search'), shown = () => [...document.querySelectorAll('#replies tbody tr')]
+    .filter(row => !row.hidden).length, before = shown();
+box.value = '%s'; box.dispatchEvent(new Event('input'));
+return [before, shown(), document.getElementById('count').textContent]
+"""
+
+
+@pytest.mark.skipif(bool(browser.missing()), reason=browser.missing())
+@pytest.mark.parametrize("width", [500, 1400])
+def test_a_browser_shows_the_page_and_its_box_finds_replies(
+    whole: comparison.Report, tmp_path: Path, width: int
+) -> None:
+    report.write(whole, tmp_path)
+    seen = browser.see(tmp_path / "report.html", width, tmp_path, SEARCH % "富士山")
+    assert (seen.errors, seen.overflows, seen.images) == ([], False, True)
+    assert seen.answer == [4, 1, "1 of 4"]
 
 
 def test_numbers_that_json_cannot_hold(whole: comparison.Report) -> None:

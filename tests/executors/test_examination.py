@@ -11,6 +11,7 @@ import pytest
 
 from nemo_cpt import CptError, catalog
 from nemo_cpt.catalog.build import build_recipe
+from nemo_cpt.corpus import Blend
 from nemo_cpt.doctor import Place, containers
 from nemo_cpt.doctor.built import job_of
 from nemo_cpt.executors import docker, examination, local, slurm
@@ -137,6 +138,11 @@ def test_what_trains_nothing_is_not_examined(project, tmp_path):
         ("tiny", {"export_keep": 1}, "give both, or neither"),
         ("tiny", {"export_every": 3, "val_check_interval": 2}, "export_every 3 is not a multiple of the 2 steps"),
         ("tiny.instruction_tune", {"replay_share": 0.1}, "replay_share is 0.1 with no replay"),
+        (
+            "tiny.instruction_tune",
+            {"replay": Blend(train={"ds/en": 1.0}, validation={"ja": "ds/ja"})},
+            "conversations and replay both have a validation set 'ja'",
+        ),
         ("llama31_8b.continual_pretrain_single_gpu", {"peft_scheme": "ia3"}, "peft_scheme is 'ia3': it can be lora or"),
         (
             "llama31_8b.continual_pretrain_single_gpu",
@@ -150,7 +156,7 @@ def test_python_and_the_command_line_refuse_the_same_option(given, recipe, wrong
     function = catalog.recipe(recipe)
     given = given | {"directory": str(tmp_path)} | wrong
     if recipe == "tiny.instruction_tune":
-        given["data"] = {"train": {"sft/ja": 1.0}}
+        given["data"] = {"train": {"sft/ja": 1.0}, "validation": {"ja": "sft/held_out"}}
     if recipe == "gpt.pretrain":
         given.pop("model")
     kind = catalog.mixture_of(function.parameters["data"].annotation)
@@ -180,8 +186,6 @@ def test_python_and_the_command_line_know_the_same_job(given, name):
 
 
 def build_blend(data):
-    from nemo_cpt.corpus import Blend
-
     return Blend(**data)
 
 

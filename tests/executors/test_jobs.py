@@ -48,9 +48,12 @@ def test_json_alone_is_on_stdout(material, tmp_path):
     planned = printed("run", "tiny", *pairs, "--dryrun")
     assert "Entering Experiment" in planned["submitted"]
     assert planned["experiment"] == "tiny-continual_pretrain"  # there is none, which would have a number
+    assert list((tmp_path / "home" / "experiments").glob("*")) == []
     ran = printed("run", "tiny", *pairs, says="`Trainer.fit` stopped: `max_steps=1` reached")
     assert ran["jobs"][0].startswith("local")
     listed = printed("status")["experiments"]
     assert [each["tasks"][0]["status"] for each in listed] == ["SUCCEEDED"]  # a dry run is none
     assert printed("status", ran["experiment"])["tasks"] == listed[0]["tasks"]
-    assert printed("cancel", ran["experiment"])["experiment"] == ran["experiment"]
+    cancelled = printed("cancel", ran["experiment"])
+    assert (cancelled["experiment"], cancelled["tasks"]) == (ran["experiment"], [])  # it had ended
+    assert list(cancelled["ended"].values()) == ["SUCCEEDED"]

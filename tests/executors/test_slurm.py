@@ -154,10 +154,11 @@ def test_cancel_ends_every_job_of_a_chain(slurm_here, project, tmp_path, monkeyp
     task = run.Partial(tasks.count, path=str(tmp_path / "counter"), until=1000)
     experiment, _ = submit(task, slurm(tasks_per_node=1, time="5", chain=3))
     (file,) = Path(experiment._exp_dir).rglob("secrets.env")
-    jobs.cancel(experiment._id)
+    assert jobs.cancel(experiment._id)["tasks"] == ["t"]
     wait_until(lambda: slurm_here.jobs() == [])
     assert not file.exists()
     assert [task["status"] for task in jobs.status(experiment._id)["tasks"]] == ["CANCELLED"]
+    assert jobs.cancel(experiment._id)["ended"] == {"t": "CANCELLED"}
 
 
 def test_a_crash_is_restarted_and_a_dependent_task_waits(slurm_here, project, tmp_path):

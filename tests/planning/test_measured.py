@@ -31,7 +31,9 @@ def test_at_least_sixteen_settings_were_measured(rows) -> None:
     assert {row.half for row in rows} >= {"tune", "held_out"}
 
 
-@pytest.mark.parametrize("half", ["tune", "held_out", "several_gpus", "cards", "conversations"])
+@pytest.mark.parametrize(
+    "half", ["tune", "held_out", "several_gpus", "four_gpus", "four_gpus_held_out", "cards", "conversations"]
+)
 def test_memory_is_within_the_promised_errors(rows, half: str) -> None:
     errors = [row.error("used") for row in rows if row.half == half]
     assert statistics.fmean(map(abs, errors)) <= 0.03
@@ -44,6 +46,11 @@ def test_speed_is_within_the_stated_errors(rows) -> None:
     errors = [abs(row.error("step")) for row in rows if row.half in ("tune", "held_out", "cards")]
     assert statistics.fmean(errors) <= 0.04
     assert max(errors) <= 0.10
+    # Over several GPUs: of one fp8 run on four the steps took 5.4 to 6.3 s, and 5.3 were planned.
+    errors = [abs(row.error("step")) for row in rows if row.half.startswith(("several", "four"))]
+    assert len(errors) >= 14
+    assert statistics.fmean(errors) <= 0.05
+    assert max(errors) <= 0.13
     # Packed conversations attend to themselves alone: faster than the whole sequences that are planned.
     assert all(0 <= row.error("step") <= 0.10 for row in rows if row.half == "conversations")
 

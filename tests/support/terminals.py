@@ -58,7 +58,7 @@ class Terminal:
                 self._read()
             else:
                 waiting = not ended and time.monotonic() < deadline
-                assert waiting, f"{pattern!r} is not in {self.shown!r}"
+                assert waiting, f"{pattern!r} is not in {self.shown[-2000:]!r}"
         read, self.shown = self.shown[: found.end()], self.shown[found.end() :]
         return read
 

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import resource
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from nemo_cpt.errors import CptError
+from nemo_cpt.training import run_lock
 from nemo_cpt.training.full_disk import say_which_disk_is_full
 from nemo_cpt.training.run_folder import newest_whole
 from tests.support.interruptions import Hit, Runs, Setting
@@ -68,6 +71,39 @@ def test_it_is_said_and_nothing_is_lost(runs: Runs, name: str, setting: Setting,
     if setting.processes == 1:
         assert runs.differences(name, "unbroken") == []
     shutil.rmtree(runs.folder / name)  # room for the next
+
+
+@contextlib.contextmanager
+def no_room() -> Iterator[None]:
+    """Files of this process have no room, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_rank_that_asks_when_rank_0_has_made_room_says_it_too(tmp_path: Path) -> None:
+    said, lock = "cannot be written any more: ", run_lock.hold(tmp_path)
+
+    def fail(text: str, clear_away: bool) -> None:
+        with say_which_disk_is_full(tmp_path, tmp_path, clear_away=clear_away):
+            raise RuntimeError(text)
+
+    def fail_after_rank_0() -> None:
+        with say_which_disk_is_full(tmp_path, tmp_path, clear_away=False):
+            with pytest.raises(CptError, match=said), no_room():
+                fail("a writer ended", clear_away=True)
+            raise RuntimeError("a peer is gone")
+
+    with pytest.raises(CptError, match=said):
+        fail_after_rank_0()
+    with say_which_disk_is_full(tmp_path, tmp_path, clear_away=True):
+        pass  # the next start
+    with pytest.raises(RuntimeError, match="something else"):
+        fail("something else", clear_away=False)
+    lock.release()
 
 
 def test_a_log_file_without_room_does_not_complain_line_by_line(

@@ -21,7 +21,7 @@ SMOLLM2 = {"num_layers": 30, "num_attention_heads": 9, "num_query_groups": 3, "f
         ({"lr": math.nan}, "lr=nan: "),
         ({"max_steps": 2.5}, "max_steps=2.5: give a whole number"),
         ({"seed": "x"}, "seed=x: give a whole number"),
-        ({"limit_val_batches": 0}, "limit_val_batches=0: give limit_val_batches=1 or more"),
+        ({"limit_val_batches": -1}, "limit_val_batches=-1: give limit_val_batches=0 or more"),
         ({"epochs": 2, "max_steps": 5}, "epochs is 2 and max_steps 5: give one of them"),
         ({"embeddings_lr": 1e-6, "min_lr": 1e-5}, "at which both rates end: give a larger one"),
         ({"embeddings_lr": 0.0}, "embeddings_lr=0: a peak learning rate"),

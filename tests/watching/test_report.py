@@ -10,7 +10,7 @@ import pytest
 
 from nemo_cpt.watching.record import record
 from nemo_cpt.watching.report import as_dict, write_report
-from tests.support import run_folders
+from tests.support import browser, run_folders
 
 VOID = {"meta", "img", "br", "input"}
 PICTURES = {"loss", "validation", "forgetting", "learning_rate", "gradient_norm", "throughput", "memory"}
@@ -88,6 +88,13 @@ def test_the_page_says_what_the_run_was_and_what_came(world: Path) -> None:
         "bits per byte",
     ):
         assert text in texts, text
+
+
+@pytest.mark.skipif(bool(browser.missing()), reason=browser.missing())
+@pytest.mark.parametrize("width", [500, 1400])
+def test_a_browser_shows_the_page_without_a_complaint(world: Path, tmp_path: Path, width: int) -> None:
+    seen = browser.see(world / "results/one/report_against_two/report.html", width, tmp_path)
+    assert (seen.errors, seen.overflows, seen.images) == ([], False, True)
 
 
 def test_what_was_forgotten_is_worse_and_what_was_learned_better(world: Path) -> None:

@@ -9,7 +9,7 @@ import nemo_cpt.workflow
 from nemo_cpt import CptError
 from nemo_cpt.conversations import Conversations
 from nemo_cpt.corpus import Blend
-from nemo_cpt.workflow import Step, Workflow, call, export, import_, init, prepare, split, tokenizer, train
+from nemo_cpt.workflow import Step, Workflow, call, download, export, import_, init, prepare, split, tokenizer, train
 from nemo_cpt.workflow.files import maker_names
 from nemo_cpt.workflow.kinds import KINDS, function_of
 from tests.workflow.conftest import chain, own
@@ -102,6 +102,9 @@ def test_a_hub_s_name_is_no_missing_file_and_a_misspelt_output_is(tmp_path: Path
     named = prepare("data", inputs="a.jsonl", output_prefix="ds/a", tokenizer="meta-llama/Llama-3.1-8B")
     Workflow("w", [named], tmp_path).check()
     Workflow("w", [prepare("d", inputs="hf:x/y", output_prefix="d", tokenizer="o/n")], tmp_path).check()
+    beside = [prepare("d", inputs="hf:x/y", output_prefix="d", tokenizer="meta-llama/Llama-3.1-8B")]
+    beside.append(download("download", repo_id="meta-llama/Llama-3.1-8B", dest="models/Llama-3.1-8B"))
+    Workflow("w", beside, tmp_path).check()
     loaded = import_("import", source="hf", dest="models/base")
     (tmp_path / "hf").mkdir()
     misspelt = prepare("data", inputs="a.jsonl", output_prefix="ds/a", tokenizer="models/bsae")

@@ -117,7 +117,8 @@ def _download(name: str) -> Path:
             raise CptError(f"There is no tokenizer folder {name}{near_paths(Path(name))}.") from None
         reason = str(error).splitlines()[0]
         raise CptError(
-            f"Cannot get the tokenizer {name!r}: there is no such folder here, and the Hugging Face hub says: {reason} "
+            f"Cannot get the tokenizer {name!r}: there is no such folder here{near_paths(Path(name))}, and the Hugging "
+            f"Face hub says: {reason} "
             f"(gated models need HF_TOKEN and the licence accepted on their page)."
         ) from error
 

@@ -1,0 +1,64 @@
+"""What a run over SSH is said to be doing, by its files and by Slurm's queue; `executors/test_ssh.py` has the rest."""
+
+import json
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from nemo_cpt.training.metrics import END_FILE
+from nemo_cpt.watching.remote import Connection, Queued, Reached, RemoteFollower, _in_queue
+from tests.support import run_folders
+
+START = 1_800_000_000.0  # of the job
+
+
+@pytest.mark.parametrize(
+    ("printed", "job"),
+    [
+        ("", Queued("")),
+        ("PENDING N/A\n", Queued("PENDING")),
+        ("RUNNING 2027-01-15T08:00:00\n", Queued("RUNNING", START)),
+        ("PENDING N/A\nRUNNING 2027-01-15T08:00:00\nPENDING 2027-01-16T08:00:00\n", Queued("RUNNING", START)),
+    ],
+)
+def test_what_squeue_prints_of_a_job_or_a_chain(printed: str, job: Queued) -> None:
+    assert _in_queue(printed) == job
+
+
+@pytest.mark.parametrize(
+    ("job", "described", "ended", "state"),
+    [
+        (None, None, None, "starting"),
+        (Queued("PENDING"), None, None, "queued"),
+        (Queued("PENDING"), -100, -50, "queued"),  # requeued, or to be resumed
+        (Queued("RUNNING", START), None, None, "starting"),
+        (Queued("RUNNING", START), -100, -50, "starting"),
+        (Queued("RUNNING", START), -100, None, "starting"),  # whose last start was killed
+        (Queued("RUNNING", START), 30, None, "running"),
+        (Queued("COMPLETING", START), 30, 60, "stopped"),
+        (Queued(""), 30, 60, "stopped"),
+        (Queued(""), 30, None, "killed"),
+        (Queued(""), None, None, "killed"),
+    ],
+)
+def test_the_state_by_the_files_and_the_queue(
+    tmp_path: Path, job: Queued | None, described: int | None, ended: int | None, state: str
+) -> None:
+    """Seconds from the job's start."""
+    if described is not None:
+        run_folders.describe(tmp_path, started=datetime.fromtimestamp(START + described, UTC).isoformat(" "))
+    if ended is not None:
+        end = {"state": "stopped", "step": 3, "message": "saved", "time": START + ended}
+        (tmp_path / END_FILE).write_text(json.dumps(end))
+    connection = Connection(Reached("title_1", tmp_path, ["7"], "host", "user", 22, None), tmp_path)
+    connection.job = job
+    shown = RemoteFollower(connection).snapshot()
+    assert (shown.state, shown.trouble) == (state, "")
+
+
+def test_how_old_it_is_is_said_with_the_reason(tmp_path: Path) -> None:
+    connection = Connection(Reached("title_1", tmp_path, ["7"], "host", "user", 22, None), tmp_path)
+    connection.trouble, connection.heard = "Connection refused", time.monotonic() - 90.4
+    assert RemoteFollower(connection).snapshot().trouble == "not heard of for 90 s (Connection refused)"
