@@ -26,6 +26,20 @@ def make_folder(path: Path) -> None:
         raise CptError(f"Cannot make the folder {path}: {error.strerror}. Take another output.") from error
 
 
+@contextmanager
+def folder_to_fill(path: Path) -> Iterator[None]:
+    """Make a folder, as `make_folder` does; one that was not there, and in which nothing is at an error, goes again."""
+    new = not path.exists()
+    make_folder(path)
+    try:
+        yield
+    except BaseException:
+        if new:
+            with suppress(OSError):  # it holds something by now
+                path.rmdir()
+        raise
+
+
 def open_locked(path: Path, patience: float) -> BinaryIO:
     """Open a file for reading and appending, and lock it until it is closed; forked processes share the lock.
 
