@@ -69,6 +69,23 @@ class Rules:
     rules: tuple[Rule, ...]
     duplicates: Duplicates = field(default_factory=Duplicates)
 
+    def with_limits(self, **limits: Mapping[str, Any] | None) -> "Rules":
+        """Return these rules with other limits, such as `with_limits(length={"min_characters": 200}, prose=None)`.
+
+        Args:
+            limits: By rule, or `duplicates`, the limits that change; None leaves the rule out.
+
+        Raises:
+            CptError: There is no such rule among these, or no such limit.
+        """
+        described = self.as_dict()
+        _refuse_unknown(limits, [*(rule.name for rule in self.rules), "duplicates"], "limits")
+        duplicates = limits.get("duplicates", {})
+        described["duplicates"] |= {"exact": False, "near": None} if duplicates is None else duplicates
+        kept = [each for each in described["rules"] if limits.get(each["rule"], {}) is not None]
+        described["rules"] = [each | dict(limits.get(each["rule"]) or {}) for each in kept]
+        return rules_of(described, "limits")
+
     def without_contamination_of(self, files: tuple[str, ...]) -> "Rules":
         """Return these rules with further evaluation sets, of which no document may hold a part."""
         if not files:

@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from nemo_cpt.cli import app
+from nemo_cpt.cli.launch import EXIT_RED
 from nemo_cpt.cli.recipe_arguments import Executor
 from nemo_cpt.cli.tables import print_json, print_table
 from nemo_cpt.errors import CptError
@@ -59,8 +60,8 @@ def run_command(
     """Run the steps of a workflow that are not done; a killed or stopped one goes on.
 
     A step is done as long as what it reads, its parameters and what it made are the same, by content. Ends with 75
-    where it was told to stop, and with 2 where a step cannot work. With --executor each step is a job, behind those
-    that it needs.
+    where it was told to stop, and with 2 where a step cannot work; a dry run with 3 where a run would be refused. With
+    --executor each step is a job, behind those that it needs.
     """
     from nemo_cpt.workflow import Chosen, load, run
 
@@ -111,10 +112,12 @@ def _show(workflow: Any, chosen: Any, json: bool) -> None:
 
     found = dry_run(workflow, chosen)
     if json:
-        return print_json(found.as_dict())
-    print_table(COLUMNS, found.rows())
-    for line in found.lines():
-        print(line)
+        print_json(found.as_dict())
+    else:
+        print_table(COLUMNS, found.rows())
+        print("\n".join(found.lines()))
+    if found.refused:
+        raise typer.Exit(EXIT_RED)
 
 
 @workflow_app.command("new")

@@ -52,8 +52,7 @@ def submit(file: Path, chosen: Chosen, executor: str, options: Sequence[str], de
         raise CptError(f"jobs on {executor} see other files than this machine: run the workflow on a machine there")
     with contextlib.chdir(workflow.folder), State(workflow).held():
         found = dry_run(workflow, chosen, plan=False)
-        if not chosen.force:
-            refuse_red(found)
+        refuse_red(found)
         again, tasks = chosen.again(workflow), dict[str, str]()
         steps = [each.step for each in found.standings if not each.done]
         if forever := [step.name for step in steps if step.kind.forever]:

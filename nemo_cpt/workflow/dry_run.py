@@ -25,17 +25,19 @@ class DryRun:
         standings: of its steps.
         estimates: of each of them.
         findings: what the doctor finds of trainings and of the disk, with the step's name.
+        force: it is run whatever the doctor finds.
     """
 
     workflow: Workflow
     standings: list[Standing]
     estimates: list[Estimate]
     findings: list[tuple[str, Finding]]
+    force: bool = False
 
     @property
-    def errors(self) -> list[tuple[str, Finding]]:
+    def refused(self) -> list[tuple[str, Finding]]:
         """The findings for which a run would be refused."""
-        return [each for each in self.findings if each[1].state == "error"]
+        return [each for each in self.findings if each[1].state == "error" and not self.force]
 
     def rows(self) -> Iterator[tuple[str, ...]]:
         """The table under `COLUMNS`, and its sum."""
@@ -63,8 +65,10 @@ class DryRun:
         for name, finding in self.findings:
             if finding.state != "ok":
                 yield f"{finding.state}: {name}: {finding}" if name else f"{finding.state}: {finding}"
-        if self.errors:
-            yield "It would not be run; --force runs it all the same."
+        if self.refused:
+            yield f"It would be refused ({len(self.refused)} errors); --force runs it all the same."
+        elif all(each.done for each in self.standings):
+            yield "Every step is done."
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain data."""
@@ -80,7 +84,7 @@ class DryRun:
             for each, estimate in zip(self.standings, self.estimates, strict=True)
         }
         findings = [{"step": name, **finding.as_dict()} for name, finding in self.findings]
-        return {"workflow": self.workflow.name, "steps": steps, "findings": findings, "would_run": not self.errors}
+        return {"workflow": self.workflow.name, "steps": steps, "findings": findings, "refused": len(self.refused)}
 
     def _unknown(self) -> Iterator[bool]:
         for each, estimate in zip(self.standings, self.estimates, strict=True):
@@ -106,7 +110,7 @@ def dry_run(workflow: Workflow, chosen: Chosen, plan: bool = True) -> DryRun:
     estimates = Estimates(workflow)
     made = [estimates.of(each, plan) for each in found]
     disk = estimates.disk(sum(each.disk_bytes or 0 for each in made))
-    return DryRun(workflow, found, made, [*estimates.findings, ("", disk)])
+    return DryRun(workflow, found, made, [*estimates.findings, ("", disk)], chosen.force)
 
 
 def refuse_red(found: DryRun) -> None:
@@ -115,8 +119,8 @@ def refuse_red(found: DryRun) -> None:
     Raises:
         CptError: with all that the doctor finds red.
     """
-    if found.errors:
-        listed = "\n".join(f"  {name or found.workflow.name}: {finding}" for name, finding in found.errors)
+    if found.refused:
+        listed = "\n".join(f"  {name or found.workflow.name}: {finding}" for name, finding in found.refused)
         raise CptError(f"{found.workflow.name} is not run (--force runs it all the same):\n{listed}")
 
 

@@ -22,14 +22,22 @@ from nemo_cpt.workflow.dry_run import dry_run, refuse_red
 from nemo_cpt.workflow.kinds import OWN, paths_in
 from nemo_cpt.workflow.page import write_up
 from nemo_cpt.workflow.showing import Shown
-from nemo_cpt.workflow.standing import Chosen, Standing, code_of, inputs_of, other_job, outputs_of, standing
+from nemo_cpt.workflow.standing import (
+    Chosen,
+    Standing,
+    check_free,
+    code_of,
+    goes_on,
+    inputs_of,
+    outputs_of,
+    standing,
+)
 from nemo_cpt.workflow.state import DONE, FAILED, PACKAGES, RUNNING, STOPPED, Record, State
 from nemo_cpt.workflow.steps import Step, Workflow
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 TOLD_LINES = 15  # of a log whose step crashed without a word of ours
 SPEAKERS = ("nemo-cpt: ", "nemo_cpt: ")
-EXTEND = "extend"  # of a recipe: it goes on in its folder with other settings
 
 
 def run(workflow: Workflow, chosen: Chosen | None = None, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -51,8 +59,7 @@ def run(workflow: Workflow, chosen: Chosen | None = None, say: Callable[[str], N
     state, again = State(workflow), chosen.again(workflow)
     with state.held():
         found = dry_run(workflow, chosen, plan=False)
-        if not chosen.force:
-            refuse_red(found)
+        refuse_red(found)
         runner = Runner(workflow, state, chosen.force, Shown(workflow.name, len(found.standings), say))
         try:
             with runner.shown, runner.listening():
@@ -110,6 +117,8 @@ class Runner:
             found = standing(step, self.state, again)
             if found.done:
                 return self.shown.skip(step.name)
+            # Once more: of one that waited for others it was not known whether it would run.
+            check_free([found])
             self._check_given(step)
             record = self.begin(found)
             self.shown.begin(step.name, step.do, found.why)
@@ -130,22 +139,20 @@ class Runner:
                 for made in self.workflow.steps[name].writes
             ):  # fmt: skip
                 raise CptError(f"{step.name} reads {path}, which the steps before it have not made")
-        same = before is not None and before.state != DONE and not other_job(step, before)
-        if before is not None and not (same and step.kind.goes_on):
-            self._clear(step, before)
         record = Record(
             step.name, step.do, step.parameters, code_of(step), RUNNING, inputs_of(step, before),
-            versions=installed_versions(PACKAGES), started=_now(),
+            # From here on what lies there is the step's own.
+            outputs={path: {} for path in step.writes}, versions=installed_versions(PACKAGES), started=_now(),
         )  # fmt: skip
-        if same and before is not None and step.kind.goes_on:
+        if before is not None and goes_on(found):
             record = record.replace(starts=before.starts + 1, started=before.started, seconds=before.seconds)
+        elif before is not None:
+            self._clear(step)
         self.state.write(record)
         return record
 
-    def _clear(self, step: Step, before: Record) -> None:
+    def _clear(self, step: Step) -> None:
         """Remove what a step has made, or set it aside; what was never noted as its own is refused before."""
-        if EXTEND in step.parameters:
-            return
         for path in step.writes:
             full = step.folder / path
             if not outputs.is_there(full):
@@ -207,7 +214,7 @@ class Runner:
         log = self.state.path(step.name, "log")
         record = record.replace(seconds=round(record.seconds + seconds, 3), ended=_now())
         if code and (self.given or code == StoppedEarlyError.exit_code):
-            self.state.write(record.replace(state=STOPPED, message="told to stop"))
+            self.state.write(self._left(record).replace(state=STOPPED, message="told to stop"))
             where = f"{self.workflow.name} was stopped in {step.name}"
             raise StoppedEarlyError(f"{where}: the same command goes on from there")
         if code:
@@ -225,8 +232,13 @@ class Runner:
         self.shown.end(step.name, record.seconds)
 
     def _fail(self, record: Record, message: str) -> NoReturn:
-        self.state.write(record.replace(state=FAILED, message=message))
+        self.state.write(self._left(record).replace(state=FAILED, message=message))
         raise CptError(message)
+
+    def _left(self, record: Record) -> Record:
+        """What a step that did not end well has left, if that will be cleared away: it alone may be."""
+        step = self.workflow.steps[record.step]
+        return record if step.kind.goes_on else record.replace(outputs=outputs_of(step))
 
     def _check_given(self, step: Step) -> None:
         for path in self.workflow.given(step):

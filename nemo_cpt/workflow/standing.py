@@ -1,5 +1,6 @@
 """Where each step stands: done, or to be run, and why; by the content of what it reads, its parameters, its code."""
 
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from nemo_cpt.workflow.kinds import OF_THE_MACHINE, OPTION, OWN, source_of
 from nemo_cpt.workflow.state import DONE, FAILED, RUNNING, STOPPED, Record, State
 from nemo_cpt.workflow.steps import Step, Workflow
 
+EXTEND = "extend"  # of a recipe: it goes on in its folder with another schedule
+SCHEDULE = {EXTEND, "max_steps", "lr", "min_lr", "warmup_steps"}
 GOES_ON = {RUNNING: "did not end", STOPPED: "was stopped", FAILED: "failed"}
 
 
@@ -112,7 +115,7 @@ def check_free(found: Collection[Standing]) -> None:
         if each.done or each.waits or (kind.goes_on and not kind.kept):
             continue
         for path in each.step.writes:
-            ours = each.record is not None and (path in each.record.outputs or each.record.state != DONE)
+            ours = each.record is not None and path in each.record.outputs
             if outputs.is_there(each.step.folder / path) and not ours:
                 raise CptError(
                     f"{each.step.name} would make {path}, which is there and which no run of this workflow made: move "
@@ -132,7 +135,9 @@ def standing(step: Step, state: State, again: bool = False, first: Collection[st
     record = state.record(step)
     if record is None:
         return Standing(step, "new")
-    made = outputs_of(step, record) if record.state == DONE else {}
+    # Of one that was killed nobody knows what it has left; of one that goes on there, it need not be known.
+    looked_at = record.state == DONE or (record.state != RUNNING and not step.kind.goes_on)
+    made = outputs_of(step, record) if looked_at else {}
     spoilt = _spoilt(step, record, made)
     why = "asked for" if again else other_job(step, record, bool(first)) or _unlike(step, record, made, spoilt)
     if not why and first:
@@ -144,7 +149,7 @@ def _spoilt(step: Step, record: Record, made: Mapping[str, outputs.Files]) -> st
     """What of a step's files somebody else has changed; of a run also that it was trained on."""
     for path, now in made.items():
         before = record.outputs[path]
-        if name := outputs.spoilt(before, now):
+        if name := outputs.spoilt(before, now) if record.state == DONE else outputs.changed(before, now):
             return name
         if step.kind.kept and now and before.keys() != now.keys():
             return path
@@ -177,9 +182,28 @@ def other_job(step: Step, record: Record, waits: bool = False) -> str:
         return f"code changed: {step.do}"
     if step.kind.by_version and (was := record.versions.get("nemo_cpt")) != (now := installed_versions(())["nemo_cpt"]):
         return f"version: {was}, now {now}"
-    for path in step.reads if not waits else ():
-        if name := outputs.changed(record.inputs.get(path, {}), outputs.look(_full(step, path), _known(record, path))):
-            return f"input changed: {name}"
+    name = "" if waits else _other_input(step, record)
+    return f"input changed: {name}" if name else ""
+
+
+def goes_on(found: Standing) -> bool:
+    """Whether a step goes on from what its last start has left, instead of beginning anew."""
+    step, record = found.step, found.record
+    if record is None or found.asked or not step.kind.goes_on or _other_input(step, record):
+        return False
+    if not step.kind.kept:
+        return record.state != DONE and not other_job(step, record)
+    # What a training may change when it is resumed, `nemo-cpt run` decides, and refuses the rest; but one that is
+    # finished it would call so, whatever else has changed.
+    changed = set(_other_parameters(step.parameters, record.parameters))
+    return record.state != DONE or (EXTEND in step.parameters and changed <= SCHEDULE)
+
+
+def _other_input(step: Step, record: Record) -> str:
+    """The first file among what a step reads that is not as its record has it."""
+    for path in step.reads:
+        if name := outputs.changed(_known(record, path), outputs.look(_full(step, path), _known(record, path))):
+            return name
     return ""
 
 
@@ -210,5 +234,6 @@ def _full(step: Step, path: str) -> Path:
 def _other_parameters(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
     """Parameters that are not as before, and change what is made."""
     names = [name for name in {**before, **now} if name not in OF_THE_MACHINE and not name.startswith(OPTION)]
-    missing = object()
-    return [name for name in names if now.get(name, missing) != before.get(name, missing)]
+    # As text: 1 and True are equal in Python, and different settings.
+    texts = [{name: json.dumps(value) for name, value in each.items()} for each in (now, before)]
+    return [name for name in names if texts[0].get(name) != texts[1].get(name)]

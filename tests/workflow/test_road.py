@@ -15,7 +15,7 @@ from nemo_cpt.workflow import Chosen, Step, Workflow, load
 from nemo_cpt.workflow.dry_run import dry_run
 from nemo_cpt.workflow.running import Runner
 from nemo_cpt.workflow.showing import Shown
-from nemo_cpt.workflow.standing import standing
+from nemo_cpt.workflow.standing import goes_on, standing
 from nemo_cpt.workflow.state import State
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "workflow.py"
@@ -85,14 +85,26 @@ def test_a_training_that_is_made_again_is_set_aside_and_what_follows_waits(road:
         "export": "after train",
         "report": "after train",
     }
-    assert not found.errors
-    # Before it starts, its folder is moved away, unless it is to go on there.
-    for parameters, left in (({"extend": "keep"}, ["ja"]), ({}, ["ja.1"])):
-        again = changed(workflow, "train", max_steps=3, **parameters)
+    assert not found.refused
+    # Before it starts, its folder is moved away; unless it is to go on there, with no more than another schedule.
+    record = State(workflow).path("train", "json")
+    kept = record.read_bytes()
+    for parameters, left in (
+        ({"max_steps": 30, "extend": "keep"}, ["ja"]),
+        ({"max_steps": 30, "extend": "keep", "seed": 7}, ["ja.1"]),
+        ({"max_steps": 3}, ["ja.1"]),
+    ):
+        again = changed(workflow, "train", **parameters)
         state = State(again)
         runner = Runner(again, state, False, Shown(again.name, 1, lambda line: None))
         assert runner.begin(standing(again.steps["train"], state)).state == "running"
         assert [path.name for path in (workflow.folder / "results").glob("ja*")] == left
+        # Stopped there it goes on, also with other parameters: which of them may change, the training decides.
+        assert goes_on(standing(changed(workflow, "train", max_steps=40).steps["train"], state))
+        assert not goes_on(standing(again.steps["train"], state, again=True))
+        record.write_bytes(kept)
+        if left == ["ja.1"]:
+            (workflow.folder / "results/ja.1").rename(workflow.folder / "results/ja")
 
 
 def changed(workflow: Workflow, name: str, **parameters: object) -> Workflow:

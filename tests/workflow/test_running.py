@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 import nemo_cpt.workflow
 from nemo_cpt import CptError
-from nemo_cpt.workflow import Chosen, Workflow, as_yaml, run
+from nemo_cpt.workflow import Chosen, Workflow, as_yaml, run, split, tokenizer
 from nemo_cpt.workflow.comparison import compare
 from nemo_cpt.workflow.dry_run import dry_run
 from nemo_cpt.workflow.state import OF_TIME, State
@@ -21,6 +22,7 @@ from tests.support.crashes import killed_at, lines_of
 from tests.workflow.conftest import chain, make_folder, own
 
 HERE = Path(nemo_cpt.workflow.__file__).parent
+CORPUS = str(files("nemo_cpt.demo") / "corpus" / "en.jsonl")
 KILLS = 25
 
 
@@ -87,6 +89,18 @@ def test_what_no_run_of_it_made_is_not_written_over(folder: Path) -> None:
         run(chain(folder))
     assert (folder / "three.txt").read_text() == "mine"
     assert not (folder / "one.txt").exists()  # known before anything ran
+
+
+def test_what_somebody_puts_in_the_place_of_a_failed_step_s_output_stays(folder: Path) -> None:
+    for dest in ("made.txt", "other.txt"):
+        failing = Workflow("w", [own("first", "forget", ["a.txt"], "made.txt")], folder)
+        with pytest.raises(CptError, match=r"made\.txt is not there"):
+            run(failing)
+        (folder / dest).write_text("by hand")
+        with pytest.raises(CptError, match=r"somebody has changed what it made|no run of this workflow made"):
+            run(Workflow("w", [own("first", "join", ["a.txt"], dest)], folder))
+        assert (folder / dest).read_text() == "by hand"
+        (folder / dest).unlink()
 
 
 @pytest.mark.parametrize(
@@ -176,20 +190,27 @@ def left(workflow: Workflow) -> Any:
     return without_times(json.loads((State(workflow).folder / "record.json").read_bytes()))
 
 
+def of_the_library(folder: Path) -> Workflow:
+    """Text to a tokenizer through the library's steps, which go on or begin anew, and one of the user's."""
+    make_folder(folder)
+    text = split("text", inputs=CORPUS, output_folder="text", validation=0.2)
+    words = tokenizer("tokenizer", corpora=text / "train.jsonl", output="tokenizer", vocabulary_size=512)
+    return Workflow("road", [own("last", "join", [words / "tokenizer.json"], "last.json"), words, text], folder)
+
+
 def test_killed_at_25_points_it_leaves_the_same_record(tmp_path: Path) -> None:
     """Between steps and within them: the points lie all over what the workflow's own process does."""
-    make_folder(tmp_path / "unbroken")
-    lines = lines_of(lambda: run(chain(tmp_path / "unbroken"), say=lambda line: None), HERE)
+    unbroken = of_the_library(tmp_path / "unbroken")
+    lines = lines_of(lambda: run(unbroken, say=lambda line: None), HERE)
     hit = 0
     for number in range(KILLS):
-        folder = tmp_path / str(number)
-        make_folder(folder)
+        workflow = of_the_library(tmp_path / str(number))
         point = 1 + number * (lines.count - 1) // KILLS
-        killed, _ = killed_at(point, lambda folder=folder: run(chain(folder), say=lambda line: None), HERE)
+        killed, _ = killed_at(point, lambda workflow=workflow: run(workflow, say=lambda line: None), HERE)
         hit += killed
-        run(chain(folder), say=lambda line: None)
-        assert left(chain(folder)) == left(chain(tmp_path / "unbroken")), f"killed at line {point} of {lines.count}"
-        assert why(chain(folder)) == {}
+        run(workflow, say=lambda line: None)
+        assert left(workflow) == left(unbroken), f"killed at line {point} of {lines.count}"
+        assert why(workflow) == {}
     assert hit >= KILLS - 2
 
 
