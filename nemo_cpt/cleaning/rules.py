@@ -185,7 +185,7 @@ def _value(value: Any, hint: Any, where: str) -> Any:
         return {_value(key, inner[0], where): _value(each, inner[1], where) for key, each in value.items()}
     # A bool is an int to Python, and a mistake here; a whole number is a float to everybody.
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool) and value == value:
-        return float(value)
+        return value  # as it is written: the same rules by Python and by YAML say the same of what they drop
     if hint in (int, str, bool) and type(value) is hint:
         return value
     wanted = " or ".join(map(repr, inner)) if origin is Literal else getattr(hint, "__name__", str(hint))
