@@ -16,7 +16,7 @@ from nemo_cpt import catalog
 from nemo_cpt.catalog import Function
 from nemo_cpt.catalog.workloads import workload
 from nemo_cpt.checkpoint.base import carried_tokenizer
-from nemo_cpt.checkpoint.context import config_arguments
+from nemo_cpt.checkpoint.context import plain_config
 from nemo_cpt.compatibility import read_base
 from nemo_cpt.conversations import Conversations, mixture
 from nemo_cpt.corpus import Blend
@@ -199,8 +199,8 @@ def _of_base(base: str | None) -> dict[str, Any]:
         architecture = read_base(base).architecture if base else None
     except CptError:
         return {}
-    arguments = config_arguments(architecture) if architecture else {}
-    return {name: value for name, value in arguments.items() if name != "vocab_size"}  # the weights' rows decide
+    config = plain_config(architecture) if architecture else {}
+    return {name: value for name, value in config.items() if name != "vocab_size"}  # the weights' rows decide
 
 
 def _literal(text: str) -> Any:
