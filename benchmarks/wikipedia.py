@@ -33,6 +33,7 @@ import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for tests.support
 from tests.support.wikipedia_dump import WikiPage, head, write_dump, xml_of
 
 CITATIONS = (
