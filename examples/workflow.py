@@ -28,7 +28,7 @@ text = split("text", inputs=long, output_folder="text", validation=0.1)
 words = tokenizer("tokenizer", corpora=text / "train.jsonl", output="tokenizer", vocabulary_size=2048)
 data = prepare("data", inputs=text / "train.jsonl", output_prefix="ds/ja", tokenizer=words)
 held_out = prepare("held_out", inputs=text / "validation.jsonl", output_prefix="ds/ja_validation", tokenizer=words)
-base = init("init", dest="base", tokenizer=words, params="tiny", seed=1234)
+base = init("init", dest="base", tokenizer=words, params="tiny", seed=7)
 trained = train(
     "train",
     recipe="tiny.continual_pretrain",

@@ -25,6 +25,7 @@ from nemo_cpt.cleaning.job import (
     Cleaning,
     read_cleaning,
 )
+from nemo_cpt.cleaning.rule import Check
 from nemo_cpt.cleaning.rules import Rules, rules_for, rules_of
 from nemo_cpt.cleaning.tallies import CleaningReport, Counts, Dropped
 from nemo_cpt.corpus.atomic_files import copy_to, locked, sync_directory, write_whole
@@ -181,16 +182,18 @@ def clean_part(folder: str | os.PathLike[str], number: int) -> None:
 def _as_plain(counts: Counts) -> dict[str, Any]:
     # Not by `asdict`, which makes something else of a Counter.
     plain = {entry.name: getattr(counts, entry.name) for entry in fields(counts)}
-    return plain | {"dropped": [[*key, asdict(found)] for key, found in counts.dropped.items()]}
+    plain["dropped"] = [[*key, asdict(found)] for key, found in counts.dropped.items()]
+    return plain | {"limits": {name: list(check) for name, check in counts.limits.items()}}
 
 
 def _counts_of(plain: dict[str, Any]) -> Counts:
-    dropped = {(rule, measure): Dropped(**found) for rule, measure, found in plain["dropped"]}
-    histograms = {
+    made: dict[str, Any] = {
         name: {measure: np.array(bins, np.int64) for measure, bins in plain[name].items()}
         for name in ("before", "after")
     }
-    return Counts(**plain | histograms | {"dropped": dropped, "changes": Counter(plain["changes"])})
+    made["limits"] = {name: Check(*values) for name, values in plain["limits"].items()}
+    made["dropped"] = {(rule, measure): Dropped(**found) for rule, measure, found in plain["dropped"]}
+    return Counts(**plain | made | {"changes": Counter(plain["changes"])})
 
 
 class _Joined(Cleaning):

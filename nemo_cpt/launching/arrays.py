@@ -89,12 +89,11 @@ def run_array(array: Array, executor: Any, detach: bool = False) -> str:
     from nemo_cpt.executors.slurm_job import SlurmJob
 
     check_executor(executor, detach)
-    if re.search(r"/nemo_run(/|$)", str(array.folder)):
-        raise CptError(f"{array.folder}: NeMo-Run rewrites every path through a folder named nemo_run; use another")
     _check_free(array.folder)
     logs = Path()
+    title = re.sub(r"[^\w.-]", "-", array.name)  # of a folder, and in scripts
     try:
-        with run.Experiment(array.name, executor=executor, enable_goodbye_message=False) as experiment:
+        with run.Experiment(title, executor=executor, enable_goodbye_message=False) as experiment:
             logs = Path(experiment._exp_dir)
             (array.folder / EXPERIMENT).write_text(experiment._id)
             (_add_to_slurm if isinstance(executor, SlurmJob) else _add_processes)(experiment, array, executor)
@@ -149,8 +148,10 @@ def _add_processes(experiment: Any, array: Array, executor: Any) -> None:
 def _script(function: str, folder: Path, number: str = "") -> Any:
     import nemo_run as run
 
+    # NeMo-Run puts its own folder wherever a script has /nemo_run: to the shell, quotes around nothing are nothing.
+    path = shlex.quote(str(folder)).replace("/nemo_run", "/''nemo_run")
     # exec: the signal that is to stop the task must reach it, and not a shell.
-    return run.Script(inline=f"exec python -m {TASK_MODULE} {function} {shlex.quote(str(folder))} {number}\n")
+    return run.Script(inline=f"exec python -m {TASK_MODULE} {function} {path} {number}\n")
 
 
 def as_ranges(numbers: Sequence[int]) -> str:

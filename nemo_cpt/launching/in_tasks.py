@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +79,8 @@ def prepare_in_tasks(
     numbers = parts.take_up(plan, loaded)
     name = f"prepare-{Path(output_prefix).name}"
     array = _array(name, plan, parts.prepare_part, parts.join, numbers, lambda: parts.missing(plan, loaded))
-    return _carry_out(array, plan, executor, whole.prefix if detach else "") or parts.join(plan.folder)
+    submitted = _carry_out(array, plan, executor, whole.prefix if detach else "")
+    return submitted or _just_made(parts.join(plan.folder))
 
 
 def clean_in_tasks(
@@ -120,7 +121,8 @@ def clean_in_tasks(
     numbers = plan.take_up(lambda: cleaned.missing(plan))
     name = f"clean-{Path(output).name}"
     array = _array(name, plan, cleaned.clean_part, cleaned.join, numbers, lambda: cleaned.missing(plan))
-    return _carry_out(array, plan, executor, str(plan.folder.parent) if detach else "") or cleaned.join(plan.folder)
+    submitted = _carry_out(array, plan, executor, str(plan.folder.parent) if detach else "")
+    return submitted or _just_made(cleaned.join(plan.folder))
 
 
 def _say_if_fewer(plan: Plan, tasks: int) -> None:
@@ -149,6 +151,11 @@ def _carry_out(array: Array, plan: Plan, executor: Any, detached: str) -> Submit
         if not (detached or _is_local(executor)):
             _wait_to_see_the_join(plan.folder)
     return Submitted(experiment, detached, len(plan.shares), len(array.numbers)) if detached else None
+
+
+def _just_made(report: Any) -> Any:
+    """A report, also where a job has joined the parts and there is nothing left to do here."""
+    return replace(report, status="written") if report.status == "unchanged" else report
 
 
 def _wait_to_see_the_join(folder: Path) -> None:

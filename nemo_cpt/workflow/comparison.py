@@ -53,7 +53,7 @@ def compare(one: Path, other: Path) -> list[tuple[str, str, str, str]]:
 
 def _of_step(name: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
     both = (one, other)
-    yield from _rows(name, "", *({key: each[key] for key in ("do", "state", "code")} for each in both))
+    yield from _rows(name, "", *({key: each[key] for key in ("do", "state", "code", "seed")} for each in both))
     for kind in ("parameters", "versions"):
         yield from _rows(name, "" if kind == "parameters" else "version of ", *(each[kind] for each in both))
     for kind in ("inputs", "outputs"):

@@ -13,7 +13,7 @@ from nemo_cpt.workflow.state import PAGE, RECORD, State
 
 COLUMNS = ("step", "does", "state", "seconds", "made", "content", "reports")
 OF_THE_RECORD = ".record"  # the lock's name: no step is called so
-OF_A_STEP = ("parameters", "result", "inputs", "outputs", "started", "ended", "starts")
+OF_A_STEP = ("parameters", "seed", "result", "inputs", "outputs", "started", "ended", "starts")
 REPORTS = ("report.html", "report/report.html", "split.json", "cleaning.json", "synthesis.json")
 
 

@@ -36,7 +36,7 @@ def main(request: str, result: str) -> None:
     asked = json.loads(Path(request).read_bytes())
     if "command" in asked:
         # In this process: the workflow's signals reach it as a terminal's would.
-        os.execv(sys.executable, [sys.executable, "-m", "nemo_cpt.cli", *asked["command"]])
+        os.execv(sys.executable, [sys.executable, "-P", "-m", "nemo_cpt.cli", *asked["command"]])
     returned = _function(asked["function"])(**asked["parameters"])
     write_whole(Path(result), json.dumps(_plain(returned), ensure_ascii=False, default=str).encode())
 

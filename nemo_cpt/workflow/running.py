@@ -19,7 +19,7 @@ from nemo_cpt.launching.results import checkpoint_folder
 from nemo_cpt.signals import Given, listen
 from nemo_cpt.workflow import outputs, recipes
 from nemo_cpt.workflow.dry_run import dry_run, refuse_red
-from nemo_cpt.workflow.kinds import OWN, paths_in
+from nemo_cpt.workflow.kinds import OWN, paths_in, value_of
 from nemo_cpt.workflow.page import write_up
 from nemo_cpt.workflow.showing import Shown
 from nemo_cpt.workflow.standing import (
@@ -143,6 +143,7 @@ class Runner:
             step.name, step.do, step.parameters, code_of(step), RUNNING, inputs_of(step, before),
             # From here on what lies there is the step's own.
             outputs={path: {} for path in step.writes}, versions=installed_versions(PACKAGES), started=_now(),
+            seed=value_of(step.function, "seed", step.arguments),
         )  # fmt: skip
         if before is not None and goes_on(found):
             record = record.replace(starts=before.starts + 1, started=before.started, seconds=before.seconds)
@@ -169,7 +170,8 @@ class Runner:
         request, result = (self.state.path(step.name, ending).absolute() for ending in ("request", "result"))
         result.unlink(missing_ok=True)
         write_whole(request, json.dumps(self._request(step), ensure_ascii=False).encode())
-        command = [sys.executable, "-m", "nemo_cpt.workflow.process", str(request), str(result)]
+        # -P: a user's tokenizers.py in the workflow's folder is not the library of that name.
+        command = [sys.executable, "-P", "-m", "nemo_cpt.workflow.process", str(request), str(result)]
         log = self.state.path(step.name, "log")
         with log.open("ab") as file:
             self.child = subprocess.Popen(

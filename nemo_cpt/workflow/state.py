@@ -34,6 +34,7 @@ class Record:
         inputs: what it read, by path: each file with size, time and hash.
         outputs: what it made, likewise.
         versions: of this library and of the stack.
+        seed: of what it drew, given or the function's default; None for one that draws nothing.
         result: what the function returned, without times.
         message: why it failed or stopped.
         starts: how often it was started with these inputs and parameters.
@@ -50,6 +51,7 @@ class Record:
     inputs: Mapping[str, Files] = field(default_factory=dict)
     outputs: Mapping[str, Files] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    seed: int | None = None
     result: Mapping[str, Any] = field(default_factory=dict)
     message: str = ""
     starts: int = 1

@@ -86,7 +86,7 @@ def test_a_killed_task_alone_is_done_again_and_the_bytes_are_one_runs(slurm_here
     def command():
         executor = slurm(tasks_per_node=1, time="5", cpus_per_task=4)  # of a node's eight: two tasks on each
         return prepare_in_tasks(
-            corpus / "en.jsonl", watched / "ds" / "en", corpus / "tokenizer", executor, TASKS, **OPTIONS
+            corpus / "en.jsonl", watched / "nemo_run x" / "en", corpus / "tokenizer", executor, TASKS, **OPTIONS
         )
 
     (watched / "2.pause").touch()
@@ -103,11 +103,12 @@ def test_a_killed_task_alone_is_done_again_and_the_bytes_are_one_runs(slurm_here
     assert {node for nodes in before.values() for node in nodes} == {"cpt1", "cpt2"}
     assert (watched / "0.cpus").read_text() == "4"  # srun does not take it from sbatch by itself
     report = command()
+    assert report.status == "written"
     after = starts(watched)
     assert {name: len(nodes) for name, nodes in after.items()} == {"0": 1, "1": 1, "2": 2, "3": 1, "join": 1}
     assert same_files(report.prefix, corpus / "one_text_document")
     assert read_manifest(report.prefix)["inputs"] == read_manifest(corpus / "one")["inputs"]
-    assert not (watched / "ds" / "en_text_document.parts").exists()
+    assert not (watched / "nemo_run x" / "en_text_document.parts").exists()
     assert command().status == "unchanged"
     assert starts(watched) == after
 
@@ -181,11 +182,12 @@ def test_a_cleaning_finds_duplicates_over_all_tasks(slurm_here, project, tmp_pat
     assert not (tmp_path / "many" / "cleaning.parts").exists()
 
 
-def test_processes_of_this_machine(project, corpus, tmp_path):
-    arguments = (corpus / "en.jsonl", tmp_path / "en", corpus / "tokenizer", local(), 2)
-    report = prepare_in_tasks(*arguments, **OPTIONS)
-    assert report.status == "written"
-    assert same_files(report.prefix, corpus / "one_text_document")
+def test_processes_of_this_machine_on_an_executor_of_the_users(project, corpus, tmp_path):
+    (tmp_path / "where.py").write_text("from nemo_cpt.executors import local\n\ndef here():\n    return local()\n")
+    given = (corpus / "en.jsonl", "-o", tmp_path / "en", "-t", corpus / "tokenizer", "--tasks", 2)
+    report = json.loads(printed(*given, "--executor", f"{tmp_path / 'where.py'}:here", "--json"))
+    assert report["status"] == "written"
+    assert same_files(report["prefix"], corpus / "one_text_document")
 
 
 @pytest.mark.parametrize(

@@ -1,35 +1,73 @@
 """A workflow as jobs of a real cluster, each behind those that it needs; skipped where Slurm is not installed."""
 
 import json
+import shutil
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
 from nemo_cpt import CptError
-from nemo_cpt.workflow import Chosen, as_yaml
+from nemo_cpt.checkpoint import make_untrained
+from nemo_cpt.vocabulary import train as train_tokenizer
+from nemo_cpt.workflow import Chosen, Workflow, as_yaml, train
 from nemo_cpt.workflow.cluster import submit
 from nemo_cpt.workflow.dry_run import dry_run
 from nemo_cpt.workflow.files import load
+from nemo_cpt.workflow.standing import inputs_of
+from nemo_cpt.workflow.state import STOPPED, Record, State
 from tests.workflow.conftest import chain, make_folder, own
 
+CORPUS = str(files("nemo_cpt.demo") / "corpus" / "en.jsonl")
 OPTIONS = ["time=5"]
 
 
-def test_steps_are_jobs_behind_those_that_they_need(slurm_here, project, tmp_path: Path) -> None:
+def write(workflow: Workflow) -> Path:
+    path = workflow.folder / "w.yaml"
+    path.write_text(as_yaml(workflow))
+    return path
+
+
+def states(folder: Path) -> dict[str, str]:
+    record = json.loads((folder / "light.workflow/record.json").read_bytes())
+    return {name: step["state"] for name, step in record["steps"].items() if step}
+
+
+def test_steps_are_jobs_behind_those_that_they_need(slurm_here, project: Path) -> None:
     make_folder(project)
-    (project / "w.yaml").write_text(as_yaml(chain(project)))
-    found = submit(project / "w.yaml", Chosen(until="two"), "slurm", OPTIONS)
+    found = submit(write(chain(project)), Chosen(until="two"), "slurm", OPTIONS)
     assert list(found["jobs"]) == ["one", "two"]
     assert (project / "out/two.txt").read_text() == "a+a"
-    record = json.loads((project / "light.workflow/record.json").read_bytes())
-    assert [name for name, step in record["steps"].items() if step and step["state"] == "done"] == ["one", "two"]
+    assert states(project) == {"one": "done", "two": "done"}
     # What is done is no job; what fails ends what waits for it, and says why.
-    fails = own("three", "crash", ["b.txt"], "three.txt")
-    workflow = chain(project)
-    (project / "w.yaml").write_text(as_yaml(type(workflow)("light", [*list(workflow.steps.values())[:1],
-                                    fails, *list(workflow.steps.values())[2:]], project)))  # fmt: skip
+    steps = chain(project).steps | {"three": own("three", "crash", ["b.txt"], "three.txt")}
     with pytest.raises(CptError, match="three was killed by SIGKILL"):
-        submit(project / "w.yaml", Chosen(), "slurm", OPTIONS)
+        submit(write(Workflow("light", list(steps.values()), project)), Chosen(), "slurm", OPTIONS)
     assert not (project / "four.txt").exists()
     left = {each.step.name: each.why for each in dry_run(load(project / "w.yaml"), Chosen()).standings if not each.done}
     assert left == {"three": "failed", "four": "new"}
+
+
+def test_a_training_is_a_job_of_its_own_between_its_beginning_and_its_end(slurm_here, project: Path) -> None:
+    """One that was stopped when it had done its last step, so that its job has nothing to import NeMo for."""
+    make_folder(project)
+    train_tokenizer(CORPUS, project / "tokenizer", 512)
+    make_untrained(project / "base", project / "tokenizer", "tiny")
+    saved = project / "results/tiny_cpt/checkpoints/steps=2"
+    shutil.copytree(project / "base", saved)
+    (saved / "run.json").write_text(json.dumps({"step": 2}))
+    step = train("train", recipe="tiny.continual_pretrain", base="base", data="ds/en", model="base", max_steps=2)
+    for ending in (".bin", ".idx"):
+        (project / "ds").mkdir(exist_ok=True)
+        (project / f"ds/en_text_document{ending}").touch()
+    workflow = Workflow("light", [step], project)
+    trained, state = workflow.steps["train"], State(workflow)
+    stopped = Record("train", "train", trained.parameters, state=STOPPED, inputs=inputs_of(trained))
+    with state.held():
+        state.write(stopped.replace(outputs={path: {} for path in trained.writes}))
+    found = submit(write(workflow), Chosen(force=True), "slurm", OPTIONS)
+    assert list(found["jobs"]) == ["train-begin", "train", "train-end"]
+    assert states(project) == {"train": "done"}
+    record = json.loads((project / "light.workflow/steps/train.json").read_bytes())
+    assert record["starts"] == 2
+    assert any("steps=2" in name for name in record["outputs"]["results/tiny_cpt"])
