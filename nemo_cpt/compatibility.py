@@ -82,6 +82,24 @@ class Base:
         return list(before_growth(self.tokenizer)) if self.tokenizer else []
 
 
+def positions(base: Base, seq_length: int) -> int:
+    """The positions of a model of the base's shape that is trained on sequences of a length.
+
+    Raises:
+        CptError: the base has learnt fewer.
+    """
+    if base.architecture is None or not base.architecture.like_gpt2:
+        return seq_length
+    # Learnt positions are weights: the model has the base's, and sequences may be shorter.
+    learnt = base.architecture.max_position_embeddings
+    if seq_length > learnt:
+        raise CptError(
+            f"seq_length is {seq_length}, and {base.folder} has learnt {learnt} positions: give shorter sequences, or "
+            "make another with nemo-cpt init --max-position-embeddings"
+        )
+    return learnt
+
+
 def check(
     base: Base,
     model: Any = None,

@@ -18,7 +18,7 @@ from nemo.utils.exp_manager import TimingCallback
 
 from nemo_cpt.checkpoint.base import carried_tokenizer
 from nemo_cpt.checkpoint.context import Name, nemo_model
-from nemo_cpt.compatibility import read_base
+from nemo_cpt.compatibility import positions, read_base
 from nemo_cpt.conversations import Conversations
 from nemo_cpt.conversations.mixture import SEED, check_replay
 from nemo_cpt.corpus import Blend
@@ -129,7 +129,8 @@ def model_like(base: str, seq_length: int) -> run.Config:
     """
     if not Path(base).exists():
         check_base(base)
-    architecture = read_base(base).architecture
+    read = read_base(base)
+    architecture = read.architecture
     if architecture is None:
         raise CptError(f"{base} carries no config.json of Llama, Mistral, Qwen or GPT-2: write its model= by hand")
     model = nemo_model(architecture, has_generation_config=False)
@@ -139,14 +140,8 @@ def model_like(base: str, seq_length: int) -> run.Config:
     arguments = {name: value for name, value in config.arguments.items() if name not in of_the_import}
     classes = [_named(each.target) for each in (model, config)]
     arguments = {name: _named(value) if isinstance(value, Name) else value for name, value in arguments.items()}
-    # Learnt positions are weights: the model has the base's, and sequences may be shorter.
-    if architecture.like_gpt2 and seq_length > architecture.max_position_embeddings:
-        raise CptError(
-            f"seq_length is {seq_length}, and {base} has learnt {architecture.max_position_embeddings} positions: give "
-            "shorter sequences, or make another with nemo-cpt init --max-position-embeddings"
-        )
-    length = architecture.max_position_embeddings if architecture.like_gpt2 else seq_length
-    return run.Config(classes[0], config=run.Config(classes[1], **arguments | {"seq_length": length}))
+    arguments["seq_length"] = positions(read, seq_length)
+    return run.Config(classes[0], config=run.Config(classes[1], **arguments))
 
 
 def _named(name: Name) -> Any:

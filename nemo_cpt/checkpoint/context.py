@@ -115,6 +115,13 @@ def config_class(arch: Architecture) -> str:
     }[arch.model_type]
 
 
+def plain_config(arch: Architecture) -> dict[str, Any]:
+    """NeMo's model config of a shape, in the form of `model_config.read_model_config`."""
+    config = nemo_model(arch, has_generation_config=False).arguments["config"]
+    named = {"_target_": config.target} | config.arguments
+    return {name: f"{each.module}.{each.name}" if isinstance(each, Name) else each for name, each in named.items()}
+
+
 def config_arguments(arch: Architecture) -> dict[str, Any]:
     """What NeMo's config class is called with, parallelism left to the training."""
     arguments: dict[str, Any] = {

@@ -64,7 +64,8 @@ def repeated_ngrams(mixed: Any, longest: int) -> Iterator[tuple[int, Any, Any]]:
         places, numbers = places[:inside], numbers[:inside]
         numbers = (numbers ^ (numbers >> _SHIFT)) * np.uint64(_ODD) + mixed[places + (n - 1)]
         # Counted in a table by some of their bits: whoever is alone at its place is alone in the text.
-        bits = max(len(numbers), 1).bit_length() + 2
+        # At most 32 MB: in a text of many millions of characters more places are shared, and sorted in vain.
+        bits = min(max(len(numbers), 1).bit_length() + 2, 22)
         buckets = ((numbers * np.uint64(_BASE)) >> np.uint64(64 - bits)).view(np.int64)
         shared = np.bincount(buckets, minlength=1 << bits)[buckets] > 1
         places, numbers = places[shared], numbers[shared]

@@ -18,6 +18,7 @@ from nemo_cpt.cleaning.characters import JAPANESE, Kind
 from nemo_cpt.cleaning.document import Document
 from nemo_cpt.cleaning.repetition import character_ngrams, duplicate_shares, word_ngrams
 from nemo_cpt.cleaning.rule import Check, Rule
+from nemo_cpt.errors import CptError
 
 GOPHER_TOP = {2: 0.20, 3: 0.18, 4: 0.16}
 GOPHER_REPEATED = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
@@ -282,6 +283,14 @@ class CharacterRepetition(Rule):
     max_top_share: dict[int, float] = field(default_factory=GOPHER_TOP.copy)
     max_repeated_share: dict[int, float] = field(default_factory=GOPHER_REPEATED.copy)
 
+    def load(self) -> None:
+        """Check the n.
+
+        Raises:
+            CptError: One is below 2.
+        """
+        _check_sizes(self.name, (*self.max_top_share, *self.max_repeated_share))
+
     def apply(self, document: Document) -> Iterator[Check]:
         """Measure the n-grams, the shortest first."""
         longest = max((*self.max_top_share, *self.max_repeated_share), default=1)
@@ -306,6 +315,14 @@ class WordRepetition(Rule):
     max_top_share: dict[int, float] = field(default_factory=GOPHER_TOP.copy)
     max_repeated_share: dict[int, float] = field(default_factory=GOPHER_REPEATED.copy)
 
+    def load(self) -> None:
+        """Check the n.
+
+        Raises:
+            CptError: One is below 2.
+        """
+        _check_sizes(self.name, (*self.max_top_share, *self.max_repeated_share))
+
     def apply(self, document: Document) -> Iterator[Check]:
         """Measure the n-grams, the shortest first."""
         longest = max((*self.max_top_share, *self.max_repeated_share), default=1)
@@ -314,6 +331,11 @@ class WordRepetition(Rule):
                 yield Check(f"top_{found.size}gram_share", found.top, at_most=most)
             if (most := self.max_repeated_share.get(found.size)) is not None:
                 yield Check(f"repeated_{found.size}gram_share", found.repeated, at_most=most)
+
+
+def _check_sizes(rule: str, sizes: tuple[int, ...]) -> None:
+    if sizes and min(sizes) < 2:
+        raise CptError(f"{rule}: n-grams of {min(sizes)} are not counted; the smallest n is 2.")
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ KEPT, DROPPED, REPORT, MANIFEST, LOCK = "kept.jsonl", "dropped.jsonl", "report.h
 FILES = (KEPT, DROPPED, REPORT, MANIFEST)
 FORMAT = 1  # of the manifest: raised when an older reader would misread what is new
 _CHUNK = 1 << 20
-_SKETCHES = "sketches.bin"
+SKETCHES = "sketches.bin"
 _VERSIONS = ("ftfy", "lingua-language-detector", "rensa", "numpy", "xxhash")
 
 
@@ -83,7 +83,7 @@ def clean(
     processes = count_processes(workers)
     chosen = rules_for(rules) if isinstance(rules, str) else rules
     chosen = chosen.without_contamination_of(tuple(source.path for source in _sources_of(decontaminate)))
-    job = _Cleaning(list_sources(inputs), chosen, json_key, Policy.of(on_error, max_skipped))
+    job = Cleaning(list_sources(inputs), chosen, json_key, Policy.of(on_error, max_skipped))
     folder = Path(output)
     job.check_targets(folder)
     # With the lock file there, somebody is at work: what the manifest says may be about to change.
@@ -121,10 +121,10 @@ class _Portion:
     reading: Reading = field(default_factory=Reading)
 
 
-class _Cleaning:
+class Cleaning:
     """One cleaning: its options, and the rules that forked workers share.
 
-    Two passes: `_examine` takes each document through the rules, in parallel, and writes a sketch of those that are
+    Two passes: `examine` takes each document through the rules, in parallel, and writes a sketch of those that are
     kept; then duplicates are found among the sketches, and left out of the file of kept documents.
     """
 
@@ -197,11 +197,12 @@ class _Cleaning:
 
     def _write(self, work: Path, folder: Path, workers: int, quiet: bool) -> CleaningReport:
         begin = time.monotonic()
-        self._examine(work, workers, quiet)
+        self.examine(work, workers, quiet)
+        self.tally.check(self.sources, self.policy.max_skipped)
         if not self.counts.kept:
             raise CptError(self._why_all_are_dropped())
-        self._leave_out(find_duplicates(work / _SKETCHES, self.rules.duplicates), work)
-        (work / _SKETCHES).unlink()
+        self._leave_out(find_duplicates(work / SKETCHES, self.rules.duplicates), work)
+        (work / SKETCHES).unlink()
         self.seconds = time.monotonic() - begin
         report = self._report(folder)
         shown = page(report, self.counts, self.rules, self.seconds)
@@ -218,17 +219,17 @@ class _Cleaning:
         write_whole(work / MANIFEST, _dumps(manifest))
         return report
 
-    def _examine(self, work: Path, workers: int, quiet: bool) -> None:
+    def examine(self, work: Path, workers: int, quiet: bool) -> None:
         """Go through the inputs and write what the workers made of them, in order.
 
         Raises:
             CptError: A line gives no text and is not to be skipped, too many give none, or an input changes.
         """
-        total = sum(source.size for source in self.sources)
-        before = np.cumsum([0, *(source.size for source in self.sources)]).tolist()
+        total = sum(source.nbytes for source in self.sources)
+        before = np.cumsum([0, *(source.nbytes for source in self.sources)]).tolist()
         with ExitStack() as stack:
             kept, dropped, sketches = (
-                stack.enter_context((work / name).open("wb")) for name in (KEPT, DROPPED, _SKETCHES)
+                stack.enter_context((work / name).open("wb")) for name in (KEPT, DROPPED, SKETCHES)
             )
             bar = stack.enter_context(ProgressBar("cleaning", total, quiet))
             for task, portion in in_order(self._take, Feed(self.sources, None, _CHUNK), workers):
@@ -242,7 +243,6 @@ class _Cleaning:
                 sketches.write(portion.sketches.tobytes())
                 self.counts.add(portion.counts)
                 bar.update(before[task.source] + task.done, self.counts.documents)
-            self.tally.check(self.sources, self.policy.max_skipped)
             for file in (kept, dropped):
                 _sync(file)
 

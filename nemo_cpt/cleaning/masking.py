@@ -9,6 +9,7 @@ from typing import ClassVar
 from nemo_cpt.cleaning.characters import Kind
 from nemo_cpt.cleaning.document import Document
 from nemo_cpt.cleaning.rule import Check, Rule
+from nemo_cpt.errors import CptError
 
 COUNTRIES = ("jp", "us", "cn", "kr")
 _H = r"[-‐‑–−ー－]"  # what people take for a hyphen between digits
@@ -54,6 +55,15 @@ class Masking(Rule):
     phone: str | None = "<PHONE>"
     identity: str | None = "<ID>"
     countries: tuple[str, ...] = COUNTRIES
+
+    def load(self) -> None:
+        """Check the countries.
+
+        Raises:
+            CptError: The numbers of one are not known.
+        """
+        if unknown := set(self.countries).difference(COUNTRIES):
+            raise CptError(f"masking: no numbers are known of {', '.join(sorted(unknown))}; of {', '.join(COUNTRIES)}.")
 
     def apply(self, document: Document) -> Iterator[Check]:
         """Replace them; nothing is measured."""

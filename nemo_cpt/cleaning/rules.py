@@ -27,7 +27,7 @@ from nemo_cpt.cleaning.heuristics import (
     WordStatistics,
 )
 from nemo_cpt.cleaning.language import Language
-from nemo_cpt.cleaning.masking import COUNTRIES, Masking
+from nemo_cpt.cleaning.masking import Masking
 from nemo_cpt.cleaning.repair import Repair
 from nemo_cpt.cleaning.rule import Rule
 from nemo_cpt.errors import CptError
@@ -68,6 +68,23 @@ class Rules:
     language: str
     rules: tuple[Rule, ...]
     duplicates: Duplicates = field(default_factory=Duplicates)
+
+    def with_limits(self, **limits: Mapping[str, Any] | None) -> "Rules":
+        """Return these rules with other limits, such as `with_limits(length={"min_characters": 200}, prose=None)`.
+
+        Args:
+            limits: By rule, or `duplicates`, the limits that change; None leaves the rule out.
+
+        Raises:
+            CptError: There is no such rule among these, or no such limit.
+        """
+        described = self.as_dict()
+        _refuse_unknown(limits, [*(rule.name for rule in self.rules), "duplicates"], "limits")
+        duplicates = limits.get("duplicates", {})
+        described["duplicates"] |= {"exact": False, "near": None} if duplicates is None else duplicates
+        kept = [each for each in described["rules"] if limits.get(each["rule"], {}) is not None]
+        described["rules"] = [each | dict(limits.get(each["rule"]) or {}) for each in kept]
+        return rules_of(described, "limits")
 
     def without_contamination_of(self, files: tuple[str, ...]) -> "Rules":
         """Return these rules with further evaluation sets, of which no document may hold a part."""
@@ -168,7 +185,7 @@ def _value(value: Any, hint: Any, where: str) -> Any:
         return {_value(key, inner[0], where): _value(each, inner[1], where) for key, each in value.items()}
     # A bool is an int to Python, and a mistake here; a whole number is a float to everybody.
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool) and value == value:
-        return float(value)
+        return value  # as it is written: the same rules by Python and by YAML say the same of what they drop
     if hint in (int, str, bool) and type(value) is hint:
         return value
     wanted = " or ".join(map(repr, inner)) if origin is Literal else getattr(hint, "__name__", str(hint))
@@ -272,7 +289,6 @@ def rules_for(language: str) -> Rules:
 
 
 _COUNTRIES = {"ja": ("jp",), "en": ("us",), "zh": ("cn",), "ko": ("kr",)}
-assert sorted(country for countries in _COUNTRIES.values() for country in countries) == sorted(COUNTRIES)
 _FOR: dict[str, tuple[Rule, ...]] = {
     "ja": (
         Boilerplate(phrases=JAPANESE_BOILERPLATE),

@@ -7,18 +7,34 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nemo_cpt.cli import app
-from nemo_cpt.cli.corpus import PANEL, Json, Key, MaxSkipped, OnError, Overwrite, Workers
+from nemo_cpt.cli.corpus import (
+    PANEL,
+    Detach,
+    Json,
+    Key,
+    MaxSkipped,
+    OnError,
+    Overwrite,
+    Tasks,
+    Workers,
+    print_prepared,
+    print_submitted,
+    without_executors,
+)
+from nemo_cpt.cli.launch import only_json_on_stdout
+from nemo_cpt.cli.recipe_arguments import Executor
 from nemo_cpt.cli.tables import print_json, print_report, print_table
 from nemo_cpt.errors import CptError
 
 if TYPE_CHECKING:
     from nemo_cpt.cleaning.examination import Examination
     from nemo_cpt.cleaning.rules import Rules
+    from nemo_cpt.cleaning.tallies import CleaningReport
 
 
 @app.command(rich_help_panel=PANEL)
 def clean(
-    inputs: Annotated[list[str] | None, typer.Argument(help="As for prepare.")] = None,
+    inputs: Annotated[list[str] | None, typer.Argument(help="As for prepare; executor.key=value with --tasks.")] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder of kept.jsonl, dropped.jsonl, cleaning.json, report.html."),
@@ -35,6 +51,9 @@ def clean(
     on_error: OnError = "stop",
     max_skipped: MaxSkipped = None,
     workers: Workers = None,
+    executor: Executor = None,
+    tasks: Tasks = None,
+    detach: Detach = False,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -44,21 +63,64 @@ def clean(
         return print(rules.to_yaml(), end="")
     if explain is not None:
         return _explain(explain, rules.without_contamination_of(tuple(decontaminate or ())), json_key, json)
+    inputs, of_executor = without_executors(inputs or [])
     if not inputs or output is None:
         raise CptError("clean: name inputs and --output FOLDER, or --explain FILE:LINE, or --show-config.")
+    options: dict[str, Any] = {
+        "decontaminate": decontaminate or (),
+        "json_key": json_key,
+        "on_error": on_error,
+        "max_skipped": max_skipped,
+        "workers": workers,
+        "overwrite": overwrite,
+    }
+    if tasks is not None:
+        given = (inputs, output, rules, executor or "local", of_executor, tasks, detach)
+        return _clean_in_tasks(*given, json, options)
+    if executor or of_executor or detach:
+        raise CptError("--executor, executor.X=... and --detach are for many tasks: say how many with --tasks")
     from nemo_cpt.cleaning import clean as run
 
-    report = run(
-        inputs,
-        output,
-        rules,
-        decontaminate=decontaminate or (),
-        json_key=json_key,
-        on_error=on_error,
-        max_skipped=max_skipped,
-        workers=workers,
-        overwrite=overwrite,
-    )
+    _print_cleaned(run(inputs, output, rules, **options), json)
+
+
+def _clean_in_tasks(
+    inputs: list[str],
+    output: Path,
+    rules: "Rules",
+    executor: str,
+    of_executor: list[str],
+    tasks: int,
+    detach: bool,
+    json: bool,
+    options: dict[str, Any],
+) -> None:
+    from nemo_cpt.launching.executor import make_executor
+    from nemo_cpt.launching.in_tasks import Submitted, clean_in_tasks
+
+    with only_json_on_stdout(json):
+        where = make_executor(executor, of_executor, processes=1)
+        done = clean_in_tasks(inputs, output, rules, where, tasks, detach=detach, **options)
+    return print_submitted(done, json) if isinstance(done, Submitted) else _print_cleaned(done, json)
+
+
+@app.command(rich_help_panel=PANEL)
+def join(
+    output: Annotated[
+        str, typer.Argument(help="Of prepare or clean, or the folder of the parts, which ends in .parts.")
+    ],
+    json: Json = False,
+) -> None:
+    """Join the parts that `prepare --tasks` or `clean --tasks` has made; on Slurm a job does it behind the tasks."""
+    from nemo_cpt.cleaning import parts as cleaned
+    from nemo_cpt.corpus.preparing import parts
+
+    if (folder := cleaned.parts_folder(output)) is not None:
+        return _print_cleaned(cleaned.join(folder), json)
+    print_prepared(parts.join(parts.parts_folder(output)), json)
+
+
+def _print_cleaned(report: "CleaningReport", json: bool) -> None:
     if json:
         return print_json(asdict(report))
     rows: dict[str, Any] = {

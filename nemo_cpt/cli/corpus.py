@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nemo_cpt.corpus import PrepareReport
     from nemo_cpt.corpus.dataset.inspection import Inspection
     from nemo_cpt.corpus.preparing.estimate import Estimate
+    from nemo_cpt.launching.in_tasks import Submitted
 
 PANEL = "Corpora"
 OF_TEXTS = (
@@ -36,6 +37,7 @@ Key = Annotated[str, typer.Option(help="The field that holds the text.")]
 OnError = Annotated[str, typer.Option(help="stop at a line that gives no text, or skip it.")]
 MaxSkipped = Annotated[float | None, typer.Option(help="Share that --on-error skip may leave out; 0.01 by default.")]
 Tasks = Annotated[int | None, typer.Option(help="Make it in so many parts, by as many tasks on --executor.")]
+Detach = Annotated[bool, typer.Option("--detach", help="With --tasks: return once they are submitted.")]
 Workers = Annotated[int | None, typer.Option(help="Processes; all CPUs by default.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 SeqLength = Annotated[int, typer.Option(help="Conversations: of a training's sequences, for the report.")]
@@ -92,7 +94,7 @@ def prepare(
     too_long: TooLong = "drop",
     executor: Executor = None,
     tasks: Tasks = None,
-    detach: Annotated[bool, typer.Option("--detach", help="With --tasks: return once they are submitted.")] = False,
+    detach: Detach = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="With --tasks: print the plan, and do nothing.")] = False,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -102,7 +104,7 @@ def prepare(
     With --tasks N, N processes on an executor (executor.partition=cpu, ... among the inputs) make a part each, and a
     last job joins them; the same command again makes the parts that are missing.
     """
-    inputs, of_executor = _without_executors(inputs)
+    inputs, of_executor = without_executors(inputs)
     if template is not None:
         _refuse(context, OF_TEXTS, "belongs to texts, and --template makes this a preparation of conversations")
         _refuse(context, OF_TASKS, "belongs to texts: conversations are prepared by one machine")
@@ -135,11 +137,11 @@ def prepare(
         )
     from nemo_cpt.corpus import prepare as run
 
-    _print_prepared(run(inputs, output, tokenizer, **options), json)
+    print_prepared(run(inputs, output, tokenizer, **options), json)
 
 
-def _without_executors(inputs: list[str]) -> tuple[list[str], list[str]]:
-    """Part the inputs from the `executor.key=value` among them."""
+def without_executors(inputs: list[str]) -> tuple[list[str], list[str]]:
+    """Part the inputs from the `executor.key=value` among them, whose prefix they lose."""
     pairs = [each for each in inputs if each.startswith("executor.") and "=" in each]
     return [each for each in inputs if each not in pairs], [pair.removeprefix("executor.") for pair in pairs]
 
@@ -167,18 +169,19 @@ def _prepare_in_tasks(
             done = prepare_in_tasks(inputs, output, tokenizer, where, tasks, detach=detach, **options)
     if dry_run:
         return _print_estimate(done, tasks, json)
-    if not isinstance(done, Submitted):
-        return _print_prepared(done, json)
+    return print_submitted(done, json) if isinstance(done, Submitted) else print_prepared(done, json)
+
+
+def print_submitted(submitted: "Submitted", json: bool) -> None:
+    """Print what a scheduler has been given."""
     if json:
-        return print_json(asdict(done))
-    print_report(
-        {
-            "submitted": f"{done.missing} of {done.tasks} tasks, and a job behind them that joins their parts",
-            "experiment": f"{done.experiment}: nemo-cpt status|logs|cancel {done.experiment}",
-            "dataset": f"{done.prefix}, once the last job has ended",
-        },
-        [],
-    )
+        return print_json(asdict(submitted))
+    rows = {
+        "submitted": f"{submitted.missing} of {submitted.tasks} tasks, and a job behind them that joins their parts",
+        "experiment": f"{submitted.experiment}: nemo-cpt status|logs|cancel {submitted.experiment}",
+        "output": f"{submitted.output}, once the last job has ended",
+    }
+    print_report(rows, [])
 
 
 def _print_estimate(estimate: "Estimate", asked: int, json: bool) -> None:
@@ -205,7 +208,8 @@ def _span(seconds: float) -> str:
     return f"{seconds / 60:,.0f} minutes" if seconds < 5400 else f"{seconds / 3600:,.1f} hours"
 
 
-def _print_prepared(report: "PrepareReport", json: bool) -> None:
+def print_prepared(report: "PrepareReport", json: bool) -> None:
+    """Print what `prepare` did."""
     if json:
         return print_json(asdict(report))
     rows: dict[str, Any] = {
@@ -245,17 +249,6 @@ def _refuse(context: typer.Context, names: tuple[str, ...], why: str) -> None:
 def _markers(markers: dict[str, list[Any] | None]) -> str:
     eod, bos = (f"{value[0]} ({value[1]})" if (value := markers.get(name)) else "nothing" for name in ("eod", "bos"))
     return f"{eod}; begins with {bos}"
-
-
-@app.command(rich_help_panel=PANEL)
-def join(
-    prefix: Annotated[str, typer.Argument(help="ds/ja, or the folder with its parts, ds/ja_text_document.parts.")],
-    json: Json = False,
-) -> None:
-    """Join the parts that the tasks of `prepare --tasks` made; on Slurm a job does it behind them."""
-    from nemo_cpt.corpus.preparing import parts
-
-    _print_prepared(parts.join(parts.parts_folder(prefix)), json)
 
 
 @app.command(rich_help_panel=PANEL)

@@ -27,8 +27,9 @@ def watch(
     """Watch a run until it ends: progress, speed, losses, what is gained and forgotten. Ctrl-C leaves the run alone.
 
     On a terminal the key l goes to the raw log and back, and q ends watching as Ctrl-C does. It reads the run's files
-    alone, so that it works for jobs elsewhere that share the file system. Ends with 0 where the run is finished, with
-    75 where it was stopped and has saved, with 2 where it failed.
+    alone, so that it works for jobs elsewhere that share the file system; those of a job that was submitted over SSH
+    are fetched. Ends with 0 where the run is finished, with 75 where it was stopped and has saved, with 2 where it
+    failed.
     """
     from nemo_cpt.watching import following
     from nemo_cpt.watching.terminal import shows_views

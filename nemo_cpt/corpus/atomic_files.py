@@ -5,11 +5,13 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from nemo_cpt.errors import CptError
+
+COPIED = 64 << 20  # bytes copied at once
 
 
 def make_folder(path: Path) -> None:
@@ -22,6 +24,20 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CptError(f"Cannot make the folder {path}: {error.strerror}. Take another output.") from error
+
+
+@contextmanager
+def folder_to_fill(path: Path) -> Iterator[None]:
+    """Make a folder, as `make_folder` does; one that was not there, and in which nothing is at an error, goes again."""
+    new = not path.exists()
+    make_folder(path)
+    try:
+        yield
+    except BaseException:
+        if new:
+            with suppress(OSError):  # it holds something by now
+                path.rmdir()
+        raise
 
 
 def open_locked(path: Path, patience: float) -> BinaryIO:
@@ -87,6 +103,33 @@ def read_at(descriptor: int, size: int, offset: int) -> bytes:
         pieces.append(piece)
         size, offset = size - len(piece), offset + len(piece)
     return b"".join(pieces)
+
+
+def copy_to(path: Path, descriptor: int, offset: int) -> None:
+    """Copy a file to a place of an open one; file systems that can share or copy blocks by themselves do.
+
+    Raises:
+        CptError: The disk is full, or the file becomes shorter meanwhile.
+    """
+    with path.open("rb") as file:
+        size, done = os.fstat(file.fileno()).st_size, 0
+        try:
+            while done < size:
+                with suppress(OSError):  # of a file system, or a pair of them, that cannot
+                    if copied := os.copy_file_range(
+                        file.fileno(), descriptor, min(size - done, COPIED), done, offset + done
+                    ):
+                        done += copied
+                        continue
+                piece = read_at(file.fileno(), min(size - done, COPIED), done)
+                if not piece:
+                    raise CptError(f"{path} became shorter while it was copied. Run the same command again.")
+                write_at(descriptor, piece, offset + done)
+                done += len(piece)
+        except OSError as error:
+            raise CptError(
+                f"Cannot copy {path}: {error.strerror}. Make room and run the same command again."
+            ) from error
 
 
 def sync_directory(folder: Path) -> None:

@@ -6,6 +6,7 @@ task leaves its part, whose files' names begin with `part-NUMBER`, until the par
 
 import hashlib
 import os
+import shutil
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,6 +20,8 @@ import orjson
 from nemo_cpt.corpus.atomic_files import make_folder, write_whole
 from nemo_cpt.corpus.reading.sources import PLAN, Source, listed_again
 from nemo_cpt.errors import CptError
+
+EXPERIMENT = "experiment"  # the id of that which makes the parts, where one does
 
 
 @dataclass(frozen=True)
@@ -181,8 +184,11 @@ class Plan:
 def remove_parts(folder: Path) -> None:
     """Remove parts and plan, the plan last; the folder too, unless somebody else put something into it."""
     for path in folder.glob("part-[0-9][0-9][0-9][0-9][0-9]*"):
-        path.unlink(missing_ok=True)
-    for name in (PLAN + ".part", PLAN):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    for name in (EXPERIMENT, PLAN + ".part", PLAN):
         (folder / name).unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()

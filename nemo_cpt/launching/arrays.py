@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_cpt.corpus.plan import EXPERIMENT
 from nemo_cpt.errors import CptError, StoppedEarlyError
+from nemo_cpt.launching import jobs
 
 TASK_MODULE = "nemo_cpt.executors.array_task"
+ALIVE = ("PENDING", "SUBMITTED", "RUNNING")
 STOP_SECONDS = 60  # ahead of a task's time limit: to leave a checkpoint takes seconds
 
 
@@ -78,19 +81,21 @@ def run_array(array: Array, executor: Any, detach: bool = False) -> str:
         detach: Return once it is submitted.
 
     Raises:
-        CptError: The executor cannot run it, or a task failed; with its log's last lines.
+        CptError: The executor cannot run it, an earlier command's tasks are still at work, or a task failed; with its
+            log's last lines.
     """
     import nemo_run as run
 
     from nemo_cpt.executors.slurm_job import SlurmJob
 
     check_executor(executor, detach)
-    if re.search(r"/nemo_run(/|$)", str(array.folder)):
-        raise CptError(f"{array.folder}: NeMo-Run rewrites every path through a folder named nemo_run; use another")
+    _check_free(array.folder)
     logs = Path()
+    title = re.sub(r"[^\w.-]", "-", array.name)  # of a folder, and in scripts
     try:
-        with run.Experiment(array.name, executor=executor, enable_goodbye_message=False) as experiment:
+        with run.Experiment(title, executor=executor, enable_goodbye_message=False) as experiment:
             logs = Path(experiment._exp_dir)
+            (array.folder / EXPERIMENT).write_text(experiment._id)
             (_add_to_slurm if isinstance(executor, SlurmJob) else _add_processes)(experiment, array, executor)
             experiment.run(detach=detach)
     except StoppedEarlyError:
@@ -98,6 +103,23 @@ def run_array(array: Array, executor: Any, detach: bool = False) -> str:
     except CptError as error:
         raise CptError(_what_failed(array, logs, error)) from error
     return str(experiment._id)
+
+
+def _check_free(folder: Path) -> None:
+    """Check that no tasks of an earlier command are at work, or wait to be."""
+    note = folder / EXPERIMENT
+    if not note.exists():
+        return
+    experiment = note.read_text()
+    try:
+        tasks = jobs.status(experiment)["tasks"]
+    except CptError:  # its records were removed
+        return
+    if alive := [task["name"] for task in tasks if task["status"] in ALIVE]:
+        raise CptError(
+            f"experiment {experiment} is making these parts ({', '.join(alive)}): wait for it (nemo-cpt status "
+            f"{experiment}), or end it first (nemo-cpt cancel {experiment})"
+        )
 
 
 def _add_to_slurm(experiment: Any, array: Array, executor: Any) -> None:
@@ -126,8 +148,10 @@ def _add_processes(experiment: Any, array: Array, executor: Any) -> None:
 def _script(function: str, folder: Path, number: str = "") -> Any:
     import nemo_run as run
 
+    # NeMo-Run puts its own folder wherever a script has /nemo_run: to the shell, quotes around nothing are nothing.
+    path = shlex.quote(str(folder)).replace("/nemo_run", "/''nemo_run")
     # exec: the signal that is to stop the task must reach it, and not a shell.
-    return run.Script(inline=f"exec python -m {TASK_MODULE} {function} {shlex.quote(str(folder))} {number}\n")
+    return run.Script(inline=f"exec python -m {TASK_MODULE} {function} {path} {number}\n")
 
 
 def as_ranges(numbers: Sequence[int]) -> str:
@@ -145,7 +169,10 @@ def _what_failed(array: Array, logs: Path, error: CptError) -> str:
     """Say which tasks did not end well, with the end of each one's log; what the executor says where all did."""
     from nemo_cpt.executors.nemo_run_patches import last_lines
 
-    failed = [number for number in array.missing() if number in array.numbers]
+    try:
+        failed = [number for number in array.missing() if number in array.numbers]
+    except CptError:  # it would say what is wrong with an input; the logs do
+        failed = []
     if not failed or not logs.is_dir():
         return error.message
     said = []

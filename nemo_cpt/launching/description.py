@@ -16,8 +16,8 @@ from nemo_cpt import catalog
 from nemo_cpt.catalog import Function
 from nemo_cpt.catalog.workloads import workload
 from nemo_cpt.checkpoint.base import carried_tokenizer
-from nemo_cpt.checkpoint.context import config_arguments
-from nemo_cpt.compatibility import read_base
+from nemo_cpt.checkpoint.context import plain_config
+from nemo_cpt.compatibility import positions, read_base
 from nemo_cpt.conversations import Conversations, mixture
 from nemo_cpt.corpus import Blend
 from nemo_cpt.doctor import Job, Place
@@ -179,11 +179,11 @@ def _model(function: Function, given: Mapping[str, Any], fields: Sequence[str]) 
     """The model config that the recipe's module declares, or `model=` stands for, with the fields of it that are given.
 
     Raises:
-        CptError: there is no such model.
+        CptError: there is no such model, or the base has learnt fewer positions.
     """
     model = given.get("model")
     if model == LIKE_BASE or (model is None and like_base(function.path)):
-        config = _of_base(given.get("base"))
+        config = _of_base(given.get("base"), int(given.get("seq_length") or 0))
     else:
         config = model_config(module_named(model) if model else function.path)
     # Where the model is not known, a field of it alone would be compared with the whole of the base.
@@ -193,14 +193,20 @@ def _model(function: Function, given: Mapping[str, Any], fields: Sequence[str]) 
     return config
 
 
-def _of_base(base: str | None) -> dict[str, Any]:
-    """What a base's config.json makes of NeMo's model config; empty for a base that the doctor will find wanting."""
+def _of_base(base: str | None, seq_length: int) -> dict[str, Any]:
+    """What a base's config.json makes of NeMo's model config; empty for a base that the doctor will find wanting.
+
+    Raises:
+        CptError: the base has learnt fewer positions.
+    """
     try:
-        architecture = read_base(base).architecture if base else None
+        found = read_base(base) if base else None
     except CptError:
         return {}
-    arguments = config_arguments(architecture) if architecture else {}
-    return {name: value for name, value in arguments.items() if name != "vocab_size"}  # the weights' rows decide
+    if found is None or found.architecture is None:
+        return {}
+    config = plain_config(found.architecture) | {"seq_length": positions(found, seq_length)}
+    return {name: value for name, value in config.items() if name != "vocab_size"}  # the weights' rows decide
 
 
 def _literal(text: str) -> Any:

@@ -1,19 +1,26 @@
-"""`prepare` by many tasks: planned here, made on an executor, joined behind them."""
+"""`prepare` and `clean` by many tasks: planned here, made on an executor, joined behind them."""
 
 import os
-from dataclasses import dataclass
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nemo_cpt.corpus.plan import remove_parts
+from nemo_cpt.corpus.plan import Plan, remove_parts
 from nemo_cpt.corpus.preparing import parts
 from nemo_cpt.corpus.preparing.estimate import Estimate, estimate
 from nemo_cpt.corpus.preparing.preparation import PrepareReport
 from nemo_cpt.corpus.preparing.workers import count_processes
-from nemo_cpt.corpus.reading.sources import Inputs
+from nemo_cpt.corpus.reading.sources import PLAN, Inputs
 from nemo_cpt.launching.arrays import Array, check_executor, run_array
+from nemo_cpt.output import say
 
-TASK, JOIN = (f"{parts.__name__}:{name}" for name in ("prepare_part", "join"))
+if TYPE_CHECKING:
+    from nemo_cpt.cleaning import CleaningReport, Rules
+
+SEEN_SECONDS = 120
 
 
 @dataclass(frozen=True)
@@ -22,13 +29,13 @@ class Submitted:
 
     Attributes:
         experiment: The experiment's id; empty where nothing was left to do.
-        prefix: Full prefix of the dataset that it will make.
+        output: The dataset's full prefix, or the cleaning's folder.
         tasks: The tasks that the inputs were cut for.
         missing: Those that are still to be done.
     """
 
     experiment: str
-    prefix: str
+    output: str
     tasks: int
     missing: int
 
@@ -68,16 +75,94 @@ def prepare_in_tasks(
     if whole.is_there(overwrite):
         remove_parts(plan.folder)
         return whole.report(parts.settings_of(plan), "unchanged", {})
-    missing = parts.take_up(plan, loaded)
+    _say_if_fewer(plan, tasks)
+    numbers = parts.take_up(plan, loaded)
     name = f"prepare-{Path(output_prefix).name}"
-    array = Array(name, plan.folder, TASK, JOIN, missing, lambda: parts.missing(plan, loaded))
+    array = _array(name, plan, parts.prepare_part, parts.join, numbers, lambda: parts.missing(plan, loaded))
+    submitted = _carry_out(array, plan, executor, whole.prefix if detach else "")
+    return submitted or _just_made(parts.join(plan.folder))
+
+
+def clean_in_tasks(
+    inputs: Inputs,
+    output: str | os.PathLike[str],
+    rules: "Rules | str",
+    executor: Any,
+    tasks: int,
+    *,
+    detach: bool = False,
+    **options: Any,
+) -> "CleaningReport | Submitted":
+    """Clean a corpus with many tasks into the files that `clean` alone would write, byte for byte.
+
+    Each task takes a share of the documents through the rules; the job behind them finds duplicates over all.
+
+    Args:
+        inputs: As for `clean`; every machine must see them, and evaluation sets, under the same paths.
+        output: As for `clean`; on a file system that all machines share.
+        rules: As for `clean`.
+        executor: What `slurm` or `local` returns.
+        tasks: How many; fewer where the inputs cannot be cut into as many.
+        detach: Return once the tasks, and the job that joins their parts, are submitted.
+        options: Further options of `clean`, by name.
+
+    Raises:
+        CptError: As `clean`; the executor cannot run arrays; a task failed, with the end of its log.
+    """
+    from nemo_cpt.cleaning import parts as cleaned
+
+    check_executor(executor, detach)
+    options["workers"] = _workers(options.get("workers"), executor, tasks)
+    plan = cleaned.make_plan(inputs, output, rules, tasks, **options)
+    if (report := cleaned.existing(plan)) is not None:
+        remove_parts(plan.folder)
+        return report
+    _say_if_fewer(plan, tasks)
+    numbers = plan.take_up(lambda: cleaned.missing(plan))
+    name = f"clean-{Path(output).name}"
+    array = _array(name, plan, cleaned.clean_part, cleaned.join, numbers, lambda: cleaned.missing(plan))
+    submitted = _carry_out(array, plan, executor, str(plan.folder.parent) if detach else "")
+    return submitted or _just_made(cleaned.join(plan.folder))
+
+
+def _say_if_fewer(plan: Plan, tasks: int) -> None:
+    if (made := len(plan.shares)) < tasks:
+        say(f"nemo-cpt: {made} tasks, not {tasks}: there are not as many lines, or files that can be cut", sys.stderr)
+
+
+def _array(
+    name: str,
+    plan: Plan,
+    task: Callable[..., Any],
+    join: Callable[..., Any],
+    numbers: list[int],
+    missing: Callable[[], list[int]],
+) -> Array:
+    task_name, join_name = (f"{each.__module__}:{each.__name__}" for each in (task, join))
+    return Array(name, plan.folder, task_name, join_name, numbers, missing)
+
+
+def _carry_out(array: Array, plan: Plan, executor: Any, detached: str) -> Submitted | None:
+    """Run an array; return what was submitted where nobody waits for the output, `detached`."""
     experiment = ""
-    if missing or not _is_local(executor):
-        experiment = run_array(array, executor, detach)
-    if detach:
-        return Submitted(experiment, whole.prefix, len(plan.shares), len(missing))
-    # Slurm's last job has joined them: then this reports.
-    return parts.join(plan.folder)
+    # On Slurm the join is a job too, also where it alone is left; here it is for the caller.
+    if array.numbers or not _is_local(executor):
+        experiment = run_array(array, executor, bool(detached))
+        if not (detached or _is_local(executor)):
+            _wait_to_see_the_join(plan.folder)
+    return Submitted(experiment, detached, len(plan.shares), len(array.numbers)) if detached else None
+
+
+def _just_made(report: Any) -> Any:
+    """A report, also where a job has joined the parts and there is nothing left to do here."""
+    return replace(report, status="written") if report.status == "unchanged" else report
+
+
+def _wait_to_see_the_join(folder: Path) -> None:
+    """Network file systems show what another machine did up to a minute late; the join removes the plan last."""
+    deadline = time.monotonic() + SEEN_SECONDS
+    while (folder / PLAN).exists() and time.monotonic() < deadline:
+        time.sleep(0.5)
 
 
 def plan_in_tasks(

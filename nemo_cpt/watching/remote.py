@@ -29,6 +29,7 @@ from nemo_cpt.launching.description import describe
 from nemo_cpt.launching.experiments import experiments
 from nemo_cpt.launching.task import moves_its_folder
 from nemo_cpt.watching.following import QUIET_SECONDS, RANK_0_LOG, Follower
+from nemo_cpt.watching.view import Snapshot
 
 FETCH_SECONDS = 2.0  # between two looks
 TRANSFER_SECONDS = 60
@@ -88,7 +89,8 @@ class Connection:
 
     def __init__(self, reached: Reached, mirror: Path) -> None:
         self.reached, self.mirror = reached, mirror
-        self.job: Queued | None = None  # None while Slurm has not been asked
+        self.job: Queued | None = None  # None while Slurm has said nothing
+        self._is_gone = False
         self.trouble = ""  # why it was not heard of since
         self.heard = time.monotonic()
         self._sockets = Path(tempfile.mkdtemp(prefix="nemo_cpt_"))  # short: a socket's path has 107 characters at most
@@ -136,12 +138,26 @@ class Connection:
                 if not self._control.exists():
                     self.open(ask=False)
                 if time.monotonic() - asked > QUIET_SECONDS:
-                    # Before the files: of a job that is gone they are then whole.
-                    self.ask_slurm()
+                    self.look()
                     asked = time.monotonic()
-                self.fetch()
+                else:
+                    self.fetch()
             except (CptError, subprocess.TimeoutExpired) as error:
                 self.trouble = str(error)
+
+    def look(self) -> None:
+        """Bring up to date what Slurm says of the job, and the files.
+
+        Raises:
+            CptError: the connection is broken.
+        """
+        queued = self._queued()
+        # Behind the queue, so that of a job that is gone the files are whole when that is told; and it is told at the
+        # second time, because what a login node sees of a shared file system may be some seconds old.
+        self.fetch()
+        if queued is not None and (queued.state or self._is_gone):
+            self.job = queued
+        self._is_gone = queued is not None and not queued.state
 
     def fetch(self) -> None:
         """Bring the files here up to date.
@@ -160,12 +176,11 @@ class Connection:
             raise CptError(f"{self.reached.host}: {said or f'rsync ended with {done.returncode}'}")
         self.heard, self.trouble = time.monotonic(), ""
 
-    def ask_slurm(self) -> None:
-        """Look for the job in Slurm's queue; where that does not answer, what it said last stands."""
+    def _queued(self) -> Queued | None:
+        """The job in Slurm's queue; None where that does not answer."""
         asked = ["squeue", "--noheader", "--jobs", ",".join(self.reached.jobs), "--format", "%T %S"]
         done = self._call([*self._ssh(), self._where, f"TZ=UTC {shlex.join(asked)}"])
-        if done.returncode == 0 or "Invalid job id" in done.stderr:
-            self.job = _in_queue(done.stdout)
+        return _in_queue(done.stdout) if done.returncode == 0 or "Invalid job id" in done.stderr else None
 
     def _call(self, words: Sequence[str]) -> "subprocess.CompletedProcess[str]":
         # In a session of its own: it can ask for nothing on the terminal, and the view's Ctrl-C is not its own.
@@ -212,21 +227,25 @@ class RemoteFollower(Follower):
 
     def __init__(self, connection: Connection) -> None:
         super().__init__(connection.mirror)
-        self._connection = connection
+        self._connection, self._job = connection, connection.job
+
+    def snapshot(self, log: Path | None = None) -> Snapshot:
+        """The run as it is now, by files that are no older than what is known of its job."""
+        self._job = self._connection.job
+        return super().snapshot(log)
 
     def _state(self) -> tuple[str, str]:
-        job, end = self._connection.job, self._record.end
+        job, end = self._job, self._record.end
         if job and job.state in WAITING:
             return "queued", ""
         # An end that was written before the job was started is an earlier one's.
         if end and not (job and job.started > end["time"]):
             return end["state"], end["message"]
-        if not self._record.description or (job and job.started > self._described()):
-            return ("starting", "") if job is None or job.state else ("killed", _WITHOUT_A_WORD)
-        return ("running", "") if job is None or job.state else ("killed", _WITHOUT_A_WORD)
-
-    def _described(self) -> float:
-        return datetime.fromisoformat(self._record.description["started"]).timestamp()
+        if job and not job.state:
+            return "killed", "its job has left Slurm's queue without a word; nemo-cpt logs may say why"
+        described = self._record.description.get("started")
+        earlier = described and job and datetime.fromisoformat(described).timestamp() < job.started
+        return ("running" if described and not earlier else "starting"), ""
 
     def _log(self) -> Path | None:
         own = self.folder / RANK_0_LOG
@@ -235,9 +254,6 @@ class RemoteFollower(Follower):
     def _trouble(self) -> str:
         silent = self._connection.silent_seconds
         return f"not heard of for {silent:.0f} s ({self._connection.trouble})" if silent else ""
-
-
-_WITHOUT_A_WORD = "its job has left Slurm's queue without a word; nemo-cpt logs may say why"
 
 
 def find(chosen: str | None) -> Reached | None:
@@ -265,8 +281,9 @@ def _folder_of(task: Path) -> Path | None:
     """A task's run folder, from where it runs, by what NeMo-Run wrote of it; None where that does not say."""
     config: dict[str, Any] = next((yaml.safe_load(path.read_text()) for path in task.glob("configs/*_config.yaml")), {})
     if "recipe" in config and not moves_its_folder(config["overrides"]):  # of `nemo-cpt run`
-        function = catalog.recipe(config["recipe"])
-        return describe(function, config["arguments"], config["overrides"], "local", ()).directory
+        with contextlib.suppress(CptError):  # of a recipe that has been renamed since
+            function = catalog.recipe(config["recipe"])
+            return describe(function, config["arguments"], config["overrides"], "local", ()).directory
     log = config.get("log", {})  # of a script's
     if log.get("explicit_log_dir"):
         return Path(log["explicit_log_dir"])
@@ -285,8 +302,7 @@ def connected(reached: Reached) -> Iterator[RemoteFollower]:
     connection = Connection(reached, cache_folder("watched") / reached.experiment / reached.folder.name)
     try:
         connection.open(ask=True)
-        connection.ask_slurm()
-        connection.fetch()
+        connection.look()
         connection.keep_fetching()
         yield RemoteFollower(connection)
     finally:

@@ -39,7 +39,7 @@ class Screen:
     def show(self, shown: Snapshot) -> None:
         """Draw a moment of the run, or of its log, in the place of the last one, if it is another."""
         if self._in_log:
-            lines = last_lines(Path(shown.log), self._view.height - 1) if shown.log else []
+            lines = last_lines(Path(shown.log), max(self._view.height - 1, 1)) if shown.log else []
             self._draw((shown.log, lines), lambda: render_log(shown.log, lines, "l, q: back to the view"))
         else:
             self._draw((shown, id(shown.record)), lambda: render(shown, hint=self._hint))

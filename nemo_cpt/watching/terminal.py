@@ -20,14 +20,12 @@ if TYPE_CHECKING:
 
 NONE = -1  # of descriptors
 ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)  # that end a process without a word
+_NO_CHARACTER = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1bO?.?")  # what arrows, function keys and Alt send
 
 
 def shows_views(stream: Any) -> bool:
     """Whether a stream is a terminal on which something can be drawn over."""
     return stream.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
-
-
-_NO_CHARACTER = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1bO?.?")  # what arrows, function keys and Alt send
 
 
 class View:

@@ -14,8 +14,12 @@ from hypothesis import strategies as st
 from nemo_cpt.cleaning import examine, read_rules, rules_for
 from nemo_cpt.cleaning.contamination import Contamination
 from nemo_cpt.cleaning.document import Document
-from nemo_cpt.cleaning.heuristics import Boilerplate
+from nemo_cpt.cleaning.duplicates import Duplicates
+from nemo_cpt.cleaning.heuristics import Boilerplate, CharacterRepetition, Length, WordRepetition
+from nemo_cpt.cleaning.language import Language
+from nemo_cpt.cleaning.masking import Masking
 from nemo_cpt.cleaning.repetition import character_ngrams, word_ngrams
+from nemo_cpt.cleaning.rule import Rule
 from nemo_cpt.cleaning.rules import RULES, Rules
 from nemo_cpt.errors import CptError
 from tests.cleaning.conftest import CHINESE, KOREAN
@@ -171,6 +175,18 @@ def test_rules_come_back_from_yaml(tmp_path: Path, language: str) -> None:
     assert read_rules(tmp_path / "rules.yaml") == rules
 
 
+def test_limits_are_changed_by_name() -> None:
+    rules = rules_for("ja").with_limits(length={"min_characters": 7}, prose=None, duplicates={"near": 0.7})
+    assert [rule.name for rule in rules.rules] == [rule.name for rule in rules_for("ja").rules if rule.name != "prose"]
+    assert next(rule for rule in rules.rules if isinstance(rule, Length)) == Length(min_characters=7)
+    assert rules.duplicates == Duplicates(near=0.7)
+    assert rules_for("ja").with_limits() == rules_for("ja")
+    assert rules_for("ja").with_limits(duplicates=None).duplicates == Duplicates(exact=False, near=None)
+    for limits, message in (({"words": {}}, "no 'words'"), ({"length": {"max": 3}}, r"\(length\): there is no 'max'")):
+        with pytest.raises(CptError, match=message):
+            rules_for("ja").with_limits(**limits)
+
+
 def test_further_evaluation_sets_join_those_of_the_rules() -> None:
     rules = rules_for("ja").without_contamination_of(("a",)).without_contamination_of(("b",))
     assert [rule.files for rule in rules.rules if isinstance(rule, Contamination)] == [("a", "b")]
@@ -202,6 +218,22 @@ def test_mistakes_in_yaml_are_named(tmp_path: Path, change: dict, message: str) 
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump(rules_for("ja").as_dict() | change), "utf-8")
     with pytest.raises(CptError, match=message):
         read_rules(tmp_path / "rules.yaml")
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (Masking(countries=("jp", "xx")), "no numbers are known of xx; of jp, us, cn, kr"),
+        (Language("xx"), "lingua knows no such language"),
+        (CharacterRepetition(max_top_share={1: 0.1}), "character_repetition: n-grams of 1 are not counted"),
+        (WordRepetition(max_repeated_share={0: 0.1}), "word_repetition: n-grams of 0 are not counted"),
+        (Contamination(files=("no.jsonl",), words=1), "n-grams of 1 occur everywhere"),
+        (Contamination(files=("no.jsonl",)), "There is no input no.jsonl"),
+    ],
+)
+def test_what_cannot_work_is_told_before_the_first_document(rule: Rule, message: str) -> None:
+    with pytest.raises(CptError, match=message):
+        Rules("ja", (rule,)).load()
 
 
 def test_what_is_no_yaml_or_no_language(tmp_path: Path) -> None:

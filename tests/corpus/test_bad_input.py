@@ -97,7 +97,7 @@ def test_nothing_to_do_is_an_error(tmp_path: Path, small: Path) -> None:
         with pytest.raises(CptError, match=r"no input|no file"):
             prepare(inputs, tmp_path / "out", small, quiet=True)
     (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(CptError, match=r"empty.jsonl, line 1, .*the file is empty"):
+    with pytest.raises(CptError, match=r"empty.jsonl, line 1, .*the file is empty\. Mend it"):
         prepare(tmp_path / "empty.jsonl", tmp_path / "out", small, quiet=True)
     with pytest.raises(CptError, match="hold no document"):
         prepare(tmp_path / "empty.jsonl", tmp_path / "out", small, on_error="skip", quiet=True)
@@ -257,17 +257,18 @@ def test_a_folder_is_listed_without_what_commands_wrote_there(tmp_path: Path, te
     folder = tmp_path / "data"
     folder.mkdir()
     write_jsonl(folder / "raw.jsonl", [*texts[:60], "bad"])
-    split(folder, folder, validation=0.2, test=0.2, quiet=True)
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", texts[60:70])
+    split(folder, folder, validation=str(held_out), quiet=True)  # of several sets in it, one must be named
     (folder / ".part").mkdir()
     write_jsonl(folder / ".part" / "train.jsonl", texts)
     (folder / "raw.jsonl").unlink()
-    (folder / "more.jsonl").write_text("{bad\n" + (folder / "test.jsonl").read_text("utf-8"))
+    (folder / "more.jsonl").write_text("{bad\n" + (folder / "train.jsonl").read_text("utf-8"))
     prepare(folder, folder / "ds", small, on_error="skip", max_skipped=0.02, quiet=True)
     (folder / "x.jsonl.part").touch()
     (folder / "x.jsonl.part.json").write_text("{}")
     (folder / "notes_document.json").write_text('{"text": "a corpus of the user"}\n')
     names = [Path(source.path).name for source in list_sources(folder)]
-    assert names == ["more.jsonl", "notes_document.json", "test.jsonl", "train.jsonl", "validation.jsonl"]
+    assert names == ["more.jsonl", "notes_document.json", "train.jsonl"]
 
 
 def test_bad_tokenizers(tmp_path: Path, jsonl: Path) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from nemo_cpt.corpus import Blend, presets, read_index
+from nemo_cpt.corpus import Blend, prepare, presets, read_index
 from nemo_cpt.errors import CptError
-from tests.support.corpus_helpers import write_reference
+from tests.support.corpus_helpers import write_jsonl, write_reference
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +113,23 @@ def test_what_is_trained_on_is_not_held_out_under_any_name(sets: dict[str, str],
         with pytest.raises(CptError, match=f"trains on one dataset twice: {name} is a copy of {ja}"):
             Blend({ja: 1.0, name: 1.0}).check()
     Blend({ja: 1.0, en: 1.0}, validation={"held": sets["val"]}, test={"held": sets["val"]}).check()
+
+
+def test_a_held_out_set_of_a_file_that_is_trained_on(tmp_path: Path, small: Path, texts: list[str]) -> None:
+    """Not the same dataset: its file is one of those that the training set was made of."""
+    halves = {"a": texts[::2], "b": texts[1::2]}
+    for name, half in halves.items():
+        write_jsonl(tmp_path / f"{name}.jsonl", half)
+    shutil.copy(tmp_path / "b.jsonl", tmp_path / "copy.jsonl")
+    made = {"all": ["a.jsonl", "b.jsonl"], "a": ["a.jsonl"], "b": ["b.jsonl"], "copy": ["copy.jsonl"]}
+    for name, files in made.items():
+        prepare([tmp_path / file for file in files], tmp_path / name, small, quiet=True)
+    for name in ("b", "copy"):
+        with pytest.raises(
+            CptError, match=rf"'held' .*is also trained on: it was made of .*/{name}\.jsonl, and so was"
+        ):
+            Blend({f"{tmp_path}/all": 1.0}, validation={"held": f"{tmp_path}/{name}"}).check()
+    Blend({f"{tmp_path}/a": 1.0}, validation={"held": f"{tmp_path}/b"}).check()
 
 
 def test_an_unfinished_dataset_is_not_replaced_by_its_validation_set(sets: dict[str, str], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import orjson
 import pytest
 
 import nemo_cpt.corpus
-from nemo_cpt.corpus import split
+from nemo_cpt.corpus import prepare, split
 from nemo_cpt.corpus.splitting.duplicates import fingerprint, sketch
 from nemo_cpt.errors import CptError
 from tests.support.corpus_helpers import error_of_a_full_disk, write_jsonl
@@ -111,7 +111,7 @@ def test_bad_lines(tmp_path: Path, documents: list[str]) -> None:
         file.write('{"txt": 1}\n')
     with pytest.raises(CptError, match=r"all.jsonl, line 301, .*no key 'text'"):
         split(source, tmp_path / "out", validation=0.1, quiet=True)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
     report = split(source, tmp_path / "out", validation=0.1, on_error="skip", quiet=True)
     assert report.skipped == {"missing_key": 1}
 
@@ -207,7 +207,7 @@ def test_a_full_disk_is_reported(tmp_path: Path, documents: list[str]) -> None:
     source = write_jsonl(tmp_path / "all.jsonl", documents)
     error = error_of_a_full_disk(lambda: split(source, tmp_path / "out", validation=0.1, quiet=True), 100_000)
     assert "Cannot split into" in error
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("output", ["file", "file/ja"])
@@ -241,3 +241,27 @@ def test_minhash_estimates_jaccard(documents: list[str]) -> None:
     exact = len(grams[0] & grams[1]) / len(grams[0] | grams[1])
     assert sketch(one).jaccard(sketch(other)) == pytest.approx(exact, abs=0.15)
     assert orjson.dumps(sketch(one).digest()) == orjson.dumps(sketch(one + " ").digest())
+
+
+def test_the_sets_of_a_split_are_no_corpus(tmp_path: Path, jsonl: Path, small: Path) -> None:
+    report = split(jsonl, tmp_path / "sets", validation=0.1, quiet=True)
+    for folder in (tmp_path / "sets", tmp_path):
+        with pytest.raises(
+            CptError, match=r"what is held out would be trained on.* /.*/train\.jsonl, /.*/validation\.jsonl"
+        ):
+            prepare(folder, tmp_path / "ds", small, quiet=True)
+    assert prepare(report.files["train"], tmp_path / "ds", small, quiet=True).documents == report.documents["train"]
+    # Where the held-out set was given, the folder holds the training set alone.
+    split(jsonl, tmp_path / "given", validation=report.files["validation"], quiet=True)
+    assert prepare(tmp_path / "given", tmp_path / "given_ds", small, quiet=True).documents
+
+
+def test_what_cannot_be_read_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    (tmp_path / "empty.jsonl").touch()
+    for inputs in ("hf:nobody/nothing", tmp_path / "empty.jsonl"):
+        with pytest.raises(CptError):
+            split(inputs, tmp_path / "sets", validation=0.1, quiet=True, workers=1)
+        assert not (tmp_path / "sets").exists()

@@ -194,7 +194,7 @@ def test_a_wrong_checksum_leaves_nothing(tmp_path: Path, server: Server) -> None
     for corpus in (f"wikipedia:ja@{DATE}", f"{server.url}/jawiki/{DATE}/{NAME}.xml.bz2"):
         with pytest.raises(CptError, match="SHA-1"):
             get(corpus, tmp_path / "data")
-        assert left_in(tmp_path / "data") == []
+        assert not (tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize(
@@ -222,20 +222,20 @@ def damaged(content: bytes) -> bytes:
 
 
 BAD = {
-    "cut": (lambda good: good[:-30], "is cut short", True),
-    "cut between two streams": (lambda good: good[: good.rindex(b"BZh9")], "without </mediawiki>", False),
-    "damaged": (damaged, "is damaged", False),
-    "no bzip2": (lambda good: b"PK\x03\x04" + good, "is no bzip2 file", True),
-    "XML": (bz2.decompress, "bzip2 -k packs it", True),
-    "no dump": (lambda good: bz2.compress(b"Some text.\n" * 1000), "holds no MediaWiki export", True),
-    "empty": (lambda good: b"", "is no bzip2 file", True),
-    "no articles": (lambda good: good, "holds no article, of 30 redirects", False),
+    "cut": (lambda good: good[:-30], "is cut short"),
+    "cut between two streams": (lambda good: good[: good.rindex(b"BZh9")], "without </mediawiki>"),
+    "damaged": (damaged, "is damaged"),
+    "no bzip2": (lambda good: b"PK\x03\x04" + good, "is no bzip2 file"),
+    "XML": (bz2.decompress, "bzip2 -k packs it"),
+    "no dump": (lambda good: bz2.compress(b"Some text.\n" * 1000), "holds no MediaWiki export"),
+    "empty": (lambda good: b"", "is no bzip2 file"),
+    "no articles": (lambda good: good, "holds no article, of 30 redirects"),
 }
 
 
 @pytest.mark.parametrize("kind", BAD)
 def test_what_is_no_whole_dump_leaves_nothing(tmp_path: Path, kind: str) -> None:
-    change, message, at_once = BAD[kind]
+    change, message = BAD[kind]
     noise = random.Random(1)
     pages = [
         WikiPage(f"P{n}", noise.randbytes(3000).hex(), redirect="x" if kind == "no articles" else "") for n in range(30)
@@ -244,8 +244,7 @@ def test_what_is_no_whole_dump_leaves_nothing(tmp_path: Path, kind: str) -> None
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(CptError, match=message):
         get(path, tmp_path / "data", workers=1)
-    assert left_in(tmp_path / "data") == []
-    assert (tmp_path / "data").exists() != at_once
+    assert not (tmp_path / "data").exists()
 
 
 def test_text_that_is_there_is_not_replaced(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from nemo_cpt import page
 from nemo_cpt.errors import CptError
-from nemo_cpt.evaluation import comparison, evaluate, page, report
+from nemo_cpt.evaluation import comparison, evaluate, report
 from nemo_cpt.evaluation.journal import Journal
 from nemo_cpt.inference.endpoint import EndpointEngine
 from nemo_cpt.inference.transformers_engine import TransformersEngine

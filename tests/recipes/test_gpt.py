@@ -89,6 +89,12 @@ def test_the_launcher_knows_the_steps_and_a_base_of_another_size(
     assert said in capsys.readouterr().err
     fits = recipes_for(work / "base")["gpt.pretrain_350m"][1]
     assert fits.startswith(said)
+    for name in ("gpt.pretrain", "tiny.continual_pretrain"):  # which take the base's own shape, whichever that is
+        given = arguments | {"base": str(work / "gpt2")} | ({"model": "base"} if name.startswith("tiny") else {})
+        job = describe(catalog.recipe(name), given | {"seq_length": 64}, [], "local", [])
+        assert inputs.base(Examination(job)).state == ("warning" if name == "gpt.pretrain" else "ok")
+        with pytest.raises(CptError, match="has learnt 128 positions"):
+            describe(catalog.recipe(name), given | {"seq_length": 256}, [], "local", [])
 
 
 def test_learnt_positions_are_the_bases_and_no_sequence_is_longer(work: Path, tmp_path: Path) -> None:

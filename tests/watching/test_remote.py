@@ -58,6 +58,18 @@ def test_the_state_by_the_files_and_the_queue(
     assert (shown.state, shown.trouble) == (state, "")
 
 
+def test_a_job_is_gone_when_the_queue_has_missed_it_twice_and_its_files_are_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connection = Connection(Reached("title_1", tmp_path, ["7"], "host", "user", 22, None), tmp_path)
+    runs, known = Queued("RUNNING", START), []
+    monkeypatch.setattr(connection, "fetch", lambda: known.append(connection.job))
+    for told in (runs, None, Queued(""), runs, Queued(""), Queued("")):
+        monkeypatch.setattr(connection, "_queued", lambda told=told: told)
+        connection.look()
+    assert [*known, connection.job] == [None, runs, runs, runs, runs, runs, Queued("")]
+
+
 def test_how_old_it_is_is_said_with_the_reason(tmp_path: Path) -> None:
     connection = Connection(Reached("title_1", tmp_path, ["7"], "host", "user", 22, None), tmp_path)
     connection.trouble, connection.heard = "Connection refused", time.monotonic() - 90.4

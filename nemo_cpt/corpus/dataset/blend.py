@@ -266,7 +266,7 @@ def check_weights(train: Mapping[str, Any], kind: str = "blend") -> None:
 
 
 def check_held_out(train: Iterable[str], held_out: Mapping[str, Mapping[str, str]], kind: str = "blend") -> None:
-    """Check by content that nothing is trained on twice, or trained on and held out.
+    """Check by content that nothing is trained on twice, or trained on and held out, be it as a part of more.
 
     Args:
         train: Prefixes of the training sets.
@@ -291,6 +291,36 @@ def check_held_out(train: Iterable[str], held_out: Mapping[str, Mapping[str, str
                     f"The {part} set {name!r} ({prefix}) is also trained on{under}: its loss would show memory. "
                     "Take a held-out one (nemo-cpt split)."
                 )
+            _check_inputs(prefix, f"{part} set {name!r}", trained.values())
+
+
+def _check_inputs(held_out: str, what: str, trained: Iterable[str]) -> None:
+    """Check that a held-out set was made of no file that a training set was made of, as their manifests tell.
+
+    Raises:
+        CptError: It was.
+    """
+    held = _inputs_of(held_out)
+    for prefix in trained:
+        if both := held.keys() & _inputs_of(prefix).keys():
+            raise CptError(
+                f"The {what} ({held_out}) is also trained on: it was made of {held[min(both)]}, and so was {prefix}. "
+                "Its loss would show memory. Prepare the training set of a file without the held-out documents "
+                "(train.jsonl of nemo-cpt split)."
+            )
+
+
+def _inputs_of(prefix: str) -> dict[tuple[str, str], str]:
+    """Return the paths of what `prepare` made a dataset of, by content and field; none where it did not make it."""
+    from nemo_cpt.corpus.dataset.manifest import read_manifest  # needs orjson, which the doctor may miss
+
+    try:
+        manifest = read_manifest(prefix)
+    except CptError:
+        return {}
+    # Two fields of one file, as of a parallel corpus, are two texts.
+    field_name = str(manifest.get("options", {}).get("json_key", ""))
+    return {(entry["hash"], field_name): entry["path"] for entry in manifest.get("inputs", ()) if entry.get("hash")}
 
 
 def check_mapping(name: str, value: Any, kind: str = "blend") -> None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from nemo_cpt.corpus.atomic_files import hash_of, locked, make_folder
+from nemo_cpt.corpus.atomic_files import folder_to_fill, hash_of, locked
 from nemo_cpt.corpus.fetching.download import (
     CHECKSUMS,
     LOCAL,
@@ -60,13 +60,13 @@ def fetch(
         if is_dump(url):
             found += _fetch_dump(url, target, workers, quiet, patience)
             continue
-        make_folder(target)
-        # The lock is one for the folder: the notes of all its files are in one file.
-        if url.startswith(HUB):
-            with locked(target / LOCK, patience):
-                found += _fetch_dataset(url, target, quiet)
-        else:
-            found.append(Download(url, target, quiet, patience).run())
+        with folder_to_fill(target):
+            # The lock is one for the folder: the notes of all its files are in one file.
+            if url.startswith(HUB):
+                with locked(target / LOCK, patience):
+                    found += _fetch_dataset(url, target, quiet)
+            else:
+                found.append(Download(url, target, quiet, patience).run())
     return found
 
 
@@ -93,10 +93,9 @@ def _fetch_dump(corpus: str, folder: Path, workers: int | None, quiet: bool, pat
         dump = folder / Path(urlsplit(url).path).name
         if not dump.exists() and (text := existing(folder, public_url(url))):
             return [_fetched(text, public_url(url))]
-        # Asked for before the folder is made: a name that is wrong leaves nothing.
         sha1 = "" if dump.exists() else find_sha1(url, patience)
-        make_folder(folder)
-        got.append(Download(url, folder, quiet, patience, sha1).run())
+        with folder_to_fill(folder):
+            got.append(Download(url, folder, quiet, patience, sha1).run())
         source = {"url": got[0].url, "sha256": got[0].sha256}
     else:
         dump = Path(corpus)

@@ -1,15 +1,14 @@
 """The parts that several tasks made of a dataset, joined: the bytes and the manifest are those of a single run."""
 
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from nemo_cpt.corpus.atomic_files import make_folder, read_at, write_at
+from nemo_cpt.corpus.atomic_files import copy_to, make_folder
 from nemo_cpt.corpus.dataset.index import document_lengths, read_index
 from nemo_cpt.corpus.dataset.manifest import changed_input, read_manifest
 from nemo_cpt.corpus.preparing.journal import Journal, Progress, ReadInput
@@ -18,9 +17,6 @@ from nemo_cpt.corpus.progress import ProgressBar
 from nemo_cpt.corpus.reading.chunks import hash_ranges
 from nemo_cpt.corpus.reading.sources import InputChangedError, Source
 from nemo_cpt.corpus.reading.tally import Policy, Tally
-from nemo_cpt.errors import CptError
-
-COPIED = 64 << 20  # bytes copied at once
 
 
 def join_parts(
@@ -50,7 +46,7 @@ def join_parts(
         if not journal.progress.finished:
             # Beside the copying: neither waits for the processor.
             with ThreadPoolExecutor(1) as pool:
-                inputs = pool.submit(_inputs, output.sources, manifests)
+                inputs = pool.submit(inputs_of_parts, output.sources, [manifest["inputs"] for manifest in manifests])
                 _copy_parts(journal, output, parts, manifests, quiet)
                 read = inputs.result()
             journal.progress.tally.check_ranges(output.sources, policy)
@@ -75,34 +71,11 @@ def _copy_parts(
     before = _lines_before(manifests)
     with ProgressBar(f"joining {Path(output.prefix).name}", sum(sizes), quiet) as bar:
         for number in range(journal.progress.source, len(parts)):
-            _copy(Path(parts[number] + ".bin"), journal.outputs[0], journal.progress.nbytes)
+            copy_to(Path(parts[number] + ".bin"), journal.outputs[0], journal.progress.nbytes)
             lengths = document_lengths(read_index(parts[number])).astype("<i4").tobytes()
             _count_in(journal.progress, manifests[number], sizes[number], output)
             journal.checkpoint(lengths, _problems(parts[number], before[number]), [])
             bar.update(sum(sizes[: number + 1]), journal.progress.entries, journal.progress.tokens)
-
-
-def _copy(path: Path, descriptor: int, offset: int) -> None:
-    """Copy a file to a place of an open one; file systems that can share or copy blocks by themselves do."""
-    with path.open("rb") as file:
-        size, done = os.fstat(file.fileno()).st_size, 0
-        try:
-            while done < size:
-                with suppress(OSError):  # of a file system, or a pair of them, that cannot
-                    if copied := os.copy_file_range(
-                        file.fileno(), descriptor, min(size - done, COPIED), done, offset + done
-                    ):
-                        done += copied
-                        continue
-                piece = read_at(file.fileno(), min(size - done, COPIED), done)
-                if not piece:
-                    raise CptError(f"{path} became shorter while it was copied. Run the same command again.")
-                write_at(descriptor, piece, offset + done)
-                done += len(piece)
-        except OSError as error:
-            raise CptError(
-                f"Cannot copy {path}: {error.strerror}. Make room and run the same command again."
-            ) from error
 
 
 def _count_in(progress: Progress, manifest: dict[str, Any], nbytes: int, output: Output) -> None:
@@ -142,14 +115,18 @@ def _problems(part: str, before: dict[str, int]) -> list[dict[str, Any]]:
     return [problem | {"line": problem["line"] + before.get(problem["path"], 0)} for problem in problems]
 
 
-def _inputs(sources: Sequence[Source], manifests: list[dict[str, Any]]) -> list[ReadInput]:
+def inputs_of_parts(sources: Sequence[Source], parts: Iterable[list[dict[str, Any]]]) -> list[ReadInput]:
     """Return each input with its hash; what several tasks read is read once more, for theirs do not add up to it.
+
+    Args:
+        sources: The inputs as they are now.
+        parts: What each part says of the inputs that it was made of, as `describe_inputs` gives it.
 
     Raises:
         InputChangedError: An input is not what its part was made of.
     """
     by_path: dict[str, list[dict[str, Any]]] = {}
-    for entry in (entry for manifest in manifests for entry in manifest["inputs"]):
+    for entry in chain.from_iterable(parts):
         by_path.setdefault(entry["path"], []).append(entry)
     found = []
     for source in sources:

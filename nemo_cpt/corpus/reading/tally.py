@@ -87,8 +87,9 @@ class Tally:
         texts = self.file_texts + reading.texts
         # With "stop" the first one ends it; with "skip" nothing is decided before the file's end.
         if problems and not policy.skip:
-            # Only of a file's first line: what begins well is of the right format.
-            hint = _hint(source) if self.file_lines + problems[0].line + source.start == 0 else ""
+            # Only of a file's first line: what begins well is of the right format; and what is empty is of none.
+            first = self.file_lines + problems[0].line + source.start == 0 and problems[0].reason != "empty_file"
+            hint = _hint(source) if first else ""
             line = f"line {self._line(problems[0]) + count_lines(source.path, source.start)}, "
             raise CptError(
                 f"{task.path}, {line if source.is_range else ''}{sentences[0]}. {hint}"

@@ -11,22 +11,21 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from nemo_cpt.corpus.atomic_files import locked, make_folder, sync_directory, write_whole
+from nemo_cpt.corpus.atomic_files import folder_to_fill, locked, sync_directory, write_whole
 from nemo_cpt.corpus.dataset.manifest import changed_input, describe_inputs
 from nemo_cpt.corpus.preparing.workers import count_processes
 from nemo_cpt.corpus.processes import in_order
 from nemo_cpt.corpus.progress import ProgressBar
 from nemo_cpt.corpus.reading.chunks import Feed, Task, check_unchanged, lines_of, texts_of
 from nemo_cpt.corpus.reading.lines import Reading, TextUnder, parse_lines
-from nemo_cpt.corpus.reading.sources import UNFINISHED, Inputs, Source, list_sources
+from nemo_cpt.corpus.reading.sources import SETS, SPLIT_REPORT, UNFINISHED, Inputs, Source, list_sources
 from nemo_cpt.corpus.reading.tally import Policy, Tally
 from nemo_cpt.corpus.splitting.duplicates import HeldOut, fingerprint, sketch
 from nemo_cpt.errors import CptError
 
 CHUNK = 2 << 20
 DROPS = ("none", "exact", "near")
-SETS = ("train", "validation", "test")
-REPORT, LOCK = "split.json", ".split.lock"
+REPORT, LOCK = SPLIT_REPORT, ".split.lock"
 
 
 @dataclass
@@ -106,9 +105,8 @@ def split(
     # With the lock file there, somebody is at work: what the report says may be about to change.
     if not (overwrite or (folder / LOCK).exists()) and (report := job.existing(folder)) is not None:
         return report  # without the lock, which a folder that is only to be read does not allow
-    make_folder(folder)
     try:
-        with locked(folder / LOCK, patience):
+        with folder_to_fill(folder), locked(folder / LOCK, patience):
             return job.make(folder, processes, overwrite, quiet)
     except OSError as error:
         raise CptError(f"Cannot split into {folder}: {error}. Mend that and run the same command again.") from error

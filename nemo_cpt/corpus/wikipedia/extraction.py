@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from nemo_cpt.corpus.atomic_files import hash_of, locked, make_folder, sync_directory, write_whole
+from nemo_cpt.corpus.atomic_files import folder_to_fill, hash_of, locked, sync_directory, write_whole
 from nemo_cpt.corpus.preparing.workers import count_processes
 from nemo_cpt.corpus.processes import in_order
 from nemo_cpt.corpus.progress import ProgressBar
@@ -95,10 +95,8 @@ def extract(
     """
     processes = count_processes(workers)
     output = folder / text_name(dump.name)
-    # A file that is none leaves nothing behind, not even the folder.
     job = _Job(dump, output, source or {})
-    make_folder(folder)
-    with locked(folder / f".{output.name}.lock", patience):
+    with folder_to_fill(folder), locked(folder / f".{output.name}.lock", patience):
         return job.finished() or job.run(processes, quiet)
 
 
