@@ -146,7 +146,7 @@ class Estimates:
 
     def _training(self, standing: Standing, plan: bool) -> Estimate:
         step = standing.step
-        recipe, arguments, fields, options = recipes.split(step.name, step.parameters)
+        recipe, arguments, fields, options = recipes.split(step.name, step.parameters, step.folder)
         try:
             job = describe(recipe, arguments, fields, str(step.parameters.get(recipes.EXECUTOR, "local")), options)
         except CptError as error:  # such as the shape of a base that is not made yet

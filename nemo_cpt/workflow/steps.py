@@ -72,7 +72,7 @@ class Step:
     def reads(self) -> list[str]:
         """What it names that may be files."""
         if self.kind.recipe:
-            return recipes.reads(self.function, self.arguments)
+            return recipes.reads(self.function, self.arguments, self.parameters)
         names = self.kind.reads if self.kind is not OWN else self._own_paths(READS)
         return list(dict.fromkeys(path for name in names for path in paths_in(self.parameters.get(name))))
 
@@ -93,7 +93,7 @@ class Step:
     def arguments(self) -> dict[str, Any]:
         """What the function is called with; of a recipe, without fields of its config and its executor's options."""
         if self.kind.recipe:
-            return recipes.split(self.name, self.parameters)[1]
+            return recipes.split(self.name, self.parameters, self.folder)[1]
         return {name: value for name, value in self.parameters.items() if name not in (READS, WRITES)}
 
     def __truediv__(self, part: str) -> str:
@@ -111,7 +111,7 @@ class Step:
             CptError: one is unknown, with the nearest; is missing; has the wrong type; or is the workflow's to decide.
         """
         if self.kind.recipe:
-            recipes.check(self.name, self.parameters)
+            recipes.check(self.name, self.parameters, self.folder)
             return
         known = {name: each for name, each in self.function.parameters.items() if name not in NOT_GIVEN}
         for name, value in self.arguments.items():
@@ -154,7 +154,7 @@ class Workflow:
     """
 
     def __init__(self, name: str, steps: Sequence[Step], folder: str | Path = "") -> None:
-        self.name, self.folder = str(name), Path(folder)
+        self.name, self.folder = str(name), Path(folder).absolute()
         self.steps = {
             step.name: Step(step.name, _relative(step.do, self.folder), step.parameters, self.folder) for step in steps
         }

@@ -82,6 +82,14 @@ def test_what_cannot_work_is_refused(tmp_path: Path, changes: dict[str, dict[str
     assert said in error.value.message
 
 
+def test_a_mixture_in_a_file_is_read_where_the_workflow_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w/blend.yaml").write_text("train: {ds/ja: 1.0}\nvalidation: {en: ds/en}\n")
+    monkeypatch.chdir(tmp_path)
+    workflow = Workflow("w", [train("train", recipe="tiny.continual_pretrain", base="b", data="blend.yaml")], "w")
+    assert workflow.steps["train"].reads == ["blend.yaml", "b", "ds/ja", "ds/en"]
+
+
 def test_a_circle_is_named(folder: Path) -> None:
     with pytest.raises(CptError, match=r"one -> two -> one|two -> one -> two"):
         Workflow("w", [own("one", "join", ["2"], "1"), own("two", "join", ["1"], "2")], folder).check()
