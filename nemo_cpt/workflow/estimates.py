@@ -107,7 +107,7 @@ class Estimates:
 
     def disk(self, needed: float) -> Finding:
         """Whether the disk holds what all steps would write."""
-        free = shutil.disk_usage(self.workflow.folder.absolute()).free
+        free = shutil.disk_usage(self.workflow.folder).free
         found = f"{free / 1e9:,.1f} GB free, {needed / 1e9:,.1f} GB known to be written"
         short = f"free {(needed - free) / 1e9:,.1f} GB" if needed > free else ""
         return Finding("disk", "error" if short else "ok", found, short)

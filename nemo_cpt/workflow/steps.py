@@ -147,14 +147,16 @@ class Workflow:
     Args:
         name: what it is called.
         steps: in any order; of those that could come next the first one listed does.
-        folder: what relative paths are relative to; that of its file, where it is read from one.
+        folder: what relative paths are relative to; where it is None, the folder of the file that it is read from, else
+            the current one.
 
     Raises:
         CptError: a name is given twice, or there is no step.
     """
 
-    def __init__(self, name: str, steps: Sequence[Step], folder: str | Path = "") -> None:
-        self.name, self.folder = str(name), Path(folder).absolute()
+    def __init__(self, name: str, steps: Sequence[Step], folder: str | Path | None = None) -> None:
+        self.name, self.rooted = str(name), folder is not None
+        self.folder = Path(folder or "").absolute()
         self.steps = {
             step.name: Step(step.name, _relative(step.do, self.folder), step.parameters, self.folder) for step in steps
         }
@@ -278,8 +280,8 @@ class Workflow:
 def _relative(do: str, folder: Path) -> str:
     """A function of the user's by its file's place in the workflow's folder, wherever that lies."""
     file = Path(do.partition(":")[0])
-    inside = file.is_absolute() and file.is_relative_to(folder.absolute())
-    return do.replace(str(file), str(file.relative_to(folder.absolute())), 1) if inside else do
+    inside = file.is_absolute() and file.is_relative_to(folder)
+    return do.replace(str(file), str(file.relative_to(folder)), 1) if inside else do
 
 
 def _named(step: Step) -> set[str]:
