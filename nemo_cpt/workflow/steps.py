@@ -1,6 +1,5 @@
 """A workflow: steps that name what they read and write, put in order by that, and checked before anything runs."""
 
-import glob
 import math
 import os
 import re
@@ -17,7 +16,7 @@ from nemo_cpt import catalog
 from nemo_cpt.errors import CptError
 from nemo_cpt.workflow import recipes
 from nemo_cpt.workflow.kinds import NOT_GIVEN, OWN, Kind, function_of, kind_of, paths_in, value_of
-from nemo_cpt.workflow.outputs import related
+from nemo_cpt.workflow.outputs import files_of, related
 
 NAME = re.compile(r"[\w][\w.-]*")
 ELSEWHERE = re.compile(r"(hf:|https?://)")
@@ -293,9 +292,7 @@ def _named(step: Step) -> set[str]:
 
 def _exists(folder: Path, path: str) -> bool:
     full = folder / path
-    if full.exists() or (glob.has_magic(path) and glob.glob(str(full), recursive=True)):
-        return True
-    return any(full.parent.glob(f"{glob.escape(full.name)}*.idx"))  # a dataset by its prefix
+    return full.exists() or bool(files_of(full))
 
 
 def _feeds(step: Step, other: Step) -> bool:

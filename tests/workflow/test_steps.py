@@ -69,6 +69,7 @@ def test_a_template_makes_it_a_preparation_of_conversations(tmp_path: Path) -> N
         ({"train": {"executor.processses": 2}}, "local has no parameter executor.processses; near: processes"),
         ({"train": {"base": "bsae"}}, "train reads bsae, which is not there and which no step makes; near: base"),
         ({"data": {"inputs": "text2/train.jsonl"}}, "data reads text2/train.jsonl, which is not there"),
+        ({"train": {"data": "ds/j"}}, "train reads ds/j, which is not there and which no step makes"),
         ({"data": {"tokenizer": "tok2"}}, "data reads tok2, which is not there and which no step makes; near: tok"),
         ({"init": {"dest": "tok"}}, "write tok: give each its own"),
         ({"init": {"dest": "text/base"}}, "one within the other: give each its own"),
