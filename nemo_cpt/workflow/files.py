@@ -121,7 +121,9 @@ def _from_python(path: Path) -> Workflow:
     if len(found) != 1:
         raise CptError(f"{path} holds {len(found)} workflows ({', '.join(found) or 'none'}): it must hold one")
     (workflow,) = found.values()
-    return Workflow(workflow.name, list(workflow.steps.values()), path.absolute().parent / workflow.folder)
+    return (
+        workflow if workflow.rooted else Workflow(workflow.name, list(workflow.steps.values()), path.absolute().parent)
+    )
 
 
 def as_yaml(workflow: Workflow) -> str:
