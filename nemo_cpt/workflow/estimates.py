@@ -28,7 +28,7 @@ MEASURED = ("inputs", "corpora", "source")
 
 @dataclass(frozen=True)
 class Rate:
-    """How a kind of step goes through its inputs: docs/corpus.md, cleaning.md and checkpoints.md measure.
+    """How a kind of step goes through its inputs: docs/corpus.md, cleaning.md and checkpoints.md measured it.
 
     Attributes:
         bytes_per_second: of its inputs; of one worker where it has several.
