@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,20 +20,22 @@ from nemo_cpt.cleaning.report import page
 from nemo_cpt.cleaning.rule import Check
 from nemo_cpt.cleaning.rules import Rules, rules_for
 from nemo_cpt.cleaning.tallies import CleaningReport, Counts
-from nemo_cpt.corpus.atomic_files import locked, make_folder, sync_directory, write_whole
+from nemo_cpt.corpus.atomic_files import folder_to_fill, locked, sync_directory, write_whole
 from nemo_cpt.corpus.dataset.manifest import changed_input, check_sizes, describe_inputs, sizes_of
+from nemo_cpt.corpus.plan import left_over
 from nemo_cpt.corpus.preparing.workers import count_processes
 from nemo_cpt.corpus.processes import in_order
 from nemo_cpt.corpus.progress import ProgressBar
-from nemo_cpt.corpus.reading.chunks import Feed, Task, check_unchanged
+from nemo_cpt.corpus.reading.chunks import Feed, Task, check_unchanged, hash_source
 from nemo_cpt.corpus.reading.lines import Reading
 from nemo_cpt.corpus.reading.records import Record, read_records, to_json
-from nemo_cpt.corpus.reading.sources import UNFINISHED, Inputs, Source, list_sources
+from nemo_cpt.corpus.reading.sources import PARTS, UNFINISHED, Inputs, Source, list_sources
 from nemo_cpt.corpus.reading.tally import Policy, Tally
 from nemo_cpt.errors import CptError
 from nemo_cpt.installed import installed_versions
 
 KEPT, DROPPED, REPORT, MANIFEST, LOCK = "kept.jsonl", "dropped.jsonl", "report.html", "cleaning.json", ".cleaning.lock"
+PARTS_FOLDER = "cleaning" + PARTS
 FILES = (KEPT, DROPPED, REPORT, MANIFEST)
 FORMAT = 1  # of the manifest: raised when an older reader would misread what is new
 _CHUNK = 1 << 20
@@ -88,14 +90,22 @@ def clean(
     job.check_targets(folder)
     # With the lock file there, somebody is at work: what the manifest says may be about to change.
     if not (overwrite or (folder / LOCK).exists()) and (report := job.existing(folder)) is not None:
-        return report  # without the lock, which a folder that is only to be read does not allow
+        # Without the lock, which a folder that is only to be read does not allow.
+        return _with_left_over(report, folder)
     chosen.load()  # before anything is written: what the rules need may be missing
-    make_folder(folder)
     try:
-        with locked(folder / LOCK, patience):
-            return job.make(folder, processes, overwrite, quiet)
+        with folder_to_fill(folder), locked(folder / LOCK, patience):
+            return _with_left_over(job.make(folder, processes, overwrite, quiet), folder)
     except OSError as error:
         raise CptError(f"Cannot clean into {folder}: {error}. Mend that and run the same command again.") from error
+
+
+def _with_left_over(report: CleaningReport, folder: Path) -> CleaningReport:
+    return replace(report, warnings=[*report.warnings, *left_over(folder / PARTS_FOLDER)])
+
+
+def _absolute(source: Source) -> str:
+    return source.path if source.kind == "hub" else os.path.abspath(source.path)
 
 
 def _sources_of(inputs: Inputs) -> list[Source]:
@@ -132,11 +142,13 @@ class Cleaning:
         self.sources, self.rules, self.json_key, self.policy = sources, rules, json_key, policy
         self.counts, self.tally, self.hashes = Counts(), Tally(), dict[str, str]()
         self.options = rules.as_dict() | {"json_key": json_key, "evaluation_sets": self._evaluation_sets()}
+        for rule in self.options["rules"]:
+            rule.pop("files", None)  # the evaluation sets, which are compared by what they hold
         self.seconds = 0.0
 
     def _evaluation_sets(self) -> list[dict[str, Any]]:
         files = [file for rule in self.rules.rules for file in getattr(rule, "files", ())]
-        return [{"path": each.path, "size": each.size, "mtime_ns": each.mtime_ns} for each in _sources_of(files)]
+        return [{"path": _absolute(each), "hash": hash_source(each)} for each in _sources_of(files)]
 
     def check_targets(self, folder: Path) -> None:
         """Check that no input lies where this cleaning writes or deletes.
@@ -162,14 +174,25 @@ class Cleaning:
         if not (folder / MANIFEST).exists():
             return None
         recorded = read_cleaning(folder)
-        change = changed_input(self.sources, recorded["inputs"])
-        if recorded["options"] != orjson.loads(_dumps(self.options)) or change:
-            reason = change or "its rules or options are others, as its cleaning.json says"
+        if reason := changed_input(self.sources, recorded["inputs"]) or self._other_options(recorded["options"]):
             raise CptError(
                 f"{folder} holds another cleaning: {reason}. Take another folder, or overwrite=True (--overwrite)."
             )
         check_sizes(folder, recorded.get("sizes", {}))
         return CleaningReport(**recorded["report"] | {"status": "unchanged"})
+
+    def _other_options(self, recorded: dict[str, Any]) -> str | None:
+        """Return what differs between the options and those of a manifest; of evaluation sets the content counts."""
+        ours = orjson.loads(_dumps(self.options))
+        sets, before = (
+            {each.get("hash", ""): each["path"] for each in options["evaluation_sets"]} for options in (ours, recorded)
+        )
+        if ours | {"evaluation_sets": []} != recorded | {"evaluation_sets": []}:
+            return "its rules or options are others, as its cleaning.json says"
+        if new := [path for content, path in sets.items() if content not in before]:
+            return f"it was not made with the evaluation set {', '.join(new)} as it is now"
+        gone = [path for content, path in before.items() if content not in sets]
+        return f"it was made with the evaluation set {', '.join(gone)} as well" if gone else None
 
     def make(self, folder: Path, workers: int, overwrite: bool, quiet: bool) -> CleaningReport:
         """Write the files beside, then move them into their folder; the folder must be locked.

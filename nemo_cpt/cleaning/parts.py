@@ -21,6 +21,7 @@ from nemo_cpt.cleaning.job import (
     KEPT,
     LOCK,
     MANIFEST,
+    PARTS_FOLDER,
     SKETCHES,
     Cleaning,
     read_cleaning,
@@ -35,11 +36,10 @@ from nemo_cpt.corpus.preparing.joining import inputs_of_parts
 from nemo_cpt.corpus.preparing.workers import count_processes
 from nemo_cpt.corpus.progress import ProgressBar
 from nemo_cpt.corpus.reading.shares import cut
-from nemo_cpt.corpus.reading.sources import PARTS, PLAN, Inputs, Source, list_sources, listed_again
+from nemo_cpt.corpus.reading.sources import PLAN, Inputs, Source, list_sources, listed_again
 from nemo_cpt.corpus.reading.tally import Policy, Tally
 from nemo_cpt.errors import CptError
 
-FOLDER = "cleaning" + PARTS
 PART = "part.json"
 
 
@@ -90,7 +90,7 @@ def make_plan(
     cleaning = _cleaning(settings, sources)
     cleaning.check_targets(folder)
     job = orjson.loads(orjson.dumps(cleaning.options, option=orjson.OPT_NON_STR_KEYS))
-    return Plan(folder / FOLDER, job, settings, sources, cut(sources, tasks), overwrite)
+    return Plan(folder / PARTS_FOLDER, job, settings, sources, cut(sources, tasks), overwrite)
 
 
 def _cleaning(settings: dict[str, Any], sources: list[Source]) -> Cleaning:
@@ -259,5 +259,5 @@ def join(folder: str | os.PathLike[str]) -> CleaningReport:
 def parts_folder(output: str | os.PathLike[str]) -> Path | None:
     """Return the folder of a cleaning's parts, by the output or by the folder itself; None for another output."""
     path = Path(os.path.abspath(output))
-    folder = path if path.name == FOLDER else path / FOLDER
+    folder = path if path.name == PARTS_FOLDER else path / PARTS_FOLDER
     return folder if (folder / PLAN).exists() or (folder.parent / MANIFEST).exists() else None

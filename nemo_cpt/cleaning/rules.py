@@ -186,6 +186,8 @@ def _value(value: Any, hint: Any, where: str) -> Any:
         return tuple(_value(each, inner[0], where) for each in value)
     if origin is dict and isinstance(value, Mapping):
         return {_value(key, inner[0], where): _value(each, inner[1], where) for key, each in value.items()}
+    if hint in (int, float) and type(value) in (int, float) and value < 0:
+        raise CptError(f"{where}: {value!r} is below 0, which nothing that is measured can be; null sets no limit.")
     # A bool is an int to Python, and a mistake here; a whole number is a float to everybody.
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool) and value == value:
         return value  # as it is written: the same rules by Python and by YAML say the same of what they drop

@@ -95,11 +95,10 @@ def _clean_in_tasks(
     json: bool,
     options: dict[str, Any],
 ) -> None:
-    from nemo_cpt.launching.executor import make_executor
-    from nemo_cpt.launching.in_tasks import Submitted, clean_in_tasks
+    from nemo_cpt.launching.in_tasks import Submitted, clean_in_tasks, executor_named
 
     with only_json_on_stdout(json):
-        where = make_executor(executor, of_executor, processes=1)
+        where = executor_named(executor, of_executor, detach)
         done = clean_in_tasks(inputs, output, rules, where, tasks, detach=detach, **options)
     return print_submitted(done, json) if isinstance(done, Submitted) else _print_cleaned(done, json)
 

@@ -158,11 +158,10 @@ def _prepare_in_tasks(
     json: bool,
     options: dict[str, Any],
 ) -> None:
-    from nemo_cpt.launching.executor import make_executor
-    from nemo_cpt.launching.in_tasks import Submitted, plan_in_tasks, prepare_in_tasks
+    from nemo_cpt.launching.in_tasks import Submitted, executor_named, plan_in_tasks, prepare_in_tasks
 
     with only_json_on_stdout(json):
-        where = make_executor(executor, of_executor, processes=1)
+        where = executor_named(executor, of_executor, detach)
         if dry_run:
             done: Any = plan_in_tasks(inputs, output, tokenizer, where, tasks, **options)
         else:

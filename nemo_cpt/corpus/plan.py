@@ -120,12 +120,30 @@ class Plan:
         differing = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
         shown = [key for key in differing if key not in ("inputs", "ranges")]
         words = [f"{key} is {theirs.get(key)!r}, not {ours.get(key)!r}" for key in shown]
+        changed = self._changed_since(there)
         if "inputs" in differing or not shown:
-            words.append("their inputs are others")
+            words.append(changed or "their inputs are others")
+        # Of inputs that changed that job's command is this one, and would come back here.
+        finish = "Its shares were cut from what was there before" if changed else "Run its command again to finish it"
         return (
-            f"{self.folder} holds parts of another job: {'; '.join(words)}. Run that job's command again to finish it, "
-            "take another output, or discard the parts with overwrite=True (--overwrite)."
+            f"{self.folder} holds parts of another job: {'; '.join(words)}. {finish}; take another output, or discard "
+            "the parts with overwrite=True (--overwrite)."
         )
+
+    def _changed_since(self, there: "Plan") -> str:
+        """What became of the inputs of another plan of the same files; "" where it has others."""
+        if [source.path for source in self.sources] != [source.path for source in there.sources]:
+            return ""
+        found = ", ".join(
+            f"{now.path} changed since the tasks were planned (it had {was.size:,} bytes, now it has {now.size:,})"
+            for now, was in zip(self.sources, there.sources, strict=True)
+            if now.size != was.size
+        )
+        ours, theirs = self._described(), there._described()
+        # Shares end where lines do: as many of the same sizes are cut elsewhere only where the lines are others.
+        if not found and ours["tasks"] == theirs["tasks"] and ours["ranges"] != theirs["ranges"]:
+            return "the content of their inputs changed since the tasks were planned"
+        return found
 
     def write(self) -> None:
         """Write it where the tasks find it."""
@@ -179,6 +197,16 @@ class Plan:
             f"{socket.gethostname()} sees it: {numbers}. Run the command that made the others again: it makes these "
             "alone. If their tasks have ended well, the folder is not on a file system that all machines share."
         )
+
+
+def left_over(folder: Path) -> list[str]:
+    """Return what is to be said, beside an output, of parts that no task or join will need; nothing where none are."""
+    if not (folder / PLAN).exists():
+        return []
+    return [
+        f"{folder} holds parts of an earlier command with --tasks, which this output does not need: "
+        "remove it, unless they are at work."
+    ]
 
 
 def remove_parts(folder: Path) -> None:

@@ -14,6 +14,7 @@ from nemo_cpt.launching import jobs
 
 TASK_MODULE = "nemo_cpt.executors.array_task"
 ALIVE = ("PENDING", "SUBMITTED", "RUNNING")
+_DETACHED_HERE = "--detach is for a scheduler's jobs: those on this machine end with what started them"
 STOP_SECONDS = 60  # ahead of a task's time limit: to leave a checkpoint takes seconds
 
 
@@ -38,6 +39,18 @@ class Array:
     missing: Callable[[], list[int]]
 
 
+def check_named(name: str, detach: bool = False) -> None:
+    """Check as `check_executor` what can be said of an executor by its name alone, before NeMo-Run is imported.
+
+    Raises:
+        CptError: It cannot run arrays.
+    """
+    if name == "local" and detach:
+        raise CptError(_DETACHED_HERE)
+    if name not in ("local", "slurm") and not name.partition(":")[0].endswith(".py"):
+        raise CptError(_shares_no_files(name))
+
+
 def check_executor(executor: Any, detach: bool = False) -> None:
     """Check that an executor can run arrays.
 
@@ -52,13 +65,10 @@ def check_executor(executor: Any, detach: bool = False) -> None:
         if executor.nodes > 1:
             raise CptError("--tasks with local(nodes=...): processes of this machine alone; leave nodes away")
         if detach:
-            raise CptError("--detach is for a scheduler's jobs: those on this machine end with what started them")
+            raise CptError(_DETACHED_HERE)
         return
     if not isinstance(executor, SlurmJob):
-        raise CptError(
-            f"--tasks with {type(executor).__name__}: its machines are not known to share this one's files. Take "
-            "--executor slurm or local, or run without --tasks"
-        )
+        raise CptError(_shares_no_files(type(executor).__name__))
     if not isinstance(executor.tunnel, run.LocalTunnel):
         raise CptError(
             "--tasks with slurm(tunnel=ssh(...)): the inputs are read here; run the command on the login node"
@@ -68,6 +78,13 @@ def check_executor(executor: Any, detach: bool = False) -> None:
             "--tasks makes an array of jobs of one process each: leave executor.nodes, tasks_per_node, chain and array "
             "away (executor.cpus_per_task says how many CPUs each of them has)"
         )
+
+
+def _shares_no_files(name: str) -> str:
+    return (
+        f"--tasks with {name}: its machines are not known to share this one's files. Take --executor slurm or local, "
+        "or run without --tasks"
+    )
 
 
 def run_array(array: Array, executor: Any, detach: bool = False) -> str:
@@ -85,6 +102,7 @@ def run_array(array: Array, executor: Any, detach: bool = False) -> str:
             log's last lines.
     """
     import nemo_run as run
+    from nemo_run.core.frontend.console.api import CONSOLE
 
     from nemo_cpt.executors.slurm_job import SlurmJob
 
@@ -102,6 +120,10 @@ def run_array(array: Array, executor: Any, detach: bool = False) -> str:
         raise
     except CptError as error:
         raise CptError(_what_failed(array, logs, error)) from error
+    finally:
+        # Where stdout is no terminal, rich ends the tasks' box in the middle of a line.
+        if not CONSOLE.is_terminal:
+            CONSOLE.line()
     return str(experiment._id)
 
 

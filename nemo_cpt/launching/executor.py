@@ -1,6 +1,7 @@
 """An executor by its name and `key=value` options, or from a file of the user's."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,18 @@ from nemo_cpt.errors import CptError
 
 
 def make_executor(name: str, options: Sequence[str], processes: int) -> Any:
-    """Return an executor by name, with `key=value` options, or the one a function of the user's makes.
+    """Return what `executor_maker` makes.
+
+    Raises:
+        CptError: there is no such executor, file or function, or an option is wrong.
+    """
+    return executor_maker(name, options, processes)()
+
+
+def executor_maker(name: str, options: Sequence[str], processes: int) -> Callable[[], Any]:
+    """Return what makes an executor by name, with `key=value` options, or the one a function of the user's makes.
+
+    Name and options are looked at now; NeMo-Run, which takes seconds to import, is needed by what is returned.
 
     Args:
         name: `local`, `slurm`, ... or `FILE.py:FUNCTION`.
@@ -23,15 +35,19 @@ def make_executor(name: str, options: Sequence[str], processes: int) -> Any:
     file, _, function = name.partition(":")
     # Before the catalog: a user's file needs no name there.
     if file.endswith(".py"):
-        return _from_file(Path(file), function)
-    from nemo_cpt import executors
-
+        return partial(_from_file, Path(file), function)
     described = catalog.executor(name)
     given = catalog.parse(described, options, prefix="executor.")
     count = next((each for each in ("processes", "tasks_per_node") if each in described.parameters), None)
     # Only where the user says nothing: a number that is given is meant.
     if count and not {count, "gpus_per_node", "gpus"} & set(given):
         given[count] = processes
+    return partial(_by_name, name, given)
+
+
+def _by_name(name: str, given: Mapping[str, Any]) -> Any:
+    from nemo_cpt import executors
+
     return getattr(executors, name)(**given)
 
 

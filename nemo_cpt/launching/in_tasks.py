@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,8 @@ from nemo_cpt.corpus.preparing.estimate import Estimate, estimate
 from nemo_cpt.corpus.preparing.preparation import PrepareReport
 from nemo_cpt.corpus.preparing.workers import count_processes
 from nemo_cpt.corpus.reading.sources import PLAN, Inputs
-from nemo_cpt.launching.arrays import Array, check_executor, run_array
+from nemo_cpt.launching.arrays import Array, check_executor, check_named, run_array
+from nemo_cpt.launching.executor import executor_maker
 from nemo_cpt.output import say
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ def prepare_in_tasks(
         inputs: As for `prepare`; every machine must see them under the same paths.
         output_prefix: As for `prepare`; on a file system that all machines share.
         tokenizer: As for `prepare`.
-        executor: What `slurm` or `local` returns.
+        executor: What `slurm` or `local` returns; a function that returns it, called once there is something to run; or
+            None for processes of this machine.
         tasks: How many; fewer where the inputs cannot be cut into as many.
         detach: Return once the tasks, and the job that joins their parts, are submitted.
         overwrite: Replace an existing dataset, and parts of another job.
@@ -68,13 +70,15 @@ def prepare_in_tasks(
     Raises:
         CptError: As `prepare`; the executor cannot run arrays; a task failed, with the end of its log.
     """
-    check_executor(executor, detach)
-    options["workers"] = _workers(options.get("workers"), executor, tasks)
+    if executor is not None and not callable(executor):
+        check_executor(executor, detach)
     plan, loaded = parts.make_plan(inputs, output_prefix, tokenizer, tasks, overwrite, **options)
     whole = parts.whole(plan, loaded)
     if whole.is_there(overwrite):
         remove_parts(plan.folder)
         return whole.report(parts.settings_of(plan), "unchanged", {})
+    executor = _made(executor, detach)
+    plan.settings["options"]["workers"] = _workers(options.get("workers"), executor, tasks)
     _say_if_fewer(plan, tasks)
     numbers = parts.take_up(plan, loaded)
     name = f"prepare-{Path(output_prefix).name}"
@@ -101,7 +105,8 @@ def clean_in_tasks(
         inputs: As for `clean`; every machine must see them, and evaluation sets, under the same paths.
         output: As for `clean`; on a file system that all machines share.
         rules: As for `clean`.
-        executor: What `slurm` or `local` returns.
+        executor: What `slurm` or `local` returns; a function that returns it, called once there is something to run; or
+            None for processes of this machine.
         tasks: How many; fewer where the inputs cannot be cut into as many.
         detach: Return once the tasks, and the job that joins their parts, are submitted.
         options: Further options of `clean`, by name.
@@ -111,18 +116,44 @@ def clean_in_tasks(
     """
     from nemo_cpt.cleaning import parts as cleaned
 
-    check_executor(executor, detach)
-    options["workers"] = _workers(options.get("workers"), executor, tasks)
+    if executor is not None and not callable(executor):
+        check_executor(executor, detach)
     plan = cleaned.make_plan(inputs, output, rules, tasks, **options)
     if (report := cleaned.existing(plan)) is not None:
         remove_parts(plan.folder)
         return report
+    executor = _made(executor, detach)
+    plan.settings["workers"] = _workers(options.get("workers"), executor, tasks)
     _say_if_fewer(plan, tasks)
     numbers = plan.take_up(lambda: cleaned.missing(plan))
     name = f"clean-{Path(output).name}"
     array = _array(name, plan, cleaned.clean_part, cleaned.join, numbers, lambda: cleaned.missing(plan))
     submitted = _carry_out(array, plan, executor, str(plan.folder.parent) if detach else "")
     return submitted or _just_made(cleaned.join(plan.folder))
+
+
+def executor_named(name: str, options: Sequence[str], detach: bool = False) -> Callable[[], Any] | None:
+    """Return what makes an executor by its name, or None for processes of this machine.
+
+    So what asks for no executor, such as an output that is there already, does not wait for NeMo-Run's import.
+
+    Raises:
+        CptError: There is none of that name, an option is wrong, or it cannot run arrays.
+    """
+    make = executor_maker(name, options, processes=1)
+    check_named(name, detach)
+    return None if name == "local" and not options else make
+
+
+def _made(executor: Any, detach: bool = False) -> Any:
+    if executor is None:
+        from nemo_cpt.executors import local
+
+        executor = local()
+    elif callable(executor):
+        executor = executor()
+    check_executor(executor, detach)
+    return executor
 
 
 def _say_if_fewer(plan: Plan, tasks: int) -> None:
@@ -178,9 +209,10 @@ def plan_in_tasks(
     Raises:
         CptError: As `prepare_in_tasks` before it begins; the inputs have no size.
     """
-    check_executor(executor)
-    workers = _workers(options.get("workers"), executor, tasks)
     plan, loaded = parts.make_plan(inputs, output_prefix, tokenizer, tasks, **options)
+    if executor is not None:  # else nothing of it is to be asked for
+        executor = _made(executor)
+    workers = _workers(options.get("workers"), executor, tasks)
     return estimate(plan, loaded, workers or _cpus_per_task(executor))
 
 
@@ -197,6 +229,8 @@ def _cpus_per_task(executor: Any) -> int:
 
 
 def _is_local(executor: Any) -> bool:
+    if executor is None:
+        return True
     import nemo_run as run
 
     return isinstance(executor, run.LocalExecutor)

@@ -126,13 +126,20 @@ def run(name: str | os.PathLike[str], directory: Path = DIRECTORY) -> Run:
     """A run by its name under `directory`, or by its folder.
 
     Raises:
-        CptError: there is none; with the nearest names.
+        CptError: there is none, with the nearest names; or the folder holds none.
     """
     found = next((path for path in (directory / name, Path(name)) if _is_run(path)), None)
     if found is None:
+        if folder := next((path for path in (directory / name, Path(name)) if path.is_dir()), None):
+            raise CptError(f"{folder} holds no run: a run's folder has checkpoints or metrics in it{_runs_in(folder)}")
         names = [each.folder.name for each in runs(directory)]
         raise CptError(f"there is no run {str(name)!r} in {directory}; {catalog.nearest(str(name), names)}")
     return Run(found)
+
+
+def _runs_in(folder: Path) -> str:
+    names = [path.name for path in sorted(folder.iterdir()) if _is_run(path)]
+    return f"; it is a folder of runs: name one of {', '.join(names[:5])} with --directory {folder}" if names else ""
 
 
 def checkpoint_folder(source: Path) -> Path:

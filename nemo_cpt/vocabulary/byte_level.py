@@ -15,7 +15,7 @@ from typing import Any
 import orjson
 
 from nemo_cpt.corpus.tokenization.tokenizer import Tokenizer, load_tokenizer
-from nemo_cpt.corpus.tokenization.tokenizer_files import read_object
+from nemo_cpt.corpus.tokenization.tokenizer_files import DEFINITION, find_folder, read_object
 from nemo_cpt.errors import CptError
 
 RECORD = "grown.json"  # in a grown tokenizer's folder: what it grew from, and that from
@@ -83,11 +83,21 @@ def read_byte_level(tokenizer: str) -> ByteLevelBPE:
     Raises:
         CptError: there is none, or it is of another kind.
     """
+    written = read_object(find_folder(tokenizer) / DEFINITION, orjson.loads)
+    if isinstance(written.get("model"), dict):
+        _check_kind(tokenizer, written)  # here already: what is no byte-level BPE, transformers takes long to load
     described = load_tokenizer(tokenizer)
     if described.definition is None:
         raise CptError(f"{tokenizer} is a tokenizer without a tokenizer.json: only byte-level BPE can be grown")
     path = described.definition
     content = read_object(path, orjson.loads) if isinstance(path, Path) else orjson.loads(path)
+    _check_kind(tokenizer, content)
+    if not content["model"]["merges"]:
+        raise CptError(f"the tokenizer {tokenizer} has no merges: there is nothing for further ones to build on")
+    return ByteLevelBPE(described, content)
+
+
+def _check_kind(tokenizer: str, content: Mapping[str, Any]) -> None:
     model = content["model"]
     if model.get("type") != "BPE" or not _is_byte_level(content.get("pre_tokenizer")):
         kind = model.get("type") if model.get("type") != "BPE" else "BPE over characters, not over bytes"
@@ -95,9 +105,6 @@ def read_byte_level(tokenizer: str) -> ByteLevelBPE:
             f"the tokenizer {tokenizer} is {kind}: only byte-level BPE can be grown, such as Llama-3's, Qwen2.5's or "
             "SmolLM2's"
         )
-    if not model["merges"]:
-        raise CptError(f"the tokenizer {tokenizer} has no merges: there is nothing for further ones to build on")
-    return ByteLevelBPE(described, content)
 
 
 def ancestor(grown: ByteLevelBPE, vocabulary_size: int, merges: int) -> dict[str, Any]:

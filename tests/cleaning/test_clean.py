@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -152,6 +153,30 @@ def test_evaluation_sets_are_kept_out(tmp_path: Path, corpus: Path, japanese: li
     )
 
 
+def test_evaluation_sets_are_compared_by_what_they_hold(
+    tmp_path: Path, corpus: Path, japanese: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    written = Path("eval.jsonl")
+    write_jsonl(written, japanese[5:6])
+
+    def again(*sets: Path | str) -> str:
+        return clean(corpus, tmp_path / "out", "ja", decontaminate=list(sets), quiet=True).status
+
+    assert again(written) == "written"
+    os.utime(written, ns=(1, 1))
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes(written.read_bytes())
+    assert {again(written), again(written.absolute()), again(moved)} == {"unchanged"}
+    write_jsonl(written, japanese[6:7])
+    with pytest.raises(CptError, match=r"not made with the evaluation set .*/eval\.jsonl as it is now"):
+        again(moved, written)
+    with pytest.raises(CptError, match=r"not made with the evaluation set .*/eval\.jsonl as it is now"):
+        again(written)
+    with pytest.raises(CptError, match="its rules or options are others"):
+        again()
+
+
 def test_evaluation_sets_of_words(tmp_path: Path, english: list[str]) -> None:
     words = english[2].split()
     (tmp_path / "eval.jsonl").write_text(json.dumps({"q": " ".join(words[10:23]).upper() + "?"}) + "\n")
@@ -215,7 +240,7 @@ def test_rules_that_drop_everything_are_an_error(tmp_path: Path) -> None:
         CptError, match=r"drop all 113 documents: length: characters \(113; the first has .*at least 400"
     ):
         clean(source, tmp_path / "out", "ja", quiet=True)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_input_is_named_and_leaves_nothing(tmp_path: Path, corpus: Path) -> None:
@@ -225,7 +250,7 @@ def test_bad_input_is_named_and_leaves_nothing(tmp_path: Path, corpus: Path) -> 
         clean(corpus, tmp_path / "out", "ja", quiet=True)
     with pytest.raises(CptError, match="no key 'body'"):
         clean(corpus, tmp_path / "out", "ja", json_key="body", quiet=True)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
     report = clean(corpus, tmp_path / "out", "ja", on_error="skip", max_skipped=0.1, quiet=True)
     assert report.skipped == {"not_json": 1, "missing_key": 1}
     for inputs, message in (([], "There is no input"), (tmp_path / "none.jsonl", "There is no input")):

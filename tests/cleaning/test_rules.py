@@ -205,6 +205,8 @@ def test_every_rule_is_documented_and_named() -> None:
         ({"rules": [{"rule": "length", "min_chars": 3}]}, r"rule 1 \(length\): there is no 'min_chars' \(did you mean"),
         ({"rules": [{"rule": "length", "min_characters": "many"}]}, "min_characters: 'many' is no int"),
         ({"rules": [{"rule": "length", "min_characters": True}]}, "True is no int"),
+        ({"rules": [{"rule": "length", "min_characters": -5}]}, "min_characters: -5 is below 0"),
+        ({"rules": [{"rule": "word_repetition", "max_top_share": {2: -0.2}}]}, "max_top_share: -0.2 is below 0"),
         ({"rules": [{"rule": "repair", "form": "NFD"}]}, "'NFD' is no 'NFC' or 'NFKC' or 'none'"),
         ({"rules": [{"rule": "word_repetition", "max_top_share": {"two": 0.2}}]}, "'two' is no int"),
         ({"rules": ["length"]}, "'length' names no rule"),

@@ -139,6 +139,8 @@ def test_what_is_in_use_stays(world: Path, checkpoint: Path) -> None:
     ("arguments", "says"),
     [
         (["ls", "jaa"], "there is no run 'jaa' in results; near: ja"),
+        (["ls", "home"], "home holds no run: a run's folder has checkpoints or metrics in it\n"),
+        (["ls", "results"], "it is a folder of runs: name one of en, ja with --directory results"),
         (["ls", "-d", "nowhere"], "there is no folder nowhere with runs"),
         (["ls", "-d", "results/ja"], "is one itself, `nemo-cpt ls results/ja`"),
         (["rm", "ja", "--keep", "0"], "--keep 0: give 1 or more"),
@@ -146,6 +148,7 @@ def test_what_is_in_use_stays(world: Path, checkpoint: Path) -> None:
     ],
 )
 def test_bad_input(world: Path, arguments: list[str], says: str) -> None:
+    (world / "home").mkdir()
     done = nemo_cpt(*arguments, cwd=world)
     assert done.returncode == 2
     assert says in done.stderr

@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from nemo_cpt.cleaning import clean
+from nemo_cpt.cleaning.rules import Rules
+from nemo_cpt.corpus import prepare
 from nemo_cpt.corpus.fetching.known_corpora import CORPORA
 
 
@@ -119,3 +122,41 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(tmp_path: Path, json
     assert "ds: 50 % of 10 MB" in done.stderr.splitlines()[-1]
     assert "documents/s" in done.stderr
     assert "\x1b" not in done.stderr
+
+
+ONE_PROCESS = """
+import json, sys
+from nemo_cpt.cli import main
+for arguments in json.load(sys.stdin):
+    sys.argv = ["nemo-cpt", *arguments]
+    try:
+        main()
+    except SystemExit as ended:
+        print(f"code {ended.code or 0}", flush=True)
+print([name for name in ("torch", "nemo", "nemo_run") if name in sys.modules])
+"""
+
+
+def test_what_runs_no_task_does_not_wait_for_nemo_run(tmp_path: Path, jsonl: Path, small: Path) -> None:
+    prepare(jsonl, tmp_path / "ds", small, quiet=True)
+    clean(jsonl, tmp_path / "cleaned", Rules("en", ()), quiet=True)
+    (tmp_path / "rules.yaml").write_text(Rules("en", ()).to_yaml())
+    job = ["prepare", str(jsonl), "-t", str(small), "-o", str(tmp_path / "ds")]
+    other = [*job[:-1], str(tmp_path / "other")]
+    cleaning = ["clean", str(jsonl), "--config", str(tmp_path / "rules.yaml"), "-o", str(tmp_path / "cleaned")]
+    commands = {
+        (*job, "--tasks", "2"): "(unchanged)",
+        (*cleaning, "--tasks", "2"): "unchanged",
+        (*job, "--tasks", "0"): "tasks is 0",
+        (*other, "--tasks", "2", "--dry-run"): "nothing: this is a dry run",
+        (*other, "--tasks", "2", "--executor", "docker"): "--tasks with docker: its machines are not known to share",
+        (*other, "--tasks", "2", "--executor", "slrm"): "there is no executor 'slrm' (near: slurm)",
+        (*other, "--tasks", "2", "executor.gpuss=1"): "local has no parameter executor.gpuss",
+        (*other, "--tasks", "2", "--detach"): "--detach is for a scheduler's jobs",
+    }
+    command, asked = [sys.executable, "-c", ONE_PROCESS], json.dumps(list(commands))
+    done = subprocess.run(command, input=asked, capture_output=True, text=True, timeout=120)
+    said = done.stdout + done.stderr
+    assert {each: each in said for each in commands.values()} == dict.fromkeys(commands.values(), True), said
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert not list(tmp_path.glob("other*"))

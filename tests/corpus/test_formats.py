@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from nemo_cpt.corpus import prepare, split
 from nemo_cpt.corpus.reading.chunks import Feed, texts_of
-from nemo_cpt.corpus.reading.formats import BOM
+from nemo_cpt.corpus.reading.formats import BOM, resemblance
 from nemo_cpt.corpus.reading.sources import list_sources
 from nemo_cpt.corpus.reading.tally import Policy, Tally
 from nemo_cpt.errors import CptError
@@ -466,3 +466,7 @@ def test_bad_csv(tmp_path: Path, content: bytes, says: str) -> None:
     (tmp_path / "a.csv").write_bytes(content)
     with pytest.raises(CptError, match=re.escape(says)):
         read([tmp_path / "a.csv"])
+
+
+def test_an_empty_input_resembles_nothing() -> None:
+    assert resemblance(b"") == resemblance(b"\xef\xbb\xbf\n") == ""

@@ -237,6 +237,47 @@ def test_changed_inputs_are_noticed(tmp_path: Path, small: Path, texts: list[str
     assert same_files(join(plan.folder).prefix, one.prefix)
 
 
+def test_an_input_that_changed_its_size_is_named_with_the_way_out(
+    tmp_path: Path, small: Path, texts: list[str]
+) -> None:
+    path = write_jsonl(tmp_path / "in.jsonl", [*texts, "one more"])
+    plan = planned(path, tmp_path, small, 3)
+    prepare_part(plan.folder, 0)
+    write_jsonl(path, texts)
+    with pytest.raises(
+        CptError,
+        match=r"in\.jsonl changed since the tasks were planned \(it had .*Its shares were cut from what was there "
+        "before; take another output, or discard the parts with overwrite=True",
+    ):
+        take_up(*make_plan(path, tmp_path / "ds", small, 3, **OPTIONS))
+    # Of the size that it had, with its lines elsewhere.
+    write_jsonl(path, ["one more", *texts])
+    with pytest.raises(CptError, match=r"content of their inputs changed since the tasks were planned\. Its shares"):
+        take_up(*make_plan(path, tmp_path / "ds", small, 3, **OPTIONS))
+    # What one run makes does not need them, and says so until somebody removes them.
+    for status in ("written", "unchanged"):
+        report = prepare(path, tmp_path / "ds", small, quiet=True)
+        assert report.status == status
+        assert f"{plan.folder} holds parts of an earlier command with --tasks" in report.warnings[-1]
+    remove_parts(plan.folder)
+    assert prepare(path, tmp_path / "ds", small, quiet=True).warnings == []
+
+
+def test_the_manifest_names_the_tokenizer_as_it_was_given(
+    tmp_path: Path, corpus: Path, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(small.parent)
+    plan = planned(corpus, tmp_path, Path(small.name))
+    monkeypatch.chdir(tmp_path)  # tasks run elsewhere
+    for number in range(len(plan.shares)):
+        prepare_part(plan.folder, number)
+    joined = join(plan.folder)
+    monkeypatch.chdir(small.parent)
+    one = prepare(corpus, tmp_path / "one", Path(small.name), **OPTIONS)
+    assert joined.tokenizer == one.tokenizer
+    assert joined.tokenizer["name"] == small.name
+
+
 def test_what_the_join_does_not_see_is_said(tmp_path: Path, corpus: Path, small: Path) -> None:
     plan = made(corpus, tmp_path, small)
     elsewhere = Path(part_prefix(plan, 2) + ".idx")

@@ -207,3 +207,28 @@ def test_verify_notices_a_wrong_token(tmp_path: Path, jsonl: Path, small: Path) 
         file.write(b"\x07\x00")
     with pytest.raises(CptError, match=r"is not what transformers .* gives for its text"):
         prepare(jsonl, tmp_path / "ds", small, verify=report.documents, quiet=True)
+
+
+@pytest.mark.parametrize("end", [".bin", ".idx", "truncated"])
+def test_a_dataset_that_lost_a_file_is_made_again_as_the_message_says(
+    tmp_path: Path, small: Path, texts: list[str], end: str
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", texts[:5])
+    prefix = prepare(source, tmp_path / "ds", small, workers=1, quiet=True).prefix
+    whole = Path(f"{prefix}.bin").read_bytes()
+    if end == "truncated":
+        Path(f"{prefix}.bin").write_bytes(whole[:8])
+    else:
+        Path(prefix + end).unlink()
+    with pytest.raises(CptError, match="`nemo-cpt prepare` with --overwrite makes it anew"):
+        prepare(source, tmp_path / "ds", small, workers=1, quiet=True)
+    assert prepare(source, tmp_path / "ds", small, workers=1, quiet=True, overwrite=True).status == "written"
+    assert Path(f"{prefix}.bin").read_bytes() == whole
+    read_index(prefix)
+
+
+def test_a_failed_preparation_leaves_no_empty_folder(tmp_path: Path, small: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("no JSON\n")
+    with pytest.raises(CptError, match="line 1"):
+        prepare(tmp_path / "a.jsonl", tmp_path / "new" / "ds", small, workers=1, quiet=True)
+    assert not (tmp_path / "new").exists()

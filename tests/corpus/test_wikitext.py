@@ -29,6 +29,13 @@ CASES = {
     "a category": ("ja", "東京\n[[Category:東京|*]]\n[[カテゴリ:都市]]", "東京"),
     "a category in the text": ("en", "in [[:Category:Cities]]", "in Category:Cities"),
     "a file whose caption has links": ("en", "a [[File:X.jpg|thumb|The [[Kyoto|old [[city]]]] {{x|y}}]] b", "a b"),
+    "an address at a caption's end": ("ja", "あ[[画像:X.jpg|thumb|説明[http://x y]]]い", "あい"),
+    "an address at a label's end": (
+        "en",
+        "a [[b|c [http://x y]]] d [[File:X.jpg|[[e|f [http://x y]]]]] g",
+        "a c y d g",
+    ),
+    "a bracket behind a label with a template": ("en", "[a [[b|c {{x}}]]]", "[a c]"),
     "an old name of the namespace": ("ja", "あ[[画像:X.jpg|thumb|説明]]い[[Image:y.png]]う", "あいう"),
     "a file of another language": ("fr", "a[[Fichier:X.jpg|vignette|l'[[église]]]]b", "ab"),
     "an external link": ("en", "[https://e.org/a?b=c The site] [http://e.org] [//e.org/x y]", "The site y"),

@@ -232,7 +232,9 @@ def test_the_command_line(project, corpus, tmp_path):
 def test_fewer_tasks_than_asked_for_are_told(project, corpus, tmp_path, capsys):
     write_jsonl(tmp_path / "two.jsonl", ["a line", "another line"])
     prepare_in_tasks(tmp_path / "two.jsonl", tmp_path / "two", corpus / "tokenizer", local(), 9, **OPTIONS)
-    assert "2 tasks, not 9" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert "2 tasks, not 9" in shown.err
+    assert "╯\n" in shown.out  # what is printed next begins a line
 
 
 def test_ranges_of_an_array():

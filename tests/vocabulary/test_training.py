@@ -11,7 +11,7 @@ from nemo_cpt.compatibility import check_data, read_base
 from nemo_cpt.corpus import prepare
 from nemo_cpt.corpus.tokenization.tokenizer import FastEncoder, load_tokenizer
 from nemo_cpt.errors import CptError
-from nemo_cpt.vocabulary import grow, train
+from nemo_cpt.vocabulary import byte_level, grow, train
 from nemo_cpt.vocabulary.training import BOS, CHAT, EOS, MAX_BYTES, PAD, settled
 from nemo_cpt.vocabulary.words import script_of
 from tests.vocabulary.conftest import CORPUS, texts
@@ -79,6 +79,15 @@ def test_unigram_has_a_token_for_every_byte_and_every_text_comes_back(unigram: P
         assert loaded(text, add_special_tokens=False)["input_ids"] == ids
     tokens = [loaded.convert_ids_to_tokens(number) for number in range(7, 2048)]
     assert max(len(token) for token in tokens if not token.startswith("<|")) <= MAX_BYTES
+
+
+def test_unigram_is_refused_to_grow_before_it_is_loaded(unigram: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(tokenizer: str) -> None:
+        raise AssertionError("transformers takes long to load it")
+
+    monkeypatch.setattr(byte_level, "load_tokenizer", load)
+    with pytest.raises(CptError, match="is Unigram: only byte-level BPE can be grown"):
+        grow(str(unigram), JA, unigram.parent / "grown", tokens=10)
 
 
 def test_a_special_tokens_name_that_is_taken_for_text_is_spelled_in_other_tokens(unigram: Path) -> None:

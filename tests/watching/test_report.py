@@ -127,6 +127,7 @@ def test_a_run_of_an_older_version_has_a_report_too(tmp_path: Path) -> None:
         (["onne"], "there is no run 'onne' in results; near: one"),
         (["one", "one"], "would be compared with itself"),
         (["empty"], "has no metrics/steps.jsonl"),
+        (["results"], "it is a folder of runs: name one of"),
         (["one", "-d", "nowhere"], "there is no folder nowhere with runs"),
     ],
 )

@@ -246,6 +246,7 @@ def test_ctrl_z_gives_the_terminal_back_and_fg_goes_on(
     ("arguments", "says"),
     [
         (["jaa"], "there is no run 'jaa' in results; near: ja"),
+        (["other"], "other holds no run"),
         (["-d", "nowhere"], "there is no folder nowhere with runs"),
         (["-d", "results/ja"], "is one itself"),
         (["empty"], "has no metrics/steps.jsonl: the run has measured nothing yet"),
@@ -253,6 +254,7 @@ def test_ctrl_z_gives_the_terminal_back_and_fg_goes_on(
 )
 def test_bad_input(folder: Path, arguments: list[str], says: str) -> None:
     (folder.with_name("empty") / "checkpoints").mkdir(parents=True)
+    (folder.parents[1] / "other").mkdir(exist_ok=True)
     done = watch(*arguments, cwd=folder.parents[1])
     assert (done.returncode, says in done.stderr) == (2, True), done.stderr
 

@@ -26,6 +26,7 @@ CODES = {name: code for code, name in DTYPES.items()}
 ITEMSIZE = {"uint8": 1, "int8": 1, "int16": 2, "int32": 4, "int64": 8, "float64": 8, "float32": 4, "uint16": 2}
 BLOCK = 1 << 20  # entries handled at once, so that memory does not grow with the corpus
 SAMPLE_BYTES = 1 << 16  # of each end of a file, for its fingerprint
+ANEW = "`nemo-cpt prepare` with --overwrite makes it anew"  # without it, `prepare` leaves what is there alone
 SAMPLE_TOKENS, SAMPLE_PIECES = 1 << 22, 64  # what is looked at of a dataset of which nobody knows its largest id
 
 
@@ -124,7 +125,7 @@ def read_index(prefix: str | os.PathLike[str]) -> Index:
     need = HEADER.size + 12 * sequences + 8 * boundaries
     size = path.stat().st_size
     if size < need:
-        raise CptError(f"{path} is truncated: {size} bytes, its header announces {need}. Run `nemo-cpt prepare` again.")
+        raise CptError(f"{path} is truncated: {size} bytes, its header announces {need}; {ANEW}.")
     # Mapped, not read: the index of a trillion tokens has gigabytes, of which a blend's check looks at few pages.
     buffer = np.memmap(path, mode="r")
 
@@ -152,9 +153,9 @@ def _read_header(path: Path) -> tuple[str, int, int]:
         # The commonest mistakes of all: still being prepared, or another key. The message tells them apart.
         raise CptError(f"There is no {path}{_why_missing(str(path)[:-4])}") from None
     if not raw.startswith(MAGIC):
-        raise CptError(f"{path} is not a Megatron index: it starts with {raw[:9]!r}, not {MAGIC!r}.")
+        raise CptError(f"{path} is not a Megatron index: it starts with {raw[:9]!r}, not {MAGIC!r}; {ANEW}.")
     if len(raw) < HEADER.size:
-        raise CptError(f"{path} is truncated: {len(raw)} bytes, not even a header of {HEADER.size}.")
+        raise CptError(f"{path} is truncated: {len(raw)} bytes, not even a header of {HEADER.size}; {ANEW}.")
     _, version, code, sequences, boundaries = HEADER.unpack(raw)
     if version != 1 or code not in DTYPES:
         raise CptError(f"{path} has version {version} and dtype code {code}; known are version 1 and codes 1 to 8.")
@@ -165,6 +166,8 @@ def _why_missing(full: str) -> str:
     """The end of the sentence that begins "There is no PREFIX.idx"."""
     if os.path.exists(full + ".journal"):
         return ": `nemo-cpt prepare` has not finished it. Wait for it, or run the same command again: it resumes."
+    if os.path.exists(full + ".bin"):
+        return f", but {full}.bin: {ANEW}."
     if others := _of_other_keys(full.removesuffix(SUFFIX)):
         return f", but {' and '.join(others)}: name one of them in full."
     return ". Make it with `nemo-cpt prepare`, or correct the prefix."
@@ -174,17 +177,17 @@ def _check_pair(index: Index) -> None:
     """Raise if the `.bin` is missing or is not as long as the index says."""
     path = Path(index.prefix + ".bin")
     if not path.exists():
-        raise CptError(f"There is {index.prefix}.idx but no {path}. Restore it, or run `nemo-cpt prepare` again.")
+        raise CptError(f"There is {index.prefix}.idx but no {path}. Restore it; or {ANEW}.")
     # Sizes alone, which cost nothing: bytes are looked at by `inspect`.
     want, have = index.tokens * index.itemsize, path.stat().st_size
     if want != have:
         state = "truncated" if have < want else "longer than its index"
         raise CptError(
             f"{path} is {state}: {have} bytes, the index announces {want} ({index.tokens} tokens of "
-            f"{index.itemsize} bytes). The two files do not belong together; run `nemo-cpt prepare` again."
+            f"{index.itemsize} bytes). The two files do not belong together; {ANEW}."
         )
     if len(index.document_indices) == 0 or index.document_indices[-1] != len(index.lengths):
-        raise CptError(f"{index.prefix}.idx is corrupt: its documents do not end at its last sequence.")
+        raise CptError(f"{index.prefix}.idx is corrupt: its documents do not end at its last sequence; {ANEW}.")
 
 
 def read_tokens(index: Index, document: int) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 import nemo_cpt
-from nemo_cpt.corpus.atomic_files import make_folder, sync_directory, write_whole
+from nemo_cpt.corpus.atomic_files import folder_to_fill, sync_directory, write_whole
 from nemo_cpt.corpus.dataset.index import read_index, write_index
 from nemo_cpt.corpus.dataset.manifest import (
     FORMAT,
@@ -154,7 +154,10 @@ class Output(ABC):
 
     def make(self, run: Run, overwrite: bool) -> tuple[str, dict[str, float]]:
         """Write the dataset, or the rest of it; return the status and this run's rates."""
-        make_folder(self.idx.parent)
+        with folder_to_fill(self.idx.parent):
+            return self._make(run, overwrite)
+
+    def _make(self, run: Run, overwrite: bool) -> tuple[str, dict[str, float]]:
         journal, rates = self.journal, dict[str, float]()
         # From here on the output is ours: all that follows relies on the lock.
         resumed = journal.open(overwrite, run.patience)

@@ -6,7 +6,8 @@ started again, and one that is done does nothing.
 
 import os
 import socket
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,8 @@ def make_plan(
     loaded = load_tokenizer(tokenizer)
     meant = TextOutput(prefix, sources, loaded, settings).options
     job = meant | {"fast": settings.fast, "compared": settings.verify != 0}
-    name = os.path.abspath(tokenizer) if os.path.exists(tokenizer) else str(tokenizer)
-    told = {"tokenizer": name, "options": asdict(settings)}
+    where = os.path.abspath(tokenizer) if os.path.exists(tokenizer) else str(tokenizer)
+    told = {"tokenizer": where, "tokenizer_name": loaded.name, "options": asdict(settings)}
     return Plan(Path(prefix + PARTS), job, told, sources, shares, overwrite), loaded
 
 
@@ -135,10 +136,15 @@ def prepare_part(folder: str | os.PathLike[str], number: int) -> None:
     plan = Plan.read(folder)
     share, settings = plan.share(number), settings_of(plan)
     with HeadStart(settings.fast, settings.split_special_tokens) as head_start:
-        part = _part(plan, number, share, load_tokenizer(plan.settings["tokenizer"], head_start.begin))
+        part = _part(plan, number, share, _load_tokenizer(plan, head_start.begin))
         _check_tokenizer(plan, part)
         if not _is_whole(part, plan.overwrite):
             part.make(settings.run(head_start), plan.overwrite)
+
+
+def _load_tokenizer(plan: Plan, found: Callable[[Path], object] = lambda definition: None) -> Tokenizer:
+    # By the path that every task finds, under the name that a single run's manifest has.
+    return replace(load_tokenizer(plan.settings["tokenizer"], found), name=plan.settings["tokenizer_name"])
 
 
 def _check_tokenizer(plan: Plan, output: TextOutput) -> None:
@@ -165,7 +171,7 @@ def join(folder: str | os.PathLike[str], quiet: bool | None = None) -> PrepareRe
     if not (folder / PLAN).exists() and manifest_path(_prefix_of(folder)).exists():
         return report_of(_prefix_of(folder), "unchanged")
     plan = Plan.read(folder)
-    settings, tokenizer = settings_of(plan), load_tokenizer(plan.settings["tokenizer"])
+    settings, tokenizer = settings_of(plan), _load_tokenizer(plan)
     output, status = whole(plan, tokenizer), "unchanged"
     _check_tokenizer(plan, output)
     if not output.is_there(plan.overwrite):

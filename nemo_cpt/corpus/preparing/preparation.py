@@ -2,18 +2,19 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from nemo_cpt.corpus.dataset.index import dtype_for
 from nemo_cpt.corpus.dataset.manifest import read_manifest
+from nemo_cpt.corpus.plan import left_over
 from nemo_cpt.corpus.preparing.encode import Layout, TextWork, Work
 from nemo_cpt.corpus.preparing.job import first_texts
 from nemo_cpt.corpus.preparing.output import HeadStart, Output, Run
 from nemo_cpt.corpus.preparing.reference_check import verify_documents
 from nemo_cpt.corpus.preparing.workers import count_processes
-from nemo_cpt.corpus.reading.sources import Inputs, Source, list_sources
+from nemo_cpt.corpus.reading.sources import PARTS, Inputs, Source, list_sources
 from nemo_cpt.corpus.reading.tally import Policy
 from nemo_cpt.corpus.tokenization.characters import Lookout
 from nemo_cpt.corpus.tokenization.document_end import end_of_document, end_warnings
@@ -158,7 +159,8 @@ def prepare(
         # A finished dataset of this very job: a rerun of a pipeline costs a few file stats.
         if not output.is_there(overwrite):
             status, rates = output.make(settings.run(head_start), overwrite)
-    return output.report(settings, status, rates)
+    report = output.report(settings, status, rates)
+    return replace(report, warnings=[*report.warnings, *left_over(Path(prefix + PARTS))])
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,6 @@ def resemblance(head: bytes) -> str:
                 f"It seems to be {name} with the columns {', '.join(columns[:8])}: under a name that ends in .csv or "
                 ".tsv, and not compressed, it is read as such. "
             )
-    if first[:1] not in ("{", "["):
+    if first and first[0] not in "{[":
         return "It seems to be plain text: under a name that ends in .txt, and not compressed, it is one document. "
     return ""

@@ -31,7 +31,7 @@ _SIMPLE_LINK = re.compile(r"\[\[ *+([^\[\]{}|\n:#<>]++)\]\]")
 _LABELLED_LINK = re.compile(r"\[\[[^\[\]{}|\n:<>]++\|([^\[\]{}|\n]++)\]\]")
 _SIMPLE_TEMPLATE = re.compile(r"(?<!\{)\{\{([^{}\[\]]++)\}\}")
 _MARK = re.compile(
-    r"\[\[|\]\]|\{\{++|\}\}++|^[ \t:*#]*+\{\||^[ \t]*+\|\}(?!\})|<table\b[^<>]*+>|</table\s*+>|-\{(?!\{)|\}-",
+    r"\[\[|\]\]++|\{\{++|\}\}++|^[ \t:*#]*+\{\||^[ \t]*+\|\}(?!\})|<table\b[^<>]*+>|</table\s*+>|-\{(?!\{)|\}-",
     re.IGNORECASE | re.MULTILINE,
 )
 _OF_HEADERS = re.compile(r"^[ \t]*!.*$", re.MULTILINE)
@@ -212,9 +212,8 @@ class _Nesting:
         """
         if mark == "[[" or mark.startswith("{{"):
             self._open(mark)
-        elif mark == "]]":
-            if self._unwound_to("["):
-                self._add(self.cleaner.link(self._closed()))
+        elif mark.startswith("]]"):
+            return self._close_brackets(len(mark))
         elif mark.startswith("}}"):
             return self._close_braces(len(mark))
         elif mark == "-{" and self.cleaner.converts:
@@ -235,6 +234,17 @@ class _Nesting:
         if len(self.stack) > _DEPTH:
             self._give_all_up()
         self.stack.append(_Open(mark))
+
+    def _close_brackets(self, brackets: int) -> int:
+        """Close a link, or first the external one that ends within it; return how many brackets that took."""
+        if not self._unwound_to("["):
+            return 2
+        content = "".join(self.stack[-1].pieces)
+        if brackets % 2 and content.count("[") > content.count("]"):
+            self._add("]")
+            return 1
+        self._add(self.cleaner.link(self._closed()))
+        return 2
 
     def _close_braces(self, braces: int) -> int:
         """Close a template (two braces) or a parameter (three); return how many that took."""
