@@ -35,7 +35,7 @@ CASES = {
         "a [[b|c [http://x y]]] d [[File:X.jpg|[[e|f [http://x y]]]]] g",
         "a c y d g",
     ),
-    "a bracket behind a label with a template": ("en", "[a [[b|c {{x}}]]]", "[a c]"),
+    "a bracket behind a label with a template": ("en", "[a [[b|c {{nowrap|d}}]]]", "[a c d]"),
     "an old name of the namespace": ("ja", "あ[[画像:X.jpg|thumb|説明]]い[[Image:y.png]]う", "あいう"),
     "a file of another language": ("fr", "a[[Fichier:X.jpg|vignette|l'[[église]]]]b", "ab"),
     "an external link": ("en", "[https://e.org/a?b=c The site] [http://e.org] [//e.org/x y]", "The site y"),
