@@ -9,6 +9,11 @@ it is, as people call it, and once with `--no-templates`: else it reads the dump
 the dump defines, as Wikipedia's does. mwparserfromhell is what the `datasets` script of Wikipedia cleans with; it gets
 the first --slow articles in this process, and its rate is what it gives alone.
 
+    python benchmarks/wikipedia.py --cases --peers FOLDER
+
+counts on how many constructs of tests/corpus/test_wikitext.py each of them gives what MediaWiki shows as text; blanks,
+the marks of lists, dollars around formulas and raised or lowered digits are taken for the same.
+
 Megabytes are those of the XML. A process is measured with its children, from its start to its end.
 """
 
@@ -24,9 +29,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for tests.support
 from tests.support.wikipedia_dump import WikiPage, head, write_dump, xml_of
 
 CITATIONS = (
@@ -188,15 +195,47 @@ def mwparserfromhell_rate(dump_pages: list[WikiPage], peers: Path) -> tuple[floa
     return size / theirs, size / (time.process_time() - begin)
 
 
+def compare_cases(peers: Path) -> None:
+    """Print of each parser how many cases it gets right, and which it does not."""
+    sys.path.insert(0, str(peers))
+    import mwparserfromhell
+    from wikiextractor.extract import Extractor
+
+    from tests.corpus.test_wikitext import CASES, CLEANERS
+
+    def by_wikiextractor(language: str, text: str) -> str:
+        names = {"knownNamespaces": {"File", "Image", "Category", "ファイル", "画像", "カテゴリ", "Fichier"}}
+        made = Extractor("1", "1", "https://e.org/wiki", "T", [text], **names)
+        return "\n".join(made.clean_text(text, html_safe=False))
+
+    parsers = {
+        "nemo_cpt": lambda language, text: CLEANERS[language].text(text, "T"),
+        "mwparserfromhell": lambda language, text: str(mwparserfromhell.parse(text).strip_code()),
+        "wikiextractor": by_wikiextractor,
+    }
+    for name, parse in parsers.items():
+        wrong = [
+            case for case, (language, text, shown) in CASES.items() if _bare(parse(language, text)) != _bare(shown)
+        ]
+        print(f"{name}\t{len(CASES) - len(wrong)} of {len(CASES)}\t{'; '.join(wrong)}")
+
+
+def _bare(text: str) -> str:
+    return re.sub(r"[\s*#$-]", "", unicodedata.normalize("NFKC", text))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("texts", nargs="+", type=Path)
+    parser.add_argument("texts", nargs="*", type=Path)
+    parser.add_argument("--cases", action="store_true")
     parser.add_argument("--megabytes", type=float, default=200, help="of XML, at most")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--peers", type=Path, default=Path("."))
     parser.add_argument("--slow", type=int, default=300)
     given = parser.parse_args()
+    if given.cases:
+        return compare_cases(given.peers)
     folder = Path(tempfile.mkdtemp(prefix="wikipedia."))
     try:
         compare(given, folder)

@@ -91,7 +91,7 @@ def _tasks(
         yield step.name, ours(WHOLE), light()
         return
     yield f"{step.name}-{BEGIN}", ours(BEGIN), light()
-    recipe, arguments, fields, own = recipes.split(step.name, step.parameters)
+    recipe, arguments, fields, own = recipes.split(step.name, step.parameters, step.folder)
     named = str(step.parameters.get(recipes.EXECUTOR, executor))
     shared = [*options, *(OF_SLURM if named == "slurm" else ())] if named == executor else []
     where = make_executor(named, [*shared, *own], recipe.processes(arguments))

@@ -13,12 +13,13 @@ from nemo_cpt.catalog.workloads import workload
 from nemo_cpt.corpus.preparing.workers import count_processes
 from nemo_cpt.doctor import PREFLIGHT, Examination, Finding, Job, examine
 from nemo_cpt.doctor.examination import from_error
+from nemo_cpt.doctor.inputs import run_folder
 from nemo_cpt.errors import CptError
 from nemo_cpt.launching.description import describe
 from nemo_cpt.planning.plans import plan_workload
 from nemo_cpt.workflow import outputs, recipes
 from nemo_cpt.workflow.kinds import paths_in, value_of
-from nemo_cpt.workflow.standing import Standing
+from nemo_cpt.workflow.standing import Standing, goes_on
 from nemo_cpt.workflow.steps import Step, Workflow
 
 # Inputs whose size tells that of what is made of them; the tokenizer's and the base's do not.
@@ -27,7 +28,7 @@ MEASURED = ("inputs", "corpora", "source")
 
 @dataclass(frozen=True)
 class Rate:
-    """How a kind of step goes through its inputs: docs/corpus.md and docs/checkpoints.md have the measurements.
+    """How a kind of step goes through its inputs: docs/corpus.md, cleaning.md and checkpoints.md measured it.
 
     Attributes:
         bytes_per_second: of its inputs; of one worker where it has several.
@@ -43,7 +44,7 @@ class Rate:
 
 
 RATES = {
-    "clean": Rate(4e6, 1.0, by_workers=True),
+    "clean": Rate(8e6, 1.0, 0.06, by_workers=True),
     "split": Rate(20e6, 1.0),
     "prepare": Rate(42e6, 1.05, 0.35, by_workers=True),
     "tokenizer": Rate(1e6, 0.0, 1.8),
@@ -107,7 +108,7 @@ class Estimates:
 
     def disk(self, needed: float) -> Finding:
         """Whether the disk holds what all steps would write."""
-        free = shutil.disk_usage(self.workflow.folder.absolute()).free
+        free = shutil.disk_usage(self.workflow.folder).free
         found = f"{free / 1e9:,.1f} GB free, {needed / 1e9:,.1f} GB known to be written"
         short = f"free {(needed - free) / 1e9:,.1f} GB" if needed > free else ""
         return Finding("disk", "error" if short else "ok", found, short)
@@ -146,7 +147,7 @@ class Estimates:
 
     def _training(self, standing: Standing, plan: bool) -> Estimate:
         step = standing.step
-        recipe, arguments, fields, options = recipes.split(step.name, step.parameters)
+        recipe, arguments, fields, options = recipes.split(step.name, step.parameters, step.folder)
         try:
             job = describe(recipe, arguments, fields, str(step.parameters.get(recipes.EXECUTOR, "local")), options)
         except CptError as error:  # such as the shape of a base that is not made yet
@@ -173,7 +174,10 @@ class Estimates:
         first = [name for name in self.workflow.needs[standing.step.name] if self._missing(name)]
         if first or standing.waits:
             job = replace(job, place=replace(job.place, same_files=False))
-        for each in examine(PREFLIGHT, Examination(job), seconds=20):
+        # What lies in the run's folder is set aside before the training begins anew.
+        anew = standing.record is not None and not goes_on(standing)
+        checks = [each for each in PREFLIGHT if not (anew and each is run_folder)]
+        for each in examine(checks, Examination(job), seconds=20):
             if each.state in ("warning", "error"):
                 self.findings.append((standing.step.name, each))
 

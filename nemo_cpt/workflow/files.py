@@ -16,6 +16,7 @@ import yaml
 
 from nemo_cpt import catalog
 from nemo_cpt.errors import CptError
+from nemo_cpt.strict_yaml import StrictLoader
 from nemo_cpt.workflow.kinds import KINDS, OWN
 from nemo_cpt.workflow.steps import Step, Workflow
 
@@ -30,14 +31,8 @@ _SCALARS = (
 )
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(StrictLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  the library's own way
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise CptError(f"line {node.start_mark.line + 1}: {twice[0]} stands twice")
-        return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -121,7 +116,9 @@ def _from_python(path: Path) -> Workflow:
     if len(found) != 1:
         raise CptError(f"{path} holds {len(found)} workflows ({', '.join(found) or 'none'}): it must hold one")
     (workflow,) = found.values()
-    return Workflow(workflow.name, list(workflow.steps.values()), path.absolute().parent / workflow.folder)
+    return (
+        workflow if workflow.rooted else Workflow(workflow.name, list(workflow.steps.values()), path.absolute().parent)
+    )
 
 
 def as_yaml(workflow: Workflow) -> str:

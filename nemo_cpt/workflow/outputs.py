@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
+from nemo_cpt.corpus.dataset.index import full_prefix
 from nemo_cpt.corpus.reading.chunks import hash_file
 from nemo_cpt.training.run_folder import newest_whole
 
 # Without the manifest, which says when it was made: it would be another one each time.
 OF_A_DATASET = (".bin", ".idx", ".mask")
-SUFFIXES = ("_text_document", "_conversations")  # which `prepare` appends, and which nobody needs to write
+CONVERSATIONS = "_conversations"
+SUFFIXES = ("_text_document", CONVERSATIONS)  # which `prepare` appends, and which nobody needs to write
 PREFIXES = ("_document", "_conversations")
 Files = dict[str, dict[str, Any]]
 
@@ -39,7 +41,7 @@ def files_of(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     # Before folders: Megatron keeps the indices that a training made of a dataset in a folder of the prefix's name.
-    for prefix in (path.name, *(path.name + suffix for suffix in SUFFIXES)):
+    for prefix in (path.name, Path(full_prefix(path)).name, path.name + CONVERSATIONS):
         parts = [path.with_name(prefix + ending) for ending in OF_A_DATASET]
         if parts[0].is_file():
             return [part for part in parts if part.is_file()]

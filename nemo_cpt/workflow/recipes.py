@@ -1,5 +1,6 @@
 """Steps that train a recipe: their parameters are those of `nemo-cpt run` and of its configuration files."""
 
+import contextlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from nemo_cpt.errors import CptError
 from nemo_cpt.workflow.kinds import OPTION, paths_in, value_of
 
 RECIPE, EXECUTOR = "recipe", "executor"  # beside the recipe's own parameters
+MIXTURES, FILES = ("data", "replay"), (".yaml", ".yml", ".json")
 READS = ("base", "data", "replay", "tokenizer")
 
 
@@ -35,34 +37,48 @@ def text(value: Any) -> str:
     return value if isinstance(value, str) else "None" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def split(name: str, parameters: Mapping[str, Any]) -> tuple[catalog.Function, dict[str, Any], list[str], list[str]]:
+def split(
+    name: str, parameters: Mapping[str, Any], folder: Path
+) -> tuple[catalog.Function, dict[str, Any], list[str], list[str]]:
     """The recipe, its arguments, fields of its config and its executor's options, as `catalog.split`.
+
+    Args:
+        name: the step's.
+        parameters: the step's.
+        folder: that of the workflow's file, where files that they name are looked for.
 
     Raises:
         CptError: a parameter is unknown, missing or of the wrong type.
     """
     try:
-        return catalog.split(function(name, parameters).name, pairs(parameters))
+        with contextlib.chdir(folder) if folder.is_dir() else contextlib.nullcontext():
+            return catalog.split(function(name, parameters).name, pairs(parameters))
     except CptError as error:
         raise CptError(f"{name}: {error.message}") from None
 
 
-def check(name: str, parameters: Mapping[str, Any]) -> None:
-    """Check a step's parameters against its recipe's and its executor's own.
+def check(name: str, parameters: Mapping[str, Any], folder: Path) -> None:
+    """Check a step's parameters against its recipe's and its executor's own; see `split`.
 
     Raises:
         CptError: as `split`; there is no such executor, or it has no such option.
     """
-    *_, options = split(name, parameters)
+    *_, options = split(name, parameters, folder)
     executor = str(parameters.get(EXECUTOR, "local"))
     # A file of the user's has no options that could be read.
     if ".py:" not in executor:
         catalog.parse(catalog.executor(executor), options, prefix=OPTION)
 
 
-def reads(recipe: catalog.Function, arguments: Mapping[str, Any]) -> list[str]:
-    """The base, the datasets and the tokenizer that a training reads; where it is not said, the recipe's own."""
-    found: list[str] = []
+def reads(recipe: catalog.Function, arguments: Mapping[str, Any], parameters: Mapping[str, Any]) -> list[str]:
+    """The base, the datasets and the tokenizer that a training reads; where it is not said, the recipe's own.
+
+    Args:
+        recipe: what is trained.
+        arguments: its own, as `split` has them.
+        parameters: the step's, in which a mixture may be the name of a file, which is read too.
+    """
+    found = [value for name in MIXTURES if isinstance(value := parameters.get(name), str) and value.endswith(FILES)]
     for name in READS:
         if name not in recipe.parameters:
             continue

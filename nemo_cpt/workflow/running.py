@@ -166,8 +166,8 @@ class Runner:
     def _wait(self, step: Step, lock: int) -> int:
         """Run a step's process to its end; returns its exit code."""
         for path in step.writes:
-            make_folder((step.folder / path).absolute().parent)
-        request, result = (self.state.path(step.name, ending).absolute() for ending in ("request", "result"))
+            make_folder((step.folder / path).parent)
+        request, result = (self.state.path(step.name, ending) for ending in ("request", "result"))
         result.unlink(missing_ok=True)
         write_whole(request, json.dumps(self._request(step), ensure_ascii=False).encode())
         # -P: a user's tokenizers.py in the workflow's folder is not the library of that name.
@@ -175,7 +175,7 @@ class Runner:
         log = self.state.path(step.name, "log")
         with log.open("ab") as file:
             self.child = subprocess.Popen(
-                command, cwd=step.folder.absolute(), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+                command, cwd=step.folder, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
                 # A terminal's Ctrl-C comes by way of this process, once.
                 start_new_session=True, pass_fds=[lock], env=_environment(),
             )  # fmt: skip

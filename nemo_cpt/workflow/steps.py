@@ -1,6 +1,5 @@
 """A workflow: steps that name what they read and write, put in order by that, and checked before anything runs."""
 
-import glob
 import math
 import os
 import re
@@ -17,7 +16,7 @@ from nemo_cpt import catalog
 from nemo_cpt.errors import CptError
 from nemo_cpt.workflow import recipes
 from nemo_cpt.workflow.kinds import NOT_GIVEN, OWN, Kind, function_of, kind_of, paths_in, value_of
-from nemo_cpt.workflow.outputs import related
+from nemo_cpt.workflow.outputs import files_of, related
 
 NAME = re.compile(r"[\w][\w.-]*")
 ELSEWHERE = re.compile(r"(hf:|https?://)")
@@ -72,7 +71,7 @@ class Step:
     def reads(self) -> list[str]:
         """What it names that may be files."""
         if self.kind.recipe:
-            return recipes.reads(self.function, self.arguments)
+            return recipes.reads(self.function, self.arguments, self.parameters)
         names = self.kind.reads if self.kind is not OWN else self._own_paths(READS)
         return list(dict.fromkeys(path for name in names for path in paths_in(self.parameters.get(name))))
 
@@ -93,7 +92,7 @@ class Step:
     def arguments(self) -> dict[str, Any]:
         """What the function is called with; of a recipe, without fields of its config and its executor's options."""
         if self.kind.recipe:
-            return recipes.split(self.name, self.parameters)[1]
+            return recipes.split(self.name, self.parameters, self.folder)[1]
         return {name: value for name, value in self.parameters.items() if name not in (READS, WRITES)}
 
     def __truediv__(self, part: str) -> str:
@@ -111,7 +110,7 @@ class Step:
             CptError: one is unknown, with the nearest; is missing; has the wrong type; or is the workflow's to decide.
         """
         if self.kind.recipe:
-            recipes.check(self.name, self.parameters)
+            recipes.check(self.name, self.parameters, self.folder)
             return
         known = {name: each for name, each in self.function.parameters.items() if name not in NOT_GIVEN}
         for name, value in self.arguments.items():
@@ -147,14 +146,16 @@ class Workflow:
     Args:
         name: what it is called.
         steps: in any order; of those that could come next the first one listed does.
-        folder: what relative paths are relative to; that of its file, where it is read from one.
+        folder: what relative paths are relative to; where it is None, the folder of the file that it is read from, else
+            the current one.
 
     Raises:
         CptError: a name is given twice, or there is no step.
     """
 
-    def __init__(self, name: str, steps: Sequence[Step], folder: str | Path = "") -> None:
-        self.name, self.folder = str(name), Path(folder)
+    def __init__(self, name: str, steps: Sequence[Step], folder: str | Path | None = None) -> None:
+        self.name, self.rooted = str(name), folder is not None
+        self.folder = Path(folder or "").absolute()
         self.steps = {
             step.name: Step(step.name, _relative(step.do, self.folder), step.parameters, self.folder) for step in steps
         }
@@ -278,8 +279,8 @@ class Workflow:
 def _relative(do: str, folder: Path) -> str:
     """A function of the user's by its file's place in the workflow's folder, wherever that lies."""
     file = Path(do.partition(":")[0])
-    inside = file.is_absolute() and file.is_relative_to(folder.absolute())
-    return do.replace(str(file), str(file.relative_to(folder.absolute())), 1) if inside else do
+    inside = file.is_absolute() and file.is_relative_to(folder)
+    return do.replace(str(file), str(file.relative_to(folder)), 1) if inside else do
 
 
 def _named(step: Step) -> set[str]:
@@ -291,9 +292,7 @@ def _named(step: Step) -> set[str]:
 
 def _exists(folder: Path, path: str) -> bool:
     full = folder / path
-    if full.exists() or (glob.has_magic(path) and glob.glob(str(full), recursive=True)):
-        return True
-    return any(full.parent.glob(f"{glob.escape(full.name)}*.idx"))  # a dataset by its prefix
+    return full.exists() or bool(files_of(full))
 
 
 def _feeds(step: Step, other: Step) -> bool:

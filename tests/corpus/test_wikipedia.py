@@ -253,10 +253,13 @@ def test_text_that_is_there_is_not_replaced(tmp_path: Path) -> None:
     write_dump(path, EN * 2)
     with pytest.raises(CptError, match=r"is the text of another x\.xml\.bz2"):
         get(path, tmp_path)
-    (tmp_path / "x.wikipedia.json").unlink()
-    with pytest.raises(CptError, match="is no whole text"):
-        get(path, tmp_path)
     assert len(rows_of(text.path)) == 1
+    Path(text.path).write_bytes(Path(text.path).read_bytes().replace(b"Kyoto", b"Osaka"))
+    with pytest.raises(CptError, match=r"is not what x\.wikipedia\.json says"):
+        get(path, tmp_path)
+    (tmp_path / "x.wikipedia.json").unlink()
+    with pytest.raises(CptError, match="no dump was its source"):
+        get(path, tmp_path)
 
 
 @pytest.fixture(scope="module")

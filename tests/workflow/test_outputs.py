@@ -56,6 +56,13 @@ def test_a_dataset_is_its_tokens_by_either_prefix_whatever_a_training_left(tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["ja_validation_text_document.bin"]
 
 
+def test_a_dataset_of_another_field_is_known_by_its_short_prefix(tmp_path: Path) -> None:
+    for ending in (".bin", ".idx"):
+        (tmp_path / f"ja_body_document{ending}").touch()
+    (tmp_path / "ja_body_document.json").write_text(json.dumps({"options": {"json_key": "body"}}))
+    assert names(tmp_path / "ja") == ["ja_body_document.bin", "ja_body_document.idx"]
+
+
 def test_a_run_is_its_newest_whole_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "metrics").mkdir()

@@ -69,6 +69,7 @@ def test_a_template_makes_it_a_preparation_of_conversations(tmp_path: Path) -> N
         ({"train": {"executor.processses": 2}}, "local has no parameter executor.processses; near: processes"),
         ({"train": {"base": "bsae"}}, "train reads bsae, which is not there and which no step makes; near: base"),
         ({"data": {"inputs": "text2/train.jsonl"}}, "data reads text2/train.jsonl, which is not there"),
+        ({"train": {"data": "ds/j"}}, "train reads ds/j, which is not there and which no step makes"),
         ({"data": {"tokenizer": "tok2"}}, "data reads tok2, which is not there and which no step makes; near: tok"),
         ({"init": {"dest": "tok"}}, "write tok: give each its own"),
         ({"init": {"dest": "text/base"}}, "one within the other: give each its own"),
@@ -80,6 +81,14 @@ def test_what_cannot_work_is_refused(tmp_path: Path, changes: dict[str, dict[str
     with pytest.raises(CptError) as error:
         road(tmp_path, **changes).check()
     assert said in error.value.message
+
+
+def test_a_mixture_in_a_file_is_read_where_the_workflow_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w/blend.yaml").write_text("train: {ds/ja: 1.0}\nvalidation: {en: ds/en}\n")
+    monkeypatch.chdir(tmp_path)
+    workflow = Workflow("w", [train("train", recipe="tiny.continual_pretrain", base="b", data="blend.yaml")], "w")
+    assert workflow.steps["train"].reads == ["blend.yaml", "b", "ds/ja", "ds/en"]
 
 
 def test_a_circle_is_named(folder: Path) -> None:

@@ -96,14 +96,14 @@ def _fetch_dump(corpus: str, folder: Path, workers: int | None, quiet: bool, pat
         sha1 = "" if dump.exists() else find_sha1(url, patience)
         with folder_to_fill(folder):
             got.append(Download(url, folder, quiet, patience, sha1).run())
-        source = {"url": got[0].url, "sha256": got[0].sha256}
+        shown, sha256 = got[0].url, got[0].sha256
     else:
         dump = Path(corpus)
         if not dump.is_file():
             raise CptError(f"There is no file {corpus}.")
-        source = {"sha256": hash_of(dump)}
-    text = extract(dump, folder, source=source, workers=workers, quiet=quiet, patience=patience)
-    return [*got, _fetched(text, source.get("url", str(dump)))]
+        shown = sha256 = ""
+    text = extract(dump, folder, url=shown, sha256=sha256, workers=workers, quiet=quiet, patience=patience)
+    return [*got, _fetched(text, shown or str(dump))]
 
 
 def _fetched(text: Extraction, url: str) -> Fetched:

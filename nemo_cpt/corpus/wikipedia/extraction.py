@@ -74,8 +74,9 @@ def extract(
     dump: Path,
     folder: Path,
     *,
+    url: str = "",
+    sha256: str = "",
     workers: int | None = None,
-    source: dict[str, Any] | None = None,
     quiet: bool = False,
     patience: float = 2.0,
 ) -> Extraction:
@@ -84,8 +85,9 @@ def extract(
     Args:
         dump: A MediaWiki export, packed by bzip2, multistream or not.
         folder: Where the lines go, under the dump's name, with a manifest beside them.
+        url: Where the dump came from, for the manifest.
+        sha256: The dump's checksum; computed where it is not given.
         workers: Processes; all CPUs that this process may use by default.
-        source: What is known of the dump, for the manifest.
         quiet: Show no progress.
         patience: Seconds to wait for another process that extracts the same.
 
@@ -95,7 +97,11 @@ def extract(
     """
     processes = count_processes(workers)
     output = folder / text_name(dump.name)
-    job = _Job(dump, output, source or {})
+    site = read_head(dump)
+    job = _Job(dump, output, site, url, sha256 or hash_of(dump))
+    # Without the lock, which a folder that may only be read does not allow
+    if (there := job.finished()) is not None:
+        return there
     with folder_to_fill(folder), locked(folder / f".{output.name}.lock", patience):
         return job.finished() or job.run(processes, quiet)
 
@@ -107,26 +113,36 @@ def text_name(name: str) -> str:
     return f"{name}.jsonl"
 
 
-def read_manifest(output: Path) -> dict[str, Any] | None:
-    """Return what is noted of extracted text, None where it is not there whole."""
+def existing(folder: Path, url: str) -> Extraction | None:
+    """Return the text of the dump of an address, None where it is not there.
+
+    Raises:
+        CptError: It is damaged.
+    """
+    output = folder / text_name(Path(urlsplit(url).path).name)
+    manifest = _manifest(output)
+    return _described(output, manifest, "unchanged") if manifest and manifest["dump"]["url"] == url else None
+
+
+def _manifest(output: Path) -> dict[str, Any] | None:
+    """Return what is noted of text that is there, None where there is none, or no note of it.
+
+    Raises:
+        CptError: The text is not what is noted of it.
+    """
     try:
-        manifest = orjson.loads(manifest_of(output).read_bytes())
-        whole = manifest["format"] == FORMAT and output.stat().st_size == manifest["size"]
+        manifest = orjson.loads(_beside(output).read_bytes())
+        known = manifest["format"] == FORMAT and output.exists()
+        size, sha256 = manifest["size"], manifest["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return manifest if whole else None
+    if known and (output.stat().st_size != size or hash_of(output) != sha256):
+        raise CptError(f"{output} is not what {_beside(output).name} says; delete both to make it again.")
+    return manifest if known else None
 
 
-def manifest_of(output: Path) -> Path:
-    """Return where the manifest of extracted text is."""
+def _beside(output: Path) -> Path:
     return output.with_name(output.name.removesuffix(".jsonl") + EXTRACTED)
-
-
-def existing(folder: Path, url: str) -> Extraction | None:
-    """Return the text of the dump of an address, None where it is not there whole."""
-    output = folder / text_name(Path(urlsplit(url).path).name)
-    manifest = read_manifest(output)
-    return _described(output, manifest, "unchanged") if manifest and manifest["dump"].get("url") == url else None
 
 
 def _described(output: Path, manifest: dict[str, Any], status: str) -> Extraction:
@@ -134,13 +150,12 @@ def _described(output: Path, manifest: dict[str, Any], status: str) -> Extractio
 
 
 class _Job:
-    def __init__(self, dump: Path, output: Path, source: dict[str, Any]) -> None:
-        self.dump, self.output = dump, output
+    def __init__(self, dump: Path, output: Path, site: Site, url: str, sha256: str) -> None:
+        self.dump, self.output, self.site = dump, output, site
         self.part = output.with_name(f"{output.name}.part")
         self.journal = output.with_name(f"{output.name}.journal")
-        self.source = {"file": dump.name, "size": dump.stat().st_size, **source}
-        self.site = _site_of(dump)
-        self.cleaner = Cleaner(self.site.language, self.site.namespaces)
+        self.source: dict[str, Any] = {"file": dump.name, "url": url, "size": dump.stat().st_size, "sha256": sha256}
+        self.cleaner = Cleaner(site.language, site.namespaces)
 
     def finished(self) -> Extraction | None:
         """Return what an earlier run made of this dump.
@@ -150,12 +165,10 @@ class _Job:
         """
         if not self.output.exists():
             return None
-        manifest = read_manifest(self.output)
+        manifest = _manifest(self.output)
         if manifest is None:
-            raise CptError(
-                f"{self.output} is there, and is no whole text of a dump. Move it away, or take another folder."
-            )
-        if any(manifest["dump"].get(key) != value for key, value in self.source.items()):
+            raise CptError(f"{self.output} is there, and no dump was its source. Move it away, or take another folder.")
+        if manifest["dump"]["sha256"] != self.source["sha256"]:
             raise CptError(f"{self.output} is the text of another {self.dump.name}. Delete it, or take another folder.")
         return _described(self.output, manifest, "unchanged")
 
@@ -180,7 +193,9 @@ class _Job:
             self.journal.unlink(missing_ok=True)
             raise
         except OSError as error:
-            raise CptError(f"Cannot write {self.part}: {error.strerror}. Make room; a rerun goes on.") from error
+            raise CptError(
+                f"Cannot write {self.part}, or read {self.dump}: {error.strerror}. A rerun goes on."
+            ) from error
         manifest = {
             "format": FORMAT,
             "dump": self.source,
@@ -191,7 +206,7 @@ class _Job:
             "size": progress.written,
             "sha256": hash_of(self.part),
         }
-        write_whole(manifest_of(self.output), orjson.dumps(manifest, option=orjson.OPT_INDENT_2) + b"\n")
+        write_whole(_beside(self.output), orjson.dumps(manifest, option=orjson.OPT_INDENT_2) + b"\n")
         self.part.rename(self.output)
         sync_directory(self.output.parent)
         self.journal.unlink(missing_ok=True)
@@ -255,23 +270,21 @@ class _Job:
 
     def _note(self, progress: _Progress) -> None:
         """Note where the run is; what is noted must be on the disk."""
-        noted = vars(progress) | {"carry": base64.b64encode(progress.carry).decode(), "dump": self._identity}
+        noted = vars(progress) | {"carry": base64.b64encode(progress.carry).decode(), "dump": self.source["sha256"]}
+        noted["format"] = FORMAT
         write_whole(self.journal, orjson.dumps(noted))
 
     def _noted(self) -> _Progress:
         """Return where an earlier run was, the beginning where there is none of this dump."""
         try:
             noted = orjson.loads(self.journal.read_bytes())
-            if noted.pop("dump") == self._identity and self.part.stat().st_size >= noted["written"]:
+            of_this = (noted.pop("format"), noted.pop("dump")) == (FORMAT, self.source["sha256"])
+            if of_this and self.part.stat().st_size >= noted["written"]:
                 noted["carry"], noted["counts"] = base64.b64decode(noted["carry"]), Counter(noted["counts"])
                 return _Progress(**noted)
         except (OSError, ValueError, KeyError, TypeError):
             pass
         return _Progress()
-
-    @property
-    def _identity(self) -> dict[str, Any]:
-        return {"format": FORMAT, **self.source}
 
 
 def _tasks(dump: Path, bit: int) -> Iterator[list[Block]]:
@@ -280,8 +293,8 @@ def _tasks(dump: Path, bit: int) -> Iterator[list[Block]]:
         yield task
 
 
-def _site_of(dump: Path) -> Site:
-    """Return what a dump is of.
+def read_head(dump: Path) -> Site:
+    """Return the wiki that a dump is of.
 
     Raises:
         CptError: It is none, or it is cut short.

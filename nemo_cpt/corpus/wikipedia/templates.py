@@ -115,12 +115,12 @@ _TEXTS: dict[str, _Render] = {
         "underline; overline; strikethrough; strike; s; del; ins; center; normal; nobold; noitalic; no italic; sc; "
         "smallcaps; small caps; sc1; sc2; smallcaps all; allcaps; abbr; tooltip; mvar; math; var; code; mono; tt; kbd; "
         "samp; pre; char; unicode; visible anchor; vanchor; anchord; term; defn; not a typo; proper name; sic; "
-        "linktext; chem2; nastaliq; hebrew; script; polytonic; flag; flagu; flagcountry; flag country; 국기나라; 국기; "
+        "linktext; chem2; nastaliq; hebrew; polytonic; flag; flagu; flagcountry; flag country; 국기나라; 국기; "
         "cnspan; columns-list; columns list; col-list; plainlist; plain list; flatlist; div; span; poem; "
-        "ルビなし; 下線; 太字; 大文字; 小文字; 縦書き; 圏点; 傍点; 旗; lj; lang-ja2; 僻字; 删除线; 한자; 작게; 크게",
+        "ルビなし; 下線; 太字; 大文字; 小文字; 縦書き; 圏点; 傍点; 旗; lj; 僻字; 删除线; 한자; 작게; 크게",
         _first("1", "text", "content"),
     ),
-    **_named("lang; langx; llang; rtl-lang; wikt-lang; langue; wikt lang", _first("2", "text", "1")),
+    **_named("lang; langx; llang; rtl-lang; script; wikt-lang; langue; wikt lang", _first("2", "text")),
     **_named("transl; transliteration; resize; font size; fontsize; 字号", _last),
     **_named("color; colour; fontcolor; font color; font colour; colored; 色; 색", _first("3", "2", "text")),
     **_named("audio; pronunciation", _first("2")),
@@ -149,6 +149,7 @@ _TEXTS: dict[str, _Render] = {
     **_named("val; 値", _value),
     **_named("frac; sfrac; fraction; 分数; frac2", _fraction),
     **_named("chem; chemf; gaps; hanzi", _joined()),
+    **_named("nombre; unité; date", _joined(" ")),
     **_named("formatnum; num; number; nts; lcfirst; ucfirst", _first("1")),
     "lc": lambda given: given.get("1", "").lower(),
     "uc": lambda given: given.get("1", "").upper(),
