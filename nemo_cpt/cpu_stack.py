@@ -7,6 +7,7 @@
 import contextlib
 import types
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -78,6 +79,7 @@ def _cuda_functions() -> dict[str, Any]:
 def _patches() -> Iterator[Any]:
     """What is replaced while Megatron runs on the CPU, in groups by what would fail without it."""
     import megatron.core.tensor_parallel.random as megatron_random
+    import megatron.core.transformer.utils as transformer_utils
     import nemo.collections.llm.peft.lora as lora
     import nemo.collections.llm.peft.utils as peft_utils
     import nemo.lightning.io.pl as checkpoint_io
@@ -96,6 +98,8 @@ def _patches() -> Iterator[Any]:
         megatron_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state)
     )
     # 2. Kernels and layers of Transformer Engine, where it is installed, have their plain equivalents.
+    # torch.compile would want a C++ compiler for one line, and some 15 s.
+    yield mock.patch.object(transformer_utils, "gelu_impl", partial(torch.nn.functional.gelu, approximate="tanh"))
     for module, replaced in _plain_parts():
         yield mock.patch.multiple(module, **replaced)
     if not lora.HAVE_TE:  # NeMo's LoRA asks for Transformer Engine's classes even where it is absent

@@ -21,7 +21,7 @@ from nemo_cpt.cleaning.rule import Check
 from nemo_cpt.cleaning.rules import Rules, rules_for
 from nemo_cpt.cleaning.tallies import CleaningReport, Counts
 from nemo_cpt.corpus.atomic_files import locked, make_folder, sync_directory, write_whole
-from nemo_cpt.corpus.dataset.manifest import changed_input, describe_inputs
+from nemo_cpt.corpus.dataset.manifest import changed_input, check_sizes, describe_inputs, sizes_of
 from nemo_cpt.corpus.preparing.workers import count_processes
 from nemo_cpt.corpus.processes import in_order
 from nemo_cpt.corpus.progress import ProgressBar
@@ -168,6 +168,7 @@ class Cleaning:
             raise CptError(
                 f"{folder} holds another cleaning: {reason}. Take another folder, or overwrite=True (--overwrite)."
             )
+        check_sizes(folder, recorded.get("sizes", {}))
         return CleaningReport(**recorded["report"] | {"status": "unchanged"})
 
     def make(self, folder: Path, workers: int, overwrite: bool, quiet: bool) -> CleaningReport:
@@ -213,6 +214,7 @@ class Cleaning:
             "options": self.options,
             "inputs": describe_inputs(self.sources, hashes),
             "report": asdict(report),
+            "sizes": sizes_of(work, (KEPT, DROPPED, REPORT)),
             "seconds": round(self.seconds, 1),
             "versions": installed_versions(_VERSIONS),
         }

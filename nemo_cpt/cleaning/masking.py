@@ -1,5 +1,6 @@
 """E-mail addresses, phone numbers and numbers of persons replaced by a word that says what stood there."""
 
+import ipaddress
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -13,19 +14,22 @@ from nemo_cpt.errors import CptError
 
 COUNTRIES = ("jp", "us", "cn", "kr")
 _H = r"[-‐‑–−ー－]"  # what people take for a hyphen between digits
+_A, _0 = "A-Za-zＡ-Ｚａ-ｚ", "0-9０-９"
 _EMAIL = re.compile(
     # From a run's first character alone, of bounded length: linear, whatever the text.
-    r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9._%+-]{1,64}[@＠](?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}(?![A-Za-z0-9])"
+    rf"(?<![{_A}{_0}._%+-])[{_A}{_0}._%+．＿＋-]{{1,64}}[@＠]"
+    rf"(?:[{_A}{_0}-]{{1,63}}[.．]){{1,8}}[{_A}]{{2,24}}(?![{_A}{_0}])"
 )
 _OCTET = r"(?:25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])"
 _IPV4 = re.compile(rf"(?<![A-Za-z0-9_.])(?:{_OCTET}\.){{3}}{_OCTET}(?![A-Za-z0-9_]|\.[0-9])")
-_IPV6 = re.compile(r"(?<![0-9A-Za-z:])(?:[0-9A-Fa-f]{1,4}:){7}[0-9A-Fa-f]{1,4}(?![0-9A-Za-z:])")
+_IPV6 = re.compile(r"(?<![0-9A-Za-z:])[23][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2,34}(?![0-9A-Za-z:])")
 _NOT_PUBLIC = re.compile(r"(?:0|10|127|22[4-9]|2[3-5]\d)\.|169\.254\.|192\.168\.|172\.(?:1[6-9]|2\d|3[01])\.")
 _LONG_NUMBER = re.compile(r"[0-9０-９](?:[^\w\n]{0,2}\d){6}")  # seven digits: less is neither a phone number nor an id
 _BEFORE, _AFTER = rf"(?<![\d.])(?<!\d{_H})", rf"(?!{_H}?\d)"  # no part of a longer number
 _PHONES = {
     "": rf"[+＋]\d{{1,3}}(?:[ .]|{_H})?\(?\d{{1,4}}\)?(?:(?:[ .]|{_H})?\d{{2,4}}){{1,4}}",
-    "jp": rf"[0０]\d{{1,4}}{_H}\d{{1,4}}{_H}\d{{3,4}}|[(（][0０]\d{{1,4}}[)）] ?\d{{1,4}}{_H}\d{{3,4}}|0[5789]0\d{{8}}",
+    "jp": rf"[0０]\d{{1,4}}{_H}\d{{1,4}}{_H}\d{{3,4}}|[(（][0０]\d{{1,4}}[)）] ?\d{{1,4}}{_H}\d{{3,4}}|0[5789]0\d{{8}}"
+    r"|[0０]\d{1,4}[(（]\d{1,4}[)）]\d{3,4}|[0０]\d{1,3} \d{2,4} \d{4}|[0０][1-9１-９]\d{8}",
     "us": rf"(?:1(?:[ .]|{_H}))?(?:\([2-9]\d{{2}}\) ?|[2-9]\d{{2}}(?:[ .]|{_H}))[2-9]\d{{2}}(?:[ .]|{_H})\d{{4}}",
     "cn": rf"1[3-9]\d(?:{_H}?\d{{4}}){{2}}|0\d{{2,3}}{_H}\d{{7,8}}|\(0\d{{2,3}}\) ?\d{{7,8}}",
     "kr": rf"0(?:2|[3-6]\d|1[016-9]|[78]0)(?:[ .)]|{_H})\d{{3,4}}(?:[ .]|{_H})\d{{4}}|01[016-9]\d{{7,8}}",
@@ -74,8 +78,8 @@ class Masking(Rule):
         digits = document.counts[Kind.DIGIT]
         if self.ip is not None and digits >= 4 and masked.text.count(".") >= 3:
             masked.replace("ip", _IPV4, self.ip, _is_public)
-        if self.ip is not None and masked.text.count(":") >= 7:
-            masked.replace("ip", _IPV6, self.ip)
+        if self.ip is not None and masked.text.count(":") >= 2:
+            masked.replace("ip", _IPV6, self.ip, _is_ipv6)
         if digits >= 7 and _LONG_NUMBER.search(masked.text):
             self._mask_numbers(masked)
         for what, count in masked.counts.items():
@@ -125,6 +129,15 @@ class Masked:
 def _is_public(found: str) -> bool:
     """Tell an address from a version or a list such as 1.3.5.7 by its digits, and from those that are nobody's."""
     return len(_digits(found)) >= 7 and not _NOT_PUBLIC.match(found)
+
+
+def _is_ipv6(found: str) -> bool:
+    """Tell an address, of 2000::/3 by its pattern, which are all that were ever given out, from what only looks so."""
+    try:
+        ipaddress.IPv6Address(found)
+    except ValueError:
+        return False
+    return True
 
 
 def _digits(found: str) -> str:

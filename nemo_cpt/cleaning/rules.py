@@ -31,6 +31,7 @@ from nemo_cpt.cleaning.masking import Masking
 from nemo_cpt.cleaning.repair import Repair
 from nemo_cpt.cleaning.rule import Rule
 from nemo_cpt.errors import CptError
+from nemo_cpt.strict_yaml import StrictLoader
 
 RULES: dict[str, type[Rule]] = {
     rule.name: rule
@@ -125,7 +126,9 @@ def read_rules(path: str | Path) -> Rules:
         CptError: The file cannot be read, or names a rule, a limit or a value that there is not.
     """
     try:
-        described = yaml.safe_load(Path(path).read_text("utf-8"))
+        described = yaml.load(Path(path).read_text("utf-8"), StrictLoader)
+    except CptError as error:
+        raise CptError(f"{path}, {error.message}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise CptError(f"{path} cannot be read as YAML of rules: {error}") from None
     return rules_of(described, str(path))

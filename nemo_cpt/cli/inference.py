@@ -156,8 +156,8 @@ def serve_command(
     from nemo_cpt.inference.models import check_model, open_transformers
 
     # Before torch is imported and the model loaded: a port in use, and a path that is no model's, are known at once.
-    check_model(model)
     listener = _listen(host, port)
+    check_model(model)
     from nemo_cpt.inference.server import make_app, serve
 
     loaded = open_transformers(model, base=base, template=chat_template, say=_say, **_given(device=device))

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
+import orjson
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -48,6 +49,10 @@ class _Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, fields: Any) -> Any:
+        try:
+            orjson.dumps(fields)
+        except orjson.JSONEncodeError:  # JSON may hold half of a surrogate pair, a tokenizer's text may not
+            raise ValueError("the text holds a lone surrogate, which is no character") from None
         return {name: value for name, value in fields.items() if value is not None} if type(fields) is dict else fields
 
 

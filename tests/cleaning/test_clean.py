@@ -190,6 +190,12 @@ def test_again_is_nothing_to_do_and_another_is_refused(tmp_path: Path, corpus: P
     before = without_times(tmp_path / "out")
     again = clean(corpus, tmp_path / "out", "ja", quiet=True)
     assert (again.status, again.kept) == ("unchanged", first.kept)
+    for changed, found in ((b"{}", "has 2 bytes, and had"), (None, "is not there any more")):
+        kept = tmp_path / "out" / "kept.jsonl"
+        kept.unlink() if changed is None else kept.write_bytes(changed)
+        with pytest.raises(CptError, match=found):
+            clean(corpus, tmp_path / "out", "ja", quiet=True)
+    assert clean(corpus, tmp_path / "out", "ja", overwrite=True, quiet=True).status == "written"
     other = Rules("ja", (Length(min_characters=10),))
     with pytest.raises(CptError, match="another cleaning: its rules or options are others"):
         clean(corpus, tmp_path / "out", other, quiet=True)

@@ -74,6 +74,11 @@ def test_repaired_text_is_in_one_form_and_stays_as_it_is(text: str) -> None:
         ("携帯は09012345678、", "携帯は<PHONE>、", "phone"),
         ("(06)6123-4567", "<PHONE>", "phone"),
         ("+81 3-1234-5678", "<PHONE>", "phone"),
+        ("03(1234)5678", "<PHONE>", "phone"),
+        ("TEL 0312345678 FAX", "TEL <PHONE> FAX", "phone"),
+        ("携帯 090 1234 5678", "携帯 <PHONE>", "phone"),
+        ("ｔａｒｏ＠ｅｘａｍｐｌｅ．ｃｏｍまで", "<EMAIL>まで", "email"),
+        ("2001:4860:4860::8888", "<IP>", "ip"),
         ("Call (212) 555-2368 now", "Call <PHONE> now", "phone"),
         ("手机13812345678。", "手机<PHONE>。", "phone"),
         ("전화 02-1234-5678", "전화 <PHONE>", "phone"),
@@ -102,6 +107,7 @@ def test_persons_and_machines_are_masked(text: str, expected: str, what: str) ->
         "card 4111 1111 1111 1112",
         "〒604-8571 京都市",
         "a@b and @user",
+        "12:34:56, std::vector, 2020::",
     ],
 )
 def test_other_numbers_stay(text: str) -> None:

@@ -90,6 +90,10 @@ def test_a_finished_split_is_not_repeated(tmp_path: Path, documents: list[str]) 
     first = split(source, tmp_path / "out", validation=0.1, quiet=True)
     again = split(source, tmp_path / "out", validation=0.1, quiet=True)
     assert (again.status, again.documents, again.files) == ("unchanged", first.documents, first.files)
+    (tmp_path / "out" / "train.jsonl").rename(tmp_path / "gone")
+    with pytest.raises(CptError, match=r"train\.jsonl is not there any more"):
+        split(source, tmp_path / "out", validation=0.1, quiet=True)
+    (tmp_path / "gone").rename(tmp_path / "out" / "train.jsonl")
     os.utime(source)  # touched, but the same bytes
     assert split(source, tmp_path / "out", validation=0.1, quiet=True).status == "unchanged"
     with pytest.raises(CptError, match="holds another split"):

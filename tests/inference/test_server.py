@@ -155,6 +155,8 @@ def test_nemos_own_request_of_2023(url: str, engine: TransformersEngine) -> None
         ("/v1/completions", {"prompt": "a", "frequency_penalty": 0.5}, 400, "frequency_penalty"),
         ("/v1/completions", {"prompt": "a", "temperature": -1}, 400, "temperature is -1"),
         ("/v1/completions", {"prompt": "a" * 2000}, 400, "the model's context is 256"),
+        ("/v1/completions", {"prompt": "a\ud800"}, 400, "a lone surrogate"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "\udfff"}]}, 400, "a lone surrogate"),
         ("/v1/completions", {"prompt": [1, 999]}, 400, "outside of 0 to 399"),
         ("/v1/completions", {"prompt": "a", "max_tokens": "many"}, 400, "max_tokens"),
         ("/v1/completions", {"prompt": "a" * (MOST_BYTES + 1)}, 413, "at most 1048576 bytes"),

@@ -4,6 +4,9 @@ import pytest
 import torch
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+from megatron.core.transformer import utils as transformer_utils
+from torch._dynamo.utils import counters
+from transformers.activations import NewGELUActivation
 
 from nemo_cpt.cpu_stack import cpu_stack
 
@@ -22,6 +25,16 @@ def test_everything_is_as_before_after_it() -> None:
     with cpu_stack(), cpu_stack():
         assert all(getattr(owner, name) is not old for (owner, name), old in zip(WATCHED, before, strict=True))
     assert [getattr(owner, name) for owner, name in WATCHED] == before
+
+
+def test_gpt2s_gelu_needs_no_compiler() -> None:
+    values = torch.linspace(-4, 4, 101)
+    torch._dynamo.reset()
+    counters.clear()
+    with cpu_stack():
+        found = transformer_utils.openai_gelu(values)
+    assert not counters["stats"]  # of graphs that were compiled
+    torch.testing.assert_close(found, NewGELUActivation()(values), rtol=1e-6, atol=1e-6)
 
 
 def test_it_is_left_after_an_error_too() -> None:

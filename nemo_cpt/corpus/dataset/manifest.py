@@ -1,6 +1,7 @@
 """The manifest beside a dataset, `PREFIX_text_document.json`: what it was made of, with what, and what came out."""
 
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,24 @@ def read_manifest(prefix: str | os.PathLike[str]) -> dict[str, Any]:
 def write_manifest(prefix: str, manifest: dict[str, Any]) -> None:
     """Write a dataset's manifest."""
     write_whole(Path(prefix + ".json"), orjson.dumps(manifest, option=orjson.OPT_INDENT_2) + b"\n")
+
+
+def sizes_of(folder: Path, names: Iterable[str]) -> dict[str, int]:
+    """Return the sizes of a folder's files, for its manifest; of those that are there."""
+    return {name: (folder / name).stat().st_size for name in names if (folder / name).exists()}
+
+
+def check_sizes(folder: Path, sizes: Mapping[str, int]) -> None:
+    """Check that a folder's files are there as its manifest says.
+
+    Raises:
+        CptError: One is missing, or has another size: somebody has changed it.
+    """
+    for name, size in sizes.items():
+        there = (folder / name).stat().st_size if (folder / name).exists() else None
+        if there != size:
+            found = "is not there any more" if there is None else f"has {there:,} bytes, and had {size:,}"
+            raise CptError(f"{folder / name} {found}. overwrite=True (--overwrite) makes all of {folder} again.")
 
 
 def describe_inputs(sources: list[Source], hashes: dict[str, str]) -> list[dict[str, Any]]:

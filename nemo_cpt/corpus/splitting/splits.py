@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from nemo_cpt.corpus.atomic_files import folder_to_fill, locked, sync_directory, write_whole
-from nemo_cpt.corpus.dataset.manifest import changed_input, describe_inputs
+from nemo_cpt.corpus.dataset.manifest import changed_input, check_sizes, describe_inputs, sizes_of
 from nemo_cpt.corpus.preparing.workers import count_processes
 from nemo_cpt.corpus.processes import in_order
 from nemo_cpt.corpus.progress import ProgressBar
@@ -232,6 +232,7 @@ class _Split:
             raise CptError(
                 f"{folder} holds another split: {reason}. Take another folder, or overwrite=True (--overwrite)."
             )
+        check_sizes(folder, recorded.get("sizes", {}))
         return SplitReport(**recorded["report"] | {"status": "unchanged"})
 
     def make(self, folder: Path, workers: int, overwrite: bool, quiet: bool) -> SplitReport:
@@ -404,7 +405,8 @@ class _Split:
             )
         hashes = {str(number): self.hashes[source.path] for number, source in enumerate(self.all_sources)}
         inputs = describe_inputs(self.all_sources, hashes)
-        record = {"options": self.options, "inputs": inputs, "report": asdict(report)}
+        sizes = sizes_of(work, (f"{name}.jsonl" for name in SETS))
+        record = {"options": self.options, "inputs": inputs, "report": asdict(report), "sizes": sizes}
         write_whole(work / REPORT, orjson.dumps(record, option=orjson.OPT_INDENT_2) + b"\n")
 
 
