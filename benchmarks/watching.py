@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from tests.support import run_folders
 from tests.support.executor_jobs import held_by_another_process
 
 COMMAND = [sys.executable, "-m", "nemo_cpt.cli"]
-SECONDS, TURN_SECONDS, TURNS, FIRST_STEPS = 10, 6, 8, 30
+SECONDS, TURNS, STEPS, FIRST_STEPS = 10, 8, 25, 20
 
 
 def main() -> None:
@@ -60,17 +60,12 @@ def beside_a_training(folder: Path) -> dict[str, Any]:
     delays: list[float] = []
     with training(folder, run):
         for number in range(TURNS):
-            watched, start = bool(number % 2), time.time()
-            if watched:
-                frames = watch(run, TURN_SECONDS)
-                start = frames[0][0]  # behind the command's imports, which come once
-            else:
-                time.sleep(TURN_SECONDS)
-            steps = [line for line in read_metrics(run) if start < line.get("time", 0) < time.time()]
-            turns[watched].append(statistics.median(line[STEP_SECONDS] for line in steps if STEP_SECONDS in line))
-            if watched:
-                shown = [(line["time"], [when for when, step in frames if step >= line["step"]]) for line in steps]
-                delays += [later[0] - when for when, later in shown if later]
+            with watched(run) if number % 2 else nullcontext([]) as frames:
+                start = time.time()  # behind the command's imports, which come once
+                steps = steps_since(run, start)
+            turns[bool(number % 2)].append(statistics.median(line[STEP_SECONDS] for line in steps))
+            shown = [(line["time"], [when for when, step in frames if step >= line["step"]]) for line in steps]
+            delays += [later[0] - when for when, later in shown if later]
     alone, beside = (statistics.median(turns[watched]) for watched in (False, True))
     return {
         "a step alone, ms": round(1000 * alone, 2),
@@ -101,6 +96,7 @@ def training(folder: Path, run: Path) -> Iterator[None]:
     given = {
         "base": folder / "base", "model": "base", "untrained_base": True, "data": json.dumps(data), "name": run.name,
         "directory": run.parent, "max_steps": 100_000, "val_check_interval": 100_000,
+        "trainer.log_every_n_steps": 1,
     }  # fmt: skip
     words = [*COMMAND, "run", "tiny", "--plain", *(f"{name}={value}" for name, value in given.items())]
     with (folder / "log").open("w") as log:
@@ -117,21 +113,39 @@ def training(folder: Path, run: Path) -> Iterator[None]:
         job.wait()
 
 
-def watch(run: Path, seconds: float) -> list[tuple[float, int]]:
-    """Watch a run for so long; returns when each frame came, and the step that it shows."""
+def steps_since(run: Path, start: float) -> list[dict[str, Any]]:
+    """Wait for STEPS further steps; returns their measurements."""
+    while True:
+        found = [line for line in read_metrics(run) if line.get("time", 0) > start and STEP_SECONDS in line]
+        if len(found) >= STEPS:
+            return found
+        time.sleep(0.5)
+
+
+@contextmanager
+def watched(run: Path) -> Iterator[list[tuple[float, int]]]:
+    """Watch a run meanwhile, from the first frame on; gives when each frame came, and the step that it shows."""
     controller, terminal = pty.openpty()
     watching = subprocess.Popen([*COMMAND, "watch", str(run)], stdin=subprocess.DEVNULL, stdout=terminal)
     os.close(terminal)
-    threading.Timer(seconds, watching.send_signal, [signal.SIGINT]).start()
-    frames = []
-    try:
-        while text := os.read(controller, 1 << 16).decode(errors="replace"):
-            frames += [(time.time(), int(step.replace(",", ""))) for step in re.findall(r"step ([\d,]+) of", text)]
-    except OSError:  # the terminal is closed
-        pass
-    os.close(controller)
+    frames: list[tuple[float, int]] = []
+
+    def read() -> None:
+        with suppress(OSError):  # the terminal is closed
+            while text := os.read(controller, 1 << 16).decode(errors="replace"):
+                found = re.findall(r"step ([\d,]+) of", text)
+                frames.extend((time.time(), int(step.replace(",", ""))) for step in found)
+
+    reading = threading.Thread(target=read)
+    reading.start()
+    while not frames:
+        time.sleep(0.05)
+    yield frames
+    time.sleep(1)  # the last steps are to be shown, too
+    watching.send_signal(signal.SIGINT)
     watching.wait()
-    return frames
+    reading.join()
+    os.close(controller)
 
 
 def cost(folder: Path, steps: int) -> dict[str, float]:

@@ -59,13 +59,21 @@ def load(path: str | Path) -> Workflow:
         CptError: there is no such file, or it describes no workflow.
     """
     path = Path(path)
+    if path.is_dir():
+        raise CptError(f"{path} is a folder: a workflow is a .yaml or a .py file")
     if not path.is_file():
         raise CptError(f"there is no workflow {path}: `nemo-cpt workflow new KIND {path}` writes one to edit")
     if path.suffix == ".py":
         return _from_python(path)
     if path.suffix not in ENDINGS:
         raise CptError(f"{path}: a workflow is a .yaml or a .py file")
-    return from_yaml(path.read_text("utf-8"), path)
+    twins = [each for ending in ENDINGS if (each := path.with_suffix(ending)) != path and each.is_file()]
+    if twins:
+        raise CptError(f"{path} and {twins[0].name} would have their records in one folder: give one another name")
+    try:
+        return from_yaml(path.read_text("utf-8"), path)
+    except UnicodeDecodeError as error:
+        raise CptError(f"{path} is not UTF-8: {error}") from None
 
 
 def from_yaml(text: str, path: Path) -> Workflow:
@@ -110,7 +118,7 @@ def _from_python(path: Path) -> Workflow:
         spec.loader.exec_module(module)
     except CptError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise CptError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
     found = {name: value for name, value in vars(module).items() if isinstance(value, Workflow)}
     if len(found) != 1:

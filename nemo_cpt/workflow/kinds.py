@@ -24,7 +24,7 @@ class Kind:
 
     Attributes:
         function: `module:name`, the module below nemo_cpt; empty for a recipe, and for a function of the user's.
-        reads: parameters that name files: a path, a list of them, `NAME=PATH`, or a mixture of datasets.
+        reads: parameters that name files: a path, a list of them, or a mixture of datasets.
         writes: what it makes, with its parameters' values in braces; empty for nothing.
         by_name: those of `reads` whose value may be a name instead of a path: of the hub's, or of what ships.
         of_run: those of `reads` where a run's folder stands for its newest whole checkpoint.
@@ -34,6 +34,7 @@ class Kind:
         by_version: another version of the library may measure otherwise: it is made again.
         forever: it goes on until it is stopped, and is never done.
         action: name in `actions` of what is called in the function's place, with the same parameters.
+        labelled: those of `reads` where NAME= may stand before a path.
     """
 
     function: str
@@ -47,6 +48,7 @@ class Kind:
     by_version: bool = False
     forever: bool = False
     action: str = ""
+    labelled: tuple[str, ...] = ()
 
 
 _RECIPE = Kind("", recipe=True, goes_on=True, kept=True, of_run=("base",))
@@ -101,6 +103,7 @@ KINDS = {
         goes_on=True,
         by_version=True,
         action="evaluate",
+        labelled=("losses", "prompts"),
     ),
     "report": Kind("workflow.actions:report", ("run", "against"), "{output}", by_version=True),
     "push": Kind("publishing.pushing:push", ("folder",)),
@@ -184,16 +187,16 @@ def value_of(function: catalog.Function, name: str, given: Mapping[str, Any]) ->
         return None
 
 
-def paths_in(value: Any) -> Iterator[str]:
-    """The paths that a parameter's value names: itself, a list's, a mixture's, and what stands behind `NAME=`."""
+def paths_in(value: Any, labelled: bool = False) -> Iterator[str]:
+    """The paths that a parameter's value names: itself, a list's, a mixture's; what stands behind `NAME=` if it may."""
     if isinstance(value, str):
         label, equals, path = value.partition("=")
         # results/run/checkpoints/steps=30 is a path; ja=ds/ja_validation is a label and one.
-        yield path if equals and path and "/" not in label else value
+        yield path if labelled and equals and path and "/" not in label else value
     elif isinstance(value, Mapping) and "train" in value:  # a Blend or Conversations
         yield from map(str, value["train"])
         for held_out in ("validation", "test"):
             yield from map(str, (value.get(held_out) or {}).values())
     elif isinstance(value, Mapping | list):  # a mapping of paths to weights
         for each in value:
-            yield from paths_in(each)
+            yield from paths_in(each, labelled)

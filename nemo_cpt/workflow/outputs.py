@@ -1,5 +1,6 @@
 """What lies behind a path that a step names: a file, a folder, a dataset by its prefix, a run's newest checkpoint."""
 
+import contextlib
 import glob
 import os
 import shutil
@@ -19,13 +20,19 @@ PREFIXES = ("_document", "_conversations")
 Files = dict[str, dict[str, Any]]
 
 
-def related(read: str, made: str) -> bool:
-    """Whether what is read is, or is part of, or holds what is made."""
-    made_path = PurePath(os.path.normpath(made))
+def related(read: str, made: str, folder: Path = Path()) -> bool:
+    """Whether what is read is, or is part of, or holds what is made; by their places, however they are written.
+
+    Args:
+        read: a path.
+        made: another.
+        folder: what relative ones are relative to.
+    """
+    here, made_path = PurePath(os.path.realpath(folder)), PurePath(os.path.realpath(folder / made))
     for name in (read, *(read + suffix for suffix in SUFFIXES)):
-        path = PurePath(os.path.normpath(_without_magic(name)))
+        path = PurePath(os.path.realpath(folder / _without_magic(name)))
         if path == made_path or path in made_path.parents or made_path in path.parents:
-            return path != PurePath(".")
+            return path != here
     return False
 
 
@@ -99,10 +106,29 @@ def size(files: Mapping[str, Mapping[str, Any]]) -> int:
     return sum(each["size"] for each in files.values())
 
 
-def remove(path: Path) -> None:
-    """Remove what a step has made: a folder, a file, or a dataset with all that lies under its name."""
+def remove(path: Path, made: Mapping[str, Any]) -> None:
+    """Remove what a step has made: a folder, a file, or a dataset with all that lies under its name.
+
+    Args:
+        path: where.
+        made: the names of what it made, as `look` gives them; of a folder what else lies there stays. Empty where
+            nobody knows, since the step was killed: the place was free before it.
+    """
+    if made and path.is_dir() and not path.is_symlink() and is_plain(path):
+        for name in made:
+            (path.parent / name).unlink(missing_ok=True)
+        folders = sorted((each for each in path.rglob("*") if each.is_dir() and not each.is_symlink()), reverse=True)
+        for folder in (*folders, path):  # from the innermost; one that holds what somebody put there stays
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        return
     for each in _parts(path):
         shutil.rmtree(each) if each.is_dir() and not each.is_symlink() else each.unlink()
+
+
+def is_plain(path: Path) -> bool:
+    """Whether a path stands for all the files below it: not for a dataset by its prefix, nor for a run."""
+    return files_of(path) == _below(path)
 
 
 def set_aside(path: Path) -> Path:

@@ -135,25 +135,27 @@ class Runner:
         step, before = found.step, found.record
         for path in step.reads:
             if not outputs.files_of(step.folder / path) and any(
-                outputs.related(path, made) for name in self.workflow.needs[step.name]
+                outputs.related(path, made, step.folder) for name in self.workflow.needs[step.name]
                 for made in self.workflow.steps[name].writes
             ):  # fmt: skip
                 raise CptError(f"{step.name} reads {path}, which the steps before it have not made")
+        there = [path for path in step.writes if outputs.is_there(step.folder / path)]
         record = Record(
             step.name, step.do, step.parameters, code_of(step), RUNNING, inputs_of(step, before),
-            # From here on what lies there is the step's own.
-            outputs={path: {} for path in step.writes}, versions=installed_versions(PACKAGES), started=_now(),
-            seed=value_of(step.function, "seed", step.arguments),
+            # From here on what lies there is the step's own, but for what was there before.
+            outputs={path: {} for path in step.writes},
+            found=[path for path in there if before is None or not before.owns(path)],
+            versions=installed_versions(PACKAGES), started=_now(), seed=value_of(step.function, "seed", step.arguments),
         )  # fmt: skip
         if before is not None and goes_on(found):
             record = record.replace(starts=before.starts + 1, started=before.started, seconds=before.seconds)
         elif before is not None:
-            self._clear(step)
+            self._clear(step, before)
         self.state.write(record)
         return record
 
-    def _clear(self, step: Step) -> None:
-        """Remove what a step has made, or set it aside; what was never noted as its own is refused before."""
+    def _clear(self, step: Step, before: Record) -> None:
+        """Remove what a step has made, or set it aside; what is not its own was refused before (`check_free`)."""
         for path in step.writes:
             full = step.folder / path
             if not outputs.is_there(full):
@@ -161,7 +163,7 @@ class Runner:
             if step.kind.kept:
                 self.shown.line(f"{step.name}: what {path} holds is now {outputs.set_aside(full)}")
             else:
-                outputs.remove(full)
+                outputs.remove(full, before.outputs.get(path, {}))
 
     def _wait(self, step: Step, lock: int) -> int:
         """Run a step's process to its end; returns its exit code."""

@@ -110,12 +110,14 @@ def check_free(found: Collection[Standing]) -> None:
                 f"{each.step.name} would be made again ({each.why}), and somebody has changed what it made, "
                 f"{each.spoilt}: move that away to keep it, or --redo {each.step.name}"
             )
-        kind = each.step.kind
-        # What goes on from what is there looks itself whose it is; but not a training, which would call it finished.
-        if each.done or each.waits or (kind.goes_on and not kind.kept):
+        kind, record = each.step.kind, each.record
+        # At its first start what goes on from what is there looks itself whose that is, and removes nothing; but not a
+        # training, which would call it finished.
+        if each.done or each.waits or (kind.goes_on and not kind.kept and record is None):
             continue
         for path in each.step.writes:
-            ours = each.record is not None and path in each.record.outputs
+            # What was there before the first start is gone on from, and never made again.
+            ours = record is not None and (record.owns(path) or (path in record.found and goes_on(each)))
             if outputs.is_there(each.step.folder / path) and not ours:
                 raise CptError(
                     f"{each.step.name} would make {path}, which is there and which no run of this workflow made: move "

@@ -1,7 +1,7 @@
 """What a workflow remembers: a folder beside its file, with a record a step, each written whole or not at all."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -33,6 +33,7 @@ class Record:
         state: `running` (or killed), `done`, `stopped` or `failed`.
         inputs: what it read, by path: each file with size, time and hash.
         outputs: what it made, likewise.
+        found: those of `outputs` that were there before its first start: they may be somebody's.
         versions: of this library and of the stack.
         seed: of what it drew, given or the function's default; None for one that draws nothing.
         result: what the function returned, without times.
@@ -50,6 +51,7 @@ class Record:
     state: str = RUNNING
     inputs: Mapping[str, Files] = field(default_factory=dict)
     outputs: Mapping[str, Files] = field(default_factory=dict)
+    found: Sequence[str] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     seed: int | None = None
     result: Mapping[str, Any] = field(default_factory=dict)
@@ -58,6 +60,10 @@ class Record:
     started: str = ""
     ended: str = ""
     seconds: float = 0.0
+
+    def owns(self, path: str) -> bool:
+        """Whether what lies at a path is of this step's making, and may be cleared away to make it again."""
+        return path in self.outputs and path not in self.found
 
     def replace(self, **changes: Any) -> "Record":
         """The record with some fields changed."""

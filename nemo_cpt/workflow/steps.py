@@ -1,5 +1,6 @@
 """A workflow: steps that name what they read and write, put in order by that, and checked before anything runs."""
 
+import itertools
 import math
 import os
 import re
@@ -20,6 +21,7 @@ from nemo_cpt.workflow.outputs import files_of, related
 
 NAME = re.compile(r"[\w][\w.-]*")
 ELSEWHERE = re.compile(r"(hf:|https?://)")
+FILES = (".yaml", ".yml", ".json", ".jsonl", ".txt", ".csv", ".parquet")
 READS, WRITES = "reads", "writes"  # of a function of the user's: which of its parameters are paths
 
 
@@ -73,7 +75,8 @@ class Step:
         if self.kind.recipe:
             return recipes.reads(self.function, self.arguments, self.parameters)
         names = self.kind.reads if self.kind is not OWN else self._own_paths(READS)
-        return list(dict.fromkeys(path for name in names for path in paths_in(self.parameters.get(name))))
+        found = (paths_in(self.parameters.get(name), name in self.kind.labelled) for name in names)
+        return list(dict.fromkeys(itertools.chain.from_iterable(found)))
 
     @cached_property
     def writes(self) -> list[str]:
@@ -135,6 +138,8 @@ class Step:
     def _own_paths(self, which: str) -> list[str]:
         names = self.parameters.get(which) or []
         names = [names] if isinstance(names, str) else names
+        if not isinstance(names, list | tuple):
+            raise CptError(f"{self.name}: {which} is {names!r}: give the names of its parameters that are paths")
         if unknown := [name for name in names if name not in self.parameters]:
             raise CptError(f"{self.name}: {which} names the parameter {unknown[0]}, which is not given")
         return list(names)
@@ -159,6 +164,8 @@ class Workflow:
         self.steps = {
             step.name: Step(step.name, _relative(step.do, self.folder), step.parameters, self.folder) for step in steps
         }
+        if not NAME.fullmatch(self.name):  # its records are in a folder of this name
+            raise CptError(f"a workflow is called {self.name!r}: give letters, digits, '-', '_' and '.'")
         if not steps:
             raise CptError(f"the workflow {name} has no step")
         names = [step.name for step in steps]
@@ -234,7 +241,7 @@ class Workflow:
     def given(self, step: Step) -> list[str]:
         """What a step reads that no step makes: files that must be there."""
         made = [path for each in self.steps.values() for path in each.writes]
-        return [path for path in step.reads if not any(related(path, each) for each in made)]
+        return [path for path in step.reads if not any(related(path, each, self.folder) for each in made)]
 
     def check(self) -> None:
         """Check all that can be known without running anything.
@@ -253,7 +260,7 @@ class Workflow:
         made = [(step.name, path) for step in self.steps.values() for path in step.writes]
         for number, (name, path) in enumerate(made):
             for other, other_path in made[:number]:
-                if name != other and related(path, other_path):
+                if name != other and related(path, other_path, self.folder):
                     where = path if path == other_path else f"{other_path} and {path}, one within the other"
                     raise CptError(f"{other} and {name} both write {where}: give each its own")
 
@@ -269,6 +276,8 @@ class Workflow:
 
     def _looks_like_a_path(self, path: str, made: Sequence[str]) -> bool:
         """Whether what may be a name, OWNER/NAME or NAME, is a path that somebody misspelt."""
+        if PurePath(path).suffix in FILES:
+            return True
         owner, *names = PurePath(path).parts
         if not names:
             return bool(get_close_matches(path, made, cutoff=0.75))
@@ -287,7 +296,8 @@ def _named(step: Step) -> set[str]:
     """What a step may mean as a name and not as a path."""
     if step.kind.recipe:
         return {str(step.arguments.get("tokenizer"))}
-    return {path for name in step.kind.by_name for path in paths_in(step.parameters.get(name))}
+    named = step.kind.by_name
+    return {path for name in named for path in paths_in(step.parameters.get(name), name in step.kind.labelled)}
 
 
 def _exists(folder: Path, path: str) -> bool:
@@ -296,7 +306,7 @@ def _exists(folder: Path, path: str) -> bool:
 
 
 def _feeds(step: Step, other: Step) -> bool:
-    return any(related(read, made) for made in step.writes for read in other.reads)
+    return any(related(read, made, step.folder) for made in step.writes for read in other.reads)
 
 
 def _plain(value: Any, where: str) -> Any:

@@ -30,10 +30,14 @@ class Terminal:
             command, stdin=self.slave, stdout=self.slave, stderr=stderr or self.slave, cwd=cwd,
             env={name: value for name, value in environment.items() if name not in ("COLUMNS", "LINES")},
             start_new_session=True,
-            preexec_fn=lambda: os.close(os.open(os.ttyname(self.slave), os.O_RDWR)),  # takes it as its own
+            preexec_fn=self._take,
         )  # fmt: skip
         self.shown = ""
         self.raw = ""  # all that it wrote, with what moves the cursor
+
+    def _take(self) -> None:
+        os.close(os.open(os.ttyname(self.slave), os.O_RDWR))  # which makes it the new session's own
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it
 
     @property
     def modes(self) -> list:

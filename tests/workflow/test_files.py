@@ -73,6 +73,7 @@ def test_functions_of_the_file_itself_are_steps(folder: Path) -> None:
         ("name: x\nsteps: {a: {do: split}}", "name is not for the top of a workflow"),
         ("steps: {a: [", "is no YAML"),
         ("just text", "has no steps"),
+        ("workflow: ../../x\nsteps: {a: {do: split}}", "a workflow is called '../../x'"),
     ],
 )
 def test_what_is_no_workflow_is_refused(tmp_path: Path, text: str, said: str) -> None:
@@ -86,11 +87,20 @@ def test_what_is_no_workflow_is_refused(tmp_path: Path, text: str, said: str) ->
 def test_a_file_that_is_missing_or_broken_is_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("1 / 0")
     (tmp_path / "empty.py").write_text("")
+    (tmp_path / "leaves.py").write_text("import sys; sys.exit(3)")
+    (tmp_path / "latin.yaml").write_bytes(b"steps: {a: {do: split, inputs: caf\xe9}}")
+    (tmp_path / "folder.yaml").mkdir()
+    for ending in ("yaml", "yml"):
+        (tmp_path / f"twin.{ending}").write_text("steps: {a: {do: split}}")
     (tmp_path / "w.txt").touch()
     for name, said in (
         ("none.yaml", "there is no workflow"),
         ("broken.py", "cannot be imported: ZeroDivisionError"),
         ("empty.py", "holds 0 workflows"),
+        ("leaves.py", "cannot be imported: SystemExit: 3"),
+        ("latin.yaml", "is not UTF-8"),
+        ("folder.yaml", "is a folder"),
+        ("twin.yml", "twin.yaml would have their records in one folder"),
         ("w.txt", "a workflow is a .yaml or a .py file"),
     ):
         with pytest.raises(CptError, match=said):

@@ -33,6 +33,14 @@ def test_what_is_read_belongs_to_what_is_made(read: str, made: str, is_so: bool)
     assert outputs.related(read, made) is is_so
 
 
+def test_places_are_compared_however_they_are_written(tmp_path: Path) -> None:
+    (tmp_path / "made").mkdir()
+    (tmp_path / "link").symlink_to("made")
+    for read in (f"{tmp_path}/made/train.jsonl", "link/train.jsonl", "x/../made"):
+        assert outputs.related(read, "made", tmp_path), read
+    assert not outputs.related(".", "made", tmp_path)
+
+
 def dataset(folder: Path) -> Path:
     for ending in (".bin", ".idx", ".json", ".skipped.jsonl"):
         (folder / f"ja_text_document{ending}").write_text(ending)
@@ -52,7 +60,7 @@ def test_a_dataset_is_its_tokens_by_either_prefix_whatever_a_training_left(tmp_p
     (prefix / "cache/index.npy").touch()
     (tmp_path / "ja_text_document.json").write_text("made at another time")
     assert outputs.changed(before, outputs.look(prefix, before)) == ""
-    outputs.remove(prefix)
+    outputs.remove(prefix, outputs.look(prefix))
     assert [path.name for path in tmp_path.iterdir()] == ["ja_validation_text_document.bin"]
 
 
@@ -87,7 +95,7 @@ def test_a_file_that_was_touched_is_read_again_and_is_the_same(tmp_path: Path) -
 def test_a_neighbour_of_a_like_name_stays(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").touch()
     assert not outputs.is_there(tmp_path / "a.jsonl")
-    outputs.remove(tmp_path / "a.jsonl")
+    outputs.remove(tmp_path / "a.jsonl", {})
     assert (tmp_path / "a.jsonl.gz").exists()
 
 

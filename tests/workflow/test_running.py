@@ -18,6 +18,7 @@ from nemo_cpt.workflow import Chosen, Workflow, as_yaml, run, split, tokenizer
 from nemo_cpt.workflow.comparison import compare
 from nemo_cpt.workflow.dry_run import dry_run
 from nemo_cpt.workflow.state import OF_TIME, State
+from tests.support.corpus_helpers import write_jsonl
 from tests.support.crashes import killed_at, lines_of
 from tests.workflow.conftest import chain, make_folder, own
 
@@ -101,6 +102,33 @@ def test_what_somebody_puts_in_the_place_of_a_failed_step_s_output_stays(folder:
             run(Workflow("w", [own("first", "join", ["a.txt"], dest)], folder))
         assert (folder / dest).read_text() == "by hand"
         (folder / dest).unlink()
+
+
+def sets(folder: Path, where: str, validation: float = 0.5, name: str = "w") -> Workflow:
+    return Workflow(name, [split("s", inputs="all.jsonl", output_folder=where, validation=validation)], folder)
+
+
+def test_a_folder_that_somebody_filled_is_neither_cleared_nor_taken_over(folder: Path) -> None:
+    write_jsonl(folder / "all.jsonl", [f"{number} and so on" for number in range(40)])
+    assert ran(sets(folder, "made")) == ["s"]
+    (folder / "made/notes.md").write_text("mine")
+    (folder / "precious").mkdir()
+    (folder / "precious/thesis.txt").write_text("mine")
+    with pytest.raises(CptError, match=r"s would make precious, which is there and which no run of this workflow made"):
+        run(sets(folder, "precious"))
+    # Made again, it leaves what lies beside its files.
+    assert ran(sets(folder, "made", 0.25)) == ["s"]
+    assert (folder / "made/notes.md").read_text() == (folder / "precious/thesis.txt").read_text() == "mine"
+    # What another workflow made is not this one's, though it may go on from it where it is the same.
+    before = (folder / "made/train.jsonl").read_bytes()
+    assert ran(sets(folder, "made", 0.25, "other")) == ["s"]
+    with pytest.raises(CptError, match=r"s would make made, which is there and which no run of this workflow made"):
+        run(sets(folder, "made", 0.5, "other"))
+    with pytest.raises(CptError, match="holds another split"):
+        run(sets(folder, "made", 0.5, "third"))
+    with pytest.raises(CptError, match=r"s would make made, which is there"):
+        run(sets(folder, "made", 0.75, "third"))
+    assert (folder / "made/train.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize(

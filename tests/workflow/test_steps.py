@@ -73,6 +73,7 @@ def test_a_template_makes_it_a_preparation_of_conversations(tmp_path: Path) -> N
         ({"data": {"tokenizer": "tok2"}}, "data reads tok2, which is not there and which no step makes; near: tok"),
         ({"init": {"dest": "tok"}}, "write tok: give each its own"),
         ({"init": {"dest": "text/base"}}, "one within the other: give each its own"),
+        ({"text": {"inputs": "lang=ja/x.jsonl"}}, "text reads lang=ja/x.jsonl, which is not there"),
         ({"text": {"inputs": "hf/train.jsonl"}}, "these steps wait for each other: "),
         ({"text": {"inputs": "text/train.jsonl"}}, "text reads text, which it makes itself"),
     ],
