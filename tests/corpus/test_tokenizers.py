@@ -371,7 +371,7 @@ def test_a_character_that_the_encoder_gets_wrong_is_found_on_the_way(
     options: Json = {"workers": workers, "chunk_bytes": 10_000, "quiet": True}
     with pytest.raises(CptError, match=r"fastokens .* gives other ids than tokenizers .* nothing of it is kept"):
         prepare(source, tmp_path / "out" / "ds", small, checkpoint_seconds=0, **options)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
     report = prepare(source, tmp_path / "out" / "ds", small, fast=False, **options)
     assert same_files(report.prefix, write_reference(tmp_path / "reference", texts, small))
     unseen = prepare(source, tmp_path / "unseen", small, verify=0, **options)
