@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from nemo_cpt.corpus.dataset.index import Index, full_prefix, read_index
+from nemo_cpt.corpus.dataset.index import ANEW, Index, full_prefix, read_index
 from nemo_cpt.errors import CptError
 
 SUFFIX = "_conversations"
@@ -157,15 +157,16 @@ def open_conversations(prefix: str | os.PathLike[str]) -> ConversationSet:
             "or correct the prefix."
         )
     index, manifest, mask = read_index(full), read_manifest(full), Path(full + ".mask")
-    if manifest.get("kind") != KIND or not mask.is_file():
+    if manifest.get("kind") == KIND and not mask.is_file():
+        raise CptError(f"There is no {mask}. Restore it; or {ANEW}.")
+    if manifest.get("kind") != KIND:
         raise CptError(f"{full} is not a set of conversations. Make one with `nemo-cpt prepare --template …`.")
     # Sizes of all four files against one another: a copy that broke off or a mixture of two runs shows here.
     size, recorded = mask.stat().st_size, (manifest["documents"], manifest["tokens"])
     if size != index.tokens or (index.documents, index.tokens) != recorded:
         raise CptError(
             f"The files of {full} do not belong together: {index.documents} conversations of {index.tokens} tokens in "
-            f"the .idx, {recorded[0]} of {recorded[1]} in the manifest, {size} in the .mask. Run `nemo-cpt prepare` "
-            "again."
+            f"the .idx, {recorded[0]} of {recorded[1]} in the manifest, {size} in the .mask; {ANEW}."
         )
     tokens: Any = np.memmap(full + ".bin", dtype=index.dtype, mode="r")
     return ConversationSet(full, index, manifest, tokens, np.memmap(mask, dtype=np.uint8, mode="r"))

@@ -1,6 +1,7 @@
 """A cleaning in parts: the files of one run, duplicates across parts included."""
 
 import json
+import os
 from pathlib import Path
 
 import orjson
@@ -122,6 +123,12 @@ def test_other_rules_and_changed_inputs_are_refused(tmp_path: Path, dirty: Path,
     again = OPTIONS | {"decontaminate": evaluation_set(path)}
     anew = make_plan(path, tmp_path / "out", "ja", TASKS, overwrite=True, **again)
     assert len(anew.take_up(lambda: missing(anew))) == 1
+    # An evaluation set that was only touched, and named otherwise, is the same.
+    os.utime(evaluation_set(path), ns=(1, 1))
+    named = Path(os.path.relpath(evaluation_set(path)))
+    assert make_plan(path, tmp_path / "out", "ja", TASKS, **OPTIONS | {"decontaminate": named}).key == anew.key
+    alone = clean(path, tmp_path / "out", "ja", **again)
+    assert f"{anew.folder} holds parts of an earlier command with --tasks" in alone.warnings[-1]
     with pytest.raises(CptError, match="tasks is 0"):
         make_plan(path, tmp_path / "out", "ja", 0, **OPTIONS)
 

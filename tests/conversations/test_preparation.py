@@ -241,7 +241,9 @@ class TestNothingStale:
         chats = as_plain(tmp_path, pairs(5))
         make(chats, tmp_path, small)
         (tmp_path / "set_conversations.mask").unlink()
-        with pytest.raises(CptError, match="is not a set of conversations"):
+        with pytest.raises(
+            CptError, match=r"There is no .*\.mask\. Restore it; or `nemo-cpt prepare` with --overwrite"
+        ):
             make(chats, tmp_path, small)
 
 

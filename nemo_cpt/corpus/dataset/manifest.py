@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 
 from nemo_cpt.corpus.atomic_files import write_whole
-from nemo_cpt.corpus.dataset.index import full_prefix
+from nemo_cpt.corpus.dataset.index import ANEW, full_prefix
 from nemo_cpt.corpus.reading.chunks import hash_source
 from nemo_cpt.corpus.reading.sources import Source
 from nemo_cpt.errors import CptError
@@ -39,7 +39,7 @@ def read_manifest(prefix: str | os.PathLike[str]) -> dict[str, Any]:
     except FileNotFoundError:
         raise CptError(f"There is no manifest {path}: the dataset was not made by `nemo-cpt prepare`.") from None
     except ValueError as error:
-        raise CptError(f"The manifest {path} is damaged: {error}.") from error
+        raise CptError(f"The manifest {path} is damaged: {error}; {ANEW}.") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CptError(f"{path} is not a manifest of `nemo-cpt prepare`, or one of another version.")
     return manifest
