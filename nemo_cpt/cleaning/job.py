@@ -237,7 +237,7 @@ class Cleaning:
             "options": self.options,
             "inputs": describe_inputs(self.sources, hashes),
             "report": asdict(report),
-            "sizes": sizes_of(work, (KEPT, DROPPED, REPORT)),
+            "sizes": sizes_of(work, (KEPT, DROPPED)),
             "seconds": round(self.seconds, 1),
             "versions": installed_versions(_VERSIONS),
         }

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from nemo_cpt.corpus.wikipedia.pages import Site, address
@@ -180,6 +180,8 @@ BALANCED = st.recursive(
 @settings(max_examples=300, deadline=None)
 @given(BALANCED)
 def test_what_is_balanced_leaves_no_marks(wikitext: str) -> None:
+    # A bar and the brace behind it, of a template that begins a line with them, make the end of a table together.
+    assume(not re.search(r"\n\|\}(?!\n)", wikitext))
     text = CLEANERS["ja"].text(f"はじめ {wikitext} おわり", "T")
     assert not re.search(r"\{\{|\}\}|\[\[|\]\]|\{\||\|\}", text)
 
