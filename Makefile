@@ -19,8 +19,9 @@ chat-demo: .venv/installed
 	test -f demo/report.json || $(BIN)/python -m nemo_cpt.demo
 	$(BIN)/python -m nemo_cpt.demo.chat
 
+# On 2 cores: of three workers one mostly waits, for a Slurm or a job to end.
 test: .venv/installed
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest --numprocesses 3
 
 check: lint
 	$(BIN)/python -m pytest --numprocesses 2 --quiet $(FAST)
