@@ -267,7 +267,38 @@ class Lines(Rule):
 
 
 @dataclass(frozen=True)
-class CharacterRepetition(Rule):
+class _Repetition(Rule):
+    """What n-grams of characters and of words have in common: limits by n, and the order of the checks."""
+
+    max_top_share: dict[int, float] = field(default_factory=GOPHER_TOP.copy)
+    max_repeated_share: dict[int, float] = field(default_factory=GOPHER_REPEATED.copy)
+
+    def load(self) -> None:
+        """Check the n.
+
+        Raises:
+            CptError: One is below 2.
+        """
+        sizes = (*self.max_top_share, *self.max_repeated_share)
+        if sizes and min(sizes) < 2:
+            raise CptError(f"{self.name}: n-grams of {min(sizes)} are not counted; the smallest n is 2.")
+
+    def apply(self, document: Document) -> Iterator[Check]:
+        """Measure the n-grams, the shortest first."""
+        longest = max((*self.max_top_share, *self.max_repeated_share), default=1)
+        for size, top, repeated in self._shares(document, longest):
+            if (most := self.max_top_share.get(size)) is not None:
+                yield Check(f"top_{size}gram_share", top, at_most=most)
+            if (most := self.max_repeated_share.get(size)) is not None:
+                yield Check(f"repeated_{size}gram_share", repeated, at_most=most)
+
+    def _shares(self, document: Document, longest: int) -> Iterator[tuple[int, float, float]]:
+        """By n: the share of the most frequent n-gram, and of repeated ones."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class CharacterRepetition(_Repetition):
     """Drops texts that say the same again and again, by n-grams of characters: for languages without spaces.
 
     As Swallow counts: of the most frequent n-gram, its occurrences in all; of repeated ones, different n-grams that
@@ -280,29 +311,13 @@ class CharacterRepetition(Rule):
 
     name: ClassVar[str] = "character_repetition"
 
-    max_top_share: dict[int, float] = field(default_factory=GOPHER_TOP.copy)
-    max_repeated_share: dict[int, float] = field(default_factory=GOPHER_REPEATED.copy)
-
-    def load(self) -> None:
-        """Check the n.
-
-        Raises:
-            CptError: One is below 2.
-        """
-        _check_sizes(self.name, (*self.max_top_share, *self.max_repeated_share))
-
-    def apply(self, document: Document) -> Iterator[Check]:
-        """Measure the n-grams, the shortest first."""
-        longest = max((*self.max_top_share, *self.max_repeated_share), default=1)
+    def _shares(self, document: Document, longest: int) -> Iterator[tuple[int, float, float]]:
         for found in character_ngrams(document.codes, longest):
-            if (most := self.max_top_share.get(found.size)) is not None:
-                yield Check(f"top_{found.size}gram_share", found.top / max(found.total, 1), at_most=most)
-            if (most := self.max_repeated_share.get(found.size)) is not None:
-                yield Check(f"repeated_{found.size}gram_share", found.repeated / max(found.distinct, 1), at_most=most)
+            yield found.size, found.top / max(found.total, 1), found.repeated / max(found.distinct, 1)
 
 
 @dataclass(frozen=True)
-class WordRepetition(Rule):
+class WordRepetition(_Repetition):
     """Drops texts that say the same again and again, by n-grams of words.
 
     Attributes:
@@ -312,30 +327,9 @@ class WordRepetition(Rule):
 
     name: ClassVar[str] = "word_repetition"
 
-    max_top_share: dict[int, float] = field(default_factory=GOPHER_TOP.copy)
-    max_repeated_share: dict[int, float] = field(default_factory=GOPHER_REPEATED.copy)
-
-    def load(self) -> None:
-        """Check the n.
-
-        Raises:
-            CptError: One is below 2.
-        """
-        _check_sizes(self.name, (*self.max_top_share, *self.max_repeated_share))
-
-    def apply(self, document: Document) -> Iterator[Check]:
-        """Measure the n-grams, the shortest first."""
-        longest = max((*self.max_top_share, *self.max_repeated_share), default=1)
+    def _shares(self, document: Document, longest: int) -> Iterator[tuple[int, float, float]]:
         for found in word_ngrams(document.words, longest):
-            if (most := self.max_top_share.get(found.size)) is not None:
-                yield Check(f"top_{found.size}gram_share", found.top, at_most=most)
-            if (most := self.max_repeated_share.get(found.size)) is not None:
-                yield Check(f"repeated_{found.size}gram_share", found.repeated, at_most=most)
-
-
-def _check_sizes(rule: str, sizes: tuple[int, ...]) -> None:
-    if sizes and min(sizes) < 2:
-        raise CptError(f"{rule}: n-grams of {min(sizes)} are not counted; the smallest n is 2.")
+            yield found.size, found.top, found.repeated
 
 
 @dataclass(frozen=True)

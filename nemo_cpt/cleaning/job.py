@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -20,7 +19,7 @@ from nemo_cpt.cleaning.report import page
 from nemo_cpt.cleaning.rule import Check
 from nemo_cpt.cleaning.rules import Rules, rules_for
 from nemo_cpt.cleaning.tallies import CleaningReport, Counts
-from nemo_cpt.corpus.atomic_files import folder_to_fill, locked, sync_directory, write_whole
+from nemo_cpt.corpus.atomic_files import folder_to_fill, locked, move_into_place, write_whole, written_beside
 from nemo_cpt.corpus.dataset.manifest import changed_input, check_sizes, describe_inputs, sizes_of
 from nemo_cpt.corpus.plan import left_over
 from nemo_cpt.corpus.preparing.workers import count_processes
@@ -29,7 +28,7 @@ from nemo_cpt.corpus.progress import ProgressBar
 from nemo_cpt.corpus.reading.chunks import Feed, Task, check_unchanged, hash_source
 from nemo_cpt.corpus.reading.lines import Reading
 from nemo_cpt.corpus.reading.records import Record, read_records, to_json
-from nemo_cpt.corpus.reading.sources import PARTS, UNFINISHED, Inputs, Source, list_sources
+from nemo_cpt.corpus.reading.sources import PARTS, UNFINISHED, Inputs, Source, check_elsewhere, list_sources
 from nemo_cpt.corpus.reading.tally import Policy, Tally
 from nemo_cpt.errors import CptError
 from nemo_cpt.installed import installed_versions
@@ -156,14 +155,7 @@ class Cleaning:
         Raises:
             CptError: One does.
         """
-        targets = {os.path.realpath(folder / name) for name in FILES}
-        work = os.path.realpath(folder / UNFINISHED)
-        for source in self.sources:
-            path = os.path.realpath(source.path)
-            if path in targets or path.startswith(work + os.sep):
-                raise CptError(
-                    f"The input {source.path} lies where the cleaning puts its own files: take another folder."
-                )
+        check_elsewhere(self.sources, folder, FILES, "cleaning")
 
     def existing(self, folder: Path) -> CleaningReport | None:
         """Return the report of this very cleaning if it is there.
@@ -201,23 +193,21 @@ class Cleaning:
             CptError: As `clean`.
         """
         work = folder / UNFINISHED
-        # The manifest is written last into `work`: where it is, everything beside it is whole.
-        if (work / MANIFEST).exists():  # killed while it moved them
-            _move_into_place(work, folder)
-        shutil.rmtree(work, ignore_errors=True)
-        if not overwrite:
-            if (report := self.existing(folder)) is not None:
-                return report
-            _refuse_foreign_files(folder)
-        work.mkdir()
-        try:
-            report = self._write(work, folder, workers, quiet)
-            _move_into_place(work, folder)
-        finally:
-            # With the manifest, all is written: the next run moves it (above).
-            if not (work / MANIFEST).exists():
-                shutil.rmtree(work, ignore_errors=True)
-        return report
+
+        def existing() -> CleaningReport | None:
+            if overwrite:
+                return None
+            if (report := self.existing(folder)) is None:
+                _refuse_foreign_files(folder)
+            return report
+
+        return written_beside(
+            work,
+            MANIFEST,
+            lambda: move_into_place(work, folder, (KEPT, DROPPED, REPORT), MANIFEST),
+            existing,
+            lambda: self._write(work, folder, workers, quiet),
+        )
 
     def _write(self, work: Path, folder: Path, workers: int, quiet: bool) -> CleaningReport:
         begin = time.monotonic()
@@ -421,14 +411,3 @@ def _refuse_foreign_files(folder: Path) -> None:
             f"{folder} holds {', '.join(found)} without a {MANIFEST}: no cleaning wrote that, and this one would "
             "replace it. Take another folder, or overwrite=True (--overwrite)."
         )
-
-
-def _move_into_place(work: Path, folder: Path) -> None:
-    """Move finished files into their folder, the manifest last; each step may be repeated after a crash."""
-    (folder / MANIFEST).unlink(missing_ok=True)  # first: until the new one is there, the folder holds no whole cleaning
-    for name in (KEPT, DROPPED, REPORT):
-        if (work / name).exists():
-            (work / name).replace(folder / name)
-    sync_directory(folder)
-    (work / MANIFEST).replace(folder / MANIFEST)
-    sync_directory(folder)

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import orjson
@@ -41,6 +41,7 @@ from nemo_cpt.corpus.reading.tally import Policy, Tally
 from nemo_cpt.errors import CptError
 
 PART = "part.json"
+Kind = TypeVar("Kind", bound=Cleaning)
 
 
 def make_plan(
@@ -87,15 +88,15 @@ def make_plan(
     settings |= {"workers": workers, "quiet": quiet, "patience": patience}
     sources = list_sources(inputs)
     folder = Path(os.path.abspath(output))
-    cleaning = _cleaning(settings, sources)
+    cleaning = _cleaning(Cleaning, settings, sources)
     cleaning.check_targets(folder)
     job = orjson.loads(orjson.dumps(cleaning.options, option=orjson.OPT_NON_STR_KEYS))
     return Plan(folder / PARTS_FOLDER, job, settings, sources, cut(sources, tasks), overwrite)
 
 
-def _cleaning(settings: dict[str, Any], sources: list[Source]) -> Cleaning:
+def _cleaning(kind: type[Kind], settings: dict[str, Any], sources: list[Source]) -> Kind:
     rules = rules_of(yaml.safe_load(settings["rules"]))
-    return Cleaning(sources, rules, settings["json_key"], Policy.of(settings["on_error"], settings["max_skipped"]))
+    return kind(sources, rules, settings["json_key"], Policy.of(settings["on_error"], settings["max_skipped"]))
 
 
 def existing(plan: Plan) -> CleaningReport | None:
@@ -154,7 +155,7 @@ def clean_part(folder: str | os.PathLike[str], number: int) -> None:
     with locked(Path(plan.part(number) + ".lock"), settings["patience"]):
         if _is_done(plan, number, share):
             return
-        begin, cleaning = time.monotonic(), _cleaning(settings, share)
+        begin, cleaning = time.monotonic(), _cleaning(Cleaning, settings, share)
         cleaning.rules.load()
         part, work = Path(plan.part(number)), Path(plan.part(number) + ".unfinished")
         for leftover in (work, part):
@@ -220,11 +221,7 @@ class _Joined(Cleaning):
 
 
 def _whole(plan: Plan) -> _Joined:
-    settings = plan.settings
-    rules = rules_of(yaml.safe_load(settings["rules"]))
-    sources = [listed_again(source) for source in plan.sources]
-    policy = Policy.of(settings["on_error"], settings["max_skipped"])
-    return _Joined(sources, rules, settings["json_key"], policy)
+    return _cleaning(_Joined, plan.settings, [listed_again(source) for source in plan.sources])
 
 
 def join(folder: str | os.PathLike[str]) -> CleaningReport:

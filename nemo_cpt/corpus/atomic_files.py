@@ -3,14 +3,16 @@
 import fcntl
 import hashlib
 import os
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from nemo_cpt.errors import CptError
 
+Made = TypeVar("Made")
 COPIED = 64 << 20  # bytes copied at once
 
 
@@ -130,6 +132,58 @@ def copy_to(path: Path, descriptor: int, offset: int) -> None:
             raise CptError(
                 f"Cannot copy {path}: {error.strerror}. Make room and run the same command again."
             ) from error
+
+
+def written_beside(
+    work: Path, last: str, move: Callable[[], None], existing: Callable[[], Made | None], write: Callable[[], Made]
+) -> Made:
+    """Write what belongs together into a folder of its own, then move it to its place; killed anywhere, it goes on.
+
+    Args:
+        work: The folder to write into.
+        last: The file that `write` writes last: where it is, everything beside it is whole.
+        move: Moves them to their place, `last` last; may be repeated.
+        existing: What is there already; None where it is to be made.
+        write: Writes the files.
+
+    Returns:
+        What `existing` or `write` gives.
+    """
+    if (work / last).exists():  # killed while it moved them
+        move()
+    shutil.rmtree(work, ignore_errors=True)
+    if (there := existing()) is not None:
+        return there
+    work.mkdir()
+    try:
+        made = write()
+        move()
+    finally:
+        # With the last file, all is written: the next run moves it (above).
+        if not (work / last).exists():
+            shutil.rmtree(work, ignore_errors=True)
+    return made
+
+
+def move_into_place(work: Path, folder: Path, names: Iterable[str], last: str, gone: Iterable[str] = ()) -> None:
+    """Move finished files into their folder, `last` last; each step may be repeated after a crash.
+
+    Args:
+        work: Where they are.
+        folder: Where they go.
+        names: The others beside `last`.
+        last: The file that says that all are there.
+        gone: Files of the folder that the new ones leave without a meaning.
+    """
+    (folder / last).unlink(missing_ok=True)  # first: until the new one is there, the folder holds nothing whole
+    for name in names:
+        if (work / name).exists():
+            (work / name).replace(folder / name)
+    for name in gone:
+        (folder / name).unlink(missing_ok=True)
+    sync_directory(folder)
+    (work / last).replace(folder / last)
+    sync_directory(folder)
 
 
 def sync_directory(folder: Path) -> None:

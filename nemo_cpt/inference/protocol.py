@@ -49,11 +49,16 @@ class _Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, fields: Any) -> Any:
+        return {name: value for name, value in fields.items() if value is not None} if type(fields) is dict else fields
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_characters(cls, fields: Any) -> Any:
         try:
             orjson.dumps(fields)
         except orjson.JSONEncodeError:  # JSON may hold half of a surrogate pair, a tokenizer's text may not
             raise ValueError("the text holds a lone surrogate, which is no character") from None
-        return {name: value for name, value in fields.items() if value is not None} if type(fields) is dict else fields
+        return fields
 
 
 class _StreamOptions(_Body):

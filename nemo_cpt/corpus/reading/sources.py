@@ -97,6 +97,26 @@ class InputChangedError(CptError):
         )
 
 
+def check_elsewhere(sources: Iterable[Source], folder: Path, names: Iterable[str], what: str) -> None:
+    """Check that no input lies where what is made of it goes, or where that is written until then.
+
+    Args:
+        sources: The inputs.
+        folder: Where the output goes.
+        names: Of its files.
+        what: What is made, for the message.
+
+    Raises:
+        CptError: One does.
+    """
+    targets = {os.path.realpath(folder / name) for name in names}
+    work = os.path.realpath(folder / UNFINISHED)
+    for source in sources:
+        path = os.path.realpath(source.path)
+        if path in targets or path.startswith(work + os.sep):
+            raise CptError(f"The input {source.path} lies where the {what} puts its own files. Take another folder.")
+
+
 def list_sources(inputs: Inputs) -> list[Source]:
     """List the files that the inputs stand for; the order is that of the inputs, sorted within each folder and glob.
 

@@ -2,7 +2,6 @@
 
 import io
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -11,14 +10,22 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from nemo_cpt.corpus.atomic_files import folder_to_fill, locked, sync_directory, write_whole
+from nemo_cpt.corpus.atomic_files import folder_to_fill, locked, move_into_place, write_whole, written_beside
 from nemo_cpt.corpus.dataset.manifest import changed_input, check_sizes, describe_inputs, sizes_of
 from nemo_cpt.corpus.preparing.workers import count_processes
 from nemo_cpt.corpus.processes import in_order
 from nemo_cpt.corpus.progress import ProgressBar
 from nemo_cpt.corpus.reading.chunks import Feed, Task, check_unchanged, lines_of, texts_of
 from nemo_cpt.corpus.reading.lines import Reading, TextUnder, parse_lines
-from nemo_cpt.corpus.reading.sources import SETS, SPLIT_REPORT, UNFINISHED, Inputs, Source, list_sources
+from nemo_cpt.corpus.reading.sources import (
+    SETS,
+    SPLIT_REPORT,
+    UNFINISHED,
+    Inputs,
+    Source,
+    check_elsewhere,
+    list_sources,
+)
 from nemo_cpt.corpus.reading.tally import Policy, Tally
 from nemo_cpt.corpus.splitting.duplicates import HeldOut, fingerprint, sketch
 from nemo_cpt.errors import CptError
@@ -209,12 +216,7 @@ class _Split:
         Raises:
             CptError: One does.
         """
-        targets = {os.path.realpath(folder / name) for name in (*(f"{name}.jsonl" for name in SETS), REPORT)}
-        work = os.path.realpath(folder / UNFINISHED)
-        for source in self.all_sources:
-            path = os.path.realpath(source.path)
-            if path in targets or path.startswith(work + os.sep):
-                raise CptError(f"The input {source.path} lies where the split puts its own files. Take another folder.")
+        check_elsewhere(self.all_sources, folder, (*(f"{name}.jsonl" for name in SETS), REPORT), "split")
 
     def existing(self, folder: Path) -> SplitReport | None:
         """Return the report of this very split if it is there.
@@ -242,24 +244,20 @@ class _Split:
             CptError: As `split`.
         """
         work = folder / UNFINISHED
-        # The report is written last into `work`: where it is, everything beside it is whole.
-        if (work / REPORT).exists():  # killed while it moved them
-            _move_into_place(work, folder)
-        shutil.rmtree(work, ignore_errors=True)
-        if not overwrite:
-            if (report := self.existing(folder)) is not None:
-                return report
-            _refuse_foreign_files(folder)
-        work.mkdir()
-        try:
+
+        def existing() -> SplitReport | None:
+            if overwrite:
+                return None
+            if (report := self.existing(folder)) is None:
+                _refuse_foreign_files(folder)
+            return report
+
+        def write() -> SplitReport:
             self.write(work, workers, quiet)
             self.write_report(work, folder)
-            _move_into_place(work, folder)
-        finally:
-            # With the report, all is written: the next run moves it (above).
-            if not (work / REPORT).exists():
-                shutil.rmtree(work, ignore_errors=True)
-        return self.report
+            return self.report
+
+        return written_beside(work, REPORT, lambda: _move_into_place(work, folder), existing, write)
 
     def write(self, work: Path, workers: int, quiet: bool) -> None:
         """Write the sets into a folder: first the held-out ones, then the training set, compared with them."""
@@ -430,17 +428,9 @@ def _refuse_foreign_files(folder: Path) -> None:
 
 
 def _move_into_place(work: Path, folder: Path) -> None:
-    """Move finished sets into their folder, the report last; each step may be repeated after a crash."""
     files = _read_report(work / REPORT)["report"]["files"]
-    (folder / REPORT).unlink(missing_ok=True)  # first: until the new one is there, the folder holds no whole split
-    for name in SETS:
-        if (work / f"{name}.jsonl").exists():
-            (work / f"{name}.jsonl").replace(folder / f"{name}.jsonl")
-        elif name not in files:
-            (folder / f"{name}.jsonl").unlink(missing_ok=True)
-    sync_directory(folder)
-    (work / REPORT).replace(folder / REPORT)
-    sync_directory(folder)
+    names, gone = ([f"{name}.jsonl" for name in SETS if (name in files) is there] for there in (True, False))
+    move_into_place(work, folder, names, REPORT, gone)
 
 
 def _size(sources: Iterable[Source]) -> int:
