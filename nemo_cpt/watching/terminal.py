@@ -7,7 +7,7 @@ when a job is stopped and goes on.
 import contextlib
 import os
 import re
-import select
+import selectors
 import signal
 import termios
 import threading
@@ -92,8 +92,11 @@ class Keys:
 
     def wait(self, seconds: float) -> str:
         """Wait so long at most for keys, and return those pressed; an arrow or a function key is none."""
-        heard = [self._woken, *([self._descriptor] if self._in_foreground() else [])]
-        ready, _, _ = select.select(heard, [], [], seconds)
+        with selectors.DefaultSelector() as selector:  # `select.select` takes no descriptor above 1,023
+            selector.register(self._woken, selectors.EVENT_READ)
+            if self._in_foreground():
+                selector.register(self._descriptor, selectors.EVENT_READ)
+            ready = [key.fd for key, _ in selector.select(seconds)]
         if self._descriptor not in ready:
             return ""
         try:

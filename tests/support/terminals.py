@@ -3,7 +3,7 @@
 import os
 import pty
 import re
-import select
+import selectors
 import signal
 import subprocess
 import termios
@@ -58,13 +58,18 @@ class Terminal:
         deadline = time.monotonic() + SECONDS
         while (found := re.search(pattern, self.shown)) is None:
             ended = self.process.poll() is not None
-            if select.select([self.master], [], [], 0.1)[0]:
+            if self._said(0.1):
                 self._read()
             else:
                 waiting = not ended and time.monotonic() < deadline
                 assert waiting, f"{pattern!r} is not in {self.shown[-2000:]!r}"
         read, self.shown = self.shown[: found.end()], self.shown[found.end() :]
         return read
+
+    def _said(self, seconds: float) -> bool:
+        with selectors.DefaultSelector() as selector:  # `select.select` takes no descriptor above 1,023
+            selector.register(self.master, selectors.EVENT_READ)
+            return bool(selector.select(seconds))
 
     def _read(self) -> None:
         text = os.read(self.master, 65536).decode(errors="replace")
@@ -74,9 +79,9 @@ class Terminal:
     def ends(self) -> int:
         """The exit code; what it still writes is read meanwhile, or it would wait for that."""
         while self.process.poll() is None:
-            if select.select([self.master], [], [], 0.1)[0]:
+            if self._said(0.1):
                 self._read()
-        while select.select([self.master], [], [], 0)[0]:
+        while self._said(0):
             self._read()
         return self.process.returncode
 

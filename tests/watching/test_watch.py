@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pty
+import resource
 import shlex
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from rich.console import Console
 
 from nemo_cpt.training.metrics import END_FILE, append_metrics
 from nemo_cpt.watching.following import RANK_0_LOG, Follower, newest_run
+from nemo_cpt.watching.terminal import NONE, Keys
 from nemo_cpt.watching.view import Snapshot, duration, lines, render
 from tests.support import run_folders
 from tests.support.executor_jobs import held_by_another_process
@@ -257,6 +259,25 @@ def test_bad_input(folder: Path, arguments: list[str], says: str) -> None:
     (folder.parents[1] / "other").mkdir(exist_ok=True)
     done = watch(*arguments, cwd=folder.parents[1])
     assert (done.returncode, says in done.stderr) == (2, True), done.stderr
+
+
+def test_keys_are_waited_for_where_a_process_has_more_files_open_than_select_takes() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        opened = [os.open(os.devnull, os.O_RDONLY)]
+        while opened[-1] < 1024:
+            opened.append(os.dup(opened[0]))
+        keys = Keys(NONE, lambda: None)
+        try:
+            keys.wake()
+            assert keys.wait(60) == ""  # at once: it was woken
+        finally:
+            keys.close()
+            for descriptor in opened:
+                os.close(descriptor)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_watching_imports_neither_torch_nor_nemo(folder: Path) -> None:
