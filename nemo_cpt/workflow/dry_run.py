@@ -107,6 +107,9 @@ def dry_run(workflow: Workflow, chosen: Chosen, plan: bool = True) -> DryRun:
     names, again, state = chosen.steps(workflow), chosen.again(workflow), State(workflow)
     found = [each for each in standings(workflow, state, again) if each.step.name in names]
     check_free(found)
+    for each in found:
+        if not each.done:  # what is done was checked when it was done
+            each.step.check_values([path for other in workflow.steps.values() for path in other.writes])
     estimates = Estimates(workflow)
     made = [estimates.of(each, plan) for each in found]
     disk = estimates.disk(sum(each.disk_bytes or 0 for each in made))
