@@ -27,6 +27,8 @@ class Kind:
         reads: parameters that name files: a path, a list of them, or a mixture of datasets.
         writes: what it makes, with its parameters' values in braces; empty for nothing.
         by_name: those of `reads` whose value may be a name instead of a path: of the hub's, or of what ships.
+        or_file: those of `by_name` whose value, where it is no name, is a file and no folder: `rules: ja` is a name,
+            also beside a folder ja.
         of_run: those of `reads` where a run's folder stands for its newest whole checkpoint.
         recipe: it trains one, as `nemo-cpt run` does.
         goes_on: what is left of a killed one is gone on from, and not cleared away.
@@ -43,6 +45,7 @@ class Kind:
     reads: tuple[str, ...] = ()
     writes: str = ""
     by_name: tuple[str, ...] = ()
+    or_file: tuple[str, ...] = ()
     of_run: tuple[str, ...] = ()
     recipe: bool = False
     goes_on: bool = False
@@ -62,6 +65,7 @@ KINDS = {
         ("inputs", "decontaminate", "rules"),
         "{output}",
         by_name=("rules",),
+        or_file=("rules",),
         goes_on=True,
     ),
     "split": Kind("corpus.splitting.splits:split", ("inputs", "validation", "test"), "{output_folder}", goes_on=True),
@@ -80,6 +84,7 @@ KINDS = {
         ("inputs", "tokenizer", "template"),
         "{output_prefix}_conversations",
         ("tokenizer", "template"),
+        ("template",),
         goes_on=True,
     ),
     "download": Kind("checkpoint.downloading:download", writes="{dest}", goes_on=True),
@@ -93,6 +98,7 @@ KINDS = {
         "checkpoint.exporting:export_hf",
         ("source", "base", "chat_template"),
         "{dest}",
+        ("chat_template",),
         ("chat_template",),
         of_run=("source",),
     ),
@@ -109,6 +115,7 @@ KINDS = {
         ("model", "against", "checkpoints_of", "base", "losses", "prompts"),
         "{output}",
         ("model", "against", "prompts"),
+        ("prompts",),
         goes_on=True,
         by_version=True,
         action="evaluate",

@@ -1,7 +1,6 @@
 """A workflow: steps that name what they read and write, put in order by that, and checked before anything runs."""
 
 import contextlib
-import itertools
 import math
 import os
 import re
@@ -78,8 +77,12 @@ class Step:
         if self.kind.recipe:
             return recipes.reads(self.function, self.arguments, self.parameters)
         names = self.kind.reads if self.kind is not OWN else self._own_paths(READS)
-        found = (paths_in(self.parameters.get(name), name in self.kind.labelled) for name in names)
-        return list(dict.fromkeys(itertools.chain.from_iterable(found)))
+        found = ((name, paths_in(self.parameters.get(name), name in self.kind.labelled)) for name in names)
+        return list(dict.fromkeys(path for name, paths in found for path in paths if self._is_path(name, path)))
+
+    def _is_path(self, name: str, value: str) -> bool:
+        """Whether a parameter's value may be a path; what has no ending is a name where only files are none."""
+        return name not in self.kind.or_file or bool(PurePath(value).suffix) or (self.folder / value).is_file()
 
     @cached_property
     def writes(self) -> list[str]:
@@ -146,7 +149,9 @@ class Step:
         check, function = getattr(home, self.kind.checks), getattr(home, name)
         values = {each.name: each.default for each in signature(function).parameters.values()} | self.arguments
         looked_at = list(signature(check).parameters)
-        files = [str(values[each]) for each in self.kind.by_name if each in looked_at]
+        files = [
+            path for each in self.kind.by_name if each in looked_at and self._is_path(each, path := str(values[each]))
+        ]
         if any(related(file, each, self.folder) for file in files for each in made):
             return
         with self._named(), contextlib.chdir(self.folder):

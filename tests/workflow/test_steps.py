@@ -142,6 +142,19 @@ def test_values_are_checked_by_what_the_step_itself_begins_with(
     assert said in error.value.message
 
 
+def test_a_language_is_no_folder_of_its_name(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").touch()
+    kept = Step("clean", "clean", {"inputs": "a.jsonl", "output": "ja", "rules": "ja"})
+    asked = Step("evaluate", "evaluate", {"model": "hf:m", "output": "e", "prompts": ["ja", "mine=p.jsonl"]})
+    workflow = Workflow("w", [kept, asked], tmp_path)
+    assert workflow.steps["clean"].reads == ["a.jsonl"]
+    assert workflow.steps["evaluate"].reads == ["hf:m", "p.jsonl"]
+    assert workflow.needs == {"clean": [], "evaluate": []}
+    wrong = Step("clean", "clean", {"inputs": "a.jsonl", "output": "jaa", "rules": "jaa"})
+    with pytest.raises(CptError, match="no rules for the language 'jaa'"):
+        dry_run(Workflow("w", [wrong], tmp_path), Chosen())
+
+
 def test_rules_that_a_step_makes_are_read_when_it_has_made_them(folder: Path) -> None:
     made = own("rules", "join", ["a.txt"], "rules.yaml")
     step = Step("clean", "clean", {"inputs": "b.txt", "output": "o", "rules": "rules.yaml"})
@@ -219,6 +232,7 @@ def test_every_kind_s_function_and_paths_are_there(do: str) -> None:
     named = [name.strip("{}") for name in kind.writes.replace("_", " _ ").split() if name.startswith("{")]
     assert {*kind.reads, *kind.by_name, *kind.of_run} <= set(parameters), named
     assert set(kind.by_name) | set(kind.of_run) <= set(kind.reads)
+    assert set(kind.or_file) <= set(kind.by_name)
     # All that may be a path is read, made, or said to be neither: else a change of it would go unnoticed.
     paths = {name for name, each in parameters.items() if re.search(r"Inputs|Path", each.annotation)}
     assert paths <= {*kind.reads, *re.findall(r"{(\w+)}", kind.writes)}
