@@ -7,6 +7,8 @@ from importlib.resources import files
 
 import pytest
 
+from tests.support.shared import made_once
+
 DOCUMENTS = 60
 
 TASKS = '''
@@ -169,11 +171,14 @@ def _forget_modules():
 @pytest.fixture(scope="session")
 def material(tmp_path_factory):
     """A briefly trained base of the tiny shape, imported, and two datasets made with its tokenizer."""
+    return made_once(tmp_path_factory, "material", _make_material)
+
+
+def _make_material(folder):
     from nemo_cpt.checkpoint import import_hf
     from nemo_cpt.corpus import prepare
     from nemo_cpt.demo import base
 
-    folder = tmp_path_factory.mktemp("material")
     lines = (files("nemo_cpt.demo") / "corpus" / "en.jsonl").read_text().splitlines()[:DOCUMENTS]
     (folder / "en.jsonl").write_text("\n".join(lines) + "\n")
     texts = [json.loads(line)["text"] for line in lines]
@@ -184,7 +189,6 @@ def material(tmp_path_factory):
     for name in ("en", "held_out"):
         prepare(folder / f"{name}.jsonl", folder / name, folder / "hf", quiet=True)
     import_hf(folder / "hf", folder / "base")
-    return folder
 
 
 @pytest.fixture(scope="session")
