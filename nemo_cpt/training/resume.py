@@ -17,7 +17,7 @@ from nemo_cpt.training import run_lock
 from nemo_cpt.training.options import EXTENSIONS, check_extend
 from nemo_cpt.training.preconditions import check_base
 from nemo_cpt.training.record import Change, changes, settings_of
-from nemo_cpt.training.run_folder import Checkpoint, damaged_since, newest_whole, to_resume
+from nemo_cpt.training.run_folder import Checkpoint, damaged_since, newest_whole, resumed_from, to_resume
 
 KEPT_TOKENIZER = f"{run_lock.FOLDER}/hf"  # in the run's folder
 
@@ -111,7 +111,7 @@ class _Resumption(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Compare, and write down this start."""
-        settings, checkpoint = settings_of(trainer), _resumed(trainer)
+        settings, checkpoint = settings_of(trainer), resumed_from(trainer.ckpt_path)
         if trainer.is_global_zero:
             _write_down(Path(AppState().log_dir), settings, checkpoint)
             _keep_tokenizer(trainer, Path(AppState().log_dir, KEPT_TOKENIZER))
@@ -176,11 +176,6 @@ def _scheduler_of(trainer: pl.Trainer, steps: int) -> Any:
         return module.scheduler(trainer.lightning_module, trainer.optimizers[0])["lr_scheduler"]["scheduler"]
     finally:
         module.max_steps = whole
-
-
-def _resumed(trainer: pl.Trainer) -> Checkpoint | None:
-    path = trainer.ckpt_path and Path(str(trainer.ckpt_path))
-    return Checkpoint(path.parent if path.name == "weights" else path) if path else None
 
 
 def _write_down(folder: Path, settings: dict[str, Any], checkpoint: Checkpoint | None) -> None:
