@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Begun first, so that at the end no process is left with a file of minutes while the others have none.
 SLOW = ("executors", "training", "checkpoint")
+
+# Under nohup and behind `&` the tests are deaf to these; with a handler, what they start is not.
+for _number in (signal.SIGHUP, signal.SIGINT):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, lambda number, frame: None)
 
 settings.register_profile("busy", deadline=None)  # the machine may have other work
 settings.load_profile("busy")

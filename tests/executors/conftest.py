@@ -60,7 +60,10 @@ def count(path, until, go=None):
         time.sleep(0.1)
         if reached < until - 1 or not go or Path(go).exists():
             reached += 1
-            file.write_text(str(reached))
+            # The job's other processes count in the same file, and must not find it empty.
+            whole = file.with_name(f"{file.name}.{os.getpid()}")
+            whole.write_text(str(reached))
+            whole.replace(file)
         if stopped:
             print("stopped at", reached, flush=True)
             raise StoppedEarlyError("told to stop, saved")
