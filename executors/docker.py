@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.errors import CptError
 from nemo_cpt.executors.environment import checked_secrets, existing_mounts, job_env, keep_secrets
 
@@ -16,6 +17,7 @@ WORKDIR = "/nemo_run/code"  # NeMo-Run starts tasks there
 SECRETS_IN_CONTAINER = "/run/secrets/nemo_cpt.env"
 
 
+@checked
 def docker(
     image: str = IMAGE,
     gpus: int = -1,
@@ -27,7 +29,7 @@ def docker(
     network: str = "host",
     user: str | None = None,
     ipc_mode: str | None = None,
-    env: Mapping[str, str] | None = None,
+    env: Mapping[str, str | float] | None = None,
     secrets: Sequence[str] | None = None,
     max_restarts: int = 0,
 ) -> "run.DockerExecutor":
