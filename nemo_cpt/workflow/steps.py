@@ -1,6 +1,6 @@
 """A workflow: steps that name what they read and write, put in order by that, and checked before anything runs."""
 
-import itertools
+import contextlib
 import math
 import os
 import re
@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from difflib import get_close_matches
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
+from importlib import import_module
+from inspect import signature
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -75,8 +77,12 @@ class Step:
         if self.kind.recipe:
             return recipes.reads(self.function, self.arguments, self.parameters)
         names = self.kind.reads if self.kind is not OWN else self._own_paths(READS)
-        found = (paths_in(self.parameters.get(name), name in self.kind.labelled) for name in names)
-        return list(dict.fromkeys(itertools.chain.from_iterable(found)))
+        found = ((name, paths_in(self.parameters.get(name), name in self.kind.labelled)) for name in names)
+        return list(dict.fromkeys(path for name, paths in found for path in paths if self._is_path(name, path)))
+
+    def _is_path(self, name: str, value: str) -> bool:
+        """Whether a parameter's value may be a path; what has no ending is a name where only files are none."""
+        return name not in self.kind.or_file or bool(PurePath(value).suffix) or (self.folder / value).is_file()
 
     @cached_property
     def writes(self) -> list[str]:
@@ -126,6 +132,30 @@ class Step:
         required = [name for name, each in known.items() if each.default is None and name != "**"]
         if missing := [name for name in required if name not in self.arguments]:
             raise CptError(f"{self.name}: {self.do} needs {', '.join(missing)}")
+
+    def check_values(self, made: Sequence[str]) -> None:
+        """Check the parameters' values by the code that its function begins with; `check` has seen their types.
+
+        Args:
+            made: what other steps make: rules or a template among it cannot be read before they have run.
+
+        Raises:
+            CptError: one cannot be used.
+        """
+        module, _, name = self.kind.function.partition(":")
+        if not (module and self.kind.checks):  # recipes have `launching.description`, functions of the user's nothing
+            return
+        home = import_module(f"nemo_cpt.{module}")
+        check, function = getattr(home, self.kind.checks), getattr(home, name)
+        values = {each.name: each.default for each in signature(function).parameters.values()} | self.arguments
+        looked_at = list(signature(check).parameters)
+        files = [
+            path for each in self.kind.by_name if each in looked_at and self._is_path(each, path := str(values[each]))
+        ]
+        if any(related(file, each, self.folder) for file in files for each in made):
+            return
+        with self._named(), contextlib.chdir(self.folder):
+            check(**{each: values[each] for each in looked_at})
 
     @contextmanager
     def _named(self) -> Iterator[None]:
