@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from nemo_cpt.arguments import checked
 from nemo_cpt.errors import CptError
+from nemo_cpt.executors.counts import check_not_negative
 from nemo_cpt.executors.environment import checked_secrets, checked_setup, existing_mounts, job_env, keep_secrets
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def skypilot(
     """
     if nodes < 1 or gpus_per_node < 1:
         raise CptError(f"skypilot(nodes={nodes}, gpus_per_node={gpus_per_node}): at least 1 of each")
+    check_not_negative("skypilot", max_restarts=max_restarts, idle_minutes_to_autostop=idle_minutes_to_autostop)
     import nemo_run as run
 
     from nemo_cpt.executors import nemo_run_patches
