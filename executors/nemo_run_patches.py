@@ -178,7 +178,7 @@ def leave_stdin_alone() -> None:
     def start_without_stdin(context: Any, runner: Any, command: str, **named: Any) -> Any:
         return start(context, runner, command, **({"in_stream": False} | named))
 
-    Context._run = start_without_stdin
+    Context._run = start_without_stdin  # type: ignore[method-assign,assignment]
 
 
 def parse_new_unions() -> None:

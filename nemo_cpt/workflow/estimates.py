@@ -163,8 +163,8 @@ class Estimates:
     def _size_of(self, path: str) -> float | None:
         files = outputs.files_of(self.workflow.folder / path)
         if files:
-            size = float(sum(file.stat().st_size for file in files))
-            return size * _unpacked(max(files, key=lambda file: file.stat().st_size))
+            on_disk = float(sum(file.stat().st_size for file in files))
+            return on_disk * _unpacked(max(files, key=lambda file: file.stat().st_size))
         size = next((size for made, size in self.made.items() if outputs.related(path, made)), None)
         return size and size * self._share(path)
 
