@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.errors import CptError
+from nemo_cpt.executors.counts import check_not_negative
 from nemo_cpt.executors.environment import checked_secrets, checked_setup, existing_mounts, job_env, keep_secrets
 
 if TYPE_CHECKING:
@@ -16,6 +18,7 @@ CODE = "/nemo_run/code"  # where NeMo-Run puts what it ships, before the setup r
 SECRETS_THERE = "~/.nemo_cpt_secrets.env"
 
 
+@checked
 def skypilot(
     gpus: str,
     gpus_per_node: int = 1,
@@ -28,7 +31,7 @@ def skypilot(
     disk_size: int | None = None,
     mounts: Sequence[str] = (),
     setup: Sequence[str] = (),
-    env: Mapping[str, str] | None = None,
+    env: Mapping[str, str | float] | None = None,
     secrets: Sequence[str] | None = None,
     autodown: bool = True,
     idle_minutes_to_autostop: int | None = 10,
@@ -67,6 +70,7 @@ def skypilot(
     """
     if nodes < 1 or gpus_per_node < 1:
         raise CptError(f"skypilot(nodes={nodes}, gpus_per_node={gpus_per_node}): at least 1 of each")
+    check_not_negative("skypilot", max_restarts=max_restarts, idle_minutes_to_autostop=idle_minutes_to_autostop)
     import nemo_run as run
 
     from nemo_cpt.executors import nemo_run_patches

@@ -3,16 +3,20 @@
 import io
 import json
 import os
+import re
 import shlex
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from copy import copy
+from dataclasses import dataclass, field, replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import invoke
 import nemo_run as run
 from nemo_run.config import RUNDIR_NAME
-from nemo_run.core.execution.slurm import SlurmExecutor, SlurmJobDetails
+from nemo_run.core.execution.slurm import SlurmBatchRequest, SlurmExecutor, SlurmJobDetails
 from nemo_run.core.tunnel.client import SSHTunnel, Tunnel
 from nemo_run.run.torchx_backend.schedulers.slurm import SlurmTunnelScheduler, _get_job_dirs, _save_job_dir
 from torchx.schedulers.api import DescribeAppResponse
@@ -33,6 +37,10 @@ SBATCH = "sbatch"
 SECRETS_FILE = "secrets.env"
 ENDING = Path(__file__).with_name("slurm_job.sh").read_text()
 UNDERWAY = (AppState.PENDING, AppState.RUNNING, AppState.SUBMITTED)
+OUTSIDE_JOBS = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT", "SLURM_JWT")
+"""Variables of Slurm's that people set; every other one describes the job that a process is in."""
+_RUNDIR = re.compile(rf"(?<![\w./~}}-])/{RUNDIR_NAME}(?![\w.-])")
+"""NeMo-Run's name of the job's folder; the end of `/scratch/nemo_run` and the beginning of `/nemo_runs` are none."""
 
 
 @dataclass(kw_only=True)
@@ -113,19 +121,30 @@ class SlurmJob(SlurmExecutor):
         given = [shlex.split(each)[0].removeprefix(flag) for each in self.srun_args or () if each.startswith(flag)]
         return given[-1] if given else f"{self.folder}/code"
 
-    def script_head(self) -> str:
+    def at_home(self, text: str) -> str:
+        """Return a script with the job's folder in place of NeMo-Run's name for it, which containers alone know."""
+        return text if self.container_image else _RUNDIR.sub(lambda found: self.folder, text)
+
+    def script_head(self, variables: Mapping[str, str]) -> str:
         """Return the shell lines that run before srun.
 
-        NeMo-Run puts them into its own script's `setup_lines`. They set the variables that slurm_job.sh reads, which
+        They stand in NeMo-Run's own script as its `setup_lines`. They set the variables that slurm_job.sh reads, which
         ends them: it replaces `srun` by a function of its own and sets the traps, so that what follows in the template
         (srun, its restarts, the exit) is carried out, but decides nothing.
+
+        Args:
+            variables: those of the job's environment, by their names.
         """
         job = shlex.quote(f"/{RUNDIR_NAME}" if self.container_image else self.folder)  # as the tasks see it
         lines = [
             "{ set +vx; } 2>/dev/null",  # the template's `set -evx` would print the values of secrets
+            "unset SLURM_EXPORT_ENV",  # with `export=NONE` srun would hand on nothing of what follows
+            *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
             # Two names of one folder: `$job` is where this script finds it, `job` where the tasks do, in a container.
             f"job={shlex.quote(self.folder)} jobs_behind=${{1:-0}}",
-            f"comes_back={int(self.comes_back)} max_restarts={self.retries} preempt_seconds={self.preempt_seconds}",
+            # Of a chain the next job goes on; one that requeued itself would run beside it.
+            f"comes_back={int(self.comes_back and self.chain == 1)}",
+            f"max_restarts={self.retries} preempt_seconds={self.preempt_seconds}",
             f"marker=$job/{MARKER_PREFIX}$SLURM_JOB_ID refusal=$job/{REFUSAL_PREFIX}$SLURM_JOB_ID",
             *self._chain_lines(),
             # Of sbatch's --cpus-per-task srun makes nothing by itself, since Slurm 22.05.
@@ -138,6 +157,7 @@ class SlurmJob(SlurmExecutor):
             f"export WANDB_RUN_ID=${{WANDB_RUN_ID:-{self.experiment_id}}}",
             *(['. "$job/secrets.env"'] if self.secrets else []),
             *self.setup,
+            *([self.setup_lines] if self.setup_lines else []),
             ENDING,  # last: the user's lines run before its traps are set
         ]
         return "\n".join(lines)
@@ -161,13 +181,13 @@ class SlurmJobScheduler(SlurmTunnelScheduler):
             cfg.tunnel = self.tunnel
             if cfg.preempt_seconds is None:
                 cfg.give_time_to_save(None)
-            cfg.setup_lines = cfg.script_head()
-            cfg.signal = f"TERM@{cfg.preempt_seconds}" if cfg.preempt_seconds else None
-            # NeMo-Run writes `export NAME=VALUE` as it stands.
-            cfg.env_vars = {name: shlex.quote(value) for name, value in cfg.env_vars.items()}
-            for role in app.roles:
-                role.env = {name: shlex.quote(value) for name, value in role.env.items()}
-                role.args = [with_our_runner(argument) for argument in role.args]
+            # TorchX takes `$` for the beginning of a macro, and makes it of `$$`.
+            cfg.env_vars = _escaped(cfg.env_vars)
+            roles = [
+                replace(role, args=[with_our_runner(each) for each in role.args], env=_escaped(role.env))
+                for role in app.roles
+            ]
+            app = replace(app, roles=roles)
         return super()._submit_dryrun(app, cfg)
 
     def schedule(self, dryrun_info: AppDryRunInfo) -> str:
@@ -182,15 +202,17 @@ class SlurmJobScheduler(SlurmTunnelScheduler):
         self._initialize_tunnel(job.tunnel)
         tunnel: Tunnel = self.tunnel
         script = os.path.join(tunnel.job_dir, f"{job.job_name}_sbatch.sh")
-        after = f"{job.dependency_type}:{':'.join(job.parse_deps())}" if job.dependencies else ""
+        waits_for = (job.additional_parameters or {}).get("dependency")
+        first = [f"{job.dependency_type}:{':'.join(job.parse_deps())}"] if job.dependencies else []
         # Before the secrets are written: nothing is left behind by a job that Slurm could never run.
         _check_that_it_can_ever_run(tunnel, script)
         ids: list[str] = []
         try:
             _write_secrets(tunnel, job)
             for behind in reversed(range(job.chain)):  # each job is told how many come after it
-                ids.append(_sbatch(tunnel, script, after, job.may_requeue, behind))
-                after = f"afterany:{ids[-1]}"
+                # What sbatch is given here stands in place of the script's own.
+                after = [*([waits_for] if waits_for else []), *([f"afterany:{ids[-1]}"] if ids else first)]
+                ids.append(_sbatch(tunnel, script, ",".join(after), job.may_requeue, behind))
             _check_limit(tunnel, ids[0], job.preempt_seconds or 0)
         # Also Ctrl-C: half a chain must not stay in the queue.
         except BaseException:
@@ -242,13 +264,68 @@ class SlurmJobScheduler(SlurmTunnelScheduler):
         return found is not None and found[0] in UNDERWAY
 
 
+def write_as_given() -> None:
+    """Let a SlurmJob's scripts have variables and paths as they were given.
+
+    NeMo-Run writes variables with upper-case names, `$` for `$$` and no quotes, and the job's folder in place of every
+    `/nemo_run`, also in `/scratch/nemo_run` and `/nemo_runs`.
+    """
+    from nemo_run.config import Script
+    from nemo_run.core.execution import slurm as upstream
+
+    materialize: Callable[..., str] = SlurmBatchRequest.materialize
+    to_command: Callable[..., list[str]] = Script.to_command
+
+    @wraps(materialize)
+    def materialize_as_given(request: Any) -> str:
+        job = request.executor
+        if not isinstance(job, SlurmJob):
+            return materialize(request)
+        # A copy: whoever has the executor may submit it again. The variables stand in the head.
+        plain = replace(request, extra_env={}, executor=copy(job))
+        plain.executor.env_vars = {}
+        plain.executor.setup_lines = job.script_head(job.env_vars | request.extra_env)
+        plain.executor.signal = job.signal or (f"TERM@{job.preempt_seconds}" if job.preempt_seconds else None)
+        if job.container_image:
+            return materialize(plain)
+        upstream.RUNDIR_NAME = "\0"  # which is in no script
+        try:
+            return job.at_home(materialize(plain))
+        finally:
+            upstream.RUNDIR_NAME = RUNDIR_NAME
+
+    @wraps(to_command)
+    def to_command_as_given(script: Any, *args: Any, substitute_rundir_path: str | None = None, **named: Any) -> Any:
+        if script.inline and substitute_rundir_path is not None:
+            script = replace(script, inline=_RUNDIR.sub(lambda found: substitute_rundir_path, script.inline))
+        return to_command(script, *args, **named)
+
+    SlurmBatchRequest.materialize = materialize_as_given
+    Script.to_command = to_command_as_given
+
+
+def _escaped(variables: Mapping[str, str]) -> dict[str, str]:
+    return {name: value.replace("$", "$$") for name, value in variables.items()}
+
+
 def create_scheduler(session_name: str, **kwargs: Any) -> SlurmJobScheduler:
     """TorchX's factory of the scheduler."""
     return SlurmJobScheduler(session_name=session_name, experiment=kwargs.pop("experiment", None))
 
 
+def _outside_jobs(tunnel: Tunnel) -> list[str]:
+    """What runs sbatch without the variables of a job that this process is in: they would count for the new one's."""
+    if isinstance(tunnel, SSHTunnel) or "SLURM_JOB_ID" not in os.environ:
+        return []
+    of_slurm = [name for name in os.environ if name.startswith(("SLURM_", "SRUN_")) and name not in OUTSIDE_JOBS]
+    # A run of W&B's that its user chose stands; the one of the job that this process is in is not the new job's.
+    of_ours = [EXPERIMENT] if EXPERIMENT in os.environ else []
+    of_ours += ["WANDB_RUN_ID"] if os.environ.get("WANDB_RUN_ID") == os.environ.get(EXPERIMENT) else []
+    return ["env", *(f"--unset={name}" for name in of_slurm + of_ours)]
+
+
 def _sbatch(tunnel: Tunnel, script: str, after: str, may_requeue: bool, jobs_behind: int) -> str:
-    command = [SBATCH, "--parsable", "--requeue" if may_requeue else "--no-requeue"]
+    command = [*_outside_jobs(tunnel), SBATCH, "--parsable", "--requeue" if may_requeue else "--no-requeue"]
     command += [f"--dependency={after}"] if after else []
     try:
         # --parsable: the id alone, with the cluster's name behind a semicolon.
@@ -263,7 +340,8 @@ def _sbatch(tunnel: Tunnel, script: str, after: str, may_requeue: bool, jobs_beh
 
 def _check_limit(tunnel: Tunnel, job_id: str, preempt_seconds: int) -> None:
     """Refuse a limit, the partition's own perhaps, within which the tasks would be told to stop at their start."""
-    limit = window.seconds_of(_shown(tunnel, job_id)[0].get("TimeLimit"))
+    shown = _shown(tunnel, job_id) or [{}]  # by then it may have ended, and the controller may be busy
+    limit = window.seconds_of(shown[0].get("TimeLimit"))
     if limit is not None and limit <= preempt_seconds:
         raise CptError(
             f"the job's time limit is {limit} s, and its tasks would be told to stop {preempt_seconds} s before it: "
@@ -273,7 +351,7 @@ def _check_limit(tunnel: Tunnel, job_id: str, preempt_seconds: int) -> None:
 
 def _check_that_it_can_ever_run(tunnel: Tunnel, script: str) -> None:
     """Slurm queues a job that no node can ever hold, unless the cluster sets EnforcePartLimits."""
-    said = tunnel.run(shlex.join([SBATCH, "--test-only", script]), warn=True).stderr.strip()
+    said = tunnel.run(shlex.join([*_outside_jobs(tunnel), SBATCH, "--test-only", script]), warn=True).stderr.strip()
     if "node configuration is not available" in said:
         raise CptError(f"Slurm could never run the job: more nodes, tasks, GPUs or memory than there are. {said}")
 

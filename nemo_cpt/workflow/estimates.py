@@ -24,7 +24,7 @@ from nemo_cpt.launching.description import describe
 from nemo_cpt.planning.checkpoint_size import checkpoint_bytes, export_bytes, parameters
 from nemo_cpt.planning.plans import plan_workload
 from nemo_cpt.workflow import outputs, recipes
-from nemo_cpt.workflow.kinds import EXECUTOR, OPTION, TASKS, paths_in, value_of
+from nemo_cpt.workflow.kinds import paths_in, value_of
 from nemo_cpt.workflow.standing import Standing, goes_on
 from nemo_cpt.workflow.steps import Step, Workflow
 
@@ -142,7 +142,7 @@ class Estimates:
         size = self._size(step)
         if size is None:
             return Estimate(memory_gib=rate.memory_gib or None, note=NOT_THERE_YET)
-        workers = _workers(step) if rate.by_workers else 1
+        workers = count_processes(step.parameters.get("workers")) if rate.by_workers else 1
         return Estimate(size / rate.bytes_per_second / workers, rate.memory_gib or None, size * rate.grows)
 
     def _rate(self, step: Step) -> Rate | None:
@@ -163,8 +163,8 @@ class Estimates:
     def _size_of(self, path: str) -> float | None:
         files = outputs.files_of(self.workflow.folder / path)
         if files:
-            stored = float(sum(file.stat().st_size for file in files))
-            return stored * _unpacked(max(files, key=lambda file: file.stat().st_size))
+            on_disk = float(sum(file.stat().st_size for file in files))
+            return on_disk * _unpacked(max(files, key=lambda file: file.stat().st_size))
         size = next((size for made, size in self.made.items() if outputs.related(path, made)), None)
         return size and size * self._share(path)
 
@@ -182,7 +182,7 @@ class Estimates:
         step = standing.step
         recipe, arguments, fields, options = recipes.split(step.name, step.parameters, step.folder)
         try:
-            job = describe(recipe, arguments, fields, str(step.parameters.get(EXECUTOR, "local")), options)
+            job = describe(recipe, arguments, fields, str(step.parameters.get(recipes.EXECUTOR, "local")), options)
         except CptError as error:  # such as the shape of a base that is not made yet
             self.findings.append((step.name, from_error("recipe", error)))
             return Estimate(note="not known before its base is there")
@@ -219,13 +219,6 @@ class Estimates:
     def _missing(self, name: str) -> bool:
         step = self.workflow.steps[name]
         return any(not outputs.files_of(step.folder / path) for path in step.writes)
-
-
-def _workers(step: Step) -> int:
-    given = step.parameters.get("workers")
-    if step.parameters.get(EXECUTOR, "local") == "local":  # also tasks, which share this machine's CPUs
-        return count_processes(given)
-    return int(step.parameters[TASKS]) * int(given or step.parameters.get(f"{OPTION}cpus_per_task") or 1)
 
 
 def _on_disk(job: Job, note: str) -> Estimate:

@@ -2,22 +2,25 @@
 
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import fiddle
 import nemo_run as run
+import numpy as np
 import pytest
 import torch
 from megatron.core.optimizer import OptimizerConfig
 from nemo.collections import llm
 from nemo_run.core.serialization.yaml import YamlSerializer
 
+from nemo_cpt import catalog
 from nemo_cpt.constants import ADAM_STATES
 from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
 from nemo_cpt.launching import yaml_file
 from nemo_cpt.planning import plan
-from nemo_cpt.recipes import instruction, llama31_8b, parts, smollm2, tiny
+from nemo_cpt.recipes import gpt, instruction, llama31_8b, parts, smollm2, tiny
 from nemo_cpt.training.optimizer import HostStateOptimizer
 
 RECIPES = [
@@ -232,6 +235,41 @@ def test_the_planner_lays_out_a_recipe_for_a_card() -> None:
     assert plan(planned, 141).fits
     with pytest.raises(CptError, match="nothing fits"):
         llama31_8b.continual_pretrain(gpus_per_node=1, gpu_memory_gib=24)
+
+
+WRONG = {"int": ("100x", True, 1.5), "float": ("1e-5x", True), "Sequence": ("ja",), "bool": ("true",)}
+
+
+@pytest.mark.parametrize("name", catalog.recipes())
+def test_every_argument_of_a_wrong_type_is_told_by_its_name(name: str) -> None:
+    module, _, function = name.partition(".")
+    recipe = getattr(import_module(f"nemo_cpt.recipes.{module}"), function)
+    kind = catalog.mixture_of(catalog.recipes()[name].parameters["data"].annotation)
+    needed = {"base": "base", "data": kind({"ds/ja": 1.0})}
+    for parameter in catalog.recipes()[name].parameters.values():
+        kinds = {kind.strip().partition("[")[0] for kind in parameter.annotation.split("|")}
+        for wrong in (object(), *(each for kind in kinds - {"str"} for each in WRONG.get(kind, ()))):
+            if isinstance(wrong, float) and "float" in kinds:
+                continue
+            with pytest.raises(CptError, match=rf"^{parameter.name}=.*: give "):
+                recipe(**needed | {parameter.name: wrong})
+    with pytest.raises(CptError, match=rf"{name} has no parameter max_step; near: .*max_steps"):
+        recipe(**needed, max_step=3)
+
+
+def test_a_parameter_of_any_function_on_the_way_is_the_nearest() -> None:
+    with pytest.raises(CptError, match="continual_pretrain_single_gpu has no parameter rnak; near: rank"):
+        llama31_8b.continual_pretrain_single_gpu(rnak=3)
+    with pytest.raises(CptError, match=r"gpt\.pretrain sets untrained_base itself"):
+        gpt.pretrain(untrained_base=False)
+
+
+def test_plain_values_reach_the_config(tmp_path: Path) -> None:
+    made = smollm2.continual_pretrain(tmp_path, max_steps=np.int64(50), lr=np.float32(0.5), directory=tmp_path / "runs")
+    assert [type(made.trainer.max_steps), type(made.optim.config.lr)] == [int, float]
+    assert (made.resume.base, made.log.log_dir) == (str(tmp_path), str(tmp_path / "runs"))
+    (tmp_path / "recipe.yaml").write_text(YamlSerializer().serialize(made))
+    assert yaml_file.load(tmp_path / "recipe.yaml") == made
 
 
 def test_data_must_be_a_blend() -> None:
