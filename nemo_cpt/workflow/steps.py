@@ -13,9 +13,10 @@ from graphlib import CycleError, TopologicalSorter
 from importlib import import_module
 from inspect import signature
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, get_type_hints
 
 from nemo_cpt import catalog
+from nemo_cpt.arguments import as_wanted
 from nemo_cpt.errors import CptError
 from nemo_cpt.workflow import recipes
 from nemo_cpt.workflow.kinds import (
@@ -179,10 +180,10 @@ class Step:
             CptError: one cannot be used.
         """
         module, _, name = self.kind.function.partition(":")
-        if not (module and self.kind.checks):  # recipes have `launching.description`, functions of the user's nothing
+        if not module:  # recipes have `launching.description`, functions of the user's nothing
             return
         home = import_module(f"nemo_cpt.{module}")
-        check, function = getattr(home, self.kind.checks), getattr(home, name)
+        check, function = getattr(home, self.kind.checks, lambda: None), getattr(home, name)
         values = {each.name: each.default for each in signature(function).parameters.values()} | self.arguments
         looked_at = list(signature(check).parameters)
         files = [
@@ -190,7 +191,10 @@ class Step:
         ]
         if any(related(file, each, self.folder) for file in files for each in made):
             return
+        hints = get_type_hints(function)
         with self._named(), contextlib.chdir(self.folder):
+            for each, value in self.arguments.items():  # lists and mappings by what is in them, too
+                as_wanted(each, value, hints.get(each, Any))
             check(**{each: values[each] for each in looked_at})
 
     @contextmanager

@@ -118,6 +118,8 @@ def test_what_cannot_work_is_refused(tmp_path: Path, changes: dict[str, dict[str
         ("synthesize", {"inputs": "a.jsonl", "output": "o", "model": "m"}, "no endpoint to ask"),
         ("tokenizer", {"corpora": "a.jsonl", "output": "o", "kind": "bep"}, "kind is 'bep'"),
         ("tokenizer", {"corpora": {"a.jsonl": -1.0}, "output": "o"}, "the weight of a.jsonl is -1.0"),
+        ("tokenizer", {"corpora": {"a.jsonl": "much"}, "output": "o"}, "corpora['a.jsonl']='much': give a number"),
+        ("tokenizer", {"corpora": "a.jsonl", "output": "o", "special": [7]}, "special[0]=7: give text"),
         ("grow_tokenizer", {"tokenizer": "t", "inputs": "a.jsonl", "output": "o"}, "say how far to grow"),
         ("prepare", {"inputs": "a.jsonl", "output_prefix": "o", "tokenizer": "t", "workers": 0}, "workers is 0"),
         (
