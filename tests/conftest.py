@@ -38,7 +38,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     The collector comes so seldom here that a process would have more than 1,000 of them open, which is the limit.
     """
     result = yield
-    gc.collect(1)  # not the oldest, among which are the modules: that takes a second
+    gc.collect(1)  # not the oldest, among which are many modules
     if (nextitem is None or nextitem.path != item.path) and len(os.listdir("/proc/self/fd")) > 200:
         gc.collect()
     return result
@@ -52,6 +52,10 @@ def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
         patch.setenv("TMPDIR", str(folder))
         patch.setattr(tempfile, "tempdir", None)  # what it has read before
         yield
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what was imported until now: no collection walks over it, nor copies it in a process that is forked
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
