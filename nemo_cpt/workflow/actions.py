@@ -1,10 +1,23 @@
 """What steps call where it is a little more than one function of the library: what its command does around that."""
 
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nemo_cpt.errors import CptError
+
+
+def in_tasks(function: str, tasks: int, executor: str, options: Sequence[str], **parameters: Any) -> Any:
+    """Make what a function of `launching.in_tasks` makes, on an executor that is named.
+
+    Raises:
+        CptError: there is no such executor, or the function cannot do it.
+    """
+    from nemo_cpt.launching import in_tasks as making
+
+    make = getattr(making, function)
+    return make(executor=making.executor_named(executor, options), tasks=tasks, **parameters)
 
 
 def verify(nemo: str, hf: str, **parameters: Any) -> Any:

@@ -14,8 +14,17 @@ from nemo_cpt.errors import CptError
 # Of the library's functions: what the workflow itself decides, or what has no place in a file.
 NOT_GIVEN = ("overwrite", "quiet", "say", "progress", "api_key", "judge_key", "dry_run")
 # What changes how fast a step is, and not what it makes.
-OF_THE_MACHINE = ("workers", "concurrency", "patience", "chunk_bytes", "checkpoint_seconds", "executor", "device")
-OPTION = "executor."  # before an executor's own options
+OF_THE_MACHINE = (
+    "workers",
+    "tasks",
+    "concurrency",
+    "patience",
+    "chunk_bytes",
+    "checkpoint_seconds",
+    "executor",
+    "device",
+)
+TASKS, EXECUTOR, OPTION = "tasks", "executor", "executor."  # the last before an executor's own options
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,7 @@ class Kind:
         forever: it goes on until it is stopped, and is never done.
         action: name in `actions` of what is called in the function's place, with the same parameters.
         labelled: those of `reads` where NAME= may stand before a path.
+        in_tasks: the function of `launching.in_tasks` that makes the same with many tasks, where the step says `tasks`.
         checks: the function of its module that checks the values of options, which the function itself calls first:
             what it takes, by the names of the function's parameters, needs no file; empty for nothing to check.
     """
@@ -54,6 +64,7 @@ class Kind:
     forever: bool = False
     action: str = ""
     labelled: tuple[str, ...] = ()
+    in_tasks: str = ""
     checks: str = "check_options"
 
 
@@ -67,6 +78,7 @@ KINDS = {
         by_name=("rules",),
         or_file=("rules",),
         goes_on=True,
+        in_tasks="clean_in_tasks",
     ),
     "split": Kind("corpus.splitting.splits:split", ("inputs", "validation", "test"), "{output_folder}", goes_on=True),
     "synthesize": Kind("synthesis.sets:synthesize", ("inputs", "slots"), "{output}", goes_on=True),
@@ -78,6 +90,7 @@ KINDS = {
         "{output_prefix}_{json_key}_document",
         ("tokenizer",),
         goes_on=True,
+        in_tasks="prepare_in_tasks",
     ),
     "prepare_conversations": Kind(
         "conversations.preparation:prepare",

@@ -138,6 +138,7 @@ def test_a_folder_that_somebody_filled_is_neither_cleared_nor_taken_over(folder:
         ("forget", {}, "last ended well, and last.txt is not there"),
         ("spoil", {"victim": "a.txt"}, "last read a.txt, which changed meanwhile"),
         ("join", {"word": 3}, "last ended with exit code 1; the last lines of"),
+        ("refuse", {}, "last: two tasks failed:\ntask 1: why (log: "),
     ],
 )
 def test_a_step_that_fails_ends_the_workflow_and_goes_on_from_there(

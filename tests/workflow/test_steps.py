@@ -1,6 +1,7 @@
 """What is known of a workflow before anything runs: its order, and what cannot work."""
 
 import re
+from dataclasses import replace
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -29,6 +30,10 @@ from nemo_cpt.workflow import (
 from nemo_cpt.workflow.dry_run import dry_run
 from nemo_cpt.workflow.files import maker_names
 from nemo_cpt.workflow.kinds import KINDS, function_of
+from nemo_cpt.workflow.running import Runner
+from nemo_cpt.workflow.showing import Shown
+from nemo_cpt.workflow.standing import inputs_of, other_job
+from nemo_cpt.workflow.state import Record, State
 from tests.workflow.conftest import chain, own
 
 
@@ -113,6 +118,8 @@ def test_what_cannot_work_is_refused(tmp_path: Path, changes: dict[str, dict[str
         ("synthesize", {"inputs": "a.jsonl", "output": "o", "model": "m"}, "no endpoint to ask"),
         ("tokenizer", {"corpora": "a.jsonl", "output": "o", "kind": "bep"}, "kind is 'bep'"),
         ("tokenizer", {"corpora": {"a.jsonl": -1.0}, "output": "o"}, "the weight of a.jsonl is -1.0"),
+        ("tokenizer", {"corpora": {"a.jsonl": "much"}, "output": "o"}, "corpora['a.jsonl']='much': give a number"),
+        ("tokenizer", {"corpora": "a.jsonl", "output": "o", "special": [7]}, "special[0]=7: give text"),
         ("grow_tokenizer", {"tokenizer": "t", "inputs": "a.jsonl", "output": "o"}, "say how far to grow"),
         ("prepare", {"inputs": "a.jsonl", "output_prefix": "o", "tokenizer": "t", "workers": 0}, "workers is 0"),
         (
@@ -153,6 +160,45 @@ def test_a_language_is_no_folder_of_its_name(tmp_path: Path) -> None:
     wrong = Step("clean", "clean", {"inputs": "a.jsonl", "output": "jaa", "rules": "jaa"})
     with pytest.raises(CptError, match="no rules for the language 'jaa'"):
         dry_run(Workflow("w", [wrong], tmp_path), Chosen())
+
+
+def test_a_step_in_tasks_is_made_by_them_and_is_the_same_step(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").touch()
+    given = {"inputs": "a.jsonl", "output": "o", "rules": "ja"}
+    tasks = {"tasks": 8, "executor": "slurm", "executor.partition": "cpu", "executor.cpus_per_task": 4}
+    workflow = Workflow("w", [Step("clean", "clean", given | tasks)], tmp_path)
+    workflow.check()
+    step = workflow.steps["clean"]
+    assert step.arguments == given
+    runner = Runner(workflow, State(workflow), False, Shown("w", 1, print))
+    assert runner._request(step) == {
+        "function": "nemo_cpt.workflow.actions:in_tasks",
+        "parameters": given
+        | {"function": "clean_in_tasks", "tasks": 8, "executor": "slurm"}
+        | {"options": ["partition=cpu", "cpus_per_task=4"]},
+    }
+    # With as many as there are CPUs, or without: what is made is the same.
+    plain = replace(step, parameters=given)
+    done = Record("clean", "clean", step.parameters, code="", state="done", inputs=inputs_of(step))
+    assert other_job(plain, done) == ""
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ({"tasks": 0}, "one: tasks is 0; it must be a whole number, at least 1"),
+        ({"tasks": "8GBB"}, "one: tasks is '8GBB'"),
+        ({"executor": "slurm"}, "one: executor and executor.* are for many tasks: say how many"),
+        ({"tasks": 2, "executor": "slurn"}, "one: there is no executor 'slurn'"),
+        ({"tasks": 2, "executor": "docker"}, "one: --tasks with docker: its machines are not known to share"),
+        ({"tasks": 2, "template": "chatml"}, "one: prepare has no parameter tasks"),
+    ],
+)
+def test_tasks_that_cannot_work_are_refused(tmp_path: Path, parameters: dict[str, Any], said: str) -> None:
+    step = Step("one", "prepare", {"inputs": "hf:a/b", "output_prefix": "o", "tokenizer": "t"} | parameters)
+    with pytest.raises(CptError) as error:
+        Workflow("w", [step], tmp_path).check()
+    assert said in error.value.message
 
 
 def test_rules_that_a_step_makes_are_read_when_it_has_made_them(folder: Path) -> None:
