@@ -286,7 +286,7 @@ def _on_the_stream_of_training(init_ddp: Callable[[Any], None]) -> Callable[[Any
 
 
 def _on_gpu(module: torch.nn.Module) -> bool:
-    """By the weights: the CPU stack lets `torch.cuda.is_available` say what Megatron wants to hear."""
+    """By the weights: a GPU's machine also trains on its CPU."""
     return any(each.is_cuda for each in module.parameters())
 
 
