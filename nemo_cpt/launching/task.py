@@ -1,5 +1,6 @@
 """What `nemo-cpt run` submits: the recipe's name and arguments, so that the launcher itself need not import NeMo."""
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -111,13 +112,14 @@ def _trained_on(job: "Job") -> dict[str, Any]:
     """What a job would train on; nothing where that is not here any more, or mixed with replay."""
     from nemo_cpt.conversations import Conversations
     from nemo_cpt.conversations.dataset import conversations_prefix
+    from nemo_cpt.corpus import Blend
     from nemo_cpt.training.changes import sets_of
 
-    if job.data is None or job.replay is not None:
-        return {}
-    try:
-        if isinstance(job.data, Conversations):
-            return {"train": sets_of({conversations_prefix(each): job.data.train[each] for each in job.data.train})}
-        return {"train": sets_of(job.data.shares())}
-    except (CptError, OSError):
-        return {}
+    weights: dict[str, float] = {}
+    with contextlib.suppress(CptError, OSError):
+        if isinstance(job.data, Conversations) and job.replay is None:
+            weights = {conversations_prefix(prefix): float(weight) for prefix, weight in job.data.train.items()}
+        elif isinstance(job.data, Blend):
+            weights = job.data.shares()
+        return {"train": sets_of(weights)} if weights else {}
+    return {}
