@@ -139,8 +139,10 @@ def sentencepiece_like(folder: Path, texts: list[str], world: Path) -> Path:
 def test_bytes_of_a_tokenizer_that_prepends_a_blank(world: Path, tmp_path: Path, documents: list[str]) -> None:
     from nemo_cpt.evaluation.bits_per_byte import ByteCounter
 
-    folder = sentencepiece_like(tmp_path / "model", documents, world)
+    # A letter of Maltese, which spells the byte of a blank elsewhere.
+    folder = sentencepiece_like(tmp_path / "model", [*documents, "Ġ" * 500], world)
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert "Ġ" in tokenizer.get_vocab()
     counter = ByteCounter(tokenizer)
     for text in ("日本語 and English, 🍣 too", documents[0]):
         ids = tokenizer.encode(text, add_special_tokens=False)
