@@ -108,6 +108,7 @@ def sequences_loss(
         nats += _nats(engine, tokens, labels).sum(1).tolist()
         sizes += counted(tokens, labels)
         tell(len(nats))
+    _refuse_nan(engine, nats)
     return TextLoss("sequence", nats, [seq_length] * samples, sizes, _first_of_documents(engine, prefix))
 
 
@@ -181,6 +182,7 @@ def documents_loss(
                 nats[number] += value
     if not sum(tokens):
         raise CptError(f"there is no text to measure: {len(tokens)} documents, none with a token")
+    _refuse_nan(engine, nats)
     return TextLoss("document", nats, tokens, sizes, f"{name} ({first}), once before each document")
 
 
@@ -247,6 +249,14 @@ def _first_token(engine: TransformersEngine) -> tuple[int, str]:
         if number is not None:
             return number, tokenizer.convert_ids_to_tokens(number)
     raise CptError(f"the tokenizer of {engine.name} has neither BOS nor EOS: nothing can stand before a first token")
+
+
+def _refuse_nan(engine: TransformersEngine, nats: Sequence[float]) -> None:
+    if not all(map(math.isfinite, nats)):
+        raise CptError(
+            f"the loss of {engine.name} is not finite: its weights hold NaN or infinity, as after a training that "
+            f"diverged, or overflow in {engine.network.dtype}"
+        )
 
 
 def _refuse_double_bos(engine: TransformersEngine, tokens: torch.Tensor, prefix: str) -> None:

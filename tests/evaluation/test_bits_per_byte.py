@@ -159,6 +159,16 @@ def test_a_tokenizer_that_hides_its_bytes_is_refused(world: Path, tmp_path: Path
         bits_per_byte.ByteCounter(tokenizer)
 
 
+def test_a_model_that_computes_nan_is_named(world: Path, documents: list[str]) -> None:
+    """A loss of NaN would be kept as null, on which the next run of the same evaluation broke."""
+    engine = TransformersEngine(world / "base_hf", device="cpu")
+    engine.network.lm_head.weight.data[5] = float("nan")
+    with pytest.raises(CptError, match=r"base_hf is not finite: its weights hold NaN"):
+        documents_loss(engine, documents[:1])
+    with pytest.raises(CptError, match=r"base_hf is not finite: its weights hold NaN"):
+        sequences_loss(engine, world / "ds/ja_validation", seq_length=16, samples=1)
+
+
 def test_a_document_that_brings_its_bos_along(engine: TransformersEngine) -> None:
     with pytest.raises(CptError, match=r"document 2 begins with '<\|begin_of_text\|>', which every document is given"):
         documents_loss(engine, ["ok", "<|begin_of_text|>Two of them"])
