@@ -1,6 +1,5 @@
 """Machines of a cloud or of Kubernetes, through SkyPilot."""
 
-import subprocess
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -122,10 +121,11 @@ def _installation(in_container: bool) -> list[str]:
 
 def _is_nemo_cpt(folder: Path) -> bool:
     """Whether a folder's git repository is nemo_cpt's own."""
-    command = ["git", "-C", str(folder), "rev-parse", "--show-toplevel"]
-    top = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    from nemo_cpt.executors.code import repository_root
+
+    root = repository_root(folder)
     try:
-        project = tomllib.loads(Path(top, "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"] if root else {}
     except (OSError, KeyError, tomllib.TOMLDecodeError):
         return False
-    return bool(top) and project.get("name") == "nemo_cpt"
+    return bool(project.get("name") == "nemo_cpt")
