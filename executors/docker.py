@@ -4,7 +4,9 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.errors import CptError
+from nemo_cpt.executors.counts import check_not_negative
 from nemo_cpt.executors.environment import checked_secrets, existing_mounts, job_env, keep_secrets
 
 if TYPE_CHECKING:
@@ -16,6 +18,7 @@ WORKDIR = "/nemo_run/code"  # NeMo-Run starts tasks there
 SECRETS_IN_CONTAINER = "/run/secrets/nemo_cpt.env"
 
 
+@checked
 def docker(
     image: str = IMAGE,
     gpus: int = -1,
@@ -27,7 +30,7 @@ def docker(
     network: str = "host",
     user: str | None = None,
     ipc_mode: str | None = None,
-    env: Mapping[str, str] | None = None,
+    env: Mapping[str, str | float] | None = None,
     secrets: Sequence[str] | None = None,
     max_restarts: int = 0,
 ) -> "run.DockerExecutor":
@@ -66,6 +69,7 @@ def docker(
 
     if gpus < -1 or (processes is not None and processes < 1):
         raise CptError(f"docker(gpus={gpus}, processes={processes}): gpus is -1 or more, processes 1 or more")
+    check_not_negative("docker", max_restarts=max_restarts)
     processes = processes or max(gpus, 1)
     folder = os.getcwd()
     names = checked_secrets(secrets)
