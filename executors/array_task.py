@@ -12,9 +12,9 @@ from importlib import import_module
 from typing import Any
 
 from nemo_cpt import signals
-from nemo_cpt.errors import CptError, StoppedEarlyError
-from nemo_cpt.executors.runner import MARKER, REFUSAL, leave
-from nemo_cpt.output import WithoutReaders, say
+from nemo_cpt.errors import StoppedEarlyError
+from nemo_cpt.executors.runner import told_how_it_ends
+from nemo_cpt.output import WithoutReaders
 
 
 def main() -> None:
@@ -24,17 +24,8 @@ def main() -> None:
     sys.stdout, sys.stderr = WithoutReaders(sys.stdout), WithoutReaders(sys.stderr)
     name, folder, *number = sys.argv[1:]
     module, _, function = name.partition(":")
-    try:
+    with told_how_it_ends():
         getattr(import_module(module), function)(folder, *map(int, number))
-    except StoppedEarlyError as stop:
-        left = leave(MARKER)
-        say(f"nemo_cpt: {stop.message}")
-        # As in `runner`: the job's script makes another code of it where the marker is seen.
-        sys.exit(0 if left else stop.exit_code)
-    except CptError as error:
-        leave(REFUSAL)
-        say(f"nemo_cpt: {error.message}", sys.stderr)
-        sys.exit(error.exit_code)
 
 
 def _stop(number: int, frame: Any) -> None:

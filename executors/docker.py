@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from nemo_cpt.arguments import checked
 from nemo_cpt.errors import CptError
+from nemo_cpt.executors.counts import check_not_negative
 from nemo_cpt.executors.environment import checked_secrets, existing_mounts, job_env, keep_secrets
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def docker(
 
     if gpus < -1 or (processes is not None and processes < 1):
         raise CptError(f"docker(gpus={gpus}, processes={processes}): gpus is -1 or more, processes 1 or more")
+    check_not_negative("docker", max_restarts=max_restarts)
     processes = processes or max(gpus, 1)
     folder = os.getcwd()
     names = checked_secrets(secrets)

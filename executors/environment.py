@@ -15,6 +15,7 @@ SECRETS = ("HF_TOKEN", "WANDB_API_KEY")
 GPU_VARIABLES = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 """What every job gets unless the shell or `env` says otherwise: the allocator that docs/performance.md was measured
 with, which wastes 1 % of a GPU's memory, and the single queue that Megatron's tensor parallelism counts on."""
+_ODD_TO_SHELLS = re.compile(r"""[\s'"`$&;()<>|*?!\\{}\[\]#~]""")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _INSTALLS_BY_NAME = re.compile(
     r"\b(pip|uv)[0-9.]*\b.*\binstall\b.*[\s'\"]nemo[-_.]cpt(?![-\w./])(?!(\[[^]]*\])?\s*@)", re.IGNORECASE
@@ -95,13 +96,32 @@ def secrets_file(names: Sequence[str]) -> str:
     return "".join(f"export {name}={shlex.quote(os.environ[name])}\n" for name in names)
 
 
+def as_literals(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return variables for TorchX, to which `$` begins a macro: what it makes of them is what they were."""
+    return {name: value.replace("$", "$$") for name, value in variables.items()}
+
+
 def python_path(*folders: str) -> str:
-    """Return what a shell assigns to PYTHONPATH for `folders`, quoted, before those it has.
+    """Return what a shell assigns to PYTHONPATH for `folders`, before those it has.
 
     An empty entry, as `:$PYTHONPATH` leaves where none is set, is Python's word for the current folder, whose modules
     would then stand before the standard library's.
     """
-    return f"""\"$(echo {":".join(folders)}:"$PYTHONPATH" | tr -s : | sed 's/:$//')\""""
+    return f"""\"$(echo {":".join(map(shlex.quote, folders))}:"$PYTHONPATH" | tr -s : | sed 's/:$//')\""""
+
+
+def check_for_shells(path: str, hint: str) -> None:
+    """Refuse a path that a shell would read as something else, for what of NeMo-Run's quotes none.
+
+    Args:
+        path: of a job's folder.
+        hint: what to do about it.
+
+    Raises:
+        CptError: it holds a blank, a quote, `$` or their like.
+    """
+    if odd := _ODD_TO_SHELLS.search(path):
+        raise CptError(f"{path}: NeMo-Run hands this path to shells, which would not take {odd[0]!r} as it is; {hint}")
 
 
 def existing_mounts(mounts: Sequence[str]) -> list[str]:
@@ -134,8 +154,9 @@ def keep_secrets(executor: str, names: Sequence[str]) -> Path:
     for left in folder.glob(f"*.{socket.gethostname()}.*.env"):
         if not _is_alive(int(left.name.split(".")[-2])):
             left.unlink(missing_ok=True)
-    # Host and process in the name, by which a later launch knows whose it was.
-    path = folder / f"{executor}.{socket.gethostname()}.{os.getpid()}.env"
+    # A file for each executor: another one's secrets may be others. Host and process, by which a later launch knows
+    # whose it was, stand at the end of the name.
+    path = folder / f"{executor}-{len(_KEPT)}.{socket.gethostname()}.{os.getpid()}.env"
     # Before it is written: also a half-written one is to go at the end.
     _KEPT.add(path)
     partial = path.with_suffix(".partial")

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nemo_cpt.arguments import checked
 from nemo_cpt.errors import CptError
+from nemo_cpt.executors.counts import check_not_negative
 from nemo_cpt.executors.environment import SECRETS, job_env
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ def kubernetes(
         NeMo-Run's KubeflowExecutor.
 
     Raises:
-        CptError: a count is out of range, the kubernetes package or a configuration of kubectl is missing.
+        CptError: a count is out of range, `secrets` are of no `secret`, the kubernetes package or a configuration of
+            kubectl is missing.
 
     Example:
         >>> # kubectl create secret generic tokens --from-literal=HF_TOKEN=...
@@ -69,8 +71,11 @@ def kubernetes(
     """
     if nodes < 1 or gpus_per_node < 1:
         raise CptError(f"kubernetes(nodes={nodes}, gpus_per_node={gpus_per_node}): at least 1 of each")
-    if preempt_seconds is not None and preempt_seconds < 0:
-        raise CptError(f"kubernetes(preempt_seconds={preempt_seconds}): 0 or more")
+    check_not_negative("kubernetes", preempt_seconds=preempt_seconds, max_restarts=max_restarts)
+    if secrets != SECRETS and not secret:
+        raise CptError(
+            f"kubernetes(secrets={list(secrets)}): they are keys of a Kubernetes Secret, whose name is secret=..."
+        )
     from nemo_run import Packager
     from nemo_run.core.execution.kubeflow import KubeflowExecutor
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from nemo_cpt.arguments import checked
 from nemo_cpt.errors import CptError
+from nemo_cpt.executors.counts import check_not_negative
 from nemo_cpt.executors.environment import job_env
 
 if TYPE_CHECKING:
@@ -69,8 +70,7 @@ def _check_counts(processes: int, gpus: int | None, nodes: int, max_restarts: in
         raise CptError(f"local(gpus={gpus}): give 0 to hide all GPUs, or the number to use")
     if nodes < 1:
         raise CptError(f"local(nodes={nodes}): at least one node is needed")
-    if max_restarts < 0:
-        raise CptError(f"local(max_restarts={max_restarts}): 0 or more")
+    check_not_negative("local", max_restarts=max_restarts)
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if nodes > 1 and not os.environ.get(name)]
     if missing:
         raise CptError(

@@ -3,6 +3,7 @@
 Seen in nemo_run 0.11.1. Each has a test that fails when NeMo-Run no longer needs it.
 """
 
+import os
 import re
 from collections.abc import Callable
 from functools import cache, wraps
@@ -11,6 +12,7 @@ from typing import Any
 
 from nemo_cpt.errors import CptError, StoppedEarlyError, exit_with_the_message
 from nemo_cpt.executors import examination, pods, stopping, window
+from nemo_cpt.executors.environment import check_for_shells
 from nemo_cpt.executors.supervisor import MARKER_PREFIX, TIME_TO_SAVE
 from nemo_cpt.planning.save_window import window_within
 
@@ -35,8 +37,11 @@ def apply() -> None:
     raise_when_a_task_failed()
     admit_slurm_job()
     say_why_ssh_fails()
+    say_why_nothing_is_written()
+    leave_stdin_alone()
     pods.find_configs()
     pods.ship_code()
+    pods.quote_variables()
     pods.supervise_jobs()
 
 
@@ -89,12 +94,14 @@ def admit_slurm_job() -> None:
     The extension mends: jobs cancelled on clusters without an accounting database, jobs that do not come back after
     preemption, `--requeue` that cannot be turned off, secrets and unquoted values in the script.
     """
+    import nemo_run as run
     from nemo_run.run.experiment import Experiment
     from nemo_run.run.torchx_backend.schedulers import slurm as scheduler
     from nemo_run.run.torchx_backend.schedulers.api import EXECUTOR_MAPPING
 
-    from nemo_cpt.executors.slurm_job import SlurmJob, create_scheduler
+    from nemo_cpt.executors.slurm_job import SlurmJob, create_scheduler, write_as_given
 
+    write_as_given()
     # NeMo-Run looks up `type(executor)`: a subclass is unknown to it.
     EXECUTOR_MAPPING[SlurmJob] = "slurm_tunnel"
     scheduler.create_scheduler = create_scheduler
@@ -104,7 +111,10 @@ def admit_slurm_job() -> None:
     add: Callable[..., str] = Experiment._add_single_job
 
     @wraps(add)
-    def fit_and_add(experiment: Any, task: Any, executor: Any, *args: Any, **kwargs: Any) -> str:
+    def fit_and_add(experiment: Any, task: Any, executor: Any, name: str = "", *args: Any, **kwargs: Any) -> str:
+        if not isinstance(executor, run.LocalExecutor):
+            where = os.path.join(experiment._exp_dir, name)
+            check_for_shells(where, "name the task and its experiment otherwise, or set NEMORUN_HOME to another folder")
         if hasattr(task, "clone"):
             # The caller's own may be launched again, or printed: it stays as it was written.
             task, executor = task.clone(), executor.clone()
@@ -112,7 +122,7 @@ def admit_slurm_job() -> None:
         if isinstance(executor, SlurmJob):
             executor.fit(task)
         give_time_to_save(executor, lambda: window.seconds_to_save(task))
-        return add(experiment, task, executor, *args, **kwargs)
+        return add(experiment, task, executor, name, *args, **kwargs)
 
     Experiment._add_single_job = fit_and_add
 
@@ -136,6 +146,41 @@ def say_why_ssh_fails() -> None:
             raise CptError(f"{where}: {error}") from error
 
     SSHTunnel._authenticate = authenticate_or_say
+
+
+def say_why_nothing_is_written() -> None:
+    """Raise CptError where NeMo-Run's folder cannot be written, which ends in a traceback."""
+    from nemo_run.run.experiment import Experiment
+
+    prepare: Callable[..., None] = Experiment._prepare
+
+    @wraps(prepare)
+    def prepare_or_say(experiment: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            prepare(experiment, *args, **kwargs)
+        except OSError as error:
+            if isinstance(error, FileExistsError):
+                raise
+            raise CptError(
+                f"{experiment._exp_dir}, where NeMo-Run writes what a job needs, cannot be written ({error}); "
+                "NEMORUN_HOME names another place"
+            ) from error
+
+    Experiment._prepare = prepare_or_say
+
+
+def leave_stdin_alone() -> None:
+    """Let the commands that NeMo-Run starts not read what is its caller's: the rest of a `while read` loop's list."""
+    import invoke
+
+    contexts: Any = invoke.Context
+    start: Callable[..., Any] = contexts._run
+
+    @wraps(start)
+    def start_without_stdin(context: Any, runner: Any, command: str, **named: Any) -> Any:
+        return start(context, runner, command, **({"in_stream": False} | named))
+
+    contexts._run = start_without_stdin
 
 
 def parse_new_unions() -> None:

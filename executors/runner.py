@@ -9,7 +9,8 @@ file: nobody knows whether it saved.
 import os
 import signal
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,19 @@ def main() -> None:
     signals.listen(_end_untrained, [signal.SIGTERM])
     signals.shield_children()
     sys.stdout, sys.stderr = WithoutReaders(sys.stdout), WithoutReaders(sys.stderr)
+    with told_how_it_ends():
+        try:
+            _run_task()
+        except SystemExit as end:
+            say(f"nemo_cpt: the task ended itself: sys.exit({end.code!r})", sys.stderr)
+            raise
+
+
+@contextmanager
+def told_how_it_ends() -> Iterator[None]:
+    """Run a task within, and end the process as the task was stopped or refused, with the file that says so."""
     try:
-        _run_task()
+        yield
     except StoppedEarlyError as stop:
         left = leave(MARKER, "" if stop.trained else UNTRAINED)
         say(f"nemo_cpt: {stop.message}")
@@ -42,9 +54,6 @@ def main() -> None:
         leave(REFUSAL)
         say(f"nemo_cpt: {error.message}", sys.stderr)
         sys.exit(error.exit_code)
-    except SystemExit as end:
-        say(f"nemo_cpt: the task ended itself: sys.exit({end.code!r})", sys.stderr)
-        raise
 
 
 def _run_task() -> None:

@@ -1,6 +1,5 @@
 """Machines of a cloud or of Kubernetes, through SkyPilot."""
 
-import subprocess
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from nemo_cpt.arguments import checked
 from nemo_cpt.errors import CptError
+from nemo_cpt.executors.counts import check_not_negative
 from nemo_cpt.executors.environment import checked_secrets, checked_setup, existing_mounts, job_env, keep_secrets
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def skypilot(
     """
     if nodes < 1 or gpus_per_node < 1:
         raise CptError(f"skypilot(nodes={nodes}, gpus_per_node={gpus_per_node}): at least 1 of each")
+    check_not_negative("skypilot", max_restarts=max_restarts, idle_minutes_to_autostop=idle_minutes_to_autostop)
     import nemo_run as run
 
     from nemo_cpt.executors import nemo_run_patches
@@ -120,10 +121,11 @@ def _installation(in_container: bool) -> list[str]:
 
 def _is_nemo_cpt(folder: Path) -> bool:
     """Whether a folder's git repository is nemo_cpt's own."""
-    command = ["git", "-C", str(folder), "rev-parse", "--show-toplevel"]
-    top = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    from nemo_cpt.executors.code import repository_root
+
+    root = repository_root(folder)
     try:
-        project = tomllib.loads(Path(top, "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"] if root else {}
     except (OSError, KeyError, tomllib.TOMLDecodeError):
         return False
-    return bool(top) and project.get("name") == "nemo_cpt"
+    return bool(project.get("name") == "nemo_cpt")

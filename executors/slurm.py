@@ -15,12 +15,29 @@ from typing import TYPE_CHECKING, Any, Literal
 from nemo_cpt.arguments import checked
 from nemo_cpt.errors import CptError
 from nemo_cpt.executors import window
-from nemo_cpt.executors.environment import SECRETS, checked_secrets, checked_setup, existing_mounts, job_env
+from nemo_cpt.executors.counts import check_not_negative
+from nemo_cpt.executors.environment import (
+    SECRETS,
+    check_for_shells,
+    checked_secrets,
+    checked_setup,
+    existing_mounts,
+    job_env,
+)
 
 if TYPE_CHECKING:
     import nemo_run as run
 
 NO_LIMIT = ("0", "UNLIMITED", "INFINITE")
+_FOR_A_TERMINAL = "it is for sbatch on a command line"
+SAID_OTHERWISE = {
+    "clusters": "export SLURM_CLUSTERS, which Slurm's other commands heed too",
+    "no_requeue": "give requeue=False",
+    "ntasks": "give nodes and tasks_per_node",
+    "ntasks_per_node": "give tasks_per_node",
+    "output": "the job's folder holds its logs, where `nemo-cpt logs` finds them",
+} | dict.fromkeys(("help", "parsable", "test_only", "usage", "version", "wait", "wrap"), _FOR_A_TERMINAL)
+"""Directives that another argument decides, or with which nobody would know of the job's state."""
 
 
 @checked
@@ -127,7 +144,12 @@ def slurm(
         >>> run.run(recipe, executor=slurm(account="llm", partition="gpu", nodes=2, gpus_per_node=8, time="4:00:00"))
     """
     _check_counts(nodes=nodes, gpus_per_node=gpus_per_node, tasks_per_node=tasks_per_node, chain=chain)
+    check_not_negative("slurm", max_restarts=max_restarts)
     _check_directives(directives)
+    if array and chain > 1:
+        raise CptError(
+            f"slurm(array={array!r}, chain={chain}): the first task to finish would end the chain of all; give either"
+        )
     limit = _time(time)
     _check_window(preempt_seconds, limit)
     if max_restarts and not requeue:
@@ -139,6 +161,10 @@ def slurm(
     if workdir is None and tunnel == "local":
         workdir = os.getcwd()
     _check_workdir(workdir)
+    elsewhere = tunnel != "local" or container_image is not None
+    workdir, venv = _path("workdir", workdir, elsewhere), _path("venv", venv, elsewhere)
+    if container_image and container_image.startswith(("~", ".")):  # a file, and not a registry's image
+        container_image = _path("container_image", container_image, tunnel != "local")
 
     import nemo_run as run
 
@@ -168,15 +194,17 @@ def slurm(
             *_workdir_args(workdir, container_image),
             *srun_args,
         ],
-        additional_parameters={"dependency": dependency} | directives if dependency else dict(directives),
+        # Behind a job that failed this one would wait for ever, and with it whoever waits for it.
+        additional_parameters={"kill_on_invalid_dep": "yes"}
+        | ({"dependency": dependency} if dependency else {})
+        | directives,
         env_vars=job_env(env),
         retries=max_restarts,
         job_name_prefix=job_name_prefix,
         job_details=RunLog(),
         tunnel=_tunnel(tunnel),
         packager=CodeSnapshot(refuse_uncommitted=code == "committed") if code else run.Packager(),
-        # Of a chain the next job goes on; one that requeued itself would run beside it.
-        comes_back=requeue and chain == 1,
+        comes_back=requeue,
         may_requeue=requeue,
         chain=chain,
         secrets=checked_secrets(secrets),
@@ -204,15 +232,32 @@ def _check_directives(directives: Mapping[str, Any]) -> None:
             known = {*SlurmExecutor.SBATCH_FLAGS, *inspect.signature(slurm).parameters}
             near = difflib.get_close_matches(name, sorted(known), n=3)
             raise CptError(f"slurm({name}=...): sbatch has no such directive; near: {', '.join(near) or 'none'}")
+        if name in SAID_OTHERWISE:
+            raise CptError(f"slurm({name}=...): {SAID_OTHERWISE[name]}")
 
 
 def _check_workdir(workdir: str | None) -> None:
-    if workdir and re.search(r"/nemo_run(/|$)", workdir):
-        raise CptError(f"workdir {workdir}: NeMo-Run rewrites every path through a folder named nemo_run; use another")
+    if workdir and re.match(r"/nemo_run(/|$)", workdir):
+        raise CptError(f"workdir {workdir}: /nemo_run is NeMo-Run's name of the job's folder; use another")
+
+
+def _path(name: str, path: str | None, elsewhere: bool) -> str | None:
+    """A path as a job can find it: nothing expands `~` there, and its current folder is another one.
+
+    Raises:
+        CptError: it is not whole, and what would complete it is not on this machine.
+    """
+    if path is None or os.path.isabs(path):
+        return path
+    if elsewhere:
+        raise CptError(f"slurm({name}={path!r}): give the whole path, from / on, as the job sees it")
+    return str(Path(path).expanduser().absolute())
 
 
 def _time(limit: str | int | timedelta | None) -> str | None:
     if isinstance(limit, timedelta):
+        if limit <= timedelta():
+            raise CptError(f"slurm(time={limit!r}): more than nothing")
         # A bare number is minutes to sbatch.
         return str(max(1, round(limit.total_seconds() / 60)))
     if limit is not None and window.seconds_of(str(limit)) is None and str(limit).upper() not in NO_LIMIT:
@@ -258,6 +303,9 @@ def _tunnel(tunnel: Literal["local"] | ssh) -> Any:
         return run.LocalTunnel(job_dir="")
     if not isinstance(tunnel, ssh):
         raise CptError(f"slurm(tunnel={tunnel!r}): give 'local' or ssh(host=..., user=..., job_dir=...)")
+    if not os.path.isabs(tunnel.job_dir):
+        raise CptError(f"ssh(job_dir={tunnel.job_dir!r}): give the whole path there, from / on")
+    check_for_shells(tunnel.job_dir, "give ssh(job_dir=...) another")
     if tunnel.identity and not Path(tunnel.identity).expanduser().is_file():
         raise CptError(f"ssh(identity={tunnel.identity!r}): no such key file")
     identity = str(Path(tunnel.identity).expanduser()) if tunnel.identity else None

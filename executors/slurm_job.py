@@ -3,16 +3,20 @@
 import io
 import json
 import os
+import re
 import shlex
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from copy import copy
+from dataclasses import dataclass, field, replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import invoke
 import nemo_run as run
 from nemo_run.config import RUNDIR_NAME
-from nemo_run.core.execution.slurm import SlurmExecutor, SlurmJobDetails
+from nemo_run.core.execution.slurm import SlurmBatchRequest, SlurmExecutor, SlurmJobDetails
 from nemo_run.core.tunnel.client import SSHTunnel, Tunnel
 from nemo_run.run.torchx_backend.schedulers.slurm import SlurmTunnelScheduler, _get_job_dirs, _save_job_dir
 from torchx.schedulers.api import DescribeAppResponse
@@ -22,7 +26,8 @@ from torchx.specs import AppDef, AppDryRunInfo, AppState, Role, is_terminal
 from nemo_cpt.constants import MARKER
 from nemo_cpt.errors import CptError, StoppedEarlyError
 from nemo_cpt.executors import window
-from nemo_cpt.executors.environment import python_path, secrets_file
+from nemo_cpt.executors.code import CodeSnapshot, import_folders
+from nemo_cpt.executors.environment import as_literals, python_path, secrets_file
 from nemo_cpt.executors.runner import REFUSAL
 from nemo_cpt.executors.stopping import with_our_runner
 from nemo_cpt.executors.supervisor import MARKER_PREFIX, REACHED_FILE, REFUSAL_PREFIX
@@ -33,6 +38,10 @@ SBATCH = "sbatch"
 SECRETS_FILE = "secrets.env"
 ENDING = Path(__file__).with_name("slurm_job.sh").read_text()
 UNDERWAY = (AppState.PENDING, AppState.RUNNING, AppState.SUBMITTED)
+OUTSIDE_JOBS = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT", "SLURM_JWT")
+"""Variables of Slurm's that people set; every other one describes the job that a process is in."""
+_RUNDIR = re.compile(rf"(?<![\w./~}}-])/{RUNDIR_NAME}(?![\w.-])")
+"""NeMo-Run's name of the job's folder; the end of `/scratch/nemo_run` and the beginning of `/nemo_runs` are none."""
 
 
 @dataclass(kw_only=True)
@@ -113,31 +122,45 @@ class SlurmJob(SlurmExecutor):
         given = [shlex.split(each)[0].removeprefix(flag) for each in self.srun_args or () if each.startswith(flag)]
         return given[-1] if given else f"{self.folder}/code"
 
-    def script_head(self) -> str:
+    def at_home(self, text: str) -> str:
+        """Return a script with the job's folder in place of NeMo-Run's name for it, which containers alone know."""
+        return text if self.container_image else _RUNDIR.sub(lambda found: self.folder, text)
+
+    def script_head(self, variables: Mapping[str, str]) -> str:
         """Return the shell lines that run before srun.
 
-        NeMo-Run puts them into its own script's `setup_lines`. They set the variables that slurm_job.sh reads, which
+        They stand in NeMo-Run's own script as its `setup_lines`. They set the variables that slurm_job.sh reads, which
         ends them: it replaces `srun` by a function of its own and sets the traps, so that what follows in the template
         (srun, its restarts, the exit) is carried out, but decides nothing.
+
+        Args:
+            variables: those of the job's environment, by their names.
         """
-        job = shlex.quote(f"/{RUNDIR_NAME}" if self.container_image else self.folder)  # as the tasks see it
+        inside = f"/{RUNDIR_NAME}" if self.container_image else self.folder  # the job's folder as the tasks see it
+        job, code = shlex.quote(inside), f"{inside}/code"
+        folders = import_folders(code) if isinstance(self.packager, CodeSnapshot) else [code]
         lines = [
             "{ set +vx; } 2>/dev/null",  # the template's `set -evx` would print the values of secrets
+            "unset SLURM_EXPORT_ENV",  # with `export=NONE` srun would hand on nothing of what follows
+            *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
             # Two names of one folder: `$job` is where this script finds it, `job` where the tasks do, in a container.
             f"job={shlex.quote(self.folder)} jobs_behind=${{1:-0}}",
-            f"comes_back={int(self.comes_back)} max_restarts={self.retries} preempt_seconds={self.preempt_seconds}",
+            # Of a chain the next job goes on; one that requeued itself would run beside it.
+            f"comes_back={int(self.comes_back and self.chain == 1)}",
+            f"max_restarts={self.retries} preempt_seconds={self.preempt_seconds}",
             f"marker=$job/{MARKER_PREFIX}$SLURM_JOB_ID refusal=$job/{REFUSAL_PREFIX}$SLURM_JOB_ID",
             *self._chain_lines(),
             # Of sbatch's --cpus-per-task srun makes nothing by itself, since Slurm 22.05.
             '[ -z "$SLURM_CPUS_PER_TASK" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK',
             "export MASTER_ADDR=${head_node_ip%% *}",  # the template's, of a node with several addresses the first
             f"export {MARKER}={job}/{MARKER_PREFIX}$SLURM_JOB_ID {REFUSAL}={job}/{REFUSAL_PREFIX}$SLURM_JOB_ID",
-            f"export PYTHONSAFEPATH=1 PYTHONPATH={python_path(f'{job}/code', f'{job}/code/src')}",
+            f"export PYTHONSAFEPATH=1 PYTHONPATH={python_path(*folders)}",
             *([f"export PATH={shlex.quote(self.python_folder)}:$PATH"] if self.python_folder else []),
             f"export {EXPERIMENT}={self.experiment_id} WANDB_RESUME=allow",
             f"export WANDB_RUN_ID=${{WANDB_RUN_ID:-{self.experiment_id}}}",
             *(['. "$job/secrets.env"'] if self.secrets else []),
             *self.setup,
+            *([self.setup_lines] if self.setup_lines else []),
             ENDING,  # last: the user's lines run before its traps are set
         ]
         return "\n".join(lines)
@@ -161,13 +184,13 @@ class SlurmJobScheduler(SlurmTunnelScheduler):
             cfg.tunnel = self.tunnel
             if cfg.preempt_seconds is None:
                 cfg.give_time_to_save(None)
-            cfg.setup_lines = cfg.script_head()
-            cfg.signal = f"TERM@{cfg.preempt_seconds}" if cfg.preempt_seconds else None
-            # NeMo-Run writes `export NAME=VALUE` as it stands.
-            cfg.env_vars = {name: shlex.quote(value) for name, value in cfg.env_vars.items()}
-            for role in app.roles:
-                role.env = {name: shlex.quote(value) for name, value in role.env.items()}
-                role.args = [with_our_runner(argument) for argument in role.args]
+            # TorchX takes `$` for the beginning of a macro, and makes it of `$$`.
+            cfg.env_vars = as_literals(cfg.env_vars)
+            roles = [
+                replace(role, args=[with_our_runner(each) for each in role.args], env=as_literals(role.env))
+                for role in app.roles
+            ]
+            app = replace(app, roles=roles)
         return super()._submit_dryrun(app, cfg)
 
     def schedule(self, dryrun_info: AppDryRunInfo) -> str:
@@ -182,15 +205,17 @@ class SlurmJobScheduler(SlurmTunnelScheduler):
         self._initialize_tunnel(job.tunnel)
         tunnel: Tunnel = self.tunnel
         script = os.path.join(tunnel.job_dir, f"{job.job_name}_sbatch.sh")
-        after = f"{job.dependency_type}:{':'.join(job.parse_deps())}" if job.dependencies else ""
+        waits_for = (job.additional_parameters or {}).get("dependency")
+        first = [f"{job.dependency_type}:{':'.join(job.parse_deps())}"] if job.dependencies else []
         # Before the secrets are written: nothing is left behind by a job that Slurm could never run.
         _check_that_it_can_ever_run(tunnel, script)
         ids: list[str] = []
         try:
             _write_secrets(tunnel, job)
             for behind in reversed(range(job.chain)):  # each job is told how many come after it
-                ids.append(_sbatch(tunnel, script, after, job.may_requeue, behind))
-                after = f"afterany:{ids[-1]}"
+                # What sbatch is given here stands in place of the script's own.
+                after = [*([waits_for] if waits_for else []), *([f"afterany:{ids[-1]}"] if ids else first)]
+                ids.append(_sbatch(tunnel, script, ",".join(after), job.may_requeue, behind))
             _check_limit(tunnel, ids[0], job.preempt_seconds or 0)
         # Also Ctrl-C: half a chain must not stay in the queue.
         except BaseException:
@@ -239,7 +264,47 @@ class SlurmJobScheduler(SlurmTunnelScheduler):
 
     def _is_underway(self, app_id: str) -> bool:
         found = _from_scontrol(self.tunnel, app_id)
-        return found is not None and found[0] in UNDERWAY
+        return found is not None and found[0] in (*UNDERWAY, AppState.UNKNOWN)
+
+
+def write_as_given() -> None:
+    """Let a SlurmJob's scripts have variables and paths as they were given.
+
+    NeMo-Run writes variables with upper-case names, `$` for `$$` and no quotes, and the job's folder in place of every
+    `/nemo_run`, also in `/scratch/nemo_run` and `/nemo_runs`.
+    """
+    from nemo_run.config import Script
+    from nemo_run.core.execution import slurm as upstream
+
+    materialize: Callable[..., str] = SlurmBatchRequest.materialize
+    to_command: Callable[..., list[str]] = Script.to_command
+
+    @wraps(materialize)
+    def materialize_as_given(request: Any) -> str:
+        job = request.executor
+        if not isinstance(job, SlurmJob):
+            return materialize(request)
+        # A copy: whoever has the executor may submit it again. The variables stand in the head.
+        plain = replace(request, extra_env={}, executor=copy(job))
+        plain.executor.env_vars = {}
+        plain.executor.setup_lines = job.script_head(job.env_vars | request.extra_env)
+        plain.executor.signal = job.signal or (f"TERM@{job.preempt_seconds}" if job.preempt_seconds else None)
+        if job.container_image:
+            return materialize(plain)
+        upstream.RUNDIR_NAME = "\0"  # which is in no script
+        try:
+            return job.at_home(materialize(plain))
+        finally:
+            upstream.RUNDIR_NAME = RUNDIR_NAME
+
+    @wraps(to_command)
+    def to_command_as_given(script: Any, *args: Any, substitute_rundir_path: str | None = None, **named: Any) -> Any:
+        if script.inline and substitute_rundir_path is not None:
+            script = replace(script, inline=_RUNDIR.sub(lambda found: substitute_rundir_path, script.inline))
+        return to_command(script, *args, **named)
+
+    SlurmBatchRequest.materialize = materialize_as_given
+    Script.to_command = to_command_as_given
 
 
 def create_scheduler(session_name: str, **kwargs: Any) -> SlurmJobScheduler:
@@ -247,8 +312,19 @@ def create_scheduler(session_name: str, **kwargs: Any) -> SlurmJobScheduler:
     return SlurmJobScheduler(session_name=session_name, experiment=kwargs.pop("experiment", None))
 
 
+def outside_jobs(tunnel: Tunnel) -> list[str]:
+    """What runs sbatch without the variables of a job that this process is in: they would count for the new one's."""
+    if isinstance(tunnel, SSHTunnel) or "SLURM_JOB_ID" not in os.environ:
+        return []
+    of_slurm = [name for name in os.environ if name.startswith(("SLURM_", "SRUN_")) and name not in OUTSIDE_JOBS]
+    # A run of W&B's that its user chose stands; the one of the job that this process is in is not the new job's.
+    of_ours = [EXPERIMENT] if EXPERIMENT in os.environ else []
+    of_ours += ["WANDB_RUN_ID"] if os.environ.get("WANDB_RUN_ID") == os.environ.get(EXPERIMENT) else []
+    return ["env", *(f"--unset={name}" for name in of_slurm + of_ours)]
+
+
 def _sbatch(tunnel: Tunnel, script: str, after: str, may_requeue: bool, jobs_behind: int) -> str:
-    command = [SBATCH, "--parsable", "--requeue" if may_requeue else "--no-requeue"]
+    command = [*outside_jobs(tunnel), SBATCH, "--parsable", "--requeue" if may_requeue else "--no-requeue"]
     command += [f"--dependency={after}"] if after else []
     try:
         # --parsable: the id alone, with the cluster's name behind a semicolon.
@@ -263,7 +339,8 @@ def _sbatch(tunnel: Tunnel, script: str, after: str, may_requeue: bool, jobs_beh
 
 def _check_limit(tunnel: Tunnel, job_id: str, preempt_seconds: int) -> None:
     """Refuse a limit, the partition's own perhaps, within which the tasks would be told to stop at their start."""
-    limit = window.seconds_of(_shown(tunnel, job_id)[0].get("TimeLimit"))
+    shown = _shown(tunnel, job_id) or [{}]  # Slurm's controller may be busy
+    limit = window.seconds_of(shown[0].get("TimeLimit"))
     if limit is not None and limit <= preempt_seconds:
         raise CptError(
             f"the job's time limit is {limit} s, and its tasks would be told to stop {preempt_seconds} s before it: "
@@ -273,7 +350,7 @@ def _check_limit(tunnel: Tunnel, job_id: str, preempt_seconds: int) -> None:
 
 def _check_that_it_can_ever_run(tunnel: Tunnel, script: str) -> None:
     """Slurm queues a job that no node can ever hold, unless the cluster sets EnforcePartLimits."""
-    said = tunnel.run(shlex.join([SBATCH, "--test-only", script]), warn=True).stderr.strip()
+    said = tunnel.run(shlex.join([*outside_jobs(tunnel), SBATCH, "--test-only", script]), warn=True).stderr.strip()
     if "node configuration is not available" in said:
         raise CptError(f"Slurm could never run the job: more nodes, tasks, GPUs or memory than there are. {said}")
 
@@ -314,7 +391,11 @@ def _jobs_of_chain(folder: str, app_id: str) -> list[str]:
 
 def _from_scontrol(tunnel: Tunnel, app_id: str) -> tuple[AppState, str, int] | None:
     """State, name and exit code of a job that Slurm remembers; of an array, what is under way, then what failed."""
-    jobs = [(_app_state(facts.get("JobState", "")), facts) for facts in _shown(tunnel, app_id)]
+    shown = _shown(tunnel, app_id)
+    if shown is None:
+        # The log would tell of an earlier start's end.
+        return AppState.UNKNOWN, "", 0
+    jobs = [(_app_state(facts.get("JobState", "")), facts) for facts in shown]
     order = (*UNDERWAY, AppState.FAILED, AppState.CANCELLED)
     # An array has one state for us: running while any of it runs, failed if any failed.
     jobs.sort(key=lambda job: order.index(job[0]) if job[0] in order else len(order))
@@ -324,10 +405,15 @@ def _from_scontrol(tunnel: Tunnel, app_id: str) -> tuple[AppState, str, int] | N
     return state, facts.get("JobName", ""), int(facts.get("ExitCode", "0").partition(":")[0])
 
 
-def _shown(tunnel: Tunnel, app_id: str) -> list[dict[str, str]]:
-    """What `scontrol show job` has, of an array a dict for each task; empty for a job that Slurm has forgotten."""
-    shown = tunnel.run(f"scontrol show job -o {app_id}", warn=True).stdout.splitlines()
-    jobs = [dict(pair.partition("=")[::2] for pair in line.split(" ")) for line in shown]
+def _shown(tunnel: Tunnel, app_id: str) -> list[dict[str, str]] | None:
+    """What `scontrol show job` has, of an array a dict for each task; empty for a job that Slurm has forgotten.
+
+    None where Slurm's controller does not answer, as while it is started again.
+    """
+    shown = tunnel.run(f"scontrol show job -o {app_id}", warn=True)
+    if shown.return_code not in (0, 127) and "Invalid job id" not in shown.stderr:
+        return None
+    jobs = [dict(pair.partition("=")[::2] for pair in line.split(" ")) for line in shown.stdout.splitlines()]
     return [facts for facts in jobs if "JobId" in facts]
 
 
@@ -339,8 +425,11 @@ def _app_state(slurm_state: str) -> AppState:
 
 def _from_log(tunnel: Tunnel, folder: str, app_id: str) -> tuple[AppState, str, int]:
     """What the batch script said last; Slurm forgets a job some minutes after its end."""
-    logs = f"{shlex.quote(folder)}/sbatch_*_{app_id}.out"
-    said = tunnel.run(f"grep -h 'job exited with code' {logs} | tail -1", warn=True).stdout.split()
-    if not said:
+    # A log for each task of an array, of which one that failed counts; the last line of each, over its starts.
+    logs = f"{shlex.quote(folder)}/sbatch_*_{app_id}.out {shlex.quote(folder)}/sbatch_*_{app_id}_*.out"
+    last = f"for log in {logs}; do grep -h 'job exited with code' \"$log\" | tail -1; done"
+    codes = [int(line.split()[-1]) for line in tunnel.run(last, warn=True).stdout.splitlines()]
+    if not codes:
         return AppState.UNKNOWN, "", 0
-    return (AppState.FAILED if int(said[-1]) else AppState.SUCCEEDED), "", int(said[-1])
+    code = max(codes)
+    return (AppState.FAILED if code else AppState.SUCCEEDED), "", code

@@ -30,6 +30,7 @@ from nemo_cpt.recipes import gpt, instruction, llama31_8b, mistral_7b, parts, sm
 from nemo_cpt.training import fields, guards
 from nemo_cpt.training.early_stop import StopEarly
 from nemo_cpt.training.optimizer import HostStateOptimizer
+from tests.support.commands import nemo
 
 RECIPES = [
     llama31_8b.continual_pretrain,
@@ -391,21 +392,21 @@ def test_a_bad_yaml_file_is_refused(tmp_path: Path, text: str, message: str) -> 
 
 
 def test_nemo_llm_finds_the_factory_and_round_trips_yaml(tmp_path: Path) -> None:
-    nemo = [str(Path(sys.executable).with_name("nemo")), "llm", "pretrain"]
+    """The first in a process of its own, where nobody has imported the recipes."""
+    own = [str(Path(sys.executable).with_name("nemo")), "llm", "pretrain"]
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
-    _run([*nemo, "--factory", "llama31_8b_cpt", "--to-yaml", str(first), "trainer.max_steps=77"])
+    given = ["--factory", "llama31_8b_cpt", "--to-yaml", str(first), "trainer.max_steps=77"]
+    _check(subprocess.run([*own, *given], capture_output=True, text=True, timeout=240))
     assert "max_steps: 77" in first.read_text()
-    _run([*nemo, "--yaml", str(first), "--to-yaml", str(second)])
+    _check(nemo("llm", "pretrain", "--yaml", str(first), "--to-yaml", str(second)))
     assert second.read_text() == first.read_text()
 
 
 def test_nemo_llm_finds_the_factory_of_instruction_tuning(tmp_path: Path) -> None:
-    nemo = [str(Path(sys.executable).with_name("nemo")), "llm", "finetune"]
-    _run([*nemo, "--factory", "llama31_8b_sft", "--to-yaml", str(tmp_path / "sft.yaml"), "trainer.max_steps=77"])
+    given = ["--factory", "llama31_8b_sft", "--to-yaml", str(tmp_path / "sft.yaml"), "trainer.max_steps=77"]
+    _check(nemo("llm", "finetune", *given))
     assert "max_steps: 77" in (tmp_path / "sft.yaml").read_text()
 
 
-def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+def _check(done: subprocess.CompletedProcess[str]) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return done.stdout + done.stderr
