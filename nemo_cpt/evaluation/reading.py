@@ -67,7 +67,7 @@ def prompt_set(spec: str, language: str | None = None) -> PromptSet:
     """
     if language is not None and language not in KNOWN:
         raise CptError(f"language is {language!r}; known are {', '.join(KNOWN)}")
-    named, _, path = spec.rpartition("=")
+    named, _, path = ("", "", spec) if "=" not in spec or Path(spec).is_file() else spec.partition("=")
     # A file or folder of that name in the current folder is meant, where there is one.
     if not named and spec in SHIPPED and not Path(spec).exists():
         return PromptSet(spec, tuple(Asked(each.id, each.prompt, (), spec) for each in shipped_questions(spec)))
