@@ -45,20 +45,47 @@ class CodeSnapshot(run.Packager):
         archive = Path(job_dir) / f"{name}.tar.gz"
         partial = archive.with_suffix(".partial")
         # Level 1: code is small, and the launch waits.
-        with tarfile.open(partial, "w:gz", compresslevel=1) as tar:
-            for file in files:
-                tar.add(root / file, arcname=file, recursive=False)
+        try:
+            with tarfile.open(partial, "w:gz", compresslevel=1) as tar:
+                for file in files:
+                    tar.add(root / file, arcname=file, recursive=False)
+        except OSError as error:  # a file that may not be read, a full disk
+            partial.unlink(missing_ok=True)
+            raise CptError(f"the code of {root} cannot be packed into {archive}: {error}") from error
         partial.rename(archive)
         return str(archive)
 
 
+def import_folders(code: str) -> list[str]:
+    """Where in the shipped code a job finds what can be imported here.
+
+    Its root and `src`, and folders of the repository that are on this process's path: modules beside a script, or in
+    the folder that it was started from.
+
+    Args:
+        code: the folder of the shipped code in the job.
+    """
+    here = Path.cwd().resolve()
+    root = repository_root(here) or here
+    inside = [Path("."), Path("src")]
+    for folder in (here, *(Path(each).resolve() for each in sys.path)):
+        # What is installed in a virtual environment within the repository is not shipped.
+        if folder.is_relative_to(root) and folder.is_dir() and not _in_environment(folder, root):
+            inside.append(folder.relative_to(root))
+    return [os.path.normpath(os.path.join(code, folder)) for folder in dict.fromkeys(inside)]
+
+
+def _in_environment(folder: Path, root: Path) -> bool:
+    return any((each / "pyvenv.cfg").exists() for each in (folder, *folder.parents) if each.is_relative_to(root))
+
+
 def _files(folder: Path, refuse_uncommitted: bool) -> tuple[Path, list[str]]:
-    top = _git(folder, "rev-parse", "--show-toplevel")
-    if top is None:
+    root = repository_root(folder)
+    if root is None and refuse_uncommitted:
+        raise CptError(f"{folder} is in no git repository, where nothing is committed; `git init` it, or code='ship'")
+    if root is None:
         return folder, [str(file.relative_to(folder)) for file in _python_files(folder)]
-    root = Path(top.strip())
-    changes = _git(root, "status", "--porcelain") or ""
-    if refuse_uncommitted and changes:
+    if refuse_uncommitted and (changes := _git(root, "status", "--porcelain")):
         raise CptError(
             f"{root} has changes that are not committed; commit them or use code='ship':\n{changes.rstrip()}"
         )
@@ -76,7 +103,7 @@ def _listed(repository: Path) -> Iterator[tuple[Path, bool]]:
     Each with whether it is tracked.
     """
     # -z, or git would quote names with blanks and characters beyond ASCII.
-    listed = _git(repository, "ls-files", "-z", "-t", "--cached", "--others", "--exclude-standard") or ""
+    listed = _git(repository, "ls-files", "-z", "-t", "--cached", "--others", "--exclude-standard")
     for line in filter(None, listed.split("\0")):
         tag, _, name = line.partition(" ")
         path = repository / name
@@ -98,12 +125,30 @@ def _looks_like_a_secret(file: Path) -> bool:
     return any(fnmatch(name, each) for each in SECRET_FILES) and not any(fnmatch(name, each) for each in NO_SECRETS)
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True)
-    except FileNotFoundError:
+def repository_root(folder: Path) -> Path | None:
+    """The root of the repository that a folder is in; None for one in none.
+
+    Raises:
+        CptError: there is one, and git does not read it, because it is another user's for example.
+    """
+    every = [each / ".git" for each in (folder, *folder.parents)]
+    # A submodule or another working tree has a file of that name.
+    if not any(path.is_file() or (path / "HEAD").is_file() for path in every):
         return None
-    return done.stdout if done.returncode == 0 else None
+    return Path(_git(folder, "rev-parse", "--show-toplevel").removesuffix("\n"))
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    try:
+        # As os.fsdecode has names that are not UTF-8.
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, errors="surrogateescape"
+        )
+    except FileNotFoundError:
+        raise CptError(f"{folder} is in a git repository, and git is not installed here") from None
+    if done.returncode:
+        raise CptError(f"git cannot list the code of {folder}: {done.stderr.strip()}")
+    return done.stdout
 
 
 def _python_files(folder: Path) -> list[Path]:

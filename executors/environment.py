@@ -96,13 +96,18 @@ def secrets_file(names: Sequence[str]) -> str:
     return "".join(f"export {name}={shlex.quote(os.environ[name])}\n" for name in names)
 
 
+def as_literals(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return variables for TorchX, to which `$` begins a macro: what it makes of them is what they were."""
+    return {name: value.replace("$", "$$") for name, value in variables.items()}
+
+
 def python_path(*folders: str) -> str:
-    """Return what a shell assigns to PYTHONPATH for `folders`, quoted, before those it has.
+    """Return what a shell assigns to PYTHONPATH for `folders`, before those it has.
 
     An empty entry, as `:$PYTHONPATH` leaves where none is set, is Python's word for the current folder, whose modules
     would then stand before the standard library's.
     """
-    return f"""\"$(echo {":".join(folders)}:"$PYTHONPATH" | tr -s : | sed 's/:$//')\""""
+    return f"""\"$(echo {":".join(map(shlex.quote, folders))}:"$PYTHONPATH" | tr -s : | sed 's/:$//')\""""
 
 
 def check_for_shells(path: str, hint: str) -> None:

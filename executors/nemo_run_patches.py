@@ -41,6 +41,7 @@ def apply() -> None:
     leave_stdin_alone()
     pods.find_configs()
     pods.ship_code()
+    pods.quote_variables()
     pods.supervise_jobs()
 
 
@@ -170,15 +171,16 @@ def say_why_nothing_is_written() -> None:
 
 def leave_stdin_alone() -> None:
     """Let the commands that NeMo-Run starts not read what is its caller's: the rest of a `while read` loop's list."""
-    from invoke import Context
+    import invoke
 
-    start: Callable[..., Any] = Context._run
+    contexts: Any = invoke.Context
+    start: Callable[..., Any] = contexts._run
 
     @wraps(start)
     def start_without_stdin(context: Any, runner: Any, command: str, **named: Any) -> Any:
         return start(context, runner, command, **({"in_stream": False} | named))
 
-    Context._run = start_without_stdin  # type: ignore[method-assign,assignment]
+    contexts._run = start_without_stdin
 
 
 def parse_new_unions() -> None:

@@ -1,5 +1,7 @@
 """Patches of NeMo-Run's Kubeflow executor: configs and code that pods do not find, restarts that do not happen."""
 
+import shlex
+import sys
 import tarfile
 from collections.abc import Callable
 from functools import wraps
@@ -38,24 +40,53 @@ def ship_code() -> None:
         if isinstance(packager, CodeSnapshot):
             archive = packager.package(Path.cwd(), executor.job_dir, job_name)
             with tarfile.open(archive) as tar:
-                # "data": no links out of the folder, and nothing but files.
-                tar.extractall(Path(executor.job_dir, "code"), filter="data")
+                tar.extractall(Path(executor.job_dir, "code"), filter=_within)
             Path(archive).unlink()
         package(executor, packager, job_name=job_name)
 
     KubeflowExecutor.package = unpack_and_package
 
 
+def _within(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
+    """Files, and links to them; a link out of the repository leads to nothing in a pod, and is left away."""
+    try:
+        return tarfile.data_filter(member, folder)
+    except (tarfile.AbsoluteLinkError, tarfile.LinkOutsideDestinationError):
+        print(f"nemo_cpt: not shipped with the code, a link out of it: {member.name}", file=sys.stderr)
+        return None
+
+
+def quote_variables() -> None:
+    """Quote variables in a pod's script, which exports them once more: of `a b` it made `a`."""
+    from nemo_run.core.execution.kubeflow import KubeflowExecutor
+
+    write: Callable[..., None] = KubeflowExecutor.materialize_launch_script
+
+    @wraps(write)
+    def write_quoted(executor: Any, *args: Any, **kwargs: Any) -> None:
+        given = executor.env_vars
+        executor.env_vars = {name: shlex.quote(value) for name, value in given.items()}
+        try:
+            write(executor, *args, **kwargs)
+        finally:
+            executor.env_vars = given
+
+    KubeflowExecutor.materialize_launch_script = write_quoted
+
+
 def supervise_jobs() -> None:
     """Start pods' jobs under `supervisor`, as the first process, which Kubernetes signals; retries were ignored."""
     from nemo_run.run.torchx_backend.schedulers.kubeflow import KubeflowScheduler
+
+    from nemo_cpt.executors.code import CodeSnapshot, import_folders
 
     prepare: Callable[..., Any] = KubeflowScheduler._submit_dryrun
 
     @wraps(prepare)
     def prepare_supervised(scheduler: Any, app: Any, cfg: Any) -> Any:
         code = f"{cfg.code_dir}/code"
-        paths = f"export PYTHONSAFEPATH=1 PYTHONPATH={python_path(code, f'{code}/src')}; "
+        folders = import_folders(code) if isinstance(cfg.packager, CodeSnapshot) else [code]
+        paths = f"export PYTHONSAFEPATH=1 PYTHONPATH={python_path(*folders)}; "
         for role in app.roles:
             supervise(role, f"{paths}exec python", "/tmp", cfg.retries)
         return prepare(scheduler, app, cfg)

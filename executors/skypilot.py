@@ -1,12 +1,12 @@
 """Machines of a cloud or of Kubernetes, through SkyPilot."""
 
-import subprocess
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_cpt.arguments import checked
+from nemo_cpt.constants import CODE_IN_CONTAINER as CODE
 from nemo_cpt.errors import CptError
 from nemo_cpt.executors.counts import check_not_negative
 from nemo_cpt.executors.environment import checked_secrets, checked_setup, existing_mounts, job_env, keep_secrets
@@ -14,7 +14,6 @@ from nemo_cpt.executors.environment import checked_secrets, checked_setup, exist
 if TYPE_CHECKING:
     import nemo_run as run
 
-CODE = "/nemo_run/code"  # where NeMo-Run puts what it ships, before the setup runs
 SECRETS_THERE = "~/.nemo_cpt_secrets.env"
 
 
@@ -122,10 +121,11 @@ def _installation(in_container: bool) -> list[str]:
 
 def _is_nemo_cpt(folder: Path) -> bool:
     """Whether a folder's git repository is nemo_cpt's own."""
-    command = ["git", "-C", str(folder), "rev-parse", "--show-toplevel"]
-    top = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    from nemo_cpt.executors.code import repository_root
+
+    root = repository_root(folder)
     try:
-        project = tomllib.loads(Path(top, "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"] if root else {}
     except (OSError, KeyError, tomllib.TOMLDecodeError):
         return False
-    return bool(top) and project.get("name") == "nemo_cpt"
+    return bool(project.get("name") == "nemo_cpt")

@@ -26,7 +26,8 @@ from torchx.specs import AppDef, AppDryRunInfo, AppState, Role, is_terminal
 from nemo_cpt.constants import MARKER
 from nemo_cpt.errors import CptError, StoppedEarlyError
 from nemo_cpt.executors import window
-from nemo_cpt.executors.environment import python_path, secrets_file
+from nemo_cpt.executors.code import CodeSnapshot, import_folders
+from nemo_cpt.executors.environment import as_literals, python_path, secrets_file
 from nemo_cpt.executors.runner import REFUSAL
 from nemo_cpt.executors.stopping import with_our_runner
 from nemo_cpt.executors.supervisor import MARKER_PREFIX, REACHED_FILE, REFUSAL_PREFIX
@@ -135,7 +136,9 @@ class SlurmJob(SlurmExecutor):
         Args:
             variables: those of the job's environment, by their names.
         """
-        job = shlex.quote(f"/{RUNDIR_NAME}" if self.container_image else self.folder)  # as the tasks see it
+        inside = f"/{RUNDIR_NAME}" if self.container_image else self.folder  # the job's folder as the tasks see it
+        job, code = shlex.quote(inside), f"{inside}/code"
+        folders = import_folders(code) if isinstance(self.packager, CodeSnapshot) else [code]
         lines = [
             "{ set +vx; } 2>/dev/null",  # the template's `set -evx` would print the values of secrets
             "unset SLURM_EXPORT_ENV",  # with `export=NONE` srun would hand on nothing of what follows
@@ -151,7 +154,7 @@ class SlurmJob(SlurmExecutor):
             '[ -z "$SLURM_CPUS_PER_TASK" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK',
             "export MASTER_ADDR=${head_node_ip%% *}",  # the template's, of a node with several addresses the first
             f"export {MARKER}={job}/{MARKER_PREFIX}$SLURM_JOB_ID {REFUSAL}={job}/{REFUSAL_PREFIX}$SLURM_JOB_ID",
-            f"export PYTHONSAFEPATH=1 PYTHONPATH={python_path(f'{job}/code', f'{job}/code/src')}",
+            f"export PYTHONSAFEPATH=1 PYTHONPATH={python_path(*folders)}",
             *([f"export PATH={shlex.quote(self.python_folder)}:$PATH"] if self.python_folder else []),
             f"export {EXPERIMENT}={self.experiment_id} WANDB_RESUME=allow",
             f"export WANDB_RUN_ID=${{WANDB_RUN_ID:-{self.experiment_id}}}",
@@ -182,9 +185,9 @@ class SlurmJobScheduler(SlurmTunnelScheduler):
             if cfg.preempt_seconds is None:
                 cfg.give_time_to_save(None)
             # TorchX takes `$` for the beginning of a macro, and makes it of `$$`.
-            cfg.env_vars = _escaped(cfg.env_vars)
+            cfg.env_vars = as_literals(cfg.env_vars)
             roles = [
-                replace(role, args=[with_our_runner(each) for each in role.args], env=_escaped(role.env))
+                replace(role, args=[with_our_runner(each) for each in role.args], env=as_literals(role.env))
                 for role in app.roles
             ]
             app = replace(app, roles=roles)
@@ -261,7 +264,7 @@ class SlurmJobScheduler(SlurmTunnelScheduler):
 
     def _is_underway(self, app_id: str) -> bool:
         found = _from_scontrol(self.tunnel, app_id)
-        return found is not None and found[0] in UNDERWAY
+        return found is not None and found[0] in (*UNDERWAY, AppState.UNKNOWN)
 
 
 def write_as_given() -> None:
@@ -304,16 +307,12 @@ def write_as_given() -> None:
     Script.to_command = to_command_as_given
 
 
-def _escaped(variables: Mapping[str, str]) -> dict[str, str]:
-    return {name: value.replace("$", "$$") for name, value in variables.items()}
-
-
 def create_scheduler(session_name: str, **kwargs: Any) -> SlurmJobScheduler:
     """TorchX's factory of the scheduler."""
     return SlurmJobScheduler(session_name=session_name, experiment=kwargs.pop("experiment", None))
 
 
-def _outside_jobs(tunnel: Tunnel) -> list[str]:
+def outside_jobs(tunnel: Tunnel) -> list[str]:
     """What runs sbatch without the variables of a job that this process is in: they would count for the new one's."""
     if isinstance(tunnel, SSHTunnel) or "SLURM_JOB_ID" not in os.environ:
         return []
@@ -325,7 +324,7 @@ def _outside_jobs(tunnel: Tunnel) -> list[str]:
 
 
 def _sbatch(tunnel: Tunnel, script: str, after: str, may_requeue: bool, jobs_behind: int) -> str:
-    command = [*_outside_jobs(tunnel), SBATCH, "--parsable", "--requeue" if may_requeue else "--no-requeue"]
+    command = [*outside_jobs(tunnel), SBATCH, "--parsable", "--requeue" if may_requeue else "--no-requeue"]
     command += [f"--dependency={after}"] if after else []
     try:
         # --parsable: the id alone, with the cluster's name behind a semicolon.
@@ -340,7 +339,7 @@ def _sbatch(tunnel: Tunnel, script: str, after: str, may_requeue: bool, jobs_beh
 
 def _check_limit(tunnel: Tunnel, job_id: str, preempt_seconds: int) -> None:
     """Refuse a limit, the partition's own perhaps, within which the tasks would be told to stop at their start."""
-    shown = _shown(tunnel, job_id) or [{}]  # by then it may have ended, and the controller may be busy
+    shown = _shown(tunnel, job_id) or [{}]  # Slurm's controller may be busy
     limit = window.seconds_of(shown[0].get("TimeLimit"))
     if limit is not None and limit <= preempt_seconds:
         raise CptError(
@@ -351,7 +350,7 @@ def _check_limit(tunnel: Tunnel, job_id: str, preempt_seconds: int) -> None:
 
 def _check_that_it_can_ever_run(tunnel: Tunnel, script: str) -> None:
     """Slurm queues a job that no node can ever hold, unless the cluster sets EnforcePartLimits."""
-    said = tunnel.run(shlex.join([*_outside_jobs(tunnel), SBATCH, "--test-only", script]), warn=True).stderr.strip()
+    said = tunnel.run(shlex.join([*outside_jobs(tunnel), SBATCH, "--test-only", script]), warn=True).stderr.strip()
     if "node configuration is not available" in said:
         raise CptError(f"Slurm could never run the job: more nodes, tasks, GPUs or memory than there are. {said}")
 
@@ -392,7 +391,11 @@ def _jobs_of_chain(folder: str, app_id: str) -> list[str]:
 
 def _from_scontrol(tunnel: Tunnel, app_id: str) -> tuple[AppState, str, int] | None:
     """State, name and exit code of a job that Slurm remembers; of an array, what is under way, then what failed."""
-    jobs = [(_app_state(facts.get("JobState", "")), facts) for facts in _shown(tunnel, app_id)]
+    shown = _shown(tunnel, app_id)
+    if shown is None:
+        # The log would tell of an earlier start's end.
+        return AppState.UNKNOWN, "", 0
+    jobs = [(_app_state(facts.get("JobState", "")), facts) for facts in shown]
     order = (*UNDERWAY, AppState.FAILED, AppState.CANCELLED)
     # An array has one state for us: running while any of it runs, failed if any failed.
     jobs.sort(key=lambda job: order.index(job[0]) if job[0] in order else len(order))
@@ -402,10 +405,15 @@ def _from_scontrol(tunnel: Tunnel, app_id: str) -> tuple[AppState, str, int] | N
     return state, facts.get("JobName", ""), int(facts.get("ExitCode", "0").partition(":")[0])
 
 
-def _shown(tunnel: Tunnel, app_id: str) -> list[dict[str, str]]:
-    """What `scontrol show job` has, of an array a dict for each task; empty for a job that Slurm has forgotten."""
-    shown = tunnel.run(f"scontrol show job -o {app_id}", warn=True).stdout.splitlines()
-    jobs = [dict(pair.partition("=")[::2] for pair in line.split(" ")) for line in shown]
+def _shown(tunnel: Tunnel, app_id: str) -> list[dict[str, str]] | None:
+    """What `scontrol show job` has, of an array a dict for each task; empty for a job that Slurm has forgotten.
+
+    None where Slurm's controller does not answer, as while it is started again.
+    """
+    shown = tunnel.run(f"scontrol show job -o {app_id}", warn=True)
+    if shown.return_code not in (0, 127) and "Invalid job id" not in shown.stderr:
+        return None
+    jobs = [dict(pair.partition("=")[::2] for pair in line.split(" ")) for line in shown.stdout.splitlines()]
     return [facts for facts in jobs if "JobId" in facts]
 
 
@@ -417,8 +425,11 @@ def _app_state(slurm_state: str) -> AppState:
 
 def _from_log(tunnel: Tunnel, folder: str, app_id: str) -> tuple[AppState, str, int]:
     """What the batch script said last; Slurm forgets a job some minutes after its end."""
-    logs = f"{shlex.quote(folder)}/sbatch_*_{app_id}.out"
-    said = tunnel.run(f"grep -h 'job exited with code' {logs} | tail -1", warn=True).stdout.split()
-    if not said:
+    # A log for each task of an array, of which one that failed counts; the last line of each, over its starts.
+    logs = f"{shlex.quote(folder)}/sbatch_*_{app_id}.out {shlex.quote(folder)}/sbatch_*_{app_id}_*.out"
+    last = f"for log in {logs}; do grep -h 'job exited with code' \"$log\" | tail -1; done"
+    codes = [int(line.split()[-1]) for line in tunnel.run(last, warn=True).stdout.splitlines()]
+    if not codes:
         return AppState.UNKNOWN, "", 0
-    return (AppState.FAILED if int(said[-1]) else AppState.SUCCEEDED), "", int(said[-1])
+    code = max(codes)
+    return (AppState.FAILED if code else AppState.SUCCEEDED), "", code

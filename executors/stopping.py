@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any
 
-from nemo_cpt.executors.environment import forget_secrets
+from nemo_cpt.executors.environment import as_literals, forget_secrets
 from nemo_cpt.executors.supervisor import (
     DEFAULT_TIME_TO_SAVE,
     FROM_LAUNCHER,
@@ -106,6 +106,7 @@ def supervise_cloud_jobs() -> None:
     def prepare_supervised(scheduler: Any, app: Any, cfg: Any) -> Any:
         for role in app.roles:
             supervise(role, "python", "/tmp", cfg.retries)
+            role.env = as_literals(role.env)
         return prepare(scheduler, app, cfg)
 
     SkypilotScheduler._submit_dryrun = prepare_supervised

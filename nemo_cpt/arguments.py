@@ -20,6 +20,7 @@ HIDDEN = ("env", "secret", "secrets")  # whose values are not for a terminal, or
 _WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text", NoneType: "None"}
 _EXAMPLES = {  # of the classes that people meet
     "Blend": "a Blend, such as Blend(train={'ds/ja': 0.75, 'ds/en': 0.25})",
+    "Callable": "a function of a sequence's length",
     "ssh": "ssh(host=..., user=..., job_dir=...)",
     "Conversations": "Conversations, such as Conversations(train={'sft/ja': 1.0})",
 }
@@ -142,11 +143,10 @@ def _plain(value: Any, wanted: Any) -> Any:
     Raises:
         _WrongTypeError: it is of another.
     """
-    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
-        value = value.item()
     origin, inner = get_origin(wanted) or wanted, get_args(wanted)
     if origin in (Any, inspect.Parameter.empty):
         return value
+    value = plain_scalar(value)
     if _is_union(wanted):
         return _plain_of_any(value, wanted, inner)
     if origin is Literal:
@@ -154,8 +154,6 @@ def _plain(value: Any, wanted: Any) -> Any:
     elif origin in (int, float):
         # A bool is an int to Python, and nobody means a number with it.
         right = isinstance(value, int if origin is int else int | float) and not isinstance(value, bool)
-    elif origin is str and isinstance(value, os.PathLike):
-        return os.fspath(value)
     elif origin is Sequence and isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return [_below(each, inner[0], f"[{index}]") for index, each in enumerate(value)]
     elif origin is Mapping and isinstance(value, Mapping):
@@ -166,6 +164,13 @@ def _plain(value: Any, wanted: Any) -> Any:
     if not right:
         raise _WrongTypeError(value, wanted)
     return value
+
+
+def plain_scalar(value: Any) -> Any:
+    """A number of numpy's as Python's, a Path as text; any other value as it is."""
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+        return value.item()
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _plain_of_any(value: Any, wanted: Any, kinds: Sequence[Any]) -> Any:

@@ -155,8 +155,6 @@ def _add_to_slurm(experiment: Any, array: Array, executor: Any) -> None:
     join = executor.clone()
     if join.preempt_seconds is None:
         join.give_time_to_save(STOP_SECONDS)
-    # Else the join of tasks that failed would wait in the queue for ever, and with it whoever waits for it.
-    join.additional_parameters = join.additional_parameters | {"kill_on_invalid_dep": "yes"}
     experiment.add(_script(array.join, array.folder), join, name="join", dependencies=before)
 
 

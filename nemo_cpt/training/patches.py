@@ -33,6 +33,7 @@ def apply() -> None:
     fold_gradient_of_frozen_linear()
     give_recomputed_layers_a_gradient()
     add_lora_in_one_pass()
+    record_where_the_base_of_adapters_is()
     step_adam_in_slices()
     load_checkpoints_written_without_transformer_engine()
     free_gradients_at_once()
@@ -100,6 +101,28 @@ def _with_gradient(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.
         return embeddings.requires_grad_() if recomputes and torch.is_grad_enabled() else embeddings
 
     return embed
+
+
+def record_where_the_base_of_adapters_is() -> None:
+    """Let the checkpoints of a resumed run of adapters name the base that they are added to.
+
+    NeMo 2.7.3 (`WrappedAdapterIO.load_checkpoint`, `lightning/pytorch/callbacks/peft.py`) takes the base's weights from
+    where `AutoResume` says, and records the folder that the resumed checkpoint recorded, where it may be no more.
+    """
+    from nemo.lightning.pytorch.callbacks.peft import WrappedAdapterIO
+
+    replace(WrappedAdapterIO, "load_checkpoint", _keeping_the_base)
+
+
+def _keeping_the_base(load: Callable[..., Any]) -> Callable[..., Any]:
+    def load_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Of two calls the first one loads the base; the second, the adapters', would replace its name.
+        base = self.model_ckpt_path
+        loaded = load(self, *args, **kwargs)
+        self.model_ckpt_path = base or self.model_ckpt_path
+        return loaded
+
+    return load_checkpoint
 
 
 def add_lora_in_one_pass() -> None:
@@ -286,7 +309,7 @@ def _on_the_stream_of_training(init_ddp: Callable[[Any], None]) -> Callable[[Any
 
 
 def _on_gpu(module: torch.nn.Module) -> bool:
-    """By the weights: the CPU stack lets `torch.cuda.is_available` say what Megatron wants to hear."""
+    """By the weights: a GPU's machine also trains on its CPU."""
     return any(each.is_cuda for each in module.parameters())
 
 

@@ -28,8 +28,6 @@ from nemo_cpt.workflow.state import DONE, State
 from nemo_cpt.workflow.steps import Step
 
 BEGIN, WHOLE, END = "begin", "whole", "end"
-# A job that waits for one that failed would wait for ever.
-OF_SLURM = ("kill_on_invalid_dep='yes'",)
 
 
 def submit(file: Path, chosen: Chosen, executor: str, options: Sequence[str], detach: bool = False) -> dict[str, Any]:
@@ -91,7 +89,7 @@ def _tasks(
         return run.Partial(run_part, file=str(file), step=step.name, part=part, again=again)
 
     def light() -> Any:
-        return make_executor(executor, [*options, *(OF_SLURM if executor == "slurm" else ())], 1)
+        return make_executor(executor, options, 1)
 
     if not step.kind.recipe:
         yield step.name, ours(WHOLE), light()
@@ -99,7 +97,7 @@ def _tasks(
     yield f"{step.name}-{BEGIN}", ours(BEGIN), light()
     recipe, arguments, fields, own = recipes.split(step.name, step.parameters, step.folder)
     named = str(step.parameters.get(EXECUTOR, executor))
-    shared = [*options, *(OF_SLURM if named == "slurm" else ())] if named == executor else []
+    shared = options if named == executor else []
     where = make_executor(named, [*shared, *own], recipe.processes(arguments))
     if recipe.gpus(arguments):
         give_time_to_save(where, recipe, arguments, fields)

@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nemo_cpt import page
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation import comparison, evaluate, report
+from nemo_cpt.evaluation.candidates import Candidate
 from nemo_cpt.evaluation.journal import Journal
+from nemo_cpt.evaluation.reading import prompt_set
 from nemo_cpt.inference.endpoint import EndpointEngine
 from nemo_cpt.inference.transformers_engine import TransformersEngine
 from tests.inference.conftest import TEMPLATE
@@ -212,6 +214,18 @@ def test_what_changed_is_asked_again(
     assert len(kept) == 2 * len(QUESTIONS)
 
 
+def test_a_model_that_differs_in_one_number_is_another(tmp_path: Path) -> None:
+    """A few trained rows of a large table: one model's numbers must not stand for the other's."""
+    weights = bytearray(4 * 2**20)
+    for name in ("one", "same", "other"):
+        weights[2**21 + 2**18] = name == "other"
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "model.safetensors").write_bytes(weights)
+    one, same, other = (Candidate("", str(tmp_path / name)).key for name in ("one", "same", "other"))
+    assert one == same != other
+
+
 def test_two_at_once_are_refused(models: tuple[Path, Path], world: Path, prompts: Path, tmp_path: Path) -> None:
     with Journal(tmp_path / comparison.JOURNAL), pytest.raises(CptError, match="Another process"):
         evaluated(models, world, prompts, tmp_path)
@@ -248,6 +262,15 @@ def test_messages_and_wrappers(models: tuple[Path, Path], world: Path, tmp_path:
 
 def _copied(source: Path, dest: Path) -> Path:
     return Path(shutil.copytree(source, dest))
+
+
+def test_a_prompts_file_whose_path_has_an_equals_sign(tmp_path: Path) -> None:
+    folder = tmp_path / "language=ja"
+    folder.mkdir()
+    (folder / "ja.jsonl").write_text('{"prompt": "京都とは?"}\n')
+    alone, named = prompt_set(f"{folder}/ja.jsonl"), prompt_set(f"mine={folder}/ja.jsonl")
+    assert (alone.name, named.name) == ("ja", "mine")
+    assert alone.prompts[0].language == "ja"
 
 
 def test_bad_prompts(models: tuple[Path, Path], world: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Executors whose engine is not here: what they would ask for, compared word by word."""
 
 import ast
+import io
 import json
 import os
 import shlex
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -19,7 +21,7 @@ from docker.models.containers import _create_container_args
 from nemo_run.core.execution.docker import DockerContainer
 
 from nemo_cpt import CptError
-from nemo_cpt.executors import docker, kubernetes, skypilot, slurm, stopping
+from nemo_cpt.executors import docker, kubernetes, skypilot, slurm, slurm_job, ssh, stopping
 from nemo_cpt.executors.code import CodeSnapshot
 from nemo_cpt.executors.environment import checked_setup
 from nemo_cpt.signals import Given
@@ -156,20 +158,20 @@ def test_a_container_that_is_cancelled_saves_before_nemo_run_removes_it(project,
     import tasks
 
     task = run.Partial(tasks.count, path=str(tmp_path / "counter"), until=1000)
-    job, process = started_as_in_a_container(task, docker(gpus=2))
-    wait_until(lambda: log_of(job).count("starting at") == 2)
+    job, process = started_as_in_a_container(task, docker(gpus=1))
+    wait_until(lambda: "starting at" in log_of(job))
     monkeypatch.setattr(DockerContainer, "get_container", lambda *args, **kwargs: Container(process))
     DockerContainer(name="t", command=[], executor=docker(), extra_env={}).delete(client=None, id="1")
     assert process.wait() == 75
-    assert log_of(job).count("stopped at") == 2
+    assert "stopped at" in log_of(job)
 
 
 def test_a_signal_to_the_launcher_reaches_its_containers(project, tmp_path):
     import tasks
 
     task = run.Partial(tasks.count, path=str(tmp_path / "counter"), until=1000)
-    job, process = started_as_in_a_container(task, docker(gpus=2))
-    wait_until(lambda: log_of(job).count("starting at") == 2)
+    job, process = started_as_in_a_container(task, docker(gpus=1))
+    wait_until(lambda: "starting at" in log_of(job))
     request = SimpleNamespace(get_containers=lambda client: [Container(process)])
     scheduler = SimpleNamespace(_scheduled_reqs=[request], _docker_client=None)
     runner = SimpleNamespace(_scheduler_instances={"docker_persistent": scheduler})
@@ -193,6 +195,9 @@ def test_a_shell_that_docker_starts_gets_the_secret(project, monkeypatch):
     (file,) = (project.parent / "home" / "secrets").iterdir()
     shell = ["bash", "-c", "python3 -c 'import os; print(os.environ[\"HF_TOKEN\"])'"]
     environ = {"BASH_ENV": str(file), "PATH": "/usr/bin:/bin"}
+    assert subprocess.run(shell, env=environ, capture_output=True, text=True).stdout.strip() == "planted 'secret'"
+    monkeypatch.setenv("OTHER", "another")
+    docker(secrets=["OTHER"])  # of the same process, which leaves the first its own
     assert subprocess.run(shell, env=environ, capture_output=True, text=True).stdout.strip() == "planted 'secret'"
 
 
@@ -233,6 +238,77 @@ def test_the_current_folder_is_not_before_the_standard_library(project):
         assert not {"", str(project)} & set(others), before
         if "/a b" in before.get("PYTHONPATH", ""):
             assert others[:2] == ["/a b", "/c"]
+
+
+def test_a_jobs_variables_are_what_was_given(project):
+    """NeMo-Run alone writes their names in upper case, `$` for `$$`, and no quotes."""
+    given = {"no_proxy": "a b", "Mixed": "a$$b $HOME `x` 'q' \"", "LINES_": "one\ntwo", "RUNS": "/home/me/nemo_runs/x"}
+    executor = slurm(tasks_per_node=1, env=given)
+    executor.setup_lines = "export AFTERWARDS=1"  # NeMo-Run's own, set on the executor
+    _, request = prepared(executor)
+    assert request.materialize() == request.materialize()
+    head = request.materialize().partition("/dev/null\n")[2].partition("job=")[0]
+    show = f"{head}\n{sys.executable} -c 'import json, os; print(json.dumps(dict(os.environ)))'"
+    done = subprocess.run(["bash", "-c", show], env={"PATH": os.environ["PATH"]}, capture_output=True, check=True)
+    assert given.items() <= json.loads(done.stdout).items()
+    assert "\nexport AFTERWARDS=1\n" in request.materialize()
+
+
+def test_the_jobs_folder_stands_for_nemo_runs_name_of_it_alone(project, tmp_path, monkeypatch):
+    monkeypatch.setattr("nemo_run.config._NEMORUN_HOME", str(tmp_path / "nemo_run"))
+    experiment, request = prepared(slurm(tasks_per_node=1, workdir="/home/me/nemo_run/x"))
+    script, job = request.materialize(), f"{experiment._exp_dir}/t"
+    assert f"#SBATCH --output={job}/sbatch_cpt.t_%j.out" in script
+    assert f"-n t {job}/configs/t_fn_or_script" in script
+    assert "--chdir=/home/me/nemo_run/x" in script
+    inline = run.Script(inline="cat /nemo_run/a /home/me/nemo_run/b /nemo_runs")
+    inline.to_command(filename=str(tmp_path / "t.sh"), substitute_rundir_path="/there")
+    assert (tmp_path / "t.sh").read_text().splitlines()[-1] == "cat /there/a /home/me/nemo_run/b /nemo_runs"
+
+
+def test_a_job_submitted_from_within_a_job_is_its_own(monkeypatch):
+    """Else srun takes the outer one's memory, its array's number and its run of W&B's for the new one's."""
+    here = {"SLURM_JOB_ID": "3", "SLURM_MEM_PER_CPU": "100", "SLURM_ARRAY_TASK_ID": "1", "SRUN_CPUS_PER_TASK": "7"}
+    ours = {"NEMO_CPT_EXPERIMENT": "t_1", "WANDB_RUN_ID": "t_1"}
+    for name, value in (here | ours | {"SLURM_CONF": "/etc/slurm.conf"}).items():
+        monkeypatch.setenv(name, value)
+    left_out = {word.removeprefix("--unset=") for word in slurm_job.outside_jobs(run.LocalTunnel(job_dir=""))[1:]}
+    assert here.keys() | ours.keys() <= left_out
+    assert "SLURM_CONF" not in left_out
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    assert "--unset=WANDB_RUN_ID" not in slurm_job.outside_jobs(run.LocalTunnel(job_dir=""))
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert slurm_job.outside_jobs(run.LocalTunnel(job_dir="")) == []
+
+
+def answers(stdout="", stderr="", code=0):
+    result = SimpleNamespace(stdout=stdout, stderr=stderr, return_code=code)
+    return SimpleNamespace(run=lambda *command, **how: result)
+
+
+def test_a_controller_that_does_not_answer_says_nothing_of_a_jobs_end():
+    """Not even where an earlier start of the job has left its end in the log."""
+    silent = answers(stderr="slurm_load_jobs error: Unable to contact slurm controller (connect failure)", code=1)
+    assert slurm_job._from_scontrol(silent, "7")[0].name == "UNKNOWN"
+    assert (
+        slurm_job._from_scontrol(answers(stderr="slurm_load_jobs error: Invalid job id specified", code=1), "7") is None
+    )
+
+
+def test_the_state_of_an_array_that_slurm_has_forgotten(tmp_path):
+    for number, codes in enumerate(([75, 0], [0], [3])):
+        lines = "".join(f"job exited with code {code}\n" for code in codes)
+        (tmp_path / f"sbatch_cpt.t_7_{number}.out").write_text(lines)
+    here = run.LocalTunnel(job_dir="")
+    assert slurm_job._from_log(here, str(tmp_path), "7")[::2] == (slurm_job.AppState.FAILED, 3)
+    (tmp_path / "sbatch_cpt.t_7_2.out").unlink()
+    assert slurm_job._from_log(here, str(tmp_path), "7")[::2] == (slurm_job.AppState.SUCCEEDED, 0)
+
+
+def test_paths_of_this_machine_are_made_whole(project):
+    executor = slurm(venv="~/venv", workdir="runs")
+    assert executor.python_folder == str(Path.home() / "venv/bin")
+    assert executor.srun_args[-1] == f"--chdir={project}/runs"
 
 
 def test_slurm_without_an_account_gpus_or_time_names_none(project):
@@ -301,6 +377,16 @@ def test_slurm_gres_stands_for_the_gpus(project):
         ({"env": {"WANDB_API_KEY": "x"}}, "looks like a secret"),
         ({"tunnel": "login1"}, "give 'local' or ssh"),
         ({"workdir": "/nemo_run/x"}, "name of the job.s folder"),
+        ({"workdir": "scratch", "tunnel": ssh("login1", "me", "/jobs")}, "give the whole path, from / on, as the job"),
+        ({"venv": "~/venv", "container_image": "x"}, "give the whole path, from / on, as the job sees it"),
+        ({"tunnel": ssh("login1", "me", "~/jobs")}, "give the whole path there, from / on"),
+        ({"tunnel": ssh("login1", "me", "/home/my jobs")}, "which would not take ' ' as it is; give ssh"),
+        ({"no_requeue": True}, "give requeue=False"),
+        ({"test_only": True}, "for sbatch on a command line"),
+        ({"ntasks_per_node": 4}, "give tasks_per_node"),
+        ({"array": "0-3", "chain": 2}, "would end the chain of all"),
+        ({"max_restarts": -1}, r"slurm\(max_restarts=-1\): 0 or more"),
+        ({"time": timedelta(0)}, "more than nothing"),
         ({"time": "10", "preempt_seconds": 600}, r"told to stop at their start; give more than 10 minutes"),
         ({"preempt_seconds": -1}, r"slurm\(preempt_seconds=-1\): 0 to 65535"),
         ({"requeue": False, "max_restarts": 2}, "Slurm restarts a job by requeueing it"),
@@ -316,6 +402,47 @@ def test_uncommitted_changes_are_refused_on_demand(project):
     (project / "tasks.py").write_text((project / "tasks.py").read_text() + "\n")
     with pytest.raises(CptError, match=r"not committed(.|\n)*M tasks.py"):
         prepared(slurm(tasks_per_node=1, code="committed"))
+
+
+def test_code_that_cannot_be_listed_is_not_left_out_without_a_word(project, tmp_path):
+    (project / ".git" / "HEAD").write_text("damaged")
+    with pytest.raises(CptError, match=r"git cannot list the code of .*: fatal: "):
+        prepared(slurm(tasks_per_node=1))
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    with pytest.raises(CptError, match="is in no git repository, where nothing is committed"):
+        CodeSnapshot(refuse_uncommitted=True).package(outside, str(tmp_path), "t")
+
+
+def test_what_can_be_imported_here_can_be_in_the_job(project, monkeypatch):
+    """Modules beside a script in a folder of the repository, and in the folder that it was started from."""
+    for name in ("started", "script", "env"):
+        (project / name).mkdir()
+    (project / "env" / "pyvenv.cfg").touch()
+    (project / os.fsdecode(b"caf\xe9.py")).touch()  # no UTF-8
+    monkeypatch.chdir(project / "started")
+    monkeypatch.syspath_prepend(str(project / "env"))
+    monkeypatch.syspath_prepend(str(project / "script"))
+    experiment, request = prepared(slurm(tasks_per_node=1))
+    code = f"{experiment._exp_dir}/t/code"
+    assert f'"$(echo {code}:{code}/src:{code}/started:{code}/script:"$PYTHONPATH"' in request.materialize()
+    assert os.fsdecode(b"caf\xe9.py") in os.listdir(code)
+
+
+def test_names_that_a_shell_would_take_apart_are_refused(project, tmp_path, monkeypatch):
+    with pytest.raises(CptError, match=r"/my task: .*name the task and its experiment otherwise"):
+        prepared(slurm(tasks_per_node=1), name="my task")
+    monkeypatch.setattr("nemo_run.config._NEMORUN_HOME", str(project / "tasks.py" / "home"))
+    with pytest.raises(CptError, match=r"cannot be written .*NEMORUN_HOME names another place"):
+        prepared(slurm(tasks_per_node=1))
+
+
+def test_what_a_launchers_caller_has_on_stdin_is_left_to_it(project, monkeypatch):
+    """As the rest of the list of `while read name; do nemo-cpt run ...; done`."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("next\n"))
+    slurm(tasks_per_node=1)
+    run.LocalTunnel(job_dir="").run("sleep 0.1")
+    assert sys.stdin.read() == "next\n"
 
 
 def test_submodules_are_shipped_as_they_are_on_disk(project, tmp_path):
@@ -402,8 +529,9 @@ def kube_config(tmp_path, monkeypatch):
 
 def test_kubernetes_train_job(project, kube_config):
     executor = kubernetes(
-        "img", 8, "work", nodes=2, secret="tokens", claims={"/data": "corpus"}, memory="900Gi", max_restarts=2
-    )
+        "img", 8, "work", nodes=2, secret="tokens", claims={"/data": "corpus"}, memory="900Gi", max_restarts=2,
+        env={"WORDS": "a 'b' $c"},
+    )  # fmt: skip
     _, request = prepared(executor)
     executor = request.executor
     body = executor.get_job_body("t-1", request.cmd)
@@ -422,6 +550,8 @@ def test_kubernetes_train_job(project, kube_config):
     assert "--nproc-per-node 8" in launched
     assert pod["terminationGracePeriodSeconds"] == 600
     assert f'PYTHONPATH="$(echo {executor.code_dir}/code:' in launched
+    assert variables["WORDS"] == {"value": "a 'b' $c"}
+    assert f"export WORDS={shlex.quote(variables['WORDS']['value'])}\n" in launched
     assert "; exec python -m nemo_cpt.executors.supervisor" in launched  # the first process is signalled
     assert "--max-restarts 2 -- torchrun" in launched
 
@@ -442,9 +572,13 @@ def test_kubernetes_ships_what_is_not_committed(project, kube_config, monkeypatc
         KubeflowExecutor, "copy_to_workspace", lambda executor, folder, *args, **how: sent.append(folder)
     )
     (project / "tasks.py").write_text((project / "tasks.py").read_text() + "\n# changed\n")
+    (project / "corpus").symlink_to("/srv/corpus")  # of no use in a pod
+    (project / "same.py").symlink_to("tasks.py")
     _, request = prepared(kubernetes("img", 8, "work"))
     request.executor.package(request.executor.packager, job_name="t")
-    assert Path(sent[0], "code", "tasks.py").read_text().endswith("# changed\n")
+    assert Path(sent[0], "code", "same.py").read_text().endswith("# changed\n")
+    assert "corpus" not in os.listdir(Path(sent[0], "code"))
+    (project / "corpus").unlink()
     _, request = prepared(kubernetes("img", 8, "work", code="committed"))
     with pytest.raises(CptError, match="not committed"):
         request.executor.package(request.executor.packager, job_name="t")
@@ -454,6 +588,10 @@ def test_kubernetes_ships_what_is_not_committed(project, kube_config, monkeypatc
 def test_kubernetes_needs_a_gpu_and_a_cluster(tmp_path, monkeypatch):
     with pytest.raises(CptError, match="at least 1"):
         kubernetes("img", 0, "work")
+    with pytest.raises(CptError, match=r"secrets=\['MY_KEY'\]\): they are keys of a Kubernetes Secret"):
+        kubernetes("img", 8, "work", secrets=["MY_KEY"])
+    with pytest.raises(CptError, match="max_restarts=-1"):
+        kubernetes("img", 8, "work", max_restarts=-1)
     monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "none"))
     with pytest.raises(CptError, match="no cluster is configured here"):
         kubernetes("img", 8, "work")
@@ -487,11 +625,14 @@ def sky(monkeypatch):
 
 def test_skypilot(project, monkeypatch, sky):
     monkeypatch.setenv("HF_TOKEN", "planted-secret")
-    executor = skypilot("H100", 8, nodes=2, infra="aws", setup=["pip install ./wheels/*.whl"], max_restarts=2)
+    executor = skypilot(
+        "H100", 8, nodes=2, infra="aws", setup=["pip install ./wheels/*.whl"], max_restarts=2, env={"PRICE": "5$$"}
+    )
     assert executor.packager.check_uncommitted_changes
     _, request = prepared(executor)
     task = request.task.to_yaml_config()
     assert task["num_nodes"] == 2
+    assert task["envs"]["PRICE"] == "5$$"
     assert task["resources"]["accelerators"] == {"H100": 8}
     assert task["setup"].startswith("pip install ./wheels/*.whl\n")
     assert task["setup"].endswith(">> ~/.bashrc")

@@ -1,6 +1,7 @@
 """Against a real cluster of two nodes; skipped, with the reason, where Slurm is not installed."""
 
 import json
+import re
 import subprocess
 import threading
 from pathlib import Path
@@ -164,13 +165,18 @@ def test_cancel_ends_every_job_of_a_chain(slurm_here, project, tmp_path, monkeyp
 def test_a_crash_is_restarted_and_a_dependent_task_waits(slurm_here, project, tmp_path):
     import tasks
 
+    held = slurm_here.run("sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true")
     executor = slurm(tasks_per_node=1, time="5", max_restarts=1)
+    waits = slurm(tasks_per_node=1, time="5", dependency=f"afterany:{held}")
     with run.Experiment("t", executor=executor, enable_goodbye_message=False) as experiment:
         first = experiment.add(run.Partial(tasks.crash_once, path=str(tmp_path / "mark")), name="first")
-        experiment.add(run.Partial(tasks.report, path=str(tmp_path / "seen")), name="second", dependencies=[first])
+        report = run.Partial(tasks.report, path=str(tmp_path / "seen"))
+        experiment.add(report, waits, name="second", dependencies=[first])
         experiment.run(detach=True)
     ids = [job.handle.rpartition("/")[2] for job in experiment.jobs]
-    assert "Dependency=afterok:" + ids[0] in slurm_here.run("scontrol", "show", "job", ids[1])
+    (behind,) = [line for line in slurm_here.run("scontrol", "show", "job", ids[1]).split() if "Dependency=" in line]
+    assert {f"afterany:{held}", f"afterok:{ids[0]}"} <= set(re.findall(r"after\w+:\d+", behind))
+    slurm_here.run("scontrol", "release", held)
     assert slurm_here.wait_for(ids[1], "COMPLETED") == "COMPLETED"
     (log,) = Path(experiment._exp_dir).glob("first/log-*.out")
     assert "second start 1" in log.read_text()
