@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from nemo_cpt.arguments import checked
+from nemo_cpt.constants import CODE_IN_CONTAINER
 from nemo_cpt.errors import CptError
 from nemo_cpt.executors.counts import check_not_negative
 from nemo_cpt.executors.environment import checked_secrets, existing_mounts, job_env, keep_secrets
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 
 IMAGE = "localhost/nemo-cpt"
 """What the Dockerfile builds; with a host in its name, so that one that is not there is asked of no public registry."""
-WORKDIR = "/nemo_run/code"  # NeMo-Run starts tasks there
 SECRETS_IN_CONTAINER = "/run/secrets/nemo_cpt.env"
 
 
@@ -71,11 +71,8 @@ def docker(
         raise CptError(f"docker(gpus={gpus}, processes={processes}): gpus is -1 or more, processes 1 or more")
     check_not_negative("docker", max_restarts=max_restarts)
     processes = processes or max(gpus, 1)
-    folder = os.getcwd()
     names = checked_secrets(secrets)
-    volumes = existing_mounts(mounts if mounts is not None else [f"{folder}:{folder}"])
-    # Twice: under its own path, which configurations name, and where NeMo-Run starts tasks.
-    volumes.append(f"{folder}:{WORKDIR}")
+    volumes = volumes_of(mounts)
     variables = {"PYTHONUNBUFFERED": "1", **job_env(env)}
     if names:  # NeMo-Run starts the task by `bash -c`, which reads BASH_ENV first
         volumes.append(f"{keep_secrets('docker', names)}:{SECRETS_IN_CONTAINER}:ro")
@@ -97,6 +94,17 @@ def docker(
         retries=max_restarts,
         packager=run.Packager(),
     )
+
+
+def volumes_of(mounts: Sequence[str] | None) -> list[str]:
+    """Return what a container of `docker(mounts=...)` has mounted, secrets apart.
+
+    Raises:
+        CptError: a mount does not exist.
+    """
+    folder = os.getcwd()
+    # Twice: under its own path, which configurations name, and where NeMo-Run starts tasks.
+    return [*existing_mounts(mounts if mounts is not None else [f"{folder}:{folder}"]), f"{folder}:{CODE_IN_CONTAINER}"]
 
 
 def _ulimit(text: str) -> str:

@@ -100,14 +100,16 @@ def examine_task(task: Any, place: "Place", comes_first: bool = True) -> None:
     """
     from nemo_cpt.doctor.built import job_of
     from nemo_cpt.doctor.containers import check_engine
+    from nemo_cpt.doctor.mounts import with_files
     from nemo_cpt.doctor.preflight import preflight
     from nemo_cpt.training.fields import make_plain
 
     exit_with_the_message()
     make_plain(task)
-    job = job_of(task, place if comes_first else replace(place, same_files=False))
+    place = place if comes_first else replace(place, same_files=False, volumes=None)
+    job = job_of(task, place)
     if job is not None:
-        preflight(job, force=bool(os.environ.get(FORCE)), how_to_force=f"{FORCE}=1", speaker="nemo_cpt")
+        preflight(with_files(job), force=bool(os.environ.get(FORCE)), how_to_force=f"{FORCE}=1", speaker="nemo_cpt")
     elif place.image is not None:
         check_engine(place.image)
 
@@ -126,7 +128,14 @@ def place_of(executor: Any) -> "Place":
         return Place("local", nodes=executor.nodes, environ=variables)
     if isinstance(executor, DockerExecutor):
         image = executor.container_image
-        return Place("docker", same_packages=False, same_files=False, image=image, environ=variables)
+        return Place(
+            "docker",
+            same_packages=False,
+            same_files=False,
+            image=image,
+            volumes=tuple(executor.volumes),
+            environ=variables,
+        )
     if not isinstance(executor, SlurmJob) or not isinstance(executor.tunnel, LocalTunnel):
         return Place(type(executor).__name__, here=False, same_packages=False, same_files=False, environ=variables)
     in_container = bool(executor.container_image)

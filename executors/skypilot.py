@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_cpt.arguments import checked
+from nemo_cpt.constants import CODE_IN_CONTAINER as CODE
 from nemo_cpt.errors import CptError
 from nemo_cpt.executors.counts import check_not_negative
 from nemo_cpt.executors.environment import checked_secrets, checked_setup, existing_mounts, job_env, keep_secrets
@@ -13,7 +14,6 @@ from nemo_cpt.executors.environment import checked_secrets, checked_setup, exist
 if TYPE_CHECKING:
     import nemo_run as run
 
-CODE = "/nemo_run/code"  # where NeMo-Run puts what it ships, before the setup runs
 SECRETS_THERE = "~/.nemo_cpt_secrets.env"
 
 

@@ -5,7 +5,7 @@ are the whole examination, `PREFLIGHT` what `nemo-cpt run` looks at before each 
 these lists takes part.
 """
 
-from nemo_cpt.doctor import access, containers, gpus, host, inputs, network, slurm, software
+from nemo_cpt.doctor import access, containers, gpus, host, inputs, mounts, network, slurm, software
 from nemo_cpt.doctor.examination import Check, Examination, Finding, examine, worst
 from nemo_cpt.doctor.job import Job, Place
 
@@ -29,6 +29,7 @@ PREFLIGHT: tuple[Check, ...] = (
     access.weights_and_biases,
     access.mlflow,
     containers.docker,
+    mounts.mounts,
     slurm.slurm,
 )
 """Quick ones: no process is started but sinfo."""
@@ -69,6 +70,7 @@ JOB_CHECKS: tuple[Check, ...] = (
     slurm.saving_in_time,
     access.mlflow,
     containers.docker,
+    mounts.mounts,
 )
 """What is looked at besides, where a recipe is named."""
 

@@ -76,7 +76,8 @@ def weights_and_biases(examination: Examination) -> Finding:
     environ = examination.environ
     mode = environ.get("WANDB_MODE", "").lower()
     wanted = examination.job is not None and examination.job.logs_to_wandb
-    if wanted and not examination.place.same_files:
+    # A container has neither this machine's netrc file.
+    if wanted and (examination.place.image is not None or not examination.place.same_files):
         return Finding("wandb", "skipped", "where the job runs, not here; WANDB_API_KEY is handed on where it is set")
     if find_spec("wandb") is None and wanted:
         return Finding("wandb", "error", "the recipe logs to it, and it is not installed", "pip install wandb")

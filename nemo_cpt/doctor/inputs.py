@@ -115,7 +115,7 @@ def vocabulary(examination: Examination) -> Finding:
     weights = newest.path if newest else Path(job.base or "")
     if not (newest or job.base) or not weights.exists():
         return Finding(name, "skipped", "there is no base here to compare with")
-    prefixes = [prefix for prefix in _prefixes(job) if Path(corpus.full_prefix(prefix) + ".idx").exists()]
+    prefixes = [prefix for prefix in prefixes_of(job) if Path(corpus.full_prefix(prefix) + ".idx").exists()]
     try:
         base = compatibility.read_base(weights)
         warnings = compatibility.check_tokenizer(base, job.tokenizer)
@@ -193,7 +193,8 @@ def _resumed(job: Job) -> Checkpoint | None:
     return newest_whole(job.directory / "checkpoints")
 
 
-def _prefixes(job: Job) -> list[str]:
+def prefixes_of(job: Job) -> list[str]:
+    """The prefixes of every dataset that a job reads."""
     try:
         return [prefix for each in (job.data, job.replay) if each is not None for prefix in each.prefixes()]
     except AttributeError:  # no mapping: the check of the data says so

@@ -24,6 +24,7 @@ class Place:
         same_packages: the job uses this Python environment.
         same_files: paths mean the same to the job as here.
         image: of the container that this machine's Docker is to start; None for a job without one.
+        volumes: its mounts, "source:target[:ro]"; None for a job without one.
         slurm: jobs are submitted by this machine's sbatch.
         partition: Slurm's; None for the default one.
         nodes: machines; None for what the recipe says.
@@ -37,6 +38,7 @@ class Place:
     same_packages: bool = True
     same_files: bool = True
     image: str | None = None
+    volumes: tuple[str, ...] | None = None
     slurm: bool = False
     partition: str | None = None
     nodes: int | None = None

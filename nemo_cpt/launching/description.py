@@ -22,6 +22,7 @@ from nemo_cpt.conversations import Conversations, mixture
 from nemo_cpt.corpus import Blend
 from nemo_cpt.doctor import Job, Place
 from nemo_cpt.doctor.job import checkpoints_at_once, exports_kept
+from nemo_cpt.doctor.mounts import with_files
 from nemo_cpt.errors import CptError
 from nemo_cpt.launching.executor import make_executor
 from nemo_cpt.monitoring import forgetting
@@ -87,7 +88,7 @@ def describe(
     _check_options(given, data, where)
     given["max_steps"], asked = _max_steps(given, data), given.get("max_steps")
     model, logger = _model(function, given, fields), training_options.read_logger(given.get("logger"))
-    return Job(
+    job = Job(
         recipe=function.name,
         place=where,
         settings=_settings(given | {"max_steps": asked}, model, on_cpu),
@@ -119,6 +120,7 @@ def describe(
         logs_to_wandb=logger.kind == "wandb" and not logger.offline,
         logs_to_mlflow=logger.kind == "mlflow",
     )
+    return with_files(job)
 
 
 def _of_its_size(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -223,6 +225,7 @@ def place(executor: str, options: Sequence[str]) -> Place:
     Raises:
         CptError: there is no such executor, or an option is wrong.
     """
+    from nemo_cpt.executors.docker import volumes_of
     from nemo_cpt.executors.environment import job_env
     from nemo_cpt.executors.local import visible_gpus
     from nemo_cpt.executors.window import seconds_of
@@ -241,6 +244,7 @@ def place(executor: str, options: Sequence[str]) -> Place:
         same_packages=executor == "local" or (submits and not container and not given.get("venv")),
         same_files=executor == "local" or (submits and not container),
         image=str(given.get("image") or _default(described, "image")) if executor == "docker" else None,
+        volumes=tuple(volumes_of(given.get("mounts"))) if executor == "docker" else None,
         slurm=submits,
         partition=given.get("partition"),
         nodes=given.get("nodes"),

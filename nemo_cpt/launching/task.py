@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_cpt import catalog
 from nemo_cpt.catalog.build import build_recipe
 from nemo_cpt.errors import CptError
+from nemo_cpt.executors.tracking import EXPERIMENT
 from nemo_cpt.launching.description import describe
 
 if TYPE_CHECKING:
@@ -34,9 +35,9 @@ def run_recipe(recipe: str, arguments: dict[str, Any], overrides: list[str]) -> 
 
     launched.update(recipe=recipe, arguments=arguments, fields=overrides)
     partial = build_recipe(recipe, arguments, overrides)
-    if "SLURM_NNODES" in os.environ and hasattr(partial, "trainer"):
+    if hasattr(partial, "trainer") and (nodes := nodes_of_its_job()):
         # Slurm decided how many nodes the job has; the recipe could only guess.
-        partial.trainer.num_nodes = int(os.environ["SLURM_NNODES"])
+        partial.trainer.num_nodes = nodes
     # In the job once more: base and data may be on the cluster alone.
     guards.check(partial)
     continue_wandb_run(partial)
@@ -47,6 +48,15 @@ def run_recipe(recipe: str, arguments: dict[str, Any], overrides: list[str]) -> 
 def moves_its_folder(overrides: Sequence[str]) -> bool:
     """Whether fields of the config put a run elsewhere than into its recipe's `directory/name`."""
     return any(override.partition("=")[0] in _FOLDER_FIELDS for override in overrides)
+
+
+def nodes_of_its_job() -> int | None:
+    """The nodes of the Slurm job that this process is a task of.
+
+    None elsewhere, also for a local job that was started in somebody's allocation of several nodes.
+    """
+    nodes = os.environ.get("SLURM_NNODES")
+    return int(nodes) if nodes and EXPERIMENT in os.environ else None
 
 
 def nothing_to_train(recipe: str, arguments: Mapping[str, Any], overrides: Sequence[str], here: bool = True) -> str:

@@ -123,10 +123,7 @@ def test_types_are_whole_in_a_terminals_table():
         (["run", "llama31_8b", "--force", "-e", "none.py:g"], "none.py:g: TypeError: g() missing 1 required"),
         (["run", "tiny", "base=b", "data=nosuch.yaml"], "data=nosuch.yaml: the file cannot be read: No such file"),
         ([*SLURM, "executor.tunnel=ssh(host='l'"], "write ssh('HOST', 'USER', 'FOLDER THERE') ('(' was never closed"),
-        (
-            [*SLURM, "executor.tunnel=ssh('l', 'me')"],
-            "(ssh(...): missing a required argument: 'job_dir'",
-        ),
+        ([*SLURM, "executor.tunnel=ssh('l', 'me')"], "write ssh('HOST', 'USER', 'FOLDER THERE') (ssh(...): missing"),
         ([*SLURM, "executor.tunnel=ssh('l', 'me', here)"], "write ssh("),
         ([*SLURM, "executor.tunnel=ssh('l', 'me', '/l').host"], "not a call of ssh"),
         ([*SLURM, "executor.comment=[a"], "executor.comment=[a: no YAML"),
