@@ -136,7 +136,7 @@ def test_a_run_that_diverged_does_not_show_its_last_good_loss(tmp_path: Path) ->
     append_metrics(tmp_path, {"step": 6, "reduced_train_loss": None, "train_step_timing in s": 0.0})  # None was NaN
     (run,) = as_dict([record(tmp_path)])["runs"]
     assert run["summary"]["training loss"] == "nan"
-    assert pictures([record(tmp_path)]).keys() == PICTURES
+    assert "throughput" in pictures([record(tmp_path)])
 
 
 def test_a_run_of_an_older_version_has_a_report_too(tmp_path: Path) -> None:
