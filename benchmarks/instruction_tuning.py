@@ -213,7 +213,7 @@ def train_trl(micro_batch_size: int, layers: int) -> None:
     import torch
     from datasets import Dataset
     from peft import LoraConfig
-    from train_transformers import LLAMA_31_8B
+    from train_peers import LLAMA_31_8B
     from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 

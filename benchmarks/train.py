@@ -100,6 +100,9 @@ CASES: dict[str, Case] = {
     "lora_native_loss": Case(setting=lora(141, cross_entropy_fusion_impl="native", **PUBLISHED)),
     "stock_lora": Case(setting=lora(141, **PUBLISHED), stack="nemo_stock"),
     "transformers_peft": Case(setting=lora(141, **PUBLISHED), stack="transformers"),
+    "lora_8192": Case(setting=lora(141)),
+    "full_8192": Case(setting=full(141, **BF16_STATES), steps=6),
+    "full_4096": Case(setting=full(141, **BF16_STATES, **PUBLISHED), steps=6),
     "lora_mbs1": Case(setting=lora(141, **SINGLE), steps=6),
     "unpatched_mbs1": Case(setting=lora(141, cross_entropy_fusion_impl="native", **SINGLE), steps=6, patches=False),
     "stock_lora_mbs1": Case(setting=lora(141, **SINGLE), stack="nemo_stock", steps=6),
@@ -113,8 +116,21 @@ CASES: dict[str, Case] = {
     for kind, rank, cards in (("lora", 128, (24, 48, 80)), ("full", None, (48, 80, 141)))
     for gpu_memory_gib in cards
 }
+PEERS = ("transformers", "liger", "torchtune")  # of benchmarks/train_peers.py
+CASES |= {
+    f"{peer}_{name}": dataclasses.replace(CASES[case], stack=peer)
+    for peer in PEERS
+    for name, case in (
+        ("lora_4096", "lora"),
+        ("lora_8192", "lora_8192"),
+        ("full_4096", "full_4096"),
+        ("full_8192", "full_8192"),
+    )
+}
 CASES["full141_batch128"] = dataclasses.replace(CASES["full141"], global_batch_size=128, steps=2, warm_up=1)
 GROUPS: dict[str, list[str]] = {
+    "peers_lora": ["lora", "lora_8192", *(f"{peer}_lora_{length}" for peer in PEERS for length in (4096, 8192))],
+    "peers_full": ["full_4096", "full_8192", *(f"{peer}_full_{length}" for peer in PEERS for length in (4096, 8192))],
     "published": ["lora", "lora_fp8", "stock_lora", "transformers_peft"],
     "batches": ["lora_batch32", "lora_fp8_batch32", "lora48", "full141_batch128"],
     "defect": ["lora_mbs1", "unpatched_mbs1", "stock_lora_mbs1"],
@@ -401,9 +417,9 @@ def _work(case: Case, log: Path, pipe, train) -> None:
         measure(case, pipe, train)
 
 
-def in_transformers(case: Case, log: Path, timeout_s: float, pythonpath: str | None) -> dict:
-    """Measure transformers + PEFT, a program of its own so that it can run with other versions of its libraries."""
-    script = Path(__file__).with_name("train_transformers.py")
+def by_a_peer(case: Case, log: Path, timeout_s: float, pythonpath: str | None) -> dict:
+    """Measure a peer, a program of its own so that it can run with other versions of its libraries."""
+    script = Path(__file__).with_name("train_peers.py")
     environment = os.environ | ({} if pythonpath is None else {"PYTHONPATH": pythonpath})
     command = [sys.executable, str(script), json.dumps(dataclasses.asdict(case))]
     try:
@@ -435,26 +451,30 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="print the known cases and groups")
     parser.add_argument("--out", type=Path, default=Path("benchmark-train"), help="folder for logs and results.json")
     parser.add_argument("--timeout", type=float, default=240, help="seconds for a case")
-    parser.add_argument("--peer-pythonpath", help="PYTHONPATH for the transformers + PEFT peer")
+    parser.add_argument(
+        "--peer-pythonpath", action="append", default=[], metavar="[PEER=]FOLDERS",
+        help="PYTHONPATH for the peers, or for one of them: torchtune and PEFT want different versions of torchao",
+    )  # fmt: skip
     options = parser.parse_args()
     if options.list:
         print("\n".join([f"{name}: {case}" for name, case in CASES.items()]))
         print("\n".join([f"{name} = {' '.join(members)}" for name, members in GROUPS.items()]))
         return
+    paths = dict(each.split("=", 1) if "=" in each else ("", each) for each in options.peer_pythonpath)
     names = [member for each in options.cases for member in GROUPS.get(each, [each])]
     cases = dict(parse(name) for name in names)
     options.out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     logs = {name: options.out / f"{name}.log" for name in cases}
-    workers = {name: Worker(case, logs[name]) for name, case in cases.items() if case.stack != "transformers"}
+    workers = {name: Worker(case, logs[name]) for name, case in cases.items() if case.stack not in PEERS}
     for worker in workers.values():
         worker.ready()
     print(f"imports: {time.perf_counter() - started:.1f} s", flush=True)
     results = {}
     for name, case in cases.items():
         started = time.perf_counter()
-        if case.stack == "transformers":
-            results[name] = in_transformers(case, logs[name], options.timeout, options.peer_pythonpath)
+        if case.stack in PEERS:
+            results[name] = by_a_peer(case, logs[name], options.timeout, paths.get(case.stack, paths.get("")))
         else:
             results[name] = workers[name].measure(options.timeout)
         print(f"{name}: {time.perf_counter() - started:.0f} s {json.dumps(results[name])}", flush=True)

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.constants import CODE_IN_CONTAINER
 from nemo_cpt.errors import CptError
 from nemo_cpt.executors.counts import check_not_negative
@@ -17,6 +18,7 @@ IMAGE = "localhost/nemo-cpt"
 SECRETS_IN_CONTAINER = "/run/secrets/nemo_cpt.env"
 
 
+@checked
 def docker(
     image: str = IMAGE,
     gpus: int = -1,
@@ -28,7 +30,7 @@ def docker(
     network: str = "host",
     user: str | None = None,
     ipc_mode: str | None = None,
-    env: Mapping[str, str] | None = None,
+    env: Mapping[str, str | float] | None = None,
     secrets: Sequence[str] | None = None,
     max_restarts: int = 0,
 ) -> "run.DockerExecutor":

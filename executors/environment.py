@@ -24,7 +24,7 @@ _OTHER_INDEX = re.compile(r"--index-url|--no-index|\s-i\s")
 _SECRET_NAME = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS)$", re.IGNORECASE)
 
 
-def checked_env(env: Mapping[str, str] | None) -> dict[str, str]:
+def checked_env(env: Mapping[str, str | float] | None) -> dict[str, str]:
     """Return `env` as strings, refusing names that are no variables and those that look like secrets.
 
     Args:
@@ -65,7 +65,7 @@ def checked_setup(lines: Sequence[str]) -> list[str]:
     return list(lines)
 
 
-def job_env(env: Mapping[str, str] | None) -> dict[str, str]:
+def job_env(env: Mapping[str, str | float] | None) -> dict[str, str]:
     """Return the variables of a job: `GPU_VARIABLES`, as this environment has them if it does, and `env`.
 
     Raises:

@@ -13,7 +13,7 @@ from functools import cache, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_cpt.errors import exit_with_the_message
+from nemo_cpt.errors import CptError, exit_with_the_message
 from nemo_cpt.executors import window
 from nemo_cpt.executors.tracking import in_its_wandb_run
 
@@ -29,8 +29,15 @@ def examine_before_launch() -> None:
     from nemo_run.run import api, job, task
     from nemo_run.run.experiment import Experiment
 
+    add: Callable[..., str] = Experiment.add
     launch: Callable[..., Any] = Experiment.run
     run_here: Callable[..., None] = task.direct_run_fn
+
+    @wraps(add)
+    def check_and_add(experiment: Any, task: Any, executor: Any = None, *args: Any, **kwargs: Any) -> str:
+        for each in executor if isinstance(executor, list) else [executor or experiment.executor]:
+            _check_executor(each)
+        return add(experiment, task, executor, *args, **kwargs)
 
     @wraps(launch)
     def examine_and_launch(
@@ -50,10 +57,20 @@ def examine_before_launch() -> None:
         with in_its_wandb_run(configured):
             run_here(configured, dryrun)
 
+    Experiment.add = check_and_add
     Experiment.run = examine_and_launch
     # Each of them imported the function by its name.
     for module in (api, job, task):
         module.direct_run_fn = examine_and_run_here
+
+
+def _check_executor(executor: Any) -> None:
+    """Raise CptError for what is no executor, of which NeMo-Run says an AssertionError without a word."""
+    from nemo_run import Executor
+
+    if not isinstance(executor, Executor):
+        shown = f"{executor.__name__}, not called" if callable(executor) else repr(executor)
+        raise CptError(f"the executor is {shown}: give what a function of nemo_cpt.executors returns, such as local()")
 
 
 def tasks_of(experiment: Any, sequential: bool) -> Iterator[tuple[Any, Any, bool]]:
@@ -85,8 +102,10 @@ def examine_task(task: Any, place: "Place", comes_first: bool = True) -> None:
     from nemo_cpt.doctor.containers import check_engine
     from nemo_cpt.doctor.mounts import with_files
     from nemo_cpt.doctor.preflight import preflight
+    from nemo_cpt.training.fields import make_plain
 
     exit_with_the_message()
+    make_plain(task)
     place = place if comes_first else replace(place, same_files=False, volumes=None)
     job = job_of(task, place)
     if job is not None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.errors import CptError
 from nemo_cpt.executors.counts import check_not_negative
 from nemo_cpt.executors.environment import SECRETS, job_env
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from nemo_run.core.execution.kubeflow import KubeflowExecutor
 
 
+@checked
 def kubernetes(
     image: str,
     gpus_per_node: int,
@@ -25,7 +27,7 @@ def kubernetes(
     memory: str | None = None,
     secret: str | None = None,
     secrets: Sequence[str] = SECRETS,
-    env: Mapping[str, str] | None = None,
+    env: Mapping[str, str | float] | None = None,
     image_pull_secrets: Sequence[str] = (),
     tolerations: Sequence[Mapping[str, Any]] = (),
     max_restarts: int = 0,

@@ -7,6 +7,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.errors import CptError
 from nemo_cpt.executors.counts import check_not_negative
 from nemo_cpt.executors.environment import job_env
@@ -15,10 +16,11 @@ if TYPE_CHECKING:
     import nemo_run as run
 
 
+@checked
 def local(
     processes: int | None = None,
     gpus: int | None = None,
-    env: Mapping[str, str] | None = None,
+    env: Mapping[str, str | float] | None = None,
     nodes: int = 1,
     max_restarts: int = 0,
 ) -> "run.LocalExecutor":

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.constants import CODE_IN_CONTAINER as CODE
 from nemo_cpt.errors import CptError
 from nemo_cpt.executors.counts import check_not_negative
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 SECRETS_THERE = "~/.nemo_cpt_secrets.env"
 
 
+@checked
 def skypilot(
     gpus: str,
     gpus_per_node: int = 1,
@@ -28,7 +30,7 @@ def skypilot(
     disk_size: int | None = None,
     mounts: Sequence[str] = (),
     setup: Sequence[str] = (),
-    env: Mapping[str, str] | None = None,
+    env: Mapping[str, str | float] | None = None,
     secrets: Sequence[str] | None = None,
     autodown: bool = True,
     idle_minutes_to_autostop: int | None = 10,

@@ -1,6 +1,7 @@
 """A Slurm cluster, with Pyxis containers or without any, from its login node or over SSH."""
 
 import difflib
+import inspect
 import os
 import re
 import shlex
@@ -11,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.errors import CptError
 from nemo_cpt.executors import window
 from nemo_cpt.executors.counts import check_not_negative
@@ -38,6 +40,7 @@ SAID_OTHERWISE = {
 """Directives that another argument decides, or with which nobody would know of the job's state."""
 
 
+@checked
 @dataclass(frozen=True)
 class ssh:  # noqa: N801  reads as a function where it is used: tunnel=ssh(...)
     """The way to a login node that is another machine; `rsync` and `ssh` must be installed on both.
@@ -57,18 +60,19 @@ class ssh:  # noqa: N801  reads as a function where it is used: tunnel=ssh(...)
     port: int = 22
 
 
+@checked
 def slurm(
     account: str | None = None,
     partition: str | None = None,
     nodes: int = 1,
     gpus_per_node: int | None = None,
-    time: str | timedelta | None = None,
+    time: str | int | timedelta | None = None,
     *,
     tasks_per_node: int | None = None,
     container_image: str | None = None,
     mounts: Sequence[str] | None = None,
     setup: Sequence[str] = (),
-    env: Mapping[str, str] | None = None,
+    env: Mapping[str, str | float] | None = None,
     secrets: Sequence[str] | None = None,
     mpi: str | None = None,
     gres: str | None = None,
@@ -225,7 +229,8 @@ def _check_directives(directives: Mapping[str, Any]) -> None:
 
     for name in directives:
         if name not in SlurmExecutor.SBATCH_FLAGS:
-            near = difflib.get_close_matches(name, SlurmExecutor.SBATCH_FLAGS, n=3)
+            known = {*SlurmExecutor.SBATCH_FLAGS, *inspect.signature(slurm).parameters}
+            near = difflib.get_close_matches(name, sorted(known), n=3)
             raise CptError(f"slurm({name}=...): sbatch has no such directive; near: {', '.join(near) or 'none'}")
         if name in SAID_OTHERWISE:
             raise CptError(f"slurm({name}=...): {SAID_OTHERWISE[name]}")
@@ -249,7 +254,7 @@ def _path(name: str, path: str | None, elsewhere: bool) -> str | None:
     return str(Path(path).expanduser().absolute())
 
 
-def _time(limit: str | timedelta | None) -> str | None:
+def _time(limit: str | int | timedelta | None) -> str | None:
     if isinstance(limit, timedelta):
         if limit <= timedelta():
             raise CptError(f"slurm(time={limit!r}): more than nothing")

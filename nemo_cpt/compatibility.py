@@ -4,6 +4,8 @@ The one place of this comparison: recipe functions, `guards.check`, the doctor, 
 imports neither torch nor NeMo.
 """
 
+import hashlib
+import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -30,6 +32,7 @@ from nemo_cpt.errors import CptError
 ROWS = "vocab_size"
 TILE = 16  # rows of a weight that the GPU's matrix products take at once, in bf16 as in fp8
 END_OF_TEXT = "eos_token_id"
+BASE_WEIGHTS = "base_weights"  # in a checkpoint's record: `weights_digest` of the base that its run began with
 # What a training may change on purpose, such as to a longer context: no tensor's shape depends on it, and an export
 # writes it. The last one is the data's.
 CHANGEABLE = ("rope_theta", "rope_scaling", "sliding_window", "rms_norm_eps", END_OF_TEXT)
@@ -499,14 +502,26 @@ def check_resumed(checkpoint: str | os.PathLike[str], base: str | os.PathLike[st
             f"the run was trained as another model up to {checkpoint}, "
             f"{described(found, 'the recipe', 'the checkpoint')}: take those values again, or give the run another name"
         )
-    if base is not None and Path(base).exists():
-        _check_same_base(checkpoint, was, read_base(base))
+    for folder in _bases(checkpoint, base):
+        _check_same_base(checkpoint, was, read_base(folder))
     rows = embedding_rows(checkpoint)
     if rows is not None and rows < was.rows:
         raise CptError(
             f"the run was trained with {rows:,} of the {was.rows:,} rows of its base up to {checkpoint}, and cannot be "
             "exported: start it again under another name"
         )
+
+
+def _bases(checkpoint: Path, named: str | os.PathLike[str] | None) -> list[Path]:
+    """The bases of a run that is resumed, as far as they are there: the named one, and the one that adapters record."""
+    from nemo_cpt.checkpoint.lora import holds_adapters, recorded_base
+
+    found = [Path(named)] if named is not None and Path(named).exists() else []
+    # NeMo adds adapters to the weights that they record, whatever the recipe names.
+    recorded = recorded_base(checkpoint) if holds_adapters(checkpoint) else None
+    if recorded is not None and not any(recorded.samefile(each) for each in found):
+        found.append(recorded)
+    return found
 
 
 def _check_same_base(checkpoint: Path, was: Base, base: Base) -> None:
@@ -523,17 +538,42 @@ def _check_same_base(checkpoint: Path, was: Base, base: Base) -> None:
 
 
 def _has_other_weights(checkpoint: Path, base: Path) -> bool:
-    """Whether adapters were trained on other weights than a base's: NeMo adds them to those that they record."""
+    """Whether a run began with other weights than a base's, as far as its checkpoint says."""
     from nemo_cpt.checkpoint.lora import holds_adapters, recorded_base
-    from nemo_cpt.checkpoint.weight_sums import read_sums
 
+    if (began_with := base_weights_of(checkpoint)) is not None:
+        return began_with != weights_digest(base)
+    # An older version's: adapters alone say where they began.
     recorded = recorded_base(checkpoint) if holds_adapters(checkpoint) else None
     if recorded is None or recorded.samefile(base):
         return False
-    was, now = (read_sums([each / HF_FOLDER]) for each in (recorded, base))
-    if was is None or now is None:  # an import of 0.1.0, or a training's checkpoint
+    was, now = (_sums(each) for each in (recorded, base))
+    if was is None or now is None:
         return _sampled(recorded) != _sampled(base)
     return was != now
+
+
+def base_weights_of(checkpoint: Path) -> str | None:
+    """The `weights_digest` of the base that a checkpoint's run began with; None where an older version wrote it."""
+    from nemo_cpt.checkpoint.provenance import trainings_of
+
+    trainings = trainings_of(checkpoint)
+    return trainings[-1].get(BASE_WEIGHTS) if trainings else None
+
+
+def weights_digest(base: Path) -> str:
+    """What tells a base's weights from others': the same for a copy of it, and for another import of one model."""
+    # A training's checkpoint carries the sums of its own base: its files are looked at.
+    known = _sums(base) or _sampled(base)
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]
+
+
+def _sums(base: Path) -> list[tuple[str, int]] | None:
+    """The checksums of an import's tensors; None for an import of 0.1.0, and for a training's checkpoint."""
+    from nemo_cpt.checkpoint.weight_sums import read_sums
+
+    sums = read_sums([base / HF_FOLDER])
+    return sorted(sums.items()) if sums else None
 
 
 def _sampled(base: Path) -> list[tuple[str, str]]:

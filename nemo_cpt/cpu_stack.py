@@ -61,13 +61,15 @@ class _Stream:
 
 
 def _cuda_functions() -> dict[str, Any]:
-    """What `torch.cuda` offers, played by the CPU. The CPU's random generator plays the GPU's."""
+    """What `torch.cuda` offers, played by the CPU as in its CPU build; the CPU's random generator plays the GPU's."""
     return {
         "Stream": _Stream,
         "stream": lambda stream: contextlib.nullcontext(),
         "current_stream": lambda *args: _Stream(),
         "current_device": lambda: torch.device("cpu"),
         "device_count": lambda: 1,
+        # A CUDA build of PyTorch would count the device above, and ask a driver that is not there for its name.
+        "is_available": lambda: False,
         "synchronize": lambda *args: None,
         "empty_cache": lambda: None,
         "manual_seed": torch.manual_seed,

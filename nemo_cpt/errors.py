@@ -3,7 +3,7 @@
 import difflib
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -66,6 +66,12 @@ def _hook_before(others: Callable[..., Any]) -> Callable[..., Any]:
 
     hook.exits_with_the_message = True  # type: ignore[attr-defined]
     return hook
+
+
+def nearest(key: str, known: Collection[str]) -> str:
+    """What to say behind a name that is not known: those nearest to it, or all."""
+    near = difflib.get_close_matches(key, list(known), n=3, cutoff=0.5)
+    return f"near: {', '.join(near)}" if near else f"it has: {', '.join(known)}"
 
 
 def near_paths(path: Path) -> str:

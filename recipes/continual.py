@@ -6,6 +6,7 @@ from typing import Any
 import nemo_run as run
 from nemo.collections import llm
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
 from nemo_cpt.planning import ALLOWED, fit
@@ -26,6 +27,7 @@ def default_data() -> Blend:
     return Blend.replay("ds/ja", "ds/en", share=0.25, validation={"ja": "ds/ja_validation", "en": "ds/en_validation"})
 
 
+@checked
 def continual_pretrain(
     model: run.Config | str,
     base: str,
@@ -60,7 +62,7 @@ def continual_pretrain(
     early_stop: str | None = None,
     patience: int | None = None,
     untrained_base: bool = False,
-    stop_when: Mapping[str, str] | None = None,
+    stop_when: Mapping[str, Any] | None = None,
     grown_rows_first: int | None = None,
 ) -> run.Partial:
     """Continual pretraining of every parameter: what the recipes of all models share.
@@ -164,6 +166,7 @@ def continual_pretrain(
     return recipe if gpu_memory_gib is None else fit(recipe, gpu_memory_gib).recipe
 
 
+@checked
 def continual_pretrain_lora(
     model: run.Config | str,
     base: str,
@@ -213,6 +216,7 @@ def continual_pretrain_lora(
     return fit(adapted, gpu_memory_gib, allow=[*ALLOWED, *given_up]).recipe
 
 
+@checked
 def with_lora(
     recipe: run.Partial, rank: int | None = 128, embeddings_lr: float | None = None, peft_scheme: str = "lora"
 ) -> run.Partial:

@@ -8,6 +8,7 @@ import sys
 import nemo_run as run
 from nemo.collections import llm
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.corpus import Blend
 from nemo_cpt.output import say
 from nemo_cpt.planning.from_scratch import schedule_of, size_warning
@@ -22,6 +23,7 @@ def default_data() -> Blend:
 
 
 @run.cli.factory(target=llm.pretrain, name="gpt_124m")
+@checked
 def pretrain(
     base: str = "checkpoints/gpt_124m",
     data: Blend | None = None,
@@ -81,6 +83,7 @@ def pretrain(
 
 
 @run.cli.factory(target=llm.pretrain, name="gpt_350m")
+@checked
 def pretrain_350m(base: str = "checkpoints/gpt_350m", data: Blend | None = None, **kwargs) -> run.Partial:
     """The same at 350 M parameters: 13,351 steps of half a million tokens.
 
@@ -93,6 +96,7 @@ def pretrain_350m(base: str = "checkpoints/gpt_350m", data: Blend | None = None,
 
 
 @run.cli.factory(target=llm.pretrain, name="gpt_1_3b")
+@checked
 def pretrain_1_3b(base: str = "checkpoints/gpt_1_3b", data: Blend | None = None, **kwargs) -> run.Partial:
     """The same at 1.3 B parameters: 24,796 steps of a million tokens, on a node of eight GPUs.
 

@@ -12,6 +12,7 @@ from typing import Any
 import nemo_run as run
 from nemo.collections import llm
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.conversations import Conversations, mixture
 from nemo_cpt.conversations.dataset import conversations_prefix
 from nemo_cpt.corpus import Blend
@@ -31,6 +32,7 @@ def default_data() -> Conversations:
     return Conversations(train={"sft/ja": 1.0}, validation={"ja": "sft/ja_validation"})
 
 
+@checked
 def instruction_tune(
     model: run.Config | str,
     base: str,
@@ -67,7 +69,7 @@ def instruction_tune(
     early_stop: str | None = None,
     patience: int | None = None,
     untrained_base: bool = False,
-    stop_when: Mapping[str, str] | None = None,
+    stop_when: Mapping[str, Any] | None = None,
 ) -> run.Partial:
     """Teach a model to answer, on prepared conversations. The models' own `instruction_tune` have its defaults.
 
@@ -176,6 +178,7 @@ def instruction_tune(
     return recipe
 
 
+@checked
 def instruction_tune_lora(
     model: run.Config | str,
     base: str,

@@ -10,6 +10,7 @@ from typing import Any
 import nemo_run as run
 from nemo.collections import llm
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.conversations import Conversations
 from nemo_cpt.corpus import Blend
 from nemo_cpt.recipes import continual, instruction
@@ -27,6 +28,7 @@ def model(seq_length: int = 8192) -> run.Config[llm.LlamaModel]:
 
 
 @run.cli.factory(target=llm.pretrain, name="llama31_70b_cpt")
+@checked
 def continual_pretrain(
     base: str = DEFAULT_BASE, data: Blend | None = None, *, lr: float = 1.5e-5, **kwargs
 ) -> run.Partial:
@@ -50,8 +52,9 @@ def continual_pretrain(
 
 
 @run.cli.factory(target=llm.finetune, name="llama31_70b_cpt_lora")
+@checked
 def continual_pretrain_lora(
-    base: str = DEFAULT_BASE, data: Blend | None = None, *, gpu_memory_gib: int = 80, **kwargs
+    base: str = DEFAULT_BASE, data: Blend | None = None, *, gpu_memory_gib: float = 80, **kwargs
 ) -> run.Partial:
     """LoRA on every linear layer, on one node of 8 GPUs of 80 GB by default.
 
@@ -76,6 +79,7 @@ def continual_pretrain_lora(
 
 
 @run.cli.factory(target=llm.finetune, name="llama31_70b_sft")
+@checked
 def instruction_tune(base: str = DEFAULT_BASE, data: Conversations | None = None, **kwargs) -> run.Partial:
     """Instruction tuning of every parameter, on four nodes of 8 GPUs of 80 GB by default.
 
@@ -96,8 +100,9 @@ def instruction_tune(base: str = DEFAULT_BASE, data: Conversations | None = None
 
 
 @run.cli.factory(target=llm.finetune, name="llama31_70b_sft_lora")
+@checked
 def instruction_tune_lora(
-    base: str = DEFAULT_BASE, data: Conversations | None = None, *, gpu_memory_gib: int = 80, **kwargs
+    base: str = DEFAULT_BASE, data: Conversations | None = None, *, gpu_memory_gib: float = 80, **kwargs
 ) -> run.Partial:
     """Instruction tuning with LoRA on every linear layer, on one node of 8 GPUs of 80 GB by default.
 

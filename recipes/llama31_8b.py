@@ -11,6 +11,7 @@ from typing import Any
 import nemo_run as run
 from nemo.collections import llm
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.conversations import Conversations
 from nemo_cpt.corpus import Blend
 from nemo_cpt.planning import ALLOWED, fit
@@ -28,6 +29,7 @@ def model(seq_length: int = 8192) -> run.Config[llm.LlamaModel]:
 
 
 @run.cli.factory(target=llm.pretrain, name="llama31_8b_cpt")
+@checked
 def continual_pretrain(
     base: str = DEFAULT_BASE,
     data: Blend | None = None,
@@ -69,11 +71,12 @@ def continual_pretrain(
 
 
 @run.cli.factory(target=llm.finetune, name="llama31_8b_cpt_single_gpu")
+@checked
 def continual_pretrain_single_gpu(
     base: str = DEFAULT_BASE,
     data: Blend | None = None,
     *,
-    gpu_memory_gib: int = 48,
+    gpu_memory_gib: float = 48,
     name: str = "llama31_8b_cpt_single_gpu",
     embeddings_lr: float | None = None,
     **kwargs,
@@ -108,11 +111,12 @@ def continual_pretrain_single_gpu(
 
 
 @run.cli.factory(target=llm.pretrain, name="llama31_8b_cpt_full_single_gpu")
+@checked
 def continual_pretrain_full_single_gpu(
     base: str = DEFAULT_BASE,
     data: Blend | None = None,
     *,
-    gpu_memory_gib: int = 80,
+    gpu_memory_gib: float = 80,
     name: str = "llama31_8b_cpt_full_single_gpu",
     seq_length: int | None = None,
     global_batch_size: int = 128,
@@ -146,6 +150,7 @@ def continual_pretrain_full_single_gpu(
 
 
 @run.cli.factory(target=llm.finetune, name="llama31_8b_sft")
+@checked
 def instruction_tune(
     base: str = DEFAULT_BASE,
     data: Conversations | None = None,
@@ -188,11 +193,12 @@ def instruction_tune(
 
 
 @run.cli.factory(target=llm.finetune, name="llama31_8b_sft_single_gpu")
+@checked
 def instruction_tune_single_gpu(
     base: str = DEFAULT_BASE,
     data: Conversations | None = None,
     *,
-    gpu_memory_gib: int = 48,
+    gpu_memory_gib: float = 48,
     name: str = "llama31_8b_sft_single_gpu",
     **kwargs,
 ) -> run.Partial:

@@ -10,6 +10,7 @@ from typing import Any
 import nemo_run as run
 from nemo.collections import llm
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.conversations import Conversations
 from nemo_cpt.corpus import Blend
 from nemo_cpt.recipes import continual, instruction
@@ -25,6 +26,7 @@ def model(seq_length: int = 8192) -> run.Config[llm.LlamaModel]:
 
 
 @run.cli.factory(target=llm.pretrain, name="llama32_3b_cpt")
+@checked
 def continual_pretrain(base: str = DEFAULT_BASE, data: Blend | None = None, **kwargs) -> run.Partial:
     """Every parameter, on one node of 8 GPUs of 80 GB by default.
 
@@ -45,8 +47,9 @@ def continual_pretrain(base: str = DEFAULT_BASE, data: Blend | None = None, **kw
 
 
 @run.cli.factory(target=llm.finetune, name="llama32_3b_cpt_single_gpu")
+@checked
 def continual_pretrain_single_gpu(
-    base: str = DEFAULT_BASE, data: Blend | None = None, *, gpu_memory_gib: int = 24, **kwargs
+    base: str = DEFAULT_BASE, data: Blend | None = None, *, gpu_memory_gib: float = 24, **kwargs
 ) -> run.Partial:
     """LoRA on every linear layer, on one GPU of 24 GB by default.
 
@@ -71,6 +74,7 @@ def continual_pretrain_single_gpu(
 
 
 @run.cli.factory(target=llm.finetune, name="llama32_3b_sft")
+@checked
 def instruction_tune(base: str = DEFAULT_BASE, data: Conversations | None = None, **kwargs) -> run.Partial:
     """Instruction tuning of every parameter, on one node of 8 GPUs of 80 GB by default.
 
@@ -91,8 +95,9 @@ def instruction_tune(base: str = DEFAULT_BASE, data: Conversations | None = None
 
 
 @run.cli.factory(target=llm.finetune, name="llama32_3b_sft_single_gpu")
+@checked
 def instruction_tune_single_gpu(
-    base: str = DEFAULT_BASE, data: Conversations | None = None, *, gpu_memory_gib: int = 24, **kwargs
+    base: str = DEFAULT_BASE, data: Conversations | None = None, *, gpu_memory_gib: float = 24, **kwargs
 ) -> run.Partial:
     """Instruction tuning with LoRA on every linear layer, on one GPU of 24 GB by default.
 

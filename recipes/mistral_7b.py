@@ -10,6 +10,7 @@ from typing import Any
 import nemo_run as run
 from nemo.collections import llm
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.conversations import Conversations
 from nemo_cpt.corpus import Blend
 from nemo_cpt.recipes import continual, instruction
@@ -33,6 +34,7 @@ def model(seq_length: int = 8192) -> run.Config[llm.MistralModel]:
 
 
 @run.cli.factory(target=llm.pretrain, name="mistral_7b_cpt")
+@checked
 def continual_pretrain(base: str = DEFAULT_BASE, data: Blend | None = None, **kwargs) -> run.Partial:
     """Every parameter, on one node of 8 GPUs of 80 GB by default.
 
@@ -53,8 +55,9 @@ def continual_pretrain(base: str = DEFAULT_BASE, data: Blend | None = None, **kw
 
 
 @run.cli.factory(target=llm.finetune, name="mistral_7b_cpt_single_gpu")
+@checked
 def continual_pretrain_single_gpu(
-    base: str = DEFAULT_BASE, data: Blend | None = None, *, gpu_memory_gib: int = 48, **kwargs
+    base: str = DEFAULT_BASE, data: Blend | None = None, *, gpu_memory_gib: float = 48, **kwargs
 ) -> run.Partial:
     """LoRA on every linear layer, on one GPU of 48 GB by default.
 
@@ -79,6 +82,7 @@ def continual_pretrain_single_gpu(
 
 
 @run.cli.factory(target=llm.finetune, name="mistral_7b_sft")
+@checked
 def instruction_tune(base: str = DEFAULT_BASE, data: Conversations | None = None, **kwargs) -> run.Partial:
     """Instruction tuning of every parameter, on one node of 8 GPUs of 80 GB by default.
 
@@ -99,8 +103,9 @@ def instruction_tune(base: str = DEFAULT_BASE, data: Conversations | None = None
 
 
 @run.cli.factory(target=llm.finetune, name="mistral_7b_sft_single_gpu")
+@checked
 def instruction_tune_single_gpu(
-    base: str = DEFAULT_BASE, data: Conversations | None = None, *, gpu_memory_gib: int = 48, **kwargs
+    base: str = DEFAULT_BASE, data: Conversations | None = None, *, gpu_memory_gib: float = 48, **kwargs
 ) -> run.Partial:
     """Instruction tuning with LoRA on every linear layer, on one GPU of 48 GB by default.
 

@@ -158,6 +158,11 @@ def model_of(model: run.Config | str, base: str, seq_length: int) -> run.Config:
     if base is None:
         check_base(base)
     if isinstance(model, run.Config):
+        if getattr(model, "config", None) is None:
+            raise CptError(
+                f"model is a run.Config of {model.__fn_or_cls__.__name__} without a config: give one of a model, such "
+                "as run.Config(llm.LlamaModel, config=run.Config(llm.Llama31Config8B))"
+            )
         return model
     if not isinstance(model, str):
         raise CptError(f"model is {model!r}: give {LIKE_BASE!r}, the name of a module of recipes, or a run.Config")
@@ -289,13 +294,14 @@ def data(
     """The blend's data module, with the tokenizer of a folder or a hub name."""
     if not isinstance(blend, Blend):
         raise CptError(f"data is {blend!r}: give a Blend, such as Blend(train={{'ds/ja': 0.75, 'ds/en': 0.25}})")
+    blend.check_form()  # the form alone: the files may be on another machine
     # Refused, not passed over: who names a test set expects a result of it.
     if blend.test:
         raise CptError("a training reads no test sets: leave data.test away, and evaluate the exported model on them")
     return run.Config(
         BlendDataModule,
         paths=_in_turn(blend.train),
-        validation=dict(blend.validation),
+        validation=_as_text(blend.validation),
         weighting=blend.weighting,
         **_reading(tokenizer, seq_length, global_batch_size, micro_batch_size),
     )
@@ -321,19 +327,20 @@ def conversations(
         raise CptError(f"data is {data!r}: give Conversations, such as Conversations(train={{'sft/ja': 1.0}})")
     if replay is not None and not isinstance(replay, Blend):
         raise CptError(f"replay is {replay!r}: give a Blend, such as Blend(train={{'ds/en': 1.0}})")
-    # The form alone: the files may be on another machine.
     data.check_form()
+    if replay is not None:
+        replay.check_form()
     check_replay(replay, replay_share, data)
     replayed = {
         "replay_paths": _in_turn(replay.train),
-        "replay_validation": dict(replay.validation),
+        "replay_validation": _as_text(replay.validation),
         "replay_weighting": replay.weighting,
         "replay_share": replay_share,
     } if replay else {}  # fmt: skip
     return run.Config(
         ConversationDataModule,
         paths=_in_turn(data.train),
-        validation=dict(data.validation),
+        validation=_as_text(data.validation),
         too_long=data.too_long,
         **_reading(tokenizer, seq_length, global_batch_size, micro_batch_size),
         **replayed | ({"epochs": epochs} if epochs else {}),
@@ -361,7 +368,12 @@ def _reading(tokenizer: str, seq_length: int, global_batch_size: int, micro_batc
 
 def _in_turn(weights: Mapping[str, float]) -> list[float | str]:
     """Megatron's flat list of weights and prefixes."""
-    return [item for prefix, weight in weights.items() for item in (weight, prefix)]
+    return [item for prefix, weight in weights.items() for item in (float(weight), prefix)]
+
+
+def _as_text(sets: Mapping[str, Any]) -> dict[str, str]:
+    """Prefixes by name, also those that are Paths, which a config of it as YAML could not hold."""
+    return {name: str(prefix) for name, prefix in sets.items()}
 
 
 def tokenizer(base: str, directory: str, name: str) -> str:

@@ -6,6 +6,7 @@ A real pretrained model that one GPU teaches a language in minutes.
 import nemo_run as run
 from nemo.collections import llm
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.conversations import Conversations
 from nemo_cpt.corpus import Blend
 from nemo_cpt.recipes import continual, instruction
@@ -33,6 +34,7 @@ def model(seq_length: int = 1024) -> run.Config[llm.LlamaModel]:
 
 
 @run.cli.factory(target=llm.pretrain, name="smollm2_cpt")
+@checked
 def continual_pretrain(
     base: str = DEFAULT_BASE,
     data: Blend | None = None,
@@ -91,6 +93,7 @@ def continual_pretrain(
 
 
 @run.cli.factory(target=llm.finetune, name="smollm2_sft")
+@checked
 def instruction_tune(
     base: str = DEFAULT_BASE,
     data: Conversations | None = None,

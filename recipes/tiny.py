@@ -4,6 +4,7 @@ import nemo_run as run
 from nemo.collections import llm
 from nemo.collections.llm.gpt.model.llama import Llama31Config
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.conversations import Conversations
 from nemo_cpt.corpus import Blend
 from nemo_cpt.recipes import continual, instruction
@@ -26,6 +27,7 @@ def model(seq_length: int = 128) -> run.Config[llm.LlamaModel]:
     return run.Config(llm.LlamaModel, config=config)
 
 
+@checked
 def continual_pretrain(
     base: str,
     data: Blend,
@@ -74,6 +76,7 @@ def continual_pretrain(
     return on_cpu(recipe, processes)
 
 
+@checked
 def instruction_tune(
     base: str,
     data: Conversations,

@@ -18,9 +18,17 @@ from nemo_run.core.serialization.yaml import YamlSerializer
 from nemo_cpt import catalog, compatibility
 from nemo_cpt.checkpoint import import_hf
 from nemo_cpt.checkpoint.architecture import read_architecture
-from nemo_cpt.checkpoint.context import write_context
+from nemo_cpt.checkpoint.context import RUN_JSON, write_context
 from nemo_cpt.checkpoint.model_config import constants_of, constants_of_nemo
-from nemo_cpt.compatibility import check_data, check_model, check_resumed, check_tokenizer, read_base
+from nemo_cpt.compatibility import (
+    BASE_WEIGHTS,
+    check_data,
+    check_model,
+    check_resumed,
+    check_tokenizer,
+    read_base,
+    weights_digest,
+)
 from nemo_cpt.corpus import Blend, prepare
 from nemo_cpt.doctor import Examination, Job, inputs
 from nemo_cpt.errors import CptError
@@ -396,6 +404,34 @@ def test_a_run_of_too_few_rows_is_not_resumed(kin: Path, tmp_path: Path) -> None
         path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 300}))
     with pytest.raises(CptError, match=r"was trained with 250 of the 300 rows of its base .* under another name"):
         check_resumed(trained, None)
+
+
+def test_a_run_is_resumed_with_the_base_that_it_began_with_wherever_that_is(kin: Path, tmp_path: Path) -> None:
+    base, trained = shutil.copytree(kin / "llama3", tmp_path / "base"), as_a_checkpoint(kin / "llama3", tmp_path / "t")
+    (trained / RUN_JSON).write_text(json.dumps({BASE_WEIGHTS: weights_digest(base)}))
+    import_hf(kin / "llama3_hf", tmp_path / "again")
+    import_hf(small_models.make("llama3", tmp_path / "other_hf", seed=1), tmp_path / "other")
+    for named in (base, tmp_path / "again", tmp_path / "gone", None):
+        check_resumed(trained, named)
+    with pytest.raises(CptError, match=r"another base's than .*other up to .*, which has other weights: name"):
+        check_resumed(trained, tmp_path / "other")
+    # Adapters are added to the weights that they record: another model may stand there by now.
+    (trained / "weights/adapter_metadata.json").write_text(json.dumps({"model_ckpt_path": str(base)}))
+    check_resumed(trained, base)
+    shutil.rmtree(base)
+    check_resumed(trained, tmp_path / "again")
+    (tmp_path / "other").rename(base)
+    for named in (base, tmp_path / "again", None):
+        with pytest.raises(CptError, match=r"another base's than .*base up to .*, which has other weights: name"):
+            check_resumed(trained, named)
+
+
+def test_trainings_of_one_base_are_told_apart_by_their_files(kin: Path, tmp_path: Path) -> None:
+    one, two = (as_a_checkpoint(kin / "llama3", tmp_path / name) for name in ("one", "two"))
+    assert weights_digest(one) == weights_digest(two) != weights_digest(kin / "llama3")
+    changed = next(two.glob("weights/*.distcp"))
+    changed.write_bytes(changed.read_bytes()[:-1] + b"x")
+    assert weights_digest(one) != weights_digest(two)
 
 
 def test_adapters_are_resumed_on_their_own_base_only(kin: Path, tmp_path: Path) -> None:

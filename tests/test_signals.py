@@ -7,6 +7,7 @@ import psutil
 import pytest
 
 from nemo_cpt import signals
+from tests.support.executor_jobs import wait_until
 
 STARTS = """
 import multiprocessing, os, signal, subprocess, sys
@@ -75,10 +76,17 @@ def test_every_kind_of_child_lives_through_the_signals_and_dies_with_the_job(tmp
 
 def test_without_the_shield_they_die_of_them(tmp_path):
     job, pids = started(tmp_path)
-    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids[2:] if psutil.pid_exists(pid)], timeout=60)
-    assert not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in alive)
+    wait_until(lambda: not any(map(lives, pids[2:])))
     job.kill()
     job.wait()
+
+
+def lives(pid):
+    """Whether it has not ended; its parent, which is to reap it, does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_an_echo_is_not_a_second_word(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,13 +12,13 @@ from nemo_cpt.catalog.source import (
     function_in,
     functions,
     mixture_of,
-    nearest,
     parse,
     parse_value,
     recipe,
     recipes,
     split,
 )
+from nemo_cpt.errors import nearest
 
 __all__ = [
     "Function",

@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
+from nemo_cpt.arguments import parameters_of
 from nemo_cpt.catalog import source
 from nemo_cpt.errors import CptError
 from nemo_cpt.importing import uncollected
 from nemo_cpt.training import settings
-
-VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def build_recipe(recipe: str, arguments: Mapping[str, Any], overrides: Sequence[str] = ()) -> Any:
@@ -61,7 +60,7 @@ def _override(partial: Any, override: str) -> None:
         _check_field(config, parent, path)
         config = getattr(config, parent)
     _check_field(config, name, path)
-    annotation = _fields(config.__fn_or_cls__)[name].annotation
+    annotation = parameters_of(config.__fn_or_cls__)[name].annotation
     try:
         value = parse_value(text, None if annotation is inspect.Parameter.empty else annotation)
     except Exception as error:
@@ -73,19 +72,7 @@ def _check_field(config: Any, name: str, path: str) -> None:
     function = getattr(config, "__fn_or_cls__", None)
     if function is None:
         raise CptError(f"{path}: {name} is a field of a plain value, {config!r}, which has none")
-    fields = _fields(function)
+    fields = parameters_of(function)
     if name not in fields:
         near = difflib.get_close_matches(name, fields, n=3, cutoff=0.5) or fields
         raise CptError(f"{path}: {function.__name__} has no field {name}; near: {', '.join(near)}")
-
-
-def _fields(function: Any) -> dict[str, inspect.Parameter]:
-    """A function's parameters by name; of a class that passes on **kwargs, also those of the classes it extends."""
-    found: dict[str, inspect.Parameter] = {}
-    for owner in function.__mro__ if isinstance(function, type) else [function]:
-        parameters = inspect.signature(owner).parameters.values()
-        kinds = {parameter.kind for parameter in parameters}
-        found = {each.name: each for each in parameters if each.kind not in VARIADIC} | found
-        if inspect.Parameter.VAR_KEYWORD not in kinds:
-            break
-    return found

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from nemo_cpt.errors import CptError
+from nemo_cpt.errors import CptError, nearest
 
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 PREFERRED = "continual_pretrain"
@@ -214,12 +214,6 @@ def check_distinct(pairs: Sequence[str]) -> None:
     if twice := [key for key in keys if keys.count(key) > 1]:
         values = [pair for pair in pairs if pair.partition("=")[0] == twice[0]]
         raise CptError(f"{twice[0]} stands twice: {', '.join(values)}; give it once")
-
-
-def nearest(key: str, known: Mapping[str, Any] | Sequence[str]) -> str:
-    """Return a phrase with the known names nearest to `key`."""
-    near = difflib.get_close_matches(key, list(known), n=3, cutoff=0.5)
-    return f"near: {', '.join(near)}" if near else f"it has: {', '.join(known)}"
 
 
 def parse_value(key: str, text: str, annotation: str) -> Any:

@@ -65,6 +65,7 @@ def download(
     """
     from huggingface_hub import HfApi
 
+    check_options(repo_id, workers)
     start = time.monotonic()
     api = HfApi(endpoint=endpoint)
     page = f"{api.endpoint}/{repo_id}"
@@ -89,6 +90,20 @@ def download(
         there,
         round(time.monotonic() - start, 3),
     )
+
+
+def check_options(repo_id: str, workers: int) -> None:
+    """Check the options of `download` that need no network.
+
+    Raises:
+        CptError: one is unusable.
+    """
+    from huggingface_hub.utils import validate_repo_id
+
+    with explained("model", repo_id, page=""):
+        validate_repo_id(repo_id)
+    if workers < 1:
+        raise CptError(f"workers is {workers}; it must be at least 1.")
 
 
 def _choose(siblings: list[RepoSibling], repo_id: str) -> tuple[list[RepoSibling], list[str]]:

@@ -105,11 +105,10 @@ def export_hf(
     from nemo_cpt.checkpoint.lora import holds_adapters
 
     start = time.monotonic()
+    check_options(adapter, dtype, chat_template)
     nemo = nemo_folder(source)
     if adapter and not holds_adapters(nemo):
         raise CptError(f"{nemo} is no LoRA checkpoint (no weights/adapter_metadata.json): leave adapter=True away.")
-    if adapter and chat_template is not None:
-        raise CptError("An adapter for peft carries no chat template: leave it away, or export the merged model.")
     # A run that is under way keeps its newest checkpoints alone: this one may be replaced while it is read.
     with unchanged(nemo) as check_unchanged:
         described = describe(nemo, base, chat_template, ignore_fields)
@@ -198,6 +197,18 @@ def _write_adapter(nemo: Path, described: Description, dtype: str, folder: Path)
 def _base_name(files: Path) -> str:
     """What an adapter names as its base: the repository that config.json remembers, else the folder of the files."""
     return str(read_json(files / "config.json").get("_name_or_path") or files.resolve())
+
+
+def check_options(adapter: bool, dtype: str | None, chat_template: str | None) -> None:
+    """Check the options of `export_hf` that need no checkpoint.
+
+    Raises:
+        CptError: one is unusable, or does not belong to the others.
+    """
+    if adapter and chat_template is not None:
+        raise CptError("An adapter for peft carries no chat template: leave it away, or export the merged model.")
+    if dtype is not None:
+        checked_dtype(dtype)
 
 
 def checked_dtype(dtype: str) -> str:

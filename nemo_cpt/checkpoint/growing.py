@@ -185,13 +185,7 @@ def grow_model(
     """
     start = time.monotonic()
     source, tokenizer = Path(source), Path(tokenizer)
-    if initialisation not in INITIALISATIONS:
-        raise CptError(f"initialisation is {initialisation!r}; it can be {', '.join(INITIALISATIONS)}")
-    if (initialisation == "focus") != (corpus is not None):
-        raise CptError(
-            f"initialisation is {initialisation!r}, and corpus {corpus!r}: focus, and no other, is learnt from a "
-            "corpus (--corpus) of the language that was added"
-        )
+    check_options(initialisation, corpus)
     with _opened(source, base, ignore_fields) as model:
         growth = _growth(model.arch, model.files, tokenizer, initialisation, corpus, json_key)
         grown = replace(model.arch, vocab_size=growth.rows)
@@ -222,6 +216,21 @@ def grow_model(
         bytes_written=size,
         seconds=round(time.monotonic() - start, 3),
     )
+
+
+def check_options(initialisation: str, corpus: Inputs | None) -> None:
+    """Check the options of `grow_model` that need no model.
+
+    Raises:
+        CptError: one is unusable.
+    """
+    if initialisation not in INITIALISATIONS:
+        raise CptError(f"initialisation is {initialisation!r}; it can be {', '.join(INITIALISATIONS)}")
+    if (initialisation == "focus") != (corpus is not None):
+        raise CptError(
+            f"initialisation is {initialisation!r}, and corpus {corpus!r}: focus, and no other, is learnt from a "
+            "corpus (--corpus) of the language that was added"
+        )
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,7 @@ def merge(
         CptError: `source` holds no adapters; whatever `export_hf` refuses. Nothing is left at `dest` then.
     """
     start = time.monotonic()
+    check_options(dtype)
     nemo = nemo_folder(source)
     if not holds_adapters(nemo):
         raise CptError(f"{nemo} holds the whole model, not adapters: give it as the base of a training as it is.")
@@ -113,6 +114,16 @@ def merge(
         warnings=(*described.config.warnings, *trained.warnings),
         seconds=round(time.monotonic() - start, 3),
     )
+
+
+def check_options(dtype: str | None) -> None:
+    """Check the options of `merge` that need no checkpoint.
+
+    Raises:
+        CptError: weights cannot be written in the dtype.
+    """
+    if dtype is not None:
+        checked_dtype(dtype)
 
 
 def _in_dtype(trained: Trained, dtype: str, shapes: dict[str, tuple[int, ...]]) -> Tensors:

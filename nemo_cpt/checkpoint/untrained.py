@@ -98,13 +98,8 @@ def make_untrained(
     from nemo_cpt.corpus.tokenization.tokenizer import load_tokenizer
 
     start, tokenizer = time.monotonic(), Path(tokenizer)
-    if params not in SIZES:
-        raise CptError(f"params is {params!r}; it can be {', '.join(SIZES)}")
-    if shape not in SHAPES:
-        raise CptError(f"shape is {shape!r}; it can be {', '.join(SHAPES)}")
+    check_options(params, shape, max_position_embeddings, seed)
     positions = SHAPES[shape] if max_position_embeddings is None else max_position_embeddings
-    if seed < 0 or positions < 1:
-        raise CptError(f"seed is {seed} and max_position_embeddings {positions}: give 0 or more, and 1 or more")
     if not tokenizer.is_dir():
         raise CptError(
             f"There is no tokenizer folder {tokenizer}{near_paths(tokenizer)}: nemo-cpt tokenizer train makes one."
@@ -144,6 +139,21 @@ def make_untrained(
         bytes_written=size,
         seconds=round(time.monotonic() - start, 3),
     )
+
+
+def check_options(params: str, shape: str, max_position_embeddings: int | None, seed: int) -> None:
+    """Check the options of `make_untrained` that need no tokenizer.
+
+    Raises:
+        CptError: there is no such size or shape, or a number is out of range.
+    """
+    if params not in SIZES:
+        raise CptError(f"params is {params!r}; it can be {', '.join(SIZES)}")
+    if shape not in SHAPES:
+        raise CptError(f"shape is {shape!r}; it can be {', '.join(SHAPES)}")
+    positions = SHAPES[shape] if max_position_embeddings is None else max_position_embeddings
+    if seed < 0 or positions < 1:
+        raise CptError(f"seed is {seed} and max_position_embeddings {positions}: give 0 or more, and 1 or more")
 
 
 def _llama(size: Mapping[str, int], positions: int) -> dict[str, Any]:

@@ -51,6 +51,17 @@ class Contamination(Rule):
         """Return the rule for a language."""
         return cls(files=files, by_characters=language in _NO_SPACES)
 
+    def __post_init__(self) -> None:
+        """Check the n.
+
+        Raises:
+            CptError: It is below 2.
+        """
+        super().__post_init__()
+        if min(self.words, self.characters) < 2:
+            size = min(self.words, self.characters)
+            raise CptError(f"{self.name}: n-grams of {size} occur everywhere; take at least 2.")
+
     def load(self) -> None:
         """Read the evaluation sets.
 
@@ -73,8 +84,6 @@ class Contamination(Rule):
     @cached_property
     def _index(self) -> "Index":
         size = self.characters if self.by_characters else self.words
-        if size < 2:
-            raise CptError(f"contamination: n-grams of {size} occur everywhere; take at least 2.")
         return Index(_texts(self.files), size, self.by_characters)
 
 

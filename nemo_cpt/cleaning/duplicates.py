@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from nemo_cpt.cleaning.hashing import segment_hashes, symbols, window_hashes
+from nemo_cpt.cleaning.rule import Limits
 from nemo_cpt.corpus.splitting.duplicates import BANDS, PERMUTATIONS, SEED, SHINGLE
+from nemo_cpt.errors import CptError
 
 ROW = np.dtype([("fingerprint", np.uint64), ("nbytes", np.uint64), ("minhash", np.uint32, PERMUTATIONS)])
 _PAIRS = 1 << 14  # whose MinHashes are compared at once
@@ -21,7 +23,7 @@ _EQUAL = 2.0  # the similarity of equal documents: above that of those whose Min
 
 
 @dataclass(frozen=True)
-class Duplicates:
+class Duplicates(Limits):
     """Which documents of a corpus are one too many.
 
     Attributes:
@@ -32,6 +34,16 @@ class Duplicates:
 
     exact: bool = True
     near: float | None = 0.8
+
+    def __post_init__(self) -> None:
+        """Check the similarity.
+
+        Raises:
+            CptError: It is none.
+        """
+        super().__post_init__()
+        if self.near is not None and not 0 < self.near <= 1:
+            raise CptError(f"near is {self.near}; it must lie above 0 and not above 1.")
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,9 @@ def repeated_ngrams(mixed: Any, longest: int) -> Iterator[tuple[int, Any, Any]]:
         # An n-gram that occurs twice begins with one of n - 1 that does: the others are not looked at again.
         inside = np.searchsorted(places, len(mixed) - n + 1)
         places, numbers = places[:inside], numbers[:inside]
+        if len(places) < 2:
+            yield n, places[:0], numbers[:0]
+            continue
         numbers = (numbers ^ (numbers >> _SHIFT)) * np.uint64(_ODD) + mixed[places + (n - 1)]
         # Counted in a table by some of their bits: whoever is alone at its place is alone in the text.
         # At most 32 MB: in a text of many millions of characters more places are shared, and sorted in vain.

@@ -273,12 +273,13 @@ class _Repetition(Rule):
     max_top_share: dict[int, float] = field(default_factory=GOPHER_TOP.copy)
     max_repeated_share: dict[int, float] = field(default_factory=GOPHER_REPEATED.copy)
 
-    def load(self) -> None:
+    def __post_init__(self) -> None:
         """Check the n.
 
         Raises:
             CptError: One is below 2.
         """
+        super().__post_init__()
         sizes = (*self.max_top_share, *self.max_repeated_share)
         if sizes and min(sizes) < 2:
             raise CptError(f"{self.name}: n-grams of {min(sizes)} are not counted; the smallest n is 2.")

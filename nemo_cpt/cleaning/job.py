@@ -17,7 +17,7 @@ from nemo_cpt.cleaning.duplicates import Duplicate, find_duplicates, sketch
 from nemo_cpt.cleaning.examination import examine
 from nemo_cpt.cleaning.report import page
 from nemo_cpt.cleaning.rule import Check
-from nemo_cpt.cleaning.rules import Rules, rules_for
+from nemo_cpt.cleaning.rules import Rules, chosen_rules
 from nemo_cpt.cleaning.tallies import CleaningReport, Counts
 from nemo_cpt.corpus.atomic_files import folder_to_fill, locked, move_into_place, write_whole, written_beside
 from nemo_cpt.corpus.dataset.manifest import changed_input, check_sizes, describe_inputs, sizes_of
@@ -66,7 +66,7 @@ def clean(
     Args:
         inputs: As for `prepare`.
         output: Folder of the four files.
-        rules: The rules, or a language that has some: `ja`, `en`, `zh`, `ko`.
+        rules: The rules, a language that has some (`ja`, `en`, `zh`, `ko`), or a YAML file of rules.
         decontaminate: Evaluation sets, as inputs: documents that share an n-gram with one are dropped.
         json_key: The field that holds the text.
         on_error: As for `prepare`.
@@ -81,9 +81,8 @@ def clean(
             output would go, the folder holds another cleaning or files of another origin, another process cleans into
             it, or it cannot be written.
     """
-    processes = count_processes(workers)
-    chosen = rules_for(rules) if isinstance(rules, str) else rules
-    chosen = chosen.without_contamination_of(tuple(source.path for source in _sources_of(decontaminate)))
+    check_options(rules, on_error, max_skipped, workers)
+    chosen = chosen_rules(rules).without_contamination_of(tuple(source.path for source in _sources_of(decontaminate)))
     job = Cleaning(list_sources(inputs), chosen, json_key, Policy.of(on_error, max_skipped))
     folder = Path(output)
     job.check_targets(folder)
@@ -94,9 +93,20 @@ def clean(
     chosen.load()  # before anything is written: what the rules need may be missing
     try:
         with folder_to_fill(folder), locked(folder / LOCK, patience):
-            return _with_left_over(job.make(folder, processes, overwrite, quiet), folder)
+            return _with_left_over(job.make(folder, count_processes(workers), overwrite, quiet), folder)
     except OSError as error:
         raise CptError(f"Cannot clean into {folder}: {error}. Mend that and run the same command again.") from error
+
+
+def check_options(rules: Rules | str, on_error: str, max_skipped: float | None, workers: int | None) -> None:
+    """Check the options of `clean` that need no input.
+
+    Raises:
+        CptError: One is unusable, or the rules are none.
+    """
+    chosen_rules(rules)
+    Policy.of(on_error, max_skipped)
+    count_processes(workers)
 
 
 def _with_left_over(report: CleaningReport, folder: Path) -> CleaningReport:

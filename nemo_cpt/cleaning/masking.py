@@ -60,14 +60,17 @@ class Masking(Rule):
     identity: str | None = "<ID>"
     countries: tuple[str, ...] = COUNTRIES
 
-    def load(self) -> None:
+    def __post_init__(self) -> None:
         """Check the countries.
 
         Raises:
             CptError: The numbers of one are not known.
         """
+        super().__post_init__()
         if unknown := set(self.countries).difference(COUNTRIES):
-            raise CptError(f"masking: no numbers are known of {', '.join(sorted(unknown))}; of {', '.join(COUNTRIES)}.")
+            raise CptError(
+                f"{self.name}: no numbers are known of {', '.join(sorted(unknown))}; of {', '.join(COUNTRIES)}."
+            )
 
     def apply(self, document: Document) -> Iterator[Check]:
         """Replace them; nothing is measured."""

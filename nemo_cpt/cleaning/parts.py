@@ -24,10 +24,11 @@ from nemo_cpt.cleaning.job import (
     PARTS_FOLDER,
     SKETCHES,
     Cleaning,
+    check_options,
     read_cleaning,
 )
 from nemo_cpt.cleaning.rule import Check
-from nemo_cpt.cleaning.rules import Rules, rules_for, rules_of
+from nemo_cpt.cleaning.rules import Rules, chosen_rules, rules_of
 from nemo_cpt.cleaning.tallies import CleaningReport, Counts, Dropped
 from nemo_cpt.corpus.atomic_files import copy_to, locked, sync_directory, write_whole
 from nemo_cpt.corpus.dataset.manifest import changed_input, describe_inputs
@@ -64,7 +65,7 @@ def make_plan(
     Args:
         inputs: As for `clean`, and so all the others.
         output: Folder of the four files.
-        rules: The rules, or a language that has some.
+        rules: The rules, a language that has some, or a YAML file of rules.
         tasks: How many; fewer where the inputs have not as many lines, or files that cannot be cut.
         decontaminate: Evaluation sets.
         json_key: The field that holds the text.
@@ -78,11 +79,9 @@ def make_plan(
     Raises:
         CptError: An input, a rule or an option is unusable.
     """
-    count_processes(workers)
-    Policy.of(on_error, max_skipped)
-    chosen = rules_for(rules) if isinstance(rules, str) else rules
+    check_options(rules, on_error, max_skipped, workers)
     sets = tuple(source.path for source in list_sources(decontaminate)) if decontaminate else ()
-    chosen = chosen.without_contamination_of(sets)
+    chosen = chosen_rules(rules).without_contamination_of(sets)
     chosen.load()
     settings = {"rules": chosen.to_yaml(), "json_key": json_key, "on_error": on_error, "max_skipped": max_skipped}
     settings |= {"workers": workers, "quiet": quiet, "patience": patience}

@@ -58,11 +58,14 @@ def word_ngrams(words: Words, longest: int) -> Iterator[WordNGrams]:
     ends = np.concatenate(([0], np.cumsum(lengths)))
     characters = max(int(ends[-1]), 1)
     for n, places, numbers in repeated_ngrams(symbols(words.hashes), longest):
+        if len(places) < 2:  # most texts, from some n on
+            yield WordNGrams(n, 0.0, 0.0)
+            continue
         # Stable: within an n-gram's group its places stay in their order, and the first is the one that is allowed.
         order = np.argsort(numbers, kind="stable")
         places, edges = places[order], _group_edges(numbers[order])
         sizes, firsts = np.diff(edges), edges[:-1]
-        if not len(sizes) or sizes.max() < 2:
+        if sizes.max() < 2:
             yield WordNGrams(n, 0.0, 0.0)
             continue
         most = places[firsts[sizes == sizes.max()]]

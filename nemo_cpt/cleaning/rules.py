@@ -4,8 +4,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
 
@@ -119,6 +118,17 @@ class Rules:
         return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True, width=120)
 
 
+def chosen_rules(rules: Rules | str) -> Rules:
+    """Return the rules that `clean` is given: themselves, those of a language, or those of a YAML file.
+
+    Raises:
+        CptError: There are none for the language, or the file holds none.
+    """
+    if isinstance(rules, Rules):
+        return rules
+    return read_rules(rules) if rules.endswith((".yaml", ".yml")) else rules_for(rules)
+
+
 def read_rules(path: str | Path) -> Rules:
     """Read rules from YAML.
 
@@ -147,8 +157,6 @@ def rules_of(described: Any, where: str = "rules") -> Rules:
         raise CptError(f"{where}: language is {described.get('language')!r}; name one, such as ja.")
     rules = tuple(_rule(each, f"{where}, rule {number}") for number, each in enumerate(described["rules"], 1))
     duplicates = _made(Duplicates, described.get("duplicates", {}), f"{where}, duplicates")
-    if duplicates.near is not None and not 0 < duplicates.near <= 1:
-        raise CptError(f"{where}, duplicates: near is {duplicates.near}; it must lie above 0 and not above 1.")
     return Rules(described["language"], rules, duplicates)
 
 
@@ -162,39 +170,17 @@ def _rule(described: Any, where: str) -> Rule:
 
 
 def _made(kind: Any, values: Any, where: str) -> Any:
-    """Return an object of a dataclass, its values checked against its fields."""
+    """Return an object of a class of limits, which checks their values; here it is seen that there are such limits."""
     if not isinstance(values, Mapping):
         raise CptError(f"{where}: {values!r} is no mapping of limits.")
-    hints = get_type_hints(kind)
     _refuse_unknown(values, [each.name for each in fields(kind)], where)
     required = [each.name for each in fields(kind) if each.default is MISSING and each.default_factory is MISSING]
     if missing := [name for name in required if name not in values]:
         raise CptError(f"{where}: {', '.join(missing)} is missing.")
-    return kind(**{name: _value(value, hints[name], f"{where}, {name}") for name, value in values.items()})
-
-
-def _value(value: Any, hint: Any, where: str) -> Any:
-    """Return a value of YAML as a field's type has it."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        if value is None and type(None) in inner:
-            return None
-        return _value(value, next(each for each in inner if each is not type(None)), where)
-    if origin is Literal and value in inner:
-        return value
-    if origin is tuple and isinstance(value, list | tuple):
-        return tuple(_value(each, inner[0], where) for each in value)
-    if origin is dict and isinstance(value, Mapping):
-        return {_value(key, inner[0], where): _value(each, inner[1], where) for key, each in value.items()}
-    if hint in (int, float) and type(value) in (int, float) and value < 0:
-        raise CptError(f"{where}: {value!r} is below 0, which nothing that is measured can be; null sets no limit.")
-    # A bool is an int to Python, and a mistake here; a whole number is a float to everybody.
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool) and value == value:
-        return value  # as it is written: the same rules by Python and by YAML say the same of what they drop
-    if hint in (int, str, bool) and type(value) is hint:
-        return value
-    wanted = " or ".join(map(repr, inner)) if origin is Literal else getattr(hint, "__name__", str(hint))
-    raise CptError(f"{where}: {value!r} is no {wanted}.")
+    try:
+        return kind(**values)
+    except CptError as error:
+        raise CptError(f"{where}, {error.message}") from None
 
 
 def _refuse_unknown(given: Mapping[Any, Any], known: Any, where: str) -> None:

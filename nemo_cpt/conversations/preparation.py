@@ -11,7 +11,7 @@ from nemo_cpt.conversations.dataset import KIND, check_fit, conversations_prefix
 from nemo_cpt.conversations.encode import PieceEncoder, Pieces, choose_piece_encoder, encode_pieces
 from nemo_cpt.conversations.forms import AUTO, Conversation, check_form, read_conversation
 from nemo_cpt.conversations.inspection import SEQ_LENGTH, Fitting, fit_and_pack, warnings_of
-from nemo_cpt.conversations.templates import TRAIN_ON, ChatTemplate, load_template
+from nemo_cpt.conversations.templates import TRAIN_ON, ChatTemplate, check_there, load_template
 from nemo_cpt.corpus.dataset.index import dtype_for
 from nemo_cpt.corpus.preparing.encode import BATCH, COMPARED_TASKS, Encoded, Work, choose_passages, count_lengths
 from nemo_cpt.corpus.preparing.job import SAMPLE_BYTES, SAMPLE_TEXTS
@@ -130,12 +130,8 @@ def prepare(
         CptError: An input, the tokenizer, the template or an option is unusable, the output exists, or the disk is
             full.
     """
-    policy = Policy.of(on_error, max_skipped)
-    check_form(form)
-    check_fit(seq_length, too_long)
-    if train_on not in TRAIN_ON:
-        raise CptError(f"train_on is {train_on!r}; it can be {', '.join(TRAIN_ON)}.")
-    count = count_processes(workers)
+    check_options(template, form, train_on, seq_length, too_long, workers, on_error, max_skipped, chunk_bytes)
+    policy, count = Policy.of(on_error, max_skipped), count_processes(workers)
     sources = list_sources(inputs)
     prefix = conversations_prefix(output_prefix)
     # As for texts: where the set is there, nothing is loaded.
@@ -149,6 +145,33 @@ def prepare(
             run = Run(policy, fast, True, count, chunk_bytes, checkpoint_seconds, patience, quiet, head_start)
             status, rates = output.make(run, overwrite)
     return _report(prefix, status, rates, seq_length, too_long)
+
+
+def check_options(
+    template: str,
+    form: str,
+    train_on: str,
+    seq_length: int,
+    too_long: str,
+    workers: int | None,
+    on_error: str,
+    max_skipped: float | None,
+    chunk_bytes: int,
+) -> None:
+    """Check the options of `prepare` that need neither inputs nor tokenizer.
+
+    Raises:
+        CptError: One is unusable.
+    """
+    Policy.of(on_error, max_skipped)
+    check_there(template)
+    check_form(form)
+    check_fit(seq_length, too_long)
+    if train_on not in TRAIN_ON:
+        raise CptError(f"train_on is {train_on!r}; it can be {', '.join(TRAIN_ON)}.")
+    count_processes(workers)
+    if chunk_bytes < 1:
+        raise CptError(f"chunk_bytes is {chunk_bytes}; it must be at least 1.")
 
 
 @dataclass(frozen=True)

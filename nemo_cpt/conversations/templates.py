@@ -209,14 +209,23 @@ def _with_bos_where_due(draft: ChatTemplate, bos: str | None, expected: bool) ->
     return draft if due else without
 
 
+def check_there(template: str) -> None:
+    """Check that a template is one by its name, or a file; what it holds only a tokenizer tells.
+
+    Raises:
+        CptError: There is no such template.
+    """
+    if template not in (*SHIPPED, OWN) and not Path(template).is_file():
+        raise CptError(f"There is no template {template!r}; there are {', '.join(SHIPPED)}, {OWN}, and Jinja files.")
+
+
 def _find(template: str, tokenizer: Tokenizer) -> tuple[str, str]:
     if template in SHIPPED:
         return template, (files(__package__) / "jinja" / f"{template}.jinja").read_text("utf-8")
     if template == OWN:
         return OWN, _own_template(tokenizer)
+    check_there(template)
     path = Path(template)
-    if not path.is_file():
-        raise CptError(f"There is no template {template!r}; there are {', '.join(SHIPPED)}, {OWN}, and Jinja files.")
     try:
         return str(path), path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:

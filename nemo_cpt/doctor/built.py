@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_cpt.doctor.job import Job, Place, checkpoints_at_once, exports_kept
+from nemo_cpt.training.fields import check_fields
 from nemo_cpt.training.settings import settings_in
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ def job_of(recipe: Any, place: Place) -> Job | None:
 
     Returns:
         The job; None for a task that trains nothing.
+
+    Raises:
+        CptError: a field was set to what it cannot be; see `check_fields`.
     """
     import nemo_run as run
 
@@ -29,6 +33,7 @@ def job_of(recipe: Any, place: Place) -> Job | None:
     trainer, log, data = (getattr(recipe, name, None) for name in ("trainer", "log", "data"))
     if not isinstance(trainer, run.Config) or not isinstance(log, run.Config):
         return None
+    check_fields(recipe)
     name, base = str(getattr(log, "name", None) or "default"), getattr(getattr(recipe, "resume", None), "base", None)
     config = getattr(getattr(recipe, "model", None), "config", None)
     callbacks = getattr(trainer, "callbacks", None) or []

@@ -152,9 +152,9 @@ def _results(
     candidate: Candidate, tasks: Sequence[Task], output: Path, journal: Journal, limit: int | None, say: Any
 ) -> list[dict[str, Any]]:
     """Each task's results, of the journal or of a run; tasks of as many shots and of one folder share a process."""
+    keys = {task: _key(candidate, task, limit) for task in tasks}
     groups: dict[tuple[int | None, str], list[Task]] = {}
-    for task in tasks:
-        key = _key(candidate, task, limit)
+    for task, key in keys.items():
         if journal.get(key) is None:
             groups.setdefault((task.shots, task.folder), []).append(task)
     for (shots, _), group in groups.items():
@@ -162,14 +162,21 @@ def _results(
         say(f"{candidate.label}: {names}{'' if shots is None else f', {shots}-shot'}")
         merged = run(candidate, group, output, limit)
         for task in group:
-            journal.keep(_key(candidate, task, limit), {"model": candidate.label, "result": result_of(merged, task)})
-    return [journal.get(_key(candidate, task, limit))["result"] for task in tasks]  # type: ignore[index]
+            journal.keep(keys[task], {"model": candidate.label, "result": result_of(merged, task)})
+    return [journal.get(keys[task])["result"] for task in tasks]  # type: ignore[index]
 
 
 def _key(candidate: Candidate, task: Task, limit: int | None) -> str:
     from importlib.metadata import version
 
-    return key_of(HARNESS, version(HARNESS), candidate.key, asdict(task), limit)
+    # What is the user's own may be edited between two runs.
+    files = [(str(path), *_state(path)) for path in sorted(Path(task.folder).rglob("*"))] if task.folder else []
+    return key_of(HARNESS, version(HARNESS), candidate.key, asdict(task), limit, files)
+
+
+def _state(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def run(candidate: Candidate, tasks: Sequence[Task], output: Path, limit: int | None) -> dict[str, Any]:
@@ -199,16 +206,17 @@ def command(candidate: Candidate, tasks: Sequence[Task], folder: Path, limit: in
     """The harness' command line for a model or an endpoint; tasks of one number of shots and one folder."""
     words = [sys.executable, "-m", HARNESS, "run", "--tasks", ",".join(task.name for task in tasks)]
     if candidate.is_endpoint:
-        # The harness wants the whole path of the method, which other clients put together themselves.
-        address = candidate.model.partition("#")[0].rstrip("/").removesuffix("/v1")
         served: Any = candidate.engine
-        arguments = f"model={served.model},base_url={address}/v1/chat/completions,num_concurrent=8"
-        words += ["--model", "local-chat-completions", "--model_args", arguments, "--apply_chat_template"]
+        # The harness wants the whole path of the method, which other clients put together themselves.
+        arguments = {"model": served.model, "base_url": f"{served.url}/chat/completions", "num_concurrent": 8}
+        words += ["--model", "local-chat-completions", "--model_args", json.dumps(arguments), "--apply_chat_template"]
     else:
         device = candidate.options.get("device") or _device()
         # As `TransformersEngine`: on a CPU bf16 is several times slower.
         dtype, batch = ("float32", "8") if device == "cpu" else ("auto", "auto")
-        words += ["--model", "hf", "--model_args", f"pretrained={candidate.folder},dtype={dtype}"]
+        # As JSON: a comma or an equals sign of a path would end NAME=VALUE.
+        arguments = {"pretrained": str(candidate.folder), "dtype": dtype}
+        words += ["--model", "hf", "--model_args", json.dumps(arguments, ensure_ascii=False)]
         words += ["--device", device, "--batch_size", batch]
     words += ["--output_path", str(folder), "--use_cache", str(folder / "cache")]
     if tasks[0].shots is not None:

@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from nemo_cpt.compatibility import END_OF_TEXT, check_data, check_largest_id, read_base
 from nemo_cpt.corpus import full_prefix, read_index
 from nemo_cpt.errors import CptError
+from nemo_cpt.inference.token_bytes import TokenBytes
 from nemo_cpt.inference.transformers_engine import TransformersEngine
 
 DATA_SEED = 1234  # PreTrainingDataModule's default, so that the order is the training job's
@@ -107,6 +108,7 @@ def sequences_loss(
         nats += _nats(engine, tokens, labels).sum(1).tolist()
         sizes += counted(tokens, labels)
         tell(len(nats))
+    _refuse_nan(engine, nats)
     return TextLoss("sequence", nats, [seq_length] * samples, sizes, _first_of_documents(engine, prefix))
 
 
@@ -180,6 +182,7 @@ def documents_loss(
                 nats[number] += value
     if not sum(tokens):
         raise CptError(f"there is no text to measure: {len(tokens)} documents, none with a token")
+    _refuse_nan(engine, nats)
     return TextLoss("document", nats, tokens, sizes, f"{name} ({first}), once before each document")
 
 
@@ -248,6 +251,14 @@ def _first_token(engine: TransformersEngine) -> tuple[int, str]:
     raise CptError(f"the tokenizer of {engine.name} has neither BOS nor EOS: nothing can stand before a first token")
 
 
+def _refuse_nan(engine: TransformersEngine, nats: Sequence[float]) -> None:
+    if not all(map(math.isfinite, nats)):
+        raise CptError(
+            f"the loss of {engine.name} is not finite: its weights hold NaN or infinity, as after a training that "
+            f"diverged, or overflow in {engine.network.dtype}"
+        )
+
+
 def _refuse_double_bos(engine: TransformersEngine, tokens: torch.Tensor, prefix: str) -> None:
     bos = engine.tokenizer.bos_token_id
     if bos is None or bos == engine.tokenizer.eos_token_id:  # where they are one token, an empty document has two
@@ -296,18 +307,10 @@ class ByteCounter:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        added = {number: each for number, each in tokenizer.added_tokens_decoder.items()}
-        pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-        # Byte-level tokenizers spell the byte of a blank as this character.
-        byte_level = any(piece is not None and "\u0120" in piece for piece in pieces)
-        self.special = torch.zeros(len(pieces), dtype=torch.bool)
-        self.sizes = torch.zeros(len(pieces), dtype=torch.long)
-        for number, piece in enumerate(pieces):
-            if number in added:
-                self.special[number] = added[number].special
-                self.sizes[number] = 0 if added[number].special else len(added[number].content.encode())
-            elif piece is not None:
-                self.sizes[number] = len(piece) if byte_level else _piece_bytes(piece)
+        bytes_of, size = TokenBytes(tokenizer), len(tokenizer)
+        special = {number for number, each in tokenizer.added_tokens_decoder.items() if each.special}
+        self.special = torch.tensor([number in special for number in range(size)])
+        self.sizes = torch.tensor([0 if number in special else len(bytes_of(number)) for number in range(size)])
         ids = tokenizer("a", add_special_tokens=False).input_ids
         self.dummy = int(self.sizes[ids].sum()) - 1  # the blank that sentencepiece puts before a text
         self._check(tokenizer)
@@ -330,10 +333,3 @@ class ByteCounter:
         # Where a document begins, sentencepiece's blank is no character of it.
         begins = self.special[tokens] & ~self.special[labels]
         return (self.sizes[labels].sum(1) - self.dummy * begins.sum(1)).tolist()
-
-
-def _piece_bytes(piece: str) -> int:
-    """Bytes of a sentencepiece token: `<0xE3>` is a byte, the low block a blank."""
-    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-        return 1
-    return len(piece.replace("\u2581", " ").encode())

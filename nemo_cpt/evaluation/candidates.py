@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from nemo_cpt.checkpoint.architecture import context_length, read_json
+from nemo_cpt.corpus.reading.chunks import hash_file
 from nemo_cpt.errors import CptError
+from nemo_cpt.evaluation.journal import key_of
 from nemo_cpt.inference import Engine, hugging_face_folder, open_engine
 from nemo_cpt.inference.asked_as import end_ids, has_chat_template, reply_warnings
-from nemo_cpt.inference.models import check_model, folder_key
+from nemo_cpt.inference.models import check_model
 from nemo_cpt.training.run_folder import checkpoints
 from nemo_cpt.urls import is_address
 
@@ -47,7 +49,10 @@ class Candidate:
     @cached_property
     def key(self) -> str:
         """What tells it from other models: its content, or the address and name of an endpoint."""
-        return self.engine.name if self.is_endpoint else folder_key(self.folder)
+        if self.is_endpoint:
+            return self.engine.name
+        # Every byte: a training of a few rows or layers leaves most of them as they were.
+        return key_of([(path.name, hash_file(str(path))) for path in sorted(self.folder.iterdir()) if path.is_file()])
 
     @property
     def engine(self) -> Engine:

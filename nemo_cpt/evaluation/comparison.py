@@ -20,7 +20,7 @@ from nemo_cpt.evaluation.journal import Journal, key_of
 from nemo_cpt.evaluation.language import UNDECIDED, WRAPPERS, judge_language, language_share, wrap
 from nemo_cpt.evaluation.loss_sets import LossSet, check_names, find_loss_sets, training_record, validated_on
 from nemo_cpt.evaluation.questions import SHIPPED
-from nemo_cpt.evaluation.reading import Asked, PromptSet, prompt_set, read_documents
+from nemo_cpt.evaluation.reading import Asked, PromptSet, check_language, prompt_set, read_documents
 from nemo_cpt.inference import Prompt, Reply, Sampling
 from nemo_cpt.installed import installed_versions
 from nemo_cpt.urls import hide_credentials
@@ -127,9 +127,7 @@ def evaluate(
     Raises:
         CptError: something cannot be found, read, or asked for; what was measured before is kept.
     """
-    _check_numbers(max_tokens, limit, seed)
-    if unknown := [each for each in wrappers if each not in WRAPPERS]:
-        raise CptError(f"there is no wrapper {unknown[0]!r}; there are {', '.join(WRAPPERS)}")
+    check_options(tasks, wrappers, language, max_tokens, limit, seed)
     found_tasks = benchmarks.find_tasks(tasks) if tasks else []
     options = {"base": base, "device": device, "api_key": api_key}
     # From here to the journal everything is looked at that can be refused: no model is loaded yet.
@@ -191,7 +189,19 @@ def evaluate(
     )
 
 
-def _check_numbers(max_tokens: int, limit: int | None, seed: int) -> None:
+def check_options(
+    tasks: Sequence[str], wrappers: Sequence[str], language: str | None, max_tokens: int, limit: int | None, seed: int
+) -> None:
+    """Check the options of `evaluate` that need neither a model nor a file.
+
+    Raises:
+        CptError: one is unusable.
+    """
+    if tasks:
+        benchmarks.find_tasks(tasks)
+    if unknown := [each for each in wrappers if each not in WRAPPERS]:
+        raise CptError(f"there is no wrapper {unknown[0]!r}; there are {', '.join(WRAPPERS)}")
+    check_language(language)
     if max_tokens < 1 or (limit is not None and limit < 1):
         raise CptError(f"max_tokens {max_tokens} and limit {limit} have to be 1 or more")
     if seed < 0:

@@ -65,8 +65,7 @@ def prompt_set(spec: str, language: str | None = None) -> PromptSet:
     Raises:
         CptError: there is no such file, it is empty, or a line is no prompt.
     """
-    if language is not None and language not in KNOWN:
-        raise CptError(f"language is {language!r}; known are {', '.join(KNOWN)}")
+    check_language(language)
     named, _, path = spec.rpartition("=")
     # A file or folder of that name in the current folder is meant, where there is one.
     if not named and spec in SHIPPED and not Path(spec).exists():
@@ -75,6 +74,12 @@ def prompt_set(spec: str, language: str | None = None) -> PromptSet:
     language = language or (name if name in KNOWN else None)
     prompts = [replace(each, language=each.language or language) for each in _read(path, _prompt)]
     return PromptSet(name, tuple(replace(each, id=each.id or str(at)) for at, each in enumerate(prompts, 1)))
+
+
+def check_language(language: str | None) -> None:
+    """Raise CptError where replies cannot be told to be in a language."""
+    if language is not None and language not in KNOWN:
+        raise CptError(f"language is {language!r}; known are {', '.join(KNOWN)}")
 
 
 def _prompt(value: Any) -> Asked:

@@ -1,7 +1,6 @@
 """An evaluation's report: report.json, report.html (one file that opens offline) and report.png."""
 
 import html
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 from nemo_cpt.corpus.atomic_files import write_whole
 from nemo_cpt.evaluation.bootstrap import Row
 from nemo_cpt.evaluation.comparison import Report
-from nemo_cpt.page import details, finite, head, image, png, table, table_row
+from nemo_cpt.page import as_json, details, drawing, finite, head, image, legend_name, png, table, table_row
 
 COLUMNS = ("set", "measure", "before", "after", "difference", "95 % interval", "")
 PLOTTED = ("bits per byte", "replies in ", "exact match", "character F1", "BLEU", "chrF", "ROUGE-L", "benchmark")
@@ -25,7 +24,7 @@ def write(report: Report, folder: str | Path) -> list[Path]:
     # Drawn first, which may fail: no half report is left.
     picture = draw(report)
     files = {
-        "report.json": json.dumps(as_dict(report), ensure_ascii=False, indent=1).encode() + b"\n",
+        "report.json": as_json(as_dict(report)),
         "report.png": picture,
         "report.html": page(report, picture).encode(),
     }
@@ -60,13 +59,8 @@ def _number(value: float | None, sign: bool = False) -> str:
 
 def draw(report: Report) -> bytes:
     """The plot as PNG: over steps for a series of checkpoints, else each measure before and after."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure = _draw_series(report, pyplot) if report.series else _draw_rows(report, pyplot)
-    return png(figure)
+    with drawing() as pyplot:
+        return png(_draw_series(report, pyplot) if report.series else _draw_rows(report, pyplot))
 
 
 def _draw_series(report: Report, pyplot: Any) -> Any:
@@ -76,11 +70,10 @@ def _draw_series(report: Report, pyplot: Any) -> Any:
         start = line["values"][0]
         if line["measure"].startswith("bits per byte"):
             change = [100 * (value / start - 1) for value in line["values"]]
-            axes[0].plot(line["steps"], change, marker="o", markersize=4, label=line["group"])
+            axes[0].plot(line["steps"], change, marker="o", markersize=4, label=legend_name(line["group"]))
         elif line["measure"].startswith("replies in "):
-            axes[1].plot(
-                line["steps"], line["values"], marker="o", markersize=4, label=f"{line['group']}: {line['measure']}"
-            )
+            label = legend_name(f"{line['group']}: {line['measure']}")
+            axes[1].plot(line["steps"], line["values"], marker="o", markersize=4, label=label)
     axes[0].axhline(0, color="black", linewidth=0.8)
     axes[0].set(title="gained (below 0) and forgotten (above 0)", xlabel="step", ylabel="bits per byte, change in %")
     axes[1].set(title="replies in the language asked in", xlabel="step", ylabel="%", ylim=(-3, 103))

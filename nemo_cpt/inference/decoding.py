@@ -7,13 +7,17 @@ and go between any two steps (continuous batching, Orca, OSDI 2022), each with s
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
 from nemo_cpt.errors import CptError
-from nemo_cpt.inference.engine import ContextError, FinishReason, Piece, Reply, Sampling, TokenLogprob
+from nemo_cpt.inference.engine import BrokenModelError, ContextError, FinishReason, Piece, Reply, Sampling, TokenLogprob
+from nemo_cpt.inference.token_bytes import TokenBytes
+
+GREEDY_BELOW = 1e-5  # of temperatures, as vLLM's: logits divided by less overflow
 
 
 @dataclass(eq=False)
@@ -111,11 +115,8 @@ class Decoder:
         # Padding counts as position 0: the mask hides it, and a negative one would index out of the table.
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         cache = DynamicCache()
-        output = self.network(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-            logits_to_keep=1,
-        )  # fmt: skip
-        tokens = [self._draw(request, logits) for request, logits in zip(requests, output.logits[:, -1], strict=True)]
+        logits = self._logits(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+        tokens = [self._draw(request, row) for request, row in zip(requests, logits, strict=True)]
         self._join(list(requests), cache, mask, torch.tensor(tokens, device=device)[:, None])
         return self._take(list(requests), tokens)
 
@@ -126,12 +127,12 @@ class Decoder:
             return []
         # Every row gets its newest token in one more column.
         self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
-        output = self.network(
-            input_ids=self._newest, attention_mask=self._mask, position_ids=self._mask.sum(-1, keepdim=True) - 1,
-            past_key_values=self._cache, use_cache=True, logits_to_keep=1,
-        )  # fmt: skip
+        positions = self._mask.sum(-1, keepdim=True) - 1
+        logits = self._logits(
+            input_ids=self._newest, attention_mask=self._mask, position_ids=positions, past_key_values=self._cache
+        )
         rows = list(self.rows)
-        tokens = self._draw_all(rows, output.logits[:, -1])
+        tokens = self._draw_all(rows, logits)
         self._newest = torch.tensor(tokens, device=self._newest.device)[:, None]
         return self._take(rows, tokens)
 
@@ -141,6 +142,16 @@ class Decoder:
             request.finish_reason = "cancelled"
             self._keep([row for row, each in enumerate(self.rows) if each is not request])
 
+    def _logits(self, **inputs: Any) -> torch.Tensor:
+        """Of the last column, [rows, vocabulary]."""
+        logits = self.network(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
+        if bool(logits.isnan().any()):  # of which argmax would take the first, without a word
+            raise BrokenModelError(
+                f"the model computes NaN: its weights hold NaN or infinity, as after a training that diverged, or "
+                f"overflow in {logits.dtype}"
+            )
+        return logits
+
     def _draw_all(self, rows: list[Request], logits: torch.Tensor) -> list[int]:
         if all(_is_plainly_greedy(request.sampling) for request in rows):
             return logits.argmax(-1).tolist()  # one transfer from the GPU instead of one a row
@@ -148,20 +159,20 @@ class Decoder:
 
     def _draw(self, request: Request, logits: torch.Tensor) -> int:
         """The next token of one request; `logits` [vocabulary] are the model's."""
-        sampling, given = request.sampling, logits
-        # Before temperature, as in CTRL and transformers.
+        sampling, given = request.sampling, logits.float()
+        # Before temperature and in fp32, as in CTRL and transformers.
         if sampling.repetition_penalty != 1:
             seen = torch.tensor(sorted({*request.ids, *request.reply_ids}), device=logits.device)
-            chosen, penalty = logits[seen], sampling.repetition_penalty
+            chosen, penalty = given[seen], sampling.repetition_penalty
             penalized = torch.where(chosen < 0, chosen * penalty, chosen / penalty)
             given = given.scatter(0, seen, penalized)
         if request.tokens < sampling.min_tokens:
             given = given.index_fill(0, torch.tensor(sorted(self.end_ids), device=given.device), -torch.inf)
-        if sampling.temperature == 0:
+        if sampling.temperature < GREEDY_BELOW:
             token = int(given.argmax())
         else:
             # On the CPU, where a generator's numbers are the same on every machine.
-            scaled = given.float().cpu() / sampling.temperature
+            scaled = given.cpu() / sampling.temperature
             token = int(torch.multinomial(_truncated(scaled, sampling).softmax(-1), 1, generator=request.generator))
         if sampling.logprobs is not None:
             request.logprobs.append(self._logprob(token, logits.float().log_softmax(-1), sampling.logprobs))
@@ -170,10 +181,14 @@ class Decoder:
     def _logprob(self, token: int, logprobs: torch.Tensor, count: int) -> TokenLogprob:
         best = logprobs.topk(count) if count else None
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True) if best else ()
-        decode = self.tokenizer.decode
+        bytes_of = self._token_bytes
         return TokenLogprob(
-            decode([token]), float(logprobs[token]), tuple((decode([each]), value) for each, value in pairs)
+            bytes_of(token), float(logprobs[token]), tuple((bytes_of(each), value) for each, value in pairs)
         )
+
+    @cached_property
+    def _token_bytes(self) -> TokenBytes:
+        return TokenBytes(self.tokenizer)
 
     def _take(self, rows: list[Request], tokens: list[int]) -> list[tuple[Request, Piece]]:
         """Give each request its token; drop from the batch those that end with it."""
@@ -242,6 +257,7 @@ class _Detokenizer:
 
             # The prompt's last tokens, because some decoders strip the blank of a text's first word.
             self.stream = DecodeStream(ids=prompt[-8:], skip_special_tokens=True)
+            self.pending: list[int] = []  # tokens that have given no text yet
         else:
             self.ids: list[int] = []
             self.given = ""
@@ -249,7 +265,7 @@ class _Detokenizer:
     def step(self, token: int) -> str:
         """The text that this token completes."""
         if self.fast is not None:
-            return self.stream.step(self.fast, token) or ""
+            return self._streamed(token)
         self.ids.append(token)
         text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
         # Bytes of a character that the next token will complete.
@@ -258,10 +274,24 @@ class _Detokenizer:
         new, self.given = text[len(self.given) :], text
         return new
 
+    def _streamed(self, token: int) -> str:
+        from tokenizers.decoders import DecodeStream
+
+        self.pending.append(token)
+        try:
+            text = self.stream.step(self.fast, token) or ""
+        except Exception:  # bare, of tokenizers: with byte fallback a wrong byte undoes characters that were given
+            options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+            text = self.tokenizer.decode(self.pending, **options)
+            self.stream = DecodeStream(ids=self.pending, skip_special_tokens=True)
+        if text:
+            self.pending = []
+        return text
+
 
 def _is_plainly_greedy(sampling: Sampling) -> bool:
     extras = (sampling.logprobs, sampling.min_tokens or None, None if sampling.repetition_penalty == 1 else 1)
-    return sampling.temperature == 0 and extras == (None, None, None)
+    return sampling.temperature < GREEDY_BELOW and extras == (None, None, None)
 
 
 def _truncated(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:

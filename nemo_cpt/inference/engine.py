@@ -26,7 +26,7 @@ class Sampling:
 
     Attributes:
         max_tokens: the most tokens of a reply.
-        temperature: what logits are divided by; 0 takes the most probable token (greedy).
+        temperature: what logits are divided by; 0, and what is as good as that, takes the most probable token (greedy).
         top_p: draw among the most probable tokens that together have this probability (nucleus sampling,
             arXiv 1904.09751).
         top_k: draw among this many most probable tokens; 0 for all of them.
@@ -56,7 +56,8 @@ class Sampling:
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k, self.top_k >= 0, "0 or more"),
             ("min_tokens", self.min_tokens, 0 <= self.min_tokens <= self.max_tokens, "between 0 and max_tokens"),
-            ("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < float("inf"), "above 0"),
+            # Beyond these, logits overflow.
+            ("repetition_penalty", self.repetition_penalty, 1e-2 <= self.repetition_penalty <= 1e2, "0.01 to 100"),
             ("stop", self.stop, all(self.stop), "strings that are not empty"),
             ("seed", self.seed, -(2**63) <= self.seed < 2**64, "a number of 64 bits"),
             ("logprobs", self.logprobs, self.logprobs is None or 0 <= self.logprobs <= 20, "between 0 and 20"),
@@ -67,11 +68,22 @@ class Sampling:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token of a reply, its natural-log probability at temperature 1, and the most probable tokens in its place."""
+    """A token of a reply.
 
-    text: str
+    Attributes:
+        content: its bytes in UTF-8, which may be a part of a character.
+        logprob: natural logarithm of its probability at temperature 1.
+        top: the most probable tokens in its place, and theirs.
+    """
+
+    content: bytes
     logprob: float
-    top: tuple[tuple[str, float], ...] = ()
+    top: tuple[tuple[bytes, float], ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The token as text; U+FFFD for what is no whole character."""
+        return self.content.decode(errors="replace")
 
 
 @dataclass(frozen=True)
@@ -114,6 +126,10 @@ class Reply:
 
 class ContextError(CptError):
     """A prompt and the most tokens of its reply are longer than the model's context."""
+
+
+class BrokenModelError(CptError):
+    """A model computes NaN."""
 
 
 class Engine(Protocol):

@@ -202,20 +202,11 @@ def _advice(model: str) -> str:
     return ""
 
 
-def folder_key(folder: Path) -> str:
-    """A digest by which a Hugging Face folder's content is known: every file's size, and 64 KiB at sixteen places."""
-    return _sampled(hashlib.sha256(), [path for path in folder.iterdir() if path.is_file()])
-
-
 def _content_key(checkpoint: Path, base: str | Path | None) -> str:
     files = [path for path in (checkpoint / "weights").rglob("*") if path.is_file()]
     digest = hashlib.sha256(str(Path(base).resolve() if base else "").encode())
     records = [path for path in (checkpoint / "context" / "io.json", checkpoint / RUN_JSON) if path.is_file()]
-    return _sampled(digest, [*files, *records])
-
-
-def _sampled(digest: Any, files: list[Path]) -> str:
-    for path in sorted(files):
+    for path in sorted([*files, *records]):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:

@@ -56,7 +56,9 @@ class _Body(BaseModel):
     def _of_characters(cls, fields: Any) -> Any:
         try:
             orjson.dumps(fields)
-        except orjson.JSONEncodeError:  # JSON may hold half of a surrogate pair, a tokenizer's text may not
+        except orjson.JSONEncodeError as error:  # JSON may hold half of a surrogate pair, a tokenizer's text may not
+            if "surrogates" not in str(error):  # a number of more than 64 bits, nesting without an end
+                raise ValueError(str(error)) from None
             raise ValueError("the text holds a lone surrogate, which is no character") from None
         return fields
 
@@ -90,8 +92,8 @@ class _Completion(_Body):
         """Whether a stream is to end with the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def sampling(self, max_tokens: int, logprobs: int | None) -> list[Sampling]:
-        """How each of the `n` replies to a prompt is drawn."""
+    def sampling(self, max_tokens: int, logprobs: int | None, prompts: int = 1) -> list[Sampling]:
+        """How each of the `n` replies to each prompt is drawn, by a seed of its own: equal prompts are drawn apart."""
         if self.stream_options is not None and not self.stream:
             raise CptError("stream_options is set and stream is not")
         seed = self.seed if self.seed is not None else random_seed()
@@ -102,7 +104,7 @@ class _Completion(_Body):
                 min_tokens=self.min_tokens, repetition_penalty=self.repetition_penalty, seed=seed + number,
                 logprobs=logprobs,
             )
-            for number in range(self.n)
+            for number in range(prompts * self.n)
         ]  # fmt: skip
 
 
@@ -159,7 +161,7 @@ def _message(number: int, given: dict[str, Any]) -> Message:
 class CompletionRequest(_Completion):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Annotated[list[str] | list[int] | list[list[int]], Field(min_length=1)]
     max_tokens: int = DEFAULT_MAX_TOKENS
     logprobs: int | None = None
     echo: Literal[False] = False
@@ -167,7 +169,7 @@ class CompletionRequest(_Completion):
 
     def prompts(self) -> Sequence[str | list[int]]:
         """The prompts, of which one may stand without a list around it."""
-        alone = isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int))
+        alone = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
         return [self.prompt] if alone else self.prompt  # type: ignore[return-value, list-item]
 
 
@@ -254,7 +256,7 @@ class ChatForm(Form):
 
     def choice(self, number: int, request: Request) -> dict[str, Any]:
         """A message."""
-        message = {"role": "assistant", "content": request.text}
+        message = {"role": "assistant", "content": request.text, "refusal": None}
         return {"index": number, "message": message, "finish_reason": request.finish_reason} | self._logprobs(
             request.logprobs
         )
@@ -269,13 +271,13 @@ class ChatForm(Form):
         if not tokens:
             return {"logprobs": None}
 
-        def entry(text: str, logprob: float) -> dict[str, Any]:
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        def entry(content: bytes, logprob: float) -> dict[str, Any]:
+            return {"token": _spelled(content), "logprob": logprob, "bytes": list(content)}
 
         content = [
-            entry(each.text, each.logprob) | {"top_logprobs": [entry(*top) for top in each.top]} for each in tokens
+            entry(each.content, each.logprob) | {"top_logprobs": [entry(*top) for top in each.top]} for each in tokens
         ]
-        return {"logprobs": {"content": content}}
+        return {"logprobs": {"content": content, "refusal": None}}
 
 
 class TextForm(Form):
@@ -294,8 +296,18 @@ class TextForm(Form):
     @staticmethod
     def _choice(number: int, text: str, reason: str | None, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
         logprobs = {
-            "tokens": [each.text for each in tokens],
+            "tokens": [_spelled(each.content, "bytes:") for each in tokens],
             "token_logprobs": [each.logprob for each in tokens],
-            "top_logprobs": [dict(each.top) for each in tokens],
+            "top_logprobs": [
+                {_spelled(content, "bytes:"): logprob for content, logprob in each.top} for each in tokens
+            ],
         }
         return {"index": number, "text": text, "finish_reason": reason, "logprobs": logprobs if tokens else None}
+
+
+def _spelled(token: bytes, mark: str = "") -> str:
+    r"""A token as OpenAI writes it: what is a part of a character as `\xe3\x83`, in completions behind `bytes:`."""
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return mark + token.decode(errors="backslashreplace")

@@ -10,7 +10,7 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 import prometheus_client as prometheus
@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nemo_cpt.errors import CptError
 from nemo_cpt.inference import decoding
-from nemo_cpt.inference.engine import ContextError, Piece
+from nemo_cpt.inference.engine import BrokenModelError, ContextError, Piece
 from nemo_cpt.inference.hosts import LOCAL_HOSTS, name_of
 from nemo_cpt.inference.protocol import (
     ApiError,
@@ -200,11 +200,27 @@ _EXPLANATIONS = {
 def _as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, CptError):
+    if isinstance(error, CptError) and not isinstance(error, BrokenModelError):
         return ApiError(400, str(error), code="context_length_exceeded" if isinstance(error, ContextError) else None)
     if isinstance(error, StoppedError):
         return ApiError(503, str(error), "server_error")
     return ApiError(500, f"the reply failed: {error}", "server_error")  # out of memory, say
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events; `ended` is called however they end, also where the client left before the first one."""
+
+    def __init__(self, events: AsyncIterator[str], ended: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self.ended = ended
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            # Not in the generator: one that was never begun runs no `finally`.
+            self.ended()
 
 
 class _Service:
@@ -253,11 +269,11 @@ class _Service:
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         """POST /v1/completions."""
         self._check(body.model, body.n * len(body.prompts()))
-        samplings = body.sampling(body.max_tokens, body.logprobs)
+        samplings = body.sampling(body.max_tokens, body.logprobs, len(body.prompts()))
 
         def requests() -> list[decoding.Request]:
-            encoded = map(self._encoded, body.prompts())
-            return [decoding.Request(ids, each) for ids in encoded for each in samplings]
+            encoded = [ids for ids in map(self._encoded, body.prompts()) for _ in range(body.n)]
+            return list(map(decoding.Request, encoded, samplings))
 
         return await self._respond(await asyncio.to_thread(requests), TextForm(self.served_as), body, request)
 
@@ -299,7 +315,7 @@ class _Service:
     ) -> Response:
         tickets = self._queue(requests)
         if body.stream:
-            return StreamingResponse(self._events(tickets, form, body), media_type="text/event-stream")
+            return _Stream(self._events(tickets, form, body), lambda: self._cancel(tickets))
         await self._until_done(tickets, request)
         choices = [form.choice(number, each) for number, each in enumerate(requests)]
         return JSONResponse(form.envelope(choices, streamed=False) | {"usage": usage(requests, body.n)})
@@ -351,7 +367,7 @@ class _Service:
     async def _events(
         self, tickets: list[Ticket], form: Form, body: ChatRequest | CompletionRequest
     ) -> AsyncIterator[str]:
-        """Server-sent events, the choices' pieces as they come; ends by GeneratorExit when the client goes away."""
+        """Server-sent events, the choices' pieces as they come."""
         # One stream of several choices: their pieces go out in the order in which they are drawn.
         merged: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
 
@@ -364,10 +380,11 @@ class _Service:
 
         readers = [asyncio.ensure_future(forward(number, ticket)) for number, ticket in enumerate(tickets)]
         going_on = len(tickets)
+        without = {"usage": None} if body.usage_at_end else {}  # as OpenAI's: of the chunks before the last one
         try:
             for number in range(len(tickets)):
                 if (opening := form.opening(number)) is not None:
-                    yield event(form.envelope([opening], streamed=True))
+                    yield event(form.envelope([opening], streamed=True) | without)
             while going_on:
                 number, piece = await merged.get()
                 if isinstance(piece, Exception):
@@ -375,7 +392,7 @@ class _Service:
                     yield event(_as_api_error(piece).body())
                     return
                 if piece.text or piece.finish_reason or piece.logprobs:
-                    yield event(form.envelope([form.part(number, piece)], streamed=True))
+                    yield event(form.envelope([form.part(number, piece)], streamed=True) | without)
                 if piece.finish_reason:
                     going_on -= 1
                     self.metrics.count(tickets[number].request)
@@ -386,7 +403,6 @@ class _Service:
         finally:
             for reader in readers:
                 reader.cancel()
-            self._cancel(tickets)
 
 
 def _offsets(tokens: list[str]) -> list[int]:

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 from nemo_cpt import catalog
 from nemo_cpt.errors import CptError
+from nemo_cpt.python_files import import_file
 
 
 def make_executor(name: str, options: Sequence[str], processes: int) -> Any:
@@ -56,14 +56,7 @@ def _from_file(file: Path, function: str) -> Any:
         raise CptError(f"executor {file}: there is no such file; give FILE.py:FUNCTION")
     if not function:
         raise CptError(f"executor {file}: which function of it makes the executor? Give {file}:FUNCTION")
-    spec = spec_from_file_location(file.stem, file)
-    if spec is None or spec.loader is None:
-        raise CptError(f"executor {file}: not a Python file")
-    module = module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise CptError(f"executor {file} cannot be imported: {type(error).__name__}: {error}") from error
+    module = import_file(file)
     if not hasattr(module, function):
         raise CptError(f"{file} has no {function}; {catalog.nearest(function, vars(module))}")
     return getattr(module, function)()

@@ -1,13 +1,19 @@
 """What `nemo-cpt run` submits: the recipe's name and arguments, so that the launcher itself need not import NeMo."""
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_cpt import catalog
 from nemo_cpt.catalog.build import build_recipe
+from nemo_cpt.errors import CptError
 from nemo_cpt.executors.tracking import EXPERIMENT
 from nemo_cpt.launching.description import describe
+
+if TYPE_CHECKING:
+    from nemo_cpt.doctor import Job
+    from nemo_cpt.training.run_folder import Checkpoint
 
 _FOLDER_FIELDS = ("log.explicit_log_dir", "log.version", "log.use_datetime_version", "log.ckpt.dirpath")
 
@@ -63,9 +69,10 @@ def nothing_to_train(recipe: str, arguments: Mapping[str, Any], overrides: Seque
         here: the run is to start on this machine, now.
 
     Raises:
-        CptError: a field is wrong; another job holds the run's folder, and it is to start now.
+        CptError: a field is wrong; the run is finished, and was trained otherwise or from another base; another job
+            holds the run's folder, and it is to start now.
     """
-    from nemo_cpt.training.run_folder import finished
+    from nemo_cpt.training.run_folder import finished, newest_whole
     from nemo_cpt.training.run_lock import check_free
 
     # Where the folder is set by hand, it is not known without building the recipe.
@@ -73,8 +80,56 @@ def nothing_to_train(recipe: str, arguments: Mapping[str, Any], overrides: Seque
         return ""
     job = describe(catalog.recipe(recipe), arguments, overrides, "local", ())
     said = finished(job.directory / "checkpoints", job.max_steps)
+    if said and (newest := newest_whole(job.directory / "checkpoints")):
+        _check_finished(newest, job, arguments, overrides)
     if said and overrides:  # misspelt ones are an error also where nothing is left to do
         build_recipe(recipe, arguments, overrides)
     if here and not said:
         check_free(job.directory)
     return said or ""
+
+
+def _check_finished(newest: "Checkpoint", job: "Job", arguments: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Refuse to call a run finished that this command would train otherwise, as far as that shows without NeMo.
+
+    Raises:
+        CptError: it would.
+    """
+    from nemo_cpt.compatibility import check_resumed
+    from nemo_cpt.launching.description import FIELDS
+    from nemo_cpt.training.changes import check_finished
+
+    check_resumed(newest.path, job.base, job.model or None)
+    launched = newest.record.get("launched") or {}
+    paths = {field.partition("=")[0] for field in (*overrides, *launched.get("fields", ()))}
+    # What neither start was given has the recipe's own value, which its source need not show.
+    named = {*arguments, *launched.get("arguments", ()), *(FIELDS[path][0] for path in paths & FIELDS.keys())}
+
+    def given(*names: str) -> dict[str, Any]:
+        values = {name: getattr(job.settings, name) for name in names if name in named}
+        return {name: value for name, value in values.items() if value is not None}
+
+    check_finished(
+        newest,
+        {
+            "schedule": {"max_steps": job.max_steps} | given("lr", "min_lr", "warmup_steps", "embeddings_lr"),
+            "data": given("global_batch_size", "seq_length", "seed") | _trained_on(job),
+        },
+    )
+
+
+def _trained_on(job: "Job") -> dict[str, Any]:
+    """What a job would train on; nothing where that is not here any more, or mixed with replay."""
+    from nemo_cpt.conversations import Conversations
+    from nemo_cpt.conversations.dataset import conversations_prefix
+    from nemo_cpt.corpus import Blend
+    from nemo_cpt.training.changes import sets_of
+
+    weights: dict[str, float] = {}
+    with contextlib.suppress(CptError, OSError):
+        if isinstance(job.data, Conversations) and job.replay is None:
+            weights = {conversations_prefix(prefix): float(weight) for prefix, weight in job.data.train.items()}
+        elif isinstance(job.data, Blend):
+            weights = job.data.shares()
+        return {"train": sets_of(weights)} if weights else {}
+    return {}

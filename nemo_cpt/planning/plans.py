@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.planning import hardware, memory, throughput
 from nemo_cpt.planning.hardware import GIB, Gpu
 from nemo_cpt.planning.memory import HostMemory, StageMemory
@@ -93,6 +94,7 @@ class Plan:
         }
 
 
+@checked
 def plan(recipe: Any, gpu_memory_gib: float | None = None, gpu: str | None = None) -> Plan:
     """Plan a recipe as it is.
 

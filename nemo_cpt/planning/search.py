@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.constants import ADAM_STATES, MEMORY_MARGIN
 from nemo_cpt.errors import CptError
 from nemo_cpt.planning import hardware, memory, throughput
@@ -61,6 +62,7 @@ class Fit:
     changes: list[Change]
 
 
+@checked
 def fit(
     recipe: Any,
     gpu_memory_gib: float | None = None,

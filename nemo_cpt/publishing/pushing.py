@@ -103,10 +103,7 @@ def push(
     from huggingface_hub import HfApi
 
     start, folder = time.monotonic(), Path(folder)
-    if not _REPOSITORY.fullmatch(repo_id):
-        raise CptError(f"{repo_id!r} is no repository's name: give OWNER/NAME, OWNER being you or your organisation")
-    if wrong := [each for each in languages if not LANGUAGE.fullmatch(each.lower()) and each not in _OF_NO_COUNTRY]:
-        raise CptError(f"{wrong[0]!r} is no language's code: give one of ISO 639, such as ja or zh-tw")
+    check_options(repo_id, languages)
     api = HfApi(library_name="nemo-cpt")
     files, left_out = _files(folder)
     origin = _origin(folder, base_model)
@@ -132,6 +129,18 @@ def push(
         _text(contents[CARD]), tuple(f"{each}, before it becomes public" for each in broken),
         round(time.monotonic() - start, 3),
     )  # fmt: skip
+
+
+def check_options(repo_id: str, languages: Sequence[str]) -> None:
+    """Check the options of `push` that need neither folder nor hub.
+
+    Raises:
+        CptError: one is unusable.
+    """
+    if not _REPOSITORY.fullmatch(repo_id):
+        raise CptError(f"{repo_id!r} is no repository's name: give OWNER/NAME, OWNER being you or your organisation")
+    if wrong := [each for each in languages if not LANGUAGE.fullmatch(each.lower()) and each not in _OF_NO_COUNTRY]:
+        raise CptError(f"{wrong[0]!r} is no language's code: give one of ISO 639, such as ja or zh-tw")
 
 
 def _files(folder: Path) -> tuple[list[str], tuple[str, ...]]:

@@ -119,8 +119,8 @@ def synthesize(
     if endpoint:  # not before: rules need not wait for OpenAI's client
         from nemo_cpt.synthesis import grounded
 
+    check_options(train, validation, kinds, language, pairs, concurrency, endpoint, model, licence)
     wanted = {"validation": validation, "train": train}
-    _check(wanted, kinds, language, pairs, concurrency)
     # With the endpoint's address, less its credentials: it is kept in the manifest.
     generator = _generator(endpoint, model, licence)
     templates, values = _read_slots(slots) if slots is not None else ([], {})
@@ -154,16 +154,33 @@ def synthesize(
     return folder.report("written")
 
 
-def _check(wanted: Mapping[str, int], kinds: Sequence[str], language: str | None, pairs: int, concurrency: int) -> None:
-    if min(wanted.values()) < 0 or not any(wanted.values()):
-        sets = " and ".join(f"{name} is {count}" for name, count in wanted.items())
-        raise CptError(f"{sets}: these are numbers of questions, not all of them 0.")
+def check_options(
+    train: int,
+    validation: int,
+    kinds: Sequence[str],
+    language: str | None,
+    pairs: int,
+    concurrency: int,
+    endpoint: str | None,
+    model: str | None,
+    licence: str | None,
+) -> None:
+    """Check the options of `synthesize` that need no input.
+
+    Raises:
+        CptError: One is unusable, or does not belong to the others.
+    """
+    if min(train, validation) < 0 or not (train or validation):
+        raise CptError(
+            f"validation is {validation} and train is {train}: these are numbers of questions, not all of them 0."
+        )
     if pairs < 1 or concurrency < 1:
         raise CptError(f"pairs is {pairs} and concurrency {concurrency}; both must be positive.")
     if language not in (None, *LANGUAGES):
         raise CptError(f"language is {language!r}; it can be {', '.join(LANGUAGES)}.")
     if not kinds or not set(kinds) <= set(KINDS):
         raise CptError(f"kinds are {', '.join(kinds) or 'none'}; they can be {', '.join(KINDS)}.")
+    _generator(endpoint, model, licence)
 
 
 def _generator(endpoint: str | None, model: str | None, licence: str | None) -> dict[str, str]:

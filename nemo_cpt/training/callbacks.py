@@ -11,7 +11,8 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from nemo.lightning._strategy_lib import _sync_from_last_pipeline_stage
 from nemo.utils import AppState
 
-from nemo_cpt.training.metrics import BATCHES, LOSS, RESUMED_FROM, append_metrics
+from nemo_cpt.training.metrics import BATCHES, LOSS, RESUMED_FROM, VALIDATED_OTHERWISE, append_metrics
+from nemo_cpt.training.record import validated_otherwise
 
 
 class ValidationLossBySet(pl.Callback):
@@ -78,7 +79,8 @@ class MetricsFile(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write which step this start goes on from: what is there of later ones will be done again."""
-        _append(trainer, {RESUMED_FROM: trainer.global_step})
+        other = {VALIDATED_OTHERWISE: names} if (names := validated_otherwise(trainer)) else {}
+        _append(trainer, {RESUMED_FROM: trainer.global_step, **other})
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Write the step's metrics if the trainer logs this step."""
@@ -130,5 +132,7 @@ def _append(trainer: pl.Trainer, values: dict[str, Any]) -> None:
 def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(each) for each in value]
+    if isinstance(value, str):
+        return value
     # NaN is no JSON: readers other than Python's would refuse the whole line.
     return value if math.isfinite(value) else None

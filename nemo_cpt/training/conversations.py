@@ -166,7 +166,7 @@ def parts_of(config: Any) -> tuple[Conversations, Blend | None, float]:
     Raises:
         CptError: paths are no list of a weight and a prefix in turn.
     """
-    chats = Conversations(weights_of(config.paths), dict(config.validation or {}), config.too_long)
+    chats = Conversations(weights_of(config.paths), config.validation or {}, config.too_long)
     paths, validation, weighting = config.replay_paths, config.replay_validation, config.replay_weighting
     return chats, blend_of(paths, validation, weighting) if paths else None, config.replay_share
 

@@ -162,7 +162,7 @@ def blend_of(paths: Any, validation: dict[str, str] | None = None, weighting: st
     Raises:
         CptError: `paths` is no list of a weight and a prefix in turn, or names one dataset twice.
     """
-    return Blend(train=weights_of(paths), validation=dict(validation or {}), weighting=weighting)
+    return Blend(train=weights_of(paths), validation=validation or {}, weighting=weighting)
 
 
 def weights_of(paths: Any) -> dict[str, float]:

@@ -3,14 +3,18 @@
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import EarlyStopping
+
+from nemo_cpt.training.record import validated_otherwise
 
 
 class StopEarly(EarlyStopping):
     """End the run, in good order, after `patience` validations in which a set's loss was not below its lowest.
 
     The checkpoint of the last step is saved as at any end. Checkpoints hold the lowest loss and the count, so that a
-    resumed run goes on counting; one that had ended so ends again at once, unless it is given more patience, or none.
+    resumed run goes on counting, unless the set is validated on other samples now; one that had ended so ends again at
+    once, unless it is given more patience, or none.
 
     Args:
         validation_set: name of the set.
@@ -19,7 +23,7 @@ class StopEarly(EarlyStopping):
 
     def __init__(self, validation_set: str, patience: int = 3):
         super().__init__(f"val_loss_{validation_set}", patience=patience, check_on_train_epoch_end=False)
-        self._lowest_at = 0
+        self.validation_set, self._lowest_at = validation_set, 0
 
     def state_dict(self) -> dict[str, Any]:
         """Lightning's, and the step of the lowest loss."""
@@ -33,6 +37,9 @@ class StopEarly(EarlyStopping):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End a run again that had ended."""
         super().on_train_start(trainer, pl_module)
+        if self.validation_set in validated_otherwise(trainer):
+            # The lowest loss is one of other samples.
+            self.best_score, self.wait_count = torch.tensor(torch.inf), 0
         self._stop_if_it_is_time(trainer)
         if trainer.should_stop and trainer.checkpoint_callback:
             # This step was resumed from, and NeMo cannot save again ahead of a first step.

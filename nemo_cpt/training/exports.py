@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import uuid
 from pathlib import Path
 from typing import Any, Optional
 
@@ -13,9 +14,10 @@ import lightning.pytorch as pl
 from nemo.utils import AppState
 
 from nemo_cpt.training.options import check_exports
-from nemo_cpt.training.run_folder import checkpoints
+from nemo_cpt.training.run_folder import checkpoints, resumed_from
 
 FOLDER = "exports"  # of a run: step-N, and step-N.log of one that failed
+EARLIER = "earlier"  # in it: exports of steps that the run went back behind
 COMMAND = [sys.executable, "-m", "nemo_cpt.cli", "export"]
 PRIORITY = (("nice", "-n", "19"), ("ionice", "-c", "3"))
 _LINKS = ".checkpoint-of-"  # a checkpoint's files, until they are exported
@@ -28,7 +30,8 @@ class ExportCheckpoints(pl.Callback):
     A process of its own does it, at the lowest priority and without a GPU, one export after the other, from hard links
     to the checkpoint's files: these stay where the run removes the checkpoint. No step waits for it. An export is
     complete or absent; one that fails is told, and the run goes on. At its end the run waits for those that are under
-    way. One that is stopped leaves them to the same command, which makes them when it goes on.
+    way. One that is stopped leaves them to the same command, which makes them when it goes on. A run that goes back
+    behind an export, or begins anew, moves it to `exports/earlier`.
 
     Args:
         every: steps between exports; each must be saved.
@@ -51,9 +54,25 @@ class ExportCheckpoints(pl.Callback):
         self._folder.mkdir(parents=True, exist_ok=True)
         for left in self._folder.glob(f"{_REMOVED}*"):
             _remove(left)
+        self._set_aside(trainer)
         newest = max([*self._steps("step-"), *self._steps(_LINKS), 0])
         saved = {each.step for each in checkpoints(self._checkpoints)}
         self._awaited = sorted(step for step in saved if step > newest and self._due(trainer, step))
+
+    def _set_aside(self, trainer: pl.Trainer) -> None:
+        """Move what a training exported that this start goes back behind: of the same steps, and another model."""
+        checkpoint = resumed_from(trainer.ckpt_path)
+        reached = checkpoint.step if checkpoint else 0
+        for step in self._steps(_LINKS) if reached >= 0 else []:
+            if step > reached:
+                _remove(self._folder / f"{_LINKS}{step}")
+        left = sorted(step for step in self._steps("step-") if step > reached >= 0)
+        for step in left:
+            # Moved, not removed: the step that it was made at may never be trained again.
+            (self._folder / EARLIER).mkdir(exist_ok=True)
+            (self._folder / f"step-{step}").rename(self._folder / EARLIER / f"step-{step}-{uuid.uuid4().hex[:8]}")
+        if left:
+            _say(f"exports of steps that are trained again, {_listed(left)}, are in {self._folder / EARLIER} now")
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Note a step that is to be exported, and go on with those whose checkpoints are written."""
@@ -103,8 +122,12 @@ class ExportCheckpoints(pl.Callback):
                 self._awaited.remove(checkpoint.step)
                 # Renamed when it is whole: a job that is killed meanwhile leaves no half one.
                 partial = self._folder / f"{_REMOVED}{checkpoint.step}"
-                shutil.copytree(checkpoint.path, partial, copy_function=os.link)
-                partial.rename(self._folder / f"{_LINKS}{checkpoint.step}")
+                try:
+                    shutil.copytree(checkpoint.path, partial, copy_function=os.link)
+                    partial.rename(self._folder / f"{_LINKS}{checkpoint.step}")
+                except OSError as error:
+                    shutil.rmtree(partial, ignore_errors=True)
+                    _say(f"warning: step {checkpoint.step} is not exported: its files cannot be linked ({error})")
 
     def _start_next(self) -> None:
         if not (waiting := self._steps(_LINKS)):
@@ -129,7 +152,7 @@ class ExportCheckpoints(pl.Callback):
         self._running = None
         _remove(self._folder / f"{_LINKS}{step}")
         exported = self._folder / f"step-{step}"
-        if exported.is_dir():
+        if process.returncode == 0 and exported.is_dir():
             self._log(step).unlink()
             _say(f"exported step {step} to {exported}")
             self._thin()

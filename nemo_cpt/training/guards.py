@@ -16,6 +16,7 @@ from nemo_cpt.corpus import full_prefix
 from nemo_cpt.errors import CptError, exit_with_the_message
 from nemo_cpt.training import conversations, patches, settings
 from nemo_cpt.training.data import blend_of
+from nemo_cpt.training.fields import check_fields
 from nemo_cpt.training.preconditions import check_base, check_environment
 from nemo_cpt.training.resume import check_start
 from nemo_cpt.training.settings import Settings, settings_in
@@ -118,10 +119,14 @@ def check(recipe: Any) -> None:
     Raises:
         CptError: the job would stop or train the wrong thing; the message says what to change.
     """
+    if not hasattr(recipe, "trainer"):
+        raise CptError(f"{recipe!r} is no recipe: give what a recipe's function returns")
+    check_fields(recipe)
+    numbers = settings_in(recipe)  # what a field cannot hold, ahead of what it ought to
     check_start(recipe)
     _check_sets(recipe)
     check_belonging(recipe)
-    settings.check(settings_in(recipe))
+    settings.check(numbers)
     check_environment(getattr(recipe.model.config, "attention_backend", None), os.environ)
 
 

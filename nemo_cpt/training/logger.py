@@ -13,8 +13,10 @@ from nemo.utils import AppState
 from nemo.utils.get_rank import is_global_rank_zero
 
 from nemo_cpt.errors import CptError, exit_with_the_message
+from nemo_cpt.training.changes import check_finished
 from nemo_cpt.training.full_disk import say_which_disk_is_full
-from nemo_cpt.training.run_folder import finished
+from nemo_cpt.training.record import deciding_settings
+from nemo_cpt.training.run_folder import finished, newest_whole
 from nemo_cpt.training.run_lock import RunLock, hold, this_job, wait_until_held_by
 
 
@@ -28,13 +30,13 @@ class RunLogger(nl.NeMoLogger):
     """
 
     def setup(self, trainer: nl.Trainer, resume_if_exists: bool = False, task_config: Any = None) -> AppState:
-        """Lock the folder and set up logging; in a finished run do neither, and let `trainer.fit` return at once."""
+        """Lock the folder and set up logging; in a finished run do neither, and let `trainer.fit` only compare."""
         exit_with_the_message()
         folder = self._folder()
         checkpoints = Path(getattr(self.ckpt, "dirpath", None) or folder / "checkpoints")
         # Before the lock: a rerun of what is finished must not need to write, or to wait for anybody.
         if resume_if_exists and (said := finished(checkpoints, trainer.max_steps)):
-            return _leave_alone(trainer, folder, said)
+            return _leave_alone(trainer, folder, checkpoints, said)
         # One owner a job: the other ranks only see to it that it is theirs.
         lock = hold(folder) if is_global_rank_zero() else None
         if lock is None:
@@ -83,11 +85,17 @@ def _ending_wandb_runs(trainer: nl.Trainer) -> Iterator[None]:
                 logger._experiment.finish(exit_code=exit_code)
 
 
-def _leave_alone(trainer: nl.Trainer, folder: Path, said: str) -> AppState:
+def _leave_alone(trainer: nl.Trainer, folder: Path, checkpoints: Path, said: str) -> AppState:
     state = AppState()
     state.log_dir, state.exp_dir = folder, str(folder.parent)
-    # `llm.train` calls it whatever we find; returning at once, it ends with exit code 0.
-    trainer.fit = lambda *args, **kwargs: None
-    if is_global_rank_zero():
-        print(f"nemo_cpt: {said}", flush=True)
+
+    def compare(model: Any, datamodule: Any = None, **kwargs: Any) -> None:
+        newest = newest_whole(checkpoints)
+        if newest is not None:
+            check_finished(newest, deciding_settings(model, datamodule, trainer.max_steps))
+        if is_global_rank_zero():
+            print(f"nemo_cpt: {said}", flush=True)
+
+    # `llm.train` calls it whatever we find, when the model has its optimizer; returning, it ends with exit code 0.
+    trainer.fit = compare
     return state

@@ -19,6 +19,7 @@ WARNINGS_FILE = "metrics/warnings.jsonl"
 LOSS = "val_loss_"  # before a validation set's name: its mean loss, in nats per token
 BATCHES = "val_batches_"  # the losses of its global batches, in their order, where there are several
 RESUMED_FROM = "resumed_from"  # in a line of its own: a start of the job, and the step that it goes on from
+VALIDATED_OTHERWISE = "validated_otherwise"  # in that line: sets whose losses are of other samples from here on
 
 
 def append_metrics(run_folder: str | Path, values: Mapping[str, Any], file: str = METRICS_FILE) -> None:
@@ -36,8 +37,9 @@ def append_metrics(run_folder: str | Path, values: Mapping[str, Any], file: str 
 def read_metrics(run_folder: str | Path) -> list[dict[str, Any]]:
     """What a run measured, one dict a step in their order: its training's metrics and its validation's.
 
-    Where a run was killed and resumed at an earlier step, the steps since then count as they were done again. Lines
-    that are no JSON are left out: a killed job leaves its last one unfinished.
+    Where a run was killed and resumed at an earlier step, the steps since then count as they were done again. Where it
+    was resumed with other samples to validate a set on, the set's losses before that are left out: the later ones must
+    not be compared with them. Lines that are no JSON are left out: a killed job leaves its last one unfinished.
     """
     return MetricsReader(run_folder).read()
 
@@ -72,6 +74,10 @@ class MetricsReader:
             return
         if (start := line.get(RESUMED_FROM)) is not None:
             self._by_step = {step: values for step, values in self._by_step.items() if step <= start}
+            for name in line.get(VALIDATED_OTHERWISE, ()):
+                for values in self._by_step.values():
+                    values.pop(f"{LOSS}{name}", None)
+                    values.pop(f"{BATCHES}{name}", None)
         else:
             # Training and validation write lines of their own for one step.
             self._by_step.setdefault(line["step"], {}).update(line)

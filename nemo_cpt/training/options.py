@@ -4,11 +4,12 @@ One reader for each, which the recipe's function calls, and the launcher too, be
 """
 
 import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_cpt.arguments import as_wanted
 from nemo_cpt.errors import CptError
 
 LOGGER_FIELDS = {
@@ -72,11 +73,13 @@ def read_logger(given: str | Mapping[str, Any] | None) -> LoggerOptions:
         )
     (kind,) = kinds
     project = fields.pop(kind)
-    for field in fields:
+    for field in list(fields):
         if field not in LOGGER_FIELDS[kind]:
             near = difflib.get_close_matches(field, LOGGER_FIELDS[kind], n=1)
             meant = f"near: {near[0]}" if near else f"it has: {', '.join(LOGGER_FIELDS[kind]) or 'none'}"
             raise CptError(f"logger={given}: {kind} has no field {field}; {meant}")
+        wanted: Any = Sequence[str] | str | None if field == "tags" else LoggerOptions.__annotations__[field]
+        fields[field] = as_wanted(f"logger[{field!r}]", fields[field], wanted)
     if not project and kind != "tensorboard":
         raise CptError(f"logger={given}: give the project's name, as in {kind}:my-project")
     tags = fields.get("tags") or ()

@@ -7,6 +7,7 @@ fails when upstream no longer needs one.
 import copy
 import functools
 import logging
+import pickle
 import types
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -32,6 +33,7 @@ def apply() -> None:
     fold_gradient_of_frozen_linear()
     give_recomputed_layers_a_gradient()
     add_lora_in_one_pass()
+    record_where_the_base_of_adapters_is()
     step_adam_in_slices()
     load_checkpoints_written_without_transformer_engine()
     free_gradients_at_once()
@@ -43,6 +45,7 @@ def apply() -> None:
     multiply_shapes_with_numpy_2()
     write_one_checkpoint_at_a_time()
     keep_staged_copies_until_written()
+    report_writes_as_bytes()
     end_without_moving_to_the_host()
 
 
@@ -98,6 +101,28 @@ def _with_gradient(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.
         return embeddings.requires_grad_() if recomputes and torch.is_grad_enabled() else embeddings
 
     return embed
+
+
+def record_where_the_base_of_adapters_is() -> None:
+    """Let the checkpoints of a resumed run of adapters name the base that they are added to.
+
+    NeMo 2.7.3 (`WrappedAdapterIO.load_checkpoint`, `lightning/pytorch/callbacks/peft.py`) takes the base's weights from
+    where `AutoResume` says, and records the folder that the resumed checkpoint recorded, where it may be no more.
+    """
+    from nemo.lightning.pytorch.callbacks.peft import WrappedAdapterIO
+
+    replace(WrappedAdapterIO, "load_checkpoint", _keeping_the_base)
+
+
+def _keeping_the_base(load: Callable[..., Any]) -> Callable[..., Any]:
+    def load_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Of two calls the first one loads the base; the second, the adapters', would replace its name.
+        base = self.model_ckpt_path
+        loaded = load(self, *args, **kwargs)
+        self.model_ckpt_path = base or self.model_ckpt_path
+        return loaded
+
+    return load_checkpoint
 
 
 def add_lora_in_one_pass() -> None:
@@ -284,7 +309,7 @@ def _on_the_stream_of_training(init_ddp: Callable[[Any], None]) -> Callable[[Any
 
 
 def _on_gpu(module: torch.nn.Module) -> bool:
-    """By the weights: the CPU stack lets `torch.cuda.is_available` say what Megatron wants to hear."""
+    """By the weights: a GPU's machine also trains on its CPU."""
     return any(each.is_cuda for each in module.parameters())
 
 
@@ -545,6 +570,35 @@ def _letting_go_of_its_copy(close: Callable[..., None]) -> Callable[..., None]:
         self.staged = None
 
     return close_and_let_go
+
+
+def report_writes_as_bytes() -> None:
+    """Pass on what a checkpoint's writers report without reading it.
+
+    Megatron Core 0.15.3 (`core/dist_checkpointing/strategies/filesystem_async.py`) keeps the reports in a process of
+    their own, which unpickles them and imports PyTorch for that: on each rank 2 s of the first save, and 265 MB of the
+    host's memory until the end.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    replace(filesystem_async, "_get_write_results_queue", _of_bytes)
+
+
+def _of_bytes(get_queue: Callable[[], Any]) -> Callable[[], Any]:
+    return lambda: _Reports(get_queue())
+
+
+class _Reports:
+    """The part of a queue that Megatron uses; what is in the queue itself is bytes."""
+
+    def __init__(self, queue: Any) -> None:
+        self._queue = queue
+
+    def put(self, report: Any) -> None:
+        self._queue.put(pickle.dumps(report))
+
+    def get_nowait(self) -> Any:
+        return pickle.loads(self._queue.get_nowait())
 
 
 def end_without_moving_to_the_host() -> None:

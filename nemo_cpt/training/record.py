@@ -1,9 +1,7 @@
-"""How a run was started, written down with each checkpoint; and what is different when it is started again."""
+"""How a run was started, written down with each checkpoint."""
 
-import hashlib
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,36 +9,18 @@ import lightning.pytorch as pl
 
 from nemo_cpt.checkpoint.chat_template import RECORD, recorded_template
 from nemo_cpt.checkpoint.provenance import BEFORE, trainings_of
+from nemo_cpt.compatibility import BASE_WEIGHTS, base_weights_of, weights_digest
 from nemo_cpt.conversations.dataset import is_conversations
 from nemo_cpt.corpus.dataset.index import full_prefix
+from nemo_cpt.training.changes import content_of, sets_of
+from nemo_cpt.training.run_folder import resumed_from
 
 _OPTIMIZER = ("optimizer", "adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "clip_grad", "sgd_momentum")
 _DATA = ("global_batch_size", "seq_length", "seed", "too_long", "replay_share")
 _NOT_OF_A_SCHEDULE = ("interval", "frequency", "monitor", "max_steps")  # max_steps: NeMo takes the trainer's
-_SAMPLE_BYTES = 2**16
 
 # Weak: a trainer that is done with must not be kept alive, with its model, for a few settings.
 _known: weakref.WeakKeyDictionary[pl.Trainer, dict[str, Any]] = weakref.WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class Change:
-    """A setting that is not what it was when the checkpoint was written.
-
-    Attributes:
-        group: `schedule`, `optimizer`, `data`, `adapters`, `layout` or `validation`.
-        name: of the setting, as in the recipe.
-        was: its value in the checkpoint's run.
-        now: its value.
-    """
-
-    group: str
-    name: str
-    was: Any
-    now: Any
-
-    def __str__(self) -> str:
-        return f"{self.name} {_shown(self.was)} -> {_shown(self.now)}"
 
 
 def record_of(trainer: pl.Trainer) -> dict[str, Any]:
@@ -68,21 +48,61 @@ def settings_of(trainer: pl.Trainer) -> dict[str, dict[str, Any]]:
     return _start(trainer)["settings"]
 
 
+def validated_otherwise(trainer: pl.Trainer) -> list[str]:
+    """The validation sets that hold, or are validated on, other samples than where the checkpoint was written."""
+    checkpoint, now = resumed_from(trainer.ckpt_path), settings_of(trainer)["validation"]
+    was = checkpoint.record.get("settings", {}).get("validation", {}) if checkpoint else {}
+    return [
+        name
+        for name in now["sets"]
+        if any(name in was.get(kind, {}) and was[kind][name] != now[kind].get(name) for kind in now)
+    ]
+
+
 def _start(trainer: pl.Trainer) -> dict[str, Any]:
     """A run's settings and chat template as they were when this was first called."""
     # Once, at the start: what changes while the run goes on is not how it was started.
     if trainer not in _known:
         data = trainer.datamodule
-        settings = {
-            "schedule": _schedule(trainer),
-            "optimizer": {name: getattr(_optimizer(trainer), name, None) for name in _OPTIMIZER},
-            "data": {name: getattr(data, name, None) for name in _DATA} | {"train": _training_sets(data)},
-            "adapters": _adapters(trainer),
+        settings = deciding_settings(trainer.lightning_module, data, trainer.max_steps) | {
             "layout": _layout(trainer),
-            "validation": {"sets": {name: _content(prefix) for name, prefix in _validation_sets(data).items()}},
+            "validation": {
+                "sets": {name: content_of(prefix) for name, prefix in _validation_sets(data).items()},
+                "batches": {name: len(of_set) for name, of_set in getattr(data, "validation_weights", {}).items()},
+            },
         }
-        _known[trainer] = {"settings": settings, RECORD: _template(trainer), BEFORE: _before(trainer)}
+        _known[trainer] = {
+            "settings": settings,
+            RECORD: _template(trainer),
+            BEFORE: _before(trainer),
+            BASE_WEIGHTS: _base_weights(trainer),
+        }
     return _known[trainer]
+
+
+def deciding_settings(module: Any, data: Any, max_steps: int) -> dict[str, dict[str, Any]]:
+    """The settings, by group, that decide what weights a run ends with.
+
+    Args:
+        module: NeMo's model, with its optimizer and PEFT.
+        data: the data module.
+        max_steps: the run's length.
+    """
+    return {
+        "schedule": _schedule(module, max_steps),
+        "optimizer": {name: getattr(_optimizer(module), name, None) for name in _OPTIMIZER},
+        "data": {name: getattr(data, name, None) for name in _DATA} | {"train": _training_sets(data)},
+        "adapters": _adapters(module),
+    }
+
+
+def _base_weights(trainer: pl.Trainer) -> str | None:
+    """What tells the weights of the base that the run began with from others'; None where it was not written down."""
+    if trainer.ckpt_path:
+        return base_weights_of(_start_folder(trainer.ckpt_path))
+    base = getattr(getattr(trainer.strategy, "restore_config", None), "path", None)
+    # On rank 0, which writes records: a thousand ranks need not read them.
+    return weights_digest(_start_folder(base)) if base and trainer.is_global_zero else None
 
 
 def _before(trainer: pl.Trainer) -> list[Mapping[str, Any]]:
@@ -109,31 +129,20 @@ def _template(trainer: pl.Trainer) -> Mapping[str, Any] | None:
     return own or (recorded_template(_start_folder(start)) if start else None)
 
 
-def changes(was: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]) -> list[Change]:
-    """What differs between two runs' settings; what either does not know is not compared."""
-    return [
-        Change(group, name, was[group][name], value)
-        for group, settings in now.items()
-        for name, value in settings.items()
-        # What an older version did not write down is not taken for a change.
-        if name in was.get(group, {}) and was[group][name] != value
-    ]
-
-
-def _schedule(trainer: pl.Trainer) -> dict[str, Any]:
-    optim = getattr(trainer.lightning_module, "optim", None)
+def _schedule(module: Any, max_steps: int) -> dict[str, Any]:
+    optim = getattr(module, "optim", None)
     scheduler = getattr(optim, "lr_scheduler", None)
     own = {name: value for name, value in _plain(scheduler).items() if name not in _NOT_OF_A_SCHEDULE}
-    rates = {"lr": getattr(_optimizer(trainer), "lr", None), "embeddings_lr": getattr(optim, "embeddings_lr", None)}
-    return {"max_steps": trainer.max_steps, **rates, "lr_scheduler": type(scheduler).__name__, **own}
+    rates = {"lr": getattr(_optimizer(module), "lr", None), "embeddings_lr": getattr(optim, "embeddings_lr", None)}
+    return {"max_steps": max_steps, **rates, "lr_scheduler": type(scheduler).__name__, **own}
 
 
-def _optimizer(trainer: pl.Trainer) -> Any:
-    return getattr(getattr(trainer.lightning_module, "optim", None), "config", None)
+def _optimizer(module: Any) -> Any:
+    return getattr(getattr(module, "optim", None), "config", None)
 
 
-def _adapters(trainer: pl.Trainer) -> dict[str, Any]:
-    transform = getattr(trainer.lightning_module, "model_transform", None)
+def _adapters(module: Any) -> dict[str, Any]:
+    transform = getattr(module, "model_transform", None)
     return {"peft": type(transform).__name__, **_plain(transform)} if transform is not None else {"peft": None}
 
 
@@ -149,25 +158,11 @@ def _layout(trainer: pl.Trainer) -> dict[str, Any]:
 
 def _training_sets(data: Any) -> list[list[Any]] | None:
     sets = getattr(data, "training_sets", None)
-    return sets and [[weight, _content(prefix)] for prefix, weight in sets.items()]
+    return sets and sets_of(sets)
 
 
 def _validation_sets(data: Any) -> dict[str, str]:
     return getattr(data, "validation_sets", None) or {}
-
-
-def _content(prefix: str) -> str:
-    """A dataset's name, and a hash of its files' sizes, beginnings and ends: the same wherever it was copied to."""
-    digest = hashlib.blake2b(digest_size=8)
-    full = full_prefix(prefix)
-    for suffix in (".idx", ".bin", *([".mask"] if Path(full + ".mask").exists() else [])):  # conversations have one
-        with open(full + suffix, "rb") as file:
-            size = file.seek(0, 2)
-            digest.update(size.to_bytes(8, "little"))
-            for start in (0, max(size - _SAMPLE_BYTES, 0)):
-                file.seek(start)
-                digest.update(file.read(_SAMPLE_BYTES))
-    return f"{Path(prefix).name.removesuffix('_text_document')}:{digest.hexdigest()}"
 
 
 def _plain(settings: Any) -> dict[str, Any]:
@@ -180,7 +175,3 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, list):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, bool | int | float | str)
-
-
-def _shown(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -11,13 +11,14 @@ from nemo import lightning as nl
 from nemo.utils import AppState
 from torch.optim.lr_scheduler import _enable_get_lr_call
 
-from nemo_cpt.compatibility import check_resumed
+from nemo_cpt.compatibility import base_weights_of, check_resumed
 from nemo_cpt.errors import CptError, exit_with_the_message
 from nemo_cpt.training import run_lock
+from nemo_cpt.training.changes import FIXED, Change, changes, listed
 from nemo_cpt.training.options import EXTENSIONS, check_extend
 from nemo_cpt.training.preconditions import check_base
-from nemo_cpt.training.record import Change, changes, settings_of
-from nemo_cpt.training.run_folder import Checkpoint, damaged_since, newest_whole, to_resume
+from nemo_cpt.training.record import settings_of, validated_otherwise
+from nemo_cpt.training.run_folder import Checkpoint, damaged_since, newest_whole, resumed_from, to_resume
 
 KEPT_TOKENIZER = f"{run_lock.FOLDER}/hf"  # in the run's folder
 
@@ -84,9 +85,13 @@ class ResumeOrStartFromBase(nl.AutoResume):
 
     def _get_base_model_path_for_adapter(self, adapter_meta_path: Path, model: Any) -> Path:
         base: Path = super()._get_base_model_path_for_adapter(adapter_meta_path, model)
-        if not base.exists():
-            raise CptError(f"this run trains adapters, and needs its base in {base} to go on. Put it back there")
-        return base
+        if base.exists():
+            return base
+        named = Path(self.restore_config.path) if self.restore_config else None
+        # `check_resumed` has compared their weights, where the checkpoint knows those that it began with.
+        if named and named.exists() and base_weights_of(adapter_meta_path.parents[1]):
+            return named
+        raise CptError(f"this run trains adapters, and needs its base in {base} to go on. Put it back there")
 
 
 def check_start(recipe: Any) -> None:
@@ -111,10 +116,9 @@ class _Resumption(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Compare, and write down this start."""
-        settings, checkpoint = settings_of(trainer), _resumed(trainer)
+        settings, checkpoint = settings_of(trainer), resumed_from(trainer.ckpt_path)
         if trainer.is_global_zero:
             _write_down(Path(AppState().log_dir), settings, checkpoint)
-            _keep_tokenizer(trainer, Path(AppState().log_dir, KEPT_TOKENIZER))
         if checkpoint is None or "settings" not in checkpoint.record:
             return
         changed = changes(checkpoint.record["settings"], settings)
@@ -122,20 +126,27 @@ class _Resumption(pl.Callback):
         self._changes_schedule = any(each.group == "schedule" for each in changed) and self.extend != "keep"
         if changed:
             how = f", extend={self.extend}" if any(each.group == "schedule" for each in changed) else ""
-            _say(f"resumed at step {checkpoint.step} with {_listed(changed)}{how}")
+            _say(f"resumed at step {checkpoint.step} with {listed(changed)}{how}")
+        if others := validated_otherwise(trainer):
+            _say(f"from here on losses of {', '.join(others)} are of other samples, and not compared with those before")
 
     def _check(self, checkpoint: Checkpoint, changed: list[Change]) -> None:
         where = f"this run was started otherwise than it is resumed at step {checkpoint.step}"
-        if fixed := [each for each in changed if each.group in ("optimizer", "data", "adapters")]:
+        if fixed := [each for each in changed if each.group in FIXED]:
             raise CptError(
-                f"{where}: {_listed(fixed)}. Its checkpoints hold the optimizer's state and the position in the data "
+                f"{where}: {listed(fixed)}. Its checkpoints hold the optimizer's state and the position in the data "
                 "that belong to the old values: take these back, or begin a new run (another name) with "
                 f"base={checkpoint.path}"
             )
         schedule = [each for each in changed if each.group == "schedule"]
         if schedule and self.extend is None:
             choices = "; ".join(f"extend={name}: {meaning}" for name, meaning in EXTENSIONS.items())
-            raise CptError(f"{where}: {_listed(schedule)}. Say what becomes of the learning rate: {choices}")
+            raise CptError(f"{where}: {listed(schedule)}. Say what becomes of the learning rate: {choices}")
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the tokenizer, once no other callback's setup has refused this start with it."""
+        if trainer.is_global_zero:
+            _keep_tokenizer(trainer, Path(AppState().log_dir, KEPT_TOKENIZER))
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         """Put the new schedule's state in the place of the old one's."""
@@ -178,11 +189,6 @@ def _scheduler_of(trainer: pl.Trainer, steps: int) -> Any:
         module.max_steps = whole
 
 
-def _resumed(trainer: pl.Trainer) -> Checkpoint | None:
-    path = trainer.ckpt_path and Path(str(trainer.ckpt_path))
-    return Checkpoint(path.parent if path.name == "weights" else path) if path else None
-
-
 def _write_down(folder: Path, settings: dict[str, Any], checkpoint: Checkpoint | None) -> None:
     """One line a start, for whoever wants to know how a run came about."""
     start = {
@@ -212,10 +218,6 @@ def _keep_tokenizer(trainer: pl.Trainer, kept: Path) -> None:
         shutil.copytree(source, partial)
         partial.rename(kept)
     tokenizer.pretrained_model_name = str(kept)
-
-
-def _listed(changed: list[Change]) -> str:
-    return ", ".join(map(str, changed))
 
 
 def _say(message: str) -> None:

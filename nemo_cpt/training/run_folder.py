@@ -87,6 +87,12 @@ def checkpoints(folder: Path) -> list[Checkpoint]:
     return sorted((each for each in found if not each.unfinished), key=lambda each: each.age_order, reverse=True)
 
 
+def resumed_from(path: str | Path | None) -> Checkpoint | None:
+    """The checkpoint of a trainer's `ckpt_path`, which may name its `weights`; None for a run that begins."""
+    found = Path(str(path)) if path else None
+    return Checkpoint(found.parent if found.name == "weights" else found) if found else None
+
+
 def newest_whole(folder: Path) -> Checkpoint | None:
     """The newest checkpoint in a run's `checkpoints` folder of which everything is there."""
     return next((each for each in checkpoints(folder) if each.fault is None), None)

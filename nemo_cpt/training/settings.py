@@ -4,8 +4,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, get_args
 
+from nemo_cpt.arguments import as_wanted
 from nemo_cpt.errors import CptError
 
 COUNTS = (  # of which there is at least one
@@ -96,18 +97,23 @@ def settings_in(recipe: Any) -> Settings:
     """Read the settings of a recipe.
 
     Args:
-        recipe: the `run.Partial` of a recipe function, edited or not. A field that is no number, such as
-            devices="auto", is not known.
+        recipe: the `run.Partial` of a recipe function, edited or not. devices="auto", or a list, is not known.
+
+    Raises:
+        CptError: a field is of another type.
     """
-    found = {name: _number(recipe, path) for name, path in OF_A_BUILT_RECIPE.items()}
+    found = {name: _number(recipe, name, path) for name, path in OF_A_BUILT_RECIPE.items()}
     if any(_get(recipe, f"model.config.{name}") for name in UNEVEN_STAGES):
         found["num_layers"] = None  # their own rules, which Megatron checks
     return Settings(**found)
 
 
-def _number(config: Any, path: str) -> Any:
-    value = _get(config, path)
-    return value if isinstance(value, int | float) else None
+def _number(recipe: Any, name: str, path: str) -> Any:
+    value = _get(recipe, path)
+    if value is None or (name == "gpus_per_node" and (value == "auto" or isinstance(value, list))):
+        return None
+    wanted, _ = get_args(Settings.__annotations__[name])  # each is a type, or None
+    return as_wanted(path, value, wanted)
 
 
 def _get(config: Any, path: str) -> Any:

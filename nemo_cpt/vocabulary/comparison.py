@@ -11,6 +11,7 @@ from typing import Any
 from nemo_cpt.corpus.reading.sources import Inputs
 from nemo_cpt.corpus.tokenization.tokenizer import Tokenizer, load_tokenizer
 from nemo_cpt.errors import CptError
+from nemo_cpt.page import drawing, legend_name
 from nemo_cpt.vocabulary.samples import draw
 
 SAMPLE_BYTES = 16 * 2**20
@@ -94,20 +95,22 @@ class Comparison:
             from matplotlib.figure import Figure
         except ImportError:
             raise CptError("plots need matplotlib: pip install matplotlib") from None
-        corpora = list(dict.fromkeys(each.corpus for each in self.measured))
-        width = 0.8 / len(self.vocabulary_sizes)
-        figure = Figure((6, 4), layout="constrained")
-        axes = figure.subplots()
-        for number, name in enumerate(self.vocabulary_sizes):
-            rates = [each.characters_per_token for each in self.measured if each.tokenizer == name]
-            axes.bar([place + number * width for place in range(len(corpora))], rates, width, label=name)
-        axes.set_xticks([place + 0.4 - width / 2 for place in range(len(corpora))], corpora)
-        axes.set_ylabel("characters a token")
-        axes.legend()
-        try:
-            figure.savefig(path)
-        except (OSError, ValueError) as error:
-            raise CptError(f"the plot {path} cannot be written: {error}") from error
+        with drawing():
+            corpora = list(dict.fromkeys(each.corpus for each in self.measured))
+            width = 0.8 / len(self.vocabulary_sizes)
+            figure = Figure((6, 4), layout="constrained")
+            axes = figure.subplots()
+            for number, name in enumerate(self.vocabulary_sizes):
+                rates = [each.characters_per_token for each in self.measured if each.tokenizer == name]
+                places = [place + number * width for place in range(len(corpora))]
+                axes.bar(places, rates, width, label=legend_name(name))
+            axes.set_xticks([place + 0.4 - width / 2 for place in range(len(corpora))], corpora)
+            axes.set_ylabel("characters a token")
+            axes.legend()
+            try:
+                figure.savefig(path)
+            except (OSError, ValueError) as error:
+                raise CptError(f"the plot {path} cannot be written: {error}") from error
 
 
 def compare(

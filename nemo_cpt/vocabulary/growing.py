@@ -112,8 +112,8 @@ def grow(
             few tokens; `until` is not reached; `output` exists. Nothing is left at `output` then.
     """
     start = time.monotonic()
-    least_one = {"multiple_of": multiple_of, "max_characters": max_characters, "min_count": min_count}
-    _check_arguments(tokens, until, least_one | {"sample_bytes": sample_bytes}, Path(output))
+    check_options(tokens, until, max_characters, min_count, multiple_of, sample_bytes)
+    check_free(Path(output))
     base = read_byte_level(tokenizer)
     sample = draw(inputs, json_key, sample_bytes)
     say(f"{len(sample.texts):,} of {sample.seen:,} documents are learnt from, {len(sample.held_out):,} are held out")
@@ -154,15 +154,24 @@ def grow(
     )
 
 
-def _check_arguments(tokens: int | None, until: float | None, least_one: dict[str, int], output: Path) -> None:
+def check_options(
+    tokens: int | None, until: float | None, max_characters: int, min_count: int, multiple_of: int, sample_bytes: int
+) -> None:
+    """Check the options of `grow` that need no input.
+
+    Raises:
+        CptError: one is impossible.
+    """
     if (tokens is None) == (until is None):
         raise CptError("say how far to grow: either tokens=12000 (--tokens) or until=1.6 (--until), characters a token")
     if tokens is not None and tokens < 1:
         raise CptError(f"tokens is {tokens}; it must be 1 or more")
-    for name, value in least_one.items():
+    if until is not None and not 0 < until < float("inf"):
+        raise CptError(f"until is {until}; it is a number of characters a token, above 0")
+    least_one = {"multiple_of": multiple_of, "max_characters": max_characters, "min_count": min_count}
+    for name, value in (least_one | {"sample_bytes": sample_bytes}).items():
         if value < 1:
             raise CptError(f"{name} is {value}; it must be 1 or more")
-    check_free(output)
 
 
 def _learn(learner: Learner, size: int, tokens: int, multiple_of: int) -> list[Merge]:

@@ -97,13 +97,9 @@ def train(
             there is no such kind; a special token is named twice; `output` exists. Nothing is left at `output` then.
     """
     start = time.monotonic()
-    output, reserved = Path(output), [f"<|reserved_special_token_{number}|>" for number in range(RESERVED)]
-    tokens = [BOS, EOS, PAD, *CHAT, *special, *reserved]
-    # A multiple of 0 is refused below, in words and not by the division.
-    size = -(-vocabulary_size // max(multiple_of, 1)) * multiple_of
-    if kind not in KINDS:
-        raise CptError(f"kind is {kind!r}; it can be {', '.join(KINDS)}")
-    _check_arguments(corpora, output, tokens, vocabulary_size, size, multiple_of, sample_bytes)
+    check_options(corpora, vocabulary_size, kind, special, multiple_of, sample_bytes)
+    output, tokens, size = Path(output), _special(special), _rounded_up(vocabulary_size, multiple_of)
+    check_free(output)
     if isinstance(corpora, Mapping):
         samples = _weighted(corpora, json_key, sample_bytes)
     else:
@@ -133,29 +129,44 @@ def train(
     )
 
 
-def _check_arguments(
+def _special(further: Sequence[str]) -> list[str]:
+    """All special tokens, in the order of their ids."""
+    return [BOS, EOS, PAD, *CHAT, *further, *(f"<|reserved_special_token_{number}|>" for number in range(RESERVED))]
+
+
+def _rounded_up(size: int, multiple_of: int) -> int:
+    return -(-size // multiple_of) * multiple_of
+
+
+def check_options(
     corpora: Inputs | Mapping[str, float],
-    output: Path,
-    tokens: Sequence[str],
-    asked: int,
-    size: int,
+    vocabulary_size: int,
+    kind: str,
+    special: Sequence[str],
     multiple_of: int,
     sample_bytes: int,
 ) -> None:
+    """Check the options of `train` that need no text.
+
+    Raises:
+        CptError: one is impossible.
+    """
+    if kind not in KINDS:
+        raise CptError(f"kind is {kind!r}; it can be {', '.join(KINDS)}")
     weights = corpora if isinstance(corpora, Mapping) else {}
     if wrong := {name: weight for name, weight in weights.items() if not 0 < weight < float("inf")}:
         raise CptError(f"the weight of {next(iter(wrong))} is {next(iter(wrong.values()))}; it must be above 0")
     for name, value in (("multiple_of", multiple_of), ("sample_bytes", sample_bytes)):
         if value < 1:
             raise CptError(f"{name} is {value}; it must be 1 or more")
+    tokens = _special(special)
     if twice := [token for token in tokens if tokens.count(token) > 1]:
         raise CptError(f"the special token {twice[0]} is there twice")
-    if size <= len(tokens) + 256:
+    if _rounded_up(vocabulary_size, multiple_of) <= len(tokens) + 256:
         raise CptError(
-            f"a vocabulary of {asked:,} has no room for tokens beside 256 bytes and {len(tokens)} special ones: give a "
-            "larger vocabulary_size (--vocabulary-size)"
+            f"a vocabulary of {vocabulary_size:,} has no room for tokens beside 256 bytes and "
+            f"{len(tokens)} special ones: give a larger vocabulary_size (--vocabulary-size)"
         )
-    check_free(output)
 
 
 def _weighted(corpora: Mapping[str, float], json_key: str, limit: int) -> dict[str, Sample]:

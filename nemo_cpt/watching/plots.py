@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from nemo_cpt.page import png
+from nemo_cpt.page import drawing, legend_name, png
 from nemo_cpt.training.metrics import LOSS
 from nemo_cpt.watching.record import GPU_MEMORY, TRAIN_LOSS, Record
 
@@ -14,10 +14,6 @@ COLOURS = ("#2f6f9f", "#c1622d", "#4b8b3b", "#7a4fa3", "#8a6d1d", "#a33b56")
 
 def pictures(records: Sequence[Record]) -> dict[str, bytes]:
     """Each picture that there is something to draw of, by its file's name without `.png`, in the page's order."""
-    import matplotlib
-
-    # No window: servers have no display.
-    matplotlib.use("Agg")
     draw = {
         "loss": _loss,
         "validation": _validation,
@@ -27,13 +23,12 @@ def pictures(records: Sequence[Record]) -> dict[str, bytes]:
         "throughput": _throughput,
         "memory": lambda axis, runs: _line(axis, runs, GPU_MEMORY, "GiB taken by rank 0's allocator"),
     }
-    drawn = {name: _picture(how, records) for name, how in draw.items()}
+    with drawing() as pyplot:
+        drawn = {name: _picture(pyplot, how, records) for name, how in draw.items()}
     return {name: content for name, content in drawn.items() if content}
 
 
-def _picture(draw: Callable[[Any, Sequence[Record]], None], records: Sequence[Record]) -> bytes | None:
-    from matplotlib import pyplot
-
+def _picture(pyplot: Any, draw: Callable[[Any, Sequence[Record]], None], records: Sequence[Record]) -> bytes | None:
     figure, axis = pyplot.subplots(figsize=SIZE, layout="constrained")
     draw(axis, records)
     if not axis.has_data():
@@ -48,7 +43,7 @@ def _picture(draw: Callable[[Any, Sequence[Record]], None], records: Sequence[Re
 
 def _label(record: Record, records: Sequence[Record], what: str = "") -> str | None:
     """What a line is, and whose, where there are two runs; nothing for the only line of a picture."""
-    return ", ".join(filter(None, (what, record.name if len(records) > 1 else ""))) or None
+    return legend_name(", ".join(filter(None, (what, record.name if len(records) > 1 else "")))) or None
 
 
 def _line(axis: Any, records: Sequence[Record], name: str, unit: str) -> None:

@@ -11,7 +11,7 @@ from nemo_cpt.corpus.atomic_files import make_folder, write_whole
 from nemo_cpt.errors import CptError
 from nemo_cpt.launching.results import Run, every_checkpoint, size
 from nemo_cpt.monitoring.forgetting import Change, set_name
-from nemo_cpt.page import details, finite, head, image, table, table_row
+from nemo_cpt.page import as_json, details, head, image, table, table_row
 from nemo_cpt.watching.plots import pictures
 from nemo_cpt.watching.record import GPU_MEMORY, TRAIN_LOSS, Record
 
@@ -44,7 +44,7 @@ def write_report(records: Sequence[Record], folder: Path) -> list[Path]:
     drawn = pictures(records)
     files = {
         "report.html": "\n".join(_page(records, drawn)).encode(),
-        "report.json": json.dumps(finite(as_dict(records)), ensure_ascii=False, indent=1).encode() + b"\n",
+        "report.json": as_json(as_dict(records)),
         **{f"{name}.png": content for name, content in drawn.items()},
     }
     for name, content in files.items():
@@ -90,7 +90,7 @@ def _page(records: Sequence[Record], drawn: Mapping[str, bytes]) -> Iterator[str
         yield f"<h2>What differs between them ({len(rows)})</h2>"
         yield from table(("setting", *(record.name for record in records)), [tuple(map(str, row)) for row in rows])
     for record in records:
-        yield from _run(record, heading=f" of {record.name}" if len(records) > 1 else "")
+        yield from _run(record, heading=f" of {html.escape(record.name)}" if len(records) > 1 else "")
     yield "</body></html>"
 
 
@@ -132,7 +132,8 @@ def _changes(records: Sequence[Record]) -> Iterator[str]:
     for record in records:
         if not record.changes:
             continue
-        yield f"<h2>Gained against forgotten{f': {record.name}' if len(records) > 1 else ''}</h2>"
+        whose = f": {html.escape(record.name)}" if len(records) > 1 else ""
+        yield f"<h2>Gained against forgotten{whose}</h2>"
         noises = [f"The standard error is of {change.noise}." for change in record.changes.values()]
         yield from table(COLUMNS, [cells(record, change) for change in record.changes.values()], noises)
 

@@ -1,18 +1,23 @@
 """What steps call where it is a little more than one function of the library: what its command does around that."""
 
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nemo_cpt.errors import CptError
 
 
-def clean(rules: str, **parameters: Any) -> Any:
-    """Clean by `cleaning.clean`, with the rules of a language or those of a YAML file."""
-    from nemo_cpt.cleaning import clean as keep
-    from nemo_cpt.cleaning import read_rules
+def in_tasks(function: str, tasks: int, executor: str, options: Sequence[str], **parameters: Any) -> Any:
+    """Make what a function of `launching.in_tasks` makes, on an executor that is named.
 
-    return keep(rules=read_rules(rules) if rules.endswith((".yaml", ".yml")) else rules, **parameters)
+    Raises:
+        CptError: there is no such executor, or the function cannot do it.
+    """
+    from nemo_cpt.launching import in_tasks as making
+
+    make = getattr(making, function)
+    return make(executor=making.executor_named(executor, options), tasks=tasks, **parameters)
 
 
 def verify(nemo: str, hf: str, **parameters: Any) -> Any:
@@ -70,8 +75,7 @@ def serve(model: str, host: str = "127.0.0.1", port: int = 8000, served_as: str 
     Raises:
         CptError: the port is taken, or the model cannot be opened.
     """
-    if host not in ("127.0.0.1", "localhost", "::1"):
-        raise CptError(f"{host} can be reached from other machines: `nemo-cpt serve --api-key-env` serves them")
+    check_address(host, port)
     from nemo_cpt.inference.models import open_transformers
     from nemo_cpt.inference.server import make_app
     from nemo_cpt.inference.server import serve as run_server
@@ -85,3 +89,15 @@ def serve(model: str, host: str = "127.0.0.1", port: int = 8000, served_as: str 
     loaded = open_transformers(model, say=lambda line: print(line, flush=True))
     print(f"{name} at http://{host}:{listener.getsockname()[1]}/v1", flush=True)
     run_server(make_app(loaded, served_as=name), listener)
+
+
+def check_address(host: str, port: int) -> None:
+    """Check where a model is to be served.
+
+    Raises:
+        CptError: the address is not this machine's own, or there is no such port.
+    """
+    if host not in ("127.0.0.1", "localhost", "::1"):
+        raise CptError(f"{host} can be reached from other machines: `nemo-cpt serve --api-key-env` serves them")
+    if not 0 <= port < 2**16:
+        raise CptError(f"port is {port}; ports go from 1 to 65535, and 0 takes a free one")

@@ -19,6 +19,7 @@ from nemo_cpt.launching.results import checkpoint_folder
 from nemo_cpt.workflow import recipes
 from nemo_cpt.workflow.dry_run import dry_run, refuse_red
 from nemo_cpt.workflow.files import load
+from nemo_cpt.workflow.kinds import EXECUTOR, TASKS
 from nemo_cpt.workflow.page import write_up
 from nemo_cpt.workflow.running import Runner
 from nemo_cpt.workflow.showing import Shown
@@ -55,6 +56,11 @@ def submit(file: Path, chosen: Chosen, executor: str, options: Sequence[str], de
         steps = [each.step for each in found.standings if not each.done]
         if forever := [step.name for step in steps if step.kind.forever]:
             raise CptError(f"{forever[0]} would hold its job for ever: leave it away with --until, or run it here")
+        if shared := [step.name for step in steps if step.kind.in_tasks and TASKS in step.parameters]:
+            raise CptError(
+                f"{shared[0]} submits {TASKS} of its own, for which its job would wait: run the workflow where jobs "
+                f"are submitted, without --executor, or leave its {TASKS} away"
+            )
         if not steps:
             return {"experiment": None, "jobs": {}}
         # Before the experiment: the first executor mends NeMo-Run's, whose end is looked up when it begins.
@@ -90,7 +96,7 @@ def _tasks(
         return
     yield f"{step.name}-{BEGIN}", ours(BEGIN), light()
     recipe, arguments, fields, own = recipes.split(step.name, step.parameters, step.folder)
-    named = str(step.parameters.get(recipes.EXECUTOR, executor))
+    named = str(step.parameters.get(EXECUTOR, executor))
     shared = options if named == executor else []
     where = make_executor(named, [*shared, *own], recipe.processes(arguments))
     if recipe.gpus(arguments):

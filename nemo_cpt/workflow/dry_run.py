@@ -12,7 +12,7 @@ from nemo_cpt.workflow.standing import Chosen, Standing, check_free, standings
 from nemo_cpt.workflow.state import State
 from nemo_cpt.workflow.steps import Workflow
 
-COLUMNS = ("step", "does", "state", "why", "time", "memory", "disk")
+COLUMNS = ("step", "does", "state", "why", "time", "memory", "disk", "note")
 UNKNOWN = "?"
 
 
@@ -44,7 +44,7 @@ class DryRun:
         for each, estimate in zip(self.standings, self.estimates, strict=True):
             does = str(each.step.parameters.get("recipe", each.step.do))
             if each.done:
-                yield each.step.name, does, "done", "", "", "", ""
+                yield each.step.name, does, "done", "", "", "", "", ""
             else:
                 yield each.step.name, does, "may run" if each.waits else "would run", each.why, *_cells(estimate)
         seconds, disk = (sum(getattr(each, name) or 0 for each in self.estimates) for name in ("seconds", "disk_bytes"))
@@ -58,6 +58,7 @@ class DryRun:
             _time(seconds),
             f"{memory:,.1f} GiB" if memory else "",
             _bytes(disk),
+            "",
         )
 
     def lines(self) -> Iterator[str]:
@@ -107,6 +108,9 @@ def dry_run(workflow: Workflow, chosen: Chosen, plan: bool = True) -> DryRun:
     names, again, state = chosen.steps(workflow), chosen.again(workflow), State(workflow)
     found = [each for each in standings(workflow, state, again) if each.step.name in names]
     check_free(found)
+    for each in found:
+        if not each.done:  # what is done was checked when it was done
+            each.step.check_values([path for other in workflow.steps.values() for path in other.writes])
     estimates = Estimates(workflow)
     made = [estimates.of(each, plan) for each in found]
     disk = estimates.disk(sum(each.disk_bytes or 0 for each in made))
@@ -124,11 +128,11 @@ def refuse_red(found: DryRun) -> None:
         raise CptError(f"{found.workflow.name} is not run (--force runs it all the same):\n{listed}")
 
 
-def _cells(estimate: Estimate) -> tuple[str, str, str]:
+def _cells(estimate: Estimate) -> tuple[str, str, str, str]:
     memory = UNKNOWN if estimate.memory_gib is None else f"{estimate.memory_gib:,.1f} GiB"
     disk = UNKNOWN if estimate.disk_bytes is None else _bytes(estimate.disk_bytes)
     time = UNKNOWN if estimate.seconds is None else _time(estimate.seconds)
-    return time, f"{memory} ({estimate.note})" if estimate.note else memory, disk
+    return time, memory, disk, estimate.note
 
 
 def _bytes(number: float) -> str:

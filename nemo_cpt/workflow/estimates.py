@@ -1,6 +1,7 @@
 """What a step would take: seconds, memory and disk, from the planner for trainings and from measured rates for others.
 
 What is not known is None, and nothing is guessed for it: a hub's sizes, a tuning whose conversations are not there yet.
+The note says why.
 """
 
 import contextlib
@@ -10,12 +11,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nemo_cpt.catalog.workloads import workload
+from nemo_cpt.cleaning.language import Language
+from nemo_cpt.cleaning.rules import chosen_rules
 from nemo_cpt.corpus.preparing.workers import count_processes
+from nemo_cpt.corpus.reading.chunks import Feed
+from nemo_cpt.corpus.reading.sources import list_sources
 from nemo_cpt.doctor import PREFLIGHT, Examination, Finding, Job, examine
 from nemo_cpt.doctor.examination import from_error
-from nemo_cpt.doctor.inputs import run_folder
+from nemo_cpt.doctor.inputs import base_architecture, run_folder
 from nemo_cpt.errors import CptError
 from nemo_cpt.launching.description import describe
+from nemo_cpt.planning.checkpoint_size import checkpoint_bytes, export_bytes, parameters
 from nemo_cpt.planning.plans import plan_workload
 from nemo_cpt.workflow import outputs, recipes
 from nemo_cpt.workflow.kinds import paths_in, value_of
@@ -23,7 +29,8 @@ from nemo_cpt.workflow.standing import Standing, goes_on
 from nemo_cpt.workflow.steps import Step, Workflow
 
 # Inputs whose size tells that of what is made of them; the tokenizer's and the base's do not.
-MEASURED = ("inputs", "corpora", "source")
+MEASURED = ("inputs", "corpora", "source", "hf")
+SAMPLE_BYTES = 1 << 20  # of a compressed input, read to know how much is in it
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,22 @@ RATES = {
     "grow": Rate(0.9e9, 1.0, 0.5),
     "merge": Rate(0.9e9, 1.0, 0.5),
     "export": Rate(0.9e9, 1.0, 0.5),
+    "verify": Rate(0.9e9, 0.0),
 }
+# A quarter of the rate of other rules is lingua's doing, which reads Latin letters.
+CLEAN_LATIN = Rate(2.3e6, 1.0, 0.06, by_workers=True)
+WHY_NOT = {
+    "fetch": "a server's sizes are not asked for",
+    "download": "a hub's sizes are not asked for",
+    "synthesize": "as long as its questions take",
+    "evaluate": "as long as its replies take",
+    "push": "as long as the network takes",
+    "serve": "until it is stopped",
+    "report": "not measured; seconds",
+    "init": "not measured; its weights in bf16",
+    "grow_tokenizer": "not measured",
+}
+NOT_THERE_YET = "not known before its inputs are there"
 
 
 @dataclass(frozen=True)
@@ -63,7 +85,7 @@ class Estimate:
         seconds: of wall time.
         memory_gib: of a GPU, of a training; else of this machine.
         disk_bytes: that it would write and keep.
-        note: what the figures are of.
+        note: what the figures are of, or why there are none.
         model_bytes: of a training's model.
     """
 
@@ -114,14 +136,24 @@ class Estimates:
         return Finding("disk", "error" if short else "ok", found, short)
 
     def _by_rate(self, step: Step) -> Estimate:
-        rate = RATES.get(step.do)
+        rate = self._rate(step)
         if rate is None:
-            return Estimate()
+            return Estimate(note=WHY_NOT.get(step.do, "a function of your own"))
         size = self._size(step)
         if size is None:
-            return Estimate(memory_gib=rate.memory_gib or None)
+            return Estimate(memory_gib=rate.memory_gib or None, note=NOT_THERE_YET)
         workers = count_processes(step.parameters.get("workers")) if rate.by_workers else 1
         return Estimate(size / rate.bytes_per_second / workers, rate.memory_gib or None, size * rate.grows)
+
+    def _rate(self, step: Step) -> Rate | None:
+        if step.do != "clean":
+            return RATES.get(step.do)
+        try:
+            with contextlib.chdir(self.workflow.folder):
+                rules = chosen_rules(str(step.parameters["rules"])).rules
+        except CptError:  # a step before it makes them
+            return RATES[step.do]
+        return CLEAN_LATIN if any(isinstance(rule, Language) for rule in rules) else RATES[step.do]
 
     def _size(self, step: Step) -> float | None:
         """Bytes of what a step reads; None where a part of it is not known."""
@@ -131,7 +163,8 @@ class Estimates:
     def _size_of(self, path: str) -> float | None:
         files = outputs.files_of(self.workflow.folder / path)
         if files:
-            return float(sum(file.stat().st_size for file in files))
+            on_disk = float(sum(file.stat().st_size for file in files))
+            return on_disk * _unpacked(max(files, key=lambda file: file.stat().st_size))
         size = next((size for made, size in self.made.items() if outputs.related(path, made)), None)
         return size and size * self._share(path)
 
@@ -154,13 +187,15 @@ class Estimates:
             self.findings.append((step.name, from_error("recipe", error)))
             return Estimate(note="not known before its base is there")
         self._preflight(standing, job)
-        if not plan or not job.gpus_per_node:
-            return Estimate(note="" if job.gpus_per_node else "on the CPU")
+        if not job.gpus_per_node:
+            return _on_disk(job, "on the CPU, whose pace is not known")
+        if not plan:
+            return _on_disk(job, "")
         try:
             planned = plan_workload(workload(recipe.name, arguments, fields), job.gpu_memory_gib)
         except CptError as error:
             self.findings.append((step.name, Finding("plan", "warning", f"none: {error.message}")))
-            return Estimate()
+            return _on_disk(job, "the planner has no plan for it")
         if not planned.fits:
             self.findings.append((step.name, Finding("plan", "error", planned.verdict, "nemo-cpt plan says what fits")))
         tokens = planned.workload.max_steps * planned.workload.tokens_per_step
@@ -184,6 +219,30 @@ class Estimates:
     def _missing(self, name: str) -> bool:
         step = self.workflow.steps[name]
         return any(not outputs.files_of(step.folder / path) for path in step.writes)
+
+
+def _on_disk(job: Job, note: str) -> Estimate:
+    """What a training that is not planned leaves on the disk, where its base is there to tell."""
+    architecture = base_architecture(Path(job.base)) if job.base else None
+    if architecture is None:
+        return Estimate(note=note)
+    on_cpu = job.gpus_per_node == 0
+    checkpoint = checkpoint_bytes(architecture, job.lora_rank, job.trained_embeddings, on_cpu)
+    model, exports = parameters(architecture) * (4 if on_cpu else 2), job.exports * export_bytes(architecture)
+    return Estimate(disk_bytes=job.checkpoints * checkpoint + exports, note=note, model_bytes=model)
+
+
+def _unpacked(file: Path) -> float:
+    """Bytes of text for each byte on disk, by the beginning of a file: above 1 for a compressed one."""
+    try:
+        (source,) = list_sources(file)
+        if source.kind not in ("gzip", "zstd", "parquet"):
+            return 1.0
+        task = next(iter(Feed([source], None, SAMPLE_BYTES)))
+    except (CptError, OSError):  # no input of text, such as a model's weights; or what its step will refuse
+        return 1.0
+    size = sum(len(str(row).encode()) for row in task.data) if isinstance(task.data, list) else len(task.data or b"")
+    return size / max(task.done, 1)
 
 
 def _measured(step: Step) -> Iterator[str]:

@@ -7,7 +7,6 @@ steps:
 
 import re
 from collections.abc import Iterator
-from importlib.util import module_from_spec, spec_from_file_location
 from keyword import iskeyword
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import yaml
 
 from nemo_cpt import catalog
 from nemo_cpt.errors import CptError
+from nemo_cpt.python_files import import_file
 from nemo_cpt.strict_yaml import StrictLoader
 from nemo_cpt.workflow.kinds import KINDS, OWN
 from nemo_cpt.workflow.steps import Step, Workflow
@@ -110,17 +110,7 @@ def _step(name: str, value: Any) -> Step:
 
 
 def _from_python(path: Path) -> Workflow:
-    spec = spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise CptError(f"{path} is no Python file")
-    module = module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except CptError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise CptError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
-    found = {name: value for name, value in vars(module).items() if isinstance(value, Workflow)}
+    found = {name: value for name, value in vars(import_file(path)).items() if isinstance(value, Workflow)}
     if len(found) != 1:
         raise CptError(f"{path} holds {len(found)} workflows ({', '.join(found) or 'none'}): it must hold one")
     (workflow,) = found.values()

@@ -14,8 +14,17 @@ from nemo_cpt.errors import CptError
 # Of the library's functions: what the workflow itself decides, or what has no place in a file.
 NOT_GIVEN = ("overwrite", "quiet", "say", "progress", "api_key", "judge_key", "dry_run")
 # What changes how fast a step is, and not what it makes.
-OF_THE_MACHINE = ("workers", "concurrency", "patience", "chunk_bytes", "checkpoint_seconds", "executor", "device")
-OPTION = "executor."  # before an executor's own options
+OF_THE_MACHINE = (
+    "workers",
+    "tasks",
+    "concurrency",
+    "patience",
+    "chunk_bytes",
+    "checkpoint_seconds",
+    "executor",
+    "device",
+)
+TASKS, EXECUTOR, OPTION = "tasks", "executor", "executor."  # the last before an executor's own options
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,8 @@ class Kind:
         reads: parameters that name files: a path, a list of them, or a mixture of datasets.
         writes: what it makes, with its parameters' values in braces; empty for nothing.
         by_name: those of `reads` whose value may be a name instead of a path: of the hub's, or of what ships.
+        or_file: those of `by_name` whose value, where it is no name, is a file and no folder: `rules: ja` is a name,
+            also beside a folder ja.
         of_run: those of `reads` where a run's folder stands for its newest whole checkpoint.
         recipe: it trains one, as `nemo-cpt run` does.
         goes_on: what is left of a killed one is gone on from, and not cleared away.
@@ -35,12 +46,16 @@ class Kind:
         forever: it goes on until it is stopped, and is never done.
         action: name in `actions` of what is called in the function's place, with the same parameters.
         labelled: those of `reads` where NAME= may stand before a path.
+        in_tasks: the function of `launching.in_tasks` that makes the same with many tasks, where the step says `tasks`.
+        checks: the function of its module that checks the values of options, which the function itself calls first:
+            what it takes, by the names of the function's parameters, needs no file; empty for nothing to check.
     """
 
     function: str
     reads: tuple[str, ...] = ()
     writes: str = ""
     by_name: tuple[str, ...] = ()
+    or_file: tuple[str, ...] = ()
     of_run: tuple[str, ...] = ()
     recipe: bool = False
     goes_on: bool = False
@@ -49,6 +64,8 @@ class Kind:
     forever: bool = False
     action: str = ""
     labelled: tuple[str, ...] = ()
+    in_tasks: str = ""
+    checks: str = "check_options"
 
 
 _RECIPE = Kind("", recipe=True, goes_on=True, kept=True, of_run=("base",))
@@ -59,8 +76,9 @@ KINDS = {
         ("inputs", "decontaminate", "rules"),
         "{output}",
         by_name=("rules",),
+        or_file=("rules",),
         goes_on=True,
-        action="clean",
+        in_tasks="clean_in_tasks",
     ),
     "split": Kind("corpus.splitting.splits:split", ("inputs", "validation", "test"), "{output_folder}", goes_on=True),
     "synthesize": Kind("synthesis.sets:synthesize", ("inputs", "slots"), "{output}", goes_on=True),
@@ -72,42 +90,53 @@ KINDS = {
         "{output_prefix}_{json_key}_document",
         ("tokenizer",),
         goes_on=True,
+        in_tasks="prepare_in_tasks",
     ),
     "prepare_conversations": Kind(
         "conversations.preparation:prepare",
-        ("inputs", "tokenizer"),
+        ("inputs", "tokenizer", "template"),
         "{output_prefix}_conversations",
-        ("tokenizer",),
+        ("tokenizer", "template"),
+        ("template",),
         goes_on=True,
     ),
     "download": Kind("checkpoint.downloading:download", writes="{dest}", goes_on=True),
-    "import": Kind("checkpoint.importing:import_hf", ("source",), "{dest}"),
+    "import": Kind("checkpoint.importing:import_hf", ("source",), "{dest}", checks=""),
     "init": Kind("checkpoint.untrained:make_untrained", ("tokenizer",), "{dest}"),
-    "grow": Kind("checkpoint.growing:grow_model", ("source", "tokenizer", "base"), "{dest}"),
+    "grow": Kind("checkpoint.growing:grow_model", ("source", "tokenizer", "base", "corpus"), "{dest}"),
     "train": _RECIPE,
     "tune": _RECIPE,
     "merge": Kind("checkpoint.merging:merge", ("source", "base"), "{dest}", of_run=("source",)),
-    "export": Kind("checkpoint.exporting:export_hf", ("source", "base"), "{dest}", of_run=("source",)),
+    "export": Kind(
+        "checkpoint.exporting:export_hf",
+        ("source", "base", "chat_template"),
+        "{dest}",
+        ("chat_template",),
+        ("chat_template",),
+        of_run=("source",),
+    ),
     "verify": Kind(
         "checkpoint.verification:verify",
         ("nemo", "hf", "base"),
         of_run=("nemo",),
         by_version=True,
         action="verify",
+        checks="",
     ),
     "evaluate": Kind(
         "evaluation.comparison:evaluate",
         ("model", "against", "checkpoints_of", "base", "losses", "prompts"),
         "{output}",
         ("model", "against", "prompts"),
+        ("prompts",),
         goes_on=True,
         by_version=True,
         action="evaluate",
         labelled=("losses", "prompts"),
     ),
-    "report": Kind("workflow.actions:report", ("run", "against"), "{output}", by_version=True),
+    "report": Kind("workflow.actions:report", ("run", "against"), "{output}", by_version=True, checks=""),
     "push": Kind("publishing.pushing:push", ("folder",)),
-    "serve": Kind("workflow.actions:serve", ("model",), forever=True),
+    "serve": Kind("workflow.actions:serve", ("model",), forever=True, checks="check_address"),
 }
 """Every kind by its name. `prepare` with a template is the preparation of conversations, as on the command line."""
 

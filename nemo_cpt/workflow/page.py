@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from nemo_cpt.corpus.atomic_files import write_whole
 from nemo_cpt.page import details, head, table_row
@@ -51,7 +52,7 @@ def _page(state: State) -> Iterator[str]:
 
 def _row(state: State, name: str, record: Mapping[str, Any] | None) -> Iterator[str]:
     step = state.workflow.steps[name]
-    log = f'<a href="steps/{html.escape(name)}.log">{html.escape(name)}</a>'
+    log = f'<a href="{_address(f"steps/{name}.log")}">{html.escape(name)}</a>'
     yield log if state.path(name, "log").is_file() else html.escape(name)
     yield html.escape(str(step.parameters.get("recipe", step.do)))
     yield record["state"] if record else "not started"
@@ -73,4 +74,9 @@ def _links(state: State, made: list[str]) -> Iterator[str]:
         for report in REPORTS:
             full = state.workflow.folder / path / report
             if full.is_file():
-                yield f'<a href="{html.escape(os.path.relpath(full, state.folder))}">{html.escape(report)}</a>'
+                yield f'<a href="{_address(os.path.relpath(full, state.folder))}">{html.escape(report)}</a>'
+
+
+def _address(path: str) -> str:
+    """A path as a page links to it: in an address, `#`, `?` and `%` would mean something else."""
+    return quote(os.fsencode(path))

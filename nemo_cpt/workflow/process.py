@@ -7,11 +7,11 @@ It ends when the workflow's does, by SIGTERM, as it would by hand: what trains s
 
 import ctypes
 import importlib
-import importlib.util
 import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 
 from nemo_cpt.corpus.atomic_files import write_whole
 from nemo_cpt.errors import CptError
+from nemo_cpt.python_files import import_file
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 VOLATILE = ("seconds", "rates", "status")  # of a report: what is another each time
@@ -53,15 +54,13 @@ def _end_with_the_workflow() -> None:
 def _function(name: str) -> Callable[..., Any]:
     module, _, function = name.partition(":")
     if module.endswith(".py"):
-        path = Path(module)
-        sys.path.insert(0, str(path.absolute().parent))
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        if spec is None or spec.loader is None:
-            raise CptError(f"{path} is no Python file")
-        loaded = importlib.util.module_from_spec(spec)
-        # What it starts with `spawn` or pickles looks for it by its name.
-        sys.modules[path.stem] = loaded
-        spec.loader.exec_module(loaded)
+        # First, as for any script that is run: nothing but the user's function is in this process.
+        sys.path.insert(0, str(Path(module).absolute().parent))
+        try:
+            loaded = import_file(Path(module))
+        except CptError as error:
+            traceback.print_exception(error.__cause__)  # for the log: whose function it is may want all of it
+            raise
     else:
         loaded = importlib.import_module(module)
     return getattr(loaded, function)

@@ -8,9 +8,9 @@ from typing import Any
 
 from nemo_cpt import catalog
 from nemo_cpt.errors import CptError
-from nemo_cpt.workflow.kinds import OPTION, paths_in, value_of
+from nemo_cpt.workflow.kinds import EXECUTOR, OPTION, paths_in, value_of
 
-RECIPE, EXECUTOR = "recipe", "executor"  # beside the recipe's own parameters
+RECIPE = "recipe"  # beside the recipe's own parameters
 MIXTURES, FILES = ("data", "replay"), (".yaml", ".yml", ".json")
 READS = ("base", "data", "replay", "tokenizer")
 

@@ -19,7 +19,7 @@ from nemo_cpt.launching.results import checkpoint_folder
 from nemo_cpt.signals import Given, listen
 from nemo_cpt.workflow import outputs, recipes
 from nemo_cpt.workflow.dry_run import dry_run, refuse_red
-from nemo_cpt.workflow.kinds import OWN, paths_in, value_of
+from nemo_cpt.workflow.kinds import EXECUTOR, OWN, TASKS, paths_in, value_of
 from nemo_cpt.workflow.page import write_up
 from nemo_cpt.workflow.showing import Shown
 from nemo_cpt.workflow.standing import (
@@ -199,6 +199,10 @@ class Runner:
         if step.kind.action:
             name = f"workflow.actions:{step.kind.action}"
         parameters = {key: value for key, value in given.items() if key in step.arguments}
+        if step.kind.in_tasks and TASKS in given:
+            name = "workflow.actions:in_tasks"
+            parameters |= {"function": step.kind.in_tasks, "tasks": given[TASKS]}
+            parameters |= {"executor": given.get(EXECUTOR, "local"), "options": step.executor_options}
         return {"function": name if step.kind is OWN else f"nemo_cpt.{name}", "parameters": parameters}
 
     def _resolved(self, step: Step, name: str, value: Any) -> Any:
@@ -283,9 +287,11 @@ def _stamps(path: Path) -> list[tuple[str, int, int]]:
 def _message(step: Step, code: int, log: Path) -> str:
     """Why a step failed, by its log."""
     lines = log.read_text("utf-8", errors="replace").splitlines()
-    told = [line for line in lines[-200:] if line.startswith(SPEAKERS)]
+    told = [at for at, line in enumerate(lines) if line.startswith(SPEAKERS)]
     if code == CptError.exit_code and told:
-        return f"{step.name}: {told[-1].partition(': ')[2]} (log: {log})"
+        # With the lines below it: which of its tasks failed, and how.
+        said = "\n".join(lines[told[-1] :][:TOLD_LINES]).partition(": ")[2]
+        return f"{step.name}: {said} (log: {log})"
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     return "\n".join([f"{step.name} {how}; the last lines of {log}:", *lines[-TOLD_LINES:]])
 

@@ -1,6 +1,6 @@
 """A workflow: steps that name what they read and write, put in order by that, and checked before anything runs."""
 
-import itertools
+import contextlib
 import math
 import os
 import re
@@ -10,13 +10,27 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from difflib import get_close_matches
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
+from importlib import import_module
+from inspect import signature
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, get_type_hints
 
 from nemo_cpt import catalog
+from nemo_cpt.arguments import as_wanted
 from nemo_cpt.errors import CptError
 from nemo_cpt.workflow import recipes
-from nemo_cpt.workflow.kinds import NOT_GIVEN, OWN, Kind, function_of, kind_of, paths_in, value_of
+from nemo_cpt.workflow.kinds import (
+    EXECUTOR,
+    NOT_GIVEN,
+    OPTION,
+    OWN,
+    TASKS,
+    Kind,
+    function_of,
+    kind_of,
+    paths_in,
+    value_of,
+)
 from nemo_cpt.workflow.outputs import files_of, related
 
 NAME = re.compile(r"[\w][\w.-]*")
@@ -75,8 +89,12 @@ class Step:
         if self.kind.recipe:
             return recipes.reads(self.function, self.arguments, self.parameters)
         names = self.kind.reads if self.kind is not OWN else self._own_paths(READS)
-        found = (paths_in(self.parameters.get(name), name in self.kind.labelled) for name in names)
-        return list(dict.fromkeys(itertools.chain.from_iterable(found)))
+        found = ((name, paths_in(self.parameters.get(name), name in self.kind.labelled)) for name in names)
+        return list(dict.fromkeys(path for name, paths in found for path in paths if self._is_path(name, path)))
+
+    def _is_path(self, name: str, value: str) -> bool:
+        """Whether a parameter's value may be a path; what has no ending is a name where only files are none."""
+        return name not in self.kind.or_file or bool(PurePath(value).suffix) or (self.folder / value).is_file()
 
     @cached_property
     def writes(self) -> list[str]:
@@ -96,7 +114,19 @@ class Step:
         """What the function is called with; of a recipe, without fields of its config and its executor's options."""
         if self.kind.recipe:
             return recipes.split(self.name, self.parameters, self.folder)[1]
-        return {name: value for name, value in self.parameters.items() if name not in (READS, WRITES)}
+        return {name: value for name, value in self.parameters.items() if not self._is_beside(name)}
+
+    def _is_beside(self, name: str) -> bool:
+        """Whether a parameter says how the function is called, and is none of its own."""
+        if self.kind.in_tasks:
+            return name in (TASKS, EXECUTOR) or name.startswith(OPTION)
+        return name in (READS, WRITES)
+
+    @property
+    def executor_options(self) -> list[str]:
+        """`key=value` of the executor whose tasks make it."""
+        given = {name: value for name, value in self.parameters.items() if name.startswith(OPTION)}
+        return [f"{name.removeprefix(OPTION)}={recipes.text(value)}" for name, value in given.items()]
 
     def __truediv__(self, part: str) -> str:
         return str(Path(os.fspath(self), part))
@@ -115,6 +145,9 @@ class Step:
         if self.kind.recipe:
             recipes.check(self.name, self.parameters, self.folder)
             return
+        if self.kind.in_tasks and len(self.arguments) < len(self.parameters):
+            with self._named():
+                self._check_tasks()
         known = {name: each for name, each in self.function.parameters.items() if name not in NOT_GIVEN}
         for name, value in self.arguments.items():
             if name in NOT_GIVEN:
@@ -126,6 +159,43 @@ class Step:
         required = [name for name, each in known.items() if each.default is None and name != "**"]
         if missing := [name for name in required if name not in self.arguments]:
             raise CptError(f"{self.name}: {self.do} needs {', '.join(missing)}")
+
+    def _check_tasks(self) -> None:
+        from nemo_cpt.launching.in_tasks import executor_named
+
+        if TASKS not in self.parameters:
+            raise CptError(f"{EXECUTOR} and {OPTION}* are for many tasks: say how many, {TASKS}: 8")
+        tasks = self.parameters[TASKS]
+        if not isinstance(tasks, int) or isinstance(tasks, bool) or tasks < 1:
+            raise CptError(f"{TASKS} is {tasks!r}; it must be a whole number, at least 1")
+        executor_named(str(self.parameters.get(EXECUTOR, "local")), self.executor_options)
+
+    def check_values(self, made: Sequence[str]) -> None:
+        """Check the parameters' values by the code that its function begins with; `check` has seen their types.
+
+        Args:
+            made: what other steps make: rules or a template among it cannot be read before they have run.
+
+        Raises:
+            CptError: one cannot be used.
+        """
+        module, _, name = self.kind.function.partition(":")
+        if not module:  # recipes have `launching.description`, functions of the user's nothing
+            return
+        home = import_module(f"nemo_cpt.{module}")
+        check, function = getattr(home, self.kind.checks, lambda: None), getattr(home, name)
+        values = {each.name: each.default for each in signature(function).parameters.values()} | self.arguments
+        looked_at = list(signature(check).parameters)
+        files = [
+            path for each in self.kind.by_name if each in looked_at and self._is_path(each, path := str(values[each]))
+        ]
+        if any(related(file, each, self.folder) for file in files for each in made):
+            return
+        hints = get_type_hints(function)
+        with self._named(), contextlib.chdir(self.folder):
+            for each, value in self.arguments.items():  # lists and mappings by what is in them, too
+                as_wanted(each, value, hints.get(each, Any))
+            check(**{each: values[each] for each in looked_at})
 
     @contextmanager
     def _named(self) -> Iterator[None]:

@@ -3,8 +3,10 @@
 import random
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -15,7 +17,7 @@ from nemo_cpt.cleaning import examine, read_rules, rules_for
 from nemo_cpt.cleaning.contamination import Contamination
 from nemo_cpt.cleaning.document import Document
 from nemo_cpt.cleaning.duplicates import Duplicates
-from nemo_cpt.cleaning.heuristics import Boilerplate, CharacterRepetition, Length, WordRepetition
+from nemo_cpt.cleaning.heuristics import Boilerplate, CharacterRepetition, Length, Lines, WordRepetition
 from nemo_cpt.cleaning.language import Language
 from nemo_cpt.cleaning.masking import Masking
 from nemo_cpt.cleaning.repetition import character_ngrams, word_ngrams
@@ -223,13 +225,29 @@ def test_mistakes_in_yaml_are_named(tmp_path: Path, change: dict, message: str) 
 
 
 @pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Masking(countries=("jp", "xx")), "no numbers are known of xx; of jp, us, cn, kr"),
+        (lambda: CharacterRepetition(max_top_share={1: 0.1}), "character_repetition: n-grams of 1 are not counted"),
+        (lambda: WordRepetition(max_repeated_share={0: 0.1}), "word_repetition: n-grams of 0 are not counted"),
+        (lambda: Contamination(files=("no.jsonl",), words=1), "n-grams of 1 occur everywhere"),
+        (lambda: Length(min_characters=-5), "min_characters: -5 is below 0"),
+        (lambda: Length(min_characters="5"), "min_characters: '5' is no int"),
+        (lambda: Length(min_characters=500, max_characters=100), "min_characters: 500 is above max_characters, 100"),
+        (lambda: Lines(max_bullet_share=90), "max_bullet_share: 90 is above 1, which no share can be"),
+        (lambda: WordRepetition(max_top_share={2: 20}), "max_top_share: 20 is above 1"),
+        (lambda: Duplicates(near=80), "near is 80"),
+    ],
+)
+def test_limits_that_cannot_be_meant_are_refused_in_python_too(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(CptError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
     ("rule", "message"),
     [
-        (Masking(countries=("jp", "xx")), "no numbers are known of xx; of jp, us, cn, kr"),
         (Language("xx"), "lingua knows no such language"),
-        (CharacterRepetition(max_top_share={1: 0.1}), "character_repetition: n-grams of 1 are not counted"),
-        (WordRepetition(max_repeated_share={0: 0.1}), "word_repetition: n-grams of 0 are not counted"),
-        (Contamination(files=("no.jsonl",), words=1), "n-grams of 1 occur everywhere"),
         (Contamination(files=("no.jsonl",)), "There is no input no.jsonl"),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 
 from tests.conversations.oracle import add_tokens
 from tests.support import tokenizers
+from tests.support.shared import made_once
 
 CHAT_TOKENS = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 
@@ -16,13 +17,13 @@ CHAT_TOKENS = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_heade
 @pytest.fixture(scope="session")
 def llama3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Llama-3.1's tokenizer, as the base has it."""
-    return tokenizers.llama31(tmp_path_factory.mktemp("llama3"))
+    return made_once(tmp_path_factory, "llama31", tokenizers.llama31)
 
 
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-Instruct's tokenizer with its template."""
-    return tokenizers.smollm2(tmp_path_factory.mktemp("smollm2"))
+    return made_once(tmp_path_factory, "smollm2_tokenizer", tokenizers.smollm2)
 
 
 @pytest.fixture(scope="session")

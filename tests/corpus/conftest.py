@@ -8,6 +8,7 @@ import pytest
 
 from tests.support import tokenizers
 from tests.support.corpus_helpers import write_jsonl
+from tests.support.shared import made_once
 from tests.support.tokenizers import write_config
 
 
@@ -22,7 +23,7 @@ def texts() -> list[str]:
 @pytest.fixture(scope="session")
 def llama3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Llama-3.1 tokenizer (128,256 ids), converted from the file that Meta's package ships."""
-    return tokenizers.llama31(tmp_path_factory.mktemp("llama3"))
+    return made_once(tmp_path_factory, "llama31", tokenizers.llama31)
 
 
 @pytest.fixture(scope="session")

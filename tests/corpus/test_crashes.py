@@ -25,13 +25,13 @@ CODE = Path(nemo_cpt.corpus.__file__).parent
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
-    """Some 5 MB in three files, one of them compressed."""
+    """Some 2 MB in three files, one of them compressed."""
     import gzip
 
     folder = tmp_path_factory.mktemp("corpus")
     noise = random.Random(3)
     for name in "abc":
-        made = [noise.choice(texts)[: noise.randrange(20, 2000)] for _ in range(600)]
+        made = [noise.choice(texts)[: noise.randrange(20, 2000)] for _ in range(250)]
         write_jsonl(folder / f"{name}.jsonl", made)
     packed = gzip.compress((folder / "b.jsonl").read_bytes())
     (folder / "b.jsonl").unlink()

@@ -1,12 +1,15 @@
 """Held-out sets: stable under more data, free of duplicates where asked."""
 
+import datetime
 import json
 import os
 import random
 from pathlib import Path
 
 import orjson
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 import nemo_cpt.corpus
 from nemo_cpt.corpus import prepare, split
@@ -50,6 +53,26 @@ def test_lines_keep_their_other_fields(tmp_path: Path, documents: list[str]) -> 
     report = split(source, tmp_path / "out", validation=0.1, quiet=True)
     lines = [line for path in report.files.values() for line in Path(path).read_bytes().splitlines()]
     assert sorted(lines) == sorted(source.read_bytes().splitlines())
+
+
+def test_rows_keep_their_other_columns(tmp_path: Path, documents: list[str]) -> None:
+    day = datetime.date(2026, 11, 27)
+    rows = [{"id": at, "text": text, "seen": day, "meta": {"tags": ["a", None]}} for at, text in enumerate(documents)]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "all.parquet")
+    report = split(tmp_path / "all.parquet", tmp_path / "out", validation=0.1, quiet=True)
+    made = [json.loads(line) for path in report.files.values() for line in Path(path).read_bytes().splitlines()]
+    assert sorted(made, key=lambda row: row["id"]) == [row | {"seen": "2026-11-27"} for row in rows]
+    # The same documents are held out, whatever form they come in.
+    lines = split(write_jsonl(tmp_path / "all.jsonl", documents), tmp_path / "lines", validation=0.1, quiet=True)
+    assert read(lines.files["validation"]) == read(report.files["validation"])
+
+
+def test_a_byte_order_mark_is_of_the_file_and_no_document_s(tmp_path: Path, documents: list[str]) -> None:
+    lines = write_jsonl(tmp_path / "all.jsonl", documents[:200]).read_bytes()
+    (tmp_path / "all.jsonl").write_bytes(b"\xef\xbb\xbf" + lines)
+    report = split(tmp_path / "all.jsonl", tmp_path / "out", validation=0.1, quiet=True)
+    made = [line for path in report.files.values() for line in Path(path).read_bytes().splitlines()]
+    assert sorted(made) == sorted(lines.splitlines())
 
 
 def test_near_duplicates_are_counted_and_dropped(tmp_path: Path, documents: list[str]) -> None:

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.conftest import make_world
+from tests.training.conftest import copy_of_world
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`base_hf`, `base` (NeMo) and `ds/{ja,en}_{train,validation}`."""
-    return make_world(tmp_path_factory.mktemp("world"))
+    return copy_of_world(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

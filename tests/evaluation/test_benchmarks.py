@@ -63,12 +63,21 @@ def test_without_the_harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 def test_the_command_line(world: Path, tmp_path: Path) -> None:
     candidate = Candidate("after", str(world / "base_hf"), {"device": "cpu"})
     words = " ".join(command(candidate, [Task("sums", 3), Task("words", 3)], tmp_path, 10))
-    assert f"-m lm_eval run --tasks sums,words --model hf --model_args pretrained={world / 'base_hf'}," in words
-    assert "dtype=float32 --device cpu" in words
+    given = json.dumps({"pretrained": str(world / "base_hf"), "dtype": "float32"})
+    assert f"-m lm_eval run --tasks sums,words --model hf --model_args {given} --device cpu" in words
     assert words.endswith("--num_fewshot 3 --limit 10")
     own = command(candidate, [Task("sums", None, folder="mine")], tmp_path, None)
     assert own[-2:] == ["--include_path", "mine"]
     assert "--num_fewshot" not in own
+
+
+def test_the_command_line_for_an_endpoint(tmp_path: Path) -> None:
+    """Its address as everything else asks it: a gateway's own version in place of /v1, and no password to be read."""
+    candidate = Candidate("after", "https://me:secret@gateway.example/v1beta/openai/#some/model")
+    words = command(candidate, [Task("sums")], tmp_path, None)
+    given = json.loads(words[words.index("--model_args") + 1])
+    assert given["base_url"] == "https://gateway.example/v1beta/openai/chat/completions"
+    assert given["model"] == "some/model"
 
 
 def test_results() -> None:
@@ -138,13 +147,19 @@ def test_a_small_task_of_ones_own(world: Path, sums: Path, tmp_path: Path, monke
     monkeypatch.setenv("WORLD_SIZE", "1")  # as a process that has trained keeps it: the harness is no rank of that
     monkeypatch.setenv("LOCAL_RANK", "0")
     given = {"tasks": [f"{sums}/sums:1"], "limit": 6, "device": "cpu", "quiet": True}
-    found = evaluate(world / "base_hf", tmp_path / "out", **given)
+    model = tmp_path / "My, model=1"  # a comma and an equals sign, which part the harness' arguments
+    model.symlink_to(world / "base_hf")
+    found = evaluate(model, tmp_path / "out", **given)
     (row,) = found.rows
     assert (row.group, row.measure) == ("sums, 1-shot", "benchmark, acc")
     assert 0 <= row.after <= 1
     assert row.note.endswith("version 2.0 of the task")
     monkeypatch.setattr(benchmarks, "run", None)  # nothing is run twice
-    assert evaluate(world / "base_hf", tmp_path / "out", **given).rows == found.rows
+    assert evaluate(model, tmp_path / "out", **given).rows == found.rows
+    with (sums / "sums.jsonl").open("a") as file:  # another task from here on
+        file.write('{"question": "1, 2,", "choices": ["3", "banana"], "label": 0}\n')
+    monkeypatch.setattr(benchmarks, "run", lambda *asked: RESULTS)
+    assert [each.after for each in evaluate(model, tmp_path / "out", **given).rows] == [0.5, 0.25]
 
 
 @pytest.mark.usefixtures("real_harness")

@@ -139,8 +139,10 @@ def sentencepiece_like(folder: Path, texts: list[str], world: Path) -> Path:
 def test_bytes_of_a_tokenizer_that_prepends_a_blank(world: Path, tmp_path: Path, documents: list[str]) -> None:
     from nemo_cpt.evaluation.bits_per_byte import ByteCounter
 
-    folder = sentencepiece_like(tmp_path / "model", documents, world)
+    # A letter of Maltese, which spells the byte of a blank elsewhere.
+    folder = sentencepiece_like(tmp_path / "model", [*documents, "Ġ" * 500], world)
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert "Ġ" in tokenizer.get_vocab()
     counter = ByteCounter(tokenizer)
     for text in ("日本語 and English, 🍣 too", documents[0]):
         ids = tokenizer.encode(text, add_special_tokens=False)
@@ -155,6 +157,16 @@ def test_a_tokenizer_that_hides_its_bytes_is_refused(world: Path, tmp_path: Path
     )
     with pytest.raises(CptError, match=r"are counted wrong\): give the text itself"):
         bits_per_byte.ByteCounter(tokenizer)
+
+
+def test_a_model_that_computes_nan_is_named(world: Path, documents: list[str]) -> None:
+    """A loss of NaN would be kept as null, on which the next run of the same evaluation broke."""
+    engine = TransformersEngine(world / "base_hf", device="cpu")
+    engine.network.lm_head.weight.data[5] = float("nan")
+    with pytest.raises(CptError, match=r"base_hf is not finite: its weights hold NaN"):
+        documents_loss(engine, documents[:1])
+    with pytest.raises(CptError, match=r"base_hf is not finite: its weights hold NaN"):
+        sequences_loss(engine, world / "ds/ja_validation", seq_length=16, samples=1)
 
 
 def test_a_document_that_brings_its_bos_along(engine: TransformersEngine) -> None:

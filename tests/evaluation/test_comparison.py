@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nemo_cpt import page
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation import comparison, evaluate, report
+from nemo_cpt.evaluation.candidates import Candidate
 from nemo_cpt.evaluation.journal import Journal
 from nemo_cpt.inference.endpoint import EndpointEngine
 from nemo_cpt.inference.transformers_engine import TransformersEngine
@@ -210,6 +211,18 @@ def test_what_changed_is_asked_again(
     kept.clear()
     evaluated(models, world, changed, tmp_path, max_tokens=9)
     assert len(kept) == 2 * len(QUESTIONS)
+
+
+def test_a_model_that_differs_in_one_number_is_another(tmp_path: Path) -> None:
+    """A few trained rows of a large table: one model's numbers must not stand for the other's."""
+    weights = bytearray(4 * 2**20)
+    for name in ("one", "same", "other"):
+        weights[2**21 + 2**18] = name == "other"
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "model.safetensors").write_bytes(weights)
+    one, same, other = (Candidate("", str(tmp_path / name)).key for name in ("one", "same", "other"))
+    assert one == same != other
 
 
 def test_two_at_once_are_refused(models: tuple[Path, Path], world: Path, prompts: Path, tmp_path: Path) -> None:

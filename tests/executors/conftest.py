@@ -7,6 +7,8 @@ from importlib.resources import files
 
 import pytest
 
+from tests.support.shared import made_once
+
 DOCUMENTS = 60
 
 TASKS = '''
@@ -58,7 +60,10 @@ def count(path, until, go=None):
         time.sleep(0.1)
         if reached < until - 1 or not go or Path(go).exists():
             reached += 1
-            file.write_text(str(reached))
+            # The job's other processes count in the same file, and must not find it empty.
+            whole = file.with_name(f"{file.name}.{os.getpid()}")
+            whole.write_text(str(reached))
+            whole.replace(file)
         if stopped:
             print("stopped at", reached, flush=True)
             raise StoppedEarlyError("told to stop, saved")
@@ -169,11 +174,14 @@ def _forget_modules():
 @pytest.fixture(scope="session")
 def material(tmp_path_factory):
     """A briefly trained base of the tiny shape, imported, and two datasets made with its tokenizer."""
+    return made_once(tmp_path_factory, "material", _make_material)
+
+
+def _make_material(folder):
     from nemo_cpt.checkpoint import import_hf
     from nemo_cpt.corpus import prepare
     from nemo_cpt.demo import base
 
-    folder = tmp_path_factory.mktemp("material")
     lines = (files("nemo_cpt.demo") / "corpus" / "en.jsonl").read_text().splitlines()[:DOCUMENTS]
     (folder / "en.jsonl").write_text("\n".join(lines) + "\n")
     texts = [json.loads(line)["text"] for line in lines]
@@ -184,7 +192,6 @@ def material(tmp_path_factory):
     for name in ("en", "held_out"):
         prepare(folder / f"{name}.jsonl", folder / name, folder / "hf", quiet=True)
     import_hf(folder / "hf", folder / "base")
-    return folder
 
 
 @pytest.fixture(scope="session")

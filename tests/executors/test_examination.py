@@ -67,6 +67,14 @@ def test_what_is_forced_is_said_and_goes_on(given, monkeypatch, capsys):
     assert "nemo_cpt: error: base: the base nowhere is not there; import it first" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("executor", "says"), [("local", "is 'local'"), (local, "is local, not called")])
+def test_what_is_no_executor_is_told(given, executor, says, project):
+    import tasks
+
+    with pytest.raises(CptError, match=f"the executor {says}: give what a function of nemo_cpt.executors returns"):
+        run.run(run.Partial(tasks.fail, message="never"), executor=executor, name="t")
+
+
 def test_docker_without_an_engine_is_one_sentence(project, monkeypatch):
     import tasks
 

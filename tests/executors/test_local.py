@@ -286,18 +286,23 @@ def log_of(folder):
     return "\n".join(line for line in lines if line.startswith("[default"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_launcher_that_is_stopped_lets_its_job_save_and_goes_on_when_started_again(project, tmp_path, launch, number):
+def test_a_launcher_that_is_stopped_lets_its_job_save_and_goes_on_when_started_again(project, tmp_path, launch):
     """torchrun is between: by itself it would end the workers, and NeMo-Run would leave them behind."""
-    launcher, _, printed = launch()
-    launcher.send_signal(number)
-    assert launcher.wait(240) == 75
-    printed.seek(0)
-    said = printed.read()
-    assert said.endswith("\nnemo_cpt: task t: stopped ahead of the end, saved; the same command goes on from there\n")
-    assert "Traceback" not in said
-    stopped = int((project / "counter").read_text())
-    assert str(tmp_path) not in subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True).stdout
+    stopped = 0
+    for times, number in enumerate((signal.SIGTERM, signal.SIGINT), start=1):
+        launcher, _, printed = launch(wait=False)
+        wait_until(lambda: log_of(tmp_path).count("starting at") == 2 * times)  # noqa: B023
+        launcher.send_signal(number)
+        assert launcher.wait(240) == 75
+        printed.seek(0)
+        said = printed.read()
+        assert said.endswith(
+            "\nnemo_cpt: task t: stopped ahead of the end, saved; the same command goes on from there\n"
+        )
+        assert f"starting at {stopped}" in said
+        assert "Traceback" not in said
+        stopped = int((project / "counter").read_text())
+        assert str(tmp_path) not in subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True).stdout
     (project / "go").touch()
     again, _, printed = launch(wait=False)
     assert again.wait(240) == 0
@@ -357,15 +362,9 @@ def test_told_to_stop_while_it_imports_nothing_is_lost(project, tmp_path):
         stop.join()
         assert [task["status"] for task in jobs.status(None)["tasks"]] == ["STOPPED"]
         run.run(run.Partial(tasks.report, path=str(seen)), executor=executor, name="t")
+        environments = [json.loads(Path(f"{seen}.{rank}").read_text())["env"] for rank in range(processes)]
+        assert [each.get("WORLD_SIZE") for each in environments] == ([None] if processes == 1 else ["2", "2"])
         assert len(list(tmp_path.glob(f"seen-{processes}.*"))) == processes
-
-
-def test_two_processes_under_torchrun(project, tmp_path):
-    import tasks
-
-    run.run(run.Partial(tasks.report, path=str(tmp_path / "seen")), executor=local(processes=2), name="t")
-    worlds = [json.loads((tmp_path / f"seen.{rank}").read_text())["env"]["WORLD_SIZE"] for rank in (0, 1)]
-    assert worlds == ["2", "2"]
 
 
 def test_a_failed_task_raises_with_its_last_lines_and_path(project):

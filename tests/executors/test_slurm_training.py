@@ -34,7 +34,7 @@ class Job:
 
     def wait_at(self, step):
         """Wait until it waits at a step."""
-        wait_until(lambda: (self.directory / f"at.{step}").exists() or not self.is_underway())
+        wait_until(lambda: (self.directory / f"at.{step}").exists() or not self.is_underway(), every=0.5)
         assert self.is_underway(), self.log
 
     def told(self, number):

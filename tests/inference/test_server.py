@@ -1,5 +1,6 @@
 """The HTTP server, through OpenAI's own client and through bare requests, in a real process-wide uvicorn."""
 
+import asyncio
 import itertools
 import json
 import shutil
@@ -90,6 +91,9 @@ def test_a_chat_streamed_and_whole(client: openai.OpenAI, engine: TransformersEn
     text = "".join(choice.delta.content or "" for chunk in streamed for choice in chunk.choices)
     assert text == whole.choices[0].message.content
     assert streamed[-1].usage == whole.usage
+    # As OpenAI's schema demands: null, and not left out, which clients in strict languages do not read.
+    assert {("usage" in chunk.model_fields_set, chunk.usage) for chunk in streamed[:-1]} == {(True, None)}
+    assert "refusal" in whole.choices[0].message.model_fields_set
     assert [chunk.choices[0].finish_reason for chunk in streamed if chunk.choices][-1] == whole.choices[0].finish_reason
 
 
@@ -114,8 +118,35 @@ def test_logprobs_in_both_forms(client: openai.OpenAI) -> None:
     content = chat.choices[0].logprobs.content
     assert len(content) == chat.usage.completion_tokens
     assert content[0].top_logprobs[0].logprob == content[0].logprob
+    assert "refusal" in chat.choices[0].logprobs.model_fields_set
     text = client.completions.create(model="tiny", prompt="a", max_tokens=3, temperature=0, logprobs=1)
     assert len(text.choices[0].logprobs.token_logprobs) == text.usage.completion_tokens  # type: ignore[union-attr]
+
+
+def test_logprobs_of_tokens_that_are_parts_of_characters(client: openai.OpenAI) -> None:
+    """Japanese falls apart: clients put the bytes together, and different tokens must not share a key."""
+    asked: dict[str, Any] = {"model": "tiny", "max_tokens": 30, "temperature": 0, "extra_body": {"min_tokens": 30}}
+    chat = client.chat.completions.create(messages=HELLO, logprobs=True, **asked).choices[0]
+    content = chat.logprobs.content
+    parts = [each for each in content if each.token.startswith("\\x")]
+    assert parts
+    assert all(bytes(each.bytes).decode(errors="backslashreplace") == each.token for each in parts)
+    text = client.completions.create(prompt="京都", logprobs=20, **asked).choices[0].logprobs
+    assert any(each.startswith("bytes:\\x") for each in text.tokens)
+    assert {len(each) for each in text.top_logprobs} == {20}
+
+
+def test_equal_prompts_of_a_request_are_drawn_apart(client: openai.OpenAI) -> None:
+    drawn = client.completions.create(model="tiny", prompt=["a"] * 4, max_tokens=12, temperature=1)
+    assert len({choice.text for choice in drawn.choices}) > 1
+
+
+def test_a_setting_that_breaks_arithmetic_harms_nobody_else(client: openai.OpenAI, url: str) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "prompt": "a", "max_tokens": 8}
+    cold = client.completions.create(temperature=1e-45, **asked).choices[0].text
+    assert cold == client.completions.create(temperature=0, **asked).choices[0].text
+    answer = httpx.post(f"{url}/v1/completions", json=asked | {"repetition_penalty": 1e-45})
+    assert (answer.status_code, "it must be 0.01 to 100" in answer.text) == (400, True)
 
 
 def test_models_health_and_metrics(client: openai.OpenAI, url: str) -> None:
@@ -157,6 +188,8 @@ def test_nemos_own_request_of_2023(url: str, engine: TransformersEngine) -> None
         ("/v1/completions", {"prompt": "a" * 2000}, 400, "the model's context is 256"),
         ("/v1/completions", {"prompt": "a\ud800"}, 400, "a lone surrogate"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "\udfff"}]}, 400, "a lone surrogate"),
+        ("/v1/completions", {"prompt": "a", "seed": 10**30}, 400, "exceeds 64-bit range"),
+        ("/v1/completions", {"prompt": []}, 400, "at least 1 item"),
         ("/v1/completions", {"prompt": [1, 999]}, 400, "outside of 0 to 399"),
         ("/v1/completions", {"prompt": "a", "max_tokens": "many"}, 400, "max_tokens"),
         ("/v1/completions", {"prompt": "a" * (MOST_BYTES + 1)}, 413, "at most 1048576 bytes"),
@@ -198,7 +231,8 @@ def test_messages_as_clients_write_them(url: str, engine: TransformersEngine) ->
         httpx.post(f"{url}/v1/chat/completions", json=asked | {"messages": messages}).json()["choices"][0]["message"]
         for messages in (plain, written)
     ]
-    assert texts[0] == texts[1] == {"role": "assistant", "content": replied(engine, plain, max_tokens=8)}
+    wanted = {"role": "assistant", "content": replied(engine, plain, max_tokens=8), "refusal": None}
+    assert texts[0] == texts[1] == wanted
 
 
 def test_other_origins_and_bodies_without_a_length_are_refused(url: str) -> None:
@@ -318,6 +352,30 @@ def test_a_client_that_hangs_up_leaves_the_batch(engine: TransformersEngine, mon
             gate.open.set()
             assert cancelled.wait(60)
         assert httpx.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
+
+
+def test_a_client_that_left_before_its_stream_began_leaves_the_batch(engine: TransformersEngine) -> None:
+    """It hung up while its prompt was encoded: the events are never asked for."""
+    app, content = make_app(engine, served_as="tiny"), b'{"prompt": "a", "stream": true, "max_tokens": 200}'
+    cancelled, told = threading.Event(), iter([{"type": "http.request", "body": content}])
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "app": app,
+        "headers": [(b"host", b"localhost"), (b"content-length", b"%d" % len(content)),
+                    (b"content-type", b"application/json")],
+    }  # fmt: skip
+
+    async def receive() -> Any:
+        return next(told, {"type": "http.disconnect"})
+
+    async def send(message: Any) -> None:
+        pass
+
+    from nemo_cpt.inference.scheduler import Scheduler
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Scheduler, "cancel", lambda scheduler, ticket: cancelled.set())
+        asyncio.run(app(scope, receive, send))
+    assert cancelled.is_set()
 
 
 def test_a_batch_that_fails_is_told_and_the_next_is_served(

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from nemo_cpt.errors import CptError
 from nemo_cpt.inference import Sampling, hugging_face_folder, open_engine
-from nemo_cpt.inference.decoding import Request, _until_stop
+from nemo_cpt.inference.decoding import Request, _Detokenizer, _until_stop
 from nemo_cpt.inference.transformers_engine import TransformersEngine
 from tests.inference.conftest import SHAPES
 
@@ -137,6 +138,28 @@ def test_logprobs_are_the_models(engine: TransformersEngine) -> None:
     assert [value for _, value in first.top] == pytest.approx(wanted.topk(3).values.tolist(), abs=1e-4)
 
 
+def test_logprobs_have_the_bytes_of_tokens_that_are_parts_of_characters(engine: TransformersEngine) -> None:
+    ((_, reply),) = engine.generate([PROMPTS[0]], Sampling(max_tokens=40, logprobs=2, min_tokens=40))
+    written = b"".join(each.content for each in reply.logprobs).decode(errors="replace")
+    for special in engine.tokenizer.added_tokens_decoder.values():
+        written = written.replace(special.content, "")
+    assert written.rstrip("\ufffd") == reply.text.rstrip("\ufffd")
+    assert any("\ufffd" in each.text for each in reply.logprobs)
+
+
+def test_a_temperature_next_to_nothing_is_greedy(engine: TransformersEngine) -> None:
+    greedy, cold = (dict(engine.generate(PROMPTS[:2], Sampling(12, temperature=each))) for each in (0.0, 1e-45))
+    assert [greedy[at].text for at in range(2)] == [cold[at].text for at in range(2)]
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_model_that_computes_nan_says_so(temperature: float, make_model: Callable[[str], Path]) -> None:
+    engine = TransformersEngine(make_model("gpt2"))
+    engine.network.lm_head.weight.data[3] = float("nan")
+    with pytest.raises(CptError, match=r"the model computes NaN: its weights hold NaN .* overflow in torch.float32"):
+        list(engine.generate(["a"], Sampling(4, temperature=temperature)))
+
+
 def test_repetition_penalty_and_min_tokens_are_transformers_own(engine: TransformersEngine) -> None:
     ids = torch.tensor([engine.encode(PROMPTS[1])])
     sampling = Sampling(max_tokens=30, repetition_penalty=1.7, min_tokens=25)
@@ -149,6 +172,30 @@ def test_repetition_penalty_and_min_tokens_are_transformers_own(engine: Transfor
     wanted = engine.tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
     assert reply.text.rstrip("\ufffd") == wanted.rstrip("\ufffd")
     assert reply.completion_tokens >= 25
+
+
+@pytest.fixture(scope="module")
+def byte_fallback() -> PreTrainedTokenizerFast:
+    """Llama-2's and Gemma's form: what has no token of its own is written in tokens of single bytes."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "▁a", "日", "▁日"]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@given(st.lists(st.integers(3, 263), min_size=1, max_size=9), st.lists(st.integers(3, 263), max_size=12))
+@settings(max_examples=300, deadline=None)
+@example([35, 100, 116, 125], [75, 232, 49, 44, 166, 261])  # a wrong byte behind characters that were given already
+def test_any_bytes_that_a_model_says_become_text(
+    byte_fallback: PreTrainedTokenizerFast, prompt: list[int], reply: list[int]
+) -> None:
+    detokenizer = _Detokenizer(byte_fallback, prompt)
+    texts = [detokenizer.step(token) for token in [*reply, 261]]  # a word's token ends whatever bytes there were
+    assert texts[-1].endswith(" a")
+    if all(token > 258 for token in reply) and prompt[-1] > 258:
+        assert "".join(texts) == byte_fallback.decode([*reply, 261])
 
 
 def test_bos_stands_once(engine: TransformersEngine) -> None:
@@ -175,7 +222,16 @@ def test_what_cannot_be_answered(engine: TransformersEngine, prompt: object, sam
 
 
 @pytest.mark.parametrize(
-    "settings", [{"max_tokens": 0}, {"temperature": -1}, {"top_p": 0}, {"top_k": -2}, {"stop": ("",)}, {"logprobs": 21}]
+    "settings",
+    [
+        {"max_tokens": 0},
+        {"temperature": -1},
+        {"top_p": 0},
+        {"top_k": -2},
+        {"stop": ("",)},
+        {"logprobs": 21},
+        {"repetition_penalty": 1e-45},
+    ],
 )
 def test_settings_out_of_range(settings: dict) -> None:
     with pytest.raises(CptError, match=next(iter(settings))):

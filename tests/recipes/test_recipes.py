@@ -2,23 +2,33 @@
 
 import subprocess
 import sys
+from functools import reduce
+from importlib import import_module
 from pathlib import Path
 
 import fiddle
 import nemo_run as run
+import numpy as np
 import pytest
 import torch
 from megatron.core.optimizer import OptimizerConfig
 from nemo.collections import llm
 from nemo_run.core.serialization.yaml import YamlSerializer
+from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 
+from nemo_cpt import catalog
 from nemo_cpt.constants import ADAM_STATES
 from nemo_cpt.corpus import Blend
+from nemo_cpt.doctor import Place
 from nemo_cpt.errors import CptError
+from nemo_cpt.executors.examination import examine_task
 from nemo_cpt.launching import yaml_file
 from nemo_cpt.planning import plan
-from nemo_cpt.recipes import instruction, llama31_8b, parts, smollm2, tiny
+from nemo_cpt.recipes import gpt, instruction, llama31_8b, parts, smollm2, tiny
+from nemo_cpt.training import fields, guards
+from nemo_cpt.training.early_stop import StopEarly
 from nemo_cpt.training.optimizer import HostStateOptimizer
+from tests.support.commands import nemo
 
 RECIPES = [
     llama31_8b.continual_pretrain,
@@ -234,6 +244,101 @@ def test_the_planner_lays_out_a_recipe_for_a_card() -> None:
         llama31_8b.continual_pretrain(gpus_per_node=1, gpu_memory_gib=24)
 
 
+WRONG = {"int": ("100x", True, 1.5), "float": ("1e-5x", True), "Sequence": ("ja",), "bool": ("true",)}
+
+
+@pytest.mark.parametrize("name", catalog.recipes())
+def test_every_argument_of_a_wrong_type_is_told_by_its_name(name: str) -> None:
+    module, _, function = name.partition(".")
+    recipe = getattr(import_module(f"nemo_cpt.recipes.{module}"), function)
+    kind = catalog.mixture_of(catalog.recipes()[name].parameters["data"].annotation)
+    needed = {"base": "base", "data": kind({"ds/ja": 1.0})}
+    for parameter in catalog.recipes()[name].parameters.values():
+        kinds = {kind.strip().partition("[")[0] for kind in parameter.annotation.split("|")}
+        for wrong in (object(), *(each for kind in kinds - {"str"} for each in WRONG.get(kind, ()))):
+            if isinstance(wrong, float) and "float" in kinds:
+                continue
+            with pytest.raises(CptError, match=rf"^{parameter.name}=.*: give "):
+                recipe(**needed | {parameter.name: wrong})
+    with pytest.raises(CptError, match=rf"{name} has no parameter max_step; near: .*max_steps"):
+        recipe(**needed, max_step=3)
+
+
+def test_a_parameter_of_any_function_on_the_way_is_the_nearest() -> None:
+    with pytest.raises(CptError, match="continual_pretrain_single_gpu has no parameter rnak; near: rank"):
+        llama31_8b.continual_pretrain_single_gpu(rnak=3)
+    with pytest.raises(CptError, match=r"gpt\.pretrain sets untrained_base itself"):
+        gpt.pretrain(untrained_base=False)
+
+
+def test_plain_values_reach_the_config(tmp_path: Path) -> None:
+    made = smollm2.continual_pretrain(tmp_path, max_steps=np.int64(50), lr=np.float32(0.5), directory=tmp_path / "runs")
+    assert [type(made.trainer.max_steps), type(made.optim.config.lr)] == [int, float]
+    assert (made.resume.base, made.log.log_dir) == (str(tmp_path), str(tmp_path / "runs"))
+    (tmp_path / "recipe.yaml").write_text(YamlSerializer().serialize(made))
+    assert yaml_file.load(tmp_path / "recipe.yaml") == made
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("trainer.max_steps", "300", "trainer.max_steps='300': give a whole number: trainer.max_steps=300"),
+        ("trainer.devices", "8", "trainer.devices='8': give a whole number"),
+        ("optim.config.lr", "1e-4", "optim.config.lr='1e-4': give a number"),
+        ("trainer.strategy.tensor_parallel_size", 2, "has no field tensor_parallel_size; near: tensor_model_parallel"),
+        ("data.batch_size", 2, "data.batch_size: BlendDataModule has no field batch_size; near: micro_batch_size"),
+        ("log.ckpt.every", 2, "log.ckpt.every: RunCheckpoint has no field every; near: save_every"),
+        ("data", Blend({"ds/ja": 1.0}), "data is a Blend, and no data module"),
+        ("data.validation", "ds/ja", "The blend's validation is a string, 'ds/ja'"),
+        ("trainer.callbacks", [], "the recipe's own callbacks were replaced"),
+    ],
+)
+def test_a_field_changed_into_what_no_job_runs_with_is_refused_before_the_launch(path, value, says) -> None:
+    recipe = smollm2.continual_pretrain(data=Blend({"ds/ja": 1.0}))
+    *parents, name = path.split(".")
+    setattr(reduce(getattr, parents, recipe), name, value)
+    with pytest.raises(CptError) as refused:
+        examine_task(recipe, Place())
+    assert says in refused.value.message
+    if path != "data.validation":  # the base, which is not there, comes first
+        with pytest.raises(CptError) as refused:
+            guards.check(recipe)
+        assert says in refused.value.message
+
+
+def test_a_recipe_that_was_not_called_is_none() -> None:
+    with pytest.raises(CptError, match="is no recipe: give what a recipe's function returns"):
+        guards.check(smollm2.continual_pretrain)
+    with pytest.raises(CptError, match=r"a run\.Config of LlamaConfig without a config"):
+        smollm2.continual_pretrain(model=smollm2.model().config)
+
+
+def test_numpys_numbers_and_paths_in_fields_can_be_sent(tmp_path: Path) -> None:
+    recipe = smollm2.continual_pretrain()
+    recipe.trainer.max_steps, recipe.log.log_dir = np.int64(50), tmp_path
+    fields.make_plain(recipe)
+    assert ZlibJSONSerializer().deserialize(ZlibJSONSerializer().serialize(recipe)) == recipe
+    recipe.trainer.callbacks.append(run.Config(StopEarly, validation_set=tmp_path))
+    fields.make_plain(recipe)
+    assert recipe.trainer.callbacks[-1].validation_set == tmp_path  # a callback may want its Path
+    assert (recipe.trainer.max_steps, recipe.log.log_dir) == (50, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("blend", "says"),
+    [
+        (Blend({}), "has no training data"),
+        (Blend({"ds/ja": "0.75"}), "The weight of 'ds/ja' in the blend is '0.75'"),
+        (Blend({"ds/ja": 1.0}, weighting="token"), "weighting is 'token'"),
+    ],
+)
+def test_the_form_of_a_blend_is_looked_at_where_it_is_given(blend: Blend, says: str) -> None:
+    with pytest.raises(CptError, match=says):
+        smollm2.continual_pretrain(data=blend)
+    with pytest.raises(CptError, match=says):
+        smollm2.instruction_tune(replay=blend, replay_share=0.1)
+
+
 def test_data_must_be_a_blend() -> None:
     with pytest.raises(CptError, match="give a Blend"):
         llama31_8b.continual_pretrain(data="{train:[1.0,ds/ja]}")
@@ -265,21 +370,21 @@ def test_a_bad_yaml_file_is_refused(tmp_path: Path, text: str, message: str) -> 
 
 
 def test_nemo_llm_finds_the_factory_and_round_trips_yaml(tmp_path: Path) -> None:
-    nemo = [str(Path(sys.executable).with_name("nemo")), "llm", "pretrain"]
+    """The first in a process of its own, where nobody has imported the recipes."""
+    own = [str(Path(sys.executable).with_name("nemo")), "llm", "pretrain"]
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
-    _run([*nemo, "--factory", "llama31_8b_cpt", "--to-yaml", str(first), "trainer.max_steps=77"])
+    given = ["--factory", "llama31_8b_cpt", "--to-yaml", str(first), "trainer.max_steps=77"]
+    _check(subprocess.run([*own, *given], capture_output=True, text=True, timeout=240))
     assert "max_steps: 77" in first.read_text()
-    _run([*nemo, "--yaml", str(first), "--to-yaml", str(second)])
+    _check(nemo("llm", "pretrain", "--yaml", str(first), "--to-yaml", str(second)))
     assert second.read_text() == first.read_text()
 
 
 def test_nemo_llm_finds_the_factory_of_instruction_tuning(tmp_path: Path) -> None:
-    nemo = [str(Path(sys.executable).with_name("nemo")), "llm", "finetune"]
-    _run([*nemo, "--factory", "llama31_8b_sft", "--to-yaml", str(tmp_path / "sft.yaml"), "trainer.max_steps=77"])
+    given = ["--factory", "llama31_8b_sft", "--to-yaml", str(tmp_path / "sft.yaml"), "trainer.max_steps=77"]
+    _check(nemo("llm", "finetune", *given))
     assert "max_steps: 77" in (tmp_path / "sft.yaml").read_text()
 
 
-def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+def _check(done: subprocess.CompletedProcess[str]) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""`nemo-cpt` commands that import NeMo, forked from the server that has imported it.
+"""`nemo-cpt` and `nemo` commands that import NeMo, forked from the server that has imported it.
 
 A test of what a command imports, how fast it starts or how signals reach it starts an interpreter of its own.
 """
@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tests.training.jobs import SERVER
@@ -22,19 +22,42 @@ def nemo_cpt(*arguments: str, environ: Mapping[str, str] | None = None) -> subpr
         environ: added to this process's environment; nothing that is read when NeMo, NeMo-Run or the hub's library
             are imported, which has happened.
     """
+    return _forked(_nemo_cpt, ("nemo-cpt", *arguments), environ or {})
+
+
+def nemo(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of NeMo-Run's as `nemo_cpt` does ours."""
+    return _forked(_nemo, ("nemo", *arguments), {})
+
+
+def _nemo_cpt() -> None:
+    from nemo_cpt.cli import main
+
+    main()
+
+
+def _nemo() -> None:
+    from nemo_run.__main__ import app
+
+    app()
+
+
+def _forked(
+    main: Callable[[], None], command: tuple[str, ...], environ: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory() as folder:
         printed = [Path(folder, name) for name in ("stdout", "stderr")]
-        given = (arguments, Path.cwd(), os.environ | (environ or {}), printed)
+        given = (main, command, Path.cwd(), os.environ | environ, printed)
         process = SERVER.Process(target=_run, args=given)
         process.start()
         process.join()
         stdout, stderr = (path.read_text("utf-8") for path in printed)
-    return subprocess.CompletedProcess(["nemo-cpt", *arguments], process.exitcode or 0, stdout, stderr)
+    return subprocess.CompletedProcess(command, process.exitcode or 0, stdout, stderr)
 
 
-def _run(arguments: tuple[str, ...], cwd: Path, environ: dict[str, str], printed: list[Path]) -> None:
-    from nemo_cpt.cli import main
-
+def _run(
+    main: Callable[[], None], command: tuple[str, ...], cwd: Path, environ: dict[str, str], printed: list[Path]
+) -> None:
     os.setsid()
     os.chdir(cwd)
     os.environ.clear()
@@ -42,6 +65,6 @@ def _run(arguments: tuple[str, ...], cwd: Path, environ: dict[str, str], printed
     for descriptor, path in enumerate([Path(os.devnull), *printed]):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), descriptor)
     sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
-    sys.argv = ["nemo-cpt", *arguments]
+    sys.argv = list(command)
     multiprocessing.set_start_method("fork", force=True)  # as in a process of its own; here it would be the server's
     main()

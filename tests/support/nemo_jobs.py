@@ -17,7 +17,10 @@ from tests.support import dora_parallel, resave_parallel, train_small
 
 
 def main() -> None:
+    from nemo_cpt.training import patches
     from tests.support import preloaded  # noqa: F401  before the forks
+
+    patches.report_writes_as_bytes()  # plain NeMo, but for 2 s of each process
 
     folder = Path(sys.argv[1])
     base, dest = folder / "nemo", folder / "runs"

@@ -1,5 +1,6 @@
 """HTTP servers on this machine, for as long as a test needs them."""
 
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,3 +21,6 @@ def serving(server: Server) -> Iterator[Server]:
             yield server
         finally:
             server.shutdown()
+            # The hub's client keeps its connections, one session a thread that ever asked; none comes here again.
+            if hub := sys.modules.get("huggingface_hub"):
+                hub.utils.reset_sessions()

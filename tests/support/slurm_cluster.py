@@ -111,7 +111,7 @@ class SlurmCluster:
         while (state := self.state(job)) not in states:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"job {job} is {state}, not {states}:\n{self.run('scontrol', 'show', 'job', job)}")
-            time.sleep(0.2)
+            time.sleep(0.5)  # to ask is to start a process
         return state
 
     def jobs(self) -> list[str]:

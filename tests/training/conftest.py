@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -9,14 +10,22 @@ from typing import Any
 
 import pytest
 
+from tests.support.shared import made_once
+
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what `make_world` puts there."""
-    return make_world(tmp_path_factory.mktemp("world"))
+    """A folder with what `make_world` puts there, and the runs of this process's tests."""
+    return copy_of_world(tmp_path_factory)
 
 
-def make_world(folder: Path) -> Path:
+def copy_of_world(factory: pytest.TempPathFactory) -> Path:
+    """The tests of a process write into their world, so that each process has a copy of its own."""
+    made = made_once(factory, "made_world", make_world)
+    return shutil.copytree(made, factory.mktemp("world"), dirs_exist_ok=True)
+
+
+def make_world(folder: Path) -> None:
     """Put `base_hf`, `base` (NeMo) and `ds/{ja,en}_{train,validation}` into a folder."""
     import torch
 
@@ -34,7 +43,6 @@ def make_world(folder: Path) -> Path:
             lines = folder / f"{language}_{part}.jsonl"
             lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in chosen))
             prepare(lines, folder / "ds" / f"{language}_{part}", folder / "base_hf", workers=1, quiet=True)
-    return folder
 
 
 def _texts(language: str) -> list[str]:

@@ -2,20 +2,25 @@
 
 import mmap
 import multiprocessing
+import queue
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import load
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, TemporalAsyncCaller
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from nemo.lightning.io.pl import MegatronCheckpointIO
 from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.storage import WriteResult
 
 from nemo_cpt.cpu_stack import cpu_stack
 from nemo_cpt.training import patches
@@ -176,3 +181,20 @@ class TestOnGpu:
     @pytest.mark.usefixtures("unpatched")
     def test_it_gets_the_checkpoints_without_the_patch(self) -> None:
         assert self.save_beside_a_batch() == (True, [7.0, 7.0])
+
+
+@pytest.mark.parametrize("patched", [True, False])
+def test_who_keeps_the_writers_reports_does_not_import_pytorch(patched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filesystem_async, "_results_queue", None)
+    patches.report_writes_as_bytes()
+    get_queue = filesystem_async._get_write_results_queue
+    reports = get_queue() if patched else get_queue.unpatched()
+    report = {0: [WriteResult(MetadataIndex("weight"), size_in_bytes=4, storage_data=None)]}
+    reports.put(report)
+    manager = (reports._queue if patched else reports)._manager
+    loaded = [Path(each.path).name for each in psutil.Process(manager._process.pid).memory_maps()]
+    assert any("libtorch" in name for name in loaded) != patched
+    assert reports.get_nowait() == report
+    with pytest.raises(queue.Empty):
+        reports.get_nowait()
+    manager.shutdown()

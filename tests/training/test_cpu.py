@@ -12,6 +12,7 @@ from nemo_cpt.cpu_stack import cpu_stack
 
 WATCHED = [
     (torch.cuda, "current_device"),
+    (torch.cuda, "is_available"),
     (torch.cuda, "Stream"),
     (torch.cuda, "manual_seed"),
     (torch.Tensor, "cuda"),
@@ -57,6 +58,15 @@ def test_cuda_tensors_are_cpu_tensors_inside() -> None:
         assert made[0].type() == "torch.cuda.FloatTensor"
         assert made[0].bfloat16().type() == "torch.cuda.BFloat16Tensor"
     assert made[0].type() == "torch.FloatTensor"
+
+
+def test_no_gpu_is_seen_through_a_cuda_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning lets such a build take the number of devices, which is the CPU's here, for an answer."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: torch.cuda.device_count() > 0)
+    with cpu_stack():
+        assert torch.cuda.device_count() == 1
+        assert not torch.cuda.is_available()
+    assert torch.cuda.is_available() == (torch.cuda.device_count() > 0)
 
 
 def test_megatrons_generators_fork_as_on_a_gpu() -> None:

@@ -1,10 +1,12 @@
 """Exports while a run trains: what they hold, what a failing one does, and what a stop leaves."""
 
+import errno
 import functools
 import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -93,6 +95,61 @@ def test_a_stop_ends_the_export_and_the_same_command_makes_it_good(world: Path, 
         os.kill(int((made / "step-2.log").read_text()), 0)
     start(world, blend, "stopped")
     assert sorted(path.name for path in made.iterdir()) == ["step-2", "step-4", "step-6"]
+
+
+def exporter(folder: Path, ckpt_path: Path | None) -> exports.ExportCheckpoints:
+    """The callback of a run in `folder` that begins, or goes on from a checkpoint."""
+    AppState().log_dir = folder
+    trainer = SimpleNamespace(
+        is_global_zero=True, ckpt_path=ckpt_path, checkpoint_callback=SimpleNamespace(dirpath=folder / "checkpoints")
+    )
+    found = exports.ExportCheckpoints(every=2)
+    found.on_fit_start(trainer, None)
+    return found
+
+
+def test_exports_behind_which_a_run_goes_back_are_no_longer_its_own(tmp_path: Path, capsys: Any) -> None:
+    made = tmp_path / exports.FOLDER
+    for name in ("step-2/old", "step-4/old", "step-6/old", f"{exports._LINKS}6"):
+        (made / name).mkdir(parents=True)
+    checkpoint = tmp_path / "checkpoints" / "steps=2"
+    (checkpoint / "weights").mkdir(parents=True)
+    exporter(tmp_path, checkpoint / "weights")
+    assert "exports of steps that are trained again, 4, 6, are in" in capsys.readouterr().err
+    assert sorted(path.name for path in made.glob("step-*")) == ["step-2"]
+    exporter(tmp_path, None)  # begun anew
+    assert list(made.glob("step-*")) == []
+    earlier = sorted((made / exports.EARLIER).iterdir())
+    assert [path.name[:6] for path in earlier] == ["step-2", "step-4", "step-6"]
+    assert all((path / "old").is_dir() for path in earlier)
+    wait_until(lambda: not (made / f"{exports._LINKS}6").exists())
+
+
+def test_a_folder_that_is_there_is_not_taken_for_what_was_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(exports, "COMMAND", [sys.executable, "-c", "import sys; sys.exit('it exists already')"])
+    found = exporter(tmp_path, None)
+    for name in ("step-2", f"{exports._LINKS}2"):
+        (tmp_path / exports.FOLDER / name).mkdir()
+    found._start_next()
+    found._running[1].wait()
+    assert found._end_of_running()
+    assert "warning: step 2 was not exported: it exists already" in capsys.readouterr().err
+
+
+def test_files_that_cannot_be_linked_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def refuse(*args: Any) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    (tmp_path / "checkpoints/steps=2/weights").mkdir(parents=True)
+    (tmp_path / "checkpoints/steps=2/weights/__0_0.distcp").touch()
+    found = exporter(tmp_path, None)
+    found._awaited = [2]
+    found._go_on()
+    assert "warning: step 2 is not exported: its files cannot be linked" in capsys.readouterr().err
+    assert list((tmp_path / exports.FOLDER).iterdir()) == []
 
 
 def test_steps_that_are_not_saved_are_refused() -> None:

@@ -6,7 +6,15 @@ from pathlib import Path
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nemo_cpt.training.metrics import METRICS_FILE, RESUMED_FROM, MetricsReader, append_metrics, read_metrics
+from nemo_cpt.monitoring.forgetting import changes
+from nemo_cpt.training.metrics import (
+    METRICS_FILE,
+    RESUMED_FROM,
+    VALIDATED_OTHERWISE,
+    MetricsReader,
+    append_metrics,
+    read_metrics,
+)
 
 
 def steps(folder: Path) -> list[tuple[int, float]]:
@@ -31,6 +39,16 @@ def test_steps_that_were_done_again_count_as_they_were_done_last(tmp_path: Path)
     write(tmp_path, {RESUMED_FROM: 0}, *({"step": step, "loss": 1.0} for step in (1, 2, 3, 4)))
     write(tmp_path, {RESUMED_FROM: 2}, {"step": 3, "loss": 2.0})
     assert steps(tmp_path) == [(1, 1.0), (2, 1.0), (3, 2.0)]  # step 4 is not done again yet: it is not there
+
+
+def test_losses_of_other_samples_are_not_compared(tmp_path: Path) -> None:
+    write(tmp_path, {"step": 0, "val_loss_ja": 9.0, "val_loss_en": 3.0, "val_batches_en": [2.0, 4.0]})
+    write(tmp_path, {RESUMED_FROM: 3, VALIDATED_OTHERWISE: ["en"]}, {"step": 6, "val_loss_ja": 8.0, "val_loss_en": 4.0})
+    assert read_metrics(tmp_path) == [
+        {"step": 0, "val_loss_ja": 9.0},
+        {"step": 6, "val_loss_ja": 8.0, "val_loss_en": 4},
+    ]
+    assert list(changes(read_metrics(tmp_path))) == ["ja"]
 
 
 def test_a_torn_line_does_not_swallow_the_next(tmp_path: Path) -> None:

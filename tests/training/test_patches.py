@@ -1,5 +1,6 @@
 """Every patch, beside the defect that it mends, on Megatron's and NeMo's own layers (CPU, gloo)."""
 
+import json
 import sys
 import types
 from unittest import mock
@@ -54,10 +55,12 @@ def remove_patches():
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.tensor_parallel.layers import LinearWithFrozenWeight
     from nemo.collections.llm.peft.lora import LoRALinear
+    from nemo.lightning.pytorch.callbacks.peft import WrappedAdapterIO
 
     for owner, name in [
         (DistributedOptimizer, "_set_main_param_and_optimizer_states"),
         (LinearWithFrozenWeight, "backward"),
+        (WrappedAdapterIO, "load_checkpoint"),
         (LanguageModelEmbedding, "forward"),
         (LoRALinear, "forward"),
     ]:
@@ -414,3 +417,23 @@ def test_the_end_of_a_training_moves_nothing_to_the_host(patched):
     assert [len(call.args[0]) for call in moved.call_args_list] == [0 if patched else 1]
     assert strategy.lightning_module is module
     assert len(strategy.optimizers) == 1
+
+
+def test_the_base_of_adapters_is_recorded_where_it_is(tmp_path, unpatched):
+    from nemo.lightning.pytorch.callbacks.peft import PEFT, WrappedAdapterIO
+    from nemo.lightning.resume import AdapterPath
+
+    weights, base = tmp_path / "steps=3/weights", tmp_path / "moved"
+    weights.mkdir(parents=True)
+    (weights / "adapter_metadata.json").write_text(json.dumps({"model_ckpt_path": str(tmp_path / "where it was")}))
+
+    def recorded():
+        files = types.SimpleNamespace(load_checkpoint=lambda *args, **kwargs: {"state_dict": {}})
+        io = WrappedAdapterIO(files, mock.Mock(spec=PEFT))
+        for path in (AdapterPath(weights, base_model_path=base), weights):  # as NeMo does: the base, then the adapters
+            io.load_checkpoint(path, {})
+        return io.model_ckpt_path
+
+    assert recorded() == tmp_path / "where it was"
+    patches.record_where_the_base_of_adapters_is()
+    assert recorded() == base

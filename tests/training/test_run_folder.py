@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 
+from nemo_cpt.compatibility import weights_digest
+from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
 from nemo_cpt.launching.task import nothing_to_train
 from nemo_cpt.training.checkpoints import RunCheckpoint
+from nemo_cpt.training.metrics import read_metrics
 from nemo_cpt.training.run_folder import Checkpoint, checkpoints, damaged_since, finished, newest_whole
 from tests.support.interruptions import Runs, Setting
 
@@ -115,13 +118,35 @@ def test_finished(folder: Path) -> None:
 
 def test_a_finished_run_hears_of_a_misspelt_field(folder: Path, world: Path, blend: Any) -> None:
     given = {"base": str(world / "base"), "data": blend, "max_steps": 8, "val_check_interval": 3}
-    given |= {"directory": str(folder.parent.parent), "name": folder.parent.name, "global_batch_size": 4}
+    given |= {"directory": str(folder.parent.parent), "name": folder.parent.name, "global_batch_size": 8}
     said = nothing_to_train("tiny.continual_pretrain", given, ["trainer.log_every_n_steps=5"])
     assert said.endswith(
         "give a larger max_steps, and extend=rewarm, stretch or keep: what becomes of the learning rate"
     )
     with pytest.raises(CptError, match=r"optim.config.lrr: OptimizerConfig has no field lrr; near: lr"):
         nothing_to_train("tiny.continual_pretrain", given, ["optim.config.lrr=1"])
+
+
+def test_a_finished_run_is_not_taken_for_one_that_trained_otherwise(
+    folder: Path, world: Path, blend: Any, tmp_path: Path
+) -> None:
+    given = {"base": str(world / "base"), "data": blend, "max_steps": 8, "val_check_interval": 3, "seq_length": 64}
+    given |= {"directory": str(folder.parent.parent), "name": folder.parent.name, "global_batch_size": 8}
+    moved = shutil.copytree(world / "ds", tmp_path / "elsewhere")
+    copied = Blend({str(moved / Path(prefix).name): share for prefix, share in blend.train.items()})
+    # Of what decides the weights nothing is different: where the data are, how they are validated, fewer steps.
+    for same in ({}, {"data": copied}, {"val_check_interval": 2, "micro_batch_size": 2}, {"max_steps": 5}):
+        assert "the run is finished" in nothing_to_train("tiny.continual_pretrain", given | same, [])
+    for other, words in (
+        ({"lr": 5e-3}, r"lr 0.001 -> 0.005 .*another name="),
+        ({"seed": 7}, "seed 1234 -> 7"),
+        ({"global_batch_size": 4}, "global_batch_size 8 -> 4"),
+        ({"data": Blend(dict.fromkeys(blend.train, 1.0))}, r"train \[\[0.75, 'ja_train:"),
+    ):
+        with pytest.raises(CptError, match=f"is finished, and was trained otherwise than this asks for: {words}"):
+            nothing_to_train("tiny.continual_pretrain", given | other, [])
+    with pytest.raises(CptError, match=r"lr 0\.001 -> 0\.02"):
+        nothing_to_train("tiny.continual_pretrain", given, ["optim.config.lr=0.02"])
 
 
 def test_a_run_goes_on_from_the_newest_whole_one_and_says_so(runs: Runs) -> None:
@@ -158,7 +183,27 @@ def test_a_finished_run_is_left_alone(runs: Runs) -> None:
     before = contents()
     assert runs.start("whole", Setting()) == 0
     assert "the run is finished" in runs.log("whole").read_text()
+    assert runs.start("whole", Setting(), lr=5e-3) == 2
+    assert "was trained otherwise than this asks for: lr 0.001 -> 0.005, min_lr 0.0001 -> 0.0005" in (
+        runs.log("whole").read_text()
+    )
     assert contents() == before
+
+
+def test_a_run_that_validates_on_other_samples_compares_no_more_with_its_earlier_losses(runs: Runs) -> None:
+    name = "otherwise"
+    shutil.copytree(runs.folder / "whole", runs.folder / name, symlinks=True)
+    for step in (6, 8):
+        shutil.rmtree(of_step(runs.folder / name / "checkpoints", step))
+    assert runs.start(name, Setting(), limit_val_batches=2) == 0, runs.log(name).read_text()[-3000:]
+    assert "losses of ja, en are of other samples, and not compared with those before" in runs.log(name).read_text()
+    measured = read_metrics(runs.folder / name)
+    assert [line["step"] for line in measured if "val_loss_ja" in line] == [6, 8]
+    assert [line["step"] for line in measured if "reduced_train_loss" in line] == list(range(1, 9))
+    one, other = (newest_whole(runs.folder / each / "checkpoints").record for each in ("whole", name))
+    assert one["settings"]["validation"]["batches"] == {"ja": 1, "en": 1}
+    assert other["settings"]["validation"]["batches"] == {"ja": 2, "en": 2}
+    assert one["base_weights"] == other["base_weights"] == weights_digest(runs.world / "base")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_cpt import page as page_parts
 from nemo_cpt.watching.record import record
 from nemo_cpt.watching.report import as_dict, write_report
 from tests.support import browser, run_folders
@@ -110,6 +111,21 @@ def test_two_runs_are_told_apart(world: Path) -> None:
     assert printed["different"] == [["optim.config.lr", "0.0001", "0.0003"]]
     assert [run["changes"][1]["worse"] for run in printed["runs"]] == [True, False]
     assert "What differs between them (1)" in Page(world / "results/one/report_against_two/report.html").texts
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_run_may_have_any_name(tmp_path: Path) -> None:
+    """`$` begins a formula of matplotlib's, `_` hides a line from its legend, and its font has no Japanese."""
+    runs = [tmp_path / "a$b^_{$", tmp_path / "_日本語 <b>"]
+    for run in runs:
+        run_folders.describe(run)
+        run_folders.measure(run, 20)
+    page, *_ = write_report([record(run) for run in runs], tmp_path / "report")
+    assert "_日本語 <b>" in Page(page).texts
+    with page_parts.drawing() as pyplot:
+        _, axis = pyplot.subplots()
+        axis.plot([1], [2], label=page_parts.legend_name("_hidden"))
+        assert axis.get_legend_handles_labels()[1] == [" _hidden"]
 
 
 def test_a_run_of_an_older_version_has_a_report_too(tmp_path: Path) -> None:

@@ -21,6 +21,10 @@ def crash(sources, dest):
     print("about to crash", flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 
+def refuse(sources, dest):
+    from nemo_cpt import CptError
+    raise CptError("two tasks failed:\\ntask 1: why")
+
 def spoil(sources, dest, victim):
     Path(dest).write_text("made")
     Path(victim).write_text("something else")

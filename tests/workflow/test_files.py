@@ -1,5 +1,6 @@
 """Workflows as YAML and as Python: each reads back as the same."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,7 @@ def test_what_is_no_workflow_is_refused(tmp_path: Path, text: str, said: str) ->
 
 
 def test_a_file_that_is_missing_or_broken_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "broken.py").write_text("1 / 0")
+    (tmp_path / "broken.py").write_text("\n\n1 / 0")
     (tmp_path / "empty.py").write_text("")
     (tmp_path / "leaves.py").write_text("import sys; sys.exit(3)")
     (tmp_path / "latin.yaml").write_bytes(b"steps: {a: {do: split, inputs: caf\xe9}}")
@@ -95,7 +96,7 @@ def test_a_file_that_is_missing_or_broken_is_refused(tmp_path: Path) -> None:
     (tmp_path / "w.txt").touch()
     for name, said in (
         ("none.yaml", "there is no workflow"),
-        ("broken.py", "cannot be imported: ZeroDivisionError"),
+        ("broken.py", r"cannot be imported: ZeroDivisionError: division by zero \(line 3\)"),
         ("empty.py", "holds 0 workflows"),
         ("leaves.py", "cannot be imported: SystemExit: 3"),
         ("latin.yaml", "is not UTF-8"),
@@ -105,6 +106,22 @@ def test_a_file_that_is_missing_or_broken_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(CptError, match=said):
             load(tmp_path / name)
+
+
+def test_a_file_may_import_its_neighbours_and_hides_no_library(tmp_path: Path) -> None:
+    (tmp_path / "my_paths.py").write_text("CORPUS = 'ja.jsonl'\n")
+    (tmp_path / "colorsys.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom typing import ClassVar\n"
+        "from my_paths import CORPUS\nfrom nemo_cpt.workflow import Workflow, split\n"
+        "@dataclass\nclass Sizes:\n    most: ClassVar[int] = 1\n"  # which Python looks up by the module's name
+        "workflow = Workflow('w', [split('text', inputs=CORPUS, output_folder='text')])\n"
+    )
+    (tmp_path / "mine.py").write_text((tmp_path / "colorsys.py").read_text())
+    import colorsys
+
+    for name in ("mine.py", "colorsys.py"):
+        assert load(tmp_path / name).steps["text"].reads == ["ja.jsonl"]
+    assert sys.modules["colorsys"] is colorsys
 
 
 @pytest.mark.parametrize("ending", ["yaml", "py"])

@@ -8,6 +8,7 @@ import sys
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import psutil
 import pytest
@@ -17,6 +18,7 @@ from nemo_cpt import CptError
 from nemo_cpt.workflow import Chosen, Workflow, as_yaml, run, split, tokenizer
 from nemo_cpt.workflow.comparison import compare
 from nemo_cpt.workflow.dry_run import dry_run
+from nemo_cpt.workflow.page import _address
 from nemo_cpt.workflow.state import OF_TIME, State
 from tests.support.corpus_helpers import write_jsonl
 from tests.support.crashes import killed_at, lines_of
@@ -138,6 +140,7 @@ def test_a_folder_that_somebody_filled_is_neither_cleared_nor_taken_over(folder:
         ("forget", {}, "last ended well, and last.txt is not there"),
         ("spoil", {"victim": "a.txt"}, "last read a.txt, which changed meanwhile"),
         ("join", {"word": 3}, "last ended with exit code 1; the last lines of"),
+        ("refuse", {}, "last: two tasks failed:\ntask 1: why (log: "),
     ],
 )
 def test_a_step_that_fails_ends_the_workflow_and_goes_on_from_there(
@@ -257,6 +260,13 @@ def test_two_runs_are_compared(folder: Path, tmp_path: Path) -> None:
     for path, said in ((folder / "none", "cannot be read"), (folder / "broken.json", "it has no steps")):
         with pytest.raises(CptError, match=said):
             compare(path, folder / "w.yaml")
+
+
+def test_links_lead_to_paths_of_any_name() -> None:
+    path = "../run #1?/50%/評価/report.html"
+    link = _address(path)
+    assert not set(link) & set("#? ")
+    assert unquote(link) == path
 
 
 def test_the_page_links_what_the_steps_report(folder: Path) -> None:

@@ -1,5 +1,9 @@
 """What is known of a workflow before anything runs: its order, and what cannot work."""
 
+import re
+from dataclasses import replace
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +13,27 @@ import nemo_cpt.workflow
 from nemo_cpt import CptError
 from nemo_cpt.conversations import Conversations
 from nemo_cpt.corpus import Blend
-from nemo_cpt.workflow import Step, Workflow, call, download, export, import_, init, prepare, split, tokenizer, train
+from nemo_cpt.workflow import (
+    Chosen,
+    Step,
+    Workflow,
+    call,
+    download,
+    export,
+    import_,
+    init,
+    prepare,
+    split,
+    tokenizer,
+    train,
+)
+from nemo_cpt.workflow.dry_run import dry_run
 from nemo_cpt.workflow.files import maker_names
 from nemo_cpt.workflow.kinds import KINDS, function_of
+from nemo_cpt.workflow.running import Runner
+from nemo_cpt.workflow.showing import Shown
+from nemo_cpt.workflow.standing import inputs_of, other_job
+from nemo_cpt.workflow.state import Record, State
 from tests.workflow.conftest import chain, own
 
 
@@ -84,6 +106,111 @@ def test_what_cannot_work_is_refused(tmp_path: Path, changes: dict[str, dict[str
     assert said in error.value.message
 
 
+@pytest.mark.parametrize(
+    ("do", "parameters", "said"),
+    [
+        ("fetch", {"corpus": "llm-jp/ja_wikii", "folder": "d"}, "There is no corpus 'llm-jp/ja_wikii'"),
+        ("clean", {"inputs": "a.jsonl", "output": "o", "rules": "jaa"}, "no rules for the language 'jaa'"),
+        ("clean", {"inputs": "a.jsonl", "output": "o", "rules": "r.yaml"}, "r.yaml, rule 1 (length), min_characters"),
+        ("split", {"inputs": "a.jsonl", "output_folder": "o", "validation": 1.5}, "validation is 1.5"),
+        ("split", {"inputs": "a.jsonl", "output_folder": "o", "on_error": "skpi"}, "on_error is 'skpi'"),
+        ("synthesize", {"inputs": "a.jsonl", "output": "o", "kinds": ["titel"]}, "kinds are titel"),
+        ("synthesize", {"inputs": "a.jsonl", "output": "o", "model": "m"}, "no endpoint to ask"),
+        ("tokenizer", {"corpora": "a.jsonl", "output": "o", "kind": "bep"}, "kind is 'bep'"),
+        ("tokenizer", {"corpora": {"a.jsonl": -1.0}, "output": "o"}, "the weight of a.jsonl is -1.0"),
+        ("tokenizer", {"corpora": {"a.jsonl": "much"}, "output": "o"}, "corpora['a.jsonl']='much': give a number"),
+        ("tokenizer", {"corpora": "a.jsonl", "output": "o", "special": [7]}, "special[0]=7: give text"),
+        ("grow_tokenizer", {"tokenizer": "t", "inputs": "a.jsonl", "output": "o"}, "say how far to grow"),
+        ("prepare", {"inputs": "a.jsonl", "output_prefix": "o", "tokenizer": "t", "workers": 0}, "workers is 0"),
+        (
+            "prepare",
+            {"inputs": "a.jsonl", "output_prefix": "o", "tokenizer": "t", "template": "chatlm"},
+            "There is no template 'chatlm'",
+        ),
+        ("download", {"repo_id": "a/b/c", "dest": "d"}, "'a/b/c' is no repository's name"),
+        ("init", {"dest": "d", "tokenizer": "t", "params": "12GBB"}, "params is '12GBB'"),
+        ("grow", {"source": "t", "dest": "d", "tokenizer": "t", "initialisation": "mena"}, "initialisation is 'mena'"),
+        ("merge", {"source": "t", "dest": "d", "dtype": "fp16"}, "dtype 'fp16' cannot be written"),
+        ("export", {"source": "t", "dest": "d", "dtype": "fp16"}, "dtype 'fp16' cannot be written"),
+        ("evaluate", {"model": "t", "output": "o", "wrappers": ["caht"]}, "there is no wrapper 'caht'"),
+        ("push", {"folder": "t", "repo_id": "me"}, "'me' is no repository's name"),
+        ("serve", {"model": "t", "port": 80000}, "port is 80000"),
+    ],
+)
+def test_values_are_checked_by_what_the_step_itself_begins_with(
+    tmp_path: Path, do: str, parameters: dict[str, Any], said: str
+) -> None:
+    (tmp_path / "t").mkdir()
+    (tmp_path / "a.jsonl").touch()
+    (tmp_path / "r.yaml").write_text("language: ja\nrules: [{rule: length, min_characters: -5}]\n")
+    with pytest.raises(CptError) as error:
+        dry_run(Workflow("w", [Step("one", do, parameters)], tmp_path), Chosen())
+    assert error.value.message.startswith("one: ")
+    assert said in error.value.message
+
+
+def test_a_language_is_no_folder_of_its_name(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").touch()
+    kept = Step("clean", "clean", {"inputs": "a.jsonl", "output": "ja", "rules": "ja"})
+    asked = Step("evaluate", "evaluate", {"model": "hf:m", "output": "e", "prompts": ["ja", "mine=p.jsonl"]})
+    workflow = Workflow("w", [kept, asked], tmp_path)
+    assert workflow.steps["clean"].reads == ["a.jsonl"]
+    assert workflow.steps["evaluate"].reads == ["hf:m", "p.jsonl"]
+    assert workflow.needs == {"clean": [], "evaluate": []}
+    wrong = Step("clean", "clean", {"inputs": "a.jsonl", "output": "jaa", "rules": "jaa"})
+    with pytest.raises(CptError, match="no rules for the language 'jaa'"):
+        dry_run(Workflow("w", [wrong], tmp_path), Chosen())
+
+
+def test_a_step_in_tasks_is_made_by_them_and_is_the_same_step(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").touch()
+    given = {"inputs": "a.jsonl", "output": "o", "rules": "ja"}
+    tasks = {"tasks": 8, "executor": "slurm", "executor.partition": "cpu", "executor.cpus_per_task": 4}
+    workflow = Workflow("w", [Step("clean", "clean", given | tasks)], tmp_path)
+    workflow.check()
+    step = workflow.steps["clean"]
+    assert step.arguments == given
+    runner = Runner(workflow, State(workflow), False, Shown("w", 1, print))
+    assert runner._request(step) == {
+        "function": "nemo_cpt.workflow.actions:in_tasks",
+        "parameters": given
+        | {"function": "clean_in_tasks", "tasks": 8, "executor": "slurm"}
+        | {"options": ["partition=cpu", "cpus_per_task=4"]},
+    }
+    # With as many as there are CPUs, or without: what is made is the same.
+    plain = replace(step, parameters=given)
+    done = Record("clean", "clean", step.parameters, code="", state="done", inputs=inputs_of(step))
+    assert other_job(plain, done) == ""
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ({"tasks": 0}, "one: tasks is 0; it must be a whole number, at least 1"),
+        ({"tasks": "8GBB"}, "one: tasks is '8GBB'"),
+        ({"executor": "slurm"}, "one: executor and executor.* are for many tasks: say how many"),
+        ({"tasks": 2, "executor": "slurn"}, "one: there is no executor 'slurn'"),
+        ({"tasks": 2, "executor": "docker"}, "one: --tasks with docker: its machines are not known to share"),
+        ({"tasks": 2, "template": "chatml"}, "one: prepare has no parameter tasks"),
+    ],
+)
+def test_tasks_that_cannot_work_are_refused(tmp_path: Path, parameters: dict[str, Any], said: str) -> None:
+    step = Step("one", "prepare", {"inputs": "hf:a/b", "output_prefix": "o", "tokenizer": "t"} | parameters)
+    with pytest.raises(CptError) as error:
+        Workflow("w", [step], tmp_path).check()
+    assert said in error.value.message
+
+
+def test_rules_that_a_step_makes_are_read_when_it_has_made_them(folder: Path) -> None:
+    made = own("rules", "join", ["a.txt"], "rules.yaml")
+    step = Step("clean", "clean", {"inputs": "b.txt", "output": "o", "rules": "rules.yaml"})
+    found = dry_run(Workflow("w", [made, step], folder), Chosen())
+    assert [each.step.name for each in found.standings] == ["rules", "clean"]
+    (folder / "rules.yaml").write_text("no rules")
+    with pytest.raises(CptError, match=r"clean: rules\.yaml: no list of rules"):
+        dry_run(Workflow("w", [step], folder), Chosen())
+
+
 def test_a_mixture_in_a_file_is_read_where_the_workflow_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "w").mkdir()
     (tmp_path / "w/blend.yaml").write_text("train: {ds/ja: 1.0}\nvalidation: {en: ds/en}\n")
@@ -151,3 +278,15 @@ def test_every_kind_s_function_and_paths_are_there(do: str) -> None:
     named = [name.strip("{}") for name in kind.writes.replace("_", " _ ").split() if name.startswith("{")]
     assert {*kind.reads, *kind.by_name, *kind.of_run} <= set(parameters), named
     assert set(kind.by_name) | set(kind.of_run) <= set(kind.reads)
+    assert set(kind.or_file) <= set(kind.by_name)
+    # All that may be a path is read, made, or said to be neither: else a change of it would go unnoticed.
+    paths = {name for name, each in parameters.items() if re.search(r"Inputs|Path", each.annotation)}
+    assert paths <= {*kind.reads, *re.findall(r"{(\w+)}", kind.writes)}
+
+
+@pytest.mark.parametrize("do", [do for do, kind in KINDS.items() if kind.function and kind.checks])
+def test_every_kind_s_check_takes_what_its_function_takes(do: str) -> None:
+    module, _, name = KINDS[do].function.partition(":")
+    home = import_module(f"nemo_cpt.{module}")
+    checked = signature(getattr(home, KINDS[do].checks)).parameters
+    assert checked.keys() <= signature(getattr(home, name)).parameters.keys()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.corpus.dataset.index import Index, fingerprint, full_prefix, read_index
 from nemo_cpt.errors import CptError
 
@@ -47,6 +48,7 @@ class Blend:
             check_mapping(name, getattr(self, name))
 
     @classmethod
+    @checked
     def replay(
         cls, new: str, old: str, share: float = 0.25, validation: Mapping[str, str] | None = None, note: str = ""
     ) -> "Blend":
@@ -75,7 +77,7 @@ class Blend:
             CptError: A mapping is a string or has the wrong kind of value, a weight is not positive, a file is missing
                 or damaged, a dataset is trained on twice, or trained on and held out; a copy or a link is the same one.
         """
-        self._check_form()
+        self.check_form()
         for prefix in self.prefixes():
             read_index(prefix)
         self._check_held_out()
@@ -87,7 +89,12 @@ class Blend:
     def _check_held_out(self) -> None:
         check_held_out(self.train, {"validation": self.validation, "test": self.test})
 
-    def _check_form(self) -> None:
+    def check_form(self) -> None:
+        """Check what can be known without the files.
+
+        Raises:
+            CptError: As `check`.
+        """
         if not self.train:
             raise CptError("The blend has no training data: Blend(train={'ds/ja': 0.75, 'ds/en': 0.25}).")
         if self.weighting not in WEIGHTINGS:
@@ -101,7 +108,7 @@ class Blend:
         Raises:
             CptError: As `check` on the form; with weighting by tokens or documents, also on the files.
         """
-        self._check_form()
+        self.check_form()
         sizes = {prefix: weight * self._size(prefix) for prefix, weight in self.train.items()}
         total = sum(sizes.values())
         return {full_prefix(prefix): size / total for prefix, size in sizes.items()}
@@ -131,7 +138,7 @@ class Blend:
         Raises:
             CptError: As `read_index`.
         """
-        self._check_form()
+        self.check_form()
         return {full_prefix(prefix): read_index(prefix).tokens for prefix in self.train}
 
     def epochs(self, train_tokens: float) -> dict[str, float]:

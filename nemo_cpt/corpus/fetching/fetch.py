@@ -22,6 +22,7 @@ from nemo_cpt.corpus.fetching.download import (
 )
 from nemo_cpt.corpus.fetching.known_corpora import CORPORA
 from nemo_cpt.corpus.fetching.wikimedia import SCHEME, find_address, find_sha1, is_dump
+from nemo_cpt.corpus.preparing.workers import count_processes
 from nemo_cpt.corpus.reading.sources import HUB
 from nemo_cpt.corpus.wikipedia.extraction import Extraction, existing, extract
 from nemo_cpt.errors import CptError
@@ -54,6 +55,7 @@ def fetch(
         CptError: The corpus is unknown, the server refuses or its certificate is not valid, the folder has a file of
             that name which came from elsewhere, it cannot be written, or a dump is damaged or none.
     """
+    check_options(corpus, workers)
     target = Path(folder)
     found: list[Fetched] = []
     for url in _urls(corpus):
@@ -68,6 +70,16 @@ def fetch(
             else:
                 found.append(Download(url, target, quiet, patience).run())
     return found
+
+
+def check_options(corpus: str, workers: int | None) -> None:
+    """Check the options of `fetch` that need no network.
+
+    Raises:
+        CptError: The corpus is none that is known by name, or one is unusable.
+    """
+    _urls(corpus)
+    count_processes(workers)
 
 
 def _urls(corpus: str) -> tuple[str, ...]:

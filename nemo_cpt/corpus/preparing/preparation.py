@@ -163,6 +163,22 @@ def prepare(
     return replace(report, warnings=[*report.warnings, *left_over(Path(prefix + PARTS))])
 
 
+def check_options(
+    workers: int | None, on_error: str, max_skipped: float | None, verify: int | None, chunk_bytes: int
+) -> None:
+    """Check the options of `prepare` that need neither inputs nor tokenizer.
+
+    Raises:
+        CptError: One is unusable.
+    """
+    Policy.of(on_error, max_skipped)
+    count_processes(workers)
+    if verify is not None and verify < 0:
+        raise CptError(f"verify is {verify}; it is a number of documents, 0 for none.")
+    if chunk_bytes < 1:
+        raise CptError(f"chunk_bytes is {chunk_bytes}; it must be at least 1.")
+
+
 @dataclass(frozen=True)
 class Settings:
     """The options of `prepare`, which has what each of them means."""
@@ -194,10 +210,7 @@ class Settings:
         Raises:
             CptError: An option is unusable.
         """
-        _ = self.policy
-        count_processes(self.workers)
-        if self.verify is not None and self.verify < 0:
-            raise CptError(f"verify is {self.verify}; it is a number of documents, 0 for none.")
+        check_options(self.workers, self.on_error, self.max_skipped, self.verify, self.chunk_bytes)
 
     def run(self, head_start: HeadStart) -> Run:
         """Return the options that do not change the output."""

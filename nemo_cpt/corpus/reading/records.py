@@ -79,6 +79,8 @@ def to_json(value: Any) -> bytes:
 def _as_json(value: Any) -> Any:
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
-    if isinstance(value, decimal.Decimal):
+    if isinstance(value, decimal.Decimal | datetime.timedelta):
         return str(value)
-    raise UnusableError("not_json", f"it holds a {type(value).__name__}, which JSON has no form for")
+    # Not left away in silence: a picture beside its text may be what somebody wants to keep.
+    what = f"it holds a {type(value).__name__}, which JSON has no form for: write the table without that column first"
+    raise UnusableError("not_json", what)

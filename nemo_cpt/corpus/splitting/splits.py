@@ -1,8 +1,7 @@
 """Held-out sets: documents taken by their own hash, so that more data never moves one from validation to training."""
 
-import io
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,8 +14,9 @@ from nemo_cpt.corpus.dataset.manifest import changed_input, check_sizes, describ
 from nemo_cpt.corpus.preparing.workers import count_processes
 from nemo_cpt.corpus.processes import in_order
 from nemo_cpt.corpus.progress import ProgressBar
-from nemo_cpt.corpus.reading.chunks import Feed, Task, check_unchanged, lines_of, texts_of
-from nemo_cpt.corpus.reading.lines import Reading, TextUnder, parse_lines
+from nemo_cpt.corpus.reading.chunks import Feed, Task, check_unchanged
+from nemo_cpt.corpus.reading.lines import Reading
+from nemo_cpt.corpus.reading.records import read_records
 from nemo_cpt.corpus.reading.sources import (
     SETS,
     SPLIT_REPORT,
@@ -80,8 +80,9 @@ def split(
 ) -> SplitReport:
     """Write `train.jsonl`, `validation.jsonl` and `test.jsonl` into a folder, and count duplicates between them.
 
-    A document goes where a hash of its text says, which ignores width, case and spacing: equal documents stay together,
-    and a document that was held out once stays held out however the corpus grows.
+    Documents keep all their fields, rows of tables too. A document goes where a hash of its text says, which ignores
+    width, case and spacing: equal documents stay together, and a document that was held out once stays held out however
+    the corpus grows.
 
     Args:
         inputs: As for `prepare`.
@@ -103,10 +104,8 @@ def split(
         CptError: An input or an option is unusable, an input lies where a set would go, the folder holds another split
             or files of another origin, another process splits into it, or it cannot be written.
     """
-    processes = count_processes(workers)
-    policy = Policy.of(on_error, max_skipped)
-    _check_options(validation, test, similarity, drop)
-    job = _Split(inputs, validation, test, json_key, similarity, drop, policy)
+    check_options(validation, test, similarity, drop, on_error, max_skipped, workers)
+    job = _Split(inputs, validation, test, json_key, similarity, drop, Policy.of(on_error, max_skipped))
     folder = Path(output_folder)
     job.check_targets(folder)
     # With the lock file there, somebody is at work: what the report says may be about to change.
@@ -114,12 +113,27 @@ def split(
         return report  # without the lock, which a folder that is only to be read does not allow
     try:
         with folder_to_fill(folder), locked(folder / LOCK, patience):
-            return job.make(folder, processes, overwrite, quiet)
+            return job.make(folder, count_processes(workers), overwrite, quiet)
     except OSError as error:
         raise CptError(f"Cannot split into {folder}: {error}. Mend that and run the same command again.") from error
 
 
-def _check_options(validation: float | Inputs, test: float | Inputs, similarity: float, drop: str) -> None:
+def check_options(
+    validation: float | Inputs,
+    test: float | Inputs,
+    similarity: float,
+    drop: str,
+    on_error: str,
+    max_skipped: float | None,
+    workers: int | None,
+) -> None:
+    """Check the options of `split` that need no input.
+
+    Raises:
+        CptError: One is unusable.
+    """
+    Policy.of(on_error, max_skipped)
+    count_processes(workers)
     shares = [share for share in (validation, test) if isinstance(share, int | float)]
     if any(not 0 <= share < 1 for share in shares) or sum(shares) >= 1:
         raise CptError(f"validation is {validation} and test {test}; shares lie between 0 and 1, together below 1.")
@@ -298,7 +312,7 @@ class _Split:
             CptError: A line gives no text and is not to be skipped, too many give none, or an input changes.
         """
         tally, passed = Tally(), sum(self.report.documents.values())
-        for task, portion in in_order(take, Feed(sources, self.json_key, CHUNK), workers):
+        for task, portion in in_order(take, Feed(sources, None, CHUNK), workers):  # documents keep all their fields
             source = sources[task.source]
             if task.last:
                 check_unchanged(source, task)
@@ -347,23 +361,23 @@ class _Split:
         # By path: the same worker serves all the sets that were given.
         name = next(n for n, sources in self.given.items() if any(source.path == task.path for source in sources))
         portion = _Portion()
-        for _, text in self._documents(task, portion):
+        for _, text, _ in read_records(task, self.json_key, portion.reading):
             portion.held_out.append(_HeldOutDocument(name, fingerprint(text), sketch(text), b""))
         return portion
 
     def take_held_out(self, task: Task) -> _Portion:
         """Take the documents that the hash holds out."""
         portion = _Portion()
-        for line, text in self._documents(task, portion):
+        for line, text, _ in read_records(task, self.json_key, portion.reading):
             name, text_print = self.side(text)
             if name != "train":
-                portion.held_out.append(_HeldOutDocument(name, text_print, sketch(text), line))
+                portion.held_out.append(_HeldOutDocument(name, text_print, sketch(text), line + b"\n"))
         return portion
 
     def take_training(self, task: Task) -> _Portion:
         """Take the other documents and compare them with those held out."""
         portion = _Portion(lines={"train": []})
-        for line, text in self._documents(task, portion):
+        for line, text, _ in read_records(task, self.json_key, portion.reading):
             # Computed again rather than remembered: a fingerprint is cheaper than a set of all documents held out.
             if self.side(text)[0] != "train":
                 continue
@@ -373,23 +387,8 @@ class _Split:
             if duplicate and (self.drop == "near" or self.drop == duplicate):  # "near" drops the exact ones, too
                 portion.dropped += 1
             else:
-                portion.lines["train"].append(line)
+                portion.lines["train"].append(line + b"\n")
         return portion
-
-    def _documents(self, task: Task, portion: _Portion) -> Iterator[tuple[bytes, str]]:
-        """Yield a task's documents, line and text, and note how it was read."""
-        if isinstance(task.data, list):
-            found = texts_of(task, self.json_key)
-            portion.reading = found.reading
-            yield from ((orjson.dumps({self.json_key: text}) + b"\n", text) for text in found.texts)
-            return
-        # Line by line: the sets hold the lines as they came, with all their fields.
-        offset = task.start
-        for line in io.BytesIO(lines_of(task)):
-            found = parse_lines(line, offset, TextUnder(self.json_key))
-            portion.reading.add(found.reading)
-            yield from ((line.strip() + b"\n", text) for text in found.texts)
-            offset += len(line)
 
     def write_report(self, work: Path, folder: Path) -> None:
         """Write the report of the finished sets beside them; from here on they only have to be moved."""

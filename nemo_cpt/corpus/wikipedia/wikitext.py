@@ -34,6 +34,7 @@ _MARK = re.compile(
     r"\[\[|\]\]++|\{\{++|\}\}++|^[ \t:*#]*+\{\||^[ \t]*+\|\}(?!\})|<table\b[^<>]*+>|</table\s*+>|-\{(?!\{)|\}-",
     re.IGNORECASE | re.MULTILINE,
 )
+_LINE_END = re.compile(r"[ \t]*+(?:\n|\Z)")
 _OF_HEADERS = re.compile(r"^[ \t]*!.*$", re.MULTILINE)
 _EXTERNAL = re.compile(r"\[(?:(?:https?:|ftps?:|irc:)?//|mailto:)[^\s\[\]<>\"]*+[ \t]*+([^\[\]\n]*+)\]", re.IGNORECASE)
 _TAG = re.compile(
@@ -199,13 +200,17 @@ class _Nesting:
         while found := search(text, place):
             begin, end = found.span()
             self.stack[-1].pieces.append(text[place:begin])
-            place = begin + self._heed(text[begin:end])
+            place = begin + self._heed(text[begin:end], last=_LINE_END.match(text, end) is not None)
         self.stack[-1].pieces.append(text[place:])
         self._give_all_up()
         return "".join(self.stack[0].pieces)
 
-    def _heed(self, mark: str) -> int:
+    def _heed(self, mark: str, last: bool) -> int:
         """Open or close a construct.
+
+        Args:
+            mark: What was found.
+            last: Whether it is the last of its line.
 
         Returns:
             How many characters of the mark that took; the others may begin another one.
@@ -225,10 +230,22 @@ class _Nesting:
             return 1
         elif mark.endswith("{|") or mark[1] in "tT":
             self._open("t")
+        elif mark.endswith("|}") and self._begins_an_argument(last):
+            self.stack[-1].pieces.append(mark)
         elif self._unwound_to("t"):
             self._closed()
             self._add("\n")
         return len(mark)
+
+    def _begins_an_argument(self, last: bool) -> bool:
+        """Say whether a bar and a brace at a line's beginning are of a template: an argument that begins with a brace.
+
+        Within a template in a table they are where the line goes on: else the template is one that has no end, and does
+        not take the table's.
+        """
+        marks = [each.mark[0] for each in self.stack[1:]]
+        inner = next((mark for mark in reversed(marks) if mark in "{t"), "")
+        return inner == "{" and ("t" not in marks or not last)
 
     def _open(self, mark: str) -> None:
         if len(self.stack) > _DEPTH:

@@ -1,0 +1,228 @@
+"""The arguments of what users call in Python, looked at before anything is done with them.
+
+A wrong type would else be told by whatever library meets it first, minutes later or in the job, and by its own name for
+it. The command line needs none of this: it reads text by the same annotations.
+"""
+
+import inspect
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import wraps
+from reprlib import Repr
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from nemo_cpt.errors import CptError, nearest
+
+F = TypeVar("F", bound=Callable[..., Any])
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+HIDDEN = ("env", "secret", "secrets")  # whose values are not for a terminal, or a log
+_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text", NoneType: "None"}
+_EXAMPLES = {  # of the classes that people meet
+    "Blend": "a Blend, such as Blend(train={'ds/ja': 0.75, 'ds/en': 0.25})",
+    "ssh": "ssh(host=..., user=..., job_dir=...)",
+    "Conversations": "Conversations, such as Conversations(train={'sft/ja': 1.0})",
+}
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
+
+
+class UnknownParameterError(CptError):
+    """A function was given a parameter that it does not have.
+
+    Attributes:
+        name: the parameter's.
+        known: those that there are.
+    """
+
+    def __init__(self, function: str, name: str, known: Collection[str]) -> None:
+        super().__init__(f"{function} has no parameter {name}; {nearest(name, known)}")
+        self.name, self.known = name, known
+
+
+class _WrongTypeError(Exception):
+    """A value that is of none of the kinds wanted, and where in the argument it stands."""
+
+    def __init__(self, value: Any, wanted: Any, where: str = "") -> None:
+        self.value, self.wanted, self.where = value, wanted, where
+
+
+def checked(function: F) -> F:
+    """Have a function, or a class, check the names and types of its arguments by its annotations.
+
+    What only looks otherwise is made plain, so that a config of it can be written as YAML: numbers of numpy's become
+    Python's, a Path becomes text where text is wanted.
+
+    Raises:
+        CptError: when it is called: there is no such parameter, with the nearest ones; one that it needs is missing; or
+            a value is of another type.
+    """
+    if isinstance(function, type):
+        function.__init__ = checked(function.__init__)  # type: ignore[misc]
+        return function
+    signature = inspect.signature(function)
+    label, own = _label(function), signature.parameters
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in own.values())
+    names = [name for name, each in own.items() if each.kind not in VARIADIC]
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if unknown := next((name for name in kwargs if not takes_any and name not in names), None):
+            raise UnknownParameterError(label, unknown, names)
+        try:
+            given = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise CptError(f"{label}(...): {error}") from None
+        for name in given.arguments.keys() & names:
+            given.arguments[name] = as_wanted(name, given.arguments[name], own[name].annotation, own[name].default)
+        try:
+            return function(*given.args, **given.kwargs)
+        except (
+            UnknownParameterError
+        ) as error:  # of the function that **kwargs went to, which does not know this one's own
+            if error.name not in kwargs:
+                raise
+            raise UnknownParameterError(label, error.name, [*names, *error.known]) from None
+        except TypeError as error:
+            # Python's words where the function itself gives what came with **kwargs, too.
+            twice = [name for name in kwargs if f"multiple values for keyword argument {name!r}" in str(error)]
+            if not twice:
+                raise
+            raise CptError(f"{label} sets {twice[0]} itself: leave {twice[0]}= away") from None
+
+    return call  # type: ignore[return-value]
+
+
+def parameters_of(function: Any) -> dict[str, inspect.Parameter]:
+    """A function's parameters by name; of a class that passes on **kwargs, also those of the classes it extends."""
+    found: dict[str, inspect.Parameter] = {}
+    for owner in function.__mro__ if isinstance(function, type) else [function]:
+        parameters = inspect.signature(owner).parameters.values()
+        kinds = {parameter.kind for parameter in parameters}
+        found = {each.name: each for each in parameters if each.kind not in VARIADIC} | found
+        if inspect.Parameter.VAR_KEYWORD not in kinds:
+            break
+    return found
+
+
+def _label(function: Callable[..., Any]) -> str:
+    module, name = function.__module__.rpartition(".")[2], function.__qualname__
+    # A method is known by its class, an executor by its name alone.
+    return name.removesuffix(".__init__") if "." in name or name == module else f"{module}.{name}"
+
+
+def as_wanted(name: str, value: Any, annotation: Any, default: Any = None) -> Any:
+    """Return a value in plain Python's types, if it is of the annotation's.
+
+    Args:
+        name: what it is called in a message.
+        value: whatever a user gave.
+        annotation: a type, a union, `Literal[...]`, `Sequence[...]`, `Mapping[...]` or a class.
+        default: the example of a message, unless it is empty.
+
+    Raises:
+        CptError: it is of another type; what it says of `HIDDEN` names has no value in it.
+    """
+    try:
+        return _plain(value, annotation)
+    except _WrongTypeError as wrong:
+        where, words = name + wrong.where, _words(wrong.wanted)
+        if name in HIDDEN:
+            raise CptError(f"{where}: give {words}, not a {type(wrong.value).__name__}") from None
+        if hint := _hint(wrong.value, wrong.wanted):
+            words += f": {where}={hint}"
+        elif isinstance(default, int | float | str) and default and not wrong.where and "'" not in words:
+            words += f", such as {default!r}"
+        raise CptError(f"{where}={_SHORT.repr(wrong.value)}: give {words}") from None
+
+
+def _plain(value: Any, wanted: Any) -> Any:
+    """A value that is of the kind wanted, in plain Python's types.
+
+    Raises:
+        _WrongTypeError: it is of another.
+    """
+    origin, inner = get_origin(wanted) or wanted, get_args(wanted)
+    if origin in (Any, inspect.Parameter.empty):
+        return value
+    value = plain_scalar(value)
+    if _is_union(wanted):
+        return _plain_of_any(value, wanted, inner)
+    if origin is Literal:
+        right = isinstance(value, str) and value in inner
+    elif origin in (int, float):
+        # A bool is an int to Python, and nobody means a number with it.
+        right = isinstance(value, int if origin is int else int | float) and not isinstance(value, bool)
+    elif origin is Sequence and isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [_below(each, inner[0], f"[{index}]") for index, each in enumerate(value)]
+    elif origin is Mapping and isinstance(value, Mapping):
+        return {_below(key, inner[0], ""): _below(each, inner[1], f"[{key!r}]") for key, each in value.items()}
+    else:
+        # Text is a sequence too, of its letters.
+        right = isinstance(value, origin) and not (origin is Sequence and isinstance(value, str | bytes))
+    if not right:
+        raise _WrongTypeError(value, wanted)
+    return value
+
+
+def plain_scalar(value: Any) -> Any:
+    """A number of numpy's as Python's, a Path as text; any other value as it is."""
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+        return value.item()
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _plain_of_any(value: Any, wanted: Any, kinds: Sequence[Any]) -> Any:
+    deepest = _WrongTypeError(value, wanted)
+    for kind in kinds:
+        try:
+            return _plain(value, kind)
+        except _WrongTypeError as wrong:  # a list with one wrong element is told by the element
+            deepest = wrong if wrong.where else deepest
+    raise deepest
+
+
+def _below(value: Any, wanted: Any, where: str) -> Any:
+    try:
+        return _plain(value, wanted)
+    except _WrongTypeError as wrong:
+        raise _WrongTypeError(wrong.value, wrong.wanted, where + wrong.where) from None
+
+
+def _words(wanted: Any) -> str:
+    """What to give, in words."""
+    origin, inner = get_origin(wanted) or wanted, get_args(wanted)
+    if _is_union(wanted):
+        return " or ".join(map(_words, inner))
+    if origin is Literal:
+        return " or ".join(map(repr, inner))
+    if origin is Sequence:
+        return f"a list of {_words(inner[0]).removeprefix('a ')}"
+    if origin is Mapping:
+        return "a dict"
+    if origin.__module__.startswith("nemo_run"):
+        return f"a run.{origin.__name__}"
+    return _WORDS.get(origin) or _EXAMPLES.get(origin.__name__) or f"a {origin.__name__}"
+
+
+def _hint(value: Any, wanted: Any) -> str:
+    """The value as it would be right, where that is plain to see; else nothing."""
+    kinds = [get_origin(each) or each for each in (get_args(wanted) if _is_union(wanted) else [wanted])]
+    if Sequence in kinds and isinstance(value, str):
+        return repr([value])
+    if str in kinds and isinstance(value, int | float) and not isinstance(value, bool):
+        return repr(str(value))
+    if bool in kinds and str(value).lower() in ("true", "false"):
+        return str(value).capitalize()
+    for kind in (int, float):
+        if kind in kinds and isinstance(value, str | float):
+            try:
+                number = kind(value) if isinstance(value, str) else int(value)
+            except (ValueError, OverflowError):
+                continue
+            return repr(number)
+    return ""
+
+
+def _is_union(wanted: Any) -> bool:
+    return get_origin(wanted) in (Union, UnionType)

@@ -1,0 +1,95 @@
+"""What is different when a run is started again. Apart from `record`, so that it can be told without importing NeMo."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_cpt.corpus.dataset.index import full_prefix
+from nemo_cpt.errors import CptError
+from nemo_cpt.training.run_folder import Checkpoint
+
+FIXED = ("optimizer", "data", "adapters")  # groups of settings that a checkpoint's states belong to
+_SAMPLE_BYTES = 2**16
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that is not what it was when the checkpoint was written.
+
+    Attributes:
+        group: `schedule`, `optimizer`, `data`, `adapters`, `layout` or `validation`.
+        name: of the setting, as in the recipe.
+        was: its value in the checkpoint's run.
+        now: its value.
+    """
+
+    group: str
+    name: str
+    was: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.name} {_shown(self.was)} -> {_shown(self.now)}"
+
+
+def changes(was: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]) -> list[Change]:
+    """What differs between two runs' settings; what either does not know is not compared."""
+    return [
+        Change(group, name, was[group][name], value)
+        for group, settings in now.items()
+        for name, value in settings.items()
+        # What an older version did not write down is not taken for a change.
+        if name in was.get(group, {}) and was[group][name] != value
+    ]
+
+
+def check_finished(checkpoint: Checkpoint, now: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse to call a run finished that was trained otherwise than it is asked for.
+
+    Args:
+        checkpoint: its last one.
+        now: settings by group, as far as they are known.
+
+    Raises:
+        CptError: what decides the weights has other values now.
+    """
+    was = checkpoint.record.get("settings", {})
+    found = [each for each in changes(was, now) if each.group in (*FIXED, "schedule") and each.name != "max_steps"]
+    if was.get("schedule", {}).get("max_steps") != now.get("schedule", {}).get("max_steps"):
+        # Of fewer steps, all of which are trained; its warmup is counted from them.
+        found = [each for each in found if each.name != "warmup_steps"]
+    if found:
+        raise CptError(
+            f"the run is finished, and was trained otherwise than this asks for: {listed(found)} ({checkpoint.path}). "
+            "Give this training another name="
+        )
+
+
+def listed(found: Iterable[Change]) -> str:
+    """Changes in words."""
+    return ", ".join(map(str, found))
+
+
+def sets_of(weights: Mapping[str, float]) -> list[list[Any]]:
+    """What is trained on, in its order: each set's weight, and what it holds."""
+    return [[weight, content_of(prefix)] for prefix, weight in weights.items()]
+
+
+def content_of(prefix: str) -> str:
+    """A dataset's name, and a hash of its files' sizes, beginnings and ends: the same wherever it was copied to."""
+    digest = hashlib.blake2b(digest_size=8)
+    full = full_prefix(prefix)
+    for suffix in (".idx", ".bin", *([".mask"] if Path(full + ".mask").exists() else [])):  # conversations have one
+        with open(full + suffix, "rb") as file:
+            size = file.seek(0, 2)
+            digest.update(size.to_bytes(8, "little"))
+            for start in (0, max(size - _SAMPLE_BYTES, 0)):
+                file.seek(start)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return f"{Path(prefix).name.removesuffix('_text_document')}:{digest.hexdigest()}"
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

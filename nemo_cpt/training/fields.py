@@ -1,0 +1,80 @@
+"""What users change in a recipe's config once it is made: what a field may be, before the job that would stumble on it.
+
+A run.Config takes any value for a field, and any field where its class passes **kwargs on.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from nemo_cpt.arguments import parameters_of, plain_scalar
+from nemo_cpt.errors import CptError, nearest
+
+CHECKED = (  # the parts of a recipe that are ours or NeMo's; a callback of the user's may take what it likes
+    "", "model", "model.config", "data", "trainer", "trainer.strategy", "trainer.plugins", "optim", "optim.config",
+    "optim.lr_scheduler", "log", "log.ckpt", "resume", "peft",
+)  # fmt: skip
+
+
+def check_fields(recipe: Any) -> None:
+    """Refuse a recipe of ours whose config was changed into what no job could run, or not as it was meant.
+
+    Args:
+        recipe: a run.Partial; one of others, such as NeMo's own, is let pass.
+
+    Raises:
+        CptError: a field does not exist, with the nearest ones; its data are no data module; the recipe's own callbacks
+            were replaced.
+    """
+    for complaint in _complaints(recipe) if _is_ours(recipe) else ():
+        raise CptError(complaint)
+
+
+def _is_ours(recipe: Any) -> bool:
+    return str(getattr(_class(getattr(recipe, "resume", None)), "__module__", "")).startswith("nemo_cpt.")
+
+
+def _class(config: Any) -> Any:
+    return getattr(config, "__fn_or_cls__", None)
+
+
+def _complaints(recipe: Any) -> Iterator[str]:
+    if not _class(recipe.data) and not hasattr(recipe.data, "train_dataloader"):
+        kind = type(recipe.data).__name__
+        yield f"data is a {kind}, and no data module: give it to the recipe's function, data=..., which makes one of it"
+    if not any(getattr(_class(each), "__name__", "") == "Guards" for each in recipe.trainer.callbacks or ()):
+        yield (
+            "trainer.callbacks has no Guards: the recipe's own callbacks were replaced, which carry its checks, "
+            "metrics and patches. Add to them instead: recipe.trainer.callbacks.append(run.Config(...))"
+        )
+    for path, config in _parts(recipe):
+        known = _fields(path, _class(config))
+        for name in config.__arguments__:
+            if name not in known:
+                yield f"{path}.{name}: {_class(config).__name__} has no field {name}; {nearest(name, known)}"
+
+
+def _parts(recipe: Any) -> Iterator[tuple[str, Any]]:
+    """Those of `CHECKED` that are configs, by their paths."""
+    for path in CHECKED:
+        config = recipe
+        for name in path.split(".") if path else ():
+            config = getattr(config, name, None)
+        if _class(config):
+            yield path, config
+
+
+def _fields(path: str, kind: Any) -> dict[str, Any]:
+    known: dict[str, Any] = parameters_of(kind)
+    if path == "trainer.strategy":
+        from torch.nn.parallel import DistributedDataParallel  # which Lightning's strategy hands its **kwargs on to
+
+        known |= parameters_of(DistributedDataParallel)
+    return known
+
+
+def make_plain(recipe: Any) -> None:
+    """Turn numpy's numbers and Paths in a recipe of ours into plain ones: NeMo-Run can send no others to a job."""
+    for _, config in _parts(recipe) if _is_ours(recipe) else ():
+        for name, value in list(config.__arguments__.items()):
+            if (plain := plain_scalar(value)) is not value:
+                setattr(config, name, plain)

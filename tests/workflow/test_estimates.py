@@ -1,0 +1,64 @@
+"""What a dry run says that steps would take."""
+
+import gzip
+from pathlib import Path
+
+import pytest
+
+from nemo_cpt.workflow import Chosen, Step, Workflow, clean, split
+from nemo_cpt.workflow.dry_run import UNKNOWN, dry_run
+from nemo_cpt.workflow.kinds import KINDS
+
+
+def corpus(folder: Path) -> bytes:
+    lines = b"".join(
+        b'{"text": "A line of text, of which there are many, the %dth."}\n' % number for number in range(9999)
+    )
+    (folder / "en.jsonl").write_bytes(lines)
+    return lines
+
+
+def test_of_a_compressed_input_what_is_in_it_counts(tmp_path: Path) -> None:
+    lines = corpus(tmp_path)
+    with gzip.open(tmp_path / "en.jsonl.gz", "wb") as file:
+        file.write(lines)
+    packed = split("packed", inputs="en.jsonl.gz", output_folder="packed")
+    plain = split("plain", inputs="en.jsonl", output_folder="plain")
+    estimates = dry_run(Workflow("w", [packed, plain], tmp_path), Chosen()).estimates
+    assert estimates[1].disk_bytes == len(lines)
+    assert estimates[0].disk_bytes == pytest.approx(len(lines), rel=0.3)
+    assert (tmp_path / "en.jsonl.gz").stat().st_size < len(lines) / 3
+
+
+def test_rules_that_tell_languages_apart_take_their_time(tmp_path: Path) -> None:
+    corpus(tmp_path)
+    steps = [clean(rules, inputs="en.jsonl", output=rules, rules=rules, workers=1) for rules in ("en", "ja")]
+    english, japanese = (each.seconds for each in dry_run(Workflow("w", steps, tmp_path), Chosen()).estimates)
+    assert english is not None
+    assert japanese is not None
+    assert english > 2 * japanese
+
+
+@pytest.mark.parametrize("do", [do for do, kind in KINDS.items() if not kind.recipe and do != "prepare_conversations"])
+def test_what_is_not_estimated_says_why(tmp_path: Path, do: str) -> None:
+    corpus(tmp_path)
+    (tmp_path / "hf").mkdir()
+    given = {
+        "clean": {"inputs": "hf:a/b", "output": "o", "rules": "ja"},
+        "download": {"repo_id": "a/b", "dest": "o"},
+        "evaluate": {"model": "hf", "output": "o"},
+        "fetch": {"corpus": "llm-jp/ja_wiki", "folder": "o"},
+        "grow_tokenizer": {"tokenizer": "hf", "inputs": "en.jsonl", "output": "o", "tokens": 9},
+        "init": {"dest": "o", "tokenizer": "hf"},
+        "prepare": {"inputs": "hf:a/b", "output_prefix": "o", "tokenizer": "hf"},
+        "push": {"folder": "hf", "repo_id": "a/b"},
+        "report": {"run": "hf", "output": "o"},
+        "serve": {"model": "hf"},
+        "split": {"inputs": "hf:a/b", "output_folder": "o"},
+        "synthesize": {"inputs": "en.jsonl", "output": "o"},
+        "tokenizer": {"corpora": "hf:a/b", "output": "o"},
+        "verify": {"nemo": "hf", "hf": "hf"},
+    }.get(do, {"source": "hf", "dest": "o", **({"tokenizer": "hf"} if do == "grow" else {})})
+    row = next(dry_run(Workflow("w", [Step("one", do, given)], tmp_path), Chosen()).rows())
+    assert row[4] == UNKNOWN
+    assert row[-1]
