@@ -20,6 +20,7 @@ HIDDEN = ("env", "secret", "secrets")  # whose values are not for a terminal, or
 _WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text", NoneType: "None"}
 _EXAMPLES = {  # of the classes that people meet
     "Blend": "a Blend, such as Blend(train={'ds/ja': 0.75, 'ds/en': 0.25})",
+    "Callable": "a function of a sequence's length",
     "ssh": "ssh(host=..., user=..., job_dir=...)",
     "Conversations": "Conversations, such as Conversations(train={'sft/ja': 1.0})",
 }

@@ -1,6 +1,6 @@
 """Continual pretraining, whatever the model: the recipes' shared function, their default data, and LoRA."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import nemo_run as run
@@ -29,7 +29,7 @@ def default_data() -> Blend:
 
 @checked
 def continual_pretrain(
-    model: run.Config | str,
+    model: run.Config | str | Callable[[int], run.Config],
     base: str,
     data: Blend | None = None,
     *,
@@ -72,7 +72,7 @@ def continual_pretrain(
 
     Args:
         model: the model to train: "base" for the shape that the base's own config.json has, the name of a module of
-            recipes for that one's (smollm2), or a run.Config.
+            recipes for that one's (smollm2), a run.Config, or a function that makes one for a sequence's length.
         base: folder of the NeMo checkpoint to continue from, made by `nemo-cpt import`.
         data: what to train and validate on; `default_data()` when None.
         name: the run's name; its checkpoints and logs go to `directory/name`.
@@ -168,7 +168,7 @@ def continual_pretrain(
 
 @checked
 def continual_pretrain_lora(
-    model: run.Config | str,
+    model: run.Config | str | Callable[[int], run.Config],
     base: str,
     data: Blend | None = None,
     *,

@@ -5,7 +5,7 @@ the micro batch, on which conversations share a sequence, or on how many GPUs sh
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ def default_data() -> Conversations:
 
 @checked
 def instruction_tune(
-    model: run.Config | str,
+    model: run.Config | str | Callable[[int], run.Config],
     base: str,
     data: Conversations | None = None,
     *,
@@ -180,7 +180,7 @@ def instruction_tune(
 
 @checked
 def instruction_tune_lora(
-    model: run.Config | str,
+    model: run.Config | str | Callable[[int], run.Config],
     base: str,
     data: Conversations | None = None,
     *,

@@ -188,7 +188,7 @@ def instruction_tune(
         tensor_model_parallel_size=tensor_model_parallel_size,
         seq_length=seq_length,
         lr=lr,
-        **{"model": model(seq_length)} | kwargs,
+        **{"model": "llama31_8b"} | kwargs,
     )
 
 

@@ -1,6 +1,6 @@
 """The parts that the recipes share: trainer, optimizer, data, log. Each returns an ordinary, editable run.Config."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,7 @@ def _named(name: Name) -> Any:
     return getattr(import_module(name.module), name.name)
 
 
-def model_of(model: run.Config | str, base: str, seq_length: int) -> run.Config:
+def model_of(model: run.Config | str | Callable[[int], run.Config], base: str, seq_length: int) -> run.Config:
     """The model that a recipe's `model=` stands for; see `continual.continual_pretrain`.
 
     Raises:
@@ -164,11 +164,14 @@ def model_of(model: run.Config | str, base: str, seq_length: int) -> run.Config:
                 "as run.Config(llm.LlamaModel, config=run.Config(llm.Llama31Config8B))"
             )
         return model
-    if not isinstance(model, str):
-        raise CptError(f"model is {model!r}: give {LIKE_BASE!r}, the name of a module of recipes, or a run.Config")
     if model == LIKE_BASE:
         return model_like(base, seq_length)
-    return import_module(f"nemo_cpt.recipes.{module_named(model).stem}").model(seq_length)
+    make = import_module(f"nemo_cpt.recipes.{module_named(model).stem}").model if isinstance(model, str) else model
+    made: run.Config = make(seq_length)
+    # Rows that a recipe's model states are for the planner: a base that is here may have been grown, and says its own.
+    if Path(base).exists() and "vocab_size" in made.config.__arguments__:
+        del made.config.vocab_size
+    return made
 
 
 def fused(model: run.Config) -> run.Config:

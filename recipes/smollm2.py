@@ -28,6 +28,7 @@ def model(seq_length: int = 1024) -> run.Config[llm.LlamaModel]:
         rotary_base=100_000,
         layernorm_epsilon=1e-5,
         share_embeddings_and_output_weights=True,
+        vocab_size=49_152,  # Llama's config class has none, and the planner would take Llama 3's
         seq_length=seq_length,
     )
     return run.Config(llm.LlamaModel, config=config)
@@ -84,7 +85,7 @@ def continual_pretrain(
         max_steps=max_steps,
         val_check_interval=val_check_interval,
         lr=lr,
-        **{"model": model(seq_length)} | kwargs,
+        **{"model": "smollm2"} | kwargs,
     )
     # Small batches of short sequences: one of them alone would make a noisy loss.
     check(Settings(limit_val_batches=limit_val_batches))
@@ -134,5 +135,5 @@ def instruction_tune(
         global_batch_size=global_batch_size,
         micro_batch_size=micro_batch_size,
         lr=lr,
-        **{"model": model(seq_length)} | kwargs,
+        **{"model": "smollm2"} | kwargs,
     )

@@ -71,7 +71,7 @@ def continual_pretrain(
         max_steps=max_steps,
         val_check_interval=val_check_interval,
         lr=lr,
-        **{"model": model(seq_length)} | kwargs,
+        **{"model": "tiny"} | kwargs,
     )
     return on_cpu(recipe, processes)
 
@@ -114,6 +114,6 @@ def instruction_tune(
         global_batch_size=global_batch_size,
         micro_batch_size=micro_batch_size,
         lr=lr,
-        **{"model": model(seq_length)} | kwargs,
+        **{"model": "tiny"} | kwargs,
     )
     return on_cpu(recipe, processes)

@@ -6,6 +6,7 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -18,7 +19,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Begun first, so that at the end no process is left with a file of minutes while the others have none.
 SLOW = ("executors", "training", "checkpoint")
-SLOWEST = "test_slurm_training.py"  # which mostly waits for Slurm, while the other processes work
+# Those that mostly wait for a real Slurm: one process runs them all, from the beginning, while the others work.
+WAITING = ("slurm_training", "slurm_ends", "slurm_workflow", "slurm", "ssh", "array_jobs")
 
 # Under nohup and behind `&` the tests are deaf to these; with a handler, what they start is not.
 for _number in (signal.SIGHUP, signal.SIGINT):
@@ -38,7 +40,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     The collector comes so seldom here that a process would have more than 1,000 of them open, which is the limit.
     """
     result = yield
-    gc.collect(1)  # not the oldest, among which are the modules: that takes a second
+    gc.collect(1)  # not the oldest, among which are many modules
     if (nextitem is None or nextitem.path != item.path) and len(os.listdir("/proc/self/fd")) > 200:
         gc.collect()
     return result
@@ -54,8 +56,30 @@ def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
         yield
 
 
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what was imported until now: no collection walks over it, nor copies it in a process that is forked
+
+
+def _waits(file: Path) -> bool:
+    return file.parent.name == "executors" and file.stem.removeprefix("test_") in WAITING
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "waiting" if _waits(Path(file)) else file
+
+    return Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: (item.path.name != SLOWEST, item.path.relative_to(TESTS).parts[0] not in SLOW))
+    items.sort(key=lambda item: (not _waits(item.path), item.path.relative_to(TESTS).parts[0] not in SLOW))
     if not any("gpu" in item.keywords for item in items):
         return
     import torch

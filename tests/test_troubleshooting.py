@@ -14,7 +14,7 @@ OF_OTHERS = {  # torch's, NeMo's, Megatron's, the hub's, Slurm's, the kernel's
     "There is no ds/ja_text_document.idx", "Could not find data-idx or data-bin files at the prefix",
     "Key 'validation_data_prefix' is not in struct", "ConfigAttributeError", "rope_scaling",
     "Token indices sequence length is longer than the specified maximum sequence length",
-    "CUDA out of memory", "torch.OutOfMemoryError", "Killed", "oom-kill", "Bus error",
+    "found NaN in local grad norm", "CUDA out of memory", "torch.OutOfMemoryError", "Killed", "oom-kill", "Bus error",
     "unable to open shared memory object", "No space left on device",
     "NVTE_FLASH_ATTN set to 0, but expected 1 for attention backend type auto",
     "apply_rope_fusion is not available. Please install TE", "Transformer Engine",

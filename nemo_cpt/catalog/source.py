@@ -273,7 +273,7 @@ def _ssh(key: str, text: str) -> Any:
             *(ast.literal_eval(each) for each in call.args),
             **{str(word.arg): ast.literal_eval(word.value) for word in call.keywords},
         )
-    except (SyntaxError, ValueError, TypeError) as error:
+    except (SyntaxError, ValueError, TypeError, CptError) as error:
         raise CptError(f"{key}={text}: write ssh('HOST', 'USER', 'FOLDER THERE') ({error})") from None
 
 

@@ -200,7 +200,7 @@ def grow_model(
                 write_template(small_files, model.template)
             grow_rows = partial(_with_new_rows, model, growth, rows)
             _write_weights(folder, model, grow_rows, grown, plans, shard_bytes, progress or (lambda done, total: None))
-            model.check_unchanged()
+            model.check_unchanged()  # before the folder gets its name
     return GrowModelReport(
         source=str(source),
         dest=str(dest),

@@ -130,6 +130,7 @@ def _near_pairs(rows: Any, similarity: float) -> Iterator[tuple[int, int, float]
     width = PERMUTATIONS // BANDS
     for band in range(BANDS):
         halves = np.ascontiguousarray(rows["minhash"][:, band * width : (band + 1) * width]).view(np.uint64)
+        # Four MinHashes of 32 bits as one number: equal ones mean an equal band, but for chance, which the share tells.
         keys = symbols(symbols(halves[:, 0]) + halves[:, 1])
         for first, second in _neighbours(keys, first_only=False):
             agreed = (rows["minhash"][first] == rows["minhash"][second]).mean(axis=1)
@@ -144,6 +145,7 @@ def _neighbours(keys: Any, first_only: bool) -> Iterator[tuple[Any, Any]]:
     ordered = keys[order]
     again = np.flatnonzero(ordered[1:] == ordered[:-1]) + 1
     begins = np.concatenate(([True], ordered[1:] != ordered[:-1]))
+    # A group of n equal keys has n(n-1)/2 pairs, millions of one boilerplate page: two for each member find its chain.
     # For each place, where its group begins.
     group = np.maximum.accumulate(np.where(begins, np.arange(len(ordered)), 0))
     partners = [group[again]] if first_only else [group[again], again - 1]

@@ -40,6 +40,7 @@ def examine(text: str, rules: Rules, to_the_end: bool = False) -> Examination:
     """
     document, checks, failed = Document(text), list[tuple[str, Check]](), None
     for rule in rules.rules:
+        # Rules are generators that change the document as they go: one that is left half way has changed it so far.
         for check in rule.apply(document):
             checks.append((rule.name, check))
             if failed is None and not check.passes:

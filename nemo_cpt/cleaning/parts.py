@@ -154,6 +154,7 @@ def clean_part(folder: str | os.PathLike[str], number: int) -> None:
     with locked(Path(plan.part(number) + ".lock"), settings["patience"]):
         if _is_done(plan, number, share):
             return
+        # Unlike a part of a dataset, one that was killed begins anew: its rules have no state that could be kept.
         begin, cleaning = time.monotonic(), _cleaning(Cleaning, settings, share)
         cleaning.rules.load()
         part, work = Path(plan.part(number)), Path(plan.part(number) + ".unfinished")

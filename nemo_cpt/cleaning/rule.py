@@ -101,7 +101,7 @@ def _value(value: Any, hint: Any, where: str) -> Any:
     if hint in (int, float) and type(value) in (int, float) and value < 0:
         raise CptError(f"{where}: {value!r} is below 0, which nothing that is measured can be; null sets no limit.")
     # A share in percent would never be reached, or never be met, and nothing would say so.
-    if hint is float and type(value) in (int, float) and where.endswith("_share") and value > 1:
+    if hint is float and type(value) in (int, float) and where.endswith(("_share", "_score")) and value > 1:
         raise CptError(f"{where}: {value!r} is above 1, which no share can be; 0.3 is 30 %, null sets no limit.")
     # A bool is an int to Python, and a mistake here; a whole number is a float to everybody.
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool) and value == value:

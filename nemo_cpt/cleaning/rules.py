@@ -276,10 +276,12 @@ def rules_for(language: str) -> Rules:
             f"There are no rules for the language {language!r}; there are for {', '.join(_FOR)}. For another one, edit "
             "those of en (--show-config --language en), and give them with --config."
         )
+    # Masking last: it is looked for in what is kept alone, and its words are not counted by the others.
     return Rules(language, (Repair(), *_FOR[language], Masking(countries=_COUNTRIES[language])))
 
 
 _COUNTRIES = {"ja": ("jp",), "en": ("us",), "zh": ("cn",), "ko": ("kr",)}
+# What removes lines comes before what counts them; else what is cheap comes first: behind a failure nothing is asked.
 _FOR: dict[str, tuple[Rule, ...]] = {
     "ja": (
         Boilerplate(phrases=JAPANESE_BOILERPLATE),

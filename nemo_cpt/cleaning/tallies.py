@@ -88,7 +88,7 @@ class Counts:
                 before.setdefault(name, []).append(check.value)
                 if is_kept:
                     after.setdefault(name, []).append(check.value)
-                self.limits[name] = check
+                self.limits[name] = check  # any of them: the limits are the rule's, and the same for all documents
         for name, values in before.items():
             self.before[name], self.after[name] = histogram(name, values), histogram(name, after.get(name, []))
 
@@ -146,6 +146,7 @@ def is_share(measure: str) -> bool:
 def histogram(measure: str, values: list[float]) -> Any:
     """Count values by bin."""
     bins = SHARE_BINS if is_share(measure) else SIZE_BINS
+    # A share of 1, and what is larger than the last bin, belong to the last.
     places = np.minimum(position(measure, np.asarray(values, np.float64)), bins - 1)
     return np.bincount(places.astype(np.int64), minlength=bins)
 

@@ -1,5 +1,6 @@
 """Commands of `nemo-cpt`: corpora, from the network to Megatron datasets."""
 
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -361,6 +362,8 @@ def _share_or_inputs(value: str) -> float | str:
     try:
         return float(value)
     except ValueError:
+        if re.fullmatch(r"[\d.,]+\s*%?", value) and not Path(value).exists():
+            raise CptError(f"{value} is no share: write it as 0.1, which is 10 %.") from None
         return value
 
 

@@ -69,7 +69,10 @@ def chat_command(
     if sys.stdin.isatty():
         _say("/help lists the commands")
     prompt = "> " if against else f"{sides[0].title}> "
-    Chat(sides, sampling, system=system, console=console, language_of=_language_of).run(typed_lines(prompt))
+    chat = Chat(
+        sides, sampling, system=system, console=console, language_of=_language_of, interactive=sys.stdin.isatty()
+    )
+    chat.run(typed_lines(prompt))
 
 
 def _check_side(model: str, key_variable: str | None) -> None:

@@ -98,6 +98,15 @@ def find_tasks(specs: Sequence[str]) -> list[Task]:
     """
     if find_spec(HARNESS) is None:
         raise CptError("benchmarks need lm-evaluation-harness: pip install 'nemo_cpt[eval]'")
+    return read_tasks(specs)
+
+
+def read_tasks(specs: Sequence[str]) -> list[Task]:
+    """The same, also where the harness is not installed: on a login node it need not be.
+
+    Raises:
+        CptError: a number of shots is none, or there is no such folder.
+    """
     return [task for spec in specs for task in PRESETS.get(spec) or [_task(spec)]]
 
 

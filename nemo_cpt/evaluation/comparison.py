@@ -197,8 +197,7 @@ def check_options(
     Raises:
         CptError: one is unusable.
     """
-    if tasks:
-        benchmarks.find_tasks(tasks)
+    benchmarks.read_tasks(tasks)
     if unknown := [each for each in wrappers if each not in WRAPPERS]:
         raise CptError(f"there is no wrapper {unknown[0]!r}; there are {', '.join(WRAPPERS)}")
     check_language(language)

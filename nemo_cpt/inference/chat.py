@@ -62,14 +62,15 @@ class Chat:
         system: told before the conversation; none when empty.
         console: where to print.
         language_of: names the language of a reply to a question; shown where two models answer side by side.
+        interactive: whether somebody reads along, who mends an error; else the first error, or a Ctrl-C, is the end.
     """
 
     def __init__(
         self, sides: list[Side], sampling: Sampling, *, system: str = "", console: Console,
-        language_of: Callable[[str, str], str] | None = None,
+        language_of: Callable[[str, str], str] | None = None, interactive: bool = True,
     ) -> None:  # fmt: skip
         self.sides, self.sampling, self.system, self.console = sides, sampling, system, console
-        self.language_of = language_of
+        self.language_of, self.interactive = language_of, interactive
         self._commands: dict[str, Callable[[str], None]] = {
             "/system": self._set_system,
             "/reset": self._reset,
@@ -80,7 +81,11 @@ class Chat:
         }
 
     def run(self, lines: Iterable[str]) -> None:
-        """Answer line after line, until they end or one says /quit; a Ctrl-C stops a reply."""
+        """Answer line after line, until they end or one says /quit; a Ctrl-C stops a reply.
+
+        Raises:
+            CptError: something failed, and nobody reads along.
+        """
         for line in lines:
             text = line.strip()
             if text in ("/quit", "/exit"):
@@ -91,8 +96,12 @@ class Chat:
                 # The line as typed: leading blanks are part of a text to continue.
                 self._command(text) if text.startswith("/") else self._answer(line.rstrip("\n"))
             except KeyboardInterrupt:
+                if not self.interactive:
+                    raise
                 self.console.print("[dim](stopped)[/dim]")
             except CptError as error:
+                if not self.interactive:  # on stdout it would pass for a reply
+                    raise
                 self.console.print(f"[red]{escape(str(error))}[/red]", highlight=False)
 
     def _command(self, text: str) -> None:
@@ -169,13 +178,13 @@ class Chat:
         try:
             self.sampling = replace(self.sampling, **{field: kind(value)})
         except ValueError:
-            raise CptError(f"{value!r} is no number") from None
+            raise CptError(f"{value!r} is no {'whole ' if kind is int else ''}number") from None
         self.console.print(f"[dim]{field} {getattr(self.sampling, field)}[/dim]")
 
     def _save(self, value: str) -> None:
         if not value:
             raise CptError("name a file: /save chat.json")
-        if (path := Path(value)).exists():
+        if (path := Path(value).expanduser()).exists():
             raise CptError(f"{value} exists: name another file")
         told = [{"model": side.engine.name, "system": self.system, "messages": side.history} for side in self.sides]
         try:
@@ -186,9 +195,17 @@ class Chat:
 
 
 def typed_lines(prompt: str) -> Iterator[str]:
-    """What the user types, with editing and history on a terminal; the lines of stdin elsewhere."""
+    """What the user types, with editing and history on a terminal; the lines of stdin elsewhere.
+
+    Raises:
+        CptError: a line is not in UTF-8.
+    """
     if not sys.stdin.isatty():
-        yield from sys.stdin
+        for number, line in enumerate(sys.stdin.buffer, 1):
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise CptError(f"line {number} of standard input is not in UTF-8 ({error.reason})") from None
         return
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter

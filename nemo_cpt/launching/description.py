@@ -188,6 +188,7 @@ def _model(function: Function, given: Mapping[str, Any], fields: Sequence[str]) 
         config = _of_base(given.get("base"), int(given.get("seq_length") or 0))
     else:
         config = model_config(module_named(model) if model else function.path)
+    config.pop("vocab_size", None)  # the weights' rows decide
     # Where the model is not known, a field of it alone would be compared with the whole of the base.
     for path, _, text in (field.partition("=") for field in fields if config):
         if path.startswith(MODEL):
@@ -207,8 +208,7 @@ def _of_base(base: str | None, seq_length: int) -> dict[str, Any]:
         return {}
     if found is None or found.architecture is None:
         return {}
-    config = plain_config(found.architecture) | {"seq_length": positions(found, seq_length)}
-    return {name: value for name, value in config.items() if name != "vocab_size"}  # the weights' rows decide
+    return plain_config(found.architecture) | {"seq_length": positions(found, seq_length)}
 
 
 def _literal(text: str) -> Any:

@@ -11,7 +11,9 @@ _BASE = '"checkpoints/base"'
 
 def write_script(recipe: Function, file: Path) -> None:
     """Write a recipe's module and a call of it to `file`; see `write_new`."""
-    write_new(recipe.path.read_text() + _call(recipe), file)
+    # By its name it would be the library's model, whatever the user makes of the one in the script.
+    module = recipe.path.read_text().replace(f'"model": "{recipe.path.stem}"', '"model": model')
+    write_new(module + _call(recipe), file)
 
 
 def write_new(text: str, file: Path) -> None:

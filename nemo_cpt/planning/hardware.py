@@ -1,6 +1,7 @@
 """What the planner knows of GPUs: memory that a process can use, ceilings of arithmetic and of bandwidth."""
 
 import difflib
+import math
 from dataclasses import dataclass
 
 from nemo_cpt.errors import CptError
@@ -56,9 +57,9 @@ def usable_gib(gpu_memory_gib: float) -> float:
         gpu_memory_gib: as the card is sold (48, 80, 141), or its total as nvidia-smi has it (47.99, 79.6, 140.4).
 
     Raises:
-        CptError: the size is not positive.
+        CptError: the size is none.
     """
-    if gpu_memory_gib <= 0:
+    if not 0 < gpu_memory_gib < math.inf:
         raise CptError(f"a GPU's memory of {gpu_memory_gib:g} GiB: give the size of the card, such as 48 or 80")
     # People give what is on the box, scripts what nvidia-smi prints: both mean the same card.
     sold = min(USABLE_GIB, key=lambda size: abs(size - gpu_memory_gib))
@@ -69,7 +70,7 @@ def of_size(gpu_memory_gib: float) -> Gpu | None:
     """Return the first GPU of a memory, as sold or as nvidia-smi has it; None if the planner knows none of that size.
 
     Raises:
-        CptError: the size is not positive.
+        CptError: the size is none.
     """
     usable = usable_gib(gpu_memory_gib)
     return next((each for each in GPUS.values() if each.memory_gib == usable), None)

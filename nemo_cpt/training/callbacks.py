@@ -11,6 +11,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from nemo.lightning._strategy_lib import _sync_from_last_pipeline_stage
 from nemo.utils import AppState
 
+from nemo_cpt.errors import CptError
 from nemo_cpt.training.metrics import BATCHES, LOSS, RESUMED_FROM, VALIDATED_OTHERWISE, append_metrics
 from nemo_cpt.training.record import validated_otherwise
 
@@ -122,6 +123,18 @@ class StopAtStep(pl.Callback):
         """Ask the trainer to stop once the step is reached."""
         if trainer.global_step >= self.step:
             trainer.should_stop = True
+
+
+def end_with(trainer: pl.Trainer, pl_module: Any, callback: pl.Callback, error: CptError, cause: BaseException) -> None:
+    """End a run with another error than the one that a callback's `on_exception` was called with.
+
+    Raises:
+        CptError: `error`, of which the callbacks behind this one have heard.
+    """
+    # Lightning asks one after the other, and hears of none behind one that raises: a run would tell nobody its end.
+    for each in trainer.callbacks[trainer.callbacks.index(callback) + 1 :]:
+        each.on_exception(trainer, pl_module, error)
+    raise error from cause
 
 
 def _append(trainer: pl.Trainer, values: dict[str, Any]) -> None:

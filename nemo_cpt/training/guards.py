@@ -15,10 +15,12 @@ from nemo_cpt import compatibility
 from nemo_cpt.corpus import full_prefix
 from nemo_cpt.errors import CptError, exit_with_the_message
 from nemo_cpt.training import conversations, patches, settings
+from nemo_cpt.training.callbacks import end_with
 from nemo_cpt.training.data import blend_of
 from nemo_cpt.training.fields import check_fields
 from nemo_cpt.training.preconditions import check_base, check_environment
 from nemo_cpt.training.resume import check_start
+from nemo_cpt.training.run_folder import newest_whole
 from nemo_cpt.training.settings import Settings, settings_in
 
 MARGIN_TO_UNIFORM = 0.5
@@ -108,6 +110,30 @@ class Guards(pl.Callback):
         if trainer.global_step == 1 and "reduced_train_loss" in trainer.callback_metrics:
             loss = float(trainer.callback_metrics["reduced_train_loss"])
             check_first_loss(loss, pl_module.config.vocab_size, self.untrained_base)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Say of a gradient that is no number what it means: started again as it was, the run would end there again."""
+        if isinstance(exception, RuntimeError) and "in local grad norm" in str(exception):  # Megatron's check_grads
+            newest = newest_whole(Path(str(getattr(trainer.checkpoint_callback, "dirpath", None))))
+            rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
+            named = newest.path.name if newest else None
+            error = CptError(diverged(trainer.global_step + 1, max(rates, default=0.0), named))
+            end_with(trainer, pl_module, self, error, exception)
+
+
+def diverged(step: int, lr: float, checkpoint: str | None) -> str:
+    """What to do about a gradient that is no number.
+
+    Args:
+        step: that had it.
+        lr: the step's learning rate.
+        checkpoint: the newest whole one; None where there is none yet.
+    """
+    said = f"step {step} has a gradient that is NaN or infinite, at a learning rate of {lr:g}"
+    if step == 1:
+        return f"{said}: the base's weights are damaged, or of another model. Compare them with `nemo-cpt verify`"
+    kept = f"{checkpoint} is whole: go on from there" if checkpoint else "begin again"
+    return f"{said}: the training has diverged. {kept} with a smaller lr= or a longer warmup (warmup_steps=)"
 
 
 def check(recipe: Any) -> None:

@@ -4,6 +4,7 @@ import lightning.pytorch as pl
 import torch
 
 from nemo_cpt.errors import CptError
+from nemo_cpt.training.callbacks import end_with
 
 
 class OutOfMemoryAdvice(pl.Callback):
@@ -16,7 +17,8 @@ class OutOfMemoryAdvice(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Turn an out-of-memory error into advice; leave every other exception alone."""
         if isinstance(exception, torch.OutOfMemoryError):
-            raise CptError(advice(getattr(pl_module, "config", None), str(exception))) from exception
+            error = CptError(advice(getattr(pl_module, "config", None), str(exception)))
+            end_with(trainer, pl_module, self, error, exception)
 
 
 def advice(config: object | None, message: str) -> str:

@@ -44,8 +44,9 @@ class ResumeOrStartFromBase(nl.AutoResume):
             "keep": the old schedule; past its end the rate stays at the old `min_lr`.
             Further resumptions with the same settings go on with what was chosen.
             The data go on behind the samples that were trained. Megatron draws the order of a dataset for all passes
-            over it that `max_steps` needs: while their number stays, so does the order; with another number it is drawn
-            anew, and what is left of the pass may repeat documents that were trained and leave out others.
+            over it that `max_steps` needs: within one pass the order stays; beyond, it is drawn anew where their number
+            changes, or where the last one grows over four fifths of a pass, and what is left may then repeat documents
+            that were trained and leave out others.
 
     Raises:
         CptError: there is neither a checkpoint of this run nor a complete base, or they are of two models; all

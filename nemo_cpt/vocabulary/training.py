@@ -160,6 +160,8 @@ def check_options(
         if value < 1:
             raise CptError(f"{name} is {value}; it must be 1 or more")
     tokens = _special(special)
+    if not all(token.strip() for token in special):
+        raise CptError(f"the special tokens {list(special)} hold one without a text: leave it away")
     if twice := [token for token in tokens if tokens.count(token) > 1]:
         raise CptError(f"the special token {twice[0]} is there twice")
     if _rounded_up(vocabulary_size, multiple_of) <= len(tokens) + 256:

@@ -72,7 +72,7 @@ def submit(file: Path, chosen: Chosen, executor: str, options: Sequence[str], de
                 behind = [tasks[each] for each in workflow.needs[name] if each in tasks]
                 for title, task, where in parts:
                     behind = [experiment.add(task, executor=where, name=title, dependencies=behind, tail_logs=False)]
-                (tasks[name],) = behind
+                (tasks[name],) = behind  # the last of its jobs, which those of the steps behind it wait for
             experiment.run(detach=detach)
         return {"experiment": experiment._id, "jobs": {job.id: job.handle for job in experiment.jobs}}
 

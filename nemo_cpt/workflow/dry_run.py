@@ -103,7 +103,7 @@ def dry_run(workflow: Workflow, chosen: Chosen, plan: bool = True) -> DryRun:
     Raises:
         CptError: it could not be run, whatever the machine.
     """
-    make_folder(workflow.folder)
+    make_folder(workflow.folder)  # which a workflow built in Python may only name; paths are relative to it
     workflow.check()
     names, again, state = chosen.steps(workflow), chosen.again(workflow), State(workflow)
     found = [each for each in standings(workflow, state, again) if each.step.name in names]

@@ -114,6 +114,7 @@ def _from_python(path: Path) -> Workflow:
     if len(found) != 1:
         raise CptError(f"{path} holds {len(found)} workflows ({', '.join(found) or 'none'}): it must hold one")
     (workflow,) = found.values()
+    # As of a YAML file: its folder's, wherever the command is given.
     return (
         workflow if workflow.rooted else Workflow(workflow.name, list(workflow.steps.values()), path.absolute().parent)
     )

@@ -103,7 +103,9 @@ KINDS = {
     "download": Kind("checkpoint.downloading:download", writes="{dest}", goes_on=True),
     "import": Kind("checkpoint.importing:import_hf", ("source",), "{dest}", checks=""),
     "init": Kind("checkpoint.untrained:make_untrained", ("tokenizer",), "{dest}"),
-    "grow": Kind("checkpoint.growing:grow_model", ("source", "tokenizer", "base", "corpus"), "{dest}"),
+    "grow": Kind(
+        "checkpoint.growing:grow_model", ("source", "tokenizer", "base", "corpus"), "{dest}", of_run=("source",)
+    ),
     "train": _RECIPE,
     "tune": _RECIPE,
     "merge": Kind("checkpoint.merging:merge", ("source", "base"), "{dest}", of_run=("source",)),

@@ -85,6 +85,7 @@ class Runner:
         self.workflow, self.state, self.force, self.shown = workflow, state, force, shown
         self.child: subprocess.Popen[bytes] | None = None
         self.given = Given()
+        # What nobody makes, as it is now: two steps must not read two versions of it.
         self.stamps = {
             path: _stamps(workflow.folder / path) for step in workflow.order for path in workflow.given(step)
         }
@@ -120,6 +121,7 @@ class Runner:
             # Once more: of one that waited for others it was not known whether it would run.
             check_free([found])
             self._check_given(step)
+            # Noted before it runs: of one that is killed the next run must know whose the files are.
             record = self.begin(found)
             self.shown.begin(step.name, step.do, found.why)
             started = time.monotonic()

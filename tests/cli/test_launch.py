@@ -98,7 +98,7 @@ def test_types_are_whole_in_a_terminals_table():
         "from nemo_cpt import catalog; from nemo_cpt.cli import launch; "
         "launch._print_parameters(catalog.executor('local'))"
     )
-    assert "Mapping[str, str] | None" in on_a_terminal("-c", shown)
+    assert "Mapping[str, str | float] | None" in on_a_terminal("-c", shown)
     closing = "from nemo_cpt.cli.tables import print_table; print_table(('what',), [('a/[x] b/[/x]',)])"
     assert "a/[x] b/[/x]" in on_a_terminal("-c", closing)
 
@@ -121,7 +121,7 @@ def test_types_are_whole_in_a_terminals_table():
         (["run", "llama31_8b", "--force", "-e", "leaves.py:f"], "leaves.py cannot be imported: SystemExit: 3 (line 1)"),
         (["run", "tiny", "base=b", "data=nosuch.yaml"], "data=nosuch.yaml: the file cannot be read: No such file"),
         ([*SLURM, "executor.tunnel=ssh(host='l'"], "write ssh('HOST', 'USER', 'FOLDER THERE') ('(' was never closed"),
-        ([*SLURM, "executor.tunnel=ssh('l', 'me')"], "missing 1 required positional argument: 'job_dir'"),
+        ([*SLURM, "executor.tunnel=ssh('l', 'me')"], "write ssh('HOST', 'USER', 'FOLDER THERE') (ssh(...): missing"),
         ([*SLURM, "executor.tunnel=ssh('l', 'me', here)"], "write ssh("),
         ([*SLURM, "executor.tunnel=ssh('l', 'me', '/l').host"], "not a call of ssh"),
         ([*SLURM, "executor.comment=[a"], "executor.comment=[a: no YAML"),

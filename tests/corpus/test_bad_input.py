@@ -97,6 +97,8 @@ def test_nothing_to_do_is_an_error(tmp_path: Path, small: Path) -> None:
         with pytest.raises(CptError, match=r"no input|no file"):
             prepare(inputs, tmp_path / "out", small, quiet=True)
     (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(CptError, match=r"There is no input .*empty\.josnl; near: .*empty\.jsonl\."):
+        prepare(tmp_path / "empty.josnl", tmp_path / "out", small, quiet=True)
     with pytest.raises(CptError, match=r"empty.jsonl, line 1, .*the file is empty\. Mend it"):
         prepare(tmp_path / "empty.jsonl", tmp_path / "out", small, quiet=True)
     with pytest.raises(CptError, match="hold no document"):

@@ -73,6 +73,7 @@ def test_outputs_and_numbers_that_cannot_work(tmp_path: Path, jsonl: Path, small
         (("prepare", jsonl, "-o", tmp_path / "ds", "-t", small, "--verify", "-1"), "verify is -1"),
         (("split", jsonl, "-o", tmp_path / "file" / "ja"), "Cannot make the folder"),
         (("split", jsonl, "-o", tmp_path / "sets", "--workers", "-1"), "workers is -1"),
+        (("split", jsonl, "-o", tmp_path / "sets", "--validation", "10%"), "10% is no share: write it as 0.1"),
         (("fetch", "https://localhost/x", "-o", tmp_path / "file" / "x"), "Cannot make the folder"),
         (("inspect", tmp_path / "ds", "--samples", "-1"), "samples is -1"),
     ):

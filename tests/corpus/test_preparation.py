@@ -1,5 +1,6 @@
 """Text to Megatron datasets: the same bytes as the reference, whatever the format, the workers and the chunks."""
 
+import gc
 import gzip
 import json
 import os
@@ -232,3 +233,11 @@ def test_a_failed_preparation_leaves_no_empty_folder(tmp_path: Path, small: Path
     with pytest.raises(CptError, match="line 1"):
         prepare(tmp_path / "a.jsonl", tmp_path / "new" / "ds", small, workers=1, quiet=True)
     assert not (tmp_path / "new").exists()
+
+
+def test_what_the_caller_has_frozen_stays_frozen(tmp_path: Path, jsonl: Path, small: Path) -> None:
+    """As a server does before it forks: nothing here unfreezes it."""
+    gc.freeze()
+    frozen = gc.get_freeze_count()
+    prepare(jsonl, tmp_path / "ds", small, workers=2, quiet=True)
+    assert 0 < gc.get_freeze_count() <= frozen  # some of it has gone meanwhile

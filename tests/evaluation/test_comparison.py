@@ -19,6 +19,7 @@ from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation import comparison, evaluate, report
 from nemo_cpt.evaluation.candidates import Candidate
 from nemo_cpt.evaluation.journal import Journal
+from nemo_cpt.evaluation.reading import prompt_set
 from nemo_cpt.inference.endpoint import EndpointEngine
 from nemo_cpt.inference.transformers_engine import TransformersEngine
 from tests.inference.conftest import TEMPLATE
@@ -261,6 +262,15 @@ def test_messages_and_wrappers(models: tuple[Path, Path], world: Path, tmp_path:
 
 def _copied(source: Path, dest: Path) -> Path:
     return Path(shutil.copytree(source, dest))
+
+
+def test_a_prompts_file_whose_path_has_an_equals_sign(tmp_path: Path) -> None:
+    folder = tmp_path / "language=ja"
+    folder.mkdir()
+    (folder / "ja.jsonl").write_text('{"prompt": "京都とは?"}\n')
+    alone, named = prompt_set(f"{folder}/ja.jsonl"), prompt_set(f"mine={folder}/ja.jsonl")
+    assert (alone.name, named.name) == ("ja", "mine")
+    assert alone.prompts[0].language == "ja"
 
 
 def test_bad_prompts(models: tuple[Path, Path], world: Path, tmp_path: Path) -> None:

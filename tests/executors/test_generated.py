@@ -158,20 +158,20 @@ def test_a_container_that_is_cancelled_saves_before_nemo_run_removes_it(project,
     import tasks
 
     task = run.Partial(tasks.count, path=str(tmp_path / "counter"), until=1000)
-    job, process = started_as_in_a_container(task, docker(gpus=2))
-    wait_until(lambda: log_of(job).count("starting at") == 2)
+    job, process = started_as_in_a_container(task, docker(gpus=1))
+    wait_until(lambda: "starting at" in log_of(job))
     monkeypatch.setattr(DockerContainer, "get_container", lambda *args, **kwargs: Container(process))
     DockerContainer(name="t", command=[], executor=docker(), extra_env={}).delete(client=None, id="1")
     assert process.wait() == 75
-    assert log_of(job).count("stopped at") == 2
+    assert "stopped at" in log_of(job)
 
 
 def test_a_signal_to_the_launcher_reaches_its_containers(project, tmp_path):
     import tasks
 
     task = run.Partial(tasks.count, path=str(tmp_path / "counter"), until=1000)
-    job, process = started_as_in_a_container(task, docker(gpus=2))
-    wait_until(lambda: log_of(job).count("starting at") == 2)
+    job, process = started_as_in_a_container(task, docker(gpus=1))
+    wait_until(lambda: "starting at" in log_of(job))
     request = SimpleNamespace(get_containers=lambda client: [Container(process)])
     scheduler = SimpleNamespace(_scheduled_reqs=[request], _docker_client=None)
     runner = SimpleNamespace(_scheduler_instances={"docker_persistent": scheduler})

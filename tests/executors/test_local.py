@@ -239,22 +239,22 @@ import nemo_run as run, os, tasks
 from nemo_cpt.executors import local
 if __name__ == "__main__":
     task = run.Partial(tasks.count, path="counter", until=30, go="go")
-    run.run(task, executor=local(processes=2), name="t", tail_logs=True)
+    run.run(task, executor=local(processes=int(os.environ["PROCESSES"])), name="t", tail_logs=True)
 """
 
 
 @pytest.fixture
 def launch(project, tmp_path):
-    """Start a launcher of a job of two processes under torchrun, with a terminal of its own; wait until it counts.
+    """Start a launcher with a terminal of its own, by default of two processes under torchrun; wait until they count.
 
     Its last number waits for a file `go` in the project.
     """
     (project / "launch.py").write_text(LAUNCHER)
     started = []
 
-    def start(wait=True, **options):
+    def start(wait=True, processes=2, **options):
         terminal, its = os.openpty()
-        environ = os.environ | {"NEMORUN_HOME": str(tmp_path / "home")}
+        environ = os.environ | {"NEMORUN_HOME": str(tmp_path / "home"), "PROCESSES": str(processes)}
         command = [sys.executable, "-c", WITH_TERMINAL, sys.executable, "launch.py"]
         printed = (tmp_path / f"printed-{len(started)}").open("w+")
         launcher = subprocess.Popen(
@@ -263,7 +263,7 @@ def launch(project, tmp_path):
         os.close(its)
         started.append(launcher)
         if wait:
-            wait_until(lambda: log_of(tmp_path).count("starting at") == 2)
+            wait_until(lambda: log_of(tmp_path).count("starting at") == processes)
         return launcher, terminal, printed
 
     yield start
@@ -281,9 +281,8 @@ os.execv(sys.argv[1], sys.argv[1:])
 
 
 def log_of(folder):
-    """What the workers printed, over all launches; torchrun prefixes their lines."""
-    lines = "".join(log.read_text() for log in folder.rglob("stdout.log")).splitlines()
-    return "\n".join(line for line in lines if line.startswith("[default"))
+    """What the tasks printed, over all launches; torchrun keeps logs of its own beside."""
+    return "".join(log.read_text() for log in folder.rglob("t/0/stdout.log"))
 
 
 def test_a_launcher_that_is_stopped_lets_its_job_save_and_goes_on_when_started_again(project, tmp_path, launch):
@@ -324,7 +323,7 @@ def test_a_terminal_that_is_closed_and_a_launcher_that_is_killed_let_the_job_sav
 
 
 def test_logs_are_followed_until_the_job_has_ended(project, tmp_path, launch):
-    launcher, _, _ = launch()
+    launcher, _, _ = launch(processes=1)
     environ = os.environ | {"NEMORUN_HOME": str(tmp_path / "home")}
     command = [sys.executable, "-m", "nemo_cpt.cli", "logs", "-f"]
     with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True) as follower:
@@ -337,12 +336,12 @@ def test_logs_are_followed_until_the_job_has_ended(project, tmp_path, launch):
 
 def test_under_nohup_a_job_outlives_its_terminal(project, tmp_path, launch):
     ignored = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
-    launcher, terminal, _ = launch(**ignored)
+    launcher, terminal, _ = launch(processes=1, **ignored)
     os.close(terminal)
     launcher.send_signal(signal.SIGHUP)
     (project / "go").touch()
     assert launcher.wait(240) == 0
-    assert log_of(tmp_path).count("counted to 30") == 2
+    assert log_of(tmp_path).count("counted to 30") == 1
 
 
 def test_told_to_stop_while_it_imports_nothing_is_lost(project, tmp_path):

@@ -17,8 +17,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from nemo_cpt.cli import app
+from nemo_cpt.errors import CptError
 from nemo_cpt.inference import Piece, Prompt, Sampling
-from nemo_cpt.inference.chat import Chat, Side
+from nemo_cpt.inference.chat import Chat, Side, typed_lines
 from nemo_cpt.inference.transformers_engine import TransformersEngine
 
 COMMAND = [sys.executable, "-m", "nemo_cpt.cli"]
@@ -176,6 +177,22 @@ def test_chat_in_a_pipe(make_model: Callable[[str], Path]) -> None:
     engine = TransformersEngine(make_model("llama"))
     ((_, reply),) = engine.generate([[{"role": "user", "content": "Hello"}]], Sampling(max_tokens=4))
     assert done.stdout.strip() == reply.text.strip()
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [(b"/tokens 5.5", "'5.5' is no whole number"), (b"caf\xe9", "line 2 of standard input is not in UTF-8")],
+)
+def test_an_error_in_a_pipe_is_no_reply(
+    line: bytes, says: str, engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A script that reads the replies would take it for one."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Hello\n" + line + b"\nHello\n")))
+    talk, written = chat(engine, interactive=False)
+    with pytest.raises(CptError, match=says):
+        talk.run(typed_lines("> "))
+    assert len(talk.sides[0].history) == 2
+    assert "number" not in written.getvalue()
 
 
 def test_serve_answers_and_ends_in_good_order(make_model: Callable[[str], Path]) -> None:

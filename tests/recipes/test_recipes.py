@@ -23,8 +23,10 @@ from nemo_cpt.doctor import Place
 from nemo_cpt.errors import CptError
 from nemo_cpt.executors.examination import examine_task
 from nemo_cpt.launching import yaml_file
+from nemo_cpt.launching.description import describe
+from nemo_cpt.launching.scripts import write_script
 from nemo_cpt.planning import plan
-from nemo_cpt.recipes import gpt, instruction, llama31_8b, parts, smollm2, tiny
+from nemo_cpt.recipes import gpt, instruction, llama31_8b, mistral_7b, parts, smollm2, tiny
 from nemo_cpt.training import fields, guards
 from nemo_cpt.training.early_stop import StopEarly
 from nemo_cpt.training.optimizer import HostStateOptimizer
@@ -304,6 +306,26 @@ def test_a_field_changed_into_what_no_job_runs_with_is_refused_before_the_launch
         with pytest.raises(CptError) as refused:
             guards.check(recipe)
         assert says in refused.value.message
+
+
+def test_a_bases_rows_count_and_not_those_that_a_recipes_model_states(tmp_path: Path) -> None:
+    assert plan(smollm2.continual_pretrain(), 24).workload.parameters == pytest.approx(134.5e6, rel=1e-3)
+    for made in (mistral_7b.continual_pretrain(), mistral_7b.continual_pretrain(tmp_path)):
+        # Else a base of more rows, which was grown, would be refused by a size that nobody gave.
+        assert ("vocab_size" in made.model.config.__arguments__) is (made.resume.base != str(tmp_path))
+    assert "vocab_size" not in describe(catalog.recipe("qwen25_7b"), {}, [], "local", []).model
+
+
+def test_a_copied_script_trains_the_model_that_stands_in_it(tmp_path: Path, monkeypatch) -> None:
+    write_script(catalog.recipe("llama31_8b"), tmp_path / "my_own_copy.py")
+    text = (tmp_path / "my_own_copy.py").read_text()
+    (tmp_path / "my_own_copy.py").write_text(text.replace("8B, seq_length", "8B, rotary_base=123, seq_length"))
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = import_module("my_own_copy")
+    for function in (mine.continual_pretrain, mine.instruction_tune, mine.continual_pretrain_single_gpu):
+        recipe = function()
+        assert recipe.model.config.rotary_base == 123
+        assert recipe.model.config.seq_length == recipe.data.seq_length
 
 
 def test_a_recipe_that_was_not_called_is_none() -> None:

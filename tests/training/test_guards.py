@@ -198,6 +198,24 @@ def test_a_recipe_by_name_is_checked_before_it_starts(world: Path, blend: Any) -
         run_recipe("tiny.continual_pretrain", arguments, ["data.globl_batch_size=7"])
 
 
+def test_a_training_that_diverged_is_said_to_have(tmp_path: Path) -> None:
+    trainer = SimpleNamespace(
+        global_step=5,
+        optimizers=[SimpleNamespace(param_groups=[{"lr": 0.5}])],
+        checkpoint_callback=SimpleNamespace(dirpath=tmp_path),
+    )
+    found = RuntimeError("Unexpected result nan (message='found NaN in local grad norm for bucket #0 in backward pass")
+    guard, heard = guards.Guards(), []
+    later = SimpleNamespace(on_exception=lambda trainer, module, error: heard.append(error.message))
+    trainer.callbacks = [guard, later]
+    with pytest.raises(CptError, match=r"step 6 has .* learning rate of 0.5: the training has diverged. begin again"):
+        guard.on_exception(trainer, None, found)
+    assert ["step 6 has" in each for each in heard] == [True]  # what writes down how the run ended, and ends exports
+    assert "steps=3 is whole: go on from there with a smaller lr=" in guards.diverged(6, 0.5, "steps=3")
+    assert "the base's weights are damaged" in guards.diverged(1, 0.5, None)
+    guard.on_exception(trainer, None, RuntimeError("another"))
+
+
 def test_fp8_needs_ada_or_later() -> None:
     guards.check_fp8((8, 9))
     guards.check_fp8((9, 0))

@@ -13,8 +13,11 @@ class TestOutOfMemoryAdvice:
     def test_it_says_what_to_change_and_keeps_the_allocators_message(self):
         module = types.SimpleNamespace(config=self.config)
         error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.96 GiB.")
+        advice, heard = oom_advice.OutOfMemoryAdvice(), []
+        later = types.SimpleNamespace(on_exception=lambda trainer, module, error: heard.append(error))
         with pytest.raises(CptError) as caught:
-            oom_advice.OutOfMemoryAdvice().on_exception(None, module, error)
+            advice.on_exception(types.SimpleNamespace(callbacks=[advice, later]), module, error)
+        assert heard == [caught.value]  # what writes down how the run ended, and ends exports
         assert "recompute_num_layers=12 of 32" in str(caught.value)
         assert 'cross_entropy_fusion_impl="te"' in str(caught.value)
         assert "Tried to allocate 1.96 GiB" in str(caught.value)

@@ -152,6 +152,7 @@ def test_it_can_be_grown(trained: Path, tmp_path: Path) -> None:
         ({"vocabulary_size": 100_000}, "the corpora give"),
         ({"vocabulary_size": 200}, "no room"),
         ({"special": [EOS]}, "there twice"),
+        ({"special": ["<|a|>", ""]}, "hold one without a text"),
         ({"corpora": {JA: 0.0}}, "must be above 0"),
         ({"corpora": {}}, "no corpus"),
         ({"corpora": "nowhere.jsonl"}, "no input"),

@@ -184,6 +184,19 @@ def test_a_step_in_tasks_is_made_by_them_and_is_the_same_step(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
+    ("do", "run"), [("export", "source"), ("merge", "source"), ("grow", "source"), ("verify", "nemo")]
+)
+def test_of_a_run_the_newest_whole_checkpoint_is_taken(tmp_path: Path, do: str, run: str) -> None:
+    (tmp_path / "results/ja/checkpoints").mkdir(parents=True)
+    (tmp_path / "results/ja/metrics").mkdir()
+    step = Step("one", do, {"dest": "o", run: "results/ja"})
+    workflow = Workflow("w", [step], tmp_path)
+    runner = Runner(workflow, State(workflow), False, Shown("w", 1, print))
+    with pytest.raises(CptError, match="results/ja is a run without a whole checkpoint"):
+        runner._request(workflow.steps["one"])
+
+
+@pytest.mark.parametrize(
     ("parameters", "said"),
     [
         ({"tasks": 0}, "one: tasks is 0; it must be a whole number, at least 1"),

@@ -67,8 +67,6 @@ class Pool:
     """`count` workers over the output files."""
 
     def __init__(self, count: int, work: Work, outputs: Sequence[int]) -> None:
-        gc.collect()
-        gc.freeze()  # else the children's first collection copies the pages that they share
         # Fork, not spawn: the encoder's tables are shared, and not pickled or loaded once more for each worker.
         context = multiprocessing.get_context("fork")
         self.workers: list[Worker] = []
@@ -80,7 +78,6 @@ class Pool:
             process.start()
             theirs.close()  # so that the worker's end of the pipe closes with the worker
             self.workers.append(Worker(process, ours))
-        gc.unfreeze()
 
     def give(self, worker: Worker, task: Task) -> None:
         """Hand a task to a free worker."""
@@ -153,6 +150,9 @@ def how_it_ended(process: Any) -> str:
 
 def _serve(connection: Connection, others: list[Connection], work: Work, outputs: Sequence[int]) -> None:
     """Be a worker until the parent closes the pipe or dies."""
+    # Else the first collection here copies the pages that this process shares with its parent. Not there: a caller may
+    # have frozen what it has, and to walk over what NeMo has imported takes a second.
+    gc.freeze()
     # Ctrl-C goes to the whole process group; workers that die first would look like a crash.
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the workers
     # One process a CPU already: threads of the Rust pool would only fight for them, and do not survive a fork.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_cpt.corpus.reading.formats import recognise
-from nemo_cpt.errors import CptError
+from nemo_cpt.errors import CptError, near_paths
 
 # In a folder: also what is packed in a way that is not read, so that it is named and not left out
 _NAME = re.compile(
@@ -156,7 +156,9 @@ def _expand(item: str) -> list[Source]:
     if "://" in item:
         raise CptError(f"The input {item} is an address; bring it here with `nemo-cpt fetch` first.")
     # A folder's name with a slash looks like a hub name: which of the two is meant must be said.
-    raise CptError(f"There is no input {item}. For a dataset of the Hugging Face hub, write {HUB}NAME.")
+    raise CptError(
+        f"There is no input {item}{near_paths(path)}. For a dataset of the Hugging Face hub, write {HUB}NAME."
+    )
 
 
 def _files(item: str, names: Iterable[str]) -> list[Source]:
