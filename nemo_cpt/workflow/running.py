@@ -293,8 +293,9 @@ def _message(step: Step, code: int, log: Path) -> str:
     lines = log.read_text("utf-8", errors="replace").splitlines()
     told = [at for at, line in enumerate(lines) if line.startswith(SPEAKERS)]
     if code == CptError.exit_code and told:
-        # With the lines below it: which of its tasks failed, and how.
-        said = "\n".join(lines[told[-1] :][:TOLD_LINES]).partition(": ")[2]
+        # With the last of the lines below it: which of its tasks failed, and how.
+        first, *below = lines[told[-1] :]
+        said = "\n".join([first.partition(": ")[2], *below[-TOLD_LINES:]])
         return f"{step.name}: {said} (log: {log})"
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     return "\n".join([f"{step.name} {how}; the last lines of {log}:", *lines[-TOLD_LINES:]])
