@@ -102,6 +102,11 @@ def test_numbers_of_numpy_and_paths_become_plain(tmp_path):
     assert [type(each) for each in plain] == [int, float, list, float, str]
 
 
+def test_of_several_wrong_values_the_first_parameters_is_told():
+    with pytest.raises(CptError, match="^count='x'"):
+        inner(on="x", kind=1, folder=2, rate="y", count="x")
+
+
 def test_names_are_told_by_the_function_that_was_called():
     with pytest.raises(CptError, match=r"\.outer has no parameter thrid; near: third"):
         outer(1, thrid=2)
