@@ -103,7 +103,7 @@ def test_numbers_of_numpy_and_paths_become_plain(tmp_path):
 
 
 def test_of_several_wrong_values_the_first_parameters_is_told():
-    with pytest.raises(CptError, match="^count='x'"):
+    with pytest.raises(CptError, match=r"^count='x'"):
         inner(on="x", kind=1, folder=2, rate="y", count="x")
 
 
