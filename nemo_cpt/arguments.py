@@ -83,7 +83,7 @@ def checked(function: F) -> F:
             if error.name not in kwargs:
                 raise
             # Of the function that **kwargs went to, which does not know this one's own.
-            raise UnknownParameterError(label, error.name, [*names, *error.known]) from None
+            raise UnknownParameterError(label, error.name, list(dict.fromkeys([*names, *error.known]))) from None
         except TypeError as error:
             # Python's words where the function itself gives what came with **kwargs, too.
             twice = [name for name in kwargs if f"multiple values for keyword argument {name!r}" in str(error)]
