@@ -115,4 +115,4 @@ def test_names_are_told_by_the_function_that_was_called():
     with pytest.raises(CptError, match="missing a required argument: 'first'"):
         outer()
     with pytest.raises(CptError, match="too many positional"):
-        outer(1, 2)
+        outer(1, 2, 3)
