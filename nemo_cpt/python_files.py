@@ -1,5 +1,6 @@
 """Python files of the user's: a workflow, an executor, a function that is a step."""
 
+import ast
 import sys
 import traceback
 from importlib.util import module_from_spec, spec_from_file_location
@@ -9,6 +10,33 @@ from types import ModuleType
 from nemo_cpt.errors import CptError
 
 _IMPORTED = set[str]()  # names that files imported here have
+
+
+def with_neighbours(path: Path) -> list[Path]:
+    """A Python file, and what lies beside it that it imports, modules and packages, also by way of each other."""
+    found = [path]
+    for file in found:  # which grows
+        beside = [each for name in _imported_by(file) for each in _module_files(path.with_name(name))]
+        found += [each for each in beside if each not in found]
+    return found
+
+
+def _module_files(path: Path) -> list[Path]:
+    """The files of a module, or of a package with all that is in it; none where there is neither."""
+    if (path / "__init__.py").is_file():
+        return sorted(path.rglob("*.py"))
+    module = path.with_name(f"{path.name}.py")
+    return [module] if module.is_file() else []
+
+
+def _imported_by(file: Path) -> list[str]:
+    try:
+        nodes = list(ast.walk(ast.parse(file.read_bytes())))
+    except (SyntaxError, ValueError):  # whoever imports it will hear of it
+        return []
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level]
+    return list(dict.fromkeys(name.partition(".")[0] for name in names))
 
 
 def import_file(path: Path) -> ModuleType:

@@ -9,6 +9,7 @@ from typing import Any
 from nemo_cpt.corpus.reading.chunks import hash_file
 from nemo_cpt.errors import CptError
 from nemo_cpt.installed import installed_versions
+from nemo_cpt.python_files import with_neighbours
 from nemo_cpt.workflow import outputs
 from nemo_cpt.workflow.kinds import OF_THE_MACHINE, OPTION, OWN, source_of
 from nemo_cpt.workflow.state import DONE, FAILED, RUNNING, STOPPED, Record, State
@@ -221,8 +222,10 @@ def outputs_of(step: Step, record: Record | None = None) -> dict[str, outputs.Fi
 
 
 def code_of(step: Step) -> str:
-    """The hash of the file of a function of the user's; empty for one of the library."""
-    return hash_file(str(source_of(step.do, step.folder))) if step.kind is OWN else ""
+    """The hashes of the file of a function of the user's and of those beside it that it imports; empty for others."""
+    if step.kind is not OWN:
+        return ""
+    return "-".join(hash_file(str(file)) for file in with_neighbours(source_of(step.do, step.folder)))
 
 
 def _known(record: Record | None, path: str) -> Mapping[str, Mapping[str, Any]]:

@@ -15,7 +15,7 @@ import pytest
 
 import nemo_cpt.workflow
 from nemo_cpt import CptError
-from nemo_cpt.workflow import Chosen, Workflow, as_yaml, run, split, tokenizer
+from nemo_cpt.workflow import Chosen, Step, Workflow, as_yaml, run, split, tokenizer
 from nemo_cpt.workflow.comparison import compare
 from nemo_cpt.workflow.dry_run import dry_run
 from nemo_cpt.workflow.page import _address
@@ -71,6 +71,21 @@ def test_a_rerun_does_what_changed_and_what_depends_on_it(folder: Path) -> None:
     # The code of a function of one's own.
     (folder / "functions.py").write_text((folder / "functions.py").read_text() + "\n# another\n")
     assert why(chain(folder, two="*"))["one"] == "code changed: functions.py:join"
+
+
+def test_a_module_beside_a_function_of_one_s_own_is_its_code_too(folder: Path) -> None:
+    (folder / "tools.py").write_text("from words import WORD\n\ndef make(dest):\n    open(dest, 'w').write(WORD)\n")
+    (folder / "words.py").write_text("import json, letters.small\nWORD = letters.small.LETTER * 2\n")
+    (folder / "letters").mkdir()
+    (folder / "letters/__init__.py").touch()
+    (folder / "letters/small.py").write_text("LETTER = 'a'\n")
+    workflow = Workflow("w", [Step("make", "tools.py:make", {"writes": "dest", "dest": "made.txt"})], folder)
+    assert ran(workflow) == ["make"]
+    assert ran(workflow) == []
+    (folder / "letters/small.py").write_text("LETTER = 'b'\n")
+    assert why(workflow) == {"make": "code changed: tools.py:make"}
+    assert ran(workflow) == ["make"]
+    assert (folder / "made.txt").read_text() == "bb"
 
 
 def test_steps_are_made_again_or_left_when_asked(folder: Path) -> None:

@@ -225,7 +225,7 @@ def test_an_executor_is_made_before_anything_runs(tmp_path: Path) -> None:
     (tmp_path / "a.idx").touch()
     (tmp_path / "a.bin").touch()
     for do, parameters in (("clean", tasks), ("train", training | {"executor": "mine.py:make"})):
-        with pytest.raises(CptError, match="one: no such queue"):
+        with pytest.raises(CptError, match=r"one: executor mine\.py:make: no such queue"):
             dry_run(Workflow("w", [Step("one", do, parameters)], tmp_path), Chosen())
 
 
