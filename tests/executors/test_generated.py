@@ -17,6 +17,7 @@ from typing import ClassVar
 import nemo_run as run
 import pytest
 import yaml
+from docker.errors import APIError
 from docker.models.containers import _create_container_args
 from nemo_run.core.execution.docker import DockerContainer
 
@@ -427,6 +428,34 @@ def test_what_can_be_imported_here_can_be_in_the_job(project, monkeypatch):
     code = f"{experiment._exp_dir}/t/code"
     assert f'"$(echo {code}:{code}/src:{code}/started:{code}/script:"$PYTHONPATH"' in request.materialize()
     assert os.fsdecode(b"caf\xe9.py") in os.listdir(code)
+
+
+def test_what_is_set_on_an_executor_afterwards_counts():
+    def fitted(gpus, **variables):
+        executor = slurm()
+        executor.gpus_per_node = gpus
+        executor.env_vars |= variables
+        executor.fit(SimpleNamespace(trainer=run.Config(dict, devices=4, accelerator="gpu", num_nodes=1)))
+        return executor.ntasks_per_node, executor.gpus_per_node
+
+    assert fitted(None) == fitted(4) == (4, 4)
+    with pytest.raises(CptError, match="trainer has devices=4, and the job 8 tasks"):
+        fitted(8)
+    with pytest.raises(CptError, match="HF_TOKEN looks like a secret"):
+        fitted(4, HF_TOKEN="x")
+
+
+def test_an_engine_that_does_not_take_a_job_is_one_sentence(project, monkeypatch):
+    import tasks
+
+    def refuse(*args, **kwargs):
+        raise APIError('could not select device driver "" with capabilities: [[gpu]]')
+
+    monkeypatch.setattr(DockerContainer, "run", refuse)
+    monkeypatch.setattr("nemo_cpt.doctor.containers.check_engine", lambda image: None)
+    monkeypatch.setattr("docker.from_env", lambda: SimpleNamespace(images=SimpleNamespace(pull=lambda image: None)))
+    with pytest.raises(CptError, match=r"^Docker did not take the job: could not select device driver"):
+        run.run(run.Partial(tasks.report, path="seen"), executor=docker(), name="t")
 
 
 def test_names_that_a_shell_would_take_apart_are_refused(project, tmp_path, monkeypatch):
