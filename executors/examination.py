@@ -36,7 +36,7 @@ def examine_before_launch() -> None:
     @wraps(add)
     def check_and_add(experiment: Any, task: Any, executor: Any = None, *args: Any, **kwargs: Any) -> str:
         for each in executor if isinstance(executor, list) else [executor or experiment.executor]:
-            _check_executor(each)
+            check_executor(each)
         return add(experiment, task, executor, *args, **kwargs)
 
     @wraps(launch)
@@ -64,7 +64,7 @@ def examine_before_launch() -> None:
         module.direct_run_fn = examine_and_run_here
 
 
-def _check_executor(executor: Any) -> None:
+def check_executor(executor: Any) -> None:
     """Raise CptError for what is no executor, of which NeMo-Run says an AssertionError without a word."""
     from nemo_run import Executor
 

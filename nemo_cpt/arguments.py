@@ -8,6 +8,7 @@ import inspect
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import wraps
+from pathlib import Path
 from reprlib import Repr
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -146,9 +147,9 @@ def _plain(value: Any, wanted: Any) -> Any:
     origin, inner = get_origin(wanted) or wanted, get_args(wanted)
     if origin in (Any, inspect.Parameter.empty):
         return value
-    value = plain_scalar(value)
     if _is_union(wanted):
         return _plain_of_any(value, wanted, inner)
+    value = value if origin is Path else plain_scalar(value)
     if origin is Literal:
         right = isinstance(value, str) and value in inner
     elif origin in (int, float):

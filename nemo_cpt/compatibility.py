@@ -187,6 +187,12 @@ def unlike(base: Base, model: Any) -> list[Difference]:
     return [each for each in differences(constants_of_nemo(model), base.constants) if each.name != ROWS]
 
 
+def check_unlike_base(names: Collection[str]) -> None:
+    """Raise CptError where a recipe's `unlike_base=` names something that is not one of `CHANGEABLE`."""
+    if unknown := [name for name in names if name not in CHANGEABLE]:
+        raise CptError(f"unlike_base names {', '.join(unknown)}: what can be changed is {', '.join(CHANGEABLE)}")
+
+
 def check_model(base: Base, model: Any, unlike_base: Collection[str] = ()) -> list[str]:
     """Refuse a model that is not the base's, whether its tensors fit or not.
 
@@ -196,8 +202,7 @@ def check_model(base: Base, model: Any, unlike_base: Collection[str] = ()) -> li
     Raises:
         CptError: a constant of the forward pass differs and `unlike_base` does not name it, or rows are missing.
     """
-    if unknown := [name for name in unlike_base if name not in CHANGEABLE]:
-        raise CptError(f"unlike_base names {', '.join(unknown)}: what can be changed is {', '.join(CHANGEABLE)}")
+    check_unlike_base(unlike_base)
     if not model:
         return []
     # A warning, not an error: NeMo's own importer leaves no config.json, and its bases train.

@@ -18,6 +18,7 @@ from nemo_cpt.training.guards import check_belonging
 from nemo_cpt.training.options import check_grown_rows_first
 from nemo_cpt.training.settings import Settings, check, settings_in
 
+# By Megatron's names: query, key and value are one layer there, gate and up another.
 LINEAR_LAYERS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 
 
@@ -150,6 +151,7 @@ def continual_pretrain(
             unlike_base=unlike_base,
             untrained_base=untrained_base,
         ),
+        # The schedule is as long as the run: one of another length would end on its way down, or train on at min_lr.
         optim=parts.adam(lr=lr, min_lr=min_lr, warmup_steps=warmup_steps, max_steps=max_steps),
         log=parts.log(directory, name, save_every, logger),
         resume=parts.resume(base, extend),

@@ -23,7 +23,7 @@ from nemo_cpt.recipes.continual import with_lora
 from nemo_cpt.training.guards import check_belonging
 from nemo_cpt.training.settings import Settings, check, settings_in
 
-SEQ_LENGTH, RANK = 4096, 32
+SEQ_LENGTH, RANK = 4096, 32  # of LoRA, where the user leaves them open and they fit
 UNCOUNTED_STEPS = 300  # in a recipe that is made where its conversations are not
 
 
@@ -159,7 +159,7 @@ def instruction_tune(
             lr=lr,
             min_lr=min_lr,
             warmup_steps=default_warmup(steps) if warmup_steps is None else warmup_steps,
-            max_steps=steps,
+            max_steps=steps,  # which the conversations decide, unless max_steps is given
             weight_decay=0.0,
         ),
         log=parts.log(directory, name, save_every, logger),

@@ -18,7 +18,7 @@ from nemo.utils.exp_manager import TimingCallback
 
 from nemo_cpt.checkpoint.base import carried_tokenizer
 from nemo_cpt.checkpoint.context import Name, nemo_model
-from nemo_cpt.compatibility import positions, read_base
+from nemo_cpt.compatibility import check_unlike_base, positions, read_base
 from nemo_cpt.conversations import Conversations
 from nemo_cpt.conversations.mixture import SEED, check_replay
 from nemo_cpt.corpus import Blend
@@ -192,7 +192,7 @@ def bf16() -> run.Config[nl.MegatronMixedPrecision]:
         precision="bf16-mixed",
         params_dtype=torch.bfloat16,
         pipeline_dtype=torch.bfloat16,
-        autocast_enabled=False,
+        autocast_enabled=False,  # the parameters are bf16 already
         grad_reduce_in_fp32=True,
     )
 
@@ -212,6 +212,7 @@ def mixed_precision(precision: str, bf16_layers: int = 0) -> run.Config[nl.Megat
     plugin, scaling = bf16(), read_precision(precision, bf16_layers)
     if scaling is None:
         return plugin
+    # E4M3 forward, where values need digits; E5M2 for gradients, which need range.
     plugin.fp8, plugin.fp8_recipe, plugin.fp8_param_gather = "hybrid", scaling, False
     if bf16_layers:
         plugin.first_last_layers_bf16 = True
@@ -220,7 +221,12 @@ def mixed_precision(precision: str, bf16_layers: int = 0) -> run.Config[nl.Megat
 
 
 def callbacks(unlike_base: Sequence[str] = (), untrained_base: bool = False) -> list[run.Config]:
-    """What every run carries: guards, losses by validation set, metrics, alarm, timing, saving when stopped."""
+    """What every run carries: guards, losses by validation set, metrics, alarm, timing, saving when stopped.
+
+    Raises:
+        CptError: see `check_unlike_base`.
+    """
+    check_unlike_base(unlike_base)
     return [
         run.Config(Guards, unlike_base=list(unlike_base), untrained_base=untrained_base),
         run.Config(EveryTrainableParameterHasGradient),
@@ -256,15 +262,16 @@ def adam(
         bf16=True,
         adam_beta1=0.9,
         adam_beta2=0.95,
+        # NeMo's own recipes' value, a thousand times PyTorch's: tiny second moments then blow up no step.
         adam_eps=1e-5,
-        use_distributed_optimizer=True,
+        use_distributed_optimizer=True,  # each data-parallel rank holds its share of the 12 bytes a parameter
         clip_grad=1.0,
     )
     schedule = run.Config(
         nl.lr_scheduler.CosineAnnealingScheduler,
         max_steps=max_steps,
         warmup_steps=default_warmup(max_steps) if warmup_steps is None else warmup_steps,
-        constant_steps=0,
+        constant_steps=0,  # NeMo's class has 80,000, at min_lr behind the cosine
         min_lr=default_min_lr(lr) if min_lr is None else min_lr,
     )
     return run.Config(nl.MegatronOptimizerModule, config=config, lr_scheduler=schedule)
@@ -363,6 +370,7 @@ def _reading(tokenizer: str, seq_length: int, global_batch_size: int, micro_batc
         "seq_length": seq_length,
         "global_batch_size": global_batch_size,
         "micro_batch_size": micro_batch_size,
+        # Few: sequences are cut from a memory map, without tokenizing.
         "num_workers": 2,
         # Validation sets would start new workers, which import torch, at each validation.
         "persistent_workers": True,
@@ -460,6 +468,7 @@ def log(
         save_top_k=3,
         # A link: `-last` costs no second copy of 100 GB.
         save_last="link",
+        # Else a finished run could not be extended.
         save_optim_on_train_end=True,
         filename="{steps:.0f}-{val_loss:.4f}",
     )

@@ -45,7 +45,7 @@ def continual_pretrain(
     seq_length: int = 1024,
     global_batch_size: int = 16,
     micro_batch_size: int = 8,
-    max_steps: int = 300,
+    max_steps: int = 300,  # of 16 x 1024 tokens: 4.9 M in all
     val_check_interval: int = 50,
     limit_val_batches: int = 4,
     lr: float = 3e-4,

@@ -52,6 +52,7 @@ def inner(
     folder: str = "",
     env: Mapping[str, str | float] | None = None,
     on: bool = False,
+    where: Path | str | None = None,
     **others: Any,
 ) -> dict[str, Any]:
     return dict(locals())
@@ -94,6 +95,7 @@ def test_a_wrong_value_is_told_with_what_would_be_right(given, says):
 
 def test_numbers_of_numpy_and_paths_become_plain(tmp_path):
     got = inner(np.int64(3), np.float32(0.5), [tmp_path], {"a": np.float64(1)}, folder=Path("x"), other=np.int8(1))
+    assert inner(where=tmp_path)["where"] is tmp_path
     assert got["others"] == {"other": 1}  # as it was given: nothing is known of it
     plain = [got["count"], got["rate"], got["names"], got["limits"]["a"], got["folder"]]
     assert plain == [3, 0.5, [str(tmp_path)], 1.0, "x"]

@@ -112,16 +112,11 @@ def export_hf(
     # A run that is under way keeps its newest checkpoints alone: this one may be replaced while it is read.
     with unchanged(nemo) as check_unchanged:
         described = describe(nemo, base, chat_template, ignore_fields)
-        arch = described.config.arch
-        write: Callable[[Path], dict[str, Any]]
         if adapter:
-            size = 0
-            write = partial(_write_adapter, nemo, described, checked_dtype(dtype or "float32"))
+            size, write = 0, partial(_write_adapter, nemo, described, checked_dtype(dtype or "float32"))
         else:
             trained = open_trained(nemo, described, base)
-            dtype = checked_dtype(dtype or arch.dtype or trained.dtype)
-            # All sizes before the first tensor: a safetensors file begins with its index.
-            plans = [TensorPlan(slot.name, dtype, slot.shape) for slot in layout.slots(arch)]
+            plans = _plans(described, checked_dtype(dtype or described.config.arch.dtype or trained.dtype))
             size = sum(plan.nbytes for plan in plans)
             load = _counted(trained, plans, progress)
             write = partial(_write_model, trained, described, plans, load, shard_bytes)
@@ -132,10 +127,15 @@ def export_hf(
     return ExportReport(
         source=str(source),
         dest=str(dest),
-        model_type=arch.model_type,
+        model_type=described.config.arch.model_type,
         seconds=round(time.monotonic() - start, 3),
         **written,
     )
+
+
+def _plans(described: Description, dtype: str) -> list[TensorPlan]:
+    """All sizes before the first tensor: a safetensors file begins with its index."""
+    return [TensorPlan(slot.name, dtype, slot.shape) for slot in layout.slots(described.config.arch)]
 
 
 def _write_model(

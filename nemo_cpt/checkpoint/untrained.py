@@ -95,39 +95,17 @@ def make_untrained(
         CptError: there is no such size, shape or tokenizer, the tokenizer names no end of a text, the seed or the
             longest sequence is out of range, `dest` exists. Nothing is left at `dest` then.
     """
-    from nemo_cpt.corpus.tokenization.tokenizer import load_tokenizer
-
     start, tokenizer = time.monotonic(), Path(tokenizer)
     check_options(params, shape, max_position_embeddings, seed)
     positions = SHAPES[shape] if max_position_embeddings is None else max_position_embeddings
-    if not tokenizer.is_dir():
-        raise CptError(
-            f"There is no tokenizer folder {tokenizer}{near_paths(tokenizer)}: nemo-cpt tokenizer train makes one."
-        )
-    require_tokenizer(tokenizer)
-    described = load_tokenizer(str(tokenizer))
-    if described.eos is None:
-        raise CptError(f"the tokenizer {tokenizer} names no eos_token: the model could not learn where a text ends")
-    config = {
-        **(_gpt2 if shape == "gpt2" else _llama)(SIZES[params], positions),
-        "vocab_size": max(described.highest + 1, count_token_ids(tokenizer) or 0),
-        "initializer_range": _STD,
-        "tie_word_embeddings": True,
-        "torch_dtype": "bfloat16",
-        **{f"{kind}_token_id": token[1] for kind in ("bos", "eos", "pad") if (token := getattr(described, kind))},
-    }
+    config = _config(params, shape, positions, tokenizer)
     arch = parse_config(config, "the model's config.json")
     weights = _Weights(arch, seed)
     size = sum(map(weights.nbytes, weights.shapes))
     tensors = Tensors(weights.read, weights.blocks, path=lambda name: Path(dest), nbytes=weights.nbytes)
     # Beside the weights: the tokenizer's files and the checkpoint's own.
     with new_folder(dest, size + 64 * 2**20) as folder:
-        small_files = folder / HF_FOLDER
-        copy_small_files(tokenizer, small_files)
-        ends = {name: value for name, value in config.items() if name.endswith("_token_id")}
-        for name, content in (("config.json", config), ("generation_config.json", ends)):
-            (small_files / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        write_provenance(small_files, Provenance(from_scratch=True))
+        _write_small_files(folder / HF_FOLDER, tokenizer, config)
         write_nemo(folder, tensors, arch, progress)
     return UntrainedReport(
         dest=str(dest),
@@ -154,6 +132,38 @@ def check_options(params: str, shape: str, max_position_embeddings: int | None, 
     positions = SHAPES[shape] if max_position_embeddings is None else max_position_embeddings
     if seed < 0 or positions < 1:
         raise CptError(f"seed is {seed} and max_position_embeddings {positions}: give 0 or more, and 1 or more")
+
+
+def _config(params: str, shape: str, positions: int, tokenizer: Path) -> dict[str, Any]:
+    """The model's config.json: the shape's fields, and the tokenizer's size and special ids."""
+    from nemo_cpt.corpus.tokenization.tokenizer import load_tokenizer
+
+    if not tokenizer.is_dir():
+        raise CptError(
+            f"There is no tokenizer folder {tokenizer}{near_paths(tokenizer)}: nemo-cpt tokenizer train makes one."
+        )
+    require_tokenizer(tokenizer)
+    described = load_tokenizer(str(tokenizer))
+    if described.eos is None:
+        raise CptError(f"the tokenizer {tokenizer} names no eos_token: the model could not learn where a text ends")
+    return {
+        **(_gpt2 if shape == "gpt2" else _llama)(SIZES[params], positions),
+        # Ids may have gaps, and a config may count more tokens than there are: a row for each that can come.
+        "vocab_size": max(described.highest + 1, count_token_ids(tokenizer) or 0),
+        "initializer_range": _STD,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        **{f"{kind}_token_id": token[1] for kind in ("bos", "eos", "pad") if (token := getattr(described, kind))},
+    }
+
+
+def _write_small_files(folder: Path, tokenizer: Path, config: Mapping[str, Any]) -> None:
+    """The Hugging Face side of the checkpoint: what an export will copy."""
+    copy_small_files(tokenizer, folder)
+    special = {name: value for name, value in config.items() if name.endswith("_token_id")}
+    for name, content in (("config.json", config), ("generation_config.json", special)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_provenance(folder, Provenance(from_scratch=True))
 
 
 def _llama(size: Mapping[str, int], positions: int) -> dict[str, Any]:

@@ -54,6 +54,8 @@ class _Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _of_characters(cls, fields: Any) -> Any:
+        if type(fields) is not dict:  # without the Content-Type of JSON they are bytes; pydantic refuses them
+            return fields
         try:
             orjson.dumps(fields)
         except orjson.JSONEncodeError as error:  # JSON may hold half of a surrogate pair, a tokenizer's text may not

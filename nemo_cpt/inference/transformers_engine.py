@@ -22,6 +22,7 @@ from nemo_cpt.inference.engine import Message, Piece, Prompt, Reply, Sampling, c
 
 BATCH_TOKENS = 32_768  # of prompt and reply that a batch may take: 4 GiB of keys and values for Llama-3.1-8B in bf16
 MOST_ROWS = 64
+SHOWN = 40  # characters of a prompt in messages
 
 
 class TransformersEngine:
@@ -132,10 +133,13 @@ class TransformersEngine:
 
         Prompts of like length share a batch, so that little is padded; the room of those that end is given to the next.
         """
-        requests = [self.request(prompt, sampling) for prompt in prompts]
-        decoder = self.decoder()
-        for request in requests:  # all of them, before the first one costs time
-            decoder.check(request)
+        requests, decoder = list[Request](), self.decoder()
+        for number, prompt in enumerate(prompts, 1):  # all of them, before the first one costs time
+            requests.append(self.request(prompt, sampling))
+            try:
+                decoder.check(requests[-1])
+            except CptError as error:
+                raise type(error)(f"prompt {number}, {_beginning(prompt)!r}: {error}") from None
         # Taken from the end, that is the longest first.
         waiting = sorted(range(len(requests)), key=lambda index: len(requests[index].ids))
         index_of: dict[Request, int] = {}
@@ -163,6 +167,12 @@ class TransformersEngine:
         del self.network
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _beginning(prompt: Prompt) -> str:
+    """By which a prompt among many is found."""
+    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def _check_device(device: str) -> None:

@@ -17,7 +17,7 @@ from nemo_cpt.catalog import Function
 from nemo_cpt.catalog.workloads import workload
 from nemo_cpt.checkpoint.base import carried_tokenizer
 from nemo_cpt.checkpoint.context import plain_config
-from nemo_cpt.compatibility import positions, read_base
+from nemo_cpt.compatibility import check_unlike_base, positions, read_base
 from nemo_cpt.conversations import Conversations, mixture
 from nemo_cpt.corpus import Blend
 from nemo_cpt.doctor import Job, Place
@@ -137,6 +137,7 @@ def _check_options(given: Mapping[str, Any], data: Any, where: Place) -> None:
     """
     training_options.read_precision(given.get("precision") or "bf16", given.get("bf16_layers") or 0)
     training_options.check_extend(given.get("extend"))
+    check_unlike_base(given.get("unlike_base") or ())
     check(Settings(limit_val_batches=given.get("limit_val_batches")))
     saved = given.get("save_every") or given.get("val_check_interval")
     steps_between = saved if isinstance(saved, int) else None  # of a share of an epoch they are not known here

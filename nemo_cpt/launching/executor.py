@@ -52,6 +52,8 @@ def _by_name(name: str, given: Mapping[str, Any]) -> Any:
 
 
 def _from_file(file: Path, function: str) -> Any:
+    from nemo_cpt.executors.examination import check_executor
+
     if not file.is_file():
         raise CptError(f"executor {file}: there is no such file; give FILE.py:FUNCTION")
     if not function:
@@ -59,4 +61,10 @@ def _from_file(file: Path, function: str) -> Any:
     module = import_file(file)
     if not hasattr(module, function):
         raise CptError(f"{file} has no {function}; {catalog.nearest(function, vars(module))}")
-    return getattr(module, function)()
+    try:
+        executor = getattr(module, function)()
+        check_executor(executor)
+    except Exception as error:
+        said = error.message if isinstance(error, CptError) else f"{type(error).__name__}: {error}"
+        raise CptError(f"executor {file}:{function}: {said}") from error
+    return executor

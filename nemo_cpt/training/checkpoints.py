@@ -192,7 +192,9 @@ class RunCheckpoint(nl.ModelCheckpoint):
         """
         value = re.compile(rf"(?:^|-){self.monitor}=(-?[0-9.]+)")
         found = {path: value.search(path.name) for path in self._saved_checkpoint_paths if not path.is_symlink()}
-        kept = {path: float(match[1]) for path, match in found.items() if match and not path.name.endswith("-last")}
+        # A run's own names end with a value: what somebody copied beside them is not thinned.
+        own = re.compile(r"=-?\d+(?:\.\d+)?$")
+        kept = {path: float(match[1]) for path, match in found.items() if match and own.search(path.name)}
         ranked = sorted(kept, key=kept.__getitem__, reverse=self.mode == "max")
         newest = max(ranked, key=lambda path: Checkpoint(path).age_order, default=None)
         for path in ranked[self.save_top_k :]:

@@ -14,13 +14,11 @@ import lightning.pytorch as pl
 from nemo.utils import AppState
 
 from nemo_cpt.training.options import check_exports
-from nemo_cpt.training.run_folder import checkpoints, resumed_from
+from nemo_cpt.training.run_folder import EXPORTED, EXPORTS, checkpoints, resumed_from
 
-FOLDER = "exports"  # of a run: step-N, and step-N.log of one that failed
 EARLIER = "earlier"  # in it: exports of steps that the run went back behind
 COMMAND = [sys.executable, "-m", "nemo_cpt.cli", "export"]
 PRIORITY = (("nice", "-n", "19"), ("ionice", "-c", "3"))
-_LINKS = ".checkpoint-of-"  # a checkpoint's files, until they are exported
 _REMOVED = ".removed-"
 
 
@@ -49,13 +47,13 @@ class ExportCheckpoints(pl.Callback):
         """Take up what a stopped run left: links that wait, and newer checkpoints than were exported."""
         if not trainer.is_global_zero:
             return
-        self._folder = Path(AppState().log_dir) / FOLDER
+        self._folder = Path(AppState().log_dir) / EXPORTS
         self._checkpoints = Path(str(getattr(trainer.checkpoint_callback, "dirpath", None)))
         self._folder.mkdir(parents=True, exist_ok=True)
         for left in self._folder.glob(f"{_REMOVED}*"):
             _remove(left)
         self._set_aside(trainer)
-        newest = max([*self._steps("step-"), *self._steps(_LINKS), 0])
+        newest = max([*self._steps("step-"), *self._steps(EXPORTED), 0])
         saved = {each.step for each in checkpoints(self._checkpoints)}
         self._awaited = sorted(step for step in saved if step > newest and self._due(trainer, step))
 
@@ -63,9 +61,9 @@ class ExportCheckpoints(pl.Callback):
         """Move what a training exported that this start goes back behind: of the same steps, and another model."""
         checkpoint = resumed_from(trainer.ckpt_path)
         reached = checkpoint.step if checkpoint else 0
-        for step in self._steps(_LINKS) if reached >= 0 else []:
+        for step in self._steps(EXPORTED) if reached >= 0 else []:
             if step > reached:
-                _remove(self._folder / f"{_LINKS}{step}")
+                _remove(self._folder / f"{EXPORTED}{step}")
         left = sorted(step for step in self._steps("step-") if step > reached >= 0)
         for step in left:
             # Moved, not removed: the step that it was made at may never be trained again.
@@ -102,7 +100,7 @@ class ExportCheckpoints(pl.Callback):
         if self._running is not None:
             self._running[1].kill()  # it does not listen to the signals that stop a job
             self._running[1].wait()
-        if left := sorted({*self._awaited, *self._steps(_LINKS)}):
+        if left := sorted({*self._awaited, *self._steps(EXPORTED)}):
             _say(f"not yet exported: step {_listed(left)}. The same command does it when it goes on")
 
     def _due(self, trainer: pl.Trainer, step: int) -> bool:
@@ -124,17 +122,17 @@ class ExportCheckpoints(pl.Callback):
                 partial = self._folder / f"{_REMOVED}{checkpoint.step}"
                 try:
                     shutil.copytree(checkpoint.path, partial, copy_function=os.link)
-                    partial.rename(self._folder / f"{_LINKS}{checkpoint.step}")
+                    partial.rename(self._folder / f"{EXPORTED}{checkpoint.step}")
                 except OSError as error:
                     shutil.rmtree(partial, ignore_errors=True)
                     _say(f"warning: step {checkpoint.step} is not exported: its files cannot be linked ({error})")
 
     def _start_next(self) -> None:
-        if not (waiting := self._steps(_LINKS)):
+        if not (waiting := self._steps(EXPORTED)):
             return
         step = min(waiting)
         gentle = [word for words in PRIORITY if shutil.which(words[0]) for word in words]
-        command = [*gentle, *COMMAND, str(self._folder / f"{_LINKS}{step}"), str(self._folder / f"step-{step}")]
+        command = [*gentle, *COMMAND, str(self._folder / f"{EXPORTED}{step}"), str(self._folder / f"step-{step}")]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         with self._log(step).open("wb") as log:
             process = subprocess.Popen(
@@ -150,7 +148,7 @@ class ExportCheckpoints(pl.Callback):
         if process.poll() is None:
             return False
         self._running = None
-        _remove(self._folder / f"{_LINKS}{step}")
+        _remove(self._folder / f"{EXPORTED}{step}")
         exported = self._folder / f"step-{step}"
         if process.returncode == 0 and exported.is_dir():
             self._log(step).unlink()

@@ -132,7 +132,7 @@ def diverged(step: int, lr: float, checkpoint: str | None) -> str:
     said = f"step {step} has a gradient that is NaN or infinite, at a learning rate of {lr:g}"
     if step == 1:
         return f"{said}: the base's weights are damaged, or of another model. Compare them with `nemo-cpt verify`"
-    kept = f"{checkpoint} is whole: go on from there" if checkpoint else "begin again"
+    kept = f"Go on from {checkpoint}, which is whole," if checkpoint else "Begin again"
     return f"{said}: the training has diverged. {kept} with a smaller lr= or a longer warmup (warmup_steps=)"
 
 

@@ -16,7 +16,10 @@ from nemo_cpt.training.changes import content_of, sets_of
 from nemo_cpt.training.run_folder import resumed_from
 
 _OPTIMIZER = ("optimizer", "adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "clip_grad", "sgd_momentum")
-_DATA = ("global_batch_size", "seq_length", "seed", "too_long", "replay_share")
+_DATA = (
+    "global_batch_size", "seq_length", "seed", "too_long", "replay_share",
+    "reset_position_ids", "reset_attention_mask", "eod_mask_loss",
+)  # fmt: skip
 _NOT_OF_A_SCHEDULE = ("interval", "frequency", "monitor", "max_steps")  # max_steps: NeMo takes the trainer's
 
 # Weak: a trainer that is done with must not be kept alive, with its model, for a few settings.

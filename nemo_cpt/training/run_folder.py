@@ -4,6 +4,7 @@ FOLDER/checkpoints/NAME/            weights/, context/ and `run.json`: the step,
 FOLDER/checkpoints/NAME-unfinished  NeMo's mark of one that is being written
 FOLDER/run/                         who holds the folder (`run_lock`)
 FOLDER/checkpoints/damaged/         checkpoints that a start set aside
+FOLDER/exports/step-N               `exports`
 FOLDER/metrics/steps.jsonl          `metrics`
 """
 
@@ -21,6 +22,8 @@ from nemo_cpt.errors import CptError
 
 REMOVED = ".removed-"  # a checkpoint that is being deleted
 DAMAGED = "damaged"  # folder of those that a start set aside
+EXPORTS = "exports"  # folder of a run, beside its checkpoints: see `exports`
+EXPORTED = ".checkpoint-of-"  # in it: a checkpoint's files, until they are exported
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,9 @@ def finished(folder: Path, max_steps: int) -> str | None:
     newest = newest_whole(folder)
     # `validation_pending`: stopped between its last step and the validation of it, which a rerun still owes.
     if newest is None or not 0 < max_steps <= newest.step or newest.record.get("validation_pending"):
+        return None
+    # Killed while it waited for its last exports, which a rerun makes.
+    if any(folder.with_name(EXPORTS).glob(f"{EXPORTED}*")):
         return None
     return (
         f"the run is finished: {newest.path} has step {newest.step} of max_steps {max_steps}. Nothing to do; "

@@ -106,6 +106,12 @@ def train(
         samples = {"text": draw(corpora, json_key, sample_bytes)}
     for name, sample in samples.items():
         say(f"{name}: {len(sample.texts):,} of {sample.seen:,} documents, {sample.nbytes / 1e6:,.1f} MB")
+    most = sum(sample.nbytes for sample in samples.values()) + len(tokens) + 256
+    if size > most:  # the library would take memory for all of them first, and its process with it
+        raise CptError(
+            f"the corpora give fewer than {most:,} tokens, not {size:,}: give more text, or a smaller vocabulary_size "
+            "(--vocabulary-size)"
+        )
     backend = _train([text for sample in samples.values() for text in sample.texts], tokens, size, kind)
     # The library stops early without a word, and the model is made for the size that was asked for.
     if backend.get_vocab_size() < size:

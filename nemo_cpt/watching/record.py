@@ -91,8 +91,9 @@ class Record:
         return [step for step, _ in points], [value for _, value in points]
 
     def last(self, name: str) -> float | None:
-        """A value as it was measured last."""
-        return next((line[name] for line in reversed(self.metrics) if line.get(name) is not None), None)
+        """A value as it was measured last: NaN, which files hold as null, of a run that diverged; None of none."""
+        found = next((line for line in reversed(self.metrics) if name in line), None)
+        return None if found is None else math.nan if found[name] is None else found[name]
 
     @property
     def validation_sets(self) -> list[str]:
@@ -111,7 +112,7 @@ class Record:
     def speeds(self) -> tuple[list[int], list[float]]:
         """Tokens a second of each logged step, without what lies between steps."""
         steps, seconds = self.series(STEP_SECONDS)
-        return steps, [(self.tokens_per_step or math.nan) / each for each in seconds]
+        return steps, [(self.tokens_per_step or math.nan) / (each or math.nan) for each in seconds]
 
     @property
     def tokens_per_second(self) -> float | None:

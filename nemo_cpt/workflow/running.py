@@ -57,6 +57,8 @@ def run(workflow: Workflow, chosen: Chosen | None = None, say: Callable[[str], N
     """
     chosen = chosen or Chosen()
     state, again = State(workflow), chosen.again(workflow)
+    make_folder(workflow.folder)
+    workflow.check()  # first: what cannot work leaves no folder of records, perhaps in the wrong place
     with state.held():
         found = dry_run(workflow, chosen, plan=False)
         refuse_red(found)

@@ -18,6 +18,7 @@ from typing import Any, get_type_hints
 from nemo_cpt import catalog
 from nemo_cpt.arguments import as_wanted
 from nemo_cpt.errors import CptError
+from nemo_cpt.launching.executor import make_executor
 from nemo_cpt.workflow import recipes
 from nemo_cpt.workflow.kinds import (
     EXECUTOR,
@@ -179,6 +180,8 @@ class Step:
         Raises:
             CptError: one cannot be used.
         """
+        if self.kind.recipe or self.kind.in_tasks:
+            self._check_executor()
         module, _, name = self.kind.function.partition(":")
         if not module:  # recipes have `launching.description`, functions of the user's nothing
             return
@@ -196,6 +199,13 @@ class Step:
             for each, value in self.arguments.items():  # lists and mappings by what is in them, too
                 as_wanted(each, value, hints.get(each, Any))
             check(**{each: values[each] for each in looked_at})
+
+    def _check_executor(self) -> None:
+        """Make the step's own executor, which alone knows its options' values; the import of NeMo-Run takes seconds."""
+        executor = str(self.parameters.get(EXECUTOR, "local"))
+        if executor != "local":
+            with self._named(), contextlib.chdir(self.folder):
+                make_executor(executor, self.executor_options, 1)
 
     @contextmanager
     def _named(self) -> Iterator[None]:

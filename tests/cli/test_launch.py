@@ -116,9 +116,11 @@ def test_types_are_whole_in_a_terminals_table():
         (["run", "llama31_8b", "--executor", "slrum"], "no executor 'slrum'"),
         (["run", "llama31_8b", "--executor", "slurm", "executor.partitoin=gpu"], "near: partition"),
         (["run", "llama31_8b", "--executor", "slurm", "executor.code=all"], "expected one of 'ship', 'committed'"),
-        (["run", "llama31_8b", "--executor", "none.py:f"], "there is no such file; give FILE.py:FUNCTION"),
+        (["run", "llama31_8b", "--executor", "nowhere.py:f"], "there is no such file; give FILE.py:FUNCTION"),
         (["run", "llama31_8b", "--force", "-e", "bad.py:f"], "bad.py cannot be imported: SyntaxError: "),
         (["run", "llama31_8b", "--force", "-e", "leaves.py:f"], "leaves.py cannot be imported: SystemExit: 3 (line 1)"),
+        (["run", "llama31_8b", "--force", "-e", "none.py:f"], "none.py:f: the executor is None: give what a function"),
+        (["run", "llama31_8b", "--force", "-e", "none.py:g"], "none.py:g: TypeError: g() missing 1 required"),
         (["run", "tiny", "base=b", "data=nosuch.yaml"], "data=nosuch.yaml: the file cannot be read: No such file"),
         ([*SLURM, "executor.tunnel=ssh(host='l'"], "write ssh('HOST', 'USER', 'FOLDER THERE') ('(' was never closed"),
         ([*SLURM, "executor.tunnel=ssh('l', 'me')"], "write ssh('HOST', 'USER', 'FOLDER THERE') (ssh(...): missing"),
@@ -134,6 +136,7 @@ def test_types_are_whole_in_a_terminals_table():
 )
 def test_bad_input_ends_with_2_and_says_why(arguments, says, tmp_path):
     (tmp_path / "bad.py").write_text("def f(:\n")
+    (tmp_path / "none.py").write_text("def f(): ...\ndef g(count): ...\n")
     (tmp_path / "leaves.py").write_text("raise SystemExit(3)\n")
     done = nemo_cpt(*arguments, cwd=tmp_path)
     assert done.returncode == 2

@@ -143,6 +143,11 @@ def test_what_trains_nothing_is_not_examined(project, tmp_path):
         ("tiny", {"grown_rows_first": 0}, "grown_rows_first is 0: give 1 or more"),
         ("tiny", {"grown_rows_first": 2}, "has not grown"),
         ("tiny", {"extend": "more"}, "extend is 'more': give one of rewarm"),
+        (
+            "tiny",
+            {"unlike_base": ["rope"], "base": "elsewhere", "model": "tiny"},
+            "unlike_base names rope: what can",
+        ),
         ("tiny", {"export_keep": 1}, "give both, or neither"),
         ("tiny", {"export_every": 3, "val_check_interval": 2}, "export_every 3 is not a multiple of the 2 steps"),
         ("tiny.instruction_tune", {"replay_share": 0.1}, "replay_share is 0.1 with no replay"),

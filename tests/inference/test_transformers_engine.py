@@ -208,7 +208,7 @@ def test_bos_stands_once(engine: TransformersEngine) -> None:
 @pytest.mark.parametrize(
     ("prompt", "sampling", "says"),
     [
-        ("a" * 900, Sampling(max_tokens=10), r"the model's context is 256"),
+        ("a" * 900, Sampling(max_tokens=10), r"^prompt 1, 'a{40}\.\.\.': the prompt .* the model's context is 256"),
         ("a", Sampling(max_tokens=300), r"the reply up to 300; the model's context is 256"),
         ([], Sampling(), "messages is empty"),
         ([{"role": "robot", "content": "a"}], Sampling(), r"messages\[0\] has the role 'robot'"),

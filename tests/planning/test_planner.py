@@ -1,5 +1,6 @@
 """The planner by itself, without NeMo."""
 
+import math
 from unittest import mock
 
 import pytest
@@ -242,8 +243,9 @@ def test_cards_are_known_by_size_and_by_name() -> None:
     assert gpu("nvidia rtx 6000 ada").memory_gib == 47.4
     with pytest.raises(CptError, match="knows no GPU 'TPU'"):
         gpu("TPU")
-    with pytest.raises(CptError, match="-1 GiB"):
-        usable_gib(-1)
+    for none in (-1, math.nan, math.inf):
+        with pytest.raises(CptError, match=f"{none} GiB: give the size of the card"):
+            usable_gib(none)
 
 
 @pytest.mark.parametrize(

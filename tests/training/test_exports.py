@@ -18,7 +18,7 @@ from nemo_cpt.checkpoint import export_hf
 from nemo_cpt.errors import CptError
 from nemo_cpt.recipes import smollm2, tiny
 from nemo_cpt.training import exports
-from nemo_cpt.training.run_folder import newest_whole
+from nemo_cpt.training.run_folder import EXPORTED, EXPORTS, newest_whole
 from tests.support import small_models
 from tests.support.executor_jobs import wait_until
 from tests.training import jobs
@@ -29,7 +29,7 @@ class StopWhileExporting(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         if trainer.global_step == 3:
-            wait_until(lambda: (Path(AppState().log_dir) / exports.FOLDER / "step-2.log").read_text().endswith("\n"))
+            wait_until(lambda: (Path(AppState().log_dir) / EXPORTS / "step-2.log").read_text().endswith("\n"))
             os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -57,7 +57,7 @@ def start(world: Path, blend: Any, name: str, **changes: Any) -> Path:
     """Run a job to its end and return the folder of its exports."""
     log = world / f"{name}.log"
     assert jobs.run(functools.partial(train, world, blend, name, **changes), log=log) == 0, log.read_text()[-3000:]
-    return world / "runs" / name / exports.FOLDER
+    return world / "runs" / name / EXPORTS
 
 
 def test_every_step_asked_for_is_exported_though_its_checkpoint_is_gone(
@@ -87,7 +87,7 @@ def test_one_that_fails_is_told_and_the_run_goes_on(world: Path, blend: Any) -> 
 
 def test_a_stop_ends_the_export_and_the_same_command_makes_it_good(world: Path, blend: Any) -> None:
     hangs = [sys.executable, "-c", "import os, signal; print(os.getpid(), flush=True); signal.pause()"]
-    log, made = world / "stopped.log", world / "runs" / "stopped" / exports.FOLDER
+    log, made = world / "stopped.log", world / "runs" / "stopped" / EXPORTS
     job = functools.partial(train, world, blend, "stopped", hangs, stopped_while_exporting=True)
     assert jobs.run(job, log=log) != 0
     assert "not yet exported: step 2. The same command" in log.read_text()
@@ -109,8 +109,8 @@ def exporter(folder: Path, ckpt_path: Path | None) -> exports.ExportCheckpoints:
 
 
 def test_exports_behind_which_a_run_goes_back_are_no_longer_its_own(tmp_path: Path, capsys: Any) -> None:
-    made = tmp_path / exports.FOLDER
-    for name in ("step-2/old", "step-4/old", "step-6/old", f"{exports._LINKS}6"):
+    made = tmp_path / EXPORTS
+    for name in ("step-2/old", "step-4/old", "step-6/old", f"{EXPORTED}6"):
         (made / name).mkdir(parents=True)
     checkpoint = tmp_path / "checkpoints" / "steps=2"
     (checkpoint / "weights").mkdir(parents=True)
@@ -122,7 +122,7 @@ def test_exports_behind_which_a_run_goes_back_are_no_longer_its_own(tmp_path: Pa
     earlier = sorted((made / exports.EARLIER).iterdir())
     assert [path.name[:6] for path in earlier] == ["step-2", "step-4", "step-6"]
     assert all((path / "old").is_dir() for path in earlier)
-    wait_until(lambda: not (made / f"{exports._LINKS}6").exists())
+    wait_until(lambda: not (made / f"{EXPORTED}6").exists())
 
 
 def test_a_folder_that_is_there_is_not_taken_for_what_was_exported(
@@ -130,8 +130,8 @@ def test_a_folder_that_is_there_is_not_taken_for_what_was_exported(
 ) -> None:
     monkeypatch.setattr(exports, "COMMAND", [sys.executable, "-c", "import sys; sys.exit('it exists already')"])
     found = exporter(tmp_path, None)
-    for name in ("step-2", f"{exports._LINKS}2"):
-        (tmp_path / exports.FOLDER / name).mkdir()
+    for name in ("step-2", f"{EXPORTED}2"):
+        (tmp_path / EXPORTS / name).mkdir()
     found._start_next()
     found._running[1].wait()
     assert found._end_of_running()
@@ -149,7 +149,7 @@ def test_files_that_cannot_be_linked_are_told(tmp_path: Path, monkeypatch: pytes
     found._awaited = [2]
     found._go_on()
     assert "warning: step 2 is not exported: its files cannot be linked" in capsys.readouterr().err
-    assert list((tmp_path / exports.FOLDER).iterdir()) == []
+    assert list((tmp_path / EXPORTS).iterdir()) == []
 
 
 def test_steps_that_are_not_saved_are_refused() -> None:

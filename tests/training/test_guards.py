@@ -208,10 +208,10 @@ def test_a_training_that_diverged_is_said_to_have(tmp_path: Path) -> None:
     guard, heard = guards.Guards(), []
     later = SimpleNamespace(on_exception=lambda trainer, module, error: heard.append(error.message))
     trainer.callbacks = [guard, later]
-    with pytest.raises(CptError, match=r"step 6 has .* learning rate of 0.5: the training has diverged. begin again"):
+    with pytest.raises(CptError, match=r"step 6 has .* learning rate of 0.5: the training has diverged. Begin again"):
         guard.on_exception(trainer, None, found)
     assert ["step 6 has" in each for each in heard] == [True]  # what writes down how the run ended, and ends exports
-    assert "steps=3 is whole: go on from there with a smaller lr=" in guards.diverged(6, 0.5, "steps=3")
+    assert "Go on from steps=3, which is whole, with a smaller lr=" in guards.diverged(6, 0.5, "steps=3")
     assert "the base's weights are damaged" in guards.diverged(1, 0.5, None)
     guard.on_exception(trainer, None, RuntimeError("another"))
 

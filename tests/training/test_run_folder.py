@@ -14,7 +14,15 @@ from nemo_cpt.errors import CptError
 from nemo_cpt.launching.task import nothing_to_train
 from nemo_cpt.training.checkpoints import RunCheckpoint
 from nemo_cpt.training.metrics import read_metrics
-from nemo_cpt.training.run_folder import Checkpoint, checkpoints, damaged_since, finished, newest_whole
+from nemo_cpt.training.run_folder import (
+    EXPORTED,
+    EXPORTS,
+    Checkpoint,
+    checkpoints,
+    damaged_since,
+    finished,
+    newest_whole,
+)
 from tests.support.interruptions import Runs, Setting
 
 DAMAGES = {
@@ -97,6 +105,12 @@ def test_a_resumed_run_keeps_the_best_by_their_own_names(tmp_path: Path, folder:
     assert [each.step for each in checkpoints(moved)] == [8, 6]
 
 
+def test_a_resumed_run_thins_no_copy_that_somebody_put_beside_its_own(folder: Path) -> None:
+    copies = [shutil.copytree(path := of_step(folder, 3), path.with_name(path.name + end)) for end in ("-copy", ".old")]
+    assert sorted(kept_of_a_previous_run(folder, 2)) == [6, 8]
+    assert all(copy.is_dir() for copy in copies)
+
+
 def test_a_resumed_run_keeps_the_newest_although_it_is_the_worst(folder: Path) -> None:
     newest = of_step(folder, 8)
     newest.rename(newest.with_name("steps=8-val_loss=9.5000"))
@@ -114,6 +128,14 @@ def test_finished(folder: Path) -> None:
     record.write_text(json.dumps(json.loads(record.read_text()) | {"validation_pending": True}))
     assert finished(folder, 8) is None
     assert finished(folder / "nothing", 8) is None
+
+
+def test_a_run_that_owes_an_export_is_not_finished(folder: Path) -> None:
+    link = folder.with_name(EXPORTS) / f"{EXPORTED}8"
+    link.mkdir(parents=True)
+    assert finished(folder, 8) is None
+    link.rename(link.with_name("step-8"))
+    assert "has step 8 of max_steps 8" in finished(folder, 8)
 
 
 def test_a_finished_run_hears_of_a_misspelt_field(folder: Path, world: Path, blend: Any) -> None:

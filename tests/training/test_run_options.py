@@ -103,6 +103,8 @@ def test_what_a_logger_may_be() -> None:
         ({"group": "ja"}, "give wandb:PROJECT"),
         ({"wandb": "cpt", "grop": "ja"}, "wandb has no field grop; near: group"),
         ({"mlflow": "cpt", "offline": True}, "mlflow has no field offline; it has: name, group, tags, uri"),
+        ({"wandb": "cpt", "tags": 3}, r"logger\['tags'\]=3: give a list of text or text or None"),
+        ({"wandb": "cpt", "offline": "yes"}, r"logger\['offline'\]='yes': give True or False"),
     ],
 )
 def test_a_logger_that_there_is_not(given: Any, says: str) -> None:

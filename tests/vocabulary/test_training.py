@@ -150,6 +150,7 @@ def test_it_can_be_grown(trained: Path, tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"vocabulary_size": 100_000}, "the corpora give"),
+        ({"vocabulary_size": 10**12}, "the corpora give fewer than"),
         ({"vocabulary_size": 200}, "no room"),
         ({"special": [EOS]}, "there twice"),
         ({"special": ["<|a|>", ""]}, "hold one without a text"),

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from nemo_cpt import page as page_parts
+from nemo_cpt.training.metrics import append_metrics
+from nemo_cpt.watching.plots import pictures
 from nemo_cpt.watching.record import record
 from nemo_cpt.watching.report import as_dict, write_report
 from tests.support import browser, run_folders
@@ -126,6 +128,15 @@ def test_a_run_may_have_any_name(tmp_path: Path) -> None:
         _, axis = pyplot.subplots()
         axis.plot([1], [2], label=page_parts.legend_name("_hidden"))
         assert axis.get_legend_handles_labels()[1] == [" _hidden"]
+
+
+def test_a_run_that_diverged_does_not_show_its_last_good_loss(tmp_path: Path) -> None:
+    run_folders.describe(tmp_path)
+    run_folders.measure(tmp_path, 5)
+    append_metrics(tmp_path, {"step": 6, "reduced_train_loss": None, "train_step_timing in s": 0.0})  # None was NaN
+    (run,) = as_dict([record(tmp_path)])["runs"]
+    assert run["summary"]["training loss"] == "nan"
+    assert "throughput" in pictures([record(tmp_path)])
 
 
 def test_a_run_of_an_older_version_has_a_report_too(tmp_path: Path) -> None:

@@ -156,6 +156,12 @@ def test_a_step_that_fails_ends_the_workflow_and_goes_on_from_there(
     assert ran(chain(folder, own("last", "join", ["a.txt", "four.txt"], "last.txt"))) == ["last"]
 
 
+def test_what_cannot_work_leaves_no_records(folder: Path) -> None:
+    with pytest.raises(CptError, match=r"last reads nix\.txt, which is not there"):
+        run(chain(folder, own("last", "join", ["nix.txt"], "last.txt")))
+    assert not list(folder.glob("*.workflow"))
+
+
 def test_an_input_that_changes_between_two_steps_is_seen(folder: Path) -> None:
     early = own("early", "spoil", [], "early.txt", victim="b.txt")
     late = own("late", "join", ["b.txt", early], "late.txt")

@@ -214,6 +214,21 @@ def test_tasks_that_cannot_work_are_refused(tmp_path: Path, parameters: dict[str
     assert said in error.value.message
 
 
+def test_an_executor_is_made_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from nemo_cpt import CptError\ndef make():\n    raise CptError('no such queue')\n"
+    )
+    (tmp_path / "a.jsonl").touch()
+    (tmp_path / "base").mkdir()
+    tasks = {"inputs": "a.jsonl", "output": "o", "rules": "ja", "tasks": 2, "executor": "mine.py:make"}
+    training = {"recipe": "tiny.continual_pretrain", "base": "base", "data": {"train": {"a": 1.0}}, "max_steps": 2}
+    (tmp_path / "a.idx").touch()
+    (tmp_path / "a.bin").touch()
+    for do, parameters in (("clean", tasks), ("train", training | {"executor": "mine.py:make"})):
+        with pytest.raises(CptError, match="one: no such queue"):
+            dry_run(Workflow("w", [Step("one", do, parameters)], tmp_path), Chosen())
+
+
 def test_rules_that_a_step_makes_are_read_when_it_has_made_them(folder: Path) -> None:
     made = own("rules", "join", ["a.txt"], "rules.yaml")
     step = Step("clean", "clean", {"inputs": "b.txt", "output": "o", "rules": "rules.yaml"})
