@@ -25,6 +25,7 @@ from nemo_cpt import CptError
 from nemo_cpt.executors import docker, kubernetes, skypilot, slurm, slurm_job, ssh, stopping
 from nemo_cpt.executors.code import CodeSnapshot
 from nemo_cpt.executors.environment import checked_setup
+from nemo_cpt.launching.task import nodes_of_its_job
 from nemo_cpt.signals import Given
 from tests.support.executor_jobs import git, wait_until
 from tests.support.sky_stand_in import install
@@ -280,6 +281,14 @@ def test_a_job_submitted_from_within_a_job_is_its_own(monkeypatch):
     assert "--unset=WANDB_RUN_ID" not in slurm_job.outside_jobs(run.LocalTunnel(job_dir=""))
     monkeypatch.delenv("SLURM_JOB_ID")
     assert slurm_job.outside_jobs(run.LocalTunnel(job_dir="")) == []
+
+
+def test_a_local_job_in_somebodys_allocation_has_its_own_nodes(monkeypatch):
+    monkeypatch.setenv("SLURM_NNODES", "2")
+    monkeypatch.delenv("NEMO_CPT_EXPERIMENT", raising=False)
+    assert nodes_of_its_job() is None
+    monkeypatch.setenv("NEMO_CPT_EXPERIMENT", "t_1")  # as the script of `slurm` has it
+    assert nodes_of_its_job() == 2
 
 
 def answers(stdout="", stderr="", code=0):
