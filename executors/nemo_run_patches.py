@@ -5,6 +5,7 @@ Seen in nemo_run 0.11.1. Each has a test that fails when NeMo-Run no longer need
 
 import os
 import re
+import subprocess
 from collections.abc import Callable
 from functools import cache, wraps
 from pathlib import Path
@@ -38,6 +39,8 @@ def apply() -> None:
     admit_slurm_job()
     say_why_ssh_fails()
     say_why_nothing_is_written()
+    say_why_a_job_is_not_taken()
+    copy_links_over_ssh()
     leave_stdin_alone()
     pods.find_configs()
     pods.ship_code()
@@ -167,6 +170,58 @@ def say_why_nothing_is_written() -> None:
             ) from error
 
     Experiment._prepare = prepare_or_say
+
+
+def say_why_a_job_is_not_taken() -> None:
+    """Raise CptError with an engine's own words where it refuses a job, which ends in a traceback."""
+    from nemo_run.run.torchx_backend.schedulers.docker import PersistentDockerScheduler
+    from nemo_run.run.torchx_backend.schedulers.kubeflow import KubeflowScheduler
+    from nemo_run.run.torchx_backend.schedulers.skypilot import SkypilotScheduler
+
+    def saying(engine: str, schedule: Callable[..., str]) -> Callable[..., str]:
+        @wraps(schedule)
+        def schedule_or_say(*args: Any, **kwargs: Any) -> str:
+            try:
+                return schedule(*args, **kwargs)
+            except Exception as error:
+                # By name, since importing every engine's exceptions takes seconds, and not all are installed.
+                of_engine = type(error).__module__.partition(".")[0] in (
+                    "docker",
+                    "kubernetes",
+                    "requests",
+                    "sky",
+                    "urllib3",
+                )
+                if not of_engine and not isinstance(error, OSError | RuntimeError | subprocess.CalledProcessError):
+                    raise
+                raise CptError(f"{engine} did not take the job: {' '.join(str(error).split())}") from error
+
+        return schedule_or_say
+
+    schedulers: tuple[Any, ...] = (PersistentDockerScheduler, KubeflowScheduler, SkypilotScheduler)
+    for scheduler, engine in zip(schedulers, ("Docker", "Kubernetes", "SkyPilot"), strict=True):
+        scheduler.schedule = saying(engine, scheduler.schedule)
+
+
+def copy_links_over_ssh() -> None:
+    """Let links of the shipped code reach a cluster, which rsync leaves out without a word; say why it fails."""
+    import invoke
+    from nemo_run.run import experiment as module
+
+    copy: Callable[..., None] = module.rsync
+
+    @wraps(copy)
+    def copy_or_say(session: Any, source: str, target: str, **how: Any) -> None:
+        try:
+            copy(session, source, target, **({"rsync_opts": "--links"} | how))
+        except invoke.exceptions.UnexpectedExit as error:
+            said = error.result.stderr.strip()
+            raise CptError(
+                f"the job cannot be copied to {session.host}, into {target}: {said}. rsync and ssh are needed on both "
+                "machines, and ssh(job_dir=...) names a folder that can be written there"
+            ) from error
+
+    module.rsync = copy_or_say
 
 
 def leave_stdin_alone() -> None:

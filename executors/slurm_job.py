@@ -27,7 +27,7 @@ from nemo_cpt.constants import MARKER
 from nemo_cpt.errors import CptError, StoppedEarlyError
 from nemo_cpt.executors import window
 from nemo_cpt.executors.code import CodeSnapshot, import_folders
-from nemo_cpt.executors.environment import as_literals, python_path, secrets_file
+from nemo_cpt.executors.environment import as_literals, checked_env, python_path, secrets_file
 from nemo_cpt.executors.runner import REFUSAL
 from nemo_cpt.executors.stopping import with_our_runner
 from nemo_cpt.executors.supervisor import MARKER_PREFIX, REACHED_FILE, REFUSAL_PREFIX
@@ -84,16 +84,19 @@ class SlurmJob(SlurmExecutor):
         devices.
 
         Raises:
-            CptError: the trainer's devices differ from the tasks on a node.
+            CptError: the trainer's devices differ from the tasks on a node, or a variable looks like a secret.
         """
+        checked_env(self.env_vars)  # those too that were set on the executor since `slurm` looked at them
         trainer = getattr(task, "trainer", None)
         if not isinstance(trainer, run.Config) or not isinstance(getattr(trainer, "devices", None), int):
             return
         # The executor decides: it is what Slurm is asked for.
         trainer.num_nodes = self.nodes
-        if self.takes_recipes_size:
-            gpus = trainer.devices if trainer.accelerator == "gpu" else None
-            self.ntasks_per_node, self.gpus_per_node = trainer.devices, gpus
+        size: Any = self  # NeMo-Run's fields have no types for mypy
+        if self.takes_recipes_size and size.ntasks_per_node == 1:
+            # GPUs that were set on the executor stand.
+            gpus = size.gpus_per_node or (trainer.devices if trainer.accelerator == "gpu" else None)
+            size.ntasks_per_node, size.gpus_per_node = size.gpus_per_node or trainer.devices, gpus
         if trainer.devices != self.ntasks_per_node:
             raise CptError(
                 f"the recipe's trainer has devices={trainer.devices}, and the job {self.ntasks_per_node} tasks on each "

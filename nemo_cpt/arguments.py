@@ -75,16 +75,15 @@ def checked(function: F) -> F:
             given = signature.bind(*args, **kwargs)
         except TypeError as error:
             raise CptError(f"{label}(...): {error}") from None
-        for name in given.arguments.keys() & names:
+        for name in (each for each in names if each in given.arguments):
             given.arguments[name] = as_wanted(name, given.arguments[name], own[name].annotation, own[name].default)
         try:
             return function(*given.args, **given.kwargs)
-        except (
-            UnknownParameterError
-        ) as error:  # of the function that **kwargs went to, which does not know this one's own
+        except UnknownParameterError as error:
             if error.name not in kwargs:
                 raise
-            raise UnknownParameterError(label, error.name, [*names, *error.known]) from None
+            # Of the function that **kwargs went to, which does not know this one's own.
+            raise UnknownParameterError(label, error.name, list(dict.fromkeys([*names, *error.known]))) from None
         except TypeError as error:
             # Python's words where the function itself gives what came with **kwargs, too.
             twice = [name for name in kwargs if f"multiple values for keyword argument {name!r}" in str(error)]

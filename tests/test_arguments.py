@@ -59,8 +59,8 @@ def inner(
 
 
 @checked
-def outer(first: int, **kwargs: Any) -> Any:
-    return strict(second=2, **kwargs)
+def outer(first: int, third: int = 3, **kwargs: Any) -> Any:
+    return strict(second=2, third=third, **kwargs)
 
 
 @checked
@@ -102,12 +102,17 @@ def test_numbers_of_numpy_and_paths_become_plain(tmp_path):
     assert [type(each) for each in plain] == [int, float, list, float, str]
 
 
+def test_of_several_wrong_values_the_first_parameters_is_told():
+    with pytest.raises(CptError, match=r"^count='x'"):
+        inner(on="x", kind=1, folder=2, rate="y", count="x")
+
+
 def test_names_are_told_by_the_function_that_was_called():
-    with pytest.raises(CptError, match=r"\.outer has no parameter thrid; near: third"):
+    with pytest.raises(CptError, match=r"\.outer has no parameter thrid; near: third$"):
         outer(1, thrid=2)
     with pytest.raises(CptError, match=r"\.outer sets second itself: leave second= away"):
         outer(1, second=2)
     with pytest.raises(CptError, match="missing a required argument: 'first'"):
         outer()
     with pytest.raises(CptError, match="too many positional"):
-        outer(1, 2)
+        outer(1, 2, 3)

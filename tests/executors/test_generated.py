@@ -17,6 +17,7 @@ from typing import ClassVar
 import nemo_run as run
 import pytest
 import yaml
+from docker.errors import APIError
 from docker.models.containers import _create_container_args
 from nemo_run.core.execution.docker import DockerContainer
 
@@ -24,6 +25,7 @@ from nemo_cpt import CptError
 from nemo_cpt.executors import docker, kubernetes, skypilot, slurm, slurm_job, ssh, stopping
 from nemo_cpt.executors.code import CodeSnapshot
 from nemo_cpt.executors.environment import checked_setup
+from nemo_cpt.launching.task import nodes_of_its_job
 from nemo_cpt.signals import Given
 from tests.support.executor_jobs import git, wait_until
 from tests.support.sky_stand_in import install
@@ -281,6 +283,14 @@ def test_a_job_submitted_from_within_a_job_is_its_own(monkeypatch):
     assert slurm_job.outside_jobs(run.LocalTunnel(job_dir="")) == []
 
 
+def test_a_local_job_in_somebodys_allocation_has_its_own_nodes(monkeypatch):
+    monkeypatch.setenv("SLURM_NNODES", "2")
+    monkeypatch.delenv("NEMO_CPT_EXPERIMENT", raising=False)
+    assert nodes_of_its_job() is None
+    monkeypatch.setenv("NEMO_CPT_EXPERIMENT", "t_1")  # as the script of `slurm` has it
+    assert nodes_of_its_job() == 2
+
+
 def answers(stdout="", stderr="", code=0):
     result = SimpleNamespace(stdout=stdout, stderr=stderr, return_code=code)
     return SimpleNamespace(run=lambda *command, **how: result)
@@ -427,6 +437,34 @@ def test_what_can_be_imported_here_can_be_in_the_job(project, monkeypatch):
     code = f"{experiment._exp_dir}/t/code"
     assert f'"$(echo {code}:{code}/src:{code}/started:{code}/script:"$PYTHONPATH"' in request.materialize()
     assert os.fsdecode(b"caf\xe9.py") in os.listdir(code)
+
+
+def test_what_is_set_on_an_executor_afterwards_counts():
+    def fitted(gpus, **variables):
+        executor = slurm()
+        executor.gpus_per_node = gpus
+        executor.env_vars |= variables
+        executor.fit(SimpleNamespace(trainer=run.Config(dict, devices=4, accelerator="gpu", num_nodes=1)))
+        return executor.ntasks_per_node, executor.gpus_per_node
+
+    assert fitted(None) == fitted(4) == (4, 4)
+    with pytest.raises(CptError, match="trainer has devices=4, and the job 8 tasks"):
+        fitted(8)
+    with pytest.raises(CptError, match="HF_TOKEN looks like a secret"):
+        fitted(4, HF_TOKEN="x")
+
+
+def test_an_engine_that_does_not_take_a_job_is_one_sentence(project, monkeypatch):
+    import tasks
+
+    def refuse(*args, **kwargs):
+        raise APIError('could not select device driver "" with capabilities: [[gpu]]')
+
+    monkeypatch.setattr(DockerContainer, "run", refuse)
+    monkeypatch.setattr("nemo_cpt.doctor.containers.check_engine", lambda image: None)
+    monkeypatch.setattr("docker.from_env", lambda: SimpleNamespace(images=SimpleNamespace(pull=lambda image: None)))
+    with pytest.raises(CptError, match=r"^Docker did not take the job: could not select device driver"):
+        run.run(run.Partial(tasks.report, path="seen"), executor=docker(), name="t")
 
 
 def test_names_that_a_shell_would_take_apart_are_refused(project, tmp_path, monkeypatch):

@@ -44,12 +44,15 @@ def test_over_ssh_code_and_secret_travel_and_the_log_comes_back(project, reach, 
     import tasks
 
     monkeypatch.setenv("HF_TOKEN", "planted-secret")
+    (project / "linked.py").symlink_to("tasks.py")
     executor = slurm(tasks_per_node=1, time="5", tunnel=reach, venv=str(Path(sys.executable).parents[1]))
     run.run(run.Partial(tasks.report, path=str(tmp_path / "seen")), executor=executor, name="t")
     seen = (tmp_path / "seen.0").read_text()
     assert "planted-secret" in seen
     assert f'"file": "{tmp_path}/remote/t/' in seen
     assert "reported rank 0" in capfd.readouterr().out
+    (linked,) = (tmp_path / "remote").rglob("code/linked.py")
+    assert linked.read_text() == (project / "tasks.py").read_text()
     assert not [path for path in (tmp_path / "remote").rglob("*") if path.is_file() and b"planted" in path.read_bytes()]
 
 
@@ -63,7 +66,11 @@ def submit(tunnel):
 
 @pytest.mark.parametrize(
     ("change", "says"),
-    [({"port": 1}, "SSH to .*port 1: .*(refused|Unable to connect)"), ({"identity": "/no/key"}, "no such key file")],
+    [
+        ({"job_dir": "/dev/null/jobs"}, "cannot be copied to 127.0.0.1, into /dev/null/jobs/.*: mkdir: "),
+        ({"port": 1}, "SSH to .*port 1: .*(refused|Unable to connect)"),
+        ({"identity": "/no/key"}, "no such key file"),
+    ],
 )
 def test_ssh_refused(project, reach, change, says):
     with pytest.raises(CptError, match=says):

@@ -106,7 +106,8 @@ def test_a_resumed_run_keeps_the_best_by_their_own_names(tmp_path: Path, folder:
 
 
 def test_a_resumed_run_thins_no_copy_that_somebody_put_beside_its_own(folder: Path) -> None:
-    copies = [shutil.copytree(path := of_step(folder, 3), path.with_name(path.name + end)) for end in ("-copy", ".old")]
+    own = of_step(folder, 3)
+    copies = [shutil.copytree(own, own.with_name(own.name + end)) for end in ("-copy", ".old")]
     assert sorted(kept_of_a_previous_run(folder, 2)) == [6, 8]
     assert all(copy.is_dir() for copy in copies)
 
