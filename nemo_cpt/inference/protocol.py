@@ -67,6 +67,7 @@ class _Body(BaseModel):
 
 class _StreamOptions(_Body):
     include_usage: bool = False
+    include_obfuscation: Literal[False] | None = None
 
 
 class _Completion(_Body):
@@ -83,8 +84,14 @@ class _Completion(_Body):
     seed: int | None = None
     stream: bool = False
     stream_options: _StreamOptions | None = None
-    user: str | None = None  # OpenAI's label for abuse reports: there is none to label here
-    # Accepted at the value that changes nothing, which clients send:
+    # OpenAI's labels for its reports, records and caches: there is none to label here.
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    metadata: dict[str, str] | None = None
+    # Accepted at the values that change nothing, which clients send:
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
     logit_bias: dict[str, float] | None = Field(default=None, max_length=0)
@@ -100,9 +107,10 @@ class _Completion(_Body):
             raise CptError("stream_options is set and stream is not")
         seed = self.seed if self.seed is not None else random_seed()
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        top_k = 0 if self.top_k == -1 else self.top_k  # vLLM's two names for all tokens
         return [
             Sampling(
-                max_tokens=max_tokens, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, stop=stop,
+                max_tokens=max_tokens, temperature=self.temperature, top_p=self.top_p, top_k=top_k, stop=stop,
                 min_tokens=self.min_tokens, repetition_penalty=self.repetition_penalty, seed=seed + number,
                 logprobs=logprobs,
             )
@@ -118,7 +126,12 @@ class ChatRequest(_Completion):
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int = 0
+    # As above, at the values that change nothing:
     response_format: dict[Literal["type"], Literal["text"]] | None = None
+    modalities: list[Literal["text"]] | None = None
+    tools: list[Any] | None = Field(default=None, max_length=0)
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
 
     def conversation(self) -> list[Message]:
         """The messages, content in parts of text joined by newlines, as vLLM joins them.

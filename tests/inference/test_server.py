@@ -179,7 +179,13 @@ def test_nemos_own_request_of_2023(url: str, engine: TransformersEngine) -> None
 @pytest.mark.parametrize(
     ("path", "body", "status", "says"),
     [
-        ("/v1/chat/completions", {"messages": HELLO, "tools": []}, 400, "tools: Extra inputs are not permitted"),
+        (
+            "/v1/chat/completions",
+            {"messages": HELLO, "tools": [{"type": "function"}]},
+            400,
+            "tools: List should have at",
+        ),
+        ("/v1/chat/completions", {"messages": HELLO, "functions": []}, 400, "functions: Extra inputs are not perm"),
         ("/v1/chat/completions", {"messages": []}, 400, "messages is empty"),
         ("/v1/chat/completions", {"messages": [{"role": "tool", "content": "a"}]}, 400, "role 'tool'"),
         ("/v1/chat/completions", {"model": "gpt-4", "messages": HELLO}, 404, "no model 'gpt-4' here; it is 'tiny'"),
@@ -219,7 +225,7 @@ def test_errors_are_openais(url: str, path: str, body: dict, status: int, says: 
 
 
 def test_messages_as_clients_write_them(url: str, engine: TransformersEngine) -> None:
-    """Content in parts, OpenAI's newer name of the system role, and null fields mean what they say."""
+    """Content in parts, OpenAI's newer name of the system role, and fields that change nothing mean what they say."""
     plain = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "one\ntwo"}]
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     written = [
@@ -227,9 +233,17 @@ def test_messages_as_clients_write_them(url: str, engine: TransformersEngine) ->
         {"role": "user", "content": parts, "tool_calls": []},
     ]
     asked: dict[str, Any] = {"max_tokens": 8, "temperature": 0, "stop": None, "seed": None, "tools": None}
+    changing_nothing = {
+        "tools": [], "tool_choice": "auto", "parallel_tool_calls": True, "modalities": ["text"], "logit_bias": {},
+        "response_format": {"type": "text"}, "frequency_penalty": 0.0, "presence_penalty": 0, "top_k": -1,
+        "store": False, "service_tier": "auto", "user": "Ann", "safety_identifier": "a", "prompt_cache_key": "b",
+        "metadata": {"of": "me"},
+    }  # fmt: skip
     texts = [
-        httpx.post(f"{url}/v1/chat/completions", json=asked | {"messages": messages}).json()["choices"][0]["message"]
-        for messages in (plain, written)
+        httpx.post(f"{url}/v1/chat/completions", json=asked | {"messages": messages} | more).json()["choices"][0][
+            "message"
+        ]
+        for messages, more in ((plain, {}), (written, changing_nothing))
     ]
     wanted = {"role": "assistant", "content": replied(engine, plain, max_tokens=8), "refusal": None}
     assert texts[0] == texts[1] == wanted
