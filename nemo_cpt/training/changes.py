@@ -1,6 +1,7 @@
 """What is different when a run is started again. Apart from `record`, so that it can be told without importing NeMo."""
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,7 @@ def changes(was: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str,
         for group, settings in now.items()
         for name, value in settings.items()
         # What an older version did not write down is not taken for a change.
-        if name in was.get(group, {}) and was[group][name] != value
+        if name in was.get(group, {}) and not _same(was[group][name], value)
     ]
 
 
@@ -89,6 +90,15 @@ def content_of(prefix: str) -> str:
                 file.seek(start)
                 digest.update(file.read(_SAMPLE_BYTES))
     return f"{Path(prefix).name.removesuffix('_text_document')}:{digest.hexdigest()}"
+
+
+def _same(was: Any, now: Any) -> bool:
+    """Whether two values are one, however they were reckoned: 3e-5 is also a tenth of 3e-4, but for the last bit."""
+    if isinstance(was, list) and isinstance(now, list):
+        return len(was) == len(now) and all(map(_same, was, now))
+    if isinstance(was, float) and isinstance(now, float):
+        return math.isclose(was, now, rel_tol=1e-6)
+    return bool(was == now)
 
 
 def _shown(value: Any) -> str:
