@@ -1,7 +1,7 @@
 """Where each step stands: done, or to be run, and why; by the content of what it reads, its parameters, its code."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,18 +181,20 @@ def other_job(step: Step, record: Record, waits: bool = False) -> str:
         return f"does {step.do}, did {record.do}"
     if names := _other_parameters(step.parameters, record.parameters):
         return f"parameters: {', '.join(names)}"
-    if code_of(step) != record.code:
+    # An older version noted the function's own file alone, and read fewer of the others: what it does not know is the
+    # same.
+    if record.code not in (code := code_of(step), code.partition("-")[0]):
         return f"code changed: {step.do}"
     if step.kind.by_version and (was := record.versions.get("nemo_cpt")) != (now := installed_versions(())["nemo_cpt"]):
         return f"version: {was}, now {now}"
-    name = "" if waits else _other_input(step, record)
+    name = "" if waits else _other_input(step, record, [path for path in step.reads if path in record.inputs])
     return f"input changed: {name}" if name else ""
 
 
 def goes_on(found: Standing) -> bool:
     """Whether a step goes on from what its last start has left, instead of beginning anew."""
     step, record = found.step, found.record
-    if record is None or found.asked or not step.kind.goes_on or _other_input(step, record):
+    if record is None or found.asked or not step.kind.goes_on or _other_input(step, record, step.reads):
         return False
     if not step.kind.kept:
         return record.state != DONE and not other_job(step, record)
@@ -202,9 +204,9 @@ def goes_on(found: Standing) -> bool:
     return record.state != DONE or (EXTEND in step.parameters and changed <= SCHEDULE)
 
 
-def _other_input(step: Step, record: Record) -> str:
-    """The first file among what a step reads that is not as its record has it."""
-    for path in step.reads:
+def _other_input(step: Step, record: Record, paths: Sequence[str]) -> str:
+    """The first file among paths that a step reads that is not as its record has it."""
+    for path in paths:
         if name := outputs.changed(_known(record, path), outputs.look(_full(step, path), _known(record, path))):
             return name
     return ""

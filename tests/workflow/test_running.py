@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,20 @@ def test_a_rerun_does_what_changed_and_what_depends_on_it(folder: Path) -> None:
     # The code of a function of one's own.
     (folder / "functions.py").write_text((folder / "functions.py").read_text() + "\n# another\n")
     assert why(chain(folder, two="*"))["one"] == "code changed: functions.py:join"
+
+
+def test_what_an_older_versions_record_does_not_know_is_no_change(folder: Path) -> None:
+    (folder / "beside.py").write_text("")
+    (folder / "functions.py").write_text("import beside\n" + (folder / "functions.py").read_text())
+    ran(chain(folder))
+    state, one = State(chain(folder)), chain(folder).steps["one"]
+    record = state.record(one)
+    assert record is not None
+    # It noted the function's own file alone, and did not look at all that is looked at now.
+    state.write(replace(record, code=record.code.partition("-")[0], inputs={}))
+    assert why(chain(folder)) == {}
+    (folder / "functions.py").write_text((folder / "functions.py").read_text() + "\n# another\n")
+    assert why(chain(folder))["one"] == "code changed: functions.py:join"
 
 
 def test_a_module_beside_a_function_of_one_s_own_is_its_code_too(folder: Path) -> None:
