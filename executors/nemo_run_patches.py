@@ -3,13 +3,14 @@
 Seen in nemo_run 0.11.1. Each has a test that fails when NeMo-Run no longer needs it.
 """
 
+import contextlib
 import os
 import re
 import subprocess
 from collections.abc import Callable
 from functools import cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from nemo_cpt.errors import CptError, StoppedEarlyError, exit_with_the_message
 from nemo_cpt.executors import examination, pods, stopping, window
@@ -238,12 +239,27 @@ def leave_stdin_alone() -> None:
     contexts._run = start_without_stdin
 
 
+@cache
 def parse_new_unions() -> None:
-    """Let NeMo-Run's command line take values for parameters annotated as `str | None`; it knows Optional[str] only."""
+    """Let NeMo-Run's command line take values for parameters annotated as `str | None`; it knows Optional[str] only.
+
+    Where a parameter takes both, such as a trainer's devices, text that is a whole number becomes one. NeMo-Run tries
+    the kinds in their order, and everything is text.
+    """
     from types import UnionType
 
-    from nemo_run.cli.cli_parser import type_parser
+    from nemo_run.cli.cli_parser import ParseError, TypeParser, type_parser
 
+    parse: Callable[..., Any] = TypeParser.parse_union
+
+    @wraps(parse)
+    def parse_union(parser: Any, text: str, annotation: Any) -> Any:
+        if {str, int} <= set(get_args(annotation)):
+            with contextlib.suppress(ParseError):
+                return parser.parse(text, int)
+        return parse(parser, text, annotation)
+
+    TypeParser.parse_union = parse_union
     type_parser.parsers[UnionType] = type_parser.parse_union
 
 

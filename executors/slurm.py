@@ -30,7 +30,14 @@ if TYPE_CHECKING:
 
 NO_LIMIT = ("0", "UNLIMITED", "INFINITE")
 _FOR_A_TERMINAL = "it is for sbatch on a command line"
+NOT_IN_NEMO_RUNS_LIST = (
+    "bb", "bbf", "begin", "cluster_constraint", "contiguous", "cores_per_socket", "cpu_freq", "deadline", "export_file",
+    "extra", "extra_node_info", "hint", "resv_ports", "stepmgr", "use_min_nodes",
+)  # fmt: skip
+"""Directives of sbatch that it has beside `SlurmExecutor.SBATCH_FLAGS`; NeMo-Run writes any."""
+
 SAID_OTHERWISE = {
+    "chdir": "give workdir",
     "clusters": "export SLURM_CLUSTERS, which Slurm's other commands heed too",
     "no_requeue": "give requeue=False",
     "ntasks": "give nodes and tasks_per_node",
@@ -227,10 +234,10 @@ def _check_directives(directives: Mapping[str, Any]) -> None:
         return
     from nemo_run import SlurmExecutor
 
+    known = {*SlurmExecutor.SBATCH_FLAGS, *NOT_IN_NEMO_RUNS_LIST, *SAID_OTHERWISE}
     for name in directives:
-        if name not in SlurmExecutor.SBATCH_FLAGS:
-            known = {*SlurmExecutor.SBATCH_FLAGS, *inspect.signature(slurm).parameters}
-            near = difflib.get_close_matches(name, sorted(known), n=3)
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted({*known, *inspect.signature(slurm).parameters}), n=3)
             raise CptError(f"slurm({name}=...): sbatch has no such directive; near: {', '.join(near) or 'none'}")
         if name in SAID_OTHERWISE:
             raise CptError(f"slurm({name}=...): {SAID_OTHERWISE[name]}")

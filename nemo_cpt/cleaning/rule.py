@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from types import UnionType
 from typing import Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+from nemo_cpt.arguments import plain_scalar
 from nemo_cpt.cleaning.document import Document
 from nemo_cpt.errors import CptError
 
@@ -87,7 +88,7 @@ class Rule(Limits):
 
 def _value(value: Any, hint: Any, where: str) -> Any:
     """Return a value as a field's type has it, `where` being its name, for its parts too."""
-    origin, inner = get_origin(hint), get_args(hint)
+    origin, inner, value = get_origin(hint), get_args(hint), plain_scalar(value)
     if origin in (Union, UnionType):
         if value is None and type(None) in inner:
             return None

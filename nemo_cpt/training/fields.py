@@ -3,6 +3,7 @@
 A run.Config takes any value for a field, and any field where its class passes **kwargs on.
 """
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,8 @@ CHECKED = (  # the parts of a recipe that are ours or NeMo's; a callback of the 
     "", "model", "model.config", "data", "trainer", "trainer.strategy", "trainer.plugins", "optim", "optim.config",
     "optim.lr_scheduler", "log", "log.ckpt", "resume", "peft",
 )  # fmt: skip
+
+KNOWN = ("nemo_cpt", "nemo", "megatron", "lightning", "torch")  # whose **kwargs go to the classes that they extend
 
 
 def check_fields(recipe: Any) -> None:
@@ -41,16 +44,30 @@ def _complaints(recipe: Any) -> Iterator[str]:
     if not _class(recipe.data) and not hasattr(recipe.data, "train_dataloader"):
         kind = type(recipe.data).__name__
         yield f"data is a {kind}, and no data module: give it to the recipe's function, data=..., which makes one of it"
-    if not any(getattr(_class(each), "__name__", "") == "Guards" for each in recipe.trainer.callbacks or ()):
+    if not any(_is_guards(each) for each in recipe.trainer.callbacks or ()):
         yield (
             "trainer.callbacks has no Guards: the recipe's own callbacks were replaced, which carry its checks, "
             "metrics and patches. Add to them instead: recipe.trainer.callbacks.append(run.Config(...))"
         )
     for path, config in _parts(recipe):
+        if _takes_any(_class(config)):
+            continue
         known = _fields(path, _class(config))
         for name in config.__arguments__:
             if name not in known:
                 yield f"{path}.{name}: {_class(config).__name__} has no field {name}; {nearest(name, known)}"
+
+
+def _is_guards(callback: Any) -> bool:
+    # By its name, also a subclass of the user's: `guards` imports this module.
+    kinds = getattr(_class(callback) or type(callback), "__mro__", ())
+    return any(each.__name__ == "Guards" for each in kinds)
+
+
+def _takes_any(kind: Any) -> bool:
+    """Whether a class or function of the user's has **kwargs, of which it alone knows the names."""
+    kinds = {each.kind for each in inspect.signature(kind).parameters.values()}
+    return inspect.Parameter.VAR_KEYWORD in kinds and kind.__module__.partition(".")[0] not in KNOWN
 
 
 def _parts(recipe: Any) -> Iterator[tuple[str, Any]]:

@@ -110,10 +110,15 @@ def settings_in(recipe: Any) -> Settings:
 
 def _number(recipe: Any, name: str, path: str) -> Any:
     value = _get(recipe, path)
-    if value is None or (name == "gpus_per_node" and (value == "auto" or isinstance(value, list))):
+    if value is None or (name == "gpus_per_node" and _names_devices(value)):
         return None
     wanted, _ = get_args(Settings.__annotations__[name])  # each is a type, or None
     return as_wanted(path, value, wanted)
+
+
+def _names_devices(value: Any) -> bool:
+    """Whether a trainer is told which devices to take, in one of Lightning's ways, and not how many."""
+    return isinstance(value, list | tuple) or (isinstance(value, str) and (value == "auto" or "," in value))
 
 
 def _get(config: Any, path: str) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -222,6 +223,11 @@ def test_mistakes_in_yaml_are_named(tmp_path: Path, change: dict, message: str) 
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump(rules_for("ja").as_dict() | change), "utf-8")
     with pytest.raises(CptError, match=message):
         read_rules(tmp_path / "rules.yaml")
+
+
+def test_paths_and_numpys_numbers_are_plain_ones() -> None:
+    assert Contamination(files=(Path("eval.jsonl"),), words=np.int64(13)).files == ("eval.jsonl",)
+    assert Lines(max_bullet_share=np.float32(0.5)).max_bullet_share == 0.5
 
 
 @pytest.mark.parametrize(

@@ -207,14 +207,14 @@ def test_slurm_with_a_container(project, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "planted-secret")
     executor = slurm(
         "llm", "gpu", nodes=2, gpus_per_node=8, time="4:00:00", container_image="nvcr.io#nvidia/nemo:25.07",
-        mem="0", exclusive=True, dependency="afterok:7", max_restarts=2,
+        mem="0", exclusive=True, dependency="afterok:7", max_restarts=2, begin="now+1hour",
     )  # fmt: skip
     experiment, request = prepared(executor)
     script = request.materialize()
     directives = {line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")}
     assert {
         "account=llm", "partition=gpu", "nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "time=4:00:00",
-        "signal=TERM@600", "mem=0", "exclusive", "dependency=afterok:7", "job-name=cpt.t",
+        "signal=TERM@600", "mem=0", "exclusive", "dependency=afterok:7", "job-name=cpt.t", "begin=now+1hour",
     } <= directives  # fmt: skip
     assert "comes_back=1\nmax_restarts=2 preempt_seconds=600\n" in script
     assert "planted-secret" not in script
@@ -392,6 +392,7 @@ def test_slurm_gres_stands_for_the_gpus(project):
         ({"tunnel": ssh("login1", "me", "~/jobs")}, "give the whole path there, from / on"),
         ({"tunnel": ssh("login1", "me", "/home/my jobs")}, "which would not take ' ' as it is; give ssh"),
         ({"no_requeue": True}, "give requeue=False"),
+        ({"chdir": "/scratch"}, "give workdir"),
         ({"test_only": True}, "for sbatch on a command line"),
         ({"ntasks_per_node": 4}, "give tasks_per_node"),
         ({"array": "0-3", "chain": 2}, "would end the chain of all"),

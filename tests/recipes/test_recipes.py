@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from megatron.core.optimizer import OptimizerConfig
+from nemo import lightning as nl
 from nemo.collections import llm
 from nemo_run.core.serialization.yaml import YamlSerializer
 from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
@@ -30,6 +31,7 @@ from nemo_cpt.recipes import gpt, instruction, llama31_8b, mistral_7b, parts, sm
 from nemo_cpt.training import fields, guards
 from nemo_cpt.training.early_stop import StopEarly
 from nemo_cpt.training.optimizer import HostStateOptimizer
+from nemo_cpt.training.settings import settings_in
 from tests.support.commands import nemo
 
 RECIPES = [
@@ -306,6 +308,42 @@ def test_a_field_changed_into_what_no_job_runs_with_is_refused_before_the_launch
         with pytest.raises(CptError) as refused:
             guards.check(recipe)
         assert says in refused.value.message
+
+
+class Collected:
+    """What a user's class or function may do with **kwargs: it alone knows their names."""
+
+    def __init__(self, **kwargs) -> None:
+        self.train_dataloader = kwargs
+
+
+class OwnGuards(guards.Guards):
+    pass
+
+
+class OwnStrategy(nl.MegatronStrategy):
+    def __init__(self, **kwargs) -> None:
+        self.own = kwargs.pop("own")
+        super().__init__(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("data", run.Config(Collected, anything=1)),
+        ("data", run.Config(lambda **kwargs: Collected(**kwargs), anything=1)),
+        ("trainer.strategy", run.Config(OwnStrategy, own=1, tensor_model_parallel_size=1)),
+        ("trainer.callbacks", [run.Config(OwnGuards)]),
+        ("trainer.devices", (0,)),
+        ("trainer.devices", "0,1"),
+    ],
+)
+def test_what_users_set_in_a_config_is_let_pass(path, value) -> None:
+    recipe = smollm2.continual_pretrain(data=Blend({"ds/ja": 1.0}))
+    *parents, name = path.split(".")
+    setattr(reduce(getattr, parents, recipe), name, value)
+    fields.check_fields(recipe)
+    settings_in(recipe)
 
 
 def test_a_bases_rows_count_and_not_those_that_a_recipes_model_states(tmp_path: Path) -> None:

@@ -69,3 +69,8 @@ def test_what_is_sound_or_not_known_passes() -> None:
 def test_every_recipe_refuses_them(recipe: str, arguments: dict[str, Any], fields: list[str], says: str) -> None:
     with pytest.raises(CptError, match=says):
         build_recipe(recipe, arguments, fields)
+
+
+def test_a_field_that_takes_text_too_gets_the_number_that_a_command_line_says() -> None:
+    assert build_recipe("llama31_8b.continual_pretrain", {}, ["trainer.devices=4"]).trainer.devices == 4
+    assert build_recipe("llama31_8b.continual_pretrain", {}, ["trainer.devices=auto"]).trainer.devices == "auto"
