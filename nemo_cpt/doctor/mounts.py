@@ -12,6 +12,7 @@ from nemo_cpt.doctor.inputs import prefixes_of
 from nemo_cpt.doctor.job import Job, Place
 
 RESULTS = "results"
+JOBS_FOLDER = Path(CODE_IN_CONTAINER).parent  # which NeMo-Run itself mounts
 
 
 def mounts(examination: Examination) -> Finding:
@@ -52,6 +53,8 @@ def _what_is_wrong(what: str, path: str, place: Place) -> str:
     volume, mounted = _mounted(path, place)
     if mounted is None:
         if what == RESULTS:
+            if _inside(path).is_relative_to(JOBS_FOLDER):
+                return ""
             return f"{path}, where the run writes, would be gone with the container: it is in none of its mounts"
         return f"{what} {path} is in none of the container's mounts" if _is_here(path) else ""
     if what == RESULTS and volume.endswith(":ro"):
@@ -70,15 +73,22 @@ def _is_as_here(what: str, path: str, place: Place) -> bool:
 
 def _mounted(path: str, place: Place) -> tuple[str, str | None]:
     """The volume through which a container sees a path, and the path here that it is; "" and None where none does."""
-    inside = Path(os.path.normpath(os.path.join(CODE_IN_CONTAINER, path)))
+    inside = _inside(path)
     found: tuple[str, str | None] = ("", None)
     longest = -1
     for volume in place.volumes or ():
+        if ":" not in volume:  # it begins empty, and nobody finds it again
+            continue
         source, target = volume.split(":")[:2]
         if inside.is_relative_to(target) and len(Path(target).parts) > longest:
             longest = len(Path(target).parts)
             found = volume, os.path.normpath(os.path.join(source, inside.relative_to(target)))
     return found
+
+
+def _inside(path: str) -> Path:
+    """A path as the container has it, in which a job starts where its code is."""
+    return Path(os.path.normpath(os.path.join(CODE_IN_CONTAINER, path)))
 
 
 def _is_here(path: str) -> bool:

@@ -56,6 +56,13 @@ def test_results_that_would_go_with_the_container_are_refused(here):
     assert not said(job([f"{beside}:{beside}"], directory=beside))
 
 
+def test_nemo_runs_own_executor_keeps_what_is_written_to_the_jobs_folder(here):
+    for directory, kept in (("results", True), ("/nemo_run/results", True), ("/data/results", False)):
+        place = Place("docker", same_files=False, image="i", volumes=("/data",))
+        given = Job("tiny", place, base="/opt/of-the-image/base", directory=Path(directory, "run"))
+        assert ("would be gone" not in said(given)) is kept
+
+
 def test_a_link_out_of_the_container_leads_nowhere(here):
     beside = here.parent / "beside"
     (here / "results").symlink_to(beside)
