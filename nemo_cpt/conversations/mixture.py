@@ -15,7 +15,14 @@ from nemo_cpt.conversations.dataset import (
     open_conversations,
 )
 from nemo_cpt.conversations.packing import Packing, pack
-from nemo_cpt.corpus.dataset.blend import BlendReport, check_distinct, check_held_out, check_mapping, check_weights
+from nemo_cpt.corpus.dataset.blend import (
+    BlendReport,
+    check_distinct,
+    check_held_out,
+    check_mapping,
+    check_weights,
+    plain_mapping,
+)
 from nemo_cpt.errors import CptError
 
 KIND = "mixture of conversations"
@@ -44,6 +51,11 @@ class Conversations:
     train: Mapping[str, float]
     validation: Mapping[str, str] = field(default_factory=dict)
     too_long: str = "drop"
+
+    def __post_init__(self) -> None:
+        """Make Paths and numpy's numbers plain."""
+        for name in ("train", "validation"):
+            object.__setattr__(self, name, plain_mapping(getattr(self, name)))
 
     def check(self) -> None:
         """Check everything that can be known before the job starts.

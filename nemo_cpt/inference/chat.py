@@ -94,7 +94,7 @@ class Chat:
                 continue
             try:
                 # The line as typed: leading blanks are part of a text to continue.
-                self._command(text) if text.startswith("/") else self._answer(line.rstrip("\n"))
+                self._command(text) if text.startswith("/") else self._answer(line.rstrip("\r\n"))
             except KeyboardInterrupt:
                 if not self.interactive:
                     raise

@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
+from nemo_cpt.conversations import Conversations
 from nemo_cpt.corpus import Blend, prepare, presets, read_index
 from nemo_cpt.errors import CptError
 from tests.support.corpus_helpers import write_jsonl, write_reference
@@ -91,6 +93,13 @@ def test_slips_are_explained(fields: dict[str, Any], message: str) -> None:
 def test_a_blend_of_another_form_is_not_made(train: Any) -> None:
     with pytest.raises(CptError, match=r"The blend's train is .*Write a dictionary"):
         Blend(train=train)
+
+
+@pytest.mark.parametrize("kind", [Blend, Conversations])
+def test_paths_and_numpys_numbers_are_plain_ones(kind: Any) -> None:
+    given = kind(train={Path("ds/ja"): np.float32(0.75), "ds/en": np.int64(1)}, validation={"ja": Path("ds/v")})
+    assert given == kind(train={"ds/ja": 0.75, "ds/en": 1}, validation={"ja": "ds/v"})
+    given.check_form()
 
 
 def test_a_missing_bin_is_named(sets: dict[str, str], tmp_path: Path) -> None:

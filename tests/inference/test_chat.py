@@ -195,6 +195,15 @@ def test_an_error_in_a_pipe_is_no_reply(
     assert "number" not in written.getvalue()
 
 
+def test_lines_of_windows_are_texts_without_their_ends(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"  Hello\r\n")))
+    talk, _ = chat(engine, interactive=False)
+    talk.run(typed_lines("> "))
+    assert talk.sides[0].history[0]["content"] == "  Hello"
+
+
 def test_serve_answers_and_ends_in_good_order(make_model: Callable[[str], Path]) -> None:
     arguments = [*COMMAND, "serve", str(make_model("llama")), "--port", "0", "--api-key-env", "TINY_KEY"]
     server = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=os.environ | {"TINY_KEY": "secret-key"})

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_cpt.arguments import checked
+from nemo_cpt.arguments import checked, plain_scalar
 from nemo_cpt.corpus.dataset.index import Index, fingerprint, full_prefix, read_index
 from nemo_cpt.errors import CptError
 
@@ -45,6 +45,7 @@ class Blend:
             CptError: train, validation or test is none.
         """
         for name in ("train", "validation", "test"):
+            object.__setattr__(self, name, plain_mapping(getattr(self, name)))
             check_mapping(name, getattr(self, name))
 
     @classmethod
@@ -328,6 +329,13 @@ def _inputs_of(prefix: str) -> dict[tuple[str, str], str]:
     # Two fields of one file, as of a parallel corpus, are two texts.
     field_name = str(manifest.get("options", {}).get("json_key", ""))
     return {(entry["hash"], field_name): entry["path"] for entry in manifest.get("inputs", ()) if entry.get("hash")}
+
+
+def plain_mapping(value: Any) -> Any:
+    """A mixture's mapping with its Paths as text and numpy's numbers as Python's; what is none as it is."""
+    if not isinstance(value, Mapping):
+        return value
+    return {plain_scalar(key): plain_scalar(item) for key, item in value.items()}
 
 
 def check_mapping(name: str, value: Any, kind: str = "blend") -> None:
