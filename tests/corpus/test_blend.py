@@ -100,6 +100,8 @@ def test_paths_and_numpys_numbers_are_plain_ones(kind: Any) -> None:
     given = kind(train={Path("ds/ja"): np.float32(0.75), "ds/en": np.int64(1)}, validation={"ja": Path("ds/v")})
     assert given == kind(train={"ds/ja": 0.75, "ds/en": 1}, validation={"ja": "ds/v"})
     given.check_form()
+    with pytest.raises(CptError, match="maps PosixPath"):
+        kind(train={Path("ds/ja"): 1, "ds/ja": 2}).check_form()
 
 
 def test_a_missing_bin_is_named(sets: dict[str, str], tmp_path: Path) -> None:

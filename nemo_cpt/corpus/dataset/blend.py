@@ -335,7 +335,9 @@ def plain_mapping(value: Any) -> Any:
     """A mixture's mapping with its Paths as text and numpy's numbers as Python's; what is none as it is."""
     if not isinstance(value, Mapping):
         return value
-    return {plain_scalar(key): plain_scalar(item) for key, item in value.items()}
+    plain = {plain_scalar(key): plain_scalar(item) for key, item in value.items()}
+    # A Path beside the same as text would become one with it, unnoticed.
+    return plain if len(plain) == len(value) else value
 
 
 def check_mapping(name: str, value: Any, kind: str = "blend") -> None:
