@@ -129,9 +129,10 @@ def _read_turns(
         name = f"{key}[{number}]"
         if not isinstance(turn, dict):
             raise UnusableError("not_an_object", f"{name} is a {type(turn).__name__}, not an object")
-        role = roles.get(turn.get(role_key))  # type: ignore[arg-type]
+        named = turn.get(role_key)
+        role = roles.get(named) if isinstance(named, str) else None  # a list is no key
         if role is None:
-            raise _wrong_role(turn.get(role_key), role_key, name)
+            raise _wrong_role(named, role_key, name)
         if not TOOL_KEYS.isdisjoint(turn):
             _refuse_tools(turn, f"{name} ")
         content = _text(turn.get(content_key), f"{name}[{content_key!r}]", role)

@@ -90,7 +90,7 @@ def _prompt(value: Any) -> Asked:
         found = " and ".join(map(repr, keys)) or f"none, but {', '.join(map(repr, list(value)[:8])) or 'nothing'}"
         raise UnusableError("no_prompt", f"one of {', '.join(QUESTION_KEYS)} is wanted; it has {found}")
     language = value.get("language")
-    if language is not None and language not in KNOWN:
+    if language is not None and (not isinstance(language, str) or language not in KNOWN):
         raise UnusableError("unknown_language", f"language is {language!r}; known are {', '.join(KNOWN)}")
     asked = value[keys[0]]
     prompt = _conversation(asked) if keys[0] == "messages" else _text(asked, keys[0])

@@ -105,6 +105,7 @@ WRONG = {
         r"messages\[1\]",
     ),
     "unknown role": ({"messages": [{"role": "narrator", "content": "x"}]}, "unknown_role", "'narrator'"),
+    "role that is no text": ({"messages": [{"role": [], "content": "x"}]}, "unknown_role", r"the role \[\]"),
     "no role": ({"messages": [{"content": "x"}]}, "unknown_role", "None"),
     "a number": ({"query": 3, "answer": "a"}, "not_a_string", "'query' is a int"),
     "null": ({"query": "q", "answer": None}, "not_a_string", "'answer' is missing or null"),

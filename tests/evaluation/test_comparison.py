@@ -285,6 +285,7 @@ def test_bad_prompts(models: tuple[Path, Path], world: Path, tmp_path: Path) -> 
         ("nonsense\n", r"line 1: not JSON"),
         ('["a"]\n', r"line 1: a JSON list, not an object"),
         ('{"prompt": "a", "language": "tlh"}\n', r"line 1: language is 'tlh'; known are ja, "),
+        ('{"prompt": "a", "language": ["ja"]}\n', r"line 1: language is \['ja'\]; known are ja, "),
         ('{"messages": [{"role": "user"}]}\n', r"line 1: messages\[0\] has content of type NoneType"),
         ('{"messages": "hi"}\n', r"line 1: 'messages' is no list"),
         ('{"prompt": "\\ud800"}\n', r"lone surrogate"),
