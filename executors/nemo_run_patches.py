@@ -19,6 +19,8 @@ from nemo_cpt.executors.supervisor import MARKER_PREFIX, TIME_TO_SAVE
 from nemo_cpt.planning.save_window import window_within
 
 LOG_LINES = 25
+# By name, since importing every engine's exceptions takes seconds, and not all are installed.
+ENGINES = ("docker", "kubernetes", "requests", "sky", "urllib3")  # packages whose exceptions are an engine's refusal
 _MESSAGE = re.compile(r"(\[default\d+\]:)?nemo_cpt: ")  # how a CptError ends a task, also under torchrun
 
 
@@ -185,14 +187,7 @@ def say_why_a_job_is_not_taken() -> None:
             try:
                 return schedule(*args, **kwargs)
             except Exception as error:
-                # By name, since importing every engine's exceptions takes seconds, and not all are installed.
-                of_engine = type(error).__module__.partition(".")[0] in (
-                    "docker",
-                    "kubernetes",
-                    "requests",
-                    "sky",
-                    "urllib3",
-                )
+                of_engine = type(error).__module__.partition(".")[0] in ENGINES
                 if not of_engine and not isinstance(error, OSError | RuntimeError | subprocess.CalledProcessError):
                     raise
                 raise CptError(f"{engine} did not take the job: {' '.join(str(error).split())}") from error

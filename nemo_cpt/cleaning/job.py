@@ -19,7 +19,14 @@ from nemo_cpt.cleaning.report import page
 from nemo_cpt.cleaning.rule import Check
 from nemo_cpt.cleaning.rules import Rules, chosen_rules
 from nemo_cpt.cleaning.tallies import CleaningReport, Counts
-from nemo_cpt.corpus.atomic_files import folder_to_fill, locked, move_into_place, write_whole, written_beside
+from nemo_cpt.corpus.atomic_files import (
+    folder_to_fill,
+    locked,
+    move_into_place,
+    refuse_foreign_files,
+    write_whole,
+    written_beside,
+)
 from nemo_cpt.corpus.dataset.manifest import changed_input, check_sizes, describe_inputs, sizes_of
 from nemo_cpt.corpus.plan import left_over
 from nemo_cpt.corpus.preparing.workers import count_processes
@@ -203,20 +210,14 @@ class Cleaning:
             CptError: As `clean`.
         """
         work = folder / UNFINISHED
-
-        def existing() -> CleaningReport | None:
-            if overwrite:
-                return None
-            if (report := self.existing(folder)) is None:
-                _refuse_foreign_files(folder)
-            return report
-
         return written_beside(
             work,
             MANIFEST,
             lambda: move_into_place(work, folder, (KEPT, DROPPED, REPORT), MANIFEST),
-            existing,
             lambda: self._write(work, folder, workers, quiet),
+            existing=lambda: self.existing(folder),
+            refuse_foreign=lambda: refuse_foreign_files(folder, FILES, MANIFEST, "cleaning", "replace"),
+            overwrite=overwrite,
         )
 
     def _write(self, work: Path, folder: Path, workers: int, quiet: bool) -> CleaningReport:
@@ -413,12 +414,3 @@ def _dumps(value: Any) -> bytes:
 def _sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _refuse_foreign_files(folder: Path) -> None:
-    found = [name for name in FILES if os.path.lexists(folder / name)]
-    if found:
-        raise CptError(
-            f"{folder} holds {', '.join(found)} without a {MANIFEST}: no cleaning wrote that, and this one would "
-            "replace it. Take another folder, or overwrite=True (--overwrite)."
-        )

@@ -13,6 +13,7 @@ from nemo_cpt.conversations.forms import AUTO, Conversation, check_form, read_co
 from nemo_cpt.conversations.inspection import SEQ_LENGTH, Fitting, fit_and_pack, warnings_of
 from nemo_cpt.conversations.templates import TRAIN_ON, ChatTemplate, check_there, load_template
 from nemo_cpt.corpus.dataset.index import dtype_for
+from nemo_cpt.corpus.preparing import preparation
 from nemo_cpt.corpus.preparing.encode import BATCH, COMPARED_TASKS, Encoded, Work, choose_passages, count_lengths
 from nemo_cpt.corpus.preparing.job import SAMPLE_BYTES, SAMPLE_TEXTS
 from nemo_cpt.corpus.preparing.output import HeadStart, Output, Run
@@ -163,15 +164,12 @@ def check_options(
     Raises:
         CptError: One is unusable.
     """
-    Policy.of(on_error, max_skipped)
+    preparation.check_options(workers, on_error, max_skipped, None, chunk_bytes)
     check_there(template)
     check_form(form)
     check_fit(seq_length, too_long)
     if train_on not in TRAIN_ON:
         raise CptError(f"train_on is {train_on!r}; it can be {', '.join(TRAIN_ON)}.")
-    count_processes(workers)
-    if chunk_bytes < 1:
-        raise CptError(f"chunk_bytes is {chunk_bytes}; it must be at least 1.")
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,14 @@ def copy_to(path: Path, descriptor: int, offset: int) -> None:
 
 
 def written_beside(
-    work: Path, last: str, move: Callable[[], None], existing: Callable[[], Made | None], write: Callable[[], Made]
+    work: Path,
+    last: str,
+    move: Callable[[], None],
+    write: Callable[[], Made],
+    *,
+    existing: Callable[[], Made | None],
+    refuse_foreign: Callable[[], None],
+    overwrite: bool,
 ) -> Made:
     """Write what belongs together into a folder of its own, then move it to its place; killed anywhere, it goes on.
 
@@ -143,8 +150,10 @@ def written_beside(
         work: The folder to write into.
         last: The file that `write` writes last: where it is, everything beside it is whole.
         move: Moves them to their place, `last` last; may be repeated.
-        existing: What is there already; None where it is to be made.
         write: Writes the files.
+        existing: What is there already; None where it is to be made.
+        refuse_foreign: Refuses to replace files that nobody made with `write`.
+        overwrite: Make it whatever is there.
 
     Returns:
         What `existing` or `write` gives.
@@ -152,8 +161,10 @@ def written_beside(
     if (work / last).exists():  # killed while it moved them
         move()
     shutil.rmtree(work, ignore_errors=True)
-    if (there := existing()) is not None:
-        return there
+    if not overwrite:
+        if (there := existing()) is not None:
+            return there
+        refuse_foreign()
     work.mkdir()
     try:
         made = write()
@@ -163,6 +174,26 @@ def written_beside(
         if not (work / last).exists():
             shutil.rmtree(work, ignore_errors=True)
     return made
+
+
+def refuse_foreign_files(folder: Path, names: Iterable[str], last: str, what: str, does: str) -> None:
+    """Refuse to write where files of these names are, without the one that says who made them.
+
+    Args:
+        folder: Where they would go.
+        names: Of the files.
+        last: The file that says that all are there.
+        what: What would be made, for the message.
+        does: What that would do to a file that is there.
+
+    Raises:
+        CptError: One is there.
+    """
+    if found := [name for name in names if os.path.lexists(folder / name)]:
+        raise CptError(
+            f"{folder} holds {', '.join(found)} without a {last}: no {what} wrote that, and this one would {does} it. "
+            "Take another folder, or overwrite=True (--overwrite)."
+        )
 
 
 def move_into_place(work: Path, folder: Path, names: Iterable[str], last: str, gone: Iterable[str] = ()) -> None:

@@ -9,7 +9,14 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from nemo_cpt.corpus.atomic_files import folder_to_fill, locked, move_into_place, write_whole, written_beside
+from nemo_cpt.corpus.atomic_files import (
+    folder_to_fill,
+    locked,
+    move_into_place,
+    refuse_foreign_files,
+    write_whole,
+    written_beside,
+)
 from nemo_cpt.corpus.dataset.manifest import changed_input, check_sizes, describe_inputs, sizes_of
 from nemo_cpt.corpus.preparing.workers import count_processes
 from nemo_cpt.corpus.processes import in_order
@@ -259,19 +266,21 @@ class _Split:
         """
         work = folder / UNFINISHED
 
-        def existing() -> SplitReport | None:
-            if overwrite:
-                return None
-            if (report := self.existing(folder)) is None:
-                _refuse_foreign_files(folder)
-            return report
-
         def write() -> SplitReport:
             self.write(work, workers, quiet)
             self.write_report(work, folder)
             return self.report
 
-        return written_beside(work, REPORT, lambda: _move_into_place(work, folder), existing, write)
+        names = [f"{name}.jsonl" for name in SETS]
+        return written_beside(
+            work,
+            REPORT,
+            lambda: _move_into_place(work, folder),
+            write,
+            existing=lambda: self.existing(folder),
+            refuse_foreign=lambda: refuse_foreign_files(folder, names, REPORT, "split", "replace or delete"),
+            overwrite=overwrite,
+        )
 
     def write(self, work: Path, workers: int, quiet: bool) -> None:
         """Write the sets into a folder: first the held-out ones, then the training set, compared with them."""
@@ -415,15 +424,6 @@ def _read_report(path: Path) -> dict[str, Any]:
     if not isinstance(recorded, dict) or not {"options", "inputs", "report"} <= recorded.keys():
         raise CptError(f"{path} is not the report of a split. Take another folder, or overwrite=True (--overwrite).")
     return recorded
-
-
-def _refuse_foreign_files(folder: Path) -> None:
-    found = [f"{name}.jsonl" for name in SETS if os.path.lexists(folder / f"{name}.jsonl")]
-    if found:
-        raise CptError(
-            f"{folder} holds {', '.join(found)} without a {REPORT}: no split wrote that, and this one would replace or "
-            "delete it. Take another folder, or overwrite=True (--overwrite)."
-        )
 
 
 def _move_into_place(work: Path, folder: Path) -> None:
