@@ -136,6 +136,7 @@ def _check_options(given: Mapping[str, Any], data: Any, where: Place) -> None:
         CptError: as the readers.
     """
     training_options.read_precision(given.get("precision") or "bf16", given.get("bf16_layers") or 0)
+    training_options.check_state_precision(given.get("state_precision") or "fp32")
     training_options.check_extend(given.get("extend"))
     check_unlike_base(given.get("unlike_base") or ())
     check(Settings(limit_val_batches=given.get("limit_val_batches")))

@@ -19,6 +19,7 @@ LOGGER_FIELDS = {
 }
 PATIENCE = 3
 FP8_SCALING = {"fp8": "tensorwise", "fp8_blockwise": "blockwise"}  # Megatron's words for it
+STATE_PRECISIONS = ("fp32", "bf16")
 PEFT_SCHEMES = ("lora", "dora")
 EXTENSIONS = {
     "rewarm": "a new warmup and decay, over the steps that are left",
@@ -132,6 +133,12 @@ def read_precision(precision: str, bf16_layers: int = 0) -> str | None:
     if precision == "bf16" and bf16_layers:
         raise CptError(f"precision=bf16, bf16_layers={bf16_layers}: give bf16_layers with fp8 only")
     return FP8_SCALING.get(precision)
+
+
+def check_state_precision(state_precision: str) -> None:
+    """Raise CptError where a recipe's `state_precision=` is none of `STATE_PRECISIONS`."""
+    if state_precision not in STATE_PRECISIONS:
+        raise CptError(f"state_precision={state_precision}: give {' or '.join(STATE_PRECISIONS)}")
 
 
 def check_extend(extend: str | None) -> None:
