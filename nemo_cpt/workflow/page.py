@@ -64,9 +64,9 @@ def _row(state: State, name: str, record: Mapping[str, Any] | None) -> Iterator[
 
 
 def _made(state: State, path: str) -> str:
-    """What a step made, as a link where it is one file or folder, and no dataset's prefix."""
+    """What a step made, as a link where it is a file or a folder, and no dataset's prefix."""
     full = state.workflow.folder / path
-    if not full.exists():
+    if not any(full in (file, *file.parents) for file in outputs.files_of(full)):
         return html.escape(path)
     return f'<a href="{_address(os.path.relpath(full, state.folder))}">{html.escape(path)}</a>'
 

@@ -61,6 +61,7 @@ def test_the_page_s_links_lead_somewhere(road: Path) -> None:
     assert "../report/report.html" in Links.found
     assert "../text/split.json" in Links.found
     assert "../model" in Links.found
+    assert "../ds/ja_text_document" not in Links.found  # a prefix, beside which a training left its indices
     assert not [link for link in Links.found if not (page.parent / unquote(link)).exists()]
 
 
