@@ -20,6 +20,7 @@ import uvicorn
 
 from nemo_cpt.errors import CptError
 from nemo_cpt.inference import Sampling, open_engine
+from nemo_cpt.inference.endpoint import EndpointEngine
 from nemo_cpt.inference.hosts import LOCAL_HOSTS, names_to_answer
 from nemo_cpt.inference.server import MOST_BYTES, configuration, make_app
 from nemo_cpt.inference.transformers_engine import TransformersEngine
@@ -440,7 +441,7 @@ def test_a_request_is_logged_where_that_is_asked_for(
 
 def test_two_hundred_requests_at_once(url: str, engine: TransformersEngine) -> None:
     prompts = [f"{number} 京都" for number in range(200)]
-    endpoint = open_engine(url)
+    endpoint = EndpointEngine(url, concurrency=200)
     replies = dict(endpoint.generate(prompts, Sampling(max_tokens=6)))
     assert len(replies) == 200
     alone = dict(engine.generate(prompts, Sampling(max_tokens=6)))
