@@ -84,7 +84,11 @@ def render(shown: Snapshot, hint: str = "") -> "RenderableType":
     if shown.message:
         parts.append(Text(shown.message))
     if shown.log:
-        parts.append(Text.assemble(("log ", "dim"), shown.log, overflow="fold"))
+        log = Table.grid(padding=(0, 1))
+        log.add_column()
+        log.add_column(overflow="fold")
+        log.add_row(Text("log", style="dim"), Text(shown.log))
+        parts.append(log)
     if hint:
         parts.append(Text(hint, style="dim"))
     return Group(*parts)
