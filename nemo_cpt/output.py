@@ -1,4 +1,4 @@
-"""Printing where nobody may read any more: how a process ends must not depend on that."""
+"""Printing, also where nobody may read any more: how a process ends must not depend on that."""
 
 import errno
 import os
@@ -22,6 +22,13 @@ def say_that_nemo_loads() -> None:
     """Tell who waits at a terminal what for."""
     if sys.stderr.isatty():
         say("loading NeMo ...", sys.stderr)
+
+
+def size_of(nbytes: float) -> str:
+    """Return a number of bytes as people read it."""
+    if nbytes < 1e5:
+        return f"{nbytes / 1e3:,.1f} kB"
+    return f"{nbytes / 1e9:,.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:,.1f} MB"
 
 
 def send_nowhere(descriptor: int) -> None:

@@ -158,4 +158,6 @@ def position(measure: str, value: Any) -> Any:
 
 def bin_edge(measure: str, number: int) -> float:
     """Return the value at which a bin begins."""
-    return number / SHARE_BINS if is_share(measure) else 2 ** (number / 4)
+    if is_share(measure):
+        return number / SHARE_BINS
+    return 2 ** (number / 4) if number else 0.0  # the first holds what is below 1, too

@@ -12,8 +12,9 @@ from nemo_cpt.cli import app
 from nemo_cpt.cli.conversations import inspect_conversations, prepare_conversations
 from nemo_cpt.cli.launch import only_json_on_stdout
 from nemo_cpt.cli.recipe_arguments import Executor
-from nemo_cpt.cli.tables import print_json, print_plain, print_report, size_of
+from nemo_cpt.cli.tables import print_json, print_plain, print_report
 from nemo_cpt.errors import CptError
+from nemo_cpt.output import size_of
 
 if TYPE_CHECKING:
     from nemo_cpt.corpus import PrepareReport

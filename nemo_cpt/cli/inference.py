@@ -55,7 +55,7 @@ def chat_command(
 
     if against_key_env and not against:
         raise CptError("--against-key-env names the key of --against, which is not given")
-    console, sampling = Console(soft_wrap=True), Sampling(max_tokens, temperature, top_p, seed=seed)
+    console, sampling = Console(), Sampling(max_tokens, temperature, top_p, seed=seed)
     options = _given(base=base, device=device, template=chat_template)
     if options and all(map(is_address, (model, against or model))):
         raise CptError(f"{', '.join(options)} cannot be set for a model that a server has: set it there")

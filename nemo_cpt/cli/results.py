@@ -7,8 +7,9 @@ import typer
 
 from nemo_cpt.cli import app
 from nemo_cpt.cli.launch import PANEL, Json
-from nemo_cpt.cli.tables import print_json, print_table, size_of
+from nemo_cpt.cli.tables import print_json, print_table
 from nemo_cpt.errors import CptError
+from nemo_cpt.output import size_of
 
 if TYPE_CHECKING:
     from nemo_cpt.launching.results import Run

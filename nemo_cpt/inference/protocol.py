@@ -162,7 +162,8 @@ def _message(number: int, given: dict[str, Any]) -> Message:
         del fields["type"]
     if others := sorted(fields.keys() - {"role", "content"}):
         raise CptError(f"messages[{number}] has {', '.join(others)}; the chat template is given role and content alone")
-    role, content = fields.get("role", ""), fields.get("content", "")
+    role: Any = fields.get("role", "")
+    content: Any = fields.get("content")
     if isinstance(content, list):
         parts = [
             each.get("text") if isinstance(each, dict) and each.get("type") == "text" else None for each in content

@@ -92,10 +92,22 @@ def serve(app: FastAPI, listener: socket.socket, *, log_requests: bool = False) 
     # uvicorn raises the signal once more when it is done, with these: to be told to stop is no failure.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    uvicorn.Server(configuration(app, log_requests)).run([listener])
+
+
+def configuration(app: FastAPI, log_requests: bool = False) -> uvicorn.Config:
+    """How uvicorn runs the application.
+
+    Args:
+        app: the application.
+        log_requests: print each request's address, path and status.
+    """
     config = uvicorn.Config(
         app, log_level="warning", access_log=log_requests, timeout_graceful_shutdown=SECONDS_TO_FINISH
     )
-    uvicorn.Server(config).run([listener])
+    if log_requests:  # `log_level` holds for this logger too, and it speaks below it
+        logging.getLogger("uvicorn.access").setLevel(logging.INFO)
+    return config
 
 
 class _Metrics:

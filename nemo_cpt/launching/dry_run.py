@@ -45,8 +45,12 @@ def rows(
 
 
 def _changed(function: Function, arguments: Mapping[str, Any], fields: Sequence[str]) -> Iterator[tuple[str, str]]:
-    plain = {name: value for name, value in arguments.items() if name not in ("base", "data")}
-    texts = [f"{name}={value} (default {_default(function, name)})" for name, value in plain.items()]
+    defaults = {name: _default(function, name) for name in arguments if name not in ("base", "data")}
+    texts = [
+        f"{name}={arguments[name]} (default {default})"
+        for name, default in defaults.items()
+        if repr(arguments[name]) != default
+    ]
     if texts or fields:
         yield "changed", ", ".join([*texts, *fields])
 

@@ -47,7 +47,7 @@ class Snapshot:
 
 
 def render(shown: Snapshot, hint: str = "") -> "RenderableType":
-    """The live view: seven lines and one a validation set.
+    """The live view: seven lines, one a validation set, and the run's own warnings.
 
     Args:
         shown: the run.
@@ -74,7 +74,9 @@ def render(shown: Snapshot, hint: str = "") -> "RenderableType":
         parts.append(_sets(record))
     if shown.saved:
         parts.append(Text.assemble(("saved ", "dim"), f"{len(shown.saved)}, the newest {shown.saved[0]}"))
-    parts += [Text(line, style="yellow", overflow="ellipsis", no_wrap=True) for line in _folded(shown.warnings)]
+    own = {each["text"] for each in record.warnings}  # whole: what to do stands at their ends
+    for line, warning in _folded(shown.warnings):
+        parts.append(Text(line, style="yellow", overflow="ellipsis", no_wrap=warning not in own))
     if shown.trouble:
         parts.append(Text(f"! {shown.trouble}", style="yellow", overflow="fold"))
     if shown.seconds is not None:
@@ -82,7 +84,11 @@ def render(shown: Snapshot, hint: str = "") -> "RenderableType":
     if shown.message:
         parts.append(Text(shown.message))
     if shown.log:
-        parts.append(Text.assemble(("log ", "dim"), shown.log, overflow="fold"))
+        log = Table.grid(padding=(0, 1))
+        log.add_column()
+        log.add_column(overflow="fold")
+        log.add_row(Text("log", style="dim"), Text(shown.log))
+        parts.append(log)
     if hint:
         parts.append(Text(hint, style="dim"))
     return Group(*parts)
@@ -126,17 +132,17 @@ def _facts(record: Record) -> Iterator[tuple[str, str]]:
         yield "GPU", f"{memory:.1f}" + (f" of {card:.0f} GiB" if card else " GiB")
 
 
-def _folded(warnings: Sequence[str]) -> Iterator[str]:
-    """The last warnings, equal ones once, and how many there are besides."""
+def _folded(warnings: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The last warnings, equal ones once, and how many there are besides; as the line to show, and as they came."""
     counts: dict[str, int] = {}
     for warning in warnings:
         # Taken out and put in again: the last entry is then what was said last.
         counts[warning] = counts.pop(warning, 0) + 1
     shown = list(counts.items())[-WARNINGS_SHOWN:]
     if more := len(counts) - len(shown):
-        yield f"! {more} more warnings in the log"
+        yield f"! {more} more warnings in the log", ""
     for warning, count in shown:
-        yield f"! {warning}" + (f" ({count} times)" if count > 1 else "")
+        yield f"! {warning}" + (f" ({count} times)" if count > 1 else ""), warning
 
 
 def duration(seconds: float) -> str:

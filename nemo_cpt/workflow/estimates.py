@@ -75,6 +75,7 @@ WHY_NOT = {
     "grow_tokenizer": "not measured",
 }
 NOT_THERE_YET = "not known before its inputs are there"
+NO_BASE_YET = "not known before its base is there"
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ class Estimates:
             job = describe(recipe, arguments, fields, str(step.parameters.get(recipes.EXECUTOR, "local")), options)
         except CptError as error:  # such as the shape of a base that is not made yet
             self.findings.append((step.name, from_error("recipe", error)))
-            return Estimate(note="not known before its base is there")
+            return Estimate(note=NO_BASE_YET)
         self._preflight(standing, job)
         if not job.gpus_per_node:
             return _on_disk(job, "on the CPU, whose pace is not known")
@@ -194,6 +195,8 @@ class Estimates:
         try:
             planned = plan_workload(workload(recipe.name, arguments, fields), job.gpu_memory_gib)
         except CptError as error:
+            if job.base and not Path(job.base).exists():  # a step before it makes it, or the workflow would be refused
+                return Estimate(note=NO_BASE_YET)
             self.findings.append((step.name, Finding("plan", "warning", f"none: {error.message}")))
             return _on_disk(job, "the planner has no plan for it")
         if not planned.fits:

@@ -24,6 +24,7 @@ from nemo_cpt.cleaning.masking import Masking
 from nemo_cpt.cleaning.repetition import character_ngrams, word_ngrams
 from nemo_cpt.cleaning.rule import Rule
 from nemo_cpt.cleaning.rules import RULES, Rules
+from nemo_cpt.cleaning.tallies import bin_edge, histogram
 from nemo_cpt.errors import CptError
 from tests.cleaning.conftest import CHINESE, KOREAN
 
@@ -268,3 +269,14 @@ def test_what_is_no_yaml_or_no_language(tmp_path: Path) -> None:
         read_rules(tmp_path / "rules.yaml")
     with pytest.raises(CptError, match="no rules for the language 'xx'; there are for ja, en, zh, ko"):
         rules_for("xx")
+
+
+def test_a_histogram_shows_where_its_values_are() -> None:
+    for measure, value in (
+        ("prose.filler", 0),
+        ("length.characters", 1),
+        ("length.characters", 400),
+        ("a_share", 0.31),
+    ):
+        place = int(np.flatnonzero(histogram(measure, [value]))[0])
+        assert bin_edge(measure, place) <= value < bin_edge(measure, place + 1)

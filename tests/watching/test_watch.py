@@ -83,6 +83,8 @@ def test_the_view_holds_what_one_wants_to_know(folder: Path) -> None:
     ):  # fmt: skip
         assert part in text, part
     assert len(text.splitlines()) <= 12
+    run_folders.warn(folder, 50, "en has got worse " + "by far " * 30 + "replay more")
+    assert "replay more" in shown(Follower(folder).snapshot())  # what to do stands at the end
 
 
 def test_time_is_left_by_the_pace_of_the_steps_with_what_lies_between_them(folder: Path) -> None:
