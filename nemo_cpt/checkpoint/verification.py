@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import Architecture, read_architecture
 from nemo_cpt.checkpoint.arrays import DTYPES, bits, cast
@@ -96,6 +97,7 @@ class VerifyReport:
         return {"identical": self.identical, **asdict(self)}
 
 
+@checked
 def verify(
     nemo: str | Path,
     hf: str | Path,

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import orjson
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.cleaning.contamination import Contamination
 from nemo_cpt.cleaning.document import Document
 from nemo_cpt.cleaning.duplicates import Duplicate, find_duplicates, sketch
@@ -49,6 +50,7 @@ SKETCHES = "sketches.bin"
 _VERSIONS = ("ftfy", "lingua-language-detector", "rensa", "numpy", "xxhash")
 
 
+@checked
 def clean(
     inputs: Inputs,
     output: str | os.PathLike[str],
@@ -377,6 +379,7 @@ class Cleaning:
         return report
 
 
+@checked
 def read_cleaning(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Read the manifest of a cleaning, `cleaning.json`.
 

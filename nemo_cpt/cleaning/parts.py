@@ -16,6 +16,7 @@ import numpy as np
 import orjson
 import yaml
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.cleaning.job import (
     DROPPED,
     KEPT,
@@ -45,6 +46,7 @@ PART = "part.json"
 Kind = TypeVar("Kind", bound=Cleaning)
 
 
+@checked
 def make_plan(
     inputs: Inputs,
     output: str | os.PathLike[str],

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.conversations.dataset import KIND, check_fit, conversations_prefix, open_conversations
 from nemo_cpt.conversations.encode import PieceEncoder, Pieces, choose_piece_encoder, encode_pieces
 from nemo_cpt.conversations.forms import AUTO, Conversation, check_form, read_conversation
@@ -74,6 +75,7 @@ class ConversationReport:
     warnings: list[str] = field(default_factory=list)
 
 
+@checked
 def prepare(
     inputs: Inputs,
     output_prefix: str | os.PathLike[str],

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypedDict
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.errors import CptError
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -20,6 +21,7 @@ class Message(TypedDict):
 Prompt = str | Sequence[Message]  # text to continue, or a conversation that the chat template renders
 
 
+@checked
 @dataclass(frozen=True)
 class Sampling:
     """How a reply is drawn.

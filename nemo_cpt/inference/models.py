@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.cache import cache_folder
 from nemo_cpt.checkpoint import export_hf
 from nemo_cpt.checkpoint.context import RUN_JSON
@@ -38,6 +39,7 @@ class Found:
     name: str
 
 
+@checked
 def open_engine(
     model: str | Path,
     *,
@@ -72,6 +74,7 @@ def open_engine(
     return open_transformers(model, base=base, say=say, **options)
 
 
+@checked
 def open_transformers(
     model: str | Path, *, base: str | Path | None = None, template: str | None = None,
     say: Callable[[str], None] = lambda line: None, **options: Any,
@@ -102,6 +105,7 @@ def open_transformers(
     return engine
 
 
+@checked
 def hugging_face_folder(
     model: str | Path, *, base: str | Path | None = None, say: Callable[[str], None] = lambda line: None
 ) -> Path:
@@ -109,6 +113,7 @@ def hugging_face_folder(
     return find_model(model, base=base, say=say).folder
 
 
+@checked
 def find_model(
     model: str | Path, *, base: str | Path | None = None, say: Callable[[str], None] = lambda line: None
 ) -> Found:

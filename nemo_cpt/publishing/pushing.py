@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.checkpoint.folders import has_tokenizer
 from nemo_cpt.checkpoint.provenance import Provenance, read_provenance
 from nemo_cpt.checkpoint.safetensors_files import HFWeights
@@ -63,6 +64,7 @@ class PushReport:
         return asdict(self)
 
 
+@checked
 def push(
     folder: str | Path,
     repo_id: str,

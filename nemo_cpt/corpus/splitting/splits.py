@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.corpus.atomic_files import (
     folder_to_fill,
     locked,
@@ -69,6 +70,7 @@ class SplitReport:
     warnings: list[str] = field(default_factory=list)
 
 
+@checked
 def split(
     inputs: Inputs,
     output_folder: str | os.PathLike[str],
