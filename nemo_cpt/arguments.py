@@ -6,6 +6,7 @@ it. The command line needs none of this: it reads text by the same annotations.
 
 import inspect
 import os
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache, wraps
 from pathlib import Path
@@ -183,8 +184,9 @@ def _plain(value: Any, wanted: Any) -> Any:
     if origin is Literal:
         right = isinstance(value, str) and value in inner
     elif origin in (int, float):
-        # A bool is an int to Python, and nobody means a number with it.
+        # A bool is an int to Python, and nobody means a number with it, or with NaN.
         right = isinstance(value, int if origin is int else int | float) and not isinstance(value, bool)
+        right = right and value == value
     else:
         right = isinstance(value, Mapping if is_typeddict(origin) else origin)
     if not right:
@@ -237,7 +239,7 @@ def _words(wanted: Any) -> str:
         return " or ".join(map(repr, inner))
     if origin in (*_LISTS, Iterable):
         one = _words(inner[0])
-        return f"a list of {one.removeprefix('a ')}" + "s" * one.startswith("a ")
+        return f"a list of {re.sub('^an? ', '', one)}" + "s" * one.startswith(("a ", "an "))
     if origin in (Mapping, dict):
         return "a dict"
     if origin is Callable:
@@ -245,7 +247,8 @@ def _words(wanted: Any) -> str:
         return "a function" + (f" of {' and '.join(map(_words, takes))}" if takes else "")
     if origin.__module__.startswith("nemo_run"):
         return f"a run.{origin.__name__}"
-    return _WORDS.get(origin) or _EXAMPLES.get(origin.__name__) or f"a {origin.__name__}"
+    article = "an" if origin.__name__.startswith(tuple("AEIO")) else "a"
+    return _WORDS.get(origin) or _EXAMPLES.get(origin.__name__) or f"{article} {origin.__name__}"
 
 
 def _hint(value: Any, wanted: Any) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypedDict
+from typing import Literal, Protocol, TypedDict, runtime_checkable
 
 from nemo_cpt.arguments import checked
 from nemo_cpt.errors import CptError
@@ -134,6 +134,7 @@ class BrokenModelError(CptError):
     """A model computes NaN."""
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Something that replies. Not safe for several threads at once, unless it says so."""
 
