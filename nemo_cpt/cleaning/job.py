@@ -185,7 +185,8 @@ class Cleaning:
         if not (folder / MANIFEST).exists():
             return None
         recorded = read_cleaning(folder)
-        if reason := changed_input(self.sources, recorded["inputs"]) or self._other_options(recorded["options"]):
+        reason = changed_input(self.sources, recorded["inputs"]) or self._other_options(recorded["options"])
+        if reason := reason or self.policy.against(recorded["report"]["skipped"]):
             raise CptError(
                 f"{folder} holds another cleaning: {reason}. Take another folder, or overwrite=True (--overwrite)."
             )

@@ -77,7 +77,7 @@ def prepare_in_tasks(
         check_executor(executor, detach)
     plan, loaded = parts.make_plan(inputs, output_prefix, tokenizer, tasks, overwrite, **options)
     whole = parts.whole(plan, loaded)
-    if whole.is_there(overwrite):
+    if whole.is_there(parts.settings_of(plan).policy, overwrite):
         remove_parts(plan.folder)
         return whole.report(parts.settings_of(plan), "unchanged", {})
     executor = _made(executor, detach)

@@ -159,7 +159,7 @@ def prepare(
         output = TextOutput(prefix, sources, load_tokenizer(tokenizer, head_start.begin), settings)
         status, rates = "unchanged", dict[str, float]()
         # A finished dataset of this very job: a rerun of a pipeline costs a few file stats.
-        if not output.is_there(overwrite):
+        if not output.is_there(settings.policy, overwrite):
             status, rates = output.make(settings.run(head_start), overwrite)
     report = output.report(settings, status, rates)
     return replace(report, warnings=[*report.warnings, *left_over(Path(prefix + PARTS))])

@@ -252,6 +252,7 @@ class _Split:
             return None
         recorded = _read_report(path)
         change = changed_input(self.all_sources, recorded["inputs"])
+        change = change or self.policy.against(recorded["report"]["skipped"])
         if recorded["options"] != self.options or change:
             reason = change or f"its options are {recorded['options']}, not {self.options}"
             raise CptError(
