@@ -11,6 +11,7 @@ from nemo_cpt.arguments import checked
 from nemo_cpt.cache import cache_folder
 from nemo_cpt.checkpoint import export_hf
 from nemo_cpt.checkpoint.context import RUN_JSON
+from nemo_cpt.checkpoint.folders import refuse_adapter
 from nemo_cpt.errors import CptError, near_paths
 from nemo_cpt.inference.asked_as import check_template_choice, reply_warnings, template_text
 from nemo_cpt.inference.engine import Engine
@@ -149,6 +150,7 @@ def check_model(model: str | Path) -> None:
         raise CptError(f"there is no model at {model}{near_paths(path) or _advice(str(model))}")
     if (path / "config.json").is_file() or (path / "weights").is_dir() or (path / "checkpoints").is_dir():
         return
+    refuse_adapter(path)
     found = ", ".join(sorted(each.name for each in path.iterdir())[:6]) if path.is_dir() else "a file"
     raise CptError(
         f"{path} is neither a Hugging Face folder (config.json) nor a NeMo checkpoint (weights/) nor a run's folder "
