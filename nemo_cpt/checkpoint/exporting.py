@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import read_json
 from nemo_cpt.checkpoint.arrays import DTYPES, check_finite
@@ -63,6 +64,7 @@ class ExportReport:
         return asdict(self)
 
 
+@checked
 def export_hf(
     source: str | Path,
     dest: str | Path,

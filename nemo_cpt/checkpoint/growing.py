@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import Architecture, read_architecture, read_json
 from nemo_cpt.checkpoint.arrays import BLOCK_BYTES, cast, check_finite
@@ -146,6 +147,7 @@ class _Growth:
         yield cast(sums, name, dtype)
 
 
+@checked
 def grow_model(
     source: str | Path,
     dest: str | Path,

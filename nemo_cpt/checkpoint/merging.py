@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.arrays import DTYPES, cast
 from nemo_cpt.checkpoint.base import nemo_folder, unchanged
@@ -58,6 +59,7 @@ class MergeReport:
         return asdict(self)
 
 
+@checked
 def merge(
     source: str | Path,
     dest: str | Path,

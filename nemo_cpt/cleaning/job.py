@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import orjson
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.cleaning.contamination import Contamination
 from nemo_cpt.cleaning.document import Document
 from nemo_cpt.cleaning.duplicates import Duplicate, find_duplicates, sketch
@@ -49,6 +50,7 @@ SKETCHES = "sketches.bin"
 _VERSIONS = ("ftfy", "lingua-language-detector", "rensa", "numpy", "xxhash")
 
 
+@checked
 def clean(
     inputs: Inputs,
     output: str | os.PathLike[str],
@@ -183,7 +185,8 @@ class Cleaning:
         if not (folder / MANIFEST).exists():
             return None
         recorded = read_cleaning(folder)
-        if reason := changed_input(self.sources, recorded["inputs"]) or self._other_options(recorded["options"]):
+        reason = changed_input(self.sources, recorded["inputs"]) or self._other_options(recorded["options"])
+        if reason := reason or self.policy.against(recorded["report"]["skipped"]):
             raise CptError(
                 f"{folder} holds another cleaning: {reason}. Take another folder, or overwrite=True (--overwrite)."
             )
@@ -377,6 +380,7 @@ class Cleaning:
         return report
 
 
+@checked
 def read_cleaning(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Read the manifest of a cleaning, `cleaning.json`.
 

@@ -16,6 +16,7 @@ import numpy as np
 import orjson
 import yaml
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.cleaning.job import (
     DROPPED,
     KEPT,
@@ -45,6 +46,7 @@ PART = "part.json"
 Kind = TypeVar("Kind", bound=Cleaning)
 
 
+@checked
 def make_plan(
     inputs: Inputs,
     output: str | os.PathLike[str],
@@ -123,12 +125,14 @@ def _is_done(plan: Plan, number: int, share: list[Source]) -> bool:
     made = _read_part(plan, number)
     if made is None or made["plan"] != plan.key:
         return False
-    if (change := changed_input(share, made["inputs"])) is None:
+    policy = Policy.of(plan.settings["on_error"], plan.settings["max_skipped"])
+    change = changed_input(share, made["inputs"]) or policy.against(made["tally"]["skipped"])
+    if change is None:
         return True
     if plan.overwrite:
         return False
     raise CptError(
-        f"{plan.part(number)} is not of these inputs: {change}. Begin anew with overwrite=True (--overwrite)."
+        f"{plan.part(number)} is not what this job would make: {change}. Begin anew with overwrite=True (--overwrite)."
     )
 
 

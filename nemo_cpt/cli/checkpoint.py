@@ -149,7 +149,10 @@ def verify_command(
     hf: Annotated[Path, typer.Argument(help="Hugging Face folder.")],
     base: Annotated[Path | None, typer.Option(help="LoRA: the base; default: the one that the run recorded.")] = None,
     logits: Annotated[
-        bool | None, typer.Option("--logits/--no-logits", help="Compare logits; default: up to 2 billion parameters.")
+        bool | None,
+        typer.Option(
+            "--logits/--no-logits", help="Compare logits; default: up to 2 billion parameters, of equal tensors."
+        ),
     ] = None,
     ignore_field: _Ignore = [],  # noqa: B006
     as_json: _Json = False,

@@ -18,6 +18,7 @@ import orjson
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.conversations.forms import Conversation
 from nemo_cpt.corpus.reading.lines import UnusableError
 from nemo_cpt.corpus.tokenization.tokenizer import Tokenizer
@@ -177,6 +178,7 @@ def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
+@checked
 def load_template(template: str, tokenizer: Tokenizer) -> ChatTemplate:
     """Load a chat template for a tokenizer and examine it on a short conversation.
 

@@ -100,5 +100,5 @@ def _export(folder: Path, name: str) -> None:
     checkpoint = newest_whole(folder / "runs" / name / "checkpoints")
     assert checkpoint is not None, "a run that ended well has a checkpoint"
     export_hf(checkpoint.path, folder / f"{name}_hf", base=folder / "base_hf")
-    report = verify(checkpoint.path, folder / f"{name}_hf")
+    report = verify(checkpoint.path, folder / f"{name}_hf", logits=True)
     (folder / f"{name}_verified.json").write_text(json.dumps({"max_logit_difference": report.logits_difference}))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.compatibility import END_OF_TEXT, check_data, check_largest_id, read_base
 from nemo_cpt.corpus import full_prefix, read_index
 from nemo_cpt.errors import CptError
@@ -65,6 +66,7 @@ class TextLoss:
         return math.fsum(self.nats) / math.log(2) / sum(self.bytes)
 
 
+@checked
 def sequences_loss(
     engine: TransformersEngine,
     prefix: str | Path,
@@ -124,6 +126,7 @@ def whole_sequences(prefix: str | Path, seq_length: int) -> int:
     return (tokens - 1) // seq_length
 
 
+@checked
 def documents_loss(
     engine: TransformersEngine,
     texts: Iterable[str],

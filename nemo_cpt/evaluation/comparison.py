@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.corpus.progress import ProgressBar
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation import benchmarks
@@ -74,6 +75,7 @@ class Report:
     judged: dict[str, Any] | None = None
 
 
+@checked
 def evaluate(
     model: str | Path | None,
     output: str | Path,

@@ -145,6 +145,8 @@ class _Guard:
         """Answer one request."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        if scope["method"] == "HEAD":  # of load balancers; uvicorn, whose own scope stays as it is, sends no body
+            scope = {**scope, "method": "GET"}
         begun = False
 
         async def counted(message: Message) -> None:
@@ -191,7 +193,9 @@ async def _explain(request: Request, error: Exception) -> Response:
 
 async def _explain_path(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}").answer()
+    answer = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}").answer()
+    answer.headers.update(error.headers or {})  # Allow, of 405
+    return answer
 
 
 async def _explain_fields(request: Request, error: Exception) -> Response:

@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from nemo_cpt import catalog
+from nemo_cpt.arguments import checked
 from nemo_cpt.catalog.build import build_recipe
 from nemo_cpt.errors import CptError
 from nemo_cpt.launching.executor import make_executor
@@ -47,6 +48,7 @@ class ConfigFile:
     pairs: list[str]
 
 
+@checked
 def load_config(path: str | Path, *overrides: str) -> tuple[Any, Any]:
     """Make the recipe and the executor of a configuration file, for `run.run(recipe, executor=executor)`.
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_cpt.arguments import checked
+from nemo_cpt.cleaning.rules import Rules
 from nemo_cpt.corpus.plan import Plan, remove_parts
 from nemo_cpt.corpus.preparing import parts
 from nemo_cpt.corpus.preparing.estimate import Estimate, estimate
@@ -19,7 +21,7 @@ from nemo_cpt.launching.executor import executor_maker
 from nemo_cpt.output import say
 
 if TYPE_CHECKING:
-    from nemo_cpt.cleaning import CleaningReport, Rules
+    from nemo_cpt.cleaning import CleaningReport
 
 SEEN_SECONDS = 120
 
@@ -41,6 +43,7 @@ class Submitted:
     missing: int
 
 
+@checked
 def prepare_in_tasks(
     inputs: Inputs,
     output_prefix: str | os.PathLike[str],
@@ -74,7 +77,7 @@ def prepare_in_tasks(
         check_executor(executor, detach)
     plan, loaded = parts.make_plan(inputs, output_prefix, tokenizer, tasks, overwrite, **options)
     whole = parts.whole(plan, loaded)
-    if whole.is_there(overwrite):
+    if whole.is_there(parts.settings_of(plan).policy, overwrite):
         remove_parts(plan.folder)
         return whole.report(parts.settings_of(plan), "unchanged", {})
     executor = _made(executor, detach)
@@ -87,10 +90,11 @@ def prepare_in_tasks(
     return submitted or _just_made(parts.join(plan.folder))
 
 
+@checked
 def clean_in_tasks(
     inputs: Inputs,
     output: str | os.PathLike[str],
-    rules: "Rules | str",
+    rules: Rules | str,
     executor: Any,
     tasks: int,
     *,
@@ -196,6 +200,7 @@ def _wait_to_see_the_join(folder: Path) -> None:
         time.sleep(0.5)
 
 
+@checked
 def plan_in_tasks(
     inputs: Inputs,
     output_prefix: str | os.PathLike[str],

@@ -112,6 +112,7 @@ def plan(recipe: Any, gpu_memory_gib: float | None = None, gpu: str | None = Non
     return plan_workload(read(recipe), gpu_memory_gib, gpu)
 
 
+@checked
 def plan_workload(work: Workload, gpu_memory_gib: float | None = None, gpu: str | None = None) -> Plan:
     """Plan a workload; see `plan`."""
     kind = hardware.gpu(gpu)

@@ -97,6 +97,7 @@ def fit(
     return Fit(recipe, found.plan, found.changes)
 
 
+@checked
 def fit_workload(
     work: Workload,
     gpu_memory_gib: float | None = None,

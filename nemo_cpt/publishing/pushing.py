@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nemo_cpt.checkpoint.folders import has_tokenizer
+from nemo_cpt.arguments import checked
+from nemo_cpt.checkpoint.folders import ADAPTER, has_tokenizer
 from nemo_cpt.checkpoint.provenance import Provenance, read_provenance
 from nemo_cpt.checkpoint.safetensors_files import HFWeights
 from nemo_cpt.errors import CptError, near_paths
@@ -21,7 +22,6 @@ from nemo_cpt.publishing.card import LANGUAGE, TAG, Subject, languages_of, model
 from nemo_cpt.publishing.licences import Licence, breaches, licence, licence_of_card, licence_of_texts
 
 CARD = "README.md"
-_ADAPTER = "adapter_config.json"
 _KINDS = (".json", ".safetensors", ".model", ".jinja", ".txt", ".tiktoken")
 _TEXTS = ("LICEN", "NOTICE", "USE_POLICY")  # how the names of files begin that go with them, whatever their kind
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -63,6 +63,7 @@ class PushReport:
         return asdict(self)
 
 
+@checked
 def push(
     folder: str | Path,
     repo_id: str,
@@ -113,7 +114,7 @@ def push(
         raise CptError(f"{'; '.join(broken)}. Nothing was sent")
     subject = Subject(
         repo_id, origin, terms, list(languages) or languages_of(origin) or card_languages,
-        is_adapter=_ADAPTER in files, has_template="chat_template.jinja" in files,
+        is_adapter=ADAPTER in files, has_template="chat_template.jinja" in files,
     )  # fmt: skip
     contents = _contents(folder, files, subject)
     _refuse_private(folder, contents, api)
@@ -157,7 +158,7 @@ def _files(folder: Path) -> tuple[list[str], tuple[str, ...]]:
         )
     found = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     files = [name for name in found if name.endswith(_KINDS) or name.upper().startswith(_TEXTS) or name == CARD]
-    if _ADAPTER in files:
+    if ADAPTER in files:
         whole = "adapter_model.safetensors" in files
     else:
         whole = "config.json" in files and has_tokenizer(folder)
@@ -215,8 +216,8 @@ def _contents(folder: Path, files: Sequence[str], subject: Subject) -> dict[str,
         if subject.origin.repo_id is None:
             raise CptError(f"{folder} is an adapter, which is of no use without its base: give --base-model OWNER/NAME")
         # The export has the base's folder there, which is nobody else's.
-        config = json.loads((folder / _ADAPTER).read_bytes()) | {"base_model_name_or_path": subject.origin.repo_id}
-        contents[_ADAPTER] = json.dumps(config, indent=2).encode() + b"\n"
+        config = json.loads((folder / ADAPTER).read_bytes()) | {"base_model_name_or_path": subject.origin.repo_id}
+        contents[ADAPTER] = json.dumps(config, indent=2).encode() + b"\n"
     return contents
 
 

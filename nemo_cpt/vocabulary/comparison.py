@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.corpus.reading.sources import Inputs
 from nemo_cpt.corpus.tokenization.tokenizer import Tokenizer, load_tokenizer
 from nemo_cpt.errors import CptError
@@ -113,6 +114,7 @@ class Comparison:
                 raise CptError(f"the plot {path} cannot be written: {error}") from error
 
 
+@checked
 def compare(
     tokenizers: Sequence[str],
     corpora: Mapping[str, Inputs],

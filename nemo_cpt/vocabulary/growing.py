@@ -13,6 +13,7 @@ from typing import Any
 
 import orjson
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.corpus.reading.sources import Inputs
 from nemo_cpt.corpus.tokenization.tokenizer import load_tokenizer
 from nemo_cpt.corpus.tokenization.tokenizer_files import ADDED, CONFIG, DEFINITION, SPECIAL_MAP, read_object
@@ -71,6 +72,7 @@ class GrowReport:
         return asdict(self)
 
 
+@checked
 def grow(
     tokenizer: str,
     inputs: Inputs,

@@ -10,6 +10,7 @@ from typing import Any
 
 import orjson
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.corpus.reading.sources import Inputs
 from nemo_cpt.corpus.tokenization.tokenizer_files import CONFIG, DEFINITION
 from nemo_cpt.errors import CptError
@@ -63,6 +64,7 @@ class TrainReport:
         return asdict(self)
 
 
+@checked
 def train(
     corpora: Inputs | Mapping[str, float],
     output: str | Path,

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from nemo_cpt import catalog
+from nemo_cpt.arguments import checked
 from nemo_cpt.errors import CptError
 from nemo_cpt.python_files import import_file
 from nemo_cpt.strict_yaml import StrictLoader
@@ -49,6 +50,7 @@ _Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(no
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value.replace("_", "")))
 
 
+@checked
 def load(path: str | Path) -> Workflow:
     """Read a workflow.
 
@@ -120,6 +122,7 @@ def _from_python(path: Path) -> Workflow:
     )
 
 
+@checked
 def as_yaml(workflow: Workflow) -> str:
     """A workflow as YAML, which reads back as the same."""
     steps = {step.name: {DO: step.do, **step.parameters} for step in workflow.steps.values()}
@@ -133,6 +136,7 @@ def _dump(value: dict[str, Any]) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**9)
 
 
+@checked
 def as_python(workflow: Workflow) -> str:
     """A workflow as a Python file, which reads back as the same."""
     names = sorted({_maker(step) for step in workflow.steps.values()})

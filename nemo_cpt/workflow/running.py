@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.corpus.atomic_files import make_folder, write_whole
 from nemo_cpt.errors import CptError, StoppedEarlyError
 from nemo_cpt.installed import installed_versions
@@ -40,6 +41,7 @@ TOLD_LINES = 15  # of a log whose step crashed without a word of ours
 SPEAKERS = ("nemo-cpt: ", "nemo_cpt: ")
 
 
+@checked
 def run(workflow: Workflow, chosen: Chosen | None = None, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Run what is not done yet, and write the record and the page.
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.corpus.reading.chunks import hash_file
 from nemo_cpt.errors import CptError
 from nemo_cpt.installed import installed_versions
@@ -20,6 +21,7 @@ SCHEDULE = {EXTEND, "max_steps", "lr", "min_lr", "warmup_steps"}
 GOES_ON = {RUNNING: "did not end", STOPPED: "was stopped", FAILED: "failed"}
 
 
+@checked
 @dataclass(frozen=True)
 class Chosen:
     """What of a workflow is run, and how.

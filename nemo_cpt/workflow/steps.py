@@ -16,7 +16,7 @@ from pathlib import Path, PurePath
 from typing import Any, get_type_hints
 
 from nemo_cpt import catalog
-from nemo_cpt.arguments import as_wanted
+from nemo_cpt.arguments import as_wanted, checked
 from nemo_cpt.errors import CptError
 from nemo_cpt.launching.executor import make_executor
 from nemo_cpt.workflow import recipes
@@ -40,6 +40,7 @@ FILES = (".yaml", ".yml", ".json", ".jsonl", ".txt", ".csv", ".parquet")
 READS, WRITES = "reads", "writes"  # of a function of the user's: which of its parameters are paths
 
 
+@checked
 @dataclass(frozen=True)
 class Step:
     """One step: a function of the library, or of the user's, with its parameters.
@@ -225,6 +226,7 @@ class Step:
         return list(names)
 
 
+@checked
 class Workflow:
     """Steps, in the order that their files give them.
 

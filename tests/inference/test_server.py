@@ -155,6 +155,12 @@ def test_models_health_and_metrics(client: openai.OpenAI, url: str) -> None:
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")
     assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+    for path in ("health", "metrics", "v1/models", "v1/models/tiny", "v1/models/other"):
+        asked, answered = httpx.head(f"{url}/{path}"), httpx.get(f"{url}/{path}")
+        assert (asked.status_code, asked.content) == (answered.status_code, b"")
+        assert asked.headers["content-type"] == answered.headers["content-type"]
+    refused = httpx.put(f"{url}/health")
+    assert (refused.status_code, refused.headers["allow"]) == (405, "GET")
     client.completions.create(model="tiny", prompt="a", max_tokens=2, temperature=0)
     told = httpx.get(f"{url}/metrics").text
     assert 'nemo_cpt_answers_total{path="/v1/completions",status="200"}' in told

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.corpus.atomic_files import folder_to_fill, hash_of, locked
 from nemo_cpt.corpus.fetching.download import (
     CHECKSUMS,
@@ -30,6 +31,7 @@ from nemo_cpt.hub import explained, progress_bars
 from nemo_cpt.urls import public_url
 
 
+@checked
 def fetch(
     corpus: str,
     folder: str | os.PathLike[str],

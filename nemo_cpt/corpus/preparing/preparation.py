@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.corpus.dataset.index import dtype_for
 from nemo_cpt.corpus.dataset.manifest import read_manifest
 from nemo_cpt.corpus.plan import left_over
@@ -70,6 +71,7 @@ class PrepareReport:
     warnings: list[str] = field(default_factory=list)
 
 
+@checked
 def prepare(
     inputs: Inputs,
     output_prefix: str | os.PathLike[str],
@@ -157,7 +159,7 @@ def prepare(
         output = TextOutput(prefix, sources, load_tokenizer(tokenizer, head_start.begin), settings)
         status, rates = "unchanged", dict[str, float]()
         # A finished dataset of this very job: a rerun of a pipeline costs a few file stats.
-        if not output.is_there(overwrite):
+        if not output.is_there(settings.policy, overwrite):
             status, rates = output.make(settings.run(head_start), overwrite)
     report = output.report(settings, status, rates)
     return replace(report, warnings=[*report.warnings, *left_over(Path(prefix + PARTS))])
@@ -179,6 +181,7 @@ def check_options(
         raise CptError(f"chunk_bytes is {chunk_bytes}; it must be at least 1.")
 
 
+@checked
 @dataclass(frozen=True)
 class Settings:
     """The options of `prepare`, which has what each of them means."""
