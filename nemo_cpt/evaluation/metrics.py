@@ -12,17 +12,25 @@ from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation.bootstrap import Measure, mean, percentile, ratio
 from nemo_cpt.inference.engine import Reply
 
-NORMALIZATION = "NFKC, lower case, without punctuation, symbols and blanks"
+NORMALIZATION = "NFKC, lower case, without blanks, punctuation and symbols, but for those of numbers: -1.5, 3/4"
 BLEU_TOKENIZERS = {"ja": "ja-mecab", "zh-tw": "zh", "zh-cn": "zh", "ko": "char", "th": "char"}
 _WORD = re.compile(
     r"[\u3041-\u30ff\u3400-\u9fff\uac00-\ud7a3\uf900-\ufaff]|[^\W_\u3041-\u30ff\u3400-\u9fff\uac00-\ud7a3]+"
 )
+_AS_TYPED = str.maketrans({"\N{MINUS SIGN}": "-", "\N{FRACTION SLASH}": "/"})
+# A sign before a number, which is no hyphen, and what stands between digits; not the comma, which thousands may lack.
+_OF_NUMBERS = re.compile(r"(?<![^\W_])-(?=\d)|(?<=\d)[./](?=\d)")
 
 
 def normalized(text: str) -> str:
-    """The text as exact match and character F1 compare it: NFKC, lower case, no punctuation, symbols or blanks."""
-    folded = unicodedata.normalize("NFKC", text).lower()
-    return "".join(char for char in folded if unicodedata.category(char)[0] not in "PSZC")
+    """The text as exact match and character F1 compare it: see `NORMALIZATION`.
+
+    A text of nothing but punctuation and symbols keeps them: "+" is not "-".
+    """
+    folded = unicodedata.normalize("NFKC", text).lower().translate(_AS_TYPED)
+    kept = {found.start() for found in _OF_NUMBERS.finditer(folded)}
+    chars = (char for at, char in enumerate(folded) if at in kept or unicodedata.category(char)[0] not in "PSZC")
+    return "".join(chars) or "".join(folded.split())
 
 
 def exact_match(reply: str, answers: Sequence[str]) -> float:
@@ -56,7 +64,7 @@ def _words(text: str) -> list[str]:
 
 def _rouge_l(reply: list[str], answer: list[str]) -> float:
     if not reply or not answer:
-        return float(reply == answer)
+        return 0.0
     return 2 * _common_subsequence(reply, answer) / (len(reply) + len(answer))
 
 
