@@ -1,5 +1,6 @@
 """What is measured of replies: against answers that are right, and by themselves."""
 
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -135,13 +136,14 @@ def _sacrebleu_name(metric: Any) -> str:
 def reply_measures(replies: Sequence[Reply]) -> Iterator[Measure]:
     """What replies are by themselves: how long, how many cut off, how fast.
 
-    Replies share the time of the batch that they are in, so that times have no interval.
+    Replies share the time of the batch that they are in, so that times have no interval. Where an endpoint does not
+    count its tokens, what is reckoned with them is not defined.
     """
     lengths = [len(reply.text) for reply in replies]
     yield mean("length", lengths, unit="characters")
     cut = [100 * (reply.finish_reason == "length") for reply in replies]
     yield mean("cut off at the most tokens", cut, better="lower", unit="%")
-    tokens = [reply.completion_tokens for reply in replies]
+    tokens = [reply.completion_tokens if reply.completion_tokens or not reply.text else math.nan for reply in replies]
     yield mean("tokens of a reply", tokens)
     seconds = [reply.seconds for reply in replies]
     first = [reply.first_token_seconds for reply in replies]

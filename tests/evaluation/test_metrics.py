@@ -102,6 +102,15 @@ def test_what_replies_are_by_themselves() -> None:
     assert found["tokens a second of a reply"] == pytest.approx(2)
     assert found["time to first token, p50"] == pytest.approx(0.55)
     assert found["latency, p95"] == pytest.approx(4.775)
+    assert found["tokens of a reply"] == 5.5
+
+
+def test_tokens_that_an_endpoint_does_not_count_are_not_none() -> None:
+    found = {each.name: each for each in reply_measures([Reply("ab", "stop", 0, 0, 0.1, 0.5)] * 2)}
+    for name in ("tokens of a reply", "tokens a second of a reply"):
+        row = compare("set", None, found[name])
+        assert (row.after, row.low, row.high) == (None, None, None)
+    assert found["length"].whole == 2
 
 
 def test_the_interval_of_a_difference_is_the_normal_one() -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from nemo_cpt.errors import CptError
 from nemo_cpt.planning import ALLOWED, Workload, fit_workload, memory, plan_workload
 from nemo_cpt.planning.hardware import GIB, gpu, of_device, usable_gib
+from nemo_cpt.planning.throughput import model_flops_per_token
 from tests.support.cost import within_cpu_seconds
 
 LLAMA = {
@@ -34,6 +35,16 @@ def llama(**changes) -> Workload:
 def test_parameters_are_llama_31_8bs() -> None:
     assert llama().parameters == 8_030_261_248
     assert llama(lora_rank=32).adapter_parameters == 32 * 32 * 69_632
+
+
+def test_operations_are_those_of_the_products() -> None:
+    """Forward 2 a weight; backward 2 for the inputs' gradients, and 2 for those of the weights that are trained."""
+    layers, head, attention = 32 * 218_103_808, 128_256 * 4096, 6 * 32 * 8192 * 4096
+    assert model_flops_per_token(llama()) == 6 * (layers + head) + attention
+    adapters = 32 * 32 * 69_632
+    assert model_flops_per_token(llama(lora_rank=32)) == 4 * (layers + head) + 6 * adapters + attention
+    trained = llama(lora_rank=32, trained_embeddings=True)
+    assert model_flops_per_token(trained) == 4 * layers + 6 * (head + adapters) + attention
 
 
 @given(st.lists(st.integers(1, 10**8), min_size=1, max_size=12), st.sampled_from([2, 3, 8]))
