@@ -145,7 +145,7 @@ def cells(record: Record, change: Change) -> tuple[str, ...]:
     end = "" if change.at_end is None else f"{100 * (change.at_end / change.first - 1):+.2f} %"
     verdict = "worse" if change.worse else "better" if change.better else ""
     first, now = (f"{scale * loss:.4f}" for loss in (change.first, change.value))
-    return change.name, unit, first, now, f"{change.percent:+.2f} %", error, end, verdict
+    return change.name, unit, first + change.first_step, now, f"{change.percent:+.2f} %", error, end, verdict
 
 
 def _as_dict(record: Record, change: Change) -> dict[str, Any]:
@@ -153,6 +153,8 @@ def _as_dict(record: Record, change: Change) -> dict[str, Any]:
     return {
         "set": change.name,
         "unit": unit,
+        "since": change.since,
+        "step": change.step,
         "first": scale * change.first,
         "value": scale * change.value,
         "percent": change.percent,

@@ -146,6 +146,9 @@ def test_a_browser_shows_the_page_and_its_box_finds_replies(
 def test_numbers_that_json_cannot_hold(whole: comparison.Report) -> None:
     assert page.finite({"a": [float("nan"), float("inf"), 1.5]}) == {"a": [None, None, 1.5]}
     assert report._number(None) == ""
+    numbers = (0.0, 1.2345, 12.345, 1234.56, -0.0004321, 0.1 - 1e-9, 1e-15)
+    shown = ["0.000", "1.234", "12.35", "1,234.6", "-0.00043", "0.100", "0.000000000"]
+    assert list(map(report._number, numbers)) == shown
 
 
 def killed_at(record: int, action: Callable[[], object]) -> int | None:
