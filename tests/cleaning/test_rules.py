@@ -243,6 +243,7 @@ def test_paths_and_numpys_numbers_are_plain_ones() -> None:
         (lambda: Lines(max_bullet_share=90), "max_bullet_share: 90 is above 1, which no share can be"),
         (lambda: WordRepetition(max_top_share={2: 20}), "max_top_share: 20 is above 1"),
         (lambda: Duplicates(near=80), "near is 80"),
+        (lambda: Duplicates(near=0.3), "near is 0.3; it must lie between 0.5 and 1"),
     ],
 )
 def test_limits_that_cannot_be_meant_are_refused_in_python_too(make: Callable[[], Any], message: str) -> None:
