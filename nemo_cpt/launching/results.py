@@ -88,14 +88,18 @@ class Run:
         }
 
     def best_first(self, of: Iterable[Checkpoint]) -> list[Checkpoint]:
-        """Checkpoints by their validation loss; those without one, or of NaN, come last, the newer before the older."""
+        """Checkpoints by their validation loss, the newer before the older.
+
+        Those without one come last, and those with one of NaN, or of other samples than the newest checkpoint's.
+        """
+        now = self.newest.validation if self.newest else None
 
         def rank(checkpoint: Checkpoint) -> tuple[float, int]:
             named = _LOSS_IN_NAME.search(checkpoint.path.name)
             losses = self.losses(checkpoint.step)
             # In its name as it was saved; else from the metrics, for checkpoints between two validations.
             loss = float(named[1].rstrip(".")) if named else sum(losses.values()) / max(len(losses), 1)
-            unknown = math.isnan(loss) or not (named or losses)
+            unknown = math.isnan(loss) or not (named or losses) or checkpoint.validation not in (None, now)
             return (math.inf if unknown else loss), -checkpoint.step
 
         return sorted(of, key=rank)
