@@ -119,7 +119,7 @@ def came_and_planned(record: Record) -> Iterator[tuple[str, str]]:
     if speed := record.tokens_per_second:
         yield "tokens/s", f"{speed:,.0f}" + _beside(speed, plan.get("tokens_per_second"), ",.0f")
     if memory := record.last(GPU_MEMORY):
-        yield "GPU memory, GiB", f"{memory:.1f}" + _beside(memory, plan.get("peak_gib"), ".1f")
+        yield "GPU memory, GiB", f"{memory:.1f}" + _beside(memory, plan.get("reserved_gib"), ".1f")
     if reason := record.description.get("plan", {}).get("unknown"):
         yield "plan", f"none: {reason}"
 

@@ -240,6 +240,15 @@ class TestFit:
             fit_workload(llama(), 48, allow=["speed"])
 
 
+def test_what_a_run_measures_is_planned_of_the_same_gpu() -> None:
+    """Rank 0 has the first stage, and its allocator does not see CUDA's context; the peak is of the last stage here."""
+    found = plan_workload(llama(num_layers=4, gpus=2, pipeline_model_parallel_size=2, loss="plain"))
+    first, last = found.stages
+    assert found.peak_gib == last.total / GIB > first.total / GIB
+    reserved = sum(size for name, size in first.parts.items() if name != "CUDA context")
+    assert found.as_dict()["reserved_gib"] == pytest.approx(reserved / GIB, abs=1e-3)
+
+
 def test_fp8_is_refused_on_a_card_without_it() -> None:
     assert plan_workload(llama(fp8=True), gpu="H100").speed.tokens_per_second
     for planned in (plan_workload, fit_workload):
