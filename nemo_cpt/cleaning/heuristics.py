@@ -218,7 +218,7 @@ class Duplication(Rule):
         parts, characters = duplicate_shares(document.lines)
         yield Check("duplicate_line_share", parts, at_most=self.max_line_share)
         yield Check("duplicate_line_character_share", characters, at_most=self.max_line_character_share)
-        parts, characters = duplicate_shares(document.text.split("\n\n"))
+        parts, characters = duplicate_shares(document.paragraphs)
         yield Check("duplicate_paragraph_share", parts, at_most=self.max_paragraph_share)
         yield Check("duplicate_paragraph_character_share", characters, at_most=self.max_paragraph_character_share)
         if self.max_sentence_share is not None or self.max_sentence_character_share is not None:
@@ -254,13 +254,15 @@ class Lines(Rule):
         """Measure the lines that are not blank."""
         lines = document.lines
         of = max(len(lines), 1)
-        punctuated = sum(line.endswith(_ENDS) for line in lines)
+        # Blanks at a line's end are no ends of their own: many programs leave one.
+        ends = [line.rstrip() for line in lines]
+        punctuated = sum(line.endswith(_ENDS) for line in ends)
         yield Check("punctuated_line_share", punctuated / of, self.min_punctuated_share)
         short = sum(len(line) <= self.short for line in lines)
         yield Check("short_line_share", short / of, at_most=self.max_short_share)
         bullets = sum(line.lstrip().startswith(_BULLETS) for line in lines)
         yield Check("bullet_line_share", bullets / of, at_most=self.max_bullet_share)
-        cut = sum(line.endswith(_ELLIPSES) for line in lines)
+        cut = sum(line.endswith(_ELLIPSES) for line in ends)
         yield Check("ellipsis_line_share", cut / of, at_most=self.max_ellipsis_share)
         _, characters = duplicate_shares(lines)
         yield Check("repeated_line_character_share", characters, at_most=self.max_duplicate_character_share)

@@ -9,7 +9,7 @@ import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from nemo_cpt.arguments import checked
 from nemo_cpt.corpus.progress import ProgressBar
@@ -330,16 +330,23 @@ def _reply(record: Any) -> Reply:
 
 def _rows(found: Sequence[Measured], sets: Sequence[PromptSet], seed: int) -> Iterator[Row]:
     """The table: the first model against the last, or the only one alone."""
+    alike = _tokenized_alike(found)
     # Paired by place: both models were given the same sets in the same order.
-    before = [measure for _, measure in _measures(found[0], sets)] if len(found) > 1 else None
-    for number, (group, after) in enumerate(_measures(found[-1], sets)):
+    before = [measure for _, measure in _measures(found[0], sets, alike)] if len(found) > 1 else None
+    for number, (group, after) in enumerate(_measures(found[-1], sets, alike)):
         yield compare(group, before[number] if before else None, after, seed)
 
 
-def _measures(found: Measured, sets: Sequence[PromptSet]) -> Iterator[tuple[str, Measure]]:
-    """Every measure of a model with the name of its group, in the table's order."""
+def _tokenized_alike(found: Sequence[Measured]) -> set[str]:
+    """The sets of which every document, or sequence, has as many tokens for all models."""
+    tokens = {name: [list(each.losses[name].tokens) for each in found] for name in found[0].losses}
+    return {name for name, (first, *others) in tokens.items() if all(each == first for each in others)}
+
+
+def _measures(found: Measured, sets: Sequence[PromptSet], alike: set[str]) -> Iterator[tuple[str, Measure]]:
+    """Every measure of a model with the name of its group, in the table's order; see `_tokenized_alike`."""
     for name, loss in found.losses.items():
-        for measure in loss_measures(loss):
+        for measure in loss_measures(loss, comparable=name in alike):
             yield name, measure
     by_name = {each.name: each for each in sets}
     for (name, wrapper), replies in found.replies.items():
@@ -347,15 +354,23 @@ def _measures(found: Measured, sets: Sequence[PromptSet]) -> Iterator[tuple[str,
             yield f"{name} ({wrapper})", measure
 
 
-def loss_measures(loss: "TextLoss") -> Iterator[Measure]:
-    """Bits per byte, loss and perplexity, by unit."""
+def loss_measures(loss: "TextLoss", comparable: bool = True) -> Iterator[Measure]:
+    """Bits per byte, loss and perplexity, by unit.
+
+    Args:
+        loss: of a model on a set.
+        comparable: with the other model's by the token. Where a tokenizer has grown, a token holds more text: its loss
+            is higher also where the model is better.
+    """
     bits = [nats / math.log(2) for nats in loss.nats]
     yield ratio("bits per byte", bits, loss.bytes, better="lower", note=f"first token: {loss.first_token}")
-    nats = ratio("loss", loss.nats, loss.tokens, better="lower", unit="nats per token")
+    better: Literal["lower"] | None = "lower" if comparable else None
+    note = "" if comparable else "the models cut the text into other tokens: compare bits per byte"
+    nats = ratio("loss", loss.nats, loss.tokens, better=better, unit="nats per token", note=note)
     yield nats
     # e to 700 is still a float; a model that is worse has no number worth printing.
     yield Measure(
-        "perplexity", nats.units, lambda chosen: math.exp(min(nats.value(chosen), 700)), "lower", "of a token"
+        "perplexity", nats.units, lambda chosen: math.exp(min(nats.value(chosen), 700)), better, "of a token", note
     )
 
 
@@ -385,7 +400,8 @@ def language_measure(texts: Sequence[str], language: str) -> Measure:
 def _series(
     candidates: Sequence[Candidate], found: Sequence[Measured], sets: Sequence[PromptSet]
 ) -> list[dict[str, Any]]:
-    columns = [dict(((group, each.name), each) for group, each in _measures(one, sets)) for one in found]
+    alike = _tokenized_alike(found)
+    columns = [dict(((group, each.name), each) for group, each in _measures(one, sets, alike)) for one in found]
     steps = [each.step for each in candidates]
     return [
         {

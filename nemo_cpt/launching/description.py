@@ -112,7 +112,7 @@ def describe(
         max_steps=given["max_steps"],
         checkpoints=checkpoints_at_once(
             given["max_steps"],
-            int(given.get("val_check_interval") or max(given["max_steps"] // 10, 1)),
+            int(given.get("save_every") or given.get("val_check_interval") or max(given["max_steps"] // 10, 1)),
             int(given.get("save_top_k", 3)),
         ),
         exports=exports_kept(given["max_steps"], given.get("export_every"), given.get("export_keep")),

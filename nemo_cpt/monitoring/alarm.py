@@ -76,8 +76,9 @@ def _beyond(metrics: list[dict[str, Any]], limits: Mapping[str, float]) -> str |
     reached = forgetting.beyond(forgetting.changes(metrics), limits)
     if reached is None:
         return None
+    before = f"at step {reached.since}" if reached.since else "before the training"
     return (
-        f"{reached.name} is {reached.percent:+.1f} % worse than before the training at step {reached.step}, and "
+        f"{reached.name} is {reached.percent:+.1f} % worse than {before} at step {reached.step}, and "
         f"stop_when allows {limits[reached.name]:+g} %"
     )
 

@@ -152,8 +152,10 @@ def _bytes_per_token(data: Any) -> dict[str, float]:
     for (name, prefix), (start, end) in zip(sets, pairwise(validated.starts), strict=True):
         if not is_conversations(prefix):
             samples = [validated[index] for index in range(start, min(end, start + most))]
-            tokens, labels = (torch.stack([each[key] for each in samples]) for key in ("tokens", "labels"))
-            found[name] = sum(count(tokens, labels)) / labels.numel()
+            tokens, labels, mask = (
+                torch.stack([each[key] for each in samples]) for key in ("tokens", "labels", "loss_mask")
+            )
+            found[name] = sum(count(tokens, labels)) / float(mask.sum())
     return found
 
 

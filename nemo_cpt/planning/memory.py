@@ -48,9 +48,14 @@ class StageMemory:
         return sum(self.parts.values())
 
     @property
+    def reserved(self) -> int:
+        """Bytes that PyTorch's allocator has taken: without CUDA's context."""
+        return self.total - self.parts["CUDA context"]
+
+    @property
     def allocated(self) -> int:
         """Bytes that PyTorch has allocated: without fragmentation and CUDA's context."""
-        return self.total - self.parts["fragmentation"] - self.parts["CUDA context"]
+        return self.reserved - self.parts["fragmentation"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -77,6 +77,8 @@ class Plan:
             "gpu": self.gpu.name,
             "memory_gib": self.memory_gib,
             "peak_gib": round(self.peak_gib, 3),
+            # Of rank 0, whose allocator a run's `gpu_memory_gib` is of: another stage may be fuller.
+            "reserved_gib": round(self.stages[0].reserved / GIB, 3),
             "lower_bound": self.lower_bound,
             "left_out": list(self.workload.unmodelled),
             "stages": [

@@ -109,9 +109,10 @@ def model_flops_per_token(work: Workload) -> float:
 
     Recomputation is not counted, nor the gradients of frozen weights; of attention half the square.
     """
-    linear = work.num_layers * work.linear_parameters + work.vocab_size * work.hidden_size
+    layers = (4 if work.lora_rank else 6) * work.num_layers * work.linear_parameters
+    head = (6 if work.trains_head else 4) * work.vocab_size * work.hidden_size
     attention = 3 * 2 * work.num_layers * work.seq_length * work.query_size
-    return (4 if work.lora_rank else 6) * linear + attention + 6 * work.adapter_parameters
+    return layers + head + attention + 6 * work.adapter_parameters
 
 
 def _micro_batch_seconds(work: Workload, gpu: Gpu) -> float:

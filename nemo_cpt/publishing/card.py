@@ -156,13 +156,17 @@ def _data(training: Mapping[str, Any], tokens: int | None) -> Iterator[str]:
     ))  # fmt: skip
 
 
-def _losses(found: Sequence[Mapping[str, float]]) -> Iterator[str]:
+def _losses(found: Sequence[Mapping[str, float | None]]) -> Iterator[str]:
     if not found:
         return
     first, last = found[0], found[-1]
     columns = ("held-out loss (nats per token)", f"at step {first['step']}", f"at step {last['step']}")
     names = [name for name in last if name != "step" and name in first]
-    yield from _table(columns, ((name, f"{first[name]:.4f}", f"{last[name]:.4f}") for name in names))
+    yield from _table(columns, ((name, _loss(first[name]), _loss(last[name])) for name in names))
+
+
+def _loss(loss: float | None) -> str:
+    return "NaN" if loss is None else f"{loss:.4f}"  # as the run's record holds what was not finite
 
 
 def _sets(training: Mapping[str, Any]) -> list[tuple[str, float]]:

@@ -107,8 +107,11 @@ def read_file(run_folder: str | Path, file: str) -> dict[str, Any]:
         return {}
 
 
-def validation_losses(run_folder: str | Path) -> list[dict[str, float]]:
-    """Each set's loss at the first and at the last validation of a run, by name, with the `step`; empty without one."""
+def validation_losses(run_folder: str | Path) -> list[dict[str, float | None]]:
+    """Each set's loss at the first and at the last validation of a run, by name, with the `step`; empty without one.
+
+    None stands for a loss that was NaN or infinite.
+    """
     found = [
         {"step": int(line["step"])}
         | {name.removeprefix(LOSS): value for name, value in line.items() if name.startswith(LOSS)}

@@ -98,7 +98,7 @@ def _forgetting(axis: Any, records: Sequence[Record]) -> None:
                 axis.errorbar(change.step, change.percent, yerr=error, color=colour, capsize=4, elinewidth=1.4)
     if axis.has_data():
         axis.axhline(0, color="black", linewidth=0.8)
-        axis.set(ylabel="loss since step 0, %", title="gained (below 0) and forgotten (above 0)")
+        axis.set(ylabel="loss since the first validation, %", title="gained (below 0) and forgotten (above 0)")
 
 
 def _throughput(axis: Any, records: Sequence[Record]) -> None:

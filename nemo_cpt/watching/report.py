@@ -121,7 +121,7 @@ def came_and_planned(record: Record) -> Iterator[tuple[str, str]]:
     if speed := record.tokens_per_second:
         yield "tokens/s", f"{speed:,.0f}" + _beside(speed, plan.get("tokens_per_second"), ",.0f")
     if memory := record.last(GPU_MEMORY):
-        yield "GPU memory, GiB", f"{memory:.1f}" + _beside(memory, plan.get("peak_gib"), ".1f")
+        yield "GPU memory, GiB", f"{memory:.1f}" + _beside(memory, plan.get("reserved_gib"), ".1f")
     if reason := record.description.get("plan", {}).get("unknown"):
         yield "plan", f"none: {reason}"
 
@@ -147,7 +147,7 @@ def cells(record: Record, change: Change) -> tuple[str, ...]:
     end = "" if change.at_end is None else f"{100 * (change.at_end / change.first - 1):+.2f} %"
     verdict = "worse" if change.worse else "better" if change.better else ""
     first, now = (f"{scale * loss:.4f}" for loss in (change.first, change.value))
-    return change.name, unit, first, now, f"{change.percent:+.2f} %", error, end, verdict
+    return change.name, unit, first + change.first_step, now, f"{change.percent:+.2f} %", error, end, verdict
 
 
 def _as_dict(record: Record, change: Change) -> dict[str, Any]:
@@ -155,6 +155,8 @@ def _as_dict(record: Record, change: Change) -> dict[str, Any]:
     return {
         "set": change.name,
         "unit": unit,
+        "since": change.since,
+        "step": change.step,
         "first": scale * change.first,
         "value": scale * change.value,
         "percent": change.percent,

@@ -104,7 +104,8 @@ def _sets(record: Record) -> "RenderableType":
     for change in record.changes.values():
         scale, unit = record.unit(change.name)
         mark, style = MARKS["worse" if change.worse else "better" if change.better else ""]
-        numbers = (f"{scale * change.first:.4f}", f"{scale * change.value:.4f}", f"{change.percent:+.2f} %")
+        first, now = f"{scale * change.first:.4f}{change.first_step}", f"{scale * change.value:.4f}"
+        numbers = (first, now, f"{change.percent:+.2f} %")
         table.add_row(
             *(Text(each) for each in (change.name, *numbers)), Text(mark, style=style), Text(unit, style="dim")
         )
@@ -171,7 +172,8 @@ def lines(shown: Snapshot, before: Snapshot | None) -> Iterator[str]:
         if told.get(change.name) != change.step:
             scale, unit = record.unit(change.name)
             mark = MARKS["worse" if change.worse else "better" if change.better else ""][0]
-            numbers = f"{scale * change.first:.4f} -> {scale * change.value:.4f} {unit} ({change.percent:+.2f} %)"
+            first, now = f"{scale * change.first:.4f}{change.first_step}", f"{scale * change.value:.4f}"
+            numbers = f"{first} -> {now} {unit} ({change.percent:+.2f} %)"
             yield f"validation at step {change.step}: {change.name} {numbers} {mark}".rstrip()
     yield from (f"saved {name}" for name in reversed(shown.saved) if before is None or name not in before.saved)
     fresh = shown.warnings[len(before.warnings) :] if before else shown.warnings

@@ -253,6 +253,7 @@ def test_a_file_in_the_way_of_the_folder(tmp_path: Path, documents: list[str], o
         ({"validation": 0.6, "test": 0.4}, "together below 1"),
         ({"validation": 0}, "Nothing is held out"),
         ({"similarity": 0}, "similarity is 0"),
+        ({"similarity": 0.3}, r"similarity is 0.3; it must lie between 0.5 and 1: .* most would not be found"),
         ({"drop": "all"}, "drop is 'all'"),
         ({"validation": 1e-9}, "validation set is empty"),
     ],

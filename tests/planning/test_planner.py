@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from nemo_cpt.errors import CptError
 from nemo_cpt.planning import ALLOWED, Workload, fit_workload, memory, plan_workload
 from nemo_cpt.planning.hardware import GIB, gpu, of_device, usable_gib
+from nemo_cpt.planning.throughput import model_flops_per_token
 from tests.support.cost import within_cpu_seconds
 
 LLAMA = {
@@ -34,6 +35,16 @@ def llama(**changes) -> Workload:
 def test_parameters_are_llama_31_8bs() -> None:
     assert llama().parameters == 8_030_261_248
     assert llama(lora_rank=32).adapter_parameters == 32 * 32 * 69_632
+
+
+def test_operations_are_those_of_the_products() -> None:
+    """Forward 2 a weight; backward 2 for the inputs' gradients, and 2 for those of the weights that are trained."""
+    layers, head, attention = 32 * 218_103_808, 128_256 * 4096, 6 * 32 * 8192 * 4096
+    assert model_flops_per_token(llama()) == 6 * (layers + head) + attention
+    adapters = 32 * 32 * 69_632
+    assert model_flops_per_token(llama(lora_rank=32)) == 4 * (layers + head) + 6 * adapters + attention
+    trained = llama(lora_rank=32, trained_embeddings=True)
+    assert model_flops_per_token(trained) == 4 * layers + 6 * (head + adapters) + attention
 
 
 @given(st.lists(st.integers(1, 10**8), min_size=1, max_size=12), st.sampled_from([2, 3, 8]))
@@ -253,6 +264,15 @@ class TestFit:
     def test_an_unknown_knob_is_refused(self) -> None:
         with pytest.raises(CptError, match=r"allow names \['speed'\]"):
             fit_workload(llama(), 48, allow=["speed"])
+
+
+def test_what_a_run_measures_is_planned_of_the_same_gpu() -> None:
+    """Rank 0 has the first stage, and its allocator does not see CUDA's context; the peak is of the last stage here."""
+    found = plan_workload(llama(num_layers=4, gpus=2, pipeline_model_parallel_size=2, loss="plain"))
+    first, last = found.stages
+    assert found.peak_gib == last.total / GIB > first.total / GIB
+    reserved = sum(size for name, size in first.parts.items() if name != "CUDA context")
+    assert found.as_dict()["reserved_gib"] == pytest.approx(reserved / GIB, abs=1e-3)
 
 
 def test_fp8_is_refused_on_a_card_without_it() -> None:

@@ -21,7 +21,7 @@ def describe(folder: Path, **changes: object) -> None:
     """Write `metrics/run.json`, as `DescribeRun` does."""
     path = folder / RUN_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    plan = {"tokens_per_second": 9000.0, "peak_gib": 20.0, "gpu": "H200"}
+    plan = {"tokens_per_second": 9000.0, "peak_gib": 24.0, "reserved_gib": 20.0, "gpu": "H200"}
     about = {
         "started": "2026-01-02 03:04:05+00:00",
         "resumed": False,

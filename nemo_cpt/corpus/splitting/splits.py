@@ -35,7 +35,7 @@ from nemo_cpt.corpus.reading.sources import (
     list_sources,
 )
 from nemo_cpt.corpus.reading.tally import Policy, Tally
-from nemo_cpt.corpus.splitting.duplicates import HeldOut, fingerprint, sketch
+from nemo_cpt.corpus.splitting.duplicates import HeldOut, check_similarity, fingerprint, sketch
 from nemo_cpt.errors import CptError
 
 CHUNK = 2 << 20
@@ -148,8 +148,7 @@ def check_options(
         raise CptError(f"validation is {validation} and test {test}; shares lie between 0 and 1, together below 1.")
     if validation == 0 and test == 0:
         raise CptError("Nothing is held out: give validation or test a share above 0, such as validation=0.01.")
-    if not 0 < similarity <= 1:
-        raise CptError(f"similarity is {similarity}; it must lie above 0 and not above 1.")
+    check_similarity("similarity", similarity)
     if drop not in DROPS:
         raise CptError(f"drop is {drop!r}; it can be {', '.join(DROPS)}.")
 
