@@ -228,3 +228,29 @@ def test_a_card_of_a_size_is_one_that_the_planner_knows() -> None:
     assert [getattr(of_size(size), "name", None) for size in (24, 48, 80, 141, 96)] == [
         "RTX 4090", "RTX 6000 Ada", "H100", "H200", None
     ]  # fmt: skip
+
+
+def test_a_locale_that_is_not_utf_8_changes_no_name_and_no_text(tmp_path: Path) -> None:
+    (tmp_path / "文書.jsonl").write_text("".join(f'{{"text": "Text {n}."}}\n' for n in range(9)), "utf-8")
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = nemo_cpt("split", "文書.jsonl", "-o", "分割", "--validation", "0.3", cwd=tmp_path, **ascii_only)
+    assert done.returncode == 0, done.stderr
+    assert "分割/train.jsonl" in done.stdout
+    assert (tmp_path / "分割/train.jsonl").is_file()
+
+
+@pytest.mark.parametrize("stream", ["<", ">", "2>"])
+def test_a_standard_stream_that_is_closed_changes_no_exit_code(stream: str) -> None:
+    command = f"{sys.executable} -m nemo_cpt.cli recipes {stream}&-"
+    assert subprocess.run(command, shell=True, capture_output=True).returncode == 0
+
+
+def test_what_the_machine_refuses_is_one_line(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "nemo_cpt.cli", "recipes", "--json"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "nemo-cpt: No space left on device\n")
+    (tmp_path / "file").touch()
+    name = "n" * 300 + ".yaml"
+    done = nemo_cpt("copy", "tiny", name, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, f"nemo-cpt: {name}: File name too long\n")
