@@ -31,6 +31,13 @@ def send_nowhere(descriptor: int) -> None:
     os.close(nowhere)
 
 
+def span(seconds: float) -> str:
+    """A length of time as people read it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"
+
+
 def hold_standard_streams() -> None:
     """Open those that this process was started without, to nowhere.
 
