@@ -49,8 +49,10 @@ def export_command(
     chat_template: Annotated[
         str | None,
         typer.Option(
+            "--chat-template",
+            "--template",
             help="llama3, chatml, mistral, alpaca-ja, -en, -zh, tokenizer, or a Jinja file; none: the base's files "
-            "as they are; default: what the run was tuned on."
+            "as they are; default: what the run was tuned on.",
         ),
     ] = None,
     ignore_field: _Ignore = [],  # noqa: B006
@@ -205,11 +207,19 @@ def _print(report: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(report))
         return
-    print_pairs((name.replace("_", " "), _shown(value)) for name, value in report.items() if name != "warnings")
+    print_pairs((name.replace("_", " "), shown(value)) for name, value in report.items() if name != "warnings")
 
 
-def _shown(value: object) -> str:
-    return (", ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)) or "none"
+def shown(value: object) -> str:
+    """A field of a report as people read it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, (tuple, list)):
+        return ", ".join(map(str, value)) or "none"
+    # "none" of what was not looked at, as logits with --no-logits, would be read as no difference.
+    return "-" if value is None else str(value) or "none"
 
 
 @contextmanager

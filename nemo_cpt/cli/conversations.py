@@ -107,7 +107,9 @@ def synthesize(
     seed: Annotated[int, typer.Option(help="What is chosen.")] = 0,
     endpoint: Annotated[str | None, typer.Option(help="Base address of an OpenAI-compatible server.")] = None,
     model: Annotated[str | None, typer.Option(help="The model's name there.")] = None,
-    licence: Annotated[str | None, typer.Option(help="The licence of the model's outputs.")] = None,
+    licence: Annotated[
+        str | None, typer.Option("--licence", "--license", help="The licence of the model's outputs.")
+    ] = None,
     pairs: Annotated[int, typer.Option(help="Questions to ask the model for about a passage.")] = 3,
     concurrency: Annotated[int, typer.Option(help="Requests at once.")] = 4,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,

@@ -14,7 +14,7 @@ from nemo_cpt.cli.launch import only_json_on_stdout
 from nemo_cpt.cli.recipe_arguments import Executor
 from nemo_cpt.cli.tables import print_json, print_plain, print_report
 from nemo_cpt.errors import CptError
-from nemo_cpt.output import size_of
+from nemo_cpt.output import size_of, span
 
 if TYPE_CHECKING:
     from nemo_cpt.corpus import PrepareReport
@@ -84,7 +84,9 @@ def prepare(
     template: Annotated[
         str | None,
         typer.Option(
-            help="Conversations: llama3, chatml, mistral, alpaca-ja, -en, -zh, tokenizer (its own), or a Jinja file."
+            "--template",
+            "--chat-template",
+            help="Conversations: llama3, chatml, mistral, alpaca-ja, -en, -zh, tokenizer (its own), or a Jinja file.",
         ),
     ] = None,
     form: Annotated[
@@ -192,21 +194,15 @@ def _print_estimate(estimate: "Estimate", asked: int, json: bool) -> None:
     rows = {
         "tasks": f"{estimate.tasks:,}{fewer}",
         "inputs": f"{size_of(estimate.stored)} on disk, about {size_of(estimate.text)} of text",
-        "largest share": f"{size_of(estimate.largest)}, about {_span(estimate.task_seconds)}",
-        "all tasks": f"about {_span(estimate.all_seconds)} of one task's time",
-        "join": f"about {_span(estimate.join_seconds)}",
+        "largest share": f"{size_of(estimate.largest)}, about {span(estimate.task_seconds)}",
+        "all tasks": f"about {span(estimate.all_seconds)} of one task's time",
+        "join": f"about {span(estimate.join_seconds)}",
         "dataset": f"about {estimate.tokens / 1e6:,.0f} M tokens, {size_of(estimate.dataset)}",
         "disk": f"{size_of(estimate.disk)} beside the inputs, until the parts are joined",
         "network": f"{size_of(estimate.network)} read and written in all",
         "submitted": "nothing: this is a dry run",
     }
     print_report(rows, [])
-
-
-def _span(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:,.0f} minutes" if seconds < 5400 else f"{seconds / 3600:,.1f} hours"
 
 
 def print_prepared(report: "PrepareReport", json: bool) -> None:

@@ -18,9 +18,9 @@ def evaluate_command(
     model: Annotated[
         str | None, typer.Argument(help="Hugging Face folder, NeMo checkpoint, run folder, or an endpoint's address.")
     ] = None,
-    output: Annotated[Path, typer.Option(help="Folder of the report; run again, an evaluation goes on there.")] = Path(
-        "evaluation"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the report; run again, an evaluation goes on there.")
+    ] = Path("evaluation"),
     against: Annotated[str | None, typer.Option(help="The model to compare with, of the same forms.")] = None,
     checkpoints: Annotated[Path | None, typer.Option(help="A run's folder: all of its checkpoints.")] = None,
     loss: Annotated[list[str] | None, typer.Option(help="NAME=PATH: a Megatron prefix, or a file of texts.")] = None,

@@ -105,7 +105,9 @@ def run(
     overrides: Pairs = None,
     executor: Executor = None,
     detach: Annotated[bool, typer.Option("--detach", help="Return once the job is submitted.")] = False,
-    dryrun: Annotated[bool, typer.Option("--dryrun", help="Print what would be run where, and run nothing.")] = False,
+    dryrun: Annotated[
+        bool, typer.Option("--dry-run", "--dryrun", help="Print what would be run where, and run nothing.")
+    ] = False,
     plain: Annotated[bool, typer.Option("--plain", help="Print the job's log, on a terminal too.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Build the recipe here first; imports NeMo.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Launch although the doctor finds it red.")] = False,
@@ -160,7 +162,9 @@ def run(
     if dryrun and not json:
         shown = result | {"submitted": "nothing: this is a dry run; --json shows what would be"}
         if refused:
-            shown["submitted"] = f"nothing, and without --dryrun it would be refused; errors, see above: {len(refused)}"
+            shown["submitted"] = (
+                f"nothing, and without --dry-run it would be refused; errors, see above: {len(refused)}"
+            )
         print_pairs(shown.items())
     if json:
         print(jsonlib.dumps(result | ({"refused": refused} if dryrun else {})))

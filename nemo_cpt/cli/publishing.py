@@ -21,7 +21,8 @@ def push_command(
         str | None, typer.Option(help="The base on the hub, OWNER/NAME[@REVISION]; default: the downloaded one.")
     ] = None,
     base_licence: Annotated[
-        str | None, typer.Option("--license", help="The base's licence, where neither its text nor its card says it.")
+        str | None,
+        typer.Option("--license", "--licence", help="The base's licence, where neither its text nor its card says it."),
     ] = None,
     language: Annotated[
         list[str] | None, typer.Option(help="Code of a language for the card; repeatable; default: the datasets'.")

@@ -192,7 +192,6 @@ def _exported(checkpoint: Path, base: str | Path | None, say: Callable[[str], No
         say(f"its export is in the cache: {export}")
         return export
     say(f"exporting {checkpoint} into the cache: {export}")
-    export.parent.mkdir(parents=True, exist_ok=True)
     try:
         export_hf(checkpoint, export, base)
     except CptError:

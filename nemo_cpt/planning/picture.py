@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from nemo_cpt.output import span
 from nemo_cpt.planning.hardware import GIB
 from nemo_cpt.planning.plans import Plan
 
@@ -49,7 +50,7 @@ def lines(plan: Plan, tokens: float | None = None) -> Iterator[str]:
         f"{speed.model_tflops:.0f} model TFLOP/s), {speed.step_seconds:.2f} s a step; {speed.error}"
     )
     if tokens:
-        yield f"time: {speed.hours(tokens):.1f} hours for {tokens / 1e9:.3f} B tokens"
+        yield f"time: {span(speed.hours(tokens) * 3600)} for {tokens:,.0f} tokens"
     host = ", ".join(f"{name} {size / GIB:.0f}" for name, size in plan.host.parts.items() if size)
     yield f"host: {plan.host.total / GIB:.0f} GiB a node ({host})"
     if plan.lower_bound:

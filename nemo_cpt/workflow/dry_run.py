@@ -7,7 +7,7 @@ from typing import Any
 from nemo_cpt.corpus.atomic_files import make_folder
 from nemo_cpt.doctor import Finding
 from nemo_cpt.errors import CptError
-from nemo_cpt.output import size_of
+from nemo_cpt.output import size_of, span
 from nemo_cpt.workflow.estimates import Estimate, Estimates
 from nemo_cpt.workflow.standing import Chosen, Standing, check_free, standings
 from nemo_cpt.workflow.state import State
@@ -56,7 +56,7 @@ class DryRun:
             "",
             "",
             more.strip(),
-            _time(seconds),
+            span(seconds),
             f"{memory:,.1f} GiB" if memory else "",
             size_of(disk),
             "",
@@ -132,11 +132,5 @@ def refuse_red(found: DryRun) -> None:
 def _cells(estimate: Estimate) -> tuple[str, str, str, str]:
     memory = UNKNOWN if estimate.memory_gib is None else f"{estimate.memory_gib:,.1f} GiB"
     disk = UNKNOWN if estimate.disk_bytes is None else size_of(estimate.disk_bytes)
-    time = UNKNOWN if estimate.seconds is None else _time(estimate.seconds)
+    time = UNKNOWN if estimate.seconds is None else span(estimate.seconds)
     return time, memory, disk, estimate.note
-
-
-def _time(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:,.0f} s"
-    return f"{seconds / 60:,.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"

@@ -276,7 +276,7 @@ def test_a_dry_run_of_what_is_refused_says_so(world, tmp_path):
     assert done.returncode == 3
     assert "nemo-cpt: error: base: the base nowhere is not there" in done.stderr
     last = done.stdout.splitlines()[-1]
-    assert last == "submitted\tnothing, and without --dryrun it would be refused; errors, see above: 1"
+    assert last == "submitted\tnothing, and without --dry-run it would be refused; errors, see above: 1"
 
 
 def test_force_launches_what_is_red(world, tmp_path):
