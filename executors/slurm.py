@@ -168,8 +168,10 @@ def slurm(
     if workdir is None and tunnel == "local":
         workdir = os.getcwd()
     _check_workdir(workdir)
+    # What is not on this machine's disks cannot be completed or looked at from here.
     elsewhere = tunnel != "local" or container_image is not None
     workdir, venv = _path("workdir", workdir, elsewhere), _path("venv", venv, elsewhere)
+    # Pyxis takes both; `~` and `.` would be the compute node's.
     if container_image and container_image.startswith(("~", ".")):  # a file, and not a registry's image
         container_image = _path("container_image", container_image, tunnel != "local")
 

@@ -156,6 +156,7 @@ def continual_pretrain(
         log=parts.log(directory, name, save_every, logger),
         resume=parts.resume(base, extend),
     )
+    # Each reads what the recipe has by now: its data, its validation sets, where and how often it saves.
     parts.set_seed(recipe, seed)
     parts.stop_early(recipe, early_stop, patience)
     parts.stop_when_worse(recipe, stop_when)
@@ -238,6 +239,7 @@ def with_lora(
             `peft_scheme`; the recipe trains a grown base's new rows first, and they are frozen.
     """
     check(Settings(rank=rank, embeddings_lr=embeddings_lr))
+    # It may stand in the full-parameter recipe that this one is made of.
     grown = next((each for each in recipe.trainer.callbacks if each.__fn_or_cls__ is GrownRowsFirst), None)
     check_grown_rows_first(grown and grown.steps, None, frozen=embeddings_lr is None)
     if getattr(recipe.model.config, "position_embedding_type", None) == "learned_absolute":

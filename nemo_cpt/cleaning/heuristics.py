@@ -20,6 +20,7 @@ from nemo_cpt.cleaning.repetition import character_ngrams, duplicate_shares, wor
 from nemo_cpt.cleaning.rule import Check, Rule
 from nemo_cpt.errors import CptError
 
+# By n of the n-grams.
 GOPHER_TOP = {2: 0.20, 3: 0.18, 4: 0.16}
 GOPHER_REPEATED = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 GOPHER_STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
@@ -427,6 +428,7 @@ class Boilerplate(Rule):
         """Remove the lines; nothing is measured."""
         lines = document.text.split("\n")
         lowered = document.text.lower()
+        # Most texts hold none of them: then no line is looked at.
         wanted = [phrase for phrase in self.phrases if phrase.lower() in lowered]
         if wanted or self.min_words:
             kept = [line for line in lines if not self._is_boilerplate(line, wanted)]

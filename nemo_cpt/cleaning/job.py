@@ -260,6 +260,7 @@ class Cleaning:
             bar = stack.enter_context(ProgressBar("cleaning", total, quiet))
             for task, portion in in_order(self._take, Feed(self.sources, None, _CHUNK), workers):
                 source = self.sources[task.source]
+                # With its last piece an input has been read whole: only now is its hash known.
                 if task.last:
                     check_unchanged(source, task)
                     self.hashes[task.path] = task.hash
@@ -269,7 +270,7 @@ class Cleaning:
                 sketches.write(portion.sketches.tobytes())
                 self.counts.add(portion.counts)
                 bar.update(before[task.source] + task.done, self.counts.documents)
-            for file in (kept, dropped):
+            for file in (kept, dropped, sketches):
                 _sync(file)
 
     def _take(self, task: Task) -> _Portion:
@@ -302,6 +303,7 @@ class Cleaning:
         return portion
 
     def _line(self, record: Record, document: Document) -> bytes:
+        # As it came, to the byte: to write it anew could change numbers and escapes.
         if document.text == record.text:
             return record.line + b"\n"
         return to_json(record.value | {self.json_key: document.text}) + b"\n"
@@ -310,6 +312,7 @@ class Cleaning:
         """Move duplicates from the kept documents to the dropped ones."""
         if not duplicates:
             return
+        # Documents are lines of the file: a duplicate's number is that of its line.
         every = np.ones(self.counts.kept, bool)
         every[[each.document for each in duplicates]] = False
         lines = np.cumsum(every)  # of each kept document in the file to come

@@ -163,4 +163,5 @@ def _explain(place: str, rules: "Rules", json_key: str, json: bool) -> None:
 def _as_dict(found: "Examination") -> dict[str, Any]:
     checks = [{"rule": rule} | check._asdict() | {"passes": check.passes} for rule, check in found.checks]
     failed = None if found.failed is None else {"rule": found.failed[0], "measure": found.failed[1].measure}
+    # `+` leaves away what a Counter has counted 0 times.
     return {"checks": checks, "dropped_by": failed, "changes": +found.document.changes, "text": found.document.text}

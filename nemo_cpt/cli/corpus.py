@@ -143,6 +143,7 @@ def prepare(
 
 def without_executors(inputs: list[str]) -> tuple[list[str], list[str]]:
     """Part the inputs from the `executor.key=value` among them, whose prefix they lose."""
+    # Typer has one list of words without dashes: files and the executor's options come mixed.
     pairs = [each for each in inputs if each.startswith("executor.") and "=" in each]
     return [each for each in inputs if each not in pairs], [pair.removeprefix("executor.") for pair in pairs]
 
@@ -241,6 +242,7 @@ def print_prepared(report: "PrepareReport", json: bool) -> None:
 def _refuse(context: typer.Context, names: tuple[str, ...], why: str) -> None:
     """Refuse options that were given and would do nothing."""
     for name in names:
+        # A default is nobody's wish: what was typed alone is refused.
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             raise CptError(f"--{name.replace('_', '-')} {why}.")
@@ -362,6 +364,7 @@ def _share_or_inputs(value: str) -> float | str:
     try:
         return float(value)
     except ValueError:
+        # "10%" and "0,1" are meant for a share, and would be looked for as a file.
         if re.fullmatch(r"[\d.,]+\s*%?", value) and not Path(value).exists():
             raise CptError(f"{value} is no share: write it as 0.1, which is 10 %.") from None
         return value

@@ -61,6 +61,7 @@ def print_findings(findings: Sequence["Finding"], every: bool = False) -> None:
         findings: what was found.
         every: a line each on a terminal, too.
     """
+    # Stable: findings of one state stay in the examination's order, from the machine to the job.
     findings = sorted(findings, key=lambda each: list(MARKS).index(each.state))
     if not sys.stdout.isatty():
         print("\n".join("\t".join((each.state, each.name, each.found, each.cure)).rstrip() for each in findings))

@@ -47,6 +47,7 @@ def evaluate_command(
     """
     from nemo_cpt.evaluation import evaluate, report
 
+    # Said ahead of an hour's work that nobody asked for by name.
     if limit is None and not (loss or prompts or tasks or judge or quiet):
         _say(
             "measuring every default set whole; --limit 20 takes 20 of each, --loss, --prompts and --tasks choose sets"

@@ -96,6 +96,7 @@ def _side(model: str, key_variable: str | None, options: dict[str, Any], plain: 
     key = key_of_variable(key_variable)
     with Console(stderr=True).status(f"loading {model}"):
         engine = open_engine(model, api_key=key, say=_say, **({} if is_address(model) else options))
+    # An endpoint's engine says nothing of it: the template is its server's.
     if not plain and not getattr(engine, "has_chat_template", True):
         _say(f"{model} has no chat template: it continues your text (--chat-template alpaca-en gives it one)")
         plain = True
@@ -187,6 +188,7 @@ def _become_vllm(
 
 
 def _given(**options: Any) -> dict[str, Any]:
+    # What was not typed is left to the library's own default, which thus stands in one place.
     return {name: value for name, value in options.items() if value is not None}
 
 

@@ -138,6 +138,7 @@ def run(
         job = describe(function, arguments, fields, executor, options)
         # Not for a cluster's files, which this machine does not see.
         if job.place.same_files and (said := nothing_to_train(function.name, arguments, fields, job.place.here)):
+            # sys.stdout leads to stderr in this block.
             print(said if not json else jsonlib.dumps({"finished": said}), file=sys.__stdout__)
             return
         # A dry run is to show the script, whatever this machine lacks.

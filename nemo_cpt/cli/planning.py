@@ -37,6 +37,7 @@ def plan(
 
     hardware.gpu(gpu)  # before a process imports NeMo to read the recipe
     work = read(recipe, overrides, gpus)
+    # A size alone says how much fits; how fast it is takes a card, the one that is sold with it.
     assumed = None if gpu or gpu_memory is None else hardware.of_size(gpu_memory)
     gpu = assumed.name if assumed else gpu
     planned = plan_workload(work, gpu_memory, gpu)

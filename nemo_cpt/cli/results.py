@@ -87,6 +87,7 @@ def _of_run(run: "Run") -> dict[str, Any]:
 def _print_checkpoints(run: "Run", json: bool) -> None:
     from nemo_cpt.launching import results
 
+    # `-last` and its like are other names of a checkpoint, and take no place of their own.
     links = [path for path in (run.folder / "checkpoints").glob("*") if path.is_symlink() and path.exists()]
     found: list[dict[str, Any]] = [
         {

@@ -42,6 +42,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 def size_of(nbytes: int) -> str:
     """Return a number of bytes as people read it."""
+    # Decimal, as disks are sold; memory alone is told in GiB.
     return f"{nbytes / 1e9:,.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:,.1f} MB"
 
 

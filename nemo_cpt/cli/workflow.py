@@ -22,6 +22,7 @@ class _FileFirst(TyperGroup):
     """A group whose `run` needs not be written: `nemo-cpt workflow FILE`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        # A file named `new` or `compare` is written ./new.
         if args and args[0] not in (*self.commands, "--help", "-h"):
             args = [RUN, *args]
         return super().parse_args(ctx, args)

@@ -58,7 +58,7 @@ def pretrain(
         progress: called after each step with the step's number and its loss in nats per token.
         seq_length: tokens of a sequence.
         batch_size: sequences of a step.
-        lr: peak learning rate of a cosine to a tenth.
+        lr: peak learning rate, reached after a tenth of the steps; a cosine leads up to it and down from it.
         seed: of initial weights and order.
     """
     torch.manual_seed(seed)
