@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from nemo_cpt.corpus.atomic_files import write_whole
+
 LANGUAGES = {"ja": "Japanese", "en": "English"}
 
 
@@ -48,6 +50,4 @@ def plot(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
 
 def write(report: dict[str, Any], path: Path) -> None:
     """Write the report as JSON, whole or not at all."""
-    beside = path.with_suffix(".partial")
-    beside.write_text(json.dumps(report, indent=2) + "\n")
-    beside.replace(path)
+    write_whole(path, (json.dumps(report, indent=2) + "\n").encode())

@@ -78,7 +78,7 @@ def _grace(partition: str | None) -> tuple[int, int | None]:
     shown = [line for line in _said("scontrol", "--oneliner", "show", "partition").splitlines() if line]
     chosen = [line for line in shown if _is_chosen(line, partition) and not re.search(r" PreemptMode=(OFF|N/A)", line)]
     periods = [int(found[1]) for line in chosen if (found := re.search(r" GraceTime=(\d+)", line))]
-    return int(kill_wait[1]) if kill_wait else 30, min(periods, default=None)
+    return int(kill_wait[1]) if kill_wait else 30, min(periods, default=None)  # 30 is Slurm's default
 
 
 def _is_chosen(line: str, partition: str | None) -> bool:
@@ -111,6 +111,7 @@ def _partitions() -> list[Partition]:
     found = []
     for line in _said("sinfo", "--noheader", "--format=%P|%a|%D|%G").splitlines():
         name, availability, nodes, resources = (part.strip() for part in line.split("|"))
+        # sinfo marks the default partition by a star.
         found.append(Partition(name.removesuffix("*"), name.endswith("*"), availability == "up", int(nodes), resources))
     return found
 

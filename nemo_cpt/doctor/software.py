@@ -186,6 +186,7 @@ def _of_package(package: Package, examination: Examination) -> Finding:
             return Finding(package.name, "skipped", "not installed; runs on the CPU do without")
         state: State = "warning" if package.optional and not (job and job.gpus_per_node) else "error"
         return Finding(package.name, state, "not installed", package.cure)
+    # NVIDIA's containers bring pre-releases of torch, such as 2.9.0a0.
     if installed in SpecifierSet(package.works, prereleases=True):
         return Finding(package.name, "ok", str(installed))
     why = f" ({package.otherwise})" if package.otherwise else ""

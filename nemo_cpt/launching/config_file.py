@@ -228,6 +228,7 @@ def _may_be_plain(text: str) -> bool:
         yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError:
         return False
+    # Marks that may mean something where this text is put, in a list or behind a key, though not alone.
     return text.isprintable() and text == text.strip() and not set(text) & set("#,[]{}&*!|>%@`")
 
 

@@ -112,6 +112,7 @@ def describe(
         max_steps=given["max_steps"],
         checkpoints=checkpoints_at_once(
             given["max_steps"],
+            # As `instruction_tune` has it where nothing is given.
             int(given.get("val_check_interval") or max(given["max_steps"] // 10, 1)),
             int(given.get("save_top_k", 3)),
         ),

@@ -78,6 +78,7 @@ def prepare_in_tasks(
         remove_parts(plan.folder)
         return whole.report(parts.settings_of(plan), "unchanged", {})
     executor = _made(executor, detach)
+    # Once the executor is known; no part of what makes the job, which may go on with other workers.
     plan.settings["options"]["workers"] = _workers(options.get("workers"), executor, tasks)
     _say_if_fewer(plan, tasks)
     numbers = parts.take_up(plan, loaded)

@@ -53,6 +53,7 @@ class DescribeRun(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Say that the run has ended in good order, now that its last checkpoint is written."""
+        # Lightning's max_steps is -1 where there is no limit.
         finished = trainer.global_step >= trainer.max_steps > 0
         self._write_end(trainer, "finished" if finished else "ended early", "")
 

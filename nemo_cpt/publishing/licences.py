@@ -97,6 +97,7 @@ def breaches(found: Licence, repo_id: str, folder: Path) -> Iterator[str]:
     """What a licence asks and publishing a folder under a name would not give, in words that say what to do."""
     title = found.name or found.id
     name = repo_id.partition("/")[2]
+    # What stands between words does not count: Llama-3-ja begins with "Llama 3".
     if found.prefix and not re.sub(r"[-_ ]", "", name).lower().startswith(re.sub(" ", "", found.prefix).lower()):
         wanted = f"{found.prefix.replace(' ', '-')}-..."
         yield f"the licence {title} asks that the model's name begins with {found.prefix!r}: {wanted}, not {name}"

@@ -122,6 +122,7 @@ def push(
     if not dry_run:
         visible = "public" if public else "private"
         say(f"{len(contents)} files, {size / 1e9:.2f} GB, to {url}, {visible}")
+        # `_refusals` within: what only a push meets is said before `explained` says it of any request.
         with explained("model", repo_id, url), _refusals(repo_id, url), progress_bars(sys.stderr.isatty()):
             url = _send(api, repo_id, contents, private=private, replace=replace)
     return PushReport(
@@ -229,6 +230,7 @@ def _refuse_private(folder: Path, contents: dict[str, Path | bytes], api: Any) -
     paths = {f"{place}/": "a path of this machine" for place in places if len(place) > _SHORT}
     tokens = {token: "your token" for token in (api.token, get_token()) if token}
     for name, content in contents.items():
+        # Binary, with no text of ours in them, and of many gigabytes.
         if name.endswith((".safetensors", ".model")):
             continue
         text = _text(content)
@@ -269,6 +271,7 @@ def _check_repository(api: Any, info: Any, *, private: bool, replace: bool) -> N
             f"{page} is {'private' if info.private else 'public'} already: "
             f"{'leave --public away' if info.private else 'give --public'}, or change it in {page}/settings"
         )
+    # The hub itself puts that one into a new repository.
     others = {file.rfilename for file in info.siblings or []} - {".gitattributes"}
     if others and not replace and TAG not in ((info.card_data and info.card_data.get("tags")) or []):
         raise CptError(

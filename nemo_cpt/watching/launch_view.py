@@ -51,9 +51,11 @@ def launch_view(folder: Path) -> Iterator[Callable[[Path], None]]:
                 yield experiment.append
         finally:
             ended.set()
+            # The thread may be waiting for a key.
             screen.keys.wake()
             thread.join()
             last = follower.snapshot(log())
+            # The job is over, whatever its files say: one that was killed has written no end.
             screen.end(replace(last, state="ended", seconds=None) if last.state in ("starting", "running") else last)
 
 

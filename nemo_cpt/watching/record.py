@@ -132,6 +132,7 @@ class Record:
         """Seconds a step, of wall time over the last steps, else of the steps alone."""
         last = [line for line in self.metrics[-PACE_STEPS:] if TRAIN_LOSS in line and "time" in line]
         timed = [(line["step"], line["time"]) for line in last]
+        # From line to line, which are log_every_n_steps apart: what lies between two steps is in it.
         whole = [(end - start) / (after - before) for (before, start), (after, end) in pairwise(timed)]
         seconds = self._last_steps(LAST_STEPS, STEP_SECONDS)
         if len(whole) < 2:

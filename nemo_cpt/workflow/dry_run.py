@@ -106,6 +106,7 @@ def dry_run(workflow: Workflow, chosen: Chosen, plan: bool = True) -> DryRun:
     make_folder(workflow.folder)  # which a workflow built in Python may only name; paths are relative to it
     workflow.check()
     names, again, state = chosen.steps(workflow), chosen.again(workflow), State(workflow)
+    # All are looked at first: how those stand that a step needs says whether it waits.
     found = [each for each in standings(workflow, state, again) if each.step.name in names]
     check_free(found)
     for each in found:

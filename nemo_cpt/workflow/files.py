@@ -31,6 +31,7 @@ _SCALARS = (
 )
 
 
+# Of their own: PyYAML's resolvers are those of YAML 1.1, to which 4:00:00 is a number of seconds.
 class _Loader(StrictLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  the library's own way
 
@@ -38,6 +39,7 @@ class _Loader(StrictLoader):
 class _Dumper(yaml.SafeDumper):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
 
+    # What stands twice is written twice: nobody edits `&id001` and `*id001`.
     def ignore_aliases(self, data: Any) -> bool:
         return True
 

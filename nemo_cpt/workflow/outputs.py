@@ -16,7 +16,7 @@ from nemo_cpt.training.run_folder import newest_whole
 OF_A_DATASET = (".bin", ".idx", ".mask")
 CONVERSATIONS = "_conversations"
 SUFFIXES = ("_text_document", CONVERSATIONS)  # which `prepare` appends, and which nobody needs to write
-PREFIXES = ("_document", "_conversations")
+PREFIXES = ("_document", "_conversations")  # how the prefixes of datasets end
 Files = dict[str, dict[str, Any]]
 
 
@@ -32,6 +32,7 @@ def related(read: str, made: str, folder: Path = Path()) -> bool:
     for name in (read, *(read + suffix for suffix in SUFFIXES)):
         path = PurePath(os.path.realpath(folder / _without_magic(name)))
         if path == made_path or path in made_path.parents or made_path in path.parents:
+            # The workflow's own folder holds all that is made, and depends on none of it.
             return path != here
     return False
 

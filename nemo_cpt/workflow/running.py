@@ -182,7 +182,8 @@ class Runner:
         with log.open("ab") as file:
             self.child = subprocess.Popen(
                 command, cwd=step.folder, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                # A terminal's Ctrl-C comes by way of this process, once.
+                # A terminal's Ctrl-C comes by way of this process, once. The lock lives as long as the step's process:
+                # of a workflow that was killed the next run waits for that.
                 start_new_session=True, pass_fds=[lock], env=_environment(),
             )  # fmt: skip
             try:
@@ -225,6 +226,7 @@ class Runner:
         """
         log = self.state.path(step.name, "log")
         record = record.replace(seconds=round(record.seconds + seconds, 3), ended=_now())
+        # Whatever its code once it was told: a function of the user's knows nothing of 75.
         if code and (self.given or code == StoppedEarlyError.exit_code):
             self.state.write(self._left(record).replace(state=STOPPED, message="told to stop"))
             where = f"{self.workflow.name} was stopped in {step.name}"

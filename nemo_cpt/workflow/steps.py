@@ -186,6 +186,7 @@ class Step:
         if not module:  # recipes have `launching.description`, functions of the user's nothing
             return
         home = import_module(f"nemo_cpt.{module}")
+        # Where `checks` is empty there is nothing to check, and no module has a name like that.
         check, function = getattr(home, self.kind.checks, lambda: None), getattr(home, name)
         values = {each.name: each.default for each in signature(function).parameters.values()} | self.arguments
         looked_at = list(signature(check).parameters)
@@ -257,8 +258,6 @@ class Workflow:
             return NotImplemented
         mine, theirs = ([(each.name, each.do, each.parameters) for each in one.steps.values()] for one in (self, other))
         return self.name == other.name and mine == theirs
-
-    __hash__ = None  # type: ignore[assignment]
 
     @cached_property
     def needs(self) -> dict[str, list[str]]:
