@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nemo_cpt.cli import app
+from nemo_cpt.cli.tables import print_note
 from nemo_cpt.errors import CptError
 from nemo_cpt.inference.hosts import LOCAL_HOSTS, names_to_answer
 from nemo_cpt.urls import is_address
@@ -67,7 +68,7 @@ def chat_command(
     opened = {number: _side(*asked[number], options, plain) for number in order}
     sides = [opened[number] for number in range(len(asked))]
     if sys.stdin.isatty():
-        _say("/help lists the commands")
+        print_note("/help lists the commands")
     prompt = "> " if against else f"{sides[0].title}> "
     chat = Chat(
         sides, sampling, system=system, console=console, language_of=_language_of, interactive=sys.stdin.isatty()
@@ -95,10 +96,10 @@ def _side(model: str, key_variable: str | None, options: dict[str, Any], plain: 
 
     key = key_of_variable(key_variable)
     with Console(stderr=True).status(f"loading {model}"):
-        engine = open_engine(model, api_key=key, say=_say, **({} if is_address(model) else options))
+        engine = open_engine(model, api_key=key, say=print_note, **({} if is_address(model) else options))
     # An endpoint's engine says nothing of it: the template is its server's.
     if not plain and not getattr(engine, "has_chat_template", True):
-        _say(f"{model} has no chat template: it continues your text (--chat-template alpaca-en gives it one)")
+        print_note(f"{model} has no chat template: it continues your text (--chat-template alpaca-en gives it one)")
         plain = True
     return Side(engine, plain)
 
@@ -164,11 +165,11 @@ def serve_command(
     check_model(model)
     from nemo_cpt.inference.server import make_app, serve
 
-    loaded = open_transformers(model, base=base, template=chat_template, say=_say, **_given(device=device))
+    loaded = open_transformers(model, base=base, template=chat_template, say=print_note, **_given(device=device))
     limits = _given(most_waiting=max_waiting, batch_tokens=batch_tokens)
     names = names_to_answer(host, allowed_host or ())
     application = make_app(loaded, served_as=name, api_key=key, nemo_api=nemo_api, hosts=names, **limits)
-    _say(f"{name} at http://{host}:{listener.getsockname()[1]}/v1")
+    print_note(f"{name} at http://{host}:{listener.getsockname()[1]}/v1")
     serve(application, listener, log_requests=log_requests)
 
 
@@ -179,11 +180,11 @@ def _become_vllm(
     from nemo_cpt.inference.models import find_model
     from nemo_cpt.inference.vllm import VllmServer
 
-    folder = find_model(model, base=base, say=_say).folder
+    folder = find_model(model, base=base, say=print_note).folder
     for warning in reply_warnings(folder) if chat_template is None else ():
-        _say(f"warning: {warning}")
+        print_note(f"warning: {warning}")
     server = VllmServer(folder, name, host, port, chat_template, key)
-    _say(shlex.join(server.command()))
+    print_note(shlex.join(server.command()))
     server.start()
 
 
@@ -211,7 +212,3 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise CptError(f"cannot listen on {host}:{port} ({error.strerror}): choose another --port") from None
     return listener
-
-
-def _say(line: str) -> None:
-    print(f"nemo-cpt: {line}", file=sys.stderr, flush=True)

@@ -170,6 +170,7 @@ def _results(
         names = ", ".join(task.name for task in group)
         say(f"{candidate.label}: {names}{'' if shots is None else f', {shots}-shot'}")
         merged = run(candidate, group, output, limit)
+        # Kept at once: what the next group of tasks does with the machine must not cost these results.
         for task in group:
             journal.keep(keys[task], {"model": candidate.label, "result": result_of(merged, task)})
     return [journal.get(keys[task])["result"] for task in tasks]  # type: ignore[index]

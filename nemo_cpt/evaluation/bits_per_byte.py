@@ -199,8 +199,9 @@ def rolling_windows(
     """
     whole, done = [first, *ids], 0
     while done < len(ids):
+        # A later window spends `overlap` of its tokens on what was predicted before, but its last token predicts, too.
         end = min(len(ids), done + window - overlap + 1 if done else window)
-        yield whole[max(0, end - window) if done else 0 : end], list(ids[done:end])
+        yield whole[max(0, end - window) : end], list(ids[done:end])
         done = end
 
 

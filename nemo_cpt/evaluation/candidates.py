@@ -144,6 +144,7 @@ def warnings_of(candidates: Sequence[Candidate]) -> list[str]:
     if first.has_chat_template != last.has_chat_template:
         with_it, without = (first, last) if first.has_chat_template else (last, first)
         found.append(f"{without.model} has no chat template, {with_it.model} has one")
+    # None is an endpoint's, which does not tell.
     if first.ends != last.ends and None not in (first.ends, last.ends):
         found.append(f"replies of {first.model} end with the ids {first.ends}, those of {last.model} with {last.ends}")
     if first.key == last.key and first is not last:

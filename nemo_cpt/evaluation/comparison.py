@@ -132,6 +132,7 @@ def evaluate(
     options = {"base": base, "device": device, "api_key": api_key}
     # From here to the journal everything is looked at that can be refused: no model is loaded yet.
     candidates = find_candidates(model, against, checkpoints_of, options, say)
+    # Where nothing is named, what the run validated on and the shipped questions are meant.
     everything = not (losses or prompts or tasks or judge)
     asks = bool(prompts) or everything
     _refuse_unused(
@@ -147,6 +148,7 @@ def evaluate(
     texts = find_loss_sets(losses or (validated_on(run, say) if everything else []), candidates, run, limit, say)
     sets = [_limited(prompt_set(each, language), limit) for each in prompts or (_shipped(texts) if everything else [])]
     check_names([each.name for each in sets])
+    # One way for all models: replies to prompts in other words could not be compared.
     wrappers = wrappers or (["chat"] if all(each.has_chat_template for each in candidates) else ["none"])
     _check_conversations(candidates, sets, wrappers)
     questions = _judge_questions(judge, candidates, language or "ja", limit, say) if judge else []

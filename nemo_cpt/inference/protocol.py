@@ -207,6 +207,7 @@ class NemoRequest(_Body):
 
     def sampling(self) -> list[Sampling]:
         """How the reply to each sentence is drawn."""
+        # NeMo takes top_p 0 for no limit, which is 1 here.
         seed = self.random_seed if self.random_seed is not None else random_seed()
         return [
             Sampling(

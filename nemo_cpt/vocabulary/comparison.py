@@ -135,6 +135,7 @@ def compare(
         raise CptError(f"a tokenizer is named twice among {', '.join(tokenizers)}")
     if not corpora:
         raise CptError("name a corpus to compare on, such as --corpus ja=ja.jsonl")
+    # Drawn once: all tokenizers are given the very same documents.
     samples = {label: draw(inputs, json_key, sample_bytes, hold_out=False).texts for label, inputs in corpora.items()}
     loaded = {name: load_tokenizer(name) for name in tokenizers}
     measured, longest, odd = list[Measured](), dict[str, tuple[str, ...]](), dict[str, int]()

@@ -176,7 +176,7 @@ def check_options(
 
 def _learn(learner: Learner, size: int, tokens: int, multiple_of: int) -> list[Merge]:
     """Learn so many tokens, and those that fill the vocabulary up to a multiple."""
-    wanted = tokens + -(size + tokens) % multiple_of
+    wanted = tokens + -(size + tokens) % multiple_of  # what is missing to the next multiple
     merges = list(islice(learner, wanted))
     if len(merges) < wanted:
         raise CptError(

@@ -15,6 +15,7 @@ from nemo_cpt.monitoring.forgetting import Change, changes, in_bits_per_byte, va
 from nemo_cpt.training.metrics import (
     END_FILE,
     METRICS_FILE,
+    REPLIES_FILE,
     RUN_FILE,
     WARNINGS_FILE,
     MetricsReader,
@@ -23,7 +24,6 @@ from nemo_cpt.training.metrics import (
 )
 
 TRAIN_LOSS, STEP_SECONDS, GPU_MEMORY = "reduced_train_loss", "train_step_timing in s", "gpu_memory_gib"
-REPLIES_FILE = "metrics/replies.jsonl"
 LAST_STEPS = 20  # of which the speed is the median: single steps wait for checkpoints
 PACE_STEPS = 100  # of which the pace is the mean, with what lies between them
 
