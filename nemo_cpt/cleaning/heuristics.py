@@ -112,6 +112,7 @@ class ChineseScript(Rule):
         yield Check("han_characters", han, self.min_han_characters)
         kana = counts[Kind.HIRAGANA] + counts[Kind.KATAKANA]
         yield Check("kana_share", kana / max(document.letters, 1), at_most=self.max_kana_share)
+        # By characters: Chinese words stand without spaces, and each of these is one character.
         found = sum(word in document.text for word in set(self.stop_words))
         yield Check("stop_words", found, self.min_stop_words)
         marks = counts[Kind.COMMA] + counts[Kind.STOP]
@@ -219,6 +220,7 @@ class Duplication(Rule):
         parts, characters = duplicate_shares(document.lines)
         yield Check("duplicate_line_share", parts, at_most=self.max_line_share)
         yield Check("duplicate_line_character_share", characters, at_most=self.max_line_character_share)
+        # One blank line parts them: `Repair` has made one of every run of them.
         parts, characters = duplicate_shares(document.text.split("\n\n"))
         yield Check("duplicate_paragraph_share", parts, at_most=self.max_paragraph_share)
         yield Check("duplicate_paragraph_character_share", characters, at_most=self.max_paragraph_character_share)

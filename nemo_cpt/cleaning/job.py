@@ -226,6 +226,7 @@ class Cleaning:
         self.tally.check(self.sources, self.policy.max_skipped)
         if not self.counts.kept:
             raise CptError(self._why_all_are_dropped())
+        # After all rules: a document that a rule drops makes no other one a duplicate.
         self._leave_out(find_duplicates(work / SKETCHES, self.rules.duplicates), work)
         (work / SKETCHES).unlink()
         self.seconds = time.monotonic() - begin

@@ -108,6 +108,7 @@ def push(
     files, left_out = _files(folder)
     origin = _origin(folder, base_model)
     terms, card_languages = _licence(api, folder, origin, base_licence)
+    # In private a name may break them, which nobody else sees; it is said all the same.
     broken = list(breaches(terms, repo_id, folder))
     if broken and public:
         raise CptError(f"{'; '.join(broken)}. Nothing was sent")

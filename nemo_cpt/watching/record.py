@@ -112,6 +112,7 @@ class Record:
     def speeds(self) -> tuple[list[int], list[float]]:
         """Tokens a second of each logged step, without what lies between steps."""
         steps, seconds = self.series(STEP_SECONDS)
+        # NaN leaves a gap in a picture, where 0 or an error would tell of a step that was none.
         return steps, [(self.tokens_per_step or math.nan) / (each or math.nan) for each in seconds]
 
     @property

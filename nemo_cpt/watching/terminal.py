@@ -169,6 +169,7 @@ def keys_of(stream: Any, returned: Callable[[], None]) -> Iterator[Keys]:
     """
     keys = Keys(stream.fileno() if stream is not None and stream.isatty() else NONE, returned)
     handlers = dict.fromkeys(ENDING, keys.end) | {signal.SIGTSTP: keys.stop, signal.SIGCONT: keys.go_on}
+    # NeMo-Run's launcher has handlers of its own, and the view stands within it.
     ours = [number for number in handlers if keys and signal.getsignal(number) == signal.SIG_DFL]
     try:
         for number in ours:

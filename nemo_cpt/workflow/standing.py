@@ -154,6 +154,7 @@ def _spoilt(step: Step, record: Record, made: Mapping[str, outputs.Files]) -> st
         before = record.outputs[path]
         if name := outputs.spoilt(before, now) if record.state == DONE else outputs.changed(before, now):
             return name
+        # A run that somebody trained on has new checkpoints beside the old ones.
         if step.kind.kept and now and before.keys() != now.keys():
             return path
     return ""

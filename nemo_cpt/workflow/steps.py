@@ -330,6 +330,7 @@ class Workflow:
         """
         for step in self.steps.values():
             step.check()
+        # Before the order: two makers of one file would both be needed by whoever reads it.
         self._check_outputs()
         for step in self.order:
             for path in self.given(step):
@@ -367,6 +368,7 @@ class Workflow:
 def _relative(do: str, folder: Path) -> str:
     """A function of the user's by its file's place in the workflow's folder, wherever that lies."""
     file = Path(do.partition(":")[0])
+    # So that a workflow's folder may be moved, with the functions in it.
     inside = file.is_absolute() and file.is_relative_to(folder)
     return do.replace(str(file), str(file.relative_to(folder)), 1) if inside else do
 

@@ -13,6 +13,7 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -89,13 +90,13 @@ def test_time_is_left_by_the_pace_of_the_steps_with_what_lies_between_them(folde
     assert Follower(folder).snapshot().record.seconds_left == pytest.approx(40 * run_folders.STEP_SECONDS)
 
 
+def stamp(seconds: float) -> str:
+    """So many seconds behind START, as NeMo's log has a time."""
+    return datetime.fromtimestamp(run_folders.START + seconds).isoformat(" ", timespec="seconds")
+
+
 def test_only_what_nemo_warns_of_behind_the_first_step_is_shown_and_equal_warnings_once(folder: Path) -> None:
     """The first step ended two seconds behind START."""
-    from datetime import datetime
-
-    def stamp(seconds: float) -> str:
-        return datetime.fromtimestamp(run_folders.START + seconds).isoformat(" ", timespec="seconds")
-
     with held_by_another_process(folder):
         follower = Follower(folder)
         log = folder / RANK_0_LOG
@@ -106,6 +107,17 @@ def test_only_what_nemo_warns_of_behind_the_first_step_is_shown_and_equal_warnin
         snapshot = follower.snapshot()
         assert snapshot.warnings == ["real", "real"]
         assert "! real (2 times)" in shown(snapshot)
+
+
+def test_a_warning_of_the_runs_own_is_told_and_shown_among_those_of_its_log(folder: Path) -> None:
+    with held_by_another_process(folder):
+        logged = [f"[NeMo W {stamp(seconds)} a:1] logged {seconds}\n" for seconds in (20, 21, 22)]
+        (folder / RANK_0_LOG).write_text("".join(logged))
+        before = Follower(folder).snapshot()
+        run_folders.warn(folder, 40, "en has got worse", seconds=30)
+        after = Follower(folder).snapshot()
+        assert list(lines(after, before)) == ["warning: en has got worse"]
+        assert "! en has got worse" in shown(after)
 
 
 def test_lines_say_what_is_new_and_nothing_twice(folder: Path) -> None:
