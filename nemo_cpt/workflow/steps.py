@@ -99,7 +99,11 @@ class Step:
 
     @cached_property
     def writes(self) -> list[str]:
-        """What it makes: files, folders, prefixes of datasets."""
+        """What it makes: files, folders, prefixes of datasets.
+
+        Raises:
+            CptError: a parameter that names it is missing.
+        """
         if self.kind.recipe:
             return [recipes.run_folder(self.function, self.arguments)]
         if self.kind is OWN:
