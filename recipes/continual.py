@@ -126,6 +126,7 @@ def continual_pretrain(
     """
     if gpu_memory_gib is not None:  # where the planner's search begins
         tensor_model_parallel_size = pipeline_model_parallel_size = micro_batch_size = 1
+    # llm.pretrain, not a function of ours: `nemo llm` and NeMo's own YAML take it as one of theirs.
     recipe = run.Partial(
         llm.pretrain,
         model=parts.fused(parts.model_of(model, base, seq_length)),
@@ -211,6 +212,7 @@ def continual_pretrain_lora(
     Raises:
         CptError: nothing fits the card; `data` is no Blend; there is no such `peft_scheme`.
     """
+    # Where it is left open, the search begins with the longest, and halves it.
     sizes = {"seq_length": 8192 if seq_length is None else seq_length, "global_batch_size": global_batch_size}
     recipe = continual_pretrain(model, base, data, lr=lr, **sizes | kwargs)
     # What the user gave is not the planner's to change; what was left open is.

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nemo_cpt.launching.in_tasks import Submitted
 
 PANEL = "Corpora"
+# Options of `prepare` that mean nothing for conversations, and the other way round: they are refused, by `_refuse`.
 OF_TEXTS = (
     "json_key",
     "append_eod",
@@ -106,6 +107,7 @@ def prepare(
     last job joins them; the same command again makes the parts that are missing.
     """
     inputs, of_executor = without_executors(inputs)
+    # The one sign of conversations: texts have none.
     if template is not None:
         _refuse(context, OF_TEXTS, "belongs to texts, and --template makes this a preparation of conversations")
         _refuse(context, OF_TASKS, "belongs to texts: conversations are prepared by one machine")
@@ -132,6 +134,7 @@ def prepare(
         return _prepare_in_tasks(
             inputs, output, tokenizer, executor or "local", of_executor, tasks, detach, dry_run, json, options
         )
+    # Without --tasks nothing would use them.
     if executor or of_executor or detach or dry_run:
         raise CptError(
             "--executor, executor.X=..., --detach and --dry-run are for many tasks: say how many with --tasks"
@@ -268,6 +271,7 @@ def inspect(
     """Describe a dataset: documents, tokens, lengths, samples; diagnose a damaged one."""
     from nemo_cpt.conversations.dataset import is_conversations
 
+    # By what is on the disk: a prefix alone does not say of which kind it is.
     if is_conversations(prefix):
         return inspect_conversations(prefix, tokenizer, samples, json, seq_length=seq_length, too_long=too_long)
     _refuse(context, ("seq_length", "too_long"), "belongs to conversations, and this is a dataset of texts")

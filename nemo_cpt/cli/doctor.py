@@ -44,12 +44,14 @@ def doctor(
         recipe, pairs, executor = from_file(recipe, overrides, executor)
         function, arguments, fields, options = catalog.split(recipe, pairs)
         job = describe(function, arguments, fields, executor, options)
+    # A recipe's checks only where one is named: the tuple once, or not at all.
     findings = examine(CHECKS + JOB_CHECKS * (job is not None), Examination(job, ranks, nodes, hub))
     if json:
         verdict = {"verdict": worst(findings), "recipe": job.recipe if job else None}
         print(jsonlib.dumps(verdict | {"checks": [each.as_dict() for each in findings]}, ensure_ascii=False))
     else:
         print_findings(findings, every)
+    # 3, not 2: the command itself was right.
     if worst(findings) == "error":
         raise typer.Exit(EXIT_RED)
 

@@ -57,6 +57,7 @@ def evaluate_command(
         seed=seed, base=base, device=device, api_key=key_of_variable(api_key_env),
         judge_key=key_of_variable(judge_key_env), say=print_note, quiet=quiet,
     )  # fmt: skip
+    # Written before anything is printed: a reader of stdout that has gone must not cost the report.
     paths = report.write(found, output)
     for warning in found.warnings:
         print_note(f"note: {warning}")

@@ -58,6 +58,7 @@ def chat_command(
         raise CptError("--against-key-env names the key of --against, which is not given")
     console, sampling = Console(soft_wrap=True), Sampling(max_tokens, temperature, top_p, seed=seed)
     options = _given(base=base, device=device, template=chat_template)
+    # Beside a model of this machine they are for that one, and the endpoint is asked as it is.
     if options and all(map(is_address, (model, against or model))):
         raise CptError(f"{', '.join(options)} cannot be set for a model that a server has: set it there")
     asked = [(model, api_key_env), *([(against, against_key_env)] if against else [])]
@@ -69,6 +70,7 @@ def chat_command(
     sides = [opened[number] for number in range(len(asked))]
     if sys.stdin.isatty():
         print_note("/help lists the commands")
+    # The model's name where there is one; two stand above their columns.
     prompt = "> " if against else f"{sides[0].title}> "
     chat = Chat(
         sides, sampling, system=system, console=console, language_of=_language_of, interactive=sys.stdin.isatty()
@@ -108,6 +110,7 @@ def _language_of(question: str, reply: str) -> str:
     from nemo_cpt.evaluation.language import KNOWN, judge_language
 
     try:
+        # First the question's: what could be of several languages in a reply is taken for that one.
         asked = judge_language(question, "en").language
         return judge_language(reply, asked if asked in KNOWN else "en").language
     except CptError as error:  # lingua is not installed
@@ -155,6 +158,7 @@ def serve_command(
             "--max-waiting": max_waiting, "--batch-tokens": batch_tokens, "--device": device, "--nemo-api": nemo_api,
             "--log-requests": log_requests, "--allowed-host": allowed_host, "--port 0": port == 0,
         }  # fmt: skip
+        # Refused, not passed over: who limits the queue counts on the limit.
         if given := [option for option, value in only_own.items() if value]:
             raise CptError(f"{', '.join(given)}: of this project's own server, not of --engine vllm")
         return _become_vllm(model, base, name, host, port, chat_template, key)

@@ -53,6 +53,7 @@ def rm(
     from nemo_cpt.launching import results
 
     chosen = results.run(run, directory)
+    # No default: how much of somebody's work is removed is not for a program to guess.
     if keep is None:
         raise CptError(f"rm thins out a run's checkpoints: say how many stay, as in `nemo-cpt rm {run} --keep 1`")
     # The same list either way; without --yes nothing is touched, not even the lock.
@@ -77,6 +78,7 @@ def _of_run(run: "Run") -> dict[str, Any]:
         "state": run.state,
         "step": run.step,
         "max_steps": run.max_steps,
+        # The first line is the validation ahead of the first step.
         "first_losses": run.losses(int(run.metrics[0]["step"])) if run.metrics else {},
         "losses": run.losses(),
         "size": results.size(run.folder),

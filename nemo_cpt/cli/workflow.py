@@ -70,6 +70,7 @@ def run_command(
     own = _own_options(options or [], executor)
     if dry_run:
         return _show(workflow, chosen, json)
+    # An empty list too: an executor may need no options.
     if own is not None:
         return _submit(file, chosen, str(executor), own, detach, json)
     if detach:
@@ -84,6 +85,7 @@ def _own_options(pairs: list[str], executor: str | None) -> list[str] | None:
     prefix = "executor."
     if unknown := [pair for pair in pairs if not pair.startswith(prefix)]:
         raise CptError(f"{unknown[0]}: a step's parameters stand in the file; here only {prefix}key=value")
+    # "local" is where steps run anyhow, each in a process of its own.
     if executor in (None, "local"):
         if pairs:
             raise CptError(f"{pairs[0]} is for an --executor, and the steps run here")
