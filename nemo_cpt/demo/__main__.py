@@ -55,6 +55,7 @@ def main() -> None:
 
 def _make_folder() -> None:
     """Start afresh; only what an earlier demo left is removed."""
+    # "demo" is a common name: whatever no demo made is not removed.
     if FOLDER.exists() and not (FOLDER / MARKER).is_file():
         raise CptError(f"the folder {FOLDER} is here and no demo made it: move it away, or start in another folder")
     shutil.rmtree(FOLDER, ignore_errors=True)

@@ -73,6 +73,7 @@ def fit(examination: Examination) -> Finding:
         return Finding("fit", "skipped", "the card is not known here: nemo-cpt plan RECIPE --gpu-memory 80")
     planned = plan_workload(job.workload(), room)
     old = [gpu for gpu in examination.visible_gpus[: job.gpus_here] if gpu.capability and gpu.capability < FP8_SINCE]
+    # Ahead of the memory: a smaller batch would not help.
     if planned.workload.fp8 and old:
         return Finding("fit", "error", f"the {old[0].name} has no fp8 products", "train with precision=bf16")
     if planned.fits:

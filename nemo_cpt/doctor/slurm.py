@@ -66,6 +66,7 @@ def saving_in_time(examination: Examination) -> Finding:
     found = f"{needed}; Slurm leaves {', '.join(leaves)}"
     if window < needed.seconds:
         return Finding("saving", "warning", found, f"give executor.preempt_seconds={needed.window}, and time for it")
+    # Slurm's own word, which no argument of ours changes: a warning, not an error.
     if grace is not None and grace + kill_wait < needed.seconds:
         cure = "a preemption costs the steps since the last checkpoint: write more of them (val_check_interval=)"
         return Finding("saving", "warning", found, cure)

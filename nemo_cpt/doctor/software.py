@@ -70,6 +70,7 @@ def torch_import(examination: Examination) -> Finding:
     """Whether torch imports, in a process of its own, and whether it sees the GPUs that the driver shows."""
     if not _this_environment(examination):
         return Finding("import torch", "skipped", f"the job on {examination.place.executor} uses its own")
+    # Looked for, not imported: an import in this process could end it.
     if find_spec("torch") is None:
         return Finding("import torch", "error", "torch is not installed", "pip install torch")
     answer, problem = _imported(TORCH)

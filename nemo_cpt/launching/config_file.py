@@ -76,6 +76,7 @@ def read_config(path: str | Path) -> ConfigFile:
     """
     values: dict[str, str] = {}
     mappings: list[tuple[str, str]] = []
+    # Nodes, not values: a key that stands twice, and 4:00:00 as it was written, are lost in values.
     for key, node in _lines(path):
         if key in values:
             raise CptError(f"{path}: {key} stands twice")
@@ -176,6 +177,7 @@ def written(function: catalog.Function, pairs: Sequence[str], executor: str = "l
             lines.append(_line(name, _plain(given[name])))
         elif parameter.default is None:
             lines.append(f"{name}:  # required")
+        # Written out, and not as a comment: which data are trained on is what people edit first.
         elif name == "data" and (data := catalog.default_data(function)) is not None:
             lines.append(_line(name, _plain(data)))
         else:

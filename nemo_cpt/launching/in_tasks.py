@@ -219,6 +219,7 @@ def plan_in_tasks(
 
 def _workers(given: int | None, executor: Any, tasks: int) -> int | None:
     """Processes of a task: on this machine they share its CPUs; on Slurm each has those that it was given."""
+    # tasks below 1 is refused later, with its own words.
     if given is not None or tasks < 1 or not _is_local(executor):
         return given
     return max(count_processes(None) // tasks, 1)

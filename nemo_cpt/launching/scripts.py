@@ -22,6 +22,7 @@ def write_new(text: str, file: Path) -> None:
     Raises:
         CptError: the file exists, or its folder does not.
     """
+    # Edited scripts are work: nothing is overwritten.
     if file.exists():
         raise CptError(f"{file} exists; copy to another name, or remove it")
     if not file.parent.is_dir():

@@ -117,6 +117,7 @@ def _training(data: Any, tokens: int) -> list[dict[str, Any]]:
     """Each training set: of text its share of the tokens and how often it is read, of conversations the weight."""
     found: list[dict[str, Any]] = []
     for prefix, weight in getattr(data, "training_sets", {}).items():
+        # Of conversations the weight is how often an epoch goes through them, which is no share of the tokens.
         if is_conversations(prefix):
             found.append({"prefix": prefix, "weight": weight})
         else:

@@ -105,6 +105,7 @@ def _usage(subject: Subject) -> str:
     lines = ["```python", "from transformers import AutoModelForCausalLM, AutoTokenizer"]
     if subject.is_adapter:
         lines += ["from peft import PeftModel"]
+    # An adapter is loaded onto its base, whose tokenizer it is used with.
     source = subject.origin.repo_id if subject.is_adapter else subject.repo_id
     lines += [f'\ntokenizer = AutoTokenizer.from_pretrained("{source}")']
     lines += [f'model = AutoModelForCausalLM.from_pretrained("{source}", dtype="auto")']

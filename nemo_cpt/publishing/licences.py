@@ -65,6 +65,7 @@ _TEXTS = (  # the first lines of the agreements
 def licence(id_: str, name: str | None = None, link: str | None = None) -> Licence:
     """A licence by the hub's names, with what it is known to ask."""
     for known in _KNOWN:
+        # Licences without an id of the hub's own are "other", and told by their names.
         if known.id == id_ and (known.name is None or known.name == (name or "").lower()):
             return replace(known, name=name, link=link)
     return Licence(id_, name, link)

@@ -187,6 +187,7 @@ def _origin(folder: Path, base_model: str | None) -> Provenance:
 def _licence(api: Any, folder: Path, origin: Provenance, given: str | None) -> tuple[Licence, list[str]]:
     """The base's licence, by its text in the folder, else by the base's card on the hub; and that card's languages."""
     stated = licence_of_texts(folder)
+    # The text that goes with the model decides: it is what the licence's owner wrote.
     if stated and given and given not in (stated.id, stated.name):
         raise CptError(f"--license {given}: the text in {folder} is that of {stated.name or stated.id}; leave it away")
     if found := stated or (licence(given) if given else None):
@@ -257,6 +258,7 @@ def _send(api: Any, repo_id: str, contents: dict[str, Path | bytes], *, private:
     else:
         there = {file.rfilename for file in info.siblings or []}
         _check_repository(api, info, private=private, replace=replace)
+    # Weights alone are removed: other files there may be the user's own.
     weights = {name for name in there if name.endswith((".safetensors", ".safetensors.index.json"))}
     # In one commit what comes and what goes: at no moment are two models' weights there.
     operations: list[Any] = [CommitOperationAdd(name, content) for name, content in contents.items()]

@@ -59,6 +59,7 @@ class Follower:
         begun = stamps[1] != self._earlier
         state, message = self._state() if begun else ("starting", "")
         return Snapshot(
+            # Until its own start has described itself, the folder tells of the one before.
             record=self._record if begun else Record(self.folder, _NothingYet(self.folder)),
             state=state,
             message=message,
@@ -208,6 +209,7 @@ def check_ended_well(shown: Snapshot) -> None:
         StoppedEarlyError: it was told to stop, and saved.
         CptError: it failed, or was killed, or nothing was measured in its folder.
     """
+    # Refuses a folder in which nothing was ever measured, of which there is no end to tell.
     record(shown.record.folder)
     if shown.state in ("finished", "ended early"):
         return

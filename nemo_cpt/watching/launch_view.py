@@ -44,6 +44,7 @@ def launch_view(folder: Path) -> Iterator[Callable[[Path], None]]:
                     screen.show(follower.snapshot(log()))
                 screen.wait(POLL_SECONDS)
 
+        # A daemon: should it hang on a file system, the launcher ends all the same.
         thread = threading.Thread(target=draw, daemon=True, name="view")
         thread.start()
         try:

@@ -78,6 +78,7 @@ class Record:
     @cached_property
     def max_steps(self) -> int | None:
         """The run's length; None where nothing says it."""
+        # As this start was asked for, which may be more than the newest checkpoint knows of.
         return self.description.get("max_steps") or Run(self.folder).max_steps
 
     @cached_property

@@ -84,6 +84,7 @@ class Keys:
     def __init__(self, descriptor: int, returned: Callable[[], None]) -> None:
         self._descriptor, self._returned = descriptor, returned
         self._modes: list[Any] | None = None  # as they were found; None while they are so
+        # Another thread cannot end a wait on the terminal; it can write into a pipe that is waited for, too.
         self._woken, self._waker = os.pipe()
 
     def __bool__(self) -> bool:

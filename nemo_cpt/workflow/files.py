@@ -113,6 +113,7 @@ def _step(name: str, value: Any) -> Step:
 
 def _from_python(path: Path) -> Workflow:
     found = {name: value for name, value in vars(import_file(path)).items() if isinstance(value, Workflow)}
+    # Which of several was meant nobody could tell, and their records would share a folder.
     if len(found) != 1:
         raise CptError(f"{path} holds {len(found)} workflows ({', '.join(found) or 'none'}): it must hold one")
     (workflow,) = found.values()

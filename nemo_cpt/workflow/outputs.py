@@ -78,6 +78,7 @@ def look(path: Path, known: Mapping[str, Mapping[str, Any]] | None = None) -> Fi
         stat = file.stat()
         name = os.path.relpath(file, path.parent)
         before = (known or {}).get(name, {})
+        # To hash a terabyte at each look would take hours: size and time stand for what was hashed then.
         same = (before.get("size"), before.get("mtime_ns")) == (stat.st_size, stat.st_mtime_ns)
         # Stamped before it is read: what is written meanwhile has another time at the next look.
         found[name] = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}

@@ -174,6 +174,7 @@ class Runner:
         for path in step.writes:
             make_folder((step.folder / path).parent)
         request, result = (self.state.path(step.name, ending) for ending in ("request", "result"))
+        # An earlier start's result is not this one's.
         result.unlink(missing_ok=True)
         write_whole(request, json.dumps(self._request(step), ensure_ascii=False).encode())
         # -P: a user's tokenizers.py in the workflow's folder is not the library of that name.
@@ -233,6 +234,7 @@ class Runner:
             raise StoppedEarlyError(f"{where}: the same command goes on from there")
         if code:
             self._fail(record, _message(step, code, log))
+        # Looked at once more: what it read must have been the same from its beginning to its end.
         now, made = inputs_of(step, record), outputs_of(step)
         if names := [name for path in now if (name := outputs.changed(record.inputs[path], now[path]))]:
             message = f"{step.name} read {names[0]}, which changed meanwhile: what it made is of neither; run it again"

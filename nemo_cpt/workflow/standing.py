@@ -144,6 +144,7 @@ def standing(step: Step, state: State, again: bool = False, first: Collection[st
     spoilt = _spoilt(step, record, made)
     why = "asked for" if again else other_job(step, record, bool(first)) or _unlike(step, record, made, spoilt)
     if not why and first:
+        # Once they have run it may turn out that what it reads is as before, and it is done.
         return Standing(step, f"after {', '.join(first)}", record, waits=True)
     return Standing(step, why, record, spoilt=spoilt, asked=again)
 

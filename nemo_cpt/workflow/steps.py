@@ -285,6 +285,7 @@ class Workflow:
         Raises:
             CptError: steps wait for each other in a circle.
         """
+        # The standard library's, step by step, so that the file's order decides among those that are ready.
         sorter = TopologicalSorter(self.needs)
         try:
             sorter.prepare()
@@ -396,6 +397,7 @@ def _feeds(step: Step, other: Step) -> bool:
 
 def _plain(value: Any, where: str) -> Any:
     """A value as YAML holds it."""
+    # Infinity and NaN are none of JSON's numbers, in which records are kept.
     if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
         return value
     if isinstance(value, Step | os.PathLike):
