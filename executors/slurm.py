@@ -17,7 +17,6 @@ from nemo_cpt.errors import CptError
 from nemo_cpt.executors import window
 from nemo_cpt.executors.counts import check_not_negative
 from nemo_cpt.executors.environment import (
-    SECRETS,
     check_for_shells,
     checked_secrets,
     checked_setup,
@@ -321,6 +320,3 @@ def _tunnel(tunnel: Literal["local"] | ssh) -> Any:
     return run.SSHTunnel(
         host=tunnel.host, user=tunnel.user, port=tunnel.port, job_dir=tunnel.job_dir, identity=identity
     )
-
-
-__all__ = ["SECRETS", "slurm", "ssh"]

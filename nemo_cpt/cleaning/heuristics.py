@@ -158,6 +158,7 @@ class KoreanScript(Rule):
         hangul = document.counts[Kind.HANGUL]
         yield Check("hangul_share", hangul / max(len(document.text), 1), self.min_hangul_share)
         yield Check("hangul_characters", hangul, self.min_hangul_characters)
+        # A word at a sentence's end has its mark behind the ending.
         found = sum(word.rstrip(".,!?").endswith(self.endings) for word in document.text.split())
         yield Check("endings", found, self.min_endings)
 
@@ -289,6 +290,7 @@ class _Repetition(Rule):
 
     def apply(self, document: Document) -> Iterator[Check]:
         """Measure the n-grams, the shortest first."""
+        # All n in one pass: each n's n-grams are found among those of n - 1.
         longest = max((*self.max_top_share, *self.max_repeated_share), default=1)
         for size, top, repeated in self._shares(document, longest):
             if (most := self.max_top_share.get(size)) is not None:

@@ -157,6 +157,7 @@ class Cleaning:
     def __init__(self, sources: list[Source], rules: Rules, json_key: str, policy: Policy) -> None:
         self.sources, self.rules, self.json_key, self.policy = sources, rules, json_key, policy
         self.counts, self.tally, self.hashes = Counts(), Tally(), dict[str, str]()
+        # What makes a cleaning another one; neither the inputs, which are compared by content, nor the workers.
         self.options = rules.as_dict() | {"json_key": json_key, "evaluation_sets": self._evaluation_sets()}
         for rule in self.options["rules"]:
             rule.pop("files", None)  # the evaluation sets, which are compared by what they hold

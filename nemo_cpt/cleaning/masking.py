@@ -76,6 +76,7 @@ class Masking(Rule):
     def apply(self, document: Document) -> Iterator[Check]:
         """Replace them; nothing is measured."""
         masked = Masked(document.text)
+        # Addresses first: what looks like a number within one is not to be masked by itself.
         if self.email is not None and ("@" in document.text or "＠" in document.text):
             masked.replace("email", _EMAIL, self.email)
         # Most texts have no such numbers, and counting is cheaper than looking for them.

@@ -195,6 +195,7 @@ def run(candidate: Candidate, tasks: Sequence[Task], output: Path, limit: int | 
     Raises:
         CptError: it failed.
     """
+    # By content: another model of that name must not go on from this one's cache.
     folder = output / HARNESS / f"{candidate.key[:12]}-{key_of([asdict(task) for task in tasks], limit)[:12]}"
     make_folder(folder)
     # Appended to: an earlier attempt's words may say more than the last one's.
@@ -296,6 +297,7 @@ def _row(task: Task, metric: str, was: Any, now: Mapping[str, Any], result: Mapp
     errors = [each["stderr"] for each in (was, now) if each is not None]
     middle = now["value"] - (was["value"] if was else 0)
     low = high = None
+    # Some metrics have no standard error, such as corpus BLEU: then there is no interval.
     if None not in errors:
         # Variances of independent errors add up.
         reach = NORMAL_95 * math.hypot(*errors)

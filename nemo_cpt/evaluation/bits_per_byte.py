@@ -228,6 +228,7 @@ def _window_nats(engine: TransformersEngine, batch: Sequence[tuple[int, list[int
 
 
 def _batch_rows(engine: TransformersEngine, width: int) -> int:
+    # By the logits, tokens x vocabulary in fp32: with small models they are the largest of all.
     return max(1, min(MOST_TOKENS, LOGITS_BYTES // 4 // _rows(engine)) // width)
 
 

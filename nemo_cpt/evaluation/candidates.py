@@ -103,6 +103,7 @@ def find_candidates(
     for each in (model, against):  # both, before one is exported
         if each is not None:
             check_model(each)
+    # Step 0: in a series over a run's checkpoints it is what the training began with.
     before = [Candidate("before", str(against), options, 0, say)] if against is not None else []
     if run is None:
         return [*before, Candidate("after", str(model), options, None, say)]

@@ -8,6 +8,7 @@ import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -286,7 +287,7 @@ class _Work:
                     engine, text.path, seq_length=text.seq_length, samples=text.samples, tell=bar.update
                 )
             return documents_loss(
-                engine, _first(read_documents(text.path), self.limit), window=self.window, tell=bar.update
+                engine, islice(read_documents(text.path), self.limit), window=self.window, tell=bar.update
             )
 
     def _replies(self, prompts: PromptSet, wrapper: str) -> list[Reply]:
@@ -309,13 +310,6 @@ class _Work:
                     record = {name: value for name, value in asdict(reply).items() if name != "logprobs"}
                     self.journal.keep(key, {"model": self.candidate.label, "prompt": prompt, "reply": record})
                     bar.update(done := done + 1)
-
-
-def _first(documents: Iterator[str], limit: int | None) -> Iterator[str]:
-    for number, document in enumerate(documents):
-        if number == limit:
-            return
-        yield document
 
 
 def _wrapped(asked: Asked, wrapper: str, chat_template: bool) -> Prompt:

@@ -231,6 +231,7 @@ def event(content: dict[str, Any]) -> str:
 
 def usage(requests: Sequence[Request], choices_a_prompt: int) -> dict[str, int]:
     """Tokens; a prompt with several choices counts once."""
+    # A prompt's choices stand one behind the other.
     prompt = sum(len(each.ids) for each in requests[::choices_a_prompt])
     reply = sum(each.tokens for each in requests)
     return {"prompt_tokens": prompt, "completion_tokens": reply, "total_tokens": prompt + reply}

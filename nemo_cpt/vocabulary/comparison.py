@@ -131,6 +131,7 @@ def compare(
     Raises:
         CptError: a tokenizer or a corpus is missing or unreadable, or one is named twice.
     """
+    # Results are kept by name: one of the two would be lost.
     if len(set(tokenizers)) < len(tokenizers):
         raise CptError(f"a tokenizer is named twice among {', '.join(tokenizers)}")
     if not corpora:

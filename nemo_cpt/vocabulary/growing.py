@@ -113,6 +113,7 @@ def grow(
     """
     start = time.monotonic()
     check_options(tokens, until, max_characters, min_count, multiple_of, sample_bytes)
+    # First of all: what takes minutes is not to fail at its end.
     check_free(Path(output))
     base = read_byte_level(tokenizer)
     sample = draw(inputs, json_key, sample_bytes)
