@@ -72,7 +72,7 @@ class Follower:
 
     def _said(self) -> list[str]:
         """The run's own warnings and those of its log, as they came: of many the newest alone are shown."""
-        own = [(_stamp(each["time"]), each["text"]) for each in self._record.warnings]
+        own = [(_stamp(each["time"], self._record), each["text"]) for each in self._record.warnings]
         return [text for _, text in sorted([*own, *self._warnings.since(self._record)], key=itemgetter(0))]
 
     def _trouble(self) -> str:
@@ -131,12 +131,14 @@ class _LogWarnings:
         first = next((line["time"] for line in record.metrics if TRAIN_LOSS in line and "time" in line), None)
         if first is None:
             return []
-        return [(when, text) for when, text in self._found if when > _stamp(first)]
+        return [(when, text) for when, text in self._found if when > _stamp(first, record)]
 
 
-def _stamp(seconds: float) -> str:
-    """A time as NeMo stamps its lines: such texts compare as their times do."""
-    return datetime.fromtimestamp(seconds).isoformat(" ", timespec="seconds")
+def _stamp(seconds: float, record: Record) -> str:
+    """A time as NeMo stamps a run's lines, by the clock where it trains: such texts compare as their times do."""
+    started = record.description.get("started")
+    zone = datetime.fromisoformat(started).tzinfo if started else None
+    return datetime.fromtimestamp(seconds, zone).replace(tzinfo=None).isoformat(" ", timespec="seconds")
 
 
 def _changed(path: Path) -> float:
