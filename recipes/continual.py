@@ -130,6 +130,7 @@ def continual_pretrain(
     """
     if gpu_memory_gib is not None:  # where the planner's search begins
         tensor_model_parallel_size = pipeline_model_parallel_size = micro_batch_size = 1
+    # llm.pretrain, not a function of ours: `nemo llm` and NeMo's own YAML take it as one of theirs.
     recipe = run.Partial(
         llm.pretrain,
         model=parts.fused(parts.model_of(model, base, seq_length)),
@@ -162,6 +163,7 @@ def continual_pretrain(
     )
     if parts.in_bf16(state_precision):
         parts.keep_states_in_bf16(recipe)
+    # Each reads what the recipe has by now: its data, its validation sets, where and how often it saves.
     parts.set_seed(recipe, seed)
     parts.stop_early(recipe, early_stop, patience)
     parts.stop_when_worse(recipe, stop_when)
@@ -216,6 +218,7 @@ def continual_pretrain_lora(
     Raises:
         CptError: nothing fits the card; `data` is no Blend; there is no such `peft_scheme`.
     """
+    # Where it is left open, the search begins with the longest, and halves it.
     sizes = {"seq_length": 8192 if seq_length is None else seq_length, "global_batch_size": global_batch_size}
     recipe = continual_pretrain(model, base, data, lr=lr, **sizes | kwargs)
     # What the user gave is not the planner's to change; what was left open is.
@@ -244,6 +247,7 @@ def with_lora(
             `peft_scheme`; the recipe trains a grown base's new rows first, and they are frozen.
     """
     check(Settings(rank=rank, embeddings_lr=embeddings_lr))
+    # It may stand in the full-parameter recipe that this one is made of.
     grown = next((each for each in recipe.trainer.callbacks if each.__fn_or_cls__ is GrownRowsFirst), None)
     check_grown_rows_first(grown and grown.steps, None, frozen=embeddings_lr is None)
     if getattr(recipe.model.config, "position_embedding_type", None) == "learned_absolute":

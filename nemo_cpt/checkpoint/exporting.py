@@ -214,7 +214,11 @@ def check_options(adapter: bool, dtype: str | None, chat_template: str | None) -
 
 
 def checked_dtype(dtype: str) -> str:
-    """The dtype, if weights can be written in it; else a CptError."""
+    """The dtype.
+
+    Raises:
+        CptError: weights cannot be written in it.
+    """
     if dtype not in DTYPES:
         raise CptError(f"dtype {dtype!r} cannot be written; choose {', '.join(DTYPES)}.")
     return dtype

@@ -23,6 +23,7 @@ app = typer.Typer(
     name="nemo-cpt",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
+    # A traceback that reaches the user is a fault of ours: as Python prints it, it can be pasted into a report.
     pretty_exceptions_enable=False,
 )
 

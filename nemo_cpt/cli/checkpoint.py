@@ -164,6 +164,7 @@ def verify_command(
 
     report = verify(_of_run(nemo), hf, base, logits=logits, ignore_fields=ignore_field)
     every = report.as_dict()
+    # People are shown the first few, programs all of them.
     if not as_json:
         every["differences"] = _first(report.differences)
     _print(every, as_json)
@@ -187,6 +188,7 @@ def download_command(
 
 def _of_run(source: Path) -> Path:
     """A checkpoint, of a run its newest whole one, which is named: it may have changed since the last command."""
+    # Within the function, as in every command: `--help` must not wait for what only one of them needs.
     from nemo_cpt.launching.results import checkpoint_folder
 
     found = checkpoint_folder(source)
@@ -202,6 +204,7 @@ def _first(differences: Sequence[object]) -> str:
 
 
 def _print(report: Mapping[str, Any], as_json: bool) -> None:
+    # On stderr, so that stdout holds the report alone, also for a script.
     for warning in report.get("warnings", ()):
         print(f"warning: {warning}", file=sys.stderr)
     if as_json:

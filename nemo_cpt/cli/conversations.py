@@ -79,6 +79,7 @@ def _fitting(fitting: "Fitting") -> str:
 
 def _print_pieces(pieces: list[list[Any]]) -> None:
     """Print what is trained on in colour and the rest dim on a terminal, between brackets elsewhere."""
+    # Colours would be lost in a file, and what is trained on with them.
     if not sys.stdout.isatty():
         return print("".join(f"{TRAINED[0]}{text}{TRAINED[1]}" if trained else f"{text}" for text, trained in pieces))
     from rich.console import Console
@@ -123,6 +124,7 @@ def synthesize(
         output,
         train=train,
         validation=validation,
+        # One word on the command line: title,cloze.
         kinds=kinds.split(","),
         slots=slots,
         language=language,

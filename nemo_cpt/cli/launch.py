@@ -65,6 +65,7 @@ def show(
     from nemo_cpt.catalog.build import build_recipe
     from nemo_cpt.launching.config_file import written
 
+    # A built recipe knows no executor; the configuration file names one.
     if executor and not config:
         raise CptError("--executor is for --config: the resolved config is the recipe's alone")
     recipe, pairs, executor = from_file(recipe, overrides, executor)
@@ -89,6 +90,7 @@ def copy(
     from nemo_cpt.launching.scripts import write_new, write_script
 
     found = catalog.recipe(recipe)
+    # The ending says what is wanted, as everywhere.
     if file.suffix in ENDINGS:
         write_new(written(found, []), file)
         print(f"wrote {file}; edit it, then: nemo-cpt run {file}")
@@ -140,6 +142,7 @@ def run(
         job = describe(function, arguments, fields, executor, options)
         # Not for a cluster's files, which this machine does not see.
         if job.place.same_files and (said := nothing_to_train(function.name, arguments, fields, job.place.here)):
+            # sys.stdout leads to stderr in this block.
             print(said if not json else jsonlib.dumps({"finished": said}), file=sys.__stdout__)
             return
         # A dry run is to show the script, whatever this machine lacks.
@@ -155,6 +158,7 @@ def run(
             result |= jobs.prepared(function, arguments, fields, where)
             refused = [] if force else [str(each) for each in errors]
         else:
+            # A view needs the run's files, whose folder must be known and on this machine.
             plain = plain or json or detach or executor != "local" or moves_its_folder(fields)
             plain = plain or not shows_views(sys.stdout)
             with contextlib.nullcontext() if plain else launch_view(job.directory) as begun:
@@ -211,6 +215,7 @@ def logs(
     from nemo_cpt.launching import experiments, jobs
 
     print(jobs.logs(experiment, lines), flush=True)
+    # What was there is printed first; `follow` begins behind it.
     if follow:
         with contextlib.suppress(KeyboardInterrupt):
             for text in experiments.follow(experiments.experiment(experiment)):

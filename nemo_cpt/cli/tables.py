@@ -57,3 +57,8 @@ def print_report(rows: Mapping[str, object], warnings: Iterable[str]) -> None:
     print_pairs(rows.items())
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
+
+
+def print_note(line: str) -> None:
+    """Print a line of the command's own on stderr, at once: what takes time is told while it does."""
+    print(f"nemo-cpt: {line}", file=sys.stderr, flush=True)

@@ -30,6 +30,7 @@ def rows(
     """
     yield "recipe", f"{function.name}: {function.summary}"
     yield from _changed(function, arguments, fields)
+    # As the executor has it, which decides, and not the recipe.
     processes = where.nnodes() * where.nproc_per_node()
     nodes = f" on {where.nnodes()} nodes" if where.nnodes() > 1 else ""
     kind = "GPU" if job.gpus_per_node else "CPU process"

@@ -45,6 +45,7 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether the fullest GPU holds its peak; of a lower bound, whether that fits."""
+        # CUDA's context is in the peak: what is compared with is the card's, not what a process can allocate.
         return self.peak_gib <= self.memory_gib
 
     @property

@@ -106,7 +106,18 @@ def fit_workload(
     margin: float = MEMORY_MARGIN,
     allow: Sequence[str] = ALLOWED,
 ) -> Fit:
-    """Find the fastest setting of a workload that fits; see `fit`."""
+    """Find the fastest setting of a workload that fits.
+
+    Args:
+        work: what is to be trained.
+        gpu_memory_gib: see `fit`.
+        gpu: see `fit`.
+        margin: see `fit`.
+        allow: see `fit`.
+
+    Raises:
+        CptError: nothing fits, `allow` names what there is not, or the GPU is unknown.
+    """
     unknown = set(allow) - {*ALLOWED, *FALLBACKS}
     if unknown:
         raise CptError(f"allow names {sorted(unknown)}: {', '.join([*ALLOWED, *FALLBACKS])} can be allowed")
@@ -148,7 +159,13 @@ def _layout(work: Workload) -> tuple[int, int]:
 
 
 def nearest_that_fits(work: Workload, gpu_memory_gib: float | None, gpu: str | None) -> Fit | None:
-    """Find the fastest setting that fits and trains the same; else one with more given up; None if there is none."""
+    """Find the fastest setting that fits and trains the same; else one with more given up; None if there is none.
+
+    Args:
+        work: what is to be trained.
+        gpu_memory_gib: see `fit`.
+        gpu: see `fit`.
+    """
     # First what trains the same; what gives something up is offered only where that does not fit.
     for allowed in (ALLOWED, (*ALLOWED, *FALLBACKS)):
         try:

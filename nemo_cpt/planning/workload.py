@@ -225,7 +225,7 @@ class Workload:
         bias = self.widths["linear_qkv"][1] if self.qkv_bias else 0
         norms = 2 * self.hidden_size + (2 * self.kv_channels if self.qk_norm else 0)
         layers = self.num_layers * (self.linear_parameters + bias + norms)
-        return layers + self.hidden_size + self.embedding_parameters
+        return layers + self.hidden_size + self.embedding_parameters  # the last norm's
 
     @property
     def embedding_parameters(self) -> int:

@@ -59,6 +59,7 @@ class ExportCheckpoints(pl.Callback):
         for step in {*self._steps("step-")} & {*self._steps(EXPORTED)}:
             _remove(self._folder / f"{EXPORTED}{step}")
             self._log(step).unlink(missing_ok=True)
+        # Of older checkpoints exports were made, and perhaps thinned out, or failed and were told of.
         newest = max([*self._steps("step-"), *self._steps(EXPORTED), 0])
         saved = {each.step for each in checkpoints(self._checkpoints)}
         self._awaited = sorted(step for step in saved if step > newest and self._due(trainer, step))
@@ -139,6 +140,7 @@ class ExportCheckpoints(pl.Callback):
         step = min(waiting)
         gentle = [word for words in GENTLY if shutil.which(words[0]) for word in words]
         command = [*gentle, *COMMAND, str(self._folder / f"{EXPORTED}{step}"), str(self._folder / f"step-{step}")]
+        # The GPUs and the CPUs are the training's.
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         with self._log(step).open("wb") as log:
             process = subprocess.Popen(

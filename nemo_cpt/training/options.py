@@ -170,6 +170,7 @@ def check_exports(every: int | None, keep: int | None, saved: int | None = None)
         return
     if every < 1 or (keep is not None and keep < 1):
         raise CptError(f"export_every is {every} and export_keep {keep}: give whole numbers of 1 or more")
+    # An export is made of a checkpoint: between two of them there is nothing to export.
     if saved and every % saved:
         raise CptError(
             f"export_every {every} is not a multiple of the {saved} steps between checkpoints: give "
@@ -211,6 +212,7 @@ def first_new_row(tokenizer: Path, steps: int) -> int:
     from nemo_cpt.vocabulary.byte_level import FIRST_ROW, RECORD
 
     record = read_object(tokenizer / RECORD)
+    # The model's own record first: it may have been grown by a tokenizer that grew twice.
     first = record.get(FIRST_ROW) or record.get("from", {}).get("vocabulary_size", 0)
     if not first:
         raise CptError(

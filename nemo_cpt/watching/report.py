@@ -42,6 +42,7 @@ def write_report(records: Sequence[Record], folder: Path) -> list[Path]:
     if len(records) > 1 and records[0].folder.resolve() == records[1].folder.resolve():
         raise CptError(f"{records[0].folder} would be compared with itself: name another run, or leave it away")
     make_folder(folder)
+    # Drawn first, which may fail: no half report is left.
     drawn = pictures(records)
     files = {
         "report.html": "\n".join(_page(records, drawn)).encode(),
@@ -79,6 +80,7 @@ def _page(records: Sequence[Record], drawn: Mapping[str, bytes]) -> Iterator[str
         for warning in record.warnings:
             whose = f"{record.name}: " if len(records) > 1 else ""
             yield f'<p class="warning">{html.escape(whose + warning["text"])}</p>'
+    # A row that one of them lacks stays, with an empty cell.
     names = list(dict.fromkeys(name for record in records for name, _ in _summary(record)))
     summaries = [dict(_summary(record)) for record in records]
     yield from table(("", *(record.name for record in records)),

@@ -49,6 +49,7 @@ class DryRun:
             else:
                 yield each.step.name, does, "may run" if each.waits else "would run", each.why, *_cells(estimate)
         seconds, disk = (sum(getattr(each, name) or 0 for each in self.estimates) for name in ("seconds", "disk_bytes"))
+        # One step runs after the other: times and disk add up, memory does not.
         memory = max((each.memory_gib or 0 for each in self.estimates), default=0)
         more = " and what is not known" if any(self._unknown()) else ""
         yield (
@@ -107,7 +108,9 @@ def dry_run(workflow: Workflow, chosen: Chosen, plan: bool = True) -> DryRun:
     make_folder(workflow.folder)  # which a workflow built in Python may only name; paths are relative to it
     workflow.check()
     names, again, state = chosen.steps(workflow), chosen.again(workflow), State(workflow)
+    # All are looked at first: how those stand that a step needs says whether it waits.
     found = [each for each in standings(workflow, state, again) if each.step.name in names]
+    # What somebody else's files would stop is known before anything runs.
     check_free(found)
     for each in found:
         if not each.done:  # what is done was checked when it was done

@@ -166,7 +166,9 @@ class Estimates:
         files = outputs.files_of(self.workflow.folder / path)
         if files:
             on_disk = float(sum(file.stat().st_size for file in files))
+            # The largest stands for all: to sample each of a folder of dumps would take long.
             return on_disk * _unpacked(max(files, key=lambda file: file.stat().st_size))
+        # Not there yet: as large as the step that makes it is estimated to leave it.
         size = next((size for made, size in self.made.items() if outputs.related(path, made)), None)
         return size and size * self._share(path)
 
