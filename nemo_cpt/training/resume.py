@@ -11,7 +11,9 @@ from nemo import lightning as nl
 from nemo.utils import AppState
 from torch.optim.lr_scheduler import _enable_get_lr_call
 
-from nemo_cpt.compatibility import base_weights_of, check_resumed
+from nemo_cpt.checkpoint.lora import recorded_base
+from nemo_cpt.checkpoint.weights_digest import base_weights_of
+from nemo_cpt.compatibility import check_resumed
 from nemo_cpt.errors import CptError, exit_with_the_message
 from nemo_cpt.training import run_lock
 from nemo_cpt.training.changes import FIXED, Change, changes, listed
@@ -85,13 +87,13 @@ class ResumeOrStartFromBase(nl.AutoResume):
         return newest.path
 
     def _get_base_model_path_for_adapter(self, adapter_meta_path: Path, model: Any) -> Path:
-        base: Path = super()._get_base_model_path_for_adapter(adapter_meta_path, model)
-        if base.exists():
-            return base
+        checkpoint = adapter_meta_path.parents[1]
         named = Path(self.restore_config.path) if self.restore_config else None
         # `check_resumed` has compared their weights, where the checkpoint knows those that it began with.
-        if named and named.exists() and base_weights_of(adapter_meta_path.parents[1]):
-            return named
+        found = recorded_base(checkpoint) or (named if base_weights_of(checkpoint) else None)
+        if found and found.exists():
+            return found
+        base = super()._get_base_model_path_for_adapter(adapter_meta_path, model)
         raise CptError(f"this run trains adapters, and needs its base in {base} to go on. Put it back there")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nemo_cpt.compatibility import weights_digest
+from nemo_cpt.checkpoint.weights_digest import weights_digest
 from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
 from nemo_cpt.launching.task import nothing_to_train
