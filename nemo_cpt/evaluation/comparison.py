@@ -23,6 +23,7 @@ from nemo_cpt.evaluation.questions import SHIPPED
 from nemo_cpt.evaluation.reading import Asked, PromptSet, check_language, prompt_set, read_documents
 from nemo_cpt.inference import Prompt, Reply, Sampling
 from nemo_cpt.installed import installed_versions
+from nemo_cpt.records import restored
 from nemo_cpt.urls import hide_credentials
 
 if TYPE_CHECKING:
@@ -270,7 +271,7 @@ class _Work:
             record = asdict(self._measured_loss(text))
             self.journal.keep(key, {"model": self.candidate.label, "set": text.name, "loss": record})
             return TextLoss(**record)
-        return TextLoss(**record["loss"])
+        return restored(TextLoss, record["loss"])
 
     def _measured_loss(self, text: LossSet) -> "TextLoss":
         from nemo_cpt.evaluation.bits_per_byte import documents_loss, sequences_loss
@@ -323,7 +324,7 @@ def _wrapped(asked: Asked, wrapper: str, chat_template: bool) -> Prompt:
 
 
 def _reply(record: Any) -> Reply:
-    return Reply(**record["reply"])
+    return restored(Reply, record["reply"])
 
 
 def _rows(found: Sequence[Measured], sets: Sequence[PromptSet], seed: int) -> Iterator[Row]:
