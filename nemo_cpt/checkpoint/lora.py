@@ -25,6 +25,7 @@ from nemo_cpt.checkpoint.safetensors_files import HFWeights, TensorPlan, write_w
 from nemo_cpt.checkpoint.weight_sums import checked, read_sums, sum_of
 from nemo_cpt.checkpoint.weights_digest import are_of_the_base, base_weights_of, weights_digest
 from nemo_cpt.errors import CptError
+from nemo_cpt.moved import places
 
 ADAPTER_METADATA = "adapter_metadata.json"
 NeMoOrHF = NemoWeights | HFWeights
@@ -52,18 +53,10 @@ def recorded_base(nemo: Path) -> Path | None:
     there = folder if (folder / "weights").is_dir() else None
     if (began_with := base_weights_of(nemo)) is None or (there and weights_digest(there) == began_with):
         return there
-    return next((each for each in _beside(folder, nemo) if weights_digest(each) == began_with), there)
-
-
-def _beside(recorded: Path, nemo: Path) -> Iterator[Path]:
-    """Checkpoints that a recorded path may name where it is not the current folder's: ends of it, above the run."""
-    names = recorded.parts[1:] if recorded.is_absolute() else recorded.parts
-    for above in nemo.absolute().parents:
-        for start in range(len(names)):
-            # A run's `-last` is a link, which is gone when the run has saved the next one.
-            for name in {names[-1], names[-1].removesuffix(LAST)}:
-                if (above.joinpath(*names[start:-1], name) / "weights").is_dir():
-                    yield above.joinpath(*names[start:-1], name)
+    # A run's `-last` is a link, which is gone when the run has saved the next one.
+    names = dict.fromkeys([folder, folder.with_name(folder.name.removesuffix(LAST))])
+    found = (each for name in names for each in places(name, nemo) if (each / "weights").is_dir())
+    return next((each for each in found if weights_digest(each) == began_with), there)
 
 
 def base_of(nemo: Path, base: str | Path | None) -> Path:

@@ -144,8 +144,10 @@ def evaluate(
             "api_key": (api_key, judge or any(each.is_endpoint for each in candidates)),
         }
     )
-    run = training_record(checkpoints_of or model)
-    texts = find_loss_sets(losses or (validated_on(run, say) if everything else []), candidates, run, limit, say)
+    trained = checkpoints_of or model
+    run = training_record(trained)
+    own = validated_on(run, trained, say) if everything else []
+    texts = find_loss_sets(losses or own, candidates, run, limit, say)
     sets = [_limited(prompt_set(each, language), limit) for each in prompts or (_shipped(texts) if everything else [])]
     check_names([each.name for each in sets])
     wrappers = wrappers or (["chat"] if all(each.has_chat_template for each in candidates) else ["none"])
