@@ -172,7 +172,7 @@ def evaluate(
         judged = _judged(judge, questions, candidates, output, judge_key or api_key, say)
         rows.append(_judge_row(judged, seed))
     return Report(
-        title=" against ".join(each.model for each in reversed(first_and_last(candidates))),
+        title=" against ".join(each.name for each in reversed(first_and_last(candidates))),
         models=[described(each) for each in candidates],
         rows=rows,
         series=_series(candidates, found, sets) if len(candidates) > 2 else [],
