@@ -14,6 +14,7 @@ from typing import Any
 
 from nemo_cpt.checkpoint.context import RUN_JSON
 from nemo_cpt.checkpoint.download_record import read_record
+from nemo_cpt.records import restored
 
 BEFORE = "before"  # in run.json: the records of the trainings that led to the checkpoint that the run started from
 _FILE = ".provenance.json"
@@ -39,7 +40,7 @@ class Provenance:
 def read_provenance(folder: Path) -> Provenance:
     """Where the model of a Hugging Face folder comes from, as far as that is known."""
     try:
-        return Provenance(**json.loads((folder / _FILE).read_bytes()))
+        return restored(Provenance, json.loads((folder / _FILE).read_bytes()))
     except FileNotFoundError:
         downloaded = read_record(folder)
         return Provenance(downloaded.repo_id, downloaded.commit) if downloaded else Provenance()

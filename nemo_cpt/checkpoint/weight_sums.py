@@ -64,5 +64,10 @@ def checked(
         )
 
 
+def sum_of(tensor: np.ndarray) -> int:
+    """The sum of a whole tensor."""
+    return _crc32(tensor, 0)
+
+
 def _crc32(array: np.ndarray, before: int) -> int:
     return int(crc32(bits(np.ascontiguousarray(array).reshape(-1)).data.cast("B"), before))

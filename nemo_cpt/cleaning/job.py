@@ -40,6 +40,7 @@ from nemo_cpt.corpus.reading.sources import PARTS, UNFINISHED, Inputs, Source, c
 from nemo_cpt.corpus.reading.tally import Policy, Tally
 from nemo_cpt.errors import CptError
 from nemo_cpt.installed import installed_versions
+from nemo_cpt.records import restored
 
 KEPT, DROPPED, REPORT, MANIFEST, LOCK = "kept.jsonl", "dropped.jsonl", "report.html", "cleaning.json", ".cleaning.lock"
 PARTS_FOLDER = "cleaning" + PARTS
@@ -192,7 +193,7 @@ class Cleaning:
                 f"{folder} holds another cleaning: {reason}. Take another folder, or overwrite=True (--overwrite)."
             )
         check_sizes(folder, recorded.get("sizes", {}))
-        return CleaningReport(**recorded["report"] | {"status": "unchanged"})
+        return restored(CleaningReport, recorded["report"], status="unchanged")
 
     def _other_options(self, recorded: dict[str, Any]) -> str | None:
         """Return what differs between the options and those of a manifest; of evaluation sets the content counts."""

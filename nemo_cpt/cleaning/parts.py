@@ -41,6 +41,7 @@ from nemo_cpt.corpus.reading.shares import cut
 from nemo_cpt.corpus.reading.sources import PLAN, Inputs, Source, list_sources, listed_again
 from nemo_cpt.corpus.reading.tally import Policy, Tally
 from nemo_cpt.errors import CptError
+from nemo_cpt.records import restored
 
 PART = "part.json"
 Kind = TypeVar("Kind", bound=Cleaning)
@@ -243,7 +244,7 @@ def join(folder: str | os.PathLike[str]) -> CleaningReport:
     folder = Path(folder)
     # The plan goes last: without it a cleaning that is there was joined.
     if not (folder / PLAN).exists() and (folder.parent / MANIFEST).exists():
-        return CleaningReport(**read_cleaning(folder.parent)["report"] | {"status": "unchanged"})
+        return restored(CleaningReport, read_cleaning(folder.parent)["report"], status="unchanged")
     plan = Plan.read(folder)
     output, settings = plan.folder.parent, plan.settings
     if (report := existing(plan)) is None:

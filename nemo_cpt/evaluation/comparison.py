@@ -25,6 +25,7 @@ from nemo_cpt.evaluation.questions import SHIPPED
 from nemo_cpt.evaluation.reading import Asked, PromptSet, check_language, prompt_set, read_documents
 from nemo_cpt.inference import Prompt, Reply, Sampling
 from nemo_cpt.installed import installed_versions
+from nemo_cpt.records import restored
 from nemo_cpt.urls import hide_credentials
 
 if TYPE_CHECKING:
@@ -147,8 +148,10 @@ def evaluate(
             "api_key": (api_key, judge or any(each.is_endpoint for each in candidates)),
         }
     )
-    run = training_record(checkpoints_of or model)
-    texts = find_loss_sets(losses or (validated_on(run, say) if everything else []), candidates, run, limit, say)
+    trained = checkpoints_of or model
+    run = training_record(trained)
+    own = validated_on(run, trained, say) if everything else []
+    texts = find_loss_sets(losses or own, candidates, run, limit, say)
     sets = [_limited(prompt_set(each, language), limit) for each in prompts or (_shipped(texts) if everything else [])]
     check_names([each.name for each in sets])
     # One way for all models: replies to prompts in other words could not be compared.
@@ -174,7 +177,7 @@ def evaluate(
         judged = _judged(judge, questions, candidates, output, judge_key or api_key, say)
         rows.append(_judge_row(judged, seed))
     return Report(
-        title=" against ".join(each.model for each in reversed(first_and_last(candidates))),
+        title=" against ".join(each.name for each in reversed(first_and_last(candidates))),
         models=[described(each) for each in candidates],
         rows=rows,
         series=_series(candidates, found, sets) if len(candidates) > 2 else [],
@@ -275,7 +278,7 @@ class _Work:
             record = asdict(self._measured_loss(text))
             self.journal.keep(key, {"model": self.candidate.label, "set": text.name, "loss": record})
             return TextLoss(**record)
-        return TextLoss(**record["loss"])
+        return restored(TextLoss, record["loss"])
 
     def _measured_loss(self, text: LossSet) -> "TextLoss":
         from nemo_cpt.evaluation.bits_per_byte import documents_loss, sequences_loss
@@ -321,7 +324,7 @@ def _wrapped(asked: Asked, wrapper: str, chat_template: bool) -> Prompt:
 
 
 def _reply(record: Any) -> Reply:
-    return Reply(**record["reply"])
+    return restored(Reply, record["reply"])
 
 
 def _rows(found: Sequence[Measured], sets: Sequence[PromptSet], seed: int) -> Iterator[Row]:

@@ -1,6 +1,5 @@
 """What runs there are, and the checkpoints of a run: listed and thinned out, without importing torch or NeMo-Run."""
 
-import json
 import math
 import os
 import re
@@ -15,7 +14,7 @@ from nemo_cpt import catalog
 from nemo_cpt.checkpoint.context import UNFINISHED
 from nemo_cpt.errors import CptError
 from nemo_cpt.training.metrics import read_metrics
-from nemo_cpt.training.run_folder import DAMAGED, REMOVED, Checkpoint, checkpoints, finished, newest_whole
+from nemo_cpt.training.run_folder import DAMAGED, REMOVED, Checkpoint, based_on, checkpoints, finished, newest_whole
 from nemo_cpt.training.run_lock import RunLock, check_free
 
 DIRECTORY = Path("results")  # the recipes' own
@@ -209,7 +208,7 @@ def to_remove(run: Run, keep: int) -> list[Removal]:
     others = [(each.path, state) for each, state in every_checkpoint(run) if each.path not in kept]
     for path, _ in others:
         # Adapters are worth nothing without the weights that they were trained on.
-        if user := _based_on(path, run.folder.parent):
+        if user := based_on(path, run.folder.parent):
             raise CptError(f"{path} is the base of {user}: export that run first, or keep more (--keep)")
     return [Removal(path, "beyond --keep" if state == "whole" else state, size(path)) for path, state in others]
 
@@ -244,18 +243,6 @@ def remove(run: Run, keep: int) -> list[Removal]:
 def _remove(path: Path, folder: Path) -> None:
     path.rename(folder / f"{REMOVED}{uuid.uuid4().hex}")
     path.with_name(path.name + UNFINISHED).unlink(missing_ok=True)
-
-
-def _based_on(checkpoint: Path, directory: Path) -> Path | None:
-    """The run beside it whose adapters were trained on a checkpoint, and which an export of them reads."""
-    for record in directory.glob("*/checkpoints/*/weights/adapter_metadata.json"):
-        try:
-            base = json.loads(record.read_bytes()).get("model_ckpt_path")
-        except (OSError, ValueError):
-            continue
-        if base and Path(base).resolve() == checkpoint.resolve():
-            return record.parents[3]
-    return None
 
 
 def _folders(folder: Path) -> Sequence[Path]:

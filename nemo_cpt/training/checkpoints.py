@@ -22,7 +22,7 @@ from nemo_cpt.checkpoint.context import RUN_JSON
 from nemo_cpt.errors import CptError
 from nemo_cpt.training.metrics import RUN_FILE, read_file, validation_losses
 from nemo_cpt.training.record import record_of, settings_of
-from nemo_cpt.training.run_folder import DAMAGED, REMOVED, Checkpoint, damaged_since
+from nemo_cpt.training.run_folder import DAMAGED, REMOVED, Checkpoint, based_on, damaged_since
 from nemo_cpt.training.run_lock import check_held
 
 OTHER_SAMPLES = 1e6  # added to a loss that is not to be compared: above any of this start's
@@ -189,6 +189,8 @@ class RunCheckpoint(nl.ModelCheckpoint):
             return None
         if folder.is_symlink():
             return folder.unlink()
+        if self._is_needed(folder):
+            return None
         # A rename is one step for every reader; removing tens of GB of files is not.
         removed = folder.rename(folder.with_name(REMOVED + uuid.uuid4().hex))
         remover = threading.Thread(target=shutil.rmtree, args=(removed, True))
@@ -197,6 +199,13 @@ class RunCheckpoint(nl.ModelCheckpoint):
         if not self.async_save:
             remover.join()
         return None
+
+    def _is_needed(self, checkpoint: Path) -> bool:
+        """Whether adapters of a run beside this one were trained on a checkpoint: without it they are worth nothing."""
+        user = based_on(checkpoint, checkpoint.parents[2])
+        if user:
+            print(f"nemo_cpt: {checkpoint.name} is kept beyond save_top_k: it is the base of {user}", flush=True)
+        return user is not None
 
     def nemo_topk_check_previous_run(self) -> None:
         """Find the kept checkpoints and their values by their names, and remove those beyond `save_top_k`.
@@ -211,7 +220,7 @@ class RunCheckpoint(nl.ModelCheckpoint):
         ranked = sorted(kept, key=kept.__getitem__, reverse=self.mode == "max")
         newest = max(ranked, key=lambda path: Checkpoint(path).age_order, default=None)
         for path in ranked[self.save_top_k :]:
-            if path != newest:
+            if path != newest and not self._is_needed(path):
                 self._del_model_without_trainer(str(path))
         # Of more than save_top_k Lightning would never again remove one.
         self.best_k_models = {str(path): torch.tensor(kept[path]) for path in ranked[: self.save_top_k]}

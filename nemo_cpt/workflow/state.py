@@ -10,6 +10,7 @@ from typing import Any
 from nemo_cpt.corpus.atomic_files import make_folder, open_locked, write_whole
 from nemo_cpt.errors import CptError
 from nemo_cpt.installed import installed_versions
+from nemo_cpt.records import restored
 from nemo_cpt.workflow.outputs import Files
 from nemo_cpt.workflow.steps import Step, Workflow
 
@@ -88,7 +89,7 @@ class State:
         """
         path = self.path(step.name, "json")
         try:
-            return Record(**json.loads(path.read_bytes()))
+            return restored(Record, json.loads(path.read_bytes()))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError) as error:

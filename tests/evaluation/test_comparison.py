@@ -19,7 +19,7 @@ from nemo_cpt import page
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation import comparison, evaluate, report
 from nemo_cpt.evaluation.bits_per_byte import TextLoss
-from nemo_cpt.evaluation.candidates import Candidate
+from nemo_cpt.evaluation.candidates import Candidate, described
 from nemo_cpt.evaluation.journal import Journal
 from nemo_cpt.evaluation.reading import prompt_set
 from nemo_cpt.inference.endpoint import EndpointEngine
@@ -242,6 +242,21 @@ def test_a_model_that_differs_in_one_number_is_another(tmp_path: Path) -> None:
         (tmp_path / name / "model.safetensors").write_bytes(weights)
     one, same, other = (Candidate("", str(tmp_path / name)).key for name in ("one", "same", "other"))
     assert one == same != other
+
+
+def test_of_a_run_the_report_names_the_step_that_was_measured(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run goes on, and its newest checkpoint is another when somebody reads that."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    checkpoint = tmp_path / "run/checkpoints/steps=4"
+    shutil.copytree(world / "base", checkpoint)
+    (checkpoint / "run.json").write_text('{"step": 4}')
+    measured = Candidate("after", str(tmp_path / "run"))
+    assert described(measured)["model"] == f"{tmp_path}/run at step 4"
+    assert described(Candidate("after", str(checkpoint)))["model"] == str(checkpoint)
+    checkpoint.rename(checkpoint.with_name("steps=5"))
+    assert measured.name == f"{tmp_path}/run at step 4"
 
 
 def test_two_at_once_are_refused(models: tuple[Path, Path], world: Path, prompts: Path, tmp_path: Path) -> None:

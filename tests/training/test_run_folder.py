@@ -4,17 +4,19 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from nemo_cpt.compatibility import weights_digest
+from nemo_cpt.checkpoint.weights_digest import BASE_WEIGHTS, weights_digest
 from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
 from nemo_cpt.launching.task import nothing_to_train
 from nemo_cpt.training.checkpoints import RunCheckpoint
 from nemo_cpt.training.metrics import read_metrics
 from nemo_cpt.training.run_folder import (
+    DUE,
     EXPORTED,
     EXPORTS,
     Checkpoint,
@@ -46,7 +48,7 @@ def runs(world: Path, blend: Any, tmp_path_factory: pytest.TempPathFactory) -> R
 @pytest.fixture
 def folder(runs: Runs, tmp_path: Path) -> Path:
     """A copy of a run's checkpoints, of steps 3, 6 and 8."""
-    return Path(shutil.copytree(runs.folder / "whole/checkpoints", tmp_path / "checkpoints", symlinks=True))
+    return Path(shutil.copytree(runs.folder / "whole/checkpoints", tmp_path / "run/checkpoints", symlinks=True))
 
 
 def of_step(folder: Path, step: int) -> Path:
@@ -129,6 +131,21 @@ def test_a_resumed_run_thins_no_copy_that_somebody_put_beside_its_own(folder: Pa
     assert all(copy.is_dir() for copy in copies)
 
 
+def test_a_checkpoint_that_adapters_were_trained_on_is_not_thinned(folder: Path, capsys: Any) -> None:
+    base = of_step(folder, 3)
+    lora = folder.parents[1] / "lora/checkpoints/steps=2"
+    (lora / "weights").mkdir(parents=True)
+    (lora / "weights/adapter_metadata.json").write_text(json.dumps({"model_ckpt_path": f"/elsewhere/{base}-last"}))
+    (lora / "run.json").write_text(json.dumps({"step": 2, BASE_WEIGHTS: weights_digest(base)}))
+    assert kept_of_a_previous_run(folder, 2).keys() == {6, 8}
+    checkpoint = RunCheckpoint(dirpath=folder, save_top_k=2)
+    checkpoint.async_save = False
+    for step in (3, 6):
+        checkpoint._remove_checkpoint(SimpleNamespace(is_global_zero=True), str(of_step(folder, step)), True)
+    assert [each.step for each in checkpoints(folder)] == [8, 3]
+    assert f"{base.name} is kept beyond save_top_k: it is the base of {lora.parents[1]}" in capsys.readouterr().out
+
+
 def test_a_resumed_run_keeps_the_newest_although_it_is_the_worst(folder: Path) -> None:
     newest = of_step(folder, 8)
     newest.rename(newest.with_name("steps=8-val_loss=9.5000"))
@@ -152,7 +169,9 @@ def test_a_run_that_owes_an_export_is_not_finished(folder: Path) -> None:
     link = folder.with_name(EXPORTS) / f"{EXPORTED}8"
     link.mkdir(parents=True)
     assert finished(folder, 8) is None
-    link.rename(link.with_name("step-8"))
+    link.rename(link.with_name(f"{DUE}8"))
+    assert finished(folder, 8) is None
+    link.with_name(f"{DUE}8").rename(link.with_name("step-8"))
     assert "has step 8 of max_steps 8" in finished(folder, 8)
 
 

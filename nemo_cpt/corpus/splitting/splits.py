@@ -37,6 +37,7 @@ from nemo_cpt.corpus.reading.sources import (
 from nemo_cpt.corpus.reading.tally import Policy, Tally
 from nemo_cpt.corpus.splitting.duplicates import HeldOut, check_similarity, fingerprint, sketch
 from nemo_cpt.errors import CptError
+from nemo_cpt.records import restored
 
 CHUNK = 2 << 20
 DROPS = ("none", "exact", "near")
@@ -258,7 +259,7 @@ class _Split:
                 f"{folder} holds another split: {reason}. Take another folder, or overwrite=True (--overwrite)."
             )
         check_sizes(folder, recorded.get("sizes", {}))
-        return SplitReport(**recorded["report"] | {"status": "unchanged"})
+        return restored(SplitReport, recorded["report"], status="unchanged")
 
     def make(self, folder: Path, workers: int, overwrite: bool, quiet: bool) -> SplitReport:
         """Write the sets beside, then move them into their folder; the folder must be locked.
