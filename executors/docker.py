@@ -96,6 +96,7 @@ def docker(
         env_vars=variables,
         additional_kwargs={"user": user or f"{os.getuid()}:{os.getgid()}"},
         retries=max_restarts,
+        # Nothing to pack: the current folder itself is mounted.
         packager=run.Packager(),
     )
 

@@ -122,4 +122,5 @@ def kubernetes(
 
 
 def _from_secret(name: str, secret: str) -> dict[str, Any]:
+    # Optional: a key that the Secret lacks would keep the pod from starting, and a run without W&B needs none.
     return {"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": name, "optional": True}}}

@@ -191,6 +191,7 @@ def say_why_a_job_is_not_taken() -> None:
                 of_engine = type(error).__module__.partition(".")[0] in ENGINES
                 if not of_engine and not isinstance(error, OSError | RuntimeError | subprocess.CalledProcessError):
                     raise
+                # Engines break their lines for terminals; a message is one.
                 raise CptError(f"{engine} did not take the job: {' '.join(str(error).split())}") from error
 
         return schedule_or_say

@@ -17,7 +17,6 @@ from nemo_cpt.errors import CptError
 from nemo_cpt.executors import window
 from nemo_cpt.executors.counts import check_form, check_not_negative
 from nemo_cpt.executors.environment import (
-    SECRETS,
     check_for_shells,
     checked_secrets,
     checked_setup,
@@ -174,8 +173,10 @@ def slurm(
     if workdir is None and tunnel == "local":
         workdir = os.getcwd()
     _check_workdir(workdir)
+    # What is not on this machine's disks cannot be completed or looked at from here.
     elsewhere = tunnel != "local" or container_image is not None
     workdir, venv = _path("workdir", workdir, elsewhere), _path("venv", venv, elsewhere)
+    # Pyxis takes both; `~` and `.` would be the compute node's.
     if container_image and container_image.startswith(("~", ".")):  # a file, and not a registry's image
         container_image = _path("container_image", container_image, tunnel != "local")
 
@@ -330,6 +331,3 @@ def _tunnel(tunnel: Literal["local"] | ssh) -> Any:
     return run.SSHTunnel(
         host=tunnel.host, user=tunnel.user, port=tunnel.port, job_dir=tunnel.job_dir, identity=identity
     )
-
-
-__all__ = ["SECRETS", "slurm", "ssh"]

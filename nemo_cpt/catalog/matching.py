@@ -45,6 +45,7 @@ def takes_like_base(folder: Path) -> str:
 
 
 def _why_not(base: compatibility.Base, recipe: Function) -> str:
+    # Such recipes take any shape; what may not fit is the size that their schedule is for.
     if like_base(recipe.path):
         size = recipe.parameters["params"].default if "params" in recipe.parameters else None
         return from_scratch.of_another_size(ast.literal_eval(size), base.folder) if size else ""

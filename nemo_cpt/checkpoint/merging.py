@@ -102,6 +102,7 @@ def merge(
         with new_folder(dest, size + 64 * 2**20) as folder:
             described.write(folder / HF_FOLDER, dtype)
             write_nemo(folder, tensors, arch, progress)
+            # Before the folder gets its name: a run may have replaced the checkpoint while it was read.
             check_unchanged()
     return MergeReport(
         source=str(source),

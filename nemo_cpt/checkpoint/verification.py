@@ -210,12 +210,13 @@ def _merged(nemo: Path, arch: Architecture, theirs: HFWeights, base: str | Path 
     """Reads what `export_hf` would write of a LoRA run, in the dtype of `theirs`; and its warnings."""
     from nemo_cpt.checkpoint.lora import Adapters, base_of
 
-    adapters, weights = Adapters(nemo, arch), base_weights(base_of(nemo, base), arch)
+    weights, adapters = base_weights(base_of(nemo, base), arch), Adapters(nemo, arch)
+    warnings = adapters.check_base(weights)
 
     def read(name: str) -> np.ndarray:
         return cast(adapters.read_merged(name, weights), name, theirs.infos[name].dtype)
 
-    return read, adapters.warnings
+    return read, warnings
 
 
 def _compare(slot: layout.Slot, read: Read, theirs: HFWeights, casts: dict[tuple[str, str], None]) -> Difference | None:

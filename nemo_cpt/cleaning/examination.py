@@ -80,6 +80,7 @@ def _text_at(path: str, number: int, json_key: str) -> str:
         for record in read_records(task, json_key, reading):
             if passed + reading.lines == number:
                 return record.text
+        # The line is in this chunk, and no record came of it.
         if passed + reading.lines >= number:
             problem = next(
                 (each.detail for each in reading.problems if passed + each.line + 1 == number), "it is blank"

@@ -41,6 +41,7 @@ from nemo_cpt.corpus.reading.shares import cut
 from nemo_cpt.corpus.reading.sources import PLAN, Inputs, Source, list_sources, listed_again
 from nemo_cpt.corpus.reading.tally import Policy, Tally
 from nemo_cpt.errors import CptError
+from nemo_cpt.records import restored
 
 PART = "part.json"
 Kind = TypeVar("Kind", bound=Cleaning)
@@ -85,12 +86,14 @@ def make_plan(
     sets = tuple(source.path for source in list_sources(decontaminate)) if decontaminate else ()
     chosen = chosen_rules(rules).without_contamination_of(sets)
     chosen.load()
+    # As text: a task reads them from the plan's file, perhaps on another machine.
     settings = {"rules": chosen.to_yaml(), "json_key": json_key, "on_error": on_error, "max_skipped": max_skipped}
     settings |= {"workers": workers, "quiet": quiet, "patience": patience}
     sources = list_sources(inputs)
     folder = Path(os.path.abspath(output))
     cleaning = _cleaning(Cleaning, settings, sources)
     cleaning.check_targets(folder)
+    # As the plan's file gives them back, where the keys by n are text.
     job = orjson.loads(orjson.dumps(cleaning.options, option=orjson.OPT_NON_STR_KEYS))
     return Plan(folder / PARTS_FOLDER, job, settings, sources, cut(sources, tasks), overwrite)
 
@@ -239,8 +242,9 @@ def join(folder: str | os.PathLike[str]) -> CleaningReport:
             disk is full.
     """
     folder = Path(folder)
+    # The plan goes last: without it a cleaning that is there was joined.
     if not (folder / PLAN).exists() and (folder.parent / MANIFEST).exists():
-        return CleaningReport(**read_cleaning(folder.parent)["report"] | {"status": "unchanged"})
+        return restored(CleaningReport, read_cleaning(folder.parent)["report"], status="unchanged")
     plan = Plan.read(folder)
     output, settings = plan.folder.parent, plan.settings
     if (report := existing(plan)) is None:

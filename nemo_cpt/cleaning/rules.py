@@ -84,6 +84,7 @@ class Rules:
         described = self.as_dict()
         _refuse_unknown(limits, [*(rule.name for rule in self.rules), "duplicates"], "limits")
         duplicates = limits.get("duplicates", {})
+        # What is compared over the corpus is no rule in the list that could be left out.
         described["duplicates"] |= {"exact": False, "near": None} if duplicates is None else duplicates
         kept = [each for each in described["rules"] if limits.get(each["rule"], {}) is not None]
         described["rules"] = [each | dict(limits.get(each["rule"]) or {}) for each in kept]

@@ -195,6 +195,7 @@ def _samples(chats: ConversationSet, decoder: Any, count: int) -> list[dict[str,
     samples = []
     for number in range(min(count, len(chats))):
         ids, mask = chats.read(number)
+        # Cut where the mask changes: each piece is trained on whole, or not at all.
         bounds = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(ids)]
         pieces = []
         for begin, end in pairwise(bounds):

@@ -265,6 +265,7 @@ class _ConversationOutput(Output):
 
     @cached_property
     def _tried(self) -> list[Pieces]:
+        # What the corpus has, and what would show a border that the encoder makes otherwise.
         return [*self._first(), *self._probes()]
 
     def make_work(self, encoder: Encoder, lookout: Lookout | None) -> tuple[Work, str]:

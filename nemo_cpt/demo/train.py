@@ -46,6 +46,7 @@ def continually_pretrain(
     guards.check(recipe)
     run.run(recipe, direct=True)
     if export:
+        # Here, in the job's process, which has NeMo: its logits are compared with the export's.
         _export(Path(folder), name)
 
 

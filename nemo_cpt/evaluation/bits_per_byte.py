@@ -202,8 +202,9 @@ def rolling_windows(
     """
     whole, done = [first, *ids], 0
     while done < len(ids):
+        # A later window spends `overlap` of its tokens on what was predicted before, but its last token predicts, too.
         end = min(len(ids), done + window - overlap + 1 if done else window)
-        yield whole[max(0, end - window) if done else 0 : end], list(ids[done:end])
+        yield whole[max(0, end - window) : end], list(ids[done:end])
         done = end
 
 
@@ -230,6 +231,7 @@ def _window_nats(engine: TransformersEngine, batch: Sequence[tuple[int, list[int
 
 
 def _batch_rows(engine: TransformersEngine, width: int) -> int:
+    # By the logits, tokens x vocabulary in fp32: with small models they are the largest of all.
     return max(1, min(MOST_TOKENS, LOGITS_BYTES // 4 // _rows(engine)) // width)
 
 

@@ -271,6 +271,7 @@ class _Bench:
 
     def open(self, asks: Iterable[_Ask]) -> list[_Ask]:
         """Return those that the judge has yet to be asked, each once."""
+        # By the first attempt: further ones are for replies that nobody could read, which are not foreseen.
         keyed = {self._key(ask, 0): ask for ask in asks}
         return [ask for key, ask in keyed.items() if self._journal.get(key) is None]
 

@@ -122,6 +122,7 @@ class EndpointEngine:
             try:
                 return self._streamed_reply(prompt, sampling)
             except BrokenOffError:
+                # As OpenAI's client waits, which does not see that a stream broke off.
                 time.sleep(min(0.5 * 2**attempt, 8))
         return self._streamed_reply(prompt, sampling)
 

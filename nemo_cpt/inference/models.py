@@ -165,6 +165,7 @@ def _of_run(run: Path, base: str | Path | None, say: Callable[[str], None]) -> F
         try:
             return Found(_exported(newest.path, base, say), f"{run} at step {newest.step}")
         except CptError:
+            # The checkpoint is still there: it is at fault, and not the run that goes on.
             if _newest(run).path == newest.path:
                 raise
             say(f"the run has replaced {newest.path.name} meanwhile")
@@ -192,7 +193,6 @@ def _exported(checkpoint: Path, base: str | Path | None, say: Callable[[str], No
         say(f"its export is in the cache: {export}")
         return export
     say(f"exporting {checkpoint} into the cache: {export}")
-    export.parent.mkdir(parents=True, exist_ok=True)
     try:
         export_hf(checkpoint, export, base)
     except CptError:

@@ -78,6 +78,7 @@ def read_config(path: str | Path) -> ConfigFile:
     """
     values: dict[str, str] = {}
     mappings: list[tuple[str, str]] = []
+    # Nodes, not values: a key that stands twice, and 4:00:00 as it was written, are lost in values.
     for key, node in _lines(path):
         if key in values:
             raise CptError(f"{path}: {key} stands twice")
@@ -178,6 +179,7 @@ def written(function: catalog.Function, pairs: Sequence[str], executor: str = "l
             lines.append(_line(name, _plain(given[name])))
         elif parameter.default is None:
             lines.append(f"{name}:  # required")
+        # Written out, and not as a comment: which data are trained on is what people edit first.
         elif name == "data" and (data := catalog.default_data(function)) is not None:
             lines.append(_line(name, _plain(data)))
         else:
@@ -230,6 +232,7 @@ def _may_be_plain(text: str) -> bool:
         yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError:
         return False
+    # Marks that may mean something where this text is put, in a list or behind a key, though not alone.
     return text.isprintable() and text == text.strip() and not set(text) & set("#,[]{}&*!|>%@`")
 
 

@@ -81,6 +81,7 @@ def prepare_in_tasks(
         remove_parts(plan.folder)
         return whole.report(parts.settings_of(plan), "unchanged", {})
     executor = _made(executor, detach)
+    # Once the executor is known; no part of what makes the job, which may go on with other workers.
     plan.settings["options"]["workers"] = _workers(options.get("workers"), executor, tasks)
     _say_if_fewer(plan, tasks)
     numbers = parts.take_up(plan, loaded)
@@ -223,6 +224,7 @@ def plan_in_tasks(
 
 def _workers(given: int | None, executor: Any, tasks: int) -> int | None:
     """Processes of a task: on this machine they share its CPUs; on Slurm each has those that it was given."""
+    # tasks below 1 is refused later, with its own words.
     if given is not None or tasks < 1 or not _is_local(executor):
         return given
     return max(count_processes(None) // tasks, 1)

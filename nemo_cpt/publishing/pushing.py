@@ -109,6 +109,7 @@ def push(
     files, left_out = _files(folder)
     origin = _origin(folder, base_model)
     terms, card_languages = _licence(api, folder, origin, base_licence)
+    # In private a name may break them, which nobody else sees; it is said all the same.
     broken = list(breaches(terms, repo_id, folder))
     if broken and public:
         raise CptError(f"{'; '.join(broken)}. Nothing was sent")
@@ -123,6 +124,7 @@ def push(
     if not dry_run:
         visible = "public" if public else "private"
         say(f"{len(contents)} files, {size / 1e9:.2f} GB, to {url}, {visible}")
+        # `_refusals` within: what only a push meets is said before `explained` says it of any request.
         with explained("model", repo_id, url), _refusals(repo_id, url), progress_bars(sys.stderr.isatty()):
             url = _send(api, repo_id, contents, private=private, replace=replace)
     return PushReport(
@@ -186,6 +188,7 @@ def _origin(folder: Path, base_model: str | None) -> Provenance:
 def _licence(api: Any, folder: Path, origin: Provenance, given: str | None) -> tuple[Licence, list[str]]:
     """The base's licence, by its text in the folder, else by the base's card on the hub; and that card's languages."""
     stated = licence_of_texts(folder)
+    # The text that goes with the model decides: it is what the licence's owner wrote.
     if stated and given and given not in (stated.id, stated.name):
         raise CptError(f"--license {given}: the text in {folder} is that of {stated.name or stated.id}; leave it away")
     if found := stated or (licence(given) if given else None):
@@ -230,6 +233,7 @@ def _refuse_private(folder: Path, contents: dict[str, Path | bytes], api: Any) -
     paths = {f"{place}/": "a path of this machine" for place in places if len(place) > _SHORT}
     tokens = {token: "your token" for token in (api.token, get_token()) if token}
     for name, content in contents.items():
+        # Binary, with no text of ours in them, and of many gigabytes.
         if name.endswith((".safetensors", ".model")):
             continue
         text = _text(content)
@@ -255,6 +259,7 @@ def _send(api: Any, repo_id: str, contents: dict[str, Path | bytes], *, private:
     else:
         there = {file.rfilename for file in info.siblings or []}
         _check_repository(api, info, private=private, replace=replace)
+    # Weights alone are removed: other files there may be the user's own.
     weights = {name for name in there if name.endswith((".safetensors", ".safetensors.index.json"))}
     # In one commit what comes and what goes: at no moment are two models' weights there.
     operations: list[Any] = [CommitOperationAdd(name, content) for name, content in contents.items()]
@@ -270,6 +275,7 @@ def _check_repository(api: Any, info: Any, *, private: bool, replace: bool) -> N
             f"{page} is {'private' if info.private else 'public'} already: "
             f"{'leave --public away' if info.private else 'give --public'}, or change it in {page}/settings"
         )
+    # The hub itself puts that one into a new repository.
     others = {file.rfilename for file in info.siblings or []} - {".gitattributes"}
     if others and not replace and TAG not in ((info.card_data and info.card_data.get("tags")) or []):
         raise CptError(

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 
 from nemo_cpt.checkpoint.chat_template import RECORD, recorded_template
 from nemo_cpt.checkpoint.provenance import BEFORE, trainings_of
-from nemo_cpt.compatibility import BASE_WEIGHTS, base_weights_of, weights_digest
+from nemo_cpt.checkpoint.weights_digest import BASE_WEIGHTS, base_weights_of, weights_digest
 from nemo_cpt.conversations.dataset import is_conversations
 from nemo_cpt.corpus.dataset.index import full_prefix
 from nemo_cpt.training.changes import content_of, same, sets_of

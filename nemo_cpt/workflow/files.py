@@ -32,6 +32,7 @@ _SCALARS = (
 )
 
 
+# Of their own: PyYAML's resolvers are those of YAML 1.1, to which 4:00:00 is a number of seconds.
 class _Loader(StrictLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  the library's own way
 
@@ -39,6 +40,7 @@ class _Loader(StrictLoader):
 class _Dumper(yaml.SafeDumper):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
 
+    # What stands twice is written twice: nobody edits `&id001` and `*id001`.
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
@@ -113,6 +115,7 @@ def _step(name: str, value: Any) -> Step:
 
 def _from_python(path: Path) -> Workflow:
     found = {name: value for name, value in vars(import_file(path)).items() if isinstance(value, Workflow)}
+    # Which of several was meant nobody could tell, and their records would share a folder.
     if len(found) != 1:
         raise CptError(f"{path} holds {len(found)} workflows ({', '.join(found) or 'none'}): it must hold one")
     (workflow,) = found.values()

@@ -146,6 +146,7 @@ def standing(step: Step, state: State, again: bool = False, first: Collection[st
     spoilt = _spoilt(step, record, made)
     why = "asked for" if again else other_job(step, record, bool(first)) or _unlike(step, record, made, spoilt)
     if not why and first:
+        # Once they have run it may turn out that what it reads is as before, and it is done.
         return Standing(step, f"after {', '.join(first)}", record, waits=True)
     return Standing(step, why, record, spoilt=spoilt, asked=again)
 
@@ -156,6 +157,7 @@ def _spoilt(step: Step, record: Record, made: Mapping[str, outputs.Files]) -> st
         before = record.outputs[path]
         if name := outputs.spoilt(before, now) if record.state == DONE else outputs.changed(before, now):
             return name
+        # A run that somebody trained on has new checkpoints beside the old ones.
         if step.kind.kept and now and before.keys() != now.keys():
             return path
     return ""

@@ -107,6 +107,7 @@ def _fetch_dump(corpus: str, folder: Path, workers: int | None, quiet: bool, pat
         dump = folder / Path(urlsplit(url).path).name
         if not dump.exists() and (text := existing(folder, public_url(url))):
             return [_fetched(text, public_url(url))]
+        # A dump that is there is compared with the checksum noted when it came, without asking the server.
         sha1 = "" if dump.exists() else find_sha1(url, patience)
         with folder_to_fill(folder):
             got.append(Download(url, folder, quiet, patience, sha1).run())

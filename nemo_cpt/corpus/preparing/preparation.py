@@ -352,13 +352,11 @@ def _warnings(prefix: str, manifest: dict[str, Any]) -> list[str]:
         found = ", ".join(f"{text} {count} times" for text, count in special.items())
         warnings.append(
             f"The texts hold special tokens literally ({found}); they became control tokens, as with NeMo's and "
-            "Megatron's "
-            f"scripts. split_special_tokens=True (--split-special-tokens) makes them ordinary text."
+            "Megatron's scripts. split_special_tokens=True (--split-special-tokens) makes them ordinary text."
         )
     if manifest["longest"] > LONG:
         warnings.append(
             f"The longest document has {manifest['longest']:,} tokens. It stays whole: Megatron cuts at seq_length "
-            "itself, "
-            f"and the tokenizer's warnings about {LONG:,} tokens do not matter here."
+            f"itself, and the tokenizer's warnings about {LONG:,} tokens do not matter here."
         )
     return warnings
