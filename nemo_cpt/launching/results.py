@@ -61,7 +61,7 @@ class Run:
 
     @property
     def max_steps(self) -> int | None:
-        """The steps that it was to train, as its last start says, else its newest checkpoint; None where neither does."""
+        """The steps that it was to train, by its last start, else by its newest checkpoint; None where neither says."""
         # The start first: of a run that was extended the checkpoints of before say the old number.
         if described := read_file(self.folder, RUN_FILE).get("max_steps"):
             return int(described)
