@@ -103,6 +103,7 @@ def find_duplicates(path: Path, wanted: Duplicates) -> list[Duplicate]:
     near_pairs = _near_pairs(rows, wanted.near) if wanted.near is not None else ()
     nearest = dict[int, tuple[float, int]]()  # by document, how similar the most similar earlier one is, and which
     for first, second, similarity in chain(exact_pairs, near_pairs):
+        # Of equally similar ones the earliest, whatever the order in which bands found them.
         if (known := nearest.get(second)) is None or (similarity, -first) > (known[0], -known[1]):
             nearest[second] = (similarity, first)
     return [
@@ -113,6 +114,7 @@ def find_duplicates(path: Path, wanted: Duplicates) -> list[Duplicate]:
 
 def _kept_twin(document: int, nearest: dict[int, tuple[float, int]]) -> int:
     """Return the document that one repeats, or that repeats in turn, up to one that repeats none."""
+    # Each step leads to an earlier document, so that it ends.
     while document in nearest:
         document = nearest[document][1]
     return document

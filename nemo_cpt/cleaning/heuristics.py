@@ -20,6 +20,7 @@ from nemo_cpt.cleaning.repetition import character_ngrams, duplicate_shares, wor
 from nemo_cpt.cleaning.rule import Check, Rule
 from nemo_cpt.errors import CptError
 
+# By n of the n-grams.
 GOPHER_TOP = {2: 0.20, 3: 0.18, 4: 0.16}
 GOPHER_REPEATED = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 GOPHER_STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
@@ -111,6 +112,7 @@ class ChineseScript(Rule):
         yield Check("han_characters", han, self.min_han_characters)
         kana = counts[Kind.HIRAGANA] + counts[Kind.KATAKANA]
         yield Check("kana_share", kana / max(document.letters, 1), at_most=self.max_kana_share)
+        # By characters: Chinese words stand without spaces, and each of these is one character.
         found = sum(word in document.text for word in set(self.stop_words))
         yield Check("stop_words", found, self.min_stop_words)
         marks = counts[Kind.COMMA] + counts[Kind.STOP]
@@ -156,6 +158,7 @@ class KoreanScript(Rule):
         hangul = document.counts[Kind.HANGUL]
         yield Check("hangul_share", hangul / max(len(document.text), 1), self.min_hangul_share)
         yield Check("hangul_characters", hangul, self.min_hangul_characters)
+        # A word at a sentence's end has its mark behind the ending.
         found = sum(word.rstrip(".,!?").endswith(self.endings) for word in document.text.split())
         yield Check("endings", found, self.min_endings)
 
@@ -288,6 +291,7 @@ class _Repetition(Rule):
 
     def apply(self, document: Document) -> Iterator[Check]:
         """Measure the n-grams, the shortest first."""
+        # All n in one pass: each n's n-grams are found among those of n - 1.
         longest = max((*self.max_top_share, *self.max_repeated_share), default=1)
         for size, top, repeated in self._shares(document, longest):
             if (most := self.max_top_share.get(size)) is not None:
@@ -429,6 +433,7 @@ class Boilerplate(Rule):
         """Remove the lines; nothing is measured."""
         lines = document.text.split("\n")
         lowered = document.text.lower()
+        # Most texts hold none of them: then no line is looked at.
         wanted = [phrase for phrase in self.phrases if phrase.lower() in lowered]
         if wanted or self.min_words:
             kept = [line for line in lines if not self._is_boilerplate(line, wanted)]

@@ -40,11 +40,6 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     Console().print(table)
 
 
-def size_of(nbytes: int) -> str:
-    """Return a number of bytes as people read it."""
-    return f"{nbytes / 1e9:,.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:,.1f} MB"
-
-
 def print_plain(rows: Iterable[Sequence[str]]) -> None:
     """Print rows as tab-separated lines."""
     print("\n".join("\t".join(row) for row in rows))
@@ -62,3 +57,8 @@ def print_report(rows: Mapping[str, object], warnings: Iterable[str]) -> None:
     print_pairs(rows.items())
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
+
+
+def print_note(line: str) -> None:
+    """Print a line of the command's own on stderr, at once: what takes time is told while it does."""
+    print(f"nemo-cpt: {line}", file=sys.stderr, flush=True)

@@ -31,6 +31,7 @@ def job_of(recipe: Any, place: Place) -> Job | None:
     from nemo_cpt import planning
 
     trainer, log, data = (getattr(recipe, name, None) for name in ("trainer", "log", "data"))
+    # Any function may be a task; a training is told by these two.
     if not isinstance(trainer, run.Config) or not isinstance(log, run.Config):
         return None
     check_fields(recipe)

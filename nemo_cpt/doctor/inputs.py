@@ -120,6 +120,7 @@ def vocabulary(examination: Examination) -> Finding:
         base = compatibility.read_base(weights)
         warnings = compatibility.check_tokenizer(base, job.tokenizer)
         warnings += compatibility.check_data(base, prefixes, job.unlike_base, job.tokenizer)
+        # A run that goes on has been through this; embeddings that are trained learn the tokens.
         if newest is None and job.lora_rank is not None and not job.trained_embeddings:
             warnings += compatibility.check_template(base, prefixes)
     except CptError as error:
@@ -147,6 +148,7 @@ def disk(examination: Examination) -> Finding:
         architecture, job.lora_rank, job.trained_embeddings, on_cpu=job.gpus_per_node == 0
     )
     export = checkpoint_size.export_bytes(architecture)
+    # One at least: it is written before another is removed.
     needed = max(job.checkpoints - _already_there(job, checkpoint), 1) * checkpoint + job.exports * export
     found = f"{free / 1e9:,.1f} GB free for {folder}; up to {job.checkpoints} checkpoints of {checkpoint / 1e9:,.3g} GB"
     if job.exports:

@@ -140,6 +140,7 @@ def checkpoints_at_once(max_steps: int, interval: int, kept: int) -> int:
         kept: the recipe's `save_top_k`; negative for all.
     """
     written = max(-(-max_steps // max(interval, 1)), 1)
+    # Without the number of steps, as many as can ever lie there together.
     most = kept + BESIDE_THE_BEST
     return written if kept < 0 else min(written if max_steps else most, most)
 

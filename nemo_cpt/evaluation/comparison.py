@@ -8,9 +8,11 @@ import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.corpus.progress import ProgressBar
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation import benchmarks
@@ -74,6 +76,7 @@ class Report:
     judged: dict[str, Any] | None = None
 
 
+@checked
 def evaluate(
     model: str | Path | None,
     output: str | Path,
@@ -132,6 +135,7 @@ def evaluate(
     options = {"base": base, "device": device, "api_key": api_key}
     # From here to the journal everything is looked at that can be refused: no model is loaded yet.
     candidates = find_candidates(model, against, checkpoints_of, options, say)
+    # Where nothing is named, what the run validated on and the shipped questions are meant.
     everything = not (losses or prompts or tasks or judge)
     asks = bool(prompts) or everything
     _refuse_unused(
@@ -147,6 +151,7 @@ def evaluate(
     texts = find_loss_sets(losses or (validated_on(run, say) if everything else []), candidates, run, limit, say)
     sets = [_limited(prompt_set(each, language), limit) for each in prompts or (_shipped(texts) if everything else [])]
     check_names([each.name for each in sets])
+    # One way for all models: replies to prompts in other words could not be compared.
     wrappers = wrappers or (["chat"] if all(each.has_chat_template for each in candidates) else ["none"])
     _check_conversations(candidates, sets, wrappers)
     questions = _judge_questions(judge, candidates, language or "ja", limit, say) if judge else []
@@ -284,7 +289,7 @@ class _Work:
                     engine, text.path, seq_length=text.seq_length, samples=text.samples, tell=bar.update
                 )
             return documents_loss(
-                engine, _first(read_documents(text.path), self.limit), window=self.window, tell=bar.update
+                engine, islice(read_documents(text.path), self.limit), window=self.window, tell=bar.update
             )
 
     def _replies(self, prompts: PromptSet, wrapper: str) -> list[Reply]:
@@ -307,13 +312,6 @@ class _Work:
                     record = {name: value for name, value in asdict(reply).items() if name != "logprobs"}
                     self.journal.keep(key, {"model": self.candidate.label, "prompt": prompt, "reply": record})
                     bar.update(done := done + 1)
-
-
-def _first(documents: Iterator[str], limit: int | None) -> Iterator[str]:
-    for number, document in enumerate(documents):
-        if number == limit:
-            return
-        yield document
 
 
 def _wrapped(asked: Asked, wrapper: str, chat_template: bool) -> Prompt:

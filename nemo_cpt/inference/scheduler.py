@@ -134,6 +134,7 @@ class Scheduler:
                     return joining
             if self._next is not None and self._next.gone:
                 self._next = None
+            # The next in turn is waited for, though a shorter one behind it would fit: none waits for ever.
             elif self._next is None or not self._fits(self._next.request):
                 return joining
             else:

@@ -93,10 +93,22 @@ def serve(app: FastAPI, listener: socket.socket, *, log_requests: bool = False) 
     # uvicorn raises the signal once more when it is done, with these: to be told to stop is no failure.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    uvicorn.Server(configuration(app, log_requests)).run([listener])
+
+
+def configuration(app: FastAPI, log_requests: bool = False) -> uvicorn.Config:
+    """How uvicorn runs the application.
+
+    Args:
+        app: the application.
+        log_requests: print each request's address, path and status.
+    """
     config = uvicorn.Config(
         app, log_level="warning", access_log=log_requests, timeout_graceful_shutdown=SECONDS_TO_FINISH
     )
-    uvicorn.Server(config).run([listener])
+    if log_requests:  # `log_level` holds for this logger too, and it speaks below it
+        logging.getLogger("uvicorn.access").setLevel(logging.INFO)
+    return config
 
 
 class _Metrics:
@@ -140,6 +152,8 @@ class _Guard:
         """Answer one request."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        if scope["method"] == "HEAD":  # of load balancers; uvicorn, whose own scope stays as it is, sends no body
+            scope = {**scope, "method": "GET"}
         begun = False
 
         async def counted(message: Message) -> None:
@@ -186,7 +200,9 @@ async def _explain(request: Request, error: Exception) -> Response:
 
 async def _explain_path(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}").answer()
+    answer = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}").answer()
+    answer.headers.update(error.headers or {})  # Allow, of 405
+    return answer
 
 
 async def _explain_fields(request: Request, error: Exception) -> Response:

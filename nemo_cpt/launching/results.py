@@ -144,6 +144,7 @@ def run(name: str | os.PathLike[str], directory: Path = DIRECTORY) -> Run:
     Raises:
         CptError: there is none, with the nearest names; or the folder holds none.
     """
+    # A name first: a folder of that name in the current one is rarely a run.
     found = next((path for path in (directory / name, Path(name)) if _is_run(path)), None)
     if found is None:
         if folder := next((path for path in (directory / name, Path(name)) if path.is_dir()), None):

@@ -39,6 +39,7 @@ class ForgettingAlarm(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to go on where the last start stopped."""
+        # Else it would train on for an interval, find the same, and stop again.
         reached = _on_rank_0(trainer, lambda: _beyond(_metrics(trainer), self.limits))
         if reached:
             raise CptError(

@@ -278,6 +278,7 @@ def limits(stop_when: Mapping[str, str] | None, names: Iterable[str] | None = No
 
 def beyond(found: Mapping[str, Change], limit: Mapping[str, float]) -> Change | None:
     """The first set whose smoothed loss is beyond its limit, and worse beyond doubt; None if there is none."""
+    # Both: a limit within the noise would stop runs by chance.
     over = (each for name, each in found.items() if name in limit and each.worse and each.percent >= limit[name])
     return next(over, None)
 
@@ -285,6 +286,7 @@ def beyond(found: Mapping[str, Change], limit: Mapping[str, float]) -> Change | 
 def begun(metrics: Sequence[Mapping[str, Any]], max_steps: int | None = None) -> list[Change]:
     """The sets that are worse at the last validation, and were not at the one before."""
     steps = [line["step"] for line in metrics if any(name.startswith(LOSS) for name in line)]
+    # As it stood at the validation before: so a set is told of once, not at every validation from then on.
     before = changes([line for line in metrics if line["step"] < steps[-1]], max_steps) if steps else {}
     now = changes(metrics, max_steps)
     return [each for name, each in now.items() if each.worse and not (name in before and before[name].worse)]

@@ -14,6 +14,7 @@ from nemo_cpt.checkpoint.provenance import Provenance
 from nemo_cpt.publishing.licences import Licence
 
 TAG = "nemo-cpt"  # in the tags of every card that is written here
+# Parameters of recipes that name files of this machine, or services and secrets of their user.
 _PRIVATE = ("base", "data", "directory", "name", "tokenizer", "replay", "logger", "secrets")
 _WORD = re.compile(r"[A-Za-z0-9_.+-]{1,32}")  # no path, address or sentence
 LANGUAGE = re.compile(r"[a-z]{2,3}(-[a-z]{2,4})?")
@@ -104,6 +105,7 @@ def _usage(subject: Subject) -> str:
     lines = ["```python", "from transformers import AutoModelForCausalLM, AutoTokenizer"]
     if subject.is_adapter:
         lines += ["from peft import PeftModel"]
+    # An adapter is loaded onto its base, whose tokenizer it is used with.
     source = subject.origin.repo_id if subject.is_adapter else subject.repo_id
     lines += [f'\ntokenizer = AutoTokenizer.from_pretrained("{source}")']
     lines += [f'model = AutoModelForCausalLM.from_pretrained("{source}", dtype="auto")']

@@ -18,7 +18,9 @@ from nemo_cpt.training.run_folder import EXPORTED, EXPORTS, checkpoints, resumed
 
 EARLIER = "earlier"  # in it: exports of steps that the run went back behind
 COMMAND = [sys.executable, "-m", "nemo_cpt.cli", "export"]
-PRIORITY = (("nice", "-n", "19"), ("ionice", "-c", "3"))
+# Before a command, each where it is installed. By the last the kernel ends an export whose job was killed: going on,
+# the job makes it anew.
+GENTLY = (("nice", "-n", "19"), ("ionice", "-c", "3"), ("setpriv", "--pdeathsig", "KILL"))
 _REMOVED = ".removed-"
 
 
@@ -53,6 +55,11 @@ class ExportCheckpoints(pl.Callback):
         for left in self._folder.glob(f"{_REMOVED}*"):
             _remove(left)
         self._set_aside(trainer)
+        # Whole, though the job was killed before it saw that.
+        for step in {*self._steps("step-")} & {*self._steps(EXPORTED)}:
+            _remove(self._folder / f"{EXPORTED}{step}")
+            self._log(step).unlink(missing_ok=True)
+        # Of older checkpoints exports were made, and perhaps thinned out, or failed and were told of.
         newest = max([*self._steps("step-"), *self._steps(EXPORTED), 0])
         saved = {each.step for each in checkpoints(self._checkpoints)}
         self._awaited = sorted(step for step in saved if step > newest and self._due(trainer, step))
@@ -131,8 +138,9 @@ class ExportCheckpoints(pl.Callback):
         if not (waiting := self._steps(EXPORTED)):
             return
         step = min(waiting)
-        gentle = [word for words in PRIORITY if shutil.which(words[0]) for word in words]
+        gentle = [word for words in GENTLY if shutil.which(words[0]) for word in words]
         command = [*gentle, *COMMAND, str(self._folder / f"{EXPORTED}{step}"), str(self._folder / f"step-{step}")]
+        # The GPUs and the CPUs are the training's.
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         with self._log(step).open("wb") as log:
             process = subprocess.Popen(

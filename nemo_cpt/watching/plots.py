@@ -31,6 +31,7 @@ def pictures(records: Sequence[Record]) -> dict[str, bytes]:
 def _picture(pyplot: Any, draw: Callable[[Any, Sequence[Record]], None], records: Sequence[Record]) -> bytes | None:
     figure, axis = pyplot.subplots(figsize=SIZE, layout="constrained")
     draw(axis, records)
+    # Older runs measured less: there is no empty picture of what they lack.
     if not axis.has_data():
         pyplot.close(figure)
         return None
@@ -117,6 +118,7 @@ def _throughput(axis: Any, records: Sequence[Record]) -> None:
 
 def running_mean(values: Sequence[float]) -> list[float]:
     """The mean of the last values at each place: of as many as make a twentieth of all."""
+    # One sum that goes along, not one for each place: runs have a hundred thousand steps.
     window, found, total = _window(values), [], 0.0
     for index, value in enumerate(values):
         total += value - (values[index - window] if index >= window else 0.0)

@@ -76,6 +76,7 @@ WHY_NOT = {
     "grow_tokenizer": "not measured",
 }
 NOT_THERE_YET = "not known before its inputs are there"
+NO_BASE_YET = "not known before its base is there"
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,9 @@ class Estimates:
         files = outputs.files_of(self.workflow.folder / path)
         if files:
             on_disk = float(sum(file.stat().st_size for file in files))
+            # The largest stands for all: to sample each of a folder of dumps would take long.
             return on_disk * _unpacked(max(files, key=lambda file: file.stat().st_size))
+        # Not there yet: as large as the step that makes it is estimated to leave it.
         size = next((size for made, size in self.made.items() if outputs.related(path, made)), None)
         return size and size * self._share(path)
 
@@ -186,7 +189,7 @@ class Estimates:
             job = describe(recipe, arguments, fields, str(step.parameters.get(recipes.EXECUTOR, "local")), options)
         except CptError as error:  # such as the shape of a base that is not made yet
             self.findings.append((step.name, from_error("recipe", error)))
-            return Estimate(note="not known before its base is there")
+            return Estimate(note=NO_BASE_YET)
         self._preflight(standing, job)
         if not job.gpus_per_node:
             return _on_disk(job, "on the CPU, whose pace is not known")
@@ -195,6 +198,8 @@ class Estimates:
         try:
             planned = plan_workload(workload(recipe.name, arguments, fields), job.gpu_memory_gib)
         except CptError as error:
+            if job.base and not Path(job.base).exists():  # a step before it makes it, or the workflow would be refused
+                return Estimate(note=NO_BASE_YET)
             self.findings.append((step.name, Finding("plan", "warning", f"none: {error.message}")))
             return _on_disk(job, "the planner has no plan for it")
         if not planned.fits:

@@ -24,6 +24,7 @@ from nemo_cpt.cleaning.masking import Masking
 from nemo_cpt.cleaning.repetition import character_ngrams, word_ngrams
 from nemo_cpt.cleaning.rule import Rule
 from nemo_cpt.cleaning.rules import RULES, Rules
+from nemo_cpt.cleaning.tallies import bin_edge, histogram
 from nemo_cpt.errors import CptError
 from tests.cleaning.conftest import CHINESE, KOREAN
 
@@ -225,12 +226,18 @@ def test_every_rule_is_documented_and_named() -> None:
     [
         ({"rules": [{"rule": "lenght"}]}, r"no rule 'lenght' \(did you mean length\?\)"),
         ({"rules": [{"rule": "length", "min_chars": 3}]}, r"rule 1 \(length\): there is no 'min_chars' \(did you mean"),
-        ({"rules": [{"rule": "length", "min_characters": "many"}]}, "min_characters: 'many' is no int"),
-        ({"rules": [{"rule": "length", "min_characters": True}]}, "True is no int"),
+        (
+            {"rules": [{"rule": "length", "min_characters": "many"}]},
+            "min_characters='many': give a whole number",
+        ),
+        ({"rules": [{"rule": "length", "min_characters": True}]}, "min_characters=True: give a whole number or None"),
         ({"rules": [{"rule": "length", "min_characters": -5}]}, "min_characters: -5 is below 0"),
         ({"rules": [{"rule": "word_repetition", "max_top_share": {2: -0.2}}]}, "max_top_share: -0.2 is below 0"),
-        ({"rules": [{"rule": "repair", "form": "NFD"}]}, "'NFD' is no 'NFC' or 'NFKC' or 'none'"),
-        ({"rules": [{"rule": "word_repetition", "max_top_share": {"two": 0.2}}]}, "'two' is no int"),
+        ({"rules": [{"rule": "repair", "form": "NFD"}]}, "form='NFD': give 'NFC' or 'NFKC' or 'none'"),
+        (
+            {"rules": [{"rule": "word_repetition", "max_top_share": {"two": 0.2}}]},
+            "max_top_share='two': give a",
+        ),
         ({"rules": ["length"]}, "'length' names no rule"),
         ({"duplicates": {"near": 1.5}}, "near is 1.5"),
         ({"duplicate": {}}, r"no 'duplicate' \(did you mean duplicates\?\)"),
@@ -257,7 +264,7 @@ def test_paths_and_numpys_numbers_are_plain_ones() -> None:
         (lambda: WordRepetition(max_repeated_share={0: 0.1}), "word_repetition: n-grams of 0 are not counted"),
         (lambda: Contamination(files=("no.jsonl",), words=1), "n-grams of 1 occur everywhere"),
         (lambda: Length(min_characters=-5), "min_characters: -5 is below 0"),
-        (lambda: Length(min_characters="5"), "min_characters: '5' is no int"),
+        (lambda: Length(min_characters="5"), "min_characters='5': give a whole number or None: min_characters=5"),
         (lambda: Length(min_characters=500, max_characters=100), "min_characters: 500 is above max_characters, 100"),
         (lambda: Lines(max_bullet_share=90), "max_bullet_share: 90 is above 1, which no share can be"),
         (lambda: WordRepetition(max_top_share={2: 20}), "max_top_share: 20 is above 1"),
@@ -288,3 +295,14 @@ def test_what_is_no_yaml_or_no_language(tmp_path: Path) -> None:
         read_rules(tmp_path / "rules.yaml")
     with pytest.raises(CptError, match="no rules for the language 'xx'; there are for ja, en, zh, ko"):
         rules_for("xx")
+
+
+def test_a_histogram_shows_where_its_values_are() -> None:
+    for measure, value in (
+        ("prose.filler", 0),
+        ("length.characters", 1),
+        ("length.characters", 400),
+        ("a_share", 0.31),
+    ):
+        place = int(np.flatnonzero(histogram(measure, [value]))[0])
+        assert bin_edge(measure, place) <= value < bin_edge(measure, place + 1)

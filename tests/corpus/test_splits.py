@@ -289,7 +289,7 @@ def test_what_cannot_be_read_leaves_no_folder(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     (tmp_path / "empty.jsonl").touch()
-    for inputs in ("hf:nobody/nothing", tmp_path / "empty.jsonl"):
-        with pytest.raises(CptError):
+    for inputs, says in (("hf:nobody/nothing", "Cannot open the dataset"), (tmp_path / "empty.jsonl", "is empty")):
+        with pytest.raises(CptError, match=says):
             split(inputs, tmp_path / "sets", validation=0.1, quiet=True, workers=1)
         assert not (tmp_path / "sets").exists()

@@ -252,7 +252,7 @@ def test_run_on_gpus_that_are_not_here_is_refused(world):
 
 
 def test_warnings_are_printed_and_go_on(world, tmp_path):
-    fields = ["max_steps=1", "val_check_interval=1", "nonsense.field=1"]
+    fields = ["max_steps=1", "val_check_interval=1", "seed=1234", "nonsense.field=1"]
     for end in (".bin", ".idx"):  # without its manifest
         shutil.copy(world / f"ds/ja_text_document{end}", tmp_path / f"bare_text_document{end}")
     given = [*material(world, str(tmp_path / "bare")), *fields]
@@ -263,6 +263,7 @@ def test_warnings_are_printed_and_go_on(world, tmp_path):
     assert rows["recipe"].startswith("tiny.continual_pretrain: ")
     assert rows["changed"].startswith("directory=")
     assert "max_steps=1 (default 60), val_check_interval=1 (default 10), nonsense.field=1" in rows["changed"]
+    assert "seed" not in rows["changed"]  # given, as it is by default
     assert rows["runs on"] == "local: 1 CPU process"
     assert rows["trains on"] == f"{tmp_path}/bare 100 %"
     assert rows["steps"] == "1 of 16 x 128 tokens, 2,048 tokens in all"
@@ -275,7 +276,7 @@ def test_a_dry_run_of_what_is_refused_says_so(world, tmp_path):
     assert done.returncode == 3
     assert "nemo-cpt: error: base: the base nowhere is not there" in done.stderr
     last = done.stdout.splitlines()[-1]
-    assert last == "submitted\tnothing, and without --dryrun it would be refused; errors, see above: 1"
+    assert last == "submitted\tnothing, and without --dry-run it would be refused; errors, see above: 1"
 
 
 def test_force_launches_what_is_red(world, tmp_path):

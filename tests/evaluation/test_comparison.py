@@ -1,5 +1,6 @@
 """`nemo-cpt evaluate`: tables, reports, resumption, and what is refused."""
 
+import inspect
 import json
 import os
 import shutil
@@ -421,7 +422,7 @@ def test_an_endpoint_that_fails_loses_nothing(
             raise FaultError("400")
         return "東京"
 
-    defaults = EndpointEngine.__init__.__kwdefaults__
+    defaults = inspect.unwrap(EndpointEngine.__init__).__kwdefaults__
     monkeypatch.setitem(defaults, "concurrency", 1)
     with ChatServer(down_after_two) as server, pytest.raises(CptError, match=r"answered 400: .*bad"):
         evaluate(server.url, tmp_path, prompts=[str(prompts)], quiet=True)

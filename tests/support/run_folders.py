@@ -82,6 +82,6 @@ def reply(folder: Path, step: int, text: str) -> None:
     append_metrics(folder, {"step": step, "id": "1", "prompt": "日本の首都は?", "reply": text}, "metrics/replies.jsonl")
 
 
-def warn(folder: Path, step: int, text: str) -> None:
-    """Append a warning of the run's own."""
-    append_metrics(folder, {"step": step, "time": START, "text": text}, WARNINGS_FILE)
+def warn(folder: Path, step: int, text: str, seconds: float = 0) -> None:
+    """Append a warning of the run's own, so many seconds behind START."""
+    append_metrics(folder, {"step": step, "time": START + seconds, "text": text}, WARNINGS_FILE)

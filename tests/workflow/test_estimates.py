@@ -81,3 +81,16 @@ def test_what_is_not_estimated_says_why(tmp_path: Path, do: str) -> None:
     row = next(dry_run(Workflow("w", [Step("one", do, given)], tmp_path), Chosen()).rows())
     assert row[4] == UNKNOWN
     assert row[-1]
+
+
+def test_a_base_that_a_step_makes_is_no_fault_of_the_plan(tmp_path: Path) -> None:
+    corpus(tmp_path)
+    (tmp_path / "hf").mkdir()
+    steps = [
+        Step("data", "prepare", {"inputs": "en.jsonl", "output_prefix": "ds", "tokenizer": "hf"}),
+        Step("init", "init", {"dest": "random", "tokenizer": "hf"}),
+        Step("train", "train", {"recipe": "gpt.pretrain", "base": "random", "data": {"train": {"ds": 1.0}}}),
+    ]
+    found = dry_run(Workflow("w", steps, tmp_path), Chosen())
+    assert found.estimates[-1].note == "not known before its base is there"
+    assert not [finding for _, finding in found.findings if finding.name == "plan"]

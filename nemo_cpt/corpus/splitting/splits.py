@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.corpus.atomic_files import (
     folder_to_fill,
     locked,
@@ -69,6 +70,7 @@ class SplitReport:
     warnings: list[str] = field(default_factory=list)
 
 
+@checked
 def split(
     inputs: Inputs,
     output_folder: str | os.PathLike[str],
@@ -249,6 +251,7 @@ class _Split:
             return None
         recorded = _read_report(path)
         change = changed_input(self.all_sources, recorded["inputs"])
+        change = change or self.policy.against(recorded["report"]["skipped"])
         if recorded["options"] != self.options or change:
             reason = change or f"its options are {recorded['options']}, not {self.options}"
             raise CptError(
