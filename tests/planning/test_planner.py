@@ -239,7 +239,7 @@ class TestFit:
             layout = (chosen.tensor_model_parallel_size, chosen.pipeline_model_parallel_size)
             if chosen.recompute_outputs and global_batch_size > 16 and layout == (1, 2):
                 # What was measured of two stages, without the ninth of it that is their bubble at 16 sequences.
-                assert 9_309 * 9 / 8 > max(fitting.values())
+                assert max(fitting.values()) < 9_309 * 9 / 8
             else:
                 assert layout == fastest
 
