@@ -44,6 +44,7 @@ class SingleGpuSetting:
     seq_length: int = 8192
     micro_batch_size: int = 1
     recompute_num_layers: int = 0
+    recompute_outputs: bool = False  # RecomputeOutputs
     cross_entropy_fusion_impl: str = "te"
     gradient_accumulation_fusion: bool = False
     fp8_recipe: str | None = None
@@ -62,7 +63,8 @@ def recipes_setting(gpu_memory_gib: int, lora_rank: int | None) -> SingleGpuSett
     return SingleGpuSetting(
         gpu_memory_gib=gpu_memory_gib, lora_rank=chosen.lora_rank, seq_length=chosen.seq_length,
         micro_batch_size=chosen.micro_batch_size, recompute_num_layers=chosen.recompute_num_layers,
-        gradient_accumulation_fusion=chosen.fused_gradients, host_states=chosen.host_states,
+        recompute_outputs=chosen.recompute_outputs, gradient_accumulation_fusion=chosen.fused_gradients,
+        host_states=chosen.host_states,
         grad_dtype="fp32" if chosen.grad_bytes == 4 else "bf16",
     )  # fmt: skip
 
@@ -91,6 +93,7 @@ def full(gpu_memory_gib: int, **fields) -> SingleGpuSetting:
 PUBLISHED = {"seq_length": 4096, "micro_batch_size": 2}  # the setting that NeMo Automodel publishes for LoRA
 SINGLE = {"seq_length": 4096}
 BF16_STATES = {"grad_dtype": "bf16", "exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}
+FUSED = {"gradient_accumulation_fusion": True}
 HOST = {"host_states": ADAM_STATES}
 CASES: dict[str, Case] = {
     "lora": Case(setting=lora(141, **PUBLISHED)),
@@ -100,9 +103,9 @@ CASES: dict[str, Case] = {
     "lora_native_loss": Case(setting=lora(141, cross_entropy_fusion_impl="native", **PUBLISHED)),
     "stock_lora": Case(setting=lora(141, **PUBLISHED), stack="nemo_stock"),
     "transformers_peft": Case(setting=lora(141, **PUBLISHED), stack="transformers"),
-    "lora_8192": Case(setting=lora(141)),
-    "full_8192": Case(setting=full(141, **BF16_STATES), steps=6),
-    "full_4096": Case(setting=full(141, **BF16_STATES, **PUBLISHED), steps=6),
+    "lora_8192": Case(setting=lora(141), global_batch_size=4, steps=6),
+    "full_8192": Case(setting=full(141, **BF16_STATES, **FUSED), global_batch_size=4, steps=6),
+    "full_4096": Case(setting=full(141, **BF16_STATES, **FUSED, **PUBLISHED), steps=6),
     "lora_mbs1": Case(setting=lora(141, **SINGLE), steps=6),
     "unpatched_mbs1": Case(setting=lora(141, cross_entropy_fusion_impl="native", **SINGLE), steps=6, patches=False),
     "stock_lora_mbs1": Case(setting=lora(141, **SINGLE), stack="nemo_stock", steps=6),
@@ -260,6 +263,7 @@ def train(case: Case, record: dict) -> None:
     from nemo_cpt.training import patches
     from nemo_cpt.training.gradients import EveryTrainableParameterHasGradient
     from nemo_cpt.training.optimizer import HostStateOptimizer
+    from nemo_cpt.training.recompute import RecomputeOutputs
 
     if case.patches:
         patches.apply()
@@ -316,7 +320,10 @@ def train(case: Case, record: dict) -> None:
         devices=1, accelerator="gpu", strategy=strategy, plugins=precision, max_steps=case.steps + case.profile,
         limit_val_batches=0, val_check_interval=None, log_every_n_steps=1, num_sanity_val_steps=0,
         enable_checkpointing=False, logger=False, use_distributed_sampler=False, enable_progress_bar=False,
-        callbacks=[EveryTrainableParameterHasGradient()] * case.patches + [recorder(case, record)],
+        callbacks=[
+            *[EveryTrainableParameterHasGradient()] * case.patches, *[RecomputeOutputs()] * setting.recompute_outputs,
+            recorder(case, record),
+        ],
     )  # fmt: skip
     peft = None if full_parameter else llm.peft.LoRA(dim=setting.lora_rank, alpha=2 * setting.lora_rank)
     llm.train(

@@ -4,8 +4,6 @@ The one place of this comparison: recipe functions, `guards.check`, the doctor, 
 imports neither torch nor NeMo.
 """
 
-import hashlib
-import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -27,12 +25,12 @@ from nemo_cpt.checkpoint.model_config import (
     differences,
     read_model_config,
 )
+from nemo_cpt.checkpoint.weights_digest import base_weights_of, samples, sums_of, weights_digest
 from nemo_cpt.errors import CptError
 
 ROWS = "vocab_size"
 TILE = 16  # rows of a weight that the GPU's matrix products take at once, in bf16 as in fp8
 END_OF_TEXT = "eos_token_id"
-BASE_WEIGHTS = "base_weights"  # in a checkpoint's record: `weights_digest` of the base that its run began with
 # What a training may change on purpose, such as to a longer context: no tensor's shape depends on it, and an export
 # writes it. The last one is the data's.
 CHANGEABLE = ("rope_theta", "rope_scaling", "sliding_window", "rms_norm_eps", END_OF_TEXT)
@@ -363,6 +361,7 @@ def check_template(base: Base, prefixes: Iterable[str]) -> list[str]:
     if base.architecture is None:
         return [f"The base {base.folder} carries no config.json: whether it knows the template's tokens is not known."]
     weights, stop = base_weights(base.folder, base.architecture), [template["stop"]]
+    # Of tied embeddings there is no second one.
     embedding, *head = (slot.name for slot in slots(base.architecture) if slot.part == "vocab")
     tokens = {embedding: template["tokens"]} | {name: dict(stop) for name in head}
     rows = {(row.token, row.id) for name, each in tokens.items()
@@ -404,6 +403,7 @@ def _check_maker(base: Base, prefix: str, manifest: Mapping[str, Any]) -> list[s
         return [f"{prefix} has no manifest: no one knows which tokenizer made it. {look}"]
     made_with = manifest["tokenizer"]
     vocabulary, settings = base.tokenizer_hashes or ("", "")
+    # Manifests of older versions lack the settings' hash: there the vocabulary's decides.
     if (made_with["sha256"], made_with.get("settings_sha256", settings)) == (vocabulary, settings):
         return []
     splits = manifest["options"].get("split_special_tokens", False)
@@ -501,6 +501,7 @@ def check_resumed(checkpoint: str | os.PathLike[str], base: str | os.PathLike[st
     checkpoint = Path(checkpoint)
     was = read_base(checkpoint)
     stated = constants_of_nemo(model) if model is not None else {}
+    # Rows are looked at below, as the run really has them.
     stated.pop(ROWS, None)
     if found := differences(stated, was.constants):
         raise CptError(
@@ -552,39 +553,10 @@ def _has_other_weights(checkpoint: Path, base: Path) -> bool:
     recorded = recorded_base(checkpoint) if holds_adapters(checkpoint) else None
     if recorded is None or recorded.samefile(base):
         return False
-    was, now = (_sums(each) for each in (recorded, base))
+    was, now = (sums_of(each) for each in (recorded, base))
     if was is None or now is None:
-        return _sampled(recorded) != _sampled(base)
+        return samples(recorded) != samples(base)
     return was != now
-
-
-def base_weights_of(checkpoint: Path) -> str | None:
-    """The `weights_digest` of the base that a checkpoint's run began with; None where an older version wrote it."""
-    from nemo_cpt.checkpoint.provenance import trainings_of
-
-    trainings = trainings_of(checkpoint)
-    return trainings[-1].get(BASE_WEIGHTS) if trainings else None
-
-
-def weights_digest(base: Path) -> str:
-    """What tells a base's weights from others': the same for a copy of it, and for another import of one model."""
-    # A training's checkpoint carries the sums of its own base: its files are looked at.
-    known = _sums(base) or _sampled(base)
-    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]
-
-
-def _sums(base: Path) -> list[tuple[str, int]] | None:
-    """The checksums of an import's tensors; None for an import of 0.1.0, and for a training's checkpoint."""
-    from nemo_cpt.checkpoint.weight_sums import read_sums
-
-    sums = read_sums([base / HF_FOLDER])
-    return sorted(sums.items()) if sums else None
-
-
-def _sampled(base: Path) -> list[tuple[str, str]]:
-    from nemo_cpt.corpus.dataset.index import sample_digest
-
-    return [(path.name, sample_digest(path)) for path in sorted(base.glob("weights/*.distcp"))]
 
 
 def embedding_rows(checkpoint: str | os.PathLike[str]) -> int | None:

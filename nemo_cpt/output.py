@@ -38,6 +38,27 @@ def send_nowhere(descriptor: int) -> None:
     os.close(nowhere)
 
 
+def span(seconds: float) -> str:
+    """A length of time as people read it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"
+
+
+def hold_standard_streams() -> None:
+    """Open those that this process was started without, to nowhere.
+
+    Else the next file that is opened is descriptor 1, and gets what a child process prints.
+    """
+    for number, mode in enumerate("rww"):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            name = ("stdin", "stdout", "stderr")[number]
+            setattr(sys, name, getattr(sys, name) or os.fdopen(number, mode))
+
+
 class WithoutReaders:
     """A stream to write to, also when its reader is gone.
 

@@ -9,7 +9,7 @@ CHECKOUT = Path(__file__).parents[1]
 
 # From the bottom up: a room imports rooms of the lines above it alone.
 LAYERS = (
-    ("constants", "importing", "installed", "output", "page", "quiet", "signals", "urls"),
+    ("constants", "importing", "installed", "moved", "output", "page", "quiet", "records", "signals", "urls"),
     ("errors", "cpu_stack"),
     ("arguments", "cache", "hub", "python_files", "recipe_models", "strict_yaml"),
     ("corpus",),

@@ -20,14 +20,13 @@ from nemo_cpt.checkpoint import import_hf
 from nemo_cpt.checkpoint.architecture import read_architecture
 from nemo_cpt.checkpoint.context import RUN_JSON, write_context
 from nemo_cpt.checkpoint.model_config import constants_of, constants_of_nemo
+from nemo_cpt.checkpoint.weights_digest import BASE_WEIGHTS, weights_digest
 from nemo_cpt.compatibility import (
-    BASE_WEIGHTS,
     check_data,
     check_model,
     check_resumed,
     check_tokenizer,
     read_base,
-    weights_digest,
 )
 from nemo_cpt.corpus import Blend, prepare
 from nemo_cpt.doctor import Examination, Job, inputs

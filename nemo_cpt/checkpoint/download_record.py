@@ -10,6 +10,7 @@ from pathlib import Path
 from isal.isal_zlib import crc32
 
 from nemo_cpt.errors import CptError
+from nemo_cpt.records import restored
 
 _RECORD = ".download.json"
 _READ_AT_ONCE = 2**20  # bytes, so that they stay in the processor's cache
@@ -40,7 +41,7 @@ def read_record(folder: Path) -> DownloadRecord | None:
     """The folder's record; None where it was not made by `download`, or the record is of no use."""
     try:
         content = json.loads((folder / _RECORD).read_bytes())
-        files = {name: FileRecord(**file) for name, file in content["files"].items()}
+        files = {name: restored(FileRecord, file) for name, file in content["files"].items()}
         return DownloadRecord(content["repo_id"], content["commit"], files)
     # Of no use is as good as none: sizes and hashes are then compared with the hub's.
     except (OSError, ValueError, TypeError, KeyError, AttributeError):

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import read_json
 from nemo_cpt.checkpoint.arrays import DTYPES, check_finite
 from nemo_cpt.checkpoint.base import nemo_folder, unchanged
 from nemo_cpt.checkpoint.folders import new_folder
-from nemo_cpt.checkpoint.provenance import hand_on
+from nemo_cpt.checkpoint.provenance import hand_on, read_provenance, trainings_of
 from nemo_cpt.checkpoint.safetensors_files import SHARD_BYTES, TensorPlan, write_weights
 from nemo_cpt.checkpoint.trained import Description, Trained, describe, open_trained
 from nemo_cpt.errors import CptError
@@ -63,6 +64,7 @@ class ExportReport:
         return asdict(self)
 
 
+@checked
 def export_hf(
     source: str | Path,
     dest: str | Path,
@@ -113,7 +115,8 @@ def export_hf(
     with unchanged(nemo) as check_unchanged:
         described = describe(nemo, base, chat_template, ignore_fields)
         if adapter:
-            size, write = 0, partial(_write_adapter, nemo, described, checked_dtype(dtype or "float32"))
+            size, name = 0, _base_name(nemo, described.files, base)
+            write = partial(_write_adapter, nemo, described, name, checked_dtype(dtype or "float32"))
         else:
             trained = open_trained(nemo, described, base)
             plans = _plans(described, checked_dtype(dtype or described.config.arch.dtype or trained.dtype))
@@ -163,7 +166,7 @@ def _write_model(
     }
 
 
-def _write_adapter(nemo: Path, described: Description, dtype: str, folder: Path) -> dict[str, Any]:
+def _write_adapter(nemo: Path, described: Description, base_name: str, dtype: str, folder: Path) -> dict[str, Any]:
     from nemo_cpt.checkpoint.lora import Adapters, write_peft_adapter
 
     files, config, template = described.files, described.config, described.template
@@ -173,7 +176,7 @@ def _write_adapter(nemo: Path, described: Description, dtype: str, folder: Path)
             f"{'; '.join(config.trained_otherwise)}. An adapter cannot say so; export the merged model."
         )
     adapters = Adapters(nemo, config.arch)
-    names = write_peft_adapter(folder, adapters, _base_name(files), dtype)
+    names = write_peft_adapter(folder, adapters, base_name, dtype)
     hand_on(files, folder, nemo)
     warnings = config.warnings
     if template:
@@ -194,8 +197,20 @@ def _write_adapter(nemo: Path, described: Description, dtype: str, folder: Path)
     }
 
 
-def _base_name(files: Path) -> str:
-    """What an adapter names as its base: the repository that config.json remembers, else the folder of the files."""
+def _base_name(nemo: Path, files: Path, base: str | Path | None) -> str:
+    """What an adapter names as its base: the repository that config.json remembers, else the folder of the files.
+
+    Raises:
+        CptError: the base was trained before, and `base` is not the Hugging Face folder of that.
+    """
+    # Where the base is the result of a training, its config.json remembers the model before that.
+    if trainings_of(nemo)[:-1] or read_provenance(files).trainings:
+        if base is None or not any(Path(base).glob("*.safetensors")):
+            raise CptError(
+                f"the adapters of {nemo} belong to a model that was trained before: give base=, the Hugging Face "
+                "folder of that (`nemo-cpt export` makes it of a checkpoint), which the adapters will name"
+            )
+        return str(Path(base).resolve())
     return str(read_json(files / "config.json").get("_name_or_path") or files.resolve())
 
 
@@ -212,7 +227,11 @@ def check_options(adapter: bool, dtype: str | None, chat_template: str | None) -
 
 
 def checked_dtype(dtype: str) -> str:
-    """The dtype, if weights can be written in it; else a CptError."""
+    """The dtype.
+
+    Raises:
+        CptError: weights cannot be written in it.
+    """
     if dtype not in DTYPES:
         raise CptError(f"dtype {dtype!r} cannot be written; choose {', '.join(DTYPES)}.")
     return dtype

@@ -19,13 +19,18 @@ from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import Architecture, read_json
 from nemo_cpt.checkpoint.arrays import check_finite
 from nemo_cpt.checkpoint.base import carried_places
+from nemo_cpt.checkpoint.folders import ADAPTER
 from nemo_cpt.checkpoint.model_config import fiddle_call
 from nemo_cpt.checkpoint.nemo_weights import NemoWeights
 from nemo_cpt.checkpoint.safetensors_files import HFWeights, TensorPlan, write_weights
-from nemo_cpt.checkpoint.weight_sums import checked, read_sums
+from nemo_cpt.checkpoint.weight_sums import checked, read_sums, sum_of
+from nemo_cpt.checkpoint.weights_digest import are_of_the_base, base_weights_of, weights_digest
 from nemo_cpt.errors import CptError
+from nemo_cpt.moved import places
 
 ADAPTER_METADATA = "adapter_metadata.json"
+NeMoOrHF = NemoWeights | HFWeights
+LAST = "-last"  # how a run names its newest checkpoint
 # Of nemo.collections.llm.peft's LoRA and DoRA: a context records only what differs from the defaults.
 _DEFAULT_ALPHAS = {"LoRA": 32, "DoRA": 64}
 _MAGNITUDE = "weight_magnitude"
@@ -38,18 +43,31 @@ def holds_adapters(nemo: Path) -> bool:
 
 
 def recorded_base(nemo: Path) -> Path | None:
-    """The NeMo checkpoint that a run of adapters started from, as it recorded it; None when that is gone."""
+    """The NeMo checkpoint that a run of adapters started from, where it recorded it; None when that is gone.
+
+    Where a project was moved, or is seen from another folder, it is looked for at the same place beside the run, and
+    taken for the base if it has the base's weights.
+    """
     recorded = Path(str(read_json(nemo / "weights" / ADAPTER_METADATA).get("model_ckpt_path")))
     # NeMo records the folder of the weights, or the checkpoint's own.
     folder = recorded.parent if recorded.name == "weights" else recorded
-    return folder if (folder / "weights").is_dir() else None
+    there = folder if (folder / "weights").is_dir() else None
+    if (began_with := base_weights_of(nemo)) is None or (there and weights_digest(there) == began_with):
+        return there
+    # A run's `-last` is a link, which is gone when the run has saved the next one.
+    names = dict.fromkeys([folder, folder.with_name(folder.name.removesuffix(LAST))])
+    found = (each for name in names for each in places(name, nemo) if (each / "weights").is_dir())
+    return next((each for each in found if weights_digest(each) == began_with), there)
 
 
 def base_of(nemo: Path, base: str | Path | None) -> Path:
     """The base that is given, or the one that a run of adapters recorded; CptError where that is gone."""
     found = Path(base) if base else recorded_base(nemo)
     if found is None:
-        raise CptError(f"{nemo} holds adapters only and its base is gone. Give base=, the model it started from.")
+        recorded = read_json(nemo / "weights" / ADAPTER_METADATA).get("model_ckpt_path")
+        raise CptError(
+            f"{nemo} holds adapters only and its base is gone from {recorded}. Give base=, the model it started from."
+        )
     return found
 
 
@@ -97,9 +115,6 @@ class Update:
 class Adapters:
     """The adapters of a checkpoint, by the name of the Hugging Face tensor that they adapt.
 
-    Attributes:
-        warnings: where the checkpoint does not carry the checksums of its base, with which any other is refused.
-
     Raises:
         CptError: the run used another method than LoRA and DoRA, or adapted layers that have no Hugging Face
             counterpart, or GPT-2's.
@@ -108,15 +123,14 @@ class Adapters:
     def __init__(self, nemo: Path, arch: Architecture) -> None:
         if arch.like_gpt2:
             raise CptError(f"{nemo} holds adapters on GPT-2's layers, which cannot be exported: train every parameter.")
-        self.arch = arch
+        self.nemo, self.arch = nemo, arch
         # Partial: the frozen tensors are not in the checkpoint.
         self._weights = NemoWeights(nemo, arch, partial=True)
         self._slots = {slot.name: slot for slot in layout.slots(arch)}
         # By which a base of the same shape, or another revision of it, is told from the right one.
-        self._sums = read_sums(carried_places(nemo))
-        self.warnings: tuple[str, ...] = (
-            () if self._sums else (f"{nemo} does not know its base's weights: they were taken on trust",)
-        )
+        carried = read_sums(carried_places(nemo))
+        self._sums = carried if carried and are_of_the_base(carried, nemo) else None
+        self._before = {} if self._sums or not carried else carried
         self.alpha = _alpha(nemo)
         self.adapted = [name for name in self._slots if self._has(name)]
         # A LoRA run's checkpoint holds what was trained: adapters, and whole the tensors that were trained beside them.
@@ -125,6 +139,34 @@ class Adapters:
         _refuse_unpatched(self._weights, nemo)
         if not self.adapted:
             raise CptError(f"{nemo} holds no adapters on linear_qkv, linear_proj, linear_fc1 or linear_fc2.")
+
+    def check_base(self, base: NeMoOrHF) -> tuple[str, ...]:
+        """Compare a base with the one that was adapted; its tensors are compared as they are read, with sums of them.
+
+        Returns:
+            A warning where it cannot be known.
+
+        Raises:
+            CptError: it is another one.
+        """
+        if self._sums:
+            return ()
+        began_with, is_nemo = base_weights_of(self.nemo), (base.folder / "weights").is_dir()
+        if began_with and is_nemo and weights_digest(base.folder) == began_with:
+            return ()
+        if (began_with and is_nemo) or self._is_before(base):
+            raise CptError(
+                f"{base.folder} is not what the adapters of {self.nemo} were trained on: it has other weights. Give "
+                "base=, the one that the run started from."
+            )
+        if began_with is None:
+            return (f"{self.nemo} does not know its base's weights: they were taken on trust",)
+        return (f"{self.nemo} knows its base's weights as a NeMo checkpoint alone: {base.folder} was taken on trust",)
+
+    def _is_before(self, base: NeMoOrHF) -> bool:
+        """Whether it is the model that the base was trained from, which its checkpoint carries the sums of."""
+        name = self.adapted[0]
+        return name in self._before and sum_of(base.read(name)) == self._before[name]
 
     def _has(self, name: str, part: str = "linear_in.weight") -> bool:
         slot = self._slots[name]
@@ -167,7 +209,7 @@ class Adapters:
             return layout.split_qkv(joined, self.arch)[slot.part]
         return joined[slice(*slot.rows)]
 
-    def read_merged(self, name: str, base: NemoWeights | HFWeights) -> np.ndarray:
+    def read_merged(self, name: str, base: NeMoOrHF) -> np.ndarray:
         """One tensor of the adapted model: what the run trained, or the base's, with its update."""
         if name in self.trained_whole:
             tensor = self._weights.read(name)
@@ -181,7 +223,7 @@ class Adapters:
             return tensor.astype(np.float32) * self.update(weight).row_scales(base.read(weight))
         return tensor
 
-    def merged(self, name: str, base: NemoWeights | HFWeights) -> Iterator[np.ndarray]:
+    def merged(self, name: str, base: NeMoOrHF) -> Iterator[np.ndarray]:
         """The same in blocks of rows; a block is overwritten by the next one."""
         # Whole: an update is a product over all rows, and DoRA's norms need the whole row.
         if self._has(name) or self._scales_bias(name):
@@ -291,8 +333,8 @@ def write_peft_adapter(folder: Path, adapters: Adapters, base_name: str, dtype: 
     write_weights(folder, plans, load, shard_bytes=2**62)
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
     config = _peft_config(adapters, base_name)
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return ["adapter_config.json", "adapter_model.safetensors"]
+    (folder / ADAPTER).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return [ADAPTER, "adapter_model.safetensors"]
 
 
 def _peft_config(adapters: Adapters, base_name: str) -> dict[str, Any]:

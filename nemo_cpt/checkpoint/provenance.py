@@ -14,6 +14,7 @@ from typing import Any
 
 from nemo_cpt.checkpoint.context import RUN_JSON
 from nemo_cpt.checkpoint.download_record import read_record
+from nemo_cpt.records import restored
 
 BEFORE = "before"  # in run.json: the records of the trainings that led to the checkpoint that the run started from
 _FILE = ".provenance.json"
@@ -39,7 +40,7 @@ class Provenance:
 def read_provenance(folder: Path) -> Provenance:
     """Where the model of a Hugging Face folder comes from, as far as that is known."""
     try:
-        return Provenance(**json.loads((folder / _FILE).read_bytes()))
+        return restored(Provenance, json.loads((folder / _FILE).read_bytes()))
     except FileNotFoundError:
         downloaded = read_record(folder)
         return Provenance(downloaded.repo_id, downloaded.commit) if downloaded else Provenance()
@@ -65,6 +66,7 @@ def trainings_of(checkpoint: Path) -> list[Mapping[str, Any]]:
     """The trainings that led to a checkpoint, its own last; empty for one that was imported or merged."""
     try:
         record = json.loads((checkpoint / RUN_JSON).read_bytes())
+        # Flat, not nested: each record once, in the order of the trainings.
         return [*record.pop(BEFORE, []), record]
     except (OSError, ValueError, AttributeError, TypeError):
         return []

@@ -122,10 +122,11 @@ def _open_adapted(nemo: Path, arch: Architecture, base: str | Path | None) -> Tr
     from nemo_cpt.checkpoint.lora import Adapters, base_of
 
     weights, adapters = base_weights(base_of(nemo, base), arch), Adapters(nemo, arch)
+    warnings = adapters.check_base(weights)
     read, blocks = partial(adapters.read_merged, base=weights), partial(adapters.merged, base=weights)
     # An embedding that was trained whole is in the run's checkpoint, padded as its layout asked.
     rows = adapters.trained_rows or weights.vocab_rows
-    return Trained(nemo, read, blocks, weights.dtype, rows, adapters.warnings)
+    return Trained(nemo, read, blocks, weights.dtype, rows, warnings)
 
 
 def _refuse_to_cut_tokens(model: Trained, arch: Architecture, tokenizers: Iterable[Path]) -> None:

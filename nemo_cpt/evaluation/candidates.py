@@ -10,9 +10,9 @@ from nemo_cpt.checkpoint.architecture import context_length, read_json
 from nemo_cpt.corpus.reading.chunks import hash_file
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation.journal import key_of
-from nemo_cpt.inference import Engine, hugging_face_folder, open_engine
+from nemo_cpt.inference import Engine, open_engine
 from nemo_cpt.inference.asked_as import end_ids, has_chat_template, reply_warnings
-from nemo_cpt.inference.models import check_model
+from nemo_cpt.inference.models import Found, check_model, find_model
 from nemo_cpt.training.run_folder import checkpoints
 from nemo_cpt.urls import is_address
 
@@ -42,9 +42,19 @@ class Candidate:
         return is_address(self.model)
 
     @cached_property
-    def folder(self) -> Path:
+    def found(self) -> Found:
         """Its Hugging Face folder; a NeMo checkpoint is exported into the cache first."""
-        return hugging_face_folder(self.model, base=self.options.get("base"), say=self.say)
+        return find_model(self.model, base=self.options.get("base"), say=self.say)
+
+    @property
+    def folder(self) -> Path:
+        """See `found`."""
+        return self.found.folder
+
+    @property
+    def name(self) -> str:
+        """What was measured: of a run also which step, because it may have gone on when somebody reads that."""
+        return self.model if self.is_endpoint else self.found.name
 
     @cached_property
     def key(self) -> str:
@@ -103,6 +113,7 @@ def find_candidates(
     for each in (model, against):  # both, before one is exported
         if each is not None:
             check_model(each)
+    # Step 0: in a series over a run's checkpoints it is what the training began with.
     before = [Candidate("before", str(against), options, 0, say)] if against is not None else []
     if run is None:
         return [*before, Candidate("after", str(model), options, None, say)]
@@ -122,7 +133,7 @@ def described(candidate: Candidate) -> dict[str, Any]:
     """What a report says of a model."""
     return {
         "label": candidate.label,
-        "model": candidate.model,
+        "model": candidate.name,
         "folder": None if candidate.is_endpoint else str(candidate.folder),
         "key": candidate.key,
         "step": candidate.step,
@@ -143,9 +154,10 @@ def warnings_of(candidates: Sequence[Candidate]) -> list[str]:
     ]
     if first.has_chat_template != last.has_chat_template:
         with_it, without = (first, last) if first.has_chat_template else (last, first)
-        found.append(f"{without.model} has no chat template, {with_it.model} has one")
+        found.append(f"{without.name} has no chat template, {with_it.name} has one")
+    # None is an endpoint's, which does not tell.
     if first.ends != last.ends and None not in (first.ends, last.ends):
-        found.append(f"replies of {first.model} end with the ids {first.ends}, those of {last.model} with {last.ends}")
+        found.append(f"replies of {first.name} end with the ids {first.ends}, those of {last.name} with {last.ends}")
     if first.key == last.key and first is not last:
-        found.append(f"{first.model} and {last.model} hold the same bytes: there is no difference to find")
+        found.append(f"{first.name} and {last.name} hold the same bytes: there is no difference to find")
     return found

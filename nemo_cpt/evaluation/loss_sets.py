@@ -13,6 +13,8 @@ from nemo_cpt.corpus.dataset.index import fingerprint, full_prefix, read_index
 from nemo_cpt.corpus.reading.chunks import hash_file
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation.candidates import Candidate, Say
+from nemo_cpt.moved import places
+from nemo_cpt.training.changes import content_of
 from nemo_cpt.training.run_folder import newest_whole
 
 SEQ_LENGTH, SAMPLES = 1024, 512  # of a tokenized set that no run says more of: up to half a million tokens
@@ -49,15 +51,28 @@ def training_record(model: str | Path | None) -> dict[str, Any]:
     return read_json(record) if record.is_file() else {}
 
 
-def validated_on(run: Mapping[str, Any], say: Say) -> list[str]:
-    """The run's validation sets, those that are still there."""
+def validated_on(run: Mapping[str, Any], model: str | Path | None, say: Say) -> list[str]:
+    """The run's validation sets, those that are still there, or where the run was moved to with them."""
     named = run.get("validated_on", {}).get("sets", {})
-    gone = [prefix for prefix in named.values() if not Path(prefix + ".idx").is_file()]
-    for prefix in gone:
-        say(f"the run validated on {prefix}, which is not there any more")
+    found = {name: _set_of_run(run, name, prefix, Path(str(model))) for name, prefix in named.items()}
+    for name in (name for name, prefix in found.items() if prefix is None):
+        say(f"the run validated on {named[name]}, which is not there any more")
     if not named:
         say("nothing says which sets the model was validated on: no losses (--loss NAME=PATH measures one)")
-    return [f"{name}={prefix}" for name, prefix in named.items() if prefix not in gone]
+    return [f"{name}={prefix}" for name, prefix in found.items() if prefix]
+
+
+def _set_of_run(run: Mapping[str, Any], name: str, prefix: str, model: Path) -> str | None:
+    if Path(f"{prefix}.idx").is_file():
+        return prefix
+    moved = (str(each).removesuffix(".idx") for each in places(Path(f"{prefix}.idx"), model / "checkpoints"))
+    return next((each for each in moved if content_of(each) == _contents(run).get(name)), None)
+
+
+def _contents(run: Mapping[str, Any]) -> Mapping[str, str]:
+    """What a run's validation sets held, by their names."""
+    found: Mapping[str, str] = run.get("settings", {}).get("validation", {}).get("sets", {})
+    return found
 
 
 def find_loss_sets(
@@ -75,8 +90,7 @@ def find_loss_sets(
     Raises:
         CptError: one is not there or was tokenized for another model, two have one name, or a model is an endpoint.
     """
-    validated = run.get("validated_on", {})
-    found = [_loss_set(spec, candidates, validated, limit) for spec in specs]
+    found = [_loss_set(spec, candidates, run, limit) for spec in specs]
     check_names([each.name for each in found])
     # OpenAI's protocol for chats gives no log probabilities of a prompt.
     if found and (remote := [each.model for each in candidates if each.is_endpoint]):
@@ -90,19 +104,20 @@ def find_loss_sets(
     return found
 
 
-def _loss_set(spec: str, candidates: Sequence[Candidate], validated: Mapping[str, Any], limit: int | None) -> LossSet:
+def _loss_set(spec: str, candidates: Sequence[Candidate], run: Mapping[str, Any], limit: int | None) -> LossSet:
     name, equals, path = spec.partition("=")
     if not equals or not name or not path:
         raise CptError(f"a set is given as NAME=PATH, such as ja=ds/ja_validation, not {spec!r}")
+    # A dataset may be named by one of its files, too.
     if Path(path).is_file() and not path.endswith((".bin", ".idx")):
         return LossSet(name, path)
     # A mistyped file would be looked for as a Megatron prefix, and its message mislead.
     if re.search(r"\.(jsonl|json|parquet|gz|zst)$", path):
         raise CptError(f"there is no file {path}")
     tokens = read_index(path).tokens
-    if (
-        str(Path(full_prefix(path)).absolute()) in validated.get("sets", {}).values()
-    ):  # just what the training's loss is of
+    validated = run.get("validated_on", {})
+    same_place = str(Path(full_prefix(path)).absolute()) in validated.get("sets", {}).values()
+    if same_place or (validated and content_of(path) in _contents(run).values()):  # just what the training's loss is of
         seq_length, samples = validated["seq_length"], validated["samples"] or SAMPLES
     else:
         contexts = [each.context_length for each in candidates if each.context_length]

@@ -128,6 +128,7 @@ class Chat:
             self.sampling = replace(self.sampling, seed=self.sampling.seed + 1)
             for side in self.sides:
                 told = [Message(role="user", content=text), Message(role="assistant", content=side.reply)]
+                # A question without any answer would leave two of the user's turns in a row, which templates refuse.
                 side.history += told if side.reply else []
 
     def _asked(self, side: Side, text: str) -> tuple[Prompt, Sampling]:
@@ -151,6 +152,7 @@ class Chat:
     def _show_side_by_side(self, question: str, streams: list[Iterator[Piece]]) -> None:
         try:
             with Live(console=self.console, refresh_per_second=8, transient=True) as live:
+                # In turn, a piece of each: both seem to speak at once, and the shorter one has ended.
                 for pieces in zip_longest(*streams):
                     for side, piece in zip(self.sides, pieces, strict=True):
                         side.reply += piece.text if piece else ""

@@ -208,6 +208,7 @@ class NemoRequest(_Body):
 
     def sampling(self) -> list[Sampling]:
         """How the reply to each sentence is drawn."""
+        # NeMo takes top_p 0 for no limit, which is 1 here.
         seed = self.random_seed if self.random_seed is not None else random_seed()
         return [
             Sampling(
@@ -231,6 +232,7 @@ def event(content: dict[str, Any]) -> str:
 
 def usage(requests: Sequence[Request], choices_a_prompt: int) -> dict[str, int]:
     """Tokens; a prompt with several choices counts once."""
+    # A prompt's choices stand one behind the other.
     prompt = sum(len(each.ids) for each in requests[::choices_a_prompt])
     reply = sum(each.tokens for each in requests)
     return {"prompt_tokens": prompt, "completion_tokens": reply, "total_tokens": prompt + reply}

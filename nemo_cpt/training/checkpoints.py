@@ -6,6 +6,7 @@ import re
 import shutil
 import threading
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
@@ -20,9 +21,11 @@ from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
 from nemo_cpt.checkpoint.context import RUN_JSON
 from nemo_cpt.errors import CptError
 from nemo_cpt.training.metrics import RUN_FILE, read_file, validation_losses
-from nemo_cpt.training.record import record_of
-from nemo_cpt.training.run_folder import DAMAGED, REMOVED, Checkpoint, damaged_since
+from nemo_cpt.training.record import record_of, settings_of
+from nemo_cpt.training.run_folder import DAMAGED, REMOVED, Checkpoint, based_on, damaged_since
 from nemo_cpt.training.run_lock import check_held
+
+OTHER_SAMPLES = 1e6  # added to a loss that is not to be compared: above any of this start's
 
 
 class RunCheckpoint(nl.ModelCheckpoint):
@@ -39,6 +42,7 @@ class RunCheckpoint(nl.ModelCheckpoint):
 
     monitor: str | None
     always_save_context: bool
+    best_k_models: dict[str, torch.Tensor]
 
     def __init__(self, save_every: Optional[int] = None, **kwargs: Any) -> None:  # noqa: UP045  NeMo-Run cannot parse it
         if save_every is not None and save_every < 1:
@@ -86,11 +90,20 @@ class RunCheckpoint(nl.ModelCheckpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take up the checkpoints that are there, by their names; those that were loaded may be of another folder."""
         super().on_train_start(trainer, pl_module)
+        self._rank_last_unless_validated_on(settings_of(trainer)["validation"])
         last = [Checkpoint(path) for path in Path(self.dirpath).glob("[!.]*-last") if path.exists()]
         last.sort(key=lambda each: each.age_order)
         self.last_model_path = str(last[-1].path) if last else ""
         for each in last[:-1]:
             self._remove_checkpoint(trainer, str(each.path), override_async=True)
+
+    def _rank_last_unless_validated_on(self, validation: Mapping[str, Any]) -> None:
+        """Let checkpoints whose losses are of other samples give way to the next ones, the worst of them first."""
+        validations = {path: Checkpoint(Path(path)).validation for path in self.best_k_models}
+        others = [path for path, was in validations.items() if was not in (None, validation)]
+        if others and (self.monitor or "").startswith("val_"):
+            self.best_k_models |= {path: self.best_k_models[path].double() + OTHER_SAMPLES for path in others}
+            self._remove_invalid_entries_from_topk()  # which looks for the worst anew
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Save where this step is due and no validation follows, whose end would save."""
@@ -176,6 +189,8 @@ class RunCheckpoint(nl.ModelCheckpoint):
             return None
         if folder.is_symlink():
             return folder.unlink()
+        if self._is_needed(folder):
+            return None
         # A rename is one step for every reader; removing tens of GB of files is not.
         removed = folder.rename(folder.with_name(REMOVED + uuid.uuid4().hex))
         remover = threading.Thread(target=shutil.rmtree, args=(removed, True))
@@ -184,6 +199,13 @@ class RunCheckpoint(nl.ModelCheckpoint):
         if not self.async_save:
             remover.join()
         return None
+
+    def _is_needed(self, checkpoint: Path) -> bool:
+        """Whether adapters of a run beside this one were trained on a checkpoint: without it they are worth nothing."""
+        user = based_on(checkpoint, checkpoint.parents[2])
+        if user:
+            print(f"nemo_cpt: {checkpoint.name} is kept beyond save_top_k: it is the base of {user}", flush=True)
+        return user is not None
 
     def nemo_topk_check_previous_run(self) -> None:
         """Find the kept checkpoints and their values by their names, and remove those beyond `save_top_k`.
@@ -198,7 +220,7 @@ class RunCheckpoint(nl.ModelCheckpoint):
         ranked = sorted(kept, key=kept.__getitem__, reverse=self.mode == "max")
         newest = max(ranked, key=lambda path: Checkpoint(path).age_order, default=None)
         for path in ranked[self.save_top_k :]:
-            if path != newest:
+            if path != newest and not self._is_needed(path):
                 self._del_model_without_trainer(str(path))
         # Of more than save_top_k Lightning would never again remove one.
         self.best_k_models = {str(path): torch.tensor(kept[path]) for path in ranked[: self.save_top_k]}

@@ -13,12 +13,15 @@ from typing import Any, Optional
 import lightning.pytorch as pl
 from nemo.utils import AppState
 
+from nemo_cpt.checkpoint.provenance import read_provenance, trainings_of
 from nemo_cpt.training.options import check_exports
-from nemo_cpt.training.run_folder import EXPORTED, EXPORTS, checkpoints, resumed_from
+from nemo_cpt.training.run_folder import DUE, EXPORTED, EXPORTS, checkpoints, resumed_from
 
 EARLIER = "earlier"  # in it: exports of steps that the run went back behind
 COMMAND = [sys.executable, "-m", "nemo_cpt.cli", "export"]
-PRIORITY = (("nice", "-n", "19"), ("ionice", "-c", "3"))
+# Before a command, each where it is installed. By the last the kernel ends an export whose job was killed: going on,
+# the job makes it anew.
+GENTLY = (("nice", "-n", "19"), ("ionice", "-c", "3"), ("setpriv", "--pdeathsig", "KILL"))
 _REMOVED = ".removed-"
 
 
@@ -53,17 +56,29 @@ class ExportCheckpoints(pl.Callback):
         for left in self._folder.glob(f"{_REMOVED}*"):
             _remove(left)
         self._set_aside(trainer)
-        newest = max([*self._steps("step-"), *self._steps(EXPORTED), 0])
+        linked = [*self._steps("step-"), *self._steps(EXPORTED)]
+        # Whole, though the job was killed before it saw that.
+        for step in {*self._steps("step-")} & {*self._steps(EXPORTED)}:
+            _remove(self._folder / f"{EXPORTED}{step}")
+            self._log(step).unlink(missing_ok=True)
+        for step in set(self._steps(DUE)) & set(linked):
+            self._mark(step).unlink()
+        # Of older checkpoints exports were made, and perhaps thinned out, or failed and were told of.
         saved = {each.step for each in checkpoints(self._checkpoints)}
-        self._awaited = sorted(step for step in saved if step > newest and self._due(trainer, step))
+        missed = {step for step in saved if step > max(linked, default=0) and self._due(trainer, step)}
+        for step in sorted(missed.union(self._steps(DUE))):
+            self._await(step)
 
     def _set_aside(self, trainer: pl.Trainer) -> None:
         """Move what a training exported that this start goes back behind: of the same steps, and another model."""
         checkpoint = resumed_from(trainer.ckpt_path)
         reached = checkpoint.step if checkpoint else 0
-        for step in self._steps(EXPORTED) if reached >= 0 else []:
-            if step > reached:
+        for step in self._steps(EXPORTED):
+            if step > reached >= 0:
                 _remove(self._folder / f"{EXPORTED}{step}")
+        for step in self._steps(DUE):
+            if step > reached >= 0:
+                self._mark(step).unlink()
         left = sorted(step for step in self._steps("step-") if step > reached >= 0)
         for step in left:
             # Moved, not removed: the step that it was made at may never be trained again.
@@ -76,8 +91,8 @@ class ExportCheckpoints(pl.Callback):
         """Note a step that is to be exported, and go on with those whose checkpoints are written."""
         if not trainer.is_global_zero:
             return
-        if self._due(trainer, trainer.global_step) and trainer.global_step not in self._awaited:
-            self._awaited.append(trainer.global_step)
+        if self._due(trainer, trainer.global_step):
+            self._await(trainer.global_step)
         self._go_on()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -92,6 +107,8 @@ class ExportCheckpoints(pl.Callback):
             self._go_on()
         if self._awaited:
             _say(f"not exported, because no checkpoint of it was found: step {_listed(self._awaited)}")
+        for step in list(self._awaited):
+            self._await_no_more(step)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """End the export that is under way: the process must be gone with its job."""
@@ -106,6 +123,22 @@ class ExportCheckpoints(pl.Callback):
     def _due(self, trainer: pl.Trainer, step: int) -> bool:
         return step > 0 and (step % self.every == 0 or step == trainer.max_steps)
 
+    def _await(self, step: int) -> None:
+        """Have a step exported when its checkpoint is written: by the next start, where this one is killed."""
+        if step not in self._awaited:
+            self._awaited.append(step)
+        try:
+            self._mark(step).touch()
+        except OSError as error:
+            _say(f"warning: exports of this run: {error}")
+
+    def _await_no_more(self, step: int) -> None:
+        self._awaited.remove(step)
+        self._mark(step).unlink(missing_ok=True)
+
+    def _mark(self, step: int) -> Path:
+        return self._folder / f"{DUE}{step}"
+
     def _go_on(self) -> None:
         try:
             self._link_finished()
@@ -117,7 +150,6 @@ class ExportCheckpoints(pl.Callback):
     def _link_finished(self) -> None:
         for checkpoint in checkpoints(self._checkpoints) if self._awaited else []:
             if checkpoint.step in self._awaited:
-                self._awaited.remove(checkpoint.step)
                 # Renamed when it is whole: a job that is killed meanwhile leaves no half one.
                 partial = self._folder / f"{_REMOVED}{checkpoint.step}"
                 try:
@@ -126,13 +158,15 @@ class ExportCheckpoints(pl.Callback):
                 except OSError as error:
                     shutil.rmtree(partial, ignore_errors=True)
                     _say(f"warning: step {checkpoint.step} is not exported: its files cannot be linked ({error})")
+                self._await_no_more(checkpoint.step)  # last: a kill before leaves it owed
 
     def _start_next(self) -> None:
         if not (waiting := self._steps(EXPORTED)):
             return
         step = min(waiting)
-        gentle = [word for words in PRIORITY if shutil.which(words[0]) for word in words]
+        gentle = [word for words in GENTLY if shutil.which(words[0]) for word in words]
         command = [*gentle, *COMMAND, str(self._folder / f"{EXPORTED}{step}"), str(self._folder / f"step-{step}")]
+        # The GPUs and the CPUs are the training's.
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         with self._log(step).open("wb") as log:
             process = subprocess.Popen(
@@ -148,9 +182,12 @@ class ExportCheckpoints(pl.Callback):
         if process.poll() is None:
             return False
         self._running = None
-        _remove(self._folder / f"{EXPORTED}{step}")
-        exported = self._folder / f"step-{step}"
-        if process.returncode == 0 and exported.is_dir():
+        linked, exported = self._folder / f"{EXPORTED}{step}", self._folder / f"step-{step}"
+        # Of a job that was killed the export goes on, and may have been there first.
+        made, own = process.returncode == 0, trainings_of(linked)
+        made |= bool(own) and list(read_provenance(exported).trainings[-len(own) :]) == own
+        _remove(linked)
+        if made and exported.is_dir():
             self._log(step).unlink()
             _say(f"exported step {step} to {exported}")
             self._thin()

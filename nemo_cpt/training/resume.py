@@ -1,5 +1,6 @@
 """Where a run starts: at its own newest whole checkpoint, else at the base's weights; and what it makes of changes."""
 
+import copy
 import json
 import shutil
 from datetime import datetime
@@ -11,7 +12,9 @@ from nemo import lightning as nl
 from nemo.utils import AppState
 from torch.optim.lr_scheduler import _enable_get_lr_call
 
-from nemo_cpt.compatibility import base_weights_of, check_resumed
+from nemo_cpt.checkpoint.lora import recorded_base
+from nemo_cpt.checkpoint.weights_digest import base_weights_of
+from nemo_cpt.compatibility import check_resumed
 from nemo_cpt.errors import CptError, exit_with_the_message
 from nemo_cpt.training import run_lock
 from nemo_cpt.training.changes import FIXED, Change, changes, listed
@@ -85,13 +88,13 @@ class ResumeOrStartFromBase(nl.AutoResume):
         return newest.path
 
     def _get_base_model_path_for_adapter(self, adapter_meta_path: Path, model: Any) -> Path:
-        base: Path = super()._get_base_model_path_for_adapter(adapter_meta_path, model)
-        if base.exists():
-            return base
+        checkpoint = adapter_meta_path.parents[1]
         named = Path(self.restore_config.path) if self.restore_config else None
         # `check_resumed` has compared their weights, where the checkpoint knows those that it began with.
-        if named and named.exists() and base_weights_of(adapter_meta_path.parents[1]):
-            return named
+        found = recorded_base(checkpoint) or (named if base_weights_of(checkpoint) else None)
+        if found and found.exists():
+            return found
+        base = super()._get_base_model_path_for_adapter(adapter_meta_path, model)
         raise CptError(f"this run trains adapters, and needs its base in {base} to go on. Put it back there")
 
 
@@ -113,7 +116,7 @@ class _Resumption(pl.Callback):
 
     def __init__(self, extend: str | None) -> None:
         self.extend = extend
-        self._changes_schedule = False
+        self._new_state: dict[str, Any] | None = None  # of the scheduler, where the schedule changes
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Compare, and write down this start."""
@@ -124,7 +127,8 @@ class _Resumption(pl.Callback):
             return
         changed = changes(checkpoint.record["settings"], settings)
         self._check(checkpoint, changed)
-        self._changes_schedule = any(each.group == "schedule" for each in changed) and self.extend != "keep"
+        if self.extend != "keep" and any(each.group == "schedule" for each in changed):
+            self._note_new_schedule(trainer, checkpoint.step)
         if changed:
             how = f", extend={self.extend}" if any(each.group == "schedule" for each in changed) else ""
             _say(f"resumed at step {checkpoint.step} with {listed(changed)}{how}")
@@ -149,45 +153,41 @@ class _Resumption(pl.Callback):
         if trainer.is_global_zero:
             _keep_tokenizer(trainer, Path(AppState().log_dir, KEPT_TOKENIZER))
 
-    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
-        """Put the new schedule's state in the place of the old one's."""
-        if not self._changes_schedule:
-            return
-        done = checkpoint["global_step"]
-        if self.extend == "rewarm":
-            scheduler = _scheduler_of(trainer, trainer.max_steps - done)
-            # PyTorch's schedulers restore all of their fields from here, the old maximum and warmup among them.
-            checkpoint["lr_schedulers"] = [scheduler.state_dict()]
-        else:
-            scheduler = trainer.lr_scheduler_configs[0].scheduler
-            checkpoint["lr_schedulers"] = [scheduler.state_dict() | {"last_epoch": done, "_step_count": done + 1}]
+    def _note_new_schedule(self, trainer: pl.Trainer, done: int) -> None:
+        """Have the scheduler that the trainer makes noted down, before a checkpoint's state is loaded into it."""
+        module = trainer.lightning_module.optim.lr_scheduler
+        make, rewarms = module.scheduler, self.extend == "rewarm"
+        steps = trainer.max_steps - done if rewarms else trainer.max_steps
+        if rewarms and getattr(module, "warmup_steps", 0) >= steps:
+            raise CptError(
+                f"extend=rewarm: warmup_steps {module.warmup_steps} is not below the {steps} steps that are left of "
+                f"max_steps {trainer.max_steps}: give a smaller one, or more steps"
+            )
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let the next step have the new schedule's rate: the optimizer was restored with the old one's."""
-        if not self._changes_schedule:
+        def noted(*args: Any) -> Any:
+            # By now NeMo has given it the trainer's max_steps.
+            module.max_steps = steps
+            made = make(*args)
+            position = {} if rewarms else {"last_epoch": done, "_step_count": done + 1}
+            self._new_state = copy.deepcopy(made["lr_scheduler"]["scheduler"].state_dict()) | position
+            return made
+
+        module.scheduler = noted
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        """Put the new schedule in the place of the old one, and let the first step have its rate."""
+        if self._new_state is None:
             return
+        # No earlier: NeMo restores the optimizer and the schedule of adapters when the first epoch has begun.
         scheduler = trainer.lr_scheduler_configs[0].scheduler
+        scheduler.load_state_dict(self._new_state)
+        self._new_state = None
         with _enable_get_lr_call(scheduler):
             rates = scheduler.get_lr()
         for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
             # The scheduler sets a rate only after a step: the first one would still have the old schedule's.
             group["lr"] = rate
         scheduler._last_lr = rates
-
-
-def _scheduler_of(trainer: pl.Trainer, steps: int) -> Any:
-    """The recipe's scheduler at the start of a run of so many steps."""
-    module = trainer.lightning_module.optim.lr_scheduler
-    if getattr(module, "warmup_steps", 0) >= steps:
-        raise CptError(
-            f"extend=rewarm: warmup_steps {module.warmup_steps} is not below the {steps} steps that are left of "
-            f"max_steps {trainer.max_steps}: give a smaller one, or more steps"
-        )
-    whole, module.max_steps = module.max_steps, steps
-    try:
-        return module.scheduler(trainer.lightning_module, trainer.optimizers[0])["lr_scheduler"]["scheduler"]
-    finally:
-        module.max_steps = whole
 
 
 def _write_down(folder: Path, settings: dict[str, Any], checkpoint: Checkpoint | None) -> None:

@@ -12,6 +12,7 @@ import itertools
 import json
 import re
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,7 @@ REMOVED = ".removed-"  # a checkpoint that is being deleted
 DAMAGED = "damaged"  # folder of those that a start set aside
 EXPORTS = "exports"  # folder of a run, beside its checkpoints: see `exports`
 EXPORTED = ".checkpoint-of-"  # in it: a checkpoint's files, until they are exported
+DUE = ".due-"  # in it: the mark of a step that is to be exported, until its checkpoint's files are there
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,12 @@ class Checkpoint:
         return int(named[1]) if named else -1
 
     @property
+    def validation(self) -> Mapping[str, Any] | None:
+        """What its losses are of: the sets' content, and how much of each; None where an older version says nothing."""
+        found: Mapping[str, Any] | None = self.record.get("settings", {}).get("validation")
+        return found
+
+    @property
     def age_order(self) -> tuple[int, int]:
         """Sorts from old to new: by step, because a copy has other times; the time only breaks ties."""
         return self.step, (self.path / "weights").stat().st_mtime_ns
@@ -122,14 +130,31 @@ def damaged_since(folder: Path) -> list[Checkpoint]:
     return list(itertools.takewhile(lambda each: each.fault, checkpoints(folder)))
 
 
+def based_on(checkpoint: Path, directory: Path) -> Path | None:
+    """The run in a folder of runs whose adapters were trained on a checkpoint, and which an export of them reads."""
+    from nemo_cpt.checkpoint.lora import LAST, recorded_base  # needs numpy, as above
+
+    for record in directory.glob("*/checkpoints/*/weights/adapter_metadata.json"):
+        try:
+            named = Path(json.loads(record.read_bytes())["model_ckpt_path"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        # By name first: to find a base wherever it lies takes a look at its files.
+        if checkpoint.name.removesuffix(LAST) not in {part.removesuffix(LAST) for part in named.parts[-2:]}:
+            continue
+        if (base := recorded_base(record.parents[1])) and base.resolve() == checkpoint.resolve():
+            return record.parents[3]
+    return None
+
+
 def finished(folder: Path, max_steps: int) -> str | None:
     """What to say of a run whose checkpoints in `folder` have reached `max_steps`; None if there are steps to train."""
     newest = newest_whole(folder)
     # `validation_pending`: stopped between its last step and the validation of it, which a rerun still owes.
     if newest is None or not 0 < max_steps <= newest.step or newest.record.get("validation_pending"):
         return None
-    # Killed while it waited for its last exports, which a rerun makes.
-    if any(folder.with_name(EXPORTS).glob(f"{EXPORTED}*")):
+    # Killed before its last exports were made, which a rerun does.
+    if any(any(folder.with_name(EXPORTS).glob(f"{owed}*")) for owed in (EXPORTED, DUE)):
         return None
     return (
         f"the run is finished: {newest.path} has step {newest.step} of max_steps {max_steps}. Nothing to do; "

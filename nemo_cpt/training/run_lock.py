@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from nemo_cpt.errors import CptError
+from nemo_cpt.records import restored
 
 FOLDER = "run"  # a folder, because NeMo moves plain files away when a run is resumed
 BEAT_SECONDS = 1.0
@@ -222,7 +223,7 @@ def read_owner(folder: Path) -> Owner | None:
     """Who holds a run's folder, or held it until it died; None if it was let go of."""
     try:
         fields = json.loads((folder / FOLDER / "owner.json").read_bytes())
-        return Owner(**fields | {"slurm": tuple(fields["slurm"])})
+        return restored(Owner, fields, slurm=tuple(fields["slurm"]))
     except (OSError, ValueError, TypeError, KeyError):
         return None
 

@@ -1,5 +1,6 @@
 """A run as a terminal shows it: rich's for a live view, lines for everything else."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -104,7 +105,8 @@ def _sets(record: Record) -> "RenderableType":
     for change in record.changes.values():
         scale, unit = record.unit(change.name)
         mark, style = MARKS["worse" if change.worse else "better" if change.better else ""]
-        numbers = (f"{scale * change.first:.4f}", f"{scale * change.value:.4f}", f"{change.percent:+.2f} %")
+        first, now = f"{scale * change.first:.4f}{change.first_step}", f"{scale * change.value:.4f}"
+        numbers = (first, now, f"{change.percent:+.2f} %")
         table.add_row(
             *(Text(each) for each in (change.name, *numbers)), Text(mark, style=style), Text(unit, style="dim")
         )
@@ -166,13 +168,16 @@ def lines(shown: Snapshot, before: Snapshot | None) -> Iterator[str]:
     if record.step != known and record.metrics:
         facts = "  ".join(f"{name} {value}" for name, value in _facts(record))
         yield "  ".join(filter(None, (_steps(record), facts, _left(record) if shown.state == "running" else "")))
+    # A step of training is no news of a validation: told once, at its own step.
     told = {} if before is None else {change.name: change.step for change in before.record.changes.values()}
     for change in record.changes.values():
         if told.get(change.name) != change.step:
             scale, unit = record.unit(change.name)
             mark = MARKS["worse" if change.worse else "better" if change.better else ""][0]
-            numbers = f"{scale * change.first:.4f} -> {scale * change.value:.4f} {unit} ({change.percent:+.2f} %)"
+            first, now = f"{scale * change.first:.4f}{change.first_step}", f"{scale * change.value:.4f}"
+            numbers = f"{first} -> {now} {unit} ({change.percent:+.2f} %)"
             yield f"validation at step {change.step}: {change.name} {numbers} {mark}".rstrip()
     yield from (f"saved {name}" for name in reversed(shown.saved) if before is None or name not in before.saved)
-    fresh = shown.warnings[len(before.warnings) :] if before else shown.warnings
-    yield from (f"warning: {text}" for text in fresh)
+    # By what they say, not by how many there were: two sources are read, and one may be behind.
+    known_warnings = Counter(before.warnings if before else ())
+    yield from (f"warning: {text}" for text in (Counter(shown.warnings) - known_warnings).elements())

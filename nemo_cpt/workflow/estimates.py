@@ -21,6 +21,7 @@ from nemo_cpt.doctor.examination import from_error
 from nemo_cpt.doctor.inputs import base_architecture, run_folder
 from nemo_cpt.errors import CptError
 from nemo_cpt.launching.description import describe
+from nemo_cpt.planning import memory
 from nemo_cpt.planning.checkpoint_size import checkpoint_bytes, export_bytes, parameters
 from nemo_cpt.planning.plans import plan_workload
 from nemo_cpt.workflow import outputs, recipes
@@ -165,7 +166,9 @@ class Estimates:
         files = outputs.files_of(self.workflow.folder / path)
         if files:
             on_disk = float(sum(file.stat().st_size for file in files))
+            # The largest stands for all: to sample each of a folder of dumps would take long.
             return on_disk * _unpacked(max(files, key=lambda file: file.stat().st_size))
+        # Not there yet: as large as the step that makes it is estimated to leave it.
         size = next((size for made, size in self.made.items() if outputs.related(path, made)), None)
         return size and size * self._share(path)
 
@@ -202,10 +205,10 @@ class Estimates:
         if not planned.fits:
             self.findings.append((step.name, Finding("plan", "error", planned.verdict, "nemo-cpt plan says what fits")))
         tokens = planned.workload.max_steps * planned.workload.tokens_per_step
-        saved = planned.workload.trained_parameters * 14  # weights in bf16 and Adam's states in fp32
         note = f"{planned.speed.gpus} x {planned.gpu.name}"
         seconds, model = planned.speed.hours(tokens) * 3600, planned.workload.parameters * 2  # in bf16
-        return Estimate(seconds, planned.peak_gib, job.checkpoints * saved, note, model)
+        written = job.checkpoints * memory.checkpoint_bytes(planned.workload) + job.exports * model
+        return Estimate(seconds, planned.peak_gib, written, note, model)
 
     def _preflight(self, standing: Standing, job: Job) -> None:
         # What steps before it make is not there yet: files are not looked at then, as of a task that waits for others.

@@ -25,6 +25,7 @@ class Shown:
         self._task: Any = None
 
     def __enter__(self) -> "Shown":
+        # stderr: stdout may be a file, or a script's.
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

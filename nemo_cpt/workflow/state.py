@@ -10,6 +10,7 @@ from typing import Any
 from nemo_cpt.corpus.atomic_files import make_folder, open_locked, write_whole
 from nemo_cpt.errors import CptError
 from nemo_cpt.installed import installed_versions
+from nemo_cpt.records import restored
 from nemo_cpt.workflow.outputs import Files
 from nemo_cpt.workflow.steps import Step, Workflow
 
@@ -18,7 +19,6 @@ RECORD, PAGE, LOCK = "record.json", "page.html", "lock"
 PACKAGES = ("torch", "nemo_toolkit", "nemo_run", "megatron-core", "transformers", "tokenizers")
 PATIENCE = 20.0  # seconds for the step of a killed workflow to end
 RUNNING, DONE, STOPPED, FAILED = "running", "done", "stopped", "failed"
-OF_TIME = ("starts", "started", "ended", "seconds")  # of a record: other ones each time
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class State:
         """
         path = self.path(step.name, "json")
         try:
-            return Record(**json.loads(path.read_bytes()))
+            return restored(Record, json.loads(path.read_bytes()))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError) as error:
@@ -133,6 +133,7 @@ class State:
         try:
             file = open_locked(path, PATIENCE)
         except CptError as error:
+            # The same error says that the folder cannot be written.
             if "Another process" not in error.message:
                 raise
             what = f"the step {step}" if step else f"the workflow {self.workflow.name}"

@@ -1,6 +1,7 @@
 """LoRA on some modules of some layers: the merged model and the PEFT adapter are the same model."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from nemo_cpt.checkpoint import export_hf
+from nemo_cpt.checkpoint import export_hf, import_hf, merge, verify
 from nemo_cpt.checkpoint.distributed_writer import DistributedWriter
+from nemo_cpt.checkpoint.lora import recorded_base
+from nemo_cpt.checkpoint.provenance import trainings_of
+from nemo_cpt.checkpoint.weights_digest import BASE_WEIGHTS, weights_digest
 from nemo_cpt.errors import CptError
 from tests.support import small_models as models
 from tests.support.dora_parallel import transform_context
@@ -72,6 +76,92 @@ def test_a_lora_run_whose_base_is_gone(tmp_path: Path) -> None:
     lora = _lora_checkpoint(tmp_path / "lora", [(0, "mlp.linear_fc1")], tmp_path / "gone")
     (lora / "hf").symlink_to(hf)
     with pytest.raises(CptError, match="its base is gone"):
+        export_hf(lora, tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project in which `model` was imported as `base`, trained to `runs/full`, and that tuned to `runs/lora`.
+
+    `trained` is the export of the training, `tuned` the model that was trained in the end.
+    """
+    project = tmp_path_factory.mktemp("project")
+    for seed, name in enumerate(("model", "other")):
+        import_hf(models.make("llama31", project / name, seed=seed), project / f"{name}_nemo")
+    (project / "model_nemo").rename(project / "base")
+    full = project / "runs/full/checkpoints/steps=4"
+    # What a training leaves: other weights, and the small files of its base with the sums of that.
+    shutil.copytree(project / "other_nemo", full, ignore=shutil.ignore_patterns("hf", "context"))
+    shutil.copytree(project / "base/hf", full / "context/hf")
+    (full / "context/io.json").write_bytes((project / "base/context/io.json").read_bytes())
+    (full / "run.json").write_text(json.dumps({"step": 4, BASE_WEIGHTS: weights_digest(project / "base")}))
+    lora = _lora_checkpoint(project / "runs/lora/checkpoints/steps=4", [(1, "mlp.linear_fc2")], Path("no such folder"))
+    shutil.copytree(project / "base/hf", lora / "context/hf")
+    record = {"step": 4, BASE_WEIGHTS: weights_digest(full), "before": trainings_of(full)}
+    (lora / "run.json").write_text(json.dumps(record))
+    (lora / "weights/adapter_metadata.json").write_text(json.dumps({"model_ckpt_path": str(full)}))
+    export_hf(full, project / "trained")
+    export_hf(lora, project / "tuned")
+    return project
+
+
+def test_adapters_on_another_trainings_checkpoint_are_merged_into_that(tuned: Path, tmp_path: Path) -> None:
+    lora, full = tuned / "runs/lora/checkpoints/steps=4", tuned / "runs/full/checkpoints/steps=4"
+    assert not any("trust" in warning for warning in export_hf(lora, tmp_path / "again").warnings)
+    assert verify(lora, tuned / "tuned").identical
+    before, after = (models.tensors(tuned / name) for name in ("trained", "tuned"))
+    assert [name for name in before if not torch.equal(before[name], after[name])] == [
+        "model.layers.1.mlp.down_proj.weight"
+    ]
+    warnings = export_hf(lora, tmp_path / "from_hf", base=tuned / "trained").warnings
+    assert any(f"{tuned}/trained was taken on trust" in warning for warning in warnings)
+    models.assert_same_weights(tmp_path / "from_hf", tuned / "tuned")
+    merge(lora, tmp_path / "merged")
+    export_hf(tmp_path / "merged", tmp_path / "merged_hf")
+    models.assert_same_weights(tmp_path / "merged_hf", tuned / "tuned")
+    # The model that the training began with has the same shape, and the sums that both checkpoints carry.
+    for base in (tuned / "base", tuned / "model", tuned / "other_nemo"):
+        with pytest.raises(CptError, match=f"{base} is not what the adapters of .* were trained on: it has other"):
+            export_hf(lora, tmp_path / "out", base=base)
+    full.rename(full.with_name("gone"))
+    try:
+        with pytest.raises(CptError, match=f"its base is gone from {full}"):
+            export_hf(lora, tmp_path / "out")
+    finally:
+        full.with_name("gone").rename(full)
+
+
+def test_an_adapter_for_peft_names_the_model_that_it_belongs_to(tuned: Path, tmp_path: Path) -> None:
+    lora = tuned / "runs/lora/checkpoints/steps=4"
+    for base in (None, tuned / "base"):
+        with pytest.raises(CptError, match="belong to a model that was trained before: give base="):
+            export_hf(lora, tmp_path / "out", base, adapter=True)
+    export_hf(lora, tmp_path / "adapter", tuned / "trained", adapter=True)
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tuned / "trained")
+
+
+@pytest.mark.parametrize(
+    "recorded",
+    [
+        "/no/such/project/runs/full/checkpoints/steps=4",
+        "/no/such/project/runs/full/checkpoints/steps=4-last",
+        "runs/full/checkpoints/steps=4/weights",
+    ],
+)
+def test_the_base_of_adapters_is_found_wherever_the_project_is(
+    tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: str
+) -> None:
+    moved = shutil.copytree(tuned, tmp_path / "moved to here", ignore=shutil.ignore_patterns("tuned", "trained"))
+    elsewhere = moved / "elsewhere/runs/full/checkpoints/steps=4"  # the current folder has another run of this name
+    shutil.copytree(moved / "other_nemo", elsewhere)
+    monkeypatch.chdir(moved / "elsewhere")
+    lora = moved / "runs/lora/checkpoints/steps=4"
+    (lora / "weights/adapter_metadata.json").write_text(json.dumps({"model_ckpt_path": recorded}))
+    assert recorded_base(lora) == moved / "runs/full/checkpoints/steps=4"
+    shutil.rmtree(moved / "runs/full")
+    assert recorded_base(lora) in (None, Path("runs/full/checkpoints/steps=4"))  # which an export refuses
+    with pytest.raises(CptError, match=r"its base is gone|is not what the adapters"):
         export_hf(lora, tmp_path / "out")
 
 

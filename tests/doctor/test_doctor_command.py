@@ -183,7 +183,7 @@ def test_what_the_recipes_source_says():
     assert job.data is not None
     assert job.data.train == {"ds/ja": 0.75, "ds/en": 0.25}
     assert job.directory == Path("results/llama31_8b_cpt")
-    assert (job.checkpoints, job.lora_rank, job.gpu_memory_gib) == (4, None, None)
+    assert (job.checkpoints, job.lora_rank, job.gpu_memory_gib) == (5, None, None)
     single = described("llama31_8b.continual_pretrain_single_gpu", "gpu_memory_gib=80")
     assert (single.gpus_per_node, single.tensor_model_parallel_size) == (1, 1)
     assert (single.lora_rank, single.gpu_memory_gib) == (128, 80)
@@ -195,9 +195,10 @@ def test_what_the_recipes_source_says():
 def test_fields_of_the_config_count():
     fields = ["trainer.devices=4", "resume.base=other/base", "log.ckpt.save_top_k=1", "log.log_dir=/scratch"]
     job = described("llama31_8b", *fields, "model.config.attention_backend=flash")
-    assert (job.gpus_per_node, job.base, job.checkpoints) == (4, "other/base", 2)
+    assert (job.gpus_per_node, job.base, job.checkpoints) == (4, "other/base", 3)
     assert (job.directory, job.attention_backend) == (Path("/scratch/llama31_8b_cpt"), "flash")
     assert described("llama31_8b", "max_steps=30").checkpoints == 2
+    assert described("llama31_8b", "max_steps=30", "save_every=5").checkpoints == 5
     assert described("llama31_8b", "log.ckpt.save_top_k=-1").checkpoints == 10
 
 
@@ -275,7 +276,7 @@ def test_a_dry_run_of_what_is_refused_says_so(world, tmp_path):
     assert done.returncode == 3
     assert "nemo-cpt: error: base: the base nowhere is not there" in done.stderr
     last = done.stdout.splitlines()[-1]
-    assert last == "submitted\tnothing, and without --dryrun it would be refused; errors, see above: 1"
+    assert last == "submitted\tnothing, and without --dry-run it would be refused; errors, see above: 1"
 
 
 def test_force_launches_what_is_red(world, tmp_path):

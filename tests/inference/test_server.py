@@ -155,6 +155,12 @@ def test_models_health_and_metrics(client: openai.OpenAI, url: str) -> None:
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")
     assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+    for path in ("health", "metrics", "v1/models", "v1/models/tiny", "v1/models/other"):
+        asked, answered = httpx.head(f"{url}/{path}"), httpx.get(f"{url}/{path}")
+        assert (asked.status_code, asked.content) == (answered.status_code, b"")
+        assert asked.headers["content-type"] == answered.headers["content-type"]
+    refused = httpx.put(f"{url}/health")
+    assert (refused.status_code, refused.headers["allow"]) == (405, "GET")
     client.completions.create(model="tiny", prompt="a", max_tokens=2, temperature=0)
     told = httpx.get(f"{url}/metrics").text
     assert 'nemo_cpt_answers_total{path="/v1/completions",status="200"}' in told
@@ -357,7 +363,7 @@ def test_a_client_that_hangs_up_leaves_the_batch(engine: TransformersEngine, mon
     monkeypatch.setattr(Decoder, "cancel", lambda decoder, request: (cancel(decoder, request), cancelled.set()))
     gate = Gate(engine, monkeypatch)
     with serving(engine) as url:
-        for stream in (True, False):
+        for number, stream in enumerate((True, False), 1):
             gate.open.clear(), gate.reached.clear(), cancelled.clear()  # type: ignore[func-returns-value]
             body = {"prompt": "a", "max_tokens": 200, "temperature": 0, "min_tokens": 200, "stream": stream}
             with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as raw:
@@ -367,7 +373,28 @@ def test_a_client_that_hangs_up_leaves_the_batch(engine: TransformersEngine, mon
                 gate.reached.wait()
             gate.open.set()
             assert cancelled.wait(60)
-        assert httpx.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
+            # The next request is answered behind the count of the one that left, in the batch's own thread.
+            whole = httpx.post(f"{url}/v1/completions", json={"prompt": "ab", "max_tokens": 2, "min_tokens": 2}).json()
+            told = counted(url)
+            assert told["reply_seconds_count"] == told["first_token_seconds_count"] == number
+            assert told["prompt_tokens_total"] == number * (len(engine.encode("a")) + whole["usage"]["prompt_tokens"])
+            assert number * (1 + 2) <= told["reply_tokens_total"] < 200
+
+
+def test_every_choice_is_counted_once(engine: TransformersEngine) -> None:
+    with serving(engine) as url:
+        for stream in (True, False):
+            body = {"prompt": ["a", "b"], "n": 2, "max_tokens": 3, "min_tokens": 3, "stream": stream}
+            assert httpx.post(f"{url}/v1/completions", json=body).status_code == 200
+        told = counted(url)
+    assert (told["reply_tokens_total"], told["reply_seconds_count"], told["first_token_seconds_count"]) == (24, 8, 8)
+
+
+def counted(url: str) -> dict[str, float]:
+    """What /metrics says, without the answers by path."""
+    lines = (line.rpartition(" ") for line in httpx.get(f"{url}/metrics").text.splitlines())
+    return {name.removeprefix("nemo_cpt_"): float(value) for name, _, value in lines if name and "{" not in name
+            and name[0] != "#"}  # fmt: skip
 
 
 def test_a_client_that_left_before_its_stream_began_leaves_the_batch(engine: TransformersEngine) -> None:

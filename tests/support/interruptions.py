@@ -20,7 +20,7 @@ import nemo_run as run
 from nemo.utils import AppState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nemo_cpt.recipes import tiny
+from nemo_cpt.recipes import continual, tiny
 from nemo_cpt.training import loop_patches
 from nemo_cpt.training.metrics import METRICS_FILE, read_metrics
 from tests.training import jobs
@@ -131,12 +131,14 @@ class Setting:
         workers: of each data loader; they persist.
         asynchronous: checkpoints are written by processes of their own while the training goes on.
         processes: data-parallel ranks.
+        adapters: LoRA's are trained, not every parameter.
         unpatched: a function of `loop_patches` that leaves what it patches as it is.
     """
 
     workers: int = 0
     asynchronous: bool = False
     processes: int = 1
+    adapters: bool = False
     unpatched: str = ""
 
 
@@ -205,6 +207,8 @@ def _train(runs: Runs, name: str, setting: Setting, hit: Hit | None, changes: di
     blend = replace(runs.blend, validation=settings.pop("validation", runs.blend.validation))
     limit = settings.pop("limit_val_batches", 1)
     recipe = tiny.continual_pretrain(str(runs.world / "base"), blend, **settings)
+    if setting.adapters:
+        recipe = continual.with_lora(recipe, rank=4)
     recipe.trainer.limit_val_batches = limit
     recipe.data.num_workers, recipe.data.persistent_workers = setting.workers, setting.workers > 0
     recipe.trainer.strategy.ckpt_async_save = setting.asynchronous

@@ -1,13 +1,18 @@
 """Exports while a run trains: what they hold, what a failing one does, and what a stop leaves."""
 
 import errno
+import fcntl
 import functools
+import json
+import multiprocessing
 import os
+import shutil
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 import lightning.pytorch as pl
 import nemo_run as run
@@ -15,10 +20,12 @@ import pytest
 from nemo.utils import AppState
 
 from nemo_cpt.checkpoint import export_hf
+from nemo_cpt.checkpoint.context import RUN_JSON
+from nemo_cpt.checkpoint.provenance import Provenance, write_provenance
 from nemo_cpt.errors import CptError
 from nemo_cpt.recipes import smollm2, tiny
 from nemo_cpt.training import exports
-from nemo_cpt.training.run_folder import EXPORTED, EXPORTS, newest_whole
+from nemo_cpt.training.run_folder import DUE, EXPORTED, EXPORTS, newest_whole
 from tests.support import small_models
 from tests.support.executor_jobs import wait_until
 from tests.training import jobs
@@ -97,15 +104,59 @@ def test_a_stop_ends_the_export_and_the_same_command_makes_it_good(world: Path, 
     assert sorted(path.name for path in made.iterdir()) == ["step-2", "step-4", "step-6"]
 
 
-def exporter(folder: Path, ckpt_path: Path | None) -> exports.ExportCheckpoints:
+def exporter(folder: Path, ckpt_path: Path | None, max_steps: int = 100) -> exports.ExportCheckpoints:
     """The callback of a run in `folder` that begins, or goes on from a checkpoint."""
     AppState().log_dir = folder
     trainer = SimpleNamespace(
-        is_global_zero=True, ckpt_path=ckpt_path, checkpoint_callback=SimpleNamespace(dirpath=folder / "checkpoints")
+        is_global_zero=True,
+        ckpt_path=ckpt_path,
+        max_steps=max_steps,
+        checkpoint_callback=SimpleNamespace(dirpath=folder / "checkpoints"),
     )
     found = exports.ExportCheckpoints(every=2)
     found.on_fit_start(trainer, None)
     return found
+
+
+def test_an_export_ends_with_its_killed_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would go on beside the one that the job, started again, makes of the same step."""
+    holds = "import fcntl, signal, sys; file = open(sys.argv[1] + '/held', 'w'); fcntl.flock(file, fcntl.LOCK_EX); "
+    code = f"{holds}print('holds', flush=True); signal.pause()"
+    monkeypatch.setattr(exports, "COMMAND", [sys.executable, "-c", code])
+    waiting = tmp_path / EXPORTS / f"{EXPORTED}2"
+
+    def export() -> None:
+        found = exporter(tmp_path, None)
+        waiting.mkdir()
+        found._start_next()
+        signal.pause()
+
+    job = multiprocessing.get_context("fork").Process(target=export)
+    job.start()
+    log = tmp_path / EXPORTS / "step-2.log"
+    wait_until(lambda: log.exists() and "holds" in log.read_text())
+    job.kill()
+    job.join()
+    with (waiting / "held").open() as held:
+        wait_until(lambda: _locked(held), timeout=30)
+
+
+def test_an_export_whose_end_a_killed_job_did_not_see_is_not_made_again(tmp_path: Path) -> None:
+    made, checkpoint = tmp_path / EXPORTS, tmp_path / "checkpoints" / "steps=4" / "weights"
+    for folder in (made / "step-2", made / f"{EXPORTED}2", made / f"{EXPORTED}4", checkpoint):
+        folder.mkdir(parents=True)
+    (made / "step-2.log").touch()
+    found = exporter(tmp_path, checkpoint)
+    assert found._steps("step-") == [2]
+    assert found._steps(EXPORTED) == [4]
+    assert not (made / "step-2.log").exists()
+
+
+def _locked(file: IO[str]) -> bool:
+    with suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
 
 
 def test_exports_behind_which_a_run_goes_back_are_no_longer_its_own(tmp_path: Path, capsys: Any) -> None:
@@ -123,6 +174,51 @@ def test_exports_behind_which_a_run_goes_back_are_no_longer_its_own(tmp_path: Pa
     assert [path.name[:6] for path in earlier] == ["step-2", "step-4", "step-6"]
     assert all((path / "old").is_dir() for path in earlier)
     wait_until(lambda: not (made / f"{EXPORTED}6").exists())
+
+
+def test_a_step_that_is_due_is_owed_until_its_files_are_linked(tmp_path: Path, capsys: Any) -> None:
+    """A job that is killed between the last save and the next look at the checkpoints owes the last export."""
+    made, checkpoint = tmp_path / EXPORTS, tmp_path / "checkpoints/steps=2"
+    found = exporter(tmp_path, None)
+    trainer = SimpleNamespace(is_global_zero=True, global_step=2, max_steps=2)
+    found.on_train_batch_end(trainer, None)
+    (checkpoint / "weights").mkdir(parents=True)
+    assert [path.name for path in made.iterdir()] == [f"{DUE}2"]
+    again = exporter(tmp_path, checkpoint, max_steps=2)
+    again._link_finished()
+    assert [path.name for path in made.iterdir()] == [f"{EXPORTED}2"]
+    (made / f"{DUE}2").touch()  # killed between the two
+    assert exporter(tmp_path, checkpoint, max_steps=2)._awaited == []
+    # One that the run goes back behind is noted again when it is reached; one without a checkpoint is told, and over.
+    (made / f"{DUE}4").touch()
+    assert exporter(tmp_path, checkpoint, max_steps=4)._awaited == []
+    lost = exporter(tmp_path, None, max_steps=4)
+    lost._await(4)
+    lost._link_finished()
+    shutil.rmtree(made / f"{EXPORTED}2")
+    lost.teardown(trainer, None, "fit")
+    assert "because no checkpoint of it was found: step 4" in capsys.readouterr().err
+    assert list(made.iterdir()) == []
+
+
+def test_what_the_export_of_a_killed_job_made_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(exports, "COMMAND", [sys.executable, "-c", "import sys; sys.exit('it exists already')"])
+    found = exporter(tmp_path, None)
+    for step, trained in ((2, {"step": 2}), (4, {"step": 2})):  # the second one is another training's
+        linked, exported = (tmp_path / EXPORTS / name for name in (f"{EXPORTED}{step}", f"step-{step}"))
+        for folder in (linked, exported):
+            folder.mkdir()
+        (linked / RUN_JSON).write_text(json.dumps({"step": step}))
+        write_provenance(exported, Provenance(trainings=[trained]))
+        found._start_next()
+        found._running[1].wait()
+        assert found._end_of_running()
+        wait_until(lambda folder=linked: not folder.exists())
+    said = capsys.readouterr().err
+    assert "exported step 2 to" in said
+    assert "warning: step 4 was not exported: it exists already" in said
 
 
 def test_a_folder_that_is_there_is_not_taken_for_what_was_exported(

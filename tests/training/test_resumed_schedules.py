@@ -65,6 +65,17 @@ def test_rewarm_is_a_schedule_of_its_own_over_the_steps_that_are_left(runs: Runs
     assert rates(runs, "rewarm")[STEPS:] == pytest.approx(rates(runs, "short", max_steps=4, **changes))
 
 
+def test_a_run_of_adapters_takes_another_schedule_too(runs: Runs) -> None:
+    setting, short = Setting(adapters=True), {"lr": 5e-4, "warmup_steps": 2}
+    assert runs.start("lora", setting) == 0, runs.log("lora").read_text()[-3000:]
+    for name, changes in (("lora_stretch", {"extend": "stretch"}), ("lora_rewarm", {"extend": "rewarm", **short})):
+        shutil.copytree(runs.folder / "lora", runs.folder / name, symlinks=True)
+        code = runs.start(name, setting, max_steps=MORE, **changes)
+        assert code == 0, runs.log(name).read_text()[-3000:]
+    assert rates(runs, "lora_stretch")[STEPS:] == pytest.approx(rates(runs, "unbroken", max_steps=MORE)[STEPS:])
+    assert rates(runs, "lora_rewarm")[STEPS:] == pytest.approx(rates(runs, "short", max_steps=4, **short))
+
+
 def test_a_run_goes_on_without_the_base_that_it_began_with(world: Path, blend: Any, tmp_path: Path) -> None:
     shutil.copytree(world / "base", tmp_path / "base")
     runs = Runs(tmp_path, blend, tmp_path / "runs")

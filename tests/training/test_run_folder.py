@@ -4,17 +4,19 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from nemo_cpt.compatibility import weights_digest
+from nemo_cpt.checkpoint.weights_digest import BASE_WEIGHTS, weights_digest
 from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
 from nemo_cpt.launching.task import nothing_to_train
 from nemo_cpt.training.checkpoints import RunCheckpoint
 from nemo_cpt.training.metrics import read_metrics
 from nemo_cpt.training.run_folder import (
+    DUE,
     EXPORTED,
     EXPORTS,
     Checkpoint,
@@ -46,7 +48,7 @@ def runs(world: Path, blend: Any, tmp_path_factory: pytest.TempPathFactory) -> R
 @pytest.fixture
 def folder(runs: Runs, tmp_path: Path) -> Path:
     """A copy of a run's checkpoints, of steps 3, 6 and 8."""
-    return Path(shutil.copytree(runs.folder / "whole/checkpoints", tmp_path / "checkpoints", symlinks=True))
+    return Path(shutil.copytree(runs.folder / "whole/checkpoints", tmp_path / "run/checkpoints", symlinks=True))
 
 
 def of_step(folder: Path, step: int) -> Path:
@@ -105,11 +107,43 @@ def test_a_resumed_run_keeps_the_best_by_their_own_names(tmp_path: Path, folder:
     assert [each.step for each in checkpoints(moved)] == [8, 6]
 
 
+def test_a_run_that_validates_on_other_samples_lets_its_earlier_checkpoints_go_first(folder: Path) -> None:
+    """Whatever their losses were, and in each of its later starts: the worst of them first, then those of its own."""
+    now = of_step(folder, 3)
+    record = json.loads((now / "run.json").read_bytes())
+    record["settings"]["validation"]["batches"] = {"ja": 2, "en": 2}
+    (now / "run.json").write_text(json.dumps(record))
+    checkpoint = RunCheckpoint(dirpath=folder, monitor="val_loss", mode="min", save_top_k=3)
+    checkpoint.nemo_topk_check_previous_run()
+    losses = {Checkpoint(Path(path)).step: float(loss) for path, loss in checkpoint.best_k_models.items()}
+    checkpoint._rank_last_unless_validated_on(record["settings"]["validation"])
+    found = {Checkpoint(Path(path)).step: float(loss) for path, loss in checkpoint.best_k_models.items()}
+    assert found[3] == losses[3] < 1e5 < min(found[6], found[8])
+    worst = max((6, 8), key=losses.__getitem__)
+    assert Checkpoint(Path(checkpoint.kth_best_model_path)).step == worst
+    assert float(checkpoint.kth_value) == found[worst]
+
+
 def test_a_resumed_run_thins_no_copy_that_somebody_put_beside_its_own(folder: Path) -> None:
     own = of_step(folder, 3)
     copies = [shutil.copytree(own, own.with_name(own.name + end)) for end in ("-copy", ".old")]
     assert sorted(kept_of_a_previous_run(folder, 2)) == [6, 8]
     assert all(copy.is_dir() for copy in copies)
+
+
+def test_a_checkpoint_that_adapters_were_trained_on_is_not_thinned(folder: Path, capsys: Any) -> None:
+    base = of_step(folder, 3)
+    lora = folder.parents[1] / "lora/checkpoints/steps=2"
+    (lora / "weights").mkdir(parents=True)
+    (lora / "weights/adapter_metadata.json").write_text(json.dumps({"model_ckpt_path": f"/elsewhere/{base}-last"}))
+    (lora / "run.json").write_text(json.dumps({"step": 2, BASE_WEIGHTS: weights_digest(base)}))
+    assert kept_of_a_previous_run(folder, 2).keys() == {6, 8}
+    checkpoint = RunCheckpoint(dirpath=folder, save_top_k=2)
+    checkpoint.async_save = False
+    for step in (3, 6):
+        checkpoint._remove_checkpoint(SimpleNamespace(is_global_zero=True), str(of_step(folder, step)), True)
+    assert [each.step for each in checkpoints(folder)] == [8, 3]
+    assert f"{base.name} is kept beyond save_top_k: it is the base of {lora.parents[1]}" in capsys.readouterr().out
 
 
 def test_a_resumed_run_keeps_the_newest_although_it_is_the_worst(folder: Path) -> None:
@@ -135,7 +169,9 @@ def test_a_run_that_owes_an_export_is_not_finished(folder: Path) -> None:
     link = folder.with_name(EXPORTS) / f"{EXPORTED}8"
     link.mkdir(parents=True)
     assert finished(folder, 8) is None
-    link.rename(link.with_name("step-8"))
+    link.rename(link.with_name(f"{DUE}8"))
+    assert finished(folder, 8) is None
+    link.with_name(f"{DUE}8").rename(link.with_name("step-8"))
     assert "has step 8 of max_steps 8" in finished(folder, 8)
 
 

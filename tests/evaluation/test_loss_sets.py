@@ -1,0 +1,38 @@
+"""The sets that a run validated on, wherever the project lies now."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_cpt.evaluation.loss_sets import validated_on
+from nemo_cpt.training.changes import content_of
+
+
+def write_set(prefix: Path, content: bytes) -> str:
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    for ending in (".bin", ".idx"):
+        prefix.with_name(prefix.name + ending).write_bytes(content + ending.encode())
+    return str(prefix)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> dict[str, Any]:
+    """The record of a run in the project `was`, which has validated on ds/ja and ds/en."""
+    sets = {name: write_set(tmp_path / "was/ds" / f"{name}_text_document", name.encode()) for name in ("ja", "en")}
+    contents = {name: content_of(prefix) for name, prefix in sets.items()}
+    return {"validated_on": {"sets": sets}, "settings": {"validation": {"sets": contents}}}
+
+
+def test_of_a_project_that_was_moved_they_are_found_by_their_content(tmp_path: Path, run: dict[str, Any]) -> None:
+    told: list[str] = []
+    before = [f"{name}={prefix}" for name, prefix in run["validated_on"]["sets"].items()]
+    assert validated_on(run, tmp_path / "was/results/run", told.append) == before
+    now = (tmp_path / "was").rename(tmp_path / "now here")
+    expected = [f"{name}={now}/ds/{name}_text_document" for name in ("ja", "en")]
+    for model in (now / "results/run", now / "results/run/checkpoints/steps=4"):
+        assert validated_on(run, model, told.append) == expected
+    assert told == []
+    write_set(now / "ds/en_text_document", b"other")
+    assert validated_on(run, now / "results/run", told.append) == expected[:1]
+    assert told == [f"the run validated on {run['validated_on']['sets']['en']}, which is not there any more"]
