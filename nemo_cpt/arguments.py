@@ -81,7 +81,7 @@ def checked(function: F) -> F:
             given = signature.bind(*args, **kwargs)
         except TypeError as error:
             raise CptError(f"{label}(...): {error}") from None
-        for name in (each for each in names if each in given.arguments):
+        for name in given.arguments:
             given.arguments[name] = as_wanted(name, given.arguments[name], hints().get(name, Any), own[name].default)
         try:
             return function(*given.args, **given.kwargs)
@@ -122,6 +122,8 @@ def _hints_of(function: Callable[..., Any]) -> dict[str, Any]:
     for name, each in inspect.signature(function).parameters.items():
         if each.kind is each.VAR_POSITIONAL:
             hints[name] = tuple[hints.get(name, Any), ...]  # type: ignore[misc]
+        elif each.kind is each.VAR_KEYWORD:
+            hints[name] = dict[str, hints.get(name, Any)]  # type: ignore[misc]
     return hints
 
 
@@ -180,7 +182,9 @@ def _plain(value: Any, wanted: Any) -> Any:
             return value
         return _LISTS[origin](_below(each, inner[0], f"[{index}]") for index, each in enumerate(value))
     if origin in (Mapping, dict) and isinstance(value, Mapping):
-        return {_below(key, inner[0], ""): _below(each, inner[1], f"[{key!r}]") for key, each in value.items()}
+        plain = {_below(key, inner[0], ""): _below(each, inner[1], f"[{key!r}]") for key, each in value.items()}
+        # A Path beside the same as text would become one with it, unnoticed.
+        return plain if len(plain) == len(value) else value
     if origin is Literal:
         right = isinstance(value, str) and value in inner
     elif origin in (int, float):
