@@ -46,6 +46,7 @@ class Setting:
     mbs: int = 1
     micro_batches: int = 2
     config: dict = dataclasses.field(default_factory=dict)
+    outputs_again: bool = False  # RecomputeOutputs
     optimizer: dict = dataclasses.field(default_factory=dict)
     bf16_gradients: bool = False
     host_states: bool = False
@@ -110,6 +111,17 @@ HELD_OUT = {
     ),
     "70B x 8, LoRA 128, 8192, block 8": Setting(shape="70B", layers=8, rank=128, seq=8192, config=block(8)),
 }
+OUTPUTS = {  # norms' and activations' outputs computed again
+    "8B x 8, full, 8192, fused, outputs again": Setting(layers=8, seq=8192, config=FUSED, outputs_again=True),
+    "8B x 8, full, 8192, fused": Setting(layers=8, seq=8192, config=FUSED),
+    "8B x 8, full, 8192 x 2, fused, outputs again": Setting(
+        layers=8, seq=8192, mbs=2, config=FUSED, outputs_again=True
+    ),
+    "8B x 8, full, 8192 x 2, fused": Setting(layers=8, seq=8192, mbs=2, config=FUSED),
+    "8B, LoRA 128, 8192, outputs again": Setting(rank=128, seq=8192, outputs_again=True),
+    "8B, LoRA 128, 8192": Setting(rank=128, seq=8192),
+    "8B, LoRA 128, 8192 x 2, outputs again": Setting(rank=128, seq=8192, mbs=2, outputs_again=True),
+}
 SEVERAL_GPUS = {
     "8B x 8, full, 4096, TP 2": Setting(layers=8, tp=2, gpus=2),
     "8B x 8, full, 4096, TP 2 + SP": Setting(layers=8, tp=2, gpus=2, sequence_parallel=True),
@@ -143,6 +155,15 @@ FOUR_GPUS_HELD_OUT = {
     "8B, full, 8192, TP 2 x DP 2, 32 sequences": Setting(
         tp=2, sequence_parallel=True, micro_batches=16, cap=80, **WHOLE_8B
     ),
+    "8B, full, 8192 x 2, TP 2 x DP 2, outputs again, 32 sequences": Setting(
+        tp=2, sequence_parallel=True, mbs=2, micro_batches=8, outputs_again=True, cap=80, **WHOLE_8B
+    ),
+    "8B, full, 8192, DP 4, bf16 states, outputs again, 32 sequences": Setting(
+        micro_batches=8, optimizer=BF16_MOMENTS, bf16_gradients=True, outputs_again=True, cap=80, **WHOLE_8B
+    ),
+    "8B, full, 8192 x 2, DP 4, outputs again, 32 sequences": Setting(
+        mbs=2, micro_batches=4, outputs_again=True, **WHOLE_8B
+    ),
     "8B, full, 8192, TP 4": Setting(tp=4, sequence_parallel=True, micro_batches=16, **WHOLE_8B),
 }
 CARDS = {
@@ -167,6 +188,7 @@ CONVERSATIONS = {
 GROUPS = {
     "tune": TUNE,
     "held_out": HELD_OUT,
+    "outputs": OUTPUTS,
     "several_gpus": SEVERAL_GPUS,
     "four_gpus": FOUR_GPUS,
     "four_gpus_held_out": FOUR_GPUS_HELD_OUT,
@@ -238,6 +260,10 @@ def recipe(setting: Setting) -> Any:
         from nemo_cpt.planning.recipe_writer import keep_states_on_host
 
         keep_states_on_host(partial)
+    if setting.outputs_again:
+        from nemo_cpt.training.recompute import RecomputeOutputs
+
+        partial.trainer.callbacks.append(run.Config(RecomputeOutputs))
     if setting.fp8:
         precision.fp8, precision.fp8_recipe, precision.fp8_param_gather = "hybrid", setting.fp8, setting.fp8_param
     return partial
@@ -291,6 +317,7 @@ def _train(setting: Setting, callback: Any) -> None:
     from nemo_cpt.training import patches
     from nemo_cpt.training.conversations import ConversationDataModule
     from nemo_cpt.training.gradients import EveryTrainableParameterHasGradient
+    from nemo_cpt.training.recompute import RecomputeOutputs
 
     patches.apply()
     partial = recipe(setting)
@@ -306,7 +333,8 @@ def _train(setting: Setting, callback: Any) -> None:
     trainer = partial.trainer
     trainer.limit_val_batches, trainer.val_check_interval, trainer.num_sanity_val_steps = 0, None, 0
     trainer.enable_checkpointing, trainer.logger, trainer.enable_progress_bar = False, False, False
-    trainer.callbacks = [run.Config(EveryTrainableParameterHasGradient)]
+    kept = (EveryTrainableParameterHasGradient, RecomputeOutputs)
+    trainer.callbacks = [each for each in trainer.callbacks if each.__fn_or_cls__ in kept]
     built = fiddle.build(partial)
     built.keywords["trainer"].callbacks.append(callback)
     built()
@@ -570,7 +598,7 @@ def draw(rows: list[Row], path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 5), layout="constrained")
     for axis, what, unit in ((axes[0], "used", "GiB on the card"), (axes[1], "step", "seconds a step")):
-        for half, marker in zip(GROUPS, "osd^v<>", strict=True):
+        for half, marker in zip(GROUPS, "osd^v<>P", strict=True):
             points = [getattr(row, what) for row in rows if row.half == half]
             axis.plot([b for _, b in points], [a for a, _ in points], marker, label=half.replace("_", " "), alpha=0.8)
         values = [value for row in rows for value in getattr(row, what)]

@@ -91,6 +91,7 @@ def full(gpu_memory_gib: int, **fields) -> SingleGpuSetting:
 PUBLISHED = {"seq_length": 4096, "micro_batch_size": 2}  # the setting that NeMo Automodel publishes for LoRA
 SINGLE = {"seq_length": 4096}
 BF16_STATES = {"grad_dtype": "bf16", "exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}
+FUSED = {"gradient_accumulation_fusion": True}
 HOST = {"host_states": ADAM_STATES}
 CASES: dict[str, Case] = {
     "lora": Case(setting=lora(141, **PUBLISHED)),
@@ -100,9 +101,9 @@ CASES: dict[str, Case] = {
     "lora_native_loss": Case(setting=lora(141, cross_entropy_fusion_impl="native", **PUBLISHED)),
     "stock_lora": Case(setting=lora(141, **PUBLISHED), stack="nemo_stock"),
     "transformers_peft": Case(setting=lora(141, **PUBLISHED), stack="transformers"),
-    "lora_8192": Case(setting=lora(141)),
-    "full_8192": Case(setting=full(141, **BF16_STATES), steps=6),
-    "full_4096": Case(setting=full(141, **BF16_STATES, **PUBLISHED), steps=6),
+    "lora_8192": Case(setting=lora(141), global_batch_size=4, steps=6),
+    "full_8192": Case(setting=full(141, **BF16_STATES, **FUSED), global_batch_size=4, steps=6),
+    "full_4096": Case(setting=full(141, **BF16_STATES, **FUSED, **PUBLISHED), steps=6),
     "lora_mbs1": Case(setting=lora(141, **SINGLE), steps=6),
     "unpatched_mbs1": Case(setting=lora(141, cross_entropy_fusion_impl="native", **SINGLE), steps=6, patches=False),
     "stock_lora_mbs1": Case(setting=lora(141, **SINGLE), stack="nemo_stock", steps=6),

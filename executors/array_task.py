@@ -21,6 +21,7 @@ def main() -> None:
     """Run the task that the command line names."""
     signals.listen(_stop, signals.STOP_SIGNALS)
     signals.shield_children()
+    # Whoever followed the log may be gone; the task is not to end of that.
     sys.stdout, sys.stderr = WithoutReaders(sys.stdout), WithoutReaders(sys.stderr)
     name, folder, *number = sys.argv[1:]
     module, _, function = name.partition(":")

@@ -21,6 +21,7 @@ SECRET_FILES = (
     "credentials", "credentials.*", "secret.*", "secrets.*", "*service[-_]account*.json", "*.token", "token",
 )  # fmt: skip
 SECRET_FOLDERS = (".aws", ".azure", ".docker", ".gnupg", ".kube", ".ssh", "gcloud")
+# Whose names may say `secret` or `token` because they tell of one: code, and forms to fill in.
 NO_SECRETS = ("*.example", "*.sample", "*.template", "*.py", "*.md")
 
 
@@ -48,6 +49,7 @@ class CodeSnapshot(run.Packager):
         try:
             with tarfile.open(partial, "w:gz", compresslevel=1) as tar:
                 for file in files:
+                    # git names every file; a folder among them is a submodule that was never checked out.
                     tar.add(root / file, arcname=file, recursive=False)
         except OSError as error:  # a file that may not be read, a full disk
             partial.unlink(missing_ok=True)
@@ -167,6 +169,7 @@ def _python_files(folder: Path) -> list[Path]:
 
 def _check_sizes(root: Path, files: list[str]) -> None:
     for file in files:
+        # A link's own size: it is packed as a link, and not what it leads to.
         mib = (root / file).lstat().st_size / 2**20
         if mib > LARGEST_MIB:
             raise CptError(

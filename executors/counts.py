@@ -1,4 +1,7 @@
-"""Counts that every executor takes."""
+"""Counts and sizes that executors take."""
+
+import re
+from typing import Any
 
 from nemo_cpt.errors import CptError
 
@@ -16,3 +19,20 @@ def check_not_negative(executor: str, **counts: int | None) -> None:
     for name, count in counts.items():
         if count is not None and count < 0:
             raise CptError(f"{executor}({name}={count}): 0 or more")
+
+
+def check_form(executor: str, form: str, words: str, **values: Any) -> None:
+    """Refuse what a scheduler would, when all else is done, for how it is written; None stands for a default.
+
+    Args:
+        executor: the function's name, for the message.
+        form: a regular expression for the whole of it.
+        words: what to give.
+        **values: its arguments.
+
+    Raises:
+        CptError: one is written otherwise.
+    """
+    for name, value in values.items():
+        if value is not None and not re.fullmatch(form, str(value)):
+            raise CptError(f"{executor}({name}={value!r}): {words}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from nemo_cpt.arguments import checked
 from nemo_cpt.constants import CODE_IN_CONTAINER
 from nemo_cpt.errors import CptError
-from nemo_cpt.executors.counts import check_not_negative
+from nemo_cpt.executors.counts import check_form, check_not_negative
 from nemo_cpt.executors.environment import checked_secrets, existing_mounts, job_env, keep_secrets
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ def docker(
         NeMo-Run's DockerExecutor.
 
     Raises:
-        CptError: a mount does not exist, an ulimit is malformed, a count is out of range, a secret is not set.
+        CptError: a mount does not exist, an ulimit or a size is malformed, a count is out of range, a secret is not
+            set.
     """
     import nemo_run as run
 
@@ -70,6 +71,9 @@ def docker(
     if gpus < -1 or (processes is not None and processes < 1):
         raise CptError(f"docker(gpus={gpus}, processes={processes}): gpus is -1 or more, processes 1 or more")
     check_not_negative("docker", max_restarts=max_restarts)
+    check_form(
+        "docker", r"(?i)\d+(\.\d+)?([BKMGT]B?)?", "give a size as Docker takes it, such as '16g'", shm_size=shm_size
+    )
     processes = processes or max(gpus, 1)
     names = checked_secrets(secrets)
     volumes = volumes_of(mounts)
@@ -92,6 +96,7 @@ def docker(
         env_vars=variables,
         additional_kwargs={"user": user or f"{os.getuid()}:{os.getgid()}"},
         retries=max_restarts,
+        # Nothing to pack: the current folder itself is mounted.
         packager=run.Packager(),
     )
 

@@ -85,6 +85,7 @@ def checked_secrets(names: Sequence[str] | None) -> list[str]:
         return [name for name in SECRETS if os.environ.get(name)]
     for name in names:
         if not _NAME.fullmatch(name):
+            # Four letters: the rest of a token that was given for its name belongs in no log.
             raise CptError(f"secrets: give names of environment variables, not values; got {name[:4]!r}...")
         if not os.environ.get(name):
             raise CptError(f"secrets: {name} is not set in this environment; export it, or leave it out")
@@ -132,6 +133,7 @@ def existing_mounts(mounts: Sequence[str]) -> list[str]:
     """
     complete = []
     for mount in mounts:
+        # "/data:/data:ro": the target keeps its flag.
         source, _, target = str(mount).partition(":")
         path = Path(source).expanduser().absolute()
         if not path.exists():

@@ -5,6 +5,8 @@ none, `run.Experiment`, `nemo llm ...`. A function to call instead of `run.run` 
 the trainer comes too late: without a GPU the trainer is not even built.
 """
 
+import ast
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -45,6 +47,7 @@ def examine_before_launch() -> None:
     ) -> Any:
         # direct: `run_here` examines; launched or reconstructed: it runs already.
         if not (direct or experiment._launched or experiment._reconstruct):
+            check_guarded()
             for each, executor, comes_first in tasks_of(experiment, sequential):
                 examine_task(each, place_of(executor), comes_first)
         return launch(experiment, sequential, detach, tail_logs, direct)
@@ -71,6 +74,35 @@ def check_executor(executor: Any) -> None:
     if not isinstance(executor, Executor):
         shown = f"{executor.__name__}, not called" if callable(executor) else repr(executor)
         raise CptError(f"the executor is {shown}: give what a function of nemo_cpt.executors returns, such as local()")
+
+
+def check_guarded() -> None:
+    """Refuse a launch among a script's own lines, outside `if __name__ == "__main__":`.
+
+    NeMo-Run's job executes the launcher's main module again, for what a task needs of it (0.11.1,
+    `maybe_load_external_main`): it would launch a second job from within the first, which waits for it. On Slurm that
+    one holds its GPUs meanwhile.
+
+    Raises:
+        CptError: it is one.
+    """
+    main = sys.modules["__main__"]
+    frame = inspect.currentframe()
+    while frame and not (frame.f_code.co_name == "<module>" and frame.f_globals is vars(main)):
+        frame = frame.f_back
+    try:
+        statements = ast.parse(inspect.getsource(main)).body
+    except (TypeError, OSError, SyntaxError):  # an interactive session, of which a job executes nothing
+        return
+    line = frame.f_lineno if frame else 0
+    for each in statements:
+        guarded = isinstance(each, ast.If) and "__name__" in ast.unparse(each.test)
+        if each.lineno <= line <= (each.end_lineno or 0) and not guarded:
+            raise CptError(
+                f'{main.__file__}, line {line}, launches a job outside `if __name__ == "__main__":`. The job runs this '
+                "file again, for what it defines, and would launch another one from within: put the launch, and "
+                "whatever else is to happen once, below that line"
+            )
 
 
 def tasks_of(experiment: Any, sequential: bool) -> Iterator[tuple[Any, Any, bool]]:

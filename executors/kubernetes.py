@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nemo_cpt.arguments import checked
 from nemo_cpt.errors import CptError
-from nemo_cpt.executors.counts import check_not_negative
+from nemo_cpt.executors.counts import check_form, check_not_negative
 from nemo_cpt.executors.environment import SECRETS, job_env
 
 if TYPE_CHECKING:
@@ -62,8 +62,8 @@ def kubernetes(
         NeMo-Run's KubeflowExecutor.
 
     Raises:
-        CptError: a count is out of range, `secrets` are of no `secret`, the kubernetes package or a configuration of
-            kubectl is missing.
+        CptError: a count is out of range, a size is malformed, `secrets` are of no `secret`, the kubernetes package or
+            a configuration of kubectl is missing.
 
     Example:
         >>> # kubectl create secret generic tokens --from-literal=HF_TOKEN=...
@@ -72,6 +72,8 @@ def kubernetes(
     if nodes < 1 or gpus_per_node < 1:
         raise CptError(f"kubernetes(nodes={nodes}, gpus_per_node={gpus_per_node}): at least 1 of each")
     check_not_negative("kubernetes", preempt_seconds=preempt_seconds, max_restarts=max_restarts)
+    size = "give a quantity as Kubernetes writes it, such as '16Gi' or '500M'"
+    check_form("kubernetes", r"\d+(\.\d+)?([KMGTPE]i|[mkMGTPE]|[eE]\d+)?", size, shm_size=shm_size, memory=memory)
     if secrets != SECRETS and not secret:
         raise CptError(
             f"kubernetes(secrets={list(secrets)}): they are keys of a Kubernetes Secret, whose name is secret=..."
@@ -120,4 +122,5 @@ def kubernetes(
 
 
 def _from_secret(name: str, secret: str) -> dict[str, Any]:
+    # Optional: a key that the Secret lacks would keep the pod from starting, and a run without W&B needs none.
     return {"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": name, "optional": True}}}

@@ -21,6 +21,7 @@ from nemo_cpt.planning.save_window import window_within
 LOG_LINES = 25
 # By name, since importing every engine's exceptions takes seconds, and not all are installed.
 ENGINES = ("docker", "kubernetes", "requests", "sky", "urllib3")  # packages whose exceptions are an engine's refusal
+_RECIPE = re.compile(r" for <(Partial|Config)\[.*", re.DOTALL)  # over many lines
 _MESSAGE = re.compile(r"(\[default\d+\]:)?nemo_cpt: ")  # how a CptError ends a task, also under torchrun
 
 
@@ -190,6 +191,7 @@ def say_why_a_job_is_not_taken() -> None:
                 of_engine = type(error).__module__.partition(".")[0] in ENGINES
                 if not of_engine and not isinstance(error, OSError | RuntimeError | subprocess.CalledProcessError):
                     raise
+                # Engines break their lines for terminals; a message is one.
                 raise CptError(f"{engine} did not take the job: {' '.join(str(error).split())}") from error
 
         return schedule_or_say
@@ -256,6 +258,30 @@ def parse_new_unions() -> None:
 
     TypeParser.parse_union = parse_union
     type_parser.parsers[UnionType] = type_parser.parse_union
+
+
+@cache
+def say_which_argument_is_wrong() -> None:
+    """Let `nemo llm ...` say which argument it refuses, and why; NeMo-Run prints the whole recipe around that, twice.
+
+    Of a value of a wrong type it also takes the argument for the type: it raises such errors a second time with the
+    arguments of another constructor.
+    """
+    from nemo_run.cli.cli_parser import CLIException, ParseError
+
+    make_parse_error: Callable[..., None] = ParseError.__init__
+
+    def make(error: Any, message: str, argument: str, context: dict[str, Any]) -> None:
+        error.arg, error.context = argument, context
+        Exception.__init__(error, f"{argument}: {re.sub(_RECIPE, '', message)}")
+
+    def make_again(error: Any, value: str, expected: Any, reason: Any) -> None:
+        if isinstance(reason, dict):  # value: what was said the first time
+            make(error, value, expected, reason)
+        else:
+            make_parse_error(error, value, expected, reason)
+
+    CLIException.__init__, ParseError.__init__ = make, make_again
 
 
 def raise_for_states(experiment: Any) -> None:

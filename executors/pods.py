@@ -85,9 +85,11 @@ def supervise_jobs() -> None:
     @wraps(prepare)
     def prepare_supervised(scheduler: Any, app: Any, cfg: Any) -> Any:
         code = f"{cfg.code_dir}/code"
+        # Where nothing was shipped the folder is not there, which Python passes over.
         folders = import_folders(code) if isinstance(cfg.packager, CodeSnapshot) else [code]
         paths = f"export PYTHONSAFEPATH=1 PYTHONPATH={python_path(*folders)}; "
         for role in app.roles:
+            # The marker is for the supervisor alone, which is in the same pod: no folder that outlives it is needed.
             supervise(role, f"{paths}exec python", "/tmp", cfg.retries)
         return prepare(scheduler, app, cfg)
 

@@ -105,6 +105,7 @@ def skypilot(
             retries=max_restarts,
             packager=run.GitArchivePackager(check_uncommitted_changes=True, check_untracked_files=True),
         )
+    # NeMo-Run asserts that SkyPilot is installed, and says how to install it.
     except AssertionError as error:
         raise CptError(f"skypilot(...): {error}") from error
 

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from nemo_cpt.arguments import checked
 from nemo_cpt.errors import CptError
 from nemo_cpt.executors import window
-from nemo_cpt.executors.counts import check_not_negative
+from nemo_cpt.executors.counts import check_form, check_not_negative
 from nemo_cpt.executors.environment import (
-    SECRETS,
     check_for_shells,
     checked_secrets,
     checked_setup,
@@ -45,6 +44,12 @@ SAID_OTHERWISE = {
     "output": "the job's folder holds its logs, where `nemo-cpt logs` finds them",
 } | dict.fromkeys(("help", "parsable", "test_only", "usage", "version", "wait", "wrap"), _FOR_A_TERMINAL)
 """Directives that another argument decides, or with which nobody would know of the job's state."""
+
+
+_SIZES = ("mem", "mem_per_cpu", "mem_per_gpu", "tmp")
+_COUNTS = (
+    "cpus_per_gpu", "cpus_per_task", "ntasks_per_gpu", "ntasks_per_socket", "sockets_per_node", "threads_per_core",
+)  # fmt: skip
 
 
 @checked
@@ -168,8 +173,10 @@ def slurm(
     if workdir is None and tunnel == "local":
         workdir = os.getcwd()
     _check_workdir(workdir)
+    # What is not on this machine's disks cannot be completed or looked at from here.
     elsewhere = tunnel != "local" or container_image is not None
     workdir, venv = _path("workdir", workdir, elsewhere), _path("venv", venv, elsewhere)
+    # Pyxis takes both; `~` and `.` would be the compute node's.
     if container_image and container_image.startswith(("~", ".")):  # a file, and not a registry's image
         container_image = _path("container_image", container_image, tunnel != "local")
 
@@ -241,6 +248,11 @@ def _check_directives(directives: Mapping[str, Any]) -> None:
             raise CptError(f"slurm({name}=...): sbatch has no such directive; near: {', '.join(near) or 'none'}")
         if name in SAID_OTHERWISE:
             raise CptError(f"slurm({name}=...): {SAID_OTHERWISE[name]}")
+    sizes, counts = ({name: directives[name] for name in names if name in directives} for names in (_SIZES, _COUNTS))
+    size = "give a size as sbatch takes it: in MB, or with K, M, G or T behind it, such as '64G'"
+    check_form("slurm", r"(?i)\d+([KMGT]B?)?", size, **sizes)
+    check_form("slurm", r"[1-9]\d*", "give a whole number, at least 1", **counts)
+    _time(directives.get("time_min"), "time_min")
 
 
 def _check_workdir(workdir: str | None) -> None:
@@ -261,14 +273,14 @@ def _path(name: str, path: str | None, elsewhere: bool) -> str | None:
     return str(Path(path).expanduser().absolute())
 
 
-def _time(limit: str | int | timedelta | None) -> str | None:
+def _time(limit: str | int | timedelta | None, name: str = "time") -> str | None:
     if isinstance(limit, timedelta):
         if limit <= timedelta():
-            raise CptError(f"slurm(time={limit!r}): more than nothing")
+            raise CptError(f"slurm({name}={limit!r}): more than nothing")
         # A bare number is minutes to sbatch.
         return str(max(1, round(limit.total_seconds() / 60)))
     if limit is not None and window.seconds_of(str(limit)) is None and str(limit).upper() not in NO_LIMIT:
-        raise CptError(f"slurm(time={limit!r}): write minutes, H:MM:SS, D-HH or D-HH:MM:SS, for example '4:00:00'")
+        raise CptError(f"slurm({name}={limit!r}): write minutes, H:MM:SS, D-HH or D-HH:MM:SS, for example '4:00:00'")
     return None if limit is None else str(limit)
 
 
@@ -319,6 +331,3 @@ def _tunnel(tunnel: Literal["local"] | ssh) -> Any:
     return run.SSHTunnel(
         host=tunnel.host, user=tunnel.user, port=tunnel.port, job_dir=tunnel.job_dir, identity=identity
     )
-
-
-__all__ = ["SECRETS", "slurm", "ssh"]

@@ -88,6 +88,7 @@ class SlurmJob(SlurmExecutor):
         """
         checked_env(self.env_vars)  # those too that were set on the executor since `slurm` looked at them
         trainer = getattr(task, "trainer", None)
+        # Any task may be submitted; there is nothing to agree on with one that trains nothing.
         if not isinstance(trainer, run.Config) or not isinstance(getattr(trainer, "devices", None), int):
             return
         # The executor decides: it is what Slurm is asked for.

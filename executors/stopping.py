@@ -86,6 +86,7 @@ def supervise_containers() -> None:
     @wraps(prepare)
     def prepare_supervised(scheduler: Any, app: Any, cfg: Any) -> Any:
         for role in app.roles:
+            # `tee` inherits that the signal is ignored, and prints on while the job saves; the supervisor listens anew.
             supervise(role, "trap '' TERM; python", "/nemo_run", cfg.retries)
         # The supervisor restarts; Docker must not do it as well.
         cfg.retries = 0

@@ -6,22 +6,27 @@ it. The command line needs none of this: it reads text by the same annotations.
 
 import inspect
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import wraps
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cache, wraps
 from pathlib import Path
 from reprlib import Repr
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from types import NoneType, SimpleNamespace, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from nemo_cpt.errors import CptError, nearest
 
 F = TypeVar("F", bound=Callable[..., Any])
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-HIDDEN = ("env", "secret", "secrets")  # whose values are not for a terminal, or a log
-_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text", NoneType: "None"}
+HIDDEN = ("env", "secret", "secrets", "api_key", "judge_key")  # whose values are not for a terminal, or a log
+_PATHS = (Path, os.PathLike)
+_LISTS = {Sequence: list, Collection: list, list: list, tuple: tuple, frozenset: frozenset}
+_WORDS = {
+    int: "a whole number", float: "a number", bool: "True or False", str: "text", NoneType: "None", Path: "a path",
+    os.PathLike: "a path",
+}  # fmt: skip
 _EXAMPLES = {  # of the classes that people meet
     "Blend": "a Blend, such as Blend(train={'ds/ja': 0.75, 'ds/en': 0.25})",
-    "Callable": "a function of a sequence's length",
     "ssh": "ssh(host=..., user=..., job_dir=...)",
     "Conversations": "Conversations, such as Conversations(train={'sft/ja': 1.0})",
 }
@@ -53,7 +58,8 @@ def checked(function: F) -> F:
     """Have a function, or a class, check the names and types of its arguments by its annotations.
 
     What only looks otherwise is made plain, so that a config of it can be written as YAML: numbers of numpy's become
-    Python's, a Path becomes text where text is wanted.
+    Python's, a Path becomes text where text is wanted, and what can be gone through once, such as a generator or what
+    `Path.glob` returns, becomes a list where a list is wanted.
 
     Raises:
         CptError: when it is called: there is no such parameter, with the nearest ones; one that it needs is missing; or
@@ -62,10 +68,10 @@ def checked(function: F) -> F:
     if isinstance(function, type):
         function.__init__ = checked(function.__init__)  # type: ignore[misc]
         return function
-    signature = inspect.signature(function)
+    signature, hints = inspect.signature(function), cache(lambda: _hints_of(function))
     label, own = _label(function), signature.parameters
     takes_any = any(each.kind is each.VAR_KEYWORD for each in own.values())
-    names = [name for name, each in own.items() if each.kind not in VARIADIC]
+    names = [name for name, each in own.items() if each.kind is not each.VAR_KEYWORD]
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -76,7 +82,7 @@ def checked(function: F) -> F:
         except TypeError as error:
             raise CptError(f"{label}(...): {error}") from None
         for name in (each for each in names if each in given.arguments):
-            given.arguments[name] = as_wanted(name, given.arguments[name], own[name].annotation, own[name].default)
+            given.arguments[name] = as_wanted(name, given.arguments[name], hints().get(name, Any), own[name].default)
         try:
             return function(*given.args, **given.kwargs)
         except UnknownParameterError as error:
@@ -106,10 +112,25 @@ def parameters_of(function: Any) -> dict[str, inspect.Parameter]:
     return found
 
 
+def _hints_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """The parameters' annotations, also where they are written as text; without that of what is returned.
+
+    When the function is first called: its module is whole then. What it returns may be known to type checkers alone.
+    """
+    of_parameters = {name: each for name, each in function.__annotations__.items() if name != "return"}
+    hints = get_type_hints(SimpleNamespace(__annotations__=of_parameters), function.__globals__)
+    for name, each in inspect.signature(function).parameters.items():
+        if each.kind is each.VAR_POSITIONAL:
+            hints[name] = tuple[hints.get(name, Any), ...]  # type: ignore[misc]
+    return hints
+
+
 def _label(function: Callable[..., Any]) -> str:
-    module, name = function.__module__.rpartition(".")[2], function.__qualname__
+    parts, name = function.__module__.split("."), function.__qualname__
+    # As it is imported: out of its room, or out of a recipe's module.
+    home = parts[1] if parts[0] == "nemo_cpt" and len(parts) > 1 and parts[1] != "recipes" else parts[-1]
     # A method is known by its class, an executor by its name alone.
-    return name.removesuffix(".__init__") if "." in name or name == module else f"{module}.{name}"
+    return name.removesuffix(".__init__") if "." in name or name == parts[-1] else f"{home}.{name}"
 
 
 def as_wanted(name: str, value: Any, annotation: Any, default: Any = None) -> Any:
@@ -148,22 +169,39 @@ def _plain(value: Any, wanted: Any) -> Any:
         return value
     if _is_union(wanted):
         return _plain_of_any(value, wanted, inner)
-    value = value if origin is Path else plain_scalar(value)
+    if origin is str or not isinstance(value, os.PathLike):
+        value = plain_scalar(value)
+    if origin is Path and isinstance(value, str):
+        return Path(value)
+    if origin in (*_LISTS, Iterable):
+        if not _is_list(value, unordered=origin not in (Sequence, list, tuple)):
+            raise _WrongTypeError(value, wanted)
+        if origin is Iterable:  # gone through by the function alone, which may be given millions
+            return value
+        return _LISTS[origin](_below(each, inner[0], f"[{index}]") for index, each in enumerate(value))
+    if origin in (Mapping, dict) and isinstance(value, Mapping):
+        return {_below(key, inner[0], ""): _below(each, inner[1], f"[{key!r}]") for key, each in value.items()}
     if origin is Literal:
         right = isinstance(value, str) and value in inner
     elif origin in (int, float):
-        # A bool is an int to Python, and nobody means a number with it.
+        # A bool is an int to Python, and nobody means a number with it, or with NaN.
         right = isinstance(value, int if origin is int else int | float) and not isinstance(value, bool)
-    elif origin is Sequence and isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return [_below(each, inner[0], f"[{index}]") for index, each in enumerate(value)]
-    elif origin is Mapping and isinstance(value, Mapping):
-        return {_below(key, inner[0], ""): _below(each, inner[1], f"[{key!r}]") for key, each in value.items()}
+        right = right and value == value
     else:
-        # Text is a sequence too, of its letters.
-        right = isinstance(value, origin) and not (origin is Sequence and isinstance(value, str | bytes))
+        right = isinstance(value, Mapping if is_typeddict(origin) else origin)
     if not right:
         raise _WrongTypeError(value, wanted)
     return value
+
+
+def _is_list(value: Any, unordered: bool) -> bool:
+    """Whether a value's elements are meant one by one, and not text of letters, a mapping's keys or a file's lines.
+
+    A set's order is another in each process.
+    """
+    if isinstance(value, str | bytes | bytearray | Mapping) or hasattr(value, "read"):
+        return False
+    return isinstance(value, Iterable) and (unordered or not isinstance(value, set | frozenset))
 
 
 def plain_scalar(value: Any) -> Any:
@@ -194,24 +232,36 @@ def _words(wanted: Any) -> str:
     """What to give, in words."""
     origin, inner = get_origin(wanted) or wanted, get_args(wanted)
     if _is_union(wanted):
-        return " or ".join(map(_words, inner))
+        # Text that is to name a file is a path to people.
+        as_path = any((get_origin(each) or each) in _PATHS for each in inner)
+        return " or ".join(dict.fromkeys(_words(each) for each in inner if not (as_path and each is str)))
     if origin is Literal:
         return " or ".join(map(repr, inner))
-    if origin is Sequence:
-        return f"a list of {_words(inner[0]).removeprefix('a ')}"
-    if origin is Mapping:
+    if origin in (*_LISTS, Iterable):
+        one = _words(inner[0])
+        return f"a list of {re.sub('^an? ', '', one)}" + "s" * one.startswith(("a ", "an "))
+    if origin in (Mapping, dict):
         return "a dict"
+    if origin is Callable:
+        takes = inner[0] if inner and isinstance(inner[0], list) else []
+        return "a function" + (f" of {' and '.join(map(_words, takes))}" if takes else "")
     if origin.__module__.startswith("nemo_run"):
         return f"a run.{origin.__name__}"
-    return _WORDS.get(origin) or _EXAMPLES.get(origin.__name__) or f"a {origin.__name__}"
+    article = "an" if origin.__name__.startswith(tuple("AEIO")) else "a"
+    return _WORDS.get(origin) or _EXAMPLES.get(origin.__name__) or f"{article} {origin.__name__}"
 
 
 def _hint(value: Any, wanted: Any) -> str:
     """The value as it would be right, where that is plain to see; else nothing."""
     kinds = [get_origin(each) or each for each in (get_args(wanted) if _is_union(wanted) else [wanted])]
-    if Sequence in kinds and isinstance(value, str):
+    if isinstance(value, str) and any(kind in kinds for kind in (*_LISTS, Iterable)):
         return repr([value])
-    if str in kinds and isinstance(value, int | float) and not isinstance(value, bool):
+    if (
+        str in kinds
+        and not any(kind in kinds for kind in _PATHS)
+        and isinstance(value, int | float)
+        and not isinstance(value, bool)
+    ):
         return repr(str(value))
     if bool in kinds and str(value).lower() in ("true", "false"):
         return str(value).capitalize()

@@ -361,6 +361,7 @@ def check_template(base: Base, prefixes: Iterable[str]) -> list[str]:
     if base.architecture is None:
         return [f"The base {base.folder} carries no config.json: whether it knows the template's tokens is not known."]
     weights, stop = base_weights(base.folder, base.architecture), [template["stop"]]
+    # Of tied embeddings there is no second one.
     embedding, *head = (slot.name for slot in slots(base.architecture) if slot.part == "vocab")
     tokens = {embedding: template["tokens"]} | {name: dict(stop) for name in head}
     rows = {(row.token, row.id) for name, each in tokens.items()
@@ -402,6 +403,7 @@ def _check_maker(base: Base, prefix: str, manifest: Mapping[str, Any]) -> list[s
         return [f"{prefix} has no manifest: no one knows which tokenizer made it. {look}"]
     made_with = manifest["tokenizer"]
     vocabulary, settings = base.tokenizer_hashes or ("", "")
+    # Manifests of older versions lack the settings' hash: there the vocabulary's decides.
     if (made_with["sha256"], made_with.get("settings_sha256", settings)) == (vocabulary, settings):
         return []
     splits = manifest["options"].get("split_special_tokens", False)
@@ -499,6 +501,7 @@ def check_resumed(checkpoint: str | os.PathLike[str], base: str | os.PathLike[st
     checkpoint = Path(checkpoint)
     was = read_base(checkpoint)
     stated = constants_of_nemo(model) if model is not None else {}
+    # Rows are looked at below, as the run really has them.
     stated.pop(ROWS, None)
     if found := differences(stated, was.constants):
         raise CptError(

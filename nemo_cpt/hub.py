@@ -16,6 +16,7 @@ def progress_bars(shown: bool) -> Iterator[None]:
     """Keep the hub's bars off for a while where they are not `shown`, and leave them as they were."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
+    # Bars that the user has switched off are not switched on again at the end.
     if shown or are_progress_bars_disabled():
         yield
         return
@@ -71,6 +72,7 @@ def explained(kind: str, name: str, page: str, revision: str = "main") -> Iterat
 
     try:
         yield
+    # The order counts: gated and missing repositories are HTTP errors too, and the general ones come last.
     except GatedRepoError:
         raise CptError(f"The {kind} {name} is gated. Open {page}, accept its conditions, then {SET_A_TOKEN}.") from None
     except RepositoryNotFoundError:

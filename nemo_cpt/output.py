@@ -1,4 +1,4 @@
-"""Printing where nobody may read any more: how a process ends must not depend on that."""
+"""Printing, also where nobody may read any more: how a process ends must not depend on that."""
 
 import errno
 import os
@@ -24,11 +24,39 @@ def say_that_nemo_loads() -> None:
         say("loading NeMo ...", sys.stderr)
 
 
+def size_of(nbytes: float) -> str:
+    """Return a number of bytes as people read it."""
+    if nbytes < 1e5:
+        return f"{nbytes / 1e3:,.1f} kB"
+    return f"{nbytes / 1e9:,.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:,.1f} MB"
+
+
 def send_nowhere(descriptor: int) -> None:
     """Let what is written to a file descriptor from now on be dropped."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, descriptor)
     os.close(nowhere)
+
+
+def span(seconds: float) -> str:
+    """A length of time as people read it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"
+
+
+def hold_standard_streams() -> None:
+    """Open those that this process was started without, to nowhere.
+
+    Else the next file that is opened is descriptor 1, and gets what a child process prints.
+    """
+    for number, mode in enumerate("rww"):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            name = ("stdin", "stdout", "stderr")[number]
+            setattr(sys, name, getattr(sys, name) or os.fdopen(number, mode))
 
 
 class WithoutReaders:

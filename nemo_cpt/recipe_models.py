@@ -36,6 +36,7 @@ def model_config(recipes: Path) -> dict[str, Any]:
     for node in (each for function in functions if function.name == "model" for each in ast.walk(function)):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "run.Config" and node.args:
             name = ast.unparse(node.args[0]).rpartition(".")[2]
+            # The inner call: around it stands the one that makes the model.
             if "Config" in name and (known := _class(name)):
                 given = {str(word.arg): value for word in node.keywords for value in _literal(word.value)}
                 return {**known, **given}
@@ -75,6 +76,7 @@ def _class(name: str) -> dict[str, Any] | None:
         if (node := _classes(package, file).get(name)) is None:
             continue
         found: dict[str, Any] = {}
+        # The nearest base last, so that its fields win, as Python looks them up.
         for base in reversed(node.bases):
             found |= _class(ast.unparse(base).rpartition(".")[2]) or {}
         for field in node.body:

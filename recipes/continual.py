@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import nemo_run as run
+import torch
 from nemo.collections import llm
 
 from nemo_cpt.arguments import checked
@@ -53,6 +54,7 @@ def continual_pretrain(
     warmup_steps: int | None = None,
     precision: str = "bf16",
     bf16_layers: int = 0,
+    state_precision: str = "fp32",
     unlike_base: Sequence[str] = (),
     save_every: int | None = None,
     export_every: int | None = None,
@@ -96,6 +98,8 @@ def continual_pretrain(
         warmup_steps: `parts.default_warmup(max_steps)` when None, 15 of 150.
         precision: "bf16", "fp8" or "fp8_blockwise"; see `parts.mixed_precision`.
         bf16_layers: of fp8, layers at either end that multiply in bf16.
+        state_precision: of gradients and Adam's moments, "fp32" or "bf16"; master weights are fp32 in either. See
+            `parts.keep_states_in_bf16`.
         unlike_base: in what the model differs from its base on purpose, of rope_theta, rope_scaling, sliding_window,
             rms_norm_eps and eos_token_id; an export writes it into config.json. Anything else that differs is refused.
         save_every: steps between checkpoints; one follows each validation when None.
@@ -126,6 +130,7 @@ def continual_pretrain(
     """
     if gpu_memory_gib is not None:  # where the planner's search begins
         tensor_model_parallel_size = pipeline_model_parallel_size = micro_batch_size = 1
+    # llm.pretrain, not a function of ours: `nemo llm` and NeMo's own YAML take it as one of theirs.
     recipe = run.Partial(
         llm.pretrain,
         model=parts.fused(parts.model_of(model, base, seq_length)),
@@ -156,6 +161,9 @@ def continual_pretrain(
         log=parts.log(directory, name, save_every, logger),
         resume=parts.resume(base, extend),
     )
+    if parts.in_bf16(state_precision):
+        parts.keep_states_in_bf16(recipe)
+    # Each reads what the recipe has by now: its data, its validation sets, where and how often it saves.
     parts.set_seed(recipe, seed)
     parts.stop_early(recipe, early_stop, patience)
     parts.stop_when_worse(recipe, stop_when)
@@ -210,6 +218,7 @@ def continual_pretrain_lora(
     Raises:
         CptError: nothing fits the card; `data` is no Blend; there is no such `peft_scheme`.
     """
+    # Where it is left open, the search begins with the longest, and halves it.
     sizes = {"seq_length": 8192 if seq_length is None else seq_length, "global_batch_size": global_batch_size}
     recipe = continual_pretrain(model, base, data, lr=lr, **sizes | kwargs)
     # What the user gave is not the planner's to change; what was left open is.
@@ -238,10 +247,13 @@ def with_lora(
             `peft_scheme`; the recipe trains a grown base's new rows first, and they are frozen.
     """
     check(Settings(rank=rank, embeddings_lr=embeddings_lr))
+    # It may stand in the full-parameter recipe that this one is made of.
     grown = next((each for each in recipe.trainer.callbacks if each.__fn_or_cls__ is GrownRowsFirst), None)
     check_grown_rows_first(grown and grown.steps, None, frozen=embeddings_lr is None)
     if getattr(recipe.model.config, "position_embedding_type", None) == "learned_absolute":
         raise CptError("adapters on GPT-2's layers cannot be exported: train every parameter, without peft")
+    if getattr(recipe.optim.config, "exp_avg_dtype", None) == torch.bfloat16:
+        raise CptError("state_precision=bf16 is for training every parameter: adapters' states are small, in fp32")
     rank, adapters = 128 if rank is None else rank, adapters_class(peft_scheme, embeddings_lr is not None)
     recipe.model.config.gradient_accumulation_fusion = False  # the adapters' gradients are small
     return run.Partial(

@@ -77,6 +77,7 @@ def pretrain(
         seq_length=seq_length,
         micro_batch_size=micro_batch_size,
         val_check_interval=val_check_interval,
+        # Else a first loss like that of random weights, which is right here, would end the run.
         untrained_base=True,
         **schedule_of(params).settings(seq_length, given) | kwargs,
     )

@@ -241,6 +241,7 @@ def per_token_loss(model: run.Config) -> run.Config:
 
 def default_warmup(max_steps: int) -> int:
     """3 % of the steps, at least one where there are several."""
+    # Below the number of steps, or the peak would never be reached.
     return min(math.ceil(0.03 * max_steps), max_steps - 1)
 
 

@@ -16,6 +16,7 @@ from nemo_cpt.corpus import Blend
 from nemo_cpt.recipes import continual, instruction
 
 DEFAULT_BASE = "checkpoints/Llama-3.1-70B"
+# Before kwargs in the calls below, so that a user may still say otherwise.
 NODES: dict[str, Any] = {
     "num_nodes": 4, "gpus_per_node": 8, "tensor_model_parallel_size": 8, "pipeline_model_parallel_size": 4,
 }  # fmt: skip

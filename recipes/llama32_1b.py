@@ -16,6 +16,7 @@ from nemo_cpt.corpus import Blend
 from nemo_cpt.recipes import continual, instruction
 
 DEFAULT_BASE = "checkpoints/Llama-3.2-1B"
+# Before kwargs in the calls below, so that a user may still say otherwise.
 NODE: dict[str, Any] = {"gpus_per_node": 8, "micro_batch_size": 4}
 ONE_GPU: dict[str, Any] = {"gpus_per_node": 1}
 

@@ -16,6 +16,7 @@ from nemo_cpt.corpus import Blend
 from nemo_cpt.recipes import continual, instruction
 
 DEFAULT_BASE = "checkpoints/Mistral-7B-v0.3"
+# Before kwargs in the calls below, so that a user may still say otherwise.
 NODE: dict[str, Any] = {"gpus_per_node": 8, "tensor_model_parallel_size": 2}
 ONE_GPU: dict[str, Any] = {"gpus_per_node": 1}
 

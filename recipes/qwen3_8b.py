@@ -15,6 +15,7 @@ from nemo_cpt.corpus import Blend
 from nemo_cpt.recipes import continual, instruction
 
 DEFAULT_BASE = "checkpoints/Qwen3-8B-Base"
+# Before kwargs in the calls below, so that a user may still say otherwise.
 NODE: dict[str, Any] = {"gpus_per_node": 8, "tensor_model_parallel_size": 2}
 ONE_GPU: dict[str, Any] = {"gpus_per_node": 1}
 

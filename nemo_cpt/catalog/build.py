@@ -37,6 +37,7 @@ def build_recipe(recipe: str, arguments: Mapping[str, Any], overrides: Sequence[
     partial = getattr(recipes, function)(**given)
     for override in overrides:
         _override(partial, override)
+    # Once more: the fields that were changed may have made numbers with which no job could run.
     settings.check(settings.settings_in(partial))
     return partial
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from nemo_cpt import compatibility
 from nemo_cpt.catalog.source import Function, recipes
+from nemo_cpt.checkpoint.folders import refuse_adapter
 from nemo_cpt.errors import CptError
 from nemo_cpt.planning import from_scratch
 from nemo_cpt.recipe_models import LIKE_BASE, like_base, model_config
@@ -25,6 +26,7 @@ def recipes_for(folder: Path) -> dict[str, tuple[Function, str]]:
     Raises:
         CptError: there is no model in the folder, or it does not say its shape.
     """
+    refuse_adapter(folder)
     base = compatibility.read_base(folder)
     if not base.constants:
         raise CptError(
@@ -43,6 +45,7 @@ def takes_like_base(folder: Path) -> str:
 
 
 def _why_not(base: compatibility.Base, recipe: Function) -> str:
+    # Such recipes take any shape; what may not fit is the size that their schedule is for.
     if like_base(recipe.path):
         size = recipe.parameters["params"].default if "params" in recipe.parameters else None
         return from_scratch.of_another_size(ast.literal_eval(size), base.folder) if size else ""

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -42,19 +43,35 @@ def workload(recipe: str, arguments: Mapping[str, Any], fields: Sequence[str] = 
     """
     request = json.dumps([recipe, {name: _plain(value) for name, value in arguments.items()}, list(fields)])
     # Named by all that decides the workload: another version, an edited recipe or other data ask anew.
-    path = cache_folder("workloads") / f"{_key(request + _counted(recipe, arguments))}.json"
-    remembered = json.loads(path.read_text()) if path.is_file() else None
+    name = f"{_key(request + _counted(recipe, arguments))}.json"
+    remembered = _remembered(name)
     # The base may be imported, or another one put in its place, after it was planned.
     if remembered and remembered["digest"] == _digest(remembered["configuration"]):
         return _workload(remembered["workload"])
     _check_its_shape_is_here(source.recipe(recipe), arguments)
     text = _described_here(request) if "nemo.collections.llm" in sys.modules else _described_elsewhere(request)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Two plans at once write two files; the last rename wins, with the same content.
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(text)
-    partial.rename(path)
+    _remember(name, text)
     return _workload(json.loads(text)["workload"])
+
+
+def _remembered(name: str) -> Any:
+    """What was remembered under a name; None where nothing is, or only a torn file."""
+    with suppress(OSError, ValueError, CptError):
+        return json.loads((cache_folder("workloads") / name).read_text())
+    return None
+
+
+def _remember(name: str, text: str) -> None:
+    # A home that cannot be written, or a full one, costs the next plan 20 s, and this one nothing.
+    with suppress(OSError, CptError):
+        path = cache_folder("workloads") / name
+        # Two plans at once write two files; the last rename wins, with the same content.
+        partial = path.with_suffix(f".{os.getpid()}")
+        try:
+            partial.write_text(text)
+            partial.rename(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def _check_its_shape_is_here(recipe: source.Function, arguments: Mapping[str, Any]) -> None:

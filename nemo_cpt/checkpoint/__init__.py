@@ -1,7 +1,8 @@
 """Hugging Face weights in and out of NeMo 2.0 checkpoints: exact, streaming, without Transformer Engine."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from nemo_cpt.importing import on_first_use
 
 if TYPE_CHECKING:
     from nemo_cpt.checkpoint.downloading import DownloadReport, download
@@ -44,10 +45,4 @@ __all__ = [
     "merge",
     "verify",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name on first use, so that the package itself needs neither torch nor NeMo."""
-    if name in _HOMES:
-        return getattr(import_module(f"nemo_cpt.checkpoint.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = on_first_use(__name__, _HOMES)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from nemo_cpt.checkpoint.architecture import Architecture
 from nemo_cpt.checkpoint.context import HF_FOLDER, UNFINISHED
-from nemo_cpt.checkpoint.folders import has_tokenizer, require_tokenizer
+from nemo_cpt.checkpoint.folders import has_tokenizer, refuse_adapter, require_tokenizer
 from nemo_cpt.errors import CptError, near_paths
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def nemo_folder(path: str | Path) -> Path:
         )
     if not folder.exists():
         raise CptError(f"there is no folder {folder}{near_paths(folder) or '; `nemo-cpt ls` lists runs'}")
+    refuse_adapter(folder)
     if not (folder / "weights").is_dir():
         raise CptError(
             f"{path} is no NeMo checkpoint: it has no folder `weights`. "

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from isal.isal_zlib import crc32
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.checkpoint.download_record import DownloadRecord, FileRecord, read_record
 from nemo_cpt.errors import CptError
 from nemo_cpt.hub import explained, progress_bars
@@ -42,6 +43,7 @@ class DownloadReport:
         return asdict(self)
 
 
+@checked
 def download(
     repo_id: str, dest: str | Path, revision: str = "main", *, endpoint: str | None = None, workers: int = 8
 ) -> DownloadReport:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import read_json
 from nemo_cpt.checkpoint.arrays import DTYPES, check_finite
@@ -63,6 +64,7 @@ class ExportReport:
         return asdict(self)
 
 
+@checked
 def export_hf(
     source: str | Path,
     dest: str | Path,
@@ -225,7 +227,11 @@ def check_options(adapter: bool, dtype: str | None, chat_template: str | None) -
 
 
 def checked_dtype(dtype: str) -> str:
-    """The dtype, if weights can be written in it; else a CptError."""
+    """The dtype.
+
+    Raises:
+        CptError: weights cannot be written in it.
+    """
     if dtype not in DTYPES:
         raise CptError(f"dtype {dtype!r} cannot be written; choose {', '.join(DTYPES)}.")
     return dtype

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import glob
+import json
 import os
 import shutil
 import socket
@@ -24,6 +25,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", "
 _LEFT_BEHIND = ("README.md", ".gitattributes", ".gitignore")  # a model card describes the base, not what it became
 _OWNER = ".owner"  # in a folder that is being written: the machine's name, under the writing process's lock
 _PIECE_BYTES = 128 * 2**10
+ADAPTER = "adapter_config.json"  # peft's
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")  # one of them a tokenizer has
 
 
@@ -154,6 +156,23 @@ def small_files(folder: str | Path) -> list[Path]:
 def has_tokenizer(folder: str | Path) -> bool:
     """Whether the folder holds a tokenizer's files."""
     return any((Path(folder) / name).is_file() for name in VOCABULARIES)
+
+
+def refuse_adapter(folder: str | Path) -> None:
+    """Raise CptError for a folder that holds peft's adapters and no model, wherever a model is asked for."""
+    folder = Path(folder)
+    if not (folder / ADAPTER).is_file() or (folder / "config.json").is_file():
+        return
+    try:
+        base = json.loads((folder / ADAPTER).read_bytes())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = None
+    raise CptError(
+        f"{folder} holds adapters for peft ({ADAPTER}), to be added to {base or 'their base'}, and no model. Of a "
+        "run's, `nemo-cpt export CHECKPOINT FOLDER`, without --adapter, writes the model with them in it. Of others, "
+        f"peft does, PeftModel.from_pretrained(BASE, {str(folder)!r}).merge_and_unload().save_pretrained(FOLDER), and "
+        "the base's tokenizer goes beside it."
+    )
 
 
 def require_tokenizer(folder: str | Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import Architecture, read_architecture, read_json
 from nemo_cpt.checkpoint.arrays import BLOCK_BYTES, cast, check_finite
@@ -103,6 +104,7 @@ class _Growth:
 
     def blocks(self, old: Iterable[np.ndarray], name: str) -> Iterator[np.ndarray]:
         """A tensor with the new rows in it, in one pass over the old one's blocks."""
+        # By old id, so that a block of old rows takes a stretch of these, and the old tensor is read once.
         of_part = np.concatenate([part.ids for part in self.parts])
         weights = np.concatenate([part.weights for part in self.parts])
         of_new = np.repeat(np.arange(len(self.parts)), [len(part.ids) for part in self.parts])
@@ -113,6 +115,7 @@ class _Growth:
         for block in old:
             if sums is None:
                 sums = np.zeros((len(self.parts), block.shape[1]), np.float32)
+            # Rows of tokens; those behind them are the model's spare ones, which the new tokens take first.
             known = block[: max(self.first - row, 0)]
             low, high = (int(np.searchsorted(of_part, edge)) for edge in (row, row + len(known)))
             # A part at a time of them: many new tokens may have the same old ones.
@@ -126,6 +129,7 @@ class _Growth:
                 total, squares = total + float(values.sum()), squares + float(np.square(values).sum())
             if len(known):
                 yield known
+            # Where the old tokens end: by then every row that a new one is made of has been seen.
             if row < self.first <= row + len(block) or (row == 0 and self.first == 0):
                 yield from self._new(sums, total, squares, block.dtype.name, name)
             spare = block[max(end - row, 0) :] if row + len(block) > end else block[:0]
@@ -141,11 +145,13 @@ class _Growth:
         if self.initialisation == "noise":
             count = self.first * sums.shape[1]
             spread = (squares / count - (total / count) ** 2) ** 0.5
+            # The same numbers each time: a model that is grown again is the same one.
             chance = np.random.default_rng(0)
             sums += _NOISE * spread * chance.standard_normal(sums.shape, np.float32)
         yield cast(sums, name, dtype)
 
 
+@checked
 def grow_model(
     source: str | Path,
     dest: str | Path,
@@ -403,6 +409,7 @@ def _watched(
 
 def _replace_tokenizer(folder: Path, tokenizer: Path, growth: _Growth) -> None:
     """Put the grown tokenizer in the place of the old one, and the rows into config.json."""
+    # Also those that the grown tokenizer lacks: a slow tokenizer's files would say other ids.
     for name in (*FILES, RECORD):
         (folder / name).unlink(missing_ok=True)
         if (tokenizer / name).is_file():

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import Architecture, read_architecture
 from nemo_cpt.checkpoint.arrays import bits
@@ -56,6 +57,7 @@ class ImportReport:
         return asdict(self)
 
 
+@checked
 def import_hf(
     source: str | Path,
     dest: str | Path,

@@ -19,6 +19,7 @@ from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import Architecture, read_json
 from nemo_cpt.checkpoint.arrays import check_finite
 from nemo_cpt.checkpoint.base import carried_places
+from nemo_cpt.checkpoint.folders import ADAPTER
 from nemo_cpt.checkpoint.model_config import fiddle_call
 from nemo_cpt.checkpoint.nemo_weights import NemoWeights
 from nemo_cpt.checkpoint.safetensors_files import HFWeights, TensorPlan, write_weights
@@ -332,8 +333,8 @@ def write_peft_adapter(folder: Path, adapters: Adapters, base_name: str, dtype: 
     write_weights(folder, plans, load, shard_bytes=2**62)
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
     config = _peft_config(adapters, base_name)
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return ["adapter_config.json", "adapter_model.safetensors"]
+    (folder / ADAPTER).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return [ADAPTER, "adapter_model.safetensors"]
 
 
 def _peft_config(adapters: Adapters, base_name: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.arrays import DTYPES, cast
 from nemo_cpt.checkpoint.base import nemo_folder, unchanged
@@ -58,6 +59,7 @@ class MergeReport:
         return asdict(self)
 
 
+@checked
 def merge(
     source: str | Path,
     dest: str | Path,
@@ -100,6 +102,7 @@ def merge(
         with new_folder(dest, size + 64 * 2**20) as folder:
             described.write(folder / HF_FOLDER, dtype)
             write_nemo(folder, tensors, arch, progress)
+            # Before the folder gets its name: a run may have replaced the checkpoint while it was read.
             check_unchanged()
     return MergeReport(
         source=str(source),

@@ -66,6 +66,7 @@ def trainings_of(checkpoint: Path) -> list[Mapping[str, Any]]:
     """The trainings that led to a checkpoint, its own last; empty for one that was imported or merged."""
     try:
         record = json.loads((checkpoint / RUN_JSON).read_bytes())
+        # Flat, not nested: each record once, in the order of the trainings.
         return [*record.pop(BEFORE, []), record]
     except (OSError, ValueError, AttributeError, TypeError):
         return []

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import Architecture, parse_config
 from nemo_cpt.checkpoint.arrays import BLOCK_BYTES, DTYPES
@@ -65,6 +66,7 @@ class UntrainedReport:
         return asdict(self)
 
 
+@checked
 def make_untrained(
     dest: str | Path,
     tokenizer: str | Path,

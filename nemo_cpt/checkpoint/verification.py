@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import Architecture, read_architecture
 from nemo_cpt.checkpoint.arrays import DTYPES, bits, cast
@@ -96,6 +97,7 @@ class VerifyReport:
         return {"identical": self.identical, **asdict(self)}
 
 
+@checked
 def verify(
     nemo: str | Path,
     hf: str | Path,
@@ -119,7 +121,8 @@ def verify(
         nemo: a NeMo checkpoint.
         hf: a Hugging Face folder with weights and tokenizer.
         base: the base of a LoRA run, imported or Hugging Face's; by default the one that the run recorded.
-        logits: whether to compare logits; None does so up to 2 billion parameters (both models are held in fp32).
+        logits: whether to compare logits; None does so up to 2 billion parameters (both models are held in fp32), where
+            tensors and constants agree: where they do not, the answer is known before.
         prompts: texts whose logits are compared; by default three short ones and tokens drawn at random, so many that
             they reach past the window and the length that the rotary scaling starts from, where that is affordable.
         ignore_fields: config fields to accept although they are unknown here.
@@ -145,7 +148,9 @@ def verify(
         differences = tuple(found for slot in slots if (found := _compare(slot, read, theirs, casts)))
         parameters = sum(prod(slot.shape) for slot in slots)
         gap, largest, longest = None, None, None
-        if logits or (logits is None and not lora and parameters <= _LOGITS_UP_TO):
+        if logits is None and not lora and (differences or differing):
+            warnings = (*warnings, "logits were not compared, since what they are reckoned from differs: --logits does")
+        elif logits or (logits is None and not lora and parameters <= _LOGITS_UP_TO):
             ids = _ids(hf, prompts) if prompts else [*_ids(hf, PROMPTS), _long_prompt(arch, parameters)]
             gap, largest = _compare_logits(folder, hf, ids, ignore_fields, theirs.dtype if casts else None)
             longest = max(map(len, ids))

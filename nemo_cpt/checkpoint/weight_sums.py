@@ -56,6 +56,7 @@ def checked(
     for block in blocks:
         found = _crc32(block, found)
         yield block
+    # Only at the end: its blocks have been used by then, but an export that fails leaves nothing behind.
     if sums is not None and sums.get(name) != found:
         raise CptError(
             f"{name} of {where} is not what the adapters were trained on: it is another model of the same shape, or "

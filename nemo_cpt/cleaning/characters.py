@@ -53,6 +53,7 @@ def kinds() -> Any:
     # Beyond U+1FFFF there are ideographs (below), and what nobody uses.
     for code in range(0x20000):
         table[code] = _kind(chr(code))
+    # What comes later wins: categories, then whole scripts, then single marks.
     for kind, ranges in _RANGES:
         for first, last in ranges:
             table[first : last + 1] = kind
@@ -84,5 +85,6 @@ def _kind(character: str) -> Kind:
     if category == "Cn":
         return Kind.UNREADABLE
     kind = _OF_CATEGORY[category[0]]
+    # Names are slow to look up, and beyond Latin Extended-C hardly any letter is Latin.
     latin = kind is Kind.LETTER and ord(character) < 0x2C80 and "LATIN" in unicodedata.name(character, "")
     return Kind.LATIN if latin else kind

@@ -126,6 +126,7 @@ class Index:
             windows = window_hashes(mixed, size)
             likely = windows[self._table[windows >> np.uint64(64 - _TABLE_BITS)]]
             if len(likely):
+                # A number above all of them would be looked up behind the end.
                 places = np.minimum(np.searchsorted(self.numbers, likely), len(self.numbers) - 1)
                 found.update(likely[self.numbers[places] == likely].tolist())
         return len(found)
@@ -150,6 +151,7 @@ def _is_text(kind: Any) -> Any:
 
 def _texts(files: tuple[str, ...]) -> Iterator[str]:
     """Yield the strings of evaluation sets, wherever they stand in their lines."""
+    # `stop`: a line of an evaluation set that is passed over would let through the documents that hold it.
     sources, tally, policy = list_sources(files), Tally(), Policy.of("stop", None)
     for task in Feed(sources, None, _CHUNK):
         found = take_from(task, _as_it_is)

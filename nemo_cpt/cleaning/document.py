@@ -11,6 +11,7 @@ import numpy as np
 from nemo_cpt.cleaning.characters import KINDS, LETTERS, Kind, folded, kinds
 from nemo_cpt.cleaning.hashing import segment_hashes, symbols
 
+_BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
 _SENTENCE = re.compile(r"[^。．！？!?\n]+[。．！？!?]?")  # as Swallow cuts Japanese, line by line
 
 
@@ -60,6 +61,11 @@ class Document:
     def lines(self) -> list[str]:
         """Its lines, but for blank ones."""
         return [line for line in self.text.split("\n") if line and not line.isspace()]
+
+    @cached_property
+    def paragraphs(self) -> list[str]:
+        """What blank lines part, however many of them."""
+        return [part for part in _BLANK_LINES.split(self.text) if part and not part.isspace()]
 
     @cached_property
     def sentences(self) -> list[str]:

@@ -14,8 +14,7 @@ import numpy as np
 
 from nemo_cpt.cleaning.hashing import segment_hashes, symbols, window_hashes
 from nemo_cpt.cleaning.rule import Limits
-from nemo_cpt.corpus.splitting.duplicates import BANDS, PERMUTATIONS, SEED, SHINGLE
-from nemo_cpt.errors import CptError
+from nemo_cpt.corpus.splitting.duplicates import BANDS, PERMUTATIONS, SEED, SHINGLE, check_similarity
 
 ROW = np.dtype([("fingerprint", np.uint64), ("nbytes", np.uint64), ("minhash", np.uint32, PERMUTATIONS)])
 _PAIRS = 1 << 14  # whose MinHashes are compared at once
@@ -39,11 +38,11 @@ class Duplicates(Limits):
         """Check the similarity.
 
         Raises:
-            CptError: It is none.
+            CptError: As `check_similarity`.
         """
         super().__post_init__()
-        if self.near is not None and not 0 < self.near <= 1:
-            raise CptError(f"near is {self.near}; it must lie above 0 and not above 1.")
+        if self.near is not None:
+            check_similarity("near", self.near)
 
 
 @dataclass(frozen=True)
@@ -104,6 +103,7 @@ def find_duplicates(path: Path, wanted: Duplicates) -> list[Duplicate]:
     near_pairs = _near_pairs(rows, wanted.near) if wanted.near is not None else ()
     nearest = dict[int, tuple[float, int]]()  # by document, how similar the most similar earlier one is, and which
     for first, second, similarity in chain(exact_pairs, near_pairs):
+        # Of equally similar ones the earliest, whatever the order in which bands found them.
         if (known := nearest.get(second)) is None or (similarity, -first) > (known[0], -known[1]):
             nearest[second] = (similarity, first)
     return [
@@ -114,6 +114,7 @@ def find_duplicates(path: Path, wanted: Duplicates) -> list[Duplicate]:
 
 def _kept_twin(document: int, nearest: dict[int, tuple[float, int]]) -> int:
     """Return the document that one repeats, or that repeats in turn, up to one that repeats none."""
+    # Each step leads to an earlier document, so that it ends.
     while document in nearest:
         document = nearest[document][1]
     return document

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.cleaning.document import Document
 from nemo_cpt.cleaning.rule import Check
 from nemo_cpt.cleaning.rules import Rules
@@ -30,6 +31,7 @@ class Examination:
     failed: tuple[str, Check] | None
 
 
+@checked
 def examine(text: str, rules: Rules, to_the_end: bool = False) -> Examination:
     """Take a text through the rules.
 
@@ -50,6 +52,7 @@ def examine(text: str, rules: Rules, to_the_end: bool = False) -> Examination:
     return Examination(document, checks, failed)
 
 
+@checked
 def explain(place: str, rules: Rules, json_key: str = "text") -> Examination:
     """Take one document of an input through all rules.
 
@@ -77,6 +80,7 @@ def _text_at(path: str, number: int, json_key: str) -> str:
         for record in read_records(task, json_key, reading):
             if passed + reading.lines == number:
                 return record.text
+        # The line is in this chunk, and no record came of it.
         if passed + reading.lines >= number:
             problem = next(
                 (each.detail for each in reading.problems if passed + each.line + 1 == number), "it is blank"

@@ -20,6 +20,7 @@ from nemo_cpt.cleaning.repetition import character_ngrams, duplicate_shares, wor
 from nemo_cpt.cleaning.rule import Check, Rule
 from nemo_cpt.errors import CptError
 
+# By n of the n-grams.
 GOPHER_TOP = {2: 0.20, 3: 0.18, 4: 0.16}
 GOPHER_REPEATED = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 GOPHER_STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
@@ -111,6 +112,7 @@ class ChineseScript(Rule):
         yield Check("han_characters", han, self.min_han_characters)
         kana = counts[Kind.HIRAGANA] + counts[Kind.KATAKANA]
         yield Check("kana_share", kana / max(document.letters, 1), at_most=self.max_kana_share)
+        # By characters: Chinese words stand without spaces, and each of these is one character.
         found = sum(word in document.text for word in set(self.stop_words))
         yield Check("stop_words", found, self.min_stop_words)
         marks = counts[Kind.COMMA] + counts[Kind.STOP]
@@ -156,6 +158,7 @@ class KoreanScript(Rule):
         hangul = document.counts[Kind.HANGUL]
         yield Check("hangul_share", hangul / max(len(document.text), 1), self.min_hangul_share)
         yield Check("hangul_characters", hangul, self.min_hangul_characters)
+        # A word at a sentence's end has its mark behind the ending.
         found = sum(word.rstrip(".,!?").endswith(self.endings) for word in document.text.split())
         yield Check("endings", found, self.min_endings)
 
@@ -218,7 +221,7 @@ class Duplication(Rule):
         parts, characters = duplicate_shares(document.lines)
         yield Check("duplicate_line_share", parts, at_most=self.max_line_share)
         yield Check("duplicate_line_character_share", characters, at_most=self.max_line_character_share)
-        parts, characters = duplicate_shares(document.text.split("\n\n"))
+        parts, characters = duplicate_shares(document.paragraphs)
         yield Check("duplicate_paragraph_share", parts, at_most=self.max_paragraph_share)
         yield Check("duplicate_paragraph_character_share", characters, at_most=self.max_paragraph_character_share)
         if self.max_sentence_share is not None or self.max_sentence_character_share is not None:
@@ -254,13 +257,15 @@ class Lines(Rule):
         """Measure the lines that are not blank."""
         lines = document.lines
         of = max(len(lines), 1)
-        punctuated = sum(line.endswith(_ENDS) for line in lines)
+        # Blanks at a line's end are no ends of their own: many programs leave one.
+        ends = [line.rstrip() for line in lines]
+        punctuated = sum(line.endswith(_ENDS) for line in ends)
         yield Check("punctuated_line_share", punctuated / of, self.min_punctuated_share)
         short = sum(len(line) <= self.short for line in lines)
         yield Check("short_line_share", short / of, at_most=self.max_short_share)
         bullets = sum(line.lstrip().startswith(_BULLETS) for line in lines)
         yield Check("bullet_line_share", bullets / of, at_most=self.max_bullet_share)
-        cut = sum(line.endswith(_ELLIPSES) for line in lines)
+        cut = sum(line.endswith(_ELLIPSES) for line in ends)
         yield Check("ellipsis_line_share", cut / of, at_most=self.max_ellipsis_share)
         _, characters = duplicate_shares(lines)
         yield Check("repeated_line_character_share", characters, at_most=self.max_duplicate_character_share)
@@ -286,6 +291,7 @@ class _Repetition(Rule):
 
     def apply(self, document: Document) -> Iterator[Check]:
         """Measure the n-grams, the shortest first."""
+        # All n in one pass: each n's n-grams are found among those of n - 1.
         longest = max((*self.max_top_share, *self.max_repeated_share), default=1)
         for size, top, repeated in self._shares(document, longest):
             if (most := self.max_top_share.get(size)) is not None:
@@ -427,6 +433,7 @@ class Boilerplate(Rule):
         """Remove the lines; nothing is measured."""
         lines = document.text.split("\n")
         lowered = document.text.lower()
+        # Most texts hold none of them: then no line is looked at.
         wanted = [phrase for phrase in self.phrases if phrase.lower() in lowered]
         if wanted or self.min_words:
             kept = [line for line in lines if not self._is_boilerplate(line, wanted)]

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import orjson
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.cleaning.contamination import Contamination
 from nemo_cpt.cleaning.document import Document
 from nemo_cpt.cleaning.duplicates import Duplicate, find_duplicates, sketch
@@ -50,6 +51,7 @@ SKETCHES = "sketches.bin"
 _VERSIONS = ("ftfy", "lingua-language-detector", "rensa", "numpy", "xxhash")
 
 
+@checked
 def clean(
     inputs: Inputs,
     output: str | os.PathLike[str],
@@ -158,6 +160,7 @@ class Cleaning:
     def __init__(self, sources: list[Source], rules: Rules, json_key: str, policy: Policy) -> None:
         self.sources, self.rules, self.json_key, self.policy = sources, rules, json_key, policy
         self.counts, self.tally, self.hashes = Counts(), Tally(), dict[str, str]()
+        # What makes a cleaning another one; neither the inputs, which are compared by content, nor the workers.
         self.options = rules.as_dict() | {"json_key": json_key, "evaluation_sets": self._evaluation_sets()}
         for rule in self.options["rules"]:
             rule.pop("files", None)  # the evaluation sets, which are compared by what they hold
@@ -184,7 +187,8 @@ class Cleaning:
         if not (folder / MANIFEST).exists():
             return None
         recorded = read_cleaning(folder)
-        if reason := changed_input(self.sources, recorded["inputs"]) or self._other_options(recorded["options"]):
+        reason = changed_input(self.sources, recorded["inputs"]) or self._other_options(recorded["options"])
+        if reason := reason or self.policy.against(recorded["report"]["skipped"]):
             raise CptError(
                 f"{folder} holds another cleaning: {reason}. Take another folder, or overwrite=True (--overwrite)."
             )
@@ -227,6 +231,7 @@ class Cleaning:
         self.tally.check(self.sources, self.policy.max_skipped)
         if not self.counts.kept:
             raise CptError(self._why_all_are_dropped())
+        # After all rules: a document that a rule drops makes no other one a duplicate.
         self._leave_out(find_duplicates(work / SKETCHES, self.rules.duplicates), work)
         (work / SKETCHES).unlink()
         self.seconds = time.monotonic() - begin
@@ -261,6 +266,7 @@ class Cleaning:
             bar = stack.enter_context(ProgressBar("cleaning", total, quiet))
             for task, portion in in_order(self._take, Feed(self.sources, None, _CHUNK), workers):
                 source = self.sources[task.source]
+                # With its last piece an input has been read whole: only now is its hash known.
                 if task.last:
                     check_unchanged(source, task)
                     self.hashes[task.path] = task.hash
@@ -270,7 +276,7 @@ class Cleaning:
                 sketches.write(portion.sketches.tobytes())
                 self.counts.add(portion.counts)
                 bar.update(before[task.source] + task.done, self.counts.documents)
-            for file in (kept, dropped):
+            for file in (kept, dropped, sketches):
                 _sync(file)
 
     def _take(self, task: Task) -> _Portion:
@@ -303,6 +309,7 @@ class Cleaning:
         return portion
 
     def _line(self, record: Record, document: Document) -> bytes:
+        # As it came, to the byte: to write it anew could change numbers and escapes.
         if document.text == record.text:
             return record.line + b"\n"
         return to_json(record.value | {self.json_key: document.text}) + b"\n"
@@ -311,6 +318,7 @@ class Cleaning:
         """Move duplicates from the kept documents to the dropped ones."""
         if not duplicates:
             return
+        # Documents are lines of the file: a duplicate's number is that of its line.
         every = np.ones(self.counts.kept, bool)
         every[[each.document for each in duplicates]] = False
         lines = np.cumsum(every)  # of each kept document in the file to come
@@ -378,6 +386,7 @@ class Cleaning:
         return report
 
 
+@checked
 def read_cleaning(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Read the manifest of a cleaning, `cleaning.json`.
 

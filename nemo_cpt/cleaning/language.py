@@ -50,6 +50,7 @@ class Language(Rule):
     def apply(self, document: Document) -> Iterator[Check]:
         """Ask lingua."""
         detector, language = _detector(self.language, self.rivals)
+        # More is looked at than is read: names and marks fall away.
         small = " ".join(_SMALL_WORD.findall(_sample(document.text, 2 * self.characters)))[: self.characters]
         score = detector.compute_language_confidence(small, language)
         if self.min_score is not None and score < self.min_score:

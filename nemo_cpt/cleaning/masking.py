@@ -34,6 +34,7 @@ _PHONES = {
     "cn": rf"1[3-9]\d(?:{_H}?\d{{4}}){{2}}|0\d{{2,3}}{_H}\d{{7,8}}|\(0\d{{2,3}}\) ?\d{{7,8}}",
     "kr": rf"0(?:2|[3-6]\d|1[016-9]|[78]0)(?:[ .)]|{_H})\d{{3,4}}(?:[ .]|{_H})\d{{4}}|01[016-9]\d{{7,8}}",
 }
+# The fewest and the most; E.164 has 15 at most.
 _DIGITS_OF_PHONES = {"": (8, 15), "jp": (10, 11), "us": (10, 11), "cn": (10, 12), "kr": (9, 11)}
 
 
@@ -75,6 +76,7 @@ class Masking(Rule):
     def apply(self, document: Document) -> Iterator[Check]:
         """Replace them; nothing is measured."""
         masked = Masked(document.text)
+        # Addresses first: what looks like a number within one is not to be masked by itself.
         if self.email is not None and ("@" in document.text or "＠" in document.text):
             masked.replace("email", _EMAIL, self.email)
         # Most texts have no such numbers, and counting is cheaper than looking for them.
@@ -151,6 +153,7 @@ def _is_my_number(found: str) -> bool:
     """Check the last of 12 digits (Ministerial Ordinance 85 of 2014, Ministry of Internal Affairs, article 5)."""
     digits = [int(digit) for digit in _digits(found)]
     rest = sum(digit * weight for digit, weight in zip(digits, (6, 5, 4, 3, 2, 7, 6, 5, 4, 3, 2), strict=False)) % 11
+    # Zeros alone have the right last digit, and are nobody's; so `_is_card`.
     return digits[11] == (0 if rest <= 1 else 11 - rest) and len(set(digits)) > 1
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import orjson
 import yaml
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.cleaning.job import (
     DROPPED,
     KEPT,
@@ -46,6 +47,7 @@ PART = "part.json"
 Kind = TypeVar("Kind", bound=Cleaning)
 
 
+@checked
 def make_plan(
     inputs: Inputs,
     output: str | os.PathLike[str],
@@ -84,12 +86,14 @@ def make_plan(
     sets = tuple(source.path for source in list_sources(decontaminate)) if decontaminate else ()
     chosen = chosen_rules(rules).without_contamination_of(sets)
     chosen.load()
+    # As text: a task reads them from the plan's file, perhaps on another machine.
     settings = {"rules": chosen.to_yaml(), "json_key": json_key, "on_error": on_error, "max_skipped": max_skipped}
     settings |= {"workers": workers, "quiet": quiet, "patience": patience}
     sources = list_sources(inputs)
     folder = Path(os.path.abspath(output))
     cleaning = _cleaning(Cleaning, settings, sources)
     cleaning.check_targets(folder)
+    # As the plan's file gives them back, where the keys by n are text.
     job = orjson.loads(orjson.dumps(cleaning.options, option=orjson.OPT_NON_STR_KEYS))
     return Plan(folder / PARTS_FOLDER, job, settings, sources, cut(sources, tasks), overwrite)
 
@@ -124,12 +128,14 @@ def _is_done(plan: Plan, number: int, share: list[Source]) -> bool:
     made = _read_part(plan, number)
     if made is None or made["plan"] != plan.key:
         return False
-    if (change := changed_input(share, made["inputs"])) is None:
+    policy = Policy.of(plan.settings["on_error"], plan.settings["max_skipped"])
+    change = changed_input(share, made["inputs"]) or policy.against(made["tally"]["skipped"])
+    if change is None:
         return True
     if plan.overwrite:
         return False
     raise CptError(
-        f"{plan.part(number)} is not of these inputs: {change}. Begin anew with overwrite=True (--overwrite)."
+        f"{plan.part(number)} is not what this job would make: {change}. Begin anew with overwrite=True (--overwrite)."
     )
 
 
@@ -236,6 +242,7 @@ def join(folder: str | os.PathLike[str]) -> CleaningReport:
             disk is full.
     """
     folder = Path(folder)
+    # The plan goes last: without it a cleaning that is there was joined.
     if not (folder / PLAN).exists() and (folder.parent / MANIFEST).exists():
         return restored(CleaningReport, read_cleaning(folder.parent)["report"], status="unchanged")
     plan = Plan.read(folder)

@@ -83,6 +83,7 @@ def _figure(name: str, before: list[int], after: list[int], check: Check) -> str
     used = [number for number, count in enumerate(before) if count]
     if not used:
         return ""
+    # A share is shown from 0 to 1, so that pictures can be compared; sizes have no natural end.
     first, last = (0, len(before) - 1) if is_share(name) else (used[0], used[-1])
     width, tallest = _WIDTH / (last - first + 1), max(before)
     bars = []
@@ -92,6 +93,7 @@ def _figure(name: str, before: list[int], after: list[int], check: Check) -> str
                 place = f'x="{(number - first) * width:.1f}" y="{_HEIGHT - tall:.1f}"'
                 bars.append(f'<rect class="{kind}" {place} width="{width:.1f}" height="{tall:.1f}"/>')
     for limit in (check.at_least, check.at_most):
+        # A limit outside of what was measured dropped nothing, and would stretch the picture.
         if limit is not None and 0 <= (at := (float(position(name, limit)) - first) * width) <= _WIDTH:
             bars.append(f'<line class="limit" x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="{_HEIGHT}"/>')
     ends = [f"{bin_edge(name, number):,.{2 if is_share(name) else 0}f}" for number in (first, last + 1)]

@@ -1,11 +1,10 @@
 """What a rule is, and what it finds."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from types import UnionType
-from typing import Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, NamedTuple, get_type_hints
 
-from nemo_cpt.arguments import plain_scalar
+from nemo_cpt.arguments import as_wanted
 from nemo_cpt.cleaning.document import Document
 from nemo_cpt.errors import CptError
 
@@ -52,8 +51,9 @@ class Limits:
         """
         hints = get_type_hints(type(self))
         for each in fields(self):
-            value = _value(getattr(self, each.name), hints[each.name], each.name)
             # YAML has lists for what are tuples here.
+            value = as_wanted(each.name, getattr(self, each.name), hints[each.name], each.default)
+            _check_range(each.name, value)
             object.__setattr__(self, each.name, value)
             if each.name.startswith("min_"):
                 most = getattr(self, each.name.replace("min_", "max_", 1), None)
@@ -86,28 +86,13 @@ class Rule(Limits):
         """
 
 
-def _value(value: Any, hint: Any, where: str) -> Any:
-    """Return a value as a field's type has it, `where` being its name, for its parts too."""
-    origin, inner, value = get_origin(hint), get_args(hint), plain_scalar(value)
-    if origin in (Union, UnionType):
-        if value is None and type(None) in inner:
-            return None
-        return _value(value, next(each for each in inner if each is not type(None)), where)
-    if origin is Literal and value in inner:
-        return value
-    if origin is tuple and isinstance(value, list | tuple):
-        return tuple(_value(each, inner[0], where) for each in value)
-    if origin is dict and isinstance(value, Mapping):
-        return {_value(key, inner[0], where): _value(each, inner[1], where) for key, each in value.items()}
-    if hint in (int, float) and type(value) in (int, float) and value < 0:
-        raise CptError(f"{where}: {value!r} is below 0, which nothing that is measured can be; null sets no limit.")
+def _check_range(name: str, value: Any) -> None:
+    """Refuse a number that cannot be measured; of a mapping, lengths and their limits."""
+    limits = value.values() if isinstance(value, dict) else [value]
+    for number in (*limits, *(value if isinstance(value, dict) else ())):
+        if isinstance(number, int | float) and number < 0:
+            raise CptError(f"{name}: {number!r} is below 0, which nothing that is measured can be; null sets no limit.")
     # A share in percent would never be reached, or never be met, and nothing would say so.
-    if hint is float and type(value) in (int, float) and where.endswith(("_share", "_score")) and value > 1:
-        raise CptError(f"{where}: {value!r} is above 1, which no share can be; 0.3 is 30 %, null sets no limit.")
-    # A bool is an int to Python, and a mistake here; a whole number is a float to everybody.
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool) and value == value:
-        return value  # as it is written: the same rules by Python and by YAML say the same of what they drop
-    if hint in (int, str, bool) and type(value) is hint:
-        return value
-    wanted = " or ".join(map(repr, inner)) if origin is Literal else getattr(hint, "__name__", str(hint))
-    raise CptError(f"{where}: {value!r} is no {wanted}.")
+    for number in limits if name.endswith(("_share", "_score")) else ():
+        if number is not None and number > 1:
+            raise CptError(f"{name}: {number!r} is above 1, which no share can be; 0.3 is 30 %, null sets no limit.")

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.cleaning.characters import folded, kinds
 from nemo_cpt.cleaning.contamination import Contamination
 from nemo_cpt.cleaning.duplicates import Duplicates
@@ -55,6 +56,7 @@ RULES: dict[str, type[Rule]] = {
 }
 
 
+@checked
 @dataclass(frozen=True)
 class Rules:
     """What a document goes through, and what is done with those that are left.
@@ -81,6 +83,7 @@ class Rules:
         described = self.as_dict()
         _refuse_unknown(limits, [*(rule.name for rule in self.rules), "duplicates"], "limits")
         duplicates = limits.get("duplicates", {})
+        # What is compared over the corpus is no rule in the list that could be left out.
         described["duplicates"] |= {"exact": False, "near": None} if duplicates is None else duplicates
         kept = [each for each in described["rules"] if limits.get(each["rule"], {}) is not None]
         described["rules"] = [each | dict(limits.get(each["rule"]) or {}) for each in kept]
@@ -129,6 +132,7 @@ def chosen_rules(rules: Rules | str) -> Rules:
     return read_rules(rules) if rules.endswith((".yaml", ".yml")) else rules_for(rules)
 
 
+@checked
 def read_rules(path: str | Path) -> Rules:
     """Read rules from YAML.
 
@@ -258,6 +262,7 @@ KOREAN_BOILERPLATE = (
 )
 
 
+@checked
 def rules_for(language: str) -> Rules:
     """Return the rules for a language.
 

@@ -31,6 +31,7 @@ class Dropped:
         """Count in what comes behind."""
         self.documents += other.documents
         self.nbytes += other.nbytes
+        # Tasks are added in the inputs' order: the samples are the first, whatever the number of workers.
         self.samples += other.samples[: SAMPLES - len(self.samples)]
 
 
@@ -153,9 +154,12 @@ def histogram(measure: str, values: list[float]) -> Any:
 
 def position(measure: str, value: Any) -> Any:
     """Return in which bin a value lies, and where in it."""
+    # Sizes by their logarithm: lengths of documents run over five powers of ten.
     return value * SHARE_BINS if is_share(measure) else 4 * np.log2(np.maximum(value, 1))
 
 
 def bin_edge(measure: str, number: int) -> float:
     """Return the value at which a bin begins."""
-    return number / SHARE_BINS if is_share(measure) else 2 ** (number / 4)
+    if is_share(measure):
+        return number / SHARE_BINS
+    return 2 ** (number / 4) if number else 0.0  # the first holds what is below 1, too

@@ -49,8 +49,10 @@ def export_command(
     chat_template: Annotated[
         str | None,
         typer.Option(
+            "--chat-template",
+            "--template",
             help="llama3, chatml, mistral, alpaca-ja, -en, -zh, tokenizer, or a Jinja file; none: the base's files "
-            "as they are; default: what the run was tuned on."
+            "as they are; default: what the run was tuned on.",
         ),
     ] = None,
     ignore_field: _Ignore = [],  # noqa: B006
@@ -149,7 +151,10 @@ def verify_command(
     hf: Annotated[Path, typer.Argument(help="Hugging Face folder.")],
     base: Annotated[Path | None, typer.Option(help="LoRA: the base; default: the one that the run recorded.")] = None,
     logits: Annotated[
-        bool | None, typer.Option("--logits/--no-logits", help="Compare logits; default: up to 2 billion parameters.")
+        bool | None,
+        typer.Option(
+            "--logits/--no-logits", help="Compare logits; default: up to 2 billion parameters, of equal tensors."
+        ),
     ] = None,
     ignore_field: _Ignore = [],  # noqa: B006
     as_json: _Json = False,
@@ -159,6 +164,7 @@ def verify_command(
 
     report = verify(_of_run(nemo), hf, base, logits=logits, ignore_fields=ignore_field)
     every = report.as_dict()
+    # People are shown the first few, programs all of them.
     if not as_json:
         every["differences"] = _first(report.differences)
     _print(every, as_json)
@@ -182,6 +188,7 @@ def download_command(
 
 def _of_run(source: Path) -> Path:
     """A checkpoint, of a run its newest whole one, which is named: it may have changed since the last command."""
+    # Within the function, as in every command: `--help` must not wait for what only one of them needs.
     from nemo_cpt.launching.results import checkpoint_folder
 
     found = checkpoint_folder(source)
@@ -197,16 +204,25 @@ def _first(differences: Sequence[object]) -> str:
 
 
 def _print(report: Mapping[str, Any], as_json: bool) -> None:
+    # On stderr, so that stdout holds the report alone, also for a script.
     for warning in report.get("warnings", ()):
         print(f"warning: {warning}", file=sys.stderr)
     if as_json:
         print(json.dumps(report))
         return
-    print_pairs((name.replace("_", " "), _shown(value)) for name, value in report.items() if name != "warnings")
+    print_pairs((name.replace("_", " "), shown(value)) for name, value in report.items() if name != "warnings")
 
 
-def _shown(value: object) -> str:
-    return (", ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)) or "none"
+def shown(value: object) -> str:
+    """A field of a report as people read it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, (tuple, list)):
+        return ", ".join(map(str, value)) or "none"
+    # "none" of what was not looked at, as logits with --no-logits, would be read as no difference.
+    return "-" if value is None else str(value) or "none"
 
 
 @contextmanager

@@ -59,6 +59,7 @@ def clean(
 ) -> None:
     """Keep what is worth learning from: repair, mask, drop what is no prose or a duplicate, and say why."""
     rules = _rules(language, config)
+    # Before inputs are asked for: the rules are to be looked at without any.
     if show_config:
         return print(rules.to_yaml(), end="")
     if explain is not None:
@@ -97,6 +98,7 @@ def _clean_in_tasks(
 ) -> None:
     from nemo_cpt.launching.in_tasks import Submitted, clean_in_tasks, executor_named
 
+    # NeMo-Run prints panels and the tasks' logs.
     with only_json_on_stdout(json):
         where = executor_named(executor, of_executor, detach)
         done = clean_in_tasks(inputs, output, rules, where, tasks, detach=detach, **options)
@@ -114,6 +116,7 @@ def join(
     from nemo_cpt.cleaning import parts as cleaned
     from nemo_cpt.corpus.preparing import parts
 
+    # By what lies there: both kinds of parts are named by their output.
     if (folder := cleaned.parts_folder(output)) is not None:
         return _print_cleaned(cleaned.join(folder), json)
     print_prepared(parts.join(parts.parts_folder(output)), json)
@@ -163,4 +166,5 @@ def _explain(place: str, rules: "Rules", json_key: str, json: bool) -> None:
 def _as_dict(found: "Examination") -> dict[str, Any]:
     checks = [{"rule": rule} | check._asdict() | {"passes": check.passes} for rule, check in found.checks]
     failed = None if found.failed is None else {"rule": found.failed[0], "measure": found.failed[1].measure}
+    # `+` leaves away what a Counter has counted 0 times.
     return {"checks": checks, "dropped_by": failed, "changes": +found.document.changes, "text": found.document.text}

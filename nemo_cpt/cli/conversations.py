@@ -79,6 +79,7 @@ def _fitting(fitting: "Fitting") -> str:
 
 def _print_pieces(pieces: list[list[Any]]) -> None:
     """Print what is trained on in colour and the rest dim on a terminal, between brackets elsewhere."""
+    # Colours would be lost in a file, and what is trained on with them.
     if not sys.stdout.isatty():
         return print("".join(f"{TRAINED[0]}{text}{TRAINED[1]}" if trained else f"{text}" for text, trained in pieces))
     from rich.console import Console
@@ -107,7 +108,9 @@ def synthesize(
     seed: Annotated[int, typer.Option(help="What is chosen.")] = 0,
     endpoint: Annotated[str | None, typer.Option(help="Base address of an OpenAI-compatible server.")] = None,
     model: Annotated[str | None, typer.Option(help="The model's name there.")] = None,
-    licence: Annotated[str | None, typer.Option(help="The licence of the model's outputs.")] = None,
+    licence: Annotated[
+        str | None, typer.Option("--licence", "--license", help="The licence of the model's outputs.")
+    ] = None,
     pairs: Annotated[int, typer.Option(help="Questions to ask the model for about a passage.")] = 3,
     concurrency: Annotated[int, typer.Option(help="Requests at once.")] = 4,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
@@ -121,6 +124,7 @@ def synthesize(
         output,
         train=train,
         validation=validation,
+        # One word on the command line: title,cloze.
         kinds=kinds.split(","),
         slots=slots,
         language=language,

@@ -12,8 +12,9 @@ from nemo_cpt.cli import app
 from nemo_cpt.cli.conversations import inspect_conversations, prepare_conversations
 from nemo_cpt.cli.launch import only_json_on_stdout
 from nemo_cpt.cli.recipe_arguments import Executor
-from nemo_cpt.cli.tables import print_json, print_plain, print_report, size_of
+from nemo_cpt.cli.tables import print_json, print_plain, print_report
 from nemo_cpt.errors import CptError
+from nemo_cpt.output import size_of, span
 
 if TYPE_CHECKING:
     from nemo_cpt.corpus import PrepareReport
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from nemo_cpt.launching.in_tasks import Submitted
 
 PANEL = "Corpora"
+# Options of `prepare` that mean nothing for conversations, and the other way round: they are refused, by `_refuse`.
 OF_TEXTS = (
     "json_key",
     "append_eod",
@@ -83,7 +85,9 @@ def prepare(
     template: Annotated[
         str | None,
         typer.Option(
-            help="Conversations: llama3, chatml, mistral, alpaca-ja, -en, -zh, tokenizer (its own), or a Jinja file."
+            "--template",
+            "--chat-template",
+            help="Conversations: llama3, chatml, mistral, alpaca-ja, -en, -zh, tokenizer (its own), or a Jinja file.",
         ),
     ] = None,
     form: Annotated[
@@ -106,6 +110,7 @@ def prepare(
     last job joins them; the same command again makes the parts that are missing.
     """
     inputs, of_executor = without_executors(inputs)
+    # The one sign of conversations: texts have none.
     if template is not None:
         _refuse(context, OF_TEXTS, "belongs to texts, and --template makes this a preparation of conversations")
         _refuse(context, OF_TASKS, "belongs to texts: conversations are prepared by one machine")
@@ -132,6 +137,7 @@ def prepare(
         return _prepare_in_tasks(
             inputs, output, tokenizer, executor or "local", of_executor, tasks, detach, dry_run, json, options
         )
+    # Without --tasks nothing would use them.
     if executor or of_executor or detach or dry_run:
         raise CptError(
             "--executor, executor.X=..., --detach and --dry-run are for many tasks: say how many with --tasks"
@@ -143,6 +149,7 @@ def prepare(
 
 def without_executors(inputs: list[str]) -> tuple[list[str], list[str]]:
     """Part the inputs from the `executor.key=value` among them, whose prefix they lose."""
+    # Typer has one list of words without dashes: files and the executor's options come mixed.
     pairs = [each for each in inputs if each.startswith("executor.") and "=" in each]
     return [each for each in inputs if each not in pairs], [pair.removeprefix("executor.") for pair in pairs]
 
@@ -191,21 +198,15 @@ def _print_estimate(estimate: "Estimate", asked: int, json: bool) -> None:
     rows = {
         "tasks": f"{estimate.tasks:,}{fewer}",
         "inputs": f"{size_of(estimate.stored)} on disk, about {size_of(estimate.text)} of text",
-        "largest share": f"{size_of(estimate.largest)}, about {_span(estimate.task_seconds)}",
-        "all tasks": f"about {_span(estimate.all_seconds)} of one task's time",
-        "join": f"about {_span(estimate.join_seconds)}",
+        "largest share": f"{size_of(estimate.largest)}, about {span(estimate.task_seconds)}",
+        "all tasks": f"about {span(estimate.all_seconds)} of one task's time",
+        "join": f"about {span(estimate.join_seconds)}",
         "dataset": f"about {estimate.tokens / 1e6:,.0f} M tokens, {size_of(estimate.dataset)}",
         "disk": f"{size_of(estimate.disk)} beside the inputs, until the parts are joined",
         "network": f"{size_of(estimate.network)} read and written in all",
         "submitted": "nothing: this is a dry run",
     }
     print_report(rows, [])
-
-
-def _span(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:,.0f} minutes" if seconds < 5400 else f"{seconds / 3600:,.1f} hours"
 
 
 def print_prepared(report: "PrepareReport", json: bool) -> None:
@@ -241,6 +242,7 @@ def print_prepared(report: "PrepareReport", json: bool) -> None:
 def _refuse(context: typer.Context, names: tuple[str, ...], why: str) -> None:
     """Refuse options that were given and would do nothing."""
     for name in names:
+        # A default is nobody's wish: what was typed alone is refused.
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             raise CptError(f"--{name.replace('_', '-')} {why}.")
@@ -266,6 +268,7 @@ def inspect(
     """Describe a dataset: documents, tokens, lengths, samples; diagnose a damaged one."""
     from nemo_cpt.conversations.dataset import is_conversations
 
+    # By what is on the disk: a prefix alone does not say of which kind it is.
     if is_conversations(prefix):
         return inspect_conversations(prefix, tokenizer, samples, json, seq_length=seq_length, too_long=too_long)
     _refuse(context, ("seq_length", "too_long"), "belongs to conversations, and this is a dataset of texts")
@@ -362,6 +365,7 @@ def _share_or_inputs(value: str) -> float | str:
     try:
         return float(value)
     except ValueError:
+        # "10%" and "0,1" are meant for a share, and would be looked for as a file.
         if re.fullmatch(r"[\d.,]+\s*%?", value) and not Path(value).exists():
             raise CptError(f"{value} is no share: write it as 0.1, which is 10 %.") from None
         return value

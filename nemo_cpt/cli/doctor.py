@@ -44,12 +44,14 @@ def doctor(
         recipe, pairs, executor = from_file(recipe, overrides, executor)
         function, arguments, fields, options = catalog.split(recipe, pairs)
         job = describe(function, arguments, fields, executor, options)
+    # A recipe's checks only where one is named: the tuple once, or not at all.
     findings = examine(CHECKS + JOB_CHECKS * (job is not None), Examination(job, ranks, nodes, hub))
     if json:
         verdict = {"verdict": worst(findings), "recipe": job.recipe if job else None}
         print(jsonlib.dumps(verdict | {"checks": [each.as_dict() for each in findings]}, ensure_ascii=False))
     else:
         print_findings(findings, every)
+    # 3, not 2: the command itself was right.
     if worst(findings) == "error":
         raise typer.Exit(EXIT_RED)
 
@@ -61,6 +63,7 @@ def print_findings(findings: Sequence["Finding"], every: bool = False) -> None:
         findings: what was found.
         every: a line each on a terminal, too.
     """
+    # Stable: findings of one state stay in the examination's order, from the machine to the job.
     findings = sorted(findings, key=lambda each: list(MARKS).index(each.state))
     if not sys.stdout.isatty():
         print("\n".join("\t".join((each.state, each.name, each.found, each.cure)).rstrip() for each in findings))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +9,7 @@ import typer
 
 from nemo_cpt.cli import app
 from nemo_cpt.cli.inference import key_of_variable
-from nemo_cpt.cli.tables import print_json, print_table
+from nemo_cpt.cli.tables import print_json, print_note, print_table
 
 
 @app.command("evaluate")
@@ -18,9 +17,9 @@ def evaluate_command(
     model: Annotated[
         str | None, typer.Argument(help="Hugging Face folder, NeMo checkpoint, run folder, or an endpoint's address.")
     ] = None,
-    output: Annotated[Path, typer.Option(help="Folder of the report; run again, an evaluation goes on there.")] = Path(
-        "evaluation"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the report; run again, an evaluation goes on there.")
+    ] = Path("evaluation"),
     against: Annotated[str | None, typer.Option(help="The model to compare with, of the same forms.")] = None,
     checkpoints: Annotated[Path | None, typer.Option(help="A run's folder: all of its checkpoints.")] = None,
     loss: Annotated[list[str] | None, typer.Option(help="NAME=PATH: a Megatron prefix, or a file of texts.")] = None,
@@ -47,25 +46,23 @@ def evaluate_command(
     """
     from nemo_cpt.evaluation import evaluate, report
 
+    # Said ahead of an hour's work that nobody asked for by name.
     if limit is None and not (loss or prompts or tasks or judge or quiet):
-        _say(
+        print_note(
             "measuring every default set whole; --limit 20 takes 20 of each, --loss, --prompts and --tasks choose sets"
         )
     found = evaluate(
         model, output, against=against, checkpoints_of=checkpoints, losses=loss or (), prompts=prompts or (),
         tasks=tasks or (), judge=judge, wrappers=wrapper or (), language=language, max_tokens=max_tokens, limit=limit,
         seed=seed, base=base, device=device, api_key=key_of_variable(api_key_env),
-        judge_key=key_of_variable(judge_key_env), say=_say, quiet=quiet,
+        judge_key=key_of_variable(judge_key_env), say=print_note, quiet=quiet,
     )  # fmt: skip
+    # Written before anything is printed: a reader of stdout that has gone must not cost the report.
     paths = report.write(found, output)
     for warning in found.warnings:
-        _say(f"note: {warning}")
+        print_note(f"note: {warning}")
     if as_json:
         print_json(report.as_dict(found))
     else:
         print_table(report.COLUMNS, map(report.cells, found.rows))
-    _say(f"written: {', '.join(map(str, paths))}")
-
-
-def _say(line: str) -> None:
-    print(f"nemo-cpt: {line}", file=sys.stderr, flush=True)
+    print_note(f"written: {', '.join(map(str, paths))}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nemo_cpt.cli import app
+from nemo_cpt.cli.tables import print_note
 from nemo_cpt.errors import CptError
 from nemo_cpt.inference.hosts import LOCAL_HOSTS, names_to_answer
 from nemo_cpt.urls import is_address
@@ -55,8 +56,9 @@ def chat_command(
 
     if against_key_env and not against:
         raise CptError("--against-key-env names the key of --against, which is not given")
-    console, sampling = Console(soft_wrap=True), Sampling(max_tokens, temperature, top_p, seed=seed)
+    console, sampling = Console(), Sampling(max_tokens, temperature, top_p, seed=seed)
     options = _given(base=base, device=device, template=chat_template)
+    # Beside a model of this machine they are for that one, and the endpoint is asked as it is.
     if options and all(map(is_address, (model, against or model))):
         raise CptError(f"{', '.join(options)} cannot be set for a model that a server has: set it there")
     asked = [(model, api_key_env), *([(against, against_key_env)] if against else [])]
@@ -67,7 +69,8 @@ def chat_command(
     opened = {number: _side(*asked[number], options, plain) for number in order}
     sides = [opened[number] for number in range(len(asked))]
     if sys.stdin.isatty():
-        _say("/help lists the commands")
+        print_note("/help lists the commands")
+    # The model's name where there is one; two stand above their columns.
     prompt = "> " if against else f"{sides[0].title}> "
     chat = Chat(
         sides, sampling, system=system, console=console, language_of=_language_of, interactive=sys.stdin.isatty()
@@ -95,9 +98,10 @@ def _side(model: str, key_variable: str | None, options: dict[str, Any], plain: 
 
     key = key_of_variable(key_variable)
     with Console(stderr=True).status(f"loading {model}"):
-        engine = open_engine(model, api_key=key, say=_say, **({} if is_address(model) else options))
+        engine = open_engine(model, api_key=key, say=print_note, **({} if is_address(model) else options))
+    # An endpoint's engine says nothing of it: the template is its server's.
     if not plain and not getattr(engine, "has_chat_template", True):
-        _say(f"{model} has no chat template: it continues your text (--chat-template alpaca-en gives it one)")
+        print_note(f"{model} has no chat template: it continues your text (--chat-template alpaca-en gives it one)")
         plain = True
     return Side(engine, plain)
 
@@ -106,6 +110,7 @@ def _language_of(question: str, reply: str) -> str:
     from nemo_cpt.evaluation.language import KNOWN, judge_language
 
     try:
+        # First the question's: what could be of several languages in a reply is taken for that one.
         asked = judge_language(question, "en").language
         return judge_language(reply, asked if asked in KNOWN else "en").language
     except CptError as error:  # lingua is not installed
@@ -153,6 +158,7 @@ def serve_command(
             "--max-waiting": max_waiting, "--batch-tokens": batch_tokens, "--device": device, "--nemo-api": nemo_api,
             "--log-requests": log_requests, "--allowed-host": allowed_host, "--port 0": port == 0,
         }  # fmt: skip
+        # Refused, not passed over: who limits the queue counts on the limit.
         if given := [option for option, value in only_own.items() if value]:
             raise CptError(f"{', '.join(given)}: of this project's own server, not of --engine vllm")
         return _become_vllm(model, base, name, host, port, chat_template, key)
@@ -163,11 +169,11 @@ def serve_command(
     check_model(model)
     from nemo_cpt.inference.server import make_app, serve
 
-    loaded = open_transformers(model, base=base, template=chat_template, say=_say, **_given(device=device))
+    loaded = open_transformers(model, base=base, template=chat_template, say=print_note, **_given(device=device))
     limits = _given(most_waiting=max_waiting, batch_tokens=batch_tokens)
     names = names_to_answer(host, allowed_host or ())
     application = make_app(loaded, served_as=name, api_key=key, nemo_api=nemo_api, hosts=names, **limits)
-    _say(f"{name} at http://{host}:{listener.getsockname()[1]}/v1")
+    print_note(f"{name} at http://{host}:{listener.getsockname()[1]}/v1")
     serve(application, listener, log_requests=log_requests)
 
 
@@ -178,15 +184,16 @@ def _become_vllm(
     from nemo_cpt.inference.models import find_model
     from nemo_cpt.inference.vllm import VllmServer
 
-    folder = find_model(model, base=base, say=_say).folder
+    folder = find_model(model, base=base, say=print_note).folder
     for warning in reply_warnings(folder) if chat_template is None else ():
-        _say(f"warning: {warning}")
+        print_note(f"warning: {warning}")
     server = VllmServer(folder, name, host, port, chat_template, key)
-    _say(shlex.join(server.command()))
+    print_note(shlex.join(server.command()))
     server.start()
 
 
 def _given(**options: Any) -> dict[str, Any]:
+    # What was not typed is left to the library's own default, which thus stands in one place.
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -209,7 +216,3 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise CptError(f"cannot listen on {host}:{port} ({error.strerror}): choose another --port") from None
     return listener
-
-
-def _say(line: str) -> None:
-    print(f"nemo-cpt: {line}", file=sys.stderr, flush=True)

@@ -65,6 +65,7 @@ def show(
     from nemo_cpt.catalog.build import build_recipe
     from nemo_cpt.launching.config_file import written
 
+    # A built recipe knows no executor; the configuration file names one.
     if executor and not config:
         raise CptError("--executor is for --config: the resolved config is the recipe's alone")
     recipe, pairs, executor = from_file(recipe, overrides, executor)
@@ -89,6 +90,7 @@ def copy(
     from nemo_cpt.launching.scripts import write_new, write_script
 
     found = catalog.recipe(recipe)
+    # The ending says what is wanted, as everywhere.
     if file.suffix in ENDINGS:
         write_new(written(found, []), file)
         print(f"wrote {file}; edit it, then: nemo-cpt run {file}")
@@ -105,7 +107,9 @@ def run(
     overrides: Pairs = None,
     executor: Executor = None,
     detach: Annotated[bool, typer.Option("--detach", help="Return once the job is submitted.")] = False,
-    dryrun: Annotated[bool, typer.Option("--dryrun", help="Print what would be run where, and run nothing.")] = False,
+    dryrun: Annotated[
+        bool, typer.Option("--dry-run", "--dryrun", help="Print what would be run where, and run nothing.")
+    ] = False,
     plain: Annotated[bool, typer.Option("--plain", help="Print the job's log, on a terminal too.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Build the recipe here first; imports NeMo.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Launch although the doctor finds it red.")] = False,
@@ -138,6 +142,7 @@ def run(
         job = describe(function, arguments, fields, executor, options)
         # Not for a cluster's files, which this machine does not see.
         if job.place.same_files and (said := nothing_to_train(function.name, arguments, fields, job.place.here)):
+            # sys.stdout leads to stderr in this block.
             print(said if not json else jsonlib.dumps({"finished": said}), file=sys.__stdout__)
             return
         # A dry run is to show the script, whatever this machine lacks.
@@ -153,6 +158,7 @@ def run(
             result |= jobs.prepared(function, arguments, fields, where)
             refused = [] if force else [str(each) for each in errors]
         else:
+            # A view needs the run's files, whose folder must be known and on this machine.
             plain = plain or json or detach or executor != "local" or moves_its_folder(fields)
             plain = plain or not shows_views(sys.stdout)
             with contextlib.nullcontext() if plain else launch_view(job.directory) as begun:
@@ -160,7 +166,9 @@ def run(
     if dryrun and not json:
         shown = result | {"submitted": "nothing: this is a dry run; --json shows what would be"}
         if refused:
-            shown["submitted"] = f"nothing, and without --dryrun it would be refused; errors, see above: {len(refused)}"
+            shown["submitted"] = (
+                f"nothing, and without --dry-run it would be refused; errors, see above: {len(refused)}"
+            )
         print_pairs(shown.items())
     if json:
         print(jsonlib.dumps(result | ({"refused": refused} if dryrun else {})))
@@ -207,6 +215,7 @@ def logs(
     from nemo_cpt.launching import experiments, jobs
 
     print(jobs.logs(experiment, lines), flush=True)
+    # What was there is printed first; `follow` begins behind it.
     if follow:
         with contextlib.suppress(KeyboardInterrupt):
             for text in experiments.follow(experiments.experiment(experiment)):

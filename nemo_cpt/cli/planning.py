@@ -37,10 +37,13 @@ def plan(
 
     hardware.gpu(gpu)  # before a process imports NeMo to read the recipe
     work = read(recipe, overrides, gpus)
+    # A size alone says how much fits; how fast it is takes a card, the one that is sold with it.
     assumed = None if gpu or gpu_memory is None else hardware.of_size(gpu_memory)
     gpu = assumed.name if assumed else gpu
     planned = plan_workload(work, gpu_memory, gpu)
+    # Searched only where it is wanted: many settings are planned for it.
     nearest = None if planned.fits else nearest_that_fits(work, gpu_memory, gpu)
+    # Before anything is printed: a path that cannot be written is an error of the command's.
     if plot:
         write_plot(planned, plot)
     if json:
@@ -73,6 +76,7 @@ def read(recipe: str, overrides: list[str] | None, gpus: int | None) -> "Workloa
     from nemo_cpt import catalog
     from nemo_cpt.catalog.workloads import workload
 
+    # A file's executor has no part in a plan.
     recipe, pairs, _ = from_file(recipe, overrides)
     function, arguments, fields, _ = catalog.split(recipe, pairs)
     work = workload(function.name, arguments, fields)

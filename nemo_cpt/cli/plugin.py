@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_cpt import catalog
+from nemo_cpt.errors import nearest
 
 
 def main() -> None:
@@ -27,6 +28,7 @@ def main() -> None:
         for module in {name.rpartition(".")[0] for name in catalog.recipes()}:
             import_module(f"nemo_cpt.recipes.{module}")
         _offer_yaml_as_a_factory()
+        _refuse_unknown_factory()
     _register_executors()
 
 
@@ -44,6 +46,27 @@ def _offer_yaml_as_a_factory() -> None:
     sys.argv[at : at + 2] = ["--factory", "cpt_from_yaml"]
 
 
+def _refuse_unknown_factory() -> None:
+    """End where there is no such factory, with the names near to it: NeMo-Run only says that there is none."""
+    import catalogue
+
+    given = next((_value_of(at) for at in range(len(sys.argv)) if _value_of(at)), "")
+    name = given.partition("(")[0]
+    # By any namespace: what a factory is for shows when it is called. NeMo-Run imports a dotted name, and takes lists.
+    known = {names[-1] for names in catalogue.REGISTRY}
+    if name.isidentifier() and name not in known and not hasattr(sys.modules["__main__"], name):
+        print(f"nemo-cpt: there is no factory {name}; {nearest(name, known)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _value_of(at: int) -> str:
+    """The factory that a word of the command line names; empty for any other word."""
+    option, equals, value = sys.argv[at].partition("=")
+    if option not in ("--factory", "-f"):
+        return ""
+    return value if equals else "".join(sys.argv[at + 1 : at + 2])
+
+
 def _register_executors() -> None:
     """Let `nemo llm pretrain run.executor=cpt_slurm run.executor.partition=...` find ours, with typed arguments."""
     import nemo_run as run
@@ -52,6 +75,7 @@ def _register_executors() -> None:
     from nemo_cpt.executors import nemo_run_patches
 
     nemo_run_patches.parse_new_unions()
+    nemo_run_patches.say_which_argument_is_wrong()
     for name in executors.__all__:
         function = getattr(executors, name)
         # `ssh` is a class, and no executor.

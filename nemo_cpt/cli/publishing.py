@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from nemo_cpt.cli import app
-from nemo_cpt.cli.tables import print_json, print_pairs
+from nemo_cpt.cli.tables import print_json, print_note, print_pairs
 
 
 @app.command("push")
@@ -21,7 +20,8 @@ def push_command(
         str | None, typer.Option(help="The base on the hub, OWNER/NAME[@REVISION]; default: the downloaded one.")
     ] = None,
     base_licence: Annotated[
-        str | None, typer.Option("--license", help="The base's licence, where neither its text nor its card says it.")
+        str | None,
+        typer.Option("--license", "--licence", help="The base's licence, where neither its text nor its card says it."),
     ] = None,
     language: Annotated[
         list[str] | None, typer.Option(help="Code of a language for the card; repeatable; default: the datasets'.")
@@ -37,10 +37,10 @@ def push_command(
 
     report = push(
         folder, repo_id, public=public, base_model=base_model, base_licence=base_licence, languages=language or (),
-        replace=replace, dry_run=dry_run, say=_say,
+        replace=replace, dry_run=dry_run, say=print_note,
     )  # fmt: skip
     for warning in report.warnings:
-        _say(f"warning: {warning}")
+        print_note(f"warning: {warning}")
     if as_json:
         return print_json(report.as_dict())
     if dry_run:
@@ -48,7 +48,3 @@ def push_command(
     shown = {name: value for name, value in report.as_dict().items() if name not in ("card", "warnings")}
     print_pairs((name.replace("_", " "), ", ".join(value) or "none" if isinstance(value, tuple) else str(value))
                 for name, value in shown.items())  # fmt: skip
-
-
-def _say(line: str) -> None:
-    print(f"nemo-cpt: {line}", file=sys.stderr, flush=True)

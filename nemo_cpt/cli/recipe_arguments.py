@@ -30,6 +30,7 @@ class RecipeCommand(TyperCommand):
 def _refuse_parameter(args: list[str], word: str, key: str, value: str) -> None:
     from nemo_cpt import catalog
 
+    # The recipe is the first word without dashes, wherever the options stand.
     given = next((each for each in args if not each.startswith("-")), "")
     try:
         parameters = catalog.recipe(given).parameters
@@ -56,6 +57,7 @@ def from_file(recipe: str, pairs: list[str] | None, executor: str | None = None)
         return recipe, pairs or [], executor or "local"
     config = read_config(recipe)
     of_its_executor = [pair for pair in config.pairs if pair.startswith("executor.")]
+    # Another executor has other options: the file's would be refused, or mean something else.
     if executor and executor != (config.executor or "local") and of_its_executor:
         say(f"nemo-cpt: left away for {executor}: {', '.join(of_its_executor)} of {recipe}", sys.stderr)
         config = replace(config, pairs=[pair for pair in config.pairs if pair not in of_its_executor])

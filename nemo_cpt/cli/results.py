@@ -7,8 +7,9 @@ import typer
 
 from nemo_cpt.cli import app
 from nemo_cpt.cli.launch import PANEL, Json
-from nemo_cpt.cli.tables import print_json, print_table, size_of
+from nemo_cpt.cli.tables import print_json, print_table
 from nemo_cpt.errors import CptError
+from nemo_cpt.output import size_of
 
 if TYPE_CHECKING:
     from nemo_cpt.launching.results import Run
@@ -35,7 +36,7 @@ def ls(
         (each["name"], each["state"], _steps(each), _change(each), size_of(each["size"]), each["newest"] or "-")
         for each in found
     ]
-    print_table(("run", "state", "step", "validation losses", "size", "newest checkpoint"), rows)
+    print_table(("run", "state", "step", "validation losses, nats a token", "size", "newest checkpoint"), rows)
 
 
 @app.command(rich_help_panel=PANEL)
@@ -53,6 +54,7 @@ def rm(
     from nemo_cpt.launching import results
 
     chosen = results.run(run, directory)
+    # No default: how much of somebody's work is removed is not for a program to guess.
     if keep is None:
         raise CptError(f"rm thins out a run's checkpoints: say how many stay, as in `nemo-cpt rm {run} --keep 1`")
     # The same list either way; without --yes nothing is touched, not even the lock.
@@ -77,6 +79,7 @@ def _of_run(run: "Run") -> dict[str, Any]:
         "state": run.state,
         "step": run.step,
         "max_steps": run.max_steps,
+        # The first line is the validation ahead of the first step.
         "first_losses": run.losses(int(run.metrics[0]["step"])) if run.metrics else {},
         "losses": run.losses(),
         "size": results.size(run.folder),
@@ -87,6 +90,7 @@ def _of_run(run: "Run") -> dict[str, Any]:
 def _print_checkpoints(run: "Run", json: bool) -> None:
     from nemo_cpt.launching import results
 
+    # `-last` and its like are other names of a checkpoint, and take no place of their own.
     links = [path for path in (run.folder / "checkpoints").glob("*") if path.is_symlink() and path.exists()]
     found: list[dict[str, Any]] = [
         {
@@ -107,7 +111,7 @@ def _print_checkpoints(run: "Run", json: bool) -> None:
         (each["name"], str(each["step"]), _losses(each["losses"]), size_of(each["size"]), each["state"], _note(each))
         for each in found
     ]
-    print_table(("checkpoint", "step", "validation losses", "size", "state", "note"), rows)
+    print_table(("checkpoint", "step", "validation losses, nats a token", "size", "state", "note"), rows)
 
 
 def _note(checkpoint: dict[str, Any]) -> str:

@@ -40,19 +40,16 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     Console().print(table)
 
 
-def size_of(nbytes: int) -> str:
-    """Return a number of bytes as people read it."""
-    return f"{nbytes / 1e9:,.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:,.1f} MB"
-
-
 def print_plain(rows: Iterable[Sequence[str]]) -> None:
     """Print rows as tab-separated lines."""
     print("\n".join("\t".join(row) for row in rows))
 
 
 def print_json(value: Mapping[str, Any]) -> None:
-    """Print one JSON object."""
-    print(json.dumps(value, ensure_ascii=False, indent=2))
+    """Print one JSON object; NaN and infinity become null."""
+    from nemo_cpt.page import finite
+
+    print(json.dumps(finite(value), ensure_ascii=False, indent=2))
 
 
 def print_report(rows: Mapping[str, object], warnings: Iterable[str]) -> None:
@@ -60,3 +57,8 @@ def print_report(rows: Mapping[str, object], warnings: Iterable[str]) -> None:
     print_pairs(rows.items())
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
+
+
+def print_note(line: str) -> None:
+    """Print a line of the command's own on stderr, at once: what takes time is told while it does."""
+    print(f"nemo-cpt: {line}", file=sys.stderr, flush=True)

@@ -42,6 +42,7 @@ def train_command(
     """Train a tokenizer, byte-level BPE or Unigram, for a model from scratch."""
     from nemo_cpt.vocabulary import train
 
+    # Weights are kept by input: of one named twice a weight would be lost.
     if weight and (len(weight) != len(inputs) or len(set(inputs)) < len(inputs)):
         raise CptError(
             f"{len(weight)} weights for {len(set(inputs))} inputs: give one --weight for each input, or none"
@@ -183,6 +184,7 @@ def worth_command(
         grown,
         inputs,
         tokens=tokens,
+        # Counted by the tensors' shapes: config.json is enough, weights need not be here.
         parameters=sum(prod(slot.shape) for slot in slots(arch)),
         hidden_size=arch.hidden_size,
         tied=arch.tie_word_embeddings,

@@ -37,6 +37,7 @@ def watch(
     try:
         with _follower(run, directory) as follower:
             ended = following.follow(follower, live=shows_views(sys.stdout) and not plain)
+    # Watching ends; the run goes on, and this is no failure.
     except KeyboardInterrupt:
         raise typer.Exit from None
     following.check_ended_well(ended)
@@ -49,6 +50,7 @@ def _follower(run: str | None, directory: Path) -> Iterator["Follower"]:
     from nemo_cpt.watching import following
 
     try:
+        # On this machine first: a run of that name here is the one that is meant.
         folder = results.run(run, directory).folder if run else following.newest_run(directory)
     except CptError:
         from nemo_cpt.watching import remote

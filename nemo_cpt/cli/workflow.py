@@ -22,6 +22,7 @@ class _FileFirst(TyperGroup):
     """A group whose `run` needs not be written: `nemo-cpt workflow FILE`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        # A file named `new` or `compare` is written ./new.
         if args and args[0] not in (*self.commands, "--help", "-h"):
             args = [RUN, *args]
         return super().parse_args(ctx, args)
@@ -69,6 +70,7 @@ def run_command(
     own = _own_options(options or [], executor)
     if dry_run:
         return _show(workflow, chosen, json)
+    # An empty list too: an executor may need no options.
     if own is not None:
         return _submit(file, chosen, str(executor), own, detach, json)
     if detach:
@@ -83,6 +85,7 @@ def _own_options(pairs: list[str], executor: str | None) -> list[str] | None:
     prefix = "executor."
     if unknown := [pair for pair in pairs if not pair.startswith(prefix)]:
         raise CptError(f"{unknown[0]}: a step's parameters stand in the file; here only {prefix}key=value")
+    # "local" is where steps run anyhow, each in a process of its own.
     if executor in (None, "local"):
         if pairs:
             raise CptError(f"{pairs[0]} is for an --executor, and the steps run here")

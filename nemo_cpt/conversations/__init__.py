@@ -1,7 +1,8 @@
 """Conversations to tokens with a mask of those that are trained on. Names are loaded when they are first used."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from nemo_cpt.importing import on_first_use
 
 if TYPE_CHECKING:
     from nemo_cpt.conversations.dataset import ConversationSet as ConversationSet
@@ -34,13 +35,4 @@ _HOMES = {
     "prepare": "preparation",
 }
 __all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+__getattr__, __dir__ = on_first_use(__name__, _HOMES)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.corpus.dataset.index import ANEW, Index, full_prefix, read_index
 from nemo_cpt.errors import CptError
 
@@ -135,6 +136,7 @@ class ConversationSet:
         return seq_length if mask[1 : seq_length + 1].any() else 0
 
 
+@checked
 def open_conversations(prefix: str | os.PathLike[str]) -> ConversationSet:
     """Open a set that `prepare` wrote.
 

@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.conversations.dataset import ConversationSet, open_conversations
 from nemo_cpt.conversations.encode import load_backend
 from nemo_cpt.conversations.packing import pack
@@ -77,6 +78,7 @@ class ConversationInspection:
     warnings: list[str] = field(default_factory=list)
 
 
+@checked
 def inspect_conversations(
     prefix: str | os.PathLike[str],
     tokenizer: str | os.PathLike[str] | None = None,
@@ -193,6 +195,7 @@ def _samples(chats: ConversationSet, decoder: Any, count: int) -> list[dict[str,
     samples = []
     for number in range(min(count, len(chats))):
         ids, mask = chats.read(number)
+        # Cut where the mask changes: each piece is trained on whole, or not at all.
         bounds = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(ids)]
         pieces = []
         for begin, end in pairwise(bounds):

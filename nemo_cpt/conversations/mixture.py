@@ -129,6 +129,12 @@ class Conversations:
     def report(self, global_batch_size: int, seq_length: int, steps: int, replay_share: float = 0.0) -> BlendReport:
         """Return tokens, shares and epochs of a training with these conversations.
 
+        Args:
+            global_batch_size: Sequences a step.
+            seq_length: Positions of a sequence.
+            steps: Of the training.
+            replay_share: Share of the sequences that are other text.
+
         Raises:
             CptError: As `check`, or no conversation fits.
         """

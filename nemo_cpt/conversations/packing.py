@@ -7,6 +7,7 @@ are bits of one integer, so that the time is linear in the number of conversatio
 from dataclasses import dataclass
 from typing import Any
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.errors import CptError
 
 
@@ -40,6 +41,7 @@ class Packing:
         return self.positions / max(len(self) * self.seq_length, 1)
 
 
+@checked
 def pack(lengths: Any, seq_length: int, seed: int = 0) -> Packing:
     """Pack conversations into as few sequences as best fit finds.
 

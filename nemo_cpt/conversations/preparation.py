@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.conversations.dataset import KIND, check_fit, conversations_prefix, open_conversations
 from nemo_cpt.conversations.encode import PieceEncoder, Pieces, choose_piece_encoder, encode_pieces
 from nemo_cpt.conversations.forms import AUTO, Conversation, check_form, read_conversation
@@ -74,6 +75,7 @@ class ConversationReport:
     warnings: list[str] = field(default_factory=list)
 
 
+@checked
 def prepare(
     inputs: Inputs,
     output_prefix: str | os.PathLike[str],
@@ -142,7 +144,7 @@ def prepare(
         reader = Reader(load_template(template, loaded), form, system, train_on)
         output = _ConversationOutput(prefix, sources, loaded, reader)
         status, rates = "unchanged", dict[str, float]()
-        if not output.is_there(overwrite):
+        if not output.is_there(policy, overwrite):
             run = Run(policy, fast, True, count, chunk_bytes, checkpoint_seconds, patience, quiet, head_start)
             status, rates = output.make(run, overwrite)
     return _report(prefix, status, rates, seq_length, too_long)
@@ -249,10 +251,10 @@ class _ConversationOutput(Output):
         super().__init__(prefix, sources, tokenizer, dtype, options, json_key=None, files=("bin", "mask"))
         self.reader = reader
 
-    def is_there(self, overwrite: bool) -> bool:
+    def is_there(self, policy: Policy, overwrite: bool) -> bool:
         """Say whether the finished set of this very job exists, whole; see `Output`."""
         # The parent looks at `.bin` and `.idx`; the mask is ours to look at.
-        there = super().is_there(overwrite)
+        there = super().is_there(policy, overwrite)
         if there:
             open_conversations(self.prefix)
         return there
@@ -263,6 +265,7 @@ class _ConversationOutput(Output):
 
     @cached_property
     def _tried(self) -> list[Pieces]:
+        # What the corpus has, and what would show a border that the encoder makes otherwise.
         return [*self._first(), *self._probes()]
 
     def make_work(self, encoder: Encoder, lookout: Lookout | None) -> tuple[Work, str]:

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nemo_cpt.arguments import checked
+
 SMALLEST = 0.1  # of the median row's norm
 ALIKE = 0.999
 ROWS = 8192  # at once: a whole matrix may be 2 GB
@@ -38,6 +40,7 @@ class SpecialRow:
         return self.ratio < SMALLEST or self.cosine > ALIKE
 
 
+@checked
 def measure_rows(matrix: Any, tokens: Mapping[str, int]) -> list[SpecialRow]:
     """Compare the rows of special tokens with all rows.
 

@@ -18,6 +18,7 @@ import orjson
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.conversations.forms import Conversation
 from nemo_cpt.corpus.reading.lines import UnusableError
 from nemo_cpt.corpus.tokenization.tokenizer import Tokenizer
@@ -66,6 +67,7 @@ class ChatTemplate:
             object.__setattr__(self, "_compiled", compiled)
         except jinja2.TemplateError as error:
             raise CptError(f"The template {self.name} is not valid Jinja: {error}.") from error
+        # `(?!)` matches nothing: a tokenizer without special tokens has none that a message could hold.
         names = "|".join(map(re.escape, self.special)) or r"(?!)"
         object.__setattr__(self, "_in_a_message", re.compile(names).search)
 
@@ -113,6 +115,7 @@ class ChatTemplate:
             if found := self._in_a_message(message["content"]):
                 detail = f"message {number} holds the special token {found[0]}, which would act as one"
                 raise UnusableError("special_token", detail)
+        # Once whole, and once up to each question and answer: a template may write a turn otherwise at the end.
         full = self.render(messages)
         pieces, done, answer = list[tuple[str, bool]](), 0, len(messages) - 1
         for number in range(1, len(messages)):
@@ -177,6 +180,7 @@ def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
+@checked
 def load_template(template: str, tokenizer: Tokenizer) -> ChatTemplate:
     """Load a chat template for a tokenizer and examine it on a short conversation.
 
@@ -193,6 +197,7 @@ def load_template(template: str, tokenizer: Tokenizer) -> ChatTemplate:
     variables = _special_tokens(tokenizer) | {"tools": None, "documents": None}
     bos = tokenizer.bos[0] if tokenizer.bos else None
     expected = bos is not None and _begins_with(tokenizer, bos)
+    # Without a stop token as yet, which only rendering shows.
     draft = ChatTemplate(name, text, variables, tuple(tokenizer.special))
     try:
         if template in SHIPPED:
@@ -275,6 +280,7 @@ def _begins_with(tokenizer: Tokenizer, token: str) -> bool:
         raise CptError(f"{tokenizer.name} has no tokenizer.json; conversations need a tokenizer that has one.")
     content = orjson.loads(definition.read_bytes() if isinstance(definition, Path) else definition)
     outer = content.get("post_processor") or {}
+    # Alone, or one of a sequence: Llama 3's is the second of two.
     for processor in (outer, *outer.get("processors", ())):
         first = (processor.get("single") or [{}])[0]
         if first.get("SpecialToken", {}).get("id") == token:
@@ -328,6 +334,7 @@ def _find_stop(template: ChatTemplate) -> str:
     if not found:
         raise UnusableError("template", f"the answer is not in what it renders, {answered!r}")
     first = re.compile("|".join(map(re.escape, template.special)) or r"(?!)").search
+    # A special token between the question and the answer: the turn's header, which should have been in `asked`.
     if first(header):
         raise UnusableError(
             "template", f"it does nothing with add_generation_prompt, so that {header!r} would be trained on"

@@ -98,6 +98,7 @@ class Plan:
         """
         if (self.folder / PLAN).exists():
             self._check_same_job()
+        # Before the plan is written: it may refuse, and then nothing is left behind.
         numbers = missing()
         self.write()
         return numbers

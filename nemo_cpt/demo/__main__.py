@@ -26,8 +26,10 @@ def main() -> None:
     started = time.monotonic()
     # Before NeMo-Run is imported, which reads it once.
     os.environ.setdefault("NEMORUN_HOME", str(FOLDER.absolute() / "nemo_run"))
+    # Everything is made here: no look-up on the hub may wait for a network.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a model this small gains nothing from more, and loses on a busy CPU
+    # What the imports say on every machine without a GPU.
     for message in (
         "The pynvml package is deprecated",
         "Transformer Engine and Apex",
@@ -53,6 +55,7 @@ def main() -> None:
 
 def _make_folder() -> None:
     """Start afresh; only what an earlier demo left is removed."""
+    # "demo" is a common name: whatever no demo made is not removed.
     if FOLDER.exists() and not (FOLDER / MARKER).is_file():
         raise CptError(f"the folder {FOLDER} is here and no demo made it: move it away, or start in another folder")
     shutil.rmtree(FOLDER, ignore_errors=True)
@@ -78,6 +81,7 @@ def _pretrain_base(corpus: dict[str, list[str]]) -> None:
     from nemo_cpt.demo import base
 
     say("A base to continue from: a small Llama-3.1-shaped model, pretrained on English alone with plain PyTorch")
+    # Of both languages: what the base lacks is Japanese, not the tokens to write it with.
     tokenizer = base.train_tokenizer(corpus["ja"] + corpus["en"])
     with bar("pretraining", BASE_STEPS) as progress:
         base.pretrain(corpus["en"], tokenizer, FOLDER / "base_hf", steps=BASE_STEPS, progress=progress)
@@ -152,6 +156,7 @@ def _evaluate(resumed_from: int) -> dict[str, Any]:
         }
 
     before, after, without = losses("base_hf"), losses("with_replay_hf"), losses("without_replay_hf")
+    # The validation ahead of the first step: the base's own loss.
     at_step0 = read_metrics(FOLDER / "runs" / "with_replay")[0]
     verified = json.loads((FOLDER / "with_replay_verified.json").read_text())
     return {

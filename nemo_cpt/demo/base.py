@@ -58,7 +58,7 @@ def pretrain(
         progress: called after each step with the step's number and its loss in nats per token.
         seq_length: tokens of a sequence.
         batch_size: sequences of a step.
-        lr: peak learning rate of a cosine to a tenth.
+        lr: peak learning rate, reached after a tenth of the steps; a cosine leads up to it and down from it.
         seed: of initial weights and order.
     """
     torch.manual_seed(seed)
@@ -110,6 +110,7 @@ def _batches(
     texts: list[str], tokenizer: PreTrainedTokenizerFast, seq_length: int, batch_size: int, seed: int
 ) -> Iterator[torch.Tensor]:
     """Batches [batch_size, seq_length] of token ids from random places of the documents, laid end to end."""
+    # As `prepare` lays out documents: an EOS behind each, no BOS before it.
     ids = [[*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id] for text in texts]
     stream = torch.tensor([token for document in ids for token in document])
     generator = torch.Generator().manual_seed(seed)

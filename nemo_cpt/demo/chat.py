@@ -43,6 +43,7 @@ def _prepare() -> None:
     say("The conversations that ship with the package: 300 questions and answers; a tenth is held out")
     for language in ("ja", "en"):
         source = str(files("nemo_cpt.demo") / "conversations" / f"{language}.jsonl")
+        # Held out by their questions: conversations have no field `text`.
         split(source, FOLDER / "chats" / language, validation=0.1, json_key="query", quiet=True)
         for part in ("train", "validation"):
             lines, output = FOLDER / "chats" / language / f"{part}.jsonl", FOLDER / "sft" / f"{language}_{part}"

@@ -37,6 +37,7 @@ def bar(title: str, total: int) -> Iterator[Callable[[int, float], None]]:
 @contextmanager
 def followed(run_folder: Path, total: int) -> Iterator[None]:
     """Show a run's steps from its metrics file while the block runs."""
+    # The job is another process: its metrics file tells how far it is.
     done = Event()
 
     def follow(progress: Callable[[int, float], None]) -> None:

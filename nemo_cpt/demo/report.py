@@ -7,6 +7,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from nemo_cpt.corpus.atomic_files import write_whole
+from nemo_cpt.page import drawing, png
+
 LANGUAGES = {"ja": "Japanese", "en": "English"}
 
 
@@ -28,26 +31,18 @@ def plot(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
         curves: the metrics lines of each run, by its label.
         path: PNG to write.
     """
-    import matplotlib
-
-    # Before pyplot: a CI machine has no display.
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(LANGUAGES), figsize=(9, 3.6), layout="constrained")
-    for axis, (language, title) in zip(axes, LANGUAGES.items(), strict=True):
-        for label, metrics in curves.items():
-            points = {m["step"]: m[f"val_loss_{language}"] for m in metrics if f"val_loss_{language}" in m}
-            axis.plot(list(points), list(points.values()), marker="o", markersize=3, label=label)
-        axis.set(title=f"{title}, held out", xlabel="step", ylabel="loss, nats per token")
-        axis.grid(alpha=0.3)
-    axes[0].legend()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    with drawing() as pyplot:
+        figure, axes = pyplot.subplots(1, len(LANGUAGES), figsize=(9, 3.6), layout="constrained")
+        for axis, (language, title) in zip(axes, LANGUAGES.items(), strict=True):
+            for label, metrics in curves.items():
+                points = {m["step"]: m[f"val_loss_{language}"] for m in metrics if f"val_loss_{language}" in m}
+                axis.plot(list(points), list(points.values()), marker="o", markersize=3, label=label)
+            axis.set(title=f"{title}, held out", xlabel="step", ylabel="loss, nats per token")
+            axis.grid(alpha=0.3)
+        axes[0].legend()
+        path.write_bytes(png(figure))
 
 
 def write(report: dict[str, Any], path: Path) -> None:
     """Write the report as JSON, whole or not at all."""
-    beside = path.with_suffix(".partial")
-    beside.write_text(json.dumps(report, indent=2) + "\n")
-    beside.replace(path)
+    write_whole(path, (json.dumps(report, indent=2) + "\n").encode())

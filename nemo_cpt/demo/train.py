@@ -46,6 +46,7 @@ def continually_pretrain(
     guards.check(recipe)
     run.run(recipe, direct=True)
     if export:
+        # Here, in the job's process, which has NeMo: its logits are compared with the export's.
         _export(Path(folder), name)
 
 
@@ -100,5 +101,5 @@ def _export(folder: Path, name: str) -> None:
     checkpoint = newest_whole(folder / "runs" / name / "checkpoints")
     assert checkpoint is not None, "a run that ended well has a checkpoint"
     export_hf(checkpoint.path, folder / f"{name}_hf", base=folder / "base_hf")
-    report = verify(checkpoint.path, folder / f"{name}_hf")
+    report = verify(checkpoint.path, folder / f"{name}_hf", logits=True)
     (folder / f"{name}_verified.json").write_text(json.dumps({"max_logit_difference": report.logits_difference}))

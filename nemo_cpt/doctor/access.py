@@ -76,7 +76,7 @@ def weights_and_biases(examination: Examination) -> Finding:
     environ = examination.environ
     mode = environ.get("WANDB_MODE", "").lower()
     wanted = examination.job is not None and examination.job.logs_to_wandb
-    # A container has neither this machine's netrc file.
+    # A container has neither this machine's netrc file nor its packages.
     if wanted and (examination.place.image is not None or not examination.place.same_files):
         return Finding("wandb", "skipped", "where the job runs, not here; WANDB_API_KEY is handed on where it is set")
     if find_spec("wandb") is None and wanted:

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from datetime import timedelta
+from typing import Any
 
 MARK = "DOCTOR"
 BYTES = 64 * 2**20
@@ -39,15 +40,15 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def _seconds_of_a_sum(values: object, torch: object, dist: object) -> float:
+def _seconds_of_a_sum(values: Any, torch: Any, dist: Any) -> float:
     """The fastest of three: the first also sets up the channels."""
     measured = []
     for _ in range(3):
-        dist.barrier()  # type: ignore[attr-defined]
+        dist.barrier()
         start = time.monotonic()
-        dist.all_reduce(values)  # type: ignore[attr-defined]
-        if values.is_cuda:  # type: ignore[attr-defined]
-            torch.cuda.synchronize()  # type: ignore[attr-defined]
+        dist.all_reduce(values)
+        if values.is_cuda:
+            torch.cuda.synchronize()
         measured.append(time.monotonic() - start)
     return min(measured)
 

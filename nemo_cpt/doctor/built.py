@@ -31,6 +31,7 @@ def job_of(recipe: Any, place: Place) -> Job | None:
     from nemo_cpt import planning
 
     trainer, log, data = (getattr(recipe, name, None) for name in ("trainer", "log", "data"))
+    # Any function may be a task; a training is told by these two.
     if not isinstance(trainer, run.Config) or not isinstance(log, run.Config):
         return None
     check_fields(recipe)
@@ -40,7 +41,8 @@ def job_of(recipe: Any, place: Place) -> Job | None:
     tokenizer = getattr(getattr(data, "tokenizer", None), "pretrained_model_name", None)
     read, replay = _mixtures(data)
     wandb = getattr(log, "wandb", None)
-    max_steps, interval = _number(trainer, "max_steps"), _number(trainer, "val_check_interval")
+    ckpt, max_steps = getattr(log, "ckpt", None), _number(trainer, "max_steps")
+    interval = _number(ckpt, "save_every") or _number(trainer, "val_check_interval")
     return Job(
         recipe=name,
         place=place,
@@ -62,7 +64,7 @@ def job_of(recipe: Any, place: Place) -> Job | None:
         global_batch_size=_number(data, "global_batch_size"),
         seq_length=_number(data, "seq_length"),
         max_steps=max_steps,
-        checkpoints=checkpoints_at_once(max_steps, interval, getattr(getattr(log, "ckpt", None), "save_top_k", 3)),
+        checkpoints=checkpoints_at_once(max_steps, interval, getattr(ckpt, "save_top_k", 3)),
         exports=next(
             (exports_kept(max_steps, each.every, each.keep) for each in callbacks if hasattr(each, "keep")), 0
         ),

@@ -31,6 +31,7 @@ def check_engine(image: str) -> None:
             "this user reach it (`docker ps` must work); DOCKER_HOST names another"
         ) from None
     with contextlib.closing(engine):
+        # Any other image Docker itself gets, from the registry that its name says.
         if image.startswith("localhost/"):
             try:
                 engine.images.get(image)

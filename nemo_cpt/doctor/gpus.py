@@ -30,10 +30,11 @@ def gpus(examination: Examination) -> Finding:
         cure = f"CUDA_VISIBLE_DEVICES={visible!r} hides them: unset it" if hidden else _elsewhere(len(seen))
         state: State = "error" if wanted else "skipped"
         return Finding("GPUs", state, f"{found}; the job takes {wanted}" if wanted else found, cure if wanted else "")
-    small = [gpu for gpu in seen[:wanted] if job and job.gpu_memory_gib and _gib(gpu.total_mib) < _enough(job)]
-    if small and job:
+    sold = job.gpu_memory_gib if job else None
+    small = [gpu for gpu in seen[:wanted] if sold and _gib(gpu.total_mib) < sold * AS_SOLD]
+    if small:
         cure = f"give the recipe gpu_memory_gib={_gib(small[0].total_mib):.0f}, or a larger card"
-        return Finding("GPUs", "error", f"{found}; the recipe is set for {job.gpu_memory_gib:g} GiB", cure)
+        return Finding("GPUs", "error", f"{found}; the recipe is set for {sold:g} GiB", cure)
     if any(gpu.mig for gpu in seen):
         return Finding("GPUs", "warning", f"{found}; in MIG mode", "a process sees one slice; NCCL joins no slices")
     return Finding("GPUs", "ok", found)
@@ -72,6 +73,7 @@ def fit(examination: Examination) -> Finding:
         return Finding("fit", "skipped", "the card is not known here: nemo-cpt plan RECIPE --gpu-memory 80")
     planned = plan_workload(job.workload(), room)
     old = [gpu for gpu in examination.visible_gpus[: job.gpus_here] if gpu.capability and gpu.capability < FP8_SINCE]
+    # Ahead of the memory: a smaller batch would not help.
     if planned.workload.fp8 and old:
         return Finding("fit", "error", f"the {old[0].name} has no fp8 products", "train with precision=bf16")
     if planned.fits:
@@ -97,10 +99,6 @@ def _described(gpus: Sequence[Gpu]) -> str:
         memory = f" {_gib(gpu.total_mib):.1f} GiB" if gpu.total_mib is not None else ""
         kinds[gpu.name + memory] = kinds.get(gpu.name + memory, 0) + 1
     return ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
-
-
-def _enough(job: object) -> float:
-    return getattr(job, "gpu_memory_gib", 0) * AS_SOLD
 
 
 def _gib(mib: int | None) -> float:

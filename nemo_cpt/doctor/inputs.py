@@ -10,7 +10,7 @@ from nemo_cpt.checkpoint.architecture import Architecture, read_architecture
 from nemo_cpt.checkpoint.base import carried_tokenizer
 from nemo_cpt.checkpoint.context import UNFINISHED
 from nemo_cpt.doctor.examination import Examination, Finding, from_error
-from nemo_cpt.doctor.job import Job
+from nemo_cpt.doctor.job import BESIDE_THE_BEST, Job
 from nemo_cpt.errors import CptError
 from nemo_cpt.planning import checkpoint_size
 from nemo_cpt.planning.from_scratch import size_warning
@@ -120,6 +120,7 @@ def vocabulary(examination: Examination) -> Finding:
         base = compatibility.read_base(weights)
         warnings = compatibility.check_tokenizer(base, job.tokenizer)
         warnings += compatibility.check_data(base, prefixes, job.unlike_base, job.tokenizer)
+        # A run that goes on has been through this; embeddings that are trained learn the tokens.
         if newest is None and job.lora_rank is not None and not job.trained_embeddings:
             warnings += compatibility.check_template(base, prefixes)
     except CptError as error:
@@ -130,7 +131,7 @@ def vocabulary(examination: Examination) -> Finding:
 
 
 def disk(examination: Examination) -> Finding:
-    """Whether the disk holds what the run will write: its best checkpoints and the one being written."""
+    """Whether the disk holds what the run will write: its best checkpoints, the last and the one being written."""
     job = examination.job
     if job and not _sees_files(examination):
         return Finding("disk", "skipped", _why_not(examination))
@@ -147,6 +148,7 @@ def disk(examination: Examination) -> Finding:
         architecture, job.lora_rank, job.trained_embeddings, on_cpu=job.gpus_per_node == 0
     )
     export = checkpoint_size.export_bytes(architecture)
+    # One at least: it is written before another is removed.
     needed = max(job.checkpoints - _already_there(job, checkpoint), 1) * checkpoint + job.exports * export
     found = f"{free / 1e9:,.1f} GB free for {folder}; up to {job.checkpoints} checkpoints of {checkpoint / 1e9:,.3g} GB"
     if job.exports:
@@ -156,8 +158,8 @@ def disk(examination: Examination) -> Finding:
     cure = f"free {(needed - free) / 1e9:,.1f} GB, or write elsewhere (directory=)"
     if job.exports:
         cure += ", or keep fewer exports (export_keep=1)"
-    kept = int((free - job.exports * export) // checkpoint) - 1  # one more is written before the worst is removed
-    if 1 <= kept < job.checkpoints - 1:
+    kept = int((free - job.exports * export) // checkpoint) - BESIDE_THE_BEST
+    if 1 <= kept < job.checkpoints - BESIDE_THE_BEST:
         cure += f", or keep fewer (log.ckpt.save_top_k={kept})"
     return Finding("disk", "error", found, cure)
 

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from nemo_cpt.planning import Workload
 
 
+BESIDE_THE_BEST = 2  # checkpoints: the last one, and the one that is written before that is removed
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a job runs.
@@ -101,7 +104,7 @@ class Job:
     global_batch_size: int = 0
     seq_length: int = 0
     max_steps: int = 0
-    checkpoints: int = 4
+    checkpoints: int = 5
     exports: int = 0
     attention_backend: str = "auto"
     logs_to_wandb: bool = False
@@ -129,7 +132,7 @@ class Job:
 
 
 def checkpoints_at_once(max_steps: int, interval: int, kept: int) -> int:
-    """Checkpoints on the disk at once: the best ones, and the one that is written before the worst is removed.
+    """Checkpoints on the disk at once: the best ones, the last, which may be none of them, and the one being written.
 
     Args:
         max_steps: of the run; 0 where it is not known.
@@ -137,7 +140,9 @@ def checkpoints_at_once(max_steps: int, interval: int, kept: int) -> int:
         kept: the recipe's `save_top_k`; negative for all.
     """
     written = max(-(-max_steps // max(interval, 1)), 1)
-    return written if kept < 0 else min(written if max_steps else kept + 1, kept + 1)
+    # Without the number of steps, as many as can ever lie there together.
+    most = kept + BESIDE_THE_BEST
+    return written if kept < 0 else min(written if max_steps else most, most)
 
 
 def exports_kept(max_steps: int, every: int | None, keep: int | None) -> int:

@@ -80,6 +80,7 @@ def _mounted(path: str, place: Place) -> tuple[str, str | None]:
         if ":" not in volume:  # it begins empty, and nobody finds it again
             continue
         source, target = volume.split(":")[:2]
+        # The innermost of several mounts is the one that a path is seen through.
         if inside.is_relative_to(target) and len(Path(target).parts) > longest:
             longest = len(Path(target).parts)
             found = volume, os.path.normpath(os.path.join(source, inside.relative_to(target)))

@@ -133,6 +133,7 @@ def join(
         What rank 0 printed (empty on other nodes than the first) and "", or None and what went wrong.
     """
     node = int(environ["NODE_RANK"]) if nodes > 1 else 0
+    # Of several nodes the user's own, which every node must have alike.
     meeting = {} if nodes > 1 else {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     shared = {"WORLD_SIZE": str(count * nodes), "LOCAL_WORLD_SIZE": str(count), "DOCTOR_SECONDS": str(seconds)}
     shared |= {"NCCL_DEBUG": environ.get("NCCL_DEBUG", "WARN"), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}

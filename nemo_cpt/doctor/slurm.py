@@ -66,6 +66,7 @@ def saving_in_time(examination: Examination) -> Finding:
     found = f"{needed}; Slurm leaves {', '.join(leaves)}"
     if window < needed.seconds:
         return Finding("saving", "warning", found, f"give executor.preempt_seconds={needed.window}, and time for it")
+    # Slurm's own word, which no argument of ours changes: a warning, not an error.
     if grace is not None and grace + kill_wait < needed.seconds:
         cure = "a preemption costs the steps since the last checkpoint: write more of them (val_check_interval=)"
         return Finding("saving", "warning", found, cure)
@@ -78,7 +79,7 @@ def _grace(partition: str | None) -> tuple[int, int | None]:
     shown = [line for line in _said("scontrol", "--oneliner", "show", "partition").splitlines() if line]
     chosen = [line for line in shown if _is_chosen(line, partition) and not re.search(r" PreemptMode=(OFF|N/A)", line)]
     periods = [int(found[1]) for line in chosen if (found := re.search(r" GraceTime=(\d+)", line))]
-    return int(kill_wait[1]) if kill_wait else 30, min(periods, default=None)
+    return int(kill_wait[1]) if kill_wait else 30, min(periods, default=None)  # 30 is Slurm's default
 
 
 def _is_chosen(line: str, partition: str | None) -> bool:
@@ -111,6 +112,7 @@ def _partitions() -> list[Partition]:
     found = []
     for line in _said("sinfo", "--noheader", "--format=%P|%a|%D|%G").splitlines():
         name, availability, nodes, resources = (part.strip() for part in line.split("|"))
+        # sinfo marks the default partition by a star.
         found.append(Partition(name.removesuffix("*"), name.endswith("*"), availability == "up", int(nodes), resources))
     return found
 

@@ -70,6 +70,7 @@ def torch_import(examination: Examination) -> Finding:
     """Whether torch imports, in a process of its own, and whether it sees the GPUs that the driver shows."""
     if not _this_environment(examination):
         return Finding("import torch", "skipped", f"the job on {examination.place.executor} uses its own")
+    # Looked for, not imported: an import in this process could end it.
     if find_spec("torch") is None:
         return Finding("import torch", "error", "torch is not installed", "pip install torch")
     answer, problem = _imported(TORCH)
@@ -186,6 +187,7 @@ def _of_package(package: Package, examination: Examination) -> Finding:
             return Finding(package.name, "skipped", "not installed; runs on the CPU do without")
         state: State = "warning" if package.optional and not (job and job.gpus_per_node) else "error"
         return Finding(package.name, state, "not installed", package.cure)
+    # NVIDIA's containers bring pre-releases of torch, such as 2.9.0a0.
     if installed in SpecifierSet(package.works, prereleases=True):
         return Finding(package.name, "ok", str(installed))
     why = f" ({package.otherwise})" if package.otherwise else ""

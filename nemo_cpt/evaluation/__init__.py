@@ -3,8 +3,9 @@
 Names are loaded when they are first used: importing this package imports neither torch nor transformers.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from nemo_cpt.importing import on_first_use
 
 if TYPE_CHECKING:
     from nemo_cpt.evaluation.bits_per_byte import TextLoss, documents_loss, sequences_loss
@@ -18,9 +19,4 @@ _HOMES = {
     "sequences_loss": "bits_per_byte",
 }
 __all__ = ["Report", "TextLoss", "documents_loss", "evaluate", "sequences_loss"]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f"nemo_cpt.evaluation.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = on_first_use(__name__, _HOMES)

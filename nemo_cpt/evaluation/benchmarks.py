@@ -170,6 +170,7 @@ def _results(
         names = ", ".join(task.name for task in group)
         say(f"{candidate.label}: {names}{'' if shots is None else f', {shots}-shot'}")
         merged = run(candidate, group, output, limit)
+        # Kept at once: what the next group of tasks does with the machine must not cost these results.
         for task in group:
             journal.keep(keys[task], {"model": candidate.label, "result": result_of(merged, task)})
     return [journal.get(keys[task])["result"] for task in tasks]  # type: ignore[index]
@@ -194,6 +195,7 @@ def run(candidate: Candidate, tasks: Sequence[Task], output: Path, limit: int | 
     Raises:
         CptError: it failed.
     """
+    # By content: another model of that name must not go on from this one's cache.
     folder = output / HARNESS / f"{candidate.key[:12]}-{key_of([asdict(task) for task in tasks], limit)[:12]}"
     make_folder(folder)
     # Appended to: an earlier attempt's words may say more than the last one's.
@@ -295,6 +297,7 @@ def _row(task: Task, metric: str, was: Any, now: Mapping[str, Any], result: Mapp
     errors = [each["stderr"] for each in (was, now) if each is not None]
     middle = now["value"] - (was["value"] if was else 0)
     low = high = None
+    # Some metrics have no standard error, such as corpus BLEU: then there is no interval.
     if None not in errors:
         # Variances of independent errors add up.
         reach = NORMAL_95 * math.hypot(*errors)

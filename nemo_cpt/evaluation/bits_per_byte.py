@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.compatibility import END_OF_TEXT, check_data, check_largest_id, read_base
 from nemo_cpt.corpus import full_prefix, read_index
 from nemo_cpt.errors import CptError
@@ -65,6 +66,7 @@ class TextLoss:
         return math.fsum(self.nats) / math.log(2) / sum(self.bytes)
 
 
+@checked
 def sequences_loss(
     engine: TransformersEngine,
     prefix: str | Path,
@@ -124,6 +126,7 @@ def whole_sequences(prefix: str | Path, seq_length: int) -> int:
     return (tokens - 1) // seq_length
 
 
+@checked
 def documents_loss(
     engine: TransformersEngine,
     texts: Iterable[str],
@@ -199,8 +202,9 @@ def rolling_windows(
     """
     whole, done = [first, *ids], 0
     while done < len(ids):
+        # A later window spends `overlap` of its tokens on what was predicted before, but its last token predicts, too.
         end = min(len(ids), done + window - overlap + 1 if done else window)
-        yield whole[max(0, end - window) if done else 0 : end], list(ids[done:end])
+        yield whole[max(0, end - window) : end], list(ids[done:end])
         done = end
 
 
@@ -227,6 +231,7 @@ def _window_nats(engine: TransformersEngine, batch: Sequence[tuple[int, list[int
 
 
 def _batch_rows(engine: TransformersEngine, width: int) -> int:
+    # By the logits, tokens x vocabulary in fp32: with small models they are the largest of all.
     return max(1, min(MOST_TOKENS, LOGITS_BYTES // 4 // _rows(engine)) // width)
 
 

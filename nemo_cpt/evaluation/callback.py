@@ -12,9 +12,8 @@ from nemo.utils import AppState
 
 from nemo_cpt.compatibility import read_base
 from nemo_cpt.errors import CptError
-from nemo_cpt.training.metrics import append_metrics
+from nemo_cpt.training.metrics import REPLIES_FILE, append_metrics
 
-REPLIES_FILE = "metrics/replies.jsonl"
 MULTIPLE = 16  # tokens that sequences are padded to, so that sequence parallelism can cut them
 
 
@@ -125,7 +124,6 @@ class EvaluateReplies(pl.Callback):
 
     def _next_tokens(self, pl_module: Any, vocabulary: int, rows: list[list[int]]) -> list[int]:
         """The most probable successor of each row. Padding stands on the right, where causal attention never looks."""
-        # Rounded up.
         width = -(-max(map(len, rows)) // MULTIPLE) * MULTIPLE
         tokens = torch.zeros(len(rows), width, dtype=torch.long)
         for at, row in enumerate(rows):

@@ -113,6 +113,7 @@ def find_candidates(
     for each in (model, against):  # both, before one is exported
         if each is not None:
             check_model(each)
+    # Step 0: in a series over a run's checkpoints it is what the training began with.
     before = [Candidate("before", str(against), options, 0, say)] if against is not None else []
     if run is None:
         return [*before, Candidate("after", str(model), options, None, say)]
@@ -154,6 +155,7 @@ def warnings_of(candidates: Sequence[Candidate]) -> list[str]:
     if first.has_chat_template != last.has_chat_template:
         with_it, without = (first, last) if first.has_chat_template else (last, first)
         found.append(f"{without.name} has no chat template, {with_it.name} has one")
+    # None is an endpoint's, which does not tell.
     if first.ends != last.ends and None not in (first.ends, last.ends):
         found.append(f"replies of {first.name} end with the ids {first.ends}, those of {last.name} with {last.ends}")
     if first.key == last.key and first is not last:

@@ -8,9 +8,11 @@ import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.corpus.progress import ProgressBar
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation import benchmarks
@@ -75,6 +77,7 @@ class Report:
     judged: dict[str, Any] | None = None
 
 
+@checked
 def evaluate(
     model: str | Path | None,
     output: str | Path,
@@ -133,6 +136,7 @@ def evaluate(
     options = {"base": base, "device": device, "api_key": api_key}
     # From here to the journal everything is looked at that can be refused: no model is loaded yet.
     candidates = find_candidates(model, against, checkpoints_of, options, say)
+    # Where nothing is named, what the run validated on and the shipped questions are meant.
     everything = not (losses or prompts or tasks or judge)
     asks = bool(prompts) or everything
     _refuse_unused(
@@ -150,6 +154,7 @@ def evaluate(
     texts = find_loss_sets(losses or own, candidates, run, limit, say)
     sets = [_limited(prompt_set(each, language), limit) for each in prompts or (_shipped(texts) if everything else [])]
     check_names([each.name for each in sets])
+    # One way for all models: replies to prompts in other words could not be compared.
     wrappers = wrappers or (["chat"] if all(each.has_chat_template for each in candidates) else ["none"])
     _check_conversations(candidates, sets, wrappers)
     questions = _judge_questions(judge, candidates, language or "ja", limit, say) if judge else []
@@ -287,7 +292,7 @@ class _Work:
                     engine, text.path, seq_length=text.seq_length, samples=text.samples, tell=bar.update
                 )
             return documents_loss(
-                engine, _first(read_documents(text.path), self.limit), window=self.window, tell=bar.update
+                engine, islice(read_documents(text.path), self.limit), window=self.window, tell=bar.update
             )
 
     def _replies(self, prompts: PromptSet, wrapper: str) -> list[Reply]:
@@ -312,13 +317,6 @@ class _Work:
                     bar.update(done := done + 1)
 
 
-def _first(documents: Iterator[str], limit: int | None) -> Iterator[str]:
-    for number, document in enumerate(documents):
-        if number == limit:
-            return
-        yield document
-
-
 def _wrapped(asked: Asked, wrapper: str, chat_template: bool) -> Prompt:
     if not isinstance(asked.prompt, str):
         return list(asked.prompt)
@@ -331,16 +329,23 @@ def _reply(record: Any) -> Reply:
 
 def _rows(found: Sequence[Measured], sets: Sequence[PromptSet], seed: int) -> Iterator[Row]:
     """The table: the first model against the last, or the only one alone."""
+    alike = _tokenized_alike(found)
     # Paired by place: both models were given the same sets in the same order.
-    before = [measure for _, measure in _measures(found[0], sets)] if len(found) > 1 else None
-    for number, (group, after) in enumerate(_measures(found[-1], sets)):
+    before = [measure for _, measure in _measures(found[0], sets, alike)] if len(found) > 1 else None
+    for number, (group, after) in enumerate(_measures(found[-1], sets, alike)):
         yield compare(group, before[number] if before else None, after, seed)
 
 
-def _measures(found: Measured, sets: Sequence[PromptSet]) -> Iterator[tuple[str, Measure]]:
-    """Every measure of a model with the name of its group, in the table's order."""
+def _tokenized_alike(found: Sequence[Measured]) -> set[str]:
+    """The sets of which every document, or sequence, has as many tokens for all models."""
+    tokens = {name: [list(each.losses[name].tokens) for each in found] for name in found[0].losses}
+    return {name for name, (first, *others) in tokens.items() if all(each == first for each in others)}
+
+
+def _measures(found: Measured, sets: Sequence[PromptSet], alike: set[str]) -> Iterator[tuple[str, Measure]]:
+    """Every measure of a model with the name of its group, in the table's order; see `_tokenized_alike`."""
     for name, loss in found.losses.items():
-        for measure in loss_measures(loss):
+        for measure in loss_measures(loss, comparable=name in alike):
             yield name, measure
     by_name = {each.name: each for each in sets}
     for (name, wrapper), replies in found.replies.items():
@@ -348,15 +353,23 @@ def _measures(found: Measured, sets: Sequence[PromptSet]) -> Iterator[tuple[str,
             yield f"{name} ({wrapper})", measure
 
 
-def loss_measures(loss: "TextLoss") -> Iterator[Measure]:
-    """Bits per byte, loss and perplexity, by unit."""
+def loss_measures(loss: "TextLoss", comparable: bool = True) -> Iterator[Measure]:
+    """Bits per byte, loss and perplexity, by unit.
+
+    Args:
+        loss: of a model on a set.
+        comparable: with the other model's by the token. Where a tokenizer has grown, a token holds more text: its loss
+            is higher also where the model is better.
+    """
     bits = [nats / math.log(2) for nats in loss.nats]
     yield ratio("bits per byte", bits, loss.bytes, better="lower", note=f"first token: {loss.first_token}")
-    nats = ratio("loss", loss.nats, loss.tokens, better="lower", unit="nats per token")
+    better: Literal["lower"] | None = "lower" if comparable else None
+    note = "" if comparable else "the models cut the text into other tokens: compare bits per byte"
+    nats = ratio("loss", loss.nats, loss.tokens, better=better, unit="nats per token", note=note)
     yield nats
     # e to 700 is still a float; a model that is worse has no number worth printing.
     yield Measure(
-        "perplexity", nats.units, lambda chosen: math.exp(min(nats.value(chosen), 700)), "lower", "of a token"
+        "perplexity", nats.units, lambda chosen: math.exp(min(nats.value(chosen), 700)), better, "of a token", note
     )
 
 
@@ -386,7 +399,8 @@ def language_measure(texts: Sequence[str], language: str) -> Measure:
 def _series(
     candidates: Sequence[Candidate], found: Sequence[Measured], sets: Sequence[PromptSet]
 ) -> list[dict[str, Any]]:
-    columns = [dict(((group, each.name), each) for group, each in _measures(one, sets)) for one in found]
+    alike = _tokenized_alike(found)
+    columns = [dict(((group, each.name), each) for group, each in _measures(one, sets, alike)) for one in found]
     steps = [each.step for each in candidates]
     return [
         {

@@ -12,6 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation import judge_prompts
 from nemo_cpt.evaluation.journal import Journal, key_of
@@ -100,6 +101,7 @@ def expected_cost(
     return _cost(asks, verdict_tokens, answers=models * sum(len(question.turns) for question in questions))
 
 
+@checked
 def run_judge(
     models: Mapping[str, Engine],
     judge: EndpointEngine,
@@ -269,6 +271,7 @@ class _Bench:
 
     def open(self, asks: Iterable[_Ask]) -> list[_Ask]:
         """Return those that the judge has yet to be asked, each once."""
+        # By the first attempt: further ones are for replies that nobody could read, which are not foreseen.
         keyed = {self._key(ask, 0): ask for ask in asks}
         return [ask for key, ask in keyed.items() if self._journal.get(key) is None]
 

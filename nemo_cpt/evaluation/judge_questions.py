@@ -56,6 +56,7 @@ def judge_questions(path: str | os.PathLike[str] | None = None, language: str = 
 
 def _parse(content: bytes, name: str) -> list[JudgeQuestion]:
     questions = dict[str, JudgeQuestion]()
+    # Editors on Windows begin files with a mark of UTF-8.
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
         if not line.strip():
             continue

@@ -95,6 +95,7 @@ class JudgeReport:
         found = dict[str, list[float]]()
         for verdict in self.verdicts:
             wanted = category in (None, verdict.category) and turn in (None, verdict.turn)
+            # A score is of one model; a preference names two, and what cannot be read is None.
             if wanted and verdict.models == (model,) and isinstance(verdict.value, float):
                 found.setdefault(verdict.question, []).append(verdict.value)
         return {question: fmean(values) for question, values in found.items()}

@@ -193,6 +193,7 @@ def _candidates(part: str, asked: str) -> tuple[str, ...]:
     east_asian, words = _EAST_ASIAN.findall(part), _LATIN_WORD.findall(part)
     if not east_asian:
         return _of_other_scripts(part, words, asked)
+    # By bytes, as sentences are weighed: a Han character is as much as three Latin letters.
     outweighed = sum(map(len, words)) > len("".join(east_asian).encode())
     if outweighed and _ENGLISH.search(part) and not _GRAMMAR.search(part):
         return ("en",)
@@ -381,11 +382,6 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tu
     middle = (share + spread / 2) / (1 + spread)
     half = math.sqrt(share * (1 - share) * spread + spread * spread / 4) / (1 + spread)
     return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def wrappers(chat_template: bool) -> tuple[Wrapper, ...]:
-    """Return the ways in which a model can be asked: `chat` takes a chat template."""
-    return WRAPPERS if chat_template else ("none", "system")
 
 
 def wrap(question: str, wrapper: str, asked: str, *, chat_template: bool) -> "Prompt":

@@ -108,6 +108,7 @@ def _loss_set(spec: str, candidates: Sequence[Candidate], run: Mapping[str, Any]
     name, equals, path = spec.partition("=")
     if not equals or not name or not path:
         raise CptError(f"a set is given as NAME=PATH, such as ja=ds/ja_validation, not {spec!r}")
+    # A dataset may be named by one of its files, too.
     if Path(path).is_file() and not path.endswith((".bin", ".idx")):
         return LossSet(name, path)
     # A mistyped file would be looked for as a Megatron prefix, and its message mislead.

@@ -1,5 +1,6 @@
 """What is measured of replies: against answers that are right, and by themselves."""
 
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -12,17 +13,25 @@ from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation.bootstrap import Measure, mean, percentile, ratio
 from nemo_cpt.inference.engine import Reply
 
-NORMALIZATION = "NFKC, lower case, without punctuation, symbols and blanks"
+NORMALIZATION = "NFKC, lower case, without blanks, punctuation and symbols, but for those of numbers: -1.5, 3/4"
 BLEU_TOKENIZERS = {"ja": "ja-mecab", "zh-tw": "zh", "zh-cn": "zh", "ko": "char", "th": "char"}
 _WORD = re.compile(
     r"[\u3041-\u30ff\u3400-\u9fff\uac00-\ud7a3\uf900-\ufaff]|[^\W_\u3041-\u30ff\u3400-\u9fff\uac00-\ud7a3]+"
 )
+_AS_TYPED = str.maketrans({"\N{MINUS SIGN}": "-", "\N{FRACTION SLASH}": "/"})
+# A sign before a number, which is no hyphen, and what stands between digits; not the comma, which thousands may lack.
+_OF_NUMBERS = re.compile(r"(?<![^\W_])-(?=\d)|(?<=\d)[./](?=\d)")
 
 
 def normalized(text: str) -> str:
-    """The text as exact match and character F1 compare it: NFKC, lower case, no punctuation, symbols or blanks."""
-    folded = unicodedata.normalize("NFKC", text).lower()
-    return "".join(char for char in folded if unicodedata.category(char)[0] not in "PSZC")
+    """The text as exact match and character F1 compare it: see `NORMALIZATION`.
+
+    A text of nothing but punctuation and symbols keeps them: "+" is not "-".
+    """
+    folded = unicodedata.normalize("NFKC", text).lower().translate(_AS_TYPED)
+    kept = {found.start() for found in _OF_NUMBERS.finditer(folded)}
+    chars = (char for at, char in enumerate(folded) if at in kept or unicodedata.category(char)[0] not in "PSZC")
+    return "".join(chars) or "".join(folded.split())
 
 
 def exact_match(reply: str, answers: Sequence[str]) -> float:
@@ -56,7 +65,7 @@ def _words(text: str) -> list[str]:
 
 def _rouge_l(reply: list[str], answer: list[str]) -> float:
     if not reply or not answer:
-        return float(reply == answer)
+        return 0.0
     return 2 * _common_subsequence(reply, answer) / (len(reply) + len(answer))
 
 
@@ -127,13 +136,14 @@ def _sacrebleu_name(metric: Any) -> str:
 def reply_measures(replies: Sequence[Reply]) -> Iterator[Measure]:
     """What replies are by themselves: how long, how many cut off, how fast.
 
-    Replies share the time of the batch that they are in, so that times have no interval.
+    Replies share the time of the batch that they are in, so that times have no interval. Where an endpoint does not
+    count its tokens, what is reckoned with them is not defined.
     """
     lengths = [len(reply.text) for reply in replies]
     yield mean("length", lengths, unit="characters")
     cut = [100 * (reply.finish_reason == "length") for reply in replies]
     yield mean("cut off at the most tokens", cut, better="lower", unit="%")
-    tokens = [reply.completion_tokens for reply in replies]
+    tokens = [reply.completion_tokens if reply.completion_tokens or not reply.text else math.nan for reply in replies]
     yield mean("tokens of a reply", tokens)
     seconds = [reply.seconds for reply in replies]
     first = [reply.first_token_seconds for reply in replies]

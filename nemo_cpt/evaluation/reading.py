@@ -66,6 +66,7 @@ def prompt_set(spec: str, language: str | None = None) -> PromptSet:
         CptError: there is no such file, it is empty, or a line is no prompt.
     """
     check_language(language)
+    # A file's own name may hold an equals sign.
     named, _, path = ("", "", spec) if "=" not in spec or Path(spec).is_file() else spec.partition("=")
     # A file or folder of that name in the current folder is meant, where there is one.
     if not named and spec in SHIPPED and not Path(spec).exists():

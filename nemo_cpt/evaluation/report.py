@@ -1,6 +1,7 @@
 """An evaluation's report: report.json, report.html (one file that opens offline) and report.png."""
 
 import html
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -52,8 +53,9 @@ def cells(row: Row) -> tuple[str, ...]:
 def _number(value: float | None, sign: bool = False) -> str:
     if value is None:
         return ""
-    # About four figures, which is more than the intervals allow.
-    digits = 3 if abs(value) < 10 else 2 if abs(value) < 100 else 1
+    # About four figures, which is more than the intervals allow; of small differences two, or a sure one would be 0.
+    size = math.floor(math.log10(abs(value))) if value else 0
+    digits = min(max(1 - size, 3), 9) if size < 1 else 2 if size < 2 else 1
     return f"{value:{'+' if sign else ''},.{digits}f}"
 
 

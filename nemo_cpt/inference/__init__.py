@@ -4,8 +4,9 @@
 OpenAI-compatible server) and returns an `Engine`. Importing this package imports neither torch nor transformers.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from nemo_cpt.importing import on_first_use
 
 if TYPE_CHECKING:
     from nemo_cpt.inference.engine import Engine, Message, Piece, Prompt, Reply, Sampling
@@ -22,10 +23,4 @@ _HOMES = {
     "open_engine": "models",
 }
 __all__ = ["Engine", "Message", "Piece", "Prompt", "Reply", "Sampling", "hugging_face_folder", "open_engine"]
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name on first use."""
-    if name in _HOMES:
-        return getattr(import_module(f"nemo_cpt.inference.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = on_first_use(__name__, _HOMES)

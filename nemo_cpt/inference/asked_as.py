@@ -75,6 +75,7 @@ def reply_warnings(folder: Path) -> list[str]:
         if has_chat_template(folder):
             text, number = load_template(OWN, tokenizer).stop
             of = "answers of its chat template"
+        # Base models end texts with another token than chats end turns: these ends are a tuned model's.
         elif lost := [text for text in TURN_ENDS if tokenizer.special.get(text) in ends]:
             return [
                 f"{folder} ends replies at {lost[0]}, as chat templates write it, and has no chat template: a tuned "

@@ -53,6 +53,12 @@ class Side:
         return path.name if path.parent.exists() else self.engine.name
 
 
+def titles(sides: list[Side]) -> list[str]:
+    """The models' names as short as they tell the models apart: two may be the last folders of two paths."""
+    short = [side.title for side in sides]
+    return short if len(set(short)) == len(short) else [side.engine.name for side in sides]
+
+
 class Chat:
     """The state of a conversation and its commands.
 
@@ -102,7 +108,7 @@ class Chat:
             except CptError as error:
                 if not self.interactive:  # on stdout it would pass for a reply
                     raise
-                self.console.print(f"[red]{escape(str(error))}[/red]", highlight=False)
+                self.console.print(f"[red]{escape(str(error))}[/red]", highlight=False, soft_wrap=True)
 
     def _command(self, text: str) -> None:
         name, _, value = text.partition(" ")
@@ -122,6 +128,7 @@ class Chat:
             self.sampling = replace(self.sampling, seed=self.sampling.seed + 1)
             for side in self.sides:
                 told = [Message(role="user", content=text), Message(role="assistant", content=side.reply)]
+                # A question without any answer would leave two of the user's turns in a row, which templates refuse.
                 side.history += told if side.reply else []
 
     def _asked(self, side: Side, text: str) -> tuple[Prompt, Sampling]:
@@ -145,6 +152,7 @@ class Chat:
     def _show_side_by_side(self, question: str, streams: list[Iterator[Piece]]) -> None:
         try:
             with Live(console=self.console, refresh_per_second=8, transient=True) as live:
+                # In turn, a piece of each: both seem to speak at once, and the shorter one has ended.
                 for pieces in zip_longest(*streams):
                     for side, piece in zip(self.sides, pieces, strict=True):
                         side.reply += piece.text if piece else ""
@@ -154,10 +162,13 @@ class Chat:
 
     def _side_by_side(self, question: str | None = None, newest: bool = False) -> Table:
         """The replies in columns; only the newest lines of each, as many as the terminal has, while they grow."""
-        table = Table(*(escape(side.title) for side in self.sides), expand=True)
+        # Room for the terminal's ^C behind the last line: in a line of its own, it would not be drawn over.
+        table = Table(width=self.console.width - len("^C"))
+        for title in titles(self.sides):
+            table.add_column(escape(title), ratio=1, overflow="fold")
         replies = [Text(side.reply.translate(_CONTROLS)) for side in self.sides]
         if newest:
-            rows, width = self.console.height - _AROUND_REPLIES, self.console.width // len(replies) - 4
+            rows, width = self.console.height - _AROUND_REPLIES, self.console.width // len(replies) - 5
             replies = [Text("\n").join(reply.wrap(self.console, max(width, 1))[-rows:]) for reply in replies]
         table.add_row(*replies)
         if question is not None and self.language_of is not None:
@@ -191,7 +202,7 @@ class Chat:
             path.write_text(json.dumps(told, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise CptError(f"{value} cannot be written: {error.strerror}") from None
-        self.console.print(f"[dim]written to {escape(value)}[/dim]")
+        self.console.print(f"[dim]written to {escape(value)}[/dim]", soft_wrap=True)
 
 
 def typed_lines(prompt: str) -> Iterator[str]:

@@ -11,6 +11,7 @@ from typing import Any, cast
 import httpx
 import openai
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.errors import CptError
 from nemo_cpt.inference.engine import FinishReason, Message, Piece, Prompt, Reply, Sampling, check_messages
 from nemo_cpt.urls import public_url
@@ -37,6 +38,7 @@ class EndpointEngine:
         CptError: the server does not answer, or lists several models and none was named.
     """
 
+    @checked
     def __init__(
         self, url: str, model: str | None = None, *, api_key: str | None = None, concurrency: int = 16,
         timeout: float = 600, retries: int = 5, limited: bool = True,
@@ -77,12 +79,14 @@ class EndpointEngine:
         """None: how a server's tokens count is its own matter; it answers what does not fit with an error."""
         return None
 
+    @checked
     def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[Piece]:
         """Yield one reply's pieces as they come; closing the iterator closes the connection."""
         for part in self._parts(prompt, sampling):
             if part.text or part.reason:
                 yield Piece(part.text, _reason(part.reason) if part.reason else None)
 
+    @checked
     def generate(self, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[tuple[int, Reply]]:
         """Yield each prompt's index and reply, in the order in which they end; after an error, those under way too."""
         # One that failed halts those not yet begun: a wrong key or a full quota fails for all of them.
@@ -118,6 +122,7 @@ class EndpointEngine:
             try:
                 return self._streamed_reply(prompt, sampling)
             except BrokenOffError:
+                # As OpenAI's client waits, which does not see that a stream broke off.
                 time.sleep(min(0.5 * 2**attempt, 8))
         return self._streamed_reply(prompt, sampling)
 

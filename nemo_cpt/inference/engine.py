@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypedDict
+from typing import Literal, Protocol, TypedDict, runtime_checkable
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.errors import CptError
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -20,6 +21,7 @@ class Message(TypedDict):
 Prompt = str | Sequence[Message]  # text to continue, or a conversation that the chat template renders
 
 
+@checked
 @dataclass(frozen=True)
 class Sampling:
     """How a reply is drawn.
@@ -132,6 +134,7 @@ class BrokenModelError(CptError):
     """A model computes NaN."""
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Something that replies. Not safe for several threads at once, unless it says so."""
 

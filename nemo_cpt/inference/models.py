@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.cache import cache_folder
 from nemo_cpt.checkpoint import export_hf
 from nemo_cpt.checkpoint.context import RUN_JSON
+from nemo_cpt.checkpoint.folders import refuse_adapter
 from nemo_cpt.errors import CptError, near_paths
 from nemo_cpt.inference.asked_as import check_template_choice, reply_warnings, template_text
 from nemo_cpt.inference.engine import Engine
@@ -38,6 +40,7 @@ class Found:
     name: str
 
 
+@checked
 def open_engine(
     model: str | Path,
     *,
@@ -72,6 +75,7 @@ def open_engine(
     return open_transformers(model, base=base, say=say, **options)
 
 
+@checked
 def open_transformers(
     model: str | Path, *, base: str | Path | None = None, template: str | None = None,
     say: Callable[[str], None] = lambda line: None, **options: Any,
@@ -102,6 +106,7 @@ def open_transformers(
     return engine
 
 
+@checked
 def hugging_face_folder(
     model: str | Path, *, base: str | Path | None = None, say: Callable[[str], None] = lambda line: None
 ) -> Path:
@@ -109,6 +114,7 @@ def hugging_face_folder(
     return find_model(model, base=base, say=say).folder
 
 
+@checked
 def find_model(
     model: str | Path, *, base: str | Path | None = None, say: Callable[[str], None] = lambda line: None
 ) -> Found:
@@ -144,6 +150,7 @@ def check_model(model: str | Path) -> None:
         raise CptError(f"there is no model at {model}{near_paths(path) or _advice(str(model))}")
     if (path / "config.json").is_file() or (path / "weights").is_dir() or (path / "checkpoints").is_dir():
         return
+    refuse_adapter(path)
     found = ", ".join(sorted(each.name for each in path.iterdir())[:6]) if path.is_dir() else "a file"
     raise CptError(
         f"{path} is neither a Hugging Face folder (config.json) nor a NeMo checkpoint (weights/) nor a run's folder "
@@ -158,6 +165,7 @@ def _of_run(run: Path, base: str | Path | None, say: Callable[[str], None]) -> F
         try:
             return Found(_exported(newest.path, base, say), f"{run} at step {newest.step}")
         except CptError:
+            # The checkpoint is still there: it is at fault, and not the run that goes on.
             if _newest(run).path == newest.path:
                 raise
             say(f"the run has replaced {newest.path.name} meanwhile")
@@ -185,7 +193,6 @@ def _exported(checkpoint: Path, base: str | Path | None, say: Callable[[str], No
         say(f"its export is in the cache: {export}")
         return export
     say(f"exporting {checkpoint} into the cache: {export}")
-    export.parent.mkdir(parents=True, exist_ok=True)
     try:
         export_hf(checkpoint, export, base)
     except CptError:

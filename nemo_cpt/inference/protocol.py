@@ -162,7 +162,8 @@ def _message(number: int, given: dict[str, Any]) -> Message:
         del fields["type"]
     if others := sorted(fields.keys() - {"role", "content"}):
         raise CptError(f"messages[{number}] has {', '.join(others)}; the chat template is given role and content alone")
-    role, content = fields.get("role", ""), fields.get("content", "")
+    role: Any = fields.get("role", "")
+    content: Any = fields.get("content")
     if isinstance(content, list):
         parts = [
             each.get("text") if isinstance(each, dict) and each.get("type") == "text" else None for each in content
@@ -207,6 +208,7 @@ class NemoRequest(_Body):
 
     def sampling(self) -> list[Sampling]:
         """How the reply to each sentence is drawn."""
+        # NeMo takes top_p 0 for no limit, which is 1 here.
         seed = self.random_seed if self.random_seed is not None else random_seed()
         return [
             Sampling(
@@ -230,6 +232,7 @@ def event(content: dict[str, Any]) -> str:
 
 def usage(requests: Sequence[Request], choices_a_prompt: int) -> dict[str, int]:
     """Tokens; a prompt with several choices counts once."""
+    # A prompt's choices stand one behind the other.
     prompt = sum(len(each.ids) for each in requests[::choices_a_prompt])
     reply = sum(each.tokens for each in requests)
     return {"prompt_tokens": prompt, "completion_tokens": reply, "total_tokens": prompt + reply}

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import queue
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from nemo_cpt.inference.decoding import Decoder, Request
@@ -54,10 +54,13 @@ class Scheduler:
         most_rows: requests in the batch at once.
         batch_tokens: tokens of prompts and replies, padding included, that the batch may come to hold.
         most_waiting: requests in the queue; more are refused.
+        ended: called with each request as it leaves the batch, however that came, before its client hears of it.
     """
 
-    def __init__(self, decoder: Decoder, most_rows: int, batch_tokens: int, most_waiting: int) -> None:
-        self.decoder, self.most_rows, self.batch_tokens = decoder, most_rows, batch_tokens
+    def __init__(
+        self, decoder: Decoder, most_rows: int, batch_tokens: int, most_waiting: int, ended: Callable[[Request], None]
+    ) -> None:
+        self.decoder, self.most_rows, self.batch_tokens, self._ended = decoder, most_rows, batch_tokens, ended
         # Bounded: beyond that, a client is better told to come back than kept waiting.
         self.most_waiting = most_waiting
         self._waiting: queue.Queue[Ticket | None] = queue.Queue(most_waiting)
@@ -110,6 +113,7 @@ class Scheduler:
             for ticket in [each for each in self._running.values() if each.gone]:
                 self.decoder.cancel(ticket.request)
                 del self._running[ticket.request]
+                self._ended(ticket.request)
             try:
                 joining = self._joining()
                 self._hand_out(self.decoder.add([ticket.request for ticket in joining]) if joining else [])
@@ -130,6 +134,7 @@ class Scheduler:
                     return joining
             if self._next is not None and self._next.gone:
                 self._next = None
+            # The next in turn is waited for, though a shorter one behind it would fit: none waits for ever.
             elif self._next is None or not self._fits(self._next.request):
                 return joining
             else:
@@ -147,13 +152,16 @@ class Scheduler:
 
     def _hand_out(self, pieces: list[tuple[Request, Piece]]) -> None:
         for request, piece in pieces:
-            self._running[request].give(piece)
+            ticket = self._running[request]
             if piece.finish_reason:
                 del self._running[request]
+                self._ended(request)
+            ticket.give(piece)
 
     def _fail(self, error: Exception) -> None:
         for request, ticket in self._running.items():
             self.decoder.cancel(request)
+            self._ended(request)
             ticket.give(error)
         self._running.clear()
         if self._closing and self._next is not None:

@@ -61,8 +61,9 @@ def make_app(
         nemo_api: answer `PUT /generate` too.
         hosts: the names that requests may go by (`hosts.names_to_answer`); None for every name.
     """
-    scheduler = Scheduler(engine.decoder(), most_rows, batch_tokens, most_waiting)
-    metrics = _Metrics(scheduler)
+    metrics = _Metrics()
+    scheduler = Scheduler(engine.decoder(), most_rows, batch_tokens, most_waiting, metrics.count)
+    metrics.watch(scheduler)
     service = _Service(engine, served_as, scheduler, metrics)
 
     @contextlib.asynccontextmanager
@@ -92,16 +93,28 @@ def serve(app: FastAPI, listener: socket.socket, *, log_requests: bool = False) 
     # uvicorn raises the signal once more when it is done, with these: to be told to stop is no failure.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    uvicorn.Server(configuration(app, log_requests)).run([listener])
+
+
+def configuration(app: FastAPI, log_requests: bool = False) -> uvicorn.Config:
+    """How uvicorn runs the application.
+
+    Args:
+        app: the application.
+        log_requests: print each request's address, path and status.
+    """
     config = uvicorn.Config(
         app, log_level="warning", access_log=log_requests, timeout_graceful_shutdown=SECONDS_TO_FINISH
     )
-    uvicorn.Server(config).run([listener])
+    if log_requests:  # `log_level` holds for this logger too, and it speaks below it
+        logging.getLogger("uvicorn.access").setLevel(logging.INFO)
+    return config
 
 
 class _Metrics:
     """What /metrics tells Prometheus."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self) -> None:
         self.registry = registry = prometheus.CollectorRegistry()
         counter, histogram = prometheus.Counter, prometheus.Histogram
         self.answers = counter("nemo_cpt_answers", "Answers by path and status.", ["path", "status"], registry=registry)
@@ -109,16 +122,22 @@ class _Metrics:
         self.reply_tokens = counter("nemo_cpt_reply_tokens", "Tokens of replies.", registry=registry)
         self.first_token = histogram("nemo_cpt_first_token_seconds", "From request to first token.", registry=registry)
         self.seconds = histogram("nemo_cpt_reply_seconds", "From request to the reply's end.", registry=registry)
+
+    def watch(self, scheduler: Scheduler) -> None:
+        """Tell of a queue and its batch as they are when they are asked for."""
         for name, value in (("waiting", lambda: scheduler.waiting), ("running", lambda: scheduler.running)):
-            gauge = prometheus.Gauge(f"nemo_cpt_requests_{name}", f"Requests that are {name}.", registry=registry)
+            gauge = prometheus.Gauge(f"nemo_cpt_requests_{name}", f"Requests that are {name}.", registry=self.registry)
             gauge.set_function(value)
 
     def count(self, request: decoding.Request) -> None:
-        """Count a request that has ended."""
+        """Count a request that leaves the batch: the tokens in any case, the times of a reply that came to its end."""
+        if not request.tokens:  # it failed with its prompt
+            return
         self.prompt_tokens.inc(len(request.ids))
         self.reply_tokens.inc(request.tokens)
-        self.first_token.observe((request.first_token or time.monotonic()) - request.started)
-        self.seconds.observe(time.monotonic() - request.started)
+        if request.finish_reason in ("stop", "length"):
+            self.first_token.observe(request.first_token - request.started)
+            self.seconds.observe(time.monotonic() - request.started)
 
 
 class _Guard:
@@ -133,6 +152,8 @@ class _Guard:
         """Answer one request."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        if scope["method"] == "HEAD":  # of load balancers; uvicorn, whose own scope stays as it is, sends no body
+            scope = {**scope, "method": "GET"}
         begun = False
 
         async def counted(message: Message) -> None:
@@ -179,7 +200,9 @@ async def _explain(request: Request, error: Exception) -> Response:
 
 async def _explain_path(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}").answer()
+    answer = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}").answer()
+    answer.headers.update(error.headers or {})  # Allow, of 405
+    return answer
 
 
 async def _explain_fields(request: Request, error: Exception) -> Response:
@@ -230,7 +253,7 @@ class _Service:
         engine: the model.
         served_as: its name in requests.
         scheduler: the queue and the batch.
-        metrics: told of each request that ends.
+        metrics: what /metrics shows.
     """
 
     def __init__(self, engine: TransformersEngine, served_as: str, scheduler: Scheduler, metrics: _Metrics) -> None:
@@ -344,7 +367,6 @@ class _Service:
             for ticket in tickets:
                 async for _ in ticket:
                     pass
-                self.metrics.count(ticket.request)
 
         # Starlette tells of a client that has gone only to who asks; else its replies would fill the batch to their
         # end.
@@ -393,9 +415,7 @@ class _Service:
                     return
                 if piece.text or piece.finish_reason or piece.logprobs:
                     yield event(form.envelope([form.part(number, piece)], streamed=True) | without)
-                if piece.finish_reason:
-                    going_on -= 1
-                    self.metrics.count(tickets[number].request)
+                going_on -= bool(piece.finish_reason)
             if body.usage_at_end:
                 counts = usage([each.request for each in tickets], body.n)
                 yield event(form.envelope([], streamed=True) | {"usage": counts})

@@ -26,6 +26,6 @@ class TokenBytes:
             return b""
         if self.byte_level:
             return b"".join(bytes([self.byte_of[each]]) if each in self.byte_of else each.encode() for each in piece)
-        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):  # sentencepiece's fallback, <0xE3>
             return bytes.fromhex(piece[3:5])
         return piece.replace(BLANK, " ").encode()

@@ -15,6 +15,7 @@ with patch.object(transformers_utils, "is_sklearn_available", lambda: False):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.generation import candidate_generator  # noqa: F401
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.checkpoint.transformers_config import transformers_config
 from nemo_cpt.errors import CptError
 from nemo_cpt.inference.decoding import Decoder, Request
@@ -39,6 +40,7 @@ class TransformersEngine:
         CptError: the folder cannot be loaded.
     """
 
+    @checked
     def __init__(
         self, folder: str | Path, *, device: str | None = None, dtype: str = "auto", chat_template: str | None = None,
         name: str | None = None,
@@ -118,6 +120,7 @@ class TransformersEngine:
         """A new, empty batch."""
         return Decoder(self.network, self.tokenizer, self.end_ids, self.context_length)
 
+    @checked
     def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[Piece]:
         """Yield one reply's pieces as they come; closing the iterator ends the reply."""
         decoder, request = self.decoder(), self.request(prompt, sampling)
@@ -128,6 +131,7 @@ class TransformersEngine:
                 return
             pieces = decoder.step()
 
+    @checked
     def generate(self, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[tuple[int, Reply]]:
         """Yield each prompt's index and reply, in the order in which they end.
 

@@ -64,7 +64,6 @@ class VllmServer:
         if Path(self.template).is_file():
             return Path(self.template).resolve()
         file = cache_folder("chat_templates") / f"{self.template}{'-bos' if 'bos_token' in text else ''}.jinja"
-        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
         return file
 

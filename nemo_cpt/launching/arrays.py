@@ -73,6 +73,7 @@ def check_executor(executor: Any, detach: bool = False) -> None:
         raise CptError(
             "--tasks with slurm(tunnel=ssh(...)): the inputs are read here; run the command on the login node"
         )
+    # A task is one process: more of them would each make the whole part.
     if executor.nodes > 1 or executor.ntasks_per_node > 1 or executor.chain > 1 or executor.array:
         raise CptError(
             "--tasks makes an array of jobs of one process each: leave executor.nodes, tasks_per_node, chain and array "
@@ -113,9 +114,11 @@ def run_array(array: Array, executor: Any, detach: bool = False) -> str:
     try:
         with run.Experiment(title, executor=executor, enable_goodbye_message=False) as experiment:
             logs = Path(experiment._exp_dir)
+            # Before anything is submitted: a second command must find out that these are at work.
             (array.folder / EXPERIMENT).write_text(experiment._id)
             (_add_to_slurm if isinstance(executor, SlurmJob) else _add_processes)(experiment, array, executor)
             experiment.run(detach=detach)
+    # Told to stop: it is no task's failure, whose log would have to be shown.
     except StoppedEarlyError:
         raise
     except CptError as error:
@@ -151,6 +154,7 @@ def _add_to_slurm(experiment: Any, array: Array, executor: Any) -> None:
         tasks.array = as_ranges(array.numbers)
         if tasks.preempt_seconds is None:
             tasks.give_time_to_save(STOP_SECONDS)
+        # One job of many tasks: Slurm starts and counts them, and the shell puts each one's number in.
         before = [experiment.add(_script(array.task, array.folder, "$SLURM_ARRAY_TASK_ID"), tasks, name="tasks")]
     join = executor.clone()
     if join.preempt_seconds is None:

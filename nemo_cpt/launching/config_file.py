@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from nemo_cpt import catalog
+from nemo_cpt.arguments import checked
 from nemo_cpt.catalog.build import build_recipe
 from nemo_cpt.errors import CptError
 from nemo_cpt.launching.executor import make_executor
@@ -47,6 +48,7 @@ class ConfigFile:
     pairs: list[str]
 
 
+@checked
 def load_config(path: str | Path, *overrides: str) -> tuple[Any, Any]:
     """Make the recipe and the executor of a configuration file, for `run.run(recipe, executor=executor)`.
 
@@ -76,6 +78,7 @@ def read_config(path: str | Path) -> ConfigFile:
     """
     values: dict[str, str] = {}
     mappings: list[tuple[str, str]] = []
+    # Nodes, not values: a key that stands twice, and 4:00:00 as it was written, are lost in values.
     for key, node in _lines(path):
         if key in values:
             raise CptError(f"{path}: {key} stands twice")
@@ -176,6 +179,7 @@ def written(function: catalog.Function, pairs: Sequence[str], executor: str = "l
             lines.append(_line(name, _plain(given[name])))
         elif parameter.default is None:
             lines.append(f"{name}:  # required")
+        # Written out, and not as a comment: which data are trained on is what people edit first.
         elif name == "data" and (data := catalog.default_data(function)) is not None:
             lines.append(_line(name, _plain(data)))
         else:
@@ -228,6 +232,7 @@ def _may_be_plain(text: str) -> bool:
         yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError:
         return False
+    # Marks that may mean something where this text is put, in a list or behind a key, though not alone.
     return text.isprintable() and text == text.strip() and not set(text) & set("#,[]{}&*!|>%@`")
 
 

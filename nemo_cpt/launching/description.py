@@ -112,7 +112,8 @@ def describe(
         max_steps=given["max_steps"],
         checkpoints=checkpoints_at_once(
             given["max_steps"],
-            int(given.get("val_check_interval") or max(given["max_steps"] // 10, 1)),
+            # As `instruction_tune` has it where nothing is given.
+            int(given.get("save_every") or given.get("val_check_interval") or max(given["max_steps"] // 10, 1)),
             int(given.get("save_top_k", 3)),
         ),
         exports=exports_kept(given["max_steps"], given.get("export_every"), given.get("export_keep")),
@@ -136,6 +137,7 @@ def _check_options(given: Mapping[str, Any], data: Any, where: Place) -> None:
         CptError: as the readers.
     """
     training_options.read_precision(given.get("precision") or "bf16", given.get("bf16_layers") or 0)
+    training_options.check_state_precision(given.get("state_precision") or "fp32")
     training_options.check_extend(given.get("extend"))
     check_unlike_base(given.get("unlike_base") or ())
     check(Settings(limit_val_batches=given.get("limit_val_batches")))
@@ -160,6 +162,7 @@ def _check_options(given: Mapping[str, Any], data: Any, where: Place) -> None:
 def _tokenizer_folder(given: Mapping[str, Any]) -> Path | None:
     """The run's tokenizer: what is given, else the base's; None where that is not a folder here."""
     if given.get("tokenizer") is not None:
+        # Else it is the hub's name of one, which is not asked for here.
         return folder if (folder := Path(str(given["tokenizer"]))).is_dir() else None
     return carried_tokenizer(Path(str(given["base"]))) if given.get("base") else None
 
@@ -173,6 +176,7 @@ def _settings(given: Mapping[str, Any], model: Mapping[str, Any], on_cpu: bool) 
         known["gpus_per_node"] = given["processes"]
     elif known["sequence_parallel"] is None:  # the recipes share sequences wherever they cut layers
         known["sequence_parallel"] = (given.get("tensor_model_parallel_size") or 1) > 1
+    # Stages of unequal size have rules of their own, which Megatron checks.
     if any(model.get(name) for name in UNEVEN_STAGES):
         known["num_layers"] = None
     return Settings(**known)

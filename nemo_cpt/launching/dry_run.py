@@ -6,6 +6,7 @@ from typing import Any
 from nemo_cpt.catalog import Function
 from nemo_cpt.doctor import Job
 from nemo_cpt.errors import CptError
+from nemo_cpt.output import span
 from nemo_cpt.training.run_folder import newest_whole
 
 
@@ -29,6 +30,7 @@ def rows(
     """
     yield "recipe", f"{function.name}: {function.summary}"
     yield from _changed(function, arguments, fields)
+    # As the executor has it, which decides, and not the recipe.
     processes = where.nnodes() * where.nproc_per_node()
     nodes = f" on {where.nnodes()} nodes" if where.nnodes() > 1 else ""
     kind = "GPU" if job.gpus_per_node else "CPU process"
@@ -45,8 +47,12 @@ def rows(
 
 
 def _changed(function: Function, arguments: Mapping[str, Any], fields: Sequence[str]) -> Iterator[tuple[str, str]]:
-    plain = {name: value for name, value in arguments.items() if name not in ("base", "data")}
-    texts = [f"{name}={value} (default {_default(function, name)})" for name, value in plain.items()]
+    defaults = {name: _default(function, name) for name in arguments if name not in ("base", "data")}
+    texts = [
+        f"{name}={arguments[name]} (default {default})"
+        for name, default in defaults.items()
+        if repr(arguments[name]) != default
+    ]
     if texts or fields:
         yield "changed", ", ".join([*texts, *fields])
 
@@ -86,4 +92,4 @@ def _plan(job: Job) -> Iterator[tuple[str, str]]:
         return
     speed = plan.speed
     yield "memory", plan.verdict
-    yield "speed", f"{speed.tokens_per_second:,.0f} tokens/s, {speed.hours(plan.tokens):.1f} hours ({speed.error})"
+    yield "speed", f"{speed.tokens_per_second:,.0f} tokens/s, {span(speed.hours(plan.tokens) * 3600)} ({speed.error})"

@@ -64,6 +64,7 @@ def _from_file(file: Path, function: str) -> Any:
     try:
         executor = getattr(module, function)()
         check_executor(executor)
+    # Of the user's own code, which may raise anything.
     except Exception as error:
         said = error.message if isinstance(error, CptError) else f"{type(error).__name__}: {error}"
         raise CptError(f"executor {file}:{function}: {said}") from error

@@ -64,6 +64,7 @@ class Experiment:
 
     def job(self, task: Path) -> tuple[str, str]:
         """A local task's state and its job's id, by what is on the disk; "" for one that a scheduler knows of."""
+        # What a scheduler runs it alone knows the state of; asking takes NeMo-Run.
         if self.executor(task) != "local":
             return "", ""
         state, job_id = _noted(task)

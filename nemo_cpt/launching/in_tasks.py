@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_cpt.arguments import checked
+from nemo_cpt.cleaning.rules import Rules
 from nemo_cpt.corpus.plan import Plan, remove_parts
 from nemo_cpt.corpus.preparing import parts
 from nemo_cpt.corpus.preparing.estimate import Estimate, estimate
@@ -19,7 +21,7 @@ from nemo_cpt.launching.executor import executor_maker
 from nemo_cpt.output import say
 
 if TYPE_CHECKING:
-    from nemo_cpt.cleaning import CleaningReport, Rules
+    from nemo_cpt.cleaning import CleaningReport
 
 SEEN_SECONDS = 120
 
@@ -41,6 +43,7 @@ class Submitted:
     missing: int
 
 
+@checked
 def prepare_in_tasks(
     inputs: Inputs,
     output_prefix: str | os.PathLike[str],
@@ -74,10 +77,11 @@ def prepare_in_tasks(
         check_executor(executor, detach)
     plan, loaded = parts.make_plan(inputs, output_prefix, tokenizer, tasks, overwrite, **options)
     whole = parts.whole(plan, loaded)
-    if whole.is_there(overwrite):
+    if whole.is_there(parts.settings_of(plan).policy, overwrite):
         remove_parts(plan.folder)
         return whole.report(parts.settings_of(plan), "unchanged", {})
     executor = _made(executor, detach)
+    # Once the executor is known; no part of what makes the job, which may go on with other workers.
     plan.settings["options"]["workers"] = _workers(options.get("workers"), executor, tasks)
     _say_if_fewer(plan, tasks)
     numbers = parts.take_up(plan, loaded)
@@ -87,10 +91,11 @@ def prepare_in_tasks(
     return submitted or _just_made(parts.join(plan.folder))
 
 
+@checked
 def clean_in_tasks(
     inputs: Inputs,
     output: str | os.PathLike[str],
-    rules: "Rules | str",
+    rules: Rules | str,
     executor: Any,
     tasks: int,
     *,
@@ -196,6 +201,7 @@ def _wait_to_see_the_join(folder: Path) -> None:
         time.sleep(0.5)
 
 
+@checked
 def plan_in_tasks(
     inputs: Inputs,
     output_prefix: str | os.PathLike[str],
@@ -218,6 +224,7 @@ def plan_in_tasks(
 
 def _workers(given: int | None, executor: Any, tasks: int) -> int | None:
     """Processes of a task: on this machine they share its CPUs; on Slurm each has those that it was given."""
+    # tasks below 1 is refused later, with its own words.
     if given is not None or tasks < 1 or not _is_local(executor):
         return given
     return max(count_processes(None) // tasks, 1)

@@ -64,6 +64,7 @@ def submit(
     Raises:
         CptError: the job was refused, or failed; with the log's last lines.
     """
+    # Where a view is shown, the log would write over it.
     with _experiment(recipe, arguments, fields, executor, tail_logs=begun is None) as experiment:
         if begun:
             begun(Path(experiment._exp_dir))

@@ -1,5 +1,6 @@
 """What runs there are, and the checkpoints of a run: listed and thinned out, without importing torch or NeMo-Run."""
 
+import math
 import os
 import re
 import shutil
@@ -72,21 +73,33 @@ class Run:
         return "finished" if finished(self.folder / "checkpoints", self.max_steps or 0) else "stopped"
 
     def losses(self, step: int | None = None) -> dict[str, float]:
-        """Each validation set's loss at a step, at the last validation if none is given; empty if there was none."""
+        """Each validation set's loss at a step, at the last validation if none is given; empty if there was none.
+
+        A loss that was NaN or infinite, which the file holds as null, is NaN.
+        """
         found = [line for line in self.metrics if any(name.startswith(f"{_LOSS}_") for name in line)]
         chosen = found[-1:] if step is None else [line for line in found if line["step"] == step]
-        return {name.removeprefix(f"{_LOSS}_"): value for line in chosen for name, value in line.items()
-                if name.startswith(f"{_LOSS}_")}  # fmt: skip
+        return {
+            name.removeprefix(f"{_LOSS}_"): math.nan if value is None else value
+            for line in chosen
+            for name, value in line.items()
+            if name.startswith(f"{_LOSS}_")
+        }
 
     def best_first(self, of: Iterable[Checkpoint]) -> list[Checkpoint]:
-        """Checkpoints by their validation loss; those without one come last, the newer before the older."""
+        """Checkpoints by their validation loss, the newer before the older.
+
+        Those without one come last, and those with one of NaN, or of other samples than the newest checkpoint's.
+        """
+        now = self.newest.validation if self.newest else None
 
         def rank(checkpoint: Checkpoint) -> tuple[float, int]:
             named = _LOSS_IN_NAME.search(checkpoint.path.name)
             losses = self.losses(checkpoint.step)
             # In its name as it was saved; else from the metrics, for checkpoints between two validations.
-            loss = float(named[1].rstrip(".")) if named else sum(losses.values()) / len(losses) if losses else None
-            return (float("inf") if loss is None else loss), -checkpoint.step
+            loss = float(named[1].rstrip(".")) if named else sum(losses.values()) / max(len(losses), 1)
+            unknown = math.isnan(loss) or not (named or losses) or checkpoint.validation not in (None, now)
+            return (math.inf if unknown else loss), -checkpoint.step
 
         return sorted(of, key=rank)
 
@@ -127,6 +140,7 @@ def run(name: str | os.PathLike[str], directory: Path = DIRECTORY) -> Run:
     Raises:
         CptError: there is none, with the nearest names; or the folder holds none.
     """
+    # A name first: a folder of that name in the current one is rarely a run.
     found = next((path for path in (directory / name, Path(name)) if _is_run(path)), None)
     if found is None:
         if folder := next((path for path in (directory / name, Path(name)) if path.is_dir()), None):

@@ -1,9 +1,9 @@
 """Recipes copied into scripts: a recipe's whole module, with lines that run it."""
 
-import os
 from pathlib import Path
 
 from nemo_cpt.catalog import Function, data_example
+from nemo_cpt.corpus.atomic_files import write_whole
 from nemo_cpt.errors import CptError
 
 _BASE = '"checkpoints/base"'
@@ -22,16 +22,12 @@ def write_new(text: str, file: Path) -> None:
     Raises:
         CptError: the file exists, or its folder does not.
     """
+    # Edited scripts are work: nothing is overwritten.
     if file.exists():
         raise CptError(f"{file} exists; copy to another name, or remove it")
     if not file.parent.is_dir():
         raise CptError(f"{file.parent} is no folder; make it first")
-    partial = file.with_name(f".{file.name}.partial")
-    with partial.open("w") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    partial.rename(file)
+    write_whole(file, text.encode())
 
 
 def _call(recipe: Function) -> str:

@@ -33,6 +33,7 @@ def run_recipe(recipe: str, arguments: dict[str, Any], overrides: list[str]) -> 
     from nemo_cpt.monitoring.description import launched
     from nemo_cpt.training import guards
 
+    # For `metrics/run.json`: the built recipe no longer says what it was made of.
     launched.update(recipe=recipe, arguments=arguments, fields=overrides)
     partial = build_recipe(recipe, arguments, overrides)
     if hasattr(partial, "trainer") and (nodes := nodes_of_its_job()):

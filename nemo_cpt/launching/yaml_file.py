@@ -39,6 +39,7 @@ def _build(node: Any, path: str) -> Any:
     }
     if "_target_" not in node:
         return arguments
+    # Imports modules on the way to a class or a method, which `import_module` would not.
     target = pydoc.locate(node["_target_"])
     if target is None:
         raise CptError(f"{path} names {node['_target_']}, which cannot be imported")

@@ -39,6 +39,7 @@ class ForgettingAlarm(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to go on where the last start stopped."""
+        # Else it would train on for an interval, find the same, and stop again.
         reached = _on_rank_0(trainer, lambda: _beyond(_metrics(trainer), self.limits))
         if reached:
             raise CptError(
@@ -76,8 +77,9 @@ def _beyond(metrics: list[dict[str, Any]], limits: Mapping[str, float]) -> str |
     reached = forgetting.beyond(forgetting.changes(metrics), limits)
     if reached is None:
         return None
+    before = f"at step {reached.since}" if reached.since else "before the training"
     return (
-        f"{reached.name} is {reached.percent:+.1f} % worse than before the training at step {reached.step}, and "
+        f"{reached.name} is {reached.percent:+.1f} % worse than {before} at step {reached.step}, and "
         f"stop_when allows {limits[reached.name]:+g} %"
     )
 

@@ -53,6 +53,7 @@ class DescribeRun(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Say that the run has ended in good order, now that its last checkpoint is written."""
+        # Lightning's max_steps is -1 where there is no limit.
         finished = trainer.global_step >= trainer.max_steps > 0
         self._write_end(trainer, "finished" if finished else "ended early", "")
 
@@ -116,6 +117,7 @@ def _training(data: Any, tokens: int) -> list[dict[str, Any]]:
     """Each training set: of text its share of the tokens and how often it is read, of conversations the weight."""
     found: list[dict[str, Any]] = []
     for prefix, weight in getattr(data, "training_sets", {}).items():
+        # Of conversations the weight is how often an epoch goes through them, which is no share of the tokens.
         if is_conversations(prefix):
             found.append({"prefix": prefix, "weight": weight})
         else:
@@ -152,8 +154,10 @@ def _bytes_per_token(data: Any) -> dict[str, float]:
     for (name, prefix), (start, end) in zip(sets, pairwise(validated.starts), strict=True):
         if not is_conversations(prefix):
             samples = [validated[index] for index in range(start, min(end, start + most))]
-            tokens, labels = (torch.stack([each[key] for each in samples]) for key in ("tokens", "labels"))
-            found[name] = sum(count(tokens, labels)) / labels.numel()
+            tokens, labels, mask = (
+                torch.stack([each[key] for each in samples]) for key in ("tokens", "labels", "loss_mask")
+            )
+            found[name] = sum(count(tokens, labels)) / float(mask.sum())
     return found
 
 

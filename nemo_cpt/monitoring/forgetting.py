@@ -15,7 +15,7 @@ three validations as for thirty. Plain arithmetic, without numpy: the live view 
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from statistics import fmean, stdev
 from typing import Any
@@ -41,9 +41,11 @@ class Change:
 
     Attributes:
         name: the set's.
+        since: the step of the first loss: 0, before the training, unless the run was not validated there, or has been
+            resumed with other samples to validate the set on.
         step: of the last validation.
-        first: the loss before the training.
-        value: the smoothed loss at `step`.
+        first: the loss at `since`.
+        value: the smoothed loss at `step`; NaN where the last validation's was NaN or infinite.
         standard_error: of their difference; None where nothing tells yet.
         noise: what the standard error was measured from, in words.
         slope: nats a step, over the last validations.
@@ -51,6 +53,7 @@ class Change:
     """
 
     name: str
+    since: int
     step: int
     first: float
     value: float
@@ -58,6 +61,11 @@ class Change:
     noise: str
     slope: float
     at_end: float | None
+
+    @property
+    def first_step(self) -> str:
+        """What is written behind the first loss where that is not the one before the training."""
+        return f" (step {self.since})" if self.since else ""
 
     @property
     def difference(self) -> float:
@@ -89,7 +97,15 @@ def changes(metrics: Sequence[Mapping[str, Any]], max_steps: int | None = None) 
     """
     names = validation_sets(metrics)
     found = {name: change(name, list(_validations(metrics, name)), max_steps) for name in names}
-    return {name: each for name, each in found.items() if each is not None}
+    return {name: _as_it_ended(each, metrics) for name, each in found.items() if each is not None}
+
+
+def _as_it_ended(change: Change, metrics: Sequence[Mapping[str, Any]]) -> Change:
+    """The change as it is, or that to NaN of a run that has diverged: not that to its last good loss."""
+    last = next(line for line in reversed(metrics) if f"{LOSS}{change.name}" in line)
+    if last[f"{LOSS}{change.name}"] is not None:
+        return change
+    return replace(change, step=int(last["step"]), value=math.nan, slope=math.nan, at_end=None)
 
 
 def validation_sets(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -130,6 +146,7 @@ def change(name: str, validations: Sequence[Validation], max_steps: int | None =
     known = {words: size for words, size in parts.items() if size is not None}
     return Change(
         name=name,
+        since=first.step,
         step=last.step,
         first=first.loss,
         value=value,
@@ -209,7 +226,8 @@ def told(change: Change, bytes_per_token: float | None = None, shares: Mapping[s
         end = f", which would make {100 * (change.at_end / change.first - 1):+.1f} % by the end"
     mixed = ", ".join(f"{set_name(prefix)} {100 * share:.0f} %" for prefix, share in (shares or {}).items())
     return (
-        f"{change.name} has got worse: {change.first * scale:.4f} -> {change.value * scale:.4f} {unit} "
+        f"{change.name} has got worse: {change.first * scale:.4f}{change.first_step} -> {change.value * scale:.4f} "
+        f"{unit} "
         f"({change.percent:+.1f} %, standard error {100 * (change.standard_error or 0) / change.first:.1f} %) at step "
         f"{change.step}. Slope: {1000 * change.slope * scale:+.4f} per 1000 steps{end}. Against forgetting: {REPLAY}"
         + (f"; this run trains on {mixed}" if mixed else "")
@@ -260,6 +278,7 @@ def limits(stop_when: Mapping[str, str] | None, names: Iterable[str] | None = No
 
 def beyond(found: Mapping[str, Change], limit: Mapping[str, float]) -> Change | None:
     """The first set whose smoothed loss is beyond its limit, and worse beyond doubt; None if there is none."""
+    # Both: a limit within the noise would stop runs by chance.
     over = (each for name, each in found.items() if name in limit and each.worse and each.percent >= limit[name])
     return next(over, None)
 
@@ -267,6 +286,7 @@ def beyond(found: Mapping[str, Change], limit: Mapping[str, float]) -> Change | 
 def begun(metrics: Sequence[Mapping[str, Any]], max_steps: int | None = None) -> list[Change]:
     """The sets that are worse at the last validation, and were not at the one before."""
     steps = [line["step"] for line in metrics if any(name.startswith(LOSS) for name in line)]
+    # As it stood at the validation before: so a set is told of once, not at every validation from then on.
     before = changes([line for line in metrics if line["step"] < steps[-1]], max_steps) if steps else {}
     now = changes(metrics, max_steps)
     return [each for name, each in now.items() if each.worse and not (name in before and before[name].worse)]

@@ -78,6 +78,7 @@ def of_size(gpu_memory_gib: float) -> Gpu | None:
 
 def of_device(name: str) -> Gpu | None:
     """Return the GPU that a driver's name is of, such as "NVIDIA H100 80GB HBM3"; None if the planner knows it not."""
+    # Whole words of ours within the driver's: "NVIDIA A100-SXM4-80GB" is an A100-80GB, and an L40 is no L40S.
     words = set(name.replace("-", " ").split())
     return next((each for each in GPUS.values() if set(each.name.replace("-", " ").split()) <= words), None)
 

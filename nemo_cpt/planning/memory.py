@@ -48,9 +48,14 @@ class StageMemory:
         return sum(self.parts.values())
 
     @property
+    def reserved(self) -> int:
+        """Bytes that PyTorch's allocator has taken: without CUDA's context."""
+        return self.total - self.parts["CUDA context"]
+
+    @property
     def allocated(self) -> int:
         """Bytes that PyTorch has allocated: without fragmentation and CUDA's context."""
-        return self.total - self.parts["fragmentation"] - self.parts["CUDA context"]
+        return self.reserved - self.parts["fragmentation"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,14 +242,31 @@ def _inputs_of_linear(work: Workload, residual: float) -> float:
     """Norms' outputs and the activation, as the linear layers keep them: for the weight's gradient, or an adapter's."""
     tensor, dtype = work.tensor_model_parallel_size, work.weight_bytes
     activation = work.ffn_hidden_size / tensor
+    if work.recompute_outputs and not work.fp8:
+        # What was gathered for the adapters is a copy, and stays.
+        gathered = work.lora_rank is not None and work.sequence_parallel
+        return _gathered_for_adapters(work) if gathered else 0.0
     if work.lora_rank is None:
         # fp8 keeps the inputs as it multiplied them, in a byte.
         return (2 * residual + activation) * (1 if work.fp8 else dtype)
-    kept: float = sum(work.hidden_size for name in ("linear_qkv", "linear_fc1") if name in work.lora_targets) * dtype
+    kept = _gathered_for_adapters(work)
     kept += activation * dtype if "linear_fc2" in work.lora_targets else 0
     if work.sequence_parallel:  # what was gathered for the adapters lies beside the part that it was gathered from
         kept += 2 * residual * dtype
     return kept + (2 * residual if work.fp8 else 0)
+
+
+def _gathered_for_adapters(work: Workload) -> float:
+    """Norms' outputs, whole, as the adapters of the layers behind them keep them."""
+    behind_norms = [name for name in ("linear_qkv", "linear_fc1") if name in work.lora_targets]
+    return float(len(behind_norms) * work.hidden_size * work.weight_bytes)
+
+
+def recomputed_outputs_per_token(work: Workload) -> float:
+    """Return the bytes a token that one layer's norms and activation give back until the backward pass."""
+    if not work.recompute_outputs:
+        return 0.0
+    return layer_bytes_per_token(work.replace(recompute_outputs=False)) - layer_bytes_per_token(work)
 
 
 def _adapters_keep(work: Workload) -> float:
@@ -270,7 +292,9 @@ def _selective(work: Workload) -> float:
     if "core_attn" in work.recompute_modules:
         change += (work.query_size + work.kv_size) / tensor * dtype - 4 * work.num_attention_heads / tensor
     if "mlp" in work.recompute_modules:
-        change -= (work.widths["linear_fc1"][1] + work.ffn_hidden_size) / tensor * dtype + work.hidden_size * dtype
+        change -= work.widths["linear_fc1"][1] / tensor * dtype
+        if not work.recompute_outputs:  # which had dropped these already
+            change -= work.ffn_hidden_size / tensor * dtype + work.hidden_size * dtype
     return change
 
 
@@ -348,6 +372,8 @@ def _backward(work: Workload, stage: int) -> dict[str, int]:
     gradients = 2 * _hidden_bytes(work) + work.tokens * work.ffn_hidden_size // tensor * dtype
     if work.lora_rank is None and not work.fused_gradients:
         gradients += work.widths["linear_fc1"][0] * work.widths["linear_fc1"][1] // tensor * dtype
+    if work.recompute_outputs:  # the MLP's activation is back
+        gradients += work.tokens * work.ffn_hidden_size // tensor * dtype
     return {"activations": int(activations), "gradients of activations": gradients}
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from nemo_cpt.output import span
+from nemo_cpt.page import drawing, png
 from nemo_cpt.planning.hardware import GIB
 from nemo_cpt.planning.plans import Plan
 
@@ -49,7 +51,7 @@ def lines(plan: Plan, tokens: float | None = None) -> Iterator[str]:
         f"{speed.model_tflops:.0f} model TFLOP/s), {speed.step_seconds:.2f} s a step; {speed.error}"
     )
     if tokens:
-        yield f"time: {speed.hours(tokens):.1f} hours for {tokens / 1e9:.3f} B tokens"
+        yield f"time: {span(speed.hours(tokens) * 3600)} for {tokens:,.0f} tokens"
     host = ", ".join(f"{name} {size / GIB:.0f}" for name, size in plan.host.parts.items() if size)
     yield f"host: {plan.host.total / GIB:.0f} GiB a node ({host})"
     if plan.lower_bound:
@@ -59,24 +61,18 @@ def lines(plan: Plan, tokens: float | None = None) -> Iterator[str]:
 
 def plot(plan: Plan, path: Path) -> None:
     """Write the stages' peaks as stacked bars, with the card's memory as a line, to a PNG file."""
-    import matplotlib
-
-    # Before pyplot is imported: no display is there, or wanted.
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(4 + 1.2 * len(plan.stages), 5), layout="constrained")
-    bottom = [0.0] * len(plan.stages)
-    for name in _names(plan):
-        sizes = [each.parts.get(name, 0) / GIB for each in plan.stages]
-        axis.bar([f"stage {each.stage}" for each in plan.stages], sizes, bottom=bottom, label=name, width=0.6)
-        bottom = [low + size for low, size in zip(bottom, sizes, strict=True)]
-    axis.axhline(plan.memory_gib, color="black", linestyle="--", label=f"{plan.memory_gib:.1f} GiB on the card")
-    axis.set(ylabel="GiB at the peak", title=_title(plan))
-    handles, labels = axis.get_legend_handles_labels()
-    axis.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with drawing() as pyplot:
+        figure, axis = pyplot.subplots(figsize=(4 + 1.2 * len(plan.stages), 5), layout="constrained")
+        bottom = [0.0] * len(plan.stages)
+        for name in _names(plan):
+            sizes = [each.parts.get(name, 0) / GIB for each in plan.stages]
+            axis.bar([f"stage {each.stage}" for each in plan.stages], sizes, bottom=bottom, label=name, width=0.6)
+            bottom = [low + size for low, size in zip(bottom, sizes, strict=True)]
+        axis.axhline(plan.memory_gib, color="black", linestyle="--", label=f"{plan.memory_gib:.1f} GiB on the card")
+        axis.set(ylabel="GiB at the peak", title=_title(plan))
+        handles, labels = axis.get_legend_handles_labels()
+        axis.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+        path.write_bytes(png(figure))
 
 
 def _title(plan: Plan) -> str:

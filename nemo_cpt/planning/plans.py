@@ -45,6 +45,7 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether the fullest GPU holds its peak; of a lower bound, whether that fits."""
+        # CUDA's context is in the peak: what is compared with is the card's, not what a process can allocate.
         return self.peak_gib <= self.memory_gib
 
     @property
@@ -77,6 +78,8 @@ class Plan:
             "gpu": self.gpu.name,
             "memory_gib": self.memory_gib,
             "peak_gib": round(self.peak_gib, 3),
+            # Of rank 0, whose allocator a run's `gpu_memory_gib` is of: another stage may be fuller.
+            "reserved_gib": round(self.stages[0].reserved / GIB, 3),
             "lower_bound": self.lower_bound,
             "left_out": list(self.workload.unmodelled),
             "stages": [
@@ -112,6 +115,7 @@ def plan(recipe: Any, gpu_memory_gib: float | None = None, gpu: str | None = Non
     return plan_workload(read(recipe), gpu_memory_gib, gpu)
 
 
+@checked
 def plan_workload(work: Workload, gpu_memory_gib: float | None = None, gpu: str | None = None) -> Plan:
     """Plan a workload; see `plan`."""
     kind = hardware.gpu(gpu)

@@ -14,6 +14,7 @@ MODELLED_CALLBACKS = {
     "Guards", "EveryTrainableParameterHasGradient", "OutOfMemoryAdvice", "ValidationLossBySet", "MetricsFile",
     "TimingCallback", "GarbageCollectionCallback", "PreemptionCallback", "SaveWhenStopped", "StopAtStep",
     "StopEarly", "Seed", "MegatronCommOverlapCallback", "DescribeRun", "ForgettingAlarm", "ExportCheckpoints",
+    "RecomputeOutputs",
 }  # fmt: skip
 MOMENTS = ("exp_avg_dtype", "exp_avg_sq_dtype")
 ADAPTERS = {"LoRA", "DoRA", "LoRAWithEmbeddings", "DoRAWithEmbeddings"}
@@ -36,6 +37,7 @@ def read(recipe: Any) -> Workload:
         **_model(recipe, config, strategy),
         **_batches(recipe, strategy),
         **_recompute(config),
+        recompute_outputs=any(_name(each) == "RecomputeOutputs" for each in _get(recipe.trainer, "callbacks", [])),
         **_adapters(getattr(recipe, "peft", None)),
         **_precision(recipe, config, strategy, optimizer),
         unmodelled=tuple(_left_out(recipe, config)),

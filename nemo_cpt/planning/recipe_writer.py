@@ -31,6 +31,8 @@ def apply(recipe: Any, before: Workload, after: Workload) -> None:
         recipe.peft.alpha = recipe.peft.alpha * after.lora_rank // before.lora_rank
         recipe.peft.dim = after.lora_rank
     _recompute(config, after)
+    if after.recompute_outputs != before.recompute_outputs:
+        _recompute_outputs(recipe.trainer, after.recompute_outputs)
     if after.grad_bytes != before.grad_bytes or after.host_states != before.host_states:
         _states(recipe, after)
 
@@ -43,6 +45,15 @@ def _recompute(config: Any, work: Workload) -> None:
         return
     config.recompute_granularity, config.recompute_method = "full", work.recompute
     config.recompute_num_layers = work.recompute_num_layers
+
+
+def _recompute_outputs(trainer: Any, wanted: bool) -> None:
+    import nemo_run as run
+
+    from nemo_cpt.training.recompute import RecomputeOutputs
+
+    others = [each for each in trainer.callbacks if getattr(each, "__fn_or_cls__", type(each)) is not RecomputeOutputs]
+    trainer.callbacks = others + [run.Config(RecomputeOutputs)] * wanted
 
 
 def _states(recipe: Any, work: Workload) -> None:

@@ -20,6 +20,7 @@ FALLBACKS = ("gradients", "rank", "seq_length")
 MICRO_BATCHES = (1, 2, 4, 8)
 SHORTEST, LOWEST_RANK = 1024, 8
 UNDECIDED = 0.03  # of two layouts: less than the speed model errs on several GPUs (docs/planning.md)
+LARGER_BATCH = 0.05  # gained by a micro batch twice as large: half of it was measured, and 1.5 % go for recomputation
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ def fit(
     return Fit(recipe, found.plan, found.changes)
 
 
+@checked
 def fit_workload(
     work: Workload,
     gpu_memory_gib: float | None = None,
@@ -104,7 +106,18 @@ def fit_workload(
     margin: float = MEMORY_MARGIN,
     allow: Sequence[str] = ALLOWED,
 ) -> Fit:
-    """Find the fastest setting of a workload that fits; see `fit`."""
+    """Find the fastest setting of a workload that fits.
+
+    Args:
+        work: what is to be trained.
+        gpu_memory_gib: see `fit`.
+        gpu: see `fit`.
+        margin: see `fit`.
+        allow: see `fit`.
+
+    Raises:
+        CptError: nothing fits, `allow` names what there is not, or the GPU is unknown.
+    """
     unknown = set(allow) - {*ALLOWED, *FALLBACKS}
     if unknown:
         raise CptError(f"allow names {sorted(unknown)}: {', '.join([*ALLOWED, *FALLBACKS])} can be allowed")
@@ -124,15 +137,21 @@ def fit_workload(
 def _best(fitting: Sequence[Workload], gpu: Gpu, budget: float) -> Workload:
     """The fastest; of layouts whose speeds the model cannot tell apart, that with fewest stages, then least cut layers.
 
-    The table of four H200 in docs/planning.md has what that choice was measured to be worth.
+    The table of four H200 in docs/planning.md has what that choice was measured to be worth. Within the layout, one
+    that recomputes nothing is taken where recomputation would only make room for a larger micro batch.
     """
     speeds = {each: _tokens_per_second(each, gpu) for each in fitting}
     as_fast = [each for each, speed in speeds.items() if speed >= (1 - UNDECIDED) * max(speeds.values())]
     simplest = min(_layout(each) for each in as_fast)
+    settings = [each for each in fitting if _layout(each) == simplest]
+    fastest = max(speeds[each] for each in settings)
+    plain = [each for each in settings if not _recomputes(each) and speeds[each] >= (1 - LARGER_BATCH) * fastest]
     # Of equally fast ones, the one that leaves most memory.
-    return max(
-        (each for each in as_fast if _layout(each) == simplest), key=lambda each: (speeds[each], -_peak(each, budget))
-    )
+    return max(plain or settings, key=lambda each: (speeds[each], -_peak(each, budget)))
+
+
+def _recomputes(work: Workload) -> bool:
+    return work.recompute != "none" or work.recompute_outputs
 
 
 def _layout(work: Workload) -> tuple[int, int]:
@@ -140,7 +159,13 @@ def _layout(work: Workload) -> tuple[int, int]:
 
 
 def nearest_that_fits(work: Workload, gpu_memory_gib: float | None, gpu: str | None) -> Fit | None:
-    """Find the fastest setting that fits and trains the same; else one with more given up; None if there is none."""
+    """Find the fastest setting that fits and trains the same; else one with more given up; None if there is none.
+
+    Args:
+        work: what is to be trained.
+        gpu_memory_gib: see `fit`.
+        gpu: see `fit`.
+    """
     # First what trains the same; what gives something up is offered only where that does not fit.
     for allowed in (ALLOWED, (*ALLOWED, *FALLBACKS)):
         try:
@@ -179,6 +204,7 @@ _KNOBS = {
     "gradients": ("grad_bytes",),
     "layout": ("tensor_model_parallel_size", "pipeline_model_parallel_size"),
     "micro_batch_size": ("micro_batch_size",),
+    "recompute_outputs": ("recompute_outputs",),
     "recompute": ("recompute", "recompute_num_layers"),
 }
 # Fields that a knob drags along, because the workload is refused, or means something else, without them.
@@ -230,8 +256,13 @@ def _candidates(work: Workload, allow: Sequence[str], budget: float) -> Iterator
             each = work.replace(**layout, micro_batch_size=size)
         except CptError:  # sizes that do not divide each other
             continue
+        if "recompute" not in allow:
+            yield each
+            continue
         # Recomputing costs time and saves memory, layer by layer: more than the least that fits is never faster.
-        yield _least_recompute(each, budget) if "recompute" in allow else each
+        yield _least_recompute(each.replace(recompute_outputs=False), budget)
+        if not each.fp8:  # where it saves nothing
+            yield _least_recompute(each.replace(recompute_outputs=True), budget)
 
 
 def _states(work: Workload, allow: Sequence[str]) -> list[dict[str, Any]]:

@@ -1,25 +1,33 @@
 """Tokens a second and wall time: operations over measured rates, plus what crosses memory, host and links.
 
-The rates were fitted to the settings named TUNE in benchmarks/planner.py, on one H200, and tested on those named
-HELD_OUT (docs/planning.md: mean error 3 %, worst 9 %). Other GPUs are scaled by their data sheets' ceilings and were
+The rates were fitted to the settings of one H200 in benchmarks/planner.py, and tested on the recipes and on those of
+several GPUs (docs/planning.md). Other GPUs are scaled by their data sheets' ceilings and were
 not measured. Links between GPUs enter by volume and data-sheet bandwidth.
 """
 
 from dataclasses import dataclass
+from math import hypot
 
 from nemo_cpt.errors import CptError
 from nemo_cpt.planning.hardware import DEFAULT, Gpu
-from nemo_cpt.planning.memory import layer_bytes_per_token, stage_parameters, trained_parameters, whole_parameters
+from nemo_cpt.planning.memory import (
+    layer_bytes_per_token,
+    recomputed_outputs_per_token,
+    stage_parameters,
+    trained_parameters,
+    whole_parameters,
+)
 from nemo_cpt.planning.workload import Workload
 
-BF16_RATE = 677e12  # operations a second of the linear layers' products on one H200
-FP8_RATE = 1158e12  # the same with tensorwise scaling, with the inputs' casts
+BF16_RATE = 676e12  # operations a second of the linear layers' products on one H200
+FP8_RATE = 1187e12  # the same with tensorwise scaling, with the inputs' casts
 FP8_CAST_SECONDS = 10.8e-12  # a weight, cast once a step for all its micro batches
-ATTENTION_RATE = 505e12  # of causal attention, of which half the square is counted
-ACTIVATION_RATE = 1.39e12  # bytes of kept activations a second: norms, rotation, SwiGLU, residuals, both ways
-GRADIENT_RATE = 3.43e12  # bytes a second of weights' gradients, added to Megatron's buffer
-LAYER_SECONDS = 1.77e-3  # a layer and micro batch: launches, and small work
-RECOMPUTED = 0.4  # of a layer's work beside products that its second forward pass repeats
+ATTENTION_RATE = 438e12  # of causal attention, of which half the square is counted
+ACTIVATION_RATE = 1.26e12  # bytes of kept activations a second: norms, rotation, SwiGLU, residuals, both ways
+GRADIENT_RATE = 4.5e12  # bytes a second of weights' gradients, added to Megatron's buffer
+LAUNCH_SECONDS = 6.7e-3  # the host takes for the kernels of a layer and micro batch, both passes
+OUTPUT_AGAIN = 1.15  # bytes of activations' traffic for a byte of a norm's or activation's output computed again
+RECOMPUTED = 0.22  # of a layer's work beside products that its second forward pass repeats
 ADAM_SECONDS = {4: 14.2e-12, 2: 25.6e-12}  # a parameter, by the bytes of its first moment, on the GPU
 ADAM_FP8_SECONDS = 240e-12
 ADAM_HOST_SECONDS = 25.8e-12  # a byte of pinned state, which is read and written across the bus
@@ -75,14 +83,16 @@ def speed(work: Workload, gpu: Gpu = DEFAULT) -> Speed:
     """
     if work.fp8 and not gpu.fp8:
         raise CptError(f"the {gpu.name} has no fp8 products: train with precision=bf16, or on an Ada or Hopper card")
+    tensor_parallel = _tensor_parallel_seconds(work, gpu)
     micro_batch = _micro_batch_seconds(work, gpu)
+    micro_batch += _waiting_for_launches(work, micro_batch + tensor_parallel)
     # In micro batches: stages - 1 of them pass before the last stage has work, v times shorter with v chunks.
     bubble = (work.pipeline_model_parallel_size - 1) / work.virtual_pipeline_model_parallel_size
     seconds = {
         # Each rank's own: data-parallel ranks work at once.
         "forward and backward": work.micro_batches * micro_batch,
         "pipeline bubble": bubble * micro_batch,
-        "tensor parallel": work.micro_batches * _tensor_parallel_seconds(work, gpu),
+        "tensor parallel": work.micro_batches * tensor_parallel,
         "fp8 weights": _fp8_weights_seconds(work, gpu),
         "data parallel": _data_parallel_seconds(work, gpu),
         "optimizer": _optimizer_seconds(work, gpu),
@@ -99,9 +109,10 @@ def model_flops_per_token(work: Workload) -> float:
 
     Recomputation is not counted, nor the gradients of frozen weights; of attention half the square.
     """
-    linear = work.num_layers * work.linear_parameters + work.vocab_size * work.hidden_size
+    layers = (4 if work.lora_rank else 6) * work.num_layers * work.linear_parameters
+    head = (6 if work.trains_head else 4) * work.vocab_size * work.hidden_size
     attention = 3 * 2 * work.num_layers * work.seq_length * work.query_size
-    return (4 if work.lora_rank else 6) * linear + attention + 6 * work.adapter_parameters
+    return layers + head + attention + 6 * work.adapter_parameters
 
 
 def _micro_batch_seconds(work: Workload, gpu: Gpu) -> float:
@@ -112,8 +123,17 @@ def _micro_batch_seconds(work: Workload, gpu: Gpu) -> float:
     # The output layer stays in bf16 under fp8.
     seconds = compute * (layers / (FP8_RATE if work.fp8 else BF16_RATE) + head / BF16_RATE + attention / ATTENTION_RATE)
     seconds += memory * _activation_traffic(work) / ACTIVATION_RATE
-    seconds += memory * _gradient_traffic(work) / GRADIENT_RATE
-    return seconds + LAYER_SECONDS * (work.stage_layers + RECOMPUTED * work.recomputed(work.stage_layers))
+    return seconds + memory * _gradient_traffic(work) / GRADIENT_RATE
+
+
+def _waiting_for_launches(work: Workload, busy: float) -> float:
+    """How long a GPU that has `busy` seconds of work in a micro batch waits for the host to launch it.
+
+    A layer takes the larger of its work and its launches, rounded off where they are alike: the square root of the sum
+    of their squares. So a GPU waits where its share of a layer is small: in short sequences, small or cut layers.
+    """
+    layers = work.stage_layers + RECOMPUTED * work.recomputed(work.stage_layers)
+    return layers * (hypot(busy / layers, LAUNCH_SECONDS) - busy / layers)
 
 
 def _operations(work: Workload) -> tuple[float, float, float]:
@@ -136,8 +156,10 @@ def _operations(work: Workload) -> tuple[float, float, float]:
 def _activation_traffic(work: Workload) -> float:
     """Bytes of activations of a micro batch, by the count of what is kept, and of the logits."""
     layers = work.stage_layers
-    kept = layer_bytes_per_token(work.replace(recompute="none")) * work.tokens
+    # Outputs that are computed again were written and read before, too.
+    kept = layer_bytes_per_token(work.replace(recompute="none", recompute_outputs=False)) * work.tokens
     traffic = kept * (layers + RECOMPUTED * work.recomputed(layers))
+    traffic += OUTPUT_AGAIN * recomputed_outputs_per_token(work) * work.tokens * layers
     if work.dora:
         traffic += 12 * layers * work.linear_parameters / work.tensor_model_parallel_size
     if work.lora_rank and work.tensor_model_parallel_size > 1:  # patches.add_lora_in_one_pass leaves these alone

@@ -24,6 +24,7 @@ class Workload:
         gated: SwiGLU, whose first layer is twice as wide; else a plain MLP.
         recompute_num_layers: of "block" how many of a stage's (chunk's) layers, of "uniform" how many at once.
         recompute_modules: what "selective" recomputes: "core_attn", "mlp".
+        recompute_outputs: whether norms' and MLPs' activations' outputs are computed again (`RecomputeOutputs`).
         lora_rank: LoRA's or DoRA's `dim`; None trains every parameter.
         lora_targets: the linear layers that have an adapter.
         lora_dropout: the adapters' dropout.
@@ -69,6 +70,7 @@ class Workload:
     recompute: Literal["none", "selective", "block", "uniform"] = "none"
     recompute_num_layers: int = 0
     recompute_modules: tuple[str, ...] = ("core_attn",)
+    recompute_outputs: bool = False
     loss: Literal["te", "native", "plain"] = "te"
     lora_rank: int | None = None
     lora_targets: tuple[str, ...] = LINEAR
@@ -223,7 +225,7 @@ class Workload:
         bias = self.widths["linear_qkv"][1] if self.qkv_bias else 0
         norms = 2 * self.hidden_size + (2 * self.kv_channels if self.qk_norm else 0)
         layers = self.num_layers * (self.linear_parameters + bias + norms)
-        return layers + self.hidden_size + self.embedding_parameters
+        return layers + self.hidden_size + self.embedding_parameters  # the last norm's
 
     @property
     def embedding_parameters(self) -> int:

@@ -14,6 +14,7 @@ from nemo_cpt.checkpoint.provenance import Provenance
 from nemo_cpt.publishing.licences import Licence
 
 TAG = "nemo-cpt"  # in the tags of every card that is written here
+# Parameters of recipes that name files of this machine, or services and secrets of their user.
 _PRIVATE = ("base", "data", "directory", "name", "tokenizer", "replay", "logger", "secrets")
 _WORD = re.compile(r"[A-Za-z0-9_.+-]{1,32}")  # no path, address or sentence
 LANGUAGE = re.compile(r"[a-z]{2,3}(-[a-z]{2,4})?")
@@ -104,6 +105,7 @@ def _usage(subject: Subject) -> str:
     lines = ["```python", "from transformers import AutoModelForCausalLM, AutoTokenizer"]
     if subject.is_adapter:
         lines += ["from peft import PeftModel"]
+    # An adapter is loaded onto its base, whose tokenizer it is used with.
     source = subject.origin.repo_id if subject.is_adapter else subject.repo_id
     lines += [f'\ntokenizer = AutoTokenizer.from_pretrained("{source}")']
     lines += [f'model = AutoModelForCausalLM.from_pretrained("{source}", dtype="auto")']
@@ -156,13 +158,17 @@ def _data(training: Mapping[str, Any], tokens: int | None) -> Iterator[str]:
     ))  # fmt: skip
 
 
-def _losses(found: Sequence[Mapping[str, float]]) -> Iterator[str]:
+def _losses(found: Sequence[Mapping[str, float | None]]) -> Iterator[str]:
     if not found:
         return
     first, last = found[0], found[-1]
     columns = ("held-out loss (nats per token)", f"at step {first['step']}", f"at step {last['step']}")
     names = [name for name in last if name != "step" and name in first]
-    yield from _table(columns, ((name, f"{first[name]:.4f}", f"{last[name]:.4f}") for name in names))
+    yield from _table(columns, ((name, _loss(first[name]), _loss(last[name])) for name in names))
+
+
+def _loss(loss: float | None) -> str:
+    return "NaN" if loss is None else f"{loss:.4f}"  # as the run's record holds what was not finite
 
 
 def _sets(training: Mapping[str, Any]) -> list[tuple[str, float]]:

@@ -65,6 +65,7 @@ _TEXTS = (  # the first lines of the agreements
 def licence(id_: str, name: str | None = None, link: str | None = None) -> Licence:
     """A licence by the hub's names, with what it is known to ask."""
     for known in _KNOWN:
+        # Licences without an id of the hub's own are "other", and told by their names.
         if known.id == id_ and (known.name is None or known.name == (name or "").lower()):
             return replace(known, name=name, link=link)
     return Licence(id_, name, link)
@@ -97,6 +98,7 @@ def breaches(found: Licence, repo_id: str, folder: Path) -> Iterator[str]:
     """What a licence asks and publishing a folder under a name would not give, in words that say what to do."""
     title = found.name or found.id
     name = repo_id.partition("/")[2]
+    # What stands between words does not count: Llama-3-ja begins with "Llama 3".
     if found.prefix and not re.sub(r"[-_ ]", "", name).lower().startswith(re.sub(" ", "", found.prefix).lower()):
         wanted = f"{found.prefix.replace(' ', '-')}-..."
         yield f"the licence {title} asks that the model's name begins with {found.prefix!r}: {wanted}, not {name}"

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nemo_cpt.checkpoint.folders import has_tokenizer
+from nemo_cpt.arguments import checked
+from nemo_cpt.checkpoint.folders import ADAPTER, has_tokenizer
 from nemo_cpt.checkpoint.provenance import Provenance, read_provenance
 from nemo_cpt.checkpoint.safetensors_files import HFWeights
 from nemo_cpt.errors import CptError, near_paths
@@ -21,7 +22,6 @@ from nemo_cpt.publishing.card import LANGUAGE, TAG, Subject, languages_of, model
 from nemo_cpt.publishing.licences import Licence, breaches, licence, licence_of_card, licence_of_texts
 
 CARD = "README.md"
-_ADAPTER = "adapter_config.json"
 _KINDS = (".json", ".safetensors", ".model", ".jinja", ".txt", ".tiktoken")
 _TEXTS = ("LICEN", "NOTICE", "USE_POLICY")  # how the names of files begin that go with them, whatever their kind
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -63,6 +63,7 @@ class PushReport:
         return asdict(self)
 
 
+@checked
 def push(
     folder: str | Path,
     repo_id: str,
@@ -108,12 +109,13 @@ def push(
     files, left_out = _files(folder)
     origin = _origin(folder, base_model)
     terms, card_languages = _licence(api, folder, origin, base_licence)
+    # In private a name may break them, which nobody else sees; it is said all the same.
     broken = list(breaches(terms, repo_id, folder))
     if broken and public:
         raise CptError(f"{'; '.join(broken)}. Nothing was sent")
     subject = Subject(
         repo_id, origin, terms, list(languages) or languages_of(origin) or card_languages,
-        is_adapter=_ADAPTER in files, has_template="chat_template.jinja" in files,
+        is_adapter=ADAPTER in files, has_template="chat_template.jinja" in files,
     )  # fmt: skip
     contents = _contents(folder, files, subject)
     _refuse_private(folder, contents, api)
@@ -122,6 +124,7 @@ def push(
     if not dry_run:
         visible = "public" if public else "private"
         say(f"{len(contents)} files, {size / 1e9:.2f} GB, to {url}, {visible}")
+        # `_refusals` within: what only a push meets is said before `explained` says it of any request.
         with explained("model", repo_id, url), _refusals(repo_id, url), progress_bars(sys.stderr.isatty()):
             url = _send(api, repo_id, contents, private=private, replace=replace)
     return PushReport(
@@ -157,7 +160,7 @@ def _files(folder: Path) -> tuple[list[str], tuple[str, ...]]:
         )
     found = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     files = [name for name in found if name.endswith(_KINDS) or name.upper().startswith(_TEXTS) or name == CARD]
-    if _ADAPTER in files:
+    if ADAPTER in files:
         whole = "adapter_model.safetensors" in files
     else:
         whole = "config.json" in files and has_tokenizer(folder)
@@ -185,6 +188,7 @@ def _origin(folder: Path, base_model: str | None) -> Provenance:
 def _licence(api: Any, folder: Path, origin: Provenance, given: str | None) -> tuple[Licence, list[str]]:
     """The base's licence, by its text in the folder, else by the base's card on the hub; and that card's languages."""
     stated = licence_of_texts(folder)
+    # The text that goes with the model decides: it is what the licence's owner wrote.
     if stated and given and given not in (stated.id, stated.name):
         raise CptError(f"--license {given}: the text in {folder} is that of {stated.name or stated.id}; leave it away")
     if found := stated or (licence(given) if given else None):
@@ -215,8 +219,8 @@ def _contents(folder: Path, files: Sequence[str], subject: Subject) -> dict[str,
         if subject.origin.repo_id is None:
             raise CptError(f"{folder} is an adapter, which is of no use without its base: give --base-model OWNER/NAME")
         # The export has the base's folder there, which is nobody else's.
-        config = json.loads((folder / _ADAPTER).read_bytes()) | {"base_model_name_or_path": subject.origin.repo_id}
-        contents[_ADAPTER] = json.dumps(config, indent=2).encode() + b"\n"
+        config = json.loads((folder / ADAPTER).read_bytes()) | {"base_model_name_or_path": subject.origin.repo_id}
+        contents[ADAPTER] = json.dumps(config, indent=2).encode() + b"\n"
     return contents
 
 
@@ -229,6 +233,7 @@ def _refuse_private(folder: Path, contents: dict[str, Path | bytes], api: Any) -
     paths = {f"{place}/": "a path of this machine" for place in places if len(place) > _SHORT}
     tokens = {token: "your token" for token in (api.token, get_token()) if token}
     for name, content in contents.items():
+        # Binary, with no text of ours in them, and of many gigabytes.
         if name.endswith((".safetensors", ".model")):
             continue
         text = _text(content)
@@ -254,6 +259,7 @@ def _send(api: Any, repo_id: str, contents: dict[str, Path | bytes], *, private:
     else:
         there = {file.rfilename for file in info.siblings or []}
         _check_repository(api, info, private=private, replace=replace)
+    # Weights alone are removed: other files there may be the user's own.
     weights = {name for name in there if name.endswith((".safetensors", ".safetensors.index.json"))}
     # In one commit what comes and what goes: at no moment are two models' weights there.
     operations: list[Any] = [CommitOperationAdd(name, content) for name, content in contents.items()]
@@ -269,6 +275,7 @@ def _check_repository(api: Any, info: Any, *, private: bool, replace: bool) -> N
             f"{page} is {'private' if info.private else 'public'} already: "
             f"{'leave --public away' if info.private else 'give --public'}, or change it in {page}/settings"
         )
+    # The hub itself puts that one into a new repository.
     others = {file.rfilename for file in info.siblings or []} - {".gitattributes"}
     if others and not replace and TAG not in ((info.card_data and info.card_data.get("tags")) or []):
         raise CptError(

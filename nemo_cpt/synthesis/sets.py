@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 import nemo_cpt
+from nemo_cpt.arguments import checked
 from nemo_cpt.corpus.atomic_files import locked, make_folder, write_whole
 from nemo_cpt.corpus.dataset.manifest import changed_input, describe_inputs
 from nemo_cpt.corpus.reading.chunks import Feed, hash_file, texts_of
@@ -65,6 +66,7 @@ class SynthesisReport:
     warnings: list[str] = field(default_factory=list)
 
 
+@checked
 def synthesize(
     inputs: Inputs | None,
     output: str | os.PathLike[str],

@@ -1,6 +1,7 @@
 """Adapters beside an embedding and an output layer that are trained whole, at a learning rate of their own."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.optimizer import OptimizerConfig
@@ -78,3 +79,15 @@ class EmbeddingRateOptimizer(nl.MegatronOptimizerModule):
         self.embeddings_lr = embeddings_lr
         # Megatron makes a parameter group of its own of what the condition names, with its rate times `lr_mult`.
         self.scale_lr_cond, self.lr_mult = is_embedding_or_head, embeddings_lr / float(config.lr or 1)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Log the rate of everything else as `lr`, beside `embeddings_lr`.
+
+        NeMo 2.7.3 logs the first group's: whichever parameter Megatron comes upon first, which is the embedding.
+        """
+        groups = self._optimizers[0].param_groups
+        # By their peaks, which the schedule keeps; a pipeline stage in the middle has no embedding.
+        own = min(groups, key=lambda group: abs(group["initial_lr"] - self.config.lr))
+        pl_module.log("lr", own["lr"], batch_size=1, prog_bar=True)
+        for other in (group for group in groups if group["initial_lr"] != own["initial_lr"]):
+            pl_module.log("embeddings_lr", other["lr"], batch_size=1)

@@ -76,7 +76,9 @@ class MetricsFile(pl.Callback):
     Unlike a logger's file it is append-only, so a resumed run continues it.
     """
 
-    NAMES = ("reduced_train_loss", "lr", "grad_norm", "consumed_samples", "train_step_timing in s")
+    NAMES = (
+        "reduced_train_loss", "lr", "embeddings_lr", "grad_norm", "consumed_samples", "train_step_timing in s",
+    )  # fmt: skip
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write which step this start goes on from: what is there of later ones will be done again."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from nemo_cpt.training.run_folder import Checkpoint
 
 FIXED = ("optimizer", "data", "adapters")  # groups of settings that a checkpoint's states belong to
 _SAMPLE_BYTES = 2**16
+_CONTENT = re.compile(r".*:([0-9a-f]{16})", re.DOTALL)  # as `content_of` writes it
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def changes(was: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str,
         for group, settings in now.items()
         for name, value in settings.items()
         # What an older version did not write down is not taken for a change.
-        if name in was.get(group, {}) and not _same(was[group][name], value)
+        if name in was.get(group, {}) and not same(was[group][name], value)
     ]
 
 
@@ -92,10 +94,19 @@ def content_of(prefix: str) -> str:
     return f"{Path(prefix).name.removesuffix('_text_document')}:{digest.hexdigest()}"
 
 
-def _same(was: Any, now: Any) -> bool:
-    """Whether two values are one, however they were reckoned: 3e-5 is also a tenth of 3e-4, but for the last bit."""
+def same(was: Any, now: Any) -> bool:
+    """Whether two values of a setting are one.
+
+    However they were reckoned: 3e-5 is also a tenth of 3e-4, but for the last bit. And whatever a dataset is called:
+    its name is for messages, and one that was renamed is no other.
+    """
     if isinstance(was, list) and isinstance(now, list):
-        return len(was) == len(now) and all(map(_same, was, now))
+        return len(was) == len(now) and all(map(same, was, now))
+    if isinstance(was, dict) and isinstance(now, dict):
+        return was.keys() == now.keys() and all(same(was[name], now[name]) for name in was)
+    if isinstance(was, str) and isinstance(now, str):
+        before, after = _CONTENT.fullmatch(was), _CONTENT.fullmatch(now)
+        return before[1] == after[1] if before and after else was == now
     if isinstance(was, float) and isinstance(now, float):
         return math.isclose(was, now, rel_tol=1e-6)
     return bool(was == now)

@@ -6,6 +6,7 @@ import re
 import shutil
 import threading
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
@@ -20,9 +21,11 @@ from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
 from nemo_cpt.checkpoint.context import RUN_JSON
 from nemo_cpt.errors import CptError
 from nemo_cpt.training.metrics import RUN_FILE, read_file, validation_losses
-from nemo_cpt.training.record import record_of
+from nemo_cpt.training.record import record_of, settings_of
 from nemo_cpt.training.run_folder import DAMAGED, REMOVED, Checkpoint, based_on, damaged_since
 from nemo_cpt.training.run_lock import check_held
+
+OTHER_SAMPLES = 1e6  # added to a loss that is not to be compared: above any of this start's
 
 
 class RunCheckpoint(nl.ModelCheckpoint):
@@ -39,6 +42,7 @@ class RunCheckpoint(nl.ModelCheckpoint):
 
     monitor: str | None
     always_save_context: bool
+    best_k_models: dict[str, torch.Tensor]
 
     def __init__(self, save_every: Optional[int] = None, **kwargs: Any) -> None:  # noqa: UP045  NeMo-Run cannot parse it
         if save_every is not None and save_every < 1:
@@ -86,11 +90,20 @@ class RunCheckpoint(nl.ModelCheckpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take up the checkpoints that are there, by their names; those that were loaded may be of another folder."""
         super().on_train_start(trainer, pl_module)
+        self._rank_last_unless_validated_on(settings_of(trainer)["validation"])
         last = [Checkpoint(path) for path in Path(self.dirpath).glob("[!.]*-last") if path.exists()]
         last.sort(key=lambda each: each.age_order)
         self.last_model_path = str(last[-1].path) if last else ""
         for each in last[:-1]:
             self._remove_checkpoint(trainer, str(each.path), override_async=True)
+
+    def _rank_last_unless_validated_on(self, validation: Mapping[str, Any]) -> None:
+        """Let checkpoints whose losses are of other samples give way to the next ones, the worst of them first."""
+        validations = {path: Checkpoint(Path(path)).validation for path in self.best_k_models}
+        others = [path for path, was in validations.items() if was not in (None, validation)]
+        if others and (self.monitor or "").startswith("val_"):
+            self.best_k_models |= {path: self.best_k_models[path].double() + OTHER_SAMPLES for path in others}
+            self._remove_invalid_entries_from_topk()  # which looks for the worst anew
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Save where this step is due and no validation follows, whose end would save."""

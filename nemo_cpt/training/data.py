@@ -68,6 +68,7 @@ class NamedSetsDataModule(llm.PreTrainingDataModule):
         """Turn the trainer's limits from global batches of each set into microbatches of all sets."""
         trainer = self.trainer
         trainer.limit_train_batches = _reconfigure_limit_batches(trainer.limit_train_batches, self._train_ds)
+        # Lightning counts micro batches, and knows of one validation set: the sets lie one behind the other in it.
         trainer.limit_val_batches = sum(map(len, self.validation_weights.values())) * get_num_microbatches()
         if trainer.num_sanity_val_steps:  # the losses before training: the same validation as all later ones
             trainer.num_sanity_val_steps = trainer.limit_val_batches
@@ -150,6 +151,7 @@ class BlendDataModule(NamedSetsDataModule):
     def _build_validation(self, global_batches: int) -> FirstSamples | None:
         self.validation_weights = {name: [1.0] * global_batches for name in self.validation_sets}
         count = global_batches * self.global_batch_size
+        # With limit_val_batches=0 nothing is validated, as without any set.
         if not count or not self.validation_sets:
             return None
         sets = [self._text({prefix: 1.0}, count, VALIDATION) for prefix in self.validation_sets.values()]

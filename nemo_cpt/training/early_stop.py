@@ -22,7 +22,10 @@ class StopEarly(EarlyStopping):
     """
 
     def __init__(self, validation_set: str, patience: int = 3):
-        super().__init__(f"val_loss_{validation_set}", patience=patience, check_on_train_epoch_end=False)
+        # A NaN only counts as not below: Lightning would end the run in good order, where its next gradient fails it.
+        super().__init__(
+            f"val_loss_{validation_set}", patience=patience, check_on_train_epoch_end=False, check_finite=False
+        )
         self.validation_set, self._lowest_at = validation_set, 0
 
     def state_dict(self) -> dict[str, Any]:

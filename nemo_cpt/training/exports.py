@@ -19,7 +19,9 @@ from nemo_cpt.training.run_folder import DUE, EXPORTED, EXPORTS, checkpoints, re
 
 EARLIER = "earlier"  # in it: exports of steps that the run went back behind
 COMMAND = [sys.executable, "-m", "nemo_cpt.cli", "export"]
-PRIORITY = (("nice", "-n", "19"), ("ionice", "-c", "3"))
+# Before a command, each where it is installed. By the last the kernel ends an export whose job was killed: going on,
+# the job makes it anew.
+GENTLY = (("nice", "-n", "19"), ("ionice", "-c", "3"), ("setpriv", "--pdeathsig", "KILL"))
 _REMOVED = ".removed-"
 
 
@@ -55,8 +57,13 @@ class ExportCheckpoints(pl.Callback):
             _remove(left)
         self._set_aside(trainer)
         linked = [*self._steps("step-"), *self._steps(EXPORTED)]
+        # Whole, though the job was killed before it saw that.
+        for step in {*self._steps("step-")} & {*self._steps(EXPORTED)}:
+            _remove(self._folder / f"{EXPORTED}{step}")
+            self._log(step).unlink(missing_ok=True)
         for step in set(self._steps(DUE)) & set(linked):
             self._mark(step).unlink()
+        # Of older checkpoints exports were made, and perhaps thinned out, or failed and were told of.
         saved = {each.step for each in checkpoints(self._checkpoints)}
         missed = {step for step in saved if step > max(linked, default=0) and self._due(trainer, step)}
         for step in sorted(missed.union(self._steps(DUE))):
@@ -157,8 +164,9 @@ class ExportCheckpoints(pl.Callback):
         if not (waiting := self._steps(EXPORTED)):
             return
         step = min(waiting)
-        gentle = [word for words in PRIORITY if shutil.which(words[0]) for word in words]
+        gentle = [word for words in GENTLY if shutil.which(words[0]) for word in words]
         command = [*gentle, *COMMAND, str(self._folder / f"{EXPORTED}{step}"), str(self._folder / f"step-{step}")]
+        # The GPUs and the CPUs are the training's.
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         with self._log(step).open("wb") as log:
             process = subprocess.Popen(

@@ -45,10 +45,12 @@ class GrownRowsFirst(pl.Callback):
         if trainer.global_step >= self.steps:
             return
         for name, parameter in _parameters(trainer):
+            # Megatron gathers gradients in buffers of its own (`main_grad`), and leaves `grad` empty.
             gradient = getattr(parameter, "main_grad", None)
             gradient = parameter.grad if gradient is None else gradient
             if gradient is not None:
                 gradient[: self._old_rows(len(gradient)) if is_embedding_or_head(name) else None].zero_()
+        # Decay needs no gradient: it would shrink the old rows all the same.
         self._decays = [(group, group["weight_decay"]) for group in optimizer.param_groups]
         for group, _ in self._decays:
             group["weight_decay"] = 0.0

@@ -4,6 +4,7 @@ FOLDER/metrics/steps.jsonl     what was measured, a line a logged step and a lin
 FOLDER/metrics/run.json        what the run is (`nemo_cpt.monitoring.description`)
 FOLDER/metrics/end.json        how its last start ended; not there while it goes on
 FOLDER/metrics/warnings.jsonl  what the run itself found worth a warning: step, time, text
+FOLDER/metrics/replies.jsonl   what the model replied at a validation: step, id, prompt, reply
 """
 
 import contextlib
@@ -16,6 +17,7 @@ METRICS_FILE = "metrics/steps.jsonl"  # in a folder: NeMo moves plain files away
 RUN_FILE = "metrics/run.json"
 END_FILE = "metrics/end.json"
 WARNINGS_FILE = "metrics/warnings.jsonl"
+REPLIES_FILE = "metrics/replies.jsonl"
 LOSS = "val_loss_"  # before a validation set's name: its mean loss, in nats per token
 BATCHES = "val_batches_"  # the losses of its global batches, in their order, where there are several
 RESUMED_FROM = "resumed_from"  # in a line of its own: a start of the job, and the step that it goes on from
@@ -107,8 +109,11 @@ def read_file(run_folder: str | Path, file: str) -> dict[str, Any]:
         return {}
 
 
-def validation_losses(run_folder: str | Path) -> list[dict[str, float]]:
-    """Each set's loss at the first and at the last validation of a run, by name, with the `step`; empty without one."""
+def validation_losses(run_folder: str | Path) -> list[dict[str, float | None]]:
+    """Each set's loss at the first and at the last validation of a run, by name, with the `step`; empty without one.
+
+    None stands for a loss that was NaN or infinite.
+    """
     found = [
         {"step": int(line["step"])}
         | {name.removeprefix(LOSS): value for name, value in line.items() if name.startswith(LOSS)}

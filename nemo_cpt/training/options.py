@@ -19,6 +19,7 @@ LOGGER_FIELDS = {
 }
 PATIENCE = 3
 FP8_SCALING = {"fp8": "tensorwise", "fp8_blockwise": "blockwise"}  # Megatron's words for it
+STATE_PRECISIONS = ("fp32", "bf16")
 PEFT_SCHEMES = ("lora", "dora")
 EXTENSIONS = {
     "rewarm": "a new warmup and decay, over the steps that are left",
@@ -134,6 +135,12 @@ def read_precision(precision: str, bf16_layers: int = 0) -> str | None:
     return FP8_SCALING.get(precision)
 
 
+def check_state_precision(state_precision: str) -> None:
+    """Raise CptError where a recipe's `state_precision=` is none of `STATE_PRECISIONS`."""
+    if state_precision not in STATE_PRECISIONS:
+        raise CptError(f"state_precision={state_precision}: give {' or '.join(STATE_PRECISIONS)}")
+
+
 def check_extend(extend: str | None) -> None:
     """Raise CptError where a recipe's `extend=` is none of `EXTENSIONS`."""
     if extend is not None and extend not in EXTENSIONS:
@@ -163,6 +170,7 @@ def check_exports(every: int | None, keep: int | None, saved: int | None = None)
         return
     if every < 1 or (keep is not None and keep < 1):
         raise CptError(f"export_every is {every} and export_keep {keep}: give whole numbers of 1 or more")
+    # An export is made of a checkpoint: between two of them there is nothing to export.
     if saved and every % saved:
         raise CptError(
             f"export_every {every} is not a multiple of the {saved} steps between checkpoints: give "
@@ -204,6 +212,7 @@ def first_new_row(tokenizer: Path, steps: int) -> int:
     from nemo_cpt.vocabulary.byte_level import FIRST_ROW, RECORD
 
     record = read_object(tokenizer / RECORD)
+    # The model's own record first: it may have been grown by a tokenizer that grew twice.
     first = record.get(FIRST_ROW) or record.get("from", {}).get("vocabulary_size", 0)
     if not first:
         raise CptError(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_cpt.checkpoint.folders import refuse_adapter
 from nemo_cpt.errors import CptError
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -39,6 +40,7 @@ def check_base(base: str | Path | None) -> None:
             f"the base {base} is not there: import it first with `nemo-cpt import HF_MODEL {base}`; "
             f"for a training from scratch, make it with `nemo-cpt init {base} --tokenizer TOKENIZER`"
         )
+    refuse_adapter(base)
     if (base / "config.json").is_file():
         raise CptError(
             f"the base {base} is a Hugging Face model: `nemo-cpt import {shlex.quote(str(base))} "

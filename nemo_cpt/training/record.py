@@ -12,7 +12,7 @@ from nemo_cpt.checkpoint.provenance import BEFORE, trainings_of
 from nemo_cpt.checkpoint.weights_digest import BASE_WEIGHTS, base_weights_of, weights_digest
 from nemo_cpt.conversations.dataset import is_conversations
 from nemo_cpt.corpus.dataset.index import full_prefix
-from nemo_cpt.training.changes import content_of, sets_of
+from nemo_cpt.training.changes import content_of, same, sets_of
 from nemo_cpt.training.run_folder import resumed_from
 
 _OPTIMIZER = ("optimizer", "adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "clip_grad", "sgd_momentum")
@@ -58,7 +58,7 @@ def validated_otherwise(trainer: pl.Trainer) -> list[str]:
     return [
         name
         for name in now["sets"]
-        if any(name in was.get(kind, {}) and was[kind][name] != now[kind].get(name) for kind in now)
+        if any(name in was.get(kind, {}) and not same(was[kind][name], now[kind].get(name)) for kind in now)
     ]
 
 

@@ -12,6 +12,7 @@ import itertools
 import json
 import re
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -77,6 +78,12 @@ class Checkpoint:
         if "step" in self.record:
             return int(self.record["step"])
         return int(named[1]) if named else -1
+
+    @property
+    def validation(self) -> Mapping[str, Any] | None:
+        """What its losses are of: the sets' content, and how much of each; None where an older version says nothing."""
+        found: Mapping[str, Any] | None = self.record.get("settings", {}).get("validation")
+        return found
 
     @property
     def age_order(self) -> tuple[int, int]:

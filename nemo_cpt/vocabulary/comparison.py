@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.corpus.reading.sources import Inputs
 from nemo_cpt.corpus.tokenization.tokenizer import Tokenizer, load_tokenizer
 from nemo_cpt.errors import CptError
@@ -113,6 +114,7 @@ class Comparison:
                 raise CptError(f"the plot {path} cannot be written: {error}") from error
 
 
+@checked
 def compare(
     tokenizers: Sequence[str],
     corpora: Mapping[str, Inputs],
@@ -131,10 +133,12 @@ def compare(
     Raises:
         CptError: a tokenizer or a corpus is missing or unreadable, or one is named twice.
     """
+    # Results are kept by name: one of the two would be lost.
     if len(set(tokenizers)) < len(tokenizers):
         raise CptError(f"a tokenizer is named twice among {', '.join(tokenizers)}")
     if not corpora:
         raise CptError("name a corpus to compare on, such as --corpus ja=ja.jsonl")
+    # Drawn once: all tokenizers are given the very same documents.
     samples = {label: draw(inputs, json_key, sample_bytes, hold_out=False).texts for label, inputs in corpora.items()}
     loaded = {name: load_tokenizer(name) for name in tokenizers}
     measured, longest, odd = list[Measured](), dict[str, tuple[str, ...]](), dict[str, int]()

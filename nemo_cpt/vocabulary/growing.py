@@ -13,6 +13,7 @@ from typing import Any
 
 import orjson
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.corpus.reading.sources import Inputs
 from nemo_cpt.corpus.tokenization.tokenizer import load_tokenizer
 from nemo_cpt.corpus.tokenization.tokenizer_files import ADDED, CONFIG, DEFINITION, SPECIAL_MAP, read_object
@@ -71,6 +72,7 @@ class GrowReport:
         return asdict(self)
 
 
+@checked
 def grow(
     tokenizer: str,
     inputs: Inputs,
@@ -113,6 +115,7 @@ def grow(
     """
     start = time.monotonic()
     check_options(tokens, until, max_characters, min_count, multiple_of, sample_bytes)
+    # First of all: what takes minutes is not to fail at its end.
     check_free(Path(output))
     base = read_byte_level(tokenizer)
     sample = draw(inputs, json_key, sample_bytes)
@@ -176,7 +179,7 @@ def check_options(
 
 def _learn(learner: Learner, size: int, tokens: int, multiple_of: int) -> list[Merge]:
     """Learn so many tokens, and those that fill the vocabulary up to a multiple."""
-    wanted = tokens + -(size + tokens) % multiple_of
+    wanted = tokens + -(size + tokens) % multiple_of  # what is missing to the next multiple
     merges = list(islice(learner, wanted))
     if len(merges) < wanted:
         raise CptError(

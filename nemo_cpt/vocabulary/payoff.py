@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.corpus.reading.sources import Inputs
 from nemo_cpt.corpus.tokenization.tokenizer import load_tokenizer
 from nemo_cpt.errors import CptError
@@ -58,6 +59,7 @@ class Worth:
         return asdict(self)
 
 
+@checked
 def worth(
     base: str,
     grown: str,

@@ -10,9 +10,11 @@ from typing import Any
 
 import orjson
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.corpus.reading.sources import Inputs
 from nemo_cpt.corpus.tokenization.tokenizer_files import CONFIG, DEFINITION
 from nemo_cpt.errors import CptError
+from nemo_cpt.vocabulary.byte_level import byte_of_character
 from nemo_cpt.vocabulary.folders import check_free, new_folder
 from nemo_cpt.vocabulary.growing import MULTIPLE_OF, count_tokens
 from nemo_cpt.vocabulary.samples import Sample, draw
@@ -62,6 +64,7 @@ class TrainReport:
         return asdict(self)
 
 
+@checked
 def train(
     corpora: Inputs | Mapping[str, float],
     output: str | Path,
@@ -94,7 +97,8 @@ def train(
 
     Raises:
         CptError: a corpus is missing, unreadable, or too small for so many tokens; a weight or a size is impossible;
-            there is no such kind; a special token is named twice; `output` exists. Nothing is left at `output` then.
+            there is no such kind; a special token is named twice, or is a part of the corpora's words; `output` exists.
+            Nothing is left at `output` then.
     """
     start = time.monotonic()
     check_options(corpora, vocabulary_size, kind, special, multiple_of, sample_bytes)
@@ -119,6 +123,7 @@ def train(
             f"the corpora give {backend.get_vocab_size():,} tokens, not {size:,}: give more text, or a smaller "
             "vocabulary_size (--vocabulary-size)"
         )
+    _check_apart(backend, tokens)
     _write(backend, output)
     held_out = {name: sample.held_out for name, sample in samples.items() if sample.held_out}
     return TrainReport(
@@ -170,6 +175,8 @@ def check_options(
         raise CptError(f"the special tokens {list(special)} hold one without a text: leave it away")
     if twice := [token for token in tokens if tokens.count(token) > 1]:
         raise CptError(f"the special token {twice[0]} is there twice")
+    if one_byte := [token for token in special if token in byte_of_character()]:
+        raise CptError(f"the special token {one_byte[0]!r} is that of a byte, too: give it a longer name")
     if _rounded_up(vocabulary_size, multiple_of) <= len(tokens) + 256:
         raise CptError(
             f"a vocabulary of {vocabulary_size:,} has no room for tokens beside 256 bytes and "
@@ -250,6 +257,21 @@ def _trainer(special: Sequence[str], size: int, kind: str) -> Any:
     if kind == "unigram":
         return trainers.UnigramTrainer(max_piece_length=MAX_BYTES, **common)
     return trainers.BpeTrainer(max_token_length=MAX_BYTES, min_frequency=2, **common)
+
+
+def _check_apart(backend: Any, special: Sequence[str]) -> None:
+    """Refuse a special token that BPE merges others into, too: every text that holds this one would have its id.
+
+    Raises:
+        CptError: there is one.
+    """
+    merges = orjson.loads(backend.to_str())["model"].get("merges") or ()  # Unigram has none
+    merged = {"".join(pair) for pair in merges}
+    if both := [token for token in special if token in merged]:
+        raise CptError(
+            f"the special token {both[0]!r} is a part of the corpora's words, too: give it a name that no word holds, "
+            f"such as '<|{both[0]}|>'"
+        )
 
 
 def _write(backend: Any, output: Path) -> None:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import datetime
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +58,22 @@ class Follower:
             self._record, self._stamps = Record(self.folder, self._reader), stamps
         begun = stamps[1] != self._earlier
         state, message = self._state() if begun else ("starting", "")
-        own = [each["text"] for each in self._record.warnings]
         return Snapshot(
+            # Until its own start has described itself, the folder tells of the one before.
             record=self._record if begun else Record(self.folder, _NothingYet(self.folder)),
             state=state,
             message=message,
             saved=[each.path.name for each in checkpoints(self.folder / "checkpoints")] if begun else (),
-            warnings=own + self._warnings.since(self._record) if begun else (),
+            warnings=self._said() if begun else (),
             log=str(log or (self._log() if begun else None) or ""),
             seconds=None if begun else time.monotonic() - self._since,
             trouble=self._trouble(),
         )
+
+    def _said(self) -> list[str]:
+        """The run's own warnings and those of its log, as they came: of many the newest alone are shown."""
+        own = [(_stamp(each["time"], self._record), each["text"]) for each in self._record.warnings]
+        return [text for _, text in sorted([*own, *self._warnings.since(self._record)], key=itemgetter(0))]
 
     def _trouble(self) -> str:
         """Why what is known may be old."""
@@ -111,7 +117,8 @@ class _LogWarnings:
         self._read = 0
         self._found: list[tuple[str, str]] = []
 
-    def since(self, record: Record) -> list[str]:
+    def since(self, record: Record) -> list[tuple[str, str]]:
+        """Each with its time, as NeMo stamps its lines."""
         with contextlib.suppress(OSError), self.path.open("rb") as file:
             file.seek(self._read)
             for line in iter(file.readline, b""):
@@ -124,9 +131,14 @@ class _LogWarnings:
         first = next((line["time"] for line in record.metrics if TRAIN_LOSS in line and "time" in line), None)
         if first is None:
             return []
-        # As NeMo stamps its lines: these texts compare as their times do.
-        begun = datetime.fromtimestamp(first).isoformat(" ", timespec="seconds")
-        return [text for when, text in self._found if when > begun]
+        return [(when, text) for when, text in self._found if when > _stamp(first, record)]
+
+
+def _stamp(seconds: float, record: Record) -> str:
+    """A time as NeMo stamps a run's lines, by the clock where it trains: such texts compare as their times do."""
+    started = record.description.get("started")
+    zone = datetime.fromisoformat(started).tzinfo if started else None
+    return datetime.fromtimestamp(seconds, zone).replace(tzinfo=None).isoformat(" ", timespec="seconds")
 
 
 def _changed(path: Path) -> float:
@@ -199,6 +211,7 @@ def check_ended_well(shown: Snapshot) -> None:
         StoppedEarlyError: it was told to stop, and saved.
         CptError: it failed, or was killed, or nothing was measured in its folder.
     """
+    # Refuses a folder in which nothing was ever measured, of which there is no end to tell.
     record(shown.record.folder)
     if shown.state in ("finished", "ended early"):
         return

@@ -44,6 +44,7 @@ def launch_view(folder: Path) -> Iterator[Callable[[Path], None]]:
                     screen.show(follower.snapshot(log()))
                 screen.wait(POLL_SECONDS)
 
+        # A daemon: should it hang on a file system, the launcher ends all the same.
         thread = threading.Thread(target=draw, daemon=True, name="view")
         thread.start()
         try:
@@ -51,9 +52,11 @@ def launch_view(folder: Path) -> Iterator[Callable[[Path], None]]:
                 yield experiment.append
         finally:
             ended.set()
+            # The thread may be waiting for a key.
             screen.keys.wake()
             thread.join()
             last = follower.snapshot(log())
+            # The job is over, whatever its files say: one that was killed has written no end.
             screen.end(replace(last, state="ended", seconds=None) if last.state in ("starting", "running") else last)
 
 

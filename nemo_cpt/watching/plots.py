@@ -31,6 +31,7 @@ def pictures(records: Sequence[Record]) -> dict[str, bytes]:
 def _picture(pyplot: Any, draw: Callable[[Any, Sequence[Record]], None], records: Sequence[Record]) -> bytes | None:
     figure, axis = pyplot.subplots(figsize=SIZE, layout="constrained")
     draw(axis, records)
+    # Older runs measured less: there is no empty picture of what they lack.
     if not axis.has_data():
         pyplot.close(figure)
         return None
@@ -98,7 +99,7 @@ def _forgetting(axis: Any, records: Sequence[Record]) -> None:
                 axis.errorbar(change.step, change.percent, yerr=error, color=colour, capsize=4, elinewidth=1.4)
     if axis.has_data():
         axis.axhline(0, color="black", linewidth=0.8)
-        axis.set(ylabel="loss since step 0, %", title="gained (below 0) and forgotten (above 0)")
+        axis.set(ylabel="loss since the first validation, %", title="gained (below 0) and forgotten (above 0)")
 
 
 def _throughput(axis: Any, records: Sequence[Record]) -> None:
@@ -117,6 +118,7 @@ def _throughput(axis: Any, records: Sequence[Record]) -> None:
 
 def running_mean(values: Sequence[float]) -> list[float]:
     """The mean of the last values at each place: of as many as make a twentieth of all."""
+    # One sum that goes along, not one for each place: runs have a hundred thousand steps.
     window, found, total = _window(values), [], 0.0
     for index, value in enumerate(values):
         total += value - (values[index - window] if index >= window else 0.0)

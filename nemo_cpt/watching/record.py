@@ -15,6 +15,7 @@ from nemo_cpt.monitoring.forgetting import Change, changes, in_bits_per_byte, va
 from nemo_cpt.training.metrics import (
     END_FILE,
     METRICS_FILE,
+    REPLIES_FILE,
     RUN_FILE,
     WARNINGS_FILE,
     MetricsReader,
@@ -23,7 +24,6 @@ from nemo_cpt.training.metrics import (
 )
 
 TRAIN_LOSS, STEP_SECONDS, GPU_MEMORY = "reduced_train_loss", "train_step_timing in s", "gpu_memory_gib"
-REPLIES_FILE = "metrics/replies.jsonl"
 LAST_STEPS = 20  # of which the speed is the median: single steps wait for checkpoints
 PACE_STEPS = 100  # of which the pace is the mean, with what lies between them
 
@@ -78,6 +78,7 @@ class Record:
     @cached_property
     def max_steps(self) -> int | None:
         """The run's length; None where nothing says it."""
+        # As this start was asked for, which may be more than the newest checkpoint knows of.
         return self.description.get("max_steps") or Run(self.folder).max_steps
 
     @cached_property
@@ -112,6 +113,7 @@ class Record:
     def speeds(self) -> tuple[list[int], list[float]]:
         """Tokens a second of each logged step, without what lies between steps."""
         steps, seconds = self.series(STEP_SECONDS)
+        # NaN leaves a gap in a picture, where 0 or an error would tell of a step that was none.
         return steps, [(self.tokens_per_step or math.nan) / (each or math.nan) for each in seconds]
 
     @property
@@ -132,6 +134,7 @@ class Record:
         """Seconds a step, of wall time over the last steps, else of the steps alone."""
         last = [line for line in self.metrics[-PACE_STEPS:] if TRAIN_LOSS in line and "time" in line]
         timed = [(line["step"], line["time"]) for line in last]
+        # From line to line, which are log_every_n_steps apart: what lies between two steps is in it.
         whole = [(end - start) / (after - before) for (before, start), (after, end) in pairwise(timed)]
         seconds = self._last_steps(LAST_STEPS, STEP_SECONDS)
         if len(whole) < 2:

@@ -186,6 +186,7 @@ class Connection:
         # In a session of its own: it can ask for nothing on the terminal, and the view's Ctrl-C is not its own.
         return subprocess.run(
             words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", start_new_session=True,
+            # "C": what Slurm and rsync say is looked at.
             timeout=TRANSFER_SECONDS, env=os.environ | {"LC_ALL": "C"},
         )  # fmt: skip
 

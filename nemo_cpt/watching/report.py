@@ -11,6 +11,7 @@ from nemo_cpt.corpus.atomic_files import make_folder, write_whole
 from nemo_cpt.errors import CptError
 from nemo_cpt.launching.results import Run, every_checkpoint, size
 from nemo_cpt.monitoring.forgetting import Change, set_name
+from nemo_cpt.output import size_of
 from nemo_cpt.page import as_json, details, head, image, table, table_row
 from nemo_cpt.watching.plots import pictures
 from nemo_cpt.watching.record import GPU_MEMORY, TRAIN_LOSS, Record
@@ -41,6 +42,7 @@ def write_report(records: Sequence[Record], folder: Path) -> list[Path]:
     if len(records) > 1 and records[0].folder.resolve() == records[1].folder.resolve():
         raise CptError(f"{records[0].folder} would be compared with itself: name another run, or leave it away")
     make_folder(folder)
+    # Drawn first, which may fail: no half report is left.
     drawn = pictures(records)
     files = {
         "report.html": "\n".join(_page(records, drawn)).encode(),
@@ -76,7 +78,9 @@ def _page(records: Sequence[Record], drawn: Mapping[str, bytes]) -> Iterator[str
     yield head(" against ".join(record.name for record in records)) + GRID
     for record in records:
         for warning in record.warnings:
-            yield f'<p class="warning">{html.escape(warning["text"])}</p>'
+            whose = f"{record.name}: " if len(records) > 1 else ""
+            yield f'<p class="warning">{html.escape(whose + warning["text"])}</p>'
+    # A row that one of them lacks stays, with an empty cell.
     names = list(dict.fromkeys(name for record in records for name, _ in _summary(record)))
     summaries = [dict(_summary(record)) for record in records]
     yield from table(("", *(record.name for record in records)),
@@ -119,7 +123,7 @@ def came_and_planned(record: Record) -> Iterator[tuple[str, str]]:
     if speed := record.tokens_per_second:
         yield "tokens/s", f"{speed:,.0f}" + _beside(speed, plan.get("tokens_per_second"), ",.0f")
     if memory := record.last(GPU_MEMORY):
-        yield "GPU memory, GiB", f"{memory:.1f}" + _beside(memory, plan.get("peak_gib"), ".1f")
+        yield "GPU memory, GiB", f"{memory:.1f}" + _beside(memory, plan.get("reserved_gib"), ".1f")
     if reason := record.description.get("plan", {}).get("unknown"):
         yield "plan", f"none: {reason}"
 
@@ -145,7 +149,7 @@ def cells(record: Record, change: Change) -> tuple[str, ...]:
     end = "" if change.at_end is None else f"{100 * (change.at_end / change.first - 1):+.2f} %"
     verdict = "worse" if change.worse else "better" if change.better else ""
     first, now = (f"{scale * loss:.4f}" for loss in (change.first, change.value))
-    return change.name, unit, first, now, f"{change.percent:+.2f} %", error, end, verdict
+    return change.name, unit, first + change.first_step, now, f"{change.percent:+.2f} %", error, end, verdict
 
 
 def _as_dict(record: Record, change: Change) -> dict[str, Any]:
@@ -153,6 +157,8 @@ def _as_dict(record: Record, change: Change) -> dict[str, Any]:
     return {
         "set": change.name,
         "unit": unit,
+        "since": change.since,
+        "step": change.step,
         "first": scale * change.first,
         "value": scale * change.value,
         "percent": change.percent,
@@ -171,7 +177,7 @@ def _run(record: Record, heading: str) -> Iterator[str]:
     yield from table(("setting", "value", "recipe's default"), list(settings(record)))
     checkpoints = list(_checkpoints(record))
     yield f"<h2>Checkpoints{heading} ({len(checkpoints)})</h2>"
-    rows = [(each["name"], str(each["step"]), f"{each['bytes'] / 1e9:,.3f} GB", each["state"]) for each in checkpoints]
+    rows = [(each["name"], str(each["step"]), size_of(each["bytes"]), each["state"]) for each in checkpoints]
     yield from table(("checkpoint", "step", "size", "state"), rows)
     yield from _replies(record, heading)
     yield f"<h2>How it was run{heading}</h2>"

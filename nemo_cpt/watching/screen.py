@@ -42,6 +42,7 @@ class Screen:
             lines = last_lines(Path(shown.log), max(self._view.height - 1, 1)) if shown.log else []
             self._draw((shown.log, lines), lambda: render_log(shown.log, lines, "l, q: back to the view"))
         else:
+            # A record that was read anew is another object, though it may be equal.
             self._draw((shown, id(shown.record)), lambda: render(shown, hint=self._hint))
 
     def end(self, shown: Snapshot) -> None:

@@ -84,6 +84,7 @@ class Keys:
     def __init__(self, descriptor: int, returned: Callable[[], None]) -> None:
         self._descriptor, self._returned = descriptor, returned
         self._modes: list[Any] | None = None  # as they were found; None while they are so
+        # Another thread cannot end a wait on the terminal; it can write into a pipe that is waited for, too.
         self._woken, self._waker = os.pipe()
 
     def __bool__(self) -> bool:
@@ -169,6 +170,7 @@ def keys_of(stream: Any, returned: Callable[[], None]) -> Iterator[Keys]:
     """
     keys = Keys(stream.fileno() if stream is not None and stream.isatty() else NONE, returned)
     handlers = dict.fromkeys(ENDING, keys.end) | {signal.SIGTSTP: keys.stop, signal.SIGCONT: keys.go_on}
+    # NeMo-Run's launcher has handlers of its own, and the view stands within it.
     ours = [number for number in handlers if keys and signal.getsignal(number) == signal.SIG_DFL]
     try:
         for number in ours:

@@ -1,5 +1,6 @@
 """A run as a terminal shows it: rich's for a live view, lines for everything else."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -47,7 +48,7 @@ class Snapshot:
 
 
 def render(shown: Snapshot, hint: str = "") -> "RenderableType":
-    """The live view: seven lines and one a validation set.
+    """The live view: seven lines, one a validation set, and the run's own warnings.
 
     Args:
         shown: the run.
@@ -74,7 +75,9 @@ def render(shown: Snapshot, hint: str = "") -> "RenderableType":
         parts.append(_sets(record))
     if shown.saved:
         parts.append(Text.assemble(("saved ", "dim"), f"{len(shown.saved)}, the newest {shown.saved[0]}"))
-    parts += [Text(line, style="yellow", overflow="ellipsis", no_wrap=True) for line in _folded(shown.warnings)]
+    own = {each["text"] for each in record.warnings}  # whole: what to do stands at their ends
+    for line, warning in _folded(shown.warnings):
+        parts.append(Text(line, style="yellow", overflow="ellipsis", no_wrap=warning not in own))
     if shown.trouble:
         parts.append(Text(f"! {shown.trouble}", style="yellow", overflow="fold"))
     if shown.seconds is not None:
@@ -82,7 +85,11 @@ def render(shown: Snapshot, hint: str = "") -> "RenderableType":
     if shown.message:
         parts.append(Text(shown.message))
     if shown.log:
-        parts.append(Text.assemble(("log ", "dim"), shown.log, overflow="fold"))
+        log = Table.grid(padding=(0, 1))
+        log.add_column()
+        log.add_column(overflow="fold")
+        log.add_row(Text("log", style="dim"), Text(shown.log))
+        parts.append(log)
     if hint:
         parts.append(Text(hint, style="dim"))
     return Group(*parts)
@@ -98,7 +105,8 @@ def _sets(record: Record) -> "RenderableType":
     for change in record.changes.values():
         scale, unit = record.unit(change.name)
         mark, style = MARKS["worse" if change.worse else "better" if change.better else ""]
-        numbers = (f"{scale * change.first:.4f}", f"{scale * change.value:.4f}", f"{change.percent:+.2f} %")
+        first, now = f"{scale * change.first:.4f}{change.first_step}", f"{scale * change.value:.4f}"
+        numbers = (first, now, f"{change.percent:+.2f} %")
         table.add_row(
             *(Text(each) for each in (change.name, *numbers)), Text(mark, style=style), Text(unit, style="dim")
         )
@@ -126,17 +134,17 @@ def _facts(record: Record) -> Iterator[tuple[str, str]]:
         yield "GPU", f"{memory:.1f}" + (f" of {card:.0f} GiB" if card else " GiB")
 
 
-def _folded(warnings: Sequence[str]) -> Iterator[str]:
-    """The last warnings, equal ones once, and how many there are besides."""
+def _folded(warnings: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The last warnings, equal ones once, and how many there are besides; as the line to show, and as they came."""
     counts: dict[str, int] = {}
     for warning in warnings:
         # Taken out and put in again: the last entry is then what was said last.
         counts[warning] = counts.pop(warning, 0) + 1
     shown = list(counts.items())[-WARNINGS_SHOWN:]
     if more := len(counts) - len(shown):
-        yield f"! {more} more warnings in the log"
+        yield f"! {more} more warnings in the log", ""
     for warning, count in shown:
-        yield f"! {warning}" + (f" ({count} times)" if count > 1 else "")
+        yield f"! {warning}" + (f" ({count} times)" if count > 1 else ""), warning
 
 
 def duration(seconds: float) -> str:
@@ -160,13 +168,16 @@ def lines(shown: Snapshot, before: Snapshot | None) -> Iterator[str]:
     if record.step != known and record.metrics:
         facts = "  ".join(f"{name} {value}" for name, value in _facts(record))
         yield "  ".join(filter(None, (_steps(record), facts, _left(record) if shown.state == "running" else "")))
+    # A step of training is no news of a validation: told once, at its own step.
     told = {} if before is None else {change.name: change.step for change in before.record.changes.values()}
     for change in record.changes.values():
         if told.get(change.name) != change.step:
             scale, unit = record.unit(change.name)
             mark = MARKS["worse" if change.worse else "better" if change.better else ""][0]
-            numbers = f"{scale * change.first:.4f} -> {scale * change.value:.4f} {unit} ({change.percent:+.2f} %)"
+            first, now = f"{scale * change.first:.4f}{change.first_step}", f"{scale * change.value:.4f}"
+            numbers = f"{first} -> {now} {unit} ({change.percent:+.2f} %)"
             yield f"validation at step {change.step}: {change.name} {numbers} {mark}".rstrip()
     yield from (f"saved {name}" for name in reversed(shown.saved) if before is None or name not in before.saved)
-    fresh = shown.warnings[len(before.warnings) :] if before else shown.warnings
-    yield from (f"warning: {text}" for text in fresh)
+    # By what they say, not by how many there were: two sources are read, and one may be behind.
+    known_warnings = Counter(before.warnings if before else ())
+    yield from (f"warning: {text}" for text in (Counter(shown.warnings) - known_warnings).elements())

@@ -16,6 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.errors import CptError
 from nemo_cpt.workflow.files import as_python, as_yaml, load, maker_names
 from nemo_cpt.workflow.steps import READS, WRITES, Step, Workflow
@@ -33,6 +34,7 @@ _OF_KINDS = (
 __all__ = [*_OF_KINDS, "Chosen", "Step", "Workflow", "as_python", "as_yaml", "call", "load", "run"]
 
 
+@checked
 def call(
     name: str,
     function: str | Callable[..., Any],

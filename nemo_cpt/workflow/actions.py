@@ -40,6 +40,7 @@ def evaluate(**parameters: Any) -> dict[str, Any]:
     from nemo_cpt.evaluation.report import write
 
     found = measure(**parameters, say=lambda line: print(line, flush=True))
+    # As the command does: the function itself returns the report, and leaves its journal.
     write(found, parameters["output"])
     measured = [(row.group, row.measure, row.before, row.after) for row in found.rows]
     return {"rows": measured, "warnings": found.warnings}

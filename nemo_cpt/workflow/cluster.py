@@ -157,6 +157,7 @@ def _note(runner: Runner, step: Step, part: str, again: bool) -> None:
             found = standing(step, runner.state, again)
             if not found.done:
                 runner.begin(found)
+        # A training that was done already has not begun, and its record stands.
         elif record is not None and record.state != DONE:
             begun = runner.state.path(step.name, "json").stat().st_mtime
             runner.end(step, record, 0, time.time() - begun)

@@ -7,6 +7,7 @@ from typing import Any
 from nemo_cpt.corpus.atomic_files import make_folder
 from nemo_cpt.doctor import Finding
 from nemo_cpt.errors import CptError
+from nemo_cpt.output import size_of, span
 from nemo_cpt.workflow.estimates import Estimate, Estimates
 from nemo_cpt.workflow.standing import Chosen, Standing, check_free, standings
 from nemo_cpt.workflow.state import State
@@ -48,6 +49,7 @@ class DryRun:
             else:
                 yield each.step.name, does, "may run" if each.waits else "would run", each.why, *_cells(estimate)
         seconds, disk = (sum(getattr(each, name) or 0 for each in self.estimates) for name in ("seconds", "disk_bytes"))
+        # One step runs after the other: times and disk add up, memory does not.
         memory = max((each.memory_gib or 0 for each in self.estimates), default=0)
         more = " and what is not known" if any(self._unknown()) else ""
         yield (
@@ -55,9 +57,9 @@ class DryRun:
             "",
             "",
             more.strip(),
-            _time(seconds),
+            span(seconds),
             f"{memory:,.1f} GiB" if memory else "",
-            _bytes(disk),
+            size_of(disk),
             "",
         )
 
@@ -106,7 +108,9 @@ def dry_run(workflow: Workflow, chosen: Chosen, plan: bool = True) -> DryRun:
     make_folder(workflow.folder)  # which a workflow built in Python may only name; paths are relative to it
     workflow.check()
     names, again, state = chosen.steps(workflow), chosen.again(workflow), State(workflow)
+    # All are looked at first: how those stand that a step needs says whether it waits.
     found = [each for each in standings(workflow, state, again) if each.step.name in names]
+    # What somebody else's files would stop is known before anything runs.
     check_free(found)
     for each in found:
         if not each.done:  # what is done was checked when it was done
@@ -130,16 +134,6 @@ def refuse_red(found: DryRun) -> None:
 
 def _cells(estimate: Estimate) -> tuple[str, str, str, str]:
     memory = UNKNOWN if estimate.memory_gib is None else f"{estimate.memory_gib:,.1f} GiB"
-    disk = UNKNOWN if estimate.disk_bytes is None else _bytes(estimate.disk_bytes)
-    time = UNKNOWN if estimate.seconds is None else _time(estimate.seconds)
+    disk = UNKNOWN if estimate.disk_bytes is None else size_of(estimate.disk_bytes)
+    time = UNKNOWN if estimate.seconds is None else span(estimate.seconds)
     return time, memory, disk, estimate.note
-
-
-def _bytes(number: float) -> str:
-    return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{number / 1e6:,.1f} MB"
-
-
-def _time(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:,.0f} s"
-    return f"{seconds / 60:,.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"

@@ -21,6 +21,7 @@ from nemo_cpt.doctor.examination import from_error
 from nemo_cpt.doctor.inputs import base_architecture, run_folder
 from nemo_cpt.errors import CptError
 from nemo_cpt.launching.description import describe
+from nemo_cpt.planning import memory
 from nemo_cpt.planning.checkpoint_size import checkpoint_bytes, export_bytes, parameters
 from nemo_cpt.planning.plans import plan_workload
 from nemo_cpt.workflow import outputs, recipes
@@ -75,6 +76,7 @@ WHY_NOT = {
     "grow_tokenizer": "not measured",
 }
 NOT_THERE_YET = "not known before its inputs are there"
+NO_BASE_YET = "not known before its base is there"
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,9 @@ class Estimates:
         files = outputs.files_of(self.workflow.folder / path)
         if files:
             on_disk = float(sum(file.stat().st_size for file in files))
+            # The largest stands for all: to sample each of a folder of dumps would take long.
             return on_disk * _unpacked(max(files, key=lambda file: file.stat().st_size))
+        # Not there yet: as large as the step that makes it is estimated to leave it.
         size = next((size for made, size in self.made.items() if outputs.related(path, made)), None)
         return size and size * self._share(path)
 
@@ -185,7 +189,7 @@ class Estimates:
             job = describe(recipe, arguments, fields, str(step.parameters.get(recipes.EXECUTOR, "local")), options)
         except CptError as error:  # such as the shape of a base that is not made yet
             self.findings.append((step.name, from_error("recipe", error)))
-            return Estimate(note="not known before its base is there")
+            return Estimate(note=NO_BASE_YET)
         self._preflight(standing, job)
         if not job.gpus_per_node:
             return _on_disk(job, "on the CPU, whose pace is not known")
@@ -194,15 +198,17 @@ class Estimates:
         try:
             planned = plan_workload(workload(recipe.name, arguments, fields), job.gpu_memory_gib)
         except CptError as error:
+            if job.base and not Path(job.base).exists():  # a step before it makes it, or the workflow would be refused
+                return Estimate(note=NO_BASE_YET)
             self.findings.append((step.name, Finding("plan", "warning", f"none: {error.message}")))
             return _on_disk(job, "the planner has no plan for it")
         if not planned.fits:
             self.findings.append((step.name, Finding("plan", "error", planned.verdict, "nemo-cpt plan says what fits")))
         tokens = planned.workload.max_steps * planned.workload.tokens_per_step
-        saved = planned.workload.trained_parameters * 14  # weights in bf16 and Adam's states in fp32
         note = f"{planned.speed.gpus} x {planned.gpu.name}"
         seconds, model = planned.speed.hours(tokens) * 3600, planned.workload.parameters * 2  # in bf16
-        return Estimate(seconds, planned.peak_gib, job.checkpoints * saved, note, model)
+        written = job.checkpoints * memory.checkpoint_bytes(planned.workload) + job.exports * model
+        return Estimate(seconds, planned.peak_gib, written, note, model)
 
     def _preflight(self, standing: Standing, job: Job) -> None:
         # What steps before it make is not there yet: files are not looked at then, as of a task that waits for others.

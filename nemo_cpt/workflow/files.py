@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from nemo_cpt import catalog
+from nemo_cpt.arguments import checked
 from nemo_cpt.errors import CptError
 from nemo_cpt.python_files import import_file
 from nemo_cpt.strict_yaml import StrictLoader
@@ -31,6 +32,7 @@ _SCALARS = (
 )
 
 
+# Of their own: PyYAML's resolvers are those of YAML 1.1, to which 4:00:00 is a number of seconds.
 class _Loader(StrictLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  the library's own way
 
@@ -38,6 +40,7 @@ class _Loader(StrictLoader):
 class _Dumper(yaml.SafeDumper):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
 
+    # What stands twice is written twice: nobody edits `&id001` and `*id001`.
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
@@ -49,6 +52,7 @@ _Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(no
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value.replace("_", "")))
 
 
+@checked
 def load(path: str | Path) -> Workflow:
     """Read a workflow.
 
@@ -111,6 +115,7 @@ def _step(name: str, value: Any) -> Step:
 
 def _from_python(path: Path) -> Workflow:
     found = {name: value for name, value in vars(import_file(path)).items() if isinstance(value, Workflow)}
+    # Which of several was meant nobody could tell, and their records would share a folder.
     if len(found) != 1:
         raise CptError(f"{path} holds {len(found)} workflows ({', '.join(found) or 'none'}): it must hold one")
     (workflow,) = found.values()
@@ -120,6 +125,7 @@ def _from_python(path: Path) -> Workflow:
     )
 
 
+@checked
 def as_yaml(workflow: Workflow) -> str:
     """A workflow as YAML, which reads back as the same."""
     steps = {step.name: {DO: step.do, **step.parameters} for step in workflow.steps.values()}
@@ -133,6 +139,7 @@ def _dump(value: dict[str, Any]) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**9)
 
 
+@checked
 def as_python(workflow: Workflow) -> str:
     """A workflow as a Python file, which reads back as the same."""
     names = sorted({_maker(step) for step in workflow.steps.values()})

@@ -157,6 +157,7 @@ def kind_of(do: str, parameters: Iterable[str]) -> Kind:
     """
     if ":" in do:
         return OWN
+    # As the command line tells the two apart.
     if do == "prepare" and "template" in parameters:
         return KINDS["prepare_conversations"]
     if do not in KINDS:

@@ -16,7 +16,7 @@ from nemo_cpt.training.run_folder import newest_whole
 OF_A_DATASET = (".bin", ".idx", ".mask")
 CONVERSATIONS = "_conversations"
 SUFFIXES = ("_text_document", CONVERSATIONS)  # which `prepare` appends, and which nobody needs to write
-PREFIXES = ("_document", "_conversations")
+PREFIXES = ("_document", "_conversations")  # how the prefixes of datasets end
 Files = dict[str, dict[str, Any]]
 
 
@@ -32,6 +32,7 @@ def related(read: str, made: str, folder: Path = Path()) -> bool:
     for name in (read, *(read + suffix for suffix in SUFFIXES)):
         path = PurePath(os.path.realpath(folder / _without_magic(name)))
         if path == made_path or path in made_path.parents or made_path in path.parents:
+            # The workflow's own folder holds all that is made, and depends on none of it.
             return path != here
     return False
 
@@ -77,6 +78,7 @@ def look(path: Path, known: Mapping[str, Mapping[str, Any]] | None = None) -> Fi
         stat = file.stat()
         name = os.path.relpath(file, path.parent)
         before = (known or {}).get(name, {})
+        # To hash a terabyte at each look would take hours: size and time stand for what was hashed then.
         same = (before.get("size"), before.get("mtime_ns")) == (stat.st_size, stat.st_mtime_ns)
         # Stamped before it is read: what is written meanwhile has another time at the next look.
         found[name] = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}

@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 from nemo_cpt.corpus.atomic_files import write_whole
+from nemo_cpt.output import size_of
 from nemo_cpt.page import details, head, table_row
 from nemo_cpt.workflow import outputs
 from nemo_cpt.workflow.state import PAGE, RECORD, State
@@ -57,16 +58,24 @@ def _row(state: State, name: str, record: Mapping[str, Any] | None) -> Iterator[
     yield html.escape(str(step.parameters.get("recipe", step.do)))
     yield record["state"] if record else "not started"
     yield f"{record['seconds']:,.1f}" if record else ""
-    yield "<br>".join(html.escape(path) for path in step.writes)
+    yield "<br>".join(_made(state, path) for path in step.writes)
     yield "<br>".join(_content(files) for files in record["outputs"].values()) if record else ""
     yield "<br>".join(_links(state, step.writes))
+
+
+def _made(state: State, path: str) -> str:
+    """What a step made, as a link where it is a file or a folder, and no dataset's prefix."""
+    full = state.workflow.folder / path
+    if not any(full in (file, *file.parents) for file in outputs.files_of(full)):
+        return html.escape(path)
+    return f'<a href="{_address(os.path.relpath(full, state.folder))}">{html.escape(path)}</a>'
 
 
 def _content(files: Mapping[str, Mapping[str, Any]]) -> str:
     """Size and hash of what a step made."""
     hashes = list(outputs.content(files).values())
     more = f" and {len(hashes) - 1} more" if len(hashes) > 1 else ""
-    return f"{outputs.size(files) / 1e6:,.1f} MB <small>{hashes[0][:12]}{more}</small>" if hashes else ""
+    return f"{size_of(outputs.size(files))} <small>{hashes[0][:12]}{more}</small>" if hashes else ""
 
 
 def _links(state: State, made: list[str]) -> Iterator[str]:

@@ -83,6 +83,7 @@ def reads(recipe: catalog.Function, arguments: Mapping[str, Any], parameters: Ma
         if name not in recipe.parameters:
             continue
         value = value_of(recipe, name, arguments)
+        # The recipe's own default data: files as well, which another step may make.
         if name == "data" and value is None:
             value = catalog.default_data(recipe)
         found += paths_in(_fields(value))

@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.corpus.atomic_files import make_folder, write_whole
 from nemo_cpt.errors import CptError, StoppedEarlyError
 from nemo_cpt.installed import installed_versions
@@ -40,6 +41,7 @@ TOLD_LINES = 15  # of a log whose step crashed without a word of ours
 SPEAKERS = ("nemo-cpt: ", "nemo_cpt: ")
 
 
+@checked
 def run(workflow: Workflow, chosen: Chosen | None = None, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Run what is not done yet, and write the record and the page.
 
@@ -174,6 +176,7 @@ class Runner:
         for path in step.writes:
             make_folder((step.folder / path).parent)
         request, result = (self.state.path(step.name, ending) for ending in ("request", "result"))
+        # An earlier start's result is not this one's.
         result.unlink(missing_ok=True)
         write_whole(request, json.dumps(self._request(step), ensure_ascii=False).encode())
         # -P: a user's tokenizers.py in the workflow's folder is not the library of that name.
@@ -182,7 +185,8 @@ class Runner:
         with log.open("ab") as file:
             self.child = subprocess.Popen(
                 command, cwd=step.folder, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                # A terminal's Ctrl-C comes by way of this process, once.
+                # A terminal's Ctrl-C comes by way of this process, once. The lock lives as long as the step's process:
+                # of a workflow that was killed the next run waits for that.
                 start_new_session=True, pass_fds=[lock], env=_environment(),
             )  # fmt: skip
             try:
@@ -225,12 +229,14 @@ class Runner:
         """
         log = self.state.path(step.name, "log")
         record = record.replace(seconds=round(record.seconds + seconds, 3), ended=_now())
+        # Whatever its code once it was told: a function of the user's knows nothing of 75.
         if code and (self.given or code == StoppedEarlyError.exit_code):
             self.state.write(self._left(record).replace(state=STOPPED, message="told to stop"))
             where = f"{self.workflow.name} was stopped in {step.name}"
             raise StoppedEarlyError(f"{where}: the same command goes on from there")
         if code:
             self._fail(record, _message(step, code, log))
+        # Looked at once more: what it read must have been the same from its beginning to its end.
         now, made = inputs_of(step, record), outputs_of(step)
         if names := [name for path in now if (name := outputs.changed(record.inputs[path], now[path]))]:
             message = f"{step.name} read {names[0]}, which changed meanwhile: what it made is of neither; run it again"

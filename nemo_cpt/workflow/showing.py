@@ -25,14 +25,19 @@ class Shown:
         self._task: Any = None
 
     def __enter__(self) -> "Shown":
+        # stderr: stdout may be a file, or a script's.
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+            from rich.table import Column
 
+            # A log's line has what the others leave, and takes nothing of theirs.
+            rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")
             # A path or a log may hold [brackets].
-            text = (TextColumn("{task.description}", markup=False), TextColumn("{task.fields[said]}", markup=False))
-            columns = (text[0], BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), text[1])
-            self._live = Progress(*columns, console=Console(stderr=True))
+            name = TextColumn("{task.description}", markup=False)
+            said = TextColumn("{task.fields[said]}", markup=False, table_column=rest)
+            columns = (name, BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), said)
+            self._live = Progress(*columns, console=Console(stderr=True), expand=True)
             self._task = self._live.add_task(self.name, total=self.total, said="")
             self._live.start()
         return self

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.corpus.reading.chunks import hash_file
 from nemo_cpt.errors import CptError
 from nemo_cpt.installed import installed_versions
@@ -20,6 +21,7 @@ SCHEDULE = {EXTEND, "max_steps", "lr", "min_lr", "warmup_steps"}
 GOES_ON = {RUNNING: "did not end", STOPPED: "was stopped", FAILED: "failed"}
 
 
+@checked
 @dataclass(frozen=True)
 class Chosen:
     """What of a workflow is run, and how.
@@ -144,6 +146,7 @@ def standing(step: Step, state: State, again: bool = False, first: Collection[st
     spoilt = _spoilt(step, record, made)
     why = "asked for" if again else other_job(step, record, bool(first)) or _unlike(step, record, made, spoilt)
     if not why and first:
+        # Once they have run it may turn out that what it reads is as before, and it is done.
         return Standing(step, f"after {', '.join(first)}", record, waits=True)
     return Standing(step, why, record, spoilt=spoilt, asked=again)
 
@@ -154,6 +157,7 @@ def _spoilt(step: Step, record: Record, made: Mapping[str, outputs.Files]) -> st
         before = record.outputs[path]
         if name := outputs.spoilt(before, now) if record.state == DONE else outputs.changed(before, now):
             return name
+        # A run that somebody trained on has new checkpoints beside the old ones.
         if step.kind.kept and now and before.keys() != now.keys():
             return path
     return ""

@@ -19,7 +19,6 @@ RECORD, PAGE, LOCK = "record.json", "page.html", "lock"
 PACKAGES = ("torch", "nemo_toolkit", "nemo_run", "megatron-core", "transformers", "tokenizers")
 PATIENCE = 20.0  # seconds for the step of a killed workflow to end
 RUNNING, DONE, STOPPED, FAILED = "running", "done", "stopped", "failed"
-OF_TIME = ("starts", "started", "ended", "seconds")  # of a record: other ones each time
 
 
 @dataclass(frozen=True)
@@ -134,6 +133,7 @@ class State:
         try:
             file = open_locked(path, PATIENCE)
         except CptError as error:
+            # The same error says that the folder cannot be written.
             if "Another process" not in error.message:
                 raise
             what = f"the step {step}" if step else f"the workflow {self.workflow.name}"

@@ -16,7 +16,7 @@ from pathlib import Path, PurePath
 from typing import Any, get_type_hints
 
 from nemo_cpt import catalog
-from nemo_cpt.arguments import as_wanted
+from nemo_cpt.arguments import as_wanted, checked
 from nemo_cpt.errors import CptError
 from nemo_cpt.launching.executor import make_executor
 from nemo_cpt.workflow import recipes
@@ -40,6 +40,7 @@ FILES = (".yaml", ".yml", ".json", ".jsonl", ".txt", ".csv", ".parquet")
 READS, WRITES = "reads", "writes"  # of a function of the user's: which of its parameters are paths
 
 
+@checked
 @dataclass(frozen=True)
 class Step:
     """One step: a function of the library, or of the user's, with its parameters.
@@ -99,7 +100,11 @@ class Step:
 
     @cached_property
     def writes(self) -> list[str]:
-        """What it makes: files, folders, prefixes of datasets."""
+        """What it makes: files, folders, prefixes of datasets.
+
+        Raises:
+            CptError: a parameter that names it is missing.
+        """
         if self.kind.recipe:
             return [recipes.run_folder(self.function, self.arguments)]
         if self.kind is OWN:
@@ -186,6 +191,7 @@ class Step:
         if not module:  # recipes have `launching.description`, functions of the user's nothing
             return
         home = import_module(f"nemo_cpt.{module}")
+        # Where `checks` is empty there is nothing to check, and no module has a name like that.
         check, function = getattr(home, self.kind.checks, lambda: None), getattr(home, name)
         values = {each.name: each.default for each in signature(function).parameters.values()} | self.arguments
         looked_at = list(signature(check).parameters)
@@ -225,6 +231,7 @@ class Step:
         return list(names)
 
 
+@checked
 class Workflow:
     """Steps, in the order that their files give them.
 
@@ -258,8 +265,6 @@ class Workflow:
         mine, theirs = ([(each.name, each.do, each.parameters) for each in one.steps.values()] for one in (self, other))
         return self.name == other.name and mine == theirs
 
-    __hash__ = None  # type: ignore[assignment]
-
     @cached_property
     def needs(self) -> dict[str, list[str]]:
         """By step, those whose files it reads.
@@ -282,6 +287,7 @@ class Workflow:
         Raises:
             CptError: steps wait for each other in a circle.
         """
+        # The standard library's, step by step, so that the file's order decides among those that are ready.
         sorter = TopologicalSorter(self.needs)
         try:
             sorter.prepare()
@@ -331,6 +337,7 @@ class Workflow:
         """
         for step in self.steps.values():
             step.check()
+        # Before the order: two makers of one file would both be needed by whoever reads it.
         self._check_outputs()
         for step in self.order:
             for path in self.given(step):
@@ -368,6 +375,7 @@ class Workflow:
 def _relative(do: str, folder: Path) -> str:
     """A function of the user's by its file's place in the workflow's folder, wherever that lies."""
     file = Path(do.partition(":")[0])
+    # So that a workflow's folder may be moved, with the functions in it.
     inside = file.is_absolute() and file.is_relative_to(folder)
     return do.replace(str(file), str(file.relative_to(folder)), 1) if inside else do
 
@@ -391,6 +399,7 @@ def _feeds(step: Step, other: Step) -> bool:
 
 def _plain(value: Any, where: str) -> Any:
     """A value as YAML holds it."""
+    # Infinity and NaN are none of JSON's numbers, in which records are kept.
     if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
         return value
     if isinstance(value, Step | os.PathLike):

@@ -77,8 +77,10 @@ def test_an_export_of_another_dtype_is_compared_after_the_cast(
     (weights,) = (tmp_path / "out").glob("*.safetensors")
     save_file({name: each + 1 for name, each in load_file(weights).items()}, weights, {"format": "pt"})
     with pytest.raises(typer.Exit):
-        verify_command(nemo, tmp_path / "out", logits=False)
-    (line,) = [each for each in capsys.readouterr().out.splitlines() if each.startswith("differences")]
+        verify_command(nemo, tmp_path / "out")
+    told = capsys.readouterr()
+    assert "logits were not compared, since what they are reckoned from differs" in told.err
+    (line,) = [each for each in told.out.splitlines() if each.startswith("differences")]
     assert re.fullmatch(r"differences\t(model\.\S+: [\d,]+ of [\d,]+ values, by \S+ at most; ){5}and \d+ more .*", line)
 
 

@@ -17,6 +17,7 @@ from tests.support.crashes import killed_at, lines_of
 TASKS = 4
 CODE = Path(nemo_cpt.cleaning.__file__).parent
 OPTIONS = {"on_error": "skip", "max_skipped": 0.2, "workers": 1, "quiet": True}
+STOP = {"on_error": "stop", "max_skipped": None}
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,15 @@ def test_the_parts_together_are_what_one_run_makes(tmp_path: Path, dirty: Path, 
     again = OPTIONS | {"decontaminate": evaluation_set(dirty)}
     assert clean(dirty, tmp_path / "out", "ja", **again).status == "unchanged"
     assert existing(make_plan(dirty, tmp_path / "out", "ja", TASKS, **again)) is not None
+    with pytest.raises(CptError, match="left out what gives no text"):
+        existing(make_plan(dirty, tmp_path / "out", "ja", TASKS, **again | STOP))
+
+
+def test_parts_that_skipped_are_not_taken_where_nothing_may_be(tmp_path: Path, dirty: Path) -> None:
+    made(dirty, tmp_path / "out")
+    options = OPTIONS | {"decontaminate": evaluation_set(dirty)} | STOP
+    with pytest.raises(CptError, match="is not what this job would make: it left out what gives no text"):
+        missing(make_plan(dirty, tmp_path / "out", "ja", TASKS, **options))
 
 
 def test_what_is_done_stays_and_what_is_killed_is_done_again(tmp_path: Path, dirty: Path, one: Path) -> None:

@@ -18,12 +18,13 @@ from nemo_cpt.cleaning import examine, read_rules, rules_for
 from nemo_cpt.cleaning.contamination import Contamination
 from nemo_cpt.cleaning.document import Document
 from nemo_cpt.cleaning.duplicates import Duplicates
-from nemo_cpt.cleaning.heuristics import Boilerplate, CharacterRepetition, Length, Lines, WordRepetition
+from nemo_cpt.cleaning.heuristics import Boilerplate, CharacterRepetition, Duplication, Length, Lines, WordRepetition
 from nemo_cpt.cleaning.language import Language
 from nemo_cpt.cleaning.masking import Masking
 from nemo_cpt.cleaning.repetition import character_ngrams, word_ngrams
 from nemo_cpt.cleaning.rule import Rule
 from nemo_cpt.cleaning.rules import RULES, Rules
+from nemo_cpt.cleaning.tallies import bin_edge, histogram
 from nemo_cpt.errors import CptError
 from tests.cleaning.conftest import CHINESE, KOREAN
 
@@ -129,6 +130,25 @@ def test_boilerplate_is_removed_and_counted(japanese: list[str]) -> None:
     assert examine(f"{text}\n{told}", Rules("ja", (Boilerplate(("利用規約",)),))).document.text.endswith(told)
 
 
+def test_paragraphs_are_parted_by_any_number_of_blank_lines() -> None:
+    """As a removed line leaves them: what lies between two blank lines is no paragraph that comes back."""
+    page = "\n\n".join(each for line in lines(12) for each in (line, "Read more"))
+    found = examine(page, rules_for("en"), to_the_end=True)
+    assert "Read more" not in found.document.text
+    values = {check.measure: check.value for _, check in found.checks}
+    assert (values["duplicate_paragraph_share"], values["duplicate_paragraph_character_share"]) == (0, 0)
+    for gap in ("\n\n", "\n\n\n", "\n \t\n\n"):
+        document = Document(gap.join(["one two", "three", "one two", "four"]))
+        values = {check.measure: check.value for check in Duplication().apply(document)}
+        assert values["duplicate_paragraph_share"] == 1 / 4
+        assert values["duplicate_paragraph_character_share"] == 7 / 23
+
+
+def test_a_blank_behind_a_line_does_not_hide_its_end() -> None:
+    values = {check.measure: check.value for check in Lines().apply(Document("One. \nTwo...\u3000\nthree"))}
+    assert (values["punctuated_line_share"], values["ellipsis_line_share"]) == (2 / 3, 1 / 3)
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
 @settings(max_examples=50, deadline=None)
 @given(text=st.text(max_size=200))
@@ -206,12 +226,18 @@ def test_every_rule_is_documented_and_named() -> None:
     [
         ({"rules": [{"rule": "lenght"}]}, r"no rule 'lenght' \(did you mean length\?\)"),
         ({"rules": [{"rule": "length", "min_chars": 3}]}, r"rule 1 \(length\): there is no 'min_chars' \(did you mean"),
-        ({"rules": [{"rule": "length", "min_characters": "many"}]}, "min_characters: 'many' is no int"),
-        ({"rules": [{"rule": "length", "min_characters": True}]}, "True is no int"),
+        (
+            {"rules": [{"rule": "length", "min_characters": "many"}]},
+            "min_characters='many': give a whole number",
+        ),
+        ({"rules": [{"rule": "length", "min_characters": True}]}, "min_characters=True: give a whole number or None"),
         ({"rules": [{"rule": "length", "min_characters": -5}]}, "min_characters: -5 is below 0"),
         ({"rules": [{"rule": "word_repetition", "max_top_share": {2: -0.2}}]}, "max_top_share: -0.2 is below 0"),
-        ({"rules": [{"rule": "repair", "form": "NFD"}]}, "'NFD' is no 'NFC' or 'NFKC' or 'none'"),
-        ({"rules": [{"rule": "word_repetition", "max_top_share": {"two": 0.2}}]}, "'two' is no int"),
+        ({"rules": [{"rule": "repair", "form": "NFD"}]}, "form='NFD': give 'NFC' or 'NFKC' or 'none'"),
+        (
+            {"rules": [{"rule": "word_repetition", "max_top_share": {"two": 0.2}}]},
+            "max_top_share='two': give a",
+        ),
         ({"rules": ["length"]}, "'length' names no rule"),
         ({"duplicates": {"near": 1.5}}, "near is 1.5"),
         ({"duplicate": {}}, r"no 'duplicate' \(did you mean duplicates\?\)"),
@@ -238,11 +264,12 @@ def test_paths_and_numpys_numbers_are_plain_ones() -> None:
         (lambda: WordRepetition(max_repeated_share={0: 0.1}), "word_repetition: n-grams of 0 are not counted"),
         (lambda: Contamination(files=("no.jsonl",), words=1), "n-grams of 1 occur everywhere"),
         (lambda: Length(min_characters=-5), "min_characters: -5 is below 0"),
-        (lambda: Length(min_characters="5"), "min_characters: '5' is no int"),
+        (lambda: Length(min_characters="5"), "min_characters='5': give a whole number or None: min_characters=5"),
         (lambda: Length(min_characters=500, max_characters=100), "min_characters: 500 is above max_characters, 100"),
         (lambda: Lines(max_bullet_share=90), "max_bullet_share: 90 is above 1, which no share can be"),
         (lambda: WordRepetition(max_top_share={2: 20}), "max_top_share: 20 is above 1"),
         (lambda: Duplicates(near=80), "near is 80"),
+        (lambda: Duplicates(near=0.3), "near is 0.3; it must lie between 0.5 and 1"),
     ],
 )
 def test_limits_that_cannot_be_meant_are_refused_in_python_too(make: Callable[[], Any], message: str) -> None:
@@ -268,3 +295,14 @@ def test_what_is_no_yaml_or_no_language(tmp_path: Path) -> None:
         read_rules(tmp_path / "rules.yaml")
     with pytest.raises(CptError, match="no rules for the language 'xx'; there are for ja, en, zh, ko"):
         rules_for("xx")
+
+
+def test_a_histogram_shows_where_its_values_are() -> None:
+    for measure, value in (
+        ("prose.filler", 0),
+        ("length.characters", 1),
+        ("length.characters", 400),
+        ("a_share", 0.31),
+    ):
+        place = int(np.flatnonzero(histogram(measure, [value]))[0])
+        assert bin_edge(measure, place) <= value < bin_edge(measure, place + 1)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nemo_cpt import CptError, catalog
-from nemo_cpt.executors import ssh
+from nemo_cpt.executors import nemo_run_patches, ssh
 from nemo_cpt.launching import experiments, jobs
 from nemo_cpt.launching.description import describe
 from nemo_cpt.launching.executor import make_executor
@@ -336,3 +336,51 @@ def test_what_a_recipe_needs_leaves_out_what_it_passes_on():
     }
     assert needs["tiny.continual_pretrain"] == ["base", "data"]
     assert needs["llama31_8b.continual_pretrain_single_gpu"] == []
+
+
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [
+        ("trainer.max_stepz=3", "trainer.max_stepz=3: Invalid argument: No parameter named 'max_stepz' exists"),
+        (
+            "trainer.steps=ten",
+            "trainer.steps=ten: Error parsing argument: ten: Failed to parse 'ten' as <class 'int'>",
+        ),
+    ],
+)
+def test_nemos_own_command_line_says_which_argument_is_wrong_and_no_more(argument, says):
+    import nemo_run as run
+    from nemo_run.cli.cli_parser import CLIException, parse_cli_args
+
+    nemo_run_patches.say_which_argument_is_wrong()
+    recipe = run.Partial(pretrain, trainer=run.Config(Trainer, steps=1))
+    with pytest.raises(CLIException) as refused:
+        parse_cli_args(recipe, [argument])
+    assert str(refused.value).startswith(says)
+    assert len(str(refused.value)) < len(says) + 30
+
+
+class Trainer:
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+
+def pretrain(trainer: Trainer) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    "option", [["--factory", "lama31_8b_cpt"], ["-f", "lama31_8b_cpt(max_steps=3)"], ["--factory=lama31_8b_cpt"]]
+)
+def test_a_factory_of_nemos_command_line_that_is_not_there_is_told_with_the_nearest(option, monkeypatch, capsys):
+    import catalogue
+
+    from nemo_cpt.cli import plugin
+
+    monkeypatch.setitem(catalogue.REGISTRY, ("nemo", "llama31_8b_cpt"), print)
+    monkeypatch.setattr(sys, "argv", ["nemo", "llm", "pretrain", *option, "--dryrun"])
+    with pytest.raises(SystemExit, match="2"):
+        plugin._refuse_unknown_factory()
+    assert "there is no factory lama31_8b_cpt; near: llama31_8b_cpt" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["nemo", "llm", "pretrain", "-f", "llama31_8b_cpt(max_steps=3)"])
+    plugin._refuse_unknown_factory()

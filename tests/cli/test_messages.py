@@ -1,14 +1,17 @@
 """What the command line makes of what people mean: options of other tools, forms of data, names of hubs, completion."""
 
+import importlib
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
-from nemo_cpt import CptError, catalog
+from nemo_cpt import CptError, catalog, cli
 from nemo_cpt.cli.recipe_arguments import from_file
 from nemo_cpt.corpus import Blend
 from nemo_cpt.training.preconditions import check_base
@@ -40,7 +43,7 @@ def test_one_prefix_is_a_blend_of_one() -> None:
         (["plan", "--max-steps=5", "tiny"], "recipes' parameters have no dashes: max_steps=5"),
         (["show", "tiny", "--lr"], "recipes' parameters have no dashes: lr=VALUE"),
         (["doctor", "tiny", "--trainer.max_steps", "5"], "trainer.max_steps=5"),
-        (["run", "tiny", "--dry-run"], "Possible options: --dryrun"),
+        (["run", "tiny", "--dry-runs"], "Possible options: --dry-run, --dryrun"),
         (["run", "tiny", "base=b", "data=d", "-e", "slrum"], "no executor 'slrum' (near: slurm): docker, "),
         (["run", "tiny", "base=b", "data=d", "lr=-1"], "settings: lr=-1; a peak learning rate is above 0"),
         (["run", "tiny", "base=b", "data=d", "trainer.max_steps=0"], "settings: max_steps=0; give max_steps=1 or more"),
@@ -228,3 +231,61 @@ def test_a_card_of_a_size_is_one_that_the_planner_knows() -> None:
     assert [getattr(of_size(size), "name", None) for size in (24, 48, 80, 141, 96)] == [
         "RTX 4090", "RTX 6000 Ada", "H100", "H200", None
     ]  # fmt: skip
+
+
+def test_a_locale_that_is_not_utf_8_changes_no_name_and_no_text(tmp_path: Path) -> None:
+    (tmp_path / "文書.jsonl").write_text("".join(f'{{"text": "Text {n}."}}\n' for n in range(9)), "utf-8")
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = nemo_cpt("split", "文書.jsonl", "-o", "分割", "--validation", "0.3", cwd=tmp_path, **ascii_only)
+    assert done.returncode == 0, done.stderr
+    assert "分割/train.jsonl" in done.stdout
+    assert (tmp_path / "分割/train.jsonl").is_file()
+
+
+@pytest.mark.parametrize("stream", ["<", ">", "2>"])
+def test_a_standard_stream_that_is_closed_changes_no_exit_code(stream: str) -> None:
+    command = f"{sys.executable} -m nemo_cpt.cli recipes {stream}&-"
+    assert subprocess.run(command, shell=True, capture_output=True).returncode == 0
+
+
+def test_what_the_machine_refuses_is_one_line(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "nemo_cpt.cli", "recipes", "--json"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "nemo-cpt: No space left on device\n")
+    (tmp_path / "file").touch()
+    name = "n" * 300 + ".yaml"
+    done = nemo_cpt("copy", "tiny", name, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, f"nemo-cpt: {name}: File name too long\n")
+
+
+def test_what_means_the_same_goes_by_the_same_names_in_every_command() -> None:
+    for module in {each.name for each in pkgutil.iter_modules(cli.__path__)} - {"__main__", "plugin"}:
+        importlib.import_module(f"nemo_cpt.cli.{module}")
+    commands = [get_command(cli.app)]
+    names = set()
+    for command in commands:
+        commands += getattr(command, "commands", {}).values()
+        names |= {tuple(sorted(option.opts)) for option in command.params}
+    for together in ("--licence --license", "--chat-template --template", "--output -o"):
+        for name in together.split():
+            ways = {each for each in names if name in each}
+            assert all(set(together.split()) <= set(each) for each in ways), ways
+
+
+def test_figures_are_shown_as_people_read_them() -> None:
+    from nemo_cpt.cli.checkpoint import shown
+    from nemo_cpt.output import span
+
+    fields = {
+        134_515_008: "134,515,008",
+        True: "yes",
+        None: "-",
+        "": "none",
+        (): "none",
+        ("a", "b"): "a, b",
+        0.25: "0.25",
+    }
+    assert {value: shown(value) for value in fields} == fields
+    assert shown(0.0) == "0.0"  # a difference of logits
+    assert [span(seconds) for seconds in (45.5, 3600, 17_280, 17_280_000)] == ["46 s", "60 min", "4.8 h", "4,800.0 h"]

@@ -102,6 +102,27 @@ def test_thinning_lists_first_and_keeps_the_newest_and_the_best(world: Path) -> 
     assert left == ["steps=8-val_loss=4.5000", "steps=8-val_loss=4.5000-last"]
 
 
+def test_losses_of_other_samples_make_no_checkpoint_the_best(world: Path) -> None:
+    run = results.run("ja", world / "results")
+    for each, _ in results.every_checkpoint(run):
+        record = each.record | {"settings": {"validation": {"batches": {"ja": 1 + (each.step > 4)}}}}
+        (each.path / "run.json").write_text(json.dumps(record))
+    run = results.run("ja", world / "results")
+    assert [each.step for each in run.best_first(each for each, _ in results.every_checkpoint(run))] == [6, 8, 4, 2]
+
+
+def test_a_loss_that_was_no_number_is_told_and_is_nobodys_best(world: Path) -> None:
+    folder = world / "results/ja"
+    append_metrics(folder, {"step": 6, "val_loss_ja": None, "val_loss_en": 2.0})  # None was NaN
+    append_metrics(folder, {"step": 9, "val_loss_ja": None, "val_loss_en": 2.5})
+    (folder / "checkpoints/steps=6-val_loss=4.0000").rename(folder / "checkpoints/steps=6-val_loss=nan")
+    run = results.run("ja", world / "results")
+    assert [each.step for each in run.best_first(each for each, _ in results.every_checkpoint(run))] == [4, 8, 2, 6]
+    assert "ja 9.0000 -> nan, en 4.5000 -> 2.5000" in nemo_cpt("ls", cwd=world).stdout
+    listed = nemo_cpt("ls", "--json", cwd=world).stdout
+    assert json.loads(listed, parse_constant=pytest.fail)["runs"][1]["losses"] == {"ja": None, "en": 2.5}
+
+
 def test_the_newest_whole_one_stays_where_a_newer_one_is_damaged(world: Path) -> None:
     folder = world / "results/ja/checkpoints"
     os.truncate(next((folder / "steps=8-val_loss=4.5000/weights").glob("*.distcp")), 10)

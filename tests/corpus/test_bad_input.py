@@ -6,12 +6,15 @@ import multiprocessing
 import os
 import random
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 import zstandard
 
 import nemo_cpt.corpus
+from nemo_cpt.cleaning import Rules, clean
+from nemo_cpt.cleaning.duplicates import Duplicates
 from nemo_cpt.corpus import prepare, split
 from nemo_cpt.corpus.reading.sources import list_sources
 from nemo_cpt.errors import CptError
@@ -62,6 +65,30 @@ def test_skipped_lines_are_counted_and_listed(tmp_path: Path, small: Path) -> No
     assert all(entry["path"] == str(path) for entry in listed)
     assert report.documents == 50
     assert "5 lines were left out" in report.warnings[0]
+
+
+def test_what_was_skipped_is_not_taken_where_nothing_may_be(tmp_path: Path, small: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b"".join(b'{"text": "good %d"}\n' % number for number in range(400)) + b"no JSON\n")
+    rules = Rules("en", (), Duplicates(exact=False, near=None))
+    for make in (partial(prepare, tokenizer=small), partial(split, validation=0.1), partial(clean, rules=rules)):
+        made = make(path, tmp_path / "out", on_error="skip", quiet=True)
+        assert (made.status, made.skipped) == ("written", {"not_json": 1})
+        with pytest.raises(CptError, match=r"it left out what gives no text \(not_json 1\), and on_error='stop'"):
+            make(path, tmp_path / "out", quiet=True)
+        assert make(path, tmp_path / "out", on_error="skip", quiet=True).status == "unchanged"
+
+
+def test_an_unfinished_run_that_skipped_is_not_gone_on_with_where_nothing_may_be(tmp_path: Path, small: Path) -> None:
+    first, second = tmp_path / "1.jsonl", tmp_path / "2.jsonl"
+    first.write_bytes(GOOD * 700 + b"no JSON\n" + GOOD * 500)
+    second.write_bytes(gzip.compress(GOOD * 9000)[:-20])
+    with pytest.raises(CptError, match=r"may be skipped.*The next run goes on"):
+        prepare([first, second], tmp_path / "out", small, on_error="skip", chunk_bytes=1000, quiet=True)
+    with pytest.raises(CptError, match=r"is not one to go on with: it left out what gives no text \(not_json 1"):
+        prepare([first, second], tmp_path / "out", small, chunk_bytes=1000, quiet=True)
+    report = prepare([first, second], tmp_path / "out", small, on_error="skip", max_skipped=1, quiet=True)
+    assert report.status == "resumed"
 
 
 @pytest.mark.parametrize("suffix", ["gz", "zst"])

@@ -51,7 +51,7 @@ def test_report_counts_epochs_and_steps(sets: dict[str, str]) -> None:
     tokens = blend.tokens()
     smallest = min(tokens.values())
     steps = blend.steps(global_batch_size=4, seq_length=64)
-    assert steps == 2 * smallest // (4 * 64)
+    assert steps == 2 * (smallest - 1) // (4 * 64)
     report = blend.report(4, 64)
     assert (report.steps, report.train_tokens) == (steps, steps * 4 * 64)
     assert max(entry["epochs"] for entry in report.sets) == pytest.approx(1, abs=0.02)
@@ -61,6 +61,14 @@ def test_report_counts_epochs_and_steps(sets: dict[str, str]) -> None:
     assert [warning for warning in many.warnings if "times; beyond 4 epochs" in warning]
     with pytest.raises(CptError, match="less than one step of 4096 x 8192"):
         blend.steps(4096, 8192)
+
+
+def test_steps_leave_the_last_token_to_be_predicted(sets: dict[str, str]) -> None:
+    """Megatron would begin a second pass for the label of the last sequence, and draw an order of both."""
+    (tokens,) = (alone := Blend(train={sets["en"]: 1.0})).tokens().values()
+    assert alone.steps(1, tokens - 1) == 1
+    with pytest.raises(CptError, match="less than one step"):
+        alone.steps(1, tokens)
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,10 @@ def test_what_may_be_left_out_is_a_share_of_the_whole(tmp_path: Path, small: Pat
     plan = made(path, tmp_path / "many", small, 10, max_skipped=0.02)
     with pytest.raises(CptError, match=r"10 of 100 lines give no text.*--max-skipped 0.\d+"):
         join(plan.folder)
+    with pytest.raises(CptError, match="it left out what gives no text"):
+        take_up(
+            *make_plan(path, tmp_path / "many" / "ds", small, 10, **OPTIONS | {"on_error": "stop", "max_skipped": None})
+        )
     # The same command with more allowed makes no part again.
     assert take_up(*make_plan(path, tmp_path / "many" / "ds", small, 10, **OPTIONS | {"max_skipped": 0.2})) == []
     assert same_files(join(plan.folder).prefix, one.prefix)

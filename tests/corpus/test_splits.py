@@ -253,6 +253,7 @@ def test_a_file_in_the_way_of_the_folder(tmp_path: Path, documents: list[str], o
         ({"validation": 0.6, "test": 0.4}, "together below 1"),
         ({"validation": 0}, "Nothing is held out"),
         ({"similarity": 0}, "similarity is 0"),
+        ({"similarity": 0.3}, r"similarity is 0.3; it must lie between 0.5 and 1: .* most would not be found"),
         ({"drop": "all"}, "drop is 'all'"),
         ({"validation": 1e-9}, "validation set is empty"),
     ],
@@ -288,7 +289,7 @@ def test_what_cannot_be_read_leaves_no_folder(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     (tmp_path / "empty.jsonl").touch()
-    for inputs in ("hf:nobody/nothing", tmp_path / "empty.jsonl"):
-        with pytest.raises(CptError):
+    for inputs, says in (("hf:nobody/nothing", "Cannot open the dataset"), (tmp_path / "empty.jsonl", "is empty")):
+        with pytest.raises(CptError, match=says):
             split(inputs, tmp_path / "sets", validation=0.1, quiet=True, workers=1)
         assert not (tmp_path / "sets").exists()

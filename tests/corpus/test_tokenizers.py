@@ -439,3 +439,19 @@ def test_a_process_whose_tokenizers_have_used_threads_prepares(tmp_path: Path, j
     )
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "True"}
     subprocess.run([sys.executable, "-c", code, jsonl, tmp_path / "ds", small], check=True, env=environment, timeout=60)
+
+
+def test_long_texts_that_fastokens_cuts_among_threads_are_prepared(
+    changed: Callable[..., Path], tmp_path: Path
+) -> None:
+    """It does where it does not know the pre-tokenizer; workers, which are forked, would wait for threads for ever."""
+    pattern = {"type": "Split", "pattern": {"Regex": r"\p{L}+|[^\p{L}]"}, "behavior": "Isolated", "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    own = {"type": "Sequence", "pretokenizers": [pattern, level]}
+    folder = changed({}, lambda content: content.update(pre_tokenizer=own))
+    texts = [*TEXTS, "The river runs past the old stone house. " * 3000]
+    source = write_jsonl(tmp_path / "t.jsonl", texts)
+    code = "import sys; from nemo_cpt.corpus import prepare; prepare(*sys.argv[1:], quiet=True, workers=2)"
+    subprocess.run([sys.executable, "-c", code, source, tmp_path / "ds", folder], check=True, timeout=60)
+    assert "fastokens" in read_manifest(tmp_path / "ds")["encoder"]
+    assert same_files(tmp_path / "ds_text_document", write_reference(tmp_path / "reference", texts, folder))

@@ -183,7 +183,7 @@ def test_what_the_recipes_source_says():
     assert job.data is not None
     assert job.data.train == {"ds/ja": 0.75, "ds/en": 0.25}
     assert job.directory == Path("results/llama31_8b_cpt")
-    assert (job.checkpoints, job.lora_rank, job.gpu_memory_gib) == (4, None, None)
+    assert (job.checkpoints, job.lora_rank, job.gpu_memory_gib) == (5, None, None)
     single = described("llama31_8b.continual_pretrain_single_gpu", "gpu_memory_gib=80")
     assert (single.gpus_per_node, single.tensor_model_parallel_size) == (1, 1)
     assert (single.lora_rank, single.gpu_memory_gib) == (128, 80)
@@ -195,9 +195,10 @@ def test_what_the_recipes_source_says():
 def test_fields_of_the_config_count():
     fields = ["trainer.devices=4", "resume.base=other/base", "log.ckpt.save_top_k=1", "log.log_dir=/scratch"]
     job = described("llama31_8b", *fields, "model.config.attention_backend=flash")
-    assert (job.gpus_per_node, job.base, job.checkpoints) == (4, "other/base", 2)
+    assert (job.gpus_per_node, job.base, job.checkpoints) == (4, "other/base", 3)
     assert (job.directory, job.attention_backend) == (Path("/scratch/llama31_8b_cpt"), "flash")
     assert described("llama31_8b", "max_steps=30").checkpoints == 2
+    assert described("llama31_8b", "max_steps=30", "save_every=5").checkpoints == 5
     assert described("llama31_8b", "log.ckpt.save_top_k=-1").checkpoints == 10
 
 
@@ -251,7 +252,7 @@ def test_run_on_gpus_that_are_not_here_is_refused(world):
 
 
 def test_warnings_are_printed_and_go_on(world, tmp_path):
-    fields = ["max_steps=1", "val_check_interval=1", "nonsense.field=1"]
+    fields = ["max_steps=1", "val_check_interval=1", "seed=1234", "nonsense.field=1"]
     for end in (".bin", ".idx"):  # without its manifest
         shutil.copy(world / f"ds/ja_text_document{end}", tmp_path / f"bare_text_document{end}")
     given = [*material(world, str(tmp_path / "bare")), *fields]
@@ -262,6 +263,7 @@ def test_warnings_are_printed_and_go_on(world, tmp_path):
     assert rows["recipe"].startswith("tiny.continual_pretrain: ")
     assert rows["changed"].startswith("directory=")
     assert "max_steps=1 (default 60), val_check_interval=1 (default 10), nonsense.field=1" in rows["changed"]
+    assert "seed" not in rows["changed"]  # given, as it is by default
     assert rows["runs on"] == "local: 1 CPU process"
     assert rows["trains on"] == f"{tmp_path}/bare 100 %"
     assert rows["steps"] == "1 of 16 x 128 tokens, 2,048 tokens in all"
@@ -274,7 +276,7 @@ def test_a_dry_run_of_what_is_refused_says_so(world, tmp_path):
     assert done.returncode == 3
     assert "nemo-cpt: error: base: the base nowhere is not there" in done.stderr
     last = done.stdout.splitlines()[-1]
-    assert last == "submitted\tnothing, and without --dryrun it would be refused; errors, see above: 1"
+    assert last == "submitted\tnothing, and without --dry-run it would be refused; errors, see above: 1"
 
 
 def test_force_launches_what_is_red(world, tmp_path):

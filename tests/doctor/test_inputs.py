@@ -10,7 +10,7 @@ import pytest
 from nemo_cpt.checkpoint.architecture import parse_config, read_architecture
 from nemo_cpt.corpus import Blend
 from nemo_cpt.doctor import Examination, Job, Place, inputs
-from nemo_cpt.doctor.job import exports_kept
+from nemo_cpt.doctor.job import checkpoints_at_once, exports_kept
 from nemo_cpt.errors import CptError
 from nemo_cpt.planning import checkpoint_size
 from nemo_cpt.recipe_models import model_config
@@ -218,10 +218,10 @@ def test_a_disk_that_is_too_small(world, monkeypatch):
     assert inputs.disk(Examination(job(world, checkpoints=4, lora_rank=4))).state == "ok"
     found = inputs.disk(Examination(job(world, checkpoints=4)))
     assert found.state == "error"
-    assert "log.ckpt.save_top_k=2)" in found.cure
+    assert "log.ckpt.save_top_k=1)" in found.cure
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2 * checkpoint - 1))
     for kept in (1, 2):  # fewer than one cannot be kept, and one would not fit, either
-        assert "save_top_k" not in inputs.disk(Examination(job(world, checkpoints=kept + 1))).cure
+        assert "save_top_k" not in inputs.disk(Examination(job(world, checkpoints=kept + 2))).cure
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4 * checkpoint - 1))
     gpu = job(world, checkpoints=4, gpus_per_node=1)  # bf16 with fp32 states takes 14 bytes, not 12
     assert inputs.disk(Examination(gpu)).state == "error"
@@ -229,6 +229,11 @@ def test_a_disk_that_is_too_small(world, monkeypatch):
         (world / "runs" / "one" / "checkpoints" / f"steps={number}").mkdir(parents=True, exist_ok=True)
     assert inputs.disk(Examination(job(world, checkpoints=4))).state == "ok"
     shutil.rmtree(world / "runs")
+
+
+@pytest.mark.parametrize(("sizes", "most"), [((12, 2, 2), 4), ((4, 2, 2), 2), ((0, 2, 2), 4), ((12, 2, -1), 6)])
+def test_beside_the_best_checkpoints_lie_the_last_and_the_one_being_written(sizes, most):
+    assert checkpoints_at_once(*sizes) == most
 
 
 def test_exports_beside_the_training_take_the_disk_too(world, monkeypatch):

@@ -1,5 +1,6 @@
 """`nemo-cpt evaluate`: tables, reports, resumption, and what is refused."""
 
+import inspect
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nemo_cpt import page
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation import comparison, evaluate, report
+from nemo_cpt.evaluation.bits_per_byte import TextLoss
 from nemo_cpt.evaluation.candidates import Candidate, described
 from nemo_cpt.evaluation.journal import Journal
 from nemo_cpt.evaluation.reading import prompt_set
@@ -143,9 +145,25 @@ def test_a_browser_shows_the_page_and_its_box_finds_replies(
     assert seen.answer == [4, 1, "1 of 4"]
 
 
+def test_a_loss_by_the_token_is_no_verdict_on_models_of_other_tokens() -> None:
+    """The grown model needs fewer bits for the text, and has fewer tokens: each of them is harder to predict."""
+    base = TextLoss("document", [30.0, 33.0, 27.0], [10, 11, 9], [40, 44, 36], "")
+    grown = TextLoss("document", [24.0, 26.4, 21.6], [6, 7, 5], [40, 44, 36], "")
+    better = TextLoss("document", [24.0, 26.4, 21.6], [10, 11, 9], [40, 44, 36], "")
+    for after, verdicts in ((grown, ["better", "", ""]), (better, ["better", "better", "better"])):
+        rows = list(comparison._rows([comparison.Measured({"ja": each}) for each in (base, after)], [], 0))
+        assert [(row.measure.partition(",")[0], row.verdict) for row in rows] == list(
+            zip(("bits per byte", "loss", "perplexity"), verdicts, strict=True)
+        )
+    assert rows[1].note == ""
+
+
 def test_numbers_that_json_cannot_hold(whole: comparison.Report) -> None:
     assert page.finite({"a": [float("nan"), float("inf"), 1.5]}) == {"a": [None, None, 1.5]}
     assert report._number(None) == ""
+    numbers = (0.0, 1.2345, 12.345, 1234.56, -0.0004321, 0.1 - 1e-9, 1e-15)
+    shown = ["0.000", "1.234", "12.35", "1,234.6", "-0.00043", "0.100", "0.000000000"]
+    assert list(map(report._number, numbers)) == shown
 
 
 def killed_at(record: int, action: Callable[[], object]) -> int | None:
@@ -419,7 +437,7 @@ def test_an_endpoint_that_fails_loses_nothing(
             raise FaultError("400")
         return "東京"
 
-    defaults = EndpointEngine.__init__.__kwdefaults__
+    defaults = inspect.unwrap(EndpointEngine.__init__).__kwdefaults__
     monkeypatch.setitem(defaults, "concurrency", 1)
     with ChatServer(down_after_two) as server, pytest.raises(CptError, match=r"answered 400: .*bad"):
         evaluate(server.url, tmp_path, prompts=[str(prompts)], quiet=True)

@@ -40,6 +40,9 @@ class Answers:
         self.name, self.has_chat_template = name, has_chat_template
         self.prompts: list[Prompt] = []
 
+    def room(self, prompt: Prompt) -> None:
+        return None
+
     def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[Any]:
         raise NotImplementedError
 

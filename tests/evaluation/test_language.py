@@ -25,7 +25,6 @@ from nemo_cpt.evaluation.language import (
     language_share,
     wilson_interval,
     wrap,
-    wrappers,
 )
 from nemo_cpt.evaluation.questions import SHIPPED, shipped_questions
 
@@ -200,7 +199,6 @@ class TestShare:
 
 class TestWrappers:
     def test_with_a_chat_template(self) -> None:
-        assert wrappers(True) == ("none", "system", "chat")
         user = {"role": "user", "content": "富士山の高さは？"}
         assert wrap("富士山の高さは？", "none", "ja", chat_template=True) == "富士山の高さは？"
         assert wrap("富士山の高さは？", "chat", "ja", chat_template=True) == [user]
@@ -209,7 +207,6 @@ class TestWrappers:
         assert "日本語" in system["content"]  # type: ignore[index]
 
     def test_without_one_a_system_prompt_is_text(self) -> None:
-        assert wrappers(False) == ("none", "system")
         text = wrap("Wie hoch ist die Zugspitze?", "system", "de", chat_template=False)
         assert text == "You are a helpful assistant. Answer the questions in German.\n\nWie hoch ist die Zugspitze?\n"
 

@@ -16,7 +16,20 @@ from nemo_cpt.inference.engine import Reply
 
 
 @pytest.mark.parametrize(
-    ("text", "wanted"), [("  東京。", "東京"), ("Ｔｏｋｙｏ!", "tokyo"), ("「１２３」円", "123円"), ("3.14 %", "314")]
+    ("text", "wanted"),
+    [
+        ("  東京。", "東京"),
+        ("Ｔｏｋｙｏ!", "tokyo"),
+        ("「１２３」円", "123円"),
+        ("COVID-19", "covid19"),
+        ("3.14 %", "3.14"),
+        ("−５．", "-5"),
+        ("x = -3", "x-3"),
+        ("1,000", "1000"),
+        ("½", "1/2"),
+        ("+", "+"),
+        ("…", "..."),
+    ],
 )
 def test_the_normalization(text: str, wanted: str) -> None:
     assert normalized(text) == wanted
@@ -32,6 +45,10 @@ def test_the_normalization(text: str, wanted: str) -> None:
         ("都京東", ["東京都"], 0, 1, 2 * 1 / 6),
         ("The capital is Tokyo", ["tokyo is the capital"], 0, 1, 2 * 2 / 8),
         ("今々", ["今"], 0, 2 / 3, 2 / 3),
+        ("-5", ["5"], 0, 2 / 3, 1),
+        ("15", ["1.5"], 0, 4 / 5, 0),
+        ("34", ["3/4"], 0, 4 / 5, 0),
+        ("-", ["+"], 0, 0, 0),
     ],
 )
 def test_scores_of_a_reply(reply: str, answers: list[str], match: float, f1: float, rouge: float) -> None:
@@ -85,6 +102,15 @@ def test_what_replies_are_by_themselves() -> None:
     assert found["tokens a second of a reply"] == pytest.approx(2)
     assert found["time to first token, p50"] == pytest.approx(0.55)
     assert found["latency, p95"] == pytest.approx(4.775)
+    assert found["tokens of a reply"] == 5.5
+
+
+def test_tokens_that_an_endpoint_does_not_count_are_not_none() -> None:
+    found = {each.name: each for each in reply_measures([Reply("ab", "stop", 0, 0, 0.1, 0.5)] * 2)}
+    for name in ("tokens of a reply", "tokens a second of a reply"):
+        row = compare("set", None, found[name])
+        assert (row.after, row.low, row.high) == (None, None, None)
+    assert found["length"].whole == 2
 
 
 def test_the_interval_of_a_difference_is_the_normal_one() -> None:

@@ -53,6 +53,25 @@ def test_a_script_that_launches_a_gpu_recipe_without_a_gpu_says_so_in_five_lines
     assert done.returncode == 2
 
 
+UNGUARDED = """
+import nemo_run as run, tasks
+from nemo_cpt.executors import local
+def launch():
+    run.run(run.Partial(tasks.report, path="seen"), executor=local(), name="t")
+launch()
+"""
+
+
+def test_a_script_that_would_launch_again_in_its_own_job_is_refused(project, tmp_path):
+    script = project / "launch.py"
+    script.write_text(UNGUARDED)
+    environ = os.environ | {"NEMORUN_HOME": str(tmp_path / "home")}
+    done = subprocess.run([sys.executable, script], env=environ, capture_output=True, text=True, cwd=project)
+    assert done.returncode == 2
+    assert f'{script}, line 6, launches a job outside `if __name__ == "__main__":`. The job runs' in done.stderr
+    assert not (project / "seen.0").exists()
+
+
 @pytest.mark.parametrize("launch", [run.run, lambda recipe: run.run(recipe, executor=local(), direct=True)])
 def test_a_run_in_this_process_is_refused_before_anything_is_built(given, launch):
     recipe = build_recipe("tiny.continual_pretrain", given | {"base": "nowhere", "model": "tiny"})

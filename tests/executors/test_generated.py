@@ -382,6 +382,11 @@ def test_slurm_gres_stands_for_the_gpus(project):
         ({"time": "4:0"}, "write minutes"),
         ({"chain": 0}, "chain"),
         ({"partitoin": "gpu"}, "no such directive; near: partition"),
+        ({"mem": "12GBB"}, r"slurm\(mem='12GBB'\): give a size as sbatch takes it: .*such as '64G'"),
+        ({"mem_per_gpu": "1.5G"}, "give a size"),
+        ({"tmp": True}, "give a size"),
+        ({"cpus_per_task": "8x"}, r"slurm\(cpus_per_task='8x'\): give a whole number"),
+        ({"time_min": "1:00:0O"}, r"slurm\(time_min='1:00:0O'\): write minutes, H:MM:SS"),
         ({"container_image": "x", "mounts": ["/no/such:/data"]}, "/no/such does not exist"),
         ({"secrets": ["NOT_SET_ANYWHERE"]}, "NOT_SET_ANYWHERE is not set"),
         ({"env": {"WANDB_API_KEY": "x"}}, "looks like a secret"),
@@ -547,6 +552,7 @@ def test_outside_git_a_folder_of_many_python_files_is_refused(project, tmp_path,
         ({"ulimits": ["memlock"]}, "name=soft"),
         ({"mounts": ["/no/such"]}, "does not exist"),
         ({"gpus": -2}, "-1 or more"),
+        ({"shm_size": "16Gi"}, r"docker\(shm_size='16Gi'\): give a size as Docker takes it"),
         ({"processes": 0}, "1 or more"),
     ],
 )
@@ -631,6 +637,8 @@ def test_kubernetes_needs_a_gpu_and_a_cluster(tmp_path, monkeypatch):
         kubernetes("img", 8, "work", secrets=["MY_KEY"])
     with pytest.raises(CptError, match="max_restarts=-1"):
         kubernetes("img", 8, "work", max_restarts=-1)
+    with pytest.raises(CptError, match=r"kubernetes\(memory='900gb'\): give a quantity as Kubernetes writes it"):
+        kubernetes("img", 8, "work", memory="900gb")
     monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "none"))
     with pytest.raises(CptError, match="no cluster is configured here"):
         kubernetes("img", 8, "work")

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from nemo_cpt.cli import app
 from nemo_cpt.errors import CptError
 from nemo_cpt.inference import Piece, Prompt, Sampling
-from nemo_cpt.inference.chat import Chat, Side, typed_lines
+from nemo_cpt.inference.chat import Chat, Side, titles, typed_lines
 from nemo_cpt.inference.transformers_engine import TransformersEngine
 
 COMMAND = [sys.executable, "-m", "nemo_cpt.cli"]
@@ -113,6 +113,16 @@ def test_two_models_side_by_side(engine: TransformersEngine, make_model: Callabl
     assert "llama" in shown.getvalue()
     assert "qwen2_tied" in shown.getvalue()
     assert [len(side.history) for side in talk.sides] == [2, 2]
+
+
+def test_models_in_folders_of_one_name_are_told_apart(make_model: Callable[[str], Path], tmp_path: Path) -> None:
+    folders = [tmp_path / run / "hf" for run in ("one", "two")]
+    for folder in folders:
+        folder.parent.mkdir()
+        folder.symlink_to(make_model("llama"))
+    sides = [Side(TransformersEngine(folder)) for folder in folders]
+    assert titles(sides) == [str(folder) for folder in folders]
+    assert titles(sides[:1]) == ["hf"]
 
 
 def test_a_question_asked_again_has_another_answer_and_a_session_the_same_ones(engine: TransformersEngine) -> None:

@@ -20,8 +20,9 @@ import uvicorn
 
 from nemo_cpt.errors import CptError
 from nemo_cpt.inference import Sampling, open_engine
+from nemo_cpt.inference.endpoint import EndpointEngine
 from nemo_cpt.inference.hosts import LOCAL_HOSTS, names_to_answer
-from nemo_cpt.inference.server import MOST_BYTES, make_app
+from nemo_cpt.inference.server import MOST_BYTES, configuration, make_app
 from nemo_cpt.inference.transformers_engine import TransformersEngine
 
 HELLO = [{"role": "user", "content": "The old town of Kyoto"}]
@@ -46,12 +47,11 @@ class Gate:
 
 
 @contextmanager
-def serving(engine: TransformersEngine, **options: Any) -> Iterator[str]:
+def serving(engine: TransformersEngine, log_requests: bool = False, **options: Any) -> Iterator[str]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(256)  # connections wait from here on, whenever the server begins to take them
-        config = uvicorn.Config(make_app(engine, served_as="tiny", **options), log_level="error")
-        server = uvicorn.Server(config)
+        server = uvicorn.Server(configuration(make_app(engine, served_as="tiny", **options), log_requests))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
@@ -155,6 +155,12 @@ def test_models_health_and_metrics(client: openai.OpenAI, url: str) -> None:
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")
     assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+    for path in ("health", "metrics", "v1/models", "v1/models/tiny", "v1/models/other"):
+        asked, answered = httpx.head(f"{url}/{path}"), httpx.get(f"{url}/{path}")
+        assert (asked.status_code, asked.content) == (answered.status_code, b"")
+        assert asked.headers["content-type"] == answered.headers["content-type"]
+    refused = httpx.put(f"{url}/health")
+    assert (refused.status_code, refused.headers["allow"]) == (405, "GET")
     client.completions.create(model="tiny", prompt="a", max_tokens=2, temperature=0)
     told = httpx.get(f"{url}/metrics").text
     assert 'nemo_cpt_answers_total{path="/v1/completions",status="200"}' in told
@@ -188,6 +194,7 @@ def test_nemos_own_request_of_2023(url: str, engine: TransformersEngine) -> None
         ("/v1/chat/completions", {"messages": HELLO, "functions": []}, 400, "functions: Extra inputs are not perm"),
         ("/v1/chat/completions", {"messages": []}, 400, "messages is empty"),
         ("/v1/chat/completions", {"messages": [{"role": "tool", "content": "a"}]}, 400, "role 'tool'"),
+        ("/v1/chat/completions", {"messages": [{"role": "user"}]}, 400, "content of type NoneType"),
         ("/v1/chat/completions", {"model": "gpt-4", "messages": HELLO}, 404, "no model 'gpt-4' here; it is 'tiny'"),
         ("/v1/completions", {"prompt": "a", "frequency_penalty": 0.5}, 400, "frequency_penalty"),
         ("/v1/completions", {"prompt": "a", "temperature": -1}, 400, "temperature is -1"),
@@ -356,7 +363,7 @@ def test_a_client_that_hangs_up_leaves_the_batch(engine: TransformersEngine, mon
     monkeypatch.setattr(Decoder, "cancel", lambda decoder, request: (cancel(decoder, request), cancelled.set()))
     gate = Gate(engine, monkeypatch)
     with serving(engine) as url:
-        for stream in (True, False):
+        for number, stream in enumerate((True, False), 1):
             gate.open.clear(), gate.reached.clear(), cancelled.clear()  # type: ignore[func-returns-value]
             body = {"prompt": "a", "max_tokens": 200, "temperature": 0, "min_tokens": 200, "stream": stream}
             with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as raw:
@@ -366,7 +373,28 @@ def test_a_client_that_hangs_up_leaves_the_batch(engine: TransformersEngine, mon
                 gate.reached.wait()
             gate.open.set()
             assert cancelled.wait(60)
-        assert httpx.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
+            # The next request is answered behind the count of the one that left, in the batch's own thread.
+            whole = httpx.post(f"{url}/v1/completions", json={"prompt": "ab", "max_tokens": 2, "min_tokens": 2}).json()
+            told = counted(url)
+            assert told["reply_seconds_count"] == told["first_token_seconds_count"] == number
+            assert told["prompt_tokens_total"] == number * (len(engine.encode("a")) + whole["usage"]["prompt_tokens"])
+            assert number * (1 + 2) <= told["reply_tokens_total"] < 200
+
+
+def test_every_choice_is_counted_once(engine: TransformersEngine) -> None:
+    with serving(engine) as url:
+        for stream in (True, False):
+            body = {"prompt": ["a", "b"], "n": 2, "max_tokens": 3, "min_tokens": 3, "stream": stream}
+            assert httpx.post(f"{url}/v1/completions", json=body).status_code == 200
+        told = counted(url)
+    assert (told["reply_tokens_total"], told["reply_seconds_count"], told["first_token_seconds_count"]) == (24, 8, 8)
+
+
+def counted(url: str) -> dict[str, float]:
+    """What /metrics says, without the answers by path."""
+    lines = (line.rpartition(" ") for line in httpx.get(f"{url}/metrics").text.splitlines())
+    return {name.removeprefix("nemo_cpt_"): float(value) for name, _, value in lines if name and "{" not in name
+            and name[0] != "#"}  # fmt: skip
 
 
 def test_a_client_that_left_before_its_stream_began_leaves_the_batch(engine: TransformersEngine) -> None:
@@ -427,9 +455,20 @@ def test_a_server_that_is_told_to_stop_finishes_what_it_has_begun(
         assert reply.result().json()["choices"][0]["text"] == replied(engine, "a", max_tokens=9)
 
 
+@pytest.mark.parametrize("asked_for", [False, True])
+def test_a_request_is_logged_where_that_is_asked_for(
+    engine: TransformersEngine, capfd: pytest.CaptureFixture, asked_for: bool
+) -> None:
+    with serving(engine, log_requests=asked_for) as url:
+        httpx.post(f"{url}/v1/completions", json={"prompt": "my diary", "max_tokens": 1}, timeout=60)
+    logged = "".join(capfd.readouterr())
+    assert ("/v1/completions" in logged and "200" in logged) == asked_for
+    assert "diary" not in logged
+
+
 def test_two_hundred_requests_at_once(url: str, engine: TransformersEngine) -> None:
     prompts = [f"{number} 京都" for number in range(200)]
-    endpoint = open_engine(url)
+    endpoint = EndpointEngine(url, concurrency=200)
     replies = dict(endpoint.generate(prompts, Sampling(max_tokens=6)))
     assert len(replies) == 200
     alone = dict(engine.generate(prompts, Sampling(max_tokens=6)))

@@ -79,9 +79,12 @@ def test_two_models_side_by_side_with_their_languages(on_terminal: Callable[...,
         terminal = on_terminal(new.url, "--against", old.url)
         terminal.type("日本の首都は?\r")
         shown = terminal.until(r"│ ja +│ en +│")
-        # A wide character takes two columns: every line of the table ends at the terminal's last.
-        wide = [line for line in shown.splitlines() if "東京" in line and line.startswith("│")]
-        assert wide
-        assert {sum(2 if "\u2e80" < char < "\uffdc" else 1 for char in line) for line in wide} == {80}
+        lines = [line for line in shown.rpartition("┏")[2].splitlines() if line.startswith("│")]
+        replies = [
+            "".join(cells).replace(" ", "") for cells in zip(*(line.split("│")[1:3] for line in lines), strict=True)
+        ]
+        assert replies == ["首都は東京です。" * 9 + "ja", "ItisTokyo.en"]  # nothing is cut off
+        # A wide character takes two columns: every line ends at the same one, which leaves the last two to Ctrl-C's ^C.
+        assert {sum(2 if "\u2e80" < char < "\uffdc" else 1 for char in line) for line in lines} == {78}
         terminal.type("/quit\r")
         assert terminal.ends() == 0

@@ -131,6 +131,23 @@ def test_a_loss_that_is_not_finite_is_left_out() -> None:
     assert changes(lines)["en"].value == pytest.approx(3.3)
 
 
+def test_a_last_loss_that_is_not_finite_is_not_hidden_behind_the_one_before() -> None:
+    lines = metrics(series([3.1, 3.2, 3.3]))
+    lines[3]["val_loss_en"] = None
+    found = changes(lines, max_steps=1000)["en"]
+    assert (found.step, math.isnan(found.value), found.at_end) == (150, True, None)
+    assert (found.worse, found.better) == (False, False)
+
+
+def test_what_is_compared_with_a_later_validation_says_so() -> None:
+    """Of a run that was resumed with other samples, or not validated before its first step."""
+    later = [Validation(each.step + 200, each.loss) for each in series([FIRST + 0.03 * n for n in range(1, 6)])]
+    found = change("en", later)
+    assert found is not None
+    assert found.since == 200
+    assert told(found).startswith("en has got worse: 3.0000 (step 200) -> 3.1500 nats per token (+5.0 %")
+
+
 def test_what_is_said() -> None:
     found = change("en", series([FIRST + 0.03 * index for index in range(1, 6)]), max_steps=500)
     assert found is not None

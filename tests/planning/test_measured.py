@@ -32,7 +32,7 @@ def test_at_least_sixteen_settings_were_measured(rows) -> None:
 
 
 @pytest.mark.parametrize(
-    "half", ["tune", "held_out", "several_gpus", "four_gpus", "four_gpus_held_out", "cards", "conversations"]
+    "half", ["tune", "held_out", "outputs", "several_gpus", "four_gpus", "four_gpus_held_out", "cards", "conversations"]
 )
 def test_memory_is_within_the_promised_errors(rows, half: str) -> None:
     errors = [row.error("used") for row in rows if row.half == half]
@@ -43,10 +43,10 @@ def test_memory_is_within_the_promised_errors(rows, half: str) -> None:
 
 
 def test_speed_is_within_the_stated_errors(rows) -> None:
-    errors = [abs(row.error("step")) for row in rows if row.half in ("tune", "held_out", "cards")]
+    errors = [abs(row.error("step")) for row in rows if row.half in ("tune", "held_out", "outputs", "cards")]
     assert statistics.fmean(errors) <= 0.04
     assert max(errors) <= 0.10
-    # Over several GPUs: of one fp8 run on four the steps took 5.4 to 6.3 s, and 5.3 were planned.
+    # Over several GPUs: with layers cut in four the steps took 5.0 to 6.4 s, and 4.9 were planned.
     errors = [abs(row.error("step")) for row in rows if row.half.startswith(("several", "four"))]
     assert len(errors) >= 14
     assert statistics.fmean(errors) <= 0.05

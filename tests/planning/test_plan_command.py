@@ -5,9 +5,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 
+from nemo_cpt.catalog import workloads
+from tests.planning.test_planner import llama
 from tests.support.commands import nemo_cpt
 from tests.support.cost import within_cpu_seconds
 
@@ -56,6 +59,21 @@ def test_a_base_that_came_or_changed_is_read_again(plan, tmp_path) -> None:
     for vocabulary in (64_000, 32_000):
         configuration.write_text(json.dumps({"vocab_size": vocabulary}))
         assert before - bytes_of_weights() == 2 * 2 * 4096 * (128_256 - vocabulary)
+
+
+@pytest.mark.parametrize("home", ["", "file/below"])
+def test_what_cannot_be_remembered_is_planned_all_the_same(home, tmp_path, monkeypatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / home))
+    planned = {"workload": asdict(llama()), "configuration": "", "digest": ""}
+    built = []
+    monkeypatch.setattr(workloads, "_described_elsewhere", lambda request: built.append(1) or json.dumps(planned))
+    monkeypatch.setattr(workloads, "_described_here", workloads._described_elsewhere)
+    for _ in range(2):
+        assert workloads.workload("tiny.continual_pretrain", {}) == llama()
+        for remembered in (tmp_path / "nemo_cpt/workloads").glob("*"):
+            remembered.write_text('{"torn')
+    assert len(built) == 2
 
 
 def test_one_that_does_not_fit_ends_with_3_and_what_would(plan) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from nemo_cpt.errors import CptError
 from nemo_cpt.planning import ALLOWED, Workload, fit_workload, memory, plan_workload
 from nemo_cpt.planning.hardware import GIB, gpu, of_device, usable_gib
+from nemo_cpt.planning.throughput import model_flops_per_token
 from tests.support.cost import within_cpu_seconds
 
 LLAMA = {
@@ -19,11 +20,11 @@ LLAMA = {
 
 
 # Tokens a second and GPU of the whole model on four H200, by tensor and pipeline parallel size and recomputed layers
-# (docs/planning.md).
+# (docs/planning.md); the lowest and the highest where two machines were measured, of which one launched more slowly.
 FOUR_GPUS = {"gpus": 4, "gpus_per_node": 4, "global_batch_size": 16, "fused_gradients": True}
 ON_FOUR_H200 = {
-    (1, 1, 0): 10_678, (2, 1, 0): 9_684, (1, 2, 0): 9_309, (2, 2, 0): 8_715, (1, 1, 32): 8_285, (1, 4, 0): 8_221,
-    (4, 1, 0): 7_990,
+    (1, 1, 0): (10_500, 10_678), (2, 1, 0): (9_148, 9_684), (1, 2, 0): (9_309, 9_309), (2, 2, 0): (8_715, 8_715),
+    (1, 1, 32): (8_285, 8_285), (1, 4, 0): (8_221, 8_221), (4, 1, 0): (5_872, 7_990),
 }  # fmt: skip
 
 
@@ -34,6 +35,16 @@ def llama(**changes) -> Workload:
 def test_parameters_are_llama_31_8bs() -> None:
     assert llama().parameters == 8_030_261_248
     assert llama(lora_rank=32).adapter_parameters == 32 * 32 * 69_632
+
+
+def test_operations_are_those_of_the_products() -> None:
+    """Forward 2 a weight; backward 2 for the inputs' gradients, and 2 for those of the weights that are trained."""
+    layers, head, attention = 32 * 218_103_808, 128_256 * 4096, 6 * 32 * 8192 * 4096
+    assert model_flops_per_token(llama()) == 6 * (layers + head) + attention
+    adapters = 32 * 32 * 69_632
+    assert model_flops_per_token(llama(lora_rank=32)) == 4 * (layers + head) + 6 * adapters + attention
+    trained = llama(lora_rank=32, trained_embeddings=True)
+    assert model_flops_per_token(trained) == 4 * layers + 6 * (head + adapters) + attention
 
 
 @given(st.lists(st.integers(1, 10**8), min_size=1, max_size=12), st.sampled_from([2, 3, 8]))
@@ -55,6 +66,7 @@ workloads = st.builds(
     dora=st.booleans(),
     recompute=st.sampled_from(["none", "selective", "block", "uniform"]),
     recompute_num_layers=st.integers(0, 40),
+    recompute_outputs=st.booleans(),
     loss=st.sampled_from(["te", "native", "plain"]),
     fp8=st.booleans(),
     fused_gradients=st.booleans(),
@@ -126,6 +138,18 @@ def test_layers_recomputed_at_once_keep_fewer_inputs_and_take_more_in_the_backwa
     assert memory.activation_bytes(llama(recompute="uniform", recompute_num_layers=4), 0) == (8 + 2) * 8192 * 4096 * 2
 
 
+def test_outputs_that_are_computed_again_are_not_kept() -> None:
+    """Both norms' outputs and the activation's in bf16; in fp8 they are bytes, which stay."""
+    work = llama(recompute_outputs=True)
+    assert memory.recomputed_outputs_per_token(work) == 2 * (2 * 4096 + 14_336)
+    assert memory.recomputed_outputs_per_token(work.replace(fp8=True)) == 0
+    assert memory.recomputed_outputs_per_token(work.replace(lora_rank=8)) == 2 * (2 * 4096 + 14_336)
+    assert memory.recomputed_outputs_per_token(work.replace(lora_rank=8, lora_targets=("linear_proj",))) == 0
+    adapted = {"lora_rank": 8, "tensor_model_parallel_size": 2, "sequence_parallel": True, "gpus": 2}
+    # What was gathered for the adapters is kept in its place: both norms' parts go, and half the activation.
+    assert memory.recomputed_outputs_per_token(work.replace(**adapted)) == 2 * (4096 + 14_336 // 2)
+
+
 class TestHostMemory:
     def test_a_node_of_four_gpus_takes_what_was_measured(self) -> None:
         """In use behind the first asynchronous save of the whole 8B (112 GB) on 4 H200, the system's 1 GiB included."""
@@ -166,9 +190,10 @@ class TestFit:
     def test_it_is_fast_and_says_what_each_change_bought(self) -> None:
         with within_cpu_seconds(2):
             found = fit_workload(llama(lora_rank=128, loss="native"), 48)
-        assert [change.knob for change in found.changes] == ["loss", "recompute"]
+        assert [change.knob for change in found.changes] == ["loss", "recompute_outputs", "recompute"]
         assert found.changes[0].memory_gib > 8
-        assert found.changes[1].tokens_per_second < 0 < found.changes[1].memory_gib
+        for each in found.changes[1:]:
+            assert each.tokens_per_second < 0 < each.memory_gib
         before = plan_workload(llama(lora_rank=128, loss="native"), 48)
         bought = sum(change.memory_gib for change in found.changes)
         assert before.peak_gib - found.plan.peak_gib == pytest.approx(bought, abs=0.01)
@@ -185,26 +210,38 @@ class TestFit:
         assert work.tensor_model_parallel_size > 1
         assert not work.host_states
 
+    def test_it_recomputes_nothing_for_a_larger_micro_batch_alone(self) -> None:
+        """Measured with LoRA of rank 128: 13,547 tokens/s with one sequence, 13,750 with two and outputs again."""
+        work = fit_workload(llama(lora_rank=128), 80).plan.workload
+        assert (work.recompute, work.recompute_outputs, work.micro_batch_size) == ("none", False, 1)
+        assert fit_workload(llama(lora_rank=128), 48).plan.workload.recompute_outputs  # where it must recompute
+        assert not fit_workload(llama(lora_rank=128, fp8=True), 48).plan.workload.recompute_outputs
+
     @pytest.mark.parametrize("micro_batches", [("layout", "recompute"), ALLOWED])
     @pytest.mark.parametrize(("gpu_memory_gib", "fastest"), [(80, (2, 1)), (141, (1, 1))])
     def test_on_four_gpus_it_takes_the_layout_that_was_measured_fastest(
         self, gpu_memory_gib: int, fastest: tuple[int, int], micro_batches: tuple[str, ...]
     ) -> None:
         fitting = {}
-        for (tensor, pipeline, recompute), speed in ON_FOUR_H200.items():
+        for (tensor, pipeline, recompute), (slow, fast) in ON_FOUR_H200.items():
             work = llama(
                 tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, sequence_parallel=tensor > 1,
                 recompute="block" if recompute else "none", recompute_num_layers=recompute, **FOUR_GPUS,
             )  # fmt: skip
             planned = plan_workload(work, gpu_memory_gib)
-            assert planned.speed.tokens_per_second / 4 == pytest.approx(speed, rel=0.09)
+            assert 0.91 * slow < planned.speed.tokens_per_second / 4 < 1.09 * fast
             if planned.peak_gib <= 0.95 * planned.memory_gib:
-                fitting[tensor, pipeline] = max(speed, fitting.get((tensor, pipeline), 0))
+                fitting[tensor, pipeline] = max(fast, fitting.get((tensor, pipeline), 0))
         assert max(fitting, key=fitting.get) == fastest
         for global_batch_size in (16, 128, 1024):
             start = llama(**FOUR_GPUS | {"global_batch_size": global_batch_size})
             chosen = fit_workload(start, gpu_memory_gib, allow=micro_batches).plan.workload
-            assert (chosen.tensor_model_parallel_size, chosen.pipeline_model_parallel_size) == fastest
+            layout = (chosen.tensor_model_parallel_size, chosen.pipeline_model_parallel_size)
+            if chosen.recompute_outputs and global_batch_size > 16 and layout == (1, 2):
+                # What was measured of two stages, without the ninth of it that is their bubble at 16 sequences.
+                assert max(fitting.values()) < 9_309 * 9 / 8
+            else:
+                assert layout == fastest
 
     def test_on_two_gpus_it_takes_the_layout_that_was_measured_fastest(self) -> None:
         """Tokens a second of 8 layers at 4096: data parallel 67,000, pipeline 48,000, tensor 46,000."""
@@ -227,6 +264,15 @@ class TestFit:
     def test_an_unknown_knob_is_refused(self) -> None:
         with pytest.raises(CptError, match=r"allow names \['speed'\]"):
             fit_workload(llama(), 48, allow=["speed"])
+
+
+def test_what_a_run_measures_is_planned_of_the_same_gpu() -> None:
+    """Rank 0 has the first stage, and its allocator does not see CUDA's context; the peak is of the last stage here."""
+    found = plan_workload(llama(num_layers=4, gpus=2, pipeline_model_parallel_size=2, loss="plain"))
+    first, last = found.stages
+    assert found.peak_gib == last.total / GIB > first.total / GIB
+    reserved = sum(size for name, size in first.parts.items() if name != "CUDA context")
+    assert found.as_dict()["reserved_gib"] == pytest.approx(reserved / GIB, abs=1e-3)
 
 
 def test_fp8_is_refused_on_a_card_without_it() -> None:

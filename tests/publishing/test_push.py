@@ -16,6 +16,8 @@ from nemo_cpt.checkpoint.download_record import DownloadRecord
 from nemo_cpt.checkpoint.provenance import BEFORE, Provenance, read_provenance, write_provenance
 from nemo_cpt.errors import CptError
 from nemo_cpt.publishing import push
+from nemo_cpt.publishing.card import Subject, model_card
+from nemo_cpt.publishing.licences import Licence
 from tests.support import small_models as models
 from tests.support.upload_hub import TOKEN, UploadHub, upload_hub
 
@@ -151,6 +153,13 @@ def test_the_card_says_what_the_model_was_made_of(exported: Path, hub: UploadHub
     assert f'from_pretrained("{REPO}"' in card
     assert "secret" not in card
     assert hub.repositories == {}
+
+
+def test_a_loss_that_was_no_number_stands_in_the_card() -> None:
+    losses = [PRETRAINING["losses"][0], {"step": 300, "ja": None, "en": 1.9}]  # as a run's record holds NaN
+    origin = Provenance(BASE, COMMIT, [PRETRAINING | {"losses": losses}])
+    card = model_card(Subject(REPO, origin, Licence("llama3.1"), ["ja"], is_adapter=False, has_template=False))
+    assert "| ja | 2.5000 | NaN |\n| en | 1.8750 | 1.9000 |" in card
 
 
 def test_where_a_model_comes_from_goes_through_import_and_export(exported: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import sys
 from functools import reduce
 from importlib import import_module
 from pathlib import Path
+from typing import ClassVar
 
 import fiddle
 import nemo_run as run
@@ -27,10 +28,12 @@ from nemo_cpt.launching import yaml_file
 from nemo_cpt.launching.description import describe
 from nemo_cpt.launching.scripts import write_script
 from nemo_cpt.planning import plan
+from nemo_cpt.planning.recipe_reader import read
 from nemo_cpt.recipes import gpt, instruction, llama31_8b, mistral_7b, parts, smollm2, tiny
 from nemo_cpt.training import fields, guards
 from nemo_cpt.training.early_stop import StopEarly
 from nemo_cpt.training.optimizer import HostStateOptimizer
+from nemo_cpt.training.recompute import RecomputeOutputs
 from nemo_cpt.training.settings import settings_in
 from tests.support.commands import nemo
 
@@ -71,6 +74,31 @@ def test_warmup_follows_the_runs_length(steps: int, warmup: int) -> None:
     assert parts.default_warmup(steps) == warmup
 
 
+def outputs_again(recipe: run.Partial) -> bool:
+    return any(each.__fn_or_cls__ is RecomputeOutputs for each in recipe.trainer.callbacks)
+
+
+class TestStatePrecision:
+    SIZES: ClassVar = {"gpus_per_node": 4, "gpu_memory_gib": 80}
+
+    def test_states_in_bf16_let_four_gpus_of_80_gb_hold_whole_layers(self, tmp_path: Path) -> None:
+        fp32 = llama31_8b.continual_pretrain(**self.SIZES)
+        bf16 = llama31_8b.continual_pretrain(**self.SIZES, state_precision="bf16")
+        assert fp32.trainer.strategy.tensor_model_parallel_size == 2
+        assert bf16.trainer.strategy.tensor_model_parallel_size == 1
+        assert outputs_again(bf16)
+        work = read(bf16)
+        assert (work.grad_bytes, work.exp_avg_bytes, work.exp_avg_sq_bytes, work.master_bytes) == (2, 2, 2, 2)
+        (tmp_path / "recipe.yaml").write_text(YamlSerializer().serialize(bf16))
+        assert yaml_file.load(tmp_path / "recipe.yaml") == bf16
+
+    def test_what_it_cannot_be_is_refused(self) -> None:
+        with pytest.raises(CptError, match="state_precision=fp16: give fp32 or bf16"):
+            llama31_8b.continual_pretrain(state_precision="fp16")
+        with pytest.raises(CptError, match="adapters' states are small"):
+            llama31_8b.continual_pretrain_single_gpu(state_precision="bf16")
+
+
 class TestOneGpu:
     @pytest.mark.parametrize("gpu_memory_gib", [24, 48, 80])
     def test_lora_trains_all_linear_layers_at_twice_the_rank(self, gpu_memory_gib: int) -> None:
@@ -88,6 +116,7 @@ class TestOneGpu:
         assert cards[24].peft.dim < 128
         assert 0 < cards[48].model.config.recompute_num_layers < cards[24].model.config.recompute_num_layers
         assert cards[80].model.config.recompute_granularity is None
+        assert [outputs_again(cards[gib]) for gib in (24, 48, 80)] == [False, True, False]
         assert {recipe.model.config.seq_length for recipe in cards.values()} == {8192}
 
     def test_a_given_rank_is_kept_and_the_sequence_shortened(self) -> None:

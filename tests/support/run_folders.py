@@ -21,7 +21,7 @@ def describe(folder: Path, **changes: object) -> None:
     """Write `metrics/run.json`, as `DescribeRun` does."""
     path = folder / RUN_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    plan = {"tokens_per_second": 9000.0, "peak_gib": 20.0, "gpu": "H200"}
+    plan = {"tokens_per_second": 9000.0, "peak_gib": 24.0, "reserved_gib": 20.0, "gpu": "H200"}
     about = {
         "started": "2026-01-02 03:04:05+00:00",
         "resumed": False,
@@ -82,6 +82,6 @@ def reply(folder: Path, step: int, text: str) -> None:
     append_metrics(folder, {"step": step, "id": "1", "prompt": "日本の首都は?", "reply": text}, "metrics/replies.jsonl")
 
 
-def warn(folder: Path, step: int, text: str) -> None:
-    """Append a warning of the run's own."""
-    append_metrics(folder, {"step": step, "time": START, "text": text}, WARNINGS_FILE)
+def warn(folder: Path, step: int, text: str, seconds: float = 0) -> None:
+    """Append a warning of the run's own, so many seconds behind START."""
+    append_metrics(folder, {"step": step, "time": START + seconds, "text": text}, WARNINGS_FILE)

@@ -14,16 +14,17 @@ from torch.utils.data import DataLoader
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation.bits_per_byte import sequences_loss
 from nemo_cpt.inference.transformers_engine import TransformersEngine
+from nemo_cpt.monitoring.description import _bytes_per_token
 from nemo_cpt.training.data import BlendDataModule
 from nemo_cpt.training.datasets import VALIDATION
 from tests.training.small_datasets import EOS, ORDINARY, SEQ_LENGTH, dataset, documents, expected, sequences, write
 
 
-def data_module(world: Path, blend: Any) -> BlendDataModule:
+def data_module(world: Path, blend: Any, **options: Any) -> BlendDataModule:
     paths = [item for prefix, weight in blend.train.items() for item in (weight, prefix)]
     return BlendDataModule(
         paths, dict(blend.validation), tokenizer=AutoTokenizer(str(world / "base/hf")), seq_length=64,
-        global_batch_size=4, micro_batch_size=2,
+        global_batch_size=4, micro_batch_size=2, **options,
     )  # fmt: skip
 
 
@@ -125,6 +126,16 @@ def test_evaluation_reads_what_training_validates_on(world: Path, blend: Any) ->
     engine = TransformersEngine(world / "base_hf", device="cpu")
     loss = sequences_loss(engine, blend.validation["en"], seq_length=64, samples=8).loss
     assert loss == pytest.approx(sum(losses) / 8, abs=1e-4)
+
+
+def test_a_tokens_bytes_are_those_of_the_tokens_that_the_loss_counts(world: Path, blend: Any) -> None:
+    """Of a run whose loss leaves the ends of texts out, which have no bytes."""
+    whole, without_ends = data_module(world, blend), data_module(world, blend, eod_mask_loss=True)
+    for module in (whole, without_ends):
+        module.build(10, 5, 2, 0)
+    counted = sum(int(without_ends._validation_ds[index]["loss_mask"].sum()) for index in range(8))
+    assert counted < 8 * 64
+    assert counted * _bytes_per_token(without_ends)["ja"] == pytest.approx(8 * 64 * _bytes_per_token(whole)["ja"])
 
 
 def _loss(world: Path, sample: dict[str, torch.Tensor]) -> float:

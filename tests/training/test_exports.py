@@ -1,15 +1,18 @@
 """Exports while a run trains: what they hold, what a failing one does, and what a stop leaves."""
 
 import errno
+import fcntl
 import functools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 import lightning.pytorch as pl
 import nemo_run as run
@@ -113,6 +116,47 @@ def exporter(folder: Path, ckpt_path: Path | None, max_steps: int = 100) -> expo
     found = exports.ExportCheckpoints(every=2)
     found.on_fit_start(trainer, None)
     return found
+
+
+def test_an_export_ends_with_its_killed_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would go on beside the one that the job, started again, makes of the same step."""
+    holds = "import fcntl, signal, sys; file = open(sys.argv[1] + '/held', 'w'); fcntl.flock(file, fcntl.LOCK_EX); "
+    code = f"{holds}print('holds', flush=True); signal.pause()"
+    monkeypatch.setattr(exports, "COMMAND", [sys.executable, "-c", code])
+    waiting = tmp_path / EXPORTS / f"{EXPORTED}2"
+
+    def export() -> None:
+        found = exporter(tmp_path, None)
+        waiting.mkdir()
+        found._start_next()
+        signal.pause()
+
+    job = multiprocessing.get_context("fork").Process(target=export)
+    job.start()
+    log = tmp_path / EXPORTS / "step-2.log"
+    wait_until(lambda: log.exists() and "holds" in log.read_text())
+    job.kill()
+    job.join()
+    with (waiting / "held").open() as held:
+        wait_until(lambda: _locked(held), timeout=30)
+
+
+def test_an_export_whose_end_a_killed_job_did_not_see_is_not_made_again(tmp_path: Path) -> None:
+    made, checkpoint = tmp_path / EXPORTS, tmp_path / "checkpoints" / "steps=4" / "weights"
+    for folder in (made / "step-2", made / f"{EXPORTED}2", made / f"{EXPORTED}4", checkpoint):
+        folder.mkdir(parents=True)
+    (made / "step-2.log").touch()
+    found = exporter(tmp_path, checkpoint)
+    assert found._steps("step-") == [2]
+    assert found._steps(EXPORTED) == [4]
+    assert not (made / "step-2.log").exists()
+
+
+def _locked(file: IO[str]) -> bool:
+    with suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
 
 
 def test_exports_behind_which_a_run_goes_back_are_no_longer_its_own(tmp_path: Path, capsys: Any) -> None:

@@ -10,11 +10,11 @@ import pytest
 
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation import evaluate, report
-from nemo_cpt.evaluation.callback import REPLIES_FILE, EvaluateReplies
+from nemo_cpt.evaluation.callback import EvaluateReplies
 from nemo_cpt.inference import Sampling
 from nemo_cpt.inference.transformers_engine import TransformersEngine
 from nemo_cpt.recipes import tiny
-from nemo_cpt.training.metrics import read_metrics
+from nemo_cpt.training.metrics import REPLIES_FILE, read_metrics
 from tests.training import jobs
 
 QUESTIONS = ["日本の首都は?", "Once upon a time", "猫"]

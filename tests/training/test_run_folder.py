@@ -107,6 +107,23 @@ def test_a_resumed_run_keeps_the_best_by_their_own_names(tmp_path: Path, folder:
     assert [each.step for each in checkpoints(moved)] == [8, 6]
 
 
+def test_a_run_that_validates_on_other_samples_lets_its_earlier_checkpoints_go_first(folder: Path) -> None:
+    """Whatever their losses were, and in each of its later starts: the worst of them first, then those of its own."""
+    now = of_step(folder, 3)
+    record = json.loads((now / "run.json").read_bytes())
+    record["settings"]["validation"]["batches"] = {"ja": 2, "en": 2}
+    (now / "run.json").write_text(json.dumps(record))
+    checkpoint = RunCheckpoint(dirpath=folder, monitor="val_loss", mode="min", save_top_k=3)
+    checkpoint.nemo_topk_check_previous_run()
+    losses = {Checkpoint(Path(path)).step: float(loss) for path, loss in checkpoint.best_k_models.items()}
+    checkpoint._rank_last_unless_validated_on(record["settings"]["validation"])
+    found = {Checkpoint(Path(path)).step: float(loss) for path, loss in checkpoint.best_k_models.items()}
+    assert found[3] == losses[3] < 1e5 < min(found[6], found[8])
+    worst = max((6, 8), key=losses.__getitem__)
+    assert Checkpoint(Path(checkpoint.kth_best_model_path)).step == worst
+    assert float(checkpoint.kth_value) == found[worst]
+
+
 def test_a_resumed_run_thins_no_copy_that_somebody_put_beside_its_own(folder: Path) -> None:
     own = of_step(folder, 3)
     copies = [shutil.copytree(own, own.with_name(own.name + end)) for end in ("-copy", ".old")]

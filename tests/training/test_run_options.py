@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import fiddle as fdl
 import nemo_run as run
 import numpy
 import pytest
+import torch
 
 from nemo_cpt.checkpoint.distributed_reader import DistributedReader
 from nemo_cpt.errors import CptError
 from nemo_cpt.recipes import continual, tiny
+from nemo_cpt.training.early_stop import StopEarly
 from nemo_cpt.training.options import LoggerOptions, read_early_stop, read_logger
 from nemo_cpt.training.run_folder import newest_whole
 from tests.training import jobs
@@ -110,6 +113,12 @@ def test_what_a_logger_may_be() -> None:
 def test_a_logger_that_there_is_not(given: Any, says: str) -> None:
     with pytest.raises(CptError, match=says):
         read_logger(given)
+
+
+def test_a_loss_that_is_no_number_is_no_good_end() -> None:
+    stop = StopEarly("ja", patience=2)
+    stops = [stop._evaluate_stopping_criteria(torch.tensor(loss))[0] for loss in (3.0, math.nan, math.nan)]
+    assert (stops, float(stop.best_score)) == ([False, False, True], 3.0)
 
 
 def test_what_an_early_stop_may_be() -> None:

@@ -150,6 +150,11 @@ def test_embeddings_train_beside_adapters_at_their_own_rate_resume_and_are_expor
         job = functools.partial(train_adapters, world, blend, stop_at, "embeddings", 5e-3)
         assert jobs.run(job, log=log) == 0, log.read_text()[-3000:]
     assert metrics(world, "embeddings")[STEPS] < metrics(world, "embeddings")[1] - 0.5
+    own, embeddings = (metrics(world, "embeddings", name) for name in ("lr", "embeddings_lr"))
+    assert list(own) == list(embeddings) == list(range(1, STEPS + 1))
+    for step, rate in own.items():  # one cosine, from 0.01 and from 0.005, to 0.001; the run was resumed at step 3
+        assert (embeddings[step] - 1e-3) / (5e-3 - 1e-3) == pytest.approx((rate - 1e-3) / (1e-2 - 1e-3), abs=1e-6)
+    assert (own[1], embeddings[1]) == pytest.approx((1e-2, 5e-3))
     newest = newest_whole(world / "runs/embeddings/checkpoints")
     assert newest is not None
     checkpoint = newest.path

@@ -112,7 +112,9 @@ def test_two_runs_are_told_apart(world: Path) -> None:
     printed = json.loads((world / "printed.json").read_text())
     assert printed["different"] == [["optim.config.lr", "0.0001", "0.0003"]]
     assert [run["changes"][1]["worse"] for run in printed["runs"]] == [True, False]
-    assert "What differs between them (1)" in Page(world / "results/one/report_against_two/report.html").texts
+    texts = Page(world / "results/one/report_against_two/report.html").texts
+    assert "What differs between them (1)" in texts
+    assert "one: en has got worse" in texts  # whose warning it is
 
 
 @pytest.mark.filterwarnings("error")

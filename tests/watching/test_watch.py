@@ -13,6 +13,7 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -83,19 +84,22 @@ def test_the_view_holds_what_one_wants_to_know(folder: Path) -> None:
     ):  # fmt: skip
         assert part in text, part
     assert len(text.splitlines()) <= 12
+    run_folders.warn(folder, 50, "en has got worse " + "by far " * 30 + "replay more")
+    assert "replay more" in shown(Follower(folder).snapshot())  # what to do stands at the end
 
 
 def test_time_is_left_by_the_pace_of_the_steps_with_what_lies_between_them(folder: Path) -> None:
     assert Follower(folder).snapshot().record.seconds_left == pytest.approx(40 * run_folders.STEP_SECONDS)
 
 
+def stamp(seconds: float, hours: int = 0) -> str:
+    """So many seconds behind START, as NeMo's log has a time where clocks are so many hours ahead of UTC."""
+    there = datetime.fromtimestamp(run_folders.START + seconds, timezone(timedelta(hours=hours)))
+    return there.replace(tzinfo=None).isoformat(" ", timespec="seconds")
+
+
 def test_only_what_nemo_warns_of_behind_the_first_step_is_shown_and_equal_warnings_once(folder: Path) -> None:
     """The first step ended two seconds behind START."""
-    from datetime import datetime
-
-    def stamp(seconds: float) -> str:
-        return datetime.fromtimestamp(run_folders.START + seconds).isoformat(" ", timespec="seconds")
-
     with held_by_another_process(folder):
         follower = Follower(folder)
         log = folder / RANK_0_LOG
@@ -106,6 +110,25 @@ def test_only_what_nemo_warns_of_behind_the_first_step_is_shown_and_equal_warnin
         snapshot = follower.snapshot()
         assert snapshot.warnings == ["real", "real"]
         assert "! real (2 times)" in shown(snapshot)
+
+
+@pytest.mark.parametrize("hours", [-9, 9])
+def test_the_log_of_a_cluster_in_another_time_zone_is_read_by_its_own_clock(folder: Path, hours: int) -> None:
+    run_folders.describe(folder, started=f"2026-01-02 03:04:05{hours:+03}:00")
+    logged = [f"[NeMo W {stamp(seconds, hours)} a:1] {said}\n" for seconds, said in ((-9, "noise"), (9, "real"))]
+    (folder / RANK_0_LOG).write_text("".join(logged))
+    assert Follower(folder).snapshot().warnings == ["real"]
+
+
+def test_a_warning_of_the_runs_own_is_told_and_shown_among_those_of_its_log(folder: Path) -> None:
+    with held_by_another_process(folder):
+        logged = [f"[NeMo W {stamp(seconds)} a:1] logged {seconds}\n" for seconds in (20, 21, 22)]
+        (folder / RANK_0_LOG).write_text("".join(logged))
+        before = Follower(folder).snapshot()
+        run_folders.warn(folder, 40, "en has got worse", seconds=30)
+        after = Follower(folder).snapshot()
+        assert list(lines(after, before)) == ["warning: en has got worse"]
+        assert "! en has got worse" in shown(after)
 
 
 def test_lines_say_what_is_new_and_nothing_twice(folder: Path) -> None:

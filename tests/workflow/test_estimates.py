@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_cpt.workflow import Chosen, Step, Workflow, clean, split
+from nemo_cpt.planning import Workload
+from nemo_cpt.workflow import Chosen, Step, Workflow, clean, estimates, split
 from nemo_cpt.workflow.dry_run import UNKNOWN, dry_run
 from nemo_cpt.workflow.kinds import KINDS
 
@@ -39,6 +40,24 @@ def test_rules_that_tell_languages_apart_take_their_time(tmp_path: Path) -> None
     assert english > 2 * japanese
 
 
+def test_a_training_on_gpus_writes_its_checkpoints_and_its_exports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = Workload(
+        num_layers=32, hidden_size=4096, ffn_hidden_size=14336, num_attention_heads=32, num_query_groups=8,
+        kv_channels=128, vocab_size=128_256, max_steps=100,
+    )  # fmt: skip
+    monkeypatch.setattr(estimates, "workload", lambda *recipe: work)  # which NeMo would build the recipe for
+    (tmp_path / "base").mkdir()
+    (tmp_path / "a.idx").touch()
+    (tmp_path / "a.bin").touch()
+    given = {"recipe": "llama31_8b.continual_pretrain", "base": "base", "data": {"train": {"a": 1.0}}, "max_steps": 100}
+    step = Step("one", "train", given | {"val_check_interval": 10, "export_every": 20})
+    (found,) = dry_run(Workflow("w", [step], tmp_path), Chosen()).estimates
+    # The three best, the last and the one being written, of 14 bytes a parameter; five exports in bf16.
+    assert found.disk_bytes == 8_030_261_248 * (5 * 14 + 5 * 2)
+
+
 @pytest.mark.parametrize("do", [do for do, kind in KINDS.items() if not kind.recipe and do != "prepare_conversations"])
 def test_what_is_not_estimated_says_why(tmp_path: Path, do: str) -> None:
     corpus(tmp_path)
@@ -62,3 +81,16 @@ def test_what_is_not_estimated_says_why(tmp_path: Path, do: str) -> None:
     row = next(dry_run(Workflow("w", [Step("one", do, given)], tmp_path), Chosen()).rows())
     assert row[4] == UNKNOWN
     assert row[-1]
+
+
+def test_a_base_that_a_step_makes_is_no_fault_of_the_plan(tmp_path: Path) -> None:
+    corpus(tmp_path)
+    (tmp_path / "hf").mkdir()
+    steps = [
+        Step("data", "prepare", {"inputs": "en.jsonl", "output_prefix": "ds", "tokenizer": "hf"}),
+        Step("init", "init", {"dest": "random", "tokenizer": "hf"}),
+        Step("train", "train", {"recipe": "gpt.pretrain", "base": "random", "data": {"train": {"ds": 1.0}}}),
+    ]
+    found = dry_run(Workflow("w", steps, tmp_path), Chosen())
+    assert found.estimates[-1].note == "not known before its base is there"
+    assert not [finding for _, finding in found.findings if finding.name == "plan"]

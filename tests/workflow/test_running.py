@@ -20,7 +20,7 @@ from nemo_cpt.workflow import Chosen, Step, Workflow, as_yaml, run, split, token
 from nemo_cpt.workflow.comparison import compare
 from nemo_cpt.workflow.dry_run import dry_run
 from nemo_cpt.workflow.page import _address
-from nemo_cpt.workflow.state import OF_TIME, State
+from nemo_cpt.workflow.state import State
 from tests.support.corpus_helpers import write_jsonl
 from tests.support.crashes import killed_at, lines_of
 from tests.workflow.conftest import chain, make_folder, own
@@ -28,6 +28,7 @@ from tests.workflow.conftest import chain, make_folder, own
 HERE = Path(nemo_cpt.workflow.__file__).parent
 CORPUS = str(files("nemo_cpt.demo") / "corpus" / "en.jsonl")
 KILLS = 25
+OF_TIME = ("starts", "started", "ended", "seconds")  # of a record: other ones each time
 
 
 def ran(workflow: Workflow, **chosen: Any) -> list[str]:

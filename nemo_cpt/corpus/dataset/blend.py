@@ -166,8 +166,8 @@ class Blend:
                 f"global_batch_size is {global_batch_size} and seq_length {seq_length}; both must be positive."
             )
         tokens, shares = self.tokens(), self.shares()
-        # The set that is used up first, for its share, ends the epoch.
-        once = min(tokens[prefix] / shares[prefix] for prefix in tokens)
+        # The set that is used up first, for its share, ends the epoch; its last token is only predicted.
+        once = min((tokens[prefix] - 1) / shares[prefix] for prefix in tokens)
         # Rounded down: one step more would begin the set anew.
         steps = int(once // (global_batch_size * seq_length))
         if steps == 0:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.corpus.atomic_files import sync_directory
 from nemo_cpt.errors import CptError
 
@@ -35,6 +36,7 @@ def dtype_for(vocabulary_size: int) -> str:
     return "uint16" if vocabulary_size < 65500 else "int32"
 
 
+@checked
 def full_prefix(prefix: str | os.PathLike[str]) -> str:
     """Return Megatron's prefix (a path without .bin or .idx) for that prefix or for `prepare`'s output prefix.
 
@@ -107,6 +109,7 @@ class Index:
         return ITEMSIZE[self.dtype]
 
 
+@checked
 def read_index(prefix: str | os.PathLike[str]) -> Index:
     """Read the `.idx` of a Megatron dataset and check that it and its `.bin` are whole.
 
@@ -260,6 +263,7 @@ def largest_id_in_sample(prefix: str | os.PathLike[str]) -> int:
     return max(int(tokens[start : start + size].max()) for start in starts)
 
 
+@checked
 def max_token_id(prefix: str | os.PathLike[str]) -> int:
     """Return the largest token id of a dataset, -1 for one without tokens; reads the whole `.bin` (about 2 GB/s).
 

@@ -5,6 +5,7 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.corpus.dataset.index import BLOCK, Index, document_lengths, max_token_id, read_index, read_tokens
 from nemo_cpt.corpus.dataset.manifest import manifest_path, read_manifest
 from nemo_cpt.corpus.tokenization.tokenizer import Tokenizer, load_tokenizer
@@ -51,6 +52,7 @@ class Inspection:
     warnings: list[str] = field(default_factory=list)
 
 
+@checked
 def inspect(
     prefix: str | os.PathLike[str],
     tokenizer: str | os.PathLike[str] | None = None,

@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.corpus.atomic_files import write_whole
 from nemo_cpt.corpus.dataset.index import ANEW, full_prefix
 from nemo_cpt.corpus.reading.chunks import hash_source
@@ -22,6 +23,7 @@ def manifest_path(prefix: str | os.PathLike[str]) -> Path:
     return Path(full_prefix(prefix) + ".json")
 
 
+@checked
 def read_manifest(prefix: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a dataset's manifest.
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.corpus.atomic_files import folder_to_fill, hash_of, locked
 from nemo_cpt.corpus.fetching.download import (
     CHECKSUMS,
@@ -30,6 +31,7 @@ from nemo_cpt.hub import explained, progress_bars
 from nemo_cpt.urls import public_url
 
 
+@checked
 def fetch(
     corpus: str,
     folder: str | os.PathLike[str],
@@ -105,6 +107,7 @@ def _fetch_dump(corpus: str, folder: Path, workers: int | None, quiet: bool, pat
         dump = folder / Path(urlsplit(url).path).name
         if not dump.exists() and (text := existing(folder, public_url(url))):
             return [_fetched(text, public_url(url))]
+        # A dump that is there is compared with the checksum noted when it came, without asking the server.
         sha1 = "" if dump.exists() else find_sha1(url, patience)
         with folder_to_fill(folder):
             got.append(Download(url, folder, quiet, patience, sha1).run())

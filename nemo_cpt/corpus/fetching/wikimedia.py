@@ -40,6 +40,7 @@ def find_address(corpus: str, patience: float) -> str:
     wiki = language.replace("-", "_") + "wiki"
     if date != "latest":
         return _address(wiki, date)
+    # The newest may still be in the making.
     for date in _dates(wiki, patience):
         if _file_status(f"{_server()}/{wiki}/{date}/", f"{wiki}-{date}-{_FILE}", patience) is not None:
             return _address(wiki, date)

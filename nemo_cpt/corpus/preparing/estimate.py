@@ -116,10 +116,12 @@ def estimate_shares(shares: list[int], divided: int, sample: Sample, itemsize: i
 
 
 def _sample(plan: Plan, tokenizer: Tokenizer) -> Sample:
+    # The largest stands for all: most of the corpus is in it, or in files like it.
     source = max(plan.sources, key=lambda each: each.size)
     texts, read = _first_texts(source, settings_of(plan).json_key)
     size = sum(len(text.encode()) for text in texts)
     ids, _ = tokenizer.reference_encoder().encode(texts)
+    # A token more for each text: the one that ends its document.
     return Sample(size / read, (len(ids) + len(texts)) / size, len(texts) / size)
 
 

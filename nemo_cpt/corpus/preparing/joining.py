@@ -55,6 +55,7 @@ def join_parts(
             journal.checkpoint(b"", [], read)
         output.put_in_place()
     except BaseException:
+        # Nothing was kept as yet that the next run could go on from.
         if not journal.saved.source:
             journal.remove()
         raise
@@ -70,6 +71,7 @@ def _copy_parts(
     sizes = [Path(part + ".bin").stat().st_size for part in parts]
     before = _lines_before(manifests)
     with ProgressBar(f"joining {Path(output.prefix).name}", sum(sizes), quiet) as bar:
+        # Of a join the journal counts parts where that of a preparation counts inputs.
         for number in range(journal.progress.source, len(parts)):
             copy_to(Path(parts[number] + ".bin"), journal.outputs[0], journal.progress.nbytes)
             lengths = document_lengths(read_index(parts[number])).astype("<i4").tobytes()

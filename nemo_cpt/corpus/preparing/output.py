@@ -125,7 +125,7 @@ class Output(ABC):
     def describe(self) -> dict[str, Any]:
         """Return what the manifest says of this kind alone."""
 
-    def is_there(self, overwrite: bool) -> bool:
+    def is_there(self, policy: Policy, overwrite: bool) -> bool:
         """Say whether the finished dataset of this very job exists.
 
         Raises:
@@ -142,6 +142,8 @@ class Output(ABC):
                 raise CptError(self._refusal(f"its {key} is {manifest['options'].get(key)!r}, not {value!r}"))
         if (change := changed_input(self.sources, manifest["inputs"])) is not None:
             raise CptError(self._refusal(change))
+        if (reason := policy.against(manifest["skipped"])) is not None:
+            raise CptError(self._refusal(reason))
         # The manifest is written before the `.idx`: it alone does not prove that the dataset is whole.
         read_index(self.prefix)
         return True
@@ -170,6 +172,11 @@ class Output(ABC):
                     raise
                 journal.begin_anew()
                 resumed, tasks = False, self._tasks_left(run)
+            if (reason := run.policy.against(journal.progress.tally.skipped)) is not None:
+                raise CptError(
+                    f"The unfinished run of {journal.path} is not one to go on with: {reason}. Go on with "
+                    "on_error='skip' (--on-error skip), or begin anew with overwrite=True (--overwrite)."
+                )
             if not journal.progress.finished:
                 rates = self._encode(run, tasks)
             if not self.part:

@@ -20,6 +20,7 @@ from nemo_cpt.corpus.preparing.output import HeadStart
 from nemo_cpt.corpus.preparing.preparation import PrepareReport, Settings, TextOutput, report_of
 from nemo_cpt.corpus.reading.shares import cut
 from nemo_cpt.corpus.reading.sources import PARTS, PLAN, Inputs, Source, list_sources, listed_again
+from nemo_cpt.corpus.reading.tally import Policy
 from nemo_cpt.corpus.tokenization.tokenizer import Tokenizer, load_tokenizer
 from nemo_cpt.errors import CptError
 
@@ -101,16 +102,16 @@ def missing(plan: Plan, tokenizer: Tokenizer) -> list[int]:
 
 def _is_done(plan: Plan, number: int, share: list[Source], tokenizer: Tokenizer) -> bool:
     try:
-        return _is_whole(_part(plan, number, share, tokenizer), False)
+        return _is_whole(_part(plan, number, share, tokenizer), settings_of(plan).policy, overwrite=False)
     except CptError:
         if plan.overwrite:
             return False
         raise
 
 
-def _is_whole(part: TextOutput, overwrite: bool) -> bool:
+def _is_whole(part: TextOutput, policy: Policy, overwrite: bool) -> bool:
     # Without its `.idx`, which comes last, a part is one to be made, whatever else of it is there.
-    return part.idx.exists() and part.is_there(overwrite)
+    return part.idx.exists() and part.is_there(policy, overwrite)
 
 
 def _part(plan: Plan, number: int, share: list[Source], tokenizer: Tokenizer) -> TextOutput:
@@ -138,7 +139,7 @@ def prepare_part(folder: str | os.PathLike[str], number: int) -> None:
     with HeadStart(settings.fast, settings.split_special_tokens) as head_start:
         part = _part(plan, number, share, _load_tokenizer(plan, head_start.begin))
         _check_tokenizer(plan, part)
-        if not _is_whole(part, plan.overwrite):
+        if not _is_whole(part, settings.policy, plan.overwrite):
             part.make(settings.run(head_start), plan.overwrite)
 
 
@@ -174,7 +175,7 @@ def join(folder: str | os.PathLike[str], quiet: bool | None = None) -> PrepareRe
     settings, tokenizer = settings_of(plan), _load_tokenizer(plan)
     output, status = whole(plan, tokenizer), "unchanged"
     _check_tokenizer(plan, output)
-    if not output.is_there(plan.overwrite):
+    if not output.is_there(settings.policy, plan.overwrite):
         plan.check_complete(missing(plan, tokenizer))
         parts = [part_prefix(plan, number) for number in range(len(plan.shares))]
         quiet = settings.quiet if quiet is None else quiet

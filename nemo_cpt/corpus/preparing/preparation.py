@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.corpus.dataset.index import dtype_for
 from nemo_cpt.corpus.dataset.manifest import read_manifest
 from nemo_cpt.corpus.plan import left_over
@@ -70,6 +71,7 @@ class PrepareReport:
     warnings: list[str] = field(default_factory=list)
 
 
+@checked
 def prepare(
     inputs: Inputs,
     output_prefix: str | os.PathLike[str],
@@ -157,7 +159,7 @@ def prepare(
         output = TextOutput(prefix, sources, load_tokenizer(tokenizer, head_start.begin), settings)
         status, rates = "unchanged", dict[str, float]()
         # A finished dataset of this very job: a rerun of a pipeline costs a few file stats.
-        if not output.is_there(overwrite):
+        if not output.is_there(settings.policy, overwrite):
             status, rates = output.make(settings.run(head_start), overwrite)
     report = output.report(settings, status, rates)
     return replace(report, warnings=[*report.warnings, *left_over(Path(prefix + PARTS))])
@@ -179,6 +181,7 @@ def check_options(
         raise CptError(f"chunk_bytes is {chunk_bytes}; it must be at least 1.")
 
 
+@checked
 @dataclass(frozen=True)
 class Settings:
     """The options of `prepare`, which has what each of them means."""
@@ -349,13 +352,11 @@ def _warnings(prefix: str, manifest: dict[str, Any]) -> list[str]:
         found = ", ".join(f"{text} {count} times" for text, count in special.items())
         warnings.append(
             f"The texts hold special tokens literally ({found}); they became control tokens, as with NeMo's and "
-            "Megatron's "
-            f"scripts. split_special_tokens=True (--split-special-tokens) makes them ordinary text."
+            "Megatron's scripts. split_special_tokens=True (--split-special-tokens) makes them ordinary text."
         )
     if manifest["longest"] > LONG:
         warnings.append(
             f"The longest document has {manifest['longest']:,} tokens. It stays whole: Megatron cuts at seq_length "
-            "itself, "
-            f"and the tokenizer's warnings about {LONG:,} tokens do not matter here."
+            f"itself, and the tokenizer's warnings about {LONG:,} tokens do not matter here."
         )
     return warnings

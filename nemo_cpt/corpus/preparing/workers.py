@@ -157,6 +157,7 @@ def _serve(connection: Connection, others: list[Connection], work: Work, outputs
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the workers
     # One process a CPU already: threads of the Rust pool would only fight for them, and do not survive a fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["RAYON_NUM_THREADS"] = "1"  # fastokens' pool, which long texts begin here
     for other in others:  # held open here, they would hide the parent's death from the others
         other.close()
     held: dict[int, list[list[bytes]]] = {}  # by task, then by output file: its payload in pieces

@@ -54,6 +54,7 @@ def read_records(task: Task, json_key: str, reading: Reading) -> Iterator[Record
         return
     offset = task.start
     for line in io.BytesIO(lines_of(task)):
+        # One by one, so that the caller knows each document by its line when it gets it.
         found = parse_lines(line, offset, take)
         reading.add(found.reading)
         plain = line.removeprefix(BOM) if offset == 0 else line

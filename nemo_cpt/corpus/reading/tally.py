@@ -1,7 +1,7 @@
 """What the inputs held besides texts: where to stop, and how much may be left out."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,17 @@ class Policy:
         if max_skipped is not None and not 0 <= max_skipped <= 1:
             raise CptError(f"max_skipped is {max_skipped}; it must lie between 0 and 1.")
         return cls(on_error == "skip", MAX_SKIPPED if max_skipped is None else max_skipped)
+
+    def against(self, skipped: Mapping[str, int]) -> str | None:
+        """Return what speaks against an output that is there, or begun; None where it may be taken.
+
+        Args:
+            skipped: What it left out, by reason.
+        """
+        if self.skip or not skipped:
+            return None
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in skipped.items())
+        return f"it left out what gives no text ({reasons}), and on_error='stop' leaves out nothing"
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.corpus.atomic_files import (
     folder_to_fill,
     locked,
@@ -34,7 +35,7 @@ from nemo_cpt.corpus.reading.sources import (
     list_sources,
 )
 from nemo_cpt.corpus.reading.tally import Policy, Tally
-from nemo_cpt.corpus.splitting.duplicates import HeldOut, fingerprint, sketch
+from nemo_cpt.corpus.splitting.duplicates import HeldOut, check_similarity, fingerprint, sketch
 from nemo_cpt.errors import CptError
 from nemo_cpt.records import restored
 
@@ -70,6 +71,7 @@ class SplitReport:
     warnings: list[str] = field(default_factory=list)
 
 
+@checked
 def split(
     inputs: Inputs,
     output_folder: str | os.PathLike[str],
@@ -147,8 +149,7 @@ def check_options(
         raise CptError(f"validation is {validation} and test {test}; shares lie between 0 and 1, together below 1.")
     if validation == 0 and test == 0:
         raise CptError("Nothing is held out: give validation or test a share above 0, such as validation=0.01.")
-    if not 0 < similarity <= 1:
-        raise CptError(f"similarity is {similarity}; it must lie above 0 and not above 1.")
+    check_similarity("similarity", similarity)
     if drop not in DROPS:
         raise CptError(f"drop is {drop!r}; it can be {', '.join(DROPS)}.")
 
@@ -251,6 +252,7 @@ class _Split:
             return None
         recorded = _read_report(path)
         change = changed_input(self.all_sources, recorded["inputs"])
+        change = change or self.policy.against(recorded["report"]["skipped"])
         if recorded["options"] != self.options or change:
             reason = change or f"its options are {recorded['options']}, not {self.options}"
             raise CptError(

@@ -182,6 +182,7 @@ class _Job:
         resumed = progress.bit > 0
         try:
             with self.part.open("r+b" if resumed else "wb") as file:
+                # What lies behind the last note is made again.
                 file.truncate(progress.written)
                 file.seek(progress.written)
                 self._write(file, progress, workers, quiet)
@@ -206,6 +207,7 @@ class _Job:
             "size": progress.written,
             "sha256": hash_of(self.part),
         }
+        # The manifest first: text without one would be taken for somebody else's.
         write_whole(_beside(self.output), orjson.dumps(manifest, option=orjson.OPT_INDENT_2) + b"\n")
         self.part.rename(self.output)
         sync_directory(self.output.parent)
@@ -223,6 +225,7 @@ class _Job:
                     raise DamagedDumpError(f"{self.dump} is damaged: {error}. Get it again.") from None
 
             for blocks, part in in_order(work, _tasks(self.dump, progress.bit), workers):
+                # What the blocks before left open goes on here, perhaps over several tasks.
                 progress.carry += part.before
                 if part.lines is not None:
                     joined = self._part(progress.carry)
@@ -251,6 +254,7 @@ class _Job:
         begin = piece.find(OPEN)
         if begin < 0:
             return _Part(piece, None, b"", counts)
+        # A page that ends in later blocks stays open, also where it is the only one.
         end = max(piece.rfind(CLOSE) + len(CLOSE), begin)
         lines = [line for xml in pages_in(piece[begin:end]) if (line := self._line(xml, counts))]
         return _Part(piece[:begin], b"".join(lines), piece[end:], counts)
