@@ -182,6 +182,11 @@ def test_a_finished_run_hears_of_a_misspelt_field(folder: Path, world: Path, ble
     assert said.endswith(
         "give a larger max_steps, and extend=rewarm, stretch or keep: what becomes of the learning rate"
     )
+    # It made none, and a finished run makes none.
+    exported = nothing_to_train("tiny.continual_pretrain", given | {"save_every": 3, "export_every": 3}, [])
+    assert exported.endswith(
+        "it exported nothing while it trained: `nemo-cpt export` makes its checkpoints' exports now"
+    )
     with pytest.raises(CptError, match=r"optim.config.lrr: OptimizerConfig has no field lrr; near: lr"):
         nothing_to_train("tiny.continual_pretrain", given, ["optim.config.lrr=1"])
 
