@@ -104,7 +104,9 @@ def worth(
     texts = draw(inputs, json_key, sample_bytes, hold_out=False).texts
     before, after = (load_tokenizer(each).reference_encoder().encode(texts)[0] for each in (base, grown))
     seen = Counter(number for number in after.tolist() if number >= old.size)
-    scale, new_tokens = tokens / len(before), new.size - old.size
+    # Each document has a token at its end, which no growth saves.
+    length_before, length = (len(each) + len(texts) for each in (before, after))
+    scale, new_tokens = tokens / length_before, new.size - old.size
     if not new_tokens:
         raise CptError(f"the tokenizer {grown} has no token that {base} has not")
     seldom = sum(seen[number] * scale < SELDOM for number in range(old.size, new.size))
@@ -115,12 +117,12 @@ def worth(
     computed = parameters - (0 if tied else there * hidden_size)
     dearer = outputs / computed
     # Fewer tokens, each of which costs a little more.
-    compute = len(after) / len(before) * (1 + dearer)
+    compute = length / length_before * (1 + dearer)
     new_parameters = outputs * (1 if tied else 2)
     return Worth(
         tokens_before=round(tokens),
-        tokens=round(len(after) * scale),
-        tokens_saved=round(1 - len(after) / len(before), 4),
+        tokens=round(length * scale),
+        tokens_saved=round(1 - length / length_before, 4),
         new_tokens=new_tokens,
         new_rows=new_rows,
         parameters=parameters,
