@@ -44,6 +44,7 @@ class SingleGpuSetting:
     seq_length: int = 8192
     micro_batch_size: int = 1
     recompute_num_layers: int = 0
+    recompute_outputs: bool = False  # RecomputeOutputs
     cross_entropy_fusion_impl: str = "te"
     gradient_accumulation_fusion: bool = False
     fp8_recipe: str | None = None
@@ -62,7 +63,8 @@ def recipes_setting(gpu_memory_gib: int, lora_rank: int | None) -> SingleGpuSett
     return SingleGpuSetting(
         gpu_memory_gib=gpu_memory_gib, lora_rank=chosen.lora_rank, seq_length=chosen.seq_length,
         micro_batch_size=chosen.micro_batch_size, recompute_num_layers=chosen.recompute_num_layers,
-        gradient_accumulation_fusion=chosen.fused_gradients, host_states=chosen.host_states,
+        recompute_outputs=chosen.recompute_outputs, gradient_accumulation_fusion=chosen.fused_gradients,
+        host_states=chosen.host_states,
         grad_dtype="fp32" if chosen.grad_bytes == 4 else "bf16",
     )  # fmt: skip
 
@@ -261,6 +263,7 @@ def train(case: Case, record: dict) -> None:
     from nemo_cpt.training import patches
     from nemo_cpt.training.gradients import EveryTrainableParameterHasGradient
     from nemo_cpt.training.optimizer import HostStateOptimizer
+    from nemo_cpt.training.recompute import RecomputeOutputs
 
     if case.patches:
         patches.apply()
@@ -317,7 +320,10 @@ def train(case: Case, record: dict) -> None:
         devices=1, accelerator="gpu", strategy=strategy, plugins=precision, max_steps=case.steps + case.profile,
         limit_val_batches=0, val_check_interval=None, log_every_n_steps=1, num_sanity_val_steps=0,
         enable_checkpointing=False, logger=False, use_distributed_sampler=False, enable_progress_bar=False,
-        callbacks=[EveryTrainableParameterHasGradient()] * case.patches + [recorder(case, record)],
+        callbacks=[
+            *[EveryTrainableParameterHasGradient()] * case.patches, *[RecomputeOutputs()] * setting.recompute_outputs,
+            recorder(case, record),
+        ],
     )  # fmt: skip
     peft = None if full_parameter else llm.peft.LoRA(dim=setting.lora_rank, alpha=2 * setting.lora_rank)
     llm.train(

@@ -36,7 +36,7 @@ STEP_SECONDS = 10e-3  # a step's fixed part
 NODE_LINK_GB_S = 50.0  # a GPU's share of the links between nodes: 400 Gb/s each
 ERRORS = {
     1: "mean error 3 %, worst 9 % on one H200",
-    2: "mean error 5 %, worst 13 % on two H200",
+    2: "mean error 4 %, worst 10 % on two H200",
     4: "mean error 4 %, worst 13 % on four H200",
 }
 NOT_MEASURED = "scaled from an H200, not measured"

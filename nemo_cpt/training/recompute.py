@@ -33,7 +33,8 @@ class RecomputeOutputs(pl.Callback):
     changes that: `planning.fit` does not propose it there.
 
     Raises:
-        CptError: at the first step; the model has no MLP of Megatron's, or its steps are captured as CUDA graphs.
+        CptError: at the first step; the model has no MLP of Megatron's, or experts, or its steps are captured as CUDA
+            graphs.
     """
 
     def __init__(self) -> None:
@@ -60,11 +61,14 @@ def recompute_outputs(model: torch.nn.Module) -> None:
         replace(fused_norms, "apply_normalization", _noted)
     found = False
     for module in model.modules():
-        if getattr(getattr(module, "config", None), "enable_cuda_graph", False):
+        config = getattr(module, "config", None)
+        if getattr(config, "enable_cuda_graph", False):
             raise CptError("RecomputeOutputs frees memory within a step, which a CUDA graph cannot: leave one away")
+        if getattr(config, "num_moe_experts", None):  # whose activations are also scaled by token
+            raise CptError("RecomputeOutputs is for dense models: take recompute_modules=['moe_act'] for experts")
         if isinstance(module, SelfAttention):
             _drop_norm(module.linear_qkv)
-        elif isinstance(module, MLP):
+        elif isinstance(module, MLP) and type(module).forward is MLP.forward:
             found = True
             _drop_norm(module.linear_fc1)
             _drop_activation(module)

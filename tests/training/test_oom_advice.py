@@ -25,8 +25,12 @@ class TestOutOfMemoryAdvice:
 
     def test_it_does_not_offer_what_is_in_use(self):
         self_in_use = types.SimpleNamespace(num_layers=32, recompute_num_layers=32, cross_entropy_fusion_impl="te")
-        text = oom_advice.advice(self_in_use, "out of memory")
+        text = oom_advice.advice(self_in_use, "out of memory", outputs_again=True)
         assert "recomputed" not in text
+        assert "RecomputeOutputs" not in text
+        assert "RecomputeOutputs" in oom_advice.advice(self_in_use, "out of memory")
+        self_in_use.fp8 = "hybrid"
+        assert "RecomputeOutputs" not in oom_advice.advice(self_in_use, "out of memory")
         assert "cross_entropy" not in text
 
     def test_other_errors_pass(self):

@@ -126,10 +126,13 @@ class TestOnCpu:
         callback.on_train_batch_start(trainer, model)
         assert model.decoder.layers[0].mlp.linear_fc2.forward is forward
 
-    def test_a_model_without_megatrons_layers_or_with_cuda_graphs_is_refused(self) -> None:
+    def test_a_model_without_megatrons_layers_with_experts_or_cuda_graphs_is_refused(self) -> None:
         with pytest.raises(CptError, match="found no MLP"):
             recompute_outputs(torch.nn.Linear(2, 2))
         model = model_of(**self.CONFIG | UNFUSED)
+        model.config.num_moe_experts = 8
+        with pytest.raises(CptError, match="for dense models"):
+            recompute_outputs(model)
         model.config.enable_cuda_graph = True
         with pytest.raises(CptError, match="CUDA graph"):
             recompute_outputs(model)

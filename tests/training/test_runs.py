@@ -16,6 +16,7 @@ from nemo_cpt.inference.transformers_engine import TransformersEngine
 from nemo_cpt.recipes import llama31_8b, tiny
 from nemo_cpt.training.callbacks import StopAtStep
 from nemo_cpt.training.metrics import read_metrics
+from nemo_cpt.training.recompute import RecomputeOutputs
 from nemo_cpt.training.run_folder import newest_whole
 from tests.training import jobs
 
@@ -130,6 +131,8 @@ def train_adapters(
     )  # fmt: skip
     recipe.model.config.recompute_granularity, recipe.model.config.recompute_method = "full", "block"
     recipe.model.config.recompute_num_layers = 3
+    if embeddings_lr:
+        recipe.trainer.callbacks.append(run.Config(RecomputeOutputs))
     if stop_at:
         recipe.trainer.callbacks.append(run.Config(StopAtStep, step=stop_at))
     run.run(llama31_8b.with_lora(recipe, rank=8, embeddings_lr=embeddings_lr), direct=True)
