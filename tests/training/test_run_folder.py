@@ -19,7 +19,9 @@ from nemo_cpt.training.run_folder import (
     DUE,
     EXPORTED,
     EXPORTS,
+    STARTS,
     Checkpoint,
+    based_on,
     checkpoints,
     damaged_since,
     finished,
@@ -144,6 +146,15 @@ def test_a_checkpoint_that_adapters_were_trained_on_is_not_thinned(folder: Path,
         checkpoint._remove_checkpoint(SimpleNamespace(is_global_zero=True), str(of_step(folder, step)), True)
     assert [each.step for each in checkpoints(folder)] == [8, 3]
     assert f"{base.name} is kept beyond save_top_k: it is the base of {lora.parents[1]}" in capsys.readouterr().out
+
+
+def test_nor_one_that_adapters_are_trained_on_that_are_not_saved_yet(folder: Path) -> None:
+    base, starts = of_step(folder, 3), folder.parents[1] / "lora" / STARTS
+    starts.parent.mkdir(parents=True)
+    for peft, user in (("LoRA", starts.parents[1]), (None, None)):  # who trains every weight has read its base
+        with starts.open("a") as file:
+            file.write(json.dumps({"base": str(base), "settings": {"adapters": {"peft": peft}}}) + "\n")
+        assert based_on(base, folder.parents[1]) == user
 
 
 def test_a_resumed_run_keeps_the_newest_although_it_is_the_worst(folder: Path) -> None:
