@@ -84,8 +84,8 @@ def stage_memory(work: Workload, stage: int, room: float = inf) -> StageMemory:
 
     The loss (activations of all micro batches in flight, and the logits), the backward pass of one layer (after its
     recomputation, where it is recomputed), the optimizer's step, and the initialisation (weights and their copies in
-    Megatron's buffers at once, where `room`, the bytes on the card, holds them: else the weights wait on the host, see
-    `patches.wrap_without_room_for_two_copies`).
+    Megatron's buffers at once, where `room`, the bytes that a job takes of the card, holds them: else the weights wait
+    on the host, see `patches.wrap_without_room_for_two_copies`).
     """
     resident = resident_bytes(work, stage)
     moments = {

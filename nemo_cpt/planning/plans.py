@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_cpt.arguments import checked
+from nemo_cpt.constants import MEMORY_MARGIN
 from nemo_cpt.planning import hardware, memory, throughput
 from nemo_cpt.planning.hardware import GIB, Gpu
 from nemo_cpt.planning.memory import HostMemory, StageMemory
@@ -120,6 +121,5 @@ def plan_workload(work: Workload, gpu_memory_gib: float | None = None, gpu: str 
     """Plan a workload; see `plan`."""
     kind = hardware.gpu(gpu)
     usable = kind.memory_gib if gpu_memory_gib is None else hardware.usable_gib(gpu_memory_gib)
-    return Plan(
-        work, kind, usable, memory.stages(work, usable * GIB), memory.host_memory(work), throughput.speed(work, kind)
-    )
+    room = usable * (1 - MEMORY_MARGIN) * GIB  # as a job leaves it that copies its weights (`patches._free_gpu_bytes`)
+    return Plan(work, kind, usable, memory.stages(work, room), memory.host_memory(work), throughput.speed(work, kind))

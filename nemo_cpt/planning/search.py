@@ -20,6 +20,7 @@ FALLBACKS = ("gradients", "rank", "seq_length")
 MICRO_BATCHES = (1, 2, 4, 8)
 SHORTEST, LOWEST_RANK = 1024, 8
 UNDECIDED = 0.03  # of two layouts: less than the speed model errs on several GPUs (docs/planning.md)
+HOST_STATES = 0.2  # gained by Adam's states on the host where the card would hold them: for less, they stay on it
 LARGER_BATCH = 0.05  # gained by a micro batch twice as large: half of it was measured, and 1.5 % go for recomputation
 
 
@@ -80,10 +81,10 @@ def fit(
         gpu: the kind of GPU, a key of `GPUS`; an H200 when None.
         margin: share of the memory that stays free.
         allow: what may be changed: "recompute", "micro_batch" (at the same global batch), "loss" (Transformer Engine's,
-            in place), "layout" (tensor and pipeline parallelism), and, where nothing fits otherwise, "host_states"
-            (Adam's states in pinned host memory). None of these changes what is learned. Where still nothing fits, in
-            this order, and not unless named: "gradients" (Megatron's buffer in bf16), "rank" and "seq_length" (halved
-            until it fits).
+            in place), "layout" (tensor and pipeline parallelism), and, where nothing fits otherwise or it is a fifth
+            faster, "host_states" (Adam's states in pinned host memory). None of these changes what is learned. Where
+            still nothing fits, in this order, and not unless named: "gradients" (Megatron's buffer in bf16), "rank" and
+            "seq_length" (halved until it fits).
 
     Returns:
         The recipe, its plan and the changes, with what each bought.
@@ -127,19 +128,32 @@ def fit_workload(
     budget = usable * (1 - margin) * GIB
     for tier in _tiers(work, allow):
         # A tier is searched whole before the next one gives up more.
-        fitting = [each for each in _candidates(tier, allow, budget) if _peak(each, budget) <= budget]
-        if fitting:
-            best = _best(fitting, kind, budget)
+        settings = (_fastest(tier.replace(**states), allow, kind, budget) for states in _states(tier, allow))
+        if fitting := [each for each in settings if each]:
+            best = max(fitting, key=lambda each: _worth(each, work, kind))
             return Fit(None, plan_workload(best, gpu_memory_gib, gpu), changes(work, best, kind, budget))
     raise CptError(_nothing_fits(work, allow, usable, margin))
 
 
-def _best(fitting: Sequence[Workload], gpu: Gpu, budget: float) -> Workload:
-    """The fastest; of layouts whose speeds the model cannot tell apart, that with fewest stages, then least cut layers.
+def _worth(work: Workload, before: Workload, gpu: Gpu) -> float:
+    """Its speed, less what states that go to the host have to gain: how fast they are stepped there differs by machine.
 
-    The table of four H200 in docs/planning.md has what that choice was measured to be worth. Within the layout, one
-    that recomputes nothing is taken where recomputation would only make room for a larger micro batch.
+    They take no more of the host's memory: a checkpoint of states on the card is written from a copy there.
     """
+    moved = work.host_states != before.host_states
+    return _tokens_per_second(work, gpu) / (1 + HOST_STATES * moved)
+
+
+def _fastest(work: Workload, allow: Sequence[str], gpu: Gpu, budget: float) -> Workload | None:
+    """The fastest setting of what costs nothing to give up; None where none fits.
+
+    Of layouts whose speeds the model cannot tell apart, that with fewest stages, then least cut layers. The table of
+    four H200 in docs/planning.md has what that choice was measured to be worth. Within the layout, one that recomputes
+    nothing is taken where recomputation would only make room for a larger micro batch.
+    """
+    fitting = [each for each in _candidates(work, allow, budget) if _peak(each, budget) <= budget]
+    if not fitting:
+        return None
     speeds = {each: _tokens_per_second(each, gpu) for each in fitting}
     as_fast = [each for each, speed in speeds.items() if speed >= (1 - UNDECIDED) * max(speeds.values())]
     simplest = min(_layout(each) for each in as_fast)
@@ -178,14 +192,15 @@ def nearest_that_fits(work: Workload, gpu_memory_gib: float | None, gpu: str | N
 def changes(before: Workload, after: Workload, gpu: Gpu, room: float) -> list[Change]:
     """Return the steps from one workload to another, a knob at a time, with what each bought."""
     steps, current = [], before
-    for knob, fields in _KNOBS.items():
+    # Twice: what is refused until another knob is turned is turned after it.
+    for knob, fields in (*_KNOBS.items(), *_KNOBS.items()):
         values = {name: getattr(after, name) for name in (*fields, *_TOGETHER.get(knob, ()))}
         # `fields` alone decide whether it was turned: what comes along may have come with a knob before.
         if all(getattr(current, name) == values[name] for name in fields):
             continue
         try:
             changed = current.replace(**values)
-        except CptError:  # half of a new layout
+        except CptError:  # a layout that the micro batch does not go with
             continue
         memory_gib = (_peak(current, room) - _peak(changed, room)) / GIB
         gained = _tokens_per_second(changed, gpu) - _tokens_per_second(current, gpu)
@@ -210,7 +225,7 @@ _KNOBS = {
 # Fields that a knob drags along, because the workload is refused, or means something else, without them.
 _TOGETHER = {
     "host_states": ("precision_aware", "master_bytes", "distributed_optimizer"),
-    "layout": ("sequence_parallel", "micro_batch_size"),
+    "layout": ("sequence_parallel",),
 }
 
 
@@ -232,10 +247,10 @@ def _tiers(work: Workload, allow: Sequence[str]) -> Iterator[Workload]:
     if "rank" in allow and work.lora_rank:
         ranks += _halved(work.lora_rank, LOWEST_RANK)
     lengths = [work.seq_length] + (_halved(work.seq_length, SHORTEST) if "seq_length" in allow else [])
-    # A product's last factor changes first: Adam's states go to the host before the gradients lose bits, these before
-    # the rank is halved, and the sequence is cut last. So the first tier with anything that fits gives up the least.
-    for length, rank, grad_bytes, states in itertools.product(lengths, ranks, gradients, _states(work, allow)):
-        yield work.replace(seq_length=length, lora_rank=rank, grad_bytes=grad_bytes, **states)
+    # A product's last factor changes first: the gradients lose bits before the rank is halved, and the sequence is cut
+    # last. So the first tier with anything that fits gives up the least.
+    for length, rank, grad_bytes in itertools.product(lengths, ranks, gradients):
+        yield work.replace(seq_length=length, lora_rank=rank, grad_bytes=grad_bytes)
 
 
 def _halved(value: int, least: int) -> list[int]:
@@ -316,9 +331,8 @@ def _tokens_per_second(work: Workload, gpu: Gpu) -> float:
 
 
 def _nothing_fits(work: Workload, allow: Sequence[str], usable: float, margin: float) -> str:
-    settings = (
-        each for tier in _tiers(work, allow) for each in _candidates(tier, allow, 0)
-    )  # a budget of 0: the least
+    tiers = (tier.replace(**states) for tier in _tiers(work, allow) for states in _states(tier, allow))
+    settings = (each for tier in tiers for each in _candidates(tier, allow, 0))  # a budget of 0: the least
     least = min(_peak(each, 0) for each in settings) / GIB / (1 - margin)
     left = [name for name in (*ALLOWED, *FALLBACKS) if name not in allow]
     kind = "LoRA" if work.lora_rank else "training every parameter"

@@ -33,8 +33,8 @@ class RecomputeOutputs(pl.Callback):
     changes that: `planning.fit` does not propose it there.
 
     Raises:
-        CptError: at the first step; the model has no MLP of Megatron's, or experts, or its steps are captured as CUDA
-            graphs.
+        CptError: at the first step; the model has no MLP of Megatron's, or experts, its steps are captured as CUDA
+            graphs, or its activations are offloaded to the host.
     """
 
     def __init__(self) -> None:
@@ -62,8 +62,13 @@ def recompute_outputs(model: torch.nn.Module) -> None:
     found = False
     for module in model.modules():
         config = getattr(module, "config", None)
-        if getattr(config, "enable_cuda_graph", False):
+        # Older names of one setting, which Megatron makes the third one of when it makes the configuration.
+        captured = getattr(config, "enable_cuda_graph", False) or getattr(config, "external_cuda_graph", False)
+        if captured or getattr(config, "cuda_graph_impl", "none") != "none":
             raise CptError("RecomputeOutputs frees memory within a step, which a CUDA graph cannot: leave one away")
+        # It copies outputs to the host on another stream, and so after their memory may have become another tensor's.
+        if getattr(config, "cpu_offloading", False):
+            raise CptError("RecomputeOutputs drops what cpu_offloading copies to the host: leave one away")
         if getattr(config, "num_moe_experts", None):  # whose activations are also scaled by token
             raise CptError("RecomputeOutputs is for dense models: take recompute_modules=['moe_act'] for experts")
         if isinstance(module, SelfAttention):

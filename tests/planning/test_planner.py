@@ -1,6 +1,9 @@
 """The planner by itself, without NeMo."""
 
+import contextlib
+import itertools
 import math
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -209,6 +212,55 @@ class TestFit:
             work = fit_workload(llama(gpus=8, global_batch_size=1024), 80).plan.workload
         assert work.tensor_model_parallel_size > 1
         assert not work.host_states
+
+    def test_states_go_to_the_host_where_that_is_much_faster(self) -> None:
+        """On two GPUs of 80 GB they would fit, with every layer cut in two and nearly all recomputed."""
+        two = llama(gpus=2, gpus_per_node=2, global_batch_size=128)
+        kept = fit_workload(two, 80, allow=[name for name in ALLOWED if name != "host_states"]).plan
+        moved = fit_workload(two, 80).plan
+        assert moved.workload.host_states
+        assert moved.speed.tokens_per_second > 1.2 * kept.speed.tokens_per_second
+        assert moved.host.total < kept.host.total
+        # As fast as makes no difference, and fewer things that could be slower on another machine.
+        assert not fit_workload(llama(global_batch_size=128), 192).plan.workload.host_states
+
+    @pytest.mark.parametrize("gpu_memory_gib", [24, 80])
+    @pytest.mark.parametrize("sizes", [{}, {"fp8": True}])
+    def test_more_memory_and_more_gpus_are_not_slower(self, sizes: dict[str, Any], gpu_memory_gib: int) -> None:
+        """By more than states on the host have to gain."""
+        for seq_length in (1024, 8192):
+            speeds = [0.0]
+            for gpus, memory_gib in ((2, gpu_memory_gib), (4, gpu_memory_gib), (8, gpu_memory_gib), (8, 192)):
+                work = llama(gpus=gpus, seq_length=seq_length, global_batch_size=128, **sizes)
+                with contextlib.suppress(CptError):  # nothing fits on the smallest cards
+                    speeds.append(fit_workload(work, memory_gib).plan.speed.tokens_per_second)
+            assert all(1.2 * after >= before for before, after in itertools.pairwise(speeds))
+
+    def test_every_knob_is_told_and_the_steps_lead_to_the_plan(self) -> None:
+        for before in (
+            llama(lora_rank=64, dora=True, gpus=8, global_batch_size=128),
+            llama(lora_rank=64, gpus=8, tensor_model_parallel_size=8, micro_batch_size=8, global_batch_size=8),
+        ):
+            found = fit_workload(before, 24, allow=[*ALLOWED, "rank"])
+            after, told = found.plan.workload, {change.knob: change for change in found.changes}
+            assert after.micro_batch_size != before.micro_batch_size
+            assert (told["micro_batch_size"].before, told["micro_batch_size"].after) == (
+                before.micro_batch_size, after.micro_batch_size,
+            )  # fmt: skip
+            assert told["layout"].after == (
+                f"tensor {after.tensor_model_parallel_size} x pipeline {after.pipeline_model_parallel_size}"
+            )
+            bought = sum(change.memory_gib for change in found.changes)
+            assert plan_workload(before, 24).peak_gib - found.plan.peak_gib == pytest.approx(bought, abs=0.01)
+
+    def test_the_peak_leaves_the_margin_also_while_the_model_is_made(self) -> None:
+        """Two copies of a 70B's part of the weights would fit, and leave 2 % of the card."""
+        work = llama(
+            num_layers=80, hidden_size=8192, ffn_hidden_size=28672, num_attention_heads=64, gpus=4, gpus_per_node=4,
+            global_batch_size=128,
+        )  # fmt: skip
+        planned = fit_workload(work, 141).plan
+        assert planned.peak_gib <= 0.95 * planned.memory_gib
 
     def test_it_recomputes_nothing_for_a_larger_micro_batch_alone(self) -> None:
         """Measured with LoRA of rank 128: 13,547 tokens/s with one sequence, 13,750 with two and outputs again."""

@@ -17,6 +17,8 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an N
 SEQ, BATCH, VOCABULARY = 16, 2, 96
 SIZES = {"num_layers": 2, "num_attention_heads": 4, "num_query_groups": 2, "seq_length": SEQ, "vocab_size": VOCABULARY}
 BLOCK = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1}
+MLP_AGAIN = {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
+UNIFORM = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2}
 GELU = {"gated_linear_unit": False, "activation_func": torch.nn.functional.gelu, "add_bias_linear": True}
 
 
@@ -55,8 +57,8 @@ def model_of(peft: str | None = None, **config: Any) -> torch.nn.Module:
     return model.train()
 
 
-def loss_of(model: torch.nn.Module, device: str = "cpu") -> torch.Tensor:
-    tokens = torch.arange(BATCH * SEQ, device=device).reshape(BATCH, SEQ) * 7 % VOCABULARY
+def loss_of(model: torch.nn.Module, device: str = "cpu", factor: int = 7) -> torch.Tensor:
+    tokens = torch.arange(BATCH * SEQ, device=device).reshape(BATCH, SEQ) * factor % VOCABULARY
     positions = torch.arange(SEQ, device=device).expand(BATCH, SEQ)
     mask = torch.ones(SEQ, SEQ).triu(1).bool()[None, None] if device == "cpu" else None
     return model(tokens, positions, mask, labels=tokens.roll(-1, 1)).float().mean()
@@ -64,7 +66,17 @@ def loss_of(model: torch.nn.Module, device: str = "cpu") -> torch.Tensor:
 
 def gradients_of(model: torch.nn.Module, device: str = "cpu") -> dict[str, torch.Tensor]:
     loss_of(model, device).backward()
+    return gradients_in(model)
+
+
+def gradients_in(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert torch.equal(found[name], gradient), name
 
 
 def inputs_of(model: torch.nn.Module, part: str) -> list[torch.Tensor]:
@@ -85,7 +97,9 @@ class TestOnCpu:
         "bf16": False,
     }
 
-    @pytest.mark.parametrize("shape", [{}, BLOCK, GELU], ids=["swiglu", "block", "gelu"])
+    SHAPES: ClassVar = {"swiglu": {}, "block": BLOCK, "gelu": GELU, "mlp": MLP_AGAIN, "uniform": UNIFORM}
+
+    @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
     @pytest.mark.parametrize("peft", [None, "LoRA", "DoRA"])
     def test_gradients_are_the_same_and_the_activations_memory_is_free_between_the_passes(
         self, peft: str | None, shape: dict[str, Any]
@@ -104,10 +118,44 @@ class TestOnCpu:
             if not shape.get("recompute_granularity"):
                 assert kept == [0, 0]
             loss.backward()
-            found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-            assert found.keys() == expected.keys()
-            for name, gradient in expected.items():
-                assert torch.equal(found[name], gradient), name
+            assert_equal(gradients_in(model), expected)
+
+    def test_micro_batches_in_flight_keep_their_own_outputs_whatever_runs_or_fails_between(self) -> None:
+        """As pipeline stages hold them: two forward passes, then their backward passes, the first one's first."""
+        plain, model = (model_of(**self.CONFIG | UNFUSED) for _ in range(2))
+        (loss_of(plain) + loss_of(plain, factor=5)).backward()
+        recompute_outputs(model)
+        fails = model.decoder.layers[1].mlp.linear_fc2.register_forward_pre_hook(self.fail)
+        with pytest.raises(ZeroDivisionError):
+            loss_of(model)
+        fails.remove()
+        first = loss_of(model)
+        with torch.no_grad():
+            loss_of(model.eval(), factor=3)
+        second = loss_of(model.train(), factor=5)
+        first.backward()
+        second.backward()
+        assert_equal(gradients_in(model), gradients_in(plain))
+
+    @staticmethod
+    def fail(*args: Any) -> None:
+        raise ZeroDivisionError
+
+    def test_adapters_dropout_and_frozen_layers_change_nothing_of_it(self) -> None:
+        def gradients(again: bool, freeze: str) -> dict[str, torch.Tensor]:
+            model = model_of("LoRA" if freeze == "base" else None, **self.CONFIG | UNFUSED)
+            for module in model.modules():
+                if hasattr(module, "dropout_position"):
+                    module.dropout = torch.nn.Dropout(0.5)
+            if freeze == "decoder":
+                model.decoder.requires_grad_(False)
+            if again:
+                recompute_outputs(model)
+            torch.manual_seed(3)
+            return gradients_of(model)
+
+        for freeze in ("base", "decoder"):
+            assert_equal(gradients(True, freeze), gradients(False, freeze))
 
     def test_nothing_is_dropped_where_no_gradient_is_wanted(self) -> None:
         model = model_of(**self.CONFIG | UNFUSED)
@@ -126,15 +174,27 @@ class TestOnCpu:
         callback.on_train_batch_start(trainer, model)
         assert model.decoder.layers[0].mlp.linear_fc2.forward is forward
 
-    def test_a_model_without_megatrons_layers_with_experts_or_cuda_graphs_is_refused(self) -> None:
+    def test_a_model_without_megatrons_layers_or_with_experts_is_refused(self) -> None:
         with pytest.raises(CptError, match="found no MLP"):
             recompute_outputs(torch.nn.Linear(2, 2))
         model = model_of(**self.CONFIG | UNFUSED)
         model.config.num_moe_experts = 8
         with pytest.raises(CptError, match="for dense models"):
             recompute_outputs(model)
-        model.config.enable_cuda_graph = True
-        with pytest.raises(CptError, match="CUDA graph"):
+
+    @pytest.mark.parametrize(
+        ("setting", "value", "why"),
+        [
+            ("enable_cuda_graph", True, "CUDA graph"),
+            ("external_cuda_graph", True, "CUDA graph"),
+            ("cuda_graph_impl", "local", "CUDA graph"),
+            ("cpu_offloading", True, "cpu_offloading"),
+        ],
+    )
+    def test_what_captures_or_copies_outputs_is_refused(self, setting: str, value: Any, why: str) -> None:
+        model = model_of(**self.CONFIG | UNFUSED)
+        setattr(model.config, setting, value)
+        with pytest.raises(CptError, match=why):
             recompute_outputs(model)
 
 
