@@ -80,7 +80,7 @@ def nothing_to_train(recipe: str, arguments: Mapping[str, Any], overrides: Seque
     if moves_its_folder(overrides):
         return ""
     job = describe(catalog.recipe(recipe), arguments, overrides, "local", ())
-    said = finished(job.directory / "checkpoints", job.max_steps)
+    said = finished(job.directory / "checkpoints", job.max_steps, exporting=bool(job.exports))
     if said and (newest := newest_whole(job.directory / "checkpoints")):
         _check_finished(newest, job, arguments, overrides)
     if said and arguments.get("export_every") and not (job.directory / EXPORTS).is_dir():

@@ -159,14 +159,20 @@ def _begun(directory: Path) -> Iterator[tuple[Path, Path]]:
             continue
 
 
-def finished(folder: Path, max_steps: int) -> str | None:
-    """What to say of a run whose checkpoints in `folder` have reached `max_steps`; None if there are steps to train."""
+def finished(folder: Path, max_steps: int, exporting: bool = True) -> str | None:
+    """What to say of a run whose checkpoints in `folder` have reached `max_steps`; None if there is something to do.
+
+    Args:
+        folder: of its checkpoints.
+        max_steps: of the start that asks.
+        exporting: whether that start exports along the way: only then it makes the exports that the run still owes.
+    """
     newest = newest_whole(folder)
     # `validation_pending`: stopped between its last step and the validation of it, which a rerun still owes.
     if newest is None or not 0 < max_steps <= newest.step or newest.record.get("validation_pending"):
         return None
     # Killed before its last exports were made, which a rerun does.
-    if any(any(folder.with_name(EXPORTS).glob(f"{owed}*")) for owed in (EXPORTED, DUE)):
+    if exporting and any(any(folder.with_name(EXPORTS).glob(f"{owed}*")) for owed in (EXPORTED, DUE)):
         return None
     return (
         f"the run is finished: {newest.path} has step {newest.step} of max_steps {max_steps}. Nothing to do; "

@@ -182,6 +182,7 @@ def test_a_run_that_owes_an_export_is_not_finished(folder: Path) -> None:
     assert finished(folder, 8) is None
     link.rename(link.with_name(f"{DUE}8"))
     assert finished(folder, 8) is None
+    assert finished(folder, 8, exporting=False)  # a start without export_every makes none
     link.with_name(f"{DUE}8").rename(link.with_name("step-8"))
     assert "has step 8 of max_steps 8" in finished(folder, 8)
 
