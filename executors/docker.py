@@ -72,7 +72,10 @@ def docker(
         raise CptError(f"docker(gpus={gpus}, processes={processes}): gpus is -1 or more, processes 1 or more")
     check_not_negative("docker", max_restarts=max_restarts)
     check_form(
-        "docker", r"(?i)\d+(\.\d+)?([BKMGT]B?)?", "give a size as Docker takes it, such as '16g'", shm_size=shm_size
+        "docker",
+        r"(?i)(\d+\.?\d*|\.\d+)( ?[BKMGT]B?)?",
+        "give a size as Docker takes it, such as '16g'",
+        shm_size=shm_size,
     )
     processes = processes or max(gpus, 1)
     names = checked_secrets(secrets)

@@ -28,6 +28,7 @@ FORCE = "NEMO_CPT_FORCE"
 @cache
 def examine_before_launch() -> None:
     """Have NeMo-Run refuse what could not run, with the doctor's words; once a process."""
+    from nemo_run import Script
     from nemo_run.run import api, job, task
     from nemo_run.run.experiment import Experiment
 
@@ -47,8 +48,10 @@ def examine_before_launch() -> None:
     ) -> Any:
         # direct: `run_here` examines; launched or reconstructed: it runs already.
         if not (direct or experiment._launched or experiment._reconstruct):
-            check_guarded()
-            for each, executor, comes_first in tasks_of(experiment, sequential):
+            tasks = list(tasks_of(experiment, sequential))
+            if not all(isinstance(each, Script) for each, *_ in tasks):  # for which a job executes no Python
+                check_guarded()
+            for each, executor, comes_first in tasks:
                 examine_task(each, place_of(executor), comes_first)
         return launch(experiment, sequential, detach, tail_logs, direct)
 
@@ -96,6 +99,9 @@ def check_guarded() -> None:
         return
     line = frame.f_lineno if frame else 0
     for each in statements:
+        # A package's `__main__.py`: of no package in the job, it ends there, and NeMo-Run goes on without it.
+        if isinstance(each, ast.ImportFrom) and each.level:
+            return
         guarded = isinstance(each, ast.If) and "__name__" in ast.unparse(each.test)
         if each.lineno <= line <= (each.end_lineno or 0) and not guarded:
             raise CptError(

@@ -73,7 +73,9 @@ def kubernetes(
         raise CptError(f"kubernetes(nodes={nodes}, gpus_per_node={gpus_per_node}): at least 1 of each")
     check_not_negative("kubernetes", preempt_seconds=preempt_seconds, max_restarts=max_restarts)
     size = "give a quantity as Kubernetes writes it, such as '16Gi' or '500M'"
-    check_form("kubernetes", r"\d+(\.\d+)?([KMGTPE]i|[mkMGTPE]|[eE]\d+)?", size, shm_size=shm_size, memory=memory)
+    check_form(
+        "kubernetes", r"(\d+\.?\d*|\.\d+)([KMGTPE]i|[mkMGTPE]|[eE][+-]?\d+)?", size, shm_size=shm_size, memory=memory
+    )
     if secrets != SECRETS and not secret:
         raise CptError(
             f"kubernetes(secrets={list(secrets)}): they are keys of a Kubernetes Secret, whose name is secret=..."

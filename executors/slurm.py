@@ -47,9 +47,8 @@ SAID_OTHERWISE = {
 
 
 _SIZES = ("mem", "mem_per_cpu", "mem_per_gpu", "tmp")
-_COUNTS = (
-    "cpus_per_gpu", "cpus_per_task", "ntasks_per_gpu", "ntasks_per_socket", "sockets_per_node", "threads_per_core",
-)  # fmt: skip
+_COUNTS = ("cpus_per_gpu", "cpus_per_task", "ntasks_per_gpu", "ntasks_per_socket")
+_RANGES = ("sockets_per_node", "threads_per_core")
 
 
 @checked
@@ -248,10 +247,13 @@ def _check_directives(directives: Mapping[str, Any]) -> None:
             raise CptError(f"slurm({name}=...): sbatch has no such directive; near: {', '.join(near) or 'none'}")
         if name in SAID_OTHERWISE:
             raise CptError(f"slurm({name}=...): {SAID_OTHERWISE[name]}")
-    sizes, counts = ({name: directives[name] for name in names if name in directives} for names in (_SIZES, _COUNTS))
+    sizes, counts, ranges = (
+        {name: directives[name] for name in names if name in directives} for names in (_SIZES, _COUNTS, _RANGES)
+    )
     size = "give a size as sbatch takes it: in MB, or with K, M, G or T behind it, such as '64G'"
-    check_form("slurm", r"(?i)\d+([KMGT]B?)?", size, **sizes)
+    check_form("slurm", r"(?i)\d+([KMGT]i?B?)?", size, **sizes)  # it reads the first letter alone
     check_form("slurm", r"[1-9]\d*", "give a whole number, at least 1", **counts)
+    check_form("slurm", r"[1-9]\d*(-\d+)?|\*", "give a whole number, at least 1, or a range, such as '1-2'", **ranges)
     _time(directives.get("time_min"), "time_min")
 
 

@@ -5,6 +5,7 @@ it. The command line needs none of this: it reads text by the same annotations.
 """
 
 import inspect
+import io
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -156,6 +157,8 @@ def as_wanted(name: str, value: Any, annotation: Any, default: Any = None) -> An
             raise CptError(f"{where}: give {words}, not a {type(wrong.value).__name__}") from None
         if hint := _hint(wrong.value, wrong.wanted):
             words += f": {where}={hint}"
+        elif isinstance(wrong.value, set | frozenset) and "a list of" in words:
+            words += ", and no set, whose order is another one in each process"
         elif isinstance(default, int | float | str) and default and not wrong.where and "'" not in words:
             words += f", such as {default!r}"
         raise CptError(f"{where}={_SHORT.repr(wrong.value)}: give {words}") from None
@@ -196,9 +199,10 @@ def _plain(value: Any, wanted: Any) -> Any:
 
 
 def _plain_list(value: Any, wanted: Any, origin: Any, element: Any) -> Any:
-    # Text is its letters to Python, a mapping its keys, a file its lines: nobody means these one by one.
+    # Text is its letters to Python, a mapping its keys, a file its lines: nobody means these one by one. But the lines
+    # of an open file are texts to go through.
     is_list = isinstance(value, Iterable) and not isinstance(value, str | bytes | bytearray | Mapping)
-    if not is_list or hasattr(value, "read"):
+    if not is_list or (hasattr(value, "read") and not (origin is Iterable and isinstance(value, io.TextIOBase))):
         raise _WrongTypeError(value, wanted)
     if isinstance(value, set | frozenset) and origin in (Sequence, list, tuple):  # of another order in each process
         raise _WrongTypeError(value, wanted)
@@ -266,8 +270,8 @@ def _hint(value: Any, wanted: Any) -> str:
         and not isinstance(value, bool)
     ):
         return repr(str(value))
-    if bool in kinds and str(value).lower() in ("true", "false"):
-        return str(value).capitalize()
+    if bool in kinds and str(value).lower() in ("true", "false", "0", "1"):
+        return str(str(value).lower() in ("true", "1"))
     for kind in (int, float):
         if kind in kinds and isinstance(value, str | float):
             try:

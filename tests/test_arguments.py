@@ -1,15 +1,15 @@
 """Wrong arguments of executors are told at once by name and value; the cases come from the signatures."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 import numpy as np
 import pytest
 
-from nemo_cpt import executors
-from nemo_cpt.arguments import checked
+from nemo_cpt import checkpoint, cleaning, executors, planning, vocabulary, workflow
+from nemo_cpt.arguments import as_wanted, checked
 from nemo_cpt.errors import CptError
 
 NEEDED = {"kubernetes": {"image": "i", "gpus_per_node": 1, "workdir_pvc": "w"}, "skypilot": {"gpus": "H100"},
@@ -82,6 +82,11 @@ def strict(second: int, third: int = 3) -> int:
         ({"limits": {"en": "3"}}, "limits['en']='3': give a number: limits['en']=3.0"),
         ({"kind": "three"}, "kind='three': give 'one' or 'two'"),
         ({"on": "true"}, "on='true': give True or False: on=True"),
+        ({"on": 0}, "on=0: give True or False: on=False"),
+        (
+            {"names": {"ja"}},
+            "names={'ja'}: give a list of text, and no set, whose order is another one in each process",
+        ),
         ({"folder": None}, "folder=None: give text"),
         ({"env": {"HF": None}}, "env['HF']: give text or a number, not a NoneType"),
         ({"env": "HF_TOKEN=hf_secret"}, "env: give a dict or None, not a str"),
@@ -100,6 +105,41 @@ def test_numbers_of_numpy_and_paths_become_plain(tmp_path):
     plain = [got["count"], got["rate"], got["names"], got["limits"]["a"], got["folder"]]
     assert plain == [3, 0.5, [str(tmp_path)], 1.0, "x"]
     assert [type(each) for each in plain] == [int, float, list, float, str]
+
+
+def test_an_open_file_is_its_lines_only_where_texts_are_gone_through(tmp_path):
+    (tmp_path / "texts").write_text("one\ntwo\n")
+
+    @checked
+    def count(texts: Iterable[str] = (), paths: Sequence[str] = ()) -> int:
+        return sum(1 for _ in texts)
+
+    with open(tmp_path / "texts") as file:
+        assert count(file) == 2
+        with pytest.raises(CptError, match=r"^paths=.*: give a list of text"):
+            count(paths=file)
+    with open(tmp_path / "texts", "rb") as file, pytest.raises(CptError, match=r"^texts=.*: give a list of text"):
+        count(file)
+
+
+@pytest.mark.parametrize(
+    ("function", "given"),
+    [
+        (planning.fit_workload, {"allow": {"micro_batch", "recompute"}}),
+        (planning.fit_workload, {"allow": frozenset()}),
+        (vocabulary.grow, {"keep": {"texts.jsonl"}, "sample_bytes": 1e8}),
+        (vocabulary.train, {"sample_bytes": 1e8}),
+        (vocabulary.worth, {"parameters": 8.03e9, "sample_bytes": 1e8}),
+        (checkpoint.export_hf, {"shard_bytes": 2e9}),
+        (checkpoint.grow_model, {"shard_bytes": 2e9}),
+        (cleaning.clean, {"decontaminate": None}),
+        (workflow.call, {"reads": None, "writes": None}),
+    ],
+)
+def test_what_means_one_thing_alone_is_taken(function, given):
+    annotations = get_type_hints(function)
+    for name, value in given.items():
+        as_wanted(name, value, annotations[name])
 
 
 def test_of_several_wrong_values_the_first_parameters_is_told():

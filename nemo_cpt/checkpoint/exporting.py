@@ -73,7 +73,7 @@ def export_hf(
     adapter: bool = False,
     dtype: str | None = None,
     chat_template: str | None = None,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: float = SHARD_BYTES,
     ignore_fields: Collection[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> ExportReport:
@@ -146,7 +146,7 @@ def _write_model(
     described: Description,
     plans: Sequence[TensorPlan],
     load: Callable[[str], Iterator[np.ndarray]],
-    shard_bytes: int,
+    shard_bytes: float,
     folder: Path,
 ) -> dict[str, Any]:
     dtype, config, template = plans[0].dtype, described.config, described.template

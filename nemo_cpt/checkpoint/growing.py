@@ -161,7 +161,7 @@ def grow_model(
     initialisation: str = "mean",
     corpus: Inputs | None = None,
     json_key: str = "text",
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: float = SHARD_BYTES,
     ignore_fields: Collection[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> GrowModelReport:
@@ -328,7 +328,7 @@ def _write_weights(
     blocks: Callable[[str], Iterator[np.ndarray]],
     grown: Architecture,
     plans: Sequence[TensorPlan],
-    shard_bytes: int,
+    shard_bytes: float,
     progress: Callable[[int, int], None],
 ) -> None:
     """Write the tensors in the form of the model's kind."""

@@ -177,7 +177,7 @@ def write_weights(
     folder: Path,
     plans: Sequence[TensorPlan],
     load: Callable[[str], Iterable[np.ndarray]],
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: float = SHARD_BYTES,
 ) -> list[str]:
     """Write tensors into safetensors shards of at most `shard_bytes`, with an index when there are several.
 
@@ -202,7 +202,7 @@ def write_weights(
     return names
 
 
-def _split(plans: Sequence[TensorPlan], shard_bytes: int) -> list[list[TensorPlan]]:
+def _split(plans: Sequence[TensorPlan], shard_bytes: float) -> list[list[TensorPlan]]:
     # Tensors are not cut: one that is larger than a shard has a shard of its own.
     shards: list[list[TensorPlan]] = [[]]
     filled = 0

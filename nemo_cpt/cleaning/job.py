@@ -57,7 +57,7 @@ def clean(
     output: str | os.PathLike[str],
     rules: Rules | str,
     *,
-    decontaminate: Inputs = (),
+    decontaminate: Inputs | None = (),
     json_key: str = "text",
     on_error: str = "stop",
     max_skipped: float | None = None,
@@ -127,7 +127,7 @@ def _absolute(source: Source) -> str:
     return source.path if source.kind == "hub" else os.path.abspath(source.path)
 
 
-def _sources_of(inputs: Inputs) -> list[Source]:
+def _sources_of(inputs: Inputs | None) -> list[Source]:
     return list_sources(inputs) if inputs else []
 
 

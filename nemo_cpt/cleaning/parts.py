@@ -54,7 +54,7 @@ def make_plan(
     rules: Rules | str,
     tasks: int,
     *,
-    decontaminate: Inputs = (),
+    decontaminate: Inputs | None = (),
     json_key: str = "text",
     on_error: str = "stop",
     max_skipped: float | None = None,

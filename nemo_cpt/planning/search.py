@@ -1,7 +1,7 @@
 """The fastest setting that fits: searched over what a recipe may change without training something else."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +71,7 @@ def fit(
     gpu: str | None = None,
     *,
     margin: float = MEMORY_MARGIN,
-    allow: Sequence[str] = ALLOWED,
+    allow: Collection[str] = ALLOWED,
 ) -> Fit:
     """Change a recipe so that it fits and runs as fast as it can.
 
@@ -105,7 +105,7 @@ def fit_workload(
     gpu: str | None = None,
     *,
     margin: float = MEMORY_MARGIN,
-    allow: Sequence[str] = ALLOWED,
+    allow: Collection[str] = ALLOWED,
 ) -> Fit:
     """Find the fastest setting of a workload that fits.
 
@@ -144,7 +144,7 @@ def _worth(work: Workload, before: Workload, gpu: Gpu) -> float:
     return _tokens_per_second(work, gpu) / (1 + HOST_STATES * moved)
 
 
-def _fastest(work: Workload, allow: Sequence[str], gpu: Gpu, budget: float) -> Workload | None:
+def _fastest(work: Workload, allow: Collection[str], gpu: Gpu, budget: float) -> Workload | None:
     """The fastest setting of what costs nothing to give up; None where none fits.
 
     Of layouts whose speeds the model cannot tell apart, that with fewest stages, then least cut layers. The table of
@@ -240,7 +240,7 @@ def _shown(work: Workload, knob: str) -> Any:
     return (", ".join(value) or "none") if isinstance(value, tuple) else value
 
 
-def _tiers(work: Workload, allow: Sequence[str]) -> Iterator[Workload]:
+def _tiers(work: Workload, allow: Collection[str]) -> Iterator[Workload]:
     """The workload as it is, then with more and more of what was allowed to be given up."""
     gradients = [work.grad_bytes, 2] if "gradients" in allow and work.grad_bytes > 2 else [work.grad_bytes]
     ranks = [work.lora_rank]
@@ -260,7 +260,7 @@ def _halved(value: int, least: int) -> list[int]:
     return halves
 
 
-def _candidates(work: Workload, allow: Sequence[str], budget: float) -> Iterator[Workload]:
+def _candidates(work: Workload, allow: Collection[str], budget: float) -> Iterator[Workload]:
     """Every setting of the other knobs; of recomputation only the least that fits."""
     # Always better where it is allowed: less memory, and no slower.
     if "loss" in allow:
@@ -280,7 +280,7 @@ def _candidates(work: Workload, allow: Sequence[str], budget: float) -> Iterator
             yield _least_recompute(each.replace(recompute_outputs=True), budget)
 
 
-def _states(work: Workload, allow: Sequence[str]) -> list[dict[str, Any]]:
+def _states(work: Workload, allow: Collection[str]) -> list[dict[str, Any]]:
     """Where Adam's states may be: as they are, else on the host, whose memory the planner is not told."""
     as_they_are: dict[str, Any] = {}
     if "host_states" not in allow or work.lora_rank is not None or work.host_states or work.weight_bytes != 2:
@@ -291,7 +291,7 @@ def _states(work: Workload, allow: Sequence[str]) -> list[dict[str, Any]]:
     ]
 
 
-def _layouts(work: Workload, allow: Sequence[str]) -> list[dict[str, Any]]:
+def _layouts(work: Workload, allow: Collection[str]) -> list[dict[str, Any]]:
     if "layout" not in allow or work.gpus == 1:
         return [{}]
     tensor = [size for size in (1, 2, 4, 8) if size <= work.gpus_per_node and work.num_query_groups % size == 0]
@@ -330,7 +330,7 @@ def _tokens_per_second(work: Workload, gpu: Gpu) -> float:
     return throughput.speed(work, gpu).tokens_per_second
 
 
-def _nothing_fits(work: Workload, allow: Sequence[str], usable: float, margin: float) -> str:
+def _nothing_fits(work: Workload, allow: Collection[str], usable: float, margin: float) -> str:
     tiers = (tier.replace(**states) for tier in _tiers(work, allow) for states in _states(tier, allow))
     settings = (each for tier in tiers for each in _candidates(tier, allow, 0))  # a budget of 0: the least
     least = min(_peak(each, 0) for each in settings) / GIB / (1 - margin)

@@ -120,7 +120,7 @@ def compare(
     corpora: Mapping[str, Inputs],
     *,
     json_key: str = "text",
-    sample_bytes: int = SAMPLE_BYTES,
+    sample_bytes: float = SAMPLE_BYTES,
 ) -> Comparison:
     """Encode the same documents with each tokenizer, and decode them again.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -80,12 +80,12 @@ def grow(
     *,
     tokens: int | None = None,
     until: float | None = None,
-    keep: Sequence[str] = (),
+    keep: Collection[str] = (),
     json_key: str = "text",
     max_characters: int = MAX_CHARACTERS,
     min_count: int = MIN_COUNT,
     multiple_of: int = MULTIPLE_OF,
-    sample_bytes: int = SAMPLE_BYTES,
+    sample_bytes: float = SAMPLE_BYTES,
     say: Say = lambda line: None,
 ) -> GrowReport:
     """Grow a byte-level BPE tokenizer by tokens and merges that are learnt from a corpus.
@@ -158,7 +158,7 @@ def grow(
 
 
 def check_options(
-    tokens: int | None, until: float | None, max_characters: int, min_count: int, multiple_of: int, sample_bytes: int
+    tokens: int | None, until: float | None, max_characters: int, min_count: int, multiple_of: int, sample_bytes: float
 ) -> None:
     """Check the options of `grow` that need no input.
 

@@ -68,12 +68,12 @@ def worth(
     inputs: Inputs,
     *,
     tokens: float,
-    parameters: int,
+    parameters: float,
     hidden_size: int,
     tied: bool,
     model_rows: int | None = None,
     json_key: str = "text",
-    sample_bytes: int = SAMPLE_BYTES,
+    sample_bytes: float = SAMPLE_BYTES,
 ) -> Worth:
     """Work out what a grown tokenizer saves in a training on such text, and what it costs.
 
@@ -125,7 +125,7 @@ def worth(
         tokens_saved=round(1 - length / length_before, 4),
         new_tokens=new_tokens,
         new_rows=new_rows,
-        parameters=parameters,
+        parameters=round(parameters),
         new_parameters=new_parameters,
         dearer_token=round(dearer, 5),
         compute_saved=round(1 - compute, 4),

@@ -55,7 +55,7 @@ def documents(inputs: Inputs, json_key: str = "text") -> Iterator[str]:
     tally.check(sources, NO_SKIPPING.max_skipped)
 
 
-def draw(inputs: Inputs, json_key: str = "text", limit: int = SAMPLE_BYTES, hold_out: bool = True) -> Sample:
+def draw(inputs: Inputs, json_key: str = "text", limit: float = SAMPLE_BYTES, hold_out: bool = True) -> Sample:
     """Draw documents by the hash of their text, so that the order and the number of the inputs do not matter.
 
     Args:

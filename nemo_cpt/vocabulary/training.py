@@ -74,7 +74,7 @@ def train(
     special: Sequence[str] = (),
     json_key: str = "text",
     multiple_of: int = MULTIPLE_OF,
-    sample_bytes: int = SAMPLE_BYTES,
+    sample_bytes: float = SAMPLE_BYTES,
     say: Callable[[str], None] = lambda line: None,
 ) -> TrainReport:
     """Train a byte-level tokenizer.
@@ -155,7 +155,7 @@ def check_options(
     kind: str,
     special: Sequence[str],
     multiple_of: int,
-    sample_bytes: int,
+    sample_bytes: float,
 ) -> None:
     """Check the options of `train` that need no text.
 
@@ -184,7 +184,7 @@ def check_options(
         )
 
 
-def _weighted(corpora: Mapping[str, float], json_key: str, limit: int) -> dict[str, Sample]:
+def _weighted(corpora: Mapping[str, float], json_key: str, limit: float) -> dict[str, Sample]:
     """Draw of each corpus so much that the bytes are as the weights."""
     if not corpora:
         raise CptError("there is no corpus to learn from")

@@ -40,8 +40,8 @@ def call(
     function: str | Callable[..., Any],
     /,
     *,
-    reads: str | Sequence[str] = (),
-    writes: str | Sequence[str] = (),
+    reads: str | Sequence[str] | None = (),
+    writes: str | Sequence[str] | None = (),
     **parameters: Any,
 ) -> Step:
     """A step of a function of one's own.

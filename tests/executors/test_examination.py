@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -53,6 +54,11 @@ def test_a_script_that_launches_a_gpu_recipe_without_a_gpu_says_so_in_five_lines
     assert done.returncode == 2
 
 
+SHELL = """
+import nemo_run as run
+from nemo_cpt.executors import local
+run.run(run.Script(inline="touch seen"), executor=local(), name="t")
+"""
 UNGUARDED = """
 import nemo_run as run, tasks
 from nemo_cpt.executors import local
@@ -70,6 +76,22 @@ def test_a_script_that_would_launch_again_in_its_own_job_is_refused(project, tmp
     assert done.returncode == 2
     assert f'{script}, line 6, launches a job outside `if __name__ == "__main__":`. The job runs' in done.stderr
     assert not (project / "seen.0").exists()
+
+
+def test_a_script_is_not_refused_for_what_its_job_would_not_execute(project):
+    (project / "package").mkdir()
+    (project / "package" / "guard.py").write_text(
+        "from nemo_cpt.executors.examination import check_guarded as launch\n"
+    )
+    (project / "package" / "__main__.py").write_text("from .guard import launch\nlaunch()\n")
+    runpy.run_module("package", run_name="__main__", alter_sys=True)
+    (project / "launch.py").write_text("from package.guard import launch\nlaunch()\n")
+    with pytest.raises(CptError, match="line 2, launches a job outside"):
+        runpy.run_path("launch.py", run_name="__main__")
+    # Of a shell script's job it is no Python that runs.
+    (project / "launch.py").write_text(SHELL)
+    runpy.run_path("launch.py", run_name="__main__")
+    assert (project / "seen").exists()
 
 
 @pytest.mark.parametrize("launch", [run.run, lambda recipe: run.run(recipe, executor=local(), direct=True)])

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import ClassVar
 
 import nemo_run as run
+import numpy as np
 import pytest
 import yaml
 from docker.errors import APIError
@@ -547,6 +548,23 @@ def test_outside_git_a_folder_of_many_python_files_is_refused(project, tmp_path,
 
 
 @pytest.mark.parametrize(
+    "directives",
+    [
+        {"mem": "64GiB", "mem_per_cpu": "4g", "tmp": 500},
+        {"mem_per_gpu": "100GB", "cpus_per_gpu": np.int64(8)},
+        {"sockets_per_node": "1-2", "threads_per_core": "*", "time_min": "1:00:00"},
+    ],
+)
+def test_slurm_takes_what_sbatch_does(directives):
+    assert slurm(**directives).additional_parameters.items() >= directives.items()
+
+
+@pytest.mark.parametrize("size", ["16g", "1.5GB", ".5g", "16 g", "1024", "512M"])
+def test_docker_takes_what_docker_reads(size):
+    assert docker(shm_size=size).shm_size == size
+
+
+@pytest.mark.parametrize(
     ("arguments", "says"),
     [
         ({"ulimits": ["memlock"]}, "name=soft"),
@@ -570,6 +588,11 @@ def kube_config(tmp_path, monkeypatch):
     parts = {"clusters": [cluster], "contexts": [context], "users": [{"name": "u", "user": {}}], "current-context": "c"}
     file.write_text(yaml.safe_dump(parts))
     monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(file))
+
+
+@pytest.mark.parametrize("size", ["16Gi", ".5Gi", "1.5G", "1e9", "1E+9", "500M"])
+def test_kubernetes_takes_quantities(size, kube_config):
+    assert kubernetes("img", 8, "work", memory=size, shm_size=size)
 
 
 def test_kubernetes_train_job(project, kube_config):
