@@ -81,7 +81,7 @@ def checked(function: F) -> F:
             given = signature.bind(*args, **kwargs)
         except TypeError as error:
             raise CptError(f"{label}(...): {error}") from None
-        for name in (each for each in names if each in given.arguments):
+        for name in given.arguments:
             given.arguments[name] = as_wanted(name, given.arguments[name], hints().get(name, Any), own[name].default)
         try:
             return function(*given.args, **given.kwargs)
@@ -122,6 +122,8 @@ def _hints_of(function: Callable[..., Any]) -> dict[str, Any]:
     for name, each in inspect.signature(function).parameters.items():
         if each.kind is each.VAR_POSITIONAL:
             hints[name] = tuple[hints.get(name, Any), ...]  # type: ignore[misc]
+        elif each.kind is each.VAR_KEYWORD:
+            hints[name] = dict[str, hints.get(name, Any)]  # type: ignore[misc]
     return hints
 
 
@@ -139,7 +141,8 @@ def as_wanted(name: str, value: Any, annotation: Any, default: Any = None) -> An
     Args:
         name: what it is called in a message.
         value: whatever a user gave.
-        annotation: a type, a union, `Literal[...]`, `Sequence[...]`, `Mapping[...]` or a class.
+        annotation: a type, a union, `Literal[...]`, `Sequence[...]` and the like, `tuple[KIND, ...]`, `Mapping[...]`
+            or a class.
         default: the example of a message, unless it is empty.
 
     Raises:
@@ -173,14 +176,12 @@ def _plain(value: Any, wanted: Any) -> Any:
         value = plain_scalar(value)
     if origin is Path and isinstance(value, str):
         return Path(value)
-    if origin in (*_LISTS, Iterable):
-        if not _is_list(value, unordered=origin not in (Sequence, list, tuple)):
-            raise _WrongTypeError(value, wanted)
-        if origin is Iterable:  # gone through by the function alone, which may be given millions
-            return value
-        return _LISTS[origin](_below(each, inner[0], f"[{index}]") for index, each in enumerate(value))
-    if origin in (Mapping, dict) and isinstance(value, Mapping):
-        return {_below(key, inner[0], ""): _below(each, inner[1], f"[{key!r}]") for key, each in value.items()}
+    if inner and origin in (*_LISTS, Iterable):
+        return _plain_list(value, wanted, origin, inner[0])
+    if inner and origin in (Mapping, dict) and isinstance(value, Mapping):
+        plain = {_below(key, inner[0], ""): _below(each, inner[1], f"[{key!r}]") for key, each in value.items()}
+        # A Path beside the same as text would become one with it, unnoticed.
+        return plain if len(plain) == len(value) else value
     if origin is Literal:
         right = isinstance(value, str) and value in inner
     elif origin in (int, float):
@@ -194,14 +195,16 @@ def _plain(value: Any, wanted: Any) -> Any:
     return value
 
 
-def _is_list(value: Any, unordered: bool) -> bool:
-    """Whether a value's elements are meant one by one, and not text of letters, a mapping's keys or a file's lines.
-
-    A set's order is another in each process.
-    """
-    if isinstance(value, str | bytes | bytearray | Mapping) or hasattr(value, "read"):
-        return False
-    return isinstance(value, Iterable) and (unordered or not isinstance(value, set | frozenset))
+def _plain_list(value: Any, wanted: Any, origin: Any, element: Any) -> Any:
+    # Text is its letters to Python, a mapping its keys, a file its lines: nobody means these one by one.
+    is_list = isinstance(value, Iterable) and not isinstance(value, str | bytes | bytearray | Mapping)
+    if not is_list or hasattr(value, "read"):
+        raise _WrongTypeError(value, wanted)
+    if isinstance(value, set | frozenset) and origin in (Sequence, list, tuple):  # of another order in each process
+        raise _WrongTypeError(value, wanted)
+    if origin is Iterable:  # gone through by the function alone, which may be given millions
+        return value
+    return _LISTS[origin](_below(each, element, f"[{index}]") for index, each in enumerate(value))
 
 
 def plain_scalar(value: Any) -> Any:
@@ -237,7 +240,7 @@ def _words(wanted: Any) -> str:
         return " or ".join(dict.fromkeys(_words(each) for each in inner if not (as_path and each is str)))
     if origin is Literal:
         return " or ".join(map(repr, inner))
-    if origin in (*_LISTS, Iterable):
+    if inner and origin in (*_LISTS, Iterable):
         one = _words(inner[0])
         return f"a list of {re.sub('^an? ', '', one)}" + "s" * one.startswith(("a ", "an "))
     if origin in (Mapping, dict):

@@ -12,10 +12,12 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import numpy as np
 import pytest
 
+from nemo_cpt import workflow
 from nemo_cpt.arguments import as_wanted
 from nemo_cpt.checkpoint import import_hf
-from nemo_cpt.cleaning import Rules
-from nemo_cpt.corpus import prepare
+from nemo_cpt.cleaning import Rules, rules_for
+from nemo_cpt.conversations import Conversations
+from nemo_cpt.corpus import Blend, prepare
 from nemo_cpt.errors import CptError
 from nemo_cpt.inference import Message, Sampling
 from nemo_cpt.inference.endpoint import EndpointEngine
@@ -131,6 +133,8 @@ INPUTS = get_type_hints(prepare)["inputs"]
         (frozenset[str] | None, ["a", "a"], frozenset({"a"})),
         (Mapping[str, INPUTS], {"ja": Path("a")}, {"ja": "a"}),
         (Path, "a", Path("a")),
+        # As they are: one would become the other, unnoticed.
+        (Mapping[str, float], {Path("a"): 1, "a": 2}, {Path("a"): 1, "a": 2}),
         (Sequence[Step], (step for step in [Step("a", "init")]), [Step("a", "init")]),
         (Sequence[Message], [{"role": "user", "content": "a"}], [{"role": "user", "content": "a"}]),
     ],
@@ -157,6 +161,11 @@ def test_what_only_looks_otherwise_is_taken(hint: Any, value: Any, made: Any) ->
         (lambda: Sampling(stop="。"), "stop='。': give a list of text: stop=['。']"),
         (lambda: Workflow("w", Step("a", "init")),
          "steps=Step(name='a', do='init', parameters={}, folder=PosixPath('.')): give a list of Steps"),
+        (lambda: rules_for("ja").with_limits(length=5), "limits['length']=5: give a dict or None"),
+        (lambda: workflow.init(dest="x"), "workflow.init(...): missing a required argument: 'name'"),
+        (lambda: Blend({"a": 1}).steps("8", 4096),
+         "global_batch_size='8': give a whole number: global_batch_size=8"),
+        (lambda: Conversations({"a": 1}).steps("1", 8, 4096), "epochs='1': give a number: epochs=1.0"),
         (lambda: Rules("ja", "en"), "rules='en': give a list of Rules: rules=['en']"),
         (lambda: EndpointEngine("http://x", api_key=["sk-1"]), "api_key: give text or None, not a list"),
         (lambda: EndpointEngine.generate(object.__new__(EndpointEngine), "Hello", Sampling()),

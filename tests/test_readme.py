@@ -46,10 +46,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     for language, text in (("ja", "これは{}番目の文書です。"), ("en", "This is document number {}.")):
         write_jsonl(folder / f"{language}.jsonl", [text.format(number) * 5 for number in range(600)])
-    for name in ("chats", "held_out"):
-        pairs = [{"query": f"{number}は？", "answer": f"{number}です。"} for number in range(40)]
-        lines = (json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
-        (folder / f"{name}.jsonl").write_text("".join(lines), "utf-8")
+    for number in range(100):
+        turns = [{"role": "user", "content": f"{number}は？"}, {"role": "assistant", "content": f"{number}です。"}]
+        with (folder / "chats.jsonl").open("a", encoding="utf-8") as chats:
+            chats.write(json.dumps({"messages": turns}, ensure_ascii=False) + "\n")
     model = small_models.make("llama31", folder / "models/Llama-3.1-8B")
     saved = folder / "results/llama31_8b_cpt/checkpoints"
     import_hf(model, folder / "imported")

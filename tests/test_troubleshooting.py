@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/troubleshooting.md").read_text()
 QUOTED = [said for bold in re.findall(r"\*\*(.*?)\*\*", PAGE, re.S) for said in re.findall(r"`([^`]+)`", bold)]
 OF_OTHERS = {  # torch's, NeMo's, Megatron's, the hub's, Slurm's, the kernel's
+    "UnicodeDecodeError", "UnicodeEncodeError",
     "403 Client Error", "401 Client Error", "Invalid username or password", "GatedRepoError",
     "There is no ds/ja_text_document.idx", "Could not find data-idx or data-bin files at the prefix",
     "Key 'validation_data_prefix' is not in struct", "ConfigAttributeError", "rope_scaling",

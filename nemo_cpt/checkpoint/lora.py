@@ -7,6 +7,7 @@ is DoRA's `weight_magnitude` [out], the norms that the rows of the weight with i
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,8 +46,8 @@ def holds_adapters(nemo: Path) -> bool:
 def recorded_base(nemo: Path) -> Path | None:
     """The NeMo checkpoint that a run of adapters started from, where it recorded it; None when that is gone.
 
-    Where a project was moved, or is seen from another folder, it is looked for at the same place beside the run, and
-    taken for the base if it has the base's weights.
+    Where a project was moved, or is seen from another folder, it is looked for at the same place beside the run, and in
+    the other runs; it is taken for the base if it has the base's weights.
     """
     recorded = Path(str(read_json(nemo / "weights" / ADAPTER_METADATA).get("model_ckpt_path")))
     # NeMo records the folder of the weights, or the checkpoint's own.
@@ -54,10 +55,17 @@ def recorded_base(nemo: Path) -> Path | None:
     there = folder if (folder / "weights").is_dir() else None
     if (began_with := base_weights_of(nemo)) is None or (there and weights_digest(there) == began_with):
         return there
-    # A run's `-last` is a link, which is gone when the run has saved the next one.
-    names = dict.fromkeys([folder, folder.with_name(folder.name.removesuffix(LAST))])
-    found = (each for name in names for each in places(name, nemo) if (each / "weights").is_dir())
+    found = (each for each in _elsewhere(folder, nemo) if (each / "weights").is_dir())
     return next((each for each in found if weights_digest(each) == began_with), there)
+
+
+def _elsewhere(recorded: Path, nemo: Path) -> Iterator[Path]:
+    """What may be the recorded base of a checkpoint, where the project was moved, or the base's run renamed."""
+    # A run's `-last` is a link, which is gone when the run has saved the next one.
+    for name in dict.fromkeys([recorded.name, recorded.name.removesuffix(LAST)]):
+        yield from places(recorded.with_name(name), nemo)
+        for runs in list(nemo.absolute().parents)[2:3]:
+            yield from runs.glob(f"*/checkpoints/{glob.escape(name)}")
 
 
 def base_of(nemo: Path, base: str | Path | None) -> Path:

@@ -148,14 +148,26 @@ def _config(params: str, shape: str, positions: int, tokenizer: Path) -> dict[st
     described = load_tokenizer(str(tokenizer))
     if described.eos is None:
         raise CptError(f"the tokenizer {tokenizer} names no eos_token: the model could not learn where a text ends")
+    # Ids may have gaps, and a config may count more tokens than there are: a row for each that can come.
+    rows = max(described.highest + 1, count_token_ids(tokenizer) or 0)
+    special = {f"{kind}_token_id": token[1] for kind in ("bos", "eos", "pad") if (token := getattr(described, kind))}
+    return shape_fields(params, shape, positions, rows) | special
+
+
+def shape_fields(params: str, shape: str, max_position_embeddings: int | None, vocabulary_size: int) -> dict[str, Any]:
+    """What a model's config.json says of its shape, before there is a tokenizer; the arguments of `make_untrained`.
+
+    Raises:
+        CptError: there is no such size or shape, or the longest sequence is out of range.
+    """
+    check_options(params, shape, max_position_embeddings, seed=0)
+    positions = SHAPES[shape] if max_position_embeddings is None else max_position_embeddings
     return {
         **(_gpt2 if shape == "gpt2" else _llama)(SIZES[params], positions),
-        # Ids may have gaps, and a config may count more tokens than there are: a row for each that can come.
-        "vocab_size": max(described.highest + 1, count_token_ids(tokenizer) or 0),
+        "vocab_size": vocabulary_size,
         "initializer_range": _STD,
         "tie_word_embeddings": True,
         "torch_dtype": "bfloat16",
-        **{f"{kind}_token_id": token[1] for kind in ("bos", "eos", "pad") if (token := getattr(described, kind))},
     }
 
 

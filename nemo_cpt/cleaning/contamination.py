@@ -13,7 +13,7 @@ from nemo_cpt.cleaning.hashing import segment_hashes, symbols, window_hashes
 from nemo_cpt.cleaning.rule import Check, Rule
 from nemo_cpt.corpus.reading.chunks import Feed, take_from
 from nemo_cpt.corpus.reading.sources import list_sources
-from nemo_cpt.corpus.reading.tally import Policy, Tally
+from nemo_cpt.corpus.reading.tally import NO_SKIPPING, Tally
 from nemo_cpt.errors import CptError
 
 _CHUNK = 2 << 20
@@ -151,11 +151,11 @@ def _is_text(kind: Any) -> Any:
 
 def _texts(files: tuple[str, ...]) -> Iterator[str]:
     """Yield the strings of evaluation sets, wherever they stand in their lines."""
-    # `stop`: a line of an evaluation set that is passed over would let through the documents that hold it.
-    sources, tally, policy = list_sources(files), Tally(), Policy.of("stop", None)
+    # None is skipped: a line that is passed over would let through the documents that hold it.
+    sources, tally = list_sources(files), Tally()
     for task in Feed(sources, None, _CHUNK):
         found = take_from(task, _as_it_is)
-        tally.add(task, found.reading, sources[task.source], policy)
+        tally.add(task, found.reading, sources[task.source], NO_SKIPPING)
         for value in found.texts:
             yield from _strings(value)
 

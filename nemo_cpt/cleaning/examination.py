@@ -8,7 +8,7 @@ from nemo_cpt.cleaning.document import Document
 from nemo_cpt.cleaning.rule import Check
 from nemo_cpt.cleaning.rules import Rules
 from nemo_cpt.corpus.reading.chunks import Feed
-from nemo_cpt.corpus.reading.lines import Reading
+from nemo_cpt.corpus.reading.lines import Reading, TextUnder
 from nemo_cpt.corpus.reading.records import read_records
 from nemo_cpt.corpus.reading.sources import list_sources
 from nemo_cpt.errors import CptError
@@ -77,7 +77,7 @@ def _text_at(path: str, number: int, json_key: str) -> str:
     passed = 0
     for task in Feed(list_sources(path), None, _CHUNK):
         reading = Reading()
-        for record in read_records(task, json_key, reading):
+        for record in read_records(task, TextUnder(json_key), reading):
             if passed + reading.lines == number:
                 return record.text
         # The line is in this chunk, and no record came of it.

@@ -34,7 +34,7 @@ from nemo_cpt.corpus.preparing.workers import count_processes
 from nemo_cpt.corpus.processes import in_order
 from nemo_cpt.corpus.progress import ProgressBar
 from nemo_cpt.corpus.reading.chunks import Feed, Task, check_unchanged, hash_source
-from nemo_cpt.corpus.reading.lines import Reading
+from nemo_cpt.corpus.reading.lines import Reading, TextUnder
 from nemo_cpt.corpus.reading.records import Record, read_records, to_json
 from nemo_cpt.corpus.reading.sources import PARTS, UNFINISHED, Inputs, Source, check_elsewhere, list_sources
 from nemo_cpt.corpus.reading.tally import Policy, Tally
@@ -285,7 +285,7 @@ class Cleaning:
         counts, kept, dropped = portion.counts, list[bytes](), list[bytes]()
         plains, sizes = list[Any](), list[int]()
         checks, is_kept = list[list[tuple[str, Check]]](), list[bool]()
-        for record in read_records(task, self.json_key, portion.reading):
+        for record in read_records(task, TextUnder(self.json_key), portion.reading):
             found = examine(record.text, self.rules)
             counts.documents += 1
             counts.nbytes += len(record.line)

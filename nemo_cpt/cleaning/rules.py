@@ -71,6 +71,7 @@ class Rules:
     rules: tuple[Rule, ...]
     duplicates: Duplicates = field(default_factory=Duplicates)
 
+    @checked
     def with_limits(self, **limits: Mapping[str, Any] | None) -> "Rules":
         """Return these rules with other limits, such as `with_limits(length={"min_characters": 200}, prose=None)`.
 

@@ -36,7 +36,7 @@ def ls(
         (each["name"], each["state"], _steps(each), _change(each), size_of(each["size"]), each["newest"] or "-")
         for each in found
     ]
-    print_table(("run", "state", "step", "validation losses, nats a token", "size", "newest checkpoint"), rows)
+    print_table(("run", "state", "step", "validation loss, nats", "size", "newest checkpoint"), rows)
 
 
 @app.command(rich_help_panel=PANEL)
@@ -111,7 +111,7 @@ def _print_checkpoints(run: "Run", json: bool) -> None:
         (each["name"], str(each["step"]), _losses(each["losses"]), size_of(each["size"]), each["state"], _note(each))
         for each in found
     ]
-    print_table(("checkpoint", "step", "validation losses, nats a token", "size", "state", "note"), rows)
+    print_table(("checkpoint", "step", "validation loss, nats", "size", "state", "note"), rows)
 
 
 def _note(checkpoint: dict[str, Any]) -> str:

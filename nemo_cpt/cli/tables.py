@@ -5,6 +5,8 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+WORD = 8  # characters of a column that still can be read; longer words may be broken
+
 
 def print_pairs(pairs: Iterable[tuple[str, object]]) -> None:
     """Print names and values; a long value goes on in the next line on a terminal."""
@@ -25,19 +27,32 @@ def print_pairs(pairs: Iterable[tuple[str, object]]) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print rows under their columns' names."""
+    """Print rows under their columns' names; on a terminal that is too narrow for that, a line each value."""
     if not sys.stdout.isatty():
         return print_plain([columns, *rows])
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    rows = list(rows)
+    if Console().width < least_width(columns, rows):
+        for row in rows:
+            print(row[0], *(f"  {name}: {value}" for name, value in zip(columns[1:], row[1:], strict=True)), sep="\n")
+        return
     table = Table()
     for number, column in enumerate(columns):
         table.add_column(column, overflow="fold", no_wrap=not number)  # the first are names, to be pasted
     for row in rows:
         table.add_row(*map(Text, row))
     Console().print(table)
+
+
+def least_width(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    """The columns of a terminal below which a table would break words, and at last leave no room to a value at all."""
+    first = max(len(row[0]) for row in (columns, *rows))
+    words = [[word for row in (columns, *rows) for word in row[at].split()] for at in range(1, len(columns))]
+    longest = [min(max(map(len, each), default=0), WORD) for each in words]
+    return first + sum(longest) + 3 * len(columns) + 1  # a rule and two blanks a column
 
 
 def print_plain(rows: Iterable[Sequence[str]]) -> None:

@@ -164,7 +164,9 @@ def compare_command(
 
 @tokenizer_app.command("worth")
 def worth_command(
-    base: Annotated[Path, typer.Argument(help="The Hugging Face model, with the tokenizer that grew.")],
+    base: Annotated[
+        Path, typer.Argument(help="The model with the tokenizer that grew: Hugging Face folder or NeMo checkpoint.")
+    ],
     grown: Annotated[str, typer.Argument(help="Folder of the grown tokenizer.")],
     inputs: Inputs,
     tokens: Annotated[float, typer.Option(help="Of the training, with the model's tokenizer; 1e9 is a billion.")],
@@ -175,12 +177,14 @@ def worth_command(
     from math import prod
 
     from nemo_cpt.checkpoint.architecture import read_architecture
+    from nemo_cpt.checkpoint.base import base_files, nemo_folder
     from nemo_cpt.checkpoint.layout import slots
     from nemo_cpt.vocabulary import worth
 
-    arch = read_architecture(base)
+    files = base_files(nemo_folder(base), None) if (base / "weights").is_dir() else base
+    arch = read_architecture(files)
     found = worth(
-        str(base),
+        str(files),
         grown,
         inputs,
         tokens=tokens,
@@ -188,18 +192,23 @@ def worth_command(
         parameters=sum(prod(slot.shape) for slot in slots(arch)),
         hidden_size=arch.hidden_size,
         tied=arch.tie_word_embeddings,
+        model_rows=arch.vocab_size,
         json_key=json_key,
     )
     if json:
         return print_json(found.as_dict())
     rows: dict[str, object] = {
         "tokens": f"{found.tokens:,}, not {found.tokens_before:,} ({found.tokens_saved:.1%} fewer, in serving too)",
-        "rows": f"{found.new_rows:,} new ones, {found.new_parameters / 1e6:,.1f} M parameters",
-        "memory": f"{found.training_gib:,.2f} GiB more in training, in all; {found.serving_gib:,.2f} GiB in serving",
-        "operations": f"{found.compute_saved:.1%} fewer in all; {found.dearer_token:.2%} more for each token",
+        "rows": f"{found.new_rows:,} new ones for {found.new_tokens:,} tokens, {found.new_parameters / 1e6:,.1f} M "
+        "parameters",
+        "memory": f"{found.training_gib:,.3g} GiB more in training, in all; {found.serving_gib:,.3g} GiB in serving",
+        "operations": f"{abs(found.compute_saved):.1%} {'fewer' if found.compute_saved >= 0 else 'more'} in all; "
+        f"{found.dearer_token:.2%} more for each token",
         "break-even": f"what is saved would train on {found.break_even_tokens:,} tokens more: it pays in this training "
-        "if the new rows are learnt within these; in serving, from the first text",
-        "seldom seen": f"{found.seldom:.1%} of the new rows are seen fewer than 1,000 times; fewer tokens would do",
+        "if the new rows are learnt within these; in serving, from the first text"
+        if found.break_even_tokens
+        else "none: on such text nothing is saved that the new rows could be learnt with",
+        "seldom seen": f"{found.seldom:.1%} of the new tokens are seen fewer than 1,000 times; fewer tokens would do",
         "not known": "how much the model loses until it has learnt the rows: compare bits per byte of a short run",
     }
     print_report(rows, [])

@@ -104,13 +104,13 @@ def inspect_conversations(
         raise CptError(f"samples is {samples}; it is a number of conversations, 0 for none.")
     chats = open_conversations(prefix)
     check_index(chats.index)
-    trained, answers = _count_trained(chats)
+    trained = _count_trained(chats)
     fitting = fit_and_pack(chats, seq_length, too_long)
     manifest = chats.manifest
     report = ConversationInspection(
         prefix=chats.prefix,
         conversations=len(chats),
-        answers=answers,
+        answers=manifest["answers"],
         tokens=chats.index.tokens,
         trained=trained,
         percentiles=percentiles(chats.index.lengths),
@@ -155,21 +155,18 @@ def warnings_of(trained: int, tokens: int, fitting: Fitting, too_long: str) -> l
     return found
 
 
-def _count_trained(chats: ConversationSet) -> tuple[int, int]:
-    """Return how many tokens are trained on, and in how many stretches."""
+def _count_trained(chats: ConversationSet) -> int:
+    """Return how many tokens are trained on."""
     import numpy as np
 
-    trained, begins, last = 0, 0, 0
+    trained = 0
     for begin in range(0, len(chats.mask), BLOCK):
         # Signed, so that a byte above 127 shows as negative.
         part = np.asarray(chats.mask[begin : begin + BLOCK], np.int8)
         if part.min(initial=0) < 0 or part.max(initial=0) > 1:
             raise CptError(f"{chats.prefix}.mask is corrupt: near its byte {begin} is something else than 0 and 1.")
         trained += int(part.sum(dtype=np.int64))
-        # prepend: an answer that goes on from the block before is not counted twice.
-        begins += int(np.count_nonzero(np.diff(part, prepend=last) == 1))
-        last = int(part[-1])
-    return trained, begins
+    return trained
 
 
 def _decoder(chats: ConversationSet, tokenizer: str | os.PathLike[str] | None) -> Any:

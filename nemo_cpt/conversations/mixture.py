@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from nemo_cpt.arguments import checked
 from nemo_cpt.conversations.dataset import (
     ConversationSet,
     Fit,
@@ -102,6 +103,7 @@ class Conversations:
         template: dict[str, Any] = open_conversations(next(iter(self.train))).manifest["template"]
         return template
 
+    @checked
     def steps(
         self, epochs: float, global_batch_size: int, seq_length: int, replay_share: float = 0.0, seed: int = SEED
     ) -> int:
@@ -126,6 +128,7 @@ class Conversations:
             steps += 1
         return steps
 
+    @checked
     def report(self, global_batch_size: int, seq_length: int, steps: int, replay_share: float = 0.0) -> BlendReport:
         """Return tokens, shares and epochs of a training with these conversations.
 

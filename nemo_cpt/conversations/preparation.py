@@ -228,7 +228,8 @@ class ConversationWork:
             # Under a word of their own, since all counts share one mapping in the journal.
             counts.update(f"form {reading.form}" for reading in batch)
             counts["trained"] += int(result.mask.sum())
-            counts["answers"] += sum(trained for reading in batch for _, trained in reading.pieces)
+            # Each second piece is an answer; of train_on="all" those between them are trained on, too.
+            counts["answers"] += sum(trained for reading in batch for _, trained in reading.pieces[1::2])
         count_lengths(encoded, lengths)
         encoded.nbytes, encoded.counts = sum(map(len, tokens)), dict(counts)
         return encoded, [tokens, masks]

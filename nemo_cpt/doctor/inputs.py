@@ -77,7 +77,7 @@ def run_folder(examination: Examination) -> Finding:
     except CptError as error:
         # A job that is queued finds it free, perhaps.
         return replace(from_error(name, error), state="error" if examination.place.here else "warning")
-    if said := finished(job.directory / "checkpoints", job.max_steps):
+    if said := finished(job.directory / "checkpoints", job.max_steps, exporting=bool(job.exports)):
         return Finding(name, "warning", *_sentences([said]))
     newest = to_resume(job.directory / "checkpoints")
     if newest is None:

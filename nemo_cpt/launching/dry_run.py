@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from nemo_cpt.catalog import Function
+from nemo_cpt.conversations import Conversations
+from nemo_cpt.corpus import Blend
 from nemo_cpt.doctor import Job
 from nemo_cpt.errors import CptError
 from nemo_cpt.output import span
@@ -65,11 +67,23 @@ def _default(function: Function, name: str) -> str:
 def _data(job: Job) -> Iterator[tuple[str, str]]:
     if job.data is None:
         return
-    total = sum(job.data.train.values())
-    yield "trains on", ", ".join(f"{prefix} {100 * weight / total:.0f} %" for prefix, weight in job.data.train.items())
+    yield "trains on", ", ".join(f"{prefix} {how_much}" for prefix, how_much in how_much(job.data))
     yield "validates on", ", ".join(f"{name}: {prefix}" for name, prefix in job.data.validation.items()) or "nothing"
     if job.replay is not None:
         yield "replays", ", ".join(job.replay.train)
+
+
+def how_much(data: Blend | Conversations) -> Iterator[tuple[str, str]]:
+    """What each training set's weight comes to: its share of the tokens, or how often an epoch goes through it."""
+    if isinstance(data, Conversations):
+        yield from ((prefix, f"{weight:g} x an epoch") for prefix, weight in data.train.items())
+        return
+    try:
+        shares = data.shares().values()
+    except CptError:  # weights of its tokens or documents, which are on another machine
+        yield from ((prefix, f"{weight:g} x its {data.weighting}") for prefix, weight in data.train.items())
+        return
+    yield from ((prefix, f"{100 * share:.0f} %") for prefix, share in zip(data.train, shares, strict=True))
 
 
 def _begins(job: Job) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from nemo_cpt import catalog
 from nemo_cpt.checkpoint.context import UNFINISHED
 from nemo_cpt.errors import CptError
-from nemo_cpt.training.metrics import read_metrics
+from nemo_cpt.training.metrics import RUN_FILE, read_file, read_metrics
 from nemo_cpt.training.run_folder import DAMAGED, REMOVED, Checkpoint, based_on, checkpoints, finished, newest_whole
 from nemo_cpt.training.run_lock import RunLock, check_free
 
@@ -60,7 +60,10 @@ class Run:
 
     @property
     def max_steps(self) -> int | None:
-        """The steps that it was to train, as its newest checkpoint says; None where it says nothing."""
+        """The steps that it was to train, by its last start, else by its newest checkpoint; None where neither says."""
+        # The start first: of a run that was extended the checkpoints of before say the old number.
+        if described := read_file(self.folder, RUN_FILE).get("max_steps"):
+            return int(described)
         return self.newest.record.get("settings", {}).get("schedule", {}).get("max_steps") if self.newest else None
 
     @property

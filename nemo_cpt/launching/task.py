@@ -73,16 +73,18 @@ def nothing_to_train(recipe: str, arguments: Mapping[str, Any], overrides: Seque
         CptError: a field is wrong; the run is finished, and was trained otherwise or from another base; another job
             holds the run's folder, and it is to start now.
     """
-    from nemo_cpt.training.run_folder import finished, newest_whole
+    from nemo_cpt.training.run_folder import EXPORTS, finished, newest_whole
     from nemo_cpt.training.run_lock import check_free
 
     # Where the folder is set by hand, it is not known without building the recipe.
     if moves_its_folder(overrides):
         return ""
     job = describe(catalog.recipe(recipe), arguments, overrides, "local", ())
-    said = finished(job.directory / "checkpoints", job.max_steps)
+    said = finished(job.directory / "checkpoints", job.max_steps, exporting=bool(job.exports))
     if said and (newest := newest_whole(job.directory / "checkpoints")):
         _check_finished(newest, job, arguments, overrides)
+    if said and arguments.get("export_every") and not (job.directory / EXPORTS).is_dir():
+        said += "; it exported nothing while it trained: `nemo-cpt export` makes its checkpoints' exports now"
     if said and overrides:  # misspelt ones are an error also where nothing is left to do
         build_recipe(recipe, arguments, overrides)
     if here and not said:

@@ -15,7 +15,7 @@ three validations as for thirty. Plain arithmetic, without numpy: the live view 
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from statistics import fmean, stdev
 from typing import Any
@@ -96,16 +96,27 @@ def changes(metrics: Sequence[Mapping[str, Any]], max_steps: int | None = None) 
         max_steps: the run's length.
     """
     names = validation_sets(metrics)
-    found = {name: change(name, list(_validations(metrics, name)), max_steps) for name in names}
-    return {name: _as_it_ended(each, metrics) for name, each in found.items() if each is not None}
+    found = {name: _change_up_to_now(metrics, name, max_steps) for name in names}
+    return {name: each for name, each in found.items() if each is not None}
 
 
-def _as_it_ended(change: Change, metrics: Sequence[Mapping[str, Any]]) -> Change:
-    """The change as it is, or that to NaN of a run that has diverged: not that to its last good loss."""
-    last = next(line for line in reversed(metrics) if f"{LOSS}{change.name}" in line)
-    if last[f"{LOSS}{change.name}"] is not None:
-        return change
-    return replace(change, step=int(last["step"]), value=math.nan, slope=math.nan, at_end=None)
+def _change_up_to_now(metrics: Sequence[Mapping[str, Any]], name: str, max_steps: int | None) -> Change | None:
+    validations = list(_validations(metrics, name))
+    last = next(line for line in reversed(metrics) if f"{LOSS}{name}" in line)
+    if last[f"{LOSS}{name}"] is not None or not validations:
+        return change(name, validations, max_steps)
+    # Of a run that has diverged not the change to its last good loss.
+    return Change(
+        name=name,
+        since=validations[0].step,
+        step=int(last["step"]),
+        first=validations[0].loss,
+        value=math.nan,
+        standard_error=None,
+        noise="not known: the last loss is NaN or infinite",
+        slope=math.nan,
+        at_end=None,
+    )
 
 
 def validation_sets(metrics: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -7,6 +7,7 @@ from nemo_cpt.output import span
 from nemo_cpt.page import drawing, png
 from nemo_cpt.planning.hardware import GIB
 from nemo_cpt.planning.plans import Plan
+from nemo_cpt.planning.workload import Workload
 
 COLOURS = {
     "weights": "blue",
@@ -80,7 +81,15 @@ def _title(plan: Plan) -> str:
     kind = f"LoRA rank {work.lora_rank}" if work.lora_rank else "every parameter"
     gpus = f"{work.gpus} GPU{'s' * (work.gpus > 1)} {plan.gpu.name}"
     size = f"{work.parameters / 1e9:.2f} B" if work.parameters >= 1e9 else f"{work.parameters / 1e6:.1f} M"
-    return f"{size} parameters, {kind}, {work.seq_length} x {work.micro_batch_size}, {gpus}"
+    return f"{size} parameters, {kind}, {work.seq_length} x {work.micro_batch_size},{_recomputed(work)} {gpus}"
+
+
+def _recomputed(work: Workload) -> str:
+    """What is computed again in the backward pass, in words, with a comma behind them; empty where nothing is."""
+    again = {"none": [], "selective": [" and ".join(work.recompute_modules)], "uniform": ["all layers"]}
+    again["block"] = [f"{work.recomputed(work.stage_layers)} of {work.stage_layers} layers"]
+    what = again[work.recompute] + ["norms and activations"] * work.recompute_outputs
+    return f" {', '.join(what)} recomputed," if what else ""
 
 
 def _names(plan: Plan) -> list[str]:

@@ -21,7 +21,7 @@ from nemo_cpt.corpus.atomic_files import locked, make_folder, write_whole
 from nemo_cpt.corpus.dataset.manifest import changed_input, describe_inputs
 from nemo_cpt.corpus.reading.chunks import Feed, hash_file, texts_of
 from nemo_cpt.corpus.reading.sources import Inputs, Source, list_sources
-from nemo_cpt.corpus.reading.tally import Policy, Tally
+from nemo_cpt.corpus.reading.tally import NO_SKIPPING, Tally
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation.journal import Journal
 from nemo_cpt.synthesis.questions import KINDS, LANGUAGES, SHORTEST, Document, Question, Rules, fill, untitled
@@ -229,10 +229,10 @@ def _sample(sources: list[Source], json_key: str, count: int, seed: int) -> tupl
         The documents in a random order, and the inputs' hashes.
     """
     chance, chosen, hashes, seen, number = random.Random(seed), list[Document](), {}, 0, 0
-    tally, policy = Tally(), Policy.of("stop", None)
+    tally = Tally()
     for task in Feed(sources, json_key, 2 << 20):
         found = texts_of(task, json_key)
-        tally.add(task, found.reading, sources[task.source], policy)
+        tally.add(task, found.reading, sources[task.source], NO_SKIPPING)
         for text in found.texts:
             document, number = untitled(text, number), number + 1
             if len(document.text) < SHORTEST:

@@ -21,7 +21,7 @@ from nemo_cpt.training.changes import READ, Change, changes, listed
 from nemo_cpt.training.options import EXTENSIONS, check_extend
 from nemo_cpt.training.preconditions import check_base
 from nemo_cpt.training.record import settings_of, validated_otherwise
-from nemo_cpt.training.run_folder import Checkpoint, damaged_since, newest_whole, resumed_from, to_resume
+from nemo_cpt.training.run_folder import STARTS, Checkpoint, damaged_since, newest_whole, resumed_from, to_resume
 
 KEPT_TOKENIZER = f"{run_lock.FOLDER}/hf"  # in the run's folder
 
@@ -63,7 +63,7 @@ class ResumeOrStartFromBase(nl.AutoResume):
         super().__init__(
             restore_config=restore, resume_if_exists=True, resume_past_end=True, resume_ignore_no_checkpoint=True
         )
-        self.extend = extend
+        self.base, self.extend = base, extend
         self._checkpoints = Path()
 
     def setup(self, trainer: pl.Trainer, model: Any = None) -> None:
@@ -72,7 +72,7 @@ class ResumeOrStartFromBase(nl.AutoResume):
         self._checkpoints = Path(folder or Path(AppState().log_dir, "checkpoints"))
         super().setup(trainer, model)
         # First: a resumption that is refused must not have touched anything, and others read what it changes.
-        trainer.callbacks = [_Resumption(self.extend), *trainer.callbacks]
+        trainer.callbacks = [_Resumption(self.extend, self.base), *trainer.callbacks]
 
     def _find_trainer_ckpt_path(self) -> Path | None:
         base = self.restore_config.path if self.restore_config else None
@@ -114,15 +114,15 @@ def check_start(recipe: Any) -> None:
 class _Resumption(pl.Callback):
     """Compares a checkpoint's run with this start of it, and changes the schedule if that was asked for."""
 
-    def __init__(self, extend: str | None) -> None:
-        self.extend = extend
+    def __init__(self, extend: str | None, base: str | None) -> None:
+        self.extend, self.base = extend, base
         self._new_state: dict[str, Any] | None = None  # of the scheduler, where the schedule changes
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Compare, and write down this start."""
         settings, checkpoint = settings_of(trainer), resumed_from(trainer.ckpt_path)
         if trainer.is_global_zero:
-            _write_down(Path(AppState().log_dir), settings, checkpoint)
+            _write_down(Path(AppState().log_dir), settings, checkpoint, self.base)
         if checkpoint is None or "settings" not in checkpoint.record:
             return
         changed = changes(checkpoint.record["settings"], settings)
@@ -193,15 +193,16 @@ class _Resumption(pl.Callback):
         scheduler._last_lr = rates
 
 
-def _write_down(folder: Path, settings: dict[str, Any], checkpoint: Checkpoint | None) -> None:
+def _write_down(folder: Path, settings: dict[str, Any], checkpoint: Checkpoint | None, base: str | None) -> None:
     """One line a start, for whoever wants to know how a run came about."""
     start = {
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
         "resumed_from": checkpoint.path.name if checkpoint else None,
+        "base": base and str(Path(base).absolute()),
         "settings": settings,
     }
     (folder / run_lock.FOLDER).mkdir(parents=True, exist_ok=True)
-    with open(folder / run_lock.FOLDER / "starts.jsonl", "a") as file:
+    with open(folder / STARTS, "a") as file:
         file.write(json.dumps(start) + "\n")
 
 

@@ -2,7 +2,7 @@
 
 FOLDER/checkpoints/NAME/            weights/, context/ and `run.json`: the step, and how the run was started
 FOLDER/checkpoints/NAME-unfinished  NeMo's mark of one that is being written
-FOLDER/run/                         who holds the folder (`run_lock`)
+FOLDER/run/                         who holds the folder (`run_lock`), and a line for each start of it
 FOLDER/checkpoints/damaged/         checkpoints that a start set aside
 FOLDER/exports/step-N               `exports`
 FOLDER/metrics/steps.jsonl          `metrics`
@@ -12,7 +12,7 @@ import itertools
 import json
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from nemo_cpt.errors import CptError
 
 REMOVED = ".removed-"  # a checkpoint that is being deleted
 DAMAGED = "damaged"  # folder of those that a start set aside
+STARTS = "run/starts.jsonl"  # of a run's folder
 EXPORTS = "exports"  # folder of a run, beside its checkpoints: see `exports`
 EXPORTED = ".checkpoint-of-"  # in it: a checkpoint's files, until they are exported
 DUE = ".due-"  # in it: the mark of a step that is to be exported, until its checkpoint's files are there
@@ -131,7 +132,7 @@ def damaged_since(folder: Path) -> list[Checkpoint]:
 
 
 def based_on(checkpoint: Path, directory: Path) -> Path | None:
-    """The run in a folder of runs whose adapters were trained on a checkpoint, and which an export of them reads."""
+    """The run in a folder of runs whose adapters are trained on a checkpoint, and which an export of them reads."""
     from nemo_cpt.checkpoint.lora import LAST, recorded_base  # needs numpy, as above
 
     for record in directory.glob("*/checkpoints/*/weights/adapter_metadata.json"):
@@ -144,17 +145,34 @@ def based_on(checkpoint: Path, directory: Path) -> Path | None:
             continue
         if (base := recorded_base(record.parents[1])) and base.resolve() == checkpoint.resolve():
             return record.parents[3]
-    return None
+    return next((run for run, base in _begun(directory) if base.resolve() == checkpoint.resolve()), None)
 
 
-def finished(folder: Path, max_steps: int) -> str | None:
-    """What to say of a run whose checkpoints in `folder` have reached `max_steps`; None if there are steps to train."""
+def _begun(directory: Path) -> Iterator[tuple[Path, Path]]:
+    """The runs of adapters in a folder of runs, with the base of their last start: they need not have saved any yet."""
+    for starts in directory.glob(f"*/{STARTS}"):
+        try:
+            last = json.loads(starts.read_text().splitlines()[-1])
+            if last["settings"]["adapters"]["peft"] and last["base"]:
+                yield starts.parents[1], Path(last["base"])
+        except (OSError, ValueError, KeyError, TypeError, IndexError):
+            continue
+
+
+def finished(folder: Path, max_steps: int, exporting: bool = True) -> str | None:
+    """What to say of a run whose checkpoints in `folder` have reached `max_steps`; None if there is something to do.
+
+    Args:
+        folder: of its checkpoints.
+        max_steps: of the start that asks.
+        exporting: whether that start exports along the way: only then it makes the exports that the run still owes.
+    """
     newest = newest_whole(folder)
     # `validation_pending`: stopped between its last step and the validation of it, which a rerun still owes.
     if newest is None or not 0 < max_steps <= newest.step or newest.record.get("validation_pending"):
         return None
     # Killed before its last exports were made, which a rerun does.
-    if any(any(folder.with_name(EXPORTS).glob(f"{owed}*")) for owed in (EXPORTED, DUE)):
+    if exporting and any(any(folder.with_name(EXPORTS).glob(f"{owed}*")) for owed in (EXPORTED, DUE)):
         return None
     return (
         f"the run is finished: {newest.path} has step {newest.step} of max_steps {max_steps}. Nothing to do; "

@@ -11,9 +11,12 @@ from nemo_cpt.errors import CptError
 
 
 def check_free(output: Path) -> None:
-    """Raise CptError where something has the name already."""
+    """Raise CptError where something has the name already, or the folder could not be made: learning takes minutes."""
     if output.exists() or output.is_symlink():
         raise CptError(f"{output} exists already. Give another output, or remove it first.")
+    nearest = next(folder for folder in output.absolute().parents if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise CptError(f"{output} cannot be made: nothing can be written into {nearest}. Give another output.")
 
 
 @contextmanager

@@ -27,7 +27,8 @@ class Worth:
         tokens_before: of the training's text, with the base's tokenizer.
         tokens: of the same text, grown.
         tokens_saved: share of them; serving the same text saves the same share of steps.
-        new_rows: of the embedding.
+        new_tokens: ids that the base has not.
+        new_rows: of the embedding, for those of them that the model has no spare row for.
         parameters: of the model before.
         new_parameters: in the embedding, and in an output layer of its own.
         dearer_token: by how much a token costs more operations, those of the larger output layer.
@@ -37,12 +38,13 @@ class Worth:
         break_even_tokens: that the saved operations would train: the growth pays in this training if the grown model,
             continued on so many tokens more, makes up for what its new rows had to learn.
         pays_back_each: what serving saves later, tokens for a million characters of such text.
-        seldom: share of the new rows that the training sees fewer than 1,000 times.
+        seldom: share of the new tokens that the training sees fewer than 1,000 times.
     """
 
     tokens_before: int
     tokens: int
     tokens_saved: float
+    new_tokens: int
     new_rows: int
     parameters: int
     new_parameters: int
@@ -69,6 +71,7 @@ def worth(
     parameters: int,
     hidden_size: int,
     tied: bool,
+    model_rows: int | None = None,
     json_key: str = "text",
     sample_bytes: int = SAMPLE_BYTES,
 ) -> Worth:
@@ -85,6 +88,7 @@ def worth(
         parameters: of the model.
         hidden_size: of the model.
         tied: whether its output layer is the embedding.
+        model_rows: of the model's embedding, spare ones included; one for each token of `base` when None.
         json_key: the field that holds the text.
         sample_bytes: of the inputs that are encoded at most.
 
@@ -100,29 +104,34 @@ def worth(
     texts = draw(inputs, json_key, sample_bytes, hold_out=False).texts
     before, after = (load_tokenizer(each).reference_encoder().encode(texts)[0] for each in (base, grown))
     seen = Counter(number for number in after.tolist() if number >= old.size)
-    scale, rows = tokens / len(before), new.size - old.size
-    if not rows:
+    # Each document has a token at its end, which no growth saves.
+    length_before, length = (len(each) + len(texts) for each in (before, after))
+    scale, new_tokens = tokens / length_before, new.size - old.size
+    if not new_tokens:
         raise CptError(f"the tokenizer {grown} has no token that {base} has not")
     seldom = sum(seen[number] * scale < SELDOM for number in range(old.size, new.size))
-    outputs = rows * hidden_size
+    there = old.size if model_rows is None else model_rows
+    new_rows = max(new.size - there, 0)
+    outputs = new_rows * hidden_size
     # A tied embedding is multiplied with, as the output layer; one of its own is only looked up.
-    computed = parameters - (0 if tied else old.size * hidden_size)
+    computed = parameters - (0 if tied else there * hidden_size)
     dearer = outputs / computed
     # Fewer tokens, each of which costs a little more.
-    compute = len(after) / len(before) * (1 + dearer)
+    compute = length / length_before * (1 + dearer)
     new_parameters = outputs * (1 if tied else 2)
     return Worth(
         tokens_before=round(tokens),
-        tokens=round(len(after) * scale),
-        tokens_saved=round(1 - len(after) / len(before), 4),
-        new_rows=rows,
+        tokens=round(length * scale),
+        tokens_saved=round(1 - length / length_before, 4),
+        new_tokens=new_tokens,
+        new_rows=new_rows,
         parameters=parameters,
         new_parameters=new_parameters,
         dearer_token=round(dearer, 5),
         compute_saved=round(1 - compute, 4),
-        training_gib=round(new_parameters * TRAINING_BYTES / 2**30, 2),
-        serving_gib=round(new_parameters * SERVING_BYTES / 2**30, 2),
+        training_gib=round(new_parameters * TRAINING_BYTES / 2**30, 5),
+        serving_gib=round(new_parameters * SERVING_BYTES / 2**30, 5),
         break_even_tokens=max(round((1 - compute) * tokens / (1 + dearer)), 0),
         pays_back_each=round((len(before) - len(after)) / sum(map(len, texts)) * 1e6),
-        seldom=round(seldom / rows, 4),
+        seldom=round(seldom / new_tokens, 4),
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from nemo_cpt.corpus.reading.chunks import Feed, texts_of
 from nemo_cpt.corpus.reading.sources import Inputs, list_sources
-from nemo_cpt.corpus.reading.tally import Policy, Tally
+from nemo_cpt.corpus.reading.tally import NO_SKIPPING, Tally
 from nemo_cpt.errors import CptError
 
 SAMPLE_BYTES = 256 * 2**20
@@ -47,12 +47,12 @@ def documents(inputs: Inputs, json_key: str = "text") -> Iterator[str]:
     Raises:
         CptError: there is no such input, or a line gives no text.
     """
-    sources, tally, policy = list_sources(inputs), Tally(), Policy.of("stop", None)
+    sources, tally = list_sources(inputs), Tally()
     for task in Feed(sources, json_key, _CHUNK_BYTES):
         found = texts_of(task, json_key)
-        tally.add(task, found.reading, sources[task.source], policy)
+        tally.add(task, found.reading, sources[task.source], NO_SKIPPING)
         yield from found.texts
-    tally.check(sources, policy.max_skipped)
+    tally.check(sources, NO_SKIPPING.max_skipped)
 
 
 def draw(inputs: Inputs, json_key: str = "text", limit: int = SAMPLE_BYTES, hold_out: bool = True) -> Sample:

@@ -107,7 +107,7 @@ def _throughput(axis: Any, records: Sequence[Record]) -> None:
         steps, speeds = record.speeds()
         if not steps or not record.tokens_per_step:
             continue
-        label = _label(record, records, "came")
+        label = _label(record, records, "measured")
         axis.plot(steps, speeds, DASHES[number], color=COLOURS[number], linewidth=0.9, label=label)
         if planned := record.plan.get("tokens_per_second"):
             axis.axhline(planned, color=COLOURS[number], linestyle=":", label=_label(record, records, "planned"))

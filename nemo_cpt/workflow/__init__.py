@@ -73,8 +73,9 @@ def _maker(do: str) -> Callable[..., Step]:
     def make(name: str, /, **parameters: Any) -> Step:
         return Step(name, do, parameters)
 
-    make.__name__, make.__doc__ = do, f"A step that does `{do}`: its name, then the parameters of that."
-    return make
+    make.__name__ = make.__qualname__ = do
+    make.__doc__ = f"A step that does `{do}`: its name, then the parameters of that."
+    return checked(make)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,13 +1,15 @@
 """What differs between the records of two workflows, or of one at two times."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from nemo_cpt.errors import CptError
+from nemo_cpt.output import size_of
 from nemo_cpt.workflow.files import ENDINGS, load
-from nemo_cpt.workflow.outputs import content
+from nemo_cpt.workflow.outputs import content, size
 from nemo_cpt.workflow.state import RECORD, State
 
 COLUMNS = ("step", "what", "one", "other")
@@ -58,12 +60,32 @@ def _of_step(name: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> Ite
         yield from _rows(name, "" if kind == "parameters" else "version of ", *(each[kind] for each in both))
     for kind in ("inputs", "outputs"):
         yield from _rows(name, f"{kind[:-1]} ", *(_contents(each[kind]) for each in both))
-    yield from _rows(name, "result: ", *(each["result"] for each in both))
+    yield from _rows(name, "result: ", *(dict(_figures(each["result"])) for each in both))
     yield from _rows(name, "", *({"seconds": each["seconds"]} for each in both))
 
 
 def _contents(looked_at: Mapping[str, Any]) -> dict[str, str]:
-    return {f"{path}: {name}": hash_ for path, files in looked_at.items() for name, hash_ in content(files).items()}
+    return {path: _content(files) for path, files in looked_at.items()}
+
+
+def _content(files: Mapping[str, Mapping[str, Any]]) -> str:
+    """What lies behind a path in a few words: a checkpoint has dozens of files, some of random names."""
+    hashes = content(files)
+    if len(hashes) == 1:
+        return next(iter(hashes.values()))
+    digest = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+    return f"{len(hashes)} files, {size_of(size(files))}, {digest[:12]}"
+
+
+def _figures(result: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What a step returned; of a table of figures each row by its words."""
+    for name, value in result.items():
+        if isinstance(value, list) and value and all(isinstance(row, list) for row in value):
+            for row in value:
+                words = [each for each in row if isinstance(each, str)]
+                yield ", ".join([name, *words]), [each for each in row if not isinstance(each, str)]
+        else:
+            yield name, value
 
 
 def _rows(

@@ -5,14 +5,20 @@ The note says why.
 """
 
 import contextlib
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from nemo_cpt.cache import cache_folder
 from nemo_cpt.catalog.workloads import workload
+from nemo_cpt.checkpoint.context import HF_FOLDER
+from nemo_cpt.checkpoint.untrained import shape_fields
 from nemo_cpt.cleaning.language import Language
 from nemo_cpt.cleaning.rules import chosen_rules
+from nemo_cpt.corpus.atomic_files import make_folder, write_whole
 from nemo_cpt.corpus.preparing.workers import count_processes
 from nemo_cpt.corpus.reading.chunks import Feed
 from nemo_cpt.corpus.reading.sources import list_sources
@@ -21,6 +27,7 @@ from nemo_cpt.doctor.examination import from_error
 from nemo_cpt.doctor.inputs import base_architecture, run_folder
 from nemo_cpt.errors import CptError
 from nemo_cpt.launching.description import describe
+from nemo_cpt.page import as_json
 from nemo_cpt.planning import memory
 from nemo_cpt.planning.checkpoint_size import checkpoint_bytes, export_bytes, parameters
 from nemo_cpt.planning.plans import plan_workload
@@ -191,6 +198,8 @@ class Estimates:
             self.findings.append((step.name, from_error("recipe", error)))
             return Estimate(note=NO_BASE_YET)
         self._preflight(standing, job)
+        if shape := self._shape_to_come(job.base):
+            job, arguments = replace(job, base=shape), {**arguments, "base": shape}
         if not job.gpus_per_node:
             return _on_disk(job, "on the CPU, whose pace is not known")
         if not plan:
@@ -209,6 +218,31 @@ class Estimates:
         seconds, model = planned.speed.hours(tokens) * 3600, planned.workload.parameters * 2  # in bf16
         written = job.checkpoints * memory.checkpoint_bytes(planned.workload) + job.exports * model
         return Estimate(seconds, planned.peak_gib, written, note, model)
+
+    def _shape_to_come(self, base: str | None) -> str | None:
+        """A folder with the config.json of a base that a step will make from random weights; None for others."""
+        init = self._maker("init", base) if base and not Path(base).exists() else None
+        trained = self._maker("tokenizer", str(init.parameters.get("tokenizer"))) if init else None
+        if init is None or trained is None:
+            return None
+
+        def value(step: Step, name: str) -> Any:
+            return value_of(step.function, name, step.parameters)
+
+        params, shape, positions = (value(init, name) for name in ("params", "shape", "max_position_embeddings"))
+        multiple = value(trained, "multiple_of")
+        rows = math.ceil(value(trained, "vocabulary_size") / multiple) * multiple
+        # A place that stays the same: plans are kept by where their base is.
+        folder = cache_folder("shapes") / f"{shape}-{params}-{positions}-{rows}"
+        make_folder(folder / HF_FOLDER)
+        write_whole(folder / HF_FOLDER / "config.json", as_json(shape_fields(params, shape, positions, rows)))
+        return str(folder)
+
+    def _maker(self, do: str, path: str) -> Step | None:
+        """The step of a kind that makes what a path names."""
+        steps = (step for step in self.workflow.steps.values() if step.do == do)
+        related = (step for step in steps if any(outputs.related(path, made, step.folder) for made in step.writes))
+        return next(related, None)
 
     def _preflight(self, standing: Standing, job: Job) -> None:
         # What steps before it make is not there yet: files are not looked at then, as of a task that waits for others.

@@ -191,8 +191,8 @@ def other_job(step: Step, record: Record, waits: bool = False) -> str:
         return f"code changed: {step.do}"
     if step.kind.by_version and (was := record.versions.get("nemo_cpt")) != (now := installed_versions(())["nemo_cpt"]):
         return f"version: {was}, now {now}"
-    name = "" if waits else _other_input(step, record, [path for path in step.reads if path in record.inputs])
-    return f"input changed: {name}" if name else ""
+    other = "" if waits else _other_input(step, record, [path for path in step.reads if path in record.inputs])
+    return f"input changed: {other}" if other else ""
 
 
 def goes_on(found: Standing) -> bool:
@@ -209,10 +209,10 @@ def goes_on(found: Standing) -> bool:
 
 
 def _other_input(step: Step, record: Record, paths: Sequence[str]) -> str:
-    """The first file among paths that a step reads that is not as its record has it."""
+    """The first of the paths that a step reads that is not as its record has it."""
     for path in paths:
-        if name := outputs.changed(_known(record, path), outputs.look(_full(step, path), _known(record, path))):
-            return name
+        if outputs.changed(_known(record, path), outputs.look(_full(step, path), _known(record, path))):
+            return path  # and not the file: of a checkpoint that would be one of random name
     return ""
 
 

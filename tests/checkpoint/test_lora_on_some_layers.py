@@ -159,7 +159,9 @@ def test_the_base_of_adapters_is_found_wherever_the_project_is(
     lora = moved / "runs/lora/checkpoints/steps=4"
     (lora / "weights/adapter_metadata.json").write_text(json.dumps({"model_ckpt_path": recorded}))
     assert recorded_base(lora) == moved / "runs/full/checkpoints/steps=4"
-    shutil.rmtree(moved / "runs/full")
+    (moved / "runs/full").rename(moved / "runs/full.1")
+    assert recorded_base(lora) == moved / "runs/full.1/checkpoints/steps=4"
+    shutil.rmtree(moved / "runs/full.1")
     assert recorded_base(lora) in (None, Path("runs/full/checkpoints/steps=4"))  # which an export refuses
     with pytest.raises(CptError, match=r"its base is gone|is not what the adapters"):
         export_hf(lora, tmp_path / "out")

@@ -145,6 +145,10 @@ def test_the_field_with_the_text_is_named(tmp_path: Path) -> None:
     done = nemo_cpt("split", "a.jsonl", "--output", "out", "--validation", "0.1", cwd=tmp_path)
     assert done.returncode == 2
     assert "it has 'id', 'content', 'the title'; --json-key content takes its longest text" in done.stderr
+    for conversation, key in (({"messages": []}, "messages"), ({"instruction": "a", "output": "b"}, "instruction")):
+        (tmp_path / "a.jsonl").write_text(json.dumps(conversation) + "\n")
+        done = nemo_cpt("split", "a.jsonl", "--output", "out", "--validation", "0.1", cwd=tmp_path)
+        assert f"prepare takes it with --template, split with --json-key {key})" in done.stderr
 
 
 def test_help_and_version() -> None:
@@ -289,3 +293,18 @@ def test_figures_are_shown_as_people_read_them() -> None:
     assert {value: shown(value) for value in fields} == fields
     assert shown(0.0) == "0.0"  # a difference of logits
     assert [span(seconds) for seconds in (45.5, 3600, 17_280, 17_280_000)] == ["46 s", "60 min", "4.8 h", "4,800.0 h"]
+
+
+def test_a_terminal_too_narrow_for_a_table_loses_no_value() -> None:
+    row = ("steps=300-val_loss=1.2345", "300", "ja 1.2345, en 2.3456", "whole")
+    columns = ("checkpoint", "step", "validation loss, nats", "state")
+    printing = f"from nemo_cpt.cli.tables import print_table; print_table({columns}, [{row}])"
+    for width, rules in ((100, True), (40, False)):
+        ours, its = os.openpty()
+        environ = os.environ | {"COLUMNS": str(width), "TERM": "xterm"}
+        assert subprocess.run([sys.executable, "-c", printing], stdout=its, env=environ).returncode == 0
+        os.close(its)
+        printed = os.read(ours, 65536).decode()
+        os.close(ours)
+        assert ("━" in printed) == rules
+        assert all(cell in printed for cell in row)

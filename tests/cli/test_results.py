@@ -69,6 +69,8 @@ def test_a_run_is_running_while_a_job_holds_it_and_finished_at_max_steps(world: 
     newest = folder / "checkpoints/steps=8-val_loss=4.5000/run.json"
     newest.write_text(newest.read_text().replace('"max_steps": 10', '"max_steps": 8'))
     assert results.Run(folder).state == "finished"
+    (folder / "metrics/run.json").write_text('{"max_steps": 20}')  # it was started again, to train on
+    assert (results.Run(folder).state, results.Run(folder).max_steps) == ("stopped", 20)
 
 
 def test_checkpoints_of_a_run_are_listed(world: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nemo_cpt.conversations import open_conversations, prepare
+from nemo_cpt.conversations import inspect_conversations, open_conversations, prepare
 from nemo_cpt.corpus import read_manifest
 from nemo_cpt.errors import CptError
 from tests.conversations.helpers import pairs, same_sets, turns, write_lines
@@ -250,6 +250,7 @@ class TestNothingStale:
 def test_training_on_everything_is_warned_about(tmp_path: Path, small: Path) -> None:
     report = make(as_plain(tmp_path, pairs(5)), tmp_path, small, train_on="all")
     assert report.trained == report.tokens
+    assert report.answers == inspect_conversations(report.prefix).answers == 5  # not what lies between them, too
     assert "100.0 % of the tokens are trained on: the questions seem to be among them" in report.warnings[0]
 
 

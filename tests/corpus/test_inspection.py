@@ -25,6 +25,8 @@ def test_numbers_and_samples(dataset: Path, small: Path, texts: list[str]) -> No
     assert (report.vocabulary_size, report.dtype, report.empty, report.warnings) == (600, "uint16", 0, [])
     for sample in report.samples:  # a cut after 64 tokens may end within a character
         assert texts[sample["document"]].startswith(sample["text"].removesuffix("<eos>").rstrip("\ufffd"))
+    assert "probes" in report.manifest
+    assert "probes" not in repr(report)
 
 
 def test_another_tokenizer_is_noticed(dataset: Path, llama3: Path, tmp_path: Path, jsonl: Path, small: Path) -> None:

@@ -55,6 +55,30 @@ def test_lines_keep_their_other_fields(tmp_path: Path, documents: list[str]) -> 
     assert sorted(lines) == sorted(source.read_bytes().splitlines())
 
 
+def test_conversations_are_told_apart_by_what_was_asked(tmp_path: Path, documents: list[str]) -> None:
+    """In OpenAI's form, ShareGPT's, and with a message of parts; the system's words and the answers tell nothing."""
+    held_out = []
+    for key, role, user, content in (
+        ("messages", "role", "user", "content"),
+        ("conversations", "from", "human", "value"),
+    ):
+        turns = [
+            [{role: "system", content: "S" * 300}, {role: user, content: text}, {role: "assistant", content: key}]
+            for text in documents[:200]
+        ]
+        turns[7][1][content] = [{"type": "text", "text": documents[7]}]
+        chats = tmp_path / f"{key}.jsonl"
+        chats.write_text("".join(json.dumps({key: each, "id": at}) + "\n" for at, each in enumerate(turns)))
+        report = split(chats, tmp_path / key, validation=0.1, json_key=key, drop="near", quiet=True)
+        assert (report.exact, report.near, sum(report.documents.values())) == (0, 0, 200)
+        lines = Path(report.files["validation"]).read_text().splitlines()
+        held_out.append([json.loads(line)["id"] for line in lines])
+    assert held_out[0] == held_out[1]
+    (tmp_path / "answers.jsonl").write_text('{"messages": [{"role": "assistant", "content": "a"}]}\n')
+    with pytest.raises(CptError, match="'messages' is a list without a message of a user's"):
+        split(tmp_path / "answers.jsonl", tmp_path / "none", validation=0.1, json_key="messages", quiet=True)
+
+
 def test_rows_keep_their_other_columns(tmp_path: Path, documents: list[str]) -> None:
     day = datetime.date(2026, 11, 27)
     rows = [{"id": at, "text": text, "seen": day, "meta": {"tags": ["a", None]}} for at, text in enumerate(documents)]

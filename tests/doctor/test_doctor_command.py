@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 
 from nemo_cpt import catalog
+from nemo_cpt.conversations import Conversations
+from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
 from nemo_cpt.launching.description import describe, place
+from nemo_cpt.launching.dry_run import how_much
 from tests.support.cost import within_cpu_seconds
 
 SECRET = "planted0123456789abcdef0123456789abcdef0"
@@ -268,6 +271,18 @@ def test_warnings_are_printed_and_go_on(world, tmp_path):
     assert rows["trains on"] == f"{tmp_path}/bare 100 %"
     assert rows["steps"] == "1 of 16 x 128 tokens, 2,048 tokens in all"
     assert rows["run folder"] == f"{world}/runs/tiny_cpt (a new run)"
+
+
+def test_a_dry_run_says_what_weights_come_to(world):
+    ja, en = str(world / "ds/ja"), str(world / "ds/en")
+    tokens = Blend({ja: 1.0, en: 1.0}).tokens().values()
+    by_tokens = Blend({ja: 1.0, en: 1.0}, weighting="tokens")
+    assert list(how_much(by_tokens)) == [
+        (prefix, f"{100 * each / sum(tokens):.0f} %") for prefix, each in zip((ja, en), tokens, strict=True)
+    ]
+    assert list(how_much(Blend({ja: 3.0, "elsewhere": 1.0}))) == [(ja, "75 %"), ("elsewhere", "25 %")]
+    assert list(how_much(Blend({"elsewhere": 2.0}, weighting="tokens"))) == [("elsewhere", "2 x its tokens")]
+    assert list(how_much(Conversations({"a": 2.0, "b": 1.0}))) == [("a", "2 x an epoch"), ("b", "1 x an epoch")]
 
 
 def test_a_dry_run_of_what_is_refused_says_so(world, tmp_path):

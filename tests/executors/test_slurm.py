@@ -199,7 +199,6 @@ def test_what_the_user_must_change_is_not_tried_again(slurm_here, project):
         ({"partition": "nope"}, "invalid partition specified: nope"),
         ({"gpus_per_node": 8}, "Requested node configuration is not available"),
         ({"nodes": 5, "tasks_per_node": 1}, "more nodes, tasks, GPUs or memory than there are"),
-        ({"tasks_per_node": 1, "mem": "plenty"}, "(?i)invalid --mem"),
     ],
 )
 def test_slurms_own_words_and_no_job_left_behind(slurm_here, project, arguments, says, tmp_path, monkeypatch):

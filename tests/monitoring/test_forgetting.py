@@ -137,6 +137,8 @@ def test_a_last_loss_that_is_not_finite_is_not_hidden_behind_the_one_before() ->
     found = changes(lines, max_steps=1000)["en"]
     assert (found.step, math.isnan(found.value), found.at_end) == (150, True, None)
     assert (found.worse, found.better) == (False, False)
+    assert math.isnan(changes([lines[0], lines[3]])["en"].percent)  # the first validation after that of step 0
+    assert changes([lines[3]]) == {}
 
 
 def test_what_is_compared_with_a_later_validation_says_so() -> None:

@@ -19,7 +19,9 @@ from nemo_cpt.training.run_folder import (
     DUE,
     EXPORTED,
     EXPORTS,
+    STARTS,
     Checkpoint,
+    based_on,
     checkpoints,
     damaged_since,
     finished,
@@ -146,6 +148,15 @@ def test_a_checkpoint_that_adapters_were_trained_on_is_not_thinned(folder: Path,
     assert f"{base.name} is kept beyond save_top_k: it is the base of {lora.parents[1]}" in capsys.readouterr().out
 
 
+def test_nor_one_that_adapters_are_trained_on_that_are_not_saved_yet(folder: Path) -> None:
+    base, starts = of_step(folder, 3), folder.parents[1] / "lora" / STARTS
+    starts.parent.mkdir(parents=True)
+    for peft, user in (("LoRA", starts.parents[1]), (None, None)):  # who trains every weight has read its base
+        with starts.open("a") as file:
+            file.write(json.dumps({"base": str(base), "settings": {"adapters": {"peft": peft}}}) + "\n")
+        assert based_on(base, folder.parents[1]) == user
+
+
 def test_a_resumed_run_keeps_the_newest_although_it_is_the_worst(folder: Path) -> None:
     newest = of_step(folder, 8)
     newest.rename(newest.with_name("steps=8-val_loss=9.5000"))
@@ -171,6 +182,7 @@ def test_a_run_that_owes_an_export_is_not_finished(folder: Path) -> None:
     assert finished(folder, 8) is None
     link.rename(link.with_name(f"{DUE}8"))
     assert finished(folder, 8) is None
+    assert finished(folder, 8, exporting=False)  # a start without export_every makes none
     link.with_name(f"{DUE}8").rename(link.with_name("step-8"))
     assert "has step 8 of max_steps 8" in finished(folder, 8)
 
@@ -181,6 +193,11 @@ def test_a_finished_run_hears_of_a_misspelt_field(folder: Path, world: Path, ble
     said = nothing_to_train("tiny.continual_pretrain", given, ["trainer.log_every_n_steps=5"])
     assert said.endswith(
         "give a larger max_steps, and extend=rewarm, stretch or keep: what becomes of the learning rate"
+    )
+    # It made none, and a finished run makes none.
+    exported = nothing_to_train("tiny.continual_pretrain", given | {"save_every": 3, "export_every": 3}, [])
+    assert exported.endswith(
+        "it exported nothing while it trained: `nemo-cpt export` makes its checkpoints' exports now"
     )
     with pytest.raises(CptError, match=r"optim.config.lrr: OptimizerConfig has no field lrr; near: lr"):
         nothing_to_train("tiny.continual_pretrain", given, ["optim.config.lrr=1"])

@@ -188,6 +188,18 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(changes: dict, message: st
     assert not list(tmp_path.iterdir())
 
 
+def test_a_line_without_a_text_is_told_without_an_option_that_there_is_not(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "ja.jsonl").write_text('{"text": "京都"}\n{"text": \n')
+    with pytest.raises(CptError, match=r"line 2, .* Mend it\.$"):
+        grow(str(base), str(tmp_path / "ja.jsonl"), tmp_path / "t", tokens=50)
+
+
+def test_an_output_that_cannot_be_made_is_refused_before_anything_is_read(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CptError, match=f"nothing can be written into {tmp_path / 'file'}"):
+        grow(str(base), "nowhere.jsonl", tmp_path / "file" / "a" / "t", tokens=50)
+
+
 def test_an_output_that_exists_is_left_alone(base: Path, tmp_path: Path) -> None:
     (tmp_path / "t").mkdir()
     with pytest.raises(CptError, match="exists already"):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_cpt.checkpoint import import_hf
 from nemo_cpt.corpus.tokenization.tokenizer import load_tokenizer
 from nemo_cpt.errors import CptError
 from nemo_cpt.vocabulary import worth
@@ -15,7 +16,8 @@ MODEL = {"tokens": 1e9, "parameters": 10_000_000, "hidden_size": 100}
 
 
 def _tokens(folder: Path) -> int:
-    return len(load_tokenizer(str(folder)).reference_encoder().encode(texts("ja"))[0])
+    """Of a training: with the token at each document's end, which no growth saves."""
+    return len(load_tokenizer(str(folder)).reference_encoder().encode(texts("ja"))[0]) + len(texts("ja"))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -37,6 +39,15 @@ def test_rows_that_a_short_training_hardly_sees(base: Path, grown: Path) -> None
     shares = [worth(str(base), str(grown), JA, tied=True, **MODEL | {"tokens": each}).seldom for each in (1e3, 1e12)]
     assert shares[0] == 1.0
     assert shares[1] < 0.5  # tokens that are only parts of others do not stand in the text
+
+
+def test_spare_rows_of_the_model_cost_nothing(base: Path, grown: Path) -> None:
+    sizes = [load_tokenizer(str(each)).vocabulary_size for each in (base, grown)]
+    spare = worth(str(base), str(grown), JA, tied=False, model_rows=sizes[0] + 200, **MODEL)
+    assert (spare.new_tokens, spare.new_rows) == (sizes[1] - sizes[0], sizes[1] - sizes[0] - 200)
+    enough = worth(str(base), str(grown), JA, tied=False, model_rows=sizes[1] + 1, **MODEL)
+    assert (enough.new_rows, enough.new_parameters, enough.dearer_token, enough.training_gib) == (0, 0, 0, 0)
+    assert enough.compute_saved == enough.tokens_saved
 
 
 def test_what_cannot_be_said(base: Path, grown: Path, tmp_path: Path) -> None:
@@ -61,3 +72,10 @@ def test_the_command(base: Path, grown: Path, tmp_path: Path) -> None:
     assert "break-even" in CliRunner().invoke(app, arguments).stdout
     found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
     assert found["new_parameters"] == 2 * 48 * found["new_rows"]
+    import_hf(model, tmp_path / "nemo")
+    arguments[2] = str(tmp_path / "nemo")
+    assert json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout) == found
+    arguments[4] = str(CORPUS / "en.jsonl")
+    said = CliRunner().invoke(app, arguments).stdout
+    assert "none: on such text nothing is saved" in said
+    assert "% more in all" in said

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from nemo_cpt.checkpoint import make_untrained
 from nemo_cpt.planning import Workload
+from nemo_cpt.vocabulary import train
 from nemo_cpt.workflow import Chosen, Step, Workflow, clean, estimates, split
 from nemo_cpt.workflow.dry_run import UNKNOWN, dry_run
 from nemo_cpt.workflow.kinds import KINDS
@@ -94,3 +96,21 @@ def test_a_base_that_a_step_makes_is_no_fault_of_the_plan(tmp_path: Path) -> Non
     found = dry_run(Workflow("w", steps, tmp_path), Chosen())
     assert found.estimates[-1].note == "not known before its base is there"
     assert not [finding for _, finding in found.findings if finding.name == "plan"]
+
+
+def test_a_model_of_random_weights_is_known_before_it_and_its_tokenizer_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    corpus(tmp_path)
+    steps = [
+        Step("words", "tokenizer", {"corpora": "en.jsonl", "output": "words", "vocabulary_size": 300}),
+        Step("data", "prepare", {"inputs": "en.jsonl", "output_prefix": "ds", "tokenizer": "words"}),
+        Step("init", "init", {"dest": "random", "tokenizer": "words", "params": "tiny"}),
+        Step("train", "train", {"recipe": "tiny.continual_pretrain", "model": "base", "base": "random",
+                                "data": {"train": {"ds": 1.0}}}),
+    ]  # fmt: skip
+    estimate = dry_run(Workflow("w", steps, tmp_path), Chosen()).estimates[-1]
+    train(str(tmp_path / "en.jsonl"), tmp_path / "words", vocabulary_size=300)
+    made = make_untrained(tmp_path / "random", tmp_path / "words", "tiny")
+    assert estimate.model_bytes == 4 * made.parameters  # on a CPU in fp32

@@ -291,12 +291,27 @@ def test_two_runs_are_compared(folder: Path, tmp_path: Path) -> None:
     assert ("two", "word", '"+"', '"*"') in rows
     changed = {(step, what) for step, what, *_ in rows if what != "seconds"}
     assert {step for step, _ in changed} == {"two", "four"}
-    assert ("four", "input out/two.txt: two.txt") in changed
+    assert ("four", "input out/two.txt") in changed
     assert compare(folder / "w.yaml", folder / "light.workflow") == []
     (folder / "broken.json").write_text("{}")
     for path, said in ((folder / "none", "cannot be read"), (folder / "broken.json", "it has no steps")):
         with pytest.raises(CptError, match=said):
             compare(path, folder / "w.yaml")
+
+
+def test_a_folder_of_many_files_is_one_row_and_a_table_of_figures_one_a_row(tmp_path: Path) -> None:
+    for number in range(2):
+        made = {f"run/context/{number}{name}": {"size": 500, "mtime_ns": 1, "hash": str(name)} for name in range(40)}
+        step = {
+            "do": "train", "state": "done", "code": "", "seed": 1, "parameters": {}, "versions": {}, "inputs": {},
+            "outputs": {"results/run": made}, "seconds": 1.0,
+            "result": {"rows": [["ja", "bits per byte", 2.0, 1.5 + number], ["en", "bits per byte", 1.0, 1.0]]},
+        }  # fmt: skip
+        (tmp_path / f"{number}.json").write_text(json.dumps({"versions": {}, "steps": {"train": step}}))
+    made_rows, figures = compare(tmp_path / "0.json", tmp_path / "1.json")
+    assert made_rows[:2] == ("train", "output results/run")
+    assert [each.startswith('"40 files, 20.0 kB, ') for each in made_rows[2:]] == [True, True]
+    assert figures == ("train", "result: rows, ja, bits per byte", "[2.0, 1.5]", "[2.0, 2.5]")
 
 
 def test_links_lead_to_paths_of_any_name() -> None:

@@ -142,6 +142,7 @@ class Blend:
         self.check_form()
         return {full_prefix(prefix): read_index(prefix).tokens for prefix in self.train}
 
+    @checked
     def epochs(self, train_tokens: float) -> dict[str, float]:
         """Return how often a training on so many tokens in all sees each set, by its full prefix.
 
@@ -151,6 +152,7 @@ class Blend:
         tokens = self.tokens()
         return {prefix: train_tokens * share / tokens[prefix] for prefix, share in self.shares().items()}
 
+    @checked
     def steps(self, global_batch_size: int, seq_length: int) -> int:
         """Return the steps after which the first training set has been seen once: no set is repeated before.
 
@@ -178,6 +180,7 @@ class Blend:
             )
         return steps
 
+    @checked
     def report(self, global_batch_size: int, seq_length: int, steps: int | None = None) -> "BlendReport":
         """Return tokens, shares, epochs and steps of a training with this blend.
 

@@ -48,7 +48,7 @@ class Inspection:
     vocabulary_size: int | None
     end: dict[str, Any]
     samples: list[dict[str, Any]]
-    manifest: dict[str, Any] = field(default_factory=dict)
+    manifest: dict[str, Any] = field(default_factory=dict, repr=False)  # a session shows what is returned
     warnings: list[str] = field(default_factory=list)
 
 

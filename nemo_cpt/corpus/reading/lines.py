@@ -11,6 +11,11 @@ import orjson
 
 from nemo_cpt.corpus.reading.formats import BOM
 
+# The fields that conversations are recognised by; `nemo_cpt.conversations.forms` reads them.
+MESSAGES = ("messages", "conversations")
+ASKED = (*MESSAGES, "instruction", "query", "question", "prompt", "input")
+ANSWERED = frozenset(("output", "response", "answer", "completion"))
+
 Take = Callable[[Any], Any]  # turns a line's value, or a row's, into what is wanted of it, or raises UnusableError
 
 
@@ -150,10 +155,7 @@ class TextUnder:
             raise UnusableError("not_an_object", detail)
         if self.key not in value:
             have = ", ".join(map(repr, list(value)[:8])) or "none"
-            texts = {name: len(text) for name, text in value.items() if isinstance(text, str)}
-            likely = max(texts, key=texts.__getitem__, default="")
-            advice = f"; --json-key {shlex.quote(likely)} takes its longest text" if likely else ""
-            raise UnusableError("missing_key", f"no key {self.key!r}; it has {have}{advice}")
+            raise UnusableError("missing_key", f"no key {self.key!r}; it has {have}{_advice(value)}")
         return self.of_column(value[self.key])
 
     def of_column(self, text: Any) -> str:
@@ -163,6 +165,16 @@ class TextUnder:
             what = "null" if text is None else f"a {type(text).__name__}"
             raise UnusableError("not_a_string", f"{self.key!r} is {what}, not a string")
         return text
+
+
+def _advice(value: dict[str, Any]) -> str:
+    """Which field may be meant; of a conversation, how conversations are given."""
+    asked = next((name for name in ASKED if name in value), "")
+    if asked in MESSAGES or (asked and not ANSWERED.isdisjoint(value)):
+        return f" (a conversation: prepare takes it with --template, split with --json-key {asked})"
+    texts = {name: len(text) for name, text in value.items() if isinstance(text, str)}
+    likely = max(texts, key=texts.__getitem__, default="")
+    return f"; --json-key {shlex.quote(likely)} takes its longest text" if likely else ""
 
 
 def refuse_surrogates(text: str, name: str) -> None:

@@ -4,12 +4,12 @@ import datetime
 import decimal
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from nemo_cpt.corpus.reading.chunks import Task, lines_of
 from nemo_cpt.corpus.reading.formats import BOM
-from nemo_cpt.corpus.reading.lines import Reading, TextUnder, UnusableError, parse_lines, parse_rows, refuse_surrogates
+from nemo_cpt.corpus.reading.lines import Reading, UnusableError, parse_lines, parse_rows, refuse_surrogates
 
 
 class Record(NamedTuple):
@@ -26,25 +26,26 @@ class Record(NamedTuple):
     value: dict[str, Any]
 
 
-def read_records(task: Task, json_key: str, reading: Reading) -> Iterator[Record]:
+def read_records(task: Task, text_of: Callable[[Any], str], reading: Reading) -> Iterator[Record]:
     """Yield a task's documents; the task is of a feed without a key, so that rows have all their columns.
 
     Args:
         task: The task.
-        json_key: The field that holds the text.
+        text_of: The text of an object, such as `TextUnder` a key; raises UnusableError where there is none.
         reading: How the lines were read is added to it; when a document is yielded, its line is the last one counted.
 
     Raises:
         CptError: The file changed since the task was made.
     """
-    text_of = TextUnder(json_key)
 
-    def take(value: Any) -> Any:
-        refuse_surrogates(text_of(value), "its text")
-        return value
+    def take(value: Any) -> tuple[str, Any]:
+        text = text_of(value)
+        refuse_surrogates(text, "its text")
+        return text, value
 
     def take_row(row: Any) -> Record:
-        return Record(to_json(take(row)), row[json_key], row)
+        text, _ = take(row)
+        return Record(to_json(row), text, row)
 
     if isinstance(task.data, list):
         for number, row in enumerate(task.data, task.start):
@@ -58,7 +59,7 @@ def read_records(task: Task, json_key: str, reading: Reading) -> Iterator[Record
         found = parse_lines(line, offset, take)
         reading.add(found.reading)
         plain = line.removeprefix(BOM) if offset == 0 else line
-        yield from (Record(plain.strip(), value[json_key], value) for value in found.texts)
+        yield from (Record(plain.strip(), text, value) for text, value in found.texts)
         offset += len(line)
 
 

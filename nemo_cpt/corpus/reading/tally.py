@@ -21,10 +21,12 @@ class Policy:
     Attributes:
         skip: Leave them out instead of stopping at the first.
         max_skipped: The share of them that may be left out.
+        chosen: Whether the user has a choice, and an option for it.
     """
 
     skip: bool
     max_skipped: float
+    chosen: bool = True
 
     @classmethod
     def of(cls, on_error: str, max_skipped: float | None) -> "Policy":
@@ -53,6 +55,9 @@ class Policy:
             return None
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in skipped.items())
         return f"it left out what gives no text ({reasons}), and on_error='stop' leaves out nothing"
+
+
+NO_SKIPPING = Policy(skip=False, max_skipped=0.0, chosen=False)
 
 
 @dataclass
@@ -101,11 +106,9 @@ class Tally:
             # Only of a file's first line: what begins well is of the right format; and what is empty is of none.
             first = self.file_lines + problems[0].line + source.start == 0 and problems[0].reason != "empty_file"
             hint = _hint(source) if first else ""
+            skip = ", or leave such lines out with on_error='skip' (--on-error skip)" if policy.chosen else ""
             line = f"line {self._line(problems[0]) + count_lines(source.path, source.start)}, "
-            raise CptError(
-                f"{task.path}, {line if source.is_range else ''}{sentences[0]}. {hint}"
-                "Mend it, or leave such lines out with on_error='skip' (--on-error skip)."
-            )
+            raise CptError(f"{task.path}, {line if source.is_range else ''}{sentences[0]}. {hint}Mend it{skip}.")
         file_first = self.file_first or next(iter(sentences), "")
         # Nothing is counted before the checks: a refused task must not be in the next checkpoint.
         lines, blank = self.file_lines + reading.lines, self.file_blank + reading.blank

@@ -35,6 +35,7 @@ from nemo_cpt.corpus.reading.sources import (
     list_sources,
 )
 from nemo_cpt.corpus.reading.tally import Policy, Tally
+from nemo_cpt.corpus.splitting.asked import AskedUnder
 from nemo_cpt.corpus.splitting.duplicates import HeldOut, check_similarity, fingerprint, sketch
 from nemo_cpt.errors import CptError
 from nemo_cpt.records import restored
@@ -99,7 +100,8 @@ def split(
         output_folder: Where the files go.
         validation: Share of the documents, or the inputs that already are the validation set.
         test: The same for the test set; 0 for none.
-        json_key: The field that holds the text.
+        json_key: The field that holds the text; of conversations, that of the messages: what was asked in them tells
+            one from another.
         similarity: Jaccard similarity of character 5-grams from which two documents are near duplicates; estimated by
             MinHash, which finds nearly all above it.
         drop: Training documents to leave out: `none`, `exact` duplicates of held-out ones, or `near` ones as well.
@@ -210,7 +212,7 @@ class _Split:
         drop: str,
         policy: Policy,
     ) -> None:
-        self.json_key, self.drop, self.policy = json_key, drop, policy
+        self.text_of, self.drop, self.policy = AskedUnder(json_key), drop, policy
         self.shares, self.given = dict[str, float](), dict[str, list[Source]]()
         for name, value in (("validation", validation), ("test", test)):
             if isinstance(value, int | float):
@@ -373,14 +375,14 @@ class _Split:
         # By path: the same worker serves all the sets that were given.
         name = next(n for n, sources in self.given.items() if any(source.path == task.path for source in sources))
         portion = _Portion()
-        for _, text, _ in read_records(task, self.json_key, portion.reading):
+        for _, text, _ in read_records(task, self.text_of, portion.reading):
             portion.held_out.append(_HeldOutDocument(name, fingerprint(text), sketch(text), b""))
         return portion
 
     def take_held_out(self, task: Task) -> _Portion:
         """Take the documents that the hash holds out."""
         portion = _Portion()
-        for line, text, _ in read_records(task, self.json_key, portion.reading):
+        for line, text, _ in read_records(task, self.text_of, portion.reading):
             name, text_print = self.side(text)
             if name != "train":
                 portion.held_out.append(_HeldOutDocument(name, text_print, sketch(text), line + b"\n"))
@@ -389,7 +391,7 @@ class _Split:
     def take_training(self, task: Task) -> _Portion:
         """Take the other documents and compare them with those held out."""
         portion = _Portion(lines={"train": []})
-        for line, text, _ in read_records(task, self.json_key, portion.reading):
+        for line, text, _ in read_records(task, self.text_of, portion.reading):
             # Computed again rather than remembered: a fingerprint is cheaper than a set of all documents held out.
             if self.side(text)[0] != "train":
                 continue
