@@ -16,7 +16,7 @@ from nemo_cpt.recipes import parts
 from nemo_cpt.training.adapters import adapters_class
 from nemo_cpt.training.grown_rows import GrownRowsFirst
 from nemo_cpt.training.guards import check_belonging
-from nemo_cpt.training.options import check_grown_rows_first
+from nemo_cpt.training.options import check_grown_rows_first, check_state_precision
 from nemo_cpt.training.settings import Settings, check, settings_in
 
 # By Megatron's names: query, key and value are one layer there, gate and up another.
@@ -253,7 +253,7 @@ def with_lora(
     if getattr(recipe.model.config, "position_embedding_type", None) == "learned_absolute":
         raise CptError("adapters on GPT-2's layers cannot be exported: train every parameter, without peft")
     if getattr(recipe.optim.config, "exp_avg_dtype", None) == torch.bfloat16:
-        raise CptError("state_precision=bf16 is for training every parameter: adapters' states are small, in fp32")
+        check_state_precision("bf16", adapters=True)
     rank, adapters = 128 if rank is None else rank, adapters_class(peft_scheme, embeddings_lr is not None)
     recipe.model.config.gradient_accumulation_fusion = False  # the adapters' gradients are small
     return run.Partial(

@@ -137,14 +137,15 @@ def _check_options(given: Mapping[str, Any], data: Any, where: Place) -> None:
         CptError: as the readers.
     """
     training_options.read_precision(given.get("precision") or "bf16", given.get("bf16_layers") or 0)
-    training_options.check_state_precision(given.get("state_precision") or "fp32")
+    adapters = given.get("peft_scheme") is not None
+    training_options.check_state_precision(given.get("state_precision") or "fp32", adapters)
     training_options.check_extend(given.get("extend"))
     check_unlike_base(given.get("unlike_base") or ())
     check(Settings(limit_val_batches=given.get("limit_val_batches")))
     saved = given.get("save_every") or given.get("val_check_interval")
     steps_between = saved if isinstance(saved, int) else None  # of a share of an epoch they are not known here
     training_options.check_exports(given.get("export_every"), given.get("export_keep"), steps_between)
-    if given.get("peft_scheme") is not None:
+    if adapters:
         training_options.check_peft_scheme(given["peft_scheme"])
     if isinstance(data, Blend | Conversations):
         replayed = given["replay"].validation if given.get("replay") else ()

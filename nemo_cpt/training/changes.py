@@ -13,6 +13,9 @@ from nemo_cpt.errors import CptError
 from nemo_cpt.training.run_folder import Checkpoint
 
 FIXED = ("optimizer", "data", "adapters")  # groups of settings that a checkpoint's states belong to
+# Besides, how they are written: of master weights the whole, or what the weights lack of them. Megatron reads the one
+# as the other without a word, and trains on with numbers that are no weights; a finished run reads none.
+READ = (*FIXED, "states")
 _SAMPLE_BYTES = 2**16
 _CONTENT = re.compile(r".*:([0-9a-f]{16})", re.DOTALL)  # as `content_of` writes it
 
@@ -22,7 +25,7 @@ class Change:
     """A setting that is not what it was when the checkpoint was written.
 
     Attributes:
-        group: `schedule`, `optimizer`, `data`, `adapters`, `layout` or `validation`.
+        group: `schedule`, `optimizer`, `data`, `adapters`, `states`, `layout` or `validation`.
         name: of the setting, as in the recipe.
         was: its value in the checkpoint's run.
         now: its value.

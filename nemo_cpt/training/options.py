@@ -135,10 +135,12 @@ def read_precision(precision: str, bf16_layers: int = 0) -> str | None:
     return FP8_SCALING.get(precision)
 
 
-def check_state_precision(state_precision: str) -> None:
-    """Raise CptError where a recipe's `state_precision=` is none of `STATE_PRECISIONS`."""
+def check_state_precision(state_precision: str, adapters: bool = False) -> None:
+    """Raise CptError where a recipe's `state_precision=` is none of `STATE_PRECISIONS`, or bf16 for adapters."""
     if state_precision not in STATE_PRECISIONS:
         raise CptError(f"state_precision={state_precision}: give {' or '.join(STATE_PRECISIONS)}")
+    if adapters and state_precision == "bf16":
+        raise CptError("state_precision=bf16 is for training every parameter: adapters' states are small, in fp32")
 
 
 def check_extend(extend: str | None) -> None:

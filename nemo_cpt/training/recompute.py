@@ -23,14 +23,14 @@ class RecomputeOutputs(pl.Callback):
     """Keeps neither the output of a layer's norms nor that of its MLP's activation until the backward pass.
 
     Both are computed again there from what is kept anyway: for Llama-3.1-8B at 8192 tokens 0.34 of the 1.06 GiB that a
-    layer keeps, for about 1 % of a step (docs/performance.md), where the recomputation of a whole layer saves 1.01 GiB
-    for 0.7 %. Megatron calls this output-discarding recomputation, and has it for its mixtures of experts
-    (`recompute_modules=["moe_act"]`). The results are the same to the last bit. It goes together with layers that are
-    recomputed whole.
+    layer keeps. In all 32 layers that takes 1 to 2 % of a step (docs/performance.md), as much as the recomputation of
+    one or two whole layers, which save 1.01 GiB each. Megatron calls this output-discarding recomputation, and has it
+    for its mixtures of experts (`recompute_modules=["moe_act"]`). The results are the same to the last bit. It goes
+    together with layers that are recomputed whole.
 
     Norms are Transformer Engine's, which norm and multiply in one module; of the layers that a CPU trains, the
     activation alone is computed again. In fp8 Transformer Engine keeps a byte an element of either, and nothing here
-    changes that: `planning.fit` does not propose it there.
+    changes that: `planning.fit` does not propose it there, where it would compute again for nothing.
 
     Raises:
         CptError: at the first step; the model has no MLP of Megatron's, or experts, its steps are captured as CUDA

@@ -16,6 +16,8 @@ from nemo_cpt.training.changes import content_of, same, sets_of
 from nemo_cpt.training.run_folder import resumed_from
 
 _OPTIMIZER = ("optimizer", "adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "clip_grad", "sgd_momentum")
+_MOMENTS = ("exp_avg_dtype", "exp_avg_sq_dtype")  # checkpoints hold them in fp32
+_STATES = ("use_precision_aware_optimizer", "store_param_remainders")
 _DATA = (
     "global_batch_size", "seq_length", "seed", "too_long", "replay_share",
     "reset_position_ids", "reset_attention_mask", "eod_mask_loss",
@@ -68,6 +70,7 @@ def _start(trainer: pl.Trainer) -> dict[str, Any]:
     if trainer not in _known:
         data = trainer.datamodule
         settings = deciding_settings(trainer.lightning_module, data, trainer.max_steps) | {
+            "states": {name: getattr(_optimizer(trainer.lightning_module), name, None) for name in _STATES},
             "layout": _layout(trainer),
             "validation": {
                 "sets": {name: content_of(prefix) for name, prefix in _validation_sets(data).items()},
@@ -156,6 +159,7 @@ def _layout(trainer: pl.Trainer) -> dict[str, Any]:
         **{name: getattr(trainer.strategy, name, None) for name in names},
         "micro_batch_size": getattr(trainer.datamodule, "micro_batch_size", None),
         "precision": str(trainer.precision),
+        **{name: str(getattr(_optimizer(trainer.lightning_module), name, None)) for name in _MOMENTS},
     }
 
 

@@ -17,7 +17,7 @@ from nemo_cpt.checkpoint.weights_digest import base_weights_of
 from nemo_cpt.compatibility import check_resumed
 from nemo_cpt.errors import CptError, exit_with_the_message
 from nemo_cpt.training import run_lock
-from nemo_cpt.training.changes import FIXED, Change, changes, listed
+from nemo_cpt.training.changes import READ, Change, changes, listed
 from nemo_cpt.training.options import EXTENSIONS, check_extend
 from nemo_cpt.training.preconditions import check_base
 from nemo_cpt.training.record import settings_of, validated_otherwise
@@ -137,10 +137,13 @@ class _Resumption(pl.Callback):
 
     def _check(self, checkpoint: Checkpoint, changed: list[Change]) -> None:
         where = f"this run was started otherwise than it is resumed at step {checkpoint.step}"
-        if fixed := [each for each in changed if each.group in FIXED]:
+        if fixed := [each for each in changed if each.group in READ]:
+            why = ""
+            if any(each.group == "states" for each in fixed):
+                why = " (as state_precision=bf16 does, and gpu_memory_gib= where it keeps Adam's states on the host)"
             raise CptError(
-                f"{where}: {listed(fixed)}. Its checkpoints hold the optimizer's state and the position in the data "
-                "that belong to the old values: take these back, or begin a new run (another name) with "
+                f"{where}: {listed(fixed)}{why}. Its checkpoints hold the optimizer's state and the position in the "
+                "data that belong to the old values: take these back, or begin a new run (another name) with "
                 f"base={checkpoint.path}"
             )
         schedule = [each for each in changed if each.group == "schedule"]

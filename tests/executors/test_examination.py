@@ -197,6 +197,7 @@ def test_what_trains_nothing_is_not_examined(project, tmp_path):
             {"replay": Blend(train={"ds/en": 1.0}, validation={"ja": "ds/ja"})},
             "conversations and replay both have a validation set 'ja'",
         ),
+        ("llama31_8b.continual_pretrain_single_gpu", {"state_precision": "bf16"}, "is for training every parameter"),
         ("llama31_8b.continual_pretrain_single_gpu", {"peft_scheme": "ia3"}, "peft_scheme is 'ia3': it can be lora or"),
         (
             "llama31_8b.continual_pretrain_single_gpu",

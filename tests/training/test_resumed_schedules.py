@@ -1,5 +1,6 @@
 """What a resumed run makes of settings that are not those it was started with, and of a base that is gone."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,19 @@ def test_another_schedule_is_refused_unless_one_says_what_becomes_of_it(runs: Ru
     assert all(field in said for field in changes)
     assert "extend=rewarm" in said
     assert runs.differences(name, "whole") == []
+
+
+def test_master_weights_of_another_form_are_refused(runs: Runs) -> None:
+    """Megatron would read the low halves of fp32 numbers, which bf16 states keep of them, as the numbers."""
+    shutil.copytree(runs.folder / "whole", runs.folder / "halves", symlinks=True)
+    for path in {each.resolve() for each in (runs.folder / "halves/checkpoints").glob("*/run.json")}:
+        record = json.loads(path.read_text())
+        assert record["settings"]["states"]["use_precision_aware_optimizer"] is False
+        record["settings"]["states"]["use_precision_aware_optimizer"] = True
+        path.write_text(json.dumps(record))
+    assert runs.start("halves", Setting(), max_steps=MORE, extend="keep") == 2
+    said = runs.log("halves").read_text()
+    assert "use_precision_aware_optimizer True -> False (as state_precision=bf16 does" in said
 
 
 def test_keep_trains_on_at_the_end_of_the_old_schedule(runs: Runs) -> None:
