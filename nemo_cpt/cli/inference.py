@@ -128,6 +128,10 @@ def serve_command(
     ] = None,
     api_key_env: Annotated[str | None, typer.Option(help="Variable of the key that requests must carry.")] = None,
     engine: Annotated[str, typer.Option(help="own, or vllm: start that with the flags that the model needs.")] = "own",
+    container: Annotated[
+        str | None, typer.Option(help="docker or slurm: where --engine vllm runs in its container (Slurm: Pyxis).")
+    ] = None,
+    image: Annotated[str | None, typer.Option(help="The container's image; vllm/vllm-openai:latest.")] = None,
     max_waiting: Annotated[int | None, typer.Option(help="Requests that may wait, others get 429; 256.")] = None,
     batch_tokens: Annotated[
         int | None, typer.Option(help="Tokens of the batch, by which keys and values take memory; 32768.")
@@ -161,7 +165,9 @@ def serve_command(
         # Refused, not passed over: who limits the queue counts on the limit.
         if given := [option for option, value in only_own.items() if value]:
             raise CptError(f"{', '.join(given)}: of this project's own server, not of --engine vllm")
-        return _become_vllm(model, base, name, host, port, chat_template, key)
+        return _become_vllm(model, base, name, host, port, chat_template, key, container, image)
+    if container is not None or image is not None:
+        raise CptError("--container, --image: of --engine vllm, not of this project's own server")
     from nemo_cpt.inference.models import check_model, open_transformers
 
     # Before torch is imported and the model loaded: a port in use, and a path that is no model's, are known at once.
@@ -178,17 +184,24 @@ def serve_command(
 
 
 def _become_vllm(
-    model: str, base: Path | None, name: str, host: str, port: int, chat_template: str | None, key: str | None
-) -> None:
+    model: str, base: Path | None, name: str, host: str, port: int, chat_template: str | None, key: str | None,
+    container: str | None, image: str | None,
+) -> None:  # fmt: skip
     from nemo_cpt.inference.asked_as import reply_warnings
     from nemo_cpt.inference.models import find_model
-    from nemo_cpt.inference.vllm import VllmServer
+    from nemo_cpt.inference.vllm import CONTAINERS, VllmServer
 
+    if container is not None and container not in CONTAINERS:
+        raise CptError(f"--container {container}: give {' or '.join(CONTAINERS)}")
+    if image is not None and container is None:
+        raise CptError("--image: give --container docker or slurm with it")
     folder = find_model(model, base=base, say=print_note).folder
     for warning in reply_warnings(folder) if chat_template is None else ():
         print_note(f"warning: {warning}")
-    server = VllmServer(folder, name, host, port, chat_template, key)
-    print_note(shlex.join(server.command()))
+    server = VllmServer(folder, name, host, port, chat_template, key, container, **_given(image=image))
+    print_note(shlex.join(server.launch()))
+    if container == "slurm" and host in LOCAL_HOSTS:
+        print_note(f"it listens on its node's {host} alone: --host 0.0.0.0 and --api-key-env let other machines in")
     server.start()
 
 

@@ -16,6 +16,7 @@ from nemo_cpt.errors import CptError
 from nemo_cpt.inference.asked_as import template_text
 
 IMAGE = "vllm/vllm-openai:latest"
+CONTAINERS = {"docker": "Docker", "slurm": "Slurm with Pyxis"}
 # The key goes by the environment, which other users cannot read; nothing is asked of the hub or sent to vLLM's makers.
 KEY_VARIABLE = "VLLM_API_KEY"
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -32,6 +33,8 @@ class VllmServer:
         port: port to listen on.
         template: a chat template in place of the model's own, a name or a Jinja file.
         api_key: what requests must carry.
+        container: "docker" or "slurm": where vLLM's image runs; None for the program on PATH.
+        image: vLLM's.
     """
 
     folder: Path
@@ -40,6 +43,8 @@ class VllmServer:
     port: int
     template: str | None = None
     api_key: str | None = None
+    container: str | None = None
+    image: str = IMAGE
 
     def command(self) -> list[str]:
         """The command line; its flags are those of https://docs.vllm.ai/en/v0.8.5/serving/engine_args.html."""
@@ -77,12 +82,12 @@ class VllmServer:
             words += ["--env", name]
         # In the container it listens on all addresses; --publish says which of this machine's lead there.
         inside = [word if word != self.host else "0.0.0.0" for word in self.command()[1:]]
-        return [*words, "--entrypoint", "vllm", IMAGE, *inside]
+        return [*words, "--entrypoint", "vllm", self.image, *inside]
 
     def on_slurm(self) -> list[str]:
         """The command line for Slurm with Pyxis."""
         mounts = ",".join(f"{source}:{source}:ro" for source in self._mounts())
-        image = ["--container-image", IMAGE, "--container-mounts", mounts]
+        image = ["--container-image", self.image, "--container-mounts", mounts]
         return ["srun", "--nodes=1", "--ntasks=1", "--gpus-per-node=1", *image, *self.command()]
 
     def _mounts(self) -> list[Path]:
@@ -97,18 +102,26 @@ class VllmServer:
         key = {KEY_VARIABLE: self.api_key} if self.api_key else {}
         return os.environ | ENVIRONMENT | key
 
+    def launch(self) -> list[str]:
+        """The command line that starts it: vLLM's own, or the container's."""
+        return {None: self.command, "docker": self.in_docker, "slurm": self.on_slurm}[self.container]()
+
     def start(self) -> None:
-        """Become vLLM: this process goes on as it.
+        """Become vLLM, or what runs its container: this process goes on as it.
 
         Raises:
-            CptError: it is not installed; the message says how it is, and how it is started in a container.
+            CptError: the program is not here; of vLLM itself the message says how it is installed, and how it is
+                started in a container.
         """
-        if (program := shutil.which("vllm")) is None:
+        words = self.launch()
+        if (program := shutil.which(words[0])) is None:
+            if self.container is not None:
+                raise CptError(f"--container {self.container}: there is no {words[0]} on PATH")
             raise CptError(
                 "--engine vllm: there is no vllm on PATH. It wants an environment of its own:\n"
                 '  python3 -m venv ~/vllm && ~/vllm/bin/pip install vllm && export PATH="$PATH:$HOME/vllm/bin"\n'
-                f"or its container{f', with the key in {KEY_VARIABLE}' if self.api_key else ''}:\n"
+                f"or its container (--container docker){f', with the key in {KEY_VARIABLE}' if self.api_key else ''}:\n"
                 f"  {shlex.join(self.in_docker())}\n"
-                f"or that on Slurm with Pyxis:\n  {shlex.join(self.on_slurm())}"
+                f"or that on Slurm with Pyxis (--container slurm):\n  {shlex.join(self.on_slurm())}"
             )
-        os.execve(program, self.command(), self.environment())
+        os.execve(program, words, self.environment())

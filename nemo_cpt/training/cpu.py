@@ -59,11 +59,14 @@ def on_cpu(recipe: Any, processes: int = 1) -> Any:
         The recipe.
 
     Raises:
-        CptError: it trains in fp8.
+        CptError: it trains in fp8, or with moments in bf16.
     """
     trainer, strategy = recipe.trainer, recipe.trainer.strategy
     if getattr(trainer.plugins, "fp8", None):
         raise CptError("a CPU has no fp8 products: make the recipe with precision=bf16")
+    # Moments: gradients alone are in bf16 where a GPU's memory made them so.
+    if getattr(recipe.optim.config, "exp_avg_dtype", None) == torch.bfloat16:
+        raise CptError("a CPU trains with states in fp32: make the recipe with state_precision=fp32")
     trainer.accelerator, trainer.devices, trainer.num_nodes, trainer.plugins = "cpu", processes, 1, None
     # The class alone: every argument that the recipe or its user set stays.
     fdl.update_callable(strategy, CpuStrategy)

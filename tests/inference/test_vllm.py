@@ -49,6 +49,50 @@ def test_it_becomes_vllm_with_the_flags_of_the_model(make_model: Callable[[str],
     assert "secret-key" not in done.stderr
 
 
+@pytest.mark.parametrize(("container", "program"), [("docker", "docker"), ("slurm", "srun")])
+def test_it_becomes_what_runs_its_container(
+    container: str, program: str, make_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A stand-in for the program: Docker's daemon and Pyxis cannot be had."""
+    stand_in, folder = tmp_path / "bin" / program, make_model("llama")
+    stand_in.parent.mkdir()
+    stand_in.write_text(RECORDER)
+    stand_in.chmod(0o755)
+    environment = os.environ | {"PATH": f"{stand_in.parent}:{os.environ['PATH']}", "TINY_KEY": "secret-key"}
+    words = ["serve", str(folder), "--engine", "vllm", "--container", container, "--image", "vllm/vllm-openai:v0.8.5"]
+    done = subprocess.run(
+        [sys.executable, "-m", "nemo_cpt.cli", *words, "--api-key-env", "TINY_KEY"],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    given, variables = json.loads(done.stdout)
+    server = VllmServer(
+        folder, "llama", "127.0.0.1", 8000, None, "secret-key", container, image="vllm/vllm-openai:v0.8.5"
+    )
+    assert [program, *given] == server.launch()
+    assert "vllm/vllm-openai:v0.8.5" in given
+    assert variables["VLLM_API_KEY"] == "secret-key"
+    assert "secret-key" not in done.stderr
+    assert ("listens on its node's 127.0.0.1 alone" in done.stderr) == (container == "slurm")
+
+
+def test_containers_that_cannot_be_are_refused(
+    make_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    from nemo_cpt.cli import inference  # noqa: F401  registers the commands
+
+    serve = ["serve", str(make_model("llama"))]
+    for words, said in (
+        (["--engine", "vllm", "--container", "podman"], "--container podman: give docker or slurm"),
+        (["--engine", "vllm", "--image", "mine"], "--image: give --container docker or slurm with it"),
+        (["--engine", "vllm", "--container", "docker"], "--container docker: there is no docker on PATH"),
+        (["--container", "docker"], "--container, --image: of --engine vllm"),
+        (["--image", "mine"], "--container, --image: of --engine vllm"),
+    ):
+        assert said in str(CliRunner().invoke(app, [*serve, *words]).exception)
+
+
 def test_where_it_is_not_installed_its_containers_are_told(
     make_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -95,6 +95,8 @@ class TestStatePrecision:
     def test_what_it_cannot_be_is_refused(self) -> None:
         with pytest.raises(CptError, match="state_precision=fp16: give fp32 or bf16"):
             llama31_8b.continual_pretrain(state_precision="fp16")
+        with pytest.raises(CptError, match="a CPU trains with states in fp32"):
+            tiny.continual_pretrain("base", Blend({"ds/ja": 1.0}), state_precision="bf16")
         with pytest.raises(CptError, match="adapters' states are small"):
             llama31_8b.continual_pretrain_single_gpu(state_precision="bf16")
 
