@@ -89,7 +89,7 @@ def wrong(hint: Any) -> Iterator[Any]:
         yield from [] if str in kinds else ["1.5x"]
     if kinds & {Sequence, Collection, Iterable, tuple}:
         yield from [] if Iterable in kinds else [[object()]]  # whose elements are met one by one
-        yield io.StringIO("a\nb")
+        yield from [] if Iterable in kinds else [io.StringIO("a\nb")]  # whose lines are texts to go through
         yield from [] if str in kinds else ["ab"]
 
 
@@ -148,7 +148,8 @@ def test_what_only_looks_otherwise_is_taken(hint: Any, value: Any, made: Any) ->
     ("call", "says"),
     [
         (lambda: prepare(None, "o", "t"), "inputs=None: give a path or a list of paths"),
-        (lambda: prepare({"a"}, "o", "t"), "inputs={'a'}: give a path or a list of paths"),
+        (lambda: prepare({"a"}, "o", "t"),
+         "inputs={'a'}: give a path or a list of paths, and no set, whose order is another one in each process"),
         (lambda: prepare(["a", None], "o", "t"), "inputs[1]=None: give a path"),
         (lambda: prepare("a", "o", "t", workers="4"), "workers='4': give a whole number or None: workers=4"),
         (lambda: prepare("a", "o", "t", worker=4), "corpus.prepare has no parameter worker; near: workers, tokenizer"),

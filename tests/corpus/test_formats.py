@@ -91,8 +91,9 @@ def packed(draw: st.DrawFn, content: bytes) -> tuple[list[bytes], str]:
     if kind == "gzip":
         return [gzip.compress(piece) for piece in pieces], kind
     with_checksum = zstandard.ZstdCompressor(write_checksum=True)
-    frames = [draw(st.sampled_from([SKIPPABLE, b""])) + with_checksum.compress(piece) for piece in pieces]
-    return [*frames, draw(st.sampled_from([b"", SKIPPABLE]))], kind
+    skippable = st.sampled_from([SKIPPABLE, b""])
+    frames = [part for piece in pieces for part in (draw(skippable), with_checksum.compress(piece))]
+    return [*frames, draw(skippable)], kind
 
 
 def unpacked(parts: list[bytes], kind: str) -> bytes:
