@@ -13,6 +13,7 @@ from typing import Any
 from nemo_cpt.demo import report as reporting
 from nemo_cpt.demo.console import bar, console, followed, quietly, say
 from nemo_cpt.errors import CptError
+from nemo_cpt.quiet import quiet_imports
 from nemo_cpt.training.metrics import read_metrics
 
 FOLDER, MARKER = Path("demo"), ".made_by_the_demo"
@@ -29,12 +30,9 @@ def main() -> None:
     # Everything is made here: no look-up on the hub may wait for a network.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a model this small gains nothing from more, and loses on a busy CPU
-    # What the imports say on every machine without a GPU.
-    for message in (
-        "The pynvml package is deprecated",
-        "Transformer Engine and Apex",
-        "Failed to create unified memory",
-    ):
+    quiet_imports()
+    # What they say besides on every machine without a GPU.
+    for message in ("Transformer Engine and Apex", "Failed to create unified memory"):
         warnings.filterwarnings("ignore", message=message)
     _make_folder()
     corpus = _split_corpus()

@@ -11,6 +11,7 @@ from typing import Any
 from nemo_cpt.demo.__main__ import FOLDER
 from nemo_cpt.demo.console import console, followed, quietly, say
 from nemo_cpt.errors import CptError
+from nemo_cpt.quiet import quiet_imports
 from nemo_cpt.training.metrics import read_metrics
 from nemo_cpt.training.run_folder import newest_whole
 
@@ -26,6 +27,7 @@ def main() -> None:
     os.environ.setdefault("NEMORUN_HOME", str(FOLDER.absolute() / "nemo_run"))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    quiet_imports()
     newest = newest_whole(FOLDER / "runs" / "with_replay" / "checkpoints")
     if newest is None or not (FOLDER / "with_replay_hf").is_dir():
         raise CptError(f"there is no finished demo in {FOLDER}: run `make demo` first")
