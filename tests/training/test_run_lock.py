@@ -1,6 +1,7 @@
 """One job in a run's folder, whatever became of the one before, and wherever it ran."""
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -137,7 +138,7 @@ def test_slurm_knows_what_became_of_a_job(
     for name, value in ({"SLURM_CLUSTER_NAME": "c", "SLURM_RESTART_COUNT": "0"} | here).items():
         monkeypatch.setenv(name, value)
     path = owner_elsewhere(folder, slurm=held_by)
-    stamps = iter(time.time() + count for count in range(1000))
+    stamps = (time.time() + count for count in itertools.count())  # subprocess sleeps, too, while it waits
     monkeypatch.setattr(time, "sleep", lambda seconds: beat(path, stamps))
     if free:
         RunLock(folder).acquire()
