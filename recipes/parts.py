@@ -27,6 +27,7 @@ from nemo_cpt.executors.examination import examine_before_launch
 from nemo_cpt.monitoring.alarm import ForgettingAlarm
 from nemo_cpt.monitoring.description import DescribeRun
 from nemo_cpt.monitoring.forgetting import limits
+from nemo_cpt.planning.recipe_writer import keep_gradients
 from nemo_cpt.recipe_models import LIKE_BASE, module_named
 from nemo_cpt.training.adapters import EmbeddingRateOptimizer
 from nemo_cpt.training.callbacks import MetricsFile, Seed, ValidationLossBySet
@@ -298,10 +299,10 @@ def keep_states_in_bf16(recipe: run.Partial) -> None:
     layers of Llama-3.1-8B, 14 % faster than layers cut in two (docs/performance.md). Of a small model the curves stay
     within rounding and chance (`benchmarks/state_precision.py`).
     """
-    recipe.trainer.plugins.grad_reduce_in_fp32 = recipe.trainer.strategy.ddp.grad_reduce_in_fp32 = False
+    keep_gradients(recipe, fp32=False)
     optimizer = recipe.optim.config
     optimizer.use_precision_aware_optimizer = True
-    optimizer.main_grads_dtype = optimizer.exp_avg_dtype = optimizer.exp_avg_sq_dtype = torch.bfloat16
+    optimizer.exp_avg_dtype = optimizer.exp_avg_sq_dtype = torch.bfloat16
 
 
 def with_embeddings_rate(optim: run.Config, embeddings_lr: float) -> run.Config[EmbeddingRateOptimizer]:

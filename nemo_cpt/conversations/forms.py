@@ -5,20 +5,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from nemo_cpt.corpus.reading.lines import UnusableError, refuse_surrogates
+from nemo_cpt.corpus.reading.lines import PAIRS, UnusableError, refuse_surrogates
 from nemo_cpt.errors import CptError
 
 AUTO = "auto"
-# The names that published data sets have; others are named by `form`.
-PAIRS = (
-    ("query", "answer"),
-    ("query", "response"),
-    ("question", "answer"),
-    ("question", "response"),
-    ("prompt", "completion"),
-    ("prompt", "response"),
-    ("input", "output"),
-)
 SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 TOOL_ROLES = ("tool", "function", "ipython", "function_call", "observation")

@@ -16,7 +16,7 @@ from nemo_cpt.errors import CptError
 from nemo_cpt.inference.asked_as import template_text
 
 IMAGE = "vllm/vllm-openai:latest"
-CONTAINERS = {"docker": "Docker", "slurm": "Slurm with Pyxis"}
+CONTAINERS = ("docker", "slurm")
 # The key goes by the environment, which other users cannot read; nothing is asked of the hub or sent to vLLM's makers.
 KEY_VARIABLE = "VLLM_API_KEY"
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}

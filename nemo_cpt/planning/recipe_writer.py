@@ -58,13 +58,22 @@ def _recompute_outputs(trainer: Any, wanted: bool) -> None:
 
 def _states(recipe: Any, work: Workload) -> None:
     """The gradients' dtype, and Adam's states on the host."""
-    import torch
-
-    fp32 = work.grad_bytes == 4
-    recipe.trainer.plugins.grad_reduce_in_fp32 = recipe.trainer.strategy.ddp.grad_reduce_in_fp32 = fp32
-    recipe.optim.config.main_grads_dtype = torch.float32 if fp32 else torch.bfloat16
+    keep_gradients(recipe, fp32=work.grad_bytes == 4)
     if work.host_states:
         keep_states_on_host(recipe, work.host_states)
+
+
+def keep_gradients(recipe: Any, *, fp32: bool) -> None:
+    """Let a recipe keep and reduce gradients in fp32, or in bf16, in all three places that NeMo and Megatron look at.
+
+    Args:
+        recipe: a run.Partial of a full-parameter recipe; changed in place.
+        fp32: whether in fp32.
+    """
+    import torch
+
+    recipe.trainer.plugins.grad_reduce_in_fp32 = recipe.trainer.strategy.ddp.grad_reduce_in_fp32 = fp32
+    recipe.optim.config.main_grads_dtype = torch.float32 if fp32 else torch.bfloat16
 
 
 def keep_states_on_host(recipe: Any, states: Iterable[str] = ADAM_STATES) -> None:

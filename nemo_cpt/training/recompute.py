@@ -197,11 +197,8 @@ def _noted(apply_normalization: Callable[..., Any]) -> Callable[..., Any]:
         result = apply_normalization(inputmat, ln_out, *args)
         norms = getattr(_notes, "norms", None)
         if norms is not None:
-            norms.append((result[0], functools.partial(_again, apply_normalization, inputmat.detach(), args)))
+            source = inputmat.detach()
+            norms.append((result[0], lambda into: apply_normalization(source, into, *args)))
         return result
 
     return apply
-
-
-def _again(apply_normalization: Callable[..., Any], inputmat: torch.Tensor, args: Any, into: torch.Tensor) -> None:
-    apply_normalization(inputmat, into, *args)

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -87,3 +88,24 @@ def _pairs() -> Iterator[dict[str, str]]:
         for sentence in text.replace("\n", " ").split(". ")[:4]:
             if 40 <= len(sentence) <= 160:
                 yield {"query": " ".join(sentence.split()[:3]), "answer": f"{sentence}."}
+
+
+@pytest.fixture(scope="module")
+def megatron(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One gloo process as Megatron's world, on the CPU stack."""
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from nemo_cpt.cpu_stack import cpu_stack
+
+    store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("gloo") / "store"), 1)
+    absent = SimpleNamespace(Linear=type(None), LayerNormLinear=type(None))
+    with cpu_stack(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nemo.collections.llm.peft.lora.te", absent, raising=False)
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(1)
+        yield
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()

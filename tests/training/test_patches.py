@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
-from nemo_cpt.cpu_stack import UNFUSED, cpu_stack
+from nemo_cpt.cpu_stack import UNFUSED
 from nemo_cpt.errors import CptError
 from nemo_cpt.training import patches
 from nemo_cpt.training.gradients import EveryTrainableParameterHasGradient
@@ -23,23 +23,6 @@ RECOMPUTE = {
     "full-block": FULL | {"recompute_method": "block", "recompute_num_layers": 2},
     "full-uniform": FULL | {"recompute_method": "uniform", "recompute_num_layers": 1},
 }
-
-
-@pytest.fixture(scope="module")
-def megatron(tmp_path_factory):
-    """One gloo process as Megatron's world, on the CPU stack."""
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("gloo") / "store"), 1)
-    absent = types.SimpleNamespace(Linear=type(None), LayerNormLinear=type(None))
-    with cpu_stack(), mock.patch("nemo.collections.llm.peft.lora.te", absent):
-        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-        parallel_state.initialize_model_parallel()
-        model_parallel_cuda_manual_seed(1)
-        yield
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from nemo_cpt.cpu_stack import UNFUSED, cpu_stack
+from nemo_cpt.cpu_stack import UNFUSED
 from nemo_cpt.errors import CptError
 from nemo_cpt.planning import Workload, memory
 from nemo_cpt.training import patches
@@ -20,24 +20,6 @@ BLOCK = {"recompute_granularity": "full", "recompute_method": "block", "recomput
 MLP_AGAIN = {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
 UNIFORM = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2}
 GELU = {"gated_linear_unit": False, "activation_func": torch.nn.functional.gelu, "add_bias_linear": True}
-
-
-@pytest.fixture(scope="module")
-def megatron(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One gloo process as Megatron's world, on the CPU stack."""
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("gloo") / "store"), 1)
-    absent = types.SimpleNamespace(Linear=type(None), LayerNormLinear=type(None))
-    with cpu_stack(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nemo.collections.llm.peft.lora.te", absent, raising=False)
-        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-        parallel_state.initialize_model_parallel()
-        model_parallel_cuda_manual_seed(1)
-        yield
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
 
 
 def model_of(peft: str | None = None, **config: Any) -> torch.nn.Module:

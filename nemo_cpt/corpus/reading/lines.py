@@ -12,9 +12,19 @@ import orjson
 from nemo_cpt.corpus.reading.formats import BOM
 
 # The fields that conversations are recognised by; `nemo_cpt.conversations.forms` reads them.
-MESSAGES = ("messages", "conversations")
-ASKED = (*MESSAGES, "instruction", "query", "question", "prompt", "input")
-ANSWERED = frozenset(("output", "response", "answer", "completion"))
+MESSAGES = ("messages", "conversations")  # OpenAI's, and ShareGPT's
+# Questions and answers as published data sets name them; a user names others by `form`.
+PAIRS = (
+    ("query", "answer"),
+    ("query", "response"),
+    ("question", "answer"),
+    ("question", "response"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("input", "output"),
+)
+ASKED = (*MESSAGES, "instruction", *dict.fromkeys(question for question, _ in PAIRS))
+ANSWERED = frozenset(answer for _, answer in PAIRS)
 
 Take = Callable[[Any], Any]  # turns a line's value, or a row's, into what is wanted of it, or raises UnusableError
 
