@@ -101,6 +101,7 @@ def kubernetes(
             namespace=namespace,
             runtime_ref=runtime,
             workdir_pvc=workdir_pvc,
+            # By their places: a volume and its mount have one name.
             volumes=[{"name": f"volume-{index}"} | source for index, source in enumerate(mounted.values())],
             volume_mounts=[{"name": f"volume-{index}", "mountPath": path} for index, path in enumerate(mounted)],
             cpu_requests=cpus,

@@ -75,6 +75,7 @@ def sketch(plains: Sequence[Any], nbytes: Sequence[int]) -> Any:
     rows: Any = np.zeros(len(plains), ROW)
     if not plains:
         return rows
+    # One call for all texts, their shingles one behind the other: a call for each would cost more than its hashing.
     shingles = [_shingles(codes) for codes in plains]
     offsets = np.concatenate(([0], np.cumsum([len(each) for each in shingles]))).tolist()
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(np.concatenate(shingles), offsets, PERMUTATIONS, SEED)

@@ -132,6 +132,7 @@ class ChatTemplate:
 
     def _answer(self, messages: Sequence[dict[str, str]], number: int, full: str) -> tuple[int, int]:
         """Return where an answer begins and ends in the text."""
+        # As a server asks: what it renders ends where the model's answer begins.
         asked = self.render(messages[:number], question=True)
         answered = full if number == len(messages) - 1 else self.render(messages[: number + 1])
         if not answered.startswith(asked) or not full.startswith(answered):

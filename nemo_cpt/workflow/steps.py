@@ -158,6 +158,7 @@ class Step:
         for name, value in self.arguments.items():
             if name in NOT_GIVEN:
                 raise CptError(f"{self.name}: {name} is not for a workflow's step: leave it away")
+            # `**` stands for what a function of the user's takes beside its parameters: any name.
             if name not in known and "**" not in known:
                 raise CptError(f"{self.name}: {self.do} has no parameter {name}; {catalog.nearest(name, known)}")
             if name in known and not _fits(value, known[name].annotation):
