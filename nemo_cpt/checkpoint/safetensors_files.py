@@ -186,6 +186,7 @@ def write_weights(
         folder: where the files go.
         plans: all tensors, in the order in which they shall lie.
         load: gives a tensor by name, in blocks of rows; called once each, in order, so one block is in memory.
+        shard_bytes: the most of a file; a larger tensor has one of its own.
 
     Returns:
         The names of the weights' files.

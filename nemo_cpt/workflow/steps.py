@@ -410,7 +410,10 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, Mapping):
         return {os.fspath(key) if isinstance(key, os.PathLike) else str(key): _plain(each, where)
                 for key, each in value.items()}  # fmt: skip
-    if isinstance(value, Sequence | set | frozenset) and not isinstance(value, bytes):
+    if isinstance(value, set | frozenset):
+        # In another order in each process: by that alone a step would be another job the next time.
+        value = sorted(value, key=str)
+    if isinstance(value, Sequence) and not isinstance(value, bytes):
         return [_plain(each, where) for each in value]
     raise CptError(f"{where} is {value!r}: give text, numbers, paths, steps, or lists and mappings of them")
 
