@@ -314,6 +314,7 @@ class _Bench:
         if not missing:
             return
         keys, places = list(missing), list(missing.values())
+        # All of one repeat (see `_readable`), and so of one seed.
         sampling = self._draw(asks[indices[0]].repeat, attempt)
         prompts = (asks[place[0]].messages for place in places)
         for number, reply in self._judge.generate(prompts, sampling):

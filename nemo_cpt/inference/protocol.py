@@ -220,8 +220,8 @@ class NemoRequest(_Body):
 
     def sampling(self) -> list[Sampling]:
         """How the reply to each sentence is drawn."""
-        # NeMo takes top_p 0 for no limit, which is 1 here.
         seed = self.random_seed if self.random_seed is not None else random_seed()
+        # NeMo takes top_p 0 for no limit, which is 1 here.
         return [
             Sampling(
                 max_tokens=self.tokens_to_generate, temperature=0.0 if self.greedy else self.temperature,

@@ -337,9 +337,9 @@ def _place(answer: Any) -> tuple[int, int]:
     said = re.fullmatch(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)", answer.headers.get("Content-Range", "").strip())
     begin, end, total = said.groups() if said else (None, None, None)
     whole = int(total) if total and total != "*" else 0
+    # A place that was not said is -1, which equals no length of a part.
     if begin is None or end is None or (size and size != int(end) - int(begin) + 1):
         return -1, whole
-    # A place that was not said is -1, which equals no length of a part.
     return int(begin), whole
 
 

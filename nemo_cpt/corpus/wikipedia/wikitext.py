@@ -140,6 +140,7 @@ def _take_out(text: str) -> tuple[str, list[str]]:
         name, shown = (opening[1] or "").lower(), ""
         if not name:
             end = _after_comment(text, begin, place)
+        # <ref name="x"/> holds nothing.
         elif opening[2].endswith("/"):
             end = place
         elif name not in unclosed and (closing := _closing(name).search(text, place)):
@@ -360,15 +361,18 @@ def _lines(text: str) -> str:
     apart = False
     for line in text.split("\n"):
         line = line.strip()
+        # A blank line, or a rule of dashes: what follows is a paragraph of its own.
         if not line or (line[0] == "-" and len(line) > 3 and not line.strip("-")):
             apart = True
             continue
         if line[0] == "=" and (heading := _HEADING.fullmatch(line)):
             level = min(len(heading[1]), len(heading[3]))
+            # A heading within a section waits with those around it; one beside it takes its place.
             while headings and headings[-1][0] >= level:
                 headings.pop()
             headings.append((level, _plain(heading[2].strip())))
             continue
+        # What is left of tables and templates that are broken.
         if line.startswith(_CELLS):
             continue
         line = _item(line) if line[0] in "*#:;" else _plain(line)
