@@ -168,6 +168,7 @@ def place_of(executor: Any) -> "Place":
         image = executor.container_image
         return Place(
             "docker",
+            # The image's packages, and of this machine's files those that are mounted (`volumes`).
             same_packages=False,
             same_files=False,
             image=image,

@@ -165,19 +165,7 @@ def slurm(
     _check_window(preempt_seconds, limit)
     if max_restarts and not requeue:
         raise CptError(f"slurm(requeue=False, max_restarts={max_restarts}): Slurm restarts a job by requeueing it")
-    # Over SSH paths are the cluster's: there the shipped code is all that is known to be there.
-    local_container = container_image is not None and tunnel == "local"
-    if mounts is None:
-        mounts = [f"{os.getcwd()}:{os.getcwd()}"] if local_container else []
-    if workdir is None and tunnel == "local":
-        workdir = os.getcwd()
-    _check_workdir(workdir)
-    # What is not on this machine's disks cannot be completed or looked at from here.
-    elsewhere = tunnel != "local" or container_image is not None
-    workdir, venv = _path("workdir", workdir, elsewhere), _path("venv", venv, elsewhere)
-    # Pyxis takes both; `~` and `.` would be the compute node's.
-    if container_image and container_image.startswith(("~", ".")):  # a file, and not a registry's image
-        container_image = _path("container_image", container_image, tunnel != "local")
+    container_image, mounts, workdir, venv = _as_the_job_finds_them(tunnel, container_image, mounts, workdir, venv)
 
     import nemo_run as run
 
@@ -199,7 +187,7 @@ def slurm(
         constraint=constraint,
         array=array,
         container_image=container_image,
-        container_mounts=existing_mounts(mounts) if tunnel == "local" else list(mounts),
+        container_mounts=mounts,
         srun_args=[
             # A requeued job goes on in the same log, instead of emptying it.
             "--open-mode=append",
@@ -255,6 +243,34 @@ def _check_directives(directives: Mapping[str, Any]) -> None:
     check_form("slurm", r"[1-9]\d*", "give a whole number, at least 1", **counts)
     check_form("slurm", r"[1-9]\d*(-\d+)?|\*", "give a whole number, at least 1, or a range, such as '1-2'", **ranges)
     _time(directives.get("time_min"), "time_min")
+
+
+def _as_the_job_finds_them(
+    tunnel: Literal["local"] | ssh,
+    container_image: str | None,
+    mounts: Sequence[str] | None,
+    workdir: str | None,
+    venv: str | None,
+) -> tuple[str | None, list[str], str | None, str | None]:
+    """Image, mounts, workdir and venv, completed where they are on this machine's disks.
+
+    Raises:
+        CptError: a path is not whole and would be looked for elsewhere, a mount is missing, or a name is taken.
+    """
+    in_container, over_ssh = container_image is not None, tunnel != "local"
+    # Over SSH paths are the cluster's: there the shipped code is all that is known to be there.
+    if mounts is None:
+        mounts = [f"{os.getcwd()}:{os.getcwd()}"] if in_container and not over_ssh else []
+    if workdir is None and not over_ssh:
+        workdir = os.getcwd()
+    _check_workdir(workdir)
+    # What is not on this machine's disks cannot be completed or looked at from here.
+    elsewhere = in_container or over_ssh
+    workdir, venv = _path("workdir", workdir, elsewhere), _path("venv", venv, elsewhere)
+    # Pyxis takes both; `~` and `.` would be the compute node's.
+    if container_image and container_image.startswith(("~", ".")):  # a file, and not a registry's image
+        container_image = _path("container_image", container_image, over_ssh)
+    return container_image, list(mounts) if over_ssh else existing_mounts(mounts), workdir, venv
 
 
 def _check_workdir(workdir: str | None) -> None:

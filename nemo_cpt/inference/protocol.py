@@ -102,7 +102,11 @@ class _Completion(_Body):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def sampling(self, max_tokens: int, logprobs: int | None, prompts: int = 1) -> list[Sampling]:
-        """How each of the `n` replies to each prompt is drawn, by a seed of its own: equal prompts are drawn apart."""
+        """How each of the `n` replies to each prompt is drawn, by a seed of its own: equal prompts are drawn apart.
+
+        Raises:
+            CptError: options of a stream are given for what is none.
+        """
         if self.stream_options is not None and not self.stream:
             raise CptError("stream_options is set and stream is not")
         seed = self.seed if self.seed is not None else random_seed()
@@ -142,7 +146,11 @@ class ChatRequest(_Completion):
         return [_message(number, each) for number, each in enumerate(self.messages)]
 
     def most_tokens(self, room: int) -> int:
-        """The most tokens of a reply, where the context leaves `room`."""
+        """The most tokens of a reply, where the context leaves `room`.
+
+        Raises:
+            CptError: it is given twice, and not the same.
+        """
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise CptError("max_tokens and max_completion_tokens say different things: give one")
         # OpenAI's newer name for it; clients send either, some both.
@@ -150,7 +158,11 @@ class ChatRequest(_Completion):
         return wanted if wanted is not None else min(max(room, 1), DEFAULT_CHAT_TOKENS)
 
     def most_probable(self) -> int | None:
-        """Most probable tokens to report beside each token; None for no log probabilities."""
+        """Most probable tokens to report beside each token; None for no log probabilities.
+
+        Raises:
+            CptError: they are asked for without log probabilities.
+        """
         if self.top_logprobs and not self.logprobs:
             raise CptError("top_logprobs is set and logprobs is not")
         return self.top_logprobs if self.logprobs else None
@@ -208,8 +220,8 @@ class NemoRequest(_Body):
 
     def sampling(self) -> list[Sampling]:
         """How the reply to each sentence is drawn."""
-        # NeMo takes top_p 0 for no limit, which is 1 here.
         seed = self.random_seed if self.random_seed is not None else random_seed()
+        # NeMo takes top_p 0 for no limit, which is 1 here.
         return [
             Sampling(
                 max_tokens=self.tokens_to_generate, temperature=0.0 if self.greedy else self.temperature,

@@ -215,6 +215,7 @@ def _train(texts: Sequence[str], special: Sequence[str], size: int, kind: str) -
     tokenizer = Tokenizer(models.Unigram() if kind == "unigram" else models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
+            # In this order: the last one turns bytes into characters of its own, which no pattern behind it would know.
             pre_tokenizers.Split(Regex(UNSPACED), "isolated"),
             pre_tokenizers.Split(Regex(WORDS), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
@@ -223,6 +224,7 @@ def _train(texts: Sequence[str], special: Sequence[str], size: int, kind: str) -
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(texts, _trainer(special, size, kind))
     begin = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, special.index(BOS))])
+    # As Llama-3 does: BOS before a text and nothing behind it, where a model is to go on.
     tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), begin])
     if kind == "bpe":
         return tokenizer

@@ -159,5 +159,6 @@ def _note(runner: Runner, step: Step, part: str, again: bool) -> None:
                 runner.begin(found)
         # A training that was done already has not begun, and its record stands.
         elif record is not None and record.state != DONE:
+            # The job that wrote the record has ended: only the file still tells when that was.
             begun = runner.state.path(step.name, "json").stat().st_mtime
             runner.end(step, record, 0, time.time() - begun)

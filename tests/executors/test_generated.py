@@ -23,7 +23,7 @@ from docker.models.containers import _create_container_args
 from nemo_run.core.execution.docker import DockerContainer
 
 from nemo_cpt import CptError
-from nemo_cpt.executors import docker, kubernetes, skypilot, slurm, slurm_job, ssh, stopping
+from nemo_cpt.executors import docker, environment, kubernetes, skypilot, slurm, slurm_job, ssh, stopping
 from nemo_cpt.executors.code import CodeSnapshot
 from nemo_cpt.executors.environment import checked_setup
 from nemo_cpt.launching.task import nodes_of_its_job
@@ -202,6 +202,17 @@ def test_a_shell_that_docker_starts_gets_the_secret(project, monkeypatch):
     monkeypatch.setenv("OTHER", "another")
     docker(secrets=["OTHER"])  # of the same process, which leaves the first its own
     assert subprocess.run(shell, env=environ, capture_output=True, text=True).stdout.strip() == "planted 'secret'"
+
+
+def test_a_half_written_secret_goes_when_the_process_ends(project, monkeypatch):
+    def interrupted(names):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(environment, "secrets_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        environment.keep_secrets("docker", ["HF_TOKEN"])
+    environment.forget_secrets()
+    assert not list((project.parent / "home" / "secrets").iterdir())
 
 
 def test_slurm_with_a_container(project, monkeypatch):
