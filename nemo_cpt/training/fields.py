@@ -49,10 +49,10 @@ def _complaints(recipe: Any) -> Iterator[str]:
             "trainer.callbacks has no Guards: the recipe's own callbacks were replaced, which carry its checks, "
             "metrics and patches. Add to them instead: recipe.trainer.callbacks.append(run.Config(...))"
         )
-    for path, config in _parts(recipe):
+    for path, config in parts_of(recipe):
         if _takes_any(_class(config)):
             continue
-        known = _fields(path, _class(config))
+        known = fields_of(path, config)
         for name in config.__arguments__:
             if name not in known:
                 yield f"{path}.{name}: {_class(config).__name__} has no field {name}; {nearest(name, known)}"
@@ -70,7 +70,7 @@ def _takes_any(kind: Any) -> bool:
     return inspect.Parameter.VAR_KEYWORD in kinds and kind.__module__.partition(".")[0] not in KNOWN
 
 
-def _parts(recipe: Any) -> Iterator[tuple[str, Any]]:
+def parts_of(recipe: Any) -> Iterator[tuple[str, Any]]:
     """Those of `CHECKED` that are configs, by their paths."""
     for path in CHECKED:
         config = recipe
@@ -80,8 +80,9 @@ def _parts(recipe: Any) -> Iterator[tuple[str, Any]]:
             yield path, config
 
 
-def _fields(path: str, kind: Any) -> dict[str, Any]:
-    known: dict[str, Any] = parameters_of(kind)
+def fields_of(path: str, config: Any) -> dict[str, Any]:
+    """The parameters that a part of a recipe takes, by their names."""
+    known: dict[str, Any] = parameters_of(_class(config))
     if path == "trainer.strategy":
         from torch.nn.parallel import DistributedDataParallel  # which Lightning's strategy hands its **kwargs on to
 
@@ -91,7 +92,7 @@ def _fields(path: str, kind: Any) -> dict[str, Any]:
 
 def make_plain(recipe: Any) -> None:
     """Turn numpy's numbers and Paths in a recipe of ours into plain ones: NeMo-Run can send no others to a job."""
-    for _, config in _parts(recipe) if _is_ours(recipe) else ():
+    for _, config in parts_of(recipe) if _is_ours(recipe) else ():
         for name, value in list(config.__arguments__.items()):
             if (plain := plain_scalar(value)) is not value:
                 setattr(config, name, plain)
