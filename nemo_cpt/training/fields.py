@@ -17,6 +17,16 @@ CHECKED = (  # the parts of a recipe that are ours or NeMo's; a callback of the 
 
 KNOWN = ("nemo_cpt", "nemo", "megatron", "lightning", "torch")  # whose **kwargs go to the classes that they extend
 
+NOT_LIGHTNINGS = {  # fields of the trainer that Megatron passes over but for one value, and where it has the like
+    "accumulate_grad_batches": (1, "micro batches are added up until they are data.global_batch_size sequences"),
+    "gradient_clip_val": (None, "Megatron's optimizer clips, at optim.config.clip_grad"),
+    "max_epochs": (
+        -1,
+        "a run has max_steps steps, over as many passes as they take; Blend(...).report(global_batch_size, seq_length) "
+        "has those of a pass",
+    ),
+}
+
 
 def check_fields(recipe: Any) -> None:
     """Refuse a recipe of ours whose config was changed into what no job could run, or not as it was meant.
@@ -26,7 +36,7 @@ def check_fields(recipe: Any) -> None:
 
     Raises:
         CptError: a field does not exist, with the nearest ones; its data are no data module; the recipe's own callbacks
-            were replaced.
+            were replaced; a field of Lightning's was set that Megatron would pass over.
     """
     for complaint in _complaints(recipe) if _is_ours(recipe) else ():
         raise CptError(complaint)
@@ -49,6 +59,12 @@ def _complaints(recipe: Any) -> Iterator[str]:
             "trainer.callbacks has no Guards: the recipe's own callbacks were replaced, which carry its checks, "
             "metrics and patches. Add to them instead: recipe.trainer.callbacks.append(run.Config(...))"
         )
+    trainer = recipe.trainer
+    for name, (default, instead) in NOT_LIGHTNINGS.items():
+        if (value := getattr(trainer, name, None)) not in (None, default):
+            yield f"trainer.{name}={value} would be passed over: {instead}"
+    if trainer.precision is not None and trainer.plugins:
+        yield f"trainer.precision={trainer.precision}: trainer.plugins has it, which the recipe's precision= sets"
     for path, config in parts_of(recipe):
         if _takes_any(_class(config)):
             continue
