@@ -12,6 +12,7 @@ from collections.abc import Callable
 from enum import EnumType
 from functools import cache, wraps
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 from nemo_cpt.errors import CptError, StoppedEarlyError, exit_with_the_message
@@ -48,6 +49,7 @@ def apply() -> None:
     say_why_a_job_is_not_taken()
     copy_links_over_ssh()
     leave_stdin_alone()
+    print_dry_runs_as_they_are()
     pods.find_configs()
     pods.ship_code()
     pods.quote_variables()
@@ -236,6 +238,16 @@ def leave_stdin_alone() -> None:
         return start(context, runner, command, **({"in_stream": False} | named))
 
     contexts._run = start_without_stdin
+
+
+def print_dry_runs_as_they_are() -> None:
+    """Print what a dry run would submit as it would be submitted.
+
+    NeMo-Run's console indents the batch script and breaks its lines to the terminal's width, 80 columns without one.
+    """
+    from nemo_run.run.torchx_backend import launcher  # which writes nothing else to it
+
+    launcher.CONSOLE = SimpleNamespace(log=print)
 
 
 @cache
