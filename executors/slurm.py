@@ -135,7 +135,8 @@ def slurm(
         chain: jobs submitted one behind the other, each going on where the last stopped, for runs longer than the
             limit where requeueing is not wanted. Those left over when the run is finished end at once.
         tunnel: "local" on a login node, or `ssh(...)`.
-        workdir: folder the tasks run in, as they see it; by default the current folder, over SSH the shipped code's.
+        workdir: folder the tasks run in, as they see it; by default the current folder (which `mounts` must hold), over
+            SSH the shipped code's.
         code: "ship" copies the git repository of the current folder as it is on disk, with uncommitted and untracked
             files, but not ignored ones; "committed" refuses while there are any; None copies nothing.
         venv: virtual environment on the nodes; by default this interpreter's, but over SSH and in containers what is
@@ -169,8 +170,11 @@ def slurm(
     local_container = container_image is not None and tunnel == "local"
     if mounts is None:
         mounts = [f"{os.getcwd()}:{os.getcwd()}"] if local_container else []
+    mounts = existing_mounts(mounts) if tunnel == "local" else list(mounts)
     if workdir is None and tunnel == "local":
         workdir = os.getcwd()
+        if local_container:
+            _check_is_mounted(workdir, mounts)
     _check_workdir(workdir)
     # What is not on this machine's disks cannot be completed or looked at from here.
     elsewhere = tunnel != "local" or container_image is not None
@@ -199,7 +203,7 @@ def slurm(
         constraint=constraint,
         array=array,
         container_image=container_image,
-        container_mounts=existing_mounts(mounts) if tunnel == "local" else list(mounts),
+        container_mounts=mounts,
         srun_args=[
             # A requeued job goes on in the same log, instead of emptying it.
             "--open-mode=append",
@@ -260,6 +264,17 @@ def _check_directives(directives: Mapping[str, Any]) -> None:
 def _check_workdir(workdir: str | None) -> None:
     if workdir and re.match(r"/nemo_run(/|$)", workdir):
         raise CptError(f"workdir {workdir}: /nemo_run is NeMo-Run's name of the job's folder; use another")
+
+
+def _check_is_mounted(workdir: str, mounts: Sequence[str]) -> None:
+    """Refuse a container in which the current folder is not, where every task would fail to start."""
+    inside = [Path(mount.split(":")[1]) for mount in mounts]
+    # Many clusters let enroot mount the home of the user in every container.
+    if not any(Path(workdir).is_relative_to(each) for each in [*inside, Path.home()]):
+        raise CptError(
+            f"slurm(mounts={mounts}): the tasks run in the current folder, {workdir}, which these do not hold: "
+            f"add '{workdir}:{workdir}', or give workdir=, a folder as the container has it"
+        )
 
 
 def _path(name: str, path: str | None, elsewhere: bool) -> str | None:
