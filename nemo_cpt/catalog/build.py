@@ -65,9 +65,13 @@ def _override(partial: Any, override: str, parameters: Collection[str]) -> None:
         _check_field(config, name)
     except CptError as error:
         raise CptError(f"{path}: {error.message}{_elsewhere(partial, name, parameters)}") from None
-    annotation = parameters_of(config.__fn_or_cls__)[name].annotation
+    field = parameters_of(config.__fn_or_cls__)[name]
+    annotation = None if field.annotation is inspect.Parameter.empty else field.annotation
+    # NeMo annotates many as `fp8: str = None`: there the word is no text.
+    if field.default is None and text.lower() in ("none", "null"):
+        return setattr(config, name, None)
     try:
-        value = parse_value(text, None if annotation is inspect.Parameter.empty else annotation)
+        value = parse_value(text, annotation)
     except Exception as error:
         raise CptError(f"{override}: expected {annotation} ({error})") from error
     setattr(config, name, value)

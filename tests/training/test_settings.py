@@ -90,6 +90,8 @@ def test_a_field_takes_what_its_annotation_says_also_where_nemo_run_does_not_kno
     assert recipe.optim.config.exp_avg_dtype is torch.bfloat16
     assert (recipe.peft.alpha, recipe.peft.dropout, recipe.peft.dropout_position) == (64, 0.1, "post")
     assert recipe.peft.target_modules == ["linear_qkv"]
+    recipe = build_recipe("llama31_8b.continual_pretrain", {"precision": "fp8"}, ["trainer.plugins.fp8=None"])
+    assert recipe.trainer.plugins.fp8 is None  # annotated as `str`
     for field, says in (("model.config.attention_backend=fusd", "one of flash, fused"), ("peft.alpha=x", "int")):
         with pytest.raises(CptError, match=says):
             build_recipe("llama31_8b.continual_pretrain_single_gpu", {}, [field])
