@@ -34,6 +34,7 @@ def examine_before_launch() -> None:
 
     add: Callable[..., str] = Experiment.add
     launch: Callable[..., Any] = Experiment.run
+    show: Callable[..., None] = Experiment.dryrun
     run_here: Callable[..., None] = task.direct_run_fn
 
     @wraps(add)
@@ -55,16 +56,26 @@ def examine_before_launch() -> None:
                 examine_task(each, place_of(executor), comes_first)
         return launch(experiment, sequential, detach, tail_logs, direct)
 
+    @wraps(show)
+    def examine_and_show(
+        experiment: Any, log: bool = True, exist_ok: bool = False, delete_exp_dir: bool = True
+    ) -> None:
+        # Without a log it is the beginning of a launch, which was examined.
+        for each, executor, comes_first in tasks_of(experiment, False) if log else ():
+            examine_task(each, place_of(executor), comes_first, dryrun=True)
+        show(experiment, log, exist_ok, delete_exp_dir)
+
     @wraps(run_here)
     def examine_and_run_here(configured: Any, dryrun: bool = False) -> None:
+        examine_task(configured, place_of(None))  # of a dry run too: NeMo-Run builds the recipe for it
         if dryrun:
             return run_here(configured, dryrun)
-        examine_task(configured, place_of(None))
         with in_its_wandb_run(configured):
             run_here(configured, dryrun)
 
     Experiment.add = check_and_add
     Experiment.run = examine_and_launch
+    Experiment.dryrun = examine_and_show
     # Each of them imported the function by its name.
     for module in (api, job, task):
         module.direct_run_fn = examine_and_run_here
@@ -123,15 +134,17 @@ def tasks_of(experiment: Any, sequential: bool) -> Iterator[tuple[Any, Any, bool
             yield job.task, job.executor, comes_first
 
 
-def examine_task(task: Any, place: "Place", comes_first: bool = True) -> None:
+def examine_task(task: Any, place: "Place", comes_first: bool = True, dryrun: bool = False) -> None:
     """Examine what trains; of a task that waits for others, files are not looked at, because they may make them.
 
-    Of a task that trains nothing it is asked only whether its container can be started.
+    Of a task that trains nothing it is asked only whether its container can be started. A dry run is told what would
+    refuse it, and goes on.
 
     Args:
         task: of NeMo-Run's.
         place: where it is to run.
         comes_first: it waits for no other.
+        dryrun: it is not to start.
 
     Raises:
         CptError: something would stop it.
@@ -147,8 +160,9 @@ def examine_task(task: Any, place: "Place", comes_first: bool = True) -> None:
     place = place if comes_first else replace(place, same_files=False, volumes=None)
     job = job_of(task, place)
     if job is not None:
-        preflight(with_files(job), force=bool(os.environ.get(FORCE)), how_to_force=f"{FORCE}=1", speaker="nemo_cpt")
-    elif place.image is not None:
+        force = dryrun or bool(os.environ.get(FORCE))
+        preflight(with_files(job), force=force, how_to_force=f"{FORCE}=1", speaker="nemo_cpt")
+    elif place.image is not None and not dryrun:
         check_engine(place.image)
 
 

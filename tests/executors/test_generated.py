@@ -240,6 +240,15 @@ def test_slurm_with_a_container(project, monkeypatch):
     assert f"job={job} " in script
 
 
+def test_slurms_containers_must_hold_the_folder_that_the_tasks_run_in(project, tmp_path):
+    (tmp_path / "data").mkdir()
+    given = {"container_image": "img", "mounts": [f"{tmp_path}/data:/data"]}
+    with pytest.raises(CptError, match=f"the tasks run in the current folder, {project}, which these do not hold"):
+        slurm("llm", "gpu", **given)
+    assert slurm("llm", "gpu", **given, workdir="/data").srun_args[-1] == "--container-workdir=/data"
+    slurm("llm", "gpu", container_image="img", mounts=[f"{tmp_path}"])  # at its own path, and the project within
+
+
 def test_the_current_folder_is_not_before_the_standard_library(project):
     """Python takes an empty entry of PYTHONPATH, as in `code:$PYTHONPATH` where that is not set, for it."""
     _, request = prepared(slurm(tasks_per_node=1))
