@@ -53,7 +53,7 @@ def changes(was: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str,
 
 
 def check_goes_on(checkpoint: Checkpoint, changed: Collection[Change], extend: str | None) -> None:
-    """Refuse to resume a run with settings that its checkpoint cannot take, or a rate of which nobody said what becomes.
+    """Refuse to resume a run with settings that its checkpoint cannot take, or with a schedule that nobody explained.
 
     Args:
         checkpoint: that it goes on from.
