@@ -108,8 +108,8 @@ class ChatTemplate:
             Pieces in order, each with whether it is trained on; a piece's tokens do not depend on the other pieces.
 
         Raises:
-            UnusableError: A message holds a special token; the template fails, or renders a turn otherwise once
-                others follow; or nothing is to be trained on.
+            UnusableError: A message holds a special token; the template fails, leaves out what a message says, or
+                renders a turn otherwise once others follow; or nothing is to be trained on.
         """
         messages = conversation.messages
         for number, message in enumerate(messages):
@@ -127,6 +127,14 @@ class ChatTemplate:
             pieces += [(full[done:begin], train_on == "all"), (full[begin:end], trained)]
             done = end
         pieces.append((full[done:], train_on == "all"))
+        for number, message in enumerate(messages):
+            # Their ends aside, which most templates trim. An alpaca question's two halves may stand apart.
+            parts = [message["content"]] if "input" not in message else [message["instruction"], message["input"]]
+            if not all(part.strip() in full for part in parts):
+                detail = (
+                    f"the template {self.name} leaves out or changes what message {number} ({message['role']}'s) says"
+                )
+                raise UnusableError("left_out", detail)
         if not any(trained for _, trained in pieces):
             raise UnusableError("nothing_to_train", "no answer in it is to be trained on")
         return pieces

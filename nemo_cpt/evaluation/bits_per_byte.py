@@ -17,12 +17,12 @@ from torch.nn.functional import cross_entropy
 
 from nemo_cpt.arguments import checked
 from nemo_cpt.compatibility import END_OF_TEXT, check_data, check_largest_id, read_base
+from nemo_cpt.conversations.mixture import SEED
 from nemo_cpt.corpus import full_prefix, read_index
 from nemo_cpt.errors import CptError
 from nemo_cpt.inference.token_bytes import TokenBytes
 from nemo_cpt.inference.transformers_engine import TransformersEngine
 
-DATA_SEED = 1234  # PreTrainingDataModule's default, so that the order is the training job's
 LOGITS_BYTES = 2**29  # of one forward pass, in fp32
 LOSS_ROWS = 256  # whose softmax is computed at once: all of them together would take as much memory again
 MOST_TOKENS = 16_384  # of one forward pass, however small the vocabulary
@@ -73,6 +73,7 @@ def sequences_loss(
     *,
     seq_length: int,
     samples: int | None = None,
+    seed: int = SEED,
     tell: Tell = lambda done: None,
 ) -> TextLoss:
     """The loss on the very sequences that a run validates on.
@@ -85,6 +86,7 @@ def sequences_loss(
         prefix: Megatron prefix of the tokenized text, as `prepare` wrote it.
         seq_length: tokens predicted in each sequence.
         samples: sequences to read, where the text is shorter again from its start; the whole text once when None.
+        seed: the run's, which decides which sequences of a longer text are the first.
         tell: called with the sequences that are done.
 
     Raises:
@@ -98,7 +100,7 @@ def sequences_loss(
     check_data(read_base(engine.name), [str(prefix)], unlike_base=[END_OF_TEXT])
     counted = ByteCounter(engine.tokenizer)
     # Through Megatron's own dataset: the very samples, in the order that the training's validation has.
-    dataset, rows = _dataset(engine, prefix, seq_length, samples), _rows(engine)
+    dataset, rows = _dataset(engine, prefix, seq_length, samples, seed), _rows(engine)
     size = _batch_rows(engine, seq_length)
     nats: list[float] = []
     sizes: list[int] = []
@@ -285,14 +287,14 @@ def _first_of_documents(engine: TransformersEngine, prefix: str | Path) -> str:
     return f"as in the training: sequences begin anywhere; the documents' own first token is {begins}"
 
 
-def _dataset(engine: TransformersEngine, prefix: str | Path, seq_length: int, samples: int) -> Any:
+def _dataset(engine: TransformersEngine, prefix: str | Path, seq_length: int, samples: int, seed: int) -> Any:
     from nemo_cpt.training.datasets import VALIDATION, gpt_dataset  # imports NeMo
 
     return gpt_dataset(
         {full_prefix(prefix): 1.0},
         samples,
         VALIDATION,
-        random_seed=DATA_SEED,
+        random_seed=seed,
         sequence_length=seq_length,
         # No index is kept: the text may be somebody else's, in a folder that is not ours to write to.
         path_to_cache="",

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from nemo_cpt.evaluation.loss_sets import validated_on
+from nemo_cpt.errors import CptError
+from nemo_cpt.evaluation.loss_sets import find_loss_sets, validated_on
 from nemo_cpt.training.changes import content_of
 
 
@@ -36,3 +37,14 @@ def test_of_a_project_that_was_moved_they_are_found_by_their_content(tmp_path: P
     write_set(now / "ds/en_text_document", b"other")
     assert validated_on(run, now / "results/run", told.append) == expected[:1]
     assert told == [f"the run validated on {run['validated_on']['sets']['en']}, which is not there any more"]
+
+
+def test_conversations_have_no_loss_of_texts(tmp_path: Path) -> None:
+    prefix = write_set(tmp_path / "chats_conversations", b"chats")
+    run = {"settings": {"validation": {"sets": {"chats": content_of(prefix)}}}, "validated_on": {"sets": {}}}
+    told: list[str] = []
+    assert validated_on(run, tmp_path, told.append) == []
+    assert told == ["the run validated on conversations (chats): `nemo-cpt report` has the losses on answers"]
+    for path in (prefix, prefix.removesuffix("_conversations")):
+        with pytest.raises(CptError, match="holds conversations, whose loss is of their answers alone"):
+            find_loss_sets([f"chats={path}"], [], {}, None, told.append)
