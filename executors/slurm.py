@@ -27,7 +27,6 @@ from nemo_cpt.executors.environment import (
 if TYPE_CHECKING:
     import nemo_run as run
 
-NO_LIMIT = ("0", "UNLIMITED", "INFINITE")
 _FOR_A_TERMINAL = "it is for sbatch on a command line"
 NOT_IN_NEMO_RUNS_LIST = (
     "bb", "bbf", "begin", "cluster_constraint", "contiguous", "cores_per_socket", "cpu_freq", "deadline", "export_file",
@@ -313,8 +312,9 @@ def _time(limit: str | int | timedelta | None, name: str = "time") -> str | None
             raise CptError(f"slurm({name}={limit!r}): more than nothing")
         # A bare number is minutes to sbatch.
         return str(max(1, round(limit.total_seconds() / 60)))
-    if limit is not None and window.seconds_of(str(limit)) is None and str(limit).upper() not in NO_LIMIT:
-        raise CptError(f"slurm({name}={limit!r}): write minutes, H:MM:SS, D-HH or D-HH:MM:SS, for example '4:00:00'")
+    if limit is not None and not window.is_limit(str(limit)):
+        forms = "minutes, M:SS, H:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS"
+        raise CptError(f"slurm({name}={limit!r}): write {forms}, for example '4:00:00'")
     return None if limit is None else str(limit)
 
 

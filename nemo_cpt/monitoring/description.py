@@ -157,7 +157,7 @@ def _bytes_per_token(data: Any) -> dict[str, float]:
             tokens, labels, mask = (
                 torch.stack([each[key] for each in samples]) for key in ("tokens", "labels", "loss_mask")
             )
-            found[name] = sum(count(tokens, labels)) / float(mask.sum())
+            found[name] = sum(count(tokens, labels, mask.bool())) / float(mask.sum())
     return found
 
 

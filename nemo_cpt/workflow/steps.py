@@ -134,6 +134,10 @@ class Step:
         given = {name: value for name, value in self.parameters.items() if name.startswith(OPTION)}
         return [f"{name.removeprefix(OPTION)}={recipes.text(value)}" for name, value in given.items()]
 
+    def __hash__(self) -> int:
+        # Its parameters have none. So a set of steps reaches `Workflow`, which says that it takes a list.
+        return hash((self.name, self.do))
+
     def __truediv__(self, part: str) -> str:
         return str(Path(os.fspath(self), part))
 

@@ -142,7 +142,7 @@ class Output(ABC):
                 raise CptError(self._refusal(f"its {key} is {manifest['options'].get(key)!r}, not {value!r}"))
         if (change := changed_input(self.sources, manifest["inputs"])) is not None:
             raise CptError(self._refusal(change))
-        if (reason := policy.against(manifest["skipped"])) is not None:
+        if (reason := policy.against(manifest["skipped"], manifest.get("skipped_share", 0.0))) is not None:
             raise CptError(self._refusal(reason))
         # The manifest is written before the `.idx`: it alone does not prove that the dataset is whole.
         read_index(self.prefix)
@@ -308,5 +308,10 @@ class Output(ABC):
             "special_tokens": {names[number]: count for number, count in progress.special.items()},
             "seconds": round(progress.seconds, 3),
             "inputs": describe_inputs(self.sources, hashes),
-            **({"tally": asdict(progress.tally)} if self.part else {}),
+            # Of a part it says nothing: what may be skipped is a share of the whole.
+            **(
+                {"tally": asdict(progress.tally)}
+                if self.part
+                else {"skipped_share": progress.tally.skipped_share(self.sources)}
+            ),
         } | self.describe()
