@@ -102,7 +102,7 @@ def _tasks(
     recipe, arguments, fields, own = recipes.split(step.name, step.parameters, step.folder)
     named = str(step.parameters.get(EXECUTOR, executor))
     shared = options if named == executor else []
-    where = make_executor(named, [*shared, *own], recipe.processes(arguments))
+    where = make_executor(named, [*shared, *own], recipe.processes(arguments), recipe.nodes(arguments))
     if recipe.gpus(arguments):
         give_time_to_save(where, recipe, arguments, fields)
     # As plain data: mixtures are made of it in the job.
