@@ -69,11 +69,15 @@ class Function:
         """Return the processes on a node that the recipe is made for."""
         return self.number("gpus_per_node", given) or self.number("processes", given) or 1
 
+    def nodes(self, given: Mapping[str, Any]) -> int:
+        """Return the machines that the recipe is made for."""
+        return self.number("num_nodes", given) or 1
+
     def gpus(self, given: Mapping[str, Any]) -> int:
         """Return the GPUs the recipe takes in all; 0 for one that is made for processes on the CPU."""
         if "processes" in self.parameters:
             return 0
-        return self.processes(given) * (self.number("num_nodes", given) or 1)
+        return self.processes(given) * self.nodes(given)
 
 
 @cache

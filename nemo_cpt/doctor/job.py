@@ -31,6 +31,7 @@ class Place:
         slurm: jobs are submitted by this machine's sbatch.
         partition: Slurm's; None for the default one.
         nodes: machines; None for what the recipe says.
+        processes: that are started on each; None likewise.
         limit_seconds: Slurm's time limit; None where it was not given.
         preempt_seconds: how long before it the job is told to stop; None for what its plan needs.
         environ: variables the executor adds.
@@ -45,6 +46,7 @@ class Place:
     slurm: bool = False
     partition: str | None = None
     nodes: int | None = None
+    processes: int | None = None
     limit_seconds: int | None = None
     preempt_seconds: int | None = None
     environ: Mapping[str, str] = field(default_factory=dict)

@@ -253,10 +253,21 @@ def place(executor: str, options: Sequence[str]) -> Place:
         slurm=submits,
         partition=given.get("partition"),
         nodes=given.get("nodes"),
+        processes=_processes(executor, given),
         limit_seconds=seconds_of(str(given.get("time"))),
         preempt_seconds=given.get("preempt_seconds"),
         environ=visible_gpus(given.get("gpus") if executor == "local" else None) | job_env(given.get("env")),
     )
+
+
+def _processes(executor: str, given: Mapping[str, Any]) -> int | None:
+    """What an executor starts on a machine by its options; None where it takes the recipe's number."""
+    counts = (given.get(name) for name in ("processes", "tasks_per_node", "gpus_per_node"))
+    if count := next(filter(None, counts), None):
+        return int(count)
+    if executor in ("local", "docker") and given.get("gpus") is not None:
+        return max(int(given["gpus"]), 1)
+    return 1 if executor == "skypilot" else None  # its own default
 
 
 def _field(path: str, text: str) -> Any:
