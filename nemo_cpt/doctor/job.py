@@ -78,7 +78,7 @@ class Job:
         global_batch_size: sequences of a step; 0 where the recipe's source does not say.
         seq_length: tokens of a sequence; likewise.
         max_steps: steps; likewise.
-        checkpoints: how many checkpoints lie on the disk at once, at most.
+        checkpoints: how many checkpoints lie on the disk at once, at most; 0 where the trainer writes none.
         exports: how many of them are exported beside the training and kept.
         attention_backend: Megatron's.
         logs_to_wandb: whether it has a logger for W&B that is not offline.

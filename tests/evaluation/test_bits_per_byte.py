@@ -156,7 +156,7 @@ def test_bytes_of_a_tokenizer_whose_special_tokens_hold_sentencepieces_blank(wor
     tokenizer = AutoTokenizer.from_pretrained(world / "base_hf")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<｜begin▁of▁sentence｜>"]})
     ids = torch.tensor([tokenizer(documents[0], add_special_tokens=False).input_ids])
-    assert bits_per_byte.ByteCounter(tokenizer)(ids, ids) == [len(documents[0].encode())]
+    assert bits_per_byte.ByteCounter(tokenizer)(ids, ids, torch.ones_like(ids).bool()) == [len(documents[0].encode())]
 
 
 def test_a_tokenizer_that_hides_its_bytes_is_refused(world: Path, tmp_path: Path, documents: list[str]) -> None:
