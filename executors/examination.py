@@ -171,6 +171,7 @@ def place_of(executor: Any) -> "Place":
     from nemo_run import DockerExecutor, LocalExecutor, LocalTunnel
 
     from nemo_cpt.doctor import Place
+    from nemo_cpt.executors.counts import asks_for_cores
     from nemo_cpt.executors.slurm_job import SlurmJob
 
     if executor is None:
@@ -201,5 +202,6 @@ def place_of(executor: Any) -> "Place":
         nodes=executor.nodes,
         limit_seconds=window.seconds_of(executor.time),
         preempt_seconds=executor.preempt_seconds,
+        asks_for_cores=asks_for_cores(vars(executor) | (executor.additional_parameters or {})),
         environ=variables,
     )
