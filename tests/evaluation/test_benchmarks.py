@@ -32,7 +32,7 @@ def _installed(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) 
 
 @pytest.fixture
 def real_harness() -> None:
-    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'nemo_cpt[eval]'")
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install '.[eval]'")
 
 
 def test_tasks_and_presets() -> None:
