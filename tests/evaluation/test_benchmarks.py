@@ -55,7 +55,7 @@ def test_what_is_no_task(spec: str) -> None:
 
 def test_without_the_harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(benchmarks, "find_spec", lambda name: None)
-    with pytest.raises(CptError, match=r"pip install 'nemo_cpt\[eval\]'"):
+    with pytest.raises(CptError, match=r"`pip install .* -e '.\[eval\]'`"):
         evaluate(tmp_path / "model", tmp_path / "out", tasks=["ja"])
     assert not (tmp_path / "out").exists()
 
