@@ -168,29 +168,36 @@ def examine_task(task: Any, place: "Place", comes_first: bool = True, dryrun: bo
 
 def place_of(executor: Any) -> "Place":
     """Where an executor of NeMo-Run's runs a job; None stands for this process."""
-    from nemo_run import DockerExecutor, LocalExecutor, LocalTunnel
+    from nemo_run import DockerExecutor, LocalExecutor, LocalTunnel, SkypilotExecutor
+    from nemo_run.core.execution.kubeflow import KubeflowExecutor
 
     from nemo_cpt.doctor import Place
     from nemo_cpt.executors.counts import asks_for_cores
     from nemo_cpt.executors.slurm_job import SlurmJob
 
     if executor is None:
-        return Place("this process")
+        return Place("this process", processes=_started_here())
     variables = {name: str(value) for name, value in executor.env_vars.items()}
     if isinstance(executor, LocalExecutor):
-        return Place("local", nodes=executor.nodes, environ=variables)
+        return Place("local", nodes=executor.nodes, processes=executor.ntasks_per_node, environ=variables)
     if isinstance(executor, DockerExecutor):
         image = executor.container_image
         return Place(
             "docker",
+            # The image's packages, and of this machine's files those that are mounted (`volumes`).
             same_packages=False,
             same_files=False,
             image=image,
             volumes=tuple(executor.volumes),
+            nodes=1,
+            processes=executor.ntasks_per_node,
             environ=variables,
         )
     if not isinstance(executor, SlurmJob) or not isinstance(executor.tunnel, LocalTunnel):
-        return Place(type(executor).__name__, here=False, same_packages=False, same_files=False, environ=variables)
+        elsewhere = Place(type(executor).__name__, here=False, same_packages=False, same_files=False, environ=variables)
+        if isinstance(executor, KubeflowExecutor | SkypilotExecutor):
+            return replace(elsewhere, nodes=executor.nnodes(), processes=executor.nproc_per_node())
+        return elsewhere
     in_container = bool(executor.container_image)
     return Place(
         "slurm",
@@ -205,3 +212,10 @@ def place_of(executor: Any) -> "Place":
         asks_for_cores=asks_for_cores(vars(executor) | (executor.additional_parameters or {})),
         environ=variables,
     )
+
+
+def _started_here() -> int | None:
+    """Processes of this machine that torchrun started, this one among them; None where another launcher did."""
+    if count := os.environ.get("LOCAL_WORLD_SIZE"):
+        return int(count)
+    return None if {"RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID"} & os.environ.keys() else 1

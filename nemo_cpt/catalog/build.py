@@ -1,6 +1,5 @@
 """A recipe called by its name, and fields of what it returns changed as a command line says."""
 
-import difflib
 import inspect
 from collections.abc import Collection, Mapping, Sequence
 from importlib import import_module
@@ -8,7 +7,7 @@ from typing import Any
 
 from nemo_cpt.arguments import parameters_of
 from nemo_cpt.catalog import source
-from nemo_cpt.errors import CptError
+from nemo_cpt.errors import CptError, nearest
 from nemo_cpt.importing import uncollected
 from nemo_cpt.training import settings
 from nemo_cpt.training.fields import fields_of, parts_of
@@ -83,8 +82,7 @@ def _check_field(config: Any, name: str) -> None:
         raise CptError(f"{name} is a field of a plain value, {config!r}, which has none")
     fields = parameters_of(function)
     if name not in fields:
-        near = difflib.get_close_matches(name, fields, n=3, cutoff=0.5) or fields
-        raise CptError(f"{function.__name__} has no field {name}; near: {', '.join(near)}")
+        raise CptError(f"{function.__name__} has no field {name}; {nearest(name, fields)}")
 
 
 def _elsewhere(partial: Any, name: str, parameters: Collection[str]) -> str:

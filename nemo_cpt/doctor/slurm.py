@@ -127,7 +127,8 @@ def _compared(examination: Examination, partitions: list[Partition]) -> Finding:
     label = ",".join(names)
     if not any(each.up for each in chosen):
         return Finding("Slurm", "error", f"partition {label} is down", f"choose another: {_listed(partitions)}")
-    nodes = sum(each.nodes for each in chosen)
+    # Of several partitions a job runs in one; each has a line for every kind of its nodes.
+    nodes = max(sum(each.nodes for each in chosen if each.name == name) for name in names)
     if job and job.nodes > nodes:
         found = f"partition {label} has {nodes} nodes, the job takes {job.nodes}"
         return Finding("Slurm", "error", found, "take fewer nodes (executor.nodes=) or another partition")

@@ -229,6 +229,7 @@ def _missing(letters: str, encoding: str) -> int:
 def _of_other_scripts(part: str, words: list[str], asked: str) -> tuple[str, ...]:
     others = _LATIN_WORD.sub(" ", part)
     only_names = all(word[0].isupper() for word in words) and not _ENGLISH.search(part)
+    # Latin words among another script's do not decide: less than half of the letters, or names alone.
     if _letters(others) * 2 > _letters(part) or (only_names and _WORD.search(others)):
         return _first(_confidences(others)) or ((OTHER,) if _WORD.search(others) else ())
     if not words:

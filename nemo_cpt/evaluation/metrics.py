@@ -144,6 +144,7 @@ def reply_measures(replies: Sequence[Reply]) -> Iterator[Measure]:
     yield mean("length", lengths, unit="characters")
     cut = [100 * (reply.finish_reason == "length") for reply in replies]
     yield mean("cut off at the most tokens", cut, better="lower", unit="%")
+    # Endpoints that do not count tokens say 0 of a reply that has some: not known, and no length.
     tokens = [reply.completion_tokens if reply.completion_tokens or not reply.text else math.nan for reply in replies]
     yield mean("tokens of a reply", tokens)
     seconds = [reply.seconds for reply in replies]

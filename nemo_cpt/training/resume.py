@@ -1,7 +1,6 @@
 """Where a run starts: at its own newest whole checkpoint, else at the base's weights; and what it makes of changes."""
 
 import copy
-import json
 import shutil
 from datetime import datetime
 from pathlib import Path
@@ -17,8 +16,9 @@ from nemo_cpt.checkpoint.weights_digest import base_weights_of
 from nemo_cpt.compatibility import check_resumed
 from nemo_cpt.errors import CptError, exit_with_the_message
 from nemo_cpt.training import run_lock
-from nemo_cpt.training.changes import READ, Change, changes, listed
-from nemo_cpt.training.options import EXTENSIONS, check_extend
+from nemo_cpt.training.changes import changes, check_goes_on, listed
+from nemo_cpt.training.metrics import append_metrics
+from nemo_cpt.training.options import check_extend
 from nemo_cpt.training.preconditions import check_base
 from nemo_cpt.training.record import settings_of, validated_otherwise
 from nemo_cpt.training.run_folder import STARTS, Checkpoint, damaged_since, newest_whole, resumed_from, to_resume
@@ -126,7 +126,7 @@ class _Resumption(pl.Callback):
         if checkpoint is None or "settings" not in checkpoint.record:
             return
         changed = changes(checkpoint.record["settings"], settings)
-        self._check(checkpoint, changed)
+        check_goes_on(checkpoint, changed, self.extend)
         if self.extend != "keep" and any(each.group == "schedule" for each in changed):
             self._note_new_schedule(trainer, checkpoint.step)
         if changed:
@@ -134,22 +134,6 @@ class _Resumption(pl.Callback):
             _say(f"resumed at step {checkpoint.step} with {listed(changed)}{how}")
         if others := validated_otherwise(trainer):
             _say(f"from here on losses of {', '.join(others)} are of other samples, and not compared with those before")
-
-    def _check(self, checkpoint: Checkpoint, changed: list[Change]) -> None:
-        where = f"this run was started otherwise than it is resumed at step {checkpoint.step}"
-        if fixed := [each for each in changed if each.group in READ]:
-            why = ""
-            if any(each.group == "states" for each in fixed):
-                why = " (as state_precision=bf16 does, and gpu_memory_gib= where it keeps Adam's states on the host)"
-            raise CptError(
-                f"{where}: {listed(fixed)}{why}. Its checkpoints hold the optimizer's state and the position in the "
-                "data that belong to the old values: take these back, or begin a new run (another name) with "
-                f"base={checkpoint.path}"
-            )
-        schedule = [each for each in changed if each.group == "schedule"]
-        if schedule and self.extend is None:
-            choices = "; ".join(f"extend={name}: {meaning}" for name, meaning in EXTENSIONS.items())
-            raise CptError(f"{where}: {listed(schedule)}. Say what becomes of the learning rate: {choices}")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the tokenizer, once no other callback's setup has refused this start with it."""
@@ -171,6 +155,7 @@ class _Resumption(pl.Callback):
             # By now NeMo has given it the trainer's max_steps.
             module.max_steps = steps
             made = make(*args)
+            # One step more than epochs: the constructor of PyTorch's schedulers takes a step.
             position = {} if rewarms else {"last_epoch": done, "_step_count": done + 1}
             self._new_state = copy.deepcopy(made["lr_scheduler"]["scheduler"].state_dict()) | position
             return made
@@ -201,9 +186,7 @@ def _write_down(folder: Path, settings: dict[str, Any], checkpoint: Checkpoint |
         "base": base and str(Path(base).absolute()),
         "settings": settings,
     }
-    (folder / run_lock.FOLDER).mkdir(parents=True, exist_ok=True)
-    with open(folder / STARTS, "a") as file:
-        file.write(json.dumps(start) + "\n")
+    append_metrics(folder, start, STARTS)
 
 
 def _keep_tokenizer(trainer: pl.Trainer, kept: Path) -> None:

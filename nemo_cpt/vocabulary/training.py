@@ -11,11 +11,14 @@ from typing import Any
 import orjson
 
 from nemo_cpt.arguments import checked
+from nemo_cpt.corpus.reading.chunks import stamps_of
 from nemo_cpt.corpus.reading.sources import Inputs
 from nemo_cpt.corpus.tokenization.tokenizer_files import CONFIG, DEFINITION
 from nemo_cpt.errors import CptError
+from nemo_cpt.made import Making
+from nemo_cpt.records import restored
 from nemo_cpt.vocabulary.byte_level import byte_of_character
-from nemo_cpt.vocabulary.folders import check_free, new_folder
+from nemo_cpt.vocabulary.folders import check_place, new_folder
 from nemo_cpt.vocabulary.growing import MULTIPLE_OF, count_tokens
 from nemo_cpt.vocabulary.samples import Sample, draw
 
@@ -48,6 +51,7 @@ class TrainReport:
         characters_per_token: on documents of each corpus that were held out.
         round_trip_failures: of these documents, those that do not come back.
         seconds: wall time.
+        status: `written`, or `unchanged` where the same was there already.
     """
 
     output: str
@@ -58,6 +62,7 @@ class TrainReport:
     characters_per_token: dict[str, float]
     round_trip_failures: int
     seconds: float
+    status: str = "written"
 
     def as_dict(self) -> dict[str, Any]:
         """The report as a JSON-serialisable dict."""
@@ -85,7 +90,7 @@ def train(
 
     Args:
         corpora: inputs as `prepare` takes them; as a mapping, each with its weight in what is learnt from.
-        output: the folder to make; must not exist.
+        output: the folder to make; one that this very training made is left as it is.
         vocabulary_size: ids in all, rounded up to `multiple_of`.
         kind: "bpe", or "unigram" (Kudo, arXiv 1804.10959): tokens by their probability, over bytes too, so that every
             text comes back. fastokens does not know it, and it cannot be grown.
@@ -97,13 +102,22 @@ def train(
 
     Raises:
         CptError: a corpus is missing, unreadable, or too small for so many tokens; a weight or a size is impossible;
-            there is no such kind; a special token is named twice, or is a part of the corpora's words; `output` exists.
-            Nothing is left at `output` then.
+            there is no such kind; a special token is named twice, or is a part of the corpora's words; `output` holds
+            something else. Nothing is left there then.
     """
     start = time.monotonic()
     check_options(corpora, vocabulary_size, kind, special, multiple_of, sample_bytes)
     output, tokens, size = Path(output), _special(special), _rounded_up(vocabulary_size, multiple_of)
-    check_free(output)
+    check_place(output)
+    options = {"vocabulary_size": size, "kind": kind, "special": list(special), "json_key": json_key}
+    weights = list(corpora.values()) if isinstance(corpora, Mapping) else None
+    making = Making(
+        "tokenizer train",
+        {"corpora": stamps_of(list(corpora) if isinstance(corpora, Mapping) else corpora)},
+        options | {"sample_bytes": sample_bytes, "weights": weights},
+    )
+    if found := making.done(output):
+        return restored(TrainReport, found, output=str(output), status="unchanged")
     if isinstance(corpora, Mapping):
         samples = _weighted(corpora, json_key, sample_bytes)
     else:
@@ -124,9 +138,8 @@ def train(
             "vocabulary_size (--vocabulary-size)"
         )
     _check_apart(backend, tokens)
-    _write(backend, output)
     held_out = {name: sample.held_out for name, sample in samples.items() if sample.held_out}
-    return TrainReport(
+    report = TrainReport(
         output=str(output),
         kind=kind,
         vocabulary_size=size,
@@ -138,6 +151,10 @@ def train(
         round_trip_failures=sum(_changed(backend, text) for texts in held_out.values() for text in texts),
         seconds=round(time.monotonic() - start, 1),
     )
+    with new_folder(output) as folder:
+        _write(backend, folder)
+        making.note(folder, report.as_dict())
+    return report
 
 
 def _special(further: Sequence[str]) -> list[str]:
@@ -215,6 +232,7 @@ def _train(texts: Sequence[str], special: Sequence[str], size: int, kind: str) -
     tokenizer = Tokenizer(models.Unigram() if kind == "unigram" else models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
+            # In this order: the last one turns bytes into characters of its own, which no pattern behind it would know.
             pre_tokenizers.Split(Regex(UNSPACED), "isolated"),
             pre_tokenizers.Split(Regex(WORDS), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
@@ -223,6 +241,7 @@ def _train(texts: Sequence[str], special: Sequence[str], size: int, kind: str) -
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(texts, _trainer(special, size, kind))
     begin = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, special.index(BOS))])
+    # As Llama-3 does: BOS before a text and nothing behind it, where a model is to go on.
     tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), begin])
     if kind == "bpe":
         return tokenizer
@@ -274,11 +293,10 @@ def _check_apart(backend: Any, special: Sequence[str]) -> None:
         )
 
 
-def _write(backend: Any, output: Path) -> None:
+def _write(backend: Any, folder: Path) -> None:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
-    with new_folder(output) as folder:
-        (folder / DEFINITION).write_text(backend.to_str(pretty=False), "utf-8")
-        (folder / CONFIG).write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))
+    (folder / DEFINITION).write_text(backend.to_str(pretty=False), "utf-8")
+    (folder / CONFIG).write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))
 
 
 def _changed(backend: Any, text: str) -> bool:

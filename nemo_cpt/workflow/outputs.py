@@ -10,6 +10,7 @@ from typing import Any
 
 from nemo_cpt.corpus.dataset.index import full_prefix
 from nemo_cpt.corpus.reading.chunks import hash_file
+from nemo_cpt.made import RECORD
 from nemo_cpt.training.run_folder import newest_whole
 
 # Without the manifest, which says when it was made: it would be another one each time.
@@ -63,7 +64,8 @@ def files_of(path: Path) -> list[Path]:
 
 
 def _below(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    # Without the record of what a folder was made of, which would be another one each time.
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
 
 
 def look(path: Path, known: Mapping[str, Mapping[str, Any]] | None = None) -> Files:
@@ -117,8 +119,8 @@ def remove(path: Path, made: Mapping[str, Any]) -> None:
             nobody knows, since the step was killed: the place was free before it.
     """
     if made and path.is_dir() and not path.is_symlink() and is_plain(path):
-        for name in made:
-            (path.parent / name).unlink(missing_ok=True)
+        for file in (*(path.parent / name for name in made), path / RECORD):
+            file.unlink(missing_ok=True)
         folders = sorted((each for each in path.rglob("*") if each.is_dir() and not each.is_symlink()), reverse=True)
         for folder in (*folders, path):  # from the innermost; one that holds what somebody put there stays
             with contextlib.suppress(OSError):

@@ -49,6 +49,7 @@ def test_partitions(sinfo):
     assert submitted("gup").found == "there is no partition gup; it has partitions gpu*, cpu, old"
     assert submitted("old").found == "partition old is down"
     assert submitted("gpu", num_nodes=5).found == "partition gpu has 4 nodes, the job takes 5"
+    assert submitted("gpu,cpu", num_nodes=10).found == "partition gpu,cpu has 9 nodes, the job takes 10"
     assert submitted("cpu").state == "warning"
     assert submitted("cpu", gpus_per_node=0).state == "ok"
     assert slurm(Examination()).found == "partitions gpu*, cpu, old"

@@ -230,6 +230,7 @@ def test_a_disk_that_is_too_small(world, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4 * checkpoint - 1))
     gpu = job(world, checkpoints=4, gpus_per_node=1)  # bf16 with fp32 states takes 14 bytes, not 12
     assert inputs.disk(Examination(gpu)).state == "error"
+    assert inputs.disk(Examination(job(world, checkpoints=0, gpus_per_node=1))).state == "ok"  # it writes none
     for number in range(2):  # a run that goes on overwrites what it has
         (world / "runs" / "one" / "checkpoints" / f"steps={number}").mkdir(parents=True, exist_ok=True)
     assert inputs.disk(Examination(job(world, checkpoints=4))).state == "ok"
