@@ -172,6 +172,7 @@ def place_of(executor: Any) -> "Place":
     from nemo_run.core.execution.kubeflow import KubeflowExecutor
 
     from nemo_cpt.doctor import Place
+    from nemo_cpt.executors.counts import asks_for_cores
     from nemo_cpt.executors.slurm_job import SlurmJob
 
     if executor is None:
@@ -208,6 +209,7 @@ def place_of(executor: Any) -> "Place":
         nodes=executor.nodes,
         limit_seconds=window.seconds_of(executor.time),
         preempt_seconds=executor.preempt_seconds,
+        asks_for_cores=asks_for_cores(vars(executor) | (executor.additional_parameters or {})),
         environ=variables,
     )
 

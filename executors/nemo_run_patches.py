@@ -54,6 +54,7 @@ def apply() -> None:
     pods.ship_code()
     pods.quote_variables()
     pods.supervise_jobs()
+    pods.show_manifests()
 
 
 def give_time_to_save(executor: Any, needed: Callable[[], int | None]) -> None:

@@ -21,6 +21,7 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from nemo_cpt.errors import CptError
+from nemo_cpt.installed import extra
 
 if TYPE_CHECKING:
     from nemo_cpt.inference.engine import Message, Prompt
@@ -294,9 +295,7 @@ def _detector() -> Any:
     try:
         from lingua import IsoCode639_1, LanguageDetectorBuilder
     except ImportError as error:
-        raise CptError(
-            "the language of replies is told by lingua, which is not installed: pip install 'nemo_cpt[eval]'"
-        ) from error
+        raise CptError(f"the language of replies is told by lingua, which is not installed: {extra('eval')}") from error
     codes = {IsoCode639_1.from_str(code.partition("-")[0].upper()) for code in KNOWN}
     return LanguageDetectorBuilder.from_iso_codes_639_1(*codes).build()
 

@@ -12,6 +12,7 @@ import numpy as np
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation.bootstrap import Measure, mean, percentile, ratio
 from nemo_cpt.inference.engine import Reply
+from nemo_cpt.installed import extra
 
 NORMALIZATION = "NFKC, lower case, without blanks, punctuation and symbols, but for those of numbers: -1.5, 3/4"
 BLEU_TOKENIZERS = {"ja": "ja-mecab", "zh-tw": "zh", "zh-cn": "zh", "ko": "char", "th": "char"}
@@ -113,7 +114,7 @@ def _sacrebleu_measures(
     try:
         from sacrebleu.metrics import BLEU, CHRF
     except ImportError as error:
-        raise CptError("BLEU and chrF need sacrebleu: pip install 'nemo_cpt[eval]'") from error
+        raise CptError(f"BLEU and chrF need sacrebleu: {extra('eval')}") from error
     most = max(map(len, answers))
     # sacrebleu wants as many references of each reply; None stands for one that is not there.
     references: Any = [[each[at] if at < len(each) else None for each in answers] for at in range(most)]

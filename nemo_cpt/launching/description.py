@@ -235,6 +235,7 @@ def place(executor: str, options: Sequence[str]) -> Place:
     Raises:
         CptError: there is no such executor, or an option is wrong.
     """
+    from nemo_cpt.executors.counts import asks_for_cores
     from nemo_cpt.executors.docker import volumes_of
     from nemo_cpt.executors.environment import job_env
     from nemo_cpt.executors.local import visible_gpus
@@ -261,6 +262,7 @@ def place(executor: str, options: Sequence[str]) -> Place:
         processes=_processes(executor, given),
         limit_seconds=seconds_of(str(given.get("time"))),
         preempt_seconds=given.get("preempt_seconds"),
+        asks_for_cores=asks_for_cores(given),
         environ=visible_gpus(given.get("gpus") if executor == "local" else None) | job_env(given.get("env")),
     )
 

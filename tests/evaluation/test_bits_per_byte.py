@@ -78,7 +78,7 @@ def _harness_nats(engine: TransformersEngine, text: str, window: int, overlap: i
 
 
 def test_lm_eval_itself_finds_the_same(engine: TransformersEngine, world: Path, documents: list[str]) -> None:
-    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'nemo_cpt[eval]'")
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install '.[eval]'")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 

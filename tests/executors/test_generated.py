@@ -658,6 +658,16 @@ def test_kubernetes_train_job(project, kube_config):
     assert "--max-restarts 2 -- torchrun" in launched
 
 
+def test_a_dry_run_shows_the_train_job_and_its_script(project, kube_config, capsys):
+    import tasks
+
+    run.run(run.Partial(tasks.report, path="seen"), executor=kubernetes("img", 8, "work"), dryrun=True, name="t")
+    manifest, _, script = capsys.readouterr().out.partition("apiVersion: ")[2].partition("# launch.sh\n")
+    trainer = yaml.safe_load(f"apiVersion: {manifest}")["spec"]["trainer"]
+    assert (trainer["image"], trainer["command"][0]) == ("img", "/bin/bash")
+    assert "; exec python -m nemo_cpt.executors.supervisor" in script
+
+
 def test_a_pod_has_the_time_that_its_recipe_needs_to_save(project, kube_config, headline):
     recipe, needed = headline
     pod = window_of(recipe, kubernetes("img", 8, "work")).pod_spec_overrides
