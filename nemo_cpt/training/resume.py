@@ -1,7 +1,6 @@
 """Where a run starts: at its own newest whole checkpoint, else at the base's weights; and what it makes of changes."""
 
 import copy
-import json
 import shutil
 from datetime import datetime
 from pathlib import Path
@@ -18,6 +17,7 @@ from nemo_cpt.compatibility import check_resumed
 from nemo_cpt.errors import CptError, exit_with_the_message
 from nemo_cpt.training import run_lock
 from nemo_cpt.training.changes import READ, Change, changes, listed
+from nemo_cpt.training.metrics import append_metrics
 from nemo_cpt.training.options import EXTENSIONS, check_extend
 from nemo_cpt.training.preconditions import check_base
 from nemo_cpt.training.record import settings_of, validated_otherwise
@@ -201,9 +201,7 @@ def _write_down(folder: Path, settings: dict[str, Any], checkpoint: Checkpoint |
         "base": base and str(Path(base).absolute()),
         "settings": settings,
     }
-    (folder / run_lock.FOLDER).mkdir(parents=True, exist_ok=True)
-    with open(folder / STARTS, "a") as file:
-        file.write(json.dumps(start) + "\n")
+    append_metrics(folder, start, STARTS)
 
 
 def _keep_tokenizer(trainer: pl.Trainer, kept: Path) -> None:
