@@ -228,7 +228,7 @@ def instruction_tune_lora(
     # Where the planner cut the sequence, conversations are packed anew, and an epoch has other steps.
     if fitted.data.seq_length == wanted:
         return fitted
-    shorter = {"seq_length": fitted.data.seq_length}  # has other epochs
+    shorter = {"seq_length": fitted.data.seq_length}
     same = {"rank": rank, "lr": lr, "embeddings_lr": embeddings_lr, "peft_scheme": peft_scheme}
     return instruction_tune_lora(model, base, data, gpu_memory_gib=gpu_memory_gib, **same | shorter | kwargs)
 

@@ -37,9 +37,10 @@ def nemo_folder(path: str | Path) -> Path:
         raise CptError(f"there is no folder {folder}{near_paths(folder) or '; `nemo-cpt ls` lists runs'}")
     refuse_adapter(folder)
     if not (folder / "weights").is_dir():
+        newest = next(folder.glob("checkpoints/*-last"), "<run>/checkpoints/<name>-last")
         raise CptError(
             f"{path} is no NeMo checkpoint: it has no folder `weights`. "
-            "Give the folder of one checkpoint, such as <run>/checkpoints/<name>-last."
+            f"Give the folder of one checkpoint, such as {newest}."
         )
     return folder
 

@@ -217,6 +217,7 @@ def _write_adapter(nemo: Path, described: Description, base_name: str, dtype: st
     return {
         "dtype": dtype,
         "cast_from": None,
+        # A and B of each adapter, and DoRA's magnitude.
         "tensors": (3 if adapters.dora else 2) * len(adapters.adapted),
         "padding_removed": 0,
         "bytes_written": sum((folder / name).stat().st_size for name in names),

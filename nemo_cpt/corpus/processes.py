@@ -10,6 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 from nemo_cpt.errors import CptError
+from nemo_cpt.signals import end_with_parent
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -52,11 +53,9 @@ def follow(parent: int) -> None:
     A terminal interrupts every process of the command: a worker that died of it with the pool's lock or with its own
     order to end in hand would leave the others, and the parent, waiting for each other.
     """
-    import ctypes
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    # The parent may have died between the fork and prctl: then no signal comes any more.
+    end_with_parent(signal.SIGKILL)
+    # The parent may have died between the fork and the line above: then no signal comes any more.
     if os.getppid() != parent:
         os._exit(1)
 

@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from nemo_cpt.arguments import checked
 from nemo_cpt.compatibility import END_OF_TEXT, check_data, check_largest_id, read_base
+from nemo_cpt.conversations.mixture import SEED
 from nemo_cpt.corpus import full_prefix, read_index, read_manifest
 from nemo_cpt.corpus.dataset.manifest import manifest_path
 from nemo_cpt.errors import CptError
@@ -24,7 +25,6 @@ from nemo_cpt.inference.token_bytes import TokenBytes
 from nemo_cpt.inference.transformers_engine import TransformersEngine
 from nemo_cpt.training.masks import MASKS
 
-DATA_SEED = 1234  # PreTrainingDataModule's default, so that the order is the training job's
 LOGITS_BYTES = 2**29  # of one forward pass, in fp32
 LOSS_ROWS = 256  # whose softmax is computed at once: all of them together would take as much memory again
 MOST_TOKENS = 16_384  # of one forward pass, however small the vocabulary
@@ -76,6 +76,7 @@ def sequences_loss(
     *,
     seq_length: int,
     samples: int | None = None,
+    seed: int = SEED,
     eod_mask_loss: bool = False,
     reset_attention_mask: bool = False,
     tell: Tell = lambda done: None,
@@ -90,6 +91,7 @@ def sequences_loss(
         prefix: Megatron prefix of the tokenized text, as `prepare` wrote it.
         seq_length: tokens predicted in each sequence.
         samples: sequences to read, where the text is shorter again from its start; the whole text once when None.
+        seed: the run's, which decides which sequences of a longer text are the first.
         eod_mask_loss: do not count what is predicted from a document's end, as in a run with Megatron's setting.
         reset_attention_mask: look at no document before a token's own, as in a run with Megatron's setting.
         tell: called with the sequences that are done.
@@ -106,7 +108,7 @@ def sequences_loss(
     bytes_of = ByteCounter(engine.tokenizer)
     masks = {"eod_mask_loss": eod_mask_loss, "reset_attention_mask": reset_attention_mask}
     # Through Megatron's own dataset: the very samples, in the order that the training's validation has.
-    dataset, rows = _dataset(engine, prefix, seq_length, samples, **masks), _rows(engine)
+    dataset, rows = _dataset(engine, prefix, seq_length, samples, seed, **masks), _rows(engine)
     size = _batch_rows(engine, seq_length)
     nats: list[float] = []
     counts: list[int] = []
@@ -308,7 +310,7 @@ def _first_of_documents(engine: TransformersEngine, prefix: str | Path) -> str:
 
 
 def _dataset(
-    engine: TransformersEngine, prefix: str | Path, seq_length: int, samples: int, *,
+    engine: TransformersEngine, prefix: str | Path, seq_length: int, samples: int, seed: int, *,
     eod_mask_loss: bool, reset_attention_mask: bool,
 ) -> Any:  # fmt: skip
     from nemo_cpt.training.datasets import VALIDATION, gpt_dataset  # imports NeMo
@@ -317,7 +319,7 @@ def _dataset(
         {full_prefix(prefix): 1.0},
         samples,
         VALIDATION,
-        random_seed=DATA_SEED,
+        random_seed=seed,
         sequence_length=seq_length,
         # No index is kept: the text may be somebody else's, in a folder that is not ours to write to.
         path_to_cache="",

@@ -278,7 +278,9 @@ class _Work:
         from nemo_cpt.evaluation.bits_per_byte import TextLoss
 
         # All that the number depends on is in the key: what was measured otherwise is measured again.
-        shape = (text.seq_length, text.samples, *text.masks) if text.seq_length else (self.window, self.limit)
+        shape = (
+            (text.seq_length, text.samples, text.seed, *text.masks) if text.seq_length else (self.window, self.limit)
+        )
         key = key_of("loss", FORMAT, self.candidate.key, text.hash, shape)
         record = self.journal.get(key)
         if record is None:
@@ -296,8 +298,8 @@ class _Work:
         with ProgressBar(title, total, self.quiet, unit=unit) as bar:
             if text.seq_length:
                 return sequences_loss(
-                    engine, text.path, seq_length=text.seq_length, samples=text.samples, tell=bar.update,
-                    **dict.fromkeys(text.masks, True),
+                    engine, text.path, seq_length=text.seq_length, samples=text.samples, seed=text.seed,
+                    tell=bar.update, **dict.fromkeys(text.masks, True),
                 )  # fmt: skip
             return documents_loss(
                 engine, islice(read_documents(text.path), self.limit), window=self.window, tell=bar.update

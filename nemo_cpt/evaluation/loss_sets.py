@@ -11,6 +11,8 @@ from nemo_cpt.checkpoint.architecture import read_json
 from nemo_cpt.checkpoint.context import RUN_JSON
 from nemo_cpt.checkpoint.provenance import read_provenance
 from nemo_cpt.compatibility import END_OF_TEXT, check_data, read_base
+from nemo_cpt.conversations.dataset import is_conversations
+from nemo_cpt.conversations.mixture import SEED
 from nemo_cpt.corpus.dataset.index import fingerprint, full_prefix, read_index
 from nemo_cpt.corpus.reading.chunks import hash_file
 from nemo_cpt.errors import CptError
@@ -32,6 +34,7 @@ class LossSet:
         path: a file of documents, or a Megatron prefix.
         seq_length: of the sequences of a tokenized set; None for documents.
         samples: sequences of a tokenized set; None for documents.
+        seed: of the order in which sequences are taken.
         masks: those of `MASKS` that a tokenized set is read with.
     """
 
@@ -39,6 +42,7 @@ class LossSet:
     path: str
     seq_length: int | None = None
     samples: int | None = None
+    seed: int = SEED
     masks: Sequence[str] = ()
 
     @cached_property
@@ -83,7 +87,9 @@ def validated_on(run: Mapping[str, Any], model: str | Path | None, say: Say) -> 
     found = {name: _set_of_run(run, name, prefix, Path(str(model))) for name, prefix in named.items()}
     for name in (name for name, prefix in found.items() if prefix is None):
         say(f"the run validated on {named[name]}, which is not there any more")
-    if not named:
+    if chats := sorted(_contents(run).keys() - named.keys()):
+        say(f"the run validated on conversations ({', '.join(chats)}): `nemo-cpt report` has the losses on answers")
+    elif not named:
         say("nothing says which sets the model was validated on: no losses (--loss NAME=PATH measures one)")
     return [f"{name}={prefix}" for name, prefix in found.items() if prefix]
 
@@ -137,6 +143,11 @@ def _loss_set(spec: str, candidates: Sequence[Candidate], run: Mapping[str, Any]
     # A dataset may be named by one of its files, too.
     if Path(path).is_file() and not path.endswith((".bin", ".idx")):
         return LossSet(name, path)
+    if is_conversations(path):
+        raise CptError(
+            f"{path} holds conversations, whose loss is of their answers alone: a run that validates on them measures "
+            "it (`nemo-cpt report`). Give a set of texts, or ask the questions (--prompts)"
+        )
     # A mistyped file would be looked for as a Megatron prefix, and its message mislead.
     if re.search(r"\.(jsonl|json|parquet|gz|zst)$", path):
         raise CptError(f"there is no file {path}")
@@ -145,12 +156,14 @@ def _loss_set(spec: str, candidates: Sequence[Candidate], run: Mapping[str, Any]
     same_place = str(Path(full_prefix(path)).absolute()) in validated.get("sets", {}).values()
     if same_place or (validated and content_of(path) in _contents(run).values()):  # just what the training's loss is of
         seq_length, samples = validated["seq_length"], validated["samples"] or SAMPLES
+        # The run's seed shuffles its validation sets, too: with another, other sequences of a longer set come first.
+        seed = run.get("settings", {}).get("data", {}).get("seed") or SEED
     else:
         contexts = [each.context_length for each in candidates if each.context_length]
         seq_length = min([SEQ_LENGTH, *contexts, max(tokens - 1, 1)])
-        samples = min(SAMPLES, max((tokens - 1) // seq_length, 1))
+        samples, seed = min(SAMPLES, max((tokens - 1) // seq_length, 1)), SEED
     # The run's on any set: what its loss left out it has not learnt.
-    return LossSet(name, path, seq_length, min(samples, limit or samples), masks_of(run))
+    return LossSet(name, path, seq_length, min(samples, limit or samples), seed, masks_of(run))
 
 
 def check_names(names: Sequence[str]) -> None:

@@ -30,6 +30,11 @@ class NamedSetsDataModule(llm.PreTrainingDataModule):
     validation_weights: dict[str, list[float]]
 
     @property
+    def training_texts(self) -> Any:
+        """Megatron's dataset of the texts that are trained on, once it is built; None without any."""
+        return self._train_ds
+
+    @property
     def validation_names(self) -> list[str]:
         """The validation sets' names."""
         return list(self.validation_sets)

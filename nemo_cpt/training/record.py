@@ -57,6 +57,12 @@ def settings_of(trainer: pl.Trainer) -> dict[str, dict[str, Any]]:
     return _start(trainer)["settings"]
 
 
+def template_of(trainer: pl.Trainer) -> Mapping[str, Any] | None:
+    """The chat template that exports of a run's checkpoints carry; see `_template`."""
+    found: Mapping[str, Any] | None = _start(trainer)[RECORD]
+    return found
+
+
 def validated_otherwise(trainer: pl.Trainer) -> list[str]:
     """The validation sets that hold, or are validated on, other samples than where the checkpoint was written."""
     checkpoint, now = resumed_from(trainer.ckpt_path), settings_of(trainer)["validation"]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nemo_cpt.corpus.atomic_files import make_folder, sync_directory
+from nemo_cpt.corpus.atomic_files import make_folder, sync
 from nemo_cpt.errors import CptError
 
 
@@ -34,12 +34,10 @@ def new_folder(output: Path) -> Iterator[Path]:
     make_folder(partial)
     try:
         yield partial
-        for path in partial.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        sync_directory(partial)
+        for path in (*partial.iterdir(), partial):
+            sync(path)
         partial.rename(output)
-        sync_directory(output.parent)
+        sync(output.parent)
     except OSError as error:
         raise CptError(f"{output} could not be written: {error.strerror}. Nothing is left of it.") from error
     finally:

@@ -275,6 +275,7 @@ def _write(base: ByteLevelBPE, content: dict[str, Any], folder: Path, record: di
     for path in sorted(Path(base.described.folder).iterdir()):
         if path.name in _CARRIED or path.suffix == ".jinja":
             shutil.copyfile(path, folder / path.name)
+    # Without a class transformers looks for the model's config.json, which is not here.
     if not (folder / CONFIG).exists():
         (folder / CONFIG).write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}\n', "utf-8")
     (folder / DEFINITION).write_bytes(orjson.dumps(content))

@@ -95,6 +95,7 @@ def _untrained(kind: str) -> Any:
     tokenizer = Tokenizer(models.Unigram() if kind == "unigram" else models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
+            # In this order: the last one turns bytes into characters of its own, which no pattern behind it would know.
             pre_tokenizers.Split(Regex(UNSPACED), "isolated"),
             pre_tokenizers.Split(Regex(WORDS), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),

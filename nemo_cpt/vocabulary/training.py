@@ -228,6 +228,7 @@ def _train(texts: Sequence[str], special: Sequence[str], size: int, kind: str) -
         content["model"]["vocab"] = [*((token, _NEVER) for token in special), *pieces]
     tokenizer = Tokenizer.from_str(orjson.dumps(content).decode())
     begin = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, special.index(BOS))])
+    # As Llama-3 does: BOS before a text and nothing behind it, where a model is to go on.
     tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), begin])
     return tokenizer
 

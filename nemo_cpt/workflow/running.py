@@ -19,6 +19,7 @@ from nemo_cpt.installed import installed_versions
 from nemo_cpt.launching.results import checkpoint_folder
 from nemo_cpt.python_files import environment_of_children
 from nemo_cpt.signals import Given, listen
+from nemo_cpt.training import run_lock
 from nemo_cpt.workflow import outputs, recipes
 from nemo_cpt.workflow.dry_run import dry_run, refuse_red
 from nemo_cpt.workflow.kinds import EXECUTOR, OWN, TASKS, paths_in, value_of
@@ -63,6 +64,7 @@ def run(workflow: Workflow, chosen: Chosen | None = None, say: Callable[[str], N
     make_folder(workflow.folder)
     workflow.check()  # first: what cannot work leaves no folder of records, perhaps in the wrong place
     with state.held():
+        state.check_not_submitted()
         found = dry_run(workflow, chosen, plan=False)
         refuse_red(found)
         runner = Runner(workflow, state, chosen.force, Shown(workflow.name, len(found.standings), say))
@@ -165,7 +167,11 @@ class Runner:
         return record
 
     def _clear(self, step: Step, before: Record) -> None:
-        """Remove what a step has made, or set it aside; what is not its own was refused before (`check_free`)."""
+        """Remove what a step has made, or set it aside; what is not its own was refused before (`check_free`).
+
+        Raises:
+            CptError: a job trains in what would be set aside.
+        """
         for path in step.writes:
             full = step.folder / path
             if not outputs.is_there(full):
@@ -177,6 +183,7 @@ class Runner:
 
     def _set_aside(self, path: Path, made: Record) -> None:
         """Rename what a step made; where it was finished, its record says so when that job is asked for again."""
+        run_lock.check_free(path)  # a job that trains there, started by hand perhaps, would go on beside it
         aside = outputs.set_aside(path)
         if made.state == DONE:
             self.state.keep_earlier(made, int(aside.name.removeprefix(f"{path.name}.")))

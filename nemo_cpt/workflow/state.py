@@ -16,6 +16,7 @@ from nemo_cpt.workflow.steps import Step, Workflow
 
 FOLDER = ".workflow"  # behind the workflow's name
 RECORD, PAGE, LOCK, EARLIER = "record.json", "page.html", "lock", "earlier"
+SUBMITTED = "experiment"  # holds the id of that which runs the workflow, where jobs do
 PACKAGES = ("torch", "nemo_toolkit", "nemo_run", "megatron-core", "transformers", "tokenizers")
 PATIENCE = 20.0  # seconds for the step of a killed workflow to end
 RUNNING, DONE, STOPPED, FAILED = "running", "done", "stopped", "failed"
@@ -137,6 +138,17 @@ class State:
         """Write the record of all; returns its path."""
         write_whole(self.folder / RECORD, _json(self.whole()))
         return self.folder / RECORD
+
+    def check_not_submitted(self) -> None:
+        """Check that no jobs run the workflow, which hold none of it while they wait.
+
+        Raises:
+            CptError: some do.
+        """
+        if (self.folder / SUBMITTED).exists():
+            from nemo_cpt.launching import jobs  # half a second, for what is rarely there
+
+            jobs.check_ended(self.folder / SUBMITTED, "runs this workflow")
 
     @contextmanager
     def held(self, step: str | None = None) -> Iterator[int]:

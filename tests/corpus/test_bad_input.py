@@ -307,8 +307,13 @@ def test_bad_tokenizers(tmp_path: Path, jsonl: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "tokenizer.json").write_text('{"version": ')
+    for checkpoint, place in (("base", "hf"), ("steps=9", "context/tokenizer")):
+        (tmp_path / checkpoint / place).mkdir(parents=True)
+        (tmp_path / checkpoint / place / "tokenizer.json").touch()
     for folder, message in [
-        ("empty", "holds no tokenizer"),
+        ("empty", "holds no tokenizer .*\\)\\.$"),
+        ("base", "There is one in .*/base/hf"),
+        ("steps=9", "There is one in .*/steps=9/context/tokenizer"),
         ("torn", "cannot be loaded"),
         ("none/x", "no tokenizer folder"),
     ]:

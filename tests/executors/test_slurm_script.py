@@ -12,8 +12,9 @@ from nemo_cpt.executors.slurm_job import ENDING
 
 COMMANDS = {
     "srun": 'sh -c "$TASKS"',
-    "scontrol": 'echo "$*" >> asked; case "$1" in show) echo "$FACTS" ;; requeue) exit $REFUSES ;; esac',
-    "squeue": "for job in $OTHER_JOBS; do echo $job; done",
+    "scontrol": 'echo "$*" >> asked; case "$1 $SLURM_TIME_FORMAT" in "show standard") echo "$FACTS" ;; requeue*) '
+    "exit $REFUSES ;; esac",
+    "squeue": "for job in ${SQUEUE_STATES-$OTHER_JOBS}; do echo $job; done",
 }
 SAVED = "touch $marker"
 BEFORE_TRAINING = f"echo '{UNTRAINED}' > $marker"
@@ -147,7 +148,8 @@ def test_slurm_does_not_take_it_back(ended):
 
 def test_a_task_of_an_array_is_asked_for_by_its_own_number_and_the_last_removes_the_secrets(ended, tmp_path):
     array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
-    assert "secrets.env" in ended(RUNS, "true", environ=array | {"OTHER_JOBS": "7_0 7_1"}).files
+    others = {"OTHER_JOBS": "7_0 7_1", "SQUEUE_STATES": ""}  # the latter is a user's, and hides them
+    assert "secrets.env" in ended(RUNS, "true", environ=array | others).files
     assert "secrets.env" not in ended(RUNS, "true", environ=array | {"OTHER_JOBS": "7_1"}).files
     ended(RUNS, SAVED, environ=array)
     assert set((tmp_path / "asked").read_text().splitlines()) == {"show job -o 7_1", "requeue 7_1"}

@@ -108,6 +108,25 @@ def test_a_training_that_is_made_again_is_set_aside_and_what_follows_waits(road:
         record.write_bytes(kept)
         if left == ["ja.1"]:
             (workflow.folder / "results/ja.1").rename(workflow.folder / "results/ja")
+    # Nor while a job trains there, which would go on in the folder that was moved.
+    command = [sys.executable, "-c", HOLDER, str(workflow.folder / "results/ja")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as job:
+        assert job.stdout is not None
+        job.stdout.readline()
+        with pytest.raises(CptError, match="results/ja is in use by process"):
+            runner.begin(standing(again.steps["train"], state))
+        job.communicate()
+    assert [path.name for path in (workflow.folder / "results").glob("ja*")] == ["ja"]
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from nemo_cpt.training.run_lock import RunLock
+RunLock(Path(sys.argv[1])).acquire()
+print("held", flush=True)
+sys.stdin.read()
+"""
 
 
 def test_a_finished_training_that_was_set_aside_is_put_back(workflow: Workflow) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 import nemo_cpt
-from nemo_cpt.corpus.atomic_files import folder_to_fill, sync_directory, write_whole
+from nemo_cpt.corpus.atomic_files import folder_to_fill, sync, write_whole
 from nemo_cpt.corpus.dataset.index import read_index, write_index
 from nemo_cpt.corpus.dataset.manifest import (
     FORMAT,
@@ -257,7 +257,7 @@ class Output(ABC):
             for name, part in journal.parts.items():
                 if part.exists():
                     self.idx.unlink(missing_ok=True)  # an old index beside the new tokens would be wrong
-                    sync_directory(self.idx.parent)
+                    sync(self.idx.parent)
                     part.rename(f"{self.prefix}.{name}")
             self._write_skipped()
             # Between the parts and the `.idx`: where an index is, its manifest is, too.

@@ -93,7 +93,6 @@ class Feed:
         source, content = self.sources[number], xxhash.xxh3_128()
         position = source.start
         # Also what lies before the cursor is read: hashing it is the only proof that it is still the same.
-        # GB/s).
         for part in self._parts(source):
             # A resumed run may begin inside a part: `known` was worked on by an earlier run and is only hashed.
             known, block = part.block[: max(start - position, 0)], part.block[max(start - position, 0) :]

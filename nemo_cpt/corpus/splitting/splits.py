@@ -288,7 +288,11 @@ class _Split:
         )
 
     def write(self, work: Path, workers: int, quiet: bool) -> None:
-        """Write the sets into a folder: first the held-out ones, then the training set, compared with them."""
+        """Write the sets into a folder: first the held-out ones, then the training set, compared with them.
+
+        Raises:
+            CptError: A set has no document, a line gives no text and is not to be skipped, or an input changes.
+        """
         drawn = [name for name, share in self.shares.items() if share > 0]
         with ExitStack() as stack:
             files = {name: stack.enter_context((work / f"{name}.jsonl").open("wb")) for name in [*drawn, "train"]}
