@@ -63,11 +63,11 @@ def submit(file: Path, chosen: Chosen, executor: str, options: Sequence[str], de
                 f"{shared[0]} submits {TASKS} of its own, for which its job would wait: run the workflow where jobs "
                 f"are submitted, without --executor, or leave its {TASKS} away"
             )
+        here = Runner(workflow, state, False, Shown(workflow.name, 1, print))
         for each in found.standings:
             if each.earlier:  # no job is needed to rename a folder
-                Runner(workflow, State(workflow), False, Shown(workflow.name, 1, print)).put_back(
-                    each.step, *each.earlier
-                )
+                with state.held(each.step.name):
+                    here.put_back(each.step, *each.earlier)
         if not steps:
             return {"experiment": None, "jobs": {}}
         # Before the experiment: the first executor mends NeMo-Run's, whose end is looked up when it begins.

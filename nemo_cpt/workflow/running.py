@@ -17,6 +17,7 @@ from nemo_cpt.corpus.atomic_files import make_folder, write_whole
 from nemo_cpt.errors import CptError, StoppedEarlyError
 from nemo_cpt.installed import installed_versions
 from nemo_cpt.launching.results import checkpoint_folder
+from nemo_cpt.python_files import environment_of_children
 from nemo_cpt.signals import Given, listen
 from nemo_cpt.training import run_lock
 from nemo_cpt.workflow import outputs, recipes
@@ -216,7 +217,7 @@ class Runner:
                 command, cwd=step.folder, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
                 # A terminal's Ctrl-C comes by way of this process, once. The lock lives as long as the step's process:
                 # of a workflow that was killed the next run waits for that.
-                start_new_session=True, pass_fds=[lock], env=_environment(),
+                start_new_session=True, pass_fds=[lock], env=environment_of_children(),
             )  # fmt: skip
             try:
                 # A signal between the look at what was given and the start would have found no child.
@@ -307,15 +308,6 @@ def _poll(child: "subprocess.Popen[bytes]") -> int | None:
         return child.wait(timeout=0.2)
     except subprocess.TimeoutExpired:
         return None
-
-
-def _environment() -> dict[str, str]:
-    """This process's, with the place that nemo_cpt was imported from: the step runs in another folder."""
-    import nemo_cpt
-
-    home = str(Path(str(nemo_cpt.__file__)).absolute().parents[1])
-    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(dict.fromkeys([home, *map(os.path.abspath, paths)]))}
 
 
 def _stamps(path: Path) -> list[tuple[str, int, int]]:
