@@ -6,6 +6,7 @@ import errno
 import fcntl
 import glob
 import json
+import os
 import shutil
 import socket
 import sys
