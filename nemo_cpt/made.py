@@ -1,5 +1,6 @@
 """What a folder was made of, noted in it: a rerun of the same finds it done, and reads nothing large for that."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 from nemo_cpt.errors import CptError
 
 RECORD = ".made.json"  # no part of what was made: it holds times, and another one each time
+_SMALL = 2**25  # bytes: tokenizers and configurations have fewer, which people edit; to read weights takes minutes
 _FORMAT = 1  # raised when an older reader would misread what is new
 Stamps = Sequence[Sequence[Any]]  # of each file its name, its size, and the time of its last change
 
@@ -49,6 +51,7 @@ class Making:
             "inputs": self.inputs,
             "options": self.options,
             "sizes": {str(path.relative_to(folder)): path.stat().st_size for path in _files_below(folder)},
+            "sums": {str(path.relative_to(folder)): _sum(path) for path in _files_below(folder) if _is_small(path)},
             "report": report,
         }
         (folder / RECORD).write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
@@ -94,10 +97,21 @@ def _read(dest: Path) -> dict[str, Any]:
     return recorded if isinstance(recorded, dict) else {}
 
 
+def _is_small(path: Path) -> bool:
+    return path.stat().st_size <= _SMALL
+
+
+def _sum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _changed(dest: Path, recorded: Mapping[str, Any]) -> str:
-    """Which of the files that were made is not there, or is of another size; empty where all are as they were."""
+    """Which of the files that were made is not there, or is another one; empty where all are as they were."""
     for name, size in recorded["sizes"].items():
         there = (dest / name).stat().st_size if (dest / name).is_file() else None
         if there != size:
             return f"its {name} " + ("is gone" if there is None else f"has {there:,} bytes, and had {size:,}")
-    return ""
+    # A token's id for another is as many bytes.
+    changed = (name for name, known in recorded.get("sums", {}).items() if _sum(dest / name) != known)
+    return f"its {name} was changed since" if (name := next(changed, "")) else ""

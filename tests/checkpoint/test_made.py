@@ -72,6 +72,9 @@ def test_a_rerun_finds_it_done(command: str, makers: Makers, tmp_path: Path) -> 
     made.write_bytes(made.read_bytes() + b" ")
     with pytest.raises(CptError, match=rf"its {made.relative_to(moved)} has [\d,]+ bytes, and had"):
         run(moved)
+    made.write_bytes(made.read_bytes()[:-2] + b" ")
+    with pytest.raises(CptError, match=f"its {made.relative_to(moved)} was changed since"):
+        run(moved)
     (moved / ".made.json").unlink()
     with pytest.raises(CptError, match=r"moved exists already: it does not say what it was made of\. Give another"):
         run(moved)
