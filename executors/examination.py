@@ -42,10 +42,10 @@ def examine_before_launch() -> None:
 
     @wraps(start)
     def start_by_name(
-        task: Any, executor: Any = None, plugins: Any = None, name: str = "", *args: Any, **kwargs: Any
+        fn_or_script: Any, executor: Any = None, plugins: Any = None, name: str = "", *args: Any, **kwargs: Any
     ) -> None:
         # NeMo-Run's own would be llm.pretrain's, the same for every run, in its lists as in Slurm's.
-        start(task, executor, plugins, name or name_of_run(task), *args, **kwargs)
+        start(fn_or_script, executor, plugins, name or name_of_run(fn_or_script), *args, **kwargs)
 
     @wraps(add)
     def check_and_add(experiment: Any, task: Any, executor: Any = None, *args: Any, **kwargs: Any) -> str:
@@ -93,9 +93,9 @@ def examine_before_launch() -> None:
 
 
 def name_of_run(task: Any) -> str:
-    """A recipe's name= where an experiment may be called so, which becomes a part of shells' commands; else nothing."""
+    """A recipe's name= where an experiment may be called so, as shells' commands and clouds' clusters are; or ""."""
     name = getattr(getattr(task, "log", None), "name", None)
-    return name if isinstance(name, str) and re.fullmatch(r"[\w.-]+", name, re.ASCII) else ""
+    return name if isinstance(name, str) and re.fullmatch(r"[a-zA-Z][\w.-]*", name, re.ASCII) else ""
 
 
 def check_executor(executor: Any) -> None:

@@ -119,8 +119,8 @@ def test_a_dry_run_says_what_would_refuse_it_and_prints_the_batch_script_as_it_i
     assert "#SBATCH --account=llm" in script
     (output,) = (line for line in script if line.startswith("#SBATCH --output="))
     assert output.endswith("sbatch_cpt.cpt_of_ja_%j.out")  # over 80 columns, and not broken; by the run's name
-    recipe.log.name = "a b"  # which no experiment may be called
-    run.run(recipe, executor=slurm("llm", "cpu", time="1:00:00"), dryrun=True)
+    recipe.log.name = "8b"  # as no cluster of SkyPilot's may be called, which takes the experiment's name
+    run.run(fn_or_script=recipe, executor=slurm("llm", "cpu", time="1:00:00"), dryrun=True)
     assert "#SBATCH --job-name=cpt.nemo.collections.llm.api.pretrain" in capsys.readouterr().out
     with pytest.raises(CptError, match="base: the base nowhere is not there"):  # in this process, which would build it
         run.run(recipe, dryrun=True)
