@@ -105,8 +105,9 @@ def test_a_run_in_this_process_is_refused_before_anything_is_built(given, launch
 
 
 def test_what_fails_under_an_executor_of_nemo_runs_own_is_no_success(project):
+    at_home = f"from nemo_run.config import set_nemorun_home\nset_nemorun_home({str(project.parent / 'home')!r})"
     launch = "run.run(run.Script(inline='exit 3'), executor=run.LocalExecutor(), name='t')"
-    done = python(f"import nemo_run as run\nfrom nemo_cpt.recipes import tiny\n{launch}")
+    done = python(f"import nemo_run as run\nfrom nemo_cpt.recipes import tiny\n{at_home}\n{launch}")
     assert done.returncode != 0
     assert "CptError: task t ended as FAILED" in done.stderr
 
