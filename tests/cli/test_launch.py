@@ -147,14 +147,14 @@ def test_bad_input_ends_with_2_and_says_why(arguments, says, tmp_path):
 def test_copy_writes_a_script_that_is_python_and_does_not_overwrite(tmp_path):
     script = tmp_path / "mine.py"
     write_script(catalog.recipe("tiny"), script)
-    write_script(catalog.recipe("llama31_8b"), tmp_path / "with_a_base.py")
-    assert 'base="checkpoints/Llama-3.1-8B",  # edit' in (tmp_path / "with_a_base.py").read_text()
     tree = ast.parse(script.read_text())
     assert "continual_pretrain" in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
     assert "executor=local(processes=1)" in script.read_text()
     with pytest.raises(CptError, match="exists"):
         write_script(catalog.recipe("tiny"), script)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]
+    write_script(catalog.recipe("llama31_8b"), tmp_path / "with_a_base.py")
+    assert 'base="checkpoints/Llama-3.1-8B",  # edit' in (tmp_path / "with_a_base.py").read_text()
 
 
 def test_executor_of_the_users_own_file(tmp_path):
