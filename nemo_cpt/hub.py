@@ -1,4 +1,4 @@
-"""What models and datasets from the Hugging Face hub share: its errors explained, and its client's progress bars."""
+"""What models and datasets from the Hugging Face hub share: its errors explained, its names of bytes, its bars."""
 
 import logging
 from collections.abc import Iterator
@@ -87,23 +87,83 @@ def explained(kind: str, name: str, page: str, revision: str = "main") -> Iterat
         raise CptError(f"A token is needed and there is none: {SET_A_TOKEN}.") from None
     except OfflineModeIsEnabled:
         raise CptError("HF_HUB_OFFLINE is set, so nothing can be downloaded. Unset it.") from None
-    except HfHubHTTPError as error:
-        raise CptError(_http_problem(error, name, page)) from None
-    except (LocalEntryNotFoundError, RequestException, ConnectionError) as error:
-        raise CptError(
-            f"{page} could not be reached or broke off ({type(error).__name__}). Check the network. "
-            "A rerun goes on where this one stopped."
-        ) from None
+    # "Neither on the disk nor to be had": why it was not to be had is its cause.
+    except LocalEntryNotFoundError as error:
+        raise CptError(_why_not(error.__cause__ or error, name, page)) from None
+    except (HfHubHTTPError, RequestException, ConnectionError) as error:
+        raise CptError(_why_not(error, name, page)) from None
     except OSError as error:
-        if "Consistency check failed" not in str(error):
+        if "Consistency check failed" in str(error):
+            raise CptError(f"A file of {name} arrived truncated. A rerun goes on where this one stopped.") from None
+        check_certificates(error)
+        raise
+    except UnicodeEncodeError:
+        raise CptError(f"HF_TOKEN holds letters that no token has. A token is at {TOKEN_PAGE}.") from None
+    except ValueError as error:
+        if "hf_transfer" not in str(error):
             raise
-        raise CptError(f"A file of {name} arrived truncated. A rerun goes on where this one stopped.") from None
+        raise CptError(
+            "HF_HUB_ENABLE_HF_TRANSFER is set, and hf_transfer is not installed: unset it, or pip install hf_transfer."
+        ) from None
 
 
-def _http_problem(error: Any, name: str, page: str) -> str:
-    status = error.response.status_code if error.response is not None else None
+def check_certificates(error: OSError) -> None:
+    """Raise CptError for what requests says, without a number, of a REQUESTS_CA_BUNDLE that is not there."""
+    if error.errno is None and "CA certificate bundle" in str(error):
+        raise CptError(f"{error}: REQUESTS_CA_BUNDLE, or CURL_CA_BUNDLE, names a file that is not there.") from None
+
+
+def _why_not(error: BaseException, name: str, page: str) -> str:
+    """What came in place of a file or an answer, and what to do about it."""
+    from requests.exceptions import InvalidSchema, InvalidURL, MissingSchema, ProxyError, SSLError
+
+    response = getattr(error, "response", None)
+    if response is not None:
+        # The hub's own words: of a token that lacks a permission they alone say which.
+        said = " ".join(str(getattr(error, "server_message", None) or "").split())
+        return _http_problem(response.status_code, f": {said}" if said else "", name, page)
+    # Of a proxy's address requests says the same.
+    no_address = isinstance(error, MissingSchema | InvalidSchema | InvalidURL)
+    if no_address and not page.startswith(("https://", "http://")):
+        return f"{page} is no address: HF_ENDPOINT (or endpoint=) begins with https://."
+    cure = "the network"
+    if isinstance(error, SSLError):
+        cure = "its certificate; behind a proxy with its own one, REQUESTS_CA_BUNDLE names it"
+    elif no_address or isinstance(error, ProxyError):
+        cure = "the proxy (HTTPS_PROXY, HTTP_PROXY, NO_PROXY; for one of socks:// pip install pysocks)"
+    return (
+        f"{page} could not be reached or broke off ({type(error).__name__}). Check {cure}. A rerun goes on where this "
+        "one stopped."
+    )
+
+
+def _http_problem(status: int, said: str, name: str, page: str) -> str:
+    from huggingface_hub import get_token
+
+    if status == 401 and get_token():  # of a public repository, too: the hub looks at the token first
+        return (
+            f"The hub does not take the token that was sent for {name} (HTTP 401{said}): it expired, was revoked or is "
+            f"mistyped. HF_TOKEN, or `hf auth login`, sets another, from {TOKEN_PAGE}; what is public needs none."
+        )
     if status in (401, 403):
         return (
-            f"The hub refuses access to {name} (HTTP {status}). Open {page}, accept its conditions, then {SET_A_TOKEN}."
+            f"The hub refuses access to {name} (HTTP {status}{said}). Open {page}, accept its conditions, then "
+            f"{SET_A_TOKEN}."
         )
-    return f"The hub answered with an error for {name} (HTTP {status}). Try again later; a rerun goes on."
+    return f"The hub answered with an error for {name} (HTTP {status}{said}). Try again later; a rerun goes on."
+
+
+def content_of(file: Any) -> str | None:
+    """The hub's name for the bytes of a repository's file: git's, or of large files the SHA-256 sum; None if unsaid.
+
+    Args:
+        file: a `RepoSibling`, of a listing with `files_metadata`.
+    """
+    if file.lfs:
+        return f"sha256:{file.lfs.sha256}"
+    return f"git:{file.blob_id}" if file.blob_id else None
+
+
+def git_prefix(size: int) -> bytes:
+    """What git hashes, by SHA-1, before a file's bytes."""
+    return f"blob {size}\0".encode()

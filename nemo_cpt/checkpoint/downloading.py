@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import os
 import shutil
 import sys
 import time
@@ -15,14 +17,16 @@ from isal.isal_zlib import crc32
 
 from nemo_cpt.arguments import checked
 from nemo_cpt.checkpoint.download_record import DownloadRecord, FileRecord, read_record
+from nemo_cpt.corpus.atomic_files import locked, make_folder
 from nemo_cpt.errors import CptError
-from nemo_cpt.hub import explained, progress_bars
+from nemo_cpt.hub import content_of, explained, git_prefix, progress_bars, retries_told_once
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
 _UNUSED_SUFFIXES = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".tflite", ".mlmodel")
 _READ_AT_ONCE = 2**20  # bytes
+_PATIENCE_SECONDS = 2.0  # for another process to end
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,8 @@ def download(
         workers: files fetched at once.
 
     Raises:
-        CptError: no access, no such repository or revision, no network, no space, a file that arrived damaged, or a
-            `dest` that holds something else, such as another revision.
+        CptError: no access, no such repository or revision, no network, no space, a file that arrived damaged, a `dest`
+            that holds something else, such as another revision, or that another process is downloading to.
     """
     from huggingface_hub import HfApi
 
@@ -76,12 +80,16 @@ def download(
     wanted, left_out = _choose(info.siblings or [], repo_id)
     # From here on the commit, not the branch, which may move while the files come.
     dest, commit = Path(dest), str(info.sha)
-    there = dest.exists()
+    there = os.path.lexists(dest)  # a link to nothing, too, in whose place no folder can be put
+    if not there:
+        make_folder(dest.parent)
+        with locked(dest.with_name(f"{dest.name}.download.lock"), _PATIENCE_SECONDS):
+            # Another process may have brought it while this one waited.
+            if not (there := dest.exists()):
+                _fetch(api, repo_id, commit, dest, wanted, workers)
     if there:
         # By content: two revisions of a model have equal sizes.
         _check_present(dest, repo_id, revision, commit, wanted)
-    else:
-        _fetch(api, repo_id, commit, dest, wanted, workers)
     return DownloadReport(
         repo_id,
         commit,
@@ -139,11 +147,11 @@ def _check_present(dest: Path, repo_id: str, revision: str, commit: str, wanted:
             break
         # What the record knows is not read again: a rerun of a finished download costs no 16 GB of reading.
         files[name] = files.get(name) or _read(path, file)
-        if _content(file) not in (None, files[name].content):
+        if content_of(file) not in (None, files[name].content):
             problem = f"{name} has other bytes than the hub's"
             break
     names = [file.rfilename for file in wanted]
-    others = sorted(path.name for path in dest.glob("*") if _is_weights(path.name) and path.name not in names)
+    others = sorted(path.name for path in dest.glob("*") if is_weights(path.name) and path.name not in names)
     if problem or others:
         holds = f"{dest} holds {recorded.repo_id} at {recorded.commit}" if recorded else f"{dest} exists"
         raise CptError(
@@ -154,7 +162,8 @@ def _check_present(dest: Path, repo_id: str, revision: str, commit: str, wanted:
         DownloadRecord(repo_id, commit, {name: files[name] for name in names}).write(dest)
 
 
-def _is_weights(name: str) -> bool:
+def is_weights(name: str) -> bool:
+    """Whether a file of a repository is one of those that transformers takes a model's weights from, by its name."""
     return name.endswith((".safetensors", ".safetensors.index.json"))
 
 
@@ -164,14 +173,18 @@ def _fetch(api: Any, repo_id: str, commit: str, dest: Path, wanted: list[RepoSib
     partial = dest.with_name(dest.name + ".download")  # a fixed name, so that the next run finds what is there
     names = [file.rfilename for file in wanted]
     try:
-        partial.mkdir(parents=True, exist_ok=True)
+        partial.mkdir(exist_ok=True)
         _check_space(partial, wanted, repo_id)
-        with explained("model", repo_id, f"{api.endpoint}/{repo_id}", commit), progress_bars(sys.stderr.isatty()):
+        with (
+            explained("model", repo_id, f"{api.endpoint}/{repo_id}", commit),
+            progress_bars(sys.stderr.isatty()),
+            retries_told_once(),
+        ):
             snapshot_download(
                 repo_id,
                 revision=commit,
                 local_dir=partial,
-                allow_patterns=names,
+                allow_patterns=list(map(glob.escape, names)),
                 endpoint=api.endpoint,
                 max_workers=workers,
             )
@@ -201,7 +214,7 @@ def _check_space(partial: Path, wanted: list[RepoSibling], repo_id: str) -> None
 def _arrived(path: Path, file: RepoSibling) -> FileRecord:
     size, found = path.stat().st_size, _read(path, file)
     problem = f"has {size} bytes, the hub says {file.size}" if file.size not in (None, size) else ""
-    if not problem and found.content != (_content(file) or found.content):
+    if not problem and found.content != (content_of(file) or found.content):
         problem = f"has another {'SHA-256' if file.lfs else 'SHA-1'} sum than the hub says"
     if problem:
         path.unlink()
@@ -209,15 +222,8 @@ def _arrived(path: Path, file: RepoSibling) -> FileRecord:
     return found
 
 
-def _content(file: RepoSibling) -> str | None:
-    """The hub's name for a file's bytes: git's, or of large files the SHA-256 sum."""
-    if file.lfs:
-        return f"sha256:{file.lfs.sha256}"
-    return f"git:{file.blob_id}" if file.blob_id else None
-
-
 def _read(path: Path, file: RepoSibling) -> FileRecord:
-    digest = hashlib.sha256() if file.lfs else hashlib.sha1(f"blob {path.stat().st_size}\0".encode())  # git's
+    digest = hashlib.sha256() if file.lfs else hashlib.sha1(git_prefix(path.stat().st_size))
     checksum = 0
     with path.open("rb", buffering=0) as stream:
         while piece := stream.read(_READ_AT_ONCE):

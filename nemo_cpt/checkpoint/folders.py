@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from nemo_cpt.checkpoint.tokenizer_ids import check_tokenizer_class
+from nemo_cpt.corpus.atomic_files import sync
 from nemo_cpt.errors import CptError
 
 if TYPE_CHECKING:
@@ -58,6 +60,8 @@ def new_folder(dest: str | Path, needed_bytes: int) -> Iterator[Path]:
             (partial / _OWNER).unlink()
             partial.rename(dest)
     except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR) and os.path.lexists(dest):
+            raise CptError(f"{dest} was made by another process meanwhile. It stands as that made it.") from error
         raise CptError(
             f"{dest} could not be written: {error}. Nothing is left of it; free the cause, rerun."
         ) from error
@@ -117,11 +121,7 @@ def _check_free_space(folder: Path, needed_bytes: int) -> None:
 def _flush(folder: Path) -> None:
     # The folder last: its entries must not reach the disk before what they name.
     for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(path)
 
 
 def write_pieces(file: IO[bytes], data: Buffer) -> int:

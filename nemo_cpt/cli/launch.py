@@ -149,7 +149,7 @@ def run(
         errors = preflight(job, force=force or dryrun, how_to_force="--force", speaker="nemo-cpt")
         if check or (fields and executor != "local"):
             build_recipe(function.name, arguments, fields)
-        where = make_executor(executor, options, function.processes(arguments))
+        where = make_executor(executor, options, job.settings.gpus_per_node or 1, job.num_nodes)
         # A CPU recipe saves in seconds: its plan would cost NeMo's import for nothing.
         if function.gpus(arguments):
             jobs.give_time_to_save(where, function, arguments, fields)

@@ -19,6 +19,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nemo_cpt.arguments import checked
+from nemo_cpt.conversations.encode import definition_of
 from nemo_cpt.conversations.forms import Conversation
 from nemo_cpt.corpus.reading.lines import UnusableError
 from nemo_cpt.corpus.tokenization.tokenizer import Tokenizer
@@ -140,6 +141,7 @@ class ChatTemplate:
 
     def _answer(self, messages: Sequence[dict[str, str]], number: int, full: str) -> tuple[int, int]:
         """Return where an answer begins and ends in the text."""
+        # As a server asks: what it renders ends where the model's answer begins.
         asked = self.render(messages[:number], question=True)
         answered = full if number == len(messages) - 1 else self.render(messages[: number + 1])
         if not answered.startswith(asked) or not full.startswith(answered):
@@ -283,9 +285,7 @@ def _special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _begins_with(tokenizer: Tokenizer, token: str) -> bool:
     """Say whether the tokenizer puts this token before every text."""
-    definition = tokenizer.definition
-    if definition is None:
-        raise CptError(f"{tokenizer.name} has no tokenizer.json; conversations need a tokenizer that has one.")
+    definition = definition_of(tokenizer)
     content = orjson.loads(definition.read_bytes() if isinstance(definition, Path) else definition)
     outer = content.get("post_processor") or {}
     # Alone, or one of a sequence: Llama 3's is the second of two.

@@ -48,8 +48,12 @@ def _judged(name: str, repository: str, answer: dict[str, Any]) -> Finding:
     if status in (200, 404) and code in ("", "EntryNotFound"):
         return Finding(name, "ok", f"{repository} is readable {token}")
     if status in (401, 403):
-        found = f"{repository} is refused {token} (HTTP {status}{', ' + code if code else ''})"
+        why = code or answer.get("said", "")
+        found = f"{repository} is refused {token} (HTTP {status}{', ' + why if why else ''})"
         cure = f"open {page}, accept its conditions, then run `hf auth login` or set HF_TOKEN ({TOKEN_PAGE})"
+        # Of a public one, too: the hub looks at the token first.
+        if status == 401 and answer["token"] and not code:
+            cure = f"the token expired, was revoked or is mistyped: `hf auth login`, or HF_TOKEN ({TOKEN_PAGE})"
         return Finding(name, "error", found, cure)
     if status == 404:
         return Finding(name, "error", f"there is no {repository} at {endpoint} ({token})", f"look at {page}")

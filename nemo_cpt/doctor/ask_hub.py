@@ -15,7 +15,8 @@ def ask(repository: str) -> dict[str, Any]:
     """Request the header of config.json: a gated model's listing is open to anybody, its files are not.
 
     Returns:
-        `endpoint`, whether there is a `token`, and the answer's `status` and error `code`, or the `error` without one.
+        `endpoint`, whether there is a `token`, and the answer's `status`, `code` and words (`said`), or the `error`
+        without one.
     """
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
@@ -34,7 +35,8 @@ def ask(repository: str) -> dict[str, Any]:
         answer = get_session().head(url, headers=build_hf_headers(), timeout=SECONDS, allow_redirects=True)
     except (HFValidationError, OfflineModeIsEnabled, RequestException, OSError) as error:
         return told | {"error": type(error).__name__}
-    return told | {"status": answer.status_code, "code": answer.headers.get("X-Error-Code", "")}
+    code, said = (answer.headers.get(f"X-Error-{name}", "") for name in ("Code", "Message"))
+    return told | {"status": answer.status_code, "code": code, "said": said}
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The job that a built recipe describes: Python knows it whole, where the command line reads the recipe's source."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,9 @@ def job_of(recipe: Any, place: Place) -> Job | None:
     callbacks = getattr(trainer, "callbacks", None) or []
     tokenizer = getattr(getattr(data, "tokenizer", None), "pretrained_model_name", None)
     read, replay = _mixtures(data)
+    # Of other loggers than ours, which has one owner a job, Lightning may start the processes that are missing.
+    if place.processes == 1 and _kind(log) != "RunLogger":
+        place = replace(place, processes=None)
     wandb = getattr(log, "wandb", None)
     ckpt, max_steps = getattr(log, "ckpt", None), _number(trainer, "max_steps")
     interval = _number(ckpt, "save_every") or _number(trainer, "val_check_interval")
@@ -64,7 +68,9 @@ def job_of(recipe: Any, place: Place) -> Job | None:
         global_batch_size=_number(data, "global_batch_size"),
         seq_length=_number(data, "seq_length"),
         max_steps=max_steps,
-        checkpoints=checkpoints_at_once(max_steps, interval, getattr(ckpt, "save_top_k", 3)),
+        checkpoints=0
+        if trainer.enable_checkpointing is False
+        else checkpoints_at_once(max_steps, interval, getattr(ckpt, "save_top_k", 3)),
         exports=next(
             (exports_kept(max_steps, each.every, each.keep) for each in callbacks if hasattr(each, "keep")), 0
         ),

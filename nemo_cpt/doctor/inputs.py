@@ -30,12 +30,28 @@ def settings(examination: Examination) -> Finding:
         return Finding("settings", "skipped", "no recipe was named")
     numbers = replace(job.settings, num_nodes=job.nodes)
     try:
+        _check_counts(job)
         check(numbers)
     except CptError as error:
         return from_error("settings", error)
     return Finding(
         "settings", "ok", f"{numbers.max_steps or 'unknown'} steps, {numbers.processes or 'unknown'} processes"
     )
+
+
+def _check_counts(job: Job) -> None:
+    """Refuse a recipe for another number of processes, or machines, than its executor starts."""
+    counts = [
+        ("processes on each machine (gpus_per_node or processes)", job.settings.gpus_per_node, job.place.processes)
+    ]
+    if job.place.executor != "slurm":  # whose job tells the trainer how many nodes it has
+        counts.append(("machines (num_nodes)", job.num_nodes, job.place.nodes))
+    for what, wanted, started in counts:
+        if wanted and started and wanted != started:
+            cure = "give both the same number"
+            if job.place.executor == "this process":
+                cure = f"launch it with executor=local(processes={wanted}), or start the script with torchrun"
+            raise CptError(f"the recipe is for {wanted} {what}, and {job.place.executor} starts {started}: {cure}")
 
 
 def base(examination: Examination) -> Finding:
@@ -144,6 +160,8 @@ def disk(examination: Examination) -> Finding:
     architecture = base_architecture(Path(job.base)) if job and job.base else None
     if job is None or architecture is None:
         return Finding("disk", "ok", f"{free / 1e9:,.1f} GB free for {folder}")
+    if job.checkpoints == 0:
+        return Finding("disk", "ok", f"{free / 1e9:,.1f} GB free for {folder}; the run writes no checkpoints")
     checkpoint = checkpoint_size.checkpoint_bytes(
         architecture, job.lora_rank, job.trained_embeddings, on_cpu=job.gpus_per_node == 0
     )

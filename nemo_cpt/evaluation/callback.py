@@ -1,6 +1,5 @@
 """A few fixed prompts asked at each validation: whether the model has begun to reply in the language it is taught."""
 
-import json
 from pathlib import Path
 from typing import Any, Optional
 
@@ -146,14 +145,12 @@ class EvaluateReplies(pl.Callback):
 
     def _keep(self, trainer: pl.Trainer, asked: list[Any], texts: list[str]) -> None:
         """Append the replies to their file, and show them in the loggers."""
-        path = Path(AppState().log_dir, REPLIES_FILE)
-        path.parent.mkdir(parents=True, exist_ok=True)
         lines = [
             {"step": trainer.global_step, "id": each.id, "prompt": each.prompt, "reply": text}
             for each, text in zip(asked, texts, strict=True)
         ]
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        for line in lines:
+            append_metrics(AppState().log_dir, line, REPLIES_FILE)
         for logger in trainer.loggers:
             if hasattr(logger, "log_text"):  # Weights & Biases
                 rows = [[line["id"], line["prompt"], line["reply"]] for line in lines]

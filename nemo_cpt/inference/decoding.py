@@ -222,6 +222,7 @@ class Decoder:
         if not self.rows:
             self.rows, self._cache, self._mask, self._newest = requests, cache, mask, newest
             return
+        # On the left: the newest position is then the last column of every row.
         columns = max(self._mask.shape[1], mask.shape[1])
         for ours, theirs in zip(self._cache.layers, cache.layers, strict=True):
             ours.keys = torch.cat([_left_padded(ours.keys, columns), _left_padded(theirs.keys, columns)])

@@ -108,6 +108,9 @@ class _Completion(_Body):
         Args:
             max_tokens: the most tokens of a reply, for each prompt.
             logprobs: as in `Sampling`.
+
+        Raises:
+            CptError: options of a stream are given for what is none.
         """
         if self.stream_options is not None and not self.stream:
             raise CptError("stream_options is set and stream is not")
@@ -148,7 +151,11 @@ class ChatRequest(_Completion):
         return [_message(number, each) for number, each in enumerate(self.messages)]
 
     def most_tokens(self, room: int) -> int:
-        """The most tokens of a reply, where the context leaves `room`."""
+        """The most tokens of a reply, where the context leaves `room`.
+
+        Raises:
+            CptError: it is given twice, and not the same.
+        """
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise CptError("max_tokens and max_completion_tokens say different things: give one")
         # OpenAI's newer name for it; clients send either, some both.
@@ -156,7 +163,11 @@ class ChatRequest(_Completion):
         return _most_tokens(wanted, room, DEFAULT_CHAT_TOKENS)
 
     def most_probable(self) -> int | None:
-        """Most probable tokens to report beside each token; None for no log probabilities."""
+        """Most probable tokens to report beside each token; None for no log probabilities.
+
+        Raises:
+            CptError: they are asked for without log probabilities.
+        """
         if self.top_logprobs and not self.logprobs:
             raise CptError("top_logprobs is set and logprobs is not")
         return self.top_logprobs if self.logprobs else None
@@ -223,8 +234,8 @@ class NemoRequest(_Body):
 
     def sampling(self) -> list[Sampling]:
         """How the reply to each sentence is drawn."""
-        # NeMo takes top_p 0 for no limit, which is 1 here.
         seed = self.random_seed if self.random_seed is not None else random_seed()
+        # NeMo takes top_p 0 for no limit, which is 1 here.
         return [
             Sampling(
                 max_tokens=self.tokens_to_generate, temperature=0.0 if self.greedy else self.temperature,

@@ -13,7 +13,6 @@ from nemo_cpt.errors import CptError, StoppedEarlyError
 from nemo_cpt.launching import jobs
 
 TASK_MODULE = "nemo_cpt.executors.array_task"
-ALIVE = ("PENDING", "SUBMITTED", "RUNNING")
 _DETACHED_HERE = "--detach is for a scheduler's jobs: those on this machine end with what started them"
 STOP_SECONDS = 60  # ahead of a task's time limit: to leave a checkpoint takes seconds
 
@@ -108,7 +107,7 @@ def run_array(array: Array, executor: Any, detach: bool = False) -> str:
     from nemo_cpt.executors.slurm_job import SlurmJob
 
     check_executor(executor, detach)
-    _check_free(array.folder)
+    jobs.check_ended(array.folder / EXPERIMENT, "is making these parts")
     logs = Path()
     title = re.sub(r"[^\w.-]", "-", array.name)  # of a folder, and in scripts
     try:
@@ -128,23 +127,6 @@ def run_array(array: Array, executor: Any, detach: bool = False) -> str:
         if not CONSOLE.is_terminal:
             CONSOLE.line()
     return str(experiment._id)
-
-
-def _check_free(folder: Path) -> None:
-    """Check that no tasks of an earlier command are at work, or wait to be."""
-    note = folder / EXPERIMENT
-    if not note.exists():
-        return
-    experiment = note.read_text()
-    try:
-        tasks = jobs.status(experiment)["tasks"]
-    except CptError:  # its records were removed
-        return
-    if alive := [task["name"] for task in tasks if task["status"] in ALIVE]:
-        raise CptError(
-            f"experiment {experiment} is making these parts ({', '.join(alive)}): wait for it (nemo-cpt status "
-            f"{experiment}), or end it first (nemo-cpt cancel {experiment})"
-        )
 
 
 def _add_to_slurm(experiment: Any, array: Array, executor: Any) -> None:

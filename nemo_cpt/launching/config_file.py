@@ -65,7 +65,8 @@ def load_config(path: str | Path, *overrides: str) -> tuple[Any, Any]:
     catalog.check_distinct(overrides)
     config = read_config(path)
     function, arguments, fields, options = catalog.split(config.recipe, [*config.pairs, *overrides])
-    executor = make_executor(config.executor or "local", options, function.processes(arguments))
+    processes, nodes = function.processes(arguments), function.nodes(arguments)
+    executor = make_executor(config.executor or "local", options, processes, nodes)
     return build_recipe(function.name, arguments, fields), executor
 
 

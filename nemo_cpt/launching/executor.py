@@ -10,16 +10,16 @@ from nemo_cpt.errors import CptError
 from nemo_cpt.python_files import import_file
 
 
-def make_executor(name: str, options: Sequence[str], processes: int) -> Any:
+def make_executor(name: str, options: Sequence[str], processes: int, nodes: int = 1) -> Any:
     """Return what `executor_maker` makes.
 
     Raises:
         CptError: there is no such executor, file or function, or an option is wrong.
     """
-    return executor_maker(name, options, processes)()
+    return executor_maker(name, options, processes, nodes)()
 
 
-def executor_maker(name: str, options: Sequence[str], processes: int) -> Callable[[], Any]:
+def executor_maker(name: str, options: Sequence[str], processes: int, nodes: int = 1) -> Callable[[], Any]:
     """Return what makes an executor by name, with `key=value` options, or the one a function of the user's makes.
 
     Name and options are looked at now; NeMo-Run, which takes seconds to import, is needed by what is returned.
@@ -28,6 +28,7 @@ def executor_maker(name: str, options: Sequence[str], processes: int) -> Callabl
         name: `local`, `slurm`, ... or `FILE.py:FUNCTION`.
         options: for an executor by name, its arguments.
         processes: processes on a node that the recipe needs; the default of the executor's own count.
+        nodes: machines that it needs; likewise.
 
     Raises:
         CptError: there is no such executor, file or function, or an option is wrong.
@@ -42,6 +43,8 @@ def executor_maker(name: str, options: Sequence[str], processes: int) -> Callabl
     # Only where the user says nothing: a number that is given is meant.
     if count and not {count, "gpus_per_node", "gpus"} & set(given):
         given[count] = processes
+    if nodes > 1 and "nodes" in described.parameters:
+        given.setdefault("nodes", nodes)
     return partial(_by_name, name, given)
 
 

@@ -20,6 +20,7 @@ from nemo_cpt.executors.supervisor import seconds_to_save
 from nemo_cpt.launching import experiments
 from nemo_cpt.launching.experiments import processes_of
 
+ALIVE = ("PENDING", "SUBMITTED", "RUNNING")
 _ENDED = ("SUCCEEDED", "FAILED", "CANCELLED", "STOPPED")  # not UNKNOWN, which a scheduler may still run
 
 
@@ -151,6 +152,31 @@ def listed(experiment: experiments.Experiment) -> dict[str, Any]:
         {"name": task.name, "status": state, "job_id": job_id, "folder": str(task)} for task, state, job_id in jobs
     ]
     return {"experiment": experiment.id, "tasks": tasks}
+
+
+def check_ended(note: Path, does: str) -> None:
+    """Check that no job of an earlier command is at work, or waits to be; its note is removed where all have ended.
+
+    Args:
+        note: file that holds the experiment's id, if there was one.
+        does: what its jobs do, for the message.
+
+    Raises:
+        CptError: one is.
+    """
+    if not note.exists():
+        return
+    experiment = note.read_text()
+    try:
+        tasks = status(experiment)["tasks"]
+    except CptError:  # its records were removed
+        tasks = []
+    if alive := [task["name"] for task in tasks if task["status"] in ALIVE]:
+        raise CptError(
+            f"experiment {experiment} {does} ({', '.join(alive)}): wait for it (nemo-cpt status {experiment}), or end "
+            f"it first (nemo-cpt cancel {experiment})"
+        )
+    note.unlink(missing_ok=True)
 
 
 def logs(experiment_id: str | None, lines: int) -> str:

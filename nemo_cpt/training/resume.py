@@ -1,7 +1,6 @@
 """Where a run starts: at its own newest whole checkpoint, else at the base's weights; and what it makes of changes."""
 
 import copy
-import json
 import shutil
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +18,7 @@ from nemo_cpt.errors import CptError, exit_with_the_message
 from nemo_cpt.training import run_lock
 from nemo_cpt.training.changes import Change, changes, check_goes_on, listed
 from nemo_cpt.training.datasets import in_another_order
+from nemo_cpt.training.metrics import append_metrics
 from nemo_cpt.training.options import check_extend
 from nemo_cpt.training.preconditions import check_base
 from nemo_cpt.training.record import settings_of, validated_otherwise
@@ -159,6 +159,7 @@ class _Resumption(pl.Callback):
             # By now NeMo has given it the trainer's max_steps.
             module.max_steps = steps
             made = make(*args)
+            # One step more than epochs: the constructor of PyTorch's schedulers takes a step.
             position = {} if rewarms else {"last_epoch": done, "_step_count": done + 1}
             self._new_state = copy.deepcopy(made["lr_scheduler"]["scheduler"].state_dict()) | position
             return made
@@ -199,9 +200,7 @@ def _write_down(folder: Path, settings: dict[str, Any], checkpoint: Checkpoint |
         "base": base and str(Path(base).absolute()),
         "settings": settings,
     }
-    (folder / run_lock.FOLDER).mkdir(parents=True, exist_ok=True)
-    with open(folder / STARTS, "a") as file:
-        file.write(json.dumps(start) + "\n")
+    append_metrics(folder, start, STARTS)
 
 
 def _keep_tokenizer(trainer: pl.Trainer, kept: Path) -> None:

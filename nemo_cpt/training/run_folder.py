@@ -20,6 +20,7 @@ from typing import Any
 
 from nemo_cpt.checkpoint.context import RUN_JSON, UNFINISHED
 from nemo_cpt.errors import CptError
+from nemo_cpt.training.metrics import read_lines
 
 REMOVED = ".removed-"  # a checkpoint that is being deleted
 DAMAGED = "damaged"  # folder of those that a start set aside
@@ -152,10 +153,10 @@ def _begun(directory: Path) -> Iterator[tuple[Path, Path]]:
     """The runs of adapters in a folder of runs, with the base of their last start: they need not have saved any yet."""
     for starts in directory.glob(f"*/{STARTS}"):
         try:
-            last = json.loads(starts.read_text().splitlines()[-1])
+            last = read_lines(starts.parents[1], STARTS)[-1]
             if last["settings"]["adapters"]["peft"] and last["base"]:
                 yield starts.parents[1], Path(last["base"])
-        except (OSError, ValueError, KeyError, TypeError, IndexError):
+        except (OSError, KeyError, TypeError, IndexError):
             continue
 
 

@@ -24,7 +24,7 @@ from nemo_cpt.workflow.page import write_up
 from nemo_cpt.workflow.running import Runner
 from nemo_cpt.workflow.showing import Shown
 from nemo_cpt.workflow.standing import Chosen, standing
-from nemo_cpt.workflow.state import DONE, State
+from nemo_cpt.workflow.state import DONE, SUBMITTED, State
 from nemo_cpt.workflow.steps import Step
 
 BEGIN, WHOLE, END = "begin", "whole", "end"
@@ -49,11 +49,13 @@ def submit(file: Path, chosen: Chosen, executor: str, options: Sequence[str], de
     workflow = load(file)
     if not place(executor, options).same_files:
         raise CptError(f"jobs on {executor} see other files than this machine: run the workflow on a machine there")
-    with contextlib.chdir(workflow.folder), State(workflow).held():
+    state = State(workflow)
+    with contextlib.chdir(workflow.folder), state.held():
+        state.check_not_submitted()
         found = dry_run(workflow, chosen, plan=False)
         refuse_red(found)
         again, tasks = chosen.again(workflow), dict[str, str]()
-        steps = [each.step for each in found.standings if not each.done]
+        steps = [each.step for each in found.standings if not (each.done or each.earlier)]
         if forever := [step.name for step in steps if step.kind.forever]:
             raise CptError(f"{forever[0]} would hold its job for ever: leave it away with --until, or run it here")
         if shared := [step.name for step in steps if step.kind.in_tasks and TASKS in step.parameters]:
@@ -61,6 +63,11 @@ def submit(file: Path, chosen: Chosen, executor: str, options: Sequence[str], de
                 f"{shared[0]} submits {TASKS} of its own, for which its job would wait: run the workflow where jobs "
                 f"are submitted, without --executor, or leave its {TASKS} away"
             )
+        here = Runner(workflow, state, False, Shown(workflow.name, 1, print))
+        for each in found.standings:
+            if each.earlier:  # no job is needed to rename a folder
+                with state.held(each.step.name):
+                    here.put_back(each.step, *each.earlier)
         if not steps:
             return {"experiment": None, "jobs": {}}
         # Before the experiment: the first executor mends NeMo-Run's, whose end is looked up when it begins.
@@ -68,6 +75,8 @@ def submit(file: Path, chosen: Chosen, executor: str, options: Sequence[str], de
         import nemo_run as run
 
         with run.Experiment(f"workflow-{workflow.name}", enable_goodbye_message=False) as experiment:
+            # Before anything is submitted: a launcher that is killed meanwhile leaves jobs.
+            (state.folder / SUBMITTED).write_text(experiment._id)
             for name, parts in jobs.items():
                 behind = [tasks[each] for each in workflow.needs[name] if each in tasks]
                 for title, task, where in parts:
@@ -98,7 +107,7 @@ def _tasks(
     recipe, arguments, fields, own = recipes.split(step.name, step.parameters, step.folder)
     named = str(step.parameters.get(EXECUTOR, executor))
     shared = options if named == executor else []
-    where = make_executor(named, [*shared, *own], recipe.processes(arguments))
+    where = make_executor(named, [*shared, *own], recipe.processes(arguments), recipe.nodes(arguments))
     if recipe.gpus(arguments):
         give_time_to_save(where, recipe, arguments, fields)
     # As plain data: mixtures are made of it in the job.
@@ -155,9 +164,12 @@ def _note(runner: Runner, step: Step, part: str, again: bool) -> None:
         record = runner.state.record(step)
         if part == BEGIN:
             found = standing(step, runner.state, again)
-            if not found.done:
+            if found.earlier:
+                runner.put_back(step, *found.earlier)
+            elif not found.done:
                 runner.begin(found)
         # A training that was done already has not begun, and its record stands.
         elif record is not None and record.state != DONE:
+            # The job that wrote the record has ended: only the file still tells when that was.
             begun = runner.state.path(step.name, "json").stat().st_mtime
             runner.end(step, record, 0, time.time() - begun)

@@ -3,13 +3,14 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from nemo_cpt.checkpoint import download, import_hf
+from nemo_cpt.corpus import fetch
 from nemo_cpt.errors import CptError
 from tests.support import small_models as models
 from tests.support.servers import serving
@@ -30,6 +31,7 @@ class _Hub(ThreadingHTTPServer):
         self.names = {"main": COMMIT}
         self.trouble: dict[str, str] = {}
         self.fetched: list[str] = []
+        self.meanwhile: Callable[[], object] | None = None  # done once, when the first file is asked for
         self.ranges: list[str] = []
 
     @property
@@ -97,6 +99,9 @@ class _Handler(BaseHTTPRequestHandler):
         if trouble == "flipped" and body:
             data = data[:-1] + bytes([data[-1] ^ 1])
         start = 0
+        if body and (meanwhile := self.server.meanwhile):
+            self.server.meanwhile = None
+            meanwhile()
         if body:
             self.server.fetched.append(name)
             if wanted := self.headers.get("Range"):
@@ -119,7 +124,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def _error(self, status: int, code: str) -> None:
-        self._send(status, b"{}", {"X-Error-Code": code, "X-Error-Message": code} if code else {})
+        # A code is one word; other errors have the hub's words alone.
+        headers = {"X-Error-Message": code} | ({} if " " in code else {"X-Error-Code": code})
+        self._send(status, b"{}", headers if code else {})
 
     def _send(self, status: int, data: bytes, headers: dict[str, str] | None = None, body: bool = True) -> None:
         self.send_response(status)
@@ -189,6 +196,58 @@ def test_gated_files_behind_an_open_listing(hub: _Hub, tmp_path: Path) -> None:
 def test_forbidden_without_a_reason(hub: _Hub, tmp_path: Path) -> None:
     hub.trouble["api"] = "403"
     _refused(hub, tmp_path / "model", r"refuses access .*HTTP 403.*HF_TOKEN")
+
+
+FINE_GRAINED = "Please enable access to public gated repositories in your fine-grained token settings"
+
+
+def test_a_token_that_lacks_a_permission(hub: _Hub, tmp_path: Path) -> None:
+    """The listing is open to anybody; the hub alone knows what of the token is to be changed."""
+    hub.trouble = {SHARD: f"403 {FINE_GRAINED}"}
+    _refused(hub, tmp_path / "model", rf"refuses access .*HTTP 403: {FINE_GRAINED}\)")
+
+
+def test_a_token_that_is_none_any_more(hub: _Hub, tmp_path: Path) -> None:
+    hub.trouble["api"] = "401 Invalid credentials in Authorization header"
+    message = _refused(hub, tmp_path / "model", "does not take the token that was sent .*it expired, was revoked")
+    assert "conditions" not in message
+
+
+def test_what_the_environment_says_wrong(hub: _Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each ended in a traceback of a library's."""
+    with monkeypatch.context() as wrong:
+        wrong.setattr("huggingface_hub.constants.HF_HUB_ENABLE_HF_TRANSFER", True)
+        _refused(hub, tmp_path / "model", "HF_HUB_ENABLE_HF_TRANSFER is set, and hf_transfer is not installed")
+    with monkeypatch.context() as wrong:
+        wrong.setenv("HF_TOKEN", "hf_鍵")
+        _refused(hub, tmp_path / "model", "HF_TOKEN holds letters that no token has")
+    with monkeypatch.context() as wrong:
+        wrong.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "nowhere.pem"))
+        for fetches in (
+            lambda: download(REPO, tmp_path / "model", endpoint="https://127.0.0.1:1"),
+            lambda: fetch("https://127.0.0.1:1/a.jsonl", tmp_path / "corpus"),
+        ):
+            with pytest.raises(CptError, match=r"nowhere\.pem: REQUESTS_CA_BUNDLE, or CURL_CA_BUNDLE, names a file"):
+                fetches()
+    with monkeypatch.context() as wrong:
+        wrong.setenv("HTTP_PROXY", "nonsense://x")
+        wrong.setenv("NO_PROXY", "")
+        _refused(hub, tmp_path / "model", r"could not be reached .*Check the proxy \(HTTPS_PROXY")
+
+
+def test_an_endpoint_that_is_no_address(hub: _Hub, tmp_path: Path) -> None:
+    for endpoint in ("hub.example", "127.0.0.1:8000"):
+        with pytest.raises(CptError, match=r"is no address: HF_ENDPOINT .* begins with https://"):
+            download(REPO, tmp_path / "model", endpoint=endpoint)
+
+
+def test_a_second_download_to_one_folder(hub: _Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the first is under way it is refused, and takes nothing from it; whoever waited finds what has come."""
+    monkeypatch.setattr("nemo_cpt.checkpoint.downloading._PATIENCE_SECONDS", 0)
+    hub.meanwhile = lambda: _refused(hub, tmp_path / "model", "Another process is writing this output")
+    download(REPO, tmp_path / "model", endpoint=hub.url)
+    models.assert_same_weights(hub.folder, tmp_path / "model")
+    assert [path.name for path in tmp_path.glob("model*")] == ["model"]
 
 
 def test_wrong_name_and_wrong_revision(hub: _Hub, tmp_path: Path) -> None:

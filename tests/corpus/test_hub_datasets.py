@@ -14,7 +14,9 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from nemo_cpt.corpus import fetch
 from nemo_cpt.corpus.fetching.download import CHECKSUMS, URLS
+from nemo_cpt.errors import CptError
 from tests.support.corpus_helpers import same_files, write_jsonl, write_reference
 from tests.support.servers import serving
 
@@ -29,6 +31,7 @@ class Hub(ThreadingHTTPServer):
         self.folder = folder
         self.trouble: tuple[int, str] | None = None
         self.broken = ""  # a file whose next answer breaks off half way
+        self.flipped = ""  # one that is sent with a bit flipped
         self.fetched: list[str] = []
 
     @property
@@ -90,6 +93,8 @@ class Handler(BaseHTTPRequestHandler):
         start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
         if self.command == "GET":
             self.server.fetched.append(name)
+        if self.command == "GET" and self.server.flipped == name:
+            data = data[:-3] + bytes([data[-3] ^ 1]) + data[-2:]
         if self.command == "GET" and self.server.broken == name:
             self.server.broken = ""
             self.close_connection = True
@@ -161,6 +166,59 @@ def test_a_dataset_replaces_no_file_of_another_origin(hub: Hub, tmp_path: Path) 
     (out / URLS).write_text((out / URLS).read_text().replace(NAME, "someone/else"))
     refused = command(hub, "fetch", f"hf:{NAME}", "-o", out)
     assert "came from hf:someone/else, not from hf:someone/news" in refused.stderr
+
+
+@pytest.fixture
+def here(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """The hub as this process knows it."""
+    url = f"http://127.0.0.1:{hub.server_port}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+    monkeypatch.setattr(
+        "huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return hub
+
+
+def test_bytes_that_are_not_the_hubs_are_not_taken(here: Hub, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    here.flipped = "data/train-1.jsonl"
+    with pytest.raises(CptError, match=r"train-1\.jsonl arrived damaged"):
+        fetch(f"hf:{NAME}", out)
+    assert not (out / CHECKSUMS).exists()
+    here.flipped = ""
+    fetch(f"hf:{NAME}", out)
+    assert (out / "data/train-1.jsonl").read_bytes() == (here.folder / "data/train-1.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_file_that_changed_here_is_neither_called_right_nor_replaced(here: Hub, tmp_path: Path, seen: bool) -> None:
+    """`seen`: its time changed too, by which the hub's client goes."""
+    out = tmp_path / "out"
+    fetch(f"hf:{NAME}", out)
+    noted, mine = (out / CHECKSUMS).read_text(), out / "data/train-1.jsonl"
+    times = mine.stat()
+    mine.write_text(changed := mine.read_text().upper())
+    if not seen:
+        os.utime(mine, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(CptError, match=r"train-1\.jsonl is not what SHA256SUMS says"):
+        fetch(f"hf:{NAME}", out)
+    assert (mine.read_text(), (out / CHECKSUMS).read_text()) == (changed, noted)
+
+
+def test_two_revisions_do_not_end_up_in_one_folder(here: Hub, tmp_path: Path, texts: list[str]) -> None:
+    out = tmp_path / "out"
+    fetch(f"hf:{NAME}", out)
+    (here.folder / "README.md").write_text("Words about it change, and the data are the same.")
+    assert {each.status for each in fetch(f"hf:{NAME}", out)} == {"fetched", "unchanged"}
+    write_jsonl(here.folder / "data/train-1.jsonl", texts[20:41])
+    with pytest.raises(CptError, match=r"train-1\.jsonl came from an earlier revision"):
+        fetch(f"hf:{NAME}", out)
+    (here.folder / "data/train-1.jsonl").rename(here.folder / "data/train-1-of-2.jsonl")  # the shards were cut anew
+    with pytest.raises(CptError, match=r"holds data/train-1\.jsonl, which hf:someone/news had at an earlier revision"):
+        fetch(f"hf:{NAME}", out)
+    assert sorted(path.name for path in (out / "data").iterdir()) == ["test-0.jsonl", "train-0.jsonl", "train-1.jsonl"]
 
 
 def test_a_dataset_is_prepared_by_name(hub: Hub, tmp_path: Path, texts: list[str], small: Path) -> None:

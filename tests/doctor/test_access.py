@@ -67,7 +67,9 @@ def test_without_a_token(hub, monkeypatch, tmp_path):
     assert "is refused without a token" in ask().found
     assert hub.asked[0][1] is None
     (tmp_path / "token").write_text(TOKEN)
-    assert "is refused with the token found" in ask().found
+    found = ask()
+    assert "is refused with the token found" in found.found
+    assert "the token expired, was revoked or is mistyped" in found.cure  # and not: accept its conditions
     assert hub.asked[1][1] == f"Bearer {TOKEN}"
 
 

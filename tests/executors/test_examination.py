@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -13,10 +14,11 @@ import pytest
 from nemo_cpt import CptError, catalog
 from nemo_cpt.catalog.build import build_recipe
 from nemo_cpt.corpus import Blend
-from nemo_cpt.doctor import Place, containers
+from nemo_cpt.doctor import Examination, Place, containers, inputs
 from nemo_cpt.doctor.built import job_of
 from nemo_cpt.executors import docker, examination, local, slurm
 from nemo_cpt.launching.description import describe
+from nemo_cpt.launching.executor import make_executor
 from tests.support.servers import serving
 
 SCRIPT = """
@@ -106,6 +108,22 @@ def test_what_is_forced_is_said_and_goes_on(given, monkeypatch, capsys):
     monkeypatch.setenv("NEMO_CPT_FORCE", "1")
     examination.examine_task(recipe, Place())
     assert "nemo_cpt: error: base: the base nowhere is not there; import it first" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_what_would_refuse_it_and_prints_the_batch_script_as_it_is(given, project, capsys):
+    recipe = build_recipe("tiny.continual_pretrain", given | {"base": "nowhere", "model": "tiny", "name": "cpt_of_ja"})
+    run.run(recipe, executor=slurm("llm", "cpu", time="1:00:00"), dryrun=True)
+    said = capsys.readouterr()
+    assert "nemo_cpt: error: base: the base nowhere is not there; import it first" in said.err
+    script = said.out.partition("#!/bin/bash")[2].splitlines()
+    assert "#SBATCH --account=llm" in script
+    (output,) = (line for line in script if line.startswith("#SBATCH --output="))
+    assert output.endswith("sbatch_cpt.cpt_of_ja_%j.out")  # over 80 columns, and not broken; by the run's name
+    recipe.log.name = "a b"  # which no experiment may be called
+    run.run(recipe, executor=slurm("llm", "cpu", time="1:00:00"), dryrun=True)
+    assert "#SBATCH --job-name=cpt.nemo.collections.llm.api.pretrain" in capsys.readouterr().out
+    with pytest.raises(CptError, match="base: the base nowhere is not there"):  # in this process, which would build it
+        run.run(recipe, dryrun=True)
 
 
 @pytest.mark.parametrize(("executor", "says"), [("local", "is 'local'"), (local, "is local, not called")])
@@ -220,6 +238,49 @@ def test_python_and_the_command_line_refuse_the_same_option(given, recipe, wrong
     with pytest.raises(CptError, match=says) as refused:
         build_recipe(function.name, given)
     assert told.value.message == refused.value.message
+
+
+EIGHT = {"gpus_per_node": 8, "base": "x", "data": Blend(train={"ds/en": 1.0})}
+ON_KUBERNETES = ["image=i", "workdir_pvc=w", "gpus_per_node=8"]
+
+
+@pytest.mark.parametrize(
+    ("executor", "options", "says"),
+    [
+        ("slurm", ["gpus_per_node=4"], "for 8 processes on each machine .*, and slurm starts 4: give both the same"),
+        ("slurm", ["gpus_per_node=8", "nodes=2"], ""),  # the trainer takes the job's nodes
+        ("slurm", ["gres=gpu:8"], ""),
+        ("local", ["gpus=4"], "local starts 4"),
+        ("local", [], ""),
+        ("docker", [], ""),
+        ("skypilot", ["gpus=H100"], "skypilot starts 1"),
+        ("kubernetes", ON_KUBERNETES, ""),
+        ("kubernetes", [*ON_KUBERNETES, "nodes=2"], r"for 1 machines \(num_nodes\), and kubernetes starts 2"),
+    ],
+)
+def test_recipe_and_executor_are_of_one_size(executor, options, says):
+    """What is not would end in Lightning, when the job has its GPUs."""
+    found = inputs.settings(Examination(describe(catalog.recipe("llama31_8b"), EIGHT, [], executor, options)))
+    assert found.state == ("error" if says else "ok")
+    assert re.search(says, str(found).replace(";", ":"))
+
+
+def test_from_python_too(given, monkeypatch):
+    recipe = build_recipe("tiny.continual_pretrain", given | {"processes": 2, "model": "tiny"})
+    for executor in (local(), docker(), None):
+        found = inputs.settings(Examination(job_of(recipe, examination.place_of(executor))))
+        assert found.state == "error"
+        assert "the recipe is for 2 processes on each machine" in found.found
+    for ours in (local(processes=2), slurm()):
+        assert inputs.settings(Examination(job_of(recipe, examination.place_of(ours)))).state == "ok"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert inputs.settings(Examination(job_of(recipe, examination.place_of(None)))).state == "ok"
+
+
+def test_an_executor_takes_the_recipes_size():
+    executor = make_executor("slurm", [], 8, 4)
+    assert (executor.nodes, executor.ntasks_per_node) == (4, 8)
+    assert make_executor("slurm", ["nodes=2"], 8, 4).nodes == 2
 
 
 @pytest.mark.parametrize("name", ["tiny", "smollm2", "llama31_8b"])

@@ -10,7 +10,7 @@ import pytest
 from nemo_cpt import CptError
 from nemo_cpt.checkpoint import make_untrained
 from nemo_cpt.vocabulary import train as train_tokenizer
-from nemo_cpt.workflow import Chosen, Workflow, as_yaml, train
+from nemo_cpt.workflow import Chosen, Workflow, as_yaml, run, train
 from nemo_cpt.workflow.cluster import submit
 from nemo_cpt.workflow.dry_run import dry_run
 from nemo_cpt.workflow.files import load
@@ -46,6 +46,20 @@ def test_steps_are_jobs_behind_those_that_they_need(slurm_here, project: Path) -
     assert not (project / "four.txt").exists()
     left = {each.step.name: each.why for each in dry_run(load(project / "w.yaml"), Chosen()).standings if not each.done}
     assert left == {"three": "failed", "four": "new"}
+
+
+def test_jobs_that_were_left_to_themselves_are_not_started_twice(slurm_here, project: Path) -> None:
+    make_folder(project)
+    file = write(Workflow("light", [own("one", "wait", ["a.txt"], "one.txt", until="go")], project))
+    found = submit(file, Chosen(), "slurm", OPTIONS, detach=True)
+    for again in (lambda: submit(file, Chosen(), "slurm", OPTIONS), lambda: run(load(file))):
+        with pytest.raises(
+            CptError, match=rf"experiment {found['experiment']} runs this workflow \(one\): wait for it"
+        ):
+            again()
+    (project / "go").touch()
+    slurm_here.wait_for(found["jobs"]["one"].rpartition("/")[2], "COMPLETED")
+    assert run(load(file))["steps"]["one"]["starts"] == 1
 
 
 def test_a_training_is_a_job_of_its_own_between_its_beginning_and_its_end(slurm_here, project: Path) -> None:

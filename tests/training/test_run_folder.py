@@ -14,7 +14,7 @@ from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
 from nemo_cpt.launching.task import nothing_to_train
 from nemo_cpt.training.checkpoints import RunCheckpoint
-from nemo_cpt.training.metrics import read_metrics
+from nemo_cpt.training.metrics import append_metrics, read_metrics
 from nemo_cpt.training.run_folder import (
     DUE,
     EXPORTED,
@@ -150,10 +150,10 @@ def test_a_checkpoint_that_adapters_were_trained_on_is_not_thinned(folder: Path,
 
 def test_nor_one_that_adapters_are_trained_on_that_are_not_saved_yet(folder: Path) -> None:
     base, starts = of_step(folder, 3), folder.parents[1] / "lora" / STARTS
-    starts.parent.mkdir(parents=True)
     for peft, user in (("LoRA", starts.parents[1]), (None, None)):  # who trains every weight has read its base
+        append_metrics(starts.parents[1], {"base": str(base), "settings": {"adapters": {"peft": peft}}}, STARTS)
         with starts.open("a") as file:
-            file.write(json.dumps({"base": str(base), "settings": {"adapters": {"peft": peft}}}) + "\n")
+            file.write('{"base": "')  # of a start that a full disk cut off
         assert based_on(base, folder.parents[1]) == user
 
 

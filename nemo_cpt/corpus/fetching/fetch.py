@@ -1,10 +1,13 @@
 """Corpora from the network: resumed where they stopped, with certificates verified and checksums kept."""
 
+import glob
+import hashlib
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from nemo_cpt.arguments import checked
@@ -27,8 +30,11 @@ from nemo_cpt.corpus.preparing.workers import count_processes
 from nemo_cpt.corpus.reading.sources import HUB
 from nemo_cpt.corpus.wikipedia.extraction import Extraction, existing, extract
 from nemo_cpt.errors import CptError
-from nemo_cpt.hub import explained, progress_bars
+from nemo_cpt.hub import content_of, explained, git_prefix, progress_bars, retries_told_once
 from nemo_cpt.urls import public_url
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoSibling
 
 
 @checked
@@ -87,6 +93,11 @@ def check_options(corpus: str, workers: int | None) -> None:
 def _urls(corpus: str) -> tuple[str, ...]:
     if corpus in CORPORA:
         return CORPORA[corpus].urls
+    if corpus.startswith(HUB) and set("@:") & set(corpus.removeprefix(HUB)):
+        raise CptError(
+            f"{corpus}: fetch takes a dataset with all its files, {HUB}OWNER/NAME; a configuration (@) and a split (:) "
+            "are for prepare, which reads them from the hub."
+        )
     if corpus.startswith((HUB, "https://")) or ("://" not in corpus and is_dump(corpus)):
         return (corpus,)
     if corpus.startswith("http://") and urlsplit(corpus).hostname in LOCAL:
@@ -126,36 +137,78 @@ def _fetched(text: Extraction, url: str) -> Fetched:
 
 
 def _fetch_dataset(url: str, folder: Path, quiet: bool) -> list[Fetched]:
-    """Get a dataset of the hub; its own client resumes and leaves alone what is there."""
+    """Get a dataset of the hub; its own client resumes what is there in part."""
     from huggingface_hub import HfApi, constants, snapshot_download
 
     name, known = url.removeprefix(HUB), read_checksums(folder)
     page, shown = f"{constants.ENDPOINT}/datasets/{name}", not quiet and sys.stderr.isatty()
-    with _writing(folder), explained("dataset", name, page), progress_bars(shown):
+    with _writing(folder), explained("dataset", name, page), progress_bars(shown), retries_told_once():
         # The commit is asked for first and then named: files of two revisions must not end up in one folder.
-        info = HfApi().dataset_info(name)
-        names = sorted(file.rfilename for file in info.siblings or [] if not file.rfilename.startswith("."))
-        _claim(folder, url, names)
-        snapshot_download(name, repo_type="dataset", revision=info.sha, local_dir=folder, allow_patterns=names)
+        info = HfApi().dataset_info(name, files_metadata=True)
+        files = {file.rfilename: file for file in info.siblings or [] if not file.rfilename.startswith(".")}
+        _claim(folder, url, sorted(files))
+        # But for its words, which change without the data.
+        there = {file: known[file] for file in files.keys() & known.keys() - {"README.md"} if (folder / file).exists()}
+        for file, checksum in there.items():
+            _check_kept(folder / file, checksum, files[file], f"{name} at {info.sha}")
+        if missing := files.keys() - there.keys():  # without a pattern the client takes all files
+            patterns = list(map(glob.escape, missing))
+            snapshot_download(name, repo_type="dataset", revision=info.sha, local_dir=folder, allow_patterns=patterns)
+        sums = there | {file: _checked_sum(folder / file, files[file]) for file in missing}
+    keep_notes(folder, CHECKSUMS, sums)
     found = []
-    for file in names:
-        path, checksum = folder / file, hash_of(folder / file)
+    for file, checksum in sorted(sums.items()):
         status = "unchanged" if known.get(file) == checksum else "fetched"
-        found.append(Fetched(str(path), url, path.stat().st_size, checksum, status))
-    keep_notes(folder, CHECKSUMS, dict(zip(names, (file.sha256 for file in found), strict=True)))
+        found.append(Fetched(str(folder / file), url, (folder / file).stat().st_size, checksum, status))
     return found
+
+
+def _check_kept(path: Path, checksum: str, file: "RepoSibling", revision: str) -> None:
+    """Refuse to replace a file that an earlier run brought and that is another now, here or at the hub."""
+    if hash_of(path) != checksum:
+        raise CptError(f"{path} is not what {CHECKSUMS} says; delete it to fetch it again.")
+    if not _is_the_hubs(path, file, checksum):
+        raise CptError(
+            f"{path} came from an earlier revision, and has other bytes in {revision}. Take another folder, or delete "
+            "what is here."
+        )
+
+
+def _checked_sum(path: Path, file: "RepoSibling") -> str:
+    """The SHA-256 of a file that has just arrived, which must have the bytes that the hub says."""
+    checksum = hash_of(path)
+    if not _is_the_hubs(path, file, checksum):
+        path.unlink()
+        raise CptError(f"{path} arrived damaged: it is not what the hub says. It was removed; rerun to fetch it again.")
+    return checksum
+
+
+def _is_the_hubs(path: Path, file: "RepoSibling", checksum: str) -> bool:
+    kind, _, said = (content_of(file) or "").partition(":")
+    if kind != "git":
+        return said in ("", checksum)
+    with path.open("rb") as stream:
+        found = hashlib.file_digest(stream, lambda: hashlib.sha1(git_prefix(path.stat().st_size)))
+    return found.hexdigest() == said
 
 
 def _claim(folder: Path, url: str, names: list[str]) -> None:
     """Note that files come from `url`, before its client writes them: it replaces what is there.
 
     Raises:
-        CptError: A file is there that did not come from `url`.
+        CptError: A file is there that did not come from `url`, or that `url` does not have any more.
     """
     known, urls = read_notes(folder, CHECKSUMS), read_notes(folder, URLS)
     for name in names:
         fetched = name in known or urls.get(name) == url  # the latter: an earlier run was interrupted
         check_origin(folder / name, url, fetched, urls.get(name))
+    # Shards that were cut anew have new names: beside the old ones every text would be there twice.
+    gone = [name for name, origin in urls.items() if origin == url and name not in names and (folder / name).exists()]
+    if gone:
+        raise CptError(
+            f"{folder} holds {gone[0]}, which {url} had at an earlier revision and has no more. Take another folder, "
+            "or delete what is here."
+        )
     keep_notes(folder, URLS, dict.fromkeys(names, url))
 
 
