@@ -4,13 +4,13 @@ usage: python benchmarks/fp8_curves.py FOLDER [--steps 300] [--out fp8-curves] [
        python benchmarks/fp8_curves.py FOLDER --layers 8 ...
 
 FOLDER: what examples/smollm2_japanese.py made: `hf` and `nemo` (SmolLM2-135M), `ds/{ja,en}_{train,validation}`, which
-that model is trained on. With --layers: what examples/from_scratch.py made, `tokenizer` and `ds/{train,validation}`,
-and a model of random weights with so many layers of Llama-3.1-8B's widths, which is written to OUT.
+that model is trained on. With --layers: what examples/from_scratch.py --no-training made, `tokenizer` and
+`ds/{train,validation}`; the model, so many layers of Llama-3.1-8B's widths with random weights, is written to OUT.
 
 Two measures of noise, both in bf16: "smaller micro batches" adds up each step's gradients in other parts, which is what
 rounding alone does to the curve; "shuffled" sees the same text in another order, which is what chance does to the model
 that comes out. A variant is judged by its smoothed curve against twice the first, and by its loss on held-out text
-against the second. Each variant has a process of its own.
+against the second. Each variant has a process of its own; one whose curve is in OUT already is not trained again.
 """
 
 import argparse
@@ -108,8 +108,9 @@ def train_all(options: argparse.Namespace) -> None:
         subprocess.run([sys.executable, *sys.argv, "--variant", name], check=True, env=environment)
         gpus.put(gpu)
 
+    missing = [name for name in VARIANTS if not (options.out / name / "metrics.json").exists()]
     with ThreadPoolExecutor(options.at_once) as pool:
-        list(pool.map(train, VARIANTS))
+        list(pool.map(train, missing))
 
 
 def main() -> None:

@@ -40,6 +40,15 @@ ENDING = Path(__file__).with_name("slurm_job.sh").read_text()
 UNDERWAY = (AppState.PENDING, AppState.RUNNING, AppState.SUBMITTED)
 OUTSIDE_JOBS = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT", "SLURM_JWT")
 """Variables of Slurm's that people set; every other one describes the job that a process is in."""
+HEAD_ADDRESS = """\
+MASTER_ADDR=
+for address in $head_node_ip; do
+    case $address in 127.* | ::1 | fe80:*) ;; *) MASTER_ADDR=$address; break ;; esac
+done
+address=$(scontrol show node -o "$head_node" 2>/dev/null | sed 's/.* NodeAddr=//; s/ .*//')
+export MASTER_ADDR=${MASTER_ADDR:-${address:-$head_node}}"""
+"""Where the tasks meet: of the head node's addresses, as the template has them, the first that other nodes can reach;
+where its own name leads to itself alone (127.0.1.1 in /etc/hosts), the one that Slurm reaches it by."""
 _RUNDIR = re.compile(rf"(?<![\w./~}}-])/{RUNDIR_NAME}(?![\w.-])")
 """NeMo-Run's name of the job's folder; the end of `/scratch/nemo_run` and the beginning of `/nemo_runs` are none."""
 
@@ -156,7 +165,7 @@ class SlurmJob(SlurmExecutor):
             *self._chain_lines(),
             # Of sbatch's --cpus-per-task srun makes nothing by itself, since Slurm 22.05.
             '[ -z "$SLURM_CPUS_PER_TASK" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK',
-            "export MASTER_ADDR=${head_node_ip%% *}",  # the template's, of a node with several addresses the first
+            HEAD_ADDRESS,
             f"export {MARKER}={job}/{MARKER_PREFIX}$SLURM_JOB_ID {REFUSAL}={job}/{REFUSAL_PREFIX}$SLURM_JOB_ID",
             f"export PYTHONSAFEPATH=1 PYTHONPATH={python_path(*folders)}",
             *([f"export PATH={shlex.quote(self.python_folder)}:$PATH"] if self.python_folder else []),
@@ -209,29 +218,32 @@ class SlurmJobScheduler(SlurmTunnelScheduler):
         self._initialize_tunnel(job.tunnel)
         tunnel: Tunnel = self.tunnel
         script = os.path.join(tunnel.job_dir, f"{job.job_name}_sbatch.sh")
+        sbatch = [*outside_jobs(tunnel), SBATCH, "--parsable", *_directives(dryrun_info.request.materialize())]
         waits_for = (job.additional_parameters or {}).get("dependency")
         first = [f"{job.dependency_type}:{':'.join(job.parse_deps())}"] if job.dependencies else []
         # Before the secrets are written: nothing is left behind by a job that Slurm could never run.
-        _check_that_it_can_ever_run(tunnel, script)
+        _check_that_it_can_ever_run(tunnel, [*sbatch, "--test-only", script])
         ids: list[str] = []
         try:
             _write_secrets(tunnel, job)
             for behind in reversed(range(job.chain)):  # each job is told how many come after it
                 # What sbatch is given here stands in place of the script's own.
                 after = [*([waits_for] if waits_for else []), *([f"afterany:{ids[-1]}"] if ids else first)]
-                ids.append(_sbatch(tunnel, script, ",".join(after), job.may_requeue, behind))
+                requeue = "--requeue" if job.may_requeue else "--no-requeue"
+                dependency = [f"--dependency={','.join(after)}"] if after else []
+                ids.append(_submit(tunnel, [*sbatch, requeue, *dependency, script, str(behind)]))
             _check_limit(tunnel, ids[0], job.preempt_seconds or 0)
-        # Also Ctrl-C: half a chain must not stay in the queue.
+            for job_id in ids:
+                _save_job_dir(job_id, job.job_dir, tunnel, job.job_details.ls_term)
+            Path(job.job_dir, "slurm_jobs.json").write_text(json.dumps(ids))
+            if isinstance(tunnel, SSHTunnel):
+                Path(job.job_dir, REACHED_FILE).write_text(json.dumps(_how_reached(tunnel, job, ids)))
+        # Also Ctrl-C: neither half a chain nor jobs that nobody knows of must stay in the queue.
         except BaseException:
             if ids:
                 tunnel.run(f"scancel {' '.join(ids)}", warn=True)
             _remove_secrets(tunnel, job.folder)
             raise
-        for job_id in ids:
-            _save_job_dir(job_id, job.job_dir, tunnel, job.job_details.ls_term)
-        Path(job.job_dir, "slurm_jobs.json").write_text(json.dumps(ids))
-        if isinstance(tunnel, SSHTunnel):
-            Path(job.job_dir, REACHED_FILE).write_text(json.dumps(_how_reached(tunnel, job, ids)))
         return ids[-1]
 
     def _cancel_existing(self, app_id: str) -> None:
@@ -327,12 +339,16 @@ def outside_jobs(tunnel: Tunnel) -> list[str]:
     return ["env", *(f"--unset={name}" for name in of_slurm + of_ours)]
 
 
-def _sbatch(tunnel: Tunnel, script: str, after: str, may_requeue: bool, jobs_behind: int) -> str:
-    command = [*outside_jobs(tunnel), SBATCH, "--parsable", "--requeue" if may_requeue else "--no-requeue"]
-    command += [f"--dependency={after}"] if after else []
+def _directives(script: str) -> list[str]:
+    """A script's directives as sbatch's options: a user's SBATCH_PARTITION and its like win over those in a script."""
+    lines = (line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH "))
+    return [word for line in lines for word in shlex.split(line)]
+
+
+def _submit(tunnel: Tunnel, command: list[str]) -> str:
     try:
         # --parsable: the id alone, with the cluster's name behind a semicolon.
-        said = tunnel.run(shlex.join([*command, script, str(jobs_behind)])).stdout
+        said = tunnel.run(shlex.join(command)).stdout
         return str(said).strip().partition(";")[0]
     except invoke.exceptions.UnexpectedExit as error:
         said = error.result.stderr.strip()
@@ -352,9 +368,9 @@ def _check_limit(tunnel: Tunnel, job_id: str, preempt_seconds: int) -> None:
         )
 
 
-def _check_that_it_can_ever_run(tunnel: Tunnel, script: str) -> None:
+def _check_that_it_can_ever_run(tunnel: Tunnel, command: list[str]) -> None:
     """Slurm queues a job that no node can ever hold, unless the cluster sets EnforcePartLimits."""
-    said = tunnel.run(shlex.join([*outside_jobs(tunnel), SBATCH, "--test-only", script]), warn=True).stderr.strip()
+    said = tunnel.run(shlex.join(command), warn=True).stderr.strip()
     # Slurm's words for a job that fits no node; its other refusals may pass, such as that of a partition that is down.
     if "node configuration is not available" in said:
         raise CptError(f"Slurm could never run the job: more nodes, tasks, GPUs or memory than there are. {said}")

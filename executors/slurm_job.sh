@@ -19,7 +19,7 @@ say() { echo "nemo_cpt: $*"; }
 # Why Slurm ends the job: it was cancelled, requeued (and comes back by itself), preempted, or is at its time limit.
 reason() {
     local facts end
-    facts=" $(scontrol show job -o "$id" 2>/dev/null) "
+    facts=" $(SLURM_TIME_FORMAT=standard scontrol show job -o "$id" 2>/dev/null) "
     fact() { local rest=${facts#* "$1"=}; [ "$rest" = "$facts" ] || echo "${rest%% *}"; }
     case $(fact JobState) in
         "") ;;
@@ -129,7 +129,7 @@ end_chain() {
 # Unless another start, a job of the chain or a task of the array still needs them.
 forget_secrets() {
     [ "$jobs_behind" -eq 0 ] || return
-    [ -z "$SLURM_ARRAY_JOB_ID" ] || [ "$(squeue -h -r -j "$SLURM_ARRAY_JOB_ID" -t PD,R,S | wc -l)" -le 1 ] || return
+    [ -z "$SLURM_ARRAY_JOB_ID" ] || [ "$(unset ${!SQUEUE_@}; squeue -h -r -j "$SLURM_ARRAY_JOB_ID" -t PD,R,S | wc -l)" -le 1 ] || return
     rm -f "$job/secrets.env"
 }
 

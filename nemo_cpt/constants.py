@@ -6,3 +6,6 @@ CODE_IN_CONTAINER = "/nemo_run/code"  # where NeMo-Run puts the code that it shi
 # Of a job's environment: the file, in the folder of its logs, by which a task says that it was told to stop, and saved
 MARKER = "NEMO_CPT_PREEMPTED"
 MEMORY_MARGIN = 0.05  # of a card's memory: what the planner leaves free, and what a job leaves when it measures
+# Before squeue: without what people set for their terminals, where a job that a filter hides would be taken for ended
+_FILTERS = ("ACCOUNT", "LICENSES", "NAMES", "PARTITION", "QOS", "STATES", "USERS")
+PLAINLY = ("env", *(f"--unset=SQUEUE_{each}" for each in _FILTERS), "SLURM_TIME_FORMAT=standard")

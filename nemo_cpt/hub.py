@@ -93,9 +93,24 @@ def explained(kind: str, name: str, page: str, revision: str = "main") -> Iterat
     except (HfHubHTTPError, RequestException, ConnectionError) as error:
         raise CptError(_why_not(error, name, page)) from None
     except OSError as error:
-        if "Consistency check failed" not in str(error):
+        if "Consistency check failed" in str(error):
+            raise CptError(f"A file of {name} arrived truncated. A rerun goes on where this one stopped.") from None
+        check_certificates(error)
+        raise
+    except UnicodeEncodeError:
+        raise CptError(f"HF_TOKEN holds letters that no token has. A token is at {TOKEN_PAGE}.") from None
+    except ValueError as error:
+        if "hf_transfer" not in str(error):
             raise
-        raise CptError(f"A file of {name} arrived truncated. A rerun goes on where this one stopped.") from None
+        raise CptError(
+            "HF_HUB_ENABLE_HF_TRANSFER is set, and hf_transfer is not installed: unset it, or pip install hf_transfer."
+        ) from None
+
+
+def check_certificates(error: OSError) -> None:
+    """Raise CptError for what requests says, without a number, of a REQUESTS_CA_BUNDLE that is not there."""
+    if error.errno is None and "CA certificate bundle" in str(error):
+        raise CptError(f"{error}: REQUESTS_CA_BUNDLE, or CURL_CA_BUNDLE, names a file that is not there.") from None
 
 
 def _why_not(error: BaseException, name: str, page: str) -> str:
@@ -107,11 +122,15 @@ def _why_not(error: BaseException, name: str, page: str) -> str:
         # The hub's own words: of a token that lacks a permission they alone say which.
         said = " ".join(str(getattr(error, "server_message", None) or "").split())
         return _http_problem(response.status_code, f": {said}" if said else "", name, page)
-    if isinstance(error, MissingSchema | InvalidSchema | InvalidURL):
+    # Of a proxy's address requests says the same.
+    no_address = isinstance(error, MissingSchema | InvalidSchema | InvalidURL)
+    if no_address and not page.startswith(("https://", "http://")):
         return f"{page} is no address: HF_ENDPOINT (or endpoint=) begins with https://."
-    cures = {SSLError: "its certificate; behind a proxy with its own one, REQUESTS_CA_BUNDLE names it",
-             ProxyError: "the proxy (HTTPS_PROXY, NO_PROXY)"}  # fmt: skip
-    cure = next((cure for kind, cure in cures.items() if isinstance(error, kind)), "the network")
+    cure = "the network"
+    if isinstance(error, SSLError):
+        cure = "its certificate; behind a proxy with its own one, REQUESTS_CA_BUNDLE names it"
+    elif no_address or isinstance(error, ProxyError):
+        cure = "the proxy (HTTPS_PROXY, HTTP_PROXY, NO_PROXY; for one of socks:// pip install pysocks)"
     return (
         f"{page} could not be reached or broke off ({type(error).__name__}). Check {cure}. A rerun goes on where this "
         "one stopped."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import shutil
 import sys
 import time
@@ -79,7 +80,7 @@ def download(
     wanted, left_out = _choose(info.siblings or [], repo_id)
     # From here on the commit, not the branch, which may move while the files come.
     dest, commit = Path(dest), str(info.sha)
-    there = dest.exists()
+    there = os.path.lexists(dest)  # a link to nothing, too, in whose place no folder can be put
     if not there:
         make_folder(dest.parent)
         with locked(dest.with_name(f"{dest.name}.download.lock"), _PATIENCE_SECONDS):

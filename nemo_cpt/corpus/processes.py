@@ -30,7 +30,7 @@ def in_order(work: Callable[[Task], Result], tasks: Iterable[Task], workers: int
     _work = work
     fork = multiprocessing.get_context("fork")
     ahead = deque[tuple[Task, Future[Result]]]()
-    with ProcessPoolExecutor(workers, mp_context=fork, initializer=_follow, initargs=(os.getpid(),)) as pool:
+    with ProcessPoolExecutor(workers, mp_context=fork, initializer=follow, initargs=(os.getpid(),)) as pool:
         try:
             for task in tasks:
                 ahead.append((task, pool.submit(_call, task)))
@@ -47,7 +47,7 @@ def in_order(work: Callable[[Task], Result], tasks: Iterable[Task], workers: int
                 future.cancel()
 
 
-def _follow(parent: int) -> None:
+def follow(parent: int) -> None:
     """Leave Ctrl-C to the parent, and let the kernel end this worker when that is killed; it would wait for ever.
 
     A terminal interrupts every process of the command: a worker that died of it with the pool's lock or with its own

@@ -1,5 +1,6 @@
 """Whether Slurm answers, its partition can run the job, and the job can save before Slurm ends it."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -148,7 +149,10 @@ def _partitions() -> list[Partition]:
 
 
 def _said(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True).stdout
+    # What people set for their terminals would hide partitions.
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("SINFO_")}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True, env=environ)
+    return done.stdout
 
 
 def _listed(partitions: list[Partition]) -> str:

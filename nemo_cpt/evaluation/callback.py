@@ -124,7 +124,8 @@ class EvaluateReplies(pl.Callback):
             open_ = [at for at in open_ if replies[at][-1] not in ends]
             if not open_:
                 break
-        return [tokenizer.decode(reply, skip_special_tokens=True) for reply in replies]
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}  # as an engine's replies
+        return [tokenizer.decode(reply, **options) for reply in replies]
 
     def _next_tokens(self, pl_module: Any, vocabulary: int, rows: list[list[int]]) -> list[int]:
         """The most probable successor of each row. Padding stands on the right, where causal attention never looks."""

@@ -282,8 +282,7 @@ class _Detokenizer:
         try:
             text = self.stream.step(self.fast, token) or ""
         except Exception:  # bare, of tokenizers: with byte fallback a wrong byte undoes characters that were given
-            options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-            text = self.tokenizer.decode(self.pending, **options)
+            text = self.tokenizer.decode(self.pending, skip_special_tokens=True)
             self.stream = DecodeStream(ids=self.pending, skip_special_tokens=True)
         if text:
             self.pending = []

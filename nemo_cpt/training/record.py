@@ -40,12 +40,12 @@ def _validated_on(trainer: pl.Trainer) -> dict[str, Any]:
     texts = {name: prefix for name, prefix in _validation_sets(data).items() if not is_conversations(prefix)}
     batches = next((len(getattr(data, "validation_weights", {}).get(name, [])) for name in texts), None)
     # Transformer Engine's causal attention reads no mask: no setting of one comes into effect.
-    resets = getattr(data, "reset_attention_mask", False) and data.create_attention_mask and not HAVE_TE
+    resets = all(getattr(data, f"{each}_attention_mask", False) for each in ("reset", "create")) and not HAVE_TE
     return {
         "sets": {name: str(Path(full_prefix(prefix)).absolute()) for name, prefix in texts.items()},
         "samples": batches and batches * data.global_batch_size,
         "seq_length": getattr(data, "seq_length", None),
-        "reset_attention_mask": bool(resets),
+        "reset_attention_mask": resets,
     }
 
 

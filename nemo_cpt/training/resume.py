@@ -16,7 +16,8 @@ from nemo_cpt.checkpoint.weights_digest import base_weights_of
 from nemo_cpt.compatibility import check_resumed
 from nemo_cpt.errors import CptError, exit_with_the_message
 from nemo_cpt.training import run_lock
-from nemo_cpt.training.changes import changes, check_goes_on, listed
+from nemo_cpt.training.changes import Change, changes, check_goes_on, listed
+from nemo_cpt.training.datasets import in_another_order
 from nemo_cpt.training.metrics import append_metrics
 from nemo_cpt.training.options import check_extend
 from nemo_cpt.training.preconditions import check_base
@@ -49,7 +50,7 @@ class ResumeOrStartFromBase(nl.AutoResume):
             The data go on behind the samples that were trained. Megatron draws the order of a dataset for all passes
             over it that `max_steps` needs: within one pass the order stays; beyond, it is drawn anew where their number
             changes, or where the last one grows over four fifths of a pass, and what is left may then repeat documents
-            that were trained and leave out others.
+            that were trained and leave out others, which is said.
 
     Raises:
         CptError: there is neither a checkpoint of this run nor a complete base, or they are of two models; all
@@ -132,6 +133,9 @@ class _Resumption(pl.Callback):
         if changed:
             how = f", extend={self.extend}" if any(each.group == "schedule" for each in changed) else ""
             _say(f"resumed at step {checkpoint.step} with {listed(changed)}{how}")
+        for each in changed:
+            if each.name == "max_steps":
+                _tell_of_another_order(trainer, each)
         if others := validated_otherwise(trainer):
             _say(f"from here on losses of {', '.join(others)} are of other samples, and not compared with those before")
 
@@ -176,6 +180,16 @@ class _Resumption(pl.Callback):
             # The scheduler sets a rate only after a step: the first one would still have the old schedule's.
             group["lr"] = rate
         scheduler._last_lr = rates
+
+
+def _tell_of_another_order(trainer: pl.Trainer, steps: Change) -> None:
+    """Say where what is left of a text no longer is what the run has not yet seen; see `ResumeOrStartFromBase`."""
+    texts = getattr(trainer.datamodule, "training_texts", None)
+    if names := in_another_order(texts, steps.was / steps.now) if texts is not None else []:
+        _say(
+            f"warning: Megatron draws another order of {', '.join(names)} for {steps.now} steps than for {steps.was}: "
+            "what is left of a pass repeats texts that were trained, and leaves out others"
+        )
 
 
 def _write_down(folder: Path, settings: dict[str, Any], checkpoint: Checkpoint | None, base: str | None) -> None:

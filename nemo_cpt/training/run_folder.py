@@ -156,7 +156,7 @@ def _begun(directory: Path) -> Iterator[tuple[Path, Path]]:
             last = read_lines(starts.parents[1], STARTS)[-1]
             if last["settings"]["adapters"]["peft"] and last["base"]:
                 yield starts.parents[1], Path(last["base"])
-        except (OSError, ValueError, KeyError, TypeError, IndexError):
+        except (OSError, KeyError, TypeError, IndexError):
             continue
 
 

@@ -24,6 +24,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
+from nemo_cpt.constants import PLAINLY
 from nemo_cpt.errors import CptError
 from nemo_cpt.records import restored
 
@@ -270,7 +271,7 @@ def _slurm_ended(owner: Owner, here: Owner) -> bool:
     _, job, restarts = owner.slurm
     if here.slurm[1] == job:
         return here.slurm[2] > restarts
-    command = ["squeue", "--noheader", "--jobs", job, "--format", "%T"]
+    command = [*PLAINLY, "squeue", "--noheader", "--jobs", job, "--format", "%T"]
     try:
         asked = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):

@@ -20,22 +20,15 @@ from nemo_cpt.records import restored
 from nemo_cpt.vocabulary.byte_level import byte_of_character
 from nemo_cpt.vocabulary.folders import check_place, new_folder
 from nemo_cpt.vocabulary.growing import MULTIPLE_OF, count_tokens
+from nemo_cpt.vocabulary.learning import learn
 from nemo_cpt.vocabulary.samples import Sample, draw
 
 BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"
 CHAT = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")  # of the template llama3
 RESERVED = 8  # tokens without a use, for which a trained model has rows when one is needed
 SAMPLE_BYTES = 128 * 2**20
-MAX_BYTES = 24  # of a token: 8 characters of Japanese, 24 letters
 KINDS = ("bpe", "unigram")
 _NEVER = -1e6  # a special token's score: its name in a text that is to be taken for text is spelled in other tokens
-# Japanese and Chinese write no blanks: a run of one script is a word there, or a whole clause would become a token.
-# Ranges, since fastokens takes \p{Han} and its like for something else than Hugging Face's library.
-UNSPACED = r"[㐀-䶿一-鿿々〆]+|[ぁ-ゟ]+|[゠-ヿ]+"
-WORDS = (  # Llama-3's
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 @dataclass(frozen=True)
@@ -227,28 +220,17 @@ def _cut(sample: Sample, nbytes: float) -> None:
 
 
 def _train(texts: Sequence[str], special: Sequence[str], size: int, kind: str) -> Any:
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer, processors
 
-    tokenizer = Tokenizer(models.Unigram() if kind == "unigram" else models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            # In this order: the last one turns bytes into characters of its own, which no pattern behind it would know.
-            pre_tokenizers.Split(Regex(UNSPACED), "isolated"),
-            pre_tokenizers.Split(Regex(WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, _trainer(special, size, kind))
+    content = orjson.loads(learn(texts, special, size, kind))
+    if kind == "unigram":
+        pieces = settled(content["model"]["vocab"][len(special) :])
+        content["model"]["vocab"] = [*((token, _NEVER) for token in special), *pieces]
+    tokenizer = Tokenizer.from_str(orjson.dumps(content).decode())
     begin = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, special.index(BOS))])
     # As Llama-3 does: BOS before a text and nothing behind it, where a model is to go on.
     tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), begin])
-    if kind == "bpe":
-        return tokenizer
-    content = orjson.loads(tokenizer.to_str())
-    pieces = settled(content["model"]["vocab"][len(special) :])
-    content["model"]["vocab"] = [*((token, _NEVER) for token in special), *pieces]
-    return Tokenizer.from_str(orjson.dumps(content).decode())
+    return tokenizer
 
 
 def settled(pieces: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
@@ -261,21 +243,6 @@ def settled(pieces: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
     # No longer token is below the lowest of them: only bytes are lifted.
     scores = [(token, round(max(score, lowest), 6)) for token, score in pieces]
     return sorted(scores, key=lambda each: (-each[1], each[0]))
-
-
-def _trainer(special: Sequence[str], size: int, kind: str) -> Any:
-    from tokenizers import pre_tokenizers, trainers
-
-    common = {
-        "vocab_size": size,
-        "special_tokens": list(special),
-        # Every byte, seen or not, so that no text is unknown; sorted, since they come in no order of their own.
-        "initial_alphabet": sorted(pre_tokenizers.ByteLevel.alphabet()),
-        "show_progress": False,
-    }
-    if kind == "unigram":
-        return trainers.UnigramTrainer(max_piece_length=MAX_BYTES, **common)
-    return trainers.BpeTrainer(max_token_length=MAX_BYTES, min_frequency=2, **common)
 
 
 def _check_apart(backend: Any, special: Sequence[str]) -> None:

@@ -23,6 +23,7 @@ import yaml
 
 from nemo_cpt import catalog
 from nemo_cpt.cache import cache_folder
+from nemo_cpt.constants import PLAINLY
 from nemo_cpt.errors import CptError
 from nemo_cpt.executors.supervisor import REACHED_FILE
 from nemo_cpt.launching.description import describe
@@ -179,8 +180,9 @@ class Connection:
 
     def _queued(self) -> Queued | None:
         """The job in Slurm's queue; None where that does not answer."""
-        asked = ["squeue", "--noheader", "--jobs", ",".join(self.reached.jobs), "--format", "%T %S"]
-        done = self._call([*self._ssh(), self._where, f"TZ=UTC {shlex.join(asked)}"])
+        jobs = ["--jobs", ",".join(self.reached.jobs)]
+        asked = [*PLAINLY, "TZ=UTC", "squeue", "--noheader", *jobs, "--format", "%T %S"]
+        done = self._call([*self._ssh(), self._where, shlex.join(asked)])
         return _in_queue(done.stdout) if done.returncode == 0 or "Invalid job id" in done.stderr else None
 
     def _call(self, words: Sequence[str]) -> "subprocess.CompletedProcess[str]":

@@ -138,10 +138,25 @@ def is_plain(path: Path) -> bool:
 def set_aside(path: Path) -> Path:
     """Rename what a step has made, to the first free name of `PATH.1`, `PATH.2`, ...; returns it."""
     number = 1
-    while (free := path.with_name(f"{path.name}.{number}")).exists():
+    while (free := aside(path, number)).exists():
         number += 1
     path.rename(free)
     return free
+
+
+def aside(path: Path, number: int) -> Path:
+    """Where what a step has made is when it was the so manieth to be set aside."""
+    return path.with_name(f"{path.name}.{number}")
+
+
+def look_aside(path: Path, number: int, known: Files) -> Files:
+    """What was set aside, looked at by the names that it had; see `look`."""
+    there = aside(path, number)
+
+    def renamed(files: Files, was: str, now: str) -> Files:
+        return {now + name.removeprefix(was): each for name, each in files.items()}
+
+    return renamed(look(there, renamed(known, path.name, there.name)), there.name, path.name)
 
 
 def is_there(path: Path) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from nemo_cpt.checkpoint import download, import_hf
+from nemo_cpt.corpus import fetch
 from nemo_cpt.errors import CptError
 from tests.support import small_models as models
 from tests.support.servers import serving
@@ -210,6 +211,28 @@ def test_a_token_that_is_none_any_more(hub: _Hub, tmp_path: Path) -> None:
     hub.trouble["api"] = "401 Invalid credentials in Authorization header"
     message = _refused(hub, tmp_path / "model", "does not take the token that was sent .*it expired, was revoked")
     assert "conditions" not in message
+
+
+def test_what_the_environment_says_wrong(hub: _Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each ended in a traceback of a library's."""
+    with monkeypatch.context() as wrong:
+        wrong.setattr("huggingface_hub.constants.HF_HUB_ENABLE_HF_TRANSFER", True)
+        _refused(hub, tmp_path / "model", "HF_HUB_ENABLE_HF_TRANSFER is set, and hf_transfer is not installed")
+    with monkeypatch.context() as wrong:
+        wrong.setenv("HF_TOKEN", "hf_鍵")
+        _refused(hub, tmp_path / "model", "HF_TOKEN holds letters that no token has")
+    with monkeypatch.context() as wrong:
+        wrong.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "nowhere.pem"))
+        for fetches in (
+            lambda: download(REPO, tmp_path / "model", endpoint="https://127.0.0.1:1"),
+            lambda: fetch("https://127.0.0.1:1/a.jsonl", tmp_path / "corpus"),
+        ):
+            with pytest.raises(CptError, match=r"nowhere\.pem: REQUESTS_CA_BUNDLE, or CURL_CA_BUNDLE, names a file"):
+                fetches()
+    with monkeypatch.context() as wrong:
+        wrong.setenv("HTTP_PROXY", "nonsense://x")
+        wrong.setenv("NO_PROXY", "")
+        _refused(hub, tmp_path / "model", r"could not be reached .*Check the proxy \(HTTPS_PROXY")
 
 
 def test_an_endpoint_that_is_no_address(hub: _Hub, tmp_path: Path) -> None:

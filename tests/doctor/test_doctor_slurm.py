@@ -42,8 +42,9 @@ def sinfo(tmp_path, monkeypatch):
     return make
 
 
-def test_partitions(sinfo):
-    sinfo()
+def test_partitions(sinfo, monkeypatch):
+    monkeypatch.setenv("SINFO_PARTITION", "debug")  # a user's, by which sinfo hides the others
+    sinfo(f"${{SINFO_PARTITION-{GPU_LINES}}}")
     assert submitted().found == "partition gpu: up, 4 nodes, gres gpu:h100:8"
     assert submitted("gpu,cpu").state == "ok"
     assert submitted("gup").found == "there is no partition gup; it has partitions gpu*, cpu, old"

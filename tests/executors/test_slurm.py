@@ -1,5 +1,6 @@
 """Against a real cluster of two nodes; skipped, with the reason, where Slurm is not installed."""
 
+import errno
 import json
 import re
 import subprocess
@@ -36,13 +37,21 @@ def test_two_nodes_run_the_code_on_disk_and_the_log_is_followed(slurm_here, proj
     (project / "tasks.py").write_text((project / "tasks.py").read_text() + "\nimport extra\n")
     import tasks
 
-    executor = slurm(nodes=2, tasks_per_node=1, time="5", env={"COLOUR": "dark red"})
+    # Slurm lets these win over what stands in a script.
+    for name, value in {"PARTITION": "urgent", "TIMELIMIT": "1", "SIGNAL": "B:KILL@10", "OUTPUT": "/dev/null"}.items():
+        monkeypatch.setenv(f"SBATCH_{name}", value)
+    executor = slurm(partition="cpu", nodes=2, tasks_per_node=1, time="5", env={"COLOUR": "dark red"})
     run.run(run.Partial(tasks.report, path=str(tmp_path / "seen")), executor=executor, name="t")
     seen = [json.loads((tmp_path / f"seen.{rank}").read_text()) for rank in (0, 1)]
     assert {each["env"]["SLURMD_NODENAME"] for each in seen} == {"cpt1", "cpt2"}
     assert {each["env"]["HF_TOKEN"] for each in seen} == {"planted-secret"}
     assert {each["env"]["COLOUR"] for each in seen} == {"dark red"}
     assert {each["cwd"] for each in seen} == {str(project)}
+    assert {each["env"]["SLURM_JOB_PARTITION"] for each in seen} == {"cpu"}
+    job = seen[0]["env"]["SLURM_JOB_ID"]
+    shown = slurm_here.run("scontrol", "show", "job", job)
+    assert "TimeLimit=00:05:00" in shown
+    assert f"StdOut={tmp_path}" in shown
     assert all(each["file"].endswith("/t/code/tasks.py") for each in seen)
     assert seen[0]["env"]["WANDB_RUN_ID"].startswith("t_")
     assert "reported rank 1" in capfd.readouterr().out
@@ -210,6 +219,18 @@ def test_slurms_own_words_and_no_job_left_behind(slurm_here, project, arguments,
         submit(run.Partial(tasks.report, path="seen"), slurm(time="5", **arguments))
     assert slurm_here.jobs() == before
     assert not list(tmp_path.rglob("secrets.env"))
+
+
+def test_a_job_that_could_not_be_noted_is_not_left_behind(slurm_here, project, monkeypatch):
+    import tasks
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("nemo_cpt.executors.slurm_job._save_job_dir", full)
+    with pytest.raises(OSError, match="No space left"):
+        submit(run.Partial(tasks.count, path="counter", until=1000), slurm(tasks_per_node=1, time="5"))
+    assert not slurm_here.jobs() or slurm_here.run("squeue", "-h", "-o", "%T").split() == ["COMPLETING"]
 
 
 def test_sbatch_missing(project, monkeypatch):

@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import pytest
 
 from nemo_cpt.executors.runner import UNTRAINED
-from nemo_cpt.executors.slurm_job import ENDING
+from nemo_cpt.executors.slurm_job import ENDING, HEAD_ADDRESS
 
 COMMANDS = {
     "srun": 'sh -c "$TASKS"',
-    "scontrol": 'echo "$*" >> asked; case "$1" in show) echo "$FACTS" ;; requeue) exit $REFUSES ;; esac',
-    "squeue": "for job in $OTHER_JOBS; do echo $job; done",
+    "scontrol": 'echo "$*" >> asked; case "$1 $SLURM_TIME_FORMAT" in "show standard") echo "$FACTS" ;; requeue*) '
+    "exit $REFUSES ;; esac",
+    "squeue": "for job in ${SQUEUE_STATES-$OTHER_JOBS}; do echo $job; done",
 }
 SAVED = "touch $marker"
 BEFORE_TRAINING = f"echo '{UNTRAINED}' > $marker"
@@ -147,13 +148,33 @@ def test_slurm_does_not_take_it_back(ended):
 
 def test_a_task_of_an_array_is_asked_for_by_its_own_number_and_the_last_removes_the_secrets(ended, tmp_path):
     array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
-    assert "secrets.env" in ended(RUNS, "true", environ=array | {"OTHER_JOBS": "7_0 7_1"}).files
+    others = {"OTHER_JOBS": "7_0 7_1", "SQUEUE_STATES": ""}  # the latter is a user's, and hides them
+    assert "secrets.env" in ended(RUNS, "true", environ=array | others).files
     assert "secrets.env" not in ended(RUNS, "true", environ=array | {"OTHER_JOBS": "7_1"}).files
     ended(RUNS, SAVED, environ=array)
     assert set((tmp_path / "asked").read_text().splitlines()) == {"show job -o 7_1", "requeue 7_1"}
 
 
 TELL = "kill -TERM $(ps -o ppid= -p $PPID)"  # the script, as Slurm does, while its tasks run
+
+
+@pytest.mark.parametrize(
+    ("addresses", "shown", "met_at"),
+    [
+        ("10.0.0.5 192.168.0.5", "NodeAddr=gpu1", "10.0.0.5"),
+        ("fe80::1%eth0 10.0.0.5", "NodeAddr=gpu1", "10.0.0.5"),
+        ("127.0.1.1", "NodeAddr=172.16.0.1 NodeHostName=gpu1 Port=0", "172.16.0.1"),  # as Debian's installer has it
+        ("::1 127.0.0.1", "", "gpu1"),
+    ],
+)
+def test_tasks_meet_where_other_nodes_can_reach(tmp_path, addresses, shown, met_at):
+    (tmp_path / "scontrol").write_text(
+        f"#!/bin/sh\n[ -z '{shown}' ] || echo NodeName=gpu1 Arch=x86_64 {shown} Version=23\n"
+    )
+    (tmp_path / "scontrol").chmod(0o755)
+    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "head_node": "gpu1", "head_node_ip": addresses}
+    script = f"{HEAD_ADDRESS}\nprintenv MASTER_ADDR"
+    assert subprocess.run(["bash", "-c", script], env=environ, capture_output=True, text=True).stdout == f"{met_at}\n"
 
 
 def test_at_its_limit_a_job_is_brought_back_before_its_tasks_end(ended, tmp_path):

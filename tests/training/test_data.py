@@ -18,7 +18,7 @@ from nemo_cpt.inference.token_bytes import TokenBytes
 from nemo_cpt.inference.transformers_engine import TransformersEngine
 from nemo_cpt.monitoring.description import _bytes_per_token
 from nemo_cpt.training.data import BlendDataModule
-from nemo_cpt.training.datasets import VALIDATION
+from nemo_cpt.training.datasets import VALIDATION, in_another_order
 from tests.training.small_datasets import EOS, ORDINARY, SEQ_LENGTH, dataset, documents, expected, sequences, write
 
 
@@ -111,6 +111,20 @@ def test_so_it_is_in_nemos_own_data_module(world: Path, tmp_path: Path) -> None:
     module.build(10, 5, 2, 1)
     assert sequences(module._train_ds) == expected(module._train_ds, texts)
     assert all(sample["loss_mask"].all() for sample in module._train_ds)
+
+
+def test_when_megatron_draws_another_order_for_more_steps(tmp_path: Path) -> None:
+    prefix = write(tmp_path / "text", documents(seed=1, count=40))
+    one_pass = len(dataset(prefix, samples=1))
+    built = {samples: dataset(prefix, samples=samples) for samples in range(one_pass - 8, 3 * one_pass, 5)}
+    read = {samples: sequences(each)[: one_pass - 8] for samples, each in built.items()}
+    found = set()
+    for more, each in built.items():
+        for fewer in built:
+            another = in_another_order(each, fewer / more) == [prefix]
+            assert another == (read[more] != read[fewer]), (more, fewer)
+            found.add(another)
+    assert found == {True, False}
 
 
 @pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 33])

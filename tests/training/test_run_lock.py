@@ -124,6 +124,8 @@ def test_one_of_last_week_is_not_waited_for(folder: Path, monkeypatch: pytest.Mo
         (("c", "7", 0), {"SLURM_JOB_ID": "8"}, "echo COMPLETED", True),  # the one before in a chain
         (("c", "7", 0), {"SLURM_JOB_ID": "8"}, "echo error: Invalid job id specified >&2; exit 1", True),
         (("c", "7", 0), {"SLURM_JOB_ID": "8"}, "echo RUNNING", False),
+        # A user's filter hides it, as Slurm's own squeue does.
+        (("c", "7", 0), {"SLURM_JOB_ID": "8", "SQUEUE_PARTITION": "cpu"}, "echo ${SQUEUE_PARTITION-RUNNING}", False),
         (("c", "7", 0), {"SLURM_JOB_ID": "8"}, "echo Unable to contact slurm controller >&2; exit 1", False),
         (("other", "7", 0), {"SLURM_JOB_ID": "8"}, "echo COMPLETED", False),  # another cluster's job 7
     ],

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from nemo_cpt.corpus.atomic_files import hash_of, locked, sync, write_whole
 from nemo_cpt.corpus.progress import ProgressBar
 from nemo_cpt.errors import CptError
+from nemo_cpt.hub import check_certificates
 from nemo_cpt.urls import public_url
 
 CHECKSUMS = "SHA256SUMS"
@@ -103,6 +104,9 @@ def patiently(
                 if number == ATTEMPTS - 1:
                     raise CptError(f"Cannot fetch {shown}: {error}. {outlook()}") from None
                 time.sleep(patience * 2**number)
+            except OSError as error:
+                check_certificates(error)
+                raise
     raise AssertionError
 
 
