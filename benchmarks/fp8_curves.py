@@ -4,8 +4,8 @@ usage: python benchmarks/fp8_curves.py FOLDER [--steps 300] [--out fp8-curves] [
        python benchmarks/fp8_curves.py FOLDER --layers 8 ...
 
 FOLDER: what examples/smollm2_japanese.py made: `hf` and `nemo` (SmolLM2-135M), `ds/{ja,en}_{train,validation}`, which
-that model is trained on. With --layers: what examples/from_scratch.py made, `tokenizer` and `ds/{train,validation}`,
-and a model of random weights with so many layers of Llama-3.1-8B's widths, which is written to OUT.
+that model is trained on. With --layers: what examples/from_scratch.py --no-training made, `tokenizer` and
+`ds/{train,validation}`; the model, so many layers of Llama-3.1-8B's widths with random weights, is written to OUT.
 
 Two measures of noise, both in bf16: "smaller micro batches" adds up each step's gradients in other parts, which is what
 rounding alone does to the curve; "shuffled" sees the same text in another order, which is what chance does to the model

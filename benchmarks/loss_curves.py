@@ -3,7 +3,8 @@
 usage: python benchmarks/loss_curves.py FOLDER [--steps 300] [--check 0.02] [--out loss-curves] [--plain-on GPU]
 
 FOLDER: what examples/smollm2_japanese.py made: `hf` and `nemo` (SmolLM2-135M), `ds/{ja,en}_{train,validation}`. With
-`--from-scratch PARAMS`, what examples/from_scratch.py made: `base`, the random weights, and `ds/{train,validation}`.
+`--from-scratch PARAMS`, what examples/from_scratch.py --no-training made: `base`, the random weights, and
+`ds/{train,validation}`.
 
 Both compute in bf16 with fp32 master weights on a GPU, in fp32 on a CPU. Of the recipe's side the plain loop uses the
 batches alone, from the recipe's data module; model, loss, optimizer and schedule are transformers', PyTorch's and those

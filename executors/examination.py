@@ -8,6 +8,7 @@ the trainer comes too late: without a GPU the trainer is not even built.
 import ast
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -28,6 +29,7 @@ FORCE = "NEMO_CPT_FORCE"
 @cache
 def examine_before_launch() -> None:
     """Have NeMo-Run refuse what could not run, with the doctor's words; once a process."""
+    import nemo_run
     from nemo_run import Script
     from nemo_run.run import api, job, task
     from nemo_run.run.experiment import Experiment
@@ -36,6 +38,14 @@ def examine_before_launch() -> None:
     launch: Callable[..., Any] = Experiment.run
     show: Callable[..., None] = Experiment.dryrun
     run_here: Callable[..., None] = task.direct_run_fn
+    start: Callable[..., None] = api.run
+
+    @wraps(start)
+    def start_by_name(
+        task: Any, executor: Any = None, plugins: Any = None, name: str = "", *args: Any, **kwargs: Any
+    ) -> None:
+        # NeMo-Run's own would be llm.pretrain's, the same for every run, in its lists as in Slurm's.
+        start(task, executor, plugins, name or name_of_run(task), *args, **kwargs)
 
     @wraps(add)
     def check_and_add(experiment: Any, task: Any, executor: Any = None, *args: Any, **kwargs: Any) -> str:
@@ -73,12 +83,19 @@ def examine_before_launch() -> None:
         with in_its_wandb_run(configured):
             run_here(configured, dryrun)
 
+    nemo_run.run = api.run = start_by_name
     Experiment.add = check_and_add
     Experiment.run = examine_and_launch
     Experiment.dryrun = examine_and_show
     # Each of them imported the function by its name.
     for module in (api, job, task):
         module.direct_run_fn = examine_and_run_here
+
+
+def name_of_run(task: Any) -> str:
+    """A recipe's name= where an experiment may be called so, which becomes a part of shells' commands; else nothing."""
+    name = getattr(getattr(task, "log", None), "name", None)
+    return name if isinstance(name, str) and re.fullmatch(r"[\w.-]+", name, re.ASCII) else ""
 
 
 def check_executor(executor: Any) -> None:

@@ -40,6 +40,15 @@ ENDING = Path(__file__).with_name("slurm_job.sh").read_text()
 UNDERWAY = (AppState.PENDING, AppState.RUNNING, AppState.SUBMITTED)
 OUTSIDE_JOBS = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT", "SLURM_JWT")
 """Variables of Slurm's that people set; every other one describes the job that a process is in."""
+HEAD_ADDRESS = """\
+MASTER_ADDR=
+for address in $head_node_ip; do
+    case $address in 127.* | ::1 | fe80:*) ;; *) MASTER_ADDR=$address; break ;; esac
+done
+address=$(scontrol show node -o "$head_node" 2>/dev/null | sed 's/.* NodeAddr=//; s/ .*//')
+export MASTER_ADDR=${MASTER_ADDR:-${address:-$head_node}}"""
+"""Where the tasks meet: of the head node's addresses, as the template has them, the first that other nodes can reach;
+where its own name leads to itself alone (127.0.1.1 in /etc/hosts), the one that Slurm reaches it by."""
 _RUNDIR = re.compile(rf"(?<![\w./~}}-])/{RUNDIR_NAME}(?![\w.-])")
 """NeMo-Run's name of the job's folder; the end of `/scratch/nemo_run` and the beginning of `/nemo_runs` are none."""
 
@@ -156,7 +165,7 @@ class SlurmJob(SlurmExecutor):
             *self._chain_lines(),
             # Of sbatch's --cpus-per-task srun makes nothing by itself, since Slurm 22.05.
             '[ -z "$SLURM_CPUS_PER_TASK" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK',
-            "export MASTER_ADDR=${head_node_ip%% *}",  # the template's, of a node with several addresses the first
+            HEAD_ADDRESS,
             f"export {MARKER}={job}/{MARKER_PREFIX}$SLURM_JOB_ID {REFUSAL}={job}/{REFUSAL_PREFIX}$SLURM_JOB_ID",
             f"export PYTHONSAFEPATH=1 PYTHONPATH={python_path(*folders)}",
             *([f"export PATH={shlex.quote(self.python_folder)}:$PATH"] if self.python_folder else []),

@@ -238,8 +238,8 @@ def _base_name(nemo: Path, files: Path, base: str | Path | None) -> str:
     if trainings_of(nemo)[:-1] or read_provenance(files).trainings:
         if base is None or not any(Path(base).glob("*.safetensors")):
             raise CptError(
-                f"the adapters of {nemo} belong to a model that was trained before: give base=, the Hugging Face "
-                "folder of that (`nemo-cpt export` makes it of a checkpoint), which the adapters will name"
+                f"the adapters of {nemo} belong to a model that was trained before: give base= (--base), the Hugging "
+                "Face folder of that (`nemo-cpt export` makes it of a checkpoint), which the adapters will name"
             )
         return str(Path(base).resolve())
     return str(read_json(files / "config.json").get("_name_or_path") or files.resolve())

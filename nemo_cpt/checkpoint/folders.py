@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import json
+import os
 import shutil
 import socket
 import sys
@@ -58,6 +60,8 @@ def new_folder(dest: str | Path, needed_bytes: int) -> Iterator[Path]:
             (partial / _OWNER).unlink()
             partial.rename(dest)
     except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR) and os.path.lexists(dest):
+            raise CptError(f"{dest} was made by another process meanwhile. It stands as that made it.") from error
         raise CptError(
             f"{dest} could not be written: {error}. Nothing is left of it; free the cause, rerun."
         ) from error

@@ -26,6 +26,10 @@ class ValidationLossBySet(pl.Callback):
     def __init__(self) -> None:
         self._losses: list[torch.Tensor] = []
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Have pipeline stages validate before the first step, too, which NeMo's strategy has just given up."""
+        trainer.num_sanity_val_steps = getattr(trainer.datamodule, "first_validation", trainer.num_sanity_val_steps)
+
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget the last validation."""
         self._losses = []

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from nemo_cpt.executors.runner import UNTRAINED
-from nemo_cpt.executors.slurm_job import ENDING
+from nemo_cpt.executors.slurm_job import ENDING, HEAD_ADDRESS
 
 COMMANDS = {
     "srun": 'sh -c "$TASKS"',
@@ -156,6 +156,25 @@ def test_a_task_of_an_array_is_asked_for_by_its_own_number_and_the_last_removes_
 
 
 TELL = "kill -TERM $(ps -o ppid= -p $PPID)"  # the script, as Slurm does, while its tasks run
+
+
+@pytest.mark.parametrize(
+    ("addresses", "shown", "met_at"),
+    [
+        ("10.0.0.5 192.168.0.5", "NodeAddr=gpu1", "10.0.0.5"),
+        ("fe80::1%eth0 10.0.0.5", "NodeAddr=gpu1", "10.0.0.5"),
+        ("127.0.1.1", "NodeAddr=172.16.0.1 NodeHostName=gpu1 Port=0", "172.16.0.1"),  # as Debian's installer has it
+        ("::1 127.0.0.1", "", "gpu1"),
+    ],
+)
+def test_tasks_meet_where_other_nodes_can_reach(tmp_path, addresses, shown, met_at):
+    (tmp_path / "scontrol").write_text(
+        f"#!/bin/sh\n[ -z '{shown}' ] || echo NodeName=gpu1 Arch=x86_64 {shown} Version=23\n"
+    )
+    (tmp_path / "scontrol").chmod(0o755)
+    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "head_node": "gpu1", "head_node_ip": addresses}
+    script = f"{HEAD_ADDRESS}\nprintenv MASTER_ADDR"
+    assert subprocess.run(["bash", "-c", script], env=environ, capture_output=True, text=True).stdout == f"{met_at}\n"
 
 
 def test_at_its_limit_a_job_is_brought_back_before_its_tasks_end(ended, tmp_path):

@@ -97,8 +97,13 @@ class TestStatePrecision:
             llama31_8b.continual_pretrain(state_precision="fp16")
         with pytest.raises(CptError, match="a CPU trains with states in fp32"):
             tiny.continual_pretrain("base", Blend({"ds/ja": 1.0}), state_precision="bf16")
-        with pytest.raises(CptError, match="adapters' states are small"):
-            llama31_8b.continual_pretrain_single_gpu(state_precision="bf16")
+        for make in (llama31_8b.continual_pretrain_single_gpu, llama31_8b.instruction_tune_single_gpu):
+            with pytest.raises(CptError, match="adapters' states are small"):
+                make(state_precision="bf16")
+
+    def test_so_of_a_tuning(self) -> None:
+        work = read(llama31_8b.instruction_tune(max_steps=10, state_precision="bf16"))
+        assert (work.grad_bytes, work.exp_avg_bytes, work.exp_avg_sq_bytes, work.master_bytes) == (2, 2, 2, 2)
 
 
 class TestOneGpu:
