@@ -55,7 +55,8 @@ class Guards(pl.Callback):
         patches.apply()
         check_data(type(trainer.datamodule).__name__)
         if not trainer.ckpt_path:  # a run that was begun with them can only go on with them
-            check_resets(trainer.datamodule, HAVE_TE)
+            rotary = getattr(pl_module.config, "position_embedding_type", "rope") == "rope"
+            check_resets(trainer.datamodule, HAVE_TE, rotary)
         # On one rank: a thousand that read manifests and configurations at once would stall a shared file system.
         rows, built = _on_rank_zero(trainer, lambda: self._check_belonging(trainer, pl_module))
         pl_module.config.vocab_size = built
@@ -274,19 +275,19 @@ def check_data(data_module: str) -> None:
         )
 
 
-def check_resets(data: Any, transformer_engine: bool) -> None:
+def check_resets(data: Any, transformer_engine: bool, rotary: bool) -> None:
     """Refuse resets at a document's end that Megatron and NeMo take, and that would change nothing.
 
     Args:
         data: the data module.
         transformer_engine: whether it computes the attention.
+        rotary: whether positions are rotary; learnt ones are looked up by what they are counted from.
     """
-    why = {
-        "reset_position_ids": "rotary embeddings count from a sequence's beginning, whatever the positions are",
-        "reset_attention_mask": "Transformer Engine's causal attention reads no mask",
-    }
-    if not transformer_engine:
-        del why["reset_attention_mask"]
+    why = {}
+    if rotary:
+        why["reset_position_ids"] = "rotary embeddings count from a sequence's beginning, whatever the positions are"
+    if transformer_engine:
+        why["reset_attention_mask"] = "Transformer Engine's causal attention reads no mask"
     for name, reason in why.items():
         if getattr(data, name, False):
             raise CptError(f"{name}=True would change nothing: {reason}. Leave it away")

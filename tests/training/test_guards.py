@@ -238,8 +238,9 @@ def test_a_sequence_that_context_parallelism_cannot_cut(world: Path, blend: Any)
 
 def test_resets_that_would_change_nothing_are_refused() -> None:
     with pytest.raises(CptError, match="reset_position_ids=True would change nothing: rotary embeddings count from"):
-        guards.check_resets(SimpleNamespace(reset_position_ids=True), transformer_engine=False)
+        guards.check_resets(SimpleNamespace(reset_position_ids=True), transformer_engine=False, rotary=True)
+    guards.check_resets(SimpleNamespace(reset_position_ids=True), transformer_engine=True, rotary=False)
     masked = SimpleNamespace(reset_attention_mask=True)
     with pytest.raises(CptError, match="reset_attention_mask=True would change nothing: Transformer Engine's causal"):
-        guards.check_resets(masked, transformer_engine=True)
-    guards.check_resets(masked, transformer_engine=False)
+        guards.check_resets(masked, transformer_engine=True, rotary=True)
+    guards.check_resets(masked, transformer_engine=False, rotary=True)
