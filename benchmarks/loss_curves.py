@@ -1,9 +1,10 @@
 """The recipe's training beside a plain PyTorch + transformers loop: same weights, batches, order and schedule.
 
-usage: python benchmarks/loss_curves.py FOLDER [--steps 300] [--check 0.02] [--out loss-curves]
+usage: python benchmarks/loss_curves.py FOLDER [--steps 300] [--check 0.02] [--out loss-curves] [--plain-on GPU]
 
 FOLDER: what examples/smollm2_japanese.py made: `hf` and `nemo` (SmolLM2-135M), `ds/{ja,en}_{train,validation}`. With
-`--from-scratch PARAMS`, what examples/from_scratch.py made: `base`, the random weights, and `ds/{train,validation}`.
+`--from-scratch PARAMS`, what examples/from_scratch.py --no-training made: `base`, the random weights, and
+`ds/{train,validation}`.
 
 Both compute in bf16 with fp32 master weights on a GPU, in fp32 on a CPU. Of the recipe's side the plain loop uses the
 batches alone, from the recipe's data module; model, loss, optimizer and schedule are transformers', PyTorch's and those
@@ -15,8 +16,10 @@ import argparse
 import copy
 import json
 import math
+import os
 import shutil
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -145,10 +148,16 @@ class PlainLoop:
         }
 
 
+def built_data(recipe: run.Partial) -> Any:
+    """The recipe's data module with its datasets; their indices are in the cache from then on."""
+    data, trainer = fiddle.build(recipe.data), recipe.trainer
+    data.build(trainer.max_steps, trainer.val_check_interval, trainer.limit_val_batches, 0)
+    return data
+
+
 def train_by_plain_loop(recipe: run.Partial, hf: Path) -> Metrics:
     """The recipe's run again: its batches, in the order in which its sampler counts through its dataset."""
-    data, trainer, schedule = fiddle.build(recipe.data), recipe.trainer, recipe.optim.lr_scheduler
-    data.build(trainer.max_steps, trainer.val_check_interval, trainer.limit_val_batches, 0)
+    data, trainer, schedule = built_data(recipe), recipe.trainer, recipe.optim.lr_scheduler
     samples, size = data._train_ds, data.global_batch_size
     held_out = [data._validation_ds[index] for index in range(len(data._validation_ds))]
     cuts = range(0, len(held_out), len(held_out) // len(data.validation_names))
@@ -173,7 +182,8 @@ def series(metrics: Metrics, name: str) -> dict[int, float]:
 
 def sets_of(metrics: Metrics) -> list[str]:
     """Names of the validation sets."""
-    return [name.removeprefix("val_loss_") for name in metrics[0] if name.startswith("val_loss_")]
+    names = dict.fromkeys(name for line in metrics for name in line)
+    return [name.removeprefix("val_loss_") for name in names if name.startswith("val_loss_")]
 
 
 def compare(recipe: Metrics, plain: Metrics) -> dict[str, Any]:
@@ -246,6 +256,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--validation-batches", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path("loss-curves"))
     parser.add_argument("--check", type=float, help="largest loss difference allowed")
+    parser.add_argument("--plain-on", metavar="GPU", help="train the plain loop at the same time, on this other GPU")
+    parser.add_argument("--plain-to", type=Path, help="train the plain loop alone, and write its metrics to this file")
     return parser.parse_args()
 
 
@@ -259,9 +271,21 @@ def main() -> None:
         hf = out / "base_hf"  # the random weights, for transformers
         if not hf.exists():
             export_hf(options.folder / "base", hf)
-    plain = train_by_plain_loop(recipe, hf)
-    torch.cuda.empty_cache()
-    ours = train_by_recipe(recipe)
+    if options.plain_to:
+        options.plain_to.write_text(json.dumps(train_by_plain_loop(recipe, hf)))
+        return
+    if options.plain_on:
+        built_data(recipe)  # two processes must not write the same index at once
+        again = [sys.executable, *sys.argv, "--plain-to", str(out / "plain.json")]
+        other = subprocess.Popen(again, env=os.environ | {"CUDA_VISIBLE_DEVICES": options.plain_on})
+        ours = train_by_recipe(recipe)
+        if other.wait():
+            sys.exit(f"the plain loop ended with exit code {other.returncode}")
+        plain = json.loads((out / "plain.json").read_text())
+    else:
+        plain = train_by_plain_loop(recipe, hf)
+        torch.cuda.empty_cache()
+        ours = train_by_recipe(recipe)
     figures = compare(ours, plain)
     (out / "loss_curves.json").write_text(json.dumps({"figures": figures, "recipe": ours, "plain": plain}))
     draw(ours, plain, out / "loss_curves.png")

@@ -129,6 +129,16 @@ SEVERAL_GPUS = {
     "8B x 8, full, 8192, CP 2": Setting(layers=8, seq=8192, cp=2, gpus=2),
     "8B x 8, full, 4096, DP 2": Setting(layers=8, gpus=2, micro_batches=4),
     "8B, LoRA 128, 8192, TP 2": Setting(rank=128, seq=8192, tp=2, gpus=2),
+    "8B, full, 8192, DP 2, block 1, outputs again, host states": Setting(
+        seq=8192,
+        gpus=2,
+        micro_batches=8,
+        config=block(1) | FUSED,
+        outputs_again=True,
+        optimizer=AWARE,
+        host_states=True,
+        cap=80,
+    ),
 }
 WHOLE_8B: dict[str, Any] = {"seq": 8192, "gpus": 4, "config": FUSED}  # every parameter of Llama-3.1-8B
 FOUR_GPUS = {  # 16 sequences a step
@@ -165,6 +175,34 @@ FOUR_GPUS_HELD_OUT = {
         mbs=2, micro_batches=4, outputs_again=True, **WHOLE_8B
     ),
     "8B, full, 8192, TP 4": Setting(tp=4, sequence_parallel=True, micro_batches=16, **WHOLE_8B),
+    "8B, full, 8192 x 2, DP 4, bf16 states, 32 sequences": Setting(
+        mbs=2, micro_batches=4, optimizer=BF16_MOMENTS, bf16_gradients=True, **WHOLE_8B
+    ),
+    "8B, full, 8192 x 2, DP 4, fp8, bf16 states, 32 sequences": Setting(
+        mbs=2, micro_batches=4, fp8="tensorwise", optimizer=BF16_MOMENTS, bf16_gradients=True, **WHOLE_8B
+    ),
+    "8B, full, 8192 x 2, TP 2 x DP 2, fp8, bf16 states, 32 sequences": Setting(
+        tp=2,
+        sequence_parallel=True,
+        mbs=2,
+        micro_batches=8,
+        fp8="tensorwise",
+        optimizer=BF16_MOMENTS,
+        bf16_gradients=True,
+        cap=80,
+        **WHOLE_8B,
+    ),
+    "8B, full, 8192 x 2, TP 2 x PP 2, fp8, 32 sequences": Setting(
+        tp=2, pp=2, sequence_parallel=True, mbs=2, micro_batches=16, fp8="tensorwise", cap=80, **WHOLE_8B
+    ),
+    "8B, full, 8192, DP 4, block 18, fp8, bf16 states, 32 sequences": Setting(
+        micro_batches=8,
+        fp8="tensorwise",
+        optimizer=BF16_MOMENTS,
+        bf16_gradients=True,
+        cap=80,
+        **WHOLE_8B | {"config": FUSED | block(18)},
+    ),
 }
 CARDS = {
     "LoRA recipe for 24 GB": Setting(card=24, rank=128),

@@ -1,4 +1,4 @@
-"""Tokens/s and memory of Llama-3.1-8B on one GPU (random weights, mock tokens), several settings in one run.
+"""Tokens/s and memory on one GPU (random weights, mock tokens), several settings in one run; mostly of Llama-3.1-8B.
 
 usage: python benchmarks/train.py GROUP_OR_CASE [...]    (see CASES and GROUPS below; --list prints them)
 
@@ -22,17 +22,20 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 from nemo_cpt.constants import ADAM_STATES
 from nemo_cpt.planning import ALLOWED, Workload, fit_workload
+from nemo_cpt.planning.throughput import model_flops_per_token
 
 BF16_TFLOPS = 790.0  # an 8192 x 8192 x 8192 product of random bf16 numbers on the H200 used
-MATMUL_PARAMETERS = 7.505e9  # 8.030e9 less the input embedding
-LAYERS, HIDDEN, VOCABULARY = 32, 4096, 128_256
-LORA_WIDTHS = 4096 + 6144 + 4096 + 4096 + 4096 + 28672 + 14336 + 4096  # in + out of the four linear layers
-
+LAYERS, VOCABULARY = 32, 128_256
 
 LLAMA31_8B = Workload(
-    num_layers=LAYERS, hidden_size=HIDDEN, ffn_hidden_size=14336, num_attention_heads=32, num_query_groups=8,
+    num_layers=LAYERS, hidden_size=4096, ffn_hidden_size=14336, num_attention_heads=32, num_query_groups=8,
     kv_channels=128, vocab_size=VOCABULARY,
 )  # fmt: skip
+QWEN25_7B = Workload(
+    num_layers=28, hidden_size=3584, ffn_hidden_size=18944, num_attention_heads=28, num_query_groups=4,
+    kv_channels=128, vocab_size=152_064, qkv_bias=True,
+)  # fmt: skip
+MODELS = {"llama31_8b": LLAMA31_8B, "qwen25_7b": QWEN25_7B}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +81,8 @@ class Case:
     cap_gib: float | None = None
     patches: bool = True
     stack: str = "nemo_cpt"
-    layers: int = LAYERS
+    model: str = "llama31_8b"
+    layers: int = LAYERS  # of Llama-3.1-8B
     profile: bool = False
 
 
@@ -130,11 +134,14 @@ CASES |= {
         ("full_8192", "full_8192"),
     )
 }
+CASES["qwen25_7b"] = dataclasses.replace(CASES["lora"], model="qwen25_7b")  # Automodel publishes it too
+CASES["transformers_qwen25_7b"] = dataclasses.replace(CASES["qwen25_7b"], stack="transformers")
 CASES["full141_batch128"] = dataclasses.replace(CASES["full141"], global_batch_size=128, steps=2, warm_up=1)
 GROUPS: dict[str, list[str]] = {
     "peers_lora": ["lora", "lora_8192", *(f"{peer}_lora_{length}" for peer in PEERS for length in (4096, 8192))],
     "peers_full": ["full_4096", "full_8192", *(f"{peer}_full_{length}" for peer in PEERS for length in (4096, 8192))],
     "published": ["lora", "lora_fp8", "stock_lora", "transformers_peft"],
+    "qwen": ["qwen25_7b", "transformers_qwen25_7b"],
     "batches": ["lora_batch32", "lora_fp8_batch32", "lora48", "full141_batch128"],
     "defect": ["lora_mbs1", "unpatched_mbs1", "stock_lora_mbs1"],
     "budgets": ["lora24", "lora48", "lora80", "full48", "full80", "full141"],
@@ -154,12 +161,10 @@ def parse(argument: str) -> tuple[str, Case]:
     return name, Case(setting=SingleGpuSetting(**setting), **fields)
 
 
-def flops_per_token(setting: SingleGpuSetting) -> float:
+def flops_per_token(case: Case) -> float:
     """Model FLOPs a token: recomputation is not counted, nor weight gradients of frozen layers."""
-    attention = 3 * 2 * LAYERS * HIDDEN * setting.seq_length
-    if setting.lora_rank is None:
-        return 6 * MATMUL_PARAMETERS + attention
-    return 4 * MATMUL_PARAMETERS + attention + 6 * LAYERS * LORA_WIDTHS * setting.lora_rank
+    given = {"seq_length": case.setting.seq_length, "lora_rank": case.setting.lora_rank}
+    return model_flops_per_token(MODELS[case.model].replace(**given))
 
 
 def measure(case: Case, send, train) -> None:
@@ -191,7 +196,7 @@ def summary(case: Case, record: dict) -> dict:
     steps = record["step_s"][case.warm_up : case.steps]
     record["step_s"] = [round(each, 3) for each in record["step_s"]]
     speed = case.global_batch_size * case.setting.seq_length / statistics.median(steps) if steps else 0.0
-    tflops = speed * flops_per_token(case.setting) / 1e12
+    tflops = speed * flops_per_token(case) / 1e12
     return record | {
         "tokens_per_s": round(speed),
         "model_tflops": round(tflops, 1),
@@ -277,15 +282,17 @@ def train(case: Case, record: dict) -> None:
             "recompute_method": "block",
             "recompute_num_layers": setting.recompute_num_layers,
         }
-    config = llm.Llama31Config8B(
-        num_layers=case.layers,
-        seq_length=setting.seq_length,
-        vocab_size=VOCABULARY,
-        cross_entropy_fusion_impl=setting.cross_entropy_fusion_impl,
-        gradient_accumulation_fusion=setting.gradient_accumulation_fusion,
-        **recompute,
-    )
-    tokenizer = NullTokenizer(VOCABULARY - 1)
+    vocabulary = MODELS[case.model].vocab_size
+    options = {
+        "seq_length": setting.seq_length, "vocab_size": vocabulary,
+        "cross_entropy_fusion_impl": setting.cross_entropy_fusion_impl,
+        "gradient_accumulation_fusion": setting.gradient_accumulation_fusion, **recompute,
+    }  # fmt: skip
+    tokenizer = NullTokenizer(vocabulary - 1)
+    if case.model == "qwen25_7b":
+        model = llm.Qwen2Model(llm.Qwen25Config7B(**options), tokenizer=tokenizer)
+    else:
+        model = llm.LlamaModel(llm.Llama31Config8B(num_layers=case.layers, **options), tokenizer=tokenizer)
     fp32_gradients = setting.grad_dtype == "fp32"
     strategy = nl.MegatronStrategy(
         ddp=DistributedDataParallelConfig(
@@ -327,7 +334,7 @@ def train(case: Case, record: dict) -> None:
     )  # fmt: skip
     peft = None if full_parameter else llm.peft.LoRA(dim=setting.lora_rank, alpha=2 * setting.lora_rank)
     llm.train(
-        model=llm.LlamaModel(config, tokenizer=tokenizer),
+        model=model,
         data=llm.MockDataModule(
             seq_length=setting.seq_length, micro_batch_size=setting.micro_batch_size,
             global_batch_size=case.global_batch_size, num_workers=0, tokenizer=tokenizer,
@@ -438,7 +445,7 @@ def by_a_peer(case: Case, log: Path, timeout_s: float, pythonpath: str | None) -
     if not lines:
         return {"error": (done.stderr or "no output").strip().splitlines()[-1][:200]}
     record = json.loads(lines[-1])
-    flops = flops_per_token(case.setting) * record["tokens_per_s"] / 1e12
+    flops = flops_per_token(case) * record["tokens_per_s"] / 1e12
     return record | {"model_tflops": round(flops, 1), "share_of_bf16_product": round(flops / BF16_TFLOPS, 3)}
 
 

@@ -21,20 +21,28 @@ LLAMA_31_8B = {
     "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131_072, "rope_theta": 500_000.0,
     "attn_implementation": "sdpa",
 }  # fmt: skip
+QWEN_25_7B = {
+    "vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+    "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 131_072, "rope_theta": 1_000_000.0,
+    "attn_implementation": "sdpa",
+}  # fmt: skip
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DISTRIBUTIONS = {"transformers": "transformers", "liger": "liger_kernel", "torchtune": "torchtune"}
 
 Loss = Callable[[torch.Tensor], torch.Tensor]  # of token ids, (sequences, tokens)
 
 
-def in_transformers(setting: dict, shape: dict, checkpointing: bool) -> tuple[torch.nn.Module, Loss]:
+def in_transformers(case: dict, shape: dict, checkpointing: bool) -> tuple[torch.nn.Module, Loss]:
     from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
     with torch.device(DEVICE):
-        model = LlamaForCausalLM(LlamaConfig(**shape))
+        if case["model"] == "qwen25_7b":
+            model = Qwen2ForCausalLM(Qwen2Config(**shape))
+        else:
+            model = LlamaForCausalLM(LlamaConfig(**shape))
     torch.set_default_dtype(torch.float32)
-    if (rank := setting["lora_rank"]) is not None:
+    if (rank := case["setting"]["lora_rank"]) is not None:
         lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(model, lora, autocast_adapter_dtype=False)
     if checkpointing:
@@ -42,14 +50,14 @@ def in_transformers(setting: dict, shape: dict, checkpointing: bool) -> tuple[to
     return model.train(), lambda tokens: model(input_ids=tokens, labels=tokens, use_cache=False).loss
 
 
-def in_liger(setting: dict, shape: dict, checkpointing: bool) -> tuple[torch.nn.Module, Loss]:
+def in_liger(case: dict, shape: dict, checkpointing: bool) -> tuple[torch.nn.Module, Loss]:
     from liger_kernel.transformers import apply_liger_kernel_to_llama
 
     apply_liger_kernel_to_llama()  # before the model is made: it replaces transformers' classes
-    return in_transformers(setting, shape, checkpointing)
+    return in_transformers(case, shape, checkpointing)
 
 
-def in_torchtune(setting: dict, shape: dict, checkpointing: bool) -> tuple[torch.nn.Module, Loss]:
+def in_torchtune(case: dict, shape: dict, checkpointing: bool) -> tuple[torch.nn.Module, Loss]:
     from torchtune import modules, training
     from torchtune.models.llama3_1 import llama3_1, lora_llama3_1
     from torchtune.modules.loss import CEWithChunkedOutputLoss
@@ -59,10 +67,10 @@ def in_torchtune(setting: dict, shape: dict, checkpointing: bool) -> tuple[torch
         "vocab_size": shape["vocab_size"], "num_layers": shape["num_hidden_layers"],
         "num_heads": shape["num_attention_heads"], "num_kv_heads": shape["num_key_value_heads"],
         "embed_dim": shape["hidden_size"], "intermediate_dim": shape["intermediate_size"],
-        "max_seq_len": setting["seq_length"], "rope_base": int(shape["rope_theta"]),
+        "max_seq_len": case["setting"]["seq_length"], "rope_base": int(shape["rope_theta"]),
     }  # fmt: skip
     with torch.device(DEVICE):
-        if (rank := setting["lora_rank"]) is None:
+        if (rank := case["setting"]["lora_rank"]) is None:
             model = llama3_1(**sizes)
         else:
             attention = ["q_proj", "k_proj", "v_proj", "output_proj"]
@@ -106,7 +114,7 @@ def step(loss: Loss, optimizer: torch.optim.Optimizer, case: dict, vocabulary: i
 def measure(case: dict, shape: dict, checkpointing: bool) -> dict:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    model, loss = STACKS[case["stack"]](case["setting"], shape, checkpointing)
+    model, loss = STACKS[case["stack"]](case, shape, checkpointing)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=2.5e-5, weight_decay=0.1, betas=(0.9, 0.95), fused=True)
     times, losses = [], []
@@ -128,6 +136,8 @@ def measure(case: dict, shape: dict, checkpointing: bool) -> dict:
 def main() -> None:
     case = json.loads(sys.argv[1])
     shape = LLAMA_31_8B | {"num_hidden_layers": case["layers"]} | case.get("shape", {})
+    if case["model"] == "qwen25_7b":
+        shape = QWEN_25_7B
     result: dict = {}
     for checkpointing in (False, True):
         try:

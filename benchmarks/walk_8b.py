@@ -143,7 +143,8 @@ def kill(process: subprocess.Popen[bytes]) -> None:
             each.send_signal(signal.SIGKILL)
     process.wait()
     psutil.wait_procs(processes)
-    while nvidia.read().processes:
+    killed = {each.pid for each in processes}
+    while killed & {each.pid for each in nvidia.read().processes}:
         time.sleep(0.2)
 
 

@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--text", default=CORPUS)
     parser.add_argument("--vocabulary-size", type=int, default=None, help="32,000; 2,048 for tiny")
     parser.add_argument("--out", type=Path, default=Path("from_scratch"))
+    parser.add_argument("--no-training", action="store_true", help="make what a training starts from, and no more")
     given = parser.parse_args()
 
     out, tiny = given.out.absolute(), given.params == "tiny"
@@ -47,6 +48,8 @@ def main() -> None:
         make_untrained(out / "base", out / "tokenizer", given.params, shape=given.shape)
     for part in ("train", "validation"):
         prepare(out / "text" / f"{part}.jsonl", out / "ds" / part, out / "tokenizer")
+    if given.no_training:
+        return
     data = Blend(train={f"{out}/ds/train": 1.0}, validation={"validation": f"{out}/ds/validation"})
     settings = TINY if tiny else {"params": given.params}
     recipe = gpt.pretrain(f"{out}/base", data, name="run", directory=f"{out}/runs", **settings)

@@ -21,4 +21,5 @@ if __name__ == "__main__":
         num_nodes=2,
         gpus_per_node=8,
     )
-    run.run(recipe, executor=slurm("llm", "gpu", nodes=2, gpus_per_node=8, time="4:00:00"), detach=True)
+    cluster = slurm("llm", "gpu", nodes=2, gpus_per_node=8, cpus_per_task=8, mem="0", time="4:00:00")
+    run.run(recipe, executor=cluster, detach=True)

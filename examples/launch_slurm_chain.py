@@ -12,4 +12,5 @@ from nemo_cpt.recipes import llama31_8b
 
 if __name__ == "__main__":
     recipe = llama31_8b.continual_pretrain(max_steps=600)
-    run.run(recipe, executor=slurm("llm", "gpu", gpus_per_node=8, time="6:00:00", chain=5), detach=True)
+    cluster = slurm("llm", "gpu", gpus_per_node=8, cpus_per_task=8, mem="0", time="6:00:00", chain=5)
+    run.run(recipe, executor=cluster, detach=True)

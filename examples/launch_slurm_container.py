@@ -26,6 +26,7 @@ if __name__ == "__main__":
         container_image="/lustre/me/nemo-cpt.sqsh",
         mounts=["/lustre/me/data:/data"],
         setup=["export NCCL_IB_TIMEOUT=22"],
+        cpus_per_task=8,
         mem="0",
         exclusive=True,
         tunnel=ssh("login.cluster.example", "me", "/lustre/me/jobs"),

@@ -1,6 +1,7 @@
 """Counts and sizes that executors take."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from nemo_cpt.errors import CptError
@@ -36,3 +37,8 @@ def check_form(executor: str, form: str, words: str, **values: Any) -> None:
     for name, value in values.items():
         if value is not None and not re.fullmatch(form, str(value)):
             raise CptError(f"{executor}({name}={value!r}): {words}")
+
+
+def asks_for_cores(given: Mapping[str, Any]) -> bool:
+    """Whether arguments or fields of a job tell Slurm how many cores its tasks take."""
+    return any(given.get(name) for name in ("cpus_per_task", "cpus_per_gpu", "exclusive"))

@@ -161,15 +161,16 @@ def keep_secrets(executor: str, names: Sequence[str]) -> Path:
     path = folder / f"{executor}-{len(_KEPT)}.{socket.gethostname()}.{os.getpid()}.env"
     # Before it is written: also a half-written one is to go at the end.
     _KEPT.add(path)
-    partial = path.with_suffix(".partial")
-    partial.unlink(missing_ok=True)
-    # Mode 600 from the first moment, and never through a link that somebody put there.
-    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(secrets_file(names))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
+    write_secrets(path, names)
     return path
+
+
+def write_secrets(path: Path, names: Sequence[str]) -> None:
+    """Write `secrets_file` of the named variables to a new file of mode 600, in place of one that is there."""
+    path.unlink(missing_ok=True)
+    # Mode 600 from the first moment, and never through a link that somebody put there.
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(secrets_file(names))
 
 
 def _is_alive(pid: int) -> bool:

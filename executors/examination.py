@@ -8,6 +8,7 @@ the trainer comes too late: without a GPU the trainer is not even built.
 import ast
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -28,13 +29,23 @@ FORCE = "NEMO_CPT_FORCE"
 @cache
 def examine_before_launch() -> None:
     """Have NeMo-Run refuse what could not run, with the doctor's words; once a process."""
+    import nemo_run
     from nemo_run import Script
     from nemo_run.run import api, job, task
     from nemo_run.run.experiment import Experiment
 
     add: Callable[..., str] = Experiment.add
     launch: Callable[..., Any] = Experiment.run
+    show: Callable[..., None] = Experiment.dryrun
     run_here: Callable[..., None] = task.direct_run_fn
+    start: Callable[..., None] = api.run
+
+    @wraps(start)
+    def start_by_name(
+        task: Any, executor: Any = None, plugins: Any = None, name: str = "", *args: Any, **kwargs: Any
+    ) -> None:
+        # NeMo-Run's own would be llm.pretrain's, the same for every run, in its lists as in Slurm's.
+        start(task, executor, plugins, name or name_of_run(task), *args, **kwargs)
 
     @wraps(add)
     def check_and_add(experiment: Any, task: Any, executor: Any = None, *args: Any, **kwargs: Any) -> str:
@@ -55,19 +66,36 @@ def examine_before_launch() -> None:
                 examine_task(each, place_of(executor), comes_first)
         return launch(experiment, sequential, detach, tail_logs, direct)
 
+    @wraps(show)
+    def examine_and_show(
+        experiment: Any, log: bool = True, exist_ok: bool = False, delete_exp_dir: bool = True
+    ) -> None:
+        # Without a log it is the beginning of a launch, which was examined.
+        for each, executor, comes_first in tasks_of(experiment, False) if log else ():
+            examine_task(each, place_of(executor), comes_first, dryrun=True)
+        show(experiment, log, exist_ok, delete_exp_dir)
+
     @wraps(run_here)
     def examine_and_run_here(configured: Any, dryrun: bool = False) -> None:
+        examine_task(configured, place_of(None))  # of a dry run too: NeMo-Run builds the recipe for it
         if dryrun:
             return run_here(configured, dryrun)
-        examine_task(configured, place_of(None))
         with in_its_wandb_run(configured):
             run_here(configured, dryrun)
 
+    nemo_run.run = api.run = start_by_name
     Experiment.add = check_and_add
     Experiment.run = examine_and_launch
+    Experiment.dryrun = examine_and_show
     # Each of them imported the function by its name.
     for module in (api, job, task):
         module.direct_run_fn = examine_and_run_here
+
+
+def name_of_run(task: Any) -> str:
+    """A recipe's name= where an experiment may be called so, which becomes a part of shells' commands; else nothing."""
+    name = getattr(getattr(task, "log", None), "name", None)
+    return name if isinstance(name, str) and re.fullmatch(r"[\w.-]+", name, re.ASCII) else ""
 
 
 def check_executor(executor: Any) -> None:
@@ -123,15 +151,17 @@ def tasks_of(experiment: Any, sequential: bool) -> Iterator[tuple[Any, Any, bool
             yield job.task, job.executor, comes_first
 
 
-def examine_task(task: Any, place: "Place", comes_first: bool = True) -> None:
+def examine_task(task: Any, place: "Place", comes_first: bool = True, dryrun: bool = False) -> None:
     """Examine what trains; of a task that waits for others, files are not looked at, because they may make them.
 
-    Of a task that trains nothing it is asked only whether its container can be started.
+    Of a task that trains nothing it is asked only whether its container can be started. A dry run is told what would
+    refuse it, and goes on.
 
     Args:
         task: of NeMo-Run's.
         place: where it is to run.
         comes_first: it waits for no other.
+        dryrun: it is not to start.
 
     Raises:
         CptError: something would stop it.
@@ -147,8 +177,9 @@ def examine_task(task: Any, place: "Place", comes_first: bool = True) -> None:
     place = place if comes_first else replace(place, same_files=False, volumes=None)
     job = job_of(task, place)
     if job is not None:
-        preflight(with_files(job), force=bool(os.environ.get(FORCE)), how_to_force=f"{FORCE}=1", speaker="nemo_cpt")
-    elif place.image is not None:
+        force = dryrun or bool(os.environ.get(FORCE))
+        preflight(with_files(job), force=force, how_to_force=f"{FORCE}=1", speaker="nemo_cpt")
+    elif place.image is not None and not dryrun:
         check_engine(place.image)
 
 
@@ -158,6 +189,7 @@ def place_of(executor: Any) -> "Place":
     from nemo_run.core.execution.kubeflow import KubeflowExecutor
 
     from nemo_cpt.doctor import Place
+    from nemo_cpt.executors.counts import asks_for_cores
     from nemo_cpt.executors.slurm_job import SlurmJob
 
     if executor is None:
@@ -169,6 +201,7 @@ def place_of(executor: Any) -> "Place":
         image = executor.container_image
         return Place(
             "docker",
+            # The image's packages, and of this machine's files those that are mounted (`volumes`).
             same_packages=False,
             same_files=False,
             image=image,
@@ -193,6 +226,7 @@ def place_of(executor: Any) -> "Place":
         nodes=executor.nodes,
         limit_seconds=window.seconds_of(executor.time),
         preempt_seconds=executor.preempt_seconds,
+        asks_for_cores=asks_for_cores(vars(executor) | (executor.additional_parameters or {})),
         environ=variables,
     )
 

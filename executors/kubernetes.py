@@ -1,6 +1,7 @@
 """Kubernetes, through Kubeflow's Training Operator (TrainJob, v2)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from nemo_cpt.arguments import checked
@@ -92,7 +93,7 @@ def kubernetes(
     mounted = {"/dev/shm": {"emptyDir": {"medium": "Memory", "sizeLimit": shm_size}}} | {
         path: {"persistentVolumeClaim": {"claimName": claim}} for path, claim in (claims or {}).items()
     }
-    try:
+    with _explained():
         return KubeflowExecutor(
             image=image,
             num_nodes=nodes,
@@ -101,6 +102,7 @@ def kubernetes(
             namespace=namespace,
             runtime_ref=runtime,
             workdir_pvc=workdir_pvc,
+            # By their places: a volume and its mount have one name.
             volumes=[{"name": f"volume-{index}"} | source for index, source in enumerate(mounted.values())],
             volume_mounts=[{"name": f"volume-{index}", "mountPath": path} for index, path in enumerate(mounted)],
             cpu_requests=cpus,
@@ -114,6 +116,13 @@ def kubernetes(
             packager=CodeSnapshot(refuse_uncommitted=code == "committed") if code else Packager(),
             pod_spec_overrides={GRACE: preempt_seconds},
         )
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Say what to install, or to configure, where NeMo-Run's executor cannot be made."""
+    try:
+        yield
     except ImportError as error:
         raise CptError("kubernetes(...) needs the kubernetes package: pip install kubernetes") from error
     except Exception as error:

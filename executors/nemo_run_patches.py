@@ -7,9 +7,12 @@ import contextlib
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable
+from enum import EnumType
 from functools import cache, wraps
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 from nemo_cpt.errors import CptError, StoppedEarlyError, exit_with_the_message
@@ -46,10 +49,12 @@ def apply() -> None:
     say_why_a_job_is_not_taken()
     copy_links_over_ssh()
     leave_stdin_alone()
+    print_dry_runs_as_they_are()
     pods.find_configs()
     pods.ship_code()
     pods.quote_variables()
     pods.supervise_jobs()
+    pods.show_manifests()
 
 
 def give_time_to_save(executor: Any, needed: Callable[[], int | None]) -> None:
@@ -236,18 +241,34 @@ def leave_stdin_alone() -> None:
     contexts._run = start_without_stdin
 
 
-@cache
-def parse_new_unions() -> None:
-    """Let NeMo-Run's command line take values for parameters annotated as `str | None`; it knows Optional[str] only.
+def print_dry_runs_as_they_are() -> None:
+    """Print what a dry run would submit as it would be submitted.
 
-    Where a parameter takes both, such as a trainer's devices, text that is a whole number becomes one. NeMo-Run tries
-    the kinds in their order, and everything is text.
+    NeMo-Run's console indents the batch script and breaks its lines to the terminal's width, 80 columns without one.
     """
+    from nemo_run.run.torchx_backend import launcher  # which writes nothing else to it
+
+    launcher.CONSOLE = SimpleNamespace(log=print)
+
+
+@cache
+def parse_what_fields_hold() -> None:
+    """Let NeMo-Run's command line take values of annotations that it does not know ("Unsupported type").
+
+    - `str | None`; it knows Optional[str] only. Where a parameter takes text and numbers, such as a trainer's devices,
+      text that is a whole number becomes one: NeMo-Run tries the kinds in their order, and everything is text.
+    - An enum's members and PyTorch's dtypes by their names: `model.config.attention_backend=fused`.
+    - Annotations that are text, as those of NeMo's LoRA are: `peft.alpha=64`.
+    - Lists of words without quotes, as recipes' parameters take them: `peft.target_modules=[linear_qkv]`.
+    """
+    import typing
     from types import UnionType
 
     from nemo_run.cli.cli_parser import ParseError, TypeParser, type_parser
 
     parse: Callable[..., Any] = TypeParser.parse_union
+    parse_items: Callable[..., Any] = TypeParser.parse_list
+    refuse: Callable[..., Any] = TypeParser.parse_unknown
 
     @wraps(parse)
     def parse_union(parser: Any, text: str, annotation: Any) -> Any:
@@ -256,7 +277,28 @@ def parse_new_unions() -> None:
                 return parser.parse(text, int)
         return parse(parser, text, annotation)
 
-    TypeParser.parse_union = parse_union
+    @wraps(parse_items)
+    def parse_list(parser: Any, text: str, annotation: Any) -> Any:
+        if words := re.fullmatch(r"\[\s*([\w.*]+(?:\s*,\s*[\w.*]+)*)\s*\]", text):
+            text = repr([each.strip() for each in words[1].split(",")])
+        return parse_items(parser, text, annotation)
+
+    @wraps(refuse)
+    def parse_unknown(parser: Any, text: str, annotation: Any) -> Any:
+        torch = sys.modules.get("torch")  # there by now, if anything is annotated with what it has
+        if isinstance(annotation, str):
+            with contextlib.suppress(NameError):
+                return parser.parse(text, eval(annotation, vars(typing) | {"torch": torch}))
+        name = text.rpartition(".")[2]  # as a config is printed: AttnBackend.fused, torch.bfloat16
+        if isinstance(annotation, EnumType):
+            if name not in annotation.__members__:
+                raise ParseError(text, annotation, f"give one of {', '.join(annotation.__members__)}")
+            return annotation[name]
+        if torch and annotation is torch.dtype and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        return refuse(parser, text, annotation)
+
+    TypeParser.parse_union, TypeParser.parse_list, TypeParser.parse_unknown = parse_union, parse_list, parse_unknown
     type_parser.parsers[UnionType] = type_parser.parse_union
 
 

@@ -94,3 +94,26 @@ def supervise_jobs() -> None:
         return prepare(scheduler, app, cfg)
 
     KubeflowScheduler._submit_dryrun = prepare_supervised
+
+
+def show_manifests() -> None:
+    """Let a dry run print the TrainJob and the script that its pods start, of which NeMo-Run prints the name alone."""
+    from nemo_run.run.torchx_backend.schedulers.kubeflow import KubeflowScheduler
+
+    prepare: Callable[..., Any] = KubeflowScheduler._submit_dryrun
+
+    @wraps(prepare)
+    def prepare_and_show(scheduler: Any, app: Any, cfg: Any) -> Any:
+        found = prepare(scheduler, app, cfg)
+        found._fmt = _manifest_and_script
+        return found
+
+    KubeflowScheduler._submit_dryrun = prepare_and_show
+
+
+def _manifest_and_script(request: Any) -> str:
+    import yaml
+
+    manifest = yaml.safe_dump(request.executor.get_job_body(request.name, request.cmd), sort_keys=False)
+    script = Path(request.executor.job_dir, "launch.sh")
+    return f"{manifest}\n# launch.sh\n{script.read_text()}" if script.is_file() else manifest

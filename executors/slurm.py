@@ -27,7 +27,6 @@ from nemo_cpt.executors.environment import (
 if TYPE_CHECKING:
     import nemo_run as run
 
-NO_LIMIT = ("0", "UNLIMITED", "INFINITE")
 _FOR_A_TERMINAL = "it is for sbatch on a command line"
 NOT_IN_NEMO_RUNS_LIST = (
     "bb", "bbf", "begin", "cluster_constraint", "contiguous", "cores_per_socket", "cpu_freq", "deadline", "export_file",
@@ -135,7 +134,8 @@ def slurm(
         chain: jobs submitted one behind the other, each going on where the last stopped, for runs longer than the
             limit where requeueing is not wanted. Those left over when the run is finished end at once.
         tunnel: "local" on a login node, or `ssh(...)`.
-        workdir: folder the tasks run in, as they see it; by default the current folder, over SSH the shipped code's.
+        workdir: folder the tasks run in, as they see it; by default the current folder (which `mounts` must hold), over
+            SSH the shipped code's.
         code: "ship" copies the git repository of the current folder as it is on disk, with uncommitted and untracked
             files, but not ignored ones; "committed" refuses while there are any; None copies nothing.
         venv: virtual environment on the nodes; by default this interpreter's, but over SSH and in containers what is
@@ -165,19 +165,7 @@ def slurm(
     _check_window(preempt_seconds, limit)
     if max_restarts and not requeue:
         raise CptError(f"slurm(requeue=False, max_restarts={max_restarts}): Slurm restarts a job by requeueing it")
-    # Over SSH paths are the cluster's: there the shipped code is all that is known to be there.
-    local_container = container_image is not None and tunnel == "local"
-    if mounts is None:
-        mounts = [f"{os.getcwd()}:{os.getcwd()}"] if local_container else []
-    if workdir is None and tunnel == "local":
-        workdir = os.getcwd()
-    _check_workdir(workdir)
-    # What is not on this machine's disks cannot be completed or looked at from here.
-    elsewhere = tunnel != "local" or container_image is not None
-    workdir, venv = _path("workdir", workdir, elsewhere), _path("venv", venv, elsewhere)
-    # Pyxis takes both; `~` and `.` would be the compute node's.
-    if container_image and container_image.startswith(("~", ".")):  # a file, and not a registry's image
-        container_image = _path("container_image", container_image, tunnel != "local")
+    container_image, mounts, workdir, venv = _as_the_job_finds_them(tunnel, container_image, mounts, workdir, venv)
 
     import nemo_run as run
 
@@ -199,7 +187,7 @@ def slurm(
         constraint=constraint,
         array=array,
         container_image=container_image,
-        container_mounts=existing_mounts(mounts) if tunnel == "local" else list(mounts),
+        container_mounts=mounts,
         srun_args=[
             # A requeued job goes on in the same log, instead of emptying it.
             "--open-mode=append",
@@ -257,9 +245,52 @@ def _check_directives(directives: Mapping[str, Any]) -> None:
     _time(directives.get("time_min"), "time_min")
 
 
+def _as_the_job_finds_them(
+    tunnel: Literal["local"] | ssh,
+    container_image: str | None,
+    mounts: Sequence[str] | None,
+    workdir: str | None,
+    venv: str | None,
+) -> tuple[str | None, list[str], str | None, str | None]:
+    """Image, mounts, workdir and venv, completed where they are on this machine's disks.
+
+    Raises:
+        CptError: a path is not whole and would be looked for elsewhere, a mount is missing or does not hold the
+            folder that tasks run in, or a name is taken.
+    """
+    in_container, over_ssh = container_image is not None, tunnel != "local"
+    # Over SSH paths are the cluster's: there the shipped code is all that is known to be there.
+    if mounts is None:
+        mounts = [f"{os.getcwd()}:{os.getcwd()}"] if in_container and not over_ssh else []
+    mounts = list(mounts) if over_ssh else existing_mounts(mounts)
+    if workdir is None and not over_ssh:
+        workdir = os.getcwd()
+        if in_container:
+            _check_is_mounted(workdir, mounts)
+    _check_workdir(workdir)
+    # What is not on this machine's disks cannot be completed or looked at from here.
+    elsewhere = in_container or over_ssh
+    workdir, venv = _path("workdir", workdir, elsewhere), _path("venv", venv, elsewhere)
+    # Pyxis takes both; `~` and `.` would be the compute node's.
+    if container_image and container_image.startswith(("~", ".")):  # a file, and not a registry's image
+        container_image = _path("container_image", container_image, over_ssh)
+    return container_image, mounts, workdir, venv
+
+
 def _check_workdir(workdir: str | None) -> None:
     if workdir and re.match(r"/nemo_run(/|$)", workdir):
         raise CptError(f"workdir {workdir}: /nemo_run is NeMo-Run's name of the job's folder; use another")
+
+
+def _check_is_mounted(workdir: str, mounts: Sequence[str]) -> None:
+    """Refuse a container in which the current folder is not, where every task would fail to start."""
+    inside = [Path(mount.split(":")[1]) for mount in mounts]
+    # Many clusters let enroot mount the home of the user in every container.
+    if not any(Path(workdir).is_relative_to(each) for each in [*inside, Path.home()]):
+        raise CptError(
+            f"slurm(mounts={mounts}): the tasks run in the current folder, {workdir}, which these do not hold: "
+            f"add '{workdir}:{workdir}', or give workdir=, a folder as the container has it"
+        )
 
 
 def _path(name: str, path: str | None, elsewhere: bool) -> str | None:
@@ -281,8 +312,9 @@ def _time(limit: str | int | timedelta | None, name: str = "time") -> str | None
             raise CptError(f"slurm({name}={limit!r}): more than nothing")
         # A bare number is minutes to sbatch.
         return str(max(1, round(limit.total_seconds() / 60)))
-    if limit is not None and window.seconds_of(str(limit)) is None and str(limit).upper() not in NO_LIMIT:
-        raise CptError(f"slurm({name}={limit!r}): write minutes, H:MM:SS, D-HH or D-HH:MM:SS, for example '4:00:00'")
+    if limit is not None and not window.is_limit(str(limit)):
+        forms = "minutes, M:SS, H:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS"
+        raise CptError(f"slurm({name}={limit!r}): write {forms}, for example '4:00:00'")
     return None if limit is None else str(limit)
 
 

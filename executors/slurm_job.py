@@ -27,7 +27,7 @@ from nemo_cpt.constants import MARKER
 from nemo_cpt.errors import CptError, StoppedEarlyError
 from nemo_cpt.executors import window
 from nemo_cpt.executors.code import CodeSnapshot, import_folders
-from nemo_cpt.executors.environment import as_literals, checked_env, python_path, secrets_file
+from nemo_cpt.executors.environment import as_literals, checked_env, python_path, secrets_file, write_secrets
 from nemo_cpt.executors.runner import REFUSAL
 from nemo_cpt.executors.stopping import with_our_runner
 from nemo_cpt.executors.supervisor import MARKER_PREFIX, REACHED_FILE, REFUSAL_PREFIX
@@ -371,6 +371,7 @@ def _check_limit(tunnel: Tunnel, job_id: str, preempt_seconds: int) -> None:
 def _check_that_it_can_ever_run(tunnel: Tunnel, command: list[str]) -> None:
     """Slurm queues a job that no node can ever hold, unless the cluster sets EnforcePartLimits."""
     said = tunnel.run(shlex.join(command), warn=True).stderr.strip()
+    # Slurm's words for a job that fits no node; its other refusals may pass, such as that of a partition that is down.
     if "node configuration is not available" in said:
         raise CptError(f"Slurm could never run the job: more nodes, tasks, GPUs or memory than there are. {said}")
 
@@ -384,15 +385,12 @@ def _how_reached(tunnel: SSHTunnel, job: SlurmJob, ids: list[str]) -> dict[str, 
 def _write_secrets(tunnel: Tunnel, job: SlurmJob) -> None:
     if not job.secrets:
         return
-    path, text = os.path.join(job.folder, SECRETS_FILE), secrets_file(job.secrets)
-    if isinstance(tunnel, SSHTunnel):
-        # The empty file first, with its mode: `put` keeps that of a file that exists.
-        tunnel.run(f"umask 077 && rm -f {shlex.quote(path)} && : > {shlex.quote(path)}")
-        tunnel.session.put(io.StringIO(text), remote=path)
-        return
-    Path(path).unlink(missing_ok=True)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(text)
+    path = os.path.join(job.folder, SECRETS_FILE)
+    if not isinstance(tunnel, SSHTunnel):
+        return write_secrets(Path(path), job.secrets)
+    # The empty file first, with its mode: `put` keeps that of a file that exists.
+    tunnel.run(f"umask 077 && rm -f {shlex.quote(path)} && : > {shlex.quote(path)}")
+    tunnel.session.put(io.StringIO(secrets_file(job.secrets)), remote=path)
 
 
 def _remove_secrets(tunnel: Tunnel, folder: str) -> None:
@@ -421,6 +419,7 @@ def _from_scontrol(tunnel: Tunnel, app_id: str) -> tuple[AppState, str, int] | N
     jobs.sort(key=lambda job: order.index(job[0]) if job[0] in order else len(order))
     if not jobs:
         return None
+    # "0:15": the exit code, and behind the colon the signal.
     state, facts = jobs[0]
     return state, facts.get("JobName", ""), int(facts.get("ExitCode", "0").partition(":")[0])
 
@@ -438,6 +437,7 @@ def _shown(tunnel: Tunnel, app_id: str) -> list[dict[str, str]] | None:
 
 
 def _app_state(slurm_state: str) -> AppState:
+    # TorchX does not know these: the job is there, and may go on.
     if slurm_state in ("COMPLETING", "CONFIGURING", "STAGE_OUT", "STOPPED", "REQUEUE_HOLD", "SPECIAL_EXIT"):
         return AppState.RUNNING
     return SLURM_STATES.get(slurm_state, AppState.UNKNOWN)

@@ -106,6 +106,7 @@ def supervise_cloud_jobs() -> None:
     @wraps(prepare)
     def prepare_supervised(scheduler: Any, app: Any, cfg: Any) -> Any:
         for role in app.roles:
+            # The marker is for the supervisor alone, on the same machine.
             supervise(role, "python", "/tmp", cfg.retries)
             role.env = as_literals(role.env)
         return prepare(scheduler, app, cfg)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nemo_cpt.corpus.atomic_files import make_folder, write_whole
+
 EXPERIMENT = "NEMO_CPT_EXPERIMENT"
 
 
@@ -33,10 +35,8 @@ def continue_wandb_run(recipe: Any) -> str | None:
     run_id = known or given or uuid.uuid4().hex[:12]
     # One writes; the others of this start have the same id from the environment, or log nothing.
     if not known and _is_first_process():
-        note.parent.mkdir(parents=True, exist_ok=True)
-        partial = note.with_suffix(f".{os.getpid()}")
-        partial.write_text(run_id)
-        partial.rename(note)
+        make_folder(note.parent)
+        write_whole(note, run_id.encode())
     wandb.id = run_id  # not WANDB_RUN_ID: another recipe's run in this process is another one; Lightning resumes it
     return run_id
 

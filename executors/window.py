@@ -6,7 +6,9 @@ from typing import Any
 from nemo_cpt.errors import CptError
 
 LONGEST_SECONDS = 65535  # that sbatch takes
-_LIMIT = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d\d))?(?::(?P<third>\d\d))?")
+_NONE = ("-1", "UNLIMITED", "INFINITE")
+# As sbatch takes it: 4:0:0 is 4:00:00, and 90:00 or 1-30 carry over.
+_LIMIT = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
 
 
 def seconds_to_save(task: Any) -> int | None:
@@ -36,7 +38,13 @@ def seconds_of(limit: str | None) -> int | None:
     if found is None:
         return None
     first, second, third = (int(found[name] or 0) for name in ("first", "second", "third"))
-    if found["days"]:
-        return 86400 * int(found["days"]) + 3600 * first + 60 * second + third
-    seconds = 3600 * first + 60 * second + third if found["third"] else 60 * first + second
-    return seconds or None
+    if found["days"] or found["third"]:
+        seconds = 86400 * int(found["days"] or 0) + 3600 * first + 60 * second + third
+    else:
+        seconds = 60 * first + second
+    return seconds or None  # to sbatch nothing is no limit
+
+
+def is_limit(limit: str) -> bool:
+    """Say whether sbatch takes a time limit, or that there be none."""
+    return bool(_LIMIT.fullmatch(limit)) or limit.upper() in _NONE

@@ -66,8 +66,21 @@ def checked(function: F) -> F:
         CptError: when it is called: there is no such parameter, with the nearest ones; one that it needs is missing; or
             a value is of another type.
     """
+    return _checked(function, types=True)
+
+
+def names_checked(function: F) -> F:
+    """Have a function, or a class, check the names of its arguments alone: it tells of their types itself.
+
+    Raises:
+        CptError: when it is called, as `checked`.
+    """
+    return _checked(function, types=False)
+
+
+def _checked(function: F, types: bool) -> F:
     if isinstance(function, type):
-        function.__init__ = checked(function.__init__)  # type: ignore[misc]
+        function.__init__ = _checked(function.__init__, types)  # type: ignore[misc]
         return function
     signature, hints = inspect.signature(function), cache(lambda: _hints_of(function))
     label, own = _label(function), signature.parameters
@@ -82,7 +95,7 @@ def checked(function: F) -> F:
             given = signature.bind(*args, **kwargs)
         except TypeError as error:
             raise CptError(f"{label}(...): {error}") from None
-        for name in given.arguments:
+        for name in given.arguments if types else ():
             given.arguments[name] = as_wanted(name, given.arguments[name], hints().get(name, Any), own[name].default)
         try:
             return function(*given.args, **given.kwargs)

@@ -325,6 +325,7 @@ def check_data(
             with another token than the base's texts do.
     """
     if base.tokenizer is None and tokenizer and has_tokenizer(tokenizer):
+        # A base of NeMo's own importer carries none: the run's tokenizer is then what its data have to fit.
         base = replace(base, tokenizer=Path(tokenizer))
     datasets = {str(prefix): _manifest(prefix) for prefix in prefixes}
     warnings = [warning for prefix, manifest in datasets.items() for warning in _check_maker(base, prefix, manifest)]
@@ -438,6 +439,7 @@ def _difference(
         return f"{size:,} tokens against {tokenizer.vocabulary_size:,}"
     for token in (made_with.get("eos"), made_with.get("bos"), *markers.values()):
         text, number = token or ("", 0)
+        # A token that is not special here is no difference yet: its probe tells.
         if tokenizer.special.get(text, number) != number:
             return f"{text!r} is {number} against {tokenizer.special[text]}"
     found = first_difference(probes, tokenizer.reference_encoder(splits)) if probes else None

@@ -1,6 +1,7 @@
 """Python files of the user's: a workflow, an executor, a function that is a step."""
 
 import ast
+import os
 import sys
 import traceback
 from importlib.util import module_from_spec, spec_from_file_location
@@ -65,3 +66,12 @@ def import_file(path: Path) -> ModuleType:
         where = f" (line {lines[-1]})" if lines else ""  # of a syntax error the message has it
         raise CptError(f"{path} cannot be imported: {type(error).__name__}: {error}{where}") from error
     return module
+
+
+def environment_of_children() -> dict[str, str]:
+    """This process's environment, with the place that nemo_cpt was imported from: a child's folder may be another."""
+    import nemo_cpt
+
+    home = str(Path(str(nemo_cpt.__file__)).absolute().parents[1])
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(dict.fromkeys([home, *map(os.path.abspath, paths)]))}

@@ -66,6 +66,15 @@ def held(numbers: Iterable[int]) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def end_with_parent(number: int) -> None:
+    """Have the kernel send this process a signal when the one that started it dies; Linux alone can.
+
+    A parent that was dead before this call sends none: look for it afterwards.
+    """
+    if hasattr(_LIBC, "prctl"):
+        _LIBC.prctl(_PR_SET_PDEATHSIG, number)
+
+
 def shield_children() -> None:
     """Let what this process starts from now on live through the signals that tell the job to stop, and end with it.
 
@@ -110,8 +119,7 @@ def _start_bound_to_parent(process: Any) -> None:
 def _run_bound_to_parent(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """In the child: what it starts is shielded as well; `spawn` gives it an interpreter that does not know yet."""
     shield_children()
-    if hasattr(_LIBC, "prctl"):
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent(signal.SIGKILL)
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():  # it died before the line above
         os._exit(1)

@@ -59,6 +59,7 @@ def instruction_tune(
     warmup_steps: int | None = None,
     precision: str = "bf16",
     bf16_layers: int = 0,
+    state_precision: str = "fp32",
     unlike_base: Sequence[str] = (),
     save_every: int | None = None,
     export_every: int | None = None,
@@ -102,6 +103,7 @@ def instruction_tune(
         warmup_steps: 3 % of the steps when None.
         precision: see `continual.continual_pretrain`.
         bf16_layers: see `continual.continual_pretrain`.
+        state_precision: see `continual.continual_pretrain`.
         unlike_base: see `continual.continual_pretrain`.
         save_every: see `continual.continual_pretrain`.
         export_every: see `continual.continual_pretrain`.
@@ -166,6 +168,8 @@ def instruction_tune(
         resume=parts.resume(base, extend),
         tokenizer="data",
     )
+    if parts.in_bf16(state_precision):
+        parts.keep_states_in_bf16(recipe)
     recipe.trainer.limit_val_batches = limit_val_batches
     recipe.trainer.strategy.ddp.average_in_collective = False  # Megatron divides by the tokens of all ranks instead
     parts.set_seed(recipe, seed)
@@ -228,7 +232,7 @@ def instruction_tune_lora(
     # Where the planner cut the sequence, conversations are packed anew, and an epoch has other steps.
     if fitted.data.seq_length == wanted:
         return fitted
-    shorter = {"seq_length": fitted.data.seq_length}  # has other epochs
+    shorter = {"seq_length": fitted.data.seq_length}
     same = {"rank": rank, "lr": lr, "embeddings_lr": embeddings_lr, "peft_scheme": peft_scheme}
     return instruction_tune_lora(model, base, data, gpu_memory_gib=gpu_memory_gib, **same | shorter | kwargs)
 

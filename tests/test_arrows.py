@@ -11,7 +11,7 @@ CHECKOUT = Path(__file__).parents[1]
 LAYERS = (
     ("constants", "importing", "installed", "moved", "output", "page", "quiet", "records", "signals", "urls"),
     ("errors", "cpu_stack"),
-    ("arguments", "cache", "hub", "python_files", "recipe_models", "strict_yaml"),
+    ("arguments", "cache", "hub", "made", "python_files", "recipe_models", "strict_yaml"),
     ("corpus",),
     ("cleaning", "conversations", "vocabulary"),
     ("checkpoint",),  # an export of a tuned model carries the chat template of its conversations

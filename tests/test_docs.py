@@ -80,6 +80,12 @@ def _fault_of_recipe(words: list[str]) -> str:
     return f"{name} has no parameter {', '.join(unknown)}" if unknown else ""
 
 
+def test_nothing_installs_nemo_cpt_by_its_name_which_no_index_has() -> None:
+    texts = [*PAGES.values(), *(path.read_text("utf-8") for path in (CHECKOUT / "nemo_cpt").rglob("*.py"))]
+    for text in (*texts, (CHECKOUT / "README.md").read_text("utf-8")):
+        assert not re.search(r"pip install [^`]{0,60}nemo[_-]cpt\[", " ".join(text.split()))
+
+
 def test_its_configuration_file_is_one(tmp_path: Path) -> None:
     (text,) = (block for kind, block in BLOCK.findall(PAGES["launching"]) if kind == "yaml")
     (tmp_path / "my.yaml").write_text(text)

@@ -5,6 +5,7 @@ import inspect
 import io
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -37,6 +38,7 @@ UNIONS = (Union, UnionType)
 UNCHECKED = {
     "lay_out",  # once for each sequence of a training, by its data module
     "read",  # a recipe of whatever kind
+    *("Blend", "Conversations"),  # they tell of a mapping that is none what was meant
 }
 
 
@@ -166,6 +168,15 @@ def test_what_only_looks_otherwise_is_taken(hint: Any, value: Any, made: Any) ->
         (lambda: workflow.init(dest="x"), "workflow.init(...): missing a required argument: 'name'"),
         (lambda: Blend({"a": 1}).steps("8", 4096),
          "global_batch_size='8': give a whole number: global_batch_size=8"),
+        (lambda: Blend(traim={"a": 1}), "Blend has no parameter traim; near: train"),
+        (lambda: Blend(), "Blend(...): missing a required argument: 'train'"),
+        (lambda: Conversations({"a": 1}, validaton={}), "Conversations has no parameter validaton; near: validation"),
+        (lambda: workflow.call("a", partial(print, "a")),
+         "functools.partial(<built-in function print>, 'a') is in no file by a name: give the function itself, and "
+         "what it is called with as the step's parameters"),
+        (lambda: Workflow("w", {Step("a", "init")}),
+         "steps={Step(name='a', do='init', parameters={}, folder=PosixPath('.'))}: give a list of Steps, and no set, "
+         "whose order is another one in each process"),
         (lambda: Conversations({"a": 1}).steps("1", 8, 4096), "epochs='1': give a number: epochs=1.0"),
         (lambda: Rules("ja", "en"), "rules='en': give a list of Rules: rules=['en']"),
         (lambda: EndpointEngine("http://x", api_key=["sk-1"]), "api_key: give text or None, not a list"),

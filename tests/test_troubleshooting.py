@@ -12,6 +12,7 @@ QUOTED = [said for bold in re.findall(r"\*\*(.*?)\*\*", PAGE, re.S) for said in 
 OF_OTHERS = {  # torch's, NeMo's, Megatron's, the hub's, Slurm's, the kernel's
     "UnicodeDecodeError", "UnicodeEncodeError",
     "403 Client Error", "401 Client Error", "Invalid username or password", "GatedRepoError",
+    "Invalid credentials in Authorization header", "fine-grained token",
     "There is no ds/ja_text_document.idx", "Could not find data-idx or data-bin files at the prefix",
     "Key 'validation_data_prefix' is not in struct", "ConfigAttributeError", "rope_scaling",
     "Token indices sequence length is longer than the specified maximum sequence length",

@@ -198,8 +198,8 @@ def split(name: str, pairs: list[str]) -> tuple[Function, dict[str, Any], list[s
     own = [pair for pair in pairs if not pair.startswith("executor.")]
     fields = [pair for pair in own if "." in pair.partition("=")[0]]
     arguments = parse(function, [pair for pair in own if pair not in fields])
-    missing = [key for key, each in function.parameters.items() if each.default is None and key not in arguments]
-    if missing and missing != ["**"]:
+    required = [key for key, each in function.parameters.items() if each.default is None and key != "**"]
+    if missing := [key for key in required if key not in arguments]:
         raise CptError(
             f"{function.name} needs {', '.join(f'{key}=...' for key in missing)}{_how_data_is_written(missing)}"
         )

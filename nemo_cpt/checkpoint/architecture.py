@@ -174,7 +174,11 @@ def read_architecture(folder: str | Path, ignore_fields: Collection[str] = ()) -
 
 
 def parse_config(config: Mapping[str, Any], where: str, ignore_fields: Collection[str] = ()) -> Architecture:
-    """Like `read_architecture`, from the parsed config; `where` names it in messages."""
+    """Like `read_architecture`, from the parsed config; `where` names it in messages.
+
+    Raises:
+        CptError: as `read_architecture`.
+    """
     model_type = str(config.get("model_type"))
     # First: every other message would be about fields that nobody here knows the meaning of.
     if model_type not in _DEFAULTS:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_cpt.checkpoint.architecture import Architecture
-from nemo_cpt.checkpoint.context import HF_FOLDER, UNFINISHED
-from nemo_cpt.checkpoint.folders import has_tokenizer, refuse_adapter, require_tokenizer
+from nemo_cpt.checkpoint.context import HF_FOLDER, RUN_JSON, UNFINISHED
+from nemo_cpt.checkpoint.folders import has_tokenizer, refuse_adapter, require_tokenizer, small_files
 from nemo_cpt.errors import CptError, near_paths
 
 if TYPE_CHECKING:
@@ -37,9 +37,10 @@ def nemo_folder(path: str | Path) -> Path:
         raise CptError(f"there is no folder {folder}{near_paths(folder) or '; `nemo-cpt ls` lists runs'}")
     refuse_adapter(folder)
     if not (folder / "weights").is_dir():
+        newest = next(folder.glob("checkpoints/*-last"), "<run>/checkpoints/<name>-last")
         raise CptError(
             f"{path} is no NeMo checkpoint: it has no folder `weights`. "
-            "Give the folder of one checkpoint, such as <run>/checkpoints/<name>-last."
+            f"Give the folder of one checkpoint, such as {newest}."
         )
     return folder
 
@@ -89,6 +90,15 @@ def carried_places(nemo: Path) -> list[Path]:
 def carried_tokenizer(nemo: Path) -> Path | None:
     """The folder of the tokenizer that a checkpoint carries; None where it carries none."""
     return next((place for place in carried_places(nemo) if has_tokenizer(place)), None)
+
+
+def model_files(folder: str | Path) -> list[Path]:
+    """All files that a model is read from: a Hugging Face folder's, or those below a checkpoint's folders."""
+    folder = Path(folder)
+    if (folder / "weights").is_dir():
+        parts = [each for part in ("weights", "context", HF_FOLDER) for each in sorted((folder / part).rglob("*"))]
+        return [path for path in (*parts, folder / RUN_JSON) if path.is_file()]
+    return [*small_files(folder), *sorted(folder.glob("*.safetensors*"))] if folder.is_dir() else []
 
 
 def base_weights(base: Path, arch: Architecture) -> NemoWeights | HFWeights:

@@ -151,7 +151,7 @@ def _check_present(dest: Path, repo_id: str, revision: str, commit: str, wanted:
             problem = f"{name} has other bytes than the hub's"
             break
     names = [file.rfilename for file in wanted]
-    others = sorted(path.name for path in dest.glob("*") if _is_weights(path.name) and path.name not in names)
+    others = sorted(path.name for path in dest.glob("*") if is_weights(path.name) and path.name not in names)
     if problem or others:
         holds = f"{dest} holds {recorded.repo_id} at {recorded.commit}" if recorded else f"{dest} exists"
         raise CptError(
@@ -162,7 +162,8 @@ def _check_present(dest: Path, repo_id: str, revision: str, commit: str, wanted:
         DownloadRecord(repo_id, commit, {name: files[name] for name in names}).write(dest)
 
 
-def _is_weights(name: str) -> bool:
+def is_weights(name: str) -> bool:
+    """Whether a file of a repository is one of those that transformers takes a model's weights from, by its name."""
     return name.endswith((".safetensors", ".safetensors.index.json"))
 
 

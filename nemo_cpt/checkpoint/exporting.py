@@ -15,12 +15,14 @@ from nemo_cpt.arguments import checked
 from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import read_json
 from nemo_cpt.checkpoint.arrays import DTYPES, check_finite
-from nemo_cpt.checkpoint.base import nemo_folder, unchanged
+from nemo_cpt.checkpoint.base import model_files, nemo_folder, unchanged
 from nemo_cpt.checkpoint.folders import new_folder
 from nemo_cpt.checkpoint.provenance import hand_on, read_provenance, trainings_of
 from nemo_cpt.checkpoint.safetensors_files import SHARD_BYTES, TensorPlan, write_weights
 from nemo_cpt.checkpoint.trained import Description, Trained, describe, open_trained
 from nemo_cpt.errors import CptError
+from nemo_cpt.made import Making, Stamps, stamps
+from nemo_cpt.records import restored
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,15 @@ class ExportReport:
         tensors: how many were written.
         padding_removed: rows of Megatron's padding that were left out of the embedding.
         bytes_written: of the weights.
-        files: names of all files written, but for the hidden one that says where the model comes from.
+        files: names of all files written, but for the hidden ones that say where the model comes from and how it was
+            made.
         config_changes: where the written config.json differs from the base's, in words; else it is the base's, byte for
             byte.
         chat_template: the name of the one that the folder carries because the run was tuned on it, or it was chosen;
             None where it has the base's tokenizer and generation settings, byte for byte.
         warnings: what else to know.
         seconds: wall time.
+        status: `written`, or `unchanged` where the same was there already.
     """
 
     source: str
@@ -58,6 +62,7 @@ class ExportReport:
     chat_template: str | None
     warnings: tuple[str, ...]
     seconds: float
+    status: str = "written"
 
     def as_dict(self) -> dict[str, Any]:
         """The report as a JSON-serialisable dict."""
@@ -86,7 +91,7 @@ def export_hf(
 
     Args:
         source: an imported or a training checkpoint, from any tensor and pipeline parallel size.
-        dest: the Hugging Face folder; must not exist.
+        dest: the Hugging Face folder; one that this very export made is left as it is.
         base: the base's Hugging Face folder or imported checkpoint, for its small files and, after LoRA, its weights.
             By default the files are taken from `source`, which carries them when the training used the tokenizer of an
             imported base, and the weights from where a LoRA run recorded that it started.
@@ -101,8 +106,8 @@ def export_hf(
 
     Raises:
         CptError: the checkpoint is unfinished, damaged, non-finite or another model's; a run replaces it meanwhile; it
-            has rows of tokens that config.json has no room for; the base's files are missing; `dest` exists; not
-            enough disk. Nothing is left at `dest` then.
+            has rows of tokens that config.json has no room for; the base's files are missing; `dest` holds
+            something else; not enough disk. Nothing is left at `dest` then.
     """
     from nemo_cpt.checkpoint.lora import holds_adapters
 
@@ -111,6 +116,14 @@ def export_hf(
     nemo = nemo_folder(source)
     if adapter and not holds_adapters(nemo):
         raise CptError(f"{nemo} is no LoRA checkpoint (no weights/adapter_metadata.json): leave adapter=True away.")
+    options = {"adapter": adapter, "dtype": dtype, "chat_template": chat_template, "shard_bytes": shard_bytes}
+    making = Making(
+        "export",
+        inputs_of(nemo, base, adapter) | {"chat_template": stamps(_template_file(chat_template))},
+        options | {"ignore_fields": sorted(ignore_fields)},
+    )
+    if found := making.done(Path(dest)):
+        return restored(ExportReport, found, source=str(source), dest=str(dest), status="unchanged")
     # A run that is under way keeps its newest checkpoints alone: this one may be replaced while it is read.
     with unchanged(nemo) as check_unchanged:
         described = describe(nemo, base, chat_template, ignore_fields)
@@ -125,15 +138,32 @@ def export_hf(
             write = partial(_write_model, trained, described, plans, load, shard_bytes)
         # 64 MiB beside the weights: tokenizer, index and configuration.
         with new_folder(dest, size + 64 * 2**20) as folder:
-            written = write(folder)
+            report = ExportReport(
+                source=str(source),
+                dest=str(dest),
+                model_type=described.config.arch.model_type,
+                **write(folder),
+                seconds=round(time.monotonic() - start, 3),
+            )
+            making.note(folder, report.as_dict())
             check_unchanged()  # before the folder gets its name
-    return ExportReport(
-        source=str(source),
-        dest=str(dest),
-        model_type=described.config.arch.model_type,
-        seconds=round(time.monotonic() - start, 3),
-        **written,
-    )
+    return report
+
+
+def inputs_of(nemo: Path, base: str | Path | None, adapter: bool = False) -> dict[str, Stamps]:
+    """What is read to export or merge a checkpoint, where adapters are merged their base too.
+
+    Raises:
+        CptError: the base of adapters that are merged is gone.
+    """
+    from nemo_cpt.checkpoint.lora import base_of, holds_adapters
+
+    read = base_of(nemo, base) if holds_adapters(nemo) and not adapter else base
+    return {"source": stamps(model_files(nemo)), "base": stamps(model_files(read)) if read else []}
+
+
+def _template_file(chat_template: str | None) -> list[Path]:
+    return [Path(chat_template)] if chat_template and Path(chat_template).is_file() else []
 
 
 def _plans(described: Description, dtype: str) -> list[TensorPlan]:
@@ -187,6 +217,7 @@ def _write_adapter(nemo: Path, described: Description, base_name: str, dtype: st
     return {
         "dtype": dtype,
         "cast_from": None,
+        # A and B of each adapter, and DoRA's magnitude.
         "tensors": (3 if adapters.dora else 2) * len(adapters.adapted),
         "padding_removed": 0,
         "bytes_written": sum((folder / name).stat().st_size for name in names),
@@ -207,8 +238,8 @@ def _base_name(nemo: Path, files: Path, base: str | Path | None) -> str:
     if trainings_of(nemo)[:-1] or read_provenance(files).trainings:
         if base is None or not any(Path(base).glob("*.safetensors")):
             raise CptError(
-                f"the adapters of {nemo} belong to a model that was trained before: give base=, the Hugging Face "
-                "folder of that (`nemo-cpt export` makes it of a checkpoint), which the adapters will name"
+                f"the adapters of {nemo} belong to a model that was trained before: give base= (--base), the Hugging "
+                "Face folder of that (`nemo-cpt export` makes it of a checkpoint), which the adapters will name"
             )
         return str(Path(base).resolve())
     return str(read_json(files / "config.json").get("_name_or_path") or files.resolve())

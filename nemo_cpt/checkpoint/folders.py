@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from nemo_cpt.checkpoint.tokenizer_ids import check_tokenizer_class
+from nemo_cpt.corpus.atomic_files import sync
 from nemo_cpt.errors import CptError
 
 if TYPE_CHECKING:
@@ -120,11 +121,7 @@ def _check_free_space(folder: Path, needed_bytes: int) -> None:
 def _flush(folder: Path) -> None:
     # The folder last: its entries must not reach the disk before what they name.
     for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(path)
 
 
 def write_pieces(file: IO[bytes], data: Buffer) -> int:

@@ -18,9 +18,10 @@ from nemo_cpt.arguments import checked
 from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import Architecture, read_architecture, read_json
 from nemo_cpt.checkpoint.arrays import BLOCK_BYTES, cast, check_finite
-from nemo_cpt.checkpoint.base import nemo_folder, unchanged
+from nemo_cpt.checkpoint.base import model_files, nemo_folder, unchanged
 from nemo_cpt.checkpoint.chat_template import InstructionTemplate, write_template
 from nemo_cpt.checkpoint.context import HF_FOLDER
+from nemo_cpt.checkpoint.exporting import inputs_of
 from nemo_cpt.checkpoint.folders import copy_small_files, new_folder, require_tokenizer
 from nemo_cpt.checkpoint.importing import check_tensors
 from nemo_cpt.checkpoint.nemo_writer import Tensors, write_nemo
@@ -28,10 +29,13 @@ from nemo_cpt.checkpoint.provenance import hand_on
 from nemo_cpt.checkpoint.safetensors_files import SHARD_BYTES, HFWeights, TensorPlan, write_weights
 from nemo_cpt.checkpoint.trained import describe, open_trained
 from nemo_cpt.conversations.templates import own_template
+from nemo_cpt.corpus.reading.chunks import stamps_of
 from nemo_cpt.corpus.reading.sources import Inputs
 from nemo_cpt.corpus.tokenization.tokenizer import Tokenizer
 from nemo_cpt.corpus.tokenization.tokenizer_files import FILES, read_object
 from nemo_cpt.errors import CptError
+from nemo_cpt.made import Making, stamps
+from nemo_cpt.records import restored
 from nemo_cpt.vocabulary.byte_level import FIRST_ROW, RECORD, ByteLevelBPE, grew_from, read_byte_level
 from nemo_cpt.vocabulary.similarity import Likeness, similar_tokens
 
@@ -62,6 +66,7 @@ class GrowModelReport:
         by_similarity: new tokens whose rows are, with `focus`, of tokens that are used alike.
         bytes_written: of the weights.
         seconds: wall time.
+        status: `written`, or `unchanged` where the same was there already.
     """
 
     source: str
@@ -77,6 +82,7 @@ class GrowModelReport:
     by_similarity: int
     bytes_written: int
     seconds: float
+    status: str = "written"
 
     def as_dict(self) -> dict[str, Any]:
         """The report as a JSON-serialisable dict."""
@@ -174,7 +180,7 @@ def grow_model(
 
     Args:
         source: a Hugging Face folder, or a NeMo checkpoint (of an import, or of a training, adapters merged).
-        dest: the folder to make, of the same kind; must not exist.
+        dest: the folder to make, of the same kind; one that these very arguments made is left as it is.
         tokenizer: folder of the grown tokenizer, as `nemo-cpt tokenizer grow` makes it.
         base: of a LoRA run's checkpoint, where it is not the one that the run recorded.
         initialisation: of the new rows, one of `INITIALISATIONS`.
@@ -187,11 +193,14 @@ def grow_model(
     Raises:
         CptError: the tokenizer did not grow from the model's, or from one with other special tokens or another chat
             template; the model has no rows for its own tokens; whatever
-            `import_hf` or `export_hf` refuses of it; `dest` exists. Nothing is left at `dest` then.
+            `import_hf` or `export_hf` refuses of it; `dest` holds something else. Nothing is left there then.
     """
     start = time.monotonic()
     source, tokenizer = Path(source), Path(tokenizer)
     check_options(initialisation, corpus)
+    making = _making(source, tokenizer, base, initialisation, corpus, json_key, shard_bytes, ignore_fields)
+    if found := making.done(Path(dest)):
+        return restored(GrowModelReport, found, source=str(source), dest=str(dest), status="unchanged")
     with _opened(source, base, ignore_fields) as model:
         growth = _growth(model.arch, model.files, tokenizer, initialisation, corpus, json_key)
         grown = replace(model.arch, vocab_size=growth.rows)
@@ -206,22 +215,35 @@ def grow_model(
                 write_template(small_files, model.template)
             grow_rows = partial(_with_new_rows, model, growth, rows)
             _write_weights(folder, model, grow_rows, grown, plans, shard_bytes, progress or (lambda done, total: None))
+            report = GrowModelReport(
+                source=str(source),
+                dest=str(dest),
+                tokenizer=str(tokenizer),
+                model_type=grown.model_type,
+                dtype=str(grown.dtype),
+                old_tokens=growth.first,
+                new_tokens=len(growth.parts),
+                rows=growth.rows,
+                grown=rows,
+                initialisation=initialisation,
+                by_similarity=growth.by_similarity,
+                bytes_written=size,
+                seconds=round(time.monotonic() - start, 3),
+            )
+            making.note(folder, report.as_dict())
             model.check_unchanged()  # before the folder gets its name
-    return GrowModelReport(
-        source=str(source),
-        dest=str(dest),
-        tokenizer=str(tokenizer),
-        model_type=grown.model_type,
-        dtype=str(grown.dtype),
-        old_tokens=growth.first,
-        new_tokens=len(growth.parts),
-        rows=growth.rows,
-        grown=rows,
-        initialisation=initialisation,
-        by_similarity=growth.by_similarity,
-        bytes_written=size,
-        seconds=round(time.monotonic() - start, 3),
-    )
+    return report
+
+
+def _making(
+    source: Path, tokenizer: Path, base: str | Path | None, initialisation: str, corpus: Inputs | None, json_key: str,
+    shard_bytes: float, ignore_fields: Collection[str],
+) -> Making:  # fmt: skip
+    is_hf = _is_hf(source)
+    read = {"source": stamps(model_files(source))} if is_hf else inputs_of(nemo_folder(source), base)
+    read |= {"tokenizer": stamps(model_files(tokenizer)), "corpus": stamps_of(corpus)}
+    options = {"initialisation": initialisation, "json_key": json_key, "ignore_fields": sorted(ignore_fields)}
+    return Making("grow", read, options | ({"shard_bytes": shard_bytes} if is_hf else {}))
 
 
 def check_options(initialisation: str, corpus: Inputs | None) -> None:
@@ -270,7 +292,7 @@ class _Model:
 
 @contextmanager
 def _opened(source: Path, base: str | Path | None, ignore_fields: Collection[str]) -> Iterator[_Model]:
-    if (source / "config.json").is_file() and not (source / "weights").is_dir():
+    if _is_hf(source):
         yield _open_hf(source, base, ignore_fields)
         return
     nemo = nemo_folder(source)
@@ -290,6 +312,10 @@ def _opened(source: Path, base: str | Path | None, ignore_fields: Collection[str
             template=described.template,
             check_unchanged=check_unchanged,
         )
+
+
+def _is_hf(source: Path) -> bool:
+    return (source / "config.json").is_file() and not (source / "weights").is_dir()
 
 
 def _open_hf(source: Path, base: str | Path | None, ignore_fields: Collection[str]) -> _Model:

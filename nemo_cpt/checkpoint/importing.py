@@ -15,6 +15,7 @@ from nemo_cpt.arguments import checked
 from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import Architecture, read_architecture
 from nemo_cpt.checkpoint.arrays import bits
+from nemo_cpt.checkpoint.base import model_files
 from nemo_cpt.checkpoint.context import HF_FOLDER
 from nemo_cpt.checkpoint.folders import copy_small_files, new_folder, require_tokenizer
 from nemo_cpt.checkpoint.nemo_writer import Tensors, write_nemo
@@ -22,6 +23,8 @@ from nemo_cpt.checkpoint.provenance import hand_on
 from nemo_cpt.checkpoint.safetensors_files import HFWeights
 from nemo_cpt.checkpoint.tokenizer_ids import count_token_ids
 from nemo_cpt.errors import CptError
+from nemo_cpt.made import Making, stamps
+from nemo_cpt.records import restored
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class ImportReport:
         dropped: tensors that follow from others and were left out.
         warnings: what to know before training from it.
         seconds: wall time.
+        status: `written`, or `unchanged` where the same was there already.
     """
 
     source: str
@@ -51,6 +55,7 @@ class ImportReport:
     dropped: tuple[str, ...]
     warnings: tuple[str, ...]
     seconds: float
+    status: str = "written"
 
     def as_dict(self) -> dict[str, Any]:
         """The report as a JSON-serialisable dict."""
@@ -75,13 +80,13 @@ def import_hf(
     Args:
         source: folder with config.json, safetensors weights and a tokenizer; Llama 2 to 3.2, SmolLM2, Mistral,
             Qwen2, Qwen2.5, Qwen3 and GPT-2.
-        dest: the checkpoint's folder; must not exist.
+        dest: the checkpoint's folder; one that this very import made is left as it is.
         ignore_fields: config fields to accept although they are unknown here.
         progress: called with (bytes done, bytes in all) after each tensor.
 
     Raises:
         CptError: unsupported or inconsistent config, damaged, missing or non-finite weights, no tokenizer, `dest`
-            exists, not enough disk. Nothing is left at `dest` then.
+            holds something else, not enough disk. Nothing is left at `dest` then.
     """
     start = time.monotonic()
     source = Path(source)
@@ -90,6 +95,9 @@ def import_hf(
     # The cheap refusals first: gigabytes are read only when nothing speaks against it.
     arch = read_architecture(source, ignore_fields)
     require_tokenizer(source)
+    making = Making("import", {"source": stamps(model_files(source))}, {"ignore_fields": sorted(ignore_fields)})
+    if found := making.done(Path(dest)):
+        return restored(ImportReport, found, source=str(source), dest=str(dest), status="unchanged")
     weights = HFWeights(source)
     slots = layout.slots(arch)
     dropped = check_tensors(weights, slots, arch)
@@ -105,19 +113,20 @@ def import_hf(
         copy_small_files(source, folder / HF_FOLDER)
         hand_on(source, folder / HF_FOLDER)
         write_nemo(folder, tensors, arch, progress)
-    counts = [prod(slot.shape) for slot in slots]
-    return ImportReport(
-        source=str(source),
-        dest=str(dest),
-        model_type=arch.model_type,
-        dtype=str(arch.dtype),
-        tensors=len(slots),
-        parameters=sum(counts),
-        bytes_written=sum(sizes),
-        dropped=tuple(dropped),
-        warnings=tuple(_tokens_without_rows(source, arch)),
-        seconds=round(time.monotonic() - start, 3),
-    )
+        report = ImportReport(
+            source=str(source),
+            dest=str(dest),
+            model_type=arch.model_type,
+            dtype=str(arch.dtype),
+            tensors=len(slots),
+            parameters=sum(prod(slot.shape) for slot in slots),
+            bytes_written=sum(sizes),
+            dropped=tuple(dropped),
+            warnings=tuple(_tokens_without_rows(source, arch)),
+            seconds=round(time.monotonic() - start, 3),
+        )
+        making.note(folder, report.as_dict())
+    return report
 
 
 def _tokens_without_rows(source: Path, arch: Architecture) -> Iterator[str]:

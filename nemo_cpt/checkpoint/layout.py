@@ -90,6 +90,7 @@ def _layer_slots(arch: Architecture, layer: int) -> Iterator[Slot]:
     for part in ("gate", "up"):
         yield Slot(f"{name}mlp.{part}_proj.weight", (ffn, hidden), f"{key}{FC1}.weight", layer, part)
     yield Slot(f"{name}mlp.down_proj.weight", (hidden, ffn), f"{key}{FC2}.weight", layer)
+    # Transformer Engine norms within the linear layer that follows: both norms are that layer's there.
     yield Slot(f"{name}input_layernorm.weight", (hidden,), f"{key}{QKV}.layer_norm_weight", layer)
     yield Slot(f"{name}post_attention_layernorm.weight", (hidden,), f"{key}{FC1}.layer_norm_weight", layer)
 
@@ -103,6 +104,7 @@ def _gpt2_slots(arch: Architecture) -> Iterator[Slot]:
         for norm, behind in (("ln_1", QKV), ("ln_2", FC1)):
             for part in ("weight", "bias"):
                 yield Slot(f"{name}{norm}.{part}", (hidden,), f"{LAYERS}{behind}.layer_norm_{part}", layer)
+        # Shapes as OpenAI's Conv1D keeps its weights, [in, out]; see `TURNED`.
         for linear, key, shape, part in (
             ("attn.c_attn", QKV, (hidden, 3 * hidden), "qkv"),
             ("attn.c_proj", PROJ, (hidden, hidden), "turned"),

@@ -16,12 +16,14 @@ from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.arrays import DTYPES, cast
 from nemo_cpt.checkpoint.base import nemo_folder, unchanged
 from nemo_cpt.checkpoint.context import HF_FOLDER
-from nemo_cpt.checkpoint.exporting import checked_dtype
+from nemo_cpt.checkpoint.exporting import checked_dtype, inputs_of
 from nemo_cpt.checkpoint.folders import new_folder
 from nemo_cpt.checkpoint.lora import base_of, holds_adapters
 from nemo_cpt.checkpoint.nemo_writer import Tensors, write_nemo
 from nemo_cpt.checkpoint.trained import Trained, describe, open_trained
 from nemo_cpt.errors import CptError
+from nemo_cpt.made import Making
+from nemo_cpt.records import restored
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class MergeReport:
         chat_template: the name of the one that `dest/hf` carries because the run was tuned on it.
         warnings: what could not be looked at.
         seconds: wall time.
+        status: `written`, or `unchanged` where the same was there already.
     """
 
     source: str
@@ -53,6 +56,7 @@ class MergeReport:
     chat_template: str | None
     warnings: tuple[str, ...]
     seconds: float
+    status: str = "written"
 
     def as_dict(self) -> dict[str, Any]:
         """The report as a JSON-serialisable dict."""
@@ -76,7 +80,7 @@ def merge(
 
     Args:
         source: the run's checkpoint.
-        dest: the checkpoint's folder; must not exist.
+        dest: the checkpoint's folder; one that this very merge made is left as it is.
         base: the base's Hugging Face folder or imported checkpoint; by default the one that the run recorded.
         dtype: "bfloat16", "float16" or "float32"; by default what the base's config.json says.
         ignore_fields: config fields to accept although they are unknown here.
@@ -90,6 +94,9 @@ def merge(
     nemo = nemo_folder(source)
     if not holds_adapters(nemo):
         raise CptError(f"{nemo} holds the whole model, not adapters: give it as the base of a training as it is.")
+    making = Making("merge", inputs_of(nemo, base), {"dtype": dtype, "ignore_fields": sorted(ignore_fields)})
+    if found := making.done(Path(dest)):
+        return restored(MergeReport, found, source=str(source), dest=str(dest), status="unchanged")
     with unchanged(nemo) as check_unchanged:
         # Through the same descriptions as an export, so that both make one model of a run.
         described = describe(nemo, base, None, ignore_fields)
@@ -102,21 +109,23 @@ def merge(
         with new_folder(dest, size + 64 * 2**20) as folder:
             described.write(folder / HF_FOLDER, dtype)
             write_nemo(folder, tensors, arch, progress)
+            report = MergeReport(
+                source=str(source),
+                base=str(base_of(nemo, base)),
+                dest=str(dest),
+                model_type=arch.model_type,
+                dtype=dtype,
+                tensors=len(shapes),
+                bytes_written=size,
+                config_changes=described.config.with_dtype(dtype).changes,
+                chat_template=described.template.name if described.template else None,
+                warnings=(*described.config.warnings, *trained.warnings),
+                seconds=round(time.monotonic() - start, 3),
+            )
+            making.note(folder, report.as_dict())
             # Before the folder gets its name: a run may have replaced the checkpoint while it was read.
             check_unchanged()
-    return MergeReport(
-        source=str(source),
-        base=str(base_of(nemo, base)),
-        dest=str(dest),
-        model_type=arch.model_type,
-        dtype=dtype,
-        tensors=len(shapes),
-        bytes_written=size,
-        config_changes=described.config.with_dtype(dtype).changes,
-        chat_template=described.template.name if described.template else None,
-        warnings=(*described.config.warnings, *trained.warnings),
-        seconds=round(time.monotonic() - start, 3),
-    )
+    return report
 
 
 def check_options(dtype: str | None) -> None:

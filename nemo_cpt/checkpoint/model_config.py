@@ -328,6 +328,7 @@ def fiddle_call(context: Mapping[str, Any], path: str) -> dict[str, Any]:
     objects = context.get("objects", {})
     for entry in objects.values():
         if path in entry.get("paths", ()):
+            # Fiddle writes what is called into another entry, the first one's metadata.
             called = dict(objects[entry["metadata"]["key"]]["items"])["Attr(name='fn_or_cls')"]
             fields = {key.removeprefix("Attr(name='").removesuffix("')"): value for key, value in entry["items"]}
             return {

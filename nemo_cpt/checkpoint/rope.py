@@ -106,11 +106,13 @@ def _read_scaling(given: Any, field: str, where: str, ignore_fields: Collection[
     if missing := [name for name in _KEYS[kind] if given.get(name) is None]:
         raise CptError(f"{where}: {field} of type {kind!r} lacks {', '.join(missing)}.")
     numbers: dict[str, Any] = {name: _number(given[name], f"{field}.{name}", where) for name in _KEYS[kind]}
+    # Between the two the frequencies are blended, divided by the factors' difference.
     if kind == "llama3" and numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
         raise CptError(
             f"{where}: {field}'s low_freq_factor {numbers['low_freq_factor']:g} is not below its high_freq_factor "
             f"{numbers['high_freq_factor']:g}. Download the file again."
         )
+    # The kind `default` has no numbers: it rotates as without any scaling.
     return RopeScaling(kind, **numbers) if numbers else None
 
 

@@ -115,6 +115,7 @@ class HFWeights:
     def _fill(self, array: np.ndarray, name: str, row: int) -> np.ndarray:
         info = self.infos[name]
         try:
+            # Once a file, ahead of its first tensor: to hash it takes as long as to read it.
             if info.path in self._unchecked:
                 check_file(info.path, self._unchecked.pop(info.path))
             read_into(array, info.path, info.start + row * (info.nbytes // info.shape[0]))
@@ -185,6 +186,7 @@ def write_weights(
         folder: where the files go.
         plans: all tensors, in the order in which they shall lie.
         load: gives a tensor by name, in blocks of rows; called once each, in order, so one block is in memory.
+        shard_bytes: the most of a file; a larger tensor has one of its own.
 
     Returns:
         The names of the weights' files.

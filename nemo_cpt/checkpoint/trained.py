@@ -106,7 +106,7 @@ def open_trained(nemo: Path, described: Description, base: str | Path | None) ->
     from nemo_cpt.checkpoint.lora import holds_adapters
 
     arch = described.config.arch
-    trained = _open_adapted(nemo, arch, base) if holds_adapters(nemo) else _open_whole(nemo, arch)
+    trained = open_adapted(nemo, arch, base) if holds_adapters(nemo) else _open_whole(nemo, arch)
     _refuse_to_cut_tokens(trained, arch, (described.files, *carried_places(nemo)))
     return trained
 
@@ -118,7 +118,12 @@ def _open_whole(nemo: Path, arch: Architecture) -> Trained:
     return Trained(nemo, weights.read, weights.blocks, weights.dtype, weights.vocab_rows)
 
 
-def _open_adapted(nemo: Path, arch: Architecture, base: str | Path | None) -> Trained:
+def open_adapted(nemo: Path, arch: Architecture, base: str | Path | None) -> Trained:
+    """Open the weights of a LoRA or DoRA run, merged into their base.
+
+    Raises:
+        CptError: they are another model's or method's; the base is gone or is not the one that was adapted.
+    """
     from nemo_cpt.checkpoint.lora import Adapters, base_of
 
     weights, adapters = base_weights(base_of(nemo, base), arch), Adapters(nemo, arch)

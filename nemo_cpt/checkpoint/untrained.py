@@ -18,11 +18,13 @@ from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import Architecture, parse_config
 from nemo_cpt.checkpoint.arrays import BLOCK_BYTES, DTYPES
 from nemo_cpt.checkpoint.context import HF_FOLDER
-from nemo_cpt.checkpoint.folders import copy_small_files, new_folder, require_tokenizer
+from nemo_cpt.checkpoint.folders import copy_small_files, new_folder, require_tokenizer, small_files
 from nemo_cpt.checkpoint.nemo_writer import Tensors, write_nemo
 from nemo_cpt.checkpoint.provenance import Provenance, write_provenance
 from nemo_cpt.checkpoint.tokenizer_ids import count_token_ids
 from nemo_cpt.errors import CptError, near_paths
+from nemo_cpt.made import Making, stamps
+from nemo_cpt.records import restored
 
 # GPT-3's sizes (arXiv 2005.14165, table 2.1; its 1.3B with 16 heads of 128), with Llama's layers: a gated MLP two
 # thirds as wide, to a multiple of 256 (arXiv 2302.13971). `tiny` is for a CPU.
@@ -50,6 +52,7 @@ class UntrainedReport:
         seed: of the weights.
         bytes_written: of the weights.
         seconds: wall time.
+        status: `written`, or `unchanged` where the same was there already.
     """
 
     dest: str
@@ -60,6 +63,7 @@ class UntrainedReport:
     seed: int
     bytes_written: int
     seconds: float
+    status: str = "written"
 
     def as_dict(self) -> dict[str, Any]:
         """The report as a JSON-serialisable dict."""
@@ -85,7 +89,7 @@ def make_untrained(
     shape. The checkpoint is like an imported one: planned, trained from, resumed and exported by the same commands.
 
     Args:
-        dest: the checkpoint's folder; must not exist.
+        dest: the checkpoint's folder; one that these very arguments made is left as it is.
         tokenizer: folder of the tokenizer, as `nemo-cpt tokenizer train` makes it.
         params: one of `SIZES`.
         shape: "llama", or "gpt2": LayerNorm, biases, an MLP four times as wide without a gate, learnt positions.
@@ -95,12 +99,16 @@ def make_untrained(
 
     Raises:
         CptError: there is no such size, shape or tokenizer, the tokenizer names no end of a text, the seed or the
-            longest sequence is out of range, `dest` exists. Nothing is left at `dest` then.
+            longest sequence is out of range, `dest` holds something else. Nothing is left at `dest` then.
     """
     start, tokenizer = time.monotonic(), Path(tokenizer)
     check_options(params, shape, max_position_embeddings, seed)
     positions = SHAPES[shape] if max_position_embeddings is None else max_position_embeddings
     config = _config(params, shape, positions, tokenizer)
+    options = {"params": params, "shape": shape, "max_position_embeddings": positions, "seed": seed}
+    making = Making("init", {"tokenizer": stamps(small_files(tokenizer))}, options)
+    if found := making.done(Path(dest)):
+        return restored(UntrainedReport, found, dest=str(dest), status="unchanged")
     arch = parse_config(config, "the model's config.json")
     weights = _Weights(arch, seed)
     size = sum(map(weights.nbytes, weights.shapes))
@@ -109,16 +117,18 @@ def make_untrained(
     with new_folder(dest, size + 64 * 2**20) as folder:
         _write_small_files(folder / HF_FOLDER, tokenizer, config)
         write_nemo(folder, tensors, arch, progress)
-    return UntrainedReport(
-        dest=str(dest),
-        params=params,
-        shape=shape,
-        parameters=sum(map(prod, weights.shapes.values())),
-        vocabulary_size=arch.vocab_size,
-        seed=seed,
-        bytes_written=size,
-        seconds=round(time.monotonic() - start, 3),
-    )
+        report = UntrainedReport(
+            dest=str(dest),
+            params=params,
+            shape=shape,
+            parameters=sum(map(prod, weights.shapes.values())),
+            vocabulary_size=arch.vocab_size,
+            seed=seed,
+            bytes_written=size,
+            seconds=round(time.monotonic() - start, 3),
+        )
+        making.note(folder, report.as_dict())
+    return report
 
 
 def check_options(params: str, shape: str, max_position_embeddings: int | None, seed: int) -> None:

@@ -15,11 +15,12 @@ from nemo_cpt.arguments import checked
 from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import Architecture, read_architecture
 from nemo_cpt.checkpoint.arrays import DTYPES, bits, cast
-from nemo_cpt.checkpoint.base import base_weights, carried_places, nemo_folder, unchanged
+from nemo_cpt.checkpoint.base import carried_places, nemo_folder, unchanged
 from nemo_cpt.checkpoint.chat_template import InstructionTemplate, instruction_template, template_differences
 from nemo_cpt.checkpoint.model_config import context_differences, read_model_config
 from nemo_cpt.checkpoint.nemo_weights import NemoWeights
 from nemo_cpt.checkpoint.safetensors_files import HFWeights
+from nemo_cpt.checkpoint.trained import open_adapted
 from nemo_cpt.conversations.templates import own_template
 from nemo_cpt.errors import CptError
 
@@ -208,15 +209,8 @@ def _carried_template(nemo: Path) -> str | None:
 
 def _merged(nemo: Path, arch: Architecture, theirs: HFWeights, base: str | Path | None) -> tuple[Read, tuple[str, ...]]:
     """Reads what `export_hf` would write of a LoRA run, in the dtype of `theirs`; and its warnings."""
-    from nemo_cpt.checkpoint.lora import Adapters, base_of
-
-    weights, adapters = base_weights(base_of(nemo, base), arch), Adapters(nemo, arch)
-    warnings = adapters.check_base(weights)
-
-    def read(name: str) -> np.ndarray:
-        return cast(adapters.read_merged(name, weights), name, theirs.infos[name].dtype)
-
-    return read, warnings
+    merged = open_adapted(nemo, arch, base)
+    return lambda name: cast(merged.read(name), name, theirs.infos[name].dtype), merged.warnings
 
 
 def _compare(slot: layout.Slot, read: Read, theirs: HFWeights, casts: dict[tuple[str, str], None]) -> Difference | None:

@@ -34,7 +34,11 @@ class WeightSums:
 
 
 def read_sums(folders: Iterable[Path]) -> dict[str, int] | None:
-    """The sums that the first of the folders holds; None where none does."""
+    """The sums that the first of the folders holds; None where none does.
+
+    Raises:
+        CptError: they cannot be read.
+    """
     for folder in folders:
         if (folder / _FILE).is_file():
             try:

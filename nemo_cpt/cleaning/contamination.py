@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from nemo_cpt.cleaning.characters import Kind, folded, kinds
-from nemo_cpt.cleaning.document import Document
+from nemo_cpt.cleaning.document import Document, stretches
 from nemo_cpt.cleaning.hashing import segment_hashes, symbols, window_hashes
 from nemo_cpt.cleaning.rule import Check, Rule
 from nemo_cpt.corpus.reading.chunks import Feed, take_from
@@ -141,8 +141,7 @@ class Index:
         # Other marks vanish, so that "don't" is a word and "well-known" one too.
         gap = (codes == 0)[text | (codes == 0)]
         codes = codes[text | (codes == 0)]
-        edges = np.flatnonzero(np.diff(np.concatenate(([True], gap, [True]))))
-        return symbols(segment_hashes(symbols(codes), edges[::2], edges[1::2]))
+        return symbols(segment_hashes(symbols(codes), *stretches(gap)))
 
 
 def _is_text(kind: Any) -> Any:

@@ -95,8 +95,7 @@ class Words:
 
     def __init__(self, codes: Any, kinds_of_codes: Any) -> None:
         gap = (kinds_of_codes == Kind.SPACE) | (kinds_of_codes == Kind.NEWLINE)
-        edges = np.flatnonzero(np.diff(np.concatenate(([True], gap, [True]))))
-        starts, ends = edges[::2], edges[1::2]
+        starts, ends = stretches(gap)
         if not len(starts):
             self.lengths = self.lettered = self.hashes = np.zeros(0, np.int64)
             return
@@ -106,3 +105,10 @@ class Words:
         self.lengths = letters + np.add.reduceat((kinds_of_codes == Kind.DIGIT).astype(np.int64), starts)
         self.lettered = letters > 0
         self.hashes = segment_hashes(symbols(codes), starts, ends)
+
+
+def stretches(gap: Any) -> tuple[Any, Any]:
+    """Return where each stretch without a gap begins, and where the next gap does, of an array of booleans."""
+    # With a gap at either end beginnings and ends take turns.
+    edges = np.flatnonzero(np.diff(np.concatenate(([True], gap, [True]))))
+    return edges[::2], edges[1::2]

@@ -75,6 +75,7 @@ def sketch(plains: Sequence[Any], nbytes: Sequence[int]) -> Any:
     rows: Any = np.zeros(len(plains), ROW)
     if not plains:
         return rows
+    # One call for all texts, their shingles one behind the other: a call for each would cost more than its hashing.
     shingles = [_shingles(codes) for codes in plains]
     offsets = np.concatenate(([0], np.cumsum([len(each) for each in shingles]))).tolist()
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(np.concatenate(shingles), offsets, PERMUTATIONS, SEED)
@@ -146,9 +147,9 @@ def _neighbours(keys: Any, first_only: bool) -> Iterator[tuple[Any, Any]]:
     ordered = keys[order]
     again = np.flatnonzero(ordered[1:] == ordered[:-1]) + 1
     begins = np.concatenate(([True], ordered[1:] != ordered[:-1]))
-    # A group of n equal keys has n(n-1)/2 pairs, millions of one boilerplate page: two for each member find its chain.
     # For each place, where its group begins.
     group = np.maximum.accumulate(np.where(begins, np.arange(len(ordered)), 0))
+    # A group of n equal keys has n(n-1)/2 pairs, millions of one boilerplate page: two for each member find its chain.
     partners = [group[again]] if first_only else [group[again], again - 1]
     pairs = np.unique(np.stack((np.concatenate(partners), np.tile(again, len(partners)))), axis=1)
     for start in range(0, pairs.shape[1], _PAIRS):

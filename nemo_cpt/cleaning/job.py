@@ -188,7 +188,8 @@ class Cleaning:
             return None
         recorded = read_cleaning(folder)
         reason = changed_input(self.sources, recorded["inputs"]) or self._other_options(recorded["options"])
-        if reason := reason or self.policy.against(recorded["report"]["skipped"]):
+        left_out = recorded["report"]["skipped"], recorded.get("skipped_share", 0.0)
+        if reason := reason or self.policy.against(*left_out):
             raise CptError(
                 f"{folder} holds another cleaning: {reason}. Take another folder, or overwrite=True (--overwrite)."
             )
@@ -244,6 +245,7 @@ class Cleaning:
             "options": self.options,
             "inputs": describe_inputs(self.sources, hashes),
             "report": asdict(report),
+            "skipped_share": self.tally.skipped_share(self.sources),
             "sizes": sizes_of(work, (KEPT, DROPPED)),
             "seconds": round(self.seconds, 1),
             "versions": installed_versions(_VERSIONS),

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from nemo_cpt.cleaning.document import Document
 from nemo_cpt.cleaning.rule import Check, Rule
 from nemo_cpt.errors import CptError
+from nemo_cpt.installed import extra
 
 _SMALL_WORD = re.compile(r"(?<![^\s(])[^\W\d_A-Z]+(?![^\s,.;:!?)])")
 # Those that a web page in Latin letters is most likely to be in; more make lingua slower, not better.
@@ -71,7 +72,7 @@ def _detector(language: str, rivals: tuple[str, ...]) -> tuple[Any, Any]:
         from lingua import IsoCode639_1, Language, LanguageDetectorBuilder
     except ImportError as error:
         raise CptError(
-            "languages in Latin letters are told apart by lingua, which is not installed: pip install 'nemo_cpt[clean]'"
+            f"languages in Latin letters are told apart by lingua, which is not installed: {extra('clean')}"
         ) from error
     try:
         codes = {code: IsoCode639_1.from_str(code.upper()) for code in (language, *rivals)}

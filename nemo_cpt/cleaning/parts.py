@@ -31,7 +31,7 @@ from nemo_cpt.cleaning.job import (
 from nemo_cpt.cleaning.rule import Check
 from nemo_cpt.cleaning.rules import Rules, chosen_rules, rules_of
 from nemo_cpt.cleaning.tallies import CleaningReport, Counts, Dropped
-from nemo_cpt.corpus.atomic_files import copy_to, locked, sync_directory, write_whole
+from nemo_cpt.corpus.atomic_files import copy_to, locked, sync, write_whole
 from nemo_cpt.corpus.dataset.manifest import changed_input, describe_inputs
 from nemo_cpt.corpus.plan import Plan, remove_parts
 from nemo_cpt.corpus.preparing.joining import inputs_of_parts
@@ -180,7 +180,7 @@ def clean_part(folder: str | os.PathLike[str], number: int) -> None:
             }
             write_whole(work / PART, orjson.dumps(made, option=orjson.OPT_SERIALIZE_NUMPY))
             work.rename(part)
-            sync_directory(plan.folder)
+            sync(plan.folder)
         except OSError as error:
             raise CptError(f"Cannot write {work}: {error}. Mend that and run the same command again.") from error
         finally:

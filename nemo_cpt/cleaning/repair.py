@@ -14,6 +14,7 @@ from nemo_cpt.cleaning.characters import Kind
 from nemo_cpt.cleaning.document import Document
 from nemo_cpt.cleaning.rule import Check, Rule
 from nemo_cpt.errors import CptError
+from nemo_cpt.installed import extra
 
 # Each text that ftfy would change has one of these, or an entity: letters that bytes become in a wrong encoding (Latin
 # with accents, Greek, Cyrillic, the box drawings of code page 437) and control characters. Most East Asian texts have
@@ -119,7 +120,7 @@ def _ftfy(mojibake: bool, entities: bool) -> Any:
         from ftfy import TextFixerConfig
     except ImportError as error:
         raise CptError(
-            "encodings are repaired by ftfy, which is not installed: pip install 'nemo_cpt[clean]', or do without "
+            f"encodings are repaired by ftfy, which is not installed: {extra('clean')}, or do without "
             "(repair: mojibake: false, entities: false)"
         ) from error
     return TextFixerConfig(

@@ -7,7 +7,7 @@ import typer
 
 from nemo_cpt.cli import app
 from nemo_cpt.cli.launch import PANEL, Json
-from nemo_cpt.cli.tables import print_json, print_table
+from nemo_cpt.cli.tables import print_json, print_note, print_table
 from nemo_cpt.errors import CptError
 from nemo_cpt.output import size_of
 
@@ -26,6 +26,7 @@ def ls(
 ) -> None:
     """List the runs, or one run's checkpoints: state, steps, validation losses, size."""
     from nemo_cpt.launching import results
+    from nemo_cpt.training.masks import MASKS
 
     if run is not None:
         return _print_checkpoints(results.run(run, directory), json)
@@ -37,6 +38,9 @@ def ls(
         for each in found
     ]
     print_table(("run", "state", "step", "validation loss, nats", "size", "newest checkpoint"), rows)
+    for each in found:
+        if each["masks"]:  # one run's losses stand beside another's, and are not of the same tokens
+            print_note(f"{each['name']}: its losses are masked, {'; '.join(MASKS[mask] for mask in each['masks'])}")
 
 
 @app.command(rich_help_panel=PANEL)
@@ -73,6 +77,7 @@ def rm(
 
 def _of_run(run: "Run") -> dict[str, Any]:
     from nemo_cpt.launching import results
+    from nemo_cpt.training.masks import masks_of
 
     return {
         "name": run.folder.name,
@@ -82,6 +87,7 @@ def _of_run(run: "Run") -> dict[str, Any]:
         # The first line is the validation ahead of the first step.
         "first_losses": run.losses(int(run.metrics[0]["step"])) if run.metrics else {},
         "losses": run.losses(),
+        "masks": masks_of(run.newest.record) if run.newest else (),
         "size": results.size(run.folder),
         "newest": run.newest.path.name if run.newest else None,
     }

@@ -61,7 +61,7 @@ def train_command(
     if json:
         return print_json(report.as_dict())
     rows: dict[str, object] = {
-        "tokenizer": report.output,
+        "tokenizer": f"{report.output} ({report.status})",
         "vocabulary": f"{report.vocabulary_size:,} ids{_rounded(vocabulary_size, report.vocabulary_size)}, "
         f"{len(report.special)} special ones first",
     }
@@ -108,7 +108,7 @@ def grow_command(
     if json:
         return print_json(report.as_dict())
     rows: dict[str, object] = {
-        "tokenizer": report.output,
+        "tokenizer": f"{report.output} ({report.status})",
         "new tokens": f"{report.tokens:,}{_rounded(tokens, report.tokens)} of {', '.join(report.scripts)}; the rarest "
         f"was seen {report.least_count:,} times",
         "vocabulary": f"{report.vocabulary_size:,} ids; the new ones begin at {report.first_id:,}",

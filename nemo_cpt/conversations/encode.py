@@ -110,11 +110,20 @@ def load_backend(tokenizer: Tokenizer) -> Any:
     """
     import tokenizers
 
+    definition = definition_of(tokenizer)
+    load = tokenizers.Tokenizer.from_file if isinstance(definition, Path) else tokenizers.Tokenizer.from_str
+    return load(str(definition))
+
+
+def definition_of(tokenizer: Tokenizer) -> Path | str:
+    """Return where a tokenizer.json is, or its content.
+
+    Raises:
+        CptError: The tokenizer exists only in Python.
+    """
     if tokenizer.definition is None:
         raise CptError(f"{tokenizer.name} has no tokenizer.json; conversations need a tokenizer that has one.")
-    path = isinstance(tokenizer.definition, Path)
-    load = tokenizers.Tokenizer.from_file if path else tokenizers.Tokenizer.from_str
-    return load(str(tokenizer.definition))
+    return tokenizer.definition
 
 
 @dataclass(frozen=True)

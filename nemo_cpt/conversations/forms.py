@@ -165,6 +165,7 @@ def _is_trained(turn: Mapping[str, Any], role: str, name: str) -> bool:
 
 def _read_alpaca(value: Mapping[str, Any]) -> tuple[list[dict[str, str]], list[bool]]:
     instruction = _text(value.get("instruction"), "'instruction'", "user")
+    # `context` and `response` are Dolly's names for the same two fields.
     extra = "input" if "input" in value else "context"
     given = value.get(extra)
     context = "" if given is None or given == "" else _text(given, repr(extra), "user")

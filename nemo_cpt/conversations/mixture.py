@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_cpt.arguments import checked
+from nemo_cpt.arguments import checked, names_checked
 from nemo_cpt.conversations.dataset import (
     ConversationSet,
     Fit,
@@ -34,6 +34,7 @@ MANY_LEFT_OUT = 0.05
 MANY_EPOCHS = 8  # the tuned model's answers on held-out questions get worse long before
 
 
+@names_checked
 @dataclass(frozen=True)
 class Conversations:
     """Sets of conversations to train on, and named ones to validate on.

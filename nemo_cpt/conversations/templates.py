@@ -19,6 +19,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nemo_cpt.arguments import checked
+from nemo_cpt.conversations.encode import definition_of
 from nemo_cpt.conversations.forms import Conversation
 from nemo_cpt.corpus.reading.lines import UnusableError
 from nemo_cpt.corpus.tokenization.tokenizer import Tokenizer
@@ -107,8 +108,8 @@ class ChatTemplate:
             Pieces in order, each with whether it is trained on; a piece's tokens do not depend on the other pieces.
 
         Raises:
-            UnusableError: A message holds a special token; the template fails, or renders a turn otherwise once
-                others follow; or nothing is to be trained on.
+            UnusableError: A message holds a special token; the template fails, leaves out what a message says, or
+                renders a turn otherwise once others follow; or nothing is to be trained on.
         """
         messages = conversation.messages
         for number, message in enumerate(messages):
@@ -126,12 +127,21 @@ class ChatTemplate:
             pieces += [(full[done:begin], train_on == "all"), (full[begin:end], trained)]
             done = end
         pieces.append((full[done:], train_on == "all"))
+        for number, message in enumerate(messages):
+            # Their ends aside, which most templates trim. An alpaca question's two halves may stand apart.
+            parts = [message["content"]] if "input" not in message else [message["instruction"], message["input"]]
+            if not all(part.strip() in full for part in parts):
+                detail = (
+                    f"the template {self.name} leaves out or changes what message {number} ({message['role']}'s) says"
+                )
+                raise UnusableError("left_out", detail)
         if not any(trained for _, trained in pieces):
             raise UnusableError("nothing_to_train", "no answer in it is to be trained on")
         return pieces
 
     def _answer(self, messages: Sequence[dict[str, str]], number: int, full: str) -> tuple[int, int]:
         """Return where an answer begins and ends in the text."""
+        # As a server asks: what it renders ends where the model's answer begins.
         asked = self.render(messages[:number], question=True)
         answered = full if number == len(messages) - 1 else self.render(messages[: number + 1])
         if not answered.startswith(asked) or not full.startswith(answered):
@@ -275,9 +285,7 @@ def _special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _begins_with(tokenizer: Tokenizer, token: str) -> bool:
     """Say whether the tokenizer puts this token before every text."""
-    definition = tokenizer.definition
-    if definition is None:
-        raise CptError(f"{tokenizer.name} has no tokenizer.json; conversations need a tokenizer that has one.")
+    definition = definition_of(tokenizer)
     content = orjson.loads(definition.read_bytes() if isinstance(definition, Path) else definition)
     outer = content.get("post_processor") or {}
     # Alone, or one of a sequence: Llama 3's is the second of two.

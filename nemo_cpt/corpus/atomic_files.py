@@ -212,15 +212,15 @@ def move_into_place(work: Path, folder: Path, names: Iterable[str], last: str, g
             (work / name).replace(folder / name)
     for name in gone:
         (folder / name).unlink(missing_ok=True)
-    sync_directory(folder)
+    sync(folder)
     (work / last).replace(folder / last)
-    sync_directory(folder)
+    sync(folder)
 
 
-def sync_directory(folder: Path) -> None:
-    """Make renames and removals in `folder` survive a power cut."""
+def sync(path: Path) -> None:
+    """Make a file's content, or the renames and removals in a folder, survive a power cut."""
     # A rename is an entry in the folder, which has a cache of its own: syncing the file does not sync its name.
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -241,7 +241,7 @@ def write_whole(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         # After the fsync: the other way round, a power cut could leave the new name with no bytes behind it.
         partial.rename(path)
-        sync_directory(path.parent)
+        sync(path.parent)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise CptError(f"Cannot write {path}: {error.strerror}.") from error

@@ -10,6 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 from nemo_cpt.errors import CptError
+from nemo_cpt.signals import end_with_parent
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -29,7 +30,7 @@ def in_order(work: Callable[[Task], Result], tasks: Iterable[Task], workers: int
     _work = work
     fork = multiprocessing.get_context("fork")
     ahead = deque[tuple[Task, Future[Result]]]()
-    with ProcessPoolExecutor(workers, mp_context=fork, initializer=_follow, initargs=(os.getpid(),)) as pool:
+    with ProcessPoolExecutor(workers, mp_context=fork, initializer=follow, initargs=(os.getpid(),)) as pool:
         try:
             for task in tasks:
                 ahead.append((task, pool.submit(_call, task)))
@@ -46,17 +47,15 @@ def in_order(work: Callable[[Task], Result], tasks: Iterable[Task], workers: int
                 future.cancel()
 
 
-def _follow(parent: int) -> None:
+def follow(parent: int) -> None:
     """Leave Ctrl-C to the parent, and let the kernel end this worker when that is killed; it would wait for ever.
 
     A terminal interrupts every process of the command: a worker that died of it with the pool's lock or with its own
     order to end in hand would leave the others, and the parent, waiting for each other.
     """
-    import ctypes
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    # The parent may have died between the fork and prctl: then no signal comes any more.
+    end_with_parent(signal.SIGKILL)
+    # The parent may have died between the fork and the line above: then no signal comes any more.
     if os.getppid() != parent:
         os._exit(1)
 

@@ -25,12 +25,7 @@ REPLAY = 0.25
 def main() -> None:
     """Run every step, narrated, and write `demo/report.json`."""
     started = time.monotonic()
-    # Before NeMo-Run is imported, which reads it once.
-    os.environ.setdefault("NEMORUN_HOME", str(FOLDER.absolute() / "nemo_run"))
-    # Everything is made here: no look-up on the hub may wait for a network.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a model this small gains nothing from more, and loses on a busy CPU
-    quiet_imports()
+    set_environment()
     # What they say besides on every machine without a GPU.
     for message in ("Transformer Engine and Apex", "Failed to create unified memory"):
         warnings.filterwarnings("ignore", message=message)
@@ -49,6 +44,16 @@ def main() -> None:
     console.print(
         f"\n[green]Done in {time.monotonic() - started:.0f} s.[/] See {FOLDER}/report.json, {FOLDER}/losses.png"
     )
+
+
+def set_environment() -> None:
+    """What the demos' imports and jobs go by: a home of NeMo-Run's here, no network, one thread, no chatter."""
+    # Before NeMo-Run is imported, which reads it once.
+    os.environ.setdefault("NEMORUN_HOME", str(FOLDER.absolute() / "nemo_run"))
+    # Everything is made here: no look-up on the hub may wait for a network.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a model this small gains nothing from more, and loses on a busy CPU
+    quiet_imports()
 
 
 def _make_folder() -> None:

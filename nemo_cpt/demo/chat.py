@@ -1,17 +1,15 @@
 """`make chat-demo`: the demo's model, continually pretrained, is taught to answer; three replies before and after."""
 
 import json
-import os
 import sys
 import time
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from nemo_cpt.demo.__main__ import FOLDER
+from nemo_cpt.demo.__main__ import FOLDER, set_environment
 from nemo_cpt.demo.console import console, followed, quietly, say
 from nemo_cpt.errors import CptError
-from nemo_cpt.quiet import quiet_imports
 from nemo_cpt.training.metrics import read_metrics
 from nemo_cpt.training.run_folder import newest_whole
 
@@ -24,10 +22,7 @@ MOST_TOKENS = 60
 def main() -> None:
     """Every step, narrated; needs what `make demo` left."""
     started = time.monotonic()
-    os.environ.setdefault("NEMORUN_HOME", str(FOLDER.absolute() / "nemo_run"))
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    quiet_imports()
+    set_environment()
     newest = newest_whole(FOLDER / "runs" / "with_replay" / "checkpoints")
     if newest is None or not (FOLDER / "with_replay_hf").is_dir():
         raise CptError(f"there is no finished demo in {FOLDER}: run `make demo` first")

@@ -31,8 +31,9 @@ PREFLIGHT: tuple[Check, ...] = (
     containers.docker,
     mounts.mounts,
     slurm.slurm,
+    slurm.cores,
 )
-"""Quick ones: no process is started but sinfo."""
+"""Quick ones: no process is started but sinfo and scontrol."""
 
 FITTING: tuple[Check, ...] = (gpus.fit, slurm.saving_in_time)
 """Looked at before a launch where nothing else is red: the first time it takes as long as NeMo's import."""
@@ -67,6 +68,7 @@ JOB_CHECKS: tuple[Check, ...] = (
     inputs.data,
     inputs.vocabulary,
     gpus.fit,
+    slurm.cores,
     slurm.saving_in_time,
     access.mlflow,
     containers.docker,

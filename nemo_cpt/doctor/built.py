@@ -68,7 +68,9 @@ def job_of(recipe: Any, place: Place) -> Job | None:
         global_batch_size=_number(data, "global_batch_size"),
         seq_length=_number(data, "seq_length"),
         max_steps=max_steps,
-        checkpoints=checkpoints_at_once(max_steps, interval, getattr(ckpt, "save_top_k", 3)),
+        checkpoints=0
+        if trainer.enable_checkpointing is False
+        else checkpoints_at_once(max_steps, interval, getattr(ckpt, "save_top_k", 3)),
         exports=next(
             (exports_kept(max_steps, each.every, each.keep) for each in callbacks if hasattr(each, "keep")), 0
         ),

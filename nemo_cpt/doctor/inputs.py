@@ -160,6 +160,8 @@ def disk(examination: Examination) -> Finding:
     architecture = base_architecture(Path(job.base)) if job and job.base else None
     if job is None or architecture is None:
         return Finding("disk", "ok", f"{free / 1e9:,.1f} GB free for {folder}")
+    if job.checkpoints == 0:
+        return Finding("disk", "ok", f"{free / 1e9:,.1f} GB free for {folder}; the run writes no checkpoints")
     checkpoint = checkpoint_size.checkpoint_bytes(
         architecture, job.lora_rank, job.trained_embeddings, on_cpu=job.gpus_per_node == 0
     )

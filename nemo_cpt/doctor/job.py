@@ -34,6 +34,7 @@ class Place:
         processes: that are started on each; None likewise.
         limit_seconds: Slurm's time limit; None where it was not given.
         preempt_seconds: how long before it the job is told to stop; None for what its plan needs.
+        asks_for_cores: Slurm is told how many cores the job's tasks take.
         environ: variables the executor adds.
     """
 
@@ -49,6 +50,7 @@ class Place:
     processes: int | None = None
     limit_seconds: int | None = None
     preempt_seconds: int | None = None
+    asks_for_cores: bool = False
     environ: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -78,7 +80,7 @@ class Job:
         global_batch_size: sequences of a step; 0 where the recipe's source does not say.
         seq_length: tokens of a sequence; likewise.
         max_steps: steps; likewise.
-        checkpoints: how many checkpoints lie on the disk at once, at most.
+        checkpoints: how many checkpoints lie on the disk at once, at most; 0 where the trainer writes none.
         exports: how many of them are exported beside the training and kept.
         attention_backend: Megatron's.
         logs_to_wandb: whether it has a logger for W&B that is not offline.

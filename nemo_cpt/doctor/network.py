@@ -44,6 +44,7 @@ def chosen_interfaces(value: str, present: list[str], exact: bool = False) -> li
         present: the machine's interfaces.
         exact: whether names are always whole, as for gloo.
     """
+    # `eth` takes eth0 and eth1, `=eth0` that one alone, `^docker` all but those.
     excludes = value.startswith("^")
     names = value.removeprefix("^")
     exact = exact or names.startswith("=")

@@ -12,6 +12,7 @@ from nemo_cpt.planning.save_window import saving, window_within
 
 COMMANDS = ("sbatch", "squeue", "sinfo", "scontrol")
 SECONDS = 15
+_GIVES_CORES = re.compile(r"\bDefCpuPerGPU=|\bOverSubscribe=EXCLUSIVE\b")  # of a partition
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,29 @@ def slurm(examination: Examination) -> Finding:
         cure = "ask the cluster's administrators, or try `sinfo` again: the controller does not answer"
         return Finding("Slurm", "error" if submits else "skipped", said[-1], cure if submits else "")
     return _compared(examination, partitions) if submits else Finding("Slurm", "ok", _listed(partitions))
+
+
+def cores(examination: Examination) -> Finding:
+    """Whether a rank has more than the one core that Slurm gives to a task for which none are asked."""
+    job, place = examination.job, examination.place
+    if job is None or not place.slurm or not job.gpus_per_node or not shutil.which("scontrol"):
+        return Finding("cores", "skipped", "no job for GPUs that is submitted from here")
+    if place.asks_for_cores:
+        return Finding("cores", "ok", "as the job asks for them")
+    try:
+        whole_nodes = re.search(r"SelectType += select/linear", _said("scontrol", "show", "config"))
+        shares = [line for line in _chosen_lines(place.partition) if not _GIVES_CORES.search(line)]
+    except (OSError, subprocess.SubprocessError):
+        return Finding("cores", "skipped", "scontrol does not answer")
+    if whole_nodes or not shares:
+        return Finding("cores", "ok", "the partition gives a GPU its own, or whole nodes")
+    return Finding(
+        "cores",
+        "warning",
+        "Slurm gives each rank one core, as none are asked for, and the partition has no DefCpuPerGPU",
+        "give executor.cpus_per_task=8: beside the training, two processes of each rank read data and others write "
+        "checkpoints",
+    )
 
 
 def saving_in_time(examination: Examination) -> Finding:
@@ -77,10 +101,15 @@ def saving_in_time(examination: Examination) -> Finding:
 def _grace(partition: str | None) -> tuple[int, int | None]:
     """Seconds between SIGTERM and SIGKILL, and the partition's grace period, None where no job is preempted."""
     kill_wait = re.search(r"KillWait += (\d+)", _said("scontrol", "show", "config"))
-    shown = [line for line in _said("scontrol", "--oneliner", "show", "partition").splitlines() if line]
-    chosen = [line for line in shown if _is_chosen(line, partition) and not re.search(r" PreemptMode=(OFF|N/A)", line)]
+    chosen = [line for line in _chosen_lines(partition) if not re.search(r" PreemptMode=(OFF|N/A)", line)]
     periods = [int(found[1]) for line in chosen if (found := re.search(r" GraceTime=(\d+)", line))]
     return int(kill_wait[1]) if kill_wait else 30, min(periods, default=None)  # 30 is Slurm's default
+
+
+def _chosen_lines(partition: str | None) -> list[str]:
+    """What scontrol shows of a partition, of each where several are named."""
+    shown = _said("scontrol", "--oneliner", "show", "partition").splitlines()
+    return [line for line in shown if _is_chosen(line, partition)]
 
 
 def _is_chosen(line: str, partition: str | None) -> bool:
@@ -99,7 +128,8 @@ def _compared(examination: Examination, partitions: list[Partition]) -> Finding:
     label = ",".join(names)
     if not any(each.up for each in chosen):
         return Finding("Slurm", "error", f"partition {label} is down", f"choose another: {_listed(partitions)}")
-    nodes = sum(each.nodes for each in chosen)
+    # Of several partitions a job runs in one; each has a line for every kind of its nodes.
+    nodes = max(sum(each.nodes for each in chosen if each.name == name) for name in names)
     if job and job.nodes > nodes:
         found = f"partition {label} has {nodes} nodes, the job takes {job.nodes}"
         return Finding("Slurm", "error", found, "take fewer nodes (executor.nodes=) or another partition")

@@ -207,6 +207,7 @@ def _differences(wanted: dict[str, str]) -> Iterator[str]:
 def _imported(code: str) -> tuple[list[int] | None, str]:
     """What `code` printed behind DOCTOR, or None and the last line of its error."""
     try:
+        # In a process of its own: an import that hangs, or crashes in C, is a finding and not the doctor's end.
         done = subprocess.run(
             [sys.executable, "-c", code],
             capture_output=True,

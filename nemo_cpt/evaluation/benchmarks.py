@@ -20,6 +20,7 @@ from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation.bootstrap import Row
 from nemo_cpt.evaluation.candidates import Candidate, first_and_last
 from nemo_cpt.evaluation.journal import Journal, key_of
+from nemo_cpt.installed import extra
 
 HARNESS = "lm_eval"
 NORMAL_95 = 1.959964  # standard errors on either side of a 95 % interval
@@ -97,7 +98,7 @@ def find_tasks(specs: Sequence[str]) -> list[Task]:
         CptError: the harness is not installed, or a number of shots is none.
     """
     if find_spec(HARNESS) is None:
-        raise CptError("benchmarks need lm-evaluation-harness: pip install 'nemo_cpt[eval]'")
+        raise CptError(f"benchmarks need lm-evaluation-harness: {extra('eval')}")
     return read_tasks(specs)
 
 

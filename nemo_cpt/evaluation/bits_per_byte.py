@@ -17,17 +17,20 @@ from torch.nn.functional import cross_entropy
 
 from nemo_cpt.arguments import checked
 from nemo_cpt.compatibility import END_OF_TEXT, check_data, check_largest_id, read_base
-from nemo_cpt.corpus import full_prefix, read_index
+from nemo_cpt.conversations.mixture import SEED
+from nemo_cpt.corpus import full_prefix, read_index, read_manifest
+from nemo_cpt.corpus.dataset.manifest import manifest_path
 from nemo_cpt.errors import CptError
 from nemo_cpt.inference.token_bytes import TokenBytes
 from nemo_cpt.inference.transformers_engine import TransformersEngine
+from nemo_cpt.training.masks import MASKS
 
-DATA_SEED = 1234  # PreTrainingDataModule's default, so that the order is the training job's
 LOGITS_BYTES = 2**29  # of one forward pass, in fp32
 LOSS_ROWS = 256  # whose softmax is computed at once: all of them together would take as much memory again
 MOST_TOKENS = 16_384  # of one forward pass, however small the vocabulary
 SORTED_WINDOWS = 512  # windows that are sorted by length before they are batched: little padding, flat memory
 WINDOW = 2048  # tokens
+UNCOUNTED = -100  # as a label: cross_entropy's own
 Tell = Callable[[int], None]
 
 
@@ -73,6 +76,9 @@ def sequences_loss(
     *,
     seq_length: int,
     samples: int | None = None,
+    seed: int = SEED,
+    eod_mask_loss: bool = False,
+    reset_attention_mask: bool = False,
     tell: Tell = lambda done: None,
 ) -> TextLoss:
     """The loss on the very sequences that a run validates on.
@@ -85,6 +91,9 @@ def sequences_loss(
         prefix: Megatron prefix of the tokenized text, as `prepare` wrote it.
         seq_length: tokens predicted in each sequence.
         samples: sequences to read, where the text is shorter again from its start; the whole text once when None.
+        seed: the run's, which decides which sequences of a longer text are the first.
+        eod_mask_loss: do not count what is predicted from a document's end, as in a run with Megatron's setting.
+        reset_attention_mask: look at no document before a token's own, as in a run with Megatron's setting.
         tell: called with the sequences that are done.
 
     Raises:
@@ -96,22 +105,28 @@ def sequences_loss(
     _check_window(engine, seq_length)
     # Another end of text does not change what the tokens mean, and is the tuned model's right.
     check_data(read_base(engine.name), [str(prefix)], unlike_base=[END_OF_TEXT])
-    counted = ByteCounter(engine.tokenizer)
+    bytes_of = ByteCounter(engine.tokenizer)
+    masks = {"eod_mask_loss": eod_mask_loss, "reset_attention_mask": reset_attention_mask}
     # Through Megatron's own dataset: the very samples, in the order that the training's validation has.
-    dataset, rows = _dataset(engine, prefix, seq_length, samples), _rows(engine)
+    dataset, rows = _dataset(engine, prefix, seq_length, samples, seed, **masks), _rows(engine)
     size = _batch_rows(engine, seq_length)
     nats: list[float] = []
+    counts: list[int] = []
     sizes: list[int] = []
     for start in range(0, samples, size):
         batch = [dataset[index] for index in range(start, min(start + size, samples))]
         tokens, labels = (torch.stack([sample[name] for sample in batch]) for name in ("tokens", "labels"))
         check_largest_id(int(torch.maximum(tokens, labels).max()), rows, str(prefix))
         _refuse_double_bos(engine, tokens, str(prefix))
-        nats += _nats(engine, tokens, labels).sum(1).tolist()
-        sizes += counted(tokens, labels)
+        counted = torch.stack([sample["loss_mask"] for sample in batch]).bool()
+        hidden = torch.stack([sample["attention_mask"] for sample in batch]) if reset_attention_mask else None
+        nats += _nats(engine, tokens, labels.masked_fill(~counted, UNCOUNTED), hidden).sum(1).tolist()
+        counts += counted.sum(1).tolist()
+        sizes += bytes_of(tokens, labels, counted)
         tell(len(nats))
     _refuse_nan(engine, nats)
-    return TextLoss("sequence", nats, [seq_length] * samples, sizes, _first_of_documents(engine, prefix))
+    how = [_first_of_documents(engine, prefix), *(said for name, said in MASKS.items() if masks[name])]
+    return TextLoss("sequence", nats, counts, sizes, "; ".join(how))
 
 
 def whole_sequences(prefix: str | Path, seq_length: int) -> int:
@@ -209,10 +224,19 @@ def rolling_windows(
 
 
 @torch.inference_mode()
-def _nats(engine: TransformersEngine, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of each label [rows, columns] after its token [rows, columns]; labels of -100 give 0."""
-    device = engine.network.device
-    logits = engine.network(input_ids=tokens.to(device), use_cache=False).logits.flatten(0, 1)
+def _nats(
+    engine: TransformersEngine, tokens: torch.Tensor, labels: torch.Tensor, hidden: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Cross-entropy of each label [rows, columns] after its token [rows, columns]; labels of `UNCOUNTED` give 0.
+
+    What each position must not look at is `hidden`, bool of [rows, 1, columns, columns]; what comes later when None.
+    """
+    device, dtype = engine.network.device, engine.network.dtype
+    mask = None
+    if hidden is not None:  # a sum that every attention of transformers takes, eager and fused
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
+        mask.masked_fill_(hidden.to(device), torch.finfo(dtype).min)
+    logits = engine.network(input_ids=tokens.to(device), attention_mask=mask, use_cache=False).logits.flatten(0, 1)
     parts = zip(logits.split(LOSS_ROWS), labels.to(device).flatten().split(LOSS_ROWS), strict=True)
     # fp32 for the softmax, whatever the weights' type: in bf16 sums of 100,000 terms lose digits.
     losses = [cross_entropy(part.float(), wanted, reduction="none") for part, wanted in parts]
@@ -223,7 +247,7 @@ def _window_nats(engine: TransformersEngine, batch: Sequence[tuple[int, list[int
     """The nats of each window's predicted tokens. Padding stands on the right, where causal attention never looks."""
     width = max(len(given) for _, given, _ in batch)
     tokens = torch.zeros(len(batch), width, dtype=torch.long)
-    labels = torch.full_like(tokens, -100)
+    labels = torch.full_like(tokens, UNCOUNTED)
     for row, (_, given, predicted) in enumerate(batch):
         tokens[row, : len(given)] = torch.tensor(given)
         labels[row, len(given) - len(predicted) : len(given)] = torch.tensor(predicted)
@@ -285,23 +309,32 @@ def _first_of_documents(engine: TransformersEngine, prefix: str | Path) -> str:
     return f"as in the training: sequences begin anywhere; the documents' own first token is {begins}"
 
 
-def _dataset(engine: TransformersEngine, prefix: str | Path, seq_length: int, samples: int) -> Any:
+def _dataset(
+    engine: TransformersEngine, prefix: str | Path, seq_length: int, samples: int, seed: int, *,
+    eod_mask_loss: bool, reset_attention_mask: bool,
+) -> Any:  # fmt: skip
     from nemo_cpt.training.datasets import VALIDATION, gpt_dataset  # imports NeMo
 
     return gpt_dataset(
         {full_prefix(prefix): 1.0},
         samples,
         VALIDATION,
-        random_seed=DATA_SEED,
+        random_seed=seed,
         sequence_length=seq_length,
         # No index is kept: the text may be somebody else's, in a folder that is not ours to write to.
         path_to_cache="",
-        tokenizer=SimpleNamespace(eod=engine.tokenizer.eos_token_id, unique_identifiers={"class": "evaluation"}),
+        tokenizer=SimpleNamespace(eod=_end_of_documents(engine, prefix), unique_identifiers={"class": "evaluation"}),
         reset_position_ids=False,
-        create_attention_mask=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
+        create_attention_mask=reset_attention_mask,
+        reset_attention_mask=reset_attention_mask,
+        eod_mask_loss=eod_mask_loss,
     )
+
+
+def _end_of_documents(engine: TransformersEngine, prefix: str | Path) -> int | None:
+    """The token behind each document, as the data have it: a tuned model's own end of text may be another."""
+    stated = read_manifest(prefix).get("markers", {}).get("eod") if manifest_path(prefix).is_file() else None
+    return stated[1] if stated else engine.tokenizer.eos_token_id
 
 
 class ByteCounter:
@@ -333,8 +366,8 @@ class ByteCounter:
                     f"{text!r} are counted wrong): give the text itself, as JSONL"
                 )
 
-    def __call__(self, tokens: torch.Tensor, labels: torch.Tensor) -> list[int]:
-        """Bytes of each row's labels; tokens and labels are [rows, columns]."""
+    def __call__(self, tokens: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor) -> list[int]:
+        """Bytes of each row's labels that are counted; tokens, labels and counted (bool) are [rows, columns]."""
         # Where a document begins, sentencepiece's blank is no character of it.
         begins = self.special[tokens] & ~self.special[labels]
-        return (self.sizes[labels].sum(1) - self.dummy * begins.sum(1)).tolist()
+        return ((self.sizes[labels] - self.dummy * begins) * counted).sum(1).tolist()

@@ -1,6 +1,5 @@
 """A few fixed prompts asked at each validation: whether the model has begun to reply in the language it is taught."""
 
-import json
 from pathlib import Path
 from typing import Any, Optional
 
@@ -13,6 +12,7 @@ from nemo.utils import AppState
 from nemo_cpt.compatibility import read_base
 from nemo_cpt.errors import CptError
 from nemo_cpt.training.metrics import REPLIES_FILE, append_metrics
+from nemo_cpt.training.record import template_of
 
 MULTIPLE = 16  # tokens that sequences are padded to, so that sequence parallelism can cut them
 
@@ -24,7 +24,8 @@ class EvaluateReplies(pl.Callback):
     `metrics/steps.jsonl`, and the replies to `metrics/replies.jsonl` and the loggers that take text. It draws no random
     number and changes no weight: the run's losses are the same with it and without. Every rank computes the same
     replies, since the ranks of a tensor-parallel group need each other. Without a cache of keys and values, a token
-    costs a forward pass of all prompts: meant for a few prompts and short replies.
+    costs a forward pass of all prompts: meant for a few prompts and short replies. Prompts go through the chat template
+    that the run's exports carry, else the tokenizer's own, and are plain text without one.
 
     Args:
         prompts: `[NAME=]FILE` or the name of a shipped set, as of `nemo-cpt evaluate --prompts`.
@@ -71,8 +72,13 @@ class EvaluateReplies(pl.Callback):
         from nemo_cpt.evaluation.language import language_share
 
         tokenizer = trainer.datamodule.tokenizer.tokenizer
-        asked = self._asked()
-        texts = self._replies(pl_module, tokenizer, [self._encoded(tokenizer, each) for each in asked])
+        # An instruction tuning's tokenizer is its base's, which has another template than the one trained on, or none.
+        tuned = template_of(trainer)
+        asked, template = self._asked(), tuned["text"] if tuned else tokenizer.chat_template
+        prompts = [self._encoded(tokenizer, template, each) for each in asked]
+        # Also the base's own ends: an untuned model may stop with either.
+        ends = {tokenizer.eos_token_id, *_ends(tokenizer), *([tuned["stop"][1]] if tuned else [])}
+        texts = self._replies(pl_module, tokenizer, prompts, ends)
         shares: dict[str, float] = {}
         for language in dict.fromkeys(each.language for each in asked if each.language):
             of_it = [text for each, text in zip(asked, texts, strict=True) if each.language == language]
@@ -91,26 +97,24 @@ class EvaluateReplies(pl.Callback):
 
         return list(prompt_set(self.prompts, self.language).prompts[: self.limit])
 
-    def _encoded(self, tokenizer: Any, asked: Any) -> list[int]:
+    def _encoded(self, tokenizer: Any, template: str | None, asked: Any) -> list[int]:
         """The prompt's tokens: through the chat template where there is one, else as text to go on from."""
-        if isinstance(asked.prompt, str) and not tokenizer.chat_template:
+        if isinstance(asked.prompt, str) and not template:
             return tokenizer(asked.prompt).input_ids
-        if not tokenizer.chat_template:
-            raise CptError(f"{self.prompts} has messages, and the run's tokenizer has no chat template")
+        if not template:
+            raise CptError(f"{self.prompts} has messages, and neither the run nor its tokenizer has a chat template")
         turns = [{"role": "user", "content": asked.prompt}] if isinstance(asked.prompt, str) else list(asked.prompt)
-        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True)
+        return tokenizer.apply_chat_template(turns, chat_template=template, add_generation_prompt=True)
 
     @torch.no_grad()
-    def _replies(self, pl_module: Any, tokenizer: Any, prompts: list[list[int]]) -> list[str]:
-        """Greedy replies of the model as it stands."""
+    def _replies(self, pl_module: Any, tokenizer: Any, prompts: list[list[int]], ends: set[int]) -> list[str]:
+        """Greedy replies of the model as it stands, up to one of the tokens that end them."""
         longest = max(map(len, prompts)) + self.max_tokens
         if longest > pl_module.config.seq_length:
             raise CptError(
                 f"the longest prompt and its reply have {longest} tokens, the run's sequences "
                 f"{pl_module.config.seq_length}: ask shorter prompts, or for fewer tokens (max_tokens)"
             )
-        # Also the base's own ends: an untuned model may stop with either.
-        ends = {tokenizer.eos_token_id, *_ends(tokenizer)}
         replies: list[list[int]] = [[] for _ in prompts]
         open_ = list(range(len(prompts)))
         for _ in range(self.max_tokens):
@@ -120,7 +124,8 @@ class EvaluateReplies(pl.Callback):
             open_ = [at for at in open_ if replies[at][-1] not in ends]
             if not open_:
                 break
-        return [tokenizer.decode(reply, skip_special_tokens=True) for reply in replies]
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}  # as an engine's replies
+        return [tokenizer.decode(reply, **options) for reply in replies]
 
     def _next_tokens(self, pl_module: Any, vocabulary: int, rows: list[list[int]]) -> list[int]:
         """The most probable successor of each row. Padding stands on the right, where causal attention never looks."""
@@ -140,14 +145,12 @@ class EvaluateReplies(pl.Callback):
 
     def _keep(self, trainer: pl.Trainer, asked: list[Any], texts: list[str]) -> None:
         """Append the replies to their file, and show them in the loggers."""
-        path = Path(AppState().log_dir, REPLIES_FILE)
-        path.parent.mkdir(parents=True, exist_ok=True)
         lines = [
             {"step": trainer.global_step, "id": each.id, "prompt": each.prompt, "reply": text}
             for each, text in zip(asked, texts, strict=True)
         ]
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        for line in lines:
+            append_metrics(AppState().log_dir, line, REPLIES_FILE)
         for logger in trainer.loggers:
             if hasattr(logger, "log_text"):  # Weights & Biases
                 rows = [[line["id"], line["prompt"], line["reply"]] for line in lines]

@@ -13,6 +13,7 @@ from nemo_cpt.evaluation.journal import key_of
 from nemo_cpt.inference import Engine, open_engine
 from nemo_cpt.inference.asked_as import end_ids, has_chat_template, reply_warnings
 from nemo_cpt.inference.models import Found, check_model, find_model
+from nemo_cpt.made import RECORD
 from nemo_cpt.training.run_folder import checkpoints
 from nemo_cpt.urls import is_address
 
@@ -62,7 +63,8 @@ class Candidate:
         if self.is_endpoint:
             return self.engine.name
         # Every byte: a training of a few rows or layers leaves most of them as they were.
-        return key_of([(path.name, hash_file(str(path))) for path in sorted(self.folder.iterdir()) if path.is_file()])
+        files = (path for path in sorted(self.folder.iterdir()) if path.is_file() and path.name != RECORD)
+        return key_of([(path.name, hash_file(str(path))) for path in files])
 
     @property
     def engine(self) -> Engine:

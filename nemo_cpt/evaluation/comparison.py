@@ -20,7 +20,14 @@ from nemo_cpt.evaluation.bootstrap import Measure, Row, compare, mean, ratio
 from nemo_cpt.evaluation.candidates import Candidate, Say, described, find_candidates, first_and_last, warnings_of
 from nemo_cpt.evaluation.journal import Journal, key_of
 from nemo_cpt.evaluation.language import UNDECIDED, WRAPPERS, judge_language, language_share, wrap
-from nemo_cpt.evaluation.loss_sets import LossSet, check_names, find_loss_sets, training_record, validated_on
+from nemo_cpt.evaluation.loss_sets import (
+    LossSet,
+    check_names,
+    find_loss_sets,
+    mask_warnings,
+    training_record,
+    validated_on,
+)
 from nemo_cpt.evaluation.questions import SHIPPED
 from nemo_cpt.evaluation.reading import Asked, PromptSet, check_language, prompt_set, read_documents
 from nemo_cpt.inference import Prompt, Reply, Sampling
@@ -183,7 +190,7 @@ def evaluate(
         series=_series(candidates, found, sets) if len(candidates) > 2 else [],
         sets=_described_sets(texts, sets, found[-1]),
         replies=list(_shown_replies(candidates, found, sets, wrappers)),
-        warnings=warnings_of(candidates),
+        warnings=warnings_of(candidates) + mask_warnings(candidates, texts),
         settings={
             "seed": seed,
             "sampling": asdict(sampling),
@@ -271,7 +278,9 @@ class _Work:
         from nemo_cpt.evaluation.bits_per_byte import TextLoss
 
         # All that the number depends on is in the key: what was measured otherwise is measured again.
-        shape = (text.seq_length, text.samples) if text.seq_length else (self.window, self.limit)
+        shape = (
+            (text.seq_length, text.samples, text.seed, *text.masks) if text.seq_length else (self.window, self.limit)
+        )
         key = key_of("loss", FORMAT, self.candidate.key, text.hash, shape)
         record = self.journal.get(key)
         if record is None:
@@ -289,8 +298,9 @@ class _Work:
         with ProgressBar(title, total, self.quiet, unit=unit) as bar:
             if text.seq_length:
                 return sequences_loss(
-                    engine, text.path, seq_length=text.seq_length, samples=text.samples, tell=bar.update
-                )
+                    engine, text.path, seq_length=text.seq_length, samples=text.samples, seed=text.seed,
+                    tell=bar.update, **dict.fromkeys(text.masks, True),
+                )  # fmt: skip
             return documents_loss(
                 engine, islice(read_documents(text.path), self.limit), window=self.window, tell=bar.update
             )

@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from nemo_cpt.corpus.atomic_files import make_folder, open_locked
+from nemo_cpt.corpus.atomic_files import make_folder, open_locked, write_at
 from nemo_cpt.errors import CptError
 
 
@@ -72,14 +72,16 @@ class Journal:
         """
         line = orjson.dumps({"key": key} | record) + b"\n"
         with self._lock:
-            size = os.fstat(self._file.fileno()).st_size
+            descriptor = self._file.fileno()
+            size = os.fstat(descriptor).st_size
             try:
-                self._file.write(line)
-                self._file.flush()
-                os.fsync(self._file.fileno())
+                # Past the file's own buffer: what a full disk does not take of a line would be left in that, and be
+                # written behind the records when the file is closed.
+                write_at(descriptor, line, size)
+                os.fsync(descriptor)
             except OSError as error:
                 # A part of a line would hide itself and, once the disk has room, join the next one.
-                os.ftruncate(self._file.fileno(), size)
+                os.ftruncate(descriptor, size)
                 raise CptError(f"cannot write {self.path}: {error.strerror}. Make room and run it again.") from error
             # After the fsync: what is not on the disk has not been answered.
             self._records[key] = record

@@ -146,6 +146,7 @@ def run_judge(
             asker = _Asker(engine, identities[name], journal, answer_tokens, seed)
             answers[name] = asker.answers(questions, partial(progress, name))
         asks = list(_asks(questions, answers, _compares(list(models), compare), repeats))
+        # At temperature 0 every repeat would be the same verdict.
         sampling = Sampling(max_tokens=verdict_tokens, temperature=REPEATED_TEMPERATURE if repeats > 1 else 0.0)
         bench = _Bench(judge, journal, sampling, seed)
         say(f"{judge.name}: {_cost(bench.open(asks), verdict_tokens)}")
@@ -313,6 +314,7 @@ class _Bench:
         if not missing:
             return
         keys, places = list(missing), list(missing.values())
+        # All of one repeat (see `_readable`), and so of one seed.
         sampling = self._draw(asks[indices[0]].repeat, attempt)
         prompts = (asks[place[0]].messages for place in places)
         for number, reply in self._judge.generate(prompts, sampling):

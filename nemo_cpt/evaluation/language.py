@@ -21,6 +21,7 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from nemo_cpt.errors import CptError
+from nemo_cpt.installed import extra
 
 if TYPE_CHECKING:
     from nemo_cpt.inference.engine import Message, Prompt
@@ -228,6 +229,7 @@ def _missing(letters: str, encoding: str) -> int:
 def _of_other_scripts(part: str, words: list[str], asked: str) -> tuple[str, ...]:
     others = _LATIN_WORD.sub(" ", part)
     only_names = all(word[0].isupper() for word in words) and not _ENGLISH.search(part)
+    # Latin words among another script's do not decide: less than half of the letters, or names alone.
     if _letters(others) * 2 > _letters(part) or (only_names and _WORD.search(others)):
         return _first(_confidences(others)) or ((OTHER,) if _WORD.search(others) else ())
     if not words:
@@ -293,9 +295,7 @@ def _detector() -> Any:
     try:
         from lingua import IsoCode639_1, LanguageDetectorBuilder
     except ImportError as error:
-        raise CptError(
-            "the language of replies is told by lingua, which is not installed: pip install 'nemo_cpt[eval]'"
-        ) from error
+        raise CptError(f"the language of replies is told by lingua, which is not installed: {extra('eval')}") from error
     codes = {IsoCode639_1.from_str(code.partition("-")[0].upper()) for code in KNOWN}
     return LanguageDetectorBuilder.from_iso_codes_639_1(*codes).build()
 

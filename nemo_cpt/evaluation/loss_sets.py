@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from nemo_cpt.checkpoint.architecture import read_json
+from nemo_cpt.checkpoint.context import RUN_JSON
+from nemo_cpt.checkpoint.provenance import read_provenance
 from nemo_cpt.compatibility import END_OF_TEXT, check_data, read_base
+from nemo_cpt.conversations.dataset import is_conversations
+from nemo_cpt.conversations.mixture import SEED
 from nemo_cpt.corpus.dataset.index import fingerprint, full_prefix, read_index
 from nemo_cpt.corpus.reading.chunks import hash_file
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation.candidates import Candidate, Say
 from nemo_cpt.moved import places
 from nemo_cpt.training.changes import content_of
+from nemo_cpt.training.masks import MASKS, masks_of
 from nemo_cpt.training.run_folder import newest_whole
 
 SEQ_LENGTH, SAMPLES = 1024, 512  # of a tokenized set that no run says more of: up to half a million tokens
@@ -29,12 +34,16 @@ class LossSet:
         path: a file of documents, or a Megatron prefix.
         seq_length: of the sequences of a tokenized set; None for documents.
         samples: sequences of a tokenized set; None for documents.
+        seed: of the order in which sequences are taken.
+        masks: those of `MASKS` that a tokenized set is read with.
     """
 
     name: str
     path: str
     seq_length: int | None = None
     samples: int | None = None
+    seed: int = SEED
+    masks: Sequence[str] = ()
 
     @cached_property
     def hash(self) -> str:
@@ -43,12 +52,33 @@ class LossSet:
 
 
 def training_record(model: str | Path | None) -> dict[str, Any]:
-    """What the newest checkpoint of a run, or a checkpoint, says of its training; empty for other models."""
+    """What a run's newest checkpoint, a checkpoint or its export says of its training; empty for other models."""
     path = Path(str(model))
     # A run's folder stands for its newest checkpoint, as everywhere.
     newest = newest_whole(path / "checkpoints") if (path / "checkpoints").is_dir() else None
-    record = (newest.path if newest else path) / "run.json"
-    return read_json(record) if record.is_file() else {}
+    record = (newest.path if newest else path) / RUN_JSON
+    if record.is_file():
+        return read_json(record)
+    trainings = read_provenance(path).trainings
+    return dict(trainings[-1]) if trainings else {}
+
+
+def mask_warnings(candidates: Sequence[Candidate], texts: Sequence[LossSet]) -> list[str]:
+    """Which models were trained with other masks than those that the losses of tokenized sets are measured with."""
+    used = next((each.masks for each in texts if each.seq_length), None)
+    if used is None:
+        return []
+    records = {each.name: training_record(each.model) for each in candidates if not each.is_endpoint}
+    return [
+        f"{name} was trained with {_listed(masks_of(record))}, and the losses of tokenized sets are measured with "
+        f"{_listed(used)}, for all models: its own validation losses are others"
+        for name, record in records.items()
+        if record and masks_of(record) != used
+    ]
+
+
+def _listed(masks: Sequence[str]) -> str:
+    return " and ".join(masks) or f"neither {' nor '.join(MASKS)}"
 
 
 def validated_on(run: Mapping[str, Any], model: str | Path | None, say: Say) -> list[str]:
@@ -57,7 +87,9 @@ def validated_on(run: Mapping[str, Any], model: str | Path | None, say: Say) -> 
     found = {name: _set_of_run(run, name, prefix, Path(str(model))) for name, prefix in named.items()}
     for name in (name for name, prefix in found.items() if prefix is None):
         say(f"the run validated on {named[name]}, which is not there any more")
-    if not named:
+    if chats := sorted(_contents(run).keys() - named.keys()):
+        say(f"the run validated on conversations ({', '.join(chats)}): `nemo-cpt report` has the losses on answers")
+    elif not named:
         say("nothing says which sets the model was validated on: no losses (--loss NAME=PATH measures one)")
     return [f"{name}={prefix}" for name, prefix in found.items() if prefix]
 
@@ -111,6 +143,11 @@ def _loss_set(spec: str, candidates: Sequence[Candidate], run: Mapping[str, Any]
     # A dataset may be named by one of its files, too.
     if Path(path).is_file() and not path.endswith((".bin", ".idx")):
         return LossSet(name, path)
+    if is_conversations(path):
+        raise CptError(
+            f"{path} holds conversations, whose loss is of their answers alone: a run that validates on them measures "
+            "it (`nemo-cpt report`). Give a set of texts, or ask the questions (--prompts)"
+        )
     # A mistyped file would be looked for as a Megatron prefix, and its message mislead.
     if re.search(r"\.(jsonl|json|parquet|gz|zst)$", path):
         raise CptError(f"there is no file {path}")
@@ -119,11 +156,14 @@ def _loss_set(spec: str, candidates: Sequence[Candidate], run: Mapping[str, Any]
     same_place = str(Path(full_prefix(path)).absolute()) in validated.get("sets", {}).values()
     if same_place or (validated and content_of(path) in _contents(run).values()):  # just what the training's loss is of
         seq_length, samples = validated["seq_length"], validated["samples"] or SAMPLES
+        # The run's seed shuffles its validation sets, too: with another, other sequences of a longer set come first.
+        seed = run.get("settings", {}).get("data", {}).get("seed") or SEED
     else:
         contexts = [each.context_length for each in candidates if each.context_length]
         seq_length = min([SEQ_LENGTH, *contexts, max(tokens - 1, 1)])
-        samples = min(SAMPLES, max((tokens - 1) // seq_length, 1))
-    return LossSet(name, path, seq_length, min(samples, limit or samples))
+        samples, seed = min(SAMPLES, max((tokens - 1) // seq_length, 1)), SEED
+    # The run's on any set: what its loss left out it has not learnt.
+    return LossSet(name, path, seq_length, min(samples, limit or samples), seed, masks_of(run))
 
 
 def check_names(names: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation.bootstrap import Measure, mean, percentile, ratio
 from nemo_cpt.inference.engine import Reply
+from nemo_cpt.installed import extra
 
 NORMALIZATION = "NFKC, lower case, without blanks, punctuation and symbols, but for those of numbers: -1.5, 3/4"
 BLEU_TOKENIZERS = {"ja": "ja-mecab", "zh-tw": "zh", "zh-cn": "zh", "ko": "char", "th": "char"}
@@ -113,7 +114,7 @@ def _sacrebleu_measures(
     try:
         from sacrebleu.metrics import BLEU, CHRF
     except ImportError as error:
-        raise CptError("BLEU and chrF need sacrebleu: pip install 'nemo_cpt[eval]'") from error
+        raise CptError(f"BLEU and chrF need sacrebleu: {extra('eval')}") from error
     most = max(map(len, answers))
     # sacrebleu wants as many references of each reply; None stands for one that is not there.
     references: Any = [[each[at] if at < len(each) else None for each in answers] for at in range(most)]
@@ -143,6 +144,7 @@ def reply_measures(replies: Sequence[Reply]) -> Iterator[Measure]:
     yield mean("length", lengths, unit="characters")
     cut = [100 * (reply.finish_reason == "length") for reply in replies]
     yield mean("cut off at the most tokens", cut, better="lower", unit="%")
+    # Endpoints that do not count tokens say 0 of a reply that has some: not known, and no length.
     tokens = [reply.completion_tokens if reply.completion_tokens or not reply.text else math.nan for reply in replies]
     yield mean("tokens of a reply", tokens)
     seconds = [reply.seconds for reply in replies]

@@ -224,6 +224,7 @@ def typed_lines(prompt: str) -> Iterator[str]:
 
     keys = KeyBindings()
     keys.add("enter")(lambda event: event.current_buffer.validate_and_handle())
+    # Alt and Enter, of which a terminal makes these two: a line break within what is typed.
     keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
     commands = WordCompleter([line.split()[0] for line in HELP.splitlines() if line.startswith("/")], sentence=True)
     session: PromptSession[str] = PromptSession(multiline=True, key_bindings=keys, completer=commands)

@@ -222,6 +222,7 @@ class Decoder:
         if not self.rows:
             self.rows, self._cache, self._mask, self._newest = requests, cache, mask, newest
             return
+        # On the left: the newest position is then the last column of every row.
         columns = max(self._mask.shape[1], mask.shape[1])
         for ours, theirs in zip(self._cache.layers, cache.layers, strict=True):
             ours.keys = torch.cat([_left_padded(ours.keys, columns), _left_padded(theirs.keys, columns)])
@@ -281,8 +282,7 @@ class _Detokenizer:
         try:
             text = self.stream.step(self.fast, token) or ""
         except Exception:  # bare, of tokenizers: with byte fallback a wrong byte undoes characters that were given
-            options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-            text = self.tokenizer.decode(self.pending, **options)
+            text = self.tokenizer.decode(self.pending, skip_special_tokens=True)
             self.stream = DecodeStream(ids=self.pending, skip_special_tokens=True)
         if text:
             self.pending = []

@@ -20,8 +20,9 @@ from nemo_cpt.inference.engine import Message, Piece, Sampling, TokenLogprob
 
 MOST_CHOICES = 16
 MOST_SENTENCES = 128  # of a request to NeMo's server
-DEFAULT_MAX_TOKENS = 256  # of a completion; OpenAI's 16 surprises everybody
-DEFAULT_CHAT_TOKENS = 1024  # of a chat's reply. OpenAI's may fill the context, which here would keep others waiting
+# Of a request that names none, as far as the context has room: OpenAI's 16 of a completion surprise everybody, and its
+# chats may fill the context, which here would keep others waiting.
+DEFAULT_MAX_TOKENS, DEFAULT_CHAT_TOKENS = 256, 1024
 NULL_IN_MESSAGES: tuple[Any, ...] = (None, [], {})  # what clients send back of an answer beside role and content
 
 
@@ -101,8 +102,16 @@ class _Completion(_Body):
         """Whether a stream is to end with the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def sampling(self, max_tokens: int, logprobs: int | None, prompts: int = 1) -> list[Sampling]:
-        """How each of the `n` replies to each prompt is drawn, by a seed of its own: equal prompts are drawn apart."""
+    def sampling(self, max_tokens: Sequence[int], logprobs: int | None) -> list[Sampling]:
+        """How each of the `n` replies to each prompt is drawn, by a seed of its own: equal prompts are drawn apart.
+
+        Args:
+            max_tokens: the most tokens of a reply, for each prompt.
+            logprobs: as in `Sampling`.
+
+        Raises:
+            CptError: options of a stream are given for what is none.
+        """
         if self.stream_options is not None and not self.stream:
             raise CptError("stream_options is set and stream is not")
         seed = self.seed if self.seed is not None else random_seed()
@@ -110,11 +119,11 @@ class _Completion(_Body):
         top_k = 0 if self.top_k == -1 else self.top_k  # vLLM's two names for all tokens
         return [
             Sampling(
-                max_tokens=max_tokens, temperature=self.temperature, top_p=self.top_p, top_k=top_k, stop=stop,
-                min_tokens=self.min_tokens, repetition_penalty=self.repetition_penalty, seed=seed + number,
+                max_tokens=max_tokens[number // self.n], temperature=self.temperature, top_p=self.top_p, top_k=top_k,
+                stop=stop, min_tokens=self.min_tokens, repetition_penalty=self.repetition_penalty, seed=seed + number,
                 logprobs=logprobs,
             )
-            for number in range(prompts * self.n)
+            for number in range(len(max_tokens) * self.n)
         ]  # fmt: skip
 
 
@@ -142,15 +151,23 @@ class ChatRequest(_Completion):
         return [_message(number, each) for number, each in enumerate(self.messages)]
 
     def most_tokens(self, room: int) -> int:
-        """The most tokens of a reply, where the context leaves `room`."""
+        """The most tokens of a reply, where the context leaves `room`.
+
+        Raises:
+            CptError: it is given twice, and not the same.
+        """
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise CptError("max_tokens and max_completion_tokens say different things: give one")
         # OpenAI's newer name for it; clients send either, some both.
         wanted = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
-        return wanted if wanted is not None else min(max(room, 1), DEFAULT_CHAT_TOKENS)
+        return _most_tokens(wanted, room, DEFAULT_CHAT_TOKENS)
 
     def most_probable(self) -> int | None:
-        """Most probable tokens to report beside each token; None for no log probabilities."""
+        """Most probable tokens to report beside each token; None for no log probabilities.
+
+        Raises:
+            CptError: they are asked for without log probabilities.
+        """
         if self.top_logprobs and not self.logprobs:
             raise CptError("top_logprobs is set and logprobs is not")
         return self.top_logprobs if self.logprobs else None
@@ -178,7 +195,7 @@ class CompletionRequest(_Completion):
     """POST /v1/completions."""
 
     prompt: str | Annotated[list[str] | list[int] | list[list[int]], Field(min_length=1)]
-    max_tokens: int = DEFAULT_MAX_TOKENS
+    max_tokens: int | None = None
     logprobs: int | None = None
     echo: Literal[False] = False
     best_of: Literal[1] = 1
@@ -187,6 +204,15 @@ class CompletionRequest(_Completion):
         """The prompts, of which one may stand without a list around it."""
         alone = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
         return [self.prompt] if alone else self.prompt  # type: ignore[return-value, list-item]
+
+    def most_tokens(self, room: int) -> int:
+        """The most tokens of a reply to a prompt that leaves `room` tokens of the context."""
+        return _most_tokens(self.max_tokens, room, DEFAULT_MAX_TOKENS)
+
+
+def _most_tokens(wanted: int | None, room: int, default: int) -> int:
+    # 1 where there is no room: such a request is refused with its numbers.
+    return wanted if wanted is not None else min(max(room, 1), default)
 
 
 class NemoRequest(_Body):
@@ -208,8 +234,8 @@ class NemoRequest(_Body):
 
     def sampling(self) -> list[Sampling]:
         """How the reply to each sentence is drawn."""
-        # NeMo takes top_p 0 for no limit, which is 1 here.
         seed = self.random_seed if self.random_seed is not None else random_seed()
+        # NeMo takes top_p 0 for no limit, which is 1 here.
         return [
             Sampling(
                 max_tokens=self.tokens_to_generate, temperature=0.0 if self.greedy else self.temperature,

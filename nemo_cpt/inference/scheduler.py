@@ -166,6 +166,7 @@ class Scheduler:
         self._running.clear()
         if self._closing and self._next is not None:
             self._next.give(error)
+        # Nobody takes from the queue any more: whoever waits there would wait for ever.
         while self._closing:
             try:
                 ticket_or_none = self._waiting.get_nowait()

@@ -285,18 +285,19 @@ class _Service:
 
         def requests() -> list[decoding.Request]:
             most = body.most_tokens(self.engine.room(conversation))
-            return [self.engine.request(conversation, each) for each in body.sampling(most, body.most_probable())]
+            return [self.engine.request(conversation, each) for each in body.sampling([most], body.most_probable())]
 
         return await self._respond(await asyncio.to_thread(requests), ChatForm(self.served_as), body, request)
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         """POST /v1/completions."""
         self._check(body.model, body.n * len(body.prompts()))
-        samplings = body.sampling(body.max_tokens, body.logprobs, len(body.prompts()))
 
         def requests() -> list[decoding.Request]:
-            encoded = [ids for ids in map(self._encoded, body.prompts()) for _ in range(body.n)]
-            return list(map(decoding.Request, encoded, samplings))
+            encoded = list(map(self._encoded, body.prompts()))
+            most = [body.most_tokens(self.engine.context_length - len(ids)) for ids in encoded]
+            samplings = body.sampling(most, body.logprobs)
+            return list(map(decoding.Request, [ids for ids in encoded for _ in range(body.n)], samplings))
 
         return await self._respond(await asyncio.to_thread(requests), TextForm(self.served_as), body, request)
 

@@ -13,8 +13,9 @@ class TokenBytes:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.added = {number: each.content for number, each in tokenizer.added_tokens_decoder.items()}
-        # Not by the pieces' letters: a large sentencepiece vocabulary has those that spell bytes elsewhere (Ġ) too.
-        self.byte_level = not any(BLANK in piece for piece in tokenizer.get_vocab())
+        # Not by the pieces' letters: a large sentencepiece vocabulary has those that spell bytes elsewhere (Ġ) too. Nor
+        # by added tokens, which are spelled as text: DeepSeek's byte-level <｜begin▁of▁sentence｜>.
+        self.byte_level = not any(BLANK in piece for piece in tokenizer.get_vocab().keys() - self.added.values())
         self.byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
 
     def __call__(self, token: int) -> bytes:

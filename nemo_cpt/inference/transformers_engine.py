@@ -56,6 +56,9 @@ class TransformersEngine:
             self.network = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=wanted).to(device).eval()
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise CptError(f"{folder} cannot be loaded by transformers: {error}") from error
+        # Llama-3's configuration asks `decode` to take blanks before punctuation away: the model's words would change,
+        # and a text that grows token by token would lose others.
+        self.tokenizer.clean_up_tokenization_spaces = False
         if chat_template is not None:
             self.tokenizer.chat_template = chat_template
         self.context_length: int = self.network.config.max_position_embeddings

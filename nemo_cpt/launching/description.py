@@ -39,6 +39,7 @@ FIELDS = {
     "log.log_dir": ("directory", "str | None"),
     "log.name": ("name", "str | None"),
     "log.ckpt.save_top_k": ("save_top_k", "int"),
+    "trainer.enable_checkpointing": ("enable_checkpointing", "bool"),
     "trainer.devices": ("gpus_per_node", "int"),
     "trainer.num_nodes": ("num_nodes", "int"),
     "trainer.max_steps": ("max_steps", "int"),
@@ -110,18 +111,22 @@ def describe(
         global_batch_size=int(given.get("global_batch_size") or 0),
         seq_length=int(given.get("seq_length") or 0),
         max_steps=given["max_steps"],
-        checkpoints=checkpoints_at_once(
-            given["max_steps"],
-            # As `instruction_tune` has it where nothing is given.
-            int(given.get("save_every") or given.get("val_check_interval") or max(given["max_steps"] // 10, 1)),
-            int(given.get("save_top_k", 3)),
-        ),
+        checkpoints=_checkpoints(given),
         exports=exports_kept(given["max_steps"], given.get("export_every"), given.get("export_keep")),
         attention_backend=str(given.get("attention_backend") or "auto").rpartition(".")[2],
         logs_to_wandb=logger.kind == "wandb" and not logger.offline,
         logs_to_mlflow=logger.kind == "mlflow",
     )
     return with_files(job)
+
+
+def _checkpoints(given: Mapping[str, Any]) -> int:
+    """How many checkpoints lie on the disk at once."""
+    if given.get("enable_checkpointing") is False:
+        return 0
+    # As `instruction_tune` has it where nothing is given.
+    every = given.get("save_every") or given.get("val_check_interval") or max(given["max_steps"] // 10, 1)
+    return checkpoints_at_once(given["max_steps"], int(every), int(given.get("save_top_k", 3)))
 
 
 def _of_its_size(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -230,6 +235,7 @@ def place(executor: str, options: Sequence[str]) -> Place:
     Raises:
         CptError: there is no such executor, or an option is wrong.
     """
+    from nemo_cpt.executors.counts import asks_for_cores
     from nemo_cpt.executors.docker import volumes_of
     from nemo_cpt.executors.environment import job_env
     from nemo_cpt.executors.local import visible_gpus
@@ -256,6 +262,7 @@ def place(executor: str, options: Sequence[str]) -> Place:
         processes=_processes(executor, given),
         limit_seconds=seconds_of(str(given.get("time"))),
         preempt_seconds=given.get("preempt_seconds"),
+        asks_for_cores=asks_for_cores(given),
         environ=visible_gpus(given.get("gpus") if executor == "local" else None) | job_env(given.get("env")),
     )
 

@@ -70,9 +70,11 @@ def nothing_to_train(recipe: str, arguments: Mapping[str, Any], overrides: Seque
         here: the run is to start on this machine, now.
 
     Raises:
-        CptError: a field is wrong; the run is finished, and was trained otherwise or from another base; another job
-            holds the run's folder, and it is to start now.
+        CptError: a field is wrong; the run is finished, and was trained otherwise or from another base, or is not, and
+            cannot go on like this; another job holds the run's folder, and it is to start now.
     """
+    from nemo_cpt.compatibility import check_resumed
+    from nemo_cpt.training.changes import changes, check_finished, check_goes_on
     from nemo_cpt.training.run_folder import EXPORTS, finished, newest_whole
     from nemo_cpt.training.run_lock import check_free
 
@@ -81,8 +83,15 @@ def nothing_to_train(recipe: str, arguments: Mapping[str, Any], overrides: Seque
         return ""
     job = describe(catalog.recipe(recipe), arguments, overrides, "local", ())
     said = finished(job.directory / "checkpoints", job.max_steps, exporting=bool(job.exports))
-    if said and (newest := newest_whole(job.directory / "checkpoints")):
-        _check_finished(newest, job, arguments, overrides)
+    if newest := newest_whole(job.directory / "checkpoints"):
+        now = _shown_settings(newest, job, arguments, overrides)
+        if said:
+            check_resumed(newest.path, job.base, job.model or None)
+            check_finished(newest, now)
+        else:  # in the job it would be refused as well, behind a queue perhaps
+            fields = dict(each.partition("=")[::2] for each in overrides)
+            extend = fields.get("resume.extend", arguments.get("extend"))
+            check_goes_on(newest, changes(newest.record.get("settings", {}), now), extend)
     if said and arguments.get("export_every") and not (job.directory / EXPORTS).is_dir():
         said += "; it exported nothing while it trained: `nemo-cpt export` makes its checkpoints' exports now"
     if said and overrides:  # misspelt ones are an error also where nothing is left to do
@@ -92,17 +101,12 @@ def nothing_to_train(recipe: str, arguments: Mapping[str, Any], overrides: Seque
     return said or ""
 
 
-def _check_finished(newest: "Checkpoint", job: "Job", arguments: Mapping[str, Any], overrides: Sequence[str]) -> None:
-    """Refuse to call a run finished that this command would train otherwise, as far as that shows without NeMo.
-
-    Raises:
-        CptError: it would.
-    """
-    from nemo_cpt.compatibility import check_resumed
+def _shown_settings(
+    newest: "Checkpoint", job: "Job", arguments: Mapping[str, Any], overrides: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """What decides a run's weights by this command, as far as that shows without NeMo, to compare with a checkpoint."""
     from nemo_cpt.launching.description import FIELDS
-    from nemo_cpt.training.changes import check_finished
 
-    check_resumed(newest.path, job.base, job.model or None)
     launched = newest.record.get("launched") or {}
     paths = {field.partition("=")[0] for field in (*overrides, *launched.get("fields", ()))}
     # What neither start was given has the recipe's own value, which its source need not show.
@@ -112,13 +116,11 @@ def _check_finished(newest: "Checkpoint", job: "Job", arguments: Mapping[str, An
         values = {name: getattr(job.settings, name) for name in names if name in named}
         return {name: value for name, value in values.items() if value is not None}
 
-    check_finished(
-        newest,
-        {
-            "schedule": {"max_steps": job.max_steps} | given("lr", "min_lr", "warmup_steps", "embeddings_lr"),
-            "data": given("global_batch_size", "seq_length", "seed") | _trained_on(job),
-        },
-    )
+    steps = {"max_steps": job.max_steps} if job.max_steps else {}  # 0 where epochs cannot be counted here
+    return {
+        "schedule": steps | given("lr", "min_lr", "warmup_steps", "embeddings_lr"),
+        "data": given("global_batch_size", "seq_length", "seed") | _trained_on(job),
+    }
 
 
 def _trained_on(job: "Job") -> dict[str, Any]:

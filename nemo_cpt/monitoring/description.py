@@ -157,7 +157,7 @@ def _bytes_per_token(data: Any) -> dict[str, float]:
             tokens, labels, mask = (
                 torch.stack([each[key] for each in samples]) for key in ("tokens", "labels", "loss_mask")
             )
-            found[name] = sum(count(tokens, labels)) / float(mask.sum())
+            found[name] = sum(count(tokens, labels, mask.bool())) / float(mask.sum())
     return found
 
 
@@ -192,6 +192,7 @@ def _plan(recipe: Any) -> dict[str, Any]:
 def plain(value: Any) -> Any:
     """A configuration as JSON holds it; objects by their class and what is plain of their fields."""
     if not isinstance(value, fdl.Buildable | type):
+        # NeMo keeps there what an object was made with.
         value = getattr(value, "__io__", value)
     if isinstance(value, fdl.Buildable):
         target = fdl.get_callable(value)
@@ -207,6 +208,7 @@ def plain(value: Any) -> Any:
         return f"{value.__module__}.{value.__qualname__}"
     # An argument may be an address with a password, and this file goes into reports.
     text = hide_credentials(str(value))
+    # Python's own words for an object say nothing, and are others in each process.
     if " object at 0x" not in text:
         return text
     fields = {name: plain(each) for name, each in getattr(value, "__dict__", {}).items()

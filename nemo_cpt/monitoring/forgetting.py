@@ -161,6 +161,7 @@ def change(name: str, validations: Sequence[Validation], max_steps: int | None =
         step=last.step,
         first=first.loss,
         value=value,
+        # The two do not depend on each other: their squares add up.
         standard_error=math.hypot(*known.values()) if known else None,
         noise=" and ".join(known) or "not known before the third validation, or with one batch a set",
         slope=slope,

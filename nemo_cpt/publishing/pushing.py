@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_cpt.arguments import checked
+from nemo_cpt.checkpoint.downloading import is_weights
 from nemo_cpt.checkpoint.folders import ADAPTER, has_tokenizer
 from nemo_cpt.checkpoint.provenance import Provenance, read_provenance
 from nemo_cpt.checkpoint.safetensors_files import HFWeights
@@ -260,7 +261,7 @@ def _send(api: Any, repo_id: str, contents: dict[str, Path | bytes], *, private:
         there = {file.rfilename for file in info.siblings or []}
         _check_repository(api, info, private=private, replace=replace)
     # Weights alone are removed: other files there may be the user's own.
-    weights = {name for name in there if name.endswith((".safetensors", ".safetensors.index.json"))}
+    weights = set(filter(is_weights, there))
     # In one commit what comes and what goes: at no moment are two models' weights there.
     operations: list[Any] = [CommitOperationAdd(name, content) for name, content in contents.items()]
     # Of an earlier push: transformers takes a model.safetensors before the shards of an index.

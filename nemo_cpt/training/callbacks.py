@@ -1,6 +1,5 @@
 """What a run reports about itself."""
 
-import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +11,7 @@ from nemo.lightning._strategy_lib import _sync_from_last_pipeline_stage
 from nemo.utils import AppState
 
 from nemo_cpt.errors import CptError
+from nemo_cpt.page import finite
 from nemo_cpt.training.metrics import BATCHES, LOSS, RESUMED_FROM, VALIDATED_OTHERWISE, append_metrics
 from nemo_cpt.training.record import validated_otherwise
 
@@ -25,6 +25,10 @@ class ValidationLossBySet(pl.Callback):
 
     def __init__(self) -> None:
         self._losses: list[torch.Tensor] = []
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Have pipeline stages validate before the first step, too, which NeMo's strategy has just given up."""
+        trainer.num_sanity_val_steps = getattr(trainer.datamodule, "first_validation", trainer.num_sanity_val_steps)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget the last validation."""
@@ -127,6 +131,14 @@ class StopAtStep(pl.Callback):
             trainer.should_stop = True
 
 
+def wrapped_model(trainer: pl.Trainer, pl_module: torch.nn.Module) -> torch.nn.Module:
+    """The model as Megatron wraps it for data parallelism, with the adapters that NeMo adds; else Lightning's own.
+
+    Its parameters are those that Megatron's gradient buffers and the optimizer hold.
+    """
+    return getattr(trainer.strategy, "megatron_parallel", None) or pl_module
+
+
 def end_with(trainer: pl.Trainer, pl_module: Any, callback: pl.Callback, error: CptError, cause: BaseException) -> None:
     """End a run with another error than the one that a callback's `on_exception` was called with.
 
@@ -141,13 +153,5 @@ def end_with(trainer: pl.Trainer, pl_module: Any, callback: pl.Callback, error: 
 
 def _append(trainer: pl.Trainer, values: dict[str, Any]) -> None:
     if trainer.is_global_zero:
-        append_metrics(AppState().log_dir, {name: _finite(value) for name, value in values.items()})
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_finite(each) for each in value]
-    if isinstance(value, str):
-        return value
-    # NaN is no JSON: readers other than Python's would refuse the whole line.
-    return value if math.isfinite(value) else None
+        # NaN is no JSON: readers other than Python's would refuse the whole line.
+        append_metrics(AppState().log_dir, finite(values))

@@ -3,13 +3,14 @@
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_cpt.corpus.dataset.index import full_prefix
 from nemo_cpt.errors import CptError
+from nemo_cpt.training.options import EXTENSIONS
 from nemo_cpt.training.run_folder import Checkpoint
 
 FIXED = ("optimizer", "data", "adapters")  # groups of settings that a checkpoint's states belong to
@@ -49,6 +50,33 @@ def changes(was: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str,
         # What an older version did not write down is not taken for a change.
         if name in was.get(group, {}) and not same(was[group][name], value)
     ]
+
+
+def check_goes_on(checkpoint: Checkpoint, changed: Collection[Change], extend: str | None) -> None:
+    """Refuse to resume a run with settings that its checkpoint cannot take, or with a schedule that nobody explained.
+
+    Args:
+        checkpoint: that it goes on from.
+        changed: what is not as it was when that was written.
+        extend: see `ResumeOrStartFromBase`.
+
+    Raises:
+        CptError: there is such a setting.
+    """
+    where = f"this run was started otherwise than it is resumed at step {checkpoint.step}"
+    if fixed := [each for each in changed if each.group in READ]:
+        why = ""
+        if any(each.group == "states" for each in fixed):
+            why = " (as state_precision=bf16 does, and gpu_memory_gib= where it keeps Adam's states on the host)"
+        raise CptError(
+            f"{where}: {listed(fixed)}{why}. Its checkpoints hold the optimizer's state and the position in the "
+            "data that belong to the old values: take these back, or begin a new run (another name) with "
+            f"base={checkpoint.path}"
+        )
+    schedule = [each for each in changed if each.group == "schedule"]
+    if schedule and extend is None:
+        choices = "; ".join(f"extend={name}: {meaning}" for name, meaning in EXTENSIONS.items())
+        raise CptError(f"{where}: {listed(schedule)}. Say what becomes of the learning rate: {choices}")
 
 
 def check_finished(checkpoint: Checkpoint, now: Mapping[str, Mapping[str, Any]]) -> None:

@@ -193,8 +193,8 @@ class RunCheckpoint(nl.ModelCheckpoint):
             return None
         # A rename is one step for every reader; removing tens of GB of files is not.
         removed = folder.rename(folder.with_name(REMOVED + uuid.uuid4().hex))
-        remover = threading.Thread(target=shutil.rmtree, args=(removed, True))
         # In a thread: removing tens of GB takes a while, in which the training can go on.
+        remover = threading.Thread(target=shutil.rmtree, args=(removed, True))
         remover.start()
         if not self.async_save:
             remover.join()

@@ -85,6 +85,11 @@ class ConversationDataModule(NamedSetsDataModule):
         # NeMo's own `paths` are only looked at for their form: `build` does not use them.
         super().__init__(paths=list(chats), seed=seed, **kwargs)
 
+    @property
+    def training_texts(self) -> Any:
+        """The replayed text; None without any."""
+        return self._train_ds.texts
+
     def _conversation_sets(self) -> dict[str, str]:
         return {name: conversations_prefix(prefix) for name, prefix in self.conversations.validation.items()}
 

@@ -22,12 +22,19 @@ class NamedSetsDataModule(llm.PreTrainingDataModule):
         training_sets: weight of each set that is trained on, by full prefix.
         validation_sets: prefix of each named validation set, in the order in which a validation goes through them.
         validation_weights: for each validation set the weight of each of its global batches in its mean loss.
+        first_validation: micro batches of the validation before the first step; 0 for none.
     """
 
     init_global_step: int
+    first_validation: int = 0
     training_sets: dict[str, float]
     validation_sets: dict[str, str]
     validation_weights: dict[str, list[float]]
+
+    @property
+    def training_texts(self) -> Any:
+        """Megatron's dataset of the texts that are trained on, once it is built; None without any."""
+        return self._train_ds
 
     @property
     def validation_names(self) -> list[str]:
@@ -71,7 +78,7 @@ class NamedSetsDataModule(llm.PreTrainingDataModule):
         # Lightning counts micro batches, and knows of one validation set: the sets lie one behind the other in it.
         trainer.limit_val_batches = sum(map(len, self.validation_weights.values())) * get_num_microbatches()
         if trainer.num_sanity_val_steps:  # the losses before training: the same validation as all later ones
-            trainer.num_sanity_val_steps = trainer.limit_val_batches
+            trainer.num_sanity_val_steps = self.first_validation = trainer.limit_val_batches
 
     def _text(self, weights: dict[str, float], samples: int, split: int) -> Any:
         """Sequences of prepared texts; see `gpt_dataset`."""

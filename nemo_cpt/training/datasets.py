@@ -2,6 +2,7 @@
 
 import bisect
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,34 @@ def gpt_dataset(
     full_config = GPTDatasetConfig(blend_per_split=blends, path_to_cache=path_to_cache, **config)
     # `lambda: True`: every rank builds. The index cache makes that cheap, and no rank waits for another.
     return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, full_config).build()[split]
+
+
+def in_another_order(dataset: Any, share: float) -> list[str]:
+    """Prefixes of a dataset whose sequences would come in another order if a part of them had been asked for.
+
+    Args:
+        dataset: as `gpt_dataset` builds it.
+        share: the part; above 1 for more of them.
+    """
+    parts = getattr(dataset, "datasets", [dataset])
+    return [
+        each.dataset.path_prefix
+        for each in parts
+        if _passes(each, each.num_samples) != _passes(each, round(each.num_samples * share))
+    ]
+
+
+def _passes(dataset: GPTDataset, samples: int) -> tuple[int, bool]:
+    """By what Megatron draws an order (`GPTDataset._build_document_sample_shuffle_indices`, core_v0.15.3).
+
+    Returns:
+        The passes over the documents, and whether the last one is shuffled by itself: where it is short enough.
+    """
+    tokens, length = dataset._get_num_tokens_per_epoch(), dataset.config.sequence_length
+    label = int(dataset.config.add_extra_token_to_sequence)  # of the last sequence
+    passes = max(math.ceil((samples * length + label) / tokens), 1)
+    of_the_last = samples - ((passes - 1) * tokens - label) // length
+    return passes, passes > 1 and of_the_last < int(0.8 * ((tokens - label) // length))
 
 
 class FirstSamples(Sequence[dict[str, Any]]):

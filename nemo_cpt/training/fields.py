@@ -17,6 +17,16 @@ CHECKED = (  # the parts of a recipe that are ours or NeMo's; a callback of the 
 
 KNOWN = ("nemo_cpt", "nemo", "megatron", "lightning", "torch")  # whose **kwargs go to the classes that they extend
 
+NOT_LIGHTNINGS = {  # fields of the trainer that Megatron passes over but for one value, and where it has the like
+    "accumulate_grad_batches": (1, "micro batches are added up until they are data.global_batch_size sequences"),
+    "gradient_clip_val": (None, "Megatron's optimizer clips, at optim.config.clip_grad"),
+    "max_epochs": (
+        -1,
+        "a run has max_steps steps, over as many passes as they take; Blend(...).report(global_batch_size, seq_length) "
+        "has those of a pass",
+    ),
+}
+
 
 def check_fields(recipe: Any) -> None:
     """Refuse a recipe of ours whose config was changed into what no job could run, or not as it was meant.
@@ -26,7 +36,7 @@ def check_fields(recipe: Any) -> None:
 
     Raises:
         CptError: a field does not exist, with the nearest ones; its data are no data module; the recipe's own callbacks
-            were replaced.
+            were replaced; a field of Lightning's was set that Megatron would pass over.
     """
     for complaint in _complaints(recipe) if _is_ours(recipe) else ():
         raise CptError(complaint)
@@ -49,10 +59,16 @@ def _complaints(recipe: Any) -> Iterator[str]:
             "trainer.callbacks has no Guards: the recipe's own callbacks were replaced, which carry its checks, "
             "metrics and patches. Add to them instead: recipe.trainer.callbacks.append(run.Config(...))"
         )
-    for path, config in _parts(recipe):
+    trainer = recipe.trainer
+    for name, (default, instead) in NOT_LIGHTNINGS.items():
+        if (value := getattr(trainer, name, None)) not in (None, default):
+            yield f"trainer.{name}={value} would be passed over: {instead}"
+    if trainer.precision is not None and trainer.plugins:
+        yield f"trainer.precision={trainer.precision}: trainer.plugins has it, which the recipe's precision= sets"
+    for path, config in parts_of(recipe):
         if _takes_any(_class(config)):
             continue
-        known = _fields(path, _class(config))
+        known = fields_of(path, config)
         for name in config.__arguments__:
             if name not in known:
                 yield f"{path}.{name}: {_class(config).__name__} has no field {name}; {nearest(name, known)}"
@@ -70,7 +86,7 @@ def _takes_any(kind: Any) -> bool:
     return inspect.Parameter.VAR_KEYWORD in kinds and kind.__module__.partition(".")[0] not in KNOWN
 
 
-def _parts(recipe: Any) -> Iterator[tuple[str, Any]]:
+def parts_of(recipe: Any) -> Iterator[tuple[str, Any]]:
     """Those of `CHECKED` that are configs, by their paths."""
     for path in CHECKED:
         config = recipe
@@ -80,8 +96,9 @@ def _parts(recipe: Any) -> Iterator[tuple[str, Any]]:
             yield path, config
 
 
-def _fields(path: str, kind: Any) -> dict[str, Any]:
-    known: dict[str, Any] = parameters_of(kind)
+def fields_of(path: str, config: Any) -> dict[str, Any]:
+    """The parameters that a part of a recipe takes, by their names."""
+    known: dict[str, Any] = parameters_of(_class(config))
     if path == "trainer.strategy":
         from torch.nn.parallel import DistributedDataParallel  # which Lightning's strategy hands its **kwargs on to
 
@@ -91,7 +108,7 @@ def _fields(path: str, kind: Any) -> dict[str, Any]:
 
 def make_plain(recipe: Any) -> None:
     """Turn numpy's numbers and Paths in a recipe of ours into plain ones: NeMo-Run can send no others to a job."""
-    for _, config in _parts(recipe) if _is_ours(recipe) else ():
+    for _, config in parts_of(recipe) if _is_ours(recipe) else ():
         for name, value in list(config.__arguments__.items()):
             if (plain := plain_scalar(value)) is not value:
                 setattr(config, name, plain)

@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import torch
 
 from nemo_cpt.errors import CptError
+from nemo_cpt.training.callbacks import wrapped_model
 
 NAMED_AT_MOST = 8
 
@@ -30,8 +31,7 @@ class EveryTrainableParameterHasGradient(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Watch every trainable parameter of this rank's part of the model: NeMo has added the adapters by now."""
         if not self._done:
-            # The wrapped model: its parameters are those that Megatron's buffers and the optimizer hold.
-            self.watch(getattr(trainer.strategy, "megatron_parallel", None) or pl_module)
+            self.watch(wrapped_model(trainer, pl_module))
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Check once, after the first step, which parameters are still waiting."""

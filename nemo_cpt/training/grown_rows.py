@@ -1,14 +1,13 @@
 """The first steps of a model that has grown: only the rows of the new tokens are trained."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from megatron.core import parallel_state
 
 from nemo_cpt.training.adapters import is_embedding_or_head
+from nemo_cpt.training.callbacks import wrapped_model
 from nemo_cpt.training.options import check_grown_rows_first, first_new_row
 
 
@@ -37,14 +36,16 @@ class GrownRowsFirst(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to train nothing."""
-        rows = [each for name, each in _parameters(trainer) if is_embedding_or_head(name)]
+        rows = [
+            each for name, each in wrapped_model(trainer, pl_module).named_parameters() if is_embedding_or_head(name)
+        ]
         check_grown_rows_first(self.steps, None, frozen=not all(each.requires_grad for each in rows))
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Leave the new rows' gradients alone, and no others."""
         if trainer.global_step >= self.steps:
             return
-        for name, parameter in _parameters(trainer):
+        for name, parameter in wrapped_model(trainer, pl_module).named_parameters():
             # Megatron gathers gradients in buffers of its own (`main_grad`), and leaves `grad` empty.
             gradient = getattr(parameter, "main_grad", None)
             gradient = parameter.grad if gradient is None else gradient
@@ -65,8 +66,3 @@ class GrownRowsFirst(pl.Callback):
         """How many of this rank's rows are old ones: tensor parallelism cuts the vocabulary into equal parts."""
         before = parallel_state.get_tensor_model_parallel_rank() * rows
         return min(max(self._first - before, 0), rows)
-
-
-def _parameters(trainer: pl.Trainer) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    model: Any = getattr(trainer.strategy, "megatron_parallel", None) or trainer.lightning_module
-    return iter(model.named_parameters())

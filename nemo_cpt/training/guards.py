@@ -10,6 +10,7 @@ from typing import Any, Optional
 
 import lightning.pytorch as pl
 import torch
+from nemo.collections.llm.gpt.data.pre_training import HAVE_TE
 
 from nemo_cpt import compatibility
 from nemo_cpt.corpus import full_prefix
@@ -53,6 +54,9 @@ class Guards(pl.Callback):
         # Before the model is built: several of them act in constructors.
         patches.apply()
         check_data(type(trainer.datamodule).__name__)
+        if not trainer.ckpt_path:  # a run that was begun with them can only go on with them
+            rotary = getattr(pl_module.config, "position_embedding_type", "rope") == "rope"
+            check_resets(trainer.datamodule, HAVE_TE, rotary)
         # On one rank: a thousand that read manifests and configurations at once would stall a shared file system.
         rows, built = _on_rank_zero(trainer, lambda: self._check_belonging(trainer, pl_module))
         pl_module.config.vocab_size = built
@@ -269,6 +273,24 @@ def check_data(data_module: str) -> None:
             f"the run's data is {data_module}, made-up tokens: give the recipe data=Blend(train={{prefix: weight}}), "
             "with prefixes that `nemo-cpt prepare` wrote"
         )
+
+
+def check_resets(data: Any, transformer_engine: bool, rotary: bool) -> None:
+    """Refuse resets at a document's end that Megatron and NeMo take, and that would change nothing.
+
+    Args:
+        data: the data module.
+        transformer_engine: whether it computes the attention.
+        rotary: whether positions are rotary; learnt ones are looked up by what they are counted from.
+    """
+    why = {}
+    if rotary:
+        why["reset_position_ids"] = "rotary embeddings count from a sequence's beginning, whatever the positions are"
+    if transformer_engine:
+        why["reset_attention_mask"] = "Transformer Engine's causal attention reads no mask"
+    for name, reason in why.items():
+        if getattr(data, name, False):
+            raise CptError(f"{name}=True would change nothing: {reason}. Leave it away")
 
 
 def check_schedule(lr: float, scheduler: Any, max_steps: int) -> None:

@@ -7,6 +7,8 @@ from typing import Any, Optional
 from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
+from nemo_cpt.corpus.atomic_files import make_folder, write_whole
+
 
 class ContinuedMLFlowLogger(MLFlowLogger):
     """Lightning's MLFlowLogger, which goes on in the MLflow run that it noted in a file.
@@ -31,8 +33,6 @@ class ContinuedMLFlowLogger(MLFlowLogger):
         """MLflow's client, with the run's id noted as soon as there is one."""
         client = super().experiment
         if not self._note.is_file():
-            self._note.parent.mkdir(parents=True, exist_ok=True)
-            partial = self._note.with_suffix(".partial")
-            partial.write_text(self._run_id)  # `run_id` would ask for the client again
-            partial.rename(self._note)
+            make_folder(self._note.parent)
+            write_whole(self._note, self._run_id.encode())  # `run_id` would ask for the client again
         return client

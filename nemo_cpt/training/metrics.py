@@ -25,7 +25,7 @@ VALIDATED_OTHERWISE = "validated_otherwise"  # in that line: sets whose losses a
 
 
 def append_metrics(run_folder: str | Path, values: Mapping[str, Any], file: str = METRICS_FILE) -> None:
-    """Append a line to a run's `metrics/steps.jsonl`, behind one that a killed job or a full disk cut off."""
+    """Append a line to one of a run's files of JSON lines, behind one that a killed job or a full disk cut off."""
     path = Path(run_folder, file)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as lines:
@@ -33,7 +33,9 @@ def append_metrics(run_folder: str | Path, values: Mapping[str, Any], file: str 
         lines.seek(max(size - 1, 0))
         # A torn line is ended rather than cut: what others have read of the file stays where it was.
         torn = lines.read(1) not in (b"", b"\n")
-        lines.write(b"\n" * torn + json.dumps(values).encode() + b"\n")
+        # What is no Unicode, of a path's odd bytes, remains as JSON's own escape: \udcff.
+        line = json.dumps(values, ensure_ascii=False).encode("utf-8", "backslashreplace")
+        lines.write(b"\n" * torn + line + b"\n")
 
 
 def read_metrics(run_folder: str | Path) -> list[dict[str, Any]]:

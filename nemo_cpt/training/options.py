@@ -3,14 +3,13 @@
 One reader for each, which the recipe's function calls, and the launcher too, before a GPU is taken.
 """
 
-import difflib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_cpt.arguments import as_wanted
-from nemo_cpt.errors import CptError
+from nemo_cpt.errors import CptError, nearest
 
 LOGGER_FIELDS = {
     "tensorboard": (),
@@ -65,6 +64,7 @@ def read_logger(given: str | Mapping[str, Any] | None) -> LoggerOptions:
     """
     if given is None:
         return LoggerOptions()
+    # `wandb:PROJECT` is short for {wandb: PROJECT}.
     fields: dict[str, Any] = dict([given.partition(":")[::2]]) if isinstance(given, str) else dict(given)
     kinds = [kind for kind in LOGGER_FIELDS if kind in fields]
     if len(kinds) != 1:
@@ -76,9 +76,8 @@ def read_logger(given: str | Mapping[str, Any] | None) -> LoggerOptions:
     project = fields.pop(kind)
     for field in list(fields):
         if field not in LOGGER_FIELDS[kind]:
-            near = difflib.get_close_matches(field, LOGGER_FIELDS[kind], n=1)
-            meant = f"near: {near[0]}" if near else f"it has: {', '.join(LOGGER_FIELDS[kind]) or 'none'}"
-            raise CptError(f"logger={given}: {kind} has no field {field}; {meant}")
+            known = nearest(field, LOGGER_FIELDS[kind]) if LOGGER_FIELDS[kind] else "it has none"
+            raise CptError(f"logger={given}: {kind} has no field {field}; {known}")
         wanted: Any = Sequence[str] | str | None if field == "tags" else LoggerOptions.__annotations__[field]
         fields[field] = as_wanted(f"logger[{field!r}]", fields[field], wanted)
     if not project and kind != "tensorboard":

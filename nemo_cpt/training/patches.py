@@ -70,8 +70,8 @@ def fold_gradient_of_frozen_linear() -> None:
 
 @torch.amp.custom_bwd(device_type="cuda")
 def _folded_backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    # reshape, not view: the gradient has the strides of [b, s, v], which is the defect's cause.
     (weight,) = ctx.saved_tensors
+    # reshape, not view: the gradient has the strides of [b, s, v], which is the defect's cause.
     grad_input = torch.mm(grad_output.reshape(-1, grad_output.shape[-1]), weight)
     grad_input = grad_input.view(*grad_output.shape[:-1], weight.shape[-1])
     # As upstream: with tensor parallelism each rank has the product with its part of the weight.
@@ -482,8 +482,8 @@ def _in_index_cache(build: Callable[..., Any]) -> Callable[..., Any]:
 
 def _in_memory(build: Callable[..., Any]) -> Callable[..., Any]:
     def build_in_memory(self: Any) -> Any:
-        config, self.config = self.config, copy.copy(self.config)
         # On a copy: the configuration is shared by the datasets of a blend.
+        config, self.config = self.config, copy.copy(self.config)
         self.config.path_to_cache = ""  # Megatron's word for: nowhere, and by every process
         try:
             return build(self)

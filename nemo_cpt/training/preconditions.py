@@ -8,6 +8,7 @@ from typing import Any
 
 from nemo_cpt.checkpoint.folders import refuse_adapter
 from nemo_cpt.errors import CptError
+from nemo_cpt.training.run_folder import newest_whole
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 NVTE_OF_BACKEND = {  # what Megatron Core sets for each attention_backend, and refuses to find otherwise
@@ -47,10 +48,9 @@ def check_base(base: str | Path | None) -> None:
             f"{shlex.quote(f'checkpoints/{base.resolve().name}')}` makes the NeMo checkpoint that base= takes"
         )
     if (base / "checkpoints").is_dir():
-        raise CptError(
-            f"the base {base} is a run's folder: give one of its checkpoints, such as the newest, which `nemo-cpt ls "
-            f"{shlex.quote(str(base))}` names"
-        )
+        newest = newest_whole(base / "checkpoints")
+        such_as = f"such as the newest, base={shlex.quote(str(newest.path))}" if newest else "of which none is whole"
+        raise CptError(f"the base {base} is a run's folder: give one of its checkpoints, {such_as}")
     # Megatron writes it last: where it is, the checkpoint was finished.
     if not (base / "weights" / "metadata.json").exists():
         found = ", ".join(sorted(path.name for path in base.glob("*"))[:6]) or "nothing"

@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import torch
 
 from nemo_cpt.errors import CptError
+from nemo_cpt.training.callbacks import wrapped_model
 from nemo_cpt.training.patching import replace
 
 # What computes an output again: it writes it into the tensor that it is given, which has its memory back.
@@ -44,7 +45,7 @@ class RecomputeOutputs(pl.Callback):
         """Let every layer of this rank's part of the model drop its outputs: NeMo has added the adapters by now."""
         if not self._done:
             self._done = True
-            recompute_outputs(getattr(trainer.strategy, "megatron_parallel", None) or pl_module)
+            recompute_outputs(wrapped_model(trainer, pl_module))
 
 
 def recompute_outputs(model: torch.nn.Module) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from nemo.collections.llm.gpt.data.pre_training import HAVE_TE
 
 from nemo_cpt.checkpoint.chat_template import RECORD, recorded_template
 from nemo_cpt.checkpoint.provenance import BEFORE, trainings_of
@@ -34,14 +35,17 @@ def record_of(trainer: pl.Trainer) -> dict[str, Any]:
 
 
 def _validated_on(trainer: pl.Trainer) -> dict[str, Any]:
-    """Where the validation texts are, and the sequences of each: not compared when a run is resumed elsewhere."""
+    """Where the validation texts are, and how they are read: not compared when a run is resumed elsewhere."""
     data = trainer.datamodule
     texts = {name: prefix for name, prefix in _validation_sets(data).items() if not is_conversations(prefix)}
     batches = next((len(getattr(data, "validation_weights", {}).get(name, [])) for name in texts), None)
+    # Transformer Engine's causal attention reads no mask: no setting of one comes into effect.
+    resets = all(getattr(data, f"{each}_attention_mask", False) for each in ("reset", "create")) and not HAVE_TE
     return {
         "sets": {name: str(Path(full_prefix(prefix)).absolute()) for name, prefix in texts.items()},
         "samples": batches and batches * data.global_batch_size,
         "seq_length": getattr(data, "seq_length", None),
+        "reset_attention_mask": resets,
     }
 
 
@@ -51,6 +55,12 @@ def settings_of(trainer: pl.Trainer) -> dict[str, dict[str, Any]]:
     The model's own shape and constants are compared elsewhere, with the base's.
     """
     return _start(trainer)["settings"]
+
+
+def template_of(trainer: pl.Trainer) -> Mapping[str, Any] | None:
+    """The chat template that exports of a run's checkpoints carry; see `_template`."""
+    found: Mapping[str, Any] | None = _start(trainer)[RECORD]
+    return found
 
 
 def validated_otherwise(trainer: pl.Trainer) -> list[str]:

@@ -16,9 +16,10 @@ from nemo_cpt.checkpoint.weights_digest import base_weights_of
 from nemo_cpt.compatibility import check_resumed
 from nemo_cpt.errors import CptError, exit_with_the_message
 from nemo_cpt.training import run_lock
-from nemo_cpt.training.changes import READ, Change, changes, listed
+from nemo_cpt.training.changes import Change, changes, check_goes_on, listed
+from nemo_cpt.training.datasets import in_another_order
 from nemo_cpt.training.metrics import append_metrics
-from nemo_cpt.training.options import EXTENSIONS, check_extend
+from nemo_cpt.training.options import check_extend
 from nemo_cpt.training.preconditions import check_base
 from nemo_cpt.training.record import settings_of, validated_otherwise
 from nemo_cpt.training.run_folder import STARTS, Checkpoint, damaged_since, newest_whole, resumed_from, to_resume
@@ -49,7 +50,7 @@ class ResumeOrStartFromBase(nl.AutoResume):
             The data go on behind the samples that were trained. Megatron draws the order of a dataset for all passes
             over it that `max_steps` needs: within one pass the order stays; beyond, it is drawn anew where their number
             changes, or where the last one grows over four fifths of a pass, and what is left may then repeat documents
-            that were trained and leave out others.
+            that were trained and leave out others, which is said.
 
     Raises:
         CptError: there is neither a checkpoint of this run nor a complete base, or they are of two models; all
@@ -126,30 +127,17 @@ class _Resumption(pl.Callback):
         if checkpoint is None or "settings" not in checkpoint.record:
             return
         changed = changes(checkpoint.record["settings"], settings)
-        self._check(checkpoint, changed)
+        check_goes_on(checkpoint, changed, self.extend)
         if self.extend != "keep" and any(each.group == "schedule" for each in changed):
             self._note_new_schedule(trainer, checkpoint.step)
         if changed:
             how = f", extend={self.extend}" if any(each.group == "schedule" for each in changed) else ""
             _say(f"resumed at step {checkpoint.step} with {listed(changed)}{how}")
+        for each in changed:
+            if each.name == "max_steps":
+                _tell_of_another_order(trainer, each)
         if others := validated_otherwise(trainer):
             _say(f"from here on losses of {', '.join(others)} are of other samples, and not compared with those before")
-
-    def _check(self, checkpoint: Checkpoint, changed: list[Change]) -> None:
-        where = f"this run was started otherwise than it is resumed at step {checkpoint.step}"
-        if fixed := [each for each in changed if each.group in READ]:
-            why = ""
-            if any(each.group == "states" for each in fixed):
-                why = " (as state_precision=bf16 does, and gpu_memory_gib= where it keeps Adam's states on the host)"
-            raise CptError(
-                f"{where}: {listed(fixed)}{why}. Its checkpoints hold the optimizer's state and the position in the "
-                "data that belong to the old values: take these back, or begin a new run (another name) with "
-                f"base={checkpoint.path}"
-            )
-        schedule = [each for each in changed if each.group == "schedule"]
-        if schedule and self.extend is None:
-            choices = "; ".join(f"extend={name}: {meaning}" for name, meaning in EXTENSIONS.items())
-            raise CptError(f"{where}: {listed(schedule)}. Say what becomes of the learning rate: {choices}")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the tokenizer, once no other callback's setup has refused this start with it."""
@@ -171,6 +159,7 @@ class _Resumption(pl.Callback):
             # By now NeMo has given it the trainer's max_steps.
             module.max_steps = steps
             made = make(*args)
+            # One step more than epochs: the constructor of PyTorch's schedulers takes a step.
             position = {} if rewarms else {"last_epoch": done, "_step_count": done + 1}
             self._new_state = copy.deepcopy(made["lr_scheduler"]["scheduler"].state_dict()) | position
             return made
@@ -191,6 +180,16 @@ class _Resumption(pl.Callback):
             # The scheduler sets a rate only after a step: the first one would still have the old schedule's.
             group["lr"] = rate
         scheduler._last_lr = rates
+
+
+def _tell_of_another_order(trainer: pl.Trainer, steps: Change) -> None:
+    """Say where what is left of a text no longer is what the run has not yet seen; see `ResumeOrStartFromBase`."""
+    texts = getattr(trainer.datamodule, "training_texts", None)
+    if names := in_another_order(texts, steps.was / steps.now) if texts is not None else []:
+        _say(
+            f"warning: Megatron draws another order of {', '.join(names)} for {steps.now} steps than for {steps.was}: "
+            "what is left of a pass repeats texts that were trained, and leaves out others"
+        )
 
 
 def _write_down(folder: Path, settings: dict[str, Any], checkpoint: Checkpoint | None, base: str | None) -> None:

@@ -158,6 +158,7 @@ def _complaints(each: Settings) -> Iterator[str]:
     """What is wrong, the causes ahead of what follows from them."""
     for name in COUNTS:
         value = getattr(each, name)
+        # Not `value < 1`, which NaN is not either.
         if value is not None and not (value >= 1 or (name in PARTS and value > 0)):
             meant = " (processes= of a recipe for the CPU)" if name == "gpus_per_node" else ""
             yield f"{name}={value:g}: give {name}=1 or more{meant}"

@@ -129,6 +129,7 @@ def before_growth(folder: Path) -> Iterator[Tokenizer]:
             definition=orjson.dumps(content).decode(),
             loaded=None,
         )
+        # A tokenizer that grew twice holds the first growth's record in the second's.
         record = record.get("from")
 
 

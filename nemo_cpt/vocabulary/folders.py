@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nemo_cpt.corpus.atomic_files import make_folder, sync_directory
+from nemo_cpt.corpus.atomic_files import make_folder, sync
 from nemo_cpt.errors import CptError
 
 
-def check_free(output: Path) -> None:
-    """Raise CptError where something has the name already, or the folder could not be made: learning takes minutes."""
-    if output.exists() or output.is_symlink():
-        raise CptError(f"{output} exists already. Give another output, or remove it first.")
+def check_place(output: Path) -> None:
+    """Raise CptError where a folder that is not there yet could not be made: learning takes minutes."""
+    if output.exists():  # whose that is says what was noted in it
+        return
     nearest = next(folder for folder in output.absolute().parents if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise CptError(f"{output} cannot be made: nothing can be written into {nearest}. Give another output.")
@@ -26,18 +26,18 @@ def new_folder(output: Path) -> Iterator[Path]:
     Raises:
         CptError: `output` exists, or cannot be written.
     """
-    check_free(output)
+    check_place(output)
+    if output.exists() or output.is_symlink():
+        raise CptError(f"{output} exists already. Give another output, or remove it first.")
     partial = output.with_name(f".{output.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
     make_folder(partial)
     try:
         yield partial
-        for path in partial.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        sync_directory(partial)
+        for path in (*partial.iterdir(), partial):
+            sync(path)
         partial.rename(output)
-        sync_directory(output.parent)
+        sync(output.parent)
     except OSError as error:
         raise CptError(f"{output} could not be written: {error.strerror}. Nothing is left of it.") from error
     finally:

@@ -14,12 +14,15 @@ from typing import Any
 import orjson
 
 from nemo_cpt.arguments import checked
+from nemo_cpt.corpus.reading.chunks import stamps_of
 from nemo_cpt.corpus.reading.sources import Inputs
 from nemo_cpt.corpus.tokenization.tokenizer import load_tokenizer
 from nemo_cpt.corpus.tokenization.tokenizer_files import ADDED, CONFIG, DEFINITION, SPECIAL_MAP, read_object
 from nemo_cpt.errors import CptError
+from nemo_cpt.made import Making, files_of, stamps
+from nemo_cpt.records import restored
 from nemo_cpt.vocabulary.byte_level import RECORD, ByteLevelBPE, grew_from, read_byte_level
-from nemo_cpt.vocabulary.folders import check_free, new_folder
+from nemo_cpt.vocabulary.folders import check_place, new_folder
 from nemo_cpt.vocabulary.merging import MAX_CHARACTERS, MIN_COUNT, Learner, Merge
 from nemo_cpt.vocabulary.samples import SAMPLE_BYTES, documents, draw
 from nemo_cpt.vocabulary.words import Words, count_words, of_own_scripts, text_of
@@ -28,6 +31,7 @@ MULTIPLE_OF = 128  # ids: Megatron's embedding is a multiple of it for each tens
 UNTIL_AT_MOST = 65_536  # tokens that `until` may take
 _CARRIED = (CONFIG, SPECIAL_MAP, ADDED, "chat_template.json", "LICENSE")
 _CHECK_EVERY = 250  # merges between measurements on the held-out documents, with `until`
+_AT_ONCE = 64  # texts that are encoded
 Say = Callable[[str], None]
 
 
@@ -50,6 +54,7 @@ class GrowReport:
         characters_per_token: the same, grown.
         tokens_saved: share of the held-out documents' tokens.
         seconds: wall time.
+        status: `written`, or `unchanged` where the same was there already.
     """
 
     base: str
@@ -66,6 +71,7 @@ class GrowReport:
     characters_per_token: float | None
     tokens_saved: float | None
     seconds: float
+    status: str = "written"
 
     def as_dict(self) -> dict[str, Any]:
         """The report as a JSON-serialisable dict."""
@@ -98,7 +104,7 @@ def grow(
     Args:
         tokenizer: the base's folder, or its name on the hub.
         inputs: texts in the language that is added; what `prepare` takes.
-        output: the folder to make; must not exist.
+        output: the folder to make; one that this very growing made is left as it is.
         tokens: how many new tokens; the vocabulary's size is rounded up to `multiple_of` with further ones.
         until: instead of `tokens`, characters a token on held-out documents at which to stop.
         keep: inputs of texts whose tokens must not change although they are written in the corpus's scripts.
@@ -111,13 +117,20 @@ def grow(
 
     Raises:
         CptError: the tokenizer is no byte-level BPE; the corpus is unreadable, has no script but ASCII, or gives too
-            few tokens; `until` is not reached; `output` exists. Nothing is left at `output` then.
+            few tokens; `until` is not reached; `output` holds something else. Nothing is left there then.
     """
     start = time.monotonic()
     check_options(tokens, until, max_characters, min_count, multiple_of, sample_bytes)
+    output = Path(output)
     # First of all: what takes minutes is not to fail at its end.
-    check_free(Path(output))
+    check_place(output)
     base = read_byte_level(tokenizer)
+    options = {"tokens": tokens, "until": until, "json_key": json_key, "max_characters": max_characters}
+    options |= {"min_count": min_count, "multiple_of": multiple_of, "sample_bytes": sample_bytes}
+    read = {"tokenizer": stamps(files_of(Path(base.described.folder)))}
+    making = Making("tokenizer grow", read | {"inputs": stamps_of(inputs), "keep": stamps_of(list(keep))}, options)
+    if found := making.done(output):
+        return restored(GrowReport, found, base=str(tokenizer), output=str(output), status="unchanged")
     sample = draw(inputs, json_key, sample_bytes)
     say(f"{len(sample.texts):,} of {sample.seen:,} documents are learnt from, {len(sample.held_out):,} are held out")
     backend = base.backend()
@@ -132,29 +145,31 @@ def grow(
         merges = _learn(learner, base.size, tokens or 0, multiple_of)
     else:
         merges = _learn_until(learner, base, until, sample.held_out, multiple_of)
-    content = grown_definition(base, merges)
-    _write(base, content, Path(output), _record(base, merges, words))
     say(f"{len(merges):,} tokens are learnt")
-    # Measured as it was written, which is what users load.
-    grown = read_byte_level(str(output))
-    before, after = (count_tokens(each.backend(), sample.held_out) for each in (base, grown))
-    characters = sum(map(len, sample.held_out))
-    return GrowReport(
-        base=str(tokenizer),
-        output=str(output),
-        scripts=words.scripts,
-        tokens=len(merges),
-        vocabulary_size=grown.size,
-        first_id=base.size,
-        least_count=min(merge.count for merge in merges),
-        documents=len(sample.texts),
-        share=round(sample.share, 4),
-        held_out=len(sample.held_out),
-        characters_per_token_before=round(characters / before, 4) if before else None,
-        characters_per_token=round(characters / after, 4) if after else None,
-        tokens_saved=round(1 - after / before, 4) if before else None,
-        seconds=round(time.monotonic() - start, 1),
-    )
+    with new_folder(output) as folder:
+        _write(base, grown_definition(base, merges), folder, _record(base, merges, words))
+        # Measured as it was written, which is what users load.
+        grown = read_byte_level(str(folder))
+        before, after = (count_tokens(each.backend(), sample.held_out) for each in (base, grown))
+        characters = sum(map(len, sample.held_out))
+        report = GrowReport(
+            base=str(tokenizer),
+            output=str(output),
+            scripts=words.scripts,
+            tokens=len(merges),
+            vocabulary_size=grown.size,
+            first_id=base.size,
+            least_count=min(merge.count for merge in merges),
+            documents=len(sample.texts),
+            share=round(sample.share, 4),
+            held_out=len(sample.held_out),
+            characters_per_token_before=round(characters / before, 4) if before else None,
+            characters_per_token=round(characters / after, 4) if after else None,
+            tokens_saved=round(1 - after / before, 4) if before else None,
+            seconds=round(time.monotonic() - start, 1),
+        )
+        making.note(folder, report.as_dict())
+    return report
 
 
 def check_options(
@@ -219,7 +234,12 @@ def _learn_until(
 
 def count_tokens(backend: Any, texts: Sequence[str]) -> int:
     """How many tokens texts have, without those around them."""
-    return sum(len(each.ids) for each in backend.encode_batch_fast(list(texts), add_special_tokens=False))
+    # A few at a time: the library hears no Ctrl-C until it is through with them.
+    return sum(
+        len(each.ids)
+        for start in range(0, len(texts), _AT_ONCE)
+        for each in backend.encode_batch_fast(list(texts[start : start + _AT_ONCE]), add_special_tokens=False)
+    )
 
 
 def grown_definition(base: ByteLevelBPE, merges: Sequence[Merge]) -> dict[str, Any]:
@@ -250,17 +270,17 @@ def _record(base: ByteLevelBPE, merges: Sequence[Merge], words: Words) -> dict[s
     }
 
 
-def _write(base: ByteLevelBPE, content: dict[str, Any], output: Path, record: dict[str, Any]) -> None:
-    """Write the folder, and look at it as users will before it has its name."""
-    with new_folder(output) as folder:
-        for path in sorted(Path(base.described.folder).iterdir()):
-            if path.name in _CARRIED or path.suffix == ".jinja":
-                shutil.copyfile(path, folder / path.name)
-        if not (folder / CONFIG).exists():
-            (folder / CONFIG).write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}\n', "utf-8")
-        (folder / DEFINITION).write_bytes(orjson.dumps(content))
-        (folder / RECORD).write_bytes(orjson.dumps(record, option=orjson.OPT_INDENT_2))
-        _check_written(base, folder)
+def _write(base: ByteLevelBPE, content: dict[str, Any], folder: Path, record: dict[str, Any]) -> None:
+    """Fill the folder, and look at it as users will before it has its name."""
+    for path in sorted(Path(base.described.folder).iterdir()):
+        if path.name in _CARRIED or path.suffix == ".jinja":
+            shutil.copyfile(path, folder / path.name)
+    # Without a class transformers looks for the model's config.json, which is not here.
+    if not (folder / CONFIG).exists():
+        (folder / CONFIG).write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}\n', "utf-8")
+    (folder / DEFINITION).write_bytes(orjson.dumps(content))
+    (folder / RECORD).write_bytes(orjson.dumps(record, option=orjson.OPT_INDENT_2))
+    _check_written(base, folder)
 
 
 def _check_written(base: ByteLevelBPE, folder: Path) -> None:

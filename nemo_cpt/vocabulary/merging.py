@@ -121,6 +121,7 @@ class Learner:
                     merged.append(old[at])
                     at += 1
                     continue
+                # The neighbour as it is by now: of a pair that stands there twice in a row it is the new token.
                 if merged:
                     changes[merged[-1], left] -= count
                     changes[merged[-1], new] += count

@@ -65,6 +65,7 @@ def similar_tokens(
     """
     stream = _stream(new, draw(inputs, json_key, sample_bytes, hold_out=False).texts)
     counts = np.bincount(stream[stream >= 0], minlength=new.size)
+    # By frequency: candidates and contexts are the first of them. Stable, so that equals stand by their ids each time.
     frequent = np.argsort(-counts, kind="stable")
     seen = frequent[counts[frequent] >= MIN_SEEN]
     wanted, candidates = np.sort(seen[seen >= old.size]), seen[seen < old.size][:CANDIDATES]
@@ -78,6 +79,7 @@ def similar_tokens(
     known, asked = vectors[: len(candidates)], vectors[len(candidates) :]
     found: dict[int, Likeness] = {}
     for start in range(0, len(wanted), _BATCH):
+        # Sparse: of some thousand candidates a few have a weight, the others 0.
         for number, row in enumerate(sparsemax(asked[start : start + _BATCH] @ known.T), start):
             (places,) = np.nonzero(row)
             found[int(wanted[number])] = Likeness(candidates[places], row[places])

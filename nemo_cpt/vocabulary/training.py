@@ -11,28 +11,24 @@ from typing import Any
 import orjson
 
 from nemo_cpt.arguments import checked
+from nemo_cpt.corpus.reading.chunks import stamps_of
 from nemo_cpt.corpus.reading.sources import Inputs
 from nemo_cpt.corpus.tokenization.tokenizer_files import CONFIG, DEFINITION
 from nemo_cpt.errors import CptError
+from nemo_cpt.made import Making
+from nemo_cpt.records import restored
 from nemo_cpt.vocabulary.byte_level import byte_of_character
-from nemo_cpt.vocabulary.folders import check_free, new_folder
+from nemo_cpt.vocabulary.folders import check_place, new_folder
 from nemo_cpt.vocabulary.growing import MULTIPLE_OF, count_tokens
+from nemo_cpt.vocabulary.learning import learn
 from nemo_cpt.vocabulary.samples import Sample, draw
 
 BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"
 CHAT = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")  # of the template llama3
 RESERVED = 8  # tokens without a use, for which a trained model has rows when one is needed
 SAMPLE_BYTES = 128 * 2**20
-MAX_BYTES = 24  # of a token: 8 characters of Japanese, 24 letters
 KINDS = ("bpe", "unigram")
 _NEVER = -1e6  # a special token's score: its name in a text that is to be taken for text is spelled in other tokens
-# Japanese and Chinese write no blanks: a run of one script is a word there, or a whole clause would become a token.
-# Ranges, since fastokens takes \p{Han} and its like for something else than Hugging Face's library.
-UNSPACED = r"[㐀-䶿一-鿿々〆]+|[ぁ-ゟ]+|[゠-ヿ]+"
-WORDS = (  # Llama-3's
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 @dataclass(frozen=True)
@@ -48,6 +44,7 @@ class TrainReport:
         characters_per_token: on documents of each corpus that were held out.
         round_trip_failures: of these documents, those that do not come back.
         seconds: wall time.
+        status: `written`, or `unchanged` where the same was there already.
     """
 
     output: str
@@ -58,6 +55,7 @@ class TrainReport:
     characters_per_token: dict[str, float]
     round_trip_failures: int
     seconds: float
+    status: str = "written"
 
     def as_dict(self) -> dict[str, Any]:
         """The report as a JSON-serialisable dict."""
@@ -85,7 +83,7 @@ def train(
 
     Args:
         corpora: inputs as `prepare` takes them; as a mapping, each with its weight in what is learnt from.
-        output: the folder to make; must not exist.
+        output: the folder to make; one that this very training made is left as it is.
         vocabulary_size: ids in all, rounded up to `multiple_of`.
         kind: "bpe", or "unigram" (Kudo, arXiv 1804.10959): tokens by their probability, over bytes too, so that every
             text comes back. fastokens does not know it, and it cannot be grown.
@@ -97,13 +95,22 @@ def train(
 
     Raises:
         CptError: a corpus is missing, unreadable, or too small for so many tokens; a weight or a size is impossible;
-            there is no such kind; a special token is named twice, or is a part of the corpora's words; `output` exists.
-            Nothing is left at `output` then.
+            there is no such kind; a special token is named twice, or is a part of the corpora's words; `output` holds
+            something else. Nothing is left there then.
     """
     start = time.monotonic()
     check_options(corpora, vocabulary_size, kind, special, multiple_of, sample_bytes)
     output, tokens, size = Path(output), _special(special), _rounded_up(vocabulary_size, multiple_of)
-    check_free(output)
+    check_place(output)
+    options = {"vocabulary_size": size, "kind": kind, "special": list(special), "json_key": json_key}
+    weights = list(corpora.values()) if isinstance(corpora, Mapping) else None
+    making = Making(
+        "tokenizer train",
+        {"corpora": stamps_of(list(corpora) if isinstance(corpora, Mapping) else corpora)},
+        options | {"sample_bytes": sample_bytes, "weights": weights},
+    )
+    if found := making.done(output):
+        return restored(TrainReport, found, output=str(output), status="unchanged")
     if isinstance(corpora, Mapping):
         samples = _weighted(corpora, json_key, sample_bytes)
     else:
@@ -124,9 +131,8 @@ def train(
             "vocabulary_size (--vocabulary-size)"
         )
     _check_apart(backend, tokens)
-    _write(backend, output)
     held_out = {name: sample.held_out for name, sample in samples.items() if sample.held_out}
-    return TrainReport(
+    report = TrainReport(
         output=str(output),
         kind=kind,
         vocabulary_size=size,
@@ -138,6 +144,10 @@ def train(
         round_trip_failures=sum(_changed(backend, text) for texts in held_out.values() for text in texts),
         seconds=round(time.monotonic() - start, 1),
     )
+    with new_folder(output) as folder:
+        _write(backend, folder)
+        making.note(folder, report.as_dict())
+    return report
 
 
 def _special(further: Sequence[str]) -> list[str]:
@@ -210,26 +220,17 @@ def _cut(sample: Sample, nbytes: float) -> None:
 
 
 def _train(texts: Sequence[str], special: Sequence[str], size: int, kind: str) -> Any:
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer, processors
 
-    tokenizer = Tokenizer(models.Unigram() if kind == "unigram" else models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(UNSPACED), "isolated"),
-            pre_tokenizers.Split(Regex(WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, _trainer(special, size, kind))
+    content = orjson.loads(learn(texts, special, size, kind))
+    if kind == "unigram":
+        pieces = settled(content["model"]["vocab"][len(special) :])
+        content["model"]["vocab"] = [*((token, _NEVER) for token in special), *pieces]
+    tokenizer = Tokenizer.from_str(orjson.dumps(content).decode())
     begin = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, special.index(BOS))])
+    # As Llama-3 does: BOS before a text and nothing behind it, where a model is to go on.
     tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), begin])
-    if kind == "bpe":
-        return tokenizer
-    content = orjson.loads(tokenizer.to_str())
-    pieces = settled(content["model"]["vocab"][len(special) :])
-    content["model"]["vocab"] = [*((token, _NEVER) for token in special), *pieces]
-    return Tokenizer.from_str(orjson.dumps(content).decode())
+    return tokenizer
 
 
 def settled(pieces: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
@@ -242,21 +243,6 @@ def settled(pieces: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
     # No longer token is below the lowest of them: only bytes are lifted.
     scores = [(token, round(max(score, lowest), 6)) for token, score in pieces]
     return sorted(scores, key=lambda each: (-each[1], each[0]))
-
-
-def _trainer(special: Sequence[str], size: int, kind: str) -> Any:
-    from tokenizers import pre_tokenizers, trainers
-
-    common = {
-        "vocab_size": size,
-        "special_tokens": list(special),
-        # Every byte, seen or not, so that no text is unknown; sorted, since they come in no order of their own.
-        "initial_alphabet": sorted(pre_tokenizers.ByteLevel.alphabet()),
-        "show_progress": False,
-    }
-    if kind == "unigram":
-        return trainers.UnigramTrainer(max_piece_length=MAX_BYTES, **common)
-    return trainers.BpeTrainer(max_token_length=MAX_BYTES, min_frequency=2, **common)
 
 
 def _check_apart(backend: Any, special: Sequence[str]) -> None:
@@ -274,11 +260,10 @@ def _check_apart(backend: Any, special: Sequence[str]) -> None:
         )
 
 
-def _write(backend: Any, output: Path) -> None:
+def _write(backend: Any, folder: Path) -> None:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
-    with new_folder(output) as folder:
-        (folder / DEFINITION).write_text(backend.to_str(pretty=False), "utf-8")
-        (folder / CONFIG).write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))
+    (folder / DEFINITION).write_text(backend.to_str(pretty=False), "utf-8")
+    (folder / CONFIG).write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))
 
 
 def _changed(backend: Any, text: str) -> bool:

@@ -138,6 +138,7 @@ class Connection:
             try:
                 if not self._control.exists():
                     self.open(ask=False)
+                # Slurm's controller serves everybody: it is asked more seldom than files are fetched.
                 if time.monotonic() - asked > QUIET_SECONDS:
                     self.look()
                     asked = time.monotonic()

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from nemo_cpt.monitoring.forgetting import Change
 from nemo_cpt.watching.record import GPU_MEMORY, TRAIN_LOSS, Record
 
 if TYPE_CHECKING:
@@ -95,6 +96,18 @@ def render(shown: Snapshot, hint: str = "") -> "RenderableType":
     return Group(*parts)
 
 
+def _numbers(record: Record, change: Change) -> tuple[str, str, str, str]:
+    """A set's first loss, the one now, the change in percent and the losses' unit, as they are shown."""
+    scale, unit = record.unit(change.name)
+    first, now = f"{scale * change.first:.4f}{change.first_step}", f"{scale * change.value:.4f}"
+    return first, now, f"{change.percent:+.2f} %", unit
+
+
+def _mark(change: Change) -> tuple[str, str]:
+    """What is said of a change beside its numbers, and in which style."""
+    return MARKS["worse" if change.worse else "better" if change.better else ""]
+
+
 def _sets(record: Record) -> "RenderableType":
     from rich.table import Table
     from rich.text import Text
@@ -103,10 +116,8 @@ def _sets(record: Record) -> "RenderableType":
     for name in ("set", "step 0", "now", "change", "", "unit"):
         table.add_column(name, justify="right" if name in ("step 0", "now", "change") else "left")
     for change in record.changes.values():
-        scale, unit = record.unit(change.name)
-        mark, style = MARKS["worse" if change.worse else "better" if change.better else ""]
-        first, now = f"{scale * change.first:.4f}{change.first_step}", f"{scale * change.value:.4f}"
-        numbers = (first, now, f"{change.percent:+.2f} %")
+        *numbers, unit = _numbers(record, change)
+        mark, style = _mark(change)
         table.add_row(
             *(Text(each) for each in (change.name, *numbers)), Text(mark, style=style), Text(unit, style="dim")
         )
@@ -172,11 +183,9 @@ def lines(shown: Snapshot, before: Snapshot | None) -> Iterator[str]:
     told = {} if before is None else {change.name: change.step for change in before.record.changes.values()}
     for change in record.changes.values():
         if told.get(change.name) != change.step:
-            scale, unit = record.unit(change.name)
-            mark = MARKS["worse" if change.worse else "better" if change.better else ""][0]
-            first, now = f"{scale * change.first:.4f}{change.first_step}", f"{scale * change.value:.4f}"
-            numbers = f"{first} -> {now} {unit} ({change.percent:+.2f} %)"
-            yield f"validation at step {change.step}: {change.name} {numbers} {mark}".rstrip()
+            first, now, percent, unit = _numbers(record, change)
+            mark, _ = _mark(change)
+            yield f"validation at step {change.step}: {change.name} {first} -> {now} {unit} ({percent}) {mark}".rstrip()
     yield from (f"saved {name}" for name in reversed(shown.saved) if before is None or name not in before.saved)
     # By what they say, not by how many there were: two sources are read, and one may be behind.
     known_warnings = Counter(before.warnings if before else ())

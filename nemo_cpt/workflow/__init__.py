@@ -63,6 +63,11 @@ def call(
 
 
 def _named(function: Callable[..., Any]) -> str:
+    if not (inspect.isfunction(function) or inspect.isclass(function)):  # partial(...), an object, a builtin
+        raise CptError(
+            f"{function!r} is in no file by a name: give the function itself, and what it is called with as the step's "
+            "parameters"
+        )
     file = inspect.getsourcefile(function)
     if file is None or not function.__qualname__.isidentifier():
         raise CptError(f"{function!r} stands within another function, or in no file: no other process could find it")

@@ -55,7 +55,7 @@ def submit(file: Path, chosen: Chosen, executor: str, options: Sequence[str], de
         found = dry_run(workflow, chosen, plan=False)
         refuse_red(found)
         again, tasks = chosen.again(workflow), dict[str, str]()
-        steps = [each.step for each in found.standings if not each.done]
+        steps = [each.step for each in found.standings if not (each.done or each.earlier)]
         if forever := [step.name for step in steps if step.kind.forever]:
             raise CptError(f"{forever[0]} would hold its job for ever: leave it away with --until, or run it here")
         if shared := [step.name for step in steps if step.kind.in_tasks and TASKS in step.parameters]:
@@ -63,6 +63,11 @@ def submit(file: Path, chosen: Chosen, executor: str, options: Sequence[str], de
                 f"{shared[0]} submits {TASKS} of its own, for which its job would wait: run the workflow where jobs "
                 f"are submitted, without --executor, or leave its {TASKS} away"
             )
+        here = Runner(workflow, state, False, Shown(workflow.name, 1, print))
+        for each in found.standings:
+            if each.earlier:  # no job is needed to rename a folder
+                with state.held(each.step.name):
+                    here.put_back(each.step, *each.earlier)
         if not steps:
             return {"experiment": None, "jobs": {}}
         # Before the experiment: the first executor mends NeMo-Run's, whose end is looked up when it begins.
@@ -159,9 +164,12 @@ def _note(runner: Runner, step: Step, part: str, again: bool) -> None:
         record = runner.state.record(step)
         if part == BEGIN:
             found = standing(step, runner.state, again)
-            if not found.done:
+            if found.earlier:
+                runner.put_back(step, *found.earlier)
+            elif not found.done:
                 runner.begin(found)
         # A training that was done already has not begun, and its record stands.
         elif record is not None and record.state != DONE:
+            # The job that wrote the record has ended: only the file still tells when that was.
             begun = runner.state.path(step.name, "json").stat().st_mtime
             runner.end(step, record, 0, time.time() - begun)

@@ -47,7 +47,8 @@ class DryRun:
             if each.done:
                 yield each.step.name, does, "done", "", "", "", "", ""
             else:
-                yield each.step.name, does, "may run" if each.waits else "would run", each.why, *_cells(estimate)
+                state = "may run" if each.waits else "put back" if each.earlier else "would run"
+                yield each.step.name, does, state, each.why, *_cells(estimate)
         seconds, disk = (sum(getattr(each, name) or 0 for each in self.estimates) for name in ("seconds", "disk_bytes"))
         # One step runs after the other: times and disk add up, memory does not.
         memory = max((each.memory_gib or 0 for each in self.estimates), default=0)

@@ -125,7 +125,7 @@ class Estimates:
             plan: plan trainings for GPUs, which imports NeMo the first time.
         """
         step = standing.step
-        if standing.done:
+        if standing.done or standing.earlier:
             found = Estimate(0.0, 0.0, 0.0)
         elif step.kind.recipe:
             with contextlib.chdir(self.workflow.folder):

@@ -10,6 +10,7 @@ from typing import Any
 
 from nemo_cpt.corpus.dataset.index import full_prefix
 from nemo_cpt.corpus.reading.chunks import hash_file
+from nemo_cpt.made import RECORD
 from nemo_cpt.training.run_folder import newest_whole
 
 # Without the manifest, which says when it was made: it would be another one each time.
@@ -63,7 +64,8 @@ def files_of(path: Path) -> list[Path]:
 
 
 def _below(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    # Without the record of what a folder was made of, which would be another one each time.
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
 
 
 def look(path: Path, known: Mapping[str, Mapping[str, Any]] | None = None) -> Files:
@@ -117,8 +119,8 @@ def remove(path: Path, made: Mapping[str, Any]) -> None:
             nobody knows, since the step was killed: the place was free before it.
     """
     if made and path.is_dir() and not path.is_symlink() and is_plain(path):
-        for name in made:
-            (path.parent / name).unlink(missing_ok=True)
+        for file in (*(path.parent / name for name in made), path / RECORD):
+            file.unlink(missing_ok=True)
         folders = sorted((each for each in path.rglob("*") if each.is_dir() and not each.is_symlink()), reverse=True)
         for folder in (*folders, path):  # from the innermost; one that holds what somebody put there stays
             with contextlib.suppress(OSError):
@@ -136,10 +138,25 @@ def is_plain(path: Path) -> bool:
 def set_aside(path: Path) -> Path:
     """Rename what a step has made, to the first free name of `PATH.1`, `PATH.2`, ...; returns it."""
     number = 1
-    while (free := path.with_name(f"{path.name}.{number}")).exists():
+    while (free := aside(path, number)).exists():
         number += 1
     path.rename(free)
     return free
+
+
+def aside(path: Path, number: int) -> Path:
+    """Where what a step has made is when it was the so manieth to be set aside."""
+    return path.with_name(f"{path.name}.{number}")
+
+
+def look_aside(path: Path, number: int, known: Files) -> Files:
+    """What was set aside, looked at by the names that it had; see `look`."""
+    there = aside(path, number)
+
+    def renamed(files: Files, was: str, now: str) -> Files:
+        return {now + name.removeprefix(was): each for name, each in files.items()}
+
+    return renamed(look(there, renamed(known, path.name, there.name)), there.name, path.name)
 
 
 def is_there(path: Path) -> bool:

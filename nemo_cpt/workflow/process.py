@@ -5,7 +5,6 @@
 It ends when the workflow's does, by SIGTERM, as it would by hand: what trains saves.
 """
 
-import ctypes
 import importlib
 import json
 import os
@@ -20,8 +19,8 @@ from typing import Any
 from nemo_cpt.corpus.atomic_files import write_whole
 from nemo_cpt.errors import CptError
 from nemo_cpt.python_files import import_file
+from nemo_cpt.signals import end_with_parent
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 VOLATILE = ("seconds", "rates", "status")  # of a report: what is another each time
 
 
@@ -44,9 +43,7 @@ def main(request: str, result: str) -> None:
 
 def _end_with_the_workflow() -> None:
     parent = os.getppid()
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "prctl"):
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    end_with_parent(signal.SIGTERM)
     if os.getppid() != parent:  # it died before the line above
         sys.exit(CptError.exit_code)
 

@@ -17,6 +17,7 @@ from nemo_cpt.corpus.atomic_files import make_folder, write_whole
 from nemo_cpt.errors import CptError, StoppedEarlyError
 from nemo_cpt.installed import installed_versions
 from nemo_cpt.launching.results import checkpoint_folder
+from nemo_cpt.python_files import environment_of_children
 from nemo_cpt.signals import Given, listen
 from nemo_cpt.training import run_lock
 from nemo_cpt.workflow import outputs, recipes
@@ -126,6 +127,9 @@ class Runner:
                 return self.shown.skip(step.name)
             # Once more: of one that waited for others it was not known whether it would run.
             check_free([found])
+            if found.earlier:
+                self.put_back(step, *found.earlier)
+                return self.shown.skip(step.name)
             self._check_given(step)
             # Noted before it runs: of one that is killed the next run must know whose the files are.
             record = self.begin(found)
@@ -173,10 +177,29 @@ class Runner:
             if not outputs.is_there(full):
                 continue
             if step.kind.kept:
-                run_lock.check_free(full)  # a job that trains there, started by hand perhaps, would go on beside it
-                self.shown.line(f"{step.name}: what {path} holds is now {outputs.set_aside(full)}")
+                self._set_aside(full, before)
             else:
                 outputs.remove(full, before.outputs.get(path, {}))
+
+    def _set_aside(self, path: Path, made: Record) -> None:
+        """Rename what a step made; where it was finished, its record says so when that job is asked for again."""
+        run_lock.check_free(path)  # a job that trains there, started by hand perhaps, would go on beside it
+        aside = outputs.set_aside(path)
+        if made.state == DONE:
+            self.state.keep_earlier(made, int(aside.name.removeprefix(f"{path.name}.")))
+        self.shown.line(f"{made.step}: what {path.name} holds is now {aside}")
+
+    def put_back(self, step: Step, number: int, record: Record) -> None:
+        """Give what was set aside its name again, and its record."""
+        path, there = step.folder / step.writes[0], self.state.record(step)
+        if outputs.is_there(path) and there is not None:
+            self._set_aside(path, there)
+        # The record first: killed between the two, the next run finds its output missing, and set aside.
+        self.state.write(record)
+        aside = outputs.aside(path, number)
+        aside.rename(path)
+        self.state.forget_earlier(step, number)
+        self.shown.line(f"{step.name}: {aside}, made with these settings, is {path.name} again")
 
     def _wait(self, step: Step, lock: int) -> int:
         """Run a step's process to its end; returns its exit code."""
@@ -194,7 +217,7 @@ class Runner:
                 command, cwd=step.folder, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
                 # A terminal's Ctrl-C comes by way of this process, once. The lock lives as long as the step's process:
                 # of a workflow that was killed the next run waits for that.
-                start_new_session=True, pass_fds=[lock], env=_environment(),
+                start_new_session=True, pass_fds=[lock], env=environment_of_children(),
             )  # fmt: skip
             try:
                 # A signal between the look at what was given and the start would have found no child.
@@ -285,15 +308,6 @@ def _poll(child: "subprocess.Popen[bytes]") -> int | None:
         return child.wait(timeout=0.2)
     except subprocess.TimeoutExpired:
         return None
-
-
-def _environment() -> dict[str, str]:
-    """This process's, with the place that nemo_cpt was imported from: the step runs in another folder."""
-    import nemo_cpt
-
-    home = str(Path(str(nemo_cpt.__file__)).absolute().parents[1])
-    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(dict.fromkeys([home, *map(os.path.abspath, paths)]))}
 
 
 def _stamps(path: Path) -> list[tuple[str, int, int]]:

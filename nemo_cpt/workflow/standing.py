@@ -71,6 +71,7 @@ class Standing:
         waits: it reads what steps make that are to run first: it may turn out to be done.
         spoilt: a file that it made, and that somebody else has changed since.
         asked: it is made again because somebody wants it so.
+        earlier: what this very job made, and was set aside, by its number: it is put back, and nothing runs.
     """
 
     step: Step
@@ -79,6 +80,7 @@ class Standing:
     waits: bool = False
     spoilt: str = ""
     asked: bool = False
+    earlier: tuple[int, Record] | None = None
 
     @property
     def done(self) -> bool:
@@ -148,7 +150,25 @@ def standing(step: Step, state: State, again: bool = False, first: Collection[st
     if not why and first:
         # Once they have run it may turn out that what it reads is as before, and it is done.
         return Standing(step, f"after {', '.join(first)}", record, waits=True)
+    # While its inputs are still to be made, nobody knows what job it will be.
+    if why and not again and not first and (earlier := _earlier(step, state)):
+        where = outputs.aside(Path(step.writes[0]), earlier[0])
+        return Standing(step, f"{why}; {where} is put back", record, spoilt=spoilt, earlier=earlier)
     return Standing(step, why, record, spoilt=spoilt, asked=again)
+
+
+def _earlier(step: Step, state: State) -> tuple[int, Record] | None:
+    """What the step made when it was this very job, where that is set aside and as it was."""
+    if not step.kind.kept:
+        return None
+    (path,) = step.writes
+    for number, record in state.earlier(step):
+        made = record.outputs.get(path)
+        if not made or other_job(step, record):
+            continue
+        if not outputs.changed(made, outputs.look_aside(step.folder / path, number, made)):
+            return number, record
+    return None
 
 
 def _spoilt(step: Step, record: Record, made: Mapping[str, outputs.Files]) -> str:

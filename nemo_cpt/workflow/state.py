@@ -15,7 +15,7 @@ from nemo_cpt.workflow.outputs import Files
 from nemo_cpt.workflow.steps import Step, Workflow
 
 FOLDER = ".workflow"  # behind the workflow's name
-RECORD, PAGE, LOCK = "record.json", "page.html", "lock"
+RECORD, PAGE, LOCK, EARLIER = "record.json", "page.html", "lock", "earlier"
 SUBMITTED = "experiment"  # holds the id of that which runs the workflow, where jobs do
 PACKAGES = ("torch", "nemo_toolkit", "nemo_run", "megatron-core", "transformers", "tokenizers")
 PATIENCE = 20.0  # seconds for the step of a killed workflow to end
@@ -101,6 +101,25 @@ class State:
     def write(self, record: Record) -> None:
         """Keep a step's record."""
         write_whole(self.path(record.step, "json"), _json(asdict(record)))
+
+    def keep_earlier(self, record: Record, number: int) -> None:
+        """Keep the record of what is set aside as the so manieth, for when its job is asked for again."""
+        make_folder(self.folder / EARLIER)
+        write_whole(self._earlier(record.step, number), _json(asdict(record)))
+
+    def earlier(self, step: Step) -> list[tuple[int, Record]]:
+        """The records of what a step made and was set aside, by its number, the newest first."""
+        names = (path.stem.removeprefix(f"{step.name}.") for path in (self.folder / EARLIER).glob("*.json"))
+        numbers = sorted((int(name) for name in names if name.isdigit()), reverse=True)
+        read = ((number, self._earlier(step.name, number).read_bytes()) for number in numbers)
+        return [(number, restored(Record, json.loads(content))) for number, content in read]
+
+    def forget_earlier(self, step: Step, number: int) -> None:
+        """Remove the record of what is set aside no more."""
+        self._earlier(step.name, number).unlink(missing_ok=True)
+
+    def _earlier(self, step: str, number: int) -> Path:
+        return self.folder / EARLIER / f"{step}.{number}.json"
 
     def path(self, step: str, ending: str) -> Path:
         """A file of a step's in the folder."""

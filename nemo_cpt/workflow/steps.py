@@ -134,6 +134,10 @@ class Step:
         given = {name: value for name, value in self.parameters.items() if name.startswith(OPTION)}
         return [f"{name.removeprefix(OPTION)}={recipes.text(value)}" for name, value in given.items()]
 
+    def __hash__(self) -> int:
+        # Its parameters have none. So a set of steps reaches `Workflow`, which says that it takes a list.
+        return hash((self.name, self.do))
+
     def __truediv__(self, part: str) -> str:
         return str(Path(os.fspath(self), part))
 
@@ -158,6 +162,7 @@ class Step:
         for name, value in self.arguments.items():
             if name in NOT_GIVEN:
                 raise CptError(f"{self.name}: {name} is not for a workflow's step: leave it away")
+            # `**` stands for what a function of the user's takes beside its parameters: any name.
             if name not in known and "**" not in known:
                 raise CptError(f"{self.name}: {self.do} has no parameter {name}; {catalog.nearest(name, known)}")
             if name in known and not _fits(value, known[name].annotation):
@@ -409,7 +414,10 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, Mapping):
         return {os.fspath(key) if isinstance(key, os.PathLike) else str(key): _plain(each, where)
                 for key, each in value.items()}  # fmt: skip
-    if isinstance(value, Sequence | set | frozenset) and not isinstance(value, bytes):
+    if isinstance(value, set | frozenset):
+        # In another order in each process: by that alone a step would be another job the next time.
+        value = sorted(value, key=str)
+    if isinstance(value, Sequence) and not isinstance(value, bytes):
         return [_plain(each, where) for each in value]
     raise CptError(f"{where} is {value!r}: give text, numbers, paths, steps, or lists and mappings of them")
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from nemo_cpt.checkpoint import export_hf, grow_model, import_hf
 from nemo_cpt.errors import CptError
+from nemo_cpt.made import RECORD
 from nemo_cpt.vocabulary import grow
 from nemo_cpt.vocabulary.byte_level import read_byte_level
 from nemo_cpt.vocabulary.similarity import similar_tokens
@@ -42,6 +43,7 @@ def make(shape: str, folder: Path, tokenizer: Path, spare: int = 0) -> Path:
 def small_files(folder: Path) -> dict[str, bytes]:
     """All files of a NeMo checkpoint beside the weights, which lie there in other blocks."""
     paths = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != "weights"]
+    paths = [path for path in paths if path.name != RECORD]  # of which command it was
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 

@@ -14,6 +14,7 @@ import pytest
 from nemo_cpt.checkpoint import export_hf, import_hf, merge
 from nemo_cpt.checkpoint.folders import new_folder
 from nemo_cpt.errors import CptError
+from nemo_cpt.made import RECORD
 from tests.support import small_models as models
 
 # Writes, says where, and waits to be killed: the progress is called inside the block that fills the folder.
@@ -59,7 +60,7 @@ def test_of_an_import_and_of_an_export(hf: Path, tmp_path: Path, capsys: pytest.
         (import_hf if function == "import_hf" else export_hf)(source, tmp_path / name)
         assert _partials(tmp_path) == []
         assert f"Removing {partial}, which a killed import, export or merge left" in capsys.readouterr().err
-        assert not list((tmp_path / name).glob(".*"))
+        assert [path.name for path in (tmp_path / name).glob(".*")] == [RECORD]
 
 
 def test_of_a_merge(nemo_jobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from nemo_cpt.checkpoint import export_hf, import_hf, merge, verify
 from nemo_cpt.errors import CptError
+from nemo_cpt.made import RECORD
 from tests.support import small_models as models
 from tests.training import jobs
 
@@ -21,7 +22,8 @@ def _checkpoint(folder: Path, run: str) -> Path:
 
 
 def _files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != RECORD]  # of which command it was
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 @pytest.mark.parametrize("dtype", [None, "float32"])
@@ -103,5 +105,10 @@ def test_the_command(nemo_jobs: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["dest"] == str(tmp_path / "out")
     again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 2
-    assert "exists already" in again.stderr
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout) == json.loads(done.stdout) | {"status": "unchanged"}
+    # Of another base's adapters, and of another run's.
+    with pytest.raises(CptError, match="exists already: it was made with dtype=None, and this is 'float32'"):
+        merge(_checkpoint(nemo_jobs, "lora"), tmp_path / "out", dtype="float32")
+    with pytest.raises(CptError, match="exists already: its source was another, or "):
+        merge(_checkpoint(nemo_jobs, "dora"), tmp_path / "out")

@@ -206,7 +206,7 @@ def test_each_example_builds_its_recipe_and_what_would_be_submitted(example, tmp
 
     (tmp_path / "data").mkdir()
     source = example.read_text().replace("/lustre/me/data", str(tmp_path / "data"))
-    source = source.replace('ssh("login.cluster.example", "me", "/lustre/me/jobs")', '"local"')  # which would connect
+    source = source.replace('ssh("login.cluster.example", "me", "/lustre/me/jobs")', '"local", workdir="/data"')
     monkeypatch.setattr(sys, "stdin", io.StringIO())  # NeMo-Run's commands read it
     launched = []
     monkeypatch.setattr(run, "run", lambda recipe, executor, **how: launched.append((recipe, executor, how)))

@@ -55,11 +55,21 @@ def steps(world: Path) -> list[int]:
 def test_runs_are_listed(world: Path) -> None:
     en, ja = json.loads(nemo_cpt("ls", "--json", cwd=world).stdout)["runs"]
     assert (ja["state"], ja["step"], ja["max_steps"], ja["newest"]) == ("stopped", 8, 10, "steps=8-val_loss=4.5000")
+    assert ja["masks"] == en["masks"] == []
     assert (ja["first_losses"], ja["losses"]) == ({"ja": 9.0, "en": 4.5}, {"ja": 4.5, "en": 2.25})
     assert ja["size"] == sum(path.lstat().st_size for path in (world / "results/ja").rglob("*") if not path.is_dir())
     assert (en["state"], en["step"], en["max_steps"], en["newest"]) == ("nothing saved", 0, None, None)
     printed = nemo_cpt("ls", cwd=world).stdout
     assert "ja\tstopped\t8 of 10\tja 9.0000 -> 4.5000, en 4.5000 -> 2.2500" in printed
+
+
+def test_losses_that_a_run_masked_are_told_from_others(world: Path) -> None:
+    path = world / "results/ja/checkpoints/steps=8-val_loss=4.5000/run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"settings": {"data": {"eod_mask_loss": True}}}))
+    listed = nemo_cpt("ls", cwd=world)
+    said = "ja: its losses are masked, what follows a document's end is not counted (eod_mask_loss)"
+    assert said in listed.stderr
+    assert listed.stderr.count("masked") == 1
 
 
 def test_a_run_is_running_while_a_job_holds_it_and_finished_at_max_steps(world: Path) -> None:

@@ -18,6 +18,7 @@ TURNS = [
     {"role": "user", "content": "ありがとう"},
     {"role": "assistant", "content": "どういたしまして。"},
 ]
+THINKING = [TURNS[0], {"role": "assistant", "content": "<think>…</think>3,776"}]
 SYSTEM = [{"role": "system", "content": "簡潔に答えてください。"}, *TURNS]
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -174,9 +175,30 @@ def test_a_template_that_rewrites_what_came_before_is_refused_where_it_does(qwen
     text = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last else m.content.split('</think>')[-1] }}")
     template = load_template(template_file(tmp_path, text + ASK), load_tokenizer(qwen25))
     assert template.pieces(chat(TURNS))
-    thinking = [TURNS[0], {"role": "assistant", "content": "<think>…</think>3,776"}, *TURNS[2:]]
     with pytest.raises(UnusableError, match="renders message 0 or 1 otherwise once others follow"):
-        template.pieces(chat(thinking))
+        template.pieces(chat([*THINKING, *TURNS[2:]]))
+
+
+@pytest.mark.parametrize(
+    ("body", "turns", "says"),
+    [
+        (
+            CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}"),
+            SYSTEM,
+            "0 .system",
+        ),
+        (CHATML.replace("m.content", "m.content.split('</think>')[-1]"), THINKING, "1 .assistant's"),
+    ],
+)
+def test_a_template_that_leaves_words_out_is_refused_where_it_does(
+    body: str, turns: list[dict[str, str]], says: str, qwen25: Path, tmp_path: Path
+) -> None:
+    """As Phi-3's did with the system's, and DeepSeek-R1's does with thoughts."""
+    template = load_template(template_file(tmp_path, body + ASK), load_tokenizer(qwen25))
+    assert template.pieces(chat(TURNS))
+    with pytest.raises(UnusableError, match=f"leaves out or changes what message {says}") as error:
+        template.pieces(chat(turns))
+    assert error.value.reason == "left_out"
 
 
 def test_a_template_that_refuses_a_conversation_is_quoted(qwen25: Path, tmp_path: Path) -> None:

@@ -76,6 +76,9 @@ def test_what_was_skipped_is_not_taken_where_nothing_may_be(tmp_path: Path, smal
         assert (made.status, made.skipped) == ("written", {"not_json": 1})
         with pytest.raises(CptError, match=r"it left out what gives no text \(not_json 1\), and on_error='stop'"):
             make(path, tmp_path / "out", quiet=True)
+        # A run of its own would be refused, too.
+        with pytest.raises(CptError, match=r"\(not_json 1\), 0\.249 % of its inputs, and 0\.2 % may be skipped"):
+            make(path, tmp_path / "out", on_error="skip", max_skipped=0.002, quiet=True)
         assert make(path, tmp_path / "out", on_error="skip", quiet=True).status == "unchanged"
 
 
@@ -304,8 +307,13 @@ def test_bad_tokenizers(tmp_path: Path, jsonl: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "tokenizer.json").write_text('{"version": ')
+    for checkpoint, place in (("base", "hf"), ("steps=9", "context/tokenizer")):
+        (tmp_path / checkpoint / place).mkdir(parents=True)
+        (tmp_path / checkpoint / place / "tokenizer.json").touch()
     for folder, message in [
-        ("empty", "holds no tokenizer"),
+        ("empty", "holds no tokenizer .*\\)\\.$"),
+        ("base", "There is one in .*/base/hf"),
+        ("steps=9", "There is one in .*/steps=9/context/tokenizer"),
         ("torn", "cannot be loaded"),
         ("none/x", "no tokenizer folder"),
     ]:

@@ -203,6 +203,7 @@ def test_fields_of_the_config_count():
     assert described("llama31_8b", "max_steps=30").checkpoints == 2
     assert described("llama31_8b", "max_steps=30", "save_every=5").checkpoints == 5
     assert described("llama31_8b", "log.ckpt.save_top_k=-1").checkpoints == 10
+    assert described("llama31_8b", "trainer.enable_checkpointing=false").checkpoints == 0
 
 
 def test_a_changed_constant_is_red_unless_it_is_meant(world):

@@ -2,9 +2,11 @@
 
 import pytest
 
-from nemo_cpt import CptError
+from nemo_cpt import CptError, executors
 from nemo_cpt.doctor import Examination, Job, Place
-from nemo_cpt.doctor.slurm import COMMANDS, saving_in_time, slurm
+from nemo_cpt.doctor.slurm import COMMANDS, cores, saving_in_time, slurm
+from nemo_cpt.executors.examination import place_of
+from nemo_cpt.launching.description import place
 from nemo_cpt.planning import Workload
 from tests.support.slurm_cluster import SlurmCluster, missing
 
@@ -48,6 +50,7 @@ def test_partitions(sinfo, monkeypatch):
     assert submitted("gup").found == "there is no partition gup; it has partitions gpu*, cpu, old"
     assert submitted("old").found == "partition old is down"
     assert submitted("gpu", num_nodes=5).found == "partition gpu has 4 nodes, the job takes 5"
+    assert submitted("gpu,cpu", num_nodes=10).found == "partition gpu,cpu has 9 nodes, the job takes 10"
     assert submitted("cpu").state == "warning"
     assert submitted("cpu", gpus_per_node=0).state == "ok"
     assert slurm(Examination()).found == "partitions gpu*, cpu, old"
@@ -90,6 +93,34 @@ def test_time_to_save(sinfo, tmp_path):
     preempted = saved(slurm=True, partition="spot,scraps")
     assert (preempted.state, "steps since the last checkpoint" in preempted.cure) == ("warning", True)
     assert saved(slurm=False).state == "skipped"
+
+
+def test_a_rank_has_more_than_one_core(sinfo, tmp_path):
+    sinfo()
+    (tmp_path / "scontrol").write_text(
+        "#!/bin/sh\n"
+        'case "$*" in *config) echo "SelectType              = select/cons_tres" ;; *)\n'
+        'echo "PartitionName=gpu Default=YES JobDefaults=(null) OverSubscribe=NO State=UP"\n'
+        'echo "PartitionName=kind Default=NO JobDefaults=DefCpuPerGPU=16 OverSubscribe=NO State=UP"\n'
+        'echo "PartitionName=whole Default=NO JobDefaults=(null) OverSubscribe=EXCLUSIVE State=UP"\n'
+        "esac\n"
+    )
+
+    def found(gpus=8, **place):
+        return cores(Examination(Job("r", gpus_per_node=gpus, place=Place("slurm", here=False, **place))))
+
+    assert found(slurm=True).state == found(slurm=True, partition="kind,gpu").state == "warning"
+    assert found(slurm=True).cure.startswith("give executor.cpus_per_task=8")
+    assert found(slurm=True, partition="kind").state == found(slurm=True, partition="whole").state == "ok"
+    assert found(slurm=True, asks_for_cores=True).state == "ok"
+    assert found(slurm=False).state == found(0, slurm=True).state == "skipped"
+    for given in (["cpus_per_task=8"], ["exclusive=true"], []):
+        assert place("slurm", given).asks_for_cores is bool(given)
+    for directives in ({"cpus_per_task": 8}, {"exclusive": True}, {}):
+        assert place_of(executors.slurm(**directives)).asks_for_cores is bool(directives)
+    job = executors.slurm()
+    job.cpus_per_task = 4
+    assert place_of(job).asks_for_cores
 
 
 def test_a_recipe_that_cannot_be_planned_does_not_stop_a_launch(sinfo):

@@ -65,6 +65,11 @@ def test_a_base_that_is_not_there_or_foreign(world, tmp_path):
     (tmp_path / "results/a/checkpoints").mkdir(parents=True)
     run = inputs.base(Examination(job(world, base=str(tmp_path / "results/a"))))
     assert (run.state, run.found) == ("error", f"the base {tmp_path}/results/a is a run's folder")
+    assert run.cure == "give one of its checkpoints, of which none is whole"
+    steps = tmp_path / "results/a/checkpoints/steps=9"
+    shutil.copytree(world / "base", steps)
+    (steps / "run.json").write_text('{"step": 9}')
+    assert inputs.base(Examination(job(world, base=str(tmp_path / "results/a")))).cure.endswith(f"base={steps}")
     foreign = inputs.base(Examination(job(world, base=str(world / "ds"))))
     assert (foreign.state, "not a NeMo 2.0 checkpoint" in foreign.found) == ("error", True)
 
@@ -225,6 +230,7 @@ def test_a_disk_that_is_too_small(world, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4 * checkpoint - 1))
     gpu = job(world, checkpoints=4, gpus_per_node=1)  # bf16 with fp32 states takes 14 bytes, not 12
     assert inputs.disk(Examination(gpu)).state == "error"
+    assert inputs.disk(Examination(job(world, checkpoints=0, gpus_per_node=1))).state == "ok"  # it writes none
     for number in range(2):  # a run that goes on overwrites what it has
         (world / "runs" / "one" / "checkpoints" / f"steps={number}").mkdir(parents=True, exist_ok=True)
     assert inputs.disk(Examination(job(world, checkpoints=4))).state == "ok"

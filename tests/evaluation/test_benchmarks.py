@@ -32,7 +32,7 @@ def _installed(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) 
 
 @pytest.fixture
 def real_harness() -> None:
-    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'nemo_cpt[eval]'")
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install '.[eval]'")
 
 
 def test_tasks_and_presets() -> None:
@@ -55,7 +55,7 @@ def test_what_is_no_task(spec: str) -> None:
 
 def test_without_the_harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(benchmarks, "find_spec", lambda name: None)
-    with pytest.raises(CptError, match=r"pip install 'nemo_cpt\[eval\]'"):
+    with pytest.raises(CptError, match=r"`pip install .* -e '.\[eval\]'`"):
         evaluate(tmp_path / "model", tmp_path / "out", tasks=["ja"])
     assert not (tmp_path / "out").exists()
 

@@ -78,7 +78,7 @@ def _harness_nats(engine: TransformersEngine, text: str, window: int, overlap: i
 
 
 def test_lm_eval_itself_finds_the_same(engine: TransformersEngine, world: Path, documents: list[str]) -> None:
-    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'nemo_cpt[eval]'")
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install '.[eval]'")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
@@ -147,7 +147,16 @@ def test_bytes_of_a_tokenizer_that_prepends_a_blank(world: Path, tmp_path: Path,
     for text in ("日本語 and English, 🍣 too", documents[0]):
         ids = tokenizer.encode(text, add_special_tokens=False)
         row = torch.tensor([[tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]])
-        assert counter(row[:, :-1], row[:, 1:]) == [len(text.encode())]
+        tokens, labels = row[:, :-1], row[:, 1:]
+        assert counter(tokens, labels, torch.ones_like(labels, dtype=torch.bool)) == [len(text.encode())]
+
+
+def test_bytes_of_a_tokenizer_whose_special_tokens_hold_sentencepieces_blank(world: Path, documents: list[str]) -> None:
+    """As DeepSeek's, whose distilled Llamas and Qwens are byte-level."""
+    tokenizer = AutoTokenizer.from_pretrained(world / "base_hf")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<｜begin▁of▁sentence｜>"]})
+    ids = torch.tensor([tokenizer(documents[0], add_special_tokens=False).input_ids])
+    assert bits_per_byte.ByteCounter(tokenizer)(ids, ids, torch.ones_like(ids).bool()) == [len(documents[0].encode())]
 
 
 def test_a_tokenizer_that_hides_its_bytes_is_refused(world: Path, tmp_path: Path, documents: list[str]) -> None:

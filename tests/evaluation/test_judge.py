@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -457,6 +458,21 @@ class TestJournal:
             assert journal.get(key_of("a", Sampling(seed=1))) is None
             journal.keep("b", {"text": "いいえ"})
         assert [json.loads(line)["text"] for line in path.read_text().splitlines()] == ["はい", "いいえ"]
+
+    def test_a_full_disk_leaves_what_is_whole(self, tmp_path: Path) -> None:
+        path, limit = tmp_path / "journal.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+        try:
+            with Journal(path) as journal:
+                journal.keep("a", {"text": "b"})
+                # Room for a part of the next line: what is left of it must not come behind the first one later.
+                resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 4096, limit[1]))
+                with pytest.raises(CptError, match="Make room and run it again"):
+                    journal.keep("c", {"text": "d" * 6000})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        with Journal(path) as journal:
+            assert journal.get("a") == {"text": "b"}
+            assert len(journal) == 1
 
     def test_does_not_pass_over_damage(self, tmp_path: Path) -> None:
         path = tmp_path / "journal.jsonl"

@@ -163,7 +163,7 @@ class TestVerdict:
         monkeypatch.setitem(sys.modules, "lingua", None)
         language._detector.cache_clear()
         language._confidences.cache_clear()
-        with pytest.raises(CptError, match=r"lingua, which is not installed: pip install 'nemo_cpt\[eval\]'"):
+        with pytest.raises(CptError, match=r"lingua, which is not installed: `pip install .* -e '.\[eval\]'`"):
             judge_language("It is a book.", "ja")
 
 

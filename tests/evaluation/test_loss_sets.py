@@ -5,8 +5,13 @@ from typing import Any
 
 import pytest
 
-from nemo_cpt.evaluation.loss_sets import validated_on
+from nemo_cpt.checkpoint.provenance import Provenance, write_provenance
+from nemo_cpt.errors import CptError
+from nemo_cpt.evaluation.candidates import Candidate
+from nemo_cpt.evaluation.loss_sets import LossSet, find_loss_sets, mask_warnings, training_record, validated_on
+from nemo_cpt.inference.models import Found
 from nemo_cpt.training.changes import content_of
+from nemo_cpt.training.masks import masks_of
 
 
 def write_set(prefix: Path, content: bytes) -> str:
@@ -36,3 +41,41 @@ def test_of_a_project_that_was_moved_they_are_found_by_their_content(tmp_path: P
     write_set(now / "ds/en_text_document", b"other")
     assert validated_on(run, now / "results/run", told.append) == expected[:1]
     assert told == [f"the run validated on {run['validated_on']['sets']['en']}, which is not there any more"]
+
+
+def test_conversations_have_no_loss_of_texts(tmp_path: Path) -> None:
+    prefix = write_set(tmp_path / "chats_conversations", b"chats")
+    run = {"settings": {"validation": {"sets": {"chats": content_of(prefix)}}}, "validated_on": {"sets": {}}}
+    told: list[str] = []
+    assert validated_on(run, tmp_path, told.append) == []
+    assert told == ["the run validated on conversations (chats): `nemo-cpt report` has the losses on answers"]
+    for path in (prefix, prefix.removesuffix("_conversations")):
+        with pytest.raises(CptError, match="holds conversations, whose loss is of their answers alone"):
+            find_loss_sets([f"chats={path}"], [], {}, None, told.append)
+
+
+def test_masks_are_the_runs_also_of_its_export_and_those_of_others_are_named(tmp_path: Path) -> None:
+    records = {
+        "plain": {"settings": {"data": {"eod_mask_loss": False}}},
+        "masked": {"settings": {"data": {"eod_mask_loss": True, "reset_attention_mask": True}}},
+        # Where Transformer Engine computed the attention.
+        "in_effect": {
+            "settings": {"data": {"eod_mask_loss": True, "reset_attention_mask": True}},
+            "validated_on": {"reset_attention_mask": False},
+        },
+    }
+    for name, record in records.items():
+        (tmp_path / name).mkdir()
+        write_provenance(tmp_path / name, Provenance("a/b", trainings=[{}, record]))
+    (tmp_path / "base").mkdir()
+    found = {name: masks_of(training_record(tmp_path / name)) for name in [*records, "base"]}
+    both = ("eod_mask_loss", "reset_attention_mask")
+    assert found == {"plain": (), "masked": both, "in_effect": both[:1], "base": ()}
+    models = [Candidate(name, str(tmp_path / name)) for name in ("base", "plain", "masked")]
+    for each in models:
+        each.__dict__["found"] = Found(tmp_path / each.label, each.label)
+    texts = [LossSet("ja", "ja.jsonl"), LossSet("ja", "ds/ja", 64, 8, masks=found["masked"])]
+    (said,) = mask_warnings(models, texts)
+    assert said.startswith("plain was trained with neither eod_mask_loss nor reset_attention_mask, and the losses of ")
+    assert "are measured with eod_mask_loss and reset_attention_mask, for all models" in said
+    assert mask_warnings(models, texts[:1]) == []

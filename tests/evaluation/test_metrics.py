@@ -90,7 +90,7 @@ def test_bleu_and_chrf_are_sacrebleus(language: str | None, tokenize: str) -> No
 
 def test_without_sacrebleu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "sacrebleu.metrics", None)
-    with pytest.raises(CptError, match=r"BLEU and chrF need sacrebleu: pip install 'nemo_cpt\[eval\]'"):
+    with pytest.raises(CptError, match=r"BLEU and chrF need sacrebleu: `pip install .* -e '.\[eval\]'`"):
         list(answer_measures(REPLIES, ANSWERS, "ja"))
 
 

@@ -110,6 +110,22 @@ def test_what_is_forced_is_said_and_goes_on(given, monkeypatch, capsys):
     assert "nemo_cpt: error: base: the base nowhere is not there; import it first" in capsys.readouterr().err
 
 
+def test_a_dry_run_says_what_would_refuse_it_and_prints_the_batch_script_as_it_is(given, project, capsys):
+    recipe = build_recipe("tiny.continual_pretrain", given | {"base": "nowhere", "model": "tiny", "name": "cpt_of_ja"})
+    run.run(recipe, executor=slurm("llm", "cpu", time="1:00:00"), dryrun=True)
+    said = capsys.readouterr()
+    assert "nemo_cpt: error: base: the base nowhere is not there; import it first" in said.err
+    script = said.out.partition("#!/bin/bash")[2].splitlines()
+    assert "#SBATCH --account=llm" in script
+    (output,) = (line for line in script if line.startswith("#SBATCH --output="))
+    assert output.endswith("sbatch_cpt.cpt_of_ja_%j.out")  # over 80 columns, and not broken; by the run's name
+    recipe.log.name = "a b"  # which no experiment may be called
+    run.run(recipe, executor=slurm("llm", "cpu", time="1:00:00"), dryrun=True)
+    assert "#SBATCH --job-name=cpt.nemo.collections.llm.api.pretrain" in capsys.readouterr().out
+    with pytest.raises(CptError, match="base: the base nowhere is not there"):  # in this process, which would build it
+        run.run(recipe, dryrun=True)
+
+
 @pytest.mark.parametrize(("executor", "says"), [("local", "is 'local'"), (local, "is local, not called")])
 def test_what_is_no_executor_is_told(given, executor, says, project):
     import tasks

@@ -23,7 +23,7 @@ from docker.models.containers import _create_container_args
 from nemo_run.core.execution.docker import DockerContainer
 
 from nemo_cpt import CptError
-from nemo_cpt.executors import docker, kubernetes, skypilot, slurm, slurm_job, ssh, stopping
+from nemo_cpt.executors import docker, environment, kubernetes, skypilot, slurm, slurm_job, ssh, stopping, window
 from nemo_cpt.executors.code import CodeSnapshot
 from nemo_cpt.executors.environment import checked_setup
 from nemo_cpt.launching.task import nodes_of_its_job
@@ -204,6 +204,17 @@ def test_a_shell_that_docker_starts_gets_the_secret(project, monkeypatch):
     assert subprocess.run(shell, env=environ, capture_output=True, text=True).stdout.strip() == "planted 'secret'"
 
 
+def test_a_half_written_secret_goes_when_the_process_ends(project, monkeypatch):
+    def interrupted(names):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(environment, "secrets_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        environment.keep_secrets("docker", ["HF_TOKEN"])
+    environment.forget_secrets()
+    assert not list((project.parent / "home" / "secrets").iterdir())
+
+
 def test_slurm_with_a_container(project, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "planted-secret")
     executor = slurm(
@@ -227,6 +238,15 @@ def test_slurm_with_a_container(project, monkeypatch):
     assert 'export PYTHONSAFEPATH=1 PYTHONPATH="$(echo /nemo_run/code:/nemo_run/code/src:' in script
     assert '. "$job/secrets.env"' in script
     assert f"job={job} " in script
+
+
+def test_slurms_containers_must_hold_the_folder_that_the_tasks_run_in(project, tmp_path):
+    (tmp_path / "data").mkdir()
+    given = {"container_image": "img", "mounts": [f"{tmp_path}/data:/data"]}
+    with pytest.raises(CptError, match=f"the tasks run in the current folder, {project}, which these do not hold"):
+        slurm("llm", "gpu", **given)
+    assert slurm("llm", "gpu", **given, workdir="/data").srun_args[-1] == "--container-workdir=/data"
+    slurm("llm", "gpu", container_image="img", mounts=[f"{tmp_path}"])  # at its own path, and the project within
 
 
 def test_the_current_folder_is_not_before_the_standard_library(project):
@@ -359,6 +379,18 @@ def test_a_recipes_plan_says_how_early_its_job_is_told_to_stop(project, headline
         assert window_of(recipe, slurm(gpus_per_node=8, time="10", preempt_seconds=given)).preempt_seconds == given
 
 
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [
+        ("30", 1800), ("4:0", 240), ("90:90", 5490), ("4:0:0", 14400), ("1-4", 100_800), ("1-4:0", 100_800),
+        ("1-30:0:5", 194_405), ("2-00", 172_800), ("0", None), ("0:0", None), ("0-0", None), ("infinite", None),
+    ],
+)  # fmt: skip
+def test_times_are_those_that_sbatch_takes(limit, seconds):
+    assert slurm(tasks_per_node=1, time=limit, preempt_seconds=60).time == limit
+    assert window.seconds_of(limit) == seconds
+
+
 def test_without_a_signal_ahead_of_the_limit_none_is_asked_for(project):
     _, request = prepared(slurm(tasks_per_node=1, time="10", preempt_seconds=0))
     assert "--signal" not in request.materialize()
@@ -380,14 +412,16 @@ def test_slurm_gres_stands_for_the_gpus(project):
         ({"nodes": 0}, r"slurm\(nodes=0\)"),
         ({"gpus_per_node": 0}, "leave it out"),
         ({"time": "four hours"}, "write minutes"),
-        ({"time": "4:0"}, "write minutes"),
+        ({"time": "4:0:0:0"}, "write minutes"),
+        ({"time": "1-2-3"}, "write minutes"),
+        ({"time": ":30"}, "write minutes"),
         ({"chain": 0}, "chain"),
         ({"partitoin": "gpu"}, "no such directive; near: partition"),
         ({"mem": "12GBB"}, r"slurm\(mem='12GBB'\): give a size as sbatch takes it: .*such as '64G'"),
         ({"mem_per_gpu": "1.5G"}, "give a size"),
         ({"tmp": True}, "give a size"),
         ({"cpus_per_task": "8x"}, r"slurm\(cpus_per_task='8x'\): give a whole number"),
-        ({"time_min": "1:00:0O"}, r"slurm\(time_min='1:00:0O'\): write minutes, H:MM:SS"),
+        ({"time_min": "1:00:0O"}, r"slurm\(time_min='1:00:0O'\): write minutes, M:SS"),
         ({"container_image": "x", "mounts": ["/no/such:/data"]}, "/no/such does not exist"),
         ({"secrets": ["NOT_SET_ANYWHERE"]}, "NOT_SET_ANYWHERE is not set"),
         ({"env": {"WANDB_API_KEY": "x"}}, "looks like a secret"),
@@ -622,6 +656,16 @@ def test_kubernetes_train_job(project, kube_config):
     assert f"export WORDS={shlex.quote(variables['WORDS']['value'])}\n" in launched
     assert "; exec python -m nemo_cpt.executors.supervisor" in launched  # the first process is signalled
     assert "--max-restarts 2 -- torchrun" in launched
+
+
+def test_a_dry_run_shows_the_train_job_and_its_script(project, kube_config, capsys):
+    import tasks
+
+    run.run(run.Partial(tasks.report, path="seen"), executor=kubernetes("img", 8, "work"), dryrun=True, name="t")
+    manifest, _, script = capsys.readouterr().out.partition("apiVersion: ")[2].partition("# launch.sh\n")
+    trainer = yaml.safe_load(f"apiVersion: {manifest}")["spec"]["trainer"]
+    assert (trainer["image"], trainer["command"][0]) == ("img", "/bin/bash")
+    assert "; exec python -m nemo_cpt.executors.supervisor" in script
 
 
 def test_a_pod_has_the_time_that_its_recipe_needs_to_save(project, kube_config, headline):

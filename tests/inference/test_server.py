@@ -111,6 +111,14 @@ def test_a_completion_with_choices_stop_and_seed(client: openai.OpenAI, engine: 
     assert stopped.choices[0].finish_reason == "stop"
 
 
+def test_a_completion_that_names_no_length_has_the_room_that_its_prompt_leaves(
+    client: openai.OpenAI, engine: TransformersEngine
+) -> None:
+    prompts = ["a", "京都 " * 12]
+    choices = client.completions.create(model="tiny", prompt=prompts, temperature=0).choices
+    assert [each.text for each in choices] == [replied(engine, each, max_tokens=engine.room(each)) for each in prompts]
+
+
 def test_logprobs_in_both_forms(client: openai.OpenAI) -> None:
     chat = client.chat.completions.create(
         model="tiny", messages=HELLO, max_tokens=3, temperature=0, logprobs=True, top_logprobs=2

@@ -1,5 +1,7 @@
 """Replies of the in-process engine against transformers' own `generate`, and what requests may not do to each other."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -196,6 +198,15 @@ def test_any_bytes_that_a_model_says_become_text(
     assert texts[-1].endswith(" a")
     if all(token > 258 for token in reply) and prompt[-1] > 258:
         assert "".join(texts) == byte_fallback.decode([*reply, 261])
+
+
+def test_a_reply_is_what_the_model_said(make_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """Not what transformers makes of it where the tokenizer asks for that, as Llama-3's does."""
+    folder = Path(shutil.copytree(make_model("llama"), tmp_path / "model"))
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"clean_up_tokenization_spaces": True}))
+    tokenizer = TransformersEngine(folder).tokenizer
+    assert tokenizer.decode(tokenizer("a , b .", add_special_tokens=False).input_ids) == "a , b ."
 
 
 def test_bos_stands_once(engine: TransformersEngine) -> None:

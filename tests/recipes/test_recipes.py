@@ -97,8 +97,13 @@ class TestStatePrecision:
             llama31_8b.continual_pretrain(state_precision="fp16")
         with pytest.raises(CptError, match="a CPU trains with states in fp32"):
             tiny.continual_pretrain("base", Blend({"ds/ja": 1.0}), state_precision="bf16")
-        with pytest.raises(CptError, match="adapters' states are small"):
-            llama31_8b.continual_pretrain_single_gpu(state_precision="bf16")
+        for make in (llama31_8b.continual_pretrain_single_gpu, llama31_8b.instruction_tune_single_gpu):
+            with pytest.raises(CptError, match="adapters' states are small"):
+                make(state_precision="bf16")
+
+    def test_so_of_a_tuning(self) -> None:
+        work = read(llama31_8b.instruction_tune(max_steps=10, state_precision="bf16"))
+        assert (work.grad_bytes, work.exp_avg_bytes, work.exp_avg_sq_bytes, work.master_bytes) == (2, 2, 2, 2)
 
 
 class TestOneGpu:
@@ -326,6 +331,10 @@ def test_plain_values_reach_the_config(tmp_path: Path) -> None:
         ("data", Blend({"ds/ja": 1.0}), "data is a Blend, and no data module"),
         ("data.validation", "ds/ja", "The blend's validation is a string, 'ds/ja'"),
         ("trainer.callbacks", [], "the recipe's own callbacks were replaced"),
+        ("trainer.gradient_clip_val", 0.5, "would be passed over: Megatron's optimizer clips, at optim.config.clip"),
+        ("trainer.accumulate_grad_batches", 4, "until they are data.global_batch_size sequences"),
+        ("trainer.max_epochs", 2, "a run has max_steps steps"),
+        ("trainer.precision", "bf16", "trainer.plugins has it"),
     ],
 )
 def test_a_field_changed_into_what_no_job_runs_with_is_refused_before_the_launch(path, value, says) -> None:
@@ -366,6 +375,8 @@ class OwnStrategy(nl.MegatronStrategy):
         ("trainer.strategy", run.Config(OwnStrategy, own=1, tensor_model_parallel_size=1)),
         ("trainer.callbacks", [run.Config(OwnGuards)]),
         ("trainer.devices", (0,)),
+        ("trainer.accumulate_grad_batches", 1),
+        ("trainer.max_epochs", -1),
         ("trainer.devices", "0,1"),
     ],
 )

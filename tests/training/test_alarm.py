@@ -11,9 +11,11 @@ import pytest
 from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation.bits_per_byte import sequences_loss
+from nemo_cpt.evaluation.loss_sets import training_record
 from nemo_cpt.inference.transformers_engine import TransformersEngine
 from nemo_cpt.monitoring.forgetting import changes
 from nemo_cpt.recipes import llama31_8b, tiny
+from nemo_cpt.training.masks import masks_of
 from nemo_cpt.training.metrics import END_FILE, RUN_FILE, WARNINGS_FILE, read_file, read_lines, read_metrics
 from nemo_cpt.training.run_folder import newest_whole
 from nemo_cpt.watching.record import Record
@@ -33,6 +35,7 @@ def train(world: Path, stop_when: dict[str, str] | None) -> None:
         global_batch_size=BATCH, max_steps=STEPS, val_check_interval=1, lr=1e-2, stop_when=stop_when,
     )  # fmt: skip
     recipe.trainer.limit_val_batches = BATCHES
+    recipe.data.eod_mask_loss = recipe.data.reset_attention_mask = True
     run.run(recipe, direct=True)
 
 
@@ -78,8 +81,11 @@ def test_what_the_run_is_stands_beside_its_metrics(world: Path, stopped: tuple[P
     assert [each for each in trainer["callbacks"] if each["_target_"].endswith(".ForgettingAlarm")]
     assert "0x" not in json.dumps(about["configuration"])
     engine = TransformersEngine(world / "base_hf", device="cpu")
+    masks = dict.fromkeys(masks_of(training_record(stopped[0])), True)
+    assert masks == {"eod_mask_loss": True, "reset_attention_mask": True}
     for name in ("ja", "en"):
-        read = sequences_loss(engine, world / f"ds/{name}_validation", seq_length=LENGTH, samples=BATCHES * BATCH)
+        prefix, samples = world / f"ds/{name}_validation", BATCHES * BATCH
+        read = sequences_loss(engine, prefix, seq_length=LENGTH, samples=samples, **masks)
         assert about["validation"][name]["bytes_per_token"] == pytest.approx(sum(read.bytes) / sum(read.tokens))
         lines = read_metrics(stopped[0])
         assert lines[0][f"val_loss_{name}"] == pytest.approx(read.loss, abs=1e-3)

@@ -1,5 +1,6 @@
 """The data module: every validation set by itself, the same samples each time, as the files hold them."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from torch.utils.data import DataLoader
 
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation.bits_per_byte import sequences_loss
+from nemo_cpt.inference.token_bytes import TokenBytes
 from nemo_cpt.inference.transformers_engine import TransformersEngine
 from nemo_cpt.monitoring.description import _bytes_per_token
 from nemo_cpt.training.data import BlendDataModule
-from nemo_cpt.training.datasets import VALIDATION
+from nemo_cpt.training.datasets import VALIDATION, in_another_order
 from tests.training.small_datasets import EOS, ORDINARY, SEQ_LENGTH, dataset, documents, expected, sequences, write
 
 
@@ -111,6 +113,20 @@ def test_so_it_is_in_nemos_own_data_module(world: Path, tmp_path: Path) -> None:
     assert all(sample["loss_mask"].all() for sample in module._train_ds)
 
 
+def test_when_megatron_draws_another_order_for_more_steps(tmp_path: Path) -> None:
+    prefix = write(tmp_path / "text", documents(seed=1, count=40))
+    one_pass = len(dataset(prefix, samples=1))
+    built = {samples: dataset(prefix, samples=samples) for samples in range(one_pass - 8, 3 * one_pass, 5)}
+    read = {samples: sequences(each)[: one_pass - 8] for samples, each in built.items()}
+    found = set()
+    for more, each in built.items():
+        for fewer in built:
+            another = in_another_order(each, fewer / more) == [prefix]
+            assert another == (read[more] != read[fewer]), (more, fewer)
+            found.add(another)
+    assert found == {True, False}
+
+
 @pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 33])
 def test_text_shorter_than_a_sequence_or_a_batch_is_repeated(tmp_path: Path, count: int) -> None:
     texts = [[*range(10, 9 + count), EOS]]
@@ -128,14 +144,44 @@ def test_evaluation_reads_what_training_validates_on(world: Path, blend: Any) ->
     assert loss == pytest.approx(sum(losses) / 8, abs=1e-4)
 
 
+def test_evaluation_masks_what_a_run_masks(world: Path, blend: Any) -> None:
+    """Each document of a sequence is asked by itself, without what is predicted from the end of the one before."""
+    module = data_module(world, blend)
+    module.build(10, 5, 2, 0)
+    engine, prefix = TransformersEngine(world / "base_hf", device="cpu"), blend.validation["ja"]
+    eod = engine.tokenizer.eos_token_id
+    whole, masked = 0.0, 0.0
+    for sample in (module._validation_ds[index] for index in range(8)):
+        whole += 64 * _loss(world, sample)
+        starts = [0, *(position + 1 for position in torch.where(sample["tokens"] == eod)[0].tolist()), 64]
+        for start, end in pairwise(starts):
+            part = {name: sample[name][start:end].clone() for name in ("tokens", "labels")}
+            part["labels"][part["tokens"] == eod] = -100
+            counted = int((part["labels"] != -100).sum())
+            masked += counted * _loss(world, part) if counted else 0
+    settings = {"eod_mask_loss": True, "reset_attention_mask": True}
+    found = sequences_loss(engine, prefix, seq_length=64, samples=8, **settings)
+    plain = sequences_loss(engine, prefix, seq_length=64, samples=8)
+    assert sum(plain.nats) == pytest.approx(whole, abs=1e-2)
+    assert sum(found.nats) == pytest.approx(masked, abs=1e-2)
+    assert abs(masked - whole) > 0.1
+    assert sum(found.tokens) < sum(plain.tokens) == 8 * 64
+    assert found.first_token.endswith("(eod_mask_loss); no document sees the one before (reset_attention_mask)")
+
+
 def test_a_tokens_bytes_are_those_of_the_tokens_that_the_loss_counts(world: Path, blend: Any) -> None:
-    """Of a run whose loss leaves the ends of texts out, which have no bytes."""
-    whole, without_ends = data_module(world, blend), data_module(world, blend, eod_mask_loss=True)
-    for module in (whole, without_ends):
+    """Of a run whose loss leaves out what follows a text's end, the next one's first token, which has bytes."""
+    whole, masked = data_module(world, blend), data_module(world, blend, eod_mask_loss=True)
+    counted = {}
+    for module in (whole, masked):
         module.build(10, 5, 2, 0)
-    counted = sum(int(without_ends._validation_ds[index]["loss_mask"].sum()) for index in range(8))
-    assert counted < 8 * 64
-    assert counted * _bytes_per_token(without_ends)["ja"] == pytest.approx(8 * 64 * _bytes_per_token(whole)["ja"])
+        samples = [module._validation_ds[index] for index in range(8)]
+        counted[module] = torch.cat([sample["labels"][sample["loss_mask"].bool()] for sample in samples]).tolist()
+    assert len(counted[masked]) < len(counted[whole]) == 8 * 64
+    bytes_of, eod = TokenBytes(whole.tokenizer.tokenizer), whole.tokenizer.eod
+    for module, labels in counted.items():
+        size = sum(len(bytes_of(label)) for label in labels if label != eod)
+        assert len(labels) * _bytes_per_token(module)["ja"] == pytest.approx(size)
 
 
 def _loss(world: Path, sample: dict[str, torch.Tensor]) -> float:

@@ -234,3 +234,13 @@ def test_a_sequence_that_context_parallelism_cannot_cut(world: Path, blend: Any)
     made.data.seq_length = 60
     with pytest.raises(CptError, match=r"seq_length 60 cannot be cut into 2 x context_parallel_size = 8 .*56 could be"):
         guards.check(made)
+
+
+def test_resets_that_would_change_nothing_are_refused() -> None:
+    with pytest.raises(CptError, match="reset_position_ids=True would change nothing: rotary embeddings count from"):
+        guards.check_resets(SimpleNamespace(reset_position_ids=True), transformer_engine=False, rotary=True)
+    guards.check_resets(SimpleNamespace(reset_position_ids=True), transformer_engine=True, rotary=False)
+    masked = SimpleNamespace(reset_attention_mask=True)
+    with pytest.raises(CptError, match="reset_attention_mask=True would change nothing: Transformer Engine's causal"):
+        guards.check_resets(masked, transformer_engine=True, rotary=True)
+    guards.check_resets(masked, transformer_engine=False, rotary=True)

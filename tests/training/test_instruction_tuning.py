@@ -20,16 +20,18 @@ from nemo_cpt.checkpoint import export_hf, import_hf, verify
 from nemo_cpt.conversations import Conversations, prepare
 from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
+from nemo_cpt.evaluation.callback import EvaluateReplies
 from nemo_cpt.inference import Sampling, open_engine
 from nemo_cpt.recipes import continual, smollm2, tiny
 from nemo_cpt.training import guards
 from nemo_cpt.training.cpu import on_cpu
-from nemo_cpt.training.metrics import METRICS_FILE, RESUMED_FROM, read_metrics
+from nemo_cpt.training.metrics import METRICS_FILE, REPLIES_FILE, RESUMED_FROM, read_metrics
 from nemo_cpt.training.run_folder import newest_whole
 from tests.support.interruptions import Hit, Hits
 from tests.training import jobs
 
 LENGTH = 128
+QUESTIONS = ["日本の首都は?", "What is a temple?"]
 KILLED = -9
 SETTINGS = {
     "seq_length": LENGTH,
@@ -81,7 +83,7 @@ def seen(path: Path) -> dict[int, list[Any]]:
 
 def tune(
     world: Path, chats: Conversations, name: str, hit: Hit | None, lora: bool = False, sanity: bool = True,
-    base: str = "base", **changes: Any,
+    base: str = "base", asked: str | None = None, **changes: Any,
 ) -> None:  # fmt: skip
     recipe = tiny.instruction_tune(
         str(world / base), chats, name=name, directory=str(world / "tuned"), **SETTINGS | changes
@@ -90,6 +92,8 @@ def tune(
         recipe = continual.with_lora(recipe, rank=8)
     if not sanity:
         recipe.trainer.num_sanity_val_steps = 0
+    if asked:
+        recipe.trainer.callbacks.append(run.Config(EvaluateReplies, prompts=asked, max_tokens=8))
     recipe.trainer.strategy.ckpt_async_save = False
     recipe.trainer.callbacks += [
         run.Config(Hits, hit or Hit("on_train_batch_end", -1)),
@@ -115,7 +119,9 @@ def losses(world: Path, name: str, key: str) -> dict[int, float]:
 @pytest.fixture(scope="module")
 def tuned(world: Path, chats: Conversations) -> Path:
     """The folder of a run without an interruption."""
-    assert start(world, chats, "unbroken") == 0, log(world, "unbroken").read_text()[-3000:]
+    questions = world / "questions.jsonl"
+    questions.write_text("".join(json.dumps({"prompt": each}) + "\n" for each in QUESTIONS))
+    assert start(world, chats, "unbroken", asked=str(questions)) == 0, log(world, "unbroken").read_text()[-3000:]
     return world / "tuned/unbroken"
 
 
@@ -134,6 +140,10 @@ def test_its_export_asks_and_stops_as_it_was_tuned(chats: Conversations, tuned: 
     report = verify(checkpoint, tmp_path / "hf", logits=False)
     assert report.identical
     assert report.chat_template == chats.template["name"]
+    engine = open_engine(tmp_path / "hf")
+    replies = dict(engine.generate([[{"role": "user", "content": each}] for each in QUESTIONS], Sampling(max_tokens=8)))
+    asked = [json.loads(line) for line in (tuned / REPLIES_FILE).read_text("utf-8").splitlines()]
+    assert [each["reply"] for each in asked[-len(QUESTIONS) :]] == [replies[at].text for at in range(len(QUESTIONS))]
 
 
 def test_the_first_validation_is_the_bases_loss_on_the_answers(world: Path, chats: Conversations, tuned: Path) -> None:

@@ -1,6 +1,7 @@
 """The file of a run's metrics, read after whatever happened to it."""
 
 import json
+import os
 from pathlib import Path
 
 from hypothesis import HealthCheck, given, settings
@@ -58,6 +59,13 @@ def test_a_torn_line_does_not_swallow_the_next(tmp_path: Path) -> None:
     write(tmp_path, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 2.0})
     assert steps(tmp_path) == [(1, 1.0), (2, 2.0), (3, 2.0)]
     assert len(path.read_bytes().splitlines()) == 4
+
+
+def test_text_that_is_no_unicode_or_would_break_lines_comes_back(tmp_path: Path) -> None:
+    line = {"step": 1, "reply": "東京\u2028\x85\n", "base": os.fsdecode(b"/runs/\xff")}
+    write(tmp_path, line)
+    assert read_metrics(tmp_path) == [line]
+    assert "東京" in (tmp_path / METRICS_FILE).read_text("utf-8")
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

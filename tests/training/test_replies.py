@@ -2,19 +2,22 @@
 
 import functools
 import json
+import types
 from pathlib import Path
 from typing import Any
 
 import nemo_run as run
 import pytest
+from nemo.utils import AppState
 
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation import evaluate, report
 from nemo_cpt.evaluation.callback import EvaluateReplies
+from nemo_cpt.evaluation.reading import Asked
 from nemo_cpt.inference import Sampling
 from nemo_cpt.inference.transformers_engine import TransformersEngine
 from nemo_cpt.recipes import tiny
-from nemo_cpt.training.metrics import REPLIES_FILE, read_metrics
+from nemo_cpt.training.metrics import REPLIES_FILE, read_lines, read_metrics
 from tests.training import jobs
 
 QUESTIONS = ["日本の首都は?", "Once upon a time", "猫"]
@@ -26,6 +29,16 @@ def prompts(world: Path) -> Path:
     path = world / "ja_questions.jsonl"
     path.write_text("".join(json.dumps({"prompt": each, "language": "ja"}) + "\n" for each in QUESTIONS))
     return path
+
+
+def test_replies_come_behind_a_line_that_was_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AppState(), "log_dir", tmp_path)
+    file = tmp_path / REPLIES_FILE
+    file.parent.mkdir()
+    file.write_text('{"step": 0, "id": "", "prompt": "日本の')
+    trainer = types.SimpleNamespace(global_step=2, loggers=[])
+    EvaluateReplies()._keep(trainer, [Asked("", "日本の首都は?")], ["東京"])
+    assert [(line["step"], line["reply"]) for line in read_lines(tmp_path, REPLIES_FILE)] == [(2, "東京")]
 
 
 def train(world: Path, blend: Any, name: str, prompts: Path | None, **changes: Any) -> None:
@@ -52,12 +65,12 @@ def replies(world: Path, name: str) -> dict[int, list[str]]:
 
 @pytest.fixture(scope="module")
 def asked(world: Path, blend: Any, prompts: Path) -> str:
-    start(world, blend, "asked", prompts)
+    start(world, blend, "asked", prompts, seed=7)
     return "asked"
 
 
 def test_losses_are_the_same_with_it_and_without(world: Path, blend: Any, asked: str) -> None:
-    start(world, blend, "not_asked", None)
+    start(world, blend, "not_asked", None, seed=7)
     with_it, without = (read_metrics(world / "runs" / name) for name in (asked, "not_asked"))
     names = ("reduced_train_loss", "grad_norm", "lr", "val_loss_ja", "val_loss_en")
     measured = [

@@ -150,11 +150,10 @@ def test_a_checkpoint_that_adapters_were_trained_on_is_not_thinned(folder: Path,
 
 def test_nor_one_that_adapters_are_trained_on_that_are_not_saved_yet(folder: Path) -> None:
     base, starts = of_step(folder, 3), folder.parents[1] / "lora" / STARTS
-    starts.parent.mkdir(parents=True)
     for peft, user in (("LoRA", starts.parents[1]), (None, None)):  # who trains every weight has read its base
         append_metrics(starts.parents[1], {"base": str(base), "settings": {"adapters": {"peft": peft}}}, STARTS)
         with starts.open("a") as file:
-            file.write('{"base": ')  # a start that a full disk cut off
+            file.write('{"base": "')  # of a start that a full disk cut off
         assert based_on(base, folder.parents[1]) == user
 
 
@@ -224,6 +223,21 @@ def test_a_finished_run_is_not_taken_for_one_that_trained_otherwise(
             nothing_to_train("tiny.continual_pretrain", given | other, [])
     with pytest.raises(CptError, match=r"lr 0\.001 -> 0\.02"):
         nothing_to_train("tiny.continual_pretrain", given, ["optim.config.lr=0.02"])
+
+
+def test_a_run_that_cannot_go_on_so_is_refused_before_it_is_launched(folder: Path, world: Path, blend: Any) -> None:
+    given = {"base": str(world / "base"), "data": blend, "max_steps": 12, "val_check_interval": 3, "seq_length": 64}
+    given |= {"directory": str(folder.parent.parent), "name": folder.parent.name, "global_batch_size": 8}
+    for other, words in (
+        ({}, r"max_steps 8 -> 12\. Say what becomes of the learning rate: extend=rewarm"),
+        ({"extend": "keep", "seq_length": 32}, "seq_length 64 -> 32"),
+        ({"extend": "keep", "data": Blend(dict.fromkeys(blend.train, 1.0))}, r"train \[\[0.75, 'ja_train:"),
+    ):
+        with pytest.raises(CptError, match=f"started otherwise than it is resumed at step 8: {words}"):
+            nothing_to_train("tiny.continual_pretrain", given | other, [])
+    for fine in ({"extend": "rewarm", "lr": 5e-3}, {"extend": "keep", "micro_batch_size": 2, "val_check_interval": 5}):
+        assert nothing_to_train("tiny.continual_pretrain", given | fine, []) == ""
+    assert nothing_to_train("tiny.continual_pretrain", given, ["resume.extend=stretch"]) == ""
 
 
 def test_a_run_goes_on_from_the_newest_whole_one_and_says_so(runs: Runs) -> None:

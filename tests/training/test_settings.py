@@ -1,10 +1,15 @@
 """Numbers with which no job could run are refused by name, with what to give instead."""
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from megatron.core.transformer.enums import AttnBackend
 
+from nemo_cpt import catalog
 from nemo_cpt.catalog.build import build_recipe
 from nemo_cpt.errors import CptError
 from nemo_cpt.training.settings import Settings, check
@@ -74,3 +79,46 @@ def test_every_recipe_refuses_them(recipe: str, arguments: dict[str, Any], field
 def test_a_field_that_takes_text_too_gets_the_number_that_a_command_line_says() -> None:
     assert build_recipe("llama31_8b.continual_pretrain", {}, ["trainer.devices=4"]).trainer.devices == 4
     assert build_recipe("llama31_8b.continual_pretrain", {}, ["trainer.devices=auto"]).trainer.devices == "auto"
+
+
+def test_a_field_takes_what_its_annotation_says_also_where_nemo_run_does_not_know_it() -> None:
+    """An enum's member, a dtype, and annotations that are text, as those of NeMo's adapters are."""
+    fields = ["model.config.attention_backend=fused", "optim.config.exp_avg_dtype=bfloat16"]
+    adapters = ["peft.alpha=64", "peft.dropout=0.1", "peft.dropout_position=post", "peft.target_modules=[linear_qkv]"]
+    recipe = build_recipe("llama31_8b.continual_pretrain_single_gpu", {}, [*fields, *adapters])
+    assert recipe.model.config.attention_backend is AttnBackend.fused
+    assert recipe.optim.config.exp_avg_dtype is torch.bfloat16
+    assert (recipe.peft.alpha, recipe.peft.dropout, recipe.peft.dropout_position) == (64, 0.1, "post")
+    assert recipe.peft.target_modules == ["linear_qkv"]
+    recipe = build_recipe("llama31_8b.continual_pretrain", {"precision": "fp8"}, ["trainer.plugins.fp8=None"])
+    assert recipe.trainer.plugins.fp8 is None  # annotated as `str`
+    for field, says in (("model.config.attention_backend=fusd", "one of flash, fused"), ("peft.alpha=x", "int")):
+        with pytest.raises(CptError, match=says):
+            build_recipe("llama31_8b.continual_pretrain_single_gpu", {}, [field])
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("model.micro_batch_size=1", "has no field micro_batch_size.* The recipe has a parameter micro_batch_size="),
+        ("model.optim.lr=1e-5", "lr is a field of a plain value.* The recipe has a parameter lr="),
+        ("model.optim.weight_decay=0.1", "There is optim.config.weight_decay"),
+        ("exp_manager.name=ja", "The recipe has a parameter name="),
+    ],
+)
+def test_a_setting_of_nemo_1_is_told_where_it_is_here(setting: str, says: str) -> None:
+    with pytest.raises(CptError, match=says):
+        build_recipe("llama31_8b.continual_pretrain", {}, [setting])
+
+
+def test_the_settings_of_nemo_1_are_here_what_the_page_says() -> None:
+    """What docs/coming-from-nemo.md gives in their place, all at once; fp8 apart, which is another value of one."""
+    page = Path(__file__).parents[2].joinpath("docs/coming-from-nemo.md").read_text("utf-8")
+    rows = [line.split(" | ") for line in page.splitlines() if line.count(" | ") == 2]
+    pairs = [text.replace("'", "") for _, here, _ in rows for text in re.findall(r"`(\w[\w.]*=[^`]+)`", here)]
+    function, arguments, fields, _ = catalog.split(
+        "llama31_8b.continual_pretrain", [each for each in pairs if each != "precision=fp8"]
+    )
+    assert (len(arguments), len(fields)) > (18, 15)
+    recipe = build_recipe(function.name, arguments, fields)
+    assert recipe.optim.config.clip_grad == 1.0

@@ -2,8 +2,12 @@
 
 import json
 import random
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from nemo_cpt.checkpoint import make_untrained
@@ -12,7 +16,8 @@ from nemo_cpt.corpus import prepare
 from nemo_cpt.corpus.tokenization.tokenizer import FastEncoder, load_tokenizer
 from nemo_cpt.errors import CptError
 from nemo_cpt.vocabulary import byte_level, grow, train
-from nemo_cpt.vocabulary.training import BOS, CHAT, EOS, MAX_BYTES, PAD, settled
+from nemo_cpt.vocabulary.learning import MAX_BYTES
+from nemo_cpt.vocabulary.training import BOS, CHAT, EOS, PAD, settled
 from nemo_cpt.vocabulary.words import script_of
 from tests.vocabulary.conftest import CORPUS, texts
 
@@ -183,3 +188,28 @@ def test_the_command(tmp_path: Path) -> None:
     unigram = ["tokenizer", "train", JA, "-o", str(tmp_path / "u"), "--vocabulary-size", "600", "--kind", "unigram"]
     assert json.loads(CliRunner().invoke(app, [*unigram, "--json"]).stdout)["kind"] == "unigram"
     assert isinstance(CliRunner().invoke(app, [*arguments, "--weight", "1"]).exception, CptError)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_the_learning_ends_with_the_command_that_is_interrupted_or_killed(tmp_path: Path, number: int) -> None:
+    command = [sys.executable, "-m", "nemo_cpt.cli", "tokenizer", "train", JA, "--kind", "unigram"]
+    command += ["--vocabulary-size", "1024", "--output", str(tmp_path / "t")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        own = psutil.Process(process.pid)
+        while not (children := own.children()):
+            assert process.poll() is None
+        process.send_signal(number)
+        _, said = process.communicate()
+    assert process.returncode == (130 if number == signal.SIGINT else -number)
+    assert "Traceback" not in said
+    psutil.wait_procs(children)
+    assert not list(tmp_path.iterdir())
+    # The same command has nothing to clear away.
+    assert train(JA, tmp_path / "t", 1024).status == "written"
+
+
+def test_a_learning_that_dies_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("nemo_cpt.vocabulary.learning.sys.executable", "/bin/false")
+    with pytest.raises(CptError, match=r"died with exit code 1: where memory was short, give less text"):
+        train(JA, tmp_path / "t", 1024)
+    assert not list(tmp_path.iterdir())

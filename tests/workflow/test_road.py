@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -126,6 +127,44 @@ RunLock(Path(sys.argv[1])).acquire()
 print("held", flush=True)
 sys.stdin.read()
 """
+
+
+def test_a_finished_training_that_was_set_aside_is_put_back(workflow: Workflow) -> None:
+    """Settings that were changed and changed back; the other training is the first one's copy."""
+    results, other, state = workflow.folder / "results", changed(workflow, "train", max_steps=3), State(workflow)
+    said: list[str] = []
+
+    def why(of: Workflow) -> str:
+        return next(each.why for each in dry_run(of, Chosen()).standings if each.step.name == "train")
+
+    def runner(of: Workflow) -> Runner:
+        return Runner(of, state, False, Shown(of.name, 1, said.append))
+
+    def folders() -> list[str]:
+        return sorted(path.name for path in results.glob("ja*"))
+
+    record = runner(other).begin(standing(other.steps["train"], state))
+    assert folders() == ["ja.1"]
+    shutil.copytree(results / "ja.1", results / "ja")
+    runner(other).end(other.steps["train"], record, 0, 1.0)
+    assert (why(other), why(workflow)) == ("", "parameters: max_steps; results/ja.1 is put back")
+    runner(workflow).take(workflow.steps["train"], again=False)
+    assert folders() == ["ja", "ja.2"]
+    assert not any(each.why for each in dry_run(workflow, Chosen()).standings)
+    # Killed between the record and the renaming.
+    first = state.record(workflow.steps["train"])
+    assert first is not None
+    (results / "ja").rename(results / "ja.1")
+    state.keep_earlier(first, 1)
+    assert why(workflow).endswith("; results/ja.1 is put back")
+    runner(workflow).take(workflow.steps["train"], again=False)
+    assert (why(workflow), why(other)) == ("", "parameters: max_steps; results/ja.2 is put back")
+    # Asked for again it is trained; and what somebody changed meanwhile is not put back.
+    assert standing(other.steps["train"], state, again=True).earlier is None
+    next((results / "ja.2/checkpoints").glob("*/run.json")).unlink()
+    assert why(other) == "parameters: max_steps"
+    shutil.rmtree(results / "ja.2")
+    assert any("ja.1, made with these settings, is ja again" in line for line in said)
 
 
 def changed(workflow: Workflow, name: str, **parameters: object) -> Workflow:

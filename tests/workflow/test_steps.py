@@ -247,6 +247,11 @@ def test_a_mixture_in_a_file_is_read_where_the_workflow_is(tmp_path: Path, monke
     assert workflow.steps["train"].reads == ["blend.yaml", "b", "ds/ja", "ds/en"]
 
 
+def test_a_set_has_one_order_in_every_process() -> None:
+    names = [f"{number:02}.jsonl" for number in range(50)]
+    assert Step("data", "prepare", {"inputs": set(names)}).parameters["inputs"] == names
+
+
 def test_a_circle_is_named(folder: Path) -> None:
     with pytest.raises(CptError, match=r"one -> two -> one|two -> one -> two"):
         Workflow("w", [own("one", "join", ["2"], "1"), own("two", "join", ["1"], "2")], folder).check()

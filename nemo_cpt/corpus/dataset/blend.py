@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_cpt.arguments import checked, plain_scalar
+from nemo_cpt.arguments import checked, names_checked, plain_scalar
 from nemo_cpt.corpus.dataset.index import Index, fingerprint, full_prefix, read_index
 from nemo_cpt.errors import CptError
 
@@ -14,6 +14,7 @@ WEIGHTINGS = ("share", "tokens", "documents")
 MANY_EPOCHS = 4  # up to here repeated data is nearly as good as new (Muennighoff et al. 2023, arXiv:2305.16264)
 
 
+@names_checked
 @dataclass(frozen=True)
 class Blend:
     """Datasets to train on with their weights, and named ones to validate and test on.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_cpt.arguments import checked
-from nemo_cpt.corpus.atomic_files import sync_directory
+from nemo_cpt.corpus.atomic_files import sync
 from nemo_cpt.errors import CptError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -304,7 +304,7 @@ def write_index(path: Path, lengths: Path, dtype: str) -> None:
         os.fsync(file.fileno())
     # The `.idx` comes last of a dataset's files: where it is, all are whole.
     partial.rename(path)
-    sync_directory(path.parent)
+    sync(path.parent)
 
 
 def _write_pointers(file: Any, lens: Any, itemsize: int) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from nemo_cpt.corpus.atomic_files import hash_of, locked, sync_directory, write_whole
+from nemo_cpt.corpus.atomic_files import hash_of, locked, sync, write_whole
 from nemo_cpt.corpus.progress import ProgressBar
 from nemo_cpt.errors import CptError
 from nemo_cpt.hub import check_certificates
@@ -168,7 +168,7 @@ class Download:
             keep_notes(self.folder, URLS, {self.name: self.shown})
             keep_notes(self.folder, CHECKSUMS, {self.name: checksum})
             self.part.rename(self.path)
-            sync_directory(self.folder)
+            sync(self.folder)
             self._tidy()
         return self._fetched(checksum, "resumed" if self.resumed else "fetched")
 
@@ -341,9 +341,9 @@ def _place(answer: Any) -> tuple[int, int]:
     said = re.fullmatch(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)", answer.headers.get("Content-Range", "").strip())
     begin, end, total = said.groups() if said else (None, None, None)
     whole = int(total) if total and total != "*" else 0
+    # A place that was not said is -1, which equals no length of a part.
     if begin is None or end is None or (size and size != int(end) - int(begin) + 1):
         return -1, whole
-    # A place that was not said is -1, which equals no length of a part.
     return int(begin), whole
 
 

@@ -91,6 +91,7 @@ def _count_in(progress: Progress, manifest: dict[str, Any], nbytes: int, output:
     progress.empty += manifest["empty"]
     progress.compared += manifest["compared"]
     progress.seconds += manifest["seconds"]
+    # Of the tokenizer, which all parts have in common.
     progress.probes = manifest["probes"]
     if manifest["encoder"].partition(":")[0] not in progress.encoder:
         progress.encoder = "; ".join(filter(None, (progress.encoder, manifest["encoder"])))
@@ -133,6 +134,7 @@ def inputs_of_parts(sources: Sequence[Source], parts: Iterable[list[dict[str, An
     found = []
     for source in sources:
         entries = by_path[source.path]
+        # One task read all of it: its hash is the file's.
         if "start" not in entries[0]:
             if (change := changed_input([source], entries)) is not None:
                 raise InputChangedError(change)

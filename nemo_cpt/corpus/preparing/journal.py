@@ -17,7 +17,7 @@ from typing import Any
 
 import orjson
 
-from nemo_cpt.corpus.atomic_files import open_locked, sync_directory, write_at
+from nemo_cpt.corpus.atomic_files import open_locked, sync, write_at
 from nemo_cpt.corpus.reading.tally import Tally
 from nemo_cpt.errors import CptError
 
@@ -164,7 +164,7 @@ class Journal:
         try:
             with self._writing():
                 self._append({"job": self.job})
-                sync_directory(self.path.parent)
+                sync(self.path.parent)
                 self._open_parts()
         except CptError:
             self.remove()

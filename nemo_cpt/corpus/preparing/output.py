@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 import nemo_cpt
-from nemo_cpt.corpus.atomic_files import folder_to_fill, sync_directory, write_whole
+from nemo_cpt.corpus.atomic_files import folder_to_fill, sync, write_whole
 from nemo_cpt.corpus.dataset.index import read_index, write_index
 from nemo_cpt.corpus.dataset.manifest import (
     FORMAT,
@@ -142,7 +142,7 @@ class Output(ABC):
                 raise CptError(self._refusal(f"its {key} is {manifest['options'].get(key)!r}, not {value!r}"))
         if (change := changed_input(self.sources, manifest["inputs"])) is not None:
             raise CptError(self._refusal(change))
-        if (reason := policy.against(manifest["skipped"])) is not None:
+        if (reason := policy.against(manifest["skipped"], manifest.get("skipped_share", 0.0))) is not None:
             raise CptError(self._refusal(reason))
         # The manifest is written before the `.idx`: it alone does not prove that the dataset is whole.
         read_index(self.prefix)
@@ -257,7 +257,7 @@ class Output(ABC):
             for name, part in journal.parts.items():
                 if part.exists():
                     self.idx.unlink(missing_ok=True)  # an old index beside the new tokens would be wrong
-                    sync_directory(self.idx.parent)
+                    sync(self.idx.parent)
                     part.rename(f"{self.prefix}.{name}")
             self._write_skipped()
             # Between the parts and the `.idx`: where an index is, its manifest is, too.
@@ -308,5 +308,10 @@ class Output(ABC):
             "special_tokens": {names[number]: count for number, count in progress.special.items()},
             "seconds": round(progress.seconds, 3),
             "inputs": describe_inputs(self.sources, hashes),
-            **({"tally": asdict(progress.tally)} if self.part else {}),
+            # Of a part it says nothing: what may be skipped is a share of the whole.
+            **(
+                {"tally": asdict(progress.tally)}
+                if self.part
+                else {"skipped_share": progress.tally.skipped_share(self.sources)}
+            ),
         } | self.describe()

@@ -9,10 +9,11 @@ from typing import Any
 from nemo_cpt.corpus.atomic_files import read_at
 from nemo_cpt.corpus.reading.decompression import PIECE, DamagedError, array_to_lines, unpack
 from nemo_cpt.corpus.reading.lines import Take, Texts, TextUnder, parse_lines, parse_rows
-from nemo_cpt.corpus.reading.sources import HUB, InputChangedError, Source
+from nemo_cpt.corpus.reading.sources import HUB, InputChangedError, Inputs, Source, list_sources
 from nemo_cpt.corpus.reading.tables import ROWS, open_csv, open_text
 from nemo_cpt.errors import CptError
 from nemo_cpt.hub import retries_told_once
+from nemo_cpt.made import Stamps
 
 HASHED = 1 << 20  # bytes read at once where they are only hashed or counted
 ROW_KINDS = ("parquet", "dataset", "hub", "csv", "text")
@@ -92,7 +93,6 @@ class Feed:
         source, content = self.sources[number], xxhash.xxh3_128()
         position = source.start
         # Also what lies before the cursor is read: hashing it is the only proof that it is still the same.
-        # GB/s).
         for part in self._parts(source):
             # A resumed run may begin inside a part: `known` was worked on by an earlier run and is only hashed.
             known, block = part.block[: max(start - position, 0)], part.block[max(start - position, 0) :]
@@ -439,6 +439,17 @@ def hash_source(source: Source) -> str:
     if source.is_range:
         return hash_ranges(source.path, [(source.start, source.end)])[0]
     return _hash_folder(source.path) if source.kind == "dataset" else hash_file(source.path)
+
+
+def stamps_of(inputs: Inputs | None) -> Stamps:
+    """Return what tells inputs from others without reading them: as `made.stamps`; of the hub's, their fingerprint."""
+    sources = list_sources(inputs) if inputs else []
+    return [
+        [source.path, hash_source(source)]
+        if source.kind == "hub"
+        else [Path(source.path).name, source.size, source.mtime_ns]
+        for source in sources
+    ]
 
 
 def _hash_folder(folder: str) -> str:

@@ -58,6 +58,7 @@ def _between(sources: Sequence[Source], ends: list[int], first: int, last: int) 
         begin, end = ends[number] - max(sources[number].size, 1), min(ends[number], last)
         if at == last:
             break
+        # A whole input stays no range: it is hashed and compared as one.
         is_whole = (at, end) == (begin, ends[number])
         found.append(sources[number] if is_whole else replace(sources[number], start=at - begin, stop=end - begin))
         at = end

@@ -45,16 +45,22 @@ class Policy:
             raise CptError(f"max_skipped is {max_skipped}; it must lie between 0 and 1.")
         return cls(on_error == "skip", MAX_SKIPPED if max_skipped is None else max_skipped)
 
-    def against(self, skipped: Mapping[str, int]) -> str | None:
+    def against(self, skipped: Mapping[str, int], share: float = 0.0) -> str | None:
         """Return what speaks against an output that is there, or begun; None where it may be taken.
 
         Args:
             skipped: What it left out, by reason.
+            share: That is of its inputs, see `Tally.skipped_share`; 0 for one that is only begun.
         """
-        if self.skip or not skipped:
-            return None
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in skipped.items())
-        return f"it left out what gives no text ({reasons}), and on_error='stop' leaves out nothing"
+        if skipped and not self.skip:
+            return f"it left out what gives no text ({reasons}), and on_error='stop' leaves out nothing"
+        if share > self.max_skipped:
+            return (
+                f"it left out what gives no text ({reasons}), {100 * share:.3g} % of its inputs, and "
+                f"{100 * self.max_skipped:g} % may be skipped (max_skipped, --max-skipped)"
+            )
+        return None
 
 
 NO_SKIPPING = Policy(skip=False, max_skipped=0.0, chosen=False)
@@ -162,6 +168,18 @@ class Tally:
             first = next((each["first"] for each in own if each["first"]), "")
             _check_file(by_path[path], lines - blank, texts, "", first, policy)
 
+    def skipped_share(self, sources: Sequence[Source]) -> float:
+        """Return the share of the inputs that was left out."""
+        lost, size = self._lost(), sum(source.size for source in sources)
+        # The worst of three: one line may hold most of the bytes, and a file that breaks off has lines that nobody
+        # counted.
+        of_lines, of_bytes = lost / max(self.texts + lost, 1), self.skipped_bytes / max(self.nbytes, 1)
+        return max(of_lines, of_bytes, self.damaged_bytes / max(size, 1))
+
+    def _lost(self) -> int:
+        # An empty file has no line that was lost.
+        return sum(count for reason, count in self.skipped.items() if reason != "empty_file")
+
     def _line(self, problem: Problem) -> int:
         return self.file_lines + problem.line + 1
 
@@ -187,14 +205,9 @@ class Tally:
         Raises:
             CptError: It is larger than `max_skipped`.
         """
-        # An empty file has no line that was lost.
-        lost = sum(count for reason, count in self.skipped.items() if reason != "empty_file")
-        lines, size = max(self.texts + lost, 1), max(sum(source.size for source in sources), 1)
-        # The worst of three: one line may hold most of the bytes, and a file that breaks off has lines that nobody
-        # counted.
-        share = max(lost / lines, self.skipped_bytes / max(self.nbytes, 1), self.damaged_bytes / size)
-        if share <= max_skipped:
+        if (share := self.skipped_share(sources)) <= max_skipped:
             return
+        lost, lines = self._lost(), max(self.texts + self._lost(), 1)
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.skipped.items())
         damaged = (
             f", and {self.damaged_bytes:,} bytes are in files that break off, of which an unknown part is missing"

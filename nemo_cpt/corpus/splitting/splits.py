@@ -226,7 +226,7 @@ class _Split:
         if not self.sources:
             raise CptError("All inputs are held out; there is nothing to train on.")
         self.held_out = HeldOut(similarity)
-        self.report = SplitReport()
+        self.report, self.skipped_share = SplitReport(), 0.0
         self.hashes = dict[str, str]()  # of each input, by its path
         self.options = {"shares": self.shares, "json_key": json_key, "similarity": similarity, "drop": drop}
 
@@ -254,7 +254,7 @@ class _Split:
             return None
         recorded = _read_report(path)
         change = changed_input(self.all_sources, recorded["inputs"])
-        change = change or self.policy.against(recorded["report"]["skipped"])
+        change = change or self.policy.against(recorded["report"]["skipped"], recorded.get("skipped_share", 0.0))
         if recorded["options"] != self.options or change:
             reason = change or f"its options are {recorded['options']}, not {self.options}"
             raise CptError(
@@ -288,7 +288,11 @@ class _Split:
         )
 
     def write(self, work: Path, workers: int, quiet: bool) -> None:
-        """Write the sets into a folder: first the held-out ones, then the training set, compared with them."""
+        """Write the sets into a folder: first the held-out ones, then the training set, compared with them.
+
+        Raises:
+            CptError: A set has no document, a line gives no text and is not to be skipped, or an input changes.
+        """
         drawn = [name for name, share in self.shares.items() if share > 0]
         with ExitStack() as stack:
             files = {name: stack.enter_context((work / f"{name}.jsonl").open("wb")) for name in [*drawn, "train"]}
@@ -339,6 +343,7 @@ class _Split:
                 before = _size(sources[: task.source])
                 bar.update(before + task.done, sum(self.report.documents.values()) - passed)
         tally.check(sources, self.policy.max_skipped)
+        self.skipped_share = max(self.skipped_share, tally.skipped_share(sources))
         return tally
 
     def _note(self, portion: _Portion, files: dict[str, Any]) -> None:
@@ -417,7 +422,13 @@ class _Split:
         hashes = {str(number): self.hashes[source.path] for number, source in enumerate(self.all_sources)}
         inputs = describe_inputs(self.all_sources, hashes)
         sizes = sizes_of(work, (f"{name}.jsonl" for name in SETS))
-        record = {"options": self.options, "inputs": inputs, "report": asdict(report), "sizes": sizes}
+        record = {
+            "options": self.options,
+            "inputs": inputs,
+            "report": asdict(report),
+            "skipped_share": self.skipped_share,  # of the given sets and of the others, the larger one
+            "sizes": sizes,
+        }
         write_whole(work / REPORT, orjson.dumps(record, option=orjson.OPT_INDENT_2) + b"\n")
 
 

@@ -148,7 +148,7 @@ class TransformersEncoder:
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of ids, special tokens included."""
-        return str(self._tokenizer.decode(ids))
+        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
 def _flatten(lists: list[list[int]]) -> tuple[Any, Any]:

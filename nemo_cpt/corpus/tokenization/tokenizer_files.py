@@ -98,7 +98,10 @@ def find_folder(tokenizer: str) -> Path:
         folder = folder.parent
     if folder.is_dir():
         if not any((folder / name).exists() for name in FILES):
-            raise CptError(f"The folder {folder} holds no tokenizer (none of {', '.join(FILES)}).")
+            # A base that was imported has the model's in `hf`, a training's checkpoint in its `context`.
+            below = {path.parent for name in FILES for at in ("*", "context/*") for path in folder.glob(f"{at}/{name}")}
+            hint = f" There is one in {', '.join(str(each) for each in sorted(below)[:3])}." if below else ""
+            raise CptError(f"The folder {folder} holds no tokenizer (none of {', '.join(FILES)}).{hint}")
         return folder.resolve()
     # No name of the hub looks like that: asking the hub for a mistyped path would only give a confusing 404.
     if tokenizer.startswith(("/", ".", "~")) or tokenizer.count("/") > 1:

@@ -52,6 +52,7 @@ def find_blocks(path: Path, start: int = 0) -> Iterator[Block]:
         DamagedDumpError: The file ends within a stream.
     """
     begun = -1
+    # Places are bits, and a file is read by bytes: what stands before `start` in its byte is passed over.
     for place, mark in _marks(path, start >> 3):
         if place < start:
             continue

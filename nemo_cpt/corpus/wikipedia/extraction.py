@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from nemo_cpt.corpus.atomic_files import folder_to_fill, hash_of, locked, sync_directory, write_whole
+from nemo_cpt.corpus.atomic_files import folder_to_fill, hash_of, locked, sync, write_whole
 from nemo_cpt.corpus.preparing.workers import count_processes
 from nemo_cpt.corpus.processes import in_order
 from nemo_cpt.corpus.progress import ProgressBar
@@ -210,7 +210,7 @@ class _Job:
         # The manifest first: text without one would be taken for somebody else's.
         write_whole(_beside(self.output), orjson.dumps(manifest, option=orjson.OPT_INDENT_2) + b"\n")
         self.part.rename(self.output)
-        sync_directory(self.output.parent)
+        sync(self.output.parent)
         self.journal.unlink(missing_ok=True)
         return _described(self.output, manifest, "resumed" if resumed else "extracted")
 

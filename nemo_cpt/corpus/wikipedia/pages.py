@@ -73,6 +73,7 @@ def read_site(head: bytes, path: object) -> Site:
         found["dbname"][1] if found["dbname"] else "",
         language[1] if language else "en",
         base.rpartition("/")[0] + "/" if base else "",
+        # Another wiki may have another licence.
         LICENSE if ".wikipedia.org/" in base else "",
         {int(number): _unescape(name) for number, name in namespaces},
     )

@@ -100,6 +100,7 @@ class Cleaner:
             name = namespace.strip().replace("_", " ").lower()
             if name in self._dropped or (name in self._languages and not bar):
                 return ""
+            # [[:Category:X]] is a link to that page, and shows its name.
             if not name:
                 target = target[1:].lstrip()
         return label if label.strip() else target
@@ -139,6 +140,7 @@ def _take_out(text: str) -> tuple[str, list[str]]:
         name, shown = (opening[1] or "").lower(), ""
         if not name:
             end = _after_comment(text, begin, place)
+        # <ref name="x"/> holds nothing.
         elif opening[2].endswith("/"):
             end = place
         elif name not in unclosed and (closing := _closing(name).search(text, place)):
@@ -225,6 +227,7 @@ class _Nesting:
             self._open(mark)
         elif mark == "}-" and self._unwound_to("-"):
             self._add(self.cleaner.converted(self._closed()))
+        # Of a wiki that does not convert scripts: one brace is text, and what follows may begin something else.
         elif mark in ("-{", "}-"):
             self._add(mark[0])
             return 1
@@ -323,6 +326,7 @@ def _rendered(call: str, title: str) -> str:
 
 def _characters(text: str) -> str:
     """Undo external links, tags and switches, and what dropped templates left behind."""
+    # Each look-up spares most texts an expression that would go through all of them.
     if "[" in text:
         text = _EXTERNAL.sub(r"\1", text)
     if "<" in text:
@@ -357,15 +361,18 @@ def _lines(text: str) -> str:
     apart = False
     for line in text.split("\n"):
         line = line.strip()
+        # A blank line, or a rule of dashes: what follows is a paragraph of its own.
         if not line or (line[0] == "-" and len(line) > 3 and not line.strip("-")):
             apart = True
             continue
         if line[0] == "=" and (heading := _HEADING.fullmatch(line)):
             level = min(len(heading[1]), len(heading[3]))
+            # A heading within a section waits with those around it; one beside it takes its place.
             while headings and headings[-1][0] >= level:
                 headings.pop()
             headings.append((level, _plain(heading[2].strip())))
             continue
+        # What is left of tables and templates that are broken.
         if line.startswith(_CELLS):
             continue
         line = _item(line) if line[0] in "*#:;" else _plain(line)
@@ -409,6 +416,8 @@ def _unquoted(line: str) -> str:
     """
     runs = list(_QUOTES.finditer(line))
     counts = [5 if (size := len(run[0])) > 5 else 3 if size == 4 else size for run in runs]
+    # As MediaWiki's doQuotes: where both are odd in number, one of the bolds is an apostrophe before an italic. It is
+    # the first behind a word of one letter (l'''amour''), else behind a longer word, else the first.
     lone = None
     if sum(count in (2, 5) for count in counts) % 2 and sum(count in (3, 5) for count in counts) % 2:
         bold = [run for run, count in zip(runs, counts, strict=True) if count == 3]
