@@ -261,6 +261,7 @@ ON_KUBERNETES = ["image=i", "workdir_pvc=w", "gpus_per_node=8"]
         ("slurm", ["gres=gpu:8"], ""),
         ("local", ["gpus=4"], "local starts 4"),
         ("local", [], ""),
+        ("local", ["nodes=2"], r"for 1 machines \(num_nodes\), and local starts 2"),
         ("docker", [], ""),
         ("skypilot", ["gpus=H100"], "skypilot starts 1"),
         ("kubernetes", ON_KUBERNETES, ""),
@@ -290,6 +291,7 @@ def test_an_executor_takes_the_recipes_size():
     executor = make_executor("slurm", [], 8, 4)
     assert (executor.nodes, executor.ntasks_per_node) == (4, 8)
     assert make_executor("slurm", ["nodes=2"], 8, 4).nodes == 2
+    assert make_executor("local", [], 8, 4).nodes == 1  # others are started by hand
 
 
 @pytest.mark.parametrize("name", ["tiny", "smollm2", "llama31_8b"])
