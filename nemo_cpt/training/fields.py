@@ -17,7 +17,7 @@ CHECKED = (  # the parts of a recipe that are ours or NeMo's; a callback of the 
 
 KNOWN = ("nemo_cpt", "nemo", "megatron", "lightning", "torch")  # whose **kwargs go to the classes that they extend
 
-NOT_LIGHTNINGS = {  # fields of Lightning's trainer that mislead: the value that changes nothing, and what to give instead
+NOT_LIGHTNINGS = {  # fields of Lightning's trainer that mislead: the value that is harmless, and what does it
     "accumulate_grad_batches": (
         1,
         "would be passed over: micro batches are added up until they are data.global_batch_size sequences",
