@@ -128,9 +128,10 @@ class ChatTemplate:
             done = end
         pieces.append((full[done:], train_on == "all"))
         for number, message in enumerate(messages):
-            # Their ends aside, which most templates trim. An alpaca question's two halves may stand apart.
+            # Blanks aside: most templates trim a message's ends, Falcon's its empty lines, too. The two halves of an
+            # alpaca question may stand apart.
             parts = [message["content"]] if "input" not in message else [message["instruction"], message["input"]]
-            if not all(part.strip() in full for part in parts):
+            if not all(part.strip() in full or _without_blanks(part) in _without_blanks(full) for part in parts):
                 detail = (
                     f"the template {self.name} leaves out or changes what message {number} ({message['role']}'s) says"
                 )
@@ -153,6 +154,10 @@ class ChatTemplate:
                 "no_stop", f"the template {self.name} does not end message {number} with {self.stop[0]}"
             )
         return len(asked), stop + len(self.stop[0])
+
+
+def _without_blanks(text: str) -> str:
+    return "".join(text.split())
 
 
 class _GenerationMarks(Extension):

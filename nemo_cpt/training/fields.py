@@ -71,8 +71,9 @@ def _complaints(recipe: Any) -> Iterator[str]:
     for name, (default, instead) in NOT_LIGHTNINGS.items():
         if (value := getattr(trainer, name, None)) not in (None, default):
             yield f"trainer.{name}={value} {instead}"
-    if trainer.precision is not None and trainer.plugins:
-        yield f"trainer.precision={trainer.precision}: trainer.plugins has it, which the recipe's precision= sets"
+    # A trainer of the user's own need not have these fields.
+    if (precision := getattr(trainer, "precision", None)) is not None and getattr(trainer, "plugins", None):
+        yield f"trainer.precision={precision}: trainer.plugins has it, which the recipe's precision= sets"
     for path, config in parts_of(recipe):
         if _takes_any(_class(config)):
             continue

@@ -10,7 +10,6 @@ from typing import Any, Optional
 
 import lightning.pytorch as pl
 import torch
-from nemo.collections.llm.gpt.data.pre_training import HAVE_TE
 
 from nemo_cpt import compatibility
 from nemo_cpt.corpus import full_prefix
@@ -20,6 +19,7 @@ from nemo_cpt.training.callbacks import end_with
 from nemo_cpt.training.data import blend_of
 from nemo_cpt.training.fields import check_fields
 from nemo_cpt.training.preconditions import check_base, check_environment
+from nemo_cpt.training.record import reads_masks
 from nemo_cpt.training.resume import check_start
 from nemo_cpt.training.run_folder import newest_whole
 from nemo_cpt.training.settings import Settings, settings_in
@@ -55,8 +55,7 @@ class Guards(pl.Callback):
         patches.apply()
         check_data(type(trainer.datamodule).__name__)
         if not trainer.ckpt_path:  # a run that was begun with them can only go on with them
-            rotary = getattr(pl_module.config, "position_embedding_type", "rope") == "rope"
-            check_resets(trainer.datamodule, HAVE_TE, rotary)
+            check_resets(trainer.datamodule, pl_module.config)
         # On one rank: a thousand that read manifests and configurations at once would stall a shared file system.
         rows, built = _on_rank_zero(trainer, lambda: self._check_belonging(trainer, pl_module))
         pl_module.config.vocab_size = built
@@ -275,18 +274,20 @@ def check_data(data_module: str) -> None:
         )
 
 
-def check_resets(data: Any, transformer_engine: bool, rotary: bool) -> None:
+def check_resets(data: Any, model_config: Any) -> None:
     """Refuse resets at a document's end that Megatron and NeMo take, and that would change nothing.
 
     Args:
         data: the data module.
-        transformer_engine: whether it computes the attention.
-        rotary: whether positions are rotary; learnt ones are looked up by what they are counted from.
+        model_config: the model's.
+
+    Raises:
+        CptError: one of them is set.
     """
     why = {}
-    if rotary:
+    if model_config.position_embedding_type == "rope":
         why["reset_position_ids"] = "rotary embeddings count from a sequence's beginning, whatever the positions are"
-    if transformer_engine:
+    if not reads_masks(data, model_config):
         why["reset_attention_mask"] = "Transformer Engine's causal attention reads no mask"
     for name, reason in why.items():
         if getattr(data, name, False):

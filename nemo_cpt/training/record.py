@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from nemo.collections.llm.gpt.data.pre_training import HAVE_TE
+from nemo.collections.llm.gpt.model.base import HAVE_TE, local_layer_spec
 
 from nemo_cpt.checkpoint.chat_template import RECORD, recorded_template
 from nemo_cpt.checkpoint.provenance import BEFORE, trainings_of
@@ -39,14 +39,19 @@ def _validated_on(trainer: pl.Trainer) -> dict[str, Any]:
     data = trainer.datamodule
     texts = {name: prefix for name, prefix in _validation_sets(data).items() if not is_conversations(prefix)}
     batches = next((len(getattr(data, "validation_weights", {}).get(name, [])) for name in texts), None)
-    # Transformer Engine's causal attention reads no mask: no setting of one comes into effect.
-    resets = all(getattr(data, f"{each}_attention_mask", False) for each in ("reset", "create")) and not HAVE_TE
+    resets = getattr(data, "reset_attention_mask", False) and reads_masks(data, trainer.lightning_module.config)
     return {
         "sets": {name: str(Path(full_prefix(prefix)).absolute()) for name, prefix in texts.items()},
         "samples": batches and batches * data.global_batch_size,
         "seq_length": getattr(data, "seq_length", None),
         "reset_attention_mask": resets,
     }
+
+
+def reads_masks(data: Any, model_config: Any) -> bool:
+    """Whether a model's attention reads a mask that its data give: Transformer Engine's causal one reads none."""
+    is_megatrons = not HAVE_TE or model_config.transformer_layer_spec is local_layer_spec  # as on a CPU, also beside it
+    return is_megatrons and getattr(data, "create_attention_mask", False)
 
 
 def settings_of(trainer: pl.Trainer) -> dict[str, dict[str, Any]]:

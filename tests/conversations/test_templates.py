@@ -201,6 +201,15 @@ def test_a_template_that_leaves_words_out_is_refused_where_it_does(
     assert error.value.reason == "left_out"
 
 
+def test_a_template_may_write_a_messages_blanks_otherwise(qwen25: Path, tmp_path: Path) -> None:
+    """As Falcon's does with empty lines, and Qwen3's around thoughts."""
+    text = CHATML.replace("m.content", r"m.content.replace('\n\n', '\n').replace('</think>', '\n</think>\n\n')")
+    template = load_template(template_file(tmp_path, text + ASK), load_tokenizer(qwen25))
+    answer = {"role": "assistant", "content": "<think>高さ\n\n…</think>3,776"}
+    pieces = template.pieces(chat([TURNS[0], answer]))
+    assert [piece for piece, on in pieces if on] == ["<think>高さ\n…\n</think>\n\n3,776<|im_end|>"]
+
+
 def test_a_template_that_refuses_a_conversation_is_quoted(qwen25: Path, tmp_path: Path) -> None:
     text = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     template = load_template(template_file(tmp_path, text + CHATML + ASK), load_tokenizer(qwen25))

@@ -362,6 +362,11 @@ class OwnGuards(guards.Guards):
     pass
 
 
+class OwnTrainer(nl.Trainer):
+    def __init__(self, **kwargs) -> None:
+        super().__init__(**kwargs)
+
+
 class OwnStrategy(nl.MegatronStrategy):
     def __init__(self, **kwargs) -> None:
         self.own = kwargs.pop("own")
@@ -375,6 +380,7 @@ class OwnStrategy(nl.MegatronStrategy):
         ("data", run.Config(lambda **kwargs: Collected(**kwargs), anything=1)),
         ("trainer.strategy", run.Config(OwnStrategy, own=1, tensor_model_parallel_size=1)),
         ("trainer.callbacks", [run.Config(OwnGuards)]),
+        ("trainer", run.Config(OwnTrainer, max_steps=3, callbacks=[run.Config(guards.Guards)])),
         ("trainer.devices", (0,)),
         ("trainer.accumulate_grad_batches", 1),
         ("trainer.max_epochs", -1),

@@ -11,6 +11,7 @@ from typing import Any
 import nemo_run as run
 import pytest
 from nemo.collections import llm
+from nemo.collections.llm.gpt.model.base import local_layer_spec
 
 from nemo_cpt.checkpoint import export_hf
 from nemo_cpt.checkpoint.architecture import read_architecture
@@ -19,7 +20,7 @@ from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
 from nemo_cpt.launching.task import run_recipe
 from nemo_cpt.recipes import parts, tiny
-from nemo_cpt.training import guards
+from nemo_cpt.training import guards, record
 from nemo_cpt.training.data import BlendDataModule, blend_of
 from nemo_cpt.training.resume import check_base
 from nemo_cpt.training.run_folder import newest_whole
@@ -236,11 +237,18 @@ def test_a_sequence_that_context_parallelism_cannot_cut(world: Path, blend: Any)
         guards.check(made)
 
 
-def test_resets_that_would_change_nothing_are_refused() -> None:
+def test_resets_that_would_change_nothing_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    rotary = llm.Llama2Config7B(apply_rope_fusion=False)
+    learnt = llm.GPTConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+    on_cpu = llm.Llama2Config7B(apply_rope_fusion=False, transformer_layer_spec=local_layer_spec)
+    positions = SimpleNamespace(reset_position_ids=True)
     with pytest.raises(CptError, match="reset_position_ids=True would change nothing: rotary embeddings count from"):
-        guards.check_resets(SimpleNamespace(reset_position_ids=True), transformer_engine=False, rotary=True)
-    guards.check_resets(SimpleNamespace(reset_position_ids=True), transformer_engine=True, rotary=False)
-    masked = SimpleNamespace(reset_attention_mask=True)
+        guards.check_resets(positions, rotary)
+    guards.check_resets(positions, learnt)  # GPT-2's positions are looked up
+    monkeypatch.setattr(record, "HAVE_TE", True)
+    masked = SimpleNamespace(reset_attention_mask=True, create_attention_mask=True)
     with pytest.raises(CptError, match="reset_attention_mask=True would change nothing: Transformer Engine's causal"):
-        guards.check_resets(masked, transformer_engine=True, rotary=True)
-    guards.check_resets(masked, transformer_engine=False, rotary=True)
+        guards.check_resets(masked, rotary)
+    guards.check_resets(masked, on_cpu)
+    monkeypatch.setattr(record, "HAVE_TE", False)
+    guards.check_resets(masked, rotary)
