@@ -157,7 +157,8 @@ def _loss_set(spec: str, candidates: Sequence[Candidate], run: Mapping[str, Any]
     if same_place or (validated and content_of(path) in _contents(run).values()):  # just what the training's loss is of
         seq_length, samples = validated["seq_length"], validated["samples"] or SAMPLES
         # The run's seed shuffles its validation sets, too: with another, other sequences of a longer set come first.
-        seed = run.get("settings", {}).get("data", {}).get("seed") or SEED
+        recorded = run.get("settings", {}).get("data", {}).get("seed")
+        seed = SEED if recorded is None else recorded
     else:
         contexts = [each.context_length for each in candidates if each.context_length]
         seq_length = min([SEQ_LENGTH, *contexts, max(tokens - 1, 1)])
