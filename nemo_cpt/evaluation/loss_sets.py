@@ -19,7 +19,7 @@ from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation.candidates import Candidate, Say
 from nemo_cpt.moved import places
 from nemo_cpt.training.changes import content_of
-from nemo_cpt.training.masks import MASKS, masks_of
+from nemo_cpt.training.masks import masks_of
 from nemo_cpt.training.run_folder import newest_whole
 
 SEQ_LENGTH, SAMPLES = 1024, 512  # of a tokenized set that no run says more of: up to half a million tokens
@@ -78,7 +78,7 @@ def mask_warnings(candidates: Sequence[Candidate], texts: Sequence[LossSet]) -> 
 
 
 def _listed(masks: Sequence[str]) -> str:
-    return " and ".join(masks) or f"neither {' nor '.join(MASKS)}"
+    return " and ".join(masks) or "no mask"
 
 
 def validated_on(run: Mapping[str, Any], model: str | Path | None, say: Say) -> list[str]:
