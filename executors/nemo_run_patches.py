@@ -80,6 +80,7 @@ def give_time_to_save(executor: Any, needed: Callable[[], int | None]) -> None:
         executor.pod_spec_overrides = executor.pod_spec_overrides | {stopping.GRACE: window_within(None, needed())}
 
 
+@cache
 def raise_when_a_task_failed() -> None:
     """Make an experiment whose task failed raise CptError on exit.
 

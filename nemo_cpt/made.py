@@ -38,7 +38,7 @@ class Making:
         if not (dest.exists() or dest.is_symlink()):
             return None
         recorded = _read(dest)
-        if reason := self._unlike(recorded) or _changed(dest, recorded):
+        if reason := _unsaid(dest, recorded) or self._unlike(recorded) or _changed(dest, recorded):
             raise CptError(f"{dest} exists already: {reason}. Give another destination, or remove it first.")
         report: dict[str, Any] = recorded["report"]
         return report
@@ -58,8 +58,6 @@ class Making:
 
     def _unlike(self, recorded: Mapping[str, Any]) -> str:
         """What makes it another than the one that is recorded; empty where it is the same."""
-        if recorded.get("format") != _FORMAT:
-            return "it does not say what it was made of"
         if recorded["command"] != self.command:
             return f"`nemo-cpt {recorded['command']}` made it"
         # As JSON gives them back: lists for tuples.
@@ -95,6 +93,16 @@ def _read(dest: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return recorded if isinstance(recorded, dict) else {}
+
+
+def _unsaid(dest: Path, recorded: Mapping[str, Any]) -> str:
+    """What stands there that does not say what it was made of; empty where it does."""
+    if recorded.get("format") == _FORMAT:
+        return ""
+    if not dest.is_dir():
+        return "it is a file" if dest.exists() else "it is a link that leads nowhere"
+    names = sorted(path.name for path in dest.iterdir())
+    return f"it holds {', '.join(names[:4]) or 'nothing'}, and does not say what it was made of"
 
 
 def _is_small(path: Path) -> bool:

@@ -126,11 +126,11 @@ def instruction_tune(
     """
     # What the steps are counted by, and what would be taken for "not given".
     check(Settings(epochs=epochs, max_steps=max_steps, seq_length=seq_length, global_batch_size=global_batch_size))
-    check(Settings(val_check_interval=val_check_interval, limit_val_batches=limit_val_batches))
+    check(Settings(seed=seed, val_check_interval=val_check_interval, limit_val_batches=limit_val_batches))
     data = data or default_data()
     # Settled before the steps are counted, which it lengthens.
     share = mixture.replay_share(replay, replay_share)
-    steps, uncounted = _steps(data, epochs, max_steps, global_batch_size, seq_length, share)
+    steps, uncounted = _steps(data, epochs, max_steps, global_batch_size, seq_length, share, seed)
     recipe = run.Partial(
         llm.finetune,
         model=per_token_loss(parts.fused(parts.model_of(model, base, seq_length))),
@@ -256,6 +256,7 @@ def _steps(
     global_batch_size: int,
     seq_length: int,
     replay_share: float,
+    seed: int,
 ) -> tuple[int, float | None]:
     """A run's steps, and its epochs where their steps cannot be counted here."""
     if max_steps is not None:
@@ -266,4 +267,4 @@ def _steps(
     ):
         # The job counts them, and refuses to begin with another number; see `ConversationDataModule.epochs`.
         return UNCOUNTED_STEPS, epochs
-    return data.steps(epochs, global_batch_size, seq_length, replay_share), None
+    return data.steps(epochs, global_batch_size, seq_length, replay_share, seed), None

@@ -24,6 +24,7 @@ from nemo_cpt.conversations.mixture import SEED, check_replay
 from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
 from nemo_cpt.executors.examination import examine_before_launch
+from nemo_cpt.executors.nemo_run_patches import raise_when_a_task_failed
 from nemo_cpt.monitoring.alarm import ForgettingAlarm
 from nemo_cpt.monitoring.description import DescribeRun
 from nemo_cpt.monitoring.forgetting import limits
@@ -57,7 +58,9 @@ from nemo_cpt.training.preemption import SaveWhenStopped
 from nemo_cpt.training.resume import KEPT_TOKENIZER, ResumeOrStartFromBase
 from nemo_cpt.training.settings import Settings, check, check_name, default_min_lr
 
-examine_before_launch()  # of every recipe, whatever executor it is given
+# Of every recipe, whatever executor it is given, NeMo-Run's own too.
+examine_before_launch()
+raise_when_a_task_failed()
 
 
 def trainer(

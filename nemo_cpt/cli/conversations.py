@@ -54,7 +54,7 @@ def inspect_conversations(prefix: str, tokenizer: str | None, samples: int, json
 
 def _counts(report: "ConversationReport | ConversationInspection") -> dict[str, str]:
     """Return what both reports say of a set."""
-    forms = ", ".join(f"{count:,} {form}" for form, count in report.forms.items())
+    forms = ", ".join(f"{count:,} in the form {form}" for form, count in report.forms.items())
     stop = report.template["stop"]
     share = 100 * report.trained / max(report.tokens, 1)
     rows = {

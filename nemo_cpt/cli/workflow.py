@@ -69,7 +69,7 @@ def run_command(
     workflow, chosen = load(file), Chosen(until, redo or (), start_from, force)
     own = _own_options(options or [], executor)
     if dry_run:
-        return _show(workflow, chosen, json)
+        return _show(workflow, chosen, str(executor or "local"), own or [], json)
     # An empty list too: an executor may need no options.
     if own is not None:
         return _submit(file, chosen, str(executor), own, detach, json)
@@ -110,10 +110,10 @@ def _submit(file: Path, chosen: Any, executor: str, options: list[str], detach: 
         print("every step is done")
 
 
-def _show(workflow: Any, chosen: Any, json: bool) -> None:
+def _show(workflow: Any, chosen: Any, executor: str, options: list[str], json: bool) -> None:
     from nemo_cpt.workflow.dry_run import COLUMNS, dry_run
 
-    found = dry_run(workflow, chosen)
+    found = dry_run(workflow, chosen, executor=executor, options=options)
     if json:
         print_json(found.as_dict())
     else:

@@ -79,6 +79,7 @@ def sequences_loss(
     seed: int = SEED,
     eod_mask_loss: bool = False,
     reset_attention_mask: bool = False,
+    reset_position_ids: bool = False,
     tell: Tell = lambda done: None,
 ) -> TextLoss:
     """The loss on the very sequences that a run validates on.
@@ -94,6 +95,7 @@ def sequences_loss(
         seed: the run's, which decides which sequences of a longer text are the first.
         eod_mask_loss: do not count what is predicted from a document's end, as in a run with Megatron's setting.
         reset_attention_mask: look at no document before a token's own, as in a run with Megatron's setting.
+        reset_position_ids: count positions from each document's beginning; of learnt positions alone, as in Megatron.
         tell: called with the sequences that are done.
 
     Raises:
@@ -106,7 +108,8 @@ def sequences_loss(
     # Another end of text does not change what the tokens mean, and is the tuned model's right.
     check_data(read_base(engine.name), [str(prefix)], unlike_base=[END_OF_TEXT])
     bytes_of = ByteCounter(engine.tokenizer)
-    masks = {"eod_mask_loss": eod_mask_loss, "reset_attention_mask": reset_attention_mask}
+    resets = {"reset_attention_mask": reset_attention_mask, "reset_position_ids": reset_position_ids}
+    masks = {"eod_mask_loss": eod_mask_loss, **resets}
     # Through Megatron's own dataset: the very samples, in the order that the training's validation has.
     dataset, rows = _dataset(engine, prefix, seq_length, samples, seed, **masks), _rows(engine)
     size = _batch_rows(engine, seq_length)
@@ -119,8 +122,11 @@ def sequences_loss(
         check_largest_id(int(torch.maximum(tokens, labels).max()), rows, str(prefix))
         _refuse_double_bos(engine, tokens, str(prefix))
         counted = torch.stack([sample["loss_mask"] for sample in batch]).bool()
-        hidden = torch.stack([sample["attention_mask"] for sample in batch]) if reset_attention_mask else None
-        nats += _nats(engine, tokens, labels.masked_fill(~counted, UNCOUNTED), hidden).sum(1).tolist()
+        seen = None
+        if any(resets.values()):
+            positions = torch.stack([sample["position_ids"] for sample in batch]) if reset_position_ids else None
+            seen = _Seen(torch.stack([sample["attention_mask"] for sample in batch]), positions)
+        nats += _nats(engine, tokens, labels.masked_fill(~counted, UNCOUNTED), seen).sum(1).tolist()
         counts += counted.sum(1).tolist()
         sizes += bytes_of(tokens, labels, counted)
         tell(len(nats))
@@ -223,20 +229,36 @@ def rolling_windows(
         done = end
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What positions see, where that is not all before them.
+
+    Attributes:
+        hidden: what each must not look at, bool of [rows, 1, columns, columns].
+        positions: their numbers, [rows, columns]; counted from the sequence's beginning when None.
+    """
+
+    hidden: torch.Tensor
+    positions: torch.Tensor | None
+
+    def given(self, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """The network's arguments."""
+        # A sum that every attention takes, eager and fused. With positions too: by these alone transformers would take
+        # the documents for sequences of their own.
+        mask = torch.zeros(self.hidden.shape, dtype=dtype, device=device)
+        mask.masked_fill_(self.hidden.to(device), torch.finfo(dtype).min)
+        positions = {} if self.positions is None else {"position_ids": self.positions.to(device)}
+        return {"attention_mask": mask, **positions}
+
+
 @torch.inference_mode()
 def _nats(
-    engine: TransformersEngine, tokens: torch.Tensor, labels: torch.Tensor, hidden: torch.Tensor | None = None
+    engine: TransformersEngine, tokens: torch.Tensor, labels: torch.Tensor, seen: _Seen | None = None
 ) -> torch.Tensor:
-    """Cross-entropy of each label [rows, columns] after its token [rows, columns]; labels of `UNCOUNTED` give 0.
-
-    What each position must not look at is `hidden`, bool of [rows, 1, columns, columns]; what comes later when None.
-    """
-    device, dtype = engine.network.device, engine.network.dtype
-    mask = None
-    if hidden is not None:  # a sum that every attention of transformers takes, eager and fused
-        mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
-        mask.masked_fill_(hidden.to(device), torch.finfo(dtype).min)
-    logits = engine.network(input_ids=tokens.to(device), attention_mask=mask, use_cache=False).logits.flatten(0, 1)
+    """Cross-entropy of each label [rows, columns] after its token [rows, columns]; labels of `UNCOUNTED` give 0."""
+    device = engine.network.device
+    given = seen.given(device, engine.network.dtype) if seen else {}
+    logits = engine.network(input_ids=tokens.to(device), use_cache=False, **given).logits.flatten(0, 1)
     parts = zip(logits.split(LOSS_ROWS), labels.to(device).flatten().split(LOSS_ROWS), strict=True)
     # fp32 for the softmax, whatever the weights' type: in bf16 sums of 100,000 terms lose digits.
     losses = [cross_entropy(part.float(), wanted, reduction="none") for part, wanted in parts]
@@ -311,7 +333,7 @@ def _first_of_documents(engine: TransformersEngine, prefix: str | Path) -> str:
 
 def _dataset(
     engine: TransformersEngine, prefix: str | Path, seq_length: int, samples: int, seed: int, *,
-    eod_mask_loss: bool, reset_attention_mask: bool,
+    eod_mask_loss: bool, reset_attention_mask: bool, reset_position_ids: bool,
 ) -> Any:  # fmt: skip
     from nemo_cpt.training.datasets import VALIDATION, gpt_dataset  # imports NeMo
 
@@ -324,8 +346,8 @@ def _dataset(
         # No index is kept: the text may be somebody else's, in a folder that is not ours to write to.
         path_to_cache="",
         tokenizer=SimpleNamespace(eod=_end_of_documents(engine, prefix), unique_identifiers={"class": "evaluation"}),
-        reset_position_ids=False,
-        create_attention_mask=reset_attention_mask,
+        reset_position_ids=reset_position_ids,
+        create_attention_mask=reset_attention_mask or reset_position_ids,
         reset_attention_mask=reset_attention_mask,
         eod_mask_loss=eod_mask_loss,
     )

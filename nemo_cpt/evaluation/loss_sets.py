@@ -19,7 +19,7 @@ from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation.candidates import Candidate, Say
 from nemo_cpt.moved import places
 from nemo_cpt.training.changes import content_of
-from nemo_cpt.training.masks import MASKS, masks_of
+from nemo_cpt.training.masks import masks_of
 from nemo_cpt.training.run_folder import newest_whole
 
 SEQ_LENGTH, SAMPLES = 1024, 512  # of a tokenized set that no run says more of: up to half a million tokens
@@ -78,7 +78,7 @@ def mask_warnings(candidates: Sequence[Candidate], texts: Sequence[LossSet]) -> 
 
 
 def _listed(masks: Sequence[str]) -> str:
-    return " and ".join(masks) or f"neither {' nor '.join(MASKS)}"
+    return " and ".join(masks) or "no mask"
 
 
 def validated_on(run: Mapping[str, Any], model: str | Path | None, say: Say) -> list[str]:
@@ -157,7 +157,8 @@ def _loss_set(spec: str, candidates: Sequence[Candidate], run: Mapping[str, Any]
     if same_place or (validated and content_of(path) in _contents(run).values()):  # just what the training's loss is of
         seq_length, samples = validated["seq_length"], validated["samples"] or SAMPLES
         # The run's seed shuffles its validation sets, too: with another, other sequences of a longer set come first.
-        seed = run.get("settings", {}).get("data", {}).get("seed") or SEED
+        recorded = run.get("settings", {}).get("data", {}).get("seed")
+        seed = SEED if recorded is None else recorded
     else:
         contexts = [each.context_length for each in candidates if each.context_length]
         seq_length = min([SEQ_LENGTH, *contexts, max(tokens - 1, 1)])

@@ -258,7 +258,7 @@ def place(executor: str, options: Sequence[str]) -> Place:
         volumes=tuple(volumes_of(given.get("mounts"))) if executor == "docker" else None,
         slurm=submits,
         partition=given.get("partition"),
-        nodes=given.get("nodes"),
+        nodes=given.get("nodes", 1 if executor == "local" else None),
         processes=_processes(executor, given),
         limit_seconds=seconds_of(str(given.get("time"))),
         preempt_seconds=given.get("preempt_seconds"),
@@ -307,9 +307,13 @@ def _max_steps(given: Mapping[str, Any], data: Any) -> int:
     # Epochs are steps only where the conversations can be counted.
     if not batch or not length or not all(Path(prefix + ".idx").exists() for prefix in data.prefixes()):
         return 0
-    share = mixture.replay_share(given.get("replay"), given.get("replay_share"))
+    share, seed = mixture.replay_share(given.get("replay"), given.get("replay_share")), given.get("seed")
     try:
-        return data.steps(given.get("epochs") or mixture.EPOCHS, batch, length, share)
+        check(Settings(seed=seed))
+        # The seed decides which part of a set a weight such as 0.25 takes, and so how many sequences that is.
+        return data.steps(
+            given.get("epochs") or mixture.EPOCHS, batch, length, share, mixture.SEED if seed is None else seed
+        )
     except (CptError, ImportError):  # which the check of the data reports
         return 0
 

@@ -43,7 +43,7 @@ def executor_maker(name: str, options: Sequence[str], processes: int, nodes: int
     # Only where the user says nothing: a number that is given is meant.
     if count and not {count, "gpus_per_node", "gpus"} & set(given):
         given[count] = processes
-    if nodes > 1 and "nodes" in described.parameters:
+    if nodes > 1 and "nodes" in described.parameters and name != "local":  # which somebody starts on each machine
         given.setdefault("nodes", nodes)
     return partial(_by_name, name, given)
 

@@ -6,8 +6,6 @@ from nemo_cpt.catalog import Function, data_example
 from nemo_cpt.corpus.atomic_files import write_whole
 from nemo_cpt.errors import CptError
 
-_BASE = '"checkpoints/base"'
-
 
 def write_script(recipe: Function, file: Path) -> None:
     """Write a recipe's module and a call of it to `file`; see `write_new`."""
@@ -32,7 +30,8 @@ def write_new(text: str, file: Path) -> None:
 
 def _call(recipe: Function) -> str:
     function = recipe.name.rpartition(".")[2]
-    examples = {"base": _BASE, "data": data_example(recipe)}
+    base = recipe.parameters["base"].default if "base" in recipe.parameters else None
+    examples = {"base": (base or "'checkpoints/base'").replace("'", '"'), "data": data_example(recipe)}
     lines = [
         f"        {name}={value},  # edit" for name, value in examples.items() if value and name in recipe.parameters
     ]

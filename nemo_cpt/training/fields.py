@@ -17,13 +17,21 @@ CHECKED = (  # the parts of a recipe that are ours or NeMo's; a callback of the 
 
 KNOWN = ("nemo_cpt", "nemo", "megatron", "lightning", "torch")  # whose **kwargs go to the classes that they extend
 
-NOT_LIGHTNINGS = {  # fields of the trainer that Megatron passes over but for one value, and where it has the like
-    "accumulate_grad_batches": (1, "micro batches are added up until they are data.global_batch_size sequences"),
-    "gradient_clip_val": (None, "Megatron's optimizer clips, at optim.config.clip_grad"),
+NOT_LIGHTNINGS = {  # fields of Lightning's trainer that mislead: the value that is harmless, and what does it
+    "accumulate_grad_batches": (
+        1,
+        "would be passed over: micro batches are added up until they are data.global_batch_size sequences",
+    ),
+    "gradient_clip_val": (None, "would be passed over: Megatron's optimizer clips, at optim.config.clip_grad"),
     "max_epochs": (
         -1,
-        "a run has max_steps steps, over as many passes as they take; Blend(...).report(global_batch_size, seq_length) "
-        "has those of a pass",
+        "would be passed over: a run has max_steps steps, over as many passes as they take; "
+        "Blend(...).report(global_batch_size, seq_length) has those of a pass",
+    ),
+    "max_time": (
+        None,
+        "would end the run with exit code 0, as if it were finished: Slurm's limit is executor.time, and elsewhere "
+        "`timeout --preserve-status 4h` before the command has it save, and end with 75",
     ),
 }
 
@@ -62,7 +70,7 @@ def _complaints(recipe: Any) -> Iterator[str]:
     trainer = recipe.trainer
     for name, (default, instead) in NOT_LIGHTNINGS.items():
         if (value := getattr(trainer, name, None)) not in (None, default):
-            yield f"trainer.{name}={value} would be passed over: {instead}"
+            yield f"trainer.{name}={value} {instead}"
     # A trainer of the user's own need not have these fields.
     if (precision := getattr(trainer, "precision", None)) is not None and getattr(trainer, "plugins", None):
         yield f"trainer.precision={precision}: trainer.plugins has it, which the recipe's precision= sets"

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-# Settings of a run's data that decide what its losses count and see, in words. `reset_position_ids` is none of them:
-# rotary embeddings count from the sequence's beginning whatever the positions are (megatron-core, GPTModel.forward).
+# Settings of a run's data that decide what its losses count and see, in words.
 MASKS = {
     "eod_mask_loss": "what follows a document's end is not counted (eod_mask_loss)",
     "reset_attention_mask": "no document sees the one before (reset_attention_mask)",
+    "reset_position_ids": "each document's positions begin anew (reset_position_ids)",
 }
+RESETS = ("reset_attention_mask", "reset_position_ids")
 
 
 def masks_of(record: Mapping[str, Any]) -> tuple[str, ...]:
@@ -17,6 +18,7 @@ def masks_of(record: Mapping[str, Any]) -> tuple[str, ...]:
     Args:
         record: of one of its checkpoints (`run.json`).
     """
-    # What came of the settings stands with the validation: an attention that reads no mask heeds none.
-    found = record.get("settings", {}).get("data", {}) | record.get("validated_on", {})
-    return tuple(name for name in MASKS if found.get(name))
+    # Of resets not the setting, but what came of it: most models and attentions heed none.
+    found = {name: record.get("validated_on", {}).get(name) for name in RESETS}
+    found |= {"eod_mask_loss": record.get("settings", {}).get("data", {}).get("eod_mask_loss")}
+    return tuple(name for name in MASKS if found[name])

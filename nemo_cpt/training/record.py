@@ -14,6 +14,7 @@ from nemo_cpt.checkpoint.weights_digest import BASE_WEIGHTS, base_weights_of, we
 from nemo_cpt.conversations.dataset import is_conversations
 from nemo_cpt.corpus.dataset.index import full_prefix
 from nemo_cpt.training.changes import content_of, same, sets_of
+from nemo_cpt.training.masks import RESETS
 from nemo_cpt.training.run_folder import resumed_from
 
 _OPTIMIZER = ("optimizer", "adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "clip_grad", "sgd_momentum")
@@ -36,15 +37,19 @@ def record_of(trainer: pl.Trainer) -> dict[str, Any]:
 
 def _validated_on(trainer: pl.Trainer) -> dict[str, Any]:
     """Where the validation texts are, and how they are read: not compared when a run is resumed elsewhere."""
-    data = trainer.datamodule
+    data, config = trainer.datamodule, trainer.lightning_module.config
     texts = {name: prefix for name, prefix in _validation_sets(data).items() if not is_conversations(prefix)}
     batches = next((len(getattr(data, "validation_weights", {}).get(name, [])) for name in texts), None)
-    resets = getattr(data, "reset_attention_mask", False) and reads_masks(data, trainer.lightning_module.config)
+    # What comes of the settings: rotary embeddings read no positions (megatron-core, GPTModel.forward).
+    heeded = {
+        "reset_attention_mask": reads_masks(data, config),
+        "reset_position_ids": config.position_embedding_type == "learned_absolute",
+    }
     return {
         "sets": {name: str(Path(full_prefix(prefix)).absolute()) for name, prefix in texts.items()},
         "samples": batches and batches * data.global_batch_size,
         "seq_length": getattr(data, "seq_length", None),
-        "reset_attention_mask": resets,
+        **{name: bool(heeded[name] and getattr(data, name, False)) for name in RESETS},
     }
 
 

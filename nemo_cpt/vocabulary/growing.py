@@ -31,7 +31,7 @@ MULTIPLE_OF = 128  # ids: Megatron's embedding is a multiple of it for each tens
 UNTIL_AT_MOST = 65_536  # tokens that `until` may take
 _CARRIED = (CONFIG, SPECIAL_MAP, ADDED, "chat_template.json", "LICENSE")
 _CHECK_EVERY = 250  # merges between measurements on the held-out documents, with `until`
-_AT_ONCE = 64  # texts that are encoded
+AT_ONCE = 64  # texts that are encoded
 Say = Callable[[str], None]
 
 
@@ -237,8 +237,8 @@ def count_tokens(backend: Any, texts: Sequence[str]) -> int:
     # A few at a time: the library hears no Ctrl-C until it is through with them.
     return sum(
         len(each.ids)
-        for start in range(0, len(texts), _AT_ONCE)
-        for each in backend.encode_batch_fast(list(texts[start : start + _AT_ONCE]), add_special_tokens=False)
+        for start in range(0, len(texts), AT_ONCE)
+        for each in backend.encode_batch_fast(list(texts[start : start + AT_ONCE]), add_special_tokens=False)
     )
 
 

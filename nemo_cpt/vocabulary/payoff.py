@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from nemo_cpt.corpus.tokenization.tokenizer import load_tokenizer
 from nemo_cpt.errors import CptError
 from nemo_cpt.vocabulary.byte_level import grew_from, read_byte_level
 from nemo_cpt.vocabulary.comparison import SAMPLE_BYTES
+from nemo_cpt.vocabulary.growing import AT_ONCE
 from nemo_cpt.vocabulary.samples import draw
 
 TRAINING_BYTES = 18  # a parameter: bf16 weight, fp32 gradient, fp32 master weight and two moments
@@ -101,14 +103,14 @@ def worth(
     old, new = read_byte_level(base), read_byte_level(grown)
     if reason := grew_from(new, old):
         raise CptError(f"the tokenizer {grown} did not grow from {base}: {reason}")
+    if new.size == old.size:
+        raise CptError(f"the tokenizer {grown} has no token that {base} has not")
     texts = draw(inputs, json_key, sample_bytes, hold_out=False).texts
-    before, after = (load_tokenizer(each).reference_encoder().encode(texts)[0] for each in (base, grown))
+    before, after = (_encoded(each, texts) for each in (base, grown))
     seen = Counter(number for number in after.tolist() if number >= old.size)
     # Each document has a token at its end, which no growth saves.
     length_before, length = (len(each) + len(texts) for each in (before, after))
     scale, new_tokens = tokens / length_before, new.size - old.size
-    if not new_tokens:
-        raise CptError(f"the tokenizer {grown} has no token that {base} has not")
     seldom = sum(seen[number] * scale < SELDOM for number in range(old.size, new.size))
     there = old.size if model_rows is None else model_rows
     new_rows = max(new.size - there, 0)
@@ -135,3 +137,12 @@ def worth(
         pays_back_each=round((len(before) - len(after)) / sum(map(len, texts)) * 1e6),
         seldom=round(seldom / new_tokens, 4),
     )
+
+
+def _encoded(tokenizer: str, texts: Sequence[str]) -> Any:
+    """The ids of all texts; a few at a time, since the library hears no Ctrl-C until it is through with them."""
+    import numpy as np
+
+    encoder = load_tokenizer(tokenizer).reference_encoder()
+    batches = (list(texts[start : start + AT_ONCE]) for start in range(0, len(texts), AT_ONCE))
+    return np.concatenate([encoder.encode(batch)[0] for batch in batches])

@@ -27,7 +27,7 @@ from nemo_cpt.constants import PLAINLY
 from nemo_cpt.errors import CptError
 from nemo_cpt.executors.supervisor import REACHED_FILE
 from nemo_cpt.launching.description import describe
-from nemo_cpt.launching.experiments import experiments
+from nemo_cpt.launching.experiments import Experiment, experiments
 from nemo_cpt.launching.task import moves_its_folder
 from nemo_cpt.watching.following import QUIET_SECONDS, RANK_0_LOG, Follower
 from nemo_cpt.watching.view import Snapshot
@@ -262,32 +262,41 @@ class RemoteFollower(Follower):
 
 def find(chosen: str | None) -> Reached | None:
     """The newest run over SSH, or that of an experiment's id, of a run's name or of its folder there; None for none."""
-    for found in _over_ssh():
-        if chosen in (None, found.experiment, found.folder.name, str(found.folder)):
-            return found
+    for experiment, task, folder in _submitted(chosen):
+        if (record := task / REACHED_FILE).is_file():
+            about: dict[str, Any] = json.loads(record.read_bytes())
+            return Reached(experiment.id, Path(about.pop("runs_in"), folder), **about)
     return None
 
 
-def _over_ssh() -> Iterator[Reached]:
-    """The runs that were submitted over SSH, the latest first."""
+def not_begun(chosen: str | None) -> Experiment | None:
+    """The newest experiment of a scheduler's here that would train such a run, and has made no folder for it yet."""
+    newest = next(_submitted(chosen), None)
+    return newest[0] if newest and not newest[2].exists() else None
+
+
+def _submitted(chosen: str | None) -> Iterator[tuple[Experiment, Path, Path]]:
+    """What schedulers were given of the chosen run, or of all, the latest first: experiment, task, the run's folder."""
     try:
         known = experiments()
     except CptError:  # there are none
         return
     for experiment in known:
-        for record in (task / REACHED_FILE for task in experiment.tasks):
-            if record.is_file() and (folder := _folder_of(record.parent)) is not None:
-                about: dict[str, Any] = json.loads(record.read_bytes())
-                yield Reached(experiment.id, Path(about.pop("runs_in"), folder), **about)
+        for task in experiment.tasks:
+            folder = _folder_of(task) if experiment.executor(task) != "local" else None
+            if folder is not None and chosen in (None, experiment.id, folder.name, str(folder)):
+                yield experiment, task, folder
 
 
 def _folder_of(task: Path) -> Path | None:
     """A task's run folder, from where it runs, by what NeMo-Run wrote of it; None where that does not say."""
     config: dict[str, Any] = next((yaml.safe_load(path.read_text()) for path in task.glob("configs/*_config.yaml")), {})
-    if "recipe" in config and not moves_its_folder(config["overrides"]):  # of `nemo-cpt run`
+    if "recipe" in config:  # of `nemo-cpt run`, or a workflow's
+        fields = config.get("overrides", config.get("fields", ()))
         with contextlib.suppress(CptError):  # of a recipe that has been renamed since
             function = catalog.recipe(config["recipe"])
-            return describe(function, config["arguments"], config["overrides"], "local", ()).directory
+            if not moves_its_folder(fields):
+                return describe(function, config["arguments"], fields, "local", ()).directory
     log = config.get("log", {})  # of a script's
     if log.get("explicit_log_dir"):
         return Path(log["explicit_log_dir"])

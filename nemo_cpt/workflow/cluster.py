@@ -52,7 +52,7 @@ def submit(file: Path, chosen: Chosen, executor: str, options: Sequence[str], de
     state = State(workflow)
     with contextlib.chdir(workflow.folder), state.held():
         state.check_not_submitted()
-        found = dry_run(workflow, chosen, plan=False)
+        found = dry_run(workflow, chosen, plan=False, executor=executor, options=options)
         refuse_red(found)
         again, tasks = chosen.again(workflow), dict[str, str]()
         steps = [each.step for each in found.standings if not (each.done or each.earlier)]

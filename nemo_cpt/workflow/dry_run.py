@@ -1,6 +1,6 @@
 """Where every step of a workflow stands, and what all that would run would take, before anything starts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -95,13 +95,17 @@ class DryRun:
             yield not each.done and estimate.seconds is None
 
 
-def dry_run(workflow: Workflow, chosen: Chosen, plan: bool = True) -> DryRun:
+def dry_run(
+    workflow: Workflow, chosen: Chosen, plan: bool = True, executor: str = "local", options: Sequence[str] = ()
+) -> DryRun:
     """Look at a workflow without running anything.
 
     Args:
         workflow: its steps.
         chosen: what of it would be run.
         plan: plan trainings for GPUs, which imports NeMo the first time.
+        executor: of the jobs; trainings that name their own take that.
+        options: `key=value` of the executor.
 
     Raises:
         CptError: it could not be run, whatever the machine.
@@ -116,7 +120,7 @@ def dry_run(workflow: Workflow, chosen: Chosen, plan: bool = True) -> DryRun:
     for each in found:
         if not each.done:  # what is done was checked when it was done
             each.step.check_values([path for other in workflow.steps.values() for path in other.writes])
-    estimates = Estimates(workflow)
+    estimates = Estimates(workflow, executor, options)
     made = [estimates.of(each, plan) for each in found]
     disk = estimates.disk(sum(each.disk_bytes or 0 for each in made))
     return DryRun(workflow, found, made, [*estimates.findings, ("", disk)], chosen.force)

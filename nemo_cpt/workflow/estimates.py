@@ -7,7 +7,7 @@ The note says why.
 import contextlib
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -110,10 +110,12 @@ class Estimates:
 
     Args:
         workflow: whose.
+        executor: of trainings that name none.
+        options: its `key=value`, which trainings that name it take, too.
     """
 
-    def __init__(self, workflow: Workflow) -> None:
-        self.workflow = workflow
+    def __init__(self, workflow: Workflow, executor: str = "local", options: Sequence[str] = ()) -> None:
+        self.workflow, self.executor, self.options = workflow, executor, options
         self.made: dict[str, float] = {}
         self.findings: list[tuple[str, Finding]] = []
 
@@ -192,8 +194,10 @@ class Estimates:
     def _training(self, standing: Standing, plan: bool) -> Estimate:
         step = standing.step
         recipe, arguments, fields, options = recipes.split(step.name, step.parameters, step.folder)
+        executor = str(step.parameters.get(recipes.EXECUTOR, self.executor))
+        shared = self.options if executor == self.executor else ()
         try:
-            job = describe(recipe, arguments, fields, str(step.parameters.get(recipes.EXECUTOR, "local")), options)
+            job = describe(recipe, arguments, fields, executor, [*shared, *options])
         except CptError as error:  # such as the shape of a base that is not made yet
             self.findings.append((step.name, from_error("recipe", error)))
             return Estimate(note=NO_BASE_YET)

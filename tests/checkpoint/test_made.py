@@ -76,7 +76,9 @@ def test_a_rerun_finds_it_done(command: str, makers: Makers, tmp_path: Path) -> 
     with pytest.raises(CptError, match=f"its {made.relative_to(moved)} was changed since"):
         run(moved)
     (moved / ".made.json").unlink()
-    with pytest.raises(CptError, match=r"moved exists already: it does not say what it was made of\. Give another"):
+    with pytest.raises(
+        CptError, match=r"moved exists already: it holds \w+.*, and does not say what it was made of\. "
+    ):
         run(moved)
 
 
@@ -84,6 +86,16 @@ def _listed(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def test_what_another_command_made_is_named(makers: Makers, tmp_path: Path) -> None:
+def test_what_something_else_made_is_named(makers: Makers, tmp_path: Path) -> None:
     with pytest.raises(CptError, match=r"nemo exists already: `nemo-cpt import` made it\. Give another destination"):
         makers["init"][0](tmp_path / "nemo")
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "folder").mkdir()
+    for name, there in (
+        ("file", "is a file"),
+        ("link", "is a link that leads nowhere"),
+        ("folder", "holds nothing, and"),
+    ):
+        with pytest.raises(CptError, match=f"{name} exists already: it {there}"):
+            makers["init"][0](tmp_path / name)

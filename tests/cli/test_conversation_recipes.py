@@ -64,6 +64,13 @@ def test_epochs_are_counted_where_the_conversations_are(chats: Path) -> None:
     assert with_replay.max_steps == data.steps(50, 16, 1024, 0.05) > data.steps(50, 16, 1024)
 
 
+def test_epochs_are_counted_of_the_part_that_the_seed_takes(chats: Path) -> None:
+    data = Conversations({"sft/ja": 0.25})
+    given = ["epochs=3", "global_batch_size=1", "micro_batch_size=1", "seq_length=512", "seed=7"]
+    job = described("smollm2.instruction_tune", "data={train: {sft/ja: 0.25}}", *given)
+    assert job.max_steps == data.steps(3, 1, 512, seed=7) != data.steps(3, 1, 512)
+
+
 def test_a_plan_that_counted_epochs_is_not_that_of_other_conversations(chats: Path) -> None:
     before = workloads._counted("smollm2.instruction_tune", {})
     lines = write_lines(chats / "ja.jsonl", pairs(41))

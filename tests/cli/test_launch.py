@@ -153,6 +153,8 @@ def test_copy_writes_a_script_that_is_python_and_does_not_overwrite(tmp_path):
     with pytest.raises(CptError, match="exists"):
         write_script(catalog.recipe("tiny"), script)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]
+    write_script(catalog.recipe("llama31_8b"), tmp_path / "with_a_base.py")
+    assert 'base="checkpoints/Llama-3.1-8B",  # edit' in (tmp_path / "with_a_base.py").read_text()
 
 
 def test_executor_of_the_users_own_file(tmp_path):

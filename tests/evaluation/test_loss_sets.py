@@ -57,7 +57,10 @@ def test_conversations_have_no_loss_of_texts(tmp_path: Path) -> None:
 def test_masks_are_the_runs_also_of_its_export_and_those_of_others_are_named(tmp_path: Path) -> None:
     records = {
         "plain": {"settings": {"data": {"eod_mask_loss": False}}},
-        "masked": {"settings": {"data": {"eod_mask_loss": True, "reset_attention_mask": True}}},
+        "masked": {
+            "settings": {"data": {"eod_mask_loss": True, "reset_attention_mask": True}},
+            "validated_on": {"reset_attention_mask": True, "reset_position_ids": False},
+        },
         # Where Transformer Engine computed the attention.
         "in_effect": {
             "settings": {"data": {"eod_mask_loss": True, "reset_attention_mask": True}},
@@ -76,6 +79,6 @@ def test_masks_are_the_runs_also_of_its_export_and_those_of_others_are_named(tmp
         each.__dict__["found"] = Found(tmp_path / each.label, each.label)
     texts = [LossSet("ja", "ja.jsonl"), LossSet("ja", "ds/ja", 64, 8, masks=found["masked"])]
     (said,) = mask_warnings(models, texts)
-    assert said.startswith("plain was trained with neither eod_mask_loss nor reset_attention_mask, and the losses of ")
+    assert said.startswith("plain was trained with no mask, and the losses of tokenized sets are ")
     assert "are measured with eod_mask_loss and reset_attention_mask, for all models" in said
     assert mask_warnings(models, texts[:1]) == []

@@ -19,6 +19,7 @@ from nemo_cpt.doctor.built import job_of
 from nemo_cpt.executors import docker, examination, local, slurm
 from nemo_cpt.launching.description import describe
 from nemo_cpt.launching.executor import make_executor
+from tests.support.commands import python
 from tests.support.servers import serving
 
 SCRIPT = """
@@ -101,6 +102,14 @@ def test_a_run_in_this_process_is_refused_before_anything_is_built(given, launch
     recipe = build_recipe("tiny.continual_pretrain", given | {"base": "nowhere", "model": "tiny"})
     with pytest.raises(CptError, match=r"tiny_cpt is not launched (.|\n)*base: the base nowhere is not there"):
         launch(recipe)
+
+
+def test_what_fails_under_an_executor_of_nemo_runs_own_is_no_success(project):
+    at_home = f"from nemo_run.config import set_nemorun_home\nset_nemorun_home({str(project.parent / 'home')!r})"
+    launch = "run.run(run.Script(inline='exit 3'), executor=run.LocalExecutor(), name='t')"
+    done = python(f"import nemo_run as run\nfrom nemo_cpt.recipes import tiny\n{at_home}\n{launch}")
+    assert done.returncode != 0
+    assert "CptError: task t ended as FAILED" in done.stderr
 
 
 def test_what_is_forced_is_said_and_goes_on(given, monkeypatch, capsys):
@@ -252,6 +261,7 @@ ON_KUBERNETES = ["image=i", "workdir_pvc=w", "gpus_per_node=8"]
         ("slurm", ["gres=gpu:8"], ""),
         ("local", ["gpus=4"], "local starts 4"),
         ("local", [], ""),
+        ("local", ["nodes=2"], r"for 1 machines \(num_nodes\), and local starts 2"),
         ("docker", [], ""),
         ("skypilot", ["gpus=H100"], "skypilot starts 1"),
         ("kubernetes", ON_KUBERNETES, ""),
@@ -281,6 +291,7 @@ def test_an_executor_takes_the_recipes_size():
     executor = make_executor("slurm", [], 8, 4)
     assert (executor.nodes, executor.ntasks_per_node) == (4, 8)
     assert make_executor("slurm", ["nodes=2"], 8, 4).nodes == 2
+    assert make_executor("local", [], 8, 4).nodes == 1  # others are started by hand
 
 
 @pytest.mark.parametrize("name", ["tiny", "smollm2", "llama31_8b"])

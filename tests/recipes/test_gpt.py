@@ -127,6 +127,7 @@ def _train(work: Path, base: str) -> None:
     sizes: dict[str, Any] = {"seq_length": 64, "global_batch_size": 8, "micro_batch_size": 8, "max_steps": 30}
     places = {"directory": str(work / "runs"), "val_check_interval": 30, "name": base}
     made = gpt.pretrain(str(work / base), blend(work), lr=3e-3, **sizes, **places)
+    made.data.reset_position_ids = base == "gpt2"  # learnt positions alone are looked up by these
     run.run(on_cpu(made), direct=True)
 
 
@@ -135,6 +136,10 @@ def test_a_run_learns_from_random_weights_and_is_exported(base: str, work: Path)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from nemo_cpt.checkpoint import export_hf, verify
+    from nemo_cpt.evaluation.bits_per_byte import sequences_loss
+    from nemo_cpt.evaluation.loss_sets import training_record
+    from nemo_cpt.inference.transformers_engine import TransformersEngine
+    from nemo_cpt.training.masks import masks_of
 
     log = work / f"{base}.log"
     assert jobs.run(functools.partial(_train, work, base), log=log) == 0, log.read_text()[-3000:]
@@ -153,4 +158,14 @@ def test_a_run_learns_from_random_weights_and_is_exported(base: str, work: Path)
     assert found.identical
     assert found.logits_difference is not None
     assert found.logits_difference <= 1e-5 * (found.largest_logit or 0)
+    record, engine = training_record(exported), TransformersEngine(exported, device="cpu")
+    masks = masks_of(record)
+    assert masks == (("reset_position_ids",) if base == "gpt2" else ())
+    shape = {"seq_length": 64, "samples": record["validated_on"]["samples"]}
+    loss, plain = (
+        sequences_loss(engine, work / "validation", **shape, **dict.fromkeys(each, True)).loss for each in (masks, ())
+    )
+    validated = [each["val_loss_validation"] for each in map(json.loads, lines) if "val_loss_validation" in each]
+    assert loss == pytest.approx(validated[-1], abs=1e-4)
+    assert (abs(plain - loss) > 1e-3) == (base == "gpt2")
     assert type(model).__name__ == {"base": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}[base]

@@ -334,6 +334,7 @@ def test_plain_values_reach_the_config(tmp_path: Path) -> None:
         ("trainer.gradient_clip_val", 0.5, "would be passed over: Megatron's optimizer clips, at optim.config.clip"),
         ("trainer.accumulate_grad_batches", 4, "until they are data.global_batch_size sequences"),
         ("trainer.max_epochs", 2, "a run has max_steps steps"),
+        ("trainer.max_time", "00:04:00:00", "as if it were finished: Slurm's limit is executor.time"),
         ("trainer.precision", "bf16", "trainer.plugins has it"),
     ],
 )

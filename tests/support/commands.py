@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from tests.training.jobs import SERVER
@@ -28,6 +29,11 @@ def nemo_cpt(*arguments: str, environ: Mapping[str, str] | None = None) -> subpr
 def nemo(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a command of NeMo-Run's as `nemo_cpt` does ours."""
     return _forked(_nemo, ("nemo", *arguments), {})
+
+
+def python(source: str) -> subprocess.CompletedProcess[str]:
+    """Execute the text of a script that imports NeMo, but for the launch of a job that would execute it again."""
+    return _forked(partial(exec, source, {"__name__": "__main__"}), ("script.py",), {})
 
 
 def _nemo_cpt() -> None:

@@ -125,6 +125,8 @@ def test_when_megatron_draws_another_order_for_more_steps(tmp_path: Path) -> Non
             assert another == (read[more] != read[fewer]), (more, fewer)
             found.add(another)
     assert found == {True, False}
+    longer = write(tmp_path / "longer", documents(seed=2, count=400))
+    assert in_another_order(dataset(prefix, longer, samples=60), 2.0) == [prefix]
 
 
 @pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 33])

@@ -133,6 +133,14 @@ def test_a_model_learns_the_answers(world: Path, chats: Conversations, tuned: Pa
     assert validation[steps] < validation[0] - 0.1
 
 
+def test_epochs_are_counted_of_the_part_that_the_seed_takes(world: Path, chats: Conversations) -> None:
+    part = Conversations(train=dict.fromkeys(chats.train, 0.25))
+    counts = {seed: part.steps(3, 8, LENGTH, seed=seed) for seed in range(100)}
+    seed = next(seed for seed, count in counts.items() if count != part.steps(3, 8, LENGTH))
+    recipe = tiny.instruction_tune(str(world / "base"), part, name="part", seed=seed, **SETTINGS)
+    assert recipe.trainer.max_steps == counts[seed]
+
+
 def test_its_export_asks_and_stops_as_it_was_tuned(chats: Conversations, tuned: Path, tmp_path: Path) -> None:
     checkpoint = newest_whole(tuned / "checkpoints").path
     assert export_hf(checkpoint, tmp_path / "hf").chat_template == chats.template["name"]

@@ -6,8 +6,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from nemo_cpt.cli.watching import app
 from nemo_cpt.training.metrics import END_FILE
+from nemo_cpt.watching import remote
 from nemo_cpt.watching.remote import Connection, Queued, Reached, RemoteFollower, _in_queue
 from tests.support import run_folders
 
@@ -74,3 +77,20 @@ def test_how_old_it_is_is_said_with_the_reason(tmp_path: Path) -> None:
     connection = Connection(Reached("title_1", tmp_path, ["7"], "host", "user", 22, None), tmp_path)
     connection.trouble, connection.heard = "Connection refused", time.monotonic() - 90.4
     assert RemoteFollower(connection).snapshot().trouble == "not heard of for 90 s (Connection refused)"
+
+
+def test_a_run_whose_job_waits_is_no_misspelt_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = tmp_path / "home/experiments/tiny/tiny_1800000000/train"
+    (task / "configs").mkdir(parents=True)
+    (task.parent / "_TASKS").touch()
+    (task / "configs/train_executor.yaml").write_text("_target_: nemo_cpt.executors.slurm_job.SlurmJob\n")
+    arguments = {"base": "base", "data": {"train": {"ds": 1.0}}, "name": "mine", "directory": "results"}
+    config = {"recipe": "tiny.continual_pretrain", "arguments": arguments, "overrides": []}
+    (task / "configs/train_config.yaml").write_text(json.dumps(config))
+    monkeypatch.setattr("nemo_cpt.launching.experiments._home", lambda: tmp_path / "home")
+    monkeypatch.chdir(tmp_path)
+    told = str(CliRunner().invoke(app, ["watch", "mine"]).exception)
+    assert "made no folder for it yet: it waits, starts or has failed. nemo-cpt status tiny_1800000000" in told
+    assert remote.not_begun("min") is None
+    (tmp_path / "results/mine").mkdir(parents=True)
+    assert remote.not_begun("mine") is None

@@ -98,6 +98,24 @@ def test_a_base_that_a_step_makes_is_no_fault_of_the_plan(tmp_path: Path) -> Non
     assert not [finding for _, finding in found.findings if finding.name == "plan"]
 
 
+def test_a_training_is_examined_where_it_is_to_run(tmp_path: Path) -> None:
+    """On the executor of its jobs, with its options; one that names its own takes that."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/config.json").touch()
+    for ending in (".bin", ".idx"):
+        (tmp_path / f"ds_text_document{ending}").touch()
+    given = {"recipe": "llama31_8b.continual_pretrain", "base": "base", "data": {"train": {"ds": 1.0}}}
+    steps = [Step("theirs", "train", given), Step("own", "train", given | {"executor": "local", "directory": "other"})]
+
+    def found(gpus: int) -> dict[str, str]:
+        options = [f"gpus_per_node={gpus}"]
+        run = dry_run(Workflow("w", steps, tmp_path), Chosen(), plan=False, executor="slurm", options=options)
+        return {name: finding.found for name, finding in run.findings if finding.name == "settings"}
+
+    assert "slurm starts 4" in found(4)["theirs"]
+    assert found(8) == {}
+
+
 def test_a_model_of_random_weights_is_known_before_it_and_its_tokenizer_are_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_cpt.made import RECORD
 from nemo_cpt.workflow import outputs
 
 LARGE = 3 << 20
@@ -105,3 +106,14 @@ def test_what_is_set_aside_has_a_name_of_its_own(tmp_path: Path) -> None:
         (tmp_path / "run/which").write_text(json.dumps(number))
         assert outputs.set_aside(tmp_path / "run") == tmp_path / f"run.{number}"
     assert [(tmp_path / f"run.{number}/which").read_text() for number in (1, 2)] == ["1", "2"]
+
+
+def test_the_record_of_what_a_folder_was_made_of_is_none_of_its_files_and_goes_with_them(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("config.json", RECORD):
+        (folder / name).write_text("{}")
+    made = outputs.look(folder)
+    assert list(made) == ["model/config.json"]
+    outputs.remove(folder, made)
+    assert not outputs.is_there(folder)
