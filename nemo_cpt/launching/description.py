@@ -258,7 +258,8 @@ def place(executor: str, options: Sequence[str]) -> Place:
         volumes=tuple(volumes_of(given.get("mounts"))) if executor == "docker" else None,
         slurm=submits,
         partition=given.get("partition"),
-        nodes=given.get("nodes", 1 if executor == "local" else None),
+        # Of those that have no such option, this machine.
+        nodes=given.get("nodes", 1 if executor in ("local", "docker") else None),
         processes=_processes(executor, given),
         limit_seconds=seconds_of(str(given.get("time"))),
         preempt_seconds=given.get("preempt_seconds"),

@@ -275,6 +275,12 @@ def test_recipe_and_executor_are_of_one_size(executor, options, says):
     assert re.search(says, str(found).replace(";", ":"))
 
 
+@pytest.mark.parametrize("executor", ["local", "docker"])
+def test_one_machine_is_not_two(executor):
+    job = describe(catalog.recipe("llama31_8b"), EIGHT | {"num_nodes": 2}, [], executor, [])
+    assert f"for 2 machines (num_nodes), and {executor} starts 1" in inputs.settings(Examination(job)).found
+
+
 def test_from_python_too(given, monkeypatch):
     recipe = build_recipe("tiny.continual_pretrain", given | {"processes": 2, "model": "tiny"})
     for executor in (local(), docker(), None):
