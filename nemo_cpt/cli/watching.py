@@ -56,7 +56,7 @@ def _follower(run: str | None, directory: Path) -> Iterator["Follower"]:
         from nemo_cpt.watching import remote
 
         if (reached := remote.find(run)) is None:
-            if waits := remote.not_begun(run):
+            if waits := remote.not_begun(run, directory):
                 raise CptError(
                     f"the job that trains {run or 'the newest run'} has made no folder for it yet: it waits, starts or "
                     f"has failed. nemo-cpt status {waits.id} says which"

@@ -269,10 +269,17 @@ def find(chosen: str | None) -> Reached | None:
     return None
 
 
-def not_begun(chosen: str | None) -> Experiment | None:
-    """The newest experiment of a scheduler's here that would train such a run, and has made no folder for it yet."""
-    newest = next(_submitted(chosen), None)
-    return newest[0] if newest and not newest[2].exists() else None
+def not_begun(chosen: str | None, directory: Path) -> Experiment | None:
+    """The newest experiment of a scheduler's here that would train such a run, and has made no folder for it yet.
+
+    Args:
+        chosen: as for `find`.
+        directory: where runs are kept; of no chosen run, those alone that would be kept there.
+    """
+    for experiment, _, folder in _submitted(chosen):
+        if chosen or folder.absolute().parent == directory.absolute():
+            return None if folder.exists() else experiment
+    return None
 
 
 def _submitted(chosen: str | None) -> Iterator[tuple[Experiment, Path, Path]]:

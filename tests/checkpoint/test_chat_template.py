@@ -18,6 +18,7 @@ from nemo_cpt.checkpoint.chat_template import instruction_template
 from nemo_cpt.conversations import open_conversations, prepare
 from nemo_cpt.errors import CptError
 from nemo_cpt.inference import Sampling, open_engine
+from nemo_cpt.made import RECORD
 from tests.support import tokenizers
 
 ANSWERS = {"日本の首都は？": "東京です。", "What is 2 + 3?": "It is 5.", "日本で一番高い山は？": "富士山です。"}
@@ -126,7 +127,8 @@ def test_an_import_of_the_export_keeps_them(checkpoint: Path, tmp_path: Path) ->
     import_hf(tmp_path / "out", tmp_path / "nemo")
     export_hf(tmp_path / "nemo", tmp_path / "again")
     for path in (tmp_path / "out").iterdir():
-        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+        if path.name != RECORD:  # of what each was made of
+            assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
 
 
 @pytest.mark.parametrize("choice", [None, "none"])

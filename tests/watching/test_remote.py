@@ -91,6 +91,9 @@ def test_a_run_whose_job_waits_is_no_misspelt_name(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     told = str(CliRunner().invoke(app, ["watch", "mine"]).exception)
     assert "made no folder for it yet: it waits, starts or has failed. nemo-cpt status tiny_1800000000" in told
-    assert remote.not_begun("min") is None
+    assert remote.not_begun("min", Path("results")) is None
+    # Where runs are kept elsewhere, it is none of theirs.
+    for directory, waits in (("results", "tiny_1800000000"), ("nowhere", "there is no folder nowhere")):
+        assert waits in str(CliRunner().invoke(app, ["watch", "-d", directory]).exception)
     (tmp_path / "results/mine").mkdir(parents=True)
-    assert remote.not_begun("mine") is None
+    assert remote.not_begun("mine", Path("results")) is None

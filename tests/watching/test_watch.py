@@ -31,7 +31,10 @@ COMMAND = [sys.executable, "-m", "nemo_cpt.cli", "watch"]
 
 
 def watch(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, cwd=cwd, stdin=subprocess.DEVNULL)
+    alone = os.environ | {"NEMORUN_HOME": str(cwd / "nemo_run")}  # without the jobs that this user has submitted
+    return subprocess.run(
+        [*COMMAND, *arguments], capture_output=True, text=True, cwd=cwd, stdin=subprocess.DEVNULL, env=alone
+    )
 
 
 def end(folder: Path, state: str, message: str = "", time: float = 0) -> None:
