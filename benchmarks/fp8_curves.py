@@ -120,7 +120,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--out", type=Path, default=Path("fp8-curves"))
     parser.add_argument("--at-once", type=int, default=1, help="variants that train at a time")
-    parser.add_argument("--gpus", type=lambda text: text.split(","), default=["0"], help="to train on: 0,1")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    parser.add_argument("--gpus", type=lambda text: text.split(","), default=visible, help="to train on: 0,1")
     parser.add_argument("--variant", choices=VARIANTS, help="train this one alone, and write its curve")
     options = parser.parse_args()
     if options.variant:
