@@ -1,6 +1,7 @@
 """What a run is, written beside its metrics: for the live view and the report, which import neither torch nor NeMo."""
 
 import contextlib
+import copy
 import inspect
 import json
 import os
@@ -103,7 +104,22 @@ def _recipe(trainer: pl.Trainer, pl_module: pl.LightningModule) -> SimpleNamespa
         "optim": getattr(pl_module, "optim", None),
         "peft": getattr(pl_module, "model_transform", None),
     }
-    return SimpleNamespace(**{name: getattr(part, "__io__", part) for name, part in parts.items()})
+    return SimpleNamespace(**{name: _as_made(part) for name, part in parts.items()})
+
+
+def _as_made(part: Any) -> Any:
+    """The configuration that NeMo keeps with what it builds; what has none is returned as it is.
+
+    NeMo keeps what a constructor takes as `**kwargs` under that name, where neither the planner nor a reader looks for
+    a data module's batch sizes.
+    """
+    config = getattr(part, "__io__", part)
+    if isinstance(config, fdl.Buildable) and isinstance(rest := config.__arguments__.get("kwargs"), Mapping):
+        config = copy.copy(config)
+        del config.kwargs
+        for name, value in rest.items():
+            setattr(config, name, getattr(value, "__io__", value))
+    return config
 
 
 def _configuration(recipe: SimpleNamespace) -> dict[str, Any]:
@@ -192,8 +208,7 @@ def _plan(recipe: Any) -> dict[str, Any]:
 def plain(value: Any) -> Any:
     """A configuration as JSON holds it; objects by their class and what is plain of their fields."""
     if not isinstance(value, fdl.Buildable | type):
-        # NeMo keeps there what an object was made with.
-        value = getattr(value, "__io__", value)
+        value = _as_made(value)
     if isinstance(value, fdl.Buildable):
         target = fdl.get_callable(value)
         arguments = {name: plain(each) for name, each in value.__arguments__.items()}

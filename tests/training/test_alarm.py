@@ -3,16 +3,20 @@
 import functools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import fiddle
 import nemo_run as run
 import pytest
 
+from nemo_cpt import planning
 from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation.bits_per_byte import sequences_loss
 from nemo_cpt.evaluation.loss_sets import training_record
 from nemo_cpt.inference.transformers_engine import TransformersEngine
+from nemo_cpt.monitoring import description
 from nemo_cpt.monitoring.forgetting import changes
 from nemo_cpt.recipes import llama31_8b, tiny
 from nemo_cpt.training.masks import masks_of
@@ -76,7 +80,8 @@ def test_what_the_run_is_stands_beside_its_metrics(world: Path, stopped: tuple[P
     assert ja["epochs"] == pytest.approx(STEPS * BATCH * LENGTH / ja["tokens"])
     assert about["plan"] == {"unknown": "the planner is for GPUs"}
     assert about["configuration"]["optim"]["config"]["lr"] == 1e-2
-    trainer = about["configuration"]["trainer"]
+    data, trainer = about["configuration"]["data"], about["configuration"]["trainer"]
+    assert (data["global_batch_size"], data["seq_length"], data["seed"]) == (BATCH, LENGTH, 1234)
     assert trainer["_target_"].endswith("Trainer")
     assert [each for each in trainer["callbacks"] if each["_target_"].endswith(".ForgettingAlarm")]
     assert "0x" not in json.dumps(about["configuration"])
@@ -109,12 +114,24 @@ def test_it_is_not_started_beyond_its_limit_again_and_goes_on_without_it(
     assert json.loads(page.with_name("report.json").read_text())["runs"][0]["summary"]["state"] == "finished"
 
 
-def train_on_a_gpu(world: Path, blend: Any) -> None:
-    recipe = llama31_8b.continual_pretrain(
+def recipe_for_a_gpu(world: Path, blend: Any) -> run.Partial:
+    return llama31_8b.continual_pretrain(
         str(world / "base"), blend, model=tiny.model(128), name="on_gpu", directory=str(world / "runs"), seq_length=128,
         global_batch_size=8, micro_batch_size=4, max_steps=3, val_check_interval=3, lr=1e-3, **llama31_8b.ONE_GPU,
     )  # fmt: skip
-    run.run(recipe, direct=True)
+
+
+def test_the_plan_of_a_job_is_that_of_its_recipe(world: Path, blend: Any) -> None:
+    """By the data module that was built of it, from which a job reads its batches."""
+    recipe = recipe_for_a_gpu(world, blend)
+    parts = {name: getattr(recipe, name) for name in ("model", "trainer", "optim")}
+    built = SimpleNamespace(**parts, data=description._as_made(fiddle.build(recipe.data)), peft=None)
+    assert planning.read(built) == planning.read(recipe)
+    assert planning.read(built).global_batch_size == 8
+
+
+def train_on_a_gpu(world: Path, blend: Any) -> None:
+    run.run(recipe_for_a_gpu(world, blend), direct=True)
 
 
 @pytest.mark.gpu
