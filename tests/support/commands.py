@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from tests.training.jobs import SERVER
+from tests.training.jobs import process
 
 
 def nemo_cpt(*arguments: str, environ: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -54,11 +54,11 @@ def _forked(
     with tempfile.TemporaryDirectory() as folder:
         printed = [Path(folder, name) for name in ("stdout", "stderr")]
         given = (main, command, Path.cwd(), os.environ | environ, printed)
-        process = SERVER.Process(target=_run, args=given)
-        process.start()
-        process.join()
+        forked = process(_run, given)
+        forked.start()
+        forked.join()
         stdout, stderr = (path.read_text("utf-8") for path in printed)
-    return subprocess.CompletedProcess(command, process.exitcode or 0, stdout, stderr)
+    return subprocess.CompletedProcess(command, forked.exitcode or 0, stdout, stderr)
 
 
 def _run(

@@ -4,6 +4,7 @@ Not from the tests' own process: gloo does not survive a fork of a process that 
 NeMo itself: that import touches CUDA, which does not survive a fork.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -11,6 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,23 @@ SERVER = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "
 SERVER.set_forkserver_preload(["tests.support.preloaded"])
 
 
+def process(target: Callable[..., None], args: tuple[Any, ...]) -> Any:
+    """A process that is not started yet; see above."""
+    if SERVER.get_start_method() == "forkserver":
+        # The server finds what it imports from where it starts: from a test's own folder `tests` is another package's.
+        with contextlib.chdir(Path(__file__).parents[2]):
+            forkserver.ensure_running()
+    return SERVER.Process(target=target, args=args)
+
+
 def launch(job: Callable[[], Any], processes: int = 1, log: Path | None = None) -> list[Any]:
     """Start `job`, which must be picklable, in processes that find each other as torchrun's do."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    started = [SERVER.Process(target=_enter, args=(job, rank, processes, port, log)) for rank in range(processes)]
-    for process in started:
-        process.start()
+    started = [process(_enter, (job, rank, processes, port, log)) for rank in range(processes)]
+    for each in started:
+        each.start()
     return started
 
 
