@@ -22,14 +22,14 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import nemo_run as run
 from curves_apart import table
 from loss_curves import built_data, make_recipe, series, sets_of, train_by_recipe
 
 from nemo_cpt.checkpoint import import_hf
-from nemo_cpt.corpus import Blend
-from nemo_cpt.recipes import gpt, parts
+from nemo_cpt.recipes import parts
 
 SETTINGS = {
     "seq_length": 1024, "global_batch_size": 16, "micro_batch_size": 8, "validate_every": 50, "validation_batches": 4,
@@ -56,7 +56,7 @@ VARIANTS = {
 }
 
 
-WIDE = {"seq_length": 1024, "global_batch_size": 32, "val_check_interval": 50, "lr": 3e-4, "warmup_steps": 30}
+WIDE = {"from_scratch": "1.3B", "global_batch_size": 32}  # and twice the micro batch
 
 
 def make_wide(folder: Path, tokenizer: Path, layers: int) -> None:
@@ -79,18 +79,13 @@ def make_wide(folder: Path, tokenizer: Path, layers: int) -> None:
 
 def recipe_of(variant: Variant, options: argparse.Namespace, out: Path) -> run.Partial:
     """The variant's training: of SmolLM2, or of the wide model."""
-    folder = options.folder.absolute()
+    folder, size = options.folder.absolute(), variant.micro_batch_size
+    changed: dict[str, Any] = {"steps": options.steps, "micro_batch_size": size}
+    more: dict[str, Any] = {}
     if options.layers:
-        text = Blend(train={f"{folder}/ds/train": 1.0}, validation={"validation": f"{folder}/ds/validation"})
-        recipe = gpt.pretrain(
-            f"{options.out.absolute()}/wide/base", text, params="1.3B", name="recipe", directory=str(out),
-            max_steps=options.steps, micro_batch_size=2 * variant.micro_batch_size, **WIDE,
-        )  # fmt: skip
-        recipe.trainer.limit_val_batches = SETTINGS["validation_batches"]
-        recipe.log.ckpt, recipe.trainer.enable_checkpointing = None, False
-    else:
-        changed = {"steps": options.steps, "micro_batch_size": variant.micro_batch_size}
-        recipe = make_recipe(folder, out, argparse.Namespace(**SETTINGS | changed))
+        changed |= WIDE | {"micro_batch_size": 2 * size}
+        more = {"base": f"{options.out.absolute()}/wide/base", "warmup_steps": 30}
+    recipe = make_recipe(folder, out, argparse.Namespace(**SETTINGS | changed), **more)
     recipe.trainer.plugins = parts.mixed_precision(variant.precision, variant.bf16_layers)
     recipe.data.seed = variant.seed
     return recipe

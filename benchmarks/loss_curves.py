@@ -44,7 +44,9 @@ TITLES = {"ja": "Japanese", "en": "English", "validation": "text"}
 Metrics = list[dict[str, float]]
 
 
-def make_recipe(folder: Path, out: Path, options: argparse.Namespace) -> run.Partial:
+def make_recipe(
+    folder: Path, out: Path, options: argparse.Namespace, base: str | None = None, **more: Any
+) -> run.Partial:
     settings = {
         "name": "recipe", "directory": str(out), "seq_length": options.seq_length, "lr": options.lr,
         "global_batch_size": options.global_batch_size, "micro_batch_size": options.micro_batch_size,
@@ -52,7 +54,7 @@ def make_recipe(folder: Path, out: Path, options: argparse.Namespace) -> run.Par
     }  # fmt: skip
     if options.from_scratch:
         text = Blend(train={f"{folder}/ds/train": 1.0}, validation={"validation": f"{folder}/ds/validation"})
-        recipe = gpt.pretrain(f"{folder}/base", text, params=options.from_scratch, **settings)
+        recipe = gpt.pretrain(base or f"{folder}/base", text, params=options.from_scratch, **settings | more)
     else:
         blend = Blend.replay(
             f"{folder}/ds/ja_train",

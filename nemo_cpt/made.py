@@ -45,13 +45,14 @@ class Making:
 
     def note(self, folder: Path, report: Mapping[str, Any]) -> None:
         """Note in a folder that is filled, and has not its name yet, what it was made of."""
+        sizes = {str(path.relative_to(folder)): path.stat().st_size for path in _files_below(folder)}
         record = {
             "format": _FORMAT,
             "command": self.command,
             "inputs": self.inputs,
             "options": self.options,
-            "sizes": {str(path.relative_to(folder)): path.stat().st_size for path in _files_below(folder)},
-            "sums": {str(path.relative_to(folder)): _sum(path) for path in _files_below(folder) if _is_small(path)},
+            "sizes": sizes,
+            "sums": {name: _sum(folder / name) for name, size in sizes.items() if size <= _SMALL},
             "report": report,
         }
         (folder / RECORD).write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
@@ -103,10 +104,6 @@ def _unsaid(dest: Path, recorded: Mapping[str, Any]) -> str:
         return "it is a file" if dest.exists() else "it is a link that leads nowhere"
     names = sorted(path.name for path in dest.iterdir())
     return f"it holds {', '.join(names[:4]) or 'nothing'}, and does not say what it was made of"
-
-
-def _is_small(path: Path) -> bool:
-    return path.stat().st_size <= _SMALL
 
 
 def _sum(path: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -31,7 +31,7 @@ MULTIPLE_OF = 128  # ids: Megatron's embedding is a multiple of it for each tens
 UNTIL_AT_MOST = 65_536  # tokens that `until` may take
 _CARRIED = (CONFIG, SPECIAL_MAP, ADDED, "chat_template.json", "LICENSE")
 _CHECK_EVERY = 250  # merges between measurements on the held-out documents, with `until`
-AT_ONCE = 64  # texts that are encoded
+_AT_ONCE = 64  # texts
 Say = Callable[[str], None]
 
 
@@ -234,12 +234,16 @@ def _learn_until(
 
 def count_tokens(backend: Any, texts: Sequence[str]) -> int:
     """How many tokens texts have, without those around them."""
-    # A few at a time: the library hears no Ctrl-C until it is through with them.
     return sum(
         len(each.ids)
-        for start in range(0, len(texts), AT_ONCE)
-        for each in backend.encode_batch_fast(list(texts[start : start + AT_ONCE]), add_special_tokens=False)
+        for batch in few_at_a_time(texts)
+        for each in backend.encode_batch_fast(batch, add_special_tokens=False)
     )
+
+
+def few_at_a_time(texts: Sequence[str]) -> Iterator[list[str]]:
+    """The texts in lists to encode: the library hears no Ctrl-C until it is through with one."""
+    return (list(texts[start : start + _AT_ONCE]) for start in range(0, len(texts), _AT_ONCE))
 
 
 def grown_definition(base: ByteLevelBPE, merges: Sequence[Merge]) -> dict[str, Any]:

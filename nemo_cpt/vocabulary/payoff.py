@@ -13,7 +13,7 @@ from nemo_cpt.corpus.tokenization.tokenizer import load_tokenizer
 from nemo_cpt.errors import CptError
 from nemo_cpt.vocabulary.byte_level import grew_from, read_byte_level
 from nemo_cpt.vocabulary.comparison import SAMPLE_BYTES
-from nemo_cpt.vocabulary.growing import AT_ONCE
+from nemo_cpt.vocabulary.growing import few_at_a_time
 from nemo_cpt.vocabulary.samples import draw
 
 TRAINING_BYTES = 18  # a parameter: bf16 weight, fp32 gradient, fp32 master weight and two moments
@@ -140,9 +140,8 @@ def worth(
 
 
 def _encoded(tokenizer: str, texts: Sequence[str]) -> Any:
-    """The ids of all texts; a few at a time, since the library hears no Ctrl-C until it is through with them."""
+    """The ids of all texts."""
     import numpy as np
 
     encoder = load_tokenizer(tokenizer).reference_encoder()
-    batches = (list(texts[start : start + AT_ONCE]) for start in range(0, len(texts), AT_ONCE))
-    return np.concatenate([encoder.encode(batch)[0] for batch in batches])
+    return np.concatenate([encoder.encode(batch)[0] for batch in few_at_a_time(texts)])
