@@ -1,6 +1,7 @@
 """The recipe's training beside a plain PyTorch + transformers loop: same weights, batches, order and schedule.
 
 usage: python benchmarks/loss_curves.py FOLDER [--steps 300] [--check 0.02] [--out loss-curves] [--plain-on GPU]
+       python benchmarks/loss_curves.py FOLDER --from-scratch PARAMS [--plain-steps N] ...
 
 FOLDER: what examples/smollm2_japanese.py made: `hf` and `nemo` (SmolLM2-135M), `ds/{ja,en}_{train,validation}`. With
 `--from-scratch PARAMS`, what examples/from_scratch.py --no-training made: `base`, the random weights, and
@@ -9,7 +10,8 @@ FOLDER: what examples/smollm2_japanese.py made: `hf` and `nemo` (SmolLM2-135M), 
 Both compute in bf16 with fp32 master weights on a GPU, in fp32 on a CPU. Of the recipe's side the plain loop uses the
 batches alone, from the recipe's data module; model, loss, optimizer and schedule are transformers', PyTorch's and those
 written out below. Prints the largest distance of the two curves over all steps and all validations, writes both as JSON
-and PNG; with --check, exits with 1 when the distance is larger.
+and PNG; with --check, exits with 1 when the distance is larger. With --plain-steps the slower loop stops early in the
+same schedule, for runs of the same length of time, and the two are compared as far as it came.
 """
 
 import argparse
@@ -157,8 +159,8 @@ def built_data(recipe: run.Partial) -> Any:
     return data
 
 
-def train_by_plain_loop(recipe: run.Partial, hf: Path) -> Metrics:
-    """The recipe's run again: its batches, in the order in which its sampler counts through its dataset."""
+def train_by_plain_loop(recipe: run.Partial, hf: Path, steps: int | None = None) -> Metrics:
+    """The recipe's run again, or its first steps: its batches, in the order of its sampler."""
     data, trainer, schedule = built_data(recipe), recipe.trainer, recipe.optim.lr_scheduler
     samples, size = data._train_ds, data.global_batch_size
     held_out = [data._validation_ds[index] for index in range(len(data._validation_ds))]
@@ -167,7 +169,7 @@ def train_by_plain_loop(recipe: run.Partial, hf: Path) -> Metrics:
 
     loop = PlainLoop(hf, data.micro_batch_size)
     metrics: Metrics = [{"step": 0, **loop.validate(sets)}]
-    for step in range(trainer.max_steps):
+    for step in range(steps or trainer.max_steps):
         lr = learning_rate(step, recipe.optim.config.lr, schedule.min_lr, schedule.warmup_steps, trainer.max_steps)
         started = time.perf_counter()
         batch = [samples[index] for index in range(step * size, (step + 1) * size)]
@@ -175,6 +177,7 @@ def train_by_plain_loop(recipe: run.Partial, hf: Path) -> Metrics:
         metrics.append(line | {"train_step_timing in s": time.perf_counter() - started})
         if (step + 1) % trainer.val_check_interval == 0:
             metrics.append({"step": step + 1, **loop.validate(sets)})
+            print(f"plain loop: step {step + 1}, {metrics[-1]}", flush=True)
     return metrics
 
 
@@ -188,9 +191,14 @@ def sets_of(metrics: Metrics) -> list[str]:
     return [name.removeprefix("val_loss_") for name in names if name.startswith("val_loss_")]
 
 
+def until(step: int, metrics: Metrics) -> Metrics:
+    return [line for line in metrics if line["step"] <= step]
+
+
 def compare(recipe: Metrics, plain: Metrics) -> dict[str, Any]:
     """How far the two runs are apart, by what was logged; losses in nats per token."""
     figures: dict[str, Any] = {}
+    recipe = until(int(plain[-1]["step"]), recipe)
     for name in ("reduced_train_loss", "lr", "grad_norm", *(f"val_loss_{name}" for name in sets_of(plain))):
         ours, theirs = series(recipe, name), series(plain, name)
         if list(ours) != list(theirs):
@@ -202,10 +210,15 @@ def compare(recipe: Metrics, plain: Metrics) -> dict[str, Any]:
 
 
 def report(recipe: Metrics, plain: Metrics, figures: dict[str, Any]) -> str:
-    lines = ["| held-out loss | recipe before | plain before | recipe after | plain after |", "|---|---|---|---|---|"]
+    last, end = int(plain[-1]["step"]), int(recipe[-1]["step"])
+    lines = [f"| held-out loss | recipe before | plain before | recipe, step {last} | plain, step {last} |"]
+    lines.append("|---|---|---|---|---|")
     for name in sets_of(plain):
-        ours, theirs = (list(series(metrics, f"val_loss_{name}").values()) for metrics in (recipe, plain))
+        ours, theirs = (list(series(each, f"val_loss_{name}").values()) for each in (until(last, recipe), plain))
         lines.append(f"| {TITLES[name]} | {ours[0]:.4f} | {theirs[0]:.4f} | {ours[-1]:.4f} | {theirs[-1]:.4f} |")
+        if end > last:
+            further = series(recipe, f"val_loss_{name}")[end]
+            lines.append(f"| {TITLES[name]}, recipe's step {end} | | | {further:.4f} | |")
     seconds = [list(series(metrics, "train_step_timing in s").values()) for metrics in (recipe, plain)]
     medians = [statistics.median(each[len(each) // 4 :]) for each in seconds]
     training = figures["reduced_train_loss"]
@@ -235,7 +248,7 @@ def draw(recipe: Metrics, plain: Metrics, path: Path) -> None:
             title = f"{TITLES[name]}, {label}"
             axes[2].plot(list(points), list(points.values()), f"o{style}", markersize=3, label=title)
     ours, theirs = (series(metrics, "reduced_train_loss") for metrics in (recipe, plain))
-    axes[1].plot(list(ours), [ours[step] - theirs[step] for step in ours], linewidth=1)
+    axes[1].plot(list(theirs), [ours[step] - theirs[step] for step in theirs], linewidth=1)
     titles = ("training loss", "training loss: recipe less plain loop", "held-out loss")
     for axis, title in zip(axes, titles, strict=True):
         axis.set(title=title, xlabel="step", ylabel="nats per token")
@@ -258,9 +271,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--validation-batches", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path("loss-curves"))
     parser.add_argument("--check", type=float, help="largest loss difference allowed")
+    parser.add_argument("--plain-steps", type=int, metavar="N", help="stop the plain loop after N of the steps")
     parser.add_argument("--plain-on", metavar="GPU", help="train the plain loop at the same time, on this other GPU")
     parser.add_argument("--plain-to", type=Path, help="train the plain loop alone, and write its metrics to this file")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.plain_steps and options.plain_steps % options.validate_every:
+        parser.error("--plain-steps is no multiple of --validate-every: the loop would end without a held-out loss")
+    return options
 
 
 def main() -> None:
@@ -274,7 +291,7 @@ def main() -> None:
         if not hf.exists():
             export_hf(options.folder / "base", hf)
     if options.plain_to:
-        options.plain_to.write_text(json.dumps(train_by_plain_loop(recipe, hf)))
+        options.plain_to.write_text(json.dumps(train_by_plain_loop(recipe, hf, options.plain_steps)))
         return
     if options.plain_on:
         built_data(recipe)  # two processes must not write the same index at once
@@ -285,7 +302,7 @@ def main() -> None:
             sys.exit(f"the plain loop ended with exit code {other.returncode}")
         plain = json.loads((out / "plain.json").read_text())
     else:
-        plain = train_by_plain_loop(recipe, hf)
+        plain = train_by_plain_loop(recipe, hf, options.plain_steps)
         torch.cuda.empty_cache()
         ours = train_by_recipe(recipe)
     figures = compare(ours, plain)

@@ -34,7 +34,8 @@ def train_twice(world: Path, blend: Any) -> None:
     )  # fmt: skip
     recipe.log.ckpt, recipe.trainer.enable_checkpointing = None, False
     plain = loss_curves.train_by_plain_loop(recipe, world / "base_hf")
-    curves = {"recipe": loss_curves.train_by_recipe(recipe), "plain": plain}
+    half = loss_curves.train_by_plain_loop(recipe, world / "base_hf", steps=5)
+    curves = {"recipe": loss_curves.train_by_recipe(recipe), "plain": plain, "half": half}
     (world / "twice.json").write_text(json.dumps(curves))
 
 
@@ -48,6 +49,8 @@ def test_the_recipe_and_a_plain_loop_train_alike(world: Path, blend: Any) -> Non
     assert figures["largest_loss_difference"] < 1e-4
     assert figures["grad_norm"]["mean"] < 1e-3
     assert figures["lr"]["largest"] < 1e-9
+    assert curves["half"][-1]["step"] == 5  # of the same schedule: its rate had not fallen to the end's
+    assert load().compare(curves["recipe"], curves["half"])["largest_loss_difference"] < 1e-4
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 7])
