@@ -13,6 +13,7 @@ import nemo_run as run
 import pytest
 
 from nemo_cpt.checkpoint import import_hf
+from nemo_cpt.executors.examination import examine_before_launch
 from nemo_cpt.training.metrics import append_metrics
 from tests.support import small_models
 from tests.support.corpus_helpers import write_jsonl
@@ -97,6 +98,7 @@ def test_what_is_skipped_is_there() -> None:
 
 def test_the_recipe_is_built_as_it_stands(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Python block, up to the launch: its recipe, its edit and its executor."""
+    examine_before_launch()  # puts itself around NeMo-Run's `run`, once a process: not around this test's
     launched = []
     monkeypatch.setattr(run, "run", lambda recipe, executor: launched.append((recipe, executor)))
     monkeypatch.chdir(world)
