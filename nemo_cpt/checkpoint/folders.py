@@ -27,19 +27,21 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", "
 _LEFT_BEHIND = ("README.md", ".gitattributes", ".gitignore")  # a model card describes the base, not what it became
 _OWNER = ".owner"  # in a folder that is being written: the machine's name, under the writing process's lock
 _PIECE_BYTES = 128 * 2**10
+_SMALL_FILES = 64 * 2**20  # bytes, at most, beside the weights: tokenizer, configuration, index or context
 ADAPTER = "adapter_config.json"  # peft's
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")  # one of them a tokenizer has
 
 
 @contextmanager
-def new_folder(dest: str | Path, needed_bytes: int) -> Iterator[Path]:
+def new_folder(dest: str | Path, weight_bytes: int) -> Iterator[Path]:
     """Yield a folder to fill; it becomes `dest` when the block ends well, and disappears when it does not.
 
     What a process that was killed on this machine left of the same `dest` is removed first, and said on stderr.
 
     Args:
         dest: where it shall be; has to be free.
-        needed_bytes: what will be written; checked against the disk's free space beforehand.
+        weight_bytes: of the weights that will be written; with the small files, checked against the disk's free space
+            beforehand.
 
     Raises:
         CptError: `dest` exists, its parent cannot be written, or the disk is or becomes too full.
@@ -53,7 +55,7 @@ def new_folder(dest: str | Path, needed_bytes: int) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         with _owned(partial):  # past the renaming, or another process could take it for left
-            _check_free_space(partial, needed_bytes)
+            _check_free_space(partial, weight_bytes + _SMALL_FILES)
             yield partial
             _flush(partial)
             # After the flush, and before the name: `dest` holds nothing of ours, and nobody mistakes it for left.

@@ -7,10 +7,9 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -35,7 +34,7 @@ from nemo_cpt.corpus.tokenization.tokenizer import Tokenizer
 from nemo_cpt.corpus.tokenization.tokenizer_files import FILES, read_object
 from nemo_cpt.errors import CptError
 from nemo_cpt.made import Making, stamps
-from nemo_cpt.records import restored
+from nemo_cpt.records import AsDict, restored
 from nemo_cpt.vocabulary.byte_level import FIRST_ROW, RECORD, ByteLevelBPE, grew_from, read_byte_level
 from nemo_cpt.vocabulary.similarity import Likeness, similar_tokens
 
@@ -49,7 +48,7 @@ _NOISE = 0.05
 
 
 @dataclass(frozen=True)
-class GrowModelReport:
+class GrowModelReport(AsDict):
     """What growing a model did.
 
     Attributes:
@@ -83,10 +82,6 @@ class GrowModelReport:
     bytes_written: int
     seconds: float
     status: str = "written"
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report as a JSON-serialisable dict."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -207,7 +202,7 @@ def grow_model(
         rows = tuple(slot.name for slot in layout.slots(grown) if slot.part == "vocab")
         plans = [TensorPlan(slot.name, model.dtype_of(slot.name), slot.shape) for slot in layout.slots(grown)]
         size = sum(plan.nbytes for plan in plans)
-        with new_folder(dest, size + 64 * 2**20) as folder:
+        with new_folder(dest, size) as folder:
             small_files = folder if model.is_hf else folder / HF_FOLDER
             model.write_files(small_files)
             _replace_tokenizer(small_files, tokenizer, growth)

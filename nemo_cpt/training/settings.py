@@ -150,7 +150,7 @@ def check(settings: Settings) -> None:
     Raises:
         CptError: the message has the values, and what to give instead, as the command line writes it.
     """
-    for complaint in _complaints(settings):
+    if complaint := next(_complaints(settings), None):
         raise CptError(complaint)
 
 

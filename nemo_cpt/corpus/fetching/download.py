@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from nemo_cpt.corpus.atomic_files import hash_of, locked, sync, write_whole
+from nemo_cpt.checksums import hash_of
+from nemo_cpt.corpus.atomic_files import locked, sync, write_whole
 from nemo_cpt.corpus.progress import ProgressBar
 from nemo_cpt.errors import CptError
 from nemo_cpt.hub import check_certificates
