@@ -16,10 +16,10 @@ from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import read_json
 from nemo_cpt.checkpoint.arrays import DTYPES, check_finite
 from nemo_cpt.checkpoint.base import model_files, nemo_folder, unchanged
-from nemo_cpt.checkpoint.folders import new_folder
 from nemo_cpt.checkpoint.provenance import hand_on, read_provenance, trainings_of
 from nemo_cpt.checkpoint.safetensors_files import SHARD_BYTES, TensorPlan, write_weights
 from nemo_cpt.checkpoint.trained import Description, Trained, describe, open_trained
+from nemo_cpt.corpus.atomic_folders import new_folder
 from nemo_cpt.errors import CptError
 from nemo_cpt.made import Making, Stamps, stamps
 from nemo_cpt.records import AsDict, restored

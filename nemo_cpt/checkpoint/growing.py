@@ -21,13 +21,14 @@ from nemo_cpt.checkpoint.base import model_files, nemo_folder, unchanged
 from nemo_cpt.checkpoint.chat_template import InstructionTemplate, write_template
 from nemo_cpt.checkpoint.context import HF_FOLDER
 from nemo_cpt.checkpoint.exporting import inputs_of
-from nemo_cpt.checkpoint.folders import copy_small_files, new_folder, require_tokenizer
+from nemo_cpt.checkpoint.folders import copy_small_files, require_tokenizer
 from nemo_cpt.checkpoint.importing import check_tensors
 from nemo_cpt.checkpoint.nemo_writer import Tensors, write_nemo
 from nemo_cpt.checkpoint.provenance import hand_on
 from nemo_cpt.checkpoint.safetensors_files import SHARD_BYTES, HFWeights, TensorPlan, write_weights
 from nemo_cpt.checkpoint.trained import describe, open_trained
 from nemo_cpt.conversations.templates import own_template
+from nemo_cpt.corpus.atomic_folders import new_folder
 from nemo_cpt.corpus.reading.chunks import stamps_of
 from nemo_cpt.corpus.reading.sources import Inputs
 from nemo_cpt.corpus.tokenization.tokenizer import Tokenizer

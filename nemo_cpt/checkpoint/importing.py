@@ -16,11 +16,12 @@ from nemo_cpt.checkpoint.architecture import Architecture, read_architecture
 from nemo_cpt.checkpoint.arrays import bits
 from nemo_cpt.checkpoint.base import model_files
 from nemo_cpt.checkpoint.context import HF_FOLDER
-from nemo_cpt.checkpoint.folders import copy_small_files, new_folder, require_tokenizer
+from nemo_cpt.checkpoint.folders import copy_small_files, require_tokenizer
 from nemo_cpt.checkpoint.nemo_writer import Tensors, write_nemo
 from nemo_cpt.checkpoint.provenance import hand_on
 from nemo_cpt.checkpoint.safetensors_files import HFWeights
 from nemo_cpt.checkpoint.tokenizer_ids import count_token_ids
+from nemo_cpt.corpus.atomic_folders import new_folder
 from nemo_cpt.errors import CptError
 from nemo_cpt.made import Making, stamps
 from nemo_cpt.records import AsDict, restored

@@ -16,10 +16,10 @@ from nemo_cpt.checkpoint.arrays import DTYPES, cast
 from nemo_cpt.checkpoint.base import nemo_folder, unchanged
 from nemo_cpt.checkpoint.context import HF_FOLDER
 from nemo_cpt.checkpoint.exporting import checked_dtype, inputs_of
-from nemo_cpt.checkpoint.folders import new_folder
 from nemo_cpt.checkpoint.lora import base_of, holds_adapters
 from nemo_cpt.checkpoint.nemo_writer import Tensors, write_nemo
 from nemo_cpt.checkpoint.trained import Trained, describe, open_trained
+from nemo_cpt.corpus.atomic_folders import new_folder
 from nemo_cpt.errors import CptError
 from nemo_cpt.made import Making
 from nemo_cpt.records import AsDict, restored

@@ -18,10 +18,11 @@ from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import Architecture, parse_config
 from nemo_cpt.checkpoint.arrays import BLOCK_BYTES, DTYPES
 from nemo_cpt.checkpoint.context import HF_FOLDER
-from nemo_cpt.checkpoint.folders import copy_small_files, new_folder, require_tokenizer, small_files
+from nemo_cpt.checkpoint.folders import copy_small_files, require_tokenizer, small_files
 from nemo_cpt.checkpoint.nemo_writer import Tensors, write_nemo
 from nemo_cpt.checkpoint.provenance import Provenance, write_provenance
 from nemo_cpt.checkpoint.tokenizer_ids import count_token_ids
+from nemo_cpt.corpus.atomic_folders import new_folder
 from nemo_cpt.errors import CptError, near_paths
 from nemo_cpt.made import Making, stamps
 from nemo_cpt.records import AsDict, restored

@@ -309,10 +309,8 @@ def _least_recompute(work: Workload, budget: float) -> Workload:
     # Without recomputation first: block's 0 layers would still keep the embedding's output for the adapters.
     if _peak(plain, budget) <= budget:
         return plain
-    low, high = (
-        0,
-        work.stage_layers,
-    )  # `low` layers are too few (0 was tried above); `high` are enough, or all there are
+    # `low` layers are too few (0 was tried above); `high` are enough, or all there are.
+    low, high = 0, work.stage_layers
     while high - low > 1:
         middle = (low + high) // 2
         if _peak(work.replace(recompute="block", recompute_num_layers=middle), budget) <= budget:

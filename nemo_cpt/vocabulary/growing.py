@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 
 from nemo_cpt.arguments import checked
+from nemo_cpt.corpus.atomic_folders import check_place, new_folder
 from nemo_cpt.corpus.reading.chunks import stamps_of
 from nemo_cpt.corpus.reading.sources import Inputs
 from nemo_cpt.corpus.tokenization.tokenizer import load_tokenizer
@@ -22,7 +23,6 @@ from nemo_cpt.errors import CptError
 from nemo_cpt.made import Making, files_of, stamps
 from nemo_cpt.records import AsDict, restored
 from nemo_cpt.vocabulary.byte_level import RECORD, ByteLevelBPE, grew_from, read_byte_level
-from nemo_cpt.vocabulary.folders import check_place, new_folder
 from nemo_cpt.vocabulary.merging import MAX_CHARACTERS, MIN_COUNT, Learner, Merge
 from nemo_cpt.vocabulary.samples import SAMPLE_BYTES, documents, draw
 from nemo_cpt.vocabulary.words import Words, count_words, of_own_scripts, text_of

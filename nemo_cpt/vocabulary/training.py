@@ -11,6 +11,7 @@ from typing import Any
 import orjson
 
 from nemo_cpt.arguments import checked
+from nemo_cpt.corpus.atomic_folders import check_place, new_folder
 from nemo_cpt.corpus.reading.chunks import stamps_of
 from nemo_cpt.corpus.reading.sources import Inputs
 from nemo_cpt.corpus.tokenization.tokenizer_files import CONFIG, DEFINITION
@@ -19,7 +20,6 @@ from nemo_cpt.made import Making
 from nemo_cpt.records import AsDict, restored
 from nemo_cpt.rounding import rounded_up
 from nemo_cpt.vocabulary.byte_level import byte_of_character
-from nemo_cpt.vocabulary.folders import check_place, new_folder
 from nemo_cpt.vocabulary.growing import MULTIPLE_OF, count_tokens
 from nemo_cpt.vocabulary.learning import learn
 from nemo_cpt.vocabulary.samples import Sample, draw
