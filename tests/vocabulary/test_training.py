@@ -147,10 +147,14 @@ def test_a_large_corpus_is_sampled(tmp_path: Path) -> None:
 
 
 def test_another_that_writes_the_same_tokenizer_keeps_its_files(tmp_path: Path) -> None:
-    with pytest.raises(CptError, match="made by another process meanwhile"), new_folder(tmp_path / "t") as folder:
-        (folder / "tokenizer.json").touch()
-        train(EN, tmp_path / "t", 512)
-        assert (folder / "tokenizer.json").exists()
+    def write_meanwhile() -> None:
+        with new_folder(tmp_path / "t") as folder:
+            (folder / "tokenizer.json").touch()
+            train(EN, tmp_path / "t", 512)
+            assert (folder / "tokenizer.json").exists()
+
+    with pytest.raises(CptError, match="made by another process meanwhile"):
+        write_meanwhile()
     assert [path.name for path in tmp_path.iterdir()] == ["t"]
 
 
