@@ -46,6 +46,25 @@ def told(text: str) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_its_links_and_the_files_that_it_names_lead_somewhere(page: str) -> None:
+    folder, text = CHECKOUT / ("" if page == "README" else "docs"), BLOCK.sub("", PAGES[page])
+    wrong = []
+    for file, anchor in re.findall(r"\]\((?!https?:)([^)\s#]*)#?([^)\s]*)\)", text):
+        if not (folder / file).exists() or anchor not in {"", *anchors(PAGES.get(Path(file or page).stem, ""))}:
+            wrong.append(f"{file}#{anchor}")
+    if page != "guarantees":  # which names tests from the folder of tests, and has a test of its own
+        named = re.findall(r"\b(?:tests|nemo_cpt|executors|recipes|benchmarks|examples)/[\w./*]+\.\w+\b", PAGES[page])
+        wrong += [file for file in named if not list(CHECKOUT.glob(file))]
+    assert not wrong
+
+
+def anchors(text: str) -> set[str]:
+    """Of a page's headings, as GitHub and MkDocs make them."""
+    headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", text), re.MULTILINE)
+    return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip()) for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_its_commands_exist(page: str, commands: dict[str, typer.core.TyperCommand]) -> None:
     wrong = [f"{' '.join(words)}: {fault}" for words in told(PAGES[page]) if (fault := _fault(words, commands))]
     assert not wrong, "\n".join(wrong)
