@@ -36,7 +36,7 @@ from nemo_cpt.corpus.reading.sources import (
 )
 from nemo_cpt.corpus.reading.tally import Policy, Tally
 from nemo_cpt.corpus.splitting.asked import AskedUnder
-from nemo_cpt.corpus.splitting.duplicates import HeldOut, check_similarity, fingerprint, sketch
+from nemo_cpt.corpus.splitting.duplicates import HeldOut, check_similarity, fingerprint, plain_codes, sketches
 from nemo_cpt.errors import CptError
 from nemo_cpt.records import restored
 
@@ -300,6 +300,7 @@ class _Split:
             tallies = [self._pass(sources, self.take_all, workers, files, None) for sources in self.given.values()]
             if drawn:
                 self._pass(self.sources, self.take_held_out, workers, files, bar)
+            self.held_out.complete()
             bar = stack.enter_context(ProgressBar("splitting", _size(self.sources), quiet))
             tallies.append(self._pass(self.sources, self.take_training, workers, files, bar))
             for tally in tallies:
@@ -380,33 +381,42 @@ class _Split:
         # By path: the same worker serves all the sets that were given.
         name = next(n for n, sources in self.given.items() if any(source.path == task.path for source in sources))
         portion = _Portion()
-        for _, text, _ in read_records(task, self.text_of, portion.reading):
-            portion.held_out.append(_HeldOutDocument(name, fingerprint(text), sketch(text), b""))
+        texts = [text for _, text, _ in read_records(task, self.text_of, portion.reading)]
+        for text, row in zip(texts, sketches([plain_codes(text) for text in texts]), strict=True):
+            portion.held_out.append(_HeldOutDocument(name, fingerprint(text), row, b""))
         return portion
 
     def take_held_out(self, task: Task) -> _Portion:
         """Take the documents that the hash holds out."""
-        portion = _Portion()
+        portion, plains = _Portion(), list[Any]()
+        found = list[tuple[str, int, bytes]]()
         for line, text, _ in read_records(task, self.text_of, portion.reading):
             name, text_print = self.side(text)
             if name != "train":
-                portion.held_out.append(_HeldOutDocument(name, text_print, sketch(text), line + b"\n"))
+                plains.append(plain_codes(text))
+                found.append((name, text_print, line + b"\n"))
+        for (name, text_print, line), row in zip(found, sketches(plains), strict=True):
+            portion.held_out.append(_HeldOutDocument(name, text_print, row, line))
         return portion
 
     def take_training(self, task: Task) -> _Portion:
         """Take the other documents and compare them with those held out."""
         portion = _Portion(lines={"train": []})
+        lines, prints, texts = list[bytes](), list[int](), list[str]()
         for line, text, _ in read_records(task, self.text_of, portion.reading):
             # Computed again rather than remembered: a fingerprint is cheaper than a set of all documents held out.
-            if self.side(text)[0] != "train":
-                continue
-            duplicate = self.held_out.duplicate(text)
+            name, text_print = self.side(text)
+            if name == "train":
+                lines.append(line + b"\n")
+                prints.append(text_print)
+                texts.append(text)
+        for line, duplicate in zip(lines, self.held_out.duplicates(prints, texts), strict=True):
             if duplicate:
                 portion.duplicates[duplicate] = portion.duplicates.get(duplicate, 0) + 1
             if duplicate and (self.drop == "near" or self.drop == duplicate):  # "near" drops the exact ones, too
                 portion.dropped += 1
             else:
-                portion.lines["train"].append(line + b"\n")
+                portion.lines["train"].append(line)
         return portion
 
     def write_report(self, work: Path, folder: Path) -> None:
