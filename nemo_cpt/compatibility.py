@@ -469,6 +469,7 @@ def check_largest_id(largest: int, rows: int, where: str) -> None:
 
 def _check_end(base: Base, prefix: str, manifest: Mapping[str, Any]) -> list[str]:
     """Refuse documents that end with a token at which the base's texts do not end; warn where they end with none."""
+    # Conversations have none: how their answers end is for the template to say.
     if "markers" not in manifest:
         return []
     if manifest["markers"]["eod"] is None:

@@ -327,6 +327,7 @@ def _open_hf(source: Path, base: str | Path | None, ignore_fields: Collection[st
         where=source,
         read=weights.read,
         blocks=weights.blocks,
+        # Each its own: a folder may hold norms in fp32 beside matrices in bf16, and all old bits stay.
         dtype_of=lambda name: weights.infos[name].dtype,
         write_files=lambda folder: _copy_files(source, folder),
     )
@@ -400,12 +401,14 @@ def _other_settings(files: Path, tokenizer: Path, old: Tokenizer, new: Tokenizer
     template = own_template(files)
     if template is not None and template != own_template(tokenizer):
         return "chat template"
+    # One that the model's own lacks may come with the grown one; one that it has must not change.
     kinds = [kind for kind in ("bos", "eos", "pad") if getattr(old, kind) not in (None, getattr(new, kind))]
     return next((f"{kind}_token {getattr(old, kind)[0]!r}" for kind in kinds), None)
 
 
 def _old_tokens(old: ByteLevelBPE, new: ByteLevelBPE) -> list[Likeness]:
     """The old ids of each new token's text, by new id, all of one weight."""
+    # A new token is spelled in bytes' characters, and the old model's merges cut that spelling as they cut the text.
     names = {number: token for token, number in new.ids.items()}
     words = [names.get(number, "") for number in range(old.size, new.size)]
     encodings = old.model_alone().encode_batch_fast(words, add_special_tokens=False)

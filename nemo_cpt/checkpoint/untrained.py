@@ -109,6 +109,7 @@ def make_untrained(
     arch = parse_config(config, "the model's config.json")
     weights = _Weights(arch, seed)
     size = sum(map(weights.nbytes, weights.shapes))
+    # There is no file that they are read from: messages name the place where they go.
     tensors = Tensors(weights.read, weights.blocks, path=lambda name: Path(dest), nbytes=weights.nbytes)
     with new_folder(dest, size) as folder:
         _write_small_files(folder / HF_FOLDER, tokenizer, config)

@@ -237,6 +237,7 @@ class _Asker:
                 yield question, record["text"]
             else:
                 missing.append((question, prompt, key))
+        # In the order in which they end: each is kept at once, so that a killed run has it.
         for index, reply in self._engine.generate((prompt for _, prompt, _ in missing), sampling):
             question, _, key = missing[index]
             record = {"kind": "answer", "model": self._identity, "question": question.id, "turn": turn}

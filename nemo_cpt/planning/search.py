@@ -294,6 +294,7 @@ def _states(work: Workload, allow: Collection[str]) -> list[dict[str, Any]]:
 def _layouts(work: Workload, allow: Collection[str]) -> list[dict[str, Any]]:
     if "layout" not in allow or work.gpus == 1:
         return [{}]
+    # Tensor parallelism within a node, over its fast links, and no key-value head cut in two.
     tensor = [size for size in (1, 2, 4, 8) if size <= work.gpus_per_node and work.num_query_groups % size == 0]
     pipeline = [size for size in (1, 2, 4, 8, 16) if size <= work.gpus and work.num_layers % size == 0]
     return [

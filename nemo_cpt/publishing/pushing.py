@@ -119,6 +119,7 @@ def push(
     _refuse_private(folder, contents, api)
     url, private = f"{api.endpoint}/{repo_id}", not public
     size = sum(len(each) if isinstance(each, bytes) else each.stat().st_size for each in contents.values())
+    # All that can be refused has been by now: what is sent stays in the repository's history.
     if not dry_run:
         visible = "public" if public else "private"
         say(f"{len(contents)} files, {size / 1e9:.2f} GB, to {url}, {visible}")

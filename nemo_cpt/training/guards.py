@@ -309,6 +309,7 @@ def check_fp8(compute_capability: tuple[int, int] | None, scaling: str = "tensor
     """
     if compute_capability is None:
         raise CptError("fp8 needs a GPU, and there is none here. Train with precision=bf16")
+    # Transformer Engine's own bounds: fp8 products begin with Ada, those scaled in blocks with Hopper.
     least = (9, 0) if scaling == "blockwise" else (8, 9)
     if compute_capability < least:
         major, minor = compute_capability
