@@ -114,8 +114,9 @@ def _exact_pairs(rows: Any) -> Iterator[tuple[int, int, float]]:
 
 def _near_pairs(rows: Any, similarity: float) -> Iterator[tuple[int, int, float]]:
     """Yield pairs that are similar enough, the earlier one first."""
+    width = PERMUTATIONS // BANDS
     for band in range(BANDS):
-        keys = band_keys(rows["minhash"], band)
+        keys = band_keys(rows["minhash"][:, band * width : (band + 1) * width])
         for first, second in _neighbours(keys, first_only=False):
             agreed = (rows["minhash"][first] == rows["minhash"][second]).mean(axis=1)
             similar = agreed >= similarity

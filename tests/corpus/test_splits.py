@@ -136,6 +136,25 @@ def test_given_validation_sets(tmp_path: Path, documents: list[str]) -> None:
     assert list(report.files) == ["train"]
 
 
+def test_a_set_that_lies_among_the_inputs_by_another_name_is_not_trained_on(
+    tmp_path: Path, documents: list[str]
+) -> None:
+    (tmp_path / "data").mkdir()
+    write_jsonl(tmp_path / "data" / "a.jsonl", documents[:100])
+    held = write_jsonl(tmp_path / "data" / "b.jsonl", documents[100:120])
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    report = split(tmp_path / "data", tmp_path / "out", validation=tmp_path / "link" / "b.jsonl", quiet=True)
+    assert read(report.files["train"]) == documents[:100]
+    with pytest.raises(CptError, match="have a file in common"):
+        split(tmp_path / "data", tmp_path / "both", validation=held, test=tmp_path / "link" / "b.jsonl", quiet=True)
+
+
+def test_inputs_without_a_document_are_called_that(tmp_path: Path) -> None:
+    (tmp_path / "blank.jsonl").write_text("\n\n")
+    with pytest.raises(CptError, match="The inputs hold no document"):
+        split(tmp_path / "blank.jsonl", tmp_path / "out", on_error="skip", quiet=True)
+
+
 def test_a_finished_split_is_not_repeated(tmp_path: Path, documents: list[str]) -> None:
     source = write_jsonl(tmp_path / "all.jsonl", documents[:300])
     first = split(source, tmp_path / "out", validation=0.1, quiet=True)

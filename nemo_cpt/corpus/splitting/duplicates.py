@@ -5,17 +5,19 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from nemo_cpt.corpus.hashing import segment_hashes, symbols, window_hashes
+from nemo_cpt.corpus.hashing import symbols, window_hashes
 from nemo_cpt.errors import CptError
 
 SHINGLE = 5  # characters, so that it also works for languages written without spaces
 PERMUTATIONS, BANDS, SEED = 128, 32, 42
 # A pair is found with a probability of 1 - (1 - s^4)^32 where it is similar by s: 99 % at 0.6, 87 % here, 23 % at 0.3.
 LEAST_SIMILARITY = 0.5
+_BATCH = 1 << 16  # characters whose 5-grams are numbered at once
 
 
 def check_similarity(name: str, similarity: float) -> None:
@@ -87,26 +89,29 @@ def sketches(plains: Sequence[Any]) -> Any:
 
     if not plains:
         return np.zeros((0, PERMUTATIONS), np.uint32)
-    # One call for all texts, their shingles one behind the other: a call for each would cost more than its hashing.
-    shingles = [_shingles(codes) for codes in plains]
-    offsets = np.concatenate(([0], np.cumsum([len(each) for each in shingles]))).tolist()
+    # At least one shingle, the text itself: an empty sketch would resemble every other empty one.
+    texts = [
+        codes if len(codes) >= SHINGLE else np.append(codes, np.zeros(SHINGLE - len(codes), np.uint32))
+        for codes in plains
+    ]
+    shingles, lengths = list[Any](), [len(codes) for codes in texts]
+    # Several texts at once: of short ones each call would cost more than its work. Few, so that they stay in the cache.
+    batch = np.cumsum(lengths) // _BATCH
+    for first, last in pairwise([0, *(np.flatnonzero(np.diff(batch)) + 1).tolist(), len(texts)]):
+        windows = window_hashes(symbols(np.concatenate(texts[first:last])), SHINGLE)
+        ends = np.cumsum(lengths[first:last])[:-1]
+        within = np.ones(len(windows), bool)
+        within[(ends[:, None] - np.arange(1, SHINGLE)).ravel()] = False  # not from one text into the next
+        shingles.append(windows[within])
+    offsets = np.cumsum([0, *(length - SHINGLE + 1 for length in lengths)]).tolist()
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(np.concatenate(shingles), offsets, PERMUTATIONS, SEED)
     return np.array(matrix.to_rows(), np.uint32)
 
 
-def _shingles(codes: Any) -> Any:
-    mixed = symbols(codes)
-    if len(mixed) < SHINGLE:  # the text itself: an empty sketch would resemble every other empty one
-        return segment_hashes(mixed, np.zeros(1, np.int64), np.full(1, len(mixed)))
-    return window_hashes(mixed, SHINGLE)
-
-
-def band_keys(rows: Any, band: int) -> Any:
-    """Return a number for each sketch that is equal where its MinHashes of a band are; of others it hardly ever is."""
-    width = PERMUTATIONS // BANDS
-    halves = np.ascontiguousarray(rows[:, band * width : (band + 1) * width]).view(np.uint64)
-    # Four MinHashes of 32 bits as one number.
-    return symbols(symbols(halves[:, 0]) + halves[:, 1])
+def band_keys(bands: Any) -> Any:
+    """Return a number for each band of four MinHashes, the last axis: equal where they are, else hardly ever."""
+    halves = np.ascontiguousarray(bands).view(np.uint64)
+    return symbols(symbols(halves[..., 0]) + halves[..., 1])
 
 
 class HeldOut:
@@ -118,8 +123,10 @@ class HeldOut:
 
     def __init__(self, similarity: float) -> None:
         self.similarity = similarity
-        self._prints, self._bands = set[int](), list[tuple[Any, Any]]()
+        self._prints = set[int]()
         self._rows: Any = []  # an array once it is complete
+        self._sorted: Any = None  # the bands' keys,
+        self._owners: Any = None  # and of each the number of its document
 
     def add(self, text_print: int, row: Any) -> bool:
         """Add a document by its sketch; return False if it, or one up to width, case and spacing, is there already."""
@@ -132,10 +139,9 @@ class HeldOut:
     def complete(self) -> None:
         """Sort what was added, for look-ups; processes that are forked from here on share it."""
         self._rows = np.array(self._rows, np.uint32).reshape(-1, PERMUTATIONS)
-        for band in range(BANDS):
-            keys = band_keys(self._rows, band)
-            order = np.argsort(keys, kind="stable")
-            self._bands.append((keys[order], order.astype(np.uint32)))
+        keys = self._keys(self._rows)
+        order = np.argsort(keys, kind="stable")
+        self._sorted, self._owners = keys[order], (order // BANDS).astype(np.uint32)
 
     def duplicates(self, prints: Sequence[int], texts: Sequence[str]) -> list[str]:
         """Return `exact` or `near` for each text of which a held-out document is a duplicate, else an empty string.
@@ -153,15 +159,17 @@ class HeldOut:
 
     def _near(self, rows: Any) -> list[int]:
         """Return the numbers of those sketches that are similar enough to a held-out document's."""
-        alike = defaultdict[int, list[Any]](list)  # by number, held-out documents with an equal band
-        for band, (keys, order) in enumerate(self._bands):
-            wanted = band_keys(rows, band)
-            begins: Any = np.searchsorted(keys, wanted)
-            ends: Any = np.searchsorted(keys, wanted, "right")
-            for number in np.flatnonzero(begins < ends).tolist():
-                alike[number].append(order[begins[number] : ends[number]])
+        alike, wanted = defaultdict[int, list[Any]](list), self._keys(rows)  # by number, documents with an equal band
+        begins: Any = np.searchsorted(self._sorted, wanted)
+        ends: Any = np.searchsorted(self._sorted, wanted, "right")
+        for place in np.flatnonzero(begins < ends).tolist():
+            alike[place // BANDS].append(self._owners[begins[place] : ends[place]])
         return [
             number
             for number, several in alike.items()
             if (self._rows[np.unique(np.concatenate(several))] == rows[number]).mean(axis=1).max() >= self.similarity
         ]
+
+    @staticmethod
+    def _keys(rows: Any) -> Any:
+        return band_keys(rows.reshape(-1, PERMUTATIONS // BANDS))

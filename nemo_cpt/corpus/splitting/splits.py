@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from nemo_cpt.corpus.reading.sources import (
     Inputs,
     Source,
     check_elsewhere,
+    identity,
     list_sources,
 )
 from nemo_cpt.corpus.reading.tally import Policy, Tally
@@ -219,10 +221,12 @@ class _Split:
                 self.shares[name] = float(value)
             else:
                 self.given[name] = list_sources(value)
-        held = {source.path for sources in self.given.values() for source in sources}
+        held = {identity(source): name for name, sources in self.given.items() for source in sources}
+        if len(held) < sum(map(len, self.given.values())):
+            raise CptError("The validation and the test set have a file in common; each needs its own.")
         # `split data/ --validation data/dev.jsonl` is how people say it: what is held out is not trained on, without a
         # word.
-        self.sources = [source for source in list_sources(inputs) if source.path not in held]
+        self.sources = [source for source in list_sources(inputs) if identity(source) not in held]
         if not self.sources:
             raise CptError("All inputs are held out; there is nothing to train on.")
         self.held_out = HeldOut(similarity)
@@ -309,6 +313,8 @@ class _Split:
             for file in files.values():
                 file.flush()
                 os.fsync(file.fileno())
+        if not any(tally.texts for tally in tallies):
+            raise CptError(f"The inputs hold no document (first input: {self.sources[0].path}).")
         for name in drawn:
             if not self.report.documents.get(name):
                 raise CptError(
@@ -331,6 +337,7 @@ class _Split:
             CptError: A line gives no text and is not to be skipped, too many give none, or an input changes.
         """
         tally, passed = Tally(), sum(self.report.documents.values())
+        before = list(accumulate((source.size for source in sources), initial=0))  # bytes of the inputs before each
         for task, portion in in_order(take, Feed(sources, None, CHUNK), workers):  # documents keep all their fields
             source = sources[task.source]
             if task.last:
@@ -341,8 +348,7 @@ class _Split:
             tally.add(task, portion.reading, source, self.policy)
             self._note(portion, files)
             if bar is not None:
-                before = _size(sources[: task.source])
-                bar.update(before + task.done, sum(self.report.documents.values()) - passed)
+                bar.update(before[task.source] + task.done, sum(self.report.documents.values()) - passed)
         tally.check(sources, self.policy.max_skipped)
         self.skipped_share = max(self.skipped_share, tally.skipped_share(sources))
         return tally
