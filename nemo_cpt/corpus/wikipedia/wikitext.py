@@ -410,11 +410,7 @@ def _plain(line: str) -> str:
 
 
 def _unquoted(line: str) -> str:
-    """Undo italic and bold as MediaWiki does: what is more than five quotes is text, and so is the first of four.
-
-    Where neither ends, one bold was an apostrophe before an italic: the first after a word of one letter, else after a
-    longer one: l'''Iliade''.
-    """
+    """Undo italic and bold as MediaWiki does: what is more than five quotes is text, and so is the first of four."""
     runs = list(_QUOTES.finditer(line))
     counts = [5 if (size := len(run[0])) > 5 else 3 if size == 4 else size for run in runs]
     # As MediaWiki's doQuotes: where both are odd in number, one of the bolds is an apostrophe before an italic. It is
