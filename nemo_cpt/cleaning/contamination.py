@@ -9,8 +9,8 @@ import numpy as np
 
 from nemo_cpt.cleaning.characters import Kind, folded, kinds
 from nemo_cpt.cleaning.document import Document, stretches
-from nemo_cpt.cleaning.hashing import segment_hashes, symbols, window_hashes
 from nemo_cpt.cleaning.rule import Check, Rule
+from nemo_cpt.corpus.hashing import segment_hashes, symbols, window_hashes
 from nemo_cpt.corpus.reading.chunks import Feed, take_from
 from nemo_cpt.corpus.reading.sources import list_sources
 from nemo_cpt.corpus.reading.tally import NO_SKIPPING, Tally

@@ -352,6 +352,8 @@ class Cleaning:
         dropped.write(_with_reason(line.rstrip(b"\n"), "duplicates", check, {"kept_line": kept_line}))
 
     def _why_all_are_dropped(self) -> str:
+        if not self.counts.documents:
+            return f"The inputs hold no document (first input: {self.sources[0].path})."
         most = sorted(self.counts.dropped.items(), key=lambda each: -each[1].documents)[:3]
         reasons = "; ".join(
             f"{rule}: {measure} ({found.documents:,}; the first has {found.samples[0]['value']:g}, "

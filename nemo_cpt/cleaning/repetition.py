@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nemo_cpt.cleaning.document import Words
-from nemo_cpt.cleaning.hashing import repeated_ngrams, symbols
+from nemo_cpt.corpus.hashing import repeated_ngrams, symbols
 
 
 class NGrams(NamedTuple):

@@ -129,9 +129,9 @@ def run(
     from nemo_cpt.catalog.build import build_recipe
     from nemo_cpt.doctor.preflight import preflight
     from nemo_cpt.launching import dry_run, jobs
-    from nemo_cpt.launching.description import describe
+    from nemo_cpt.launching.description import describe, moves_its_folder
     from nemo_cpt.launching.executor import make_executor
-    from nemo_cpt.launching.task import moves_its_folder, nothing_to_train
+    from nemo_cpt.launching.task import nothing_to_train
     from nemo_cpt.watching.launch_view import launch_view
     from nemo_cpt.watching.terminal import shows_views
 

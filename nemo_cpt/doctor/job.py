@@ -12,7 +12,11 @@ if TYPE_CHECKING:
     from nemo_cpt.conversations import Conversations
     from nemo_cpt.corpus import Blend
     from nemo_cpt.planning import Workload
+    from nemo_cpt.training.run_folder import Checkpoint
 
+
+FOLDER_FIELDS = ("log.explicit_log_dir", "log.version", "log.use_datetime_version", "log.ckpt.dirpath")
+"""Fields of a recipe's config that put a run elsewhere than into its recipe's `directory/name`."""
 
 BESIDE_THE_BEST = 2  # checkpoints: the last one, and the one that is written before that is removed
 
@@ -83,6 +87,9 @@ class Job:
         checkpoints: how many checkpoints lie on the disk at once, at most; 0 where the trainer writes none.
         exports: how many of them are exported beside the training and kept.
         attention_backend: Megatron's.
+        extend: what becomes of the learning rate of a run that goes on with another schedule.
+        deciding: reads what decides its weights, by the groups of `training.changes`, as far as it is known, for the
+            comparison with a checkpoint; None where nothing does.
         logs_to_wandb: whether it has a logger for W&B that is not offline.
         logs_to_mlflow: whether it has one for MLflow.
     """
@@ -111,6 +118,8 @@ class Job:
     checkpoints: int = 5
     exports: int = 0
     attention_backend: str = "auto"
+    extend: str | None = None
+    deciding: "Callable[[Checkpoint], Mapping[str, Mapping[str, Any]]] | None" = None
     logs_to_wandb: bool = False
     logs_to_mlflow: bool = False
 
@@ -123,6 +132,10 @@ class Job:
         if self.planned is None:
             raise CptError(f"{self.recipe} says nothing that the planner could read")
         return self.planned()
+
+    def deciding_settings(self, checkpoint: "Checkpoint") -> "Mapping[str, Mapping[str, Any]]":
+        """What decides its weights, to compare with a checkpoint of its run; see `deciding`."""
+        return self.deciding(checkpoint) if self.deciding else {}
 
     @property
     def gpus_here(self) -> int:

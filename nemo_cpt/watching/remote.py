@@ -26,9 +26,8 @@ from nemo_cpt.cache import cache_folder
 from nemo_cpt.constants import PLAINLY
 from nemo_cpt.errors import CptError
 from nemo_cpt.executors.supervisor import REACHED_FILE
-from nemo_cpt.launching.description import describe
+from nemo_cpt.launching.description import describe, moves_its_folder
 from nemo_cpt.launching.experiments import Experiment, experiments
-from nemo_cpt.launching.task import moves_its_folder
 from nemo_cpt.watching.following import QUIET_SECONDS, RANK_0_LOG, Follower
 from nemo_cpt.watching.view import Snapshot
 
