@@ -35,6 +35,7 @@ from nemo_cpt.evaluation.loss_sets import (
 from nemo_cpt.evaluation.questions import SHIPPED
 from nemo_cpt.evaluation.reading import Asked, PromptSet, check_language, prompt_set, read_documents
 from nemo_cpt.inference import Prompt, Reply, Sampling
+from nemo_cpt.inference.models import takes_base
 from nemo_cpt.installed import installed_versions
 from nemo_cpt.records import restored
 from nemo_cpt.urls import hide_credentials
@@ -158,6 +159,7 @@ def evaluate(
             "wrapper": (wrappers, asks),
             "language": (language, asks or judge),
             "judge_key": (judge_key, judge),
+            "base": (base, any(takes_base(each.model) for each in candidates)),
             "device": (device, any(not each.is_endpoint for each in candidates)),
             "api_key": (api_key, judge or any(each.is_endpoint for each in candidates)),
         }

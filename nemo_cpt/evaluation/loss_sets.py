@@ -175,7 +175,7 @@ def find_loss_sets(
     found = []
     for name, path in named:
         # A dataset may be named by one of its files, too.
-        if not Path(path).is_file() or path.endswith((".bin", ".idx")):
+        if not Path(path).is_file() or path.endswith((".bin", ".idx", ".mask")):
             found.append(_tokenized_set(name, path, candidates, run, limit))
         elif holds_conversations(path, rather_than_texts=template is not None):
             found.append(_file_of_conversations(name, path, candidates, template, Path(scratch, str(len(found)))))
@@ -220,6 +220,7 @@ def _tokenized_set(
 
 
 def _set_of_conversations(name: str, prefix: str, candidates: Sequence[Candidate], run: Mapping[str, Any]) -> LossSet:
+    open_conversations(prefix)  # refuses what is not whole, before a part of it is compared
     own = _name_in_run(run, prefix)
     if own is None:
         found = LossSet(name, prefix, _length(candidates), too_long="drop")
@@ -250,7 +251,15 @@ def _file_of_conversations(
     for candidate in reversed(candidates):
         made = next((each for each in prefixes.values() if _means_the_same(candidate, each)), None)
         if made is None:
-            made = prepare(path, folder / str(len(prefixes)), candidate.folder, template=template, quiet=True).prefix
+            try:
+                made = prepare(
+                    path, folder / str(len(prefixes)), candidate.folder, template=template, quiet=True
+                ).prefix
+            except CptError as error:
+                raise CptError(
+                    f"{error} An evaluation takes all lines of a file as they are: with other options prepare it "
+                    f"(nemo-cpt prepare {path} --template ...), and give --loss {name}=PREFIX"
+                ) from error
         prefixes = {candidate.label: made} | prefixes
     given = open_conversations(prefixes[candidates[-1].label]).manifest["template"]["sha256"]
     text = LossSet(name, path, _length(candidates), too_long="drop", template=given, prefixes=prefixes)

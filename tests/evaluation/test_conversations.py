@@ -131,7 +131,7 @@ def test_what_cannot_be_read_is_refused(folder: Path, world: Path, tmp_path: Pat
         measured(folder, tmp_path, f"chats={folder / 'chats.jsonl'}", template="alpaca")
     broken = tmp_path / "broken.jsonl"
     broken.write_text(json.dumps(PAIRS[0]) + '\n{"query": "and?"}\n')
-    with pytest.raises(CptError, match=r"broken.jsonl, line 2"):
+    with pytest.raises(CptError, match=r"broken.jsonl, line 2.*prepare it .*and give --loss chats=PREFIX"):
         measured(folder, tmp_path, f"chats={broken}", template="alpaca-en")
     both = tmp_path / "both.jsonl"
     both.write_text(json.dumps(PAIRS[0] | {"text": "A rendered text."}) + "\n")
