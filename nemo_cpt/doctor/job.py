@@ -36,6 +36,7 @@ class Place:
         partition: Slurm's; None for the default one.
         nodes: machines; None for what the recipe says.
         processes: that are started on each; None likewise.
+        tells_nodes: its job tells the trainer how many machines it has, whatever the recipe says.
         limit_seconds: Slurm's time limit; None where it was not given.
         preempt_seconds: how long before it the job is told to stop; None for what its plan needs.
         asks_for_cores: Slurm is told how many cores the job's tasks take.
@@ -52,6 +53,7 @@ class Place:
     partition: str | None = None
     nodes: int | None = None
     processes: int | None = None
+    tells_nodes: bool = False
     limit_seconds: int | None = None
     preempt_seconds: int | None = None
     asks_for_cores: bool = False
