@@ -189,7 +189,7 @@ def place_of(executor: Any) -> "Place":
     from nemo_run import DockerExecutor, LocalExecutor, LocalTunnel
 
     from nemo_cpt.doctor import Place
-    from nemo_cpt.executors.counts import asks_for_cores
+    from nemo_cpt.executors.counts import asks_for_cores, asks_for_memory, cores_of_task
     from nemo_cpt.executors.slurm_job import SlurmJob
 
     if executor is None:
@@ -218,6 +218,7 @@ def place_of(executor: Any) -> "Place":
             return replace(elsewhere, nodes=executor.nnodes(), processes=executor.nproc_per_node())
         return elsewhere
     in_container = bool(executor.container_image)
+    given = vars(executor) | (executor.additional_parameters or {})
     return Place(
         "slurm",
         here=False,
@@ -230,7 +231,9 @@ def place_of(executor: Any) -> "Place":
         tells_nodes=True,
         limit_seconds=window.seconds_of(executor.time),
         preempt_seconds=executor.preempt_seconds,
-        asks_for_cores=asks_for_cores(vars(executor) | (executor.additional_parameters or {})),
+        asks_for_cores=asks_for_cores(given),
+        cores_of_task=cores_of_task(given),
+        asks_for_memory=asks_for_memory(given),
         environ=variables,
     )
 

@@ -40,6 +40,8 @@ class Place:
         limit_seconds: Slurm's time limit; None where it was not given.
         preempt_seconds: how long before it the job is told to stop; None for what its plan needs.
         asks_for_cores: Slurm is told how many cores the job's tasks take.
+        cores_of_task: how many, where that was a number.
+        asks_for_memory: Slurm is told how much of a node's memory the job takes.
         environ: variables the executor adds.
     """
 
@@ -57,6 +59,8 @@ class Place:
     limit_seconds: int | None = None
     preempt_seconds: int | None = None
     asks_for_cores: bool = False
+    cores_of_task: int | None = None
+    asks_for_memory: bool = False
     environ: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -267,7 +267,7 @@ def place(executor: str, options: Sequence[str]) -> Place:
     Raises:
         CptError: there is no such executor, or an option is wrong.
     """
-    from nemo_cpt.executors.counts import asks_for_cores
+    from nemo_cpt.executors.counts import asks_for_cores, asks_for_memory, cores_of_task
     from nemo_cpt.executors.docker import volumes_of
     from nemo_cpt.executors.environment import job_env
     from nemo_cpt.executors.examination import place_of
@@ -298,6 +298,8 @@ def place(executor: str, options: Sequence[str]) -> Place:
         limit_seconds=seconds_of(str(given.get("time"))),
         preempt_seconds=given.get("preempt_seconds"),
         asks_for_cores=asks_for_cores(given),
+        cores_of_task=cores_of_task(given),
+        asks_for_memory=asks_for_memory(given),
         environ=visible_gpus(given.get("gpus") if executor == "local" else None) | job_env(given.get("env")),
     )
 
