@@ -76,6 +76,7 @@ class Examination:
         self.job, self.ranks, self.nodes, self.hub = job, ranks, nodes, hub
         self.place = job.place if job else Place()
         self.environ = dict(os.environ if environ is None else environ) | dict(self.place.environ)
+        self.answers: dict[tuple[str, ...], str] = {}  # of commands that several checks ask, such as scontrol
         self._lock = threading.Lock()
         self._nvidia: Nvidia | None = None
 

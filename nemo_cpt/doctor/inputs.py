@@ -45,7 +45,7 @@ def _check_counts(job: Job) -> None:
     counts = [
         ("processes on each machine (gpus_per_node or processes)", job.settings.gpus_per_node, job.place.processes)
     ]
-    if job.place.executor != "slurm":  # whose job tells the trainer how many nodes it has
+    if not job.place.tells_nodes:
         counts.append(("machines (num_nodes)", job.num_nodes, job.place.nodes))
     for what, wanted, started in counts:
         if wanted and started and wanted != started:

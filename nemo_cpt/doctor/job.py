@@ -36,9 +36,12 @@ class Place:
         partition: Slurm's; None for the default one.
         nodes: machines; None for what the recipe says.
         processes: that are started on each; None likewise.
+        tells_nodes: its job tells the trainer how many machines it has, whatever the recipe says.
         limit_seconds: Slurm's time limit; None where it was not given.
         preempt_seconds: how long before it the job is told to stop; None for what its plan needs.
         asks_for_cores: Slurm is told how many cores the job's tasks take.
+        cores_of_task: how many, where that was a number.
+        asks_for_memory: Slurm is told how much of a node's memory the job takes.
         environ: variables the executor adds.
     """
 
@@ -52,9 +55,12 @@ class Place:
     partition: str | None = None
     nodes: int | None = None
     processes: int | None = None
+    tells_nodes: bool = False
     limit_seconds: int | None = None
     preempt_seconds: int | None = None
     asks_for_cores: bool = False
+    cores_of_task: int | None = None
+    asks_for_memory: bool = False
     environ: Mapping[str, str] = field(default_factory=dict)
 
 

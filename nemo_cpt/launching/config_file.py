@@ -66,7 +66,7 @@ def load_config(path: str | Path, *overrides: str) -> tuple[Any, Any]:
     config = read_config(path)
     function, arguments, fields, options = catalog.split(config.recipe, [*config.pairs, *overrides])
     processes, nodes = function.processes(arguments), function.nodes(arguments)
-    executor = make_executor(config.executor or "local", options, processes, nodes)
+    executor = make_executor(config.executor or "local", options, processes, nodes, bool(function.gpus(arguments)))
     return build_recipe(function.name, arguments, fields), executor
 
 

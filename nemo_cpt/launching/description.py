@@ -267,14 +267,15 @@ def place(executor: str, options: Sequence[str]) -> Place:
     Raises:
         CptError: there is no such executor, or an option is wrong.
     """
-    from nemo_cpt.executors.counts import asks_for_cores
+    from nemo_cpt.executors.counts import asks_for_cores, asks_for_memory, cores_of_task
     from nemo_cpt.executors.docker import volumes_of
     from nemo_cpt.executors.environment import job_env
+    from nemo_cpt.executors.examination import place_of
     from nemo_cpt.executors.local import visible_gpus
     from nemo_cpt.executors.window import seconds_of
 
-    if executor.partition(":")[0].endswith(".py"):  # the user's own: nothing is known of where it runs a job
-        return Place(executor, here=False, same_packages=False, same_files=False)
+    if executor.partition(":")[0].endswith(".py"):  # the user's own, which alone knows what it makes
+        return replace(place_of(make_executor(executor, options, 1)), executor=executor)
     described = catalog.executor(executor)
     given = catalog.parse(described, options, prefix="executor.")
     if set(given) - set(described.parameters):
@@ -293,9 +294,12 @@ def place(executor: str, options: Sequence[str]) -> Place:
         # Of those that have no such option, this machine.
         nodes=given.get("nodes", 1 if executor in ("local", "docker") else None),
         processes=_processes(executor, given),
+        tells_nodes=executor == "slurm",
         limit_seconds=seconds_of(str(given.get("time"))),
         preempt_seconds=given.get("preempt_seconds"),
         asks_for_cores=asks_for_cores(given),
+        cores_of_task=cores_of_task(given),
+        asks_for_memory=asks_for_memory(given),
         environ=visible_gpus(given.get("gpus") if executor == "local" else None) | job_env(given.get("env")),
     )
 
