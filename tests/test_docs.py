@@ -58,6 +58,15 @@ def test_its_links_and_the_files_that_it_names_lead_somewhere(page: str) -> None
     assert not wrong
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_the_options_of_its_scripts_exist(page: str) -> None:
+    text = re.sub(r"\\\n\s*", "", PAGES[page]).replace("\n    --", " --")
+    for file, rest in re.findall(r"python ((?:benchmarks|examples)/\w+\.py)([^`\n#]*)", text):
+        options = re.findall(r"[\"'](--[a-z][\w-]*)[\"']", (CHECKOUT / file).read_text("utf-8"))
+        unknown = set(re.findall(r"--[a-z][\w-]*", rest)) - set(options)
+        assert not unknown, f"{file} has no {unknown}"
+
+
 def anchors(text: str) -> set[str]:
     """Of a page's headings, as GitHub and MkDocs make them."""
     headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", text), re.MULTILINE)
