@@ -215,7 +215,9 @@ def place_of(executor: Any) -> "Place":
         if isinstance(executor, SlurmJob):  # over SSH
             return replace(elsewhere, nodes=executor.nodes, processes=executor.tasks, tells_nodes=True)
         with contextlib.suppress(NotImplementedError):  # an executor of the user's own need not know
-            return replace(elsewhere, nodes=executor.nnodes(), processes=executor.nproc_per_node())
+            # NeMo-Run's Slurm answers for torchrun, with a task's GPUs, also where srun starts a process for each.
+            processes = max(executor.nproc_per_node(), getattr(executor, "ntasks_per_node", 1))
+            return replace(elsewhere, nodes=executor.nnodes(), processes=processes)
         return elsewhere
     in_container = bool(executor.container_image)
     given = vars(executor) | (executor.additional_parameters or {})

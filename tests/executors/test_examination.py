@@ -286,6 +286,7 @@ def nodes(): return slurm("llm", "gpu", nodes=2, gpus_per_node=8)
 def far(): return slurm("llm", "gpu", gpus_per_node=4, tunnel=ssh("login1", "me", "/jobs"))
 def here(): return local(processes=2)
 def nemo_runs(): return run.SlurmExecutor(account="llm", nodes=2, ntasks_per_node=8)
+def gpu_a_task(): return run.SlurmExecutor(account="llm", ntasks_per_node=8, gpus_per_task=1)
 """
 
 
@@ -297,6 +298,7 @@ def nemo_runs(): return run.SlurmExecutor(account="llm", nodes=2, ntasks_per_nod
         ("nodes", ""),
         ("far", "mine.py:far starts 4"),
         ("here", "mine.py:here starts 2"),
+        ("gpu_a_task", ""),
         ("nemo_runs", r"for 1 machines \(num_nodes\), and mine.py:nemo_runs starts 2"),
     ],
 )
