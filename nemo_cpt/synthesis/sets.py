@@ -254,6 +254,7 @@ def _make_sets(
     maker: "Rules | Model", documents: list[Document], wanted: Mapping[str, int]
 ) -> dict[str, list[Question]]:
     """Make the sets of questions, each about its own share of the documents."""
+    # Rounded up: a small validation set must not be left without a document.
     held = math.ceil(len(documents) * wanted["validation"] / sum(wanted.values()))
     # By document, so that no text gives questions to both sets.
     parts = {"validation": documents[:held], "train": documents[held:]}

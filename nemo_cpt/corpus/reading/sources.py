@@ -134,12 +134,21 @@ def list_sources(inputs: Inputs) -> list[Source]:
     sources = [source for item in given for source in _expand(str(item))]
     if not sources:
         raise CptError("There is no input: name at least one file, folder, glob or dataset.")
-    seen: set[str] = set()
+    seen = dict[tuple[Any, ...], str]()
     for source in sources:
-        if source.path in seen:
-            raise CptError(f"{source.path} is among the inputs twice; its documents would be written twice.")
-        seen.add(source.path)
+        if first := seen.get(identity(source)):
+            link = "" if first == source.path else f", by a link: it is {first}, too"
+            raise CptError(f"{source.path} is among the inputs twice{link}; its documents would be written twice.")
+        seen[identity(source)] = source.path
     return sources
+
+
+def identity(source: Source) -> tuple[Any, ...]:
+    """Return what is the same for one file under several names, by links or by way of linked folders."""
+    if source.kind == "hub":
+        return (source.path,)
+    status = os.stat(source.path)
+    return status.st_dev, status.st_ino
 
 
 def _expand(item: str) -> list[Source]:
