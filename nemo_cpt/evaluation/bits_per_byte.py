@@ -434,6 +434,7 @@ class ByteCounter:
         special = {number for number, each in tokenizer.added_tokens_decoder.items() if each.special}
         self.special = torch.tensor([number in special for number in range(size)])
         self.sizes = torch.tensor([0 if number in special else len(bytes_of(number)) for number in range(size)])
+        # A single letter: what its tokens hold beyond it is what the tokenizer puts before every text.
         ids = tokenizer("a", add_special_tokens=False).input_ids
         self.dummy = int(self.sizes[ids].sum()) - 1  # the blank that sentencepiece puts before a text
         self._check(tokenizer)
