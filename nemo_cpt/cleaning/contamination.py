@@ -9,8 +9,8 @@ import numpy as np
 
 from nemo_cpt.cleaning.characters import Kind, folded, kinds
 from nemo_cpt.cleaning.document import Document, stretches
-from nemo_cpt.cleaning.hashing import segment_hashes, symbols, window_hashes
 from nemo_cpt.cleaning.rule import Check, Rule
+from nemo_cpt.corpus.hashing import segment_hashes, symbols, window_hashes
 from nemo_cpt.corpus.reading.chunks import Feed, take_from
 from nemo_cpt.corpus.reading.sources import list_sources
 from nemo_cpt.corpus.reading.tally import NO_SKIPPING, Tally
@@ -124,6 +124,7 @@ class Index:
         mixed, found = self._symbols(document), set[int]()
         for size in self.sizes:
             windows = window_hashes(mixed, size)
+            # By their upper bits: nearly all windows are out after one look, and few are searched for.
             likely = windows[self._table[windows >> np.uint64(64 - _TABLE_BITS)]]
             if len(likely):
                 # A number above all of them would be looked up behind the end.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from nemo_cpt.cleaning.characters import KINDS, LETTERS, Kind, folded, kinds
-from nemo_cpt.cleaning.hashing import segment_hashes, symbols
+from nemo_cpt.corpus.hashing import segment_hashes, symbols
 
 _BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
 _SENTENCE = re.compile(r"[^。．！？!?\n]+[。．！？!?]?")  # as Swallow cuts Japanese, line by line

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from nemo_cpt.cleaning.hashing import segment_hashes, symbols, window_hashes
 from nemo_cpt.cleaning.rule import Limits
-from nemo_cpt.corpus.splitting.duplicates import BANDS, PERMUTATIONS, SEED, SHINGLE, check_similarity
+from nemo_cpt.corpus.splitting.duplicates import BANDS, PERMUTATIONS, band_keys, check_similarity, sketches
 
 ROW = np.dtype([("fingerprint", np.uint64), ("nbytes", np.uint64), ("minhash", np.uint32, PERMUTATIONS)])
 _PAIRS = 1 << 14  # whose MinHashes are compared at once
@@ -70,26 +69,12 @@ def sketch(plains: Sequence[Any], nbytes: Sequence[int]) -> Any:
         nbytes: Bytes of their documents, which the row keeps.
     """
     import xxhash
-    from rensa import RMinHash
 
     rows: Any = np.zeros(len(plains), ROW)
-    if not plains:
-        return rows
-    # One call for all texts, their shingles one behind the other: a call for each would cost more than its hashing.
-    shingles = [_shingles(codes) for codes in plains]
-    offsets = np.concatenate(([0], np.cumsum([len(each) for each in shingles]))).tolist()
-    matrix = RMinHash.digest_matrix_from_flat_token_hashes(np.concatenate(shingles), offsets, PERMUTATIONS, SEED)
-    rows["minhash"] = matrix.to_rows()
+    rows["minhash"] = sketches(plains)
     rows["fingerprint"] = [xxhash.xxh3_64_intdigest(codes) for codes in plains]
     rows["nbytes"] = nbytes
     return rows
-
-
-def _shingles(codes: Any) -> Any:
-    mixed = symbols(codes)
-    if len(mixed) < SHINGLE:  # the text itself: an empty sketch would resemble every other empty one
-        return segment_hashes(mixed, np.zeros(1, np.int64), np.full(1, len(mixed)))
-    return window_hashes(mixed, SHINGLE)
 
 
 def find_duplicates(path: Path, wanted: Duplicates) -> list[Duplicate]:
@@ -131,9 +116,7 @@ def _near_pairs(rows: Any, similarity: float) -> Iterator[tuple[int, int, float]
     """Yield pairs that are similar enough, the earlier one first."""
     width = PERMUTATIONS // BANDS
     for band in range(BANDS):
-        halves = np.ascontiguousarray(rows["minhash"][:, band * width : (band + 1) * width]).view(np.uint64)
-        # Four MinHashes of 32 bits as one number: equal ones mean an equal band, but for chance, which the share tells.
-        keys = symbols(symbols(halves[:, 0]) + halves[:, 1])
+        keys = band_keys(rows["minhash"][:, band * width : (band + 1) * width])
         for first, second in _neighbours(keys, first_only=False):
             agreed = (rows["minhash"][first] == rows["minhash"][second]).mean(axis=1)
             similar = agreed >= similarity

@@ -198,6 +198,7 @@ class Cleaning:
 
     def _other_options(self, recorded: dict[str, Any]) -> str | None:
         """Return what differs between the options and those of a manifest; of evaluation sets the content counts."""
+        # As JSON gives them back, which the recorded ones are: lists for tuples.
         ours = orjson.loads(_dumps(self.options))
         sets, before = (
             {each.get("hash", ""): each["path"] for each in options["evaluation_sets"]} for options in (ours, recorded)
@@ -351,6 +352,8 @@ class Cleaning:
         dropped.write(_with_reason(line.rstrip(b"\n"), "duplicates", check, {"kept_line": kept_line}))
 
     def _why_all_are_dropped(self) -> str:
+        if not self.counts.documents:
+            return f"The inputs hold no document (first input: {self.sources[0].path})."
         most = sorted(self.counts.dropped.items(), key=lambda each: -each[1].documents)[:3]
         reasons = "; ".join(
             f"{rule}: {measure} ({found.documents:,}; the first has {found.samples[0]['value']:g}, "

@@ -76,6 +76,9 @@ def show(
     partial = build_recipe(function.name, arguments, fields)
     from nemo_run.core.serialization.yaml import YamlSerializer
 
+    from nemo_cpt.executors import nemo_run_patches
+
+    nemo_run_patches.write_what_fields_hold()
     print(YamlSerializer().serialize(partial))
 
 

@@ -117,6 +117,7 @@ def data(examination: Examination) -> Finding:
     if job.data is None:
         return Finding("data", "skipped", f"{job.recipe}'s default data cannot be read from its source")
     try:
+        # Where nobody knows it: the tokens and shares of texts are the same at any length; conversations have to fit.
         length = job.seq_length or (1 if isinstance(job.data, corpus.Blend) else _LONG)
         report = job.data.report(job.global_batch_size or 1, length, max(job.max_steps, 1))
         if job.replay is not None:

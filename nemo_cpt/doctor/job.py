@@ -178,5 +178,6 @@ def exports_kept(max_steps: int, every: int | None, keep: int | None) -> int:
     """
     if not every:
         return 0
+    # Rounded up: the end of a run is exported, too.
     written = max(-(-max_steps // every), 1)
     return min(written, keep + 1) if keep else written

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import orjson
 
-from nemo_cpt.corpus.splitting.duplicates import HeldOut, fingerprint, sketch
+from nemo_cpt.corpus.splitting.duplicates import BANDS, PERMUTATIONS, SEED, SHINGLE, fingerprint
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation.journal import Journal, key_of
 from nemo_cpt.inference.endpoint import EndpointEngine, EndpointError
@@ -81,7 +81,7 @@ class Filter:
     """What a pair must pass; it remembers the questions that it let through."""
 
     def __init__(self) -> None:
-        self._seen = HeldOut(SIMILAR)
+        self._asked = _Asked()
 
     def fault(self, pair: Question, passage: str, language: str) -> str:
         """Return why a pair is not taken, an empty string for one that is."""
@@ -96,11 +96,34 @@ class Filter:
             return "language"
         if _copied(pair.answer, passage):
             return "copied"
-        if self._seen.duplicate(pair.query):
-            return "duplicate"
-        # Only of those taken: what was refused keeps nobody out.
-        self._seen.add(fingerprint(pair.query), sketch(pair.query))
-        return ""
+        # Last, and so only of those taken: what was refused keeps nobody out.
+        return "" if self._asked.is_new(pair.query) else "duplicate"
+
+
+class _Asked:
+    """Questions, told from each other one by one."""
+
+    def __init__(self) -> None:
+        from rensa import RMinHashDeduplicator
+
+        self._prints = set[int]()
+        self._sketches = RMinHashDeduplicator(SIMILAR, PERMUTATIONS, True, BANDS, SEED)
+
+    def is_new(self, question: str) -> bool:
+        """Add a question; return False where it, or nearly it, is there already."""
+        from rensa import RMinHash
+
+        text_print = fingerprint(question)
+        if text_print in self._prints:
+            return False
+        plain = "".join(question.split()).lower()
+        sketch = RMinHash(PERMUTATIONS, SEED)
+        sketch.update([plain[i : i + SHINGLE] for i in range(max(len(plain) - SHINGLE + 1, 1))])
+        if self._sketches.get_duplicates(sketch):
+            return False
+        self._prints.add(text_print)
+        self._sketches.add(str(len(self._prints)), sketch)  # under a key that nobody asks for
+        return True
 
 
 def _copied(answer: str, passage: str) -> bool:
@@ -163,6 +186,7 @@ class Model:
         texts = {place: known["text"] for place, key in enumerate(keys) if (known := self._replies.get(key))}
         missing = [place for place in range(len(wave)) if place not in texts]
         try:
+            # In the order in which they end: each is kept at once, so that a killed run has it.
             for index, reply in self._engine.generate([prompts[place] for place in missing], self._sampling):
                 place = missing[index]
                 record = {"model": self._engine.model, "document": wave[place].number, "text": reply.text}

@@ -149,6 +149,7 @@ def trained_on(data: Blend | Conversations | None, replay: Blend | None) -> dict
 
 def content_of(prefix: str) -> str:
     """A dataset's name, and a hash of its files' sizes, beginnings and ends: the same wherever it was copied to."""
+    # Not `index.fingerprint`, which is like it: this hash stands in checkpoints, and is compared with theirs for good.
     digest = hashlib.blake2b(digest_size=8)
     full = full_prefix(prefix)
     for suffix in (".idx", ".bin", *([".mask"] if Path(full + ".mask").exists() else [])):  # conversations have one

@@ -276,6 +276,7 @@ def not_begun(chosen: str | None, directory: Path) -> Experiment | None:
         directory: where runs are kept; of no chosen run, those alone that would be kept there.
     """
     for experiment, _, folder in _submitted(chosen):
+        # The newest alone: an older one whose folder is gone was removed, and does not wait.
         if chosen or folder.absolute().parent == directory.absolute():
             return None if folder.exists() else experiment
     return None

@@ -139,6 +139,11 @@ def test_nothing_to_do_is_an_error(tmp_path: Path, small: Path) -> None:
 def test_an_input_named_twice_is_refused(tmp_path: Path, jsonl: Path, small: Path) -> None:
     with pytest.raises(CptError, match="twice"):
         prepare([jsonl, tmp_path / "*.jsonl"], tmp_path / "out", small, quiet=True)
+    (tmp_path / "link.jsonl").symlink_to(jsonl)
+    (tmp_path / "hard.jsonl").hardlink_to(jsonl)
+    for name in ("link.jsonl", "hard.jsonl"):
+        with pytest.raises(CptError, match=f"{name} is among the inputs twice, by a link: it is {jsonl}, too"):
+            prepare([jsonl, tmp_path / name], tmp_path / "out", small, quiet=True)
 
 
 def test_a_missing_column_names_the_others(tmp_path: Path, small: Path) -> None:

@@ -426,6 +426,31 @@ def test_what_may_be_skipped_is_a_share_of_what_is_skipped(tmp_path: Path, jsonl
             split(jsonl, tmp_path / "sets", quiet=True, **options)
 
 
+@pytest.mark.parametrize("key", ["text", None])
+def test_tasks_of_long_rows_are_as_small_as_those_of_lines(tmp_path: Path, key: str | None) -> None:
+    import pyarrow as pa
+    from datasets import Dataset
+    from pyarrow import parquet
+
+    texts = [str(number) * (50_000 if number % 10 else 10) for number in range(60)]
+    columns = {"text": texts, "id": list(range(60))}
+    parquet.write_table(pa.table(columns), tmp_path / "long.parquet", row_group_size=25)
+    Dataset.from_dict(columns).save_to_disk(tmp_path / "saved")
+    lines = "".join(f"{number},{text}\n" for number, text in enumerate(texts))
+    (tmp_path / "long.csv").write_text("id,text\n" + lines)
+    for name in ("long.parquet", "saved", "long.csv"):
+        tasks = list(Feed(list_sources(tmp_path / name), key, 1 << 18))
+        rows = [value if key else value["text"] for task in tasks for value in task.data or ()]
+        assert rows == texts, name
+        assert len(tasks) > 10, name
+        assert [task.start for task in tasks[1:]] == [task.stop for task in tasks[:-1]], name
+
+
+def test_blank_lines_end_no_csv(tmp_path: Path) -> None:
+    (tmp_path / "gap.csv").write_text("id,text\n1,before\n" + "\n" * 2500 + "2,behind\n")
+    assert read([tmp_path / "gap.csv"], step=1 << 20) == ["before", "behind"]
+
+
 def test_a_text_file_is_a_document_and_a_row_of_csv_is_one(tmp_path: Path) -> None:
     (tmp_path / "deeper").mkdir()
     (tmp_path / "a.txt").write_bytes(BOM + b"Two\r\nlines, {no} JSON.\n")

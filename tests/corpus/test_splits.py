@@ -4,16 +4,20 @@ import datetime
 import json
 import os
 import random
+import unicodedata
 from pathlib import Path
 
-import orjson
+import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pyarrow import parquet
 
 import nemo_cpt.corpus
 from nemo_cpt.corpus import prepare, split
-from nemo_cpt.corpus.splitting.duplicates import fingerprint, sketch
+from nemo_cpt.corpus.hashing import segment_hashes, symbols, window_hashes
+from nemo_cpt.corpus.splitting.duplicates import compatible, fingerprint, plain_codes, sketches
 from nemo_cpt.errors import CptError
 from tests.support.corpus_helpers import error_of_a_full_disk, write_jsonl
 from tests.support.crashes import go_on, lines_of, paused_at
@@ -130,6 +134,25 @@ def test_given_validation_sets(tmp_path: Path, documents: list[str]) -> None:
     assert (report.exact, report.near, report.dropped) == (10, 0, 10)
     assert read(report.files["train"]) == documents[:490]
     assert list(report.files) == ["train"]
+
+
+def test_a_set_that_lies_among_the_inputs_by_another_name_is_not_trained_on(
+    tmp_path: Path, documents: list[str]
+) -> None:
+    (tmp_path / "data").mkdir()
+    write_jsonl(tmp_path / "data" / "a.jsonl", documents[:100])
+    held = write_jsonl(tmp_path / "data" / "b.jsonl", documents[100:120])
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    report = split(tmp_path / "data", tmp_path / "out", validation=tmp_path / "link" / "b.jsonl", quiet=True)
+    assert read(report.files["train"]) == documents[:100]
+    with pytest.raises(CptError, match="have a file in common"):
+        split(tmp_path / "data", tmp_path / "both", validation=held, test=tmp_path / "link" / "b.jsonl", quiet=True)
+
+
+def test_inputs_without_a_document_are_called_that(tmp_path: Path) -> None:
+    (tmp_path / "blank.jsonl").write_text("\n\n")
+    with pytest.raises(CptError, match="The inputs hold no document"):
+        split(tmp_path / "blank.jsonl", tmp_path / "out", on_error="skip", quiet=True)
 
 
 def test_a_finished_split_is_not_repeated(tmp_path: Path, documents: list[str]) -> None:
@@ -291,8 +314,25 @@ def test_minhash_estimates_jaccard(documents: list[str]) -> None:
     one, other = documents[0], documents[0][:80] + documents[1][:40]
     grams = [{text[i : i + 5] for i in range(len(text) - 4)} for text in (one, other)]
     exact = len(grams[0] & grams[1]) / len(grams[0] | grams[1])
-    assert sketch(one).jaccard(sketch(other)) == pytest.approx(exact, abs=0.15)
-    assert orjson.dumps(sketch(one).digest()) == orjson.dumps(sketch(one + " ").digest())
+    rows = sketches([plain_codes(text) for text in (one, other, one + " ")])
+    assert (rows[0] == rows[1]).mean() == pytest.approx(exact, abs=0.15)
+    assert (rows[0] == rows[2]).all()
+
+
+AWKWARD = "がｶﾞカ\u3099e\u0301\u0323\u1112\u1161\u11abÅﬁ①（Ａ\u09c7\u09be\U0001d15e"
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.one_of(st.characters(), st.sampled_from(AWKWARD))))
+def test_normalizing_by_pieces_is_normalizing_the_whole(text: str) -> None:
+    assert compatible(text) == unicodedata.normalize("NFKC", text)
+
+
+@given(st.text(max_size=40), st.integers(1, 30))
+def test_windows_are_segments_of_one_size(text: str, size: int) -> None:
+    mixed = symbols(plain_codes(text))
+    starts = np.arange(max(len(mixed) - size + 1, 0))
+    assert window_hashes(mixed, size).tolist() == segment_hashes(mixed, starts, starts + size).tolist()
 
 
 def test_the_sets_of_a_split_are_no_corpus(tmp_path: Path, jsonl: Path, small: Path) -> None:

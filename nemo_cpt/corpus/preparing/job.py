@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from nemo_cpt.corpus.preparing.encode import Encoded, Work
@@ -75,6 +76,7 @@ class Job:
         checkpoint_seconds: float,
     ) -> None:
         self.tasks, self.sources, self.journal, self.policy = tasks, sources, journal, policy
+        self.starts = list(accumulate((source.nbytes for source in sources), initial=0))  # of each, in all the bytes
         self.progress = journal.progress
         self.checkpoint_seconds = checkpoint_seconds
         self.offsets = journal.sizes(self.progress)  # where the next task's payloads go
@@ -189,7 +191,7 @@ class Job:
         if task.last:
             self.inputs.append(ReadInput(source.stamp, task.hash))
             progress.source, progress.position, progress.before = task.source + 1, 0, ""
-        progress.read = sum(source.nbytes for source in self.sources[: task.source]) + task.done
+        progress.read = self.starts[task.source] + task.done
         for number, count in encoded.special.items():
             progress.special[str(number)] = progress.special.get(str(number), 0) + count
         for name, count in encoded.counts.items():

@@ -126,7 +126,7 @@ class Feed:
 
     def _parts(self, source: Source) -> Iterator["_Part"]:
         if source.kind in ROW_KINDS:
-            return _rows(source, self.json_key)
+            return _rows(source, self.json_key, self.chunk_bytes)
         if source.divisible:
             # Plain lines alone can be read from the middle, so that workers read them in parallel.
             return _ranges(source, self.chunk_bytes)
@@ -190,9 +190,9 @@ def _blocks(source: Source, chunk_bytes: int) -> Iterator[_Part]:
         yield _Part(rest, source.size, damage=damage, last=True, whole=file.hexdigest())
 
 
-def _rows(source: Source, key: str | None) -> Iterator[_Part]:
-    """Yield the values of a column, or objects of all of them, `ROWS` rows at once."""
-    batches, total = _open_rows(source, key)
+def _rows(source: Source, key: str | None, chunk_bytes: int) -> Iterator[_Part]:
+    """Yield the values of a column, or objects of all of them: `ROWS` rows at once, fewer where they are long."""
+    batches, total = _open_rows(source, key, chunk_bytes)
     row, damage, values = 0, "", list[Any]()
     # One batch behind: only when another follows, or none, is it known whether this one is the last.
     try:
@@ -385,23 +385,38 @@ def _sound(batches: Iterator[list[Any]], kind: str) -> Iterator[list[Any]]:
         raise DamagedError(f"the {what} breaks near its row {row}: {error}") from error
 
 
-def _open_rows(source: Source, key: str | None) -> tuple[Iterator[list[Any]], int]:
+def _open_rows(source: Source, key: str | None, chunk_bytes: int) -> tuple[Iterator[list[Any]], int]:
     """Return batches of a column's values, or of objects of all columns, and the number of rows."""
+    if source.kind == "text":
+        return open_text(source.path, key)
+    if source.kind == "csv":
+        return open_csv(source.path, key, chunk_bytes)
     if source.kind == "parquet":
-        return _open_parquet(source.path, key)
-    if source.kind in ("csv", "text"):
-        return (open_csv if source.kind == "csv" else open_text)(source.path, key)
-    dataset = _open_dataset(source)
-    if key is None:
-        return (table.to_pylist() for table in dataset.with_format("arrow").iter(batch_size=ROWS)), len(dataset)
-    if key not in dataset.column_names:
-        raise CptError(f"{source.path} has no column {key!r}; it has {', '.join(dataset.column_names)}.")
-    # Arrow tables: the library's own iteration makes a Python object of each row by itself.
-    tables = dataset.select_columns([key]).with_format("arrow").iter(batch_size=ROWS)
-    return (table.column(key).to_pylist() for table in tables), len(dataset)
+        tables, total = _open_parquet(source.path, key, chunk_bytes)
+    else:
+        dataset = _open_dataset(source)
+        if key is not None:
+            if key not in dataset.column_names:
+                raise CptError(f"{source.path} has no column {key!r}; it has {', '.join(dataset.column_names)}.")
+            dataset = dataset.select_columns([key])
+        # Arrow tables: the library's own iteration makes a Python object of each row by itself.
+        tables, total = dataset.with_format("arrow").iter(batch_size=ROWS), len(dataset)
+    parts = _cut(tables, chunk_bytes)
+    return (part.to_pylist() if key is None else part.column(key).to_pylist() for part in parts), total
 
 
-def _open_parquet(path: str, key: str | None) -> tuple[Iterator[list[Any]], int]:
+def _cut(tables: Iterator[Any], chunk_bytes: int) -> Iterator[Any]:
+    """Cut Arrow tables into slices of about so many bytes: of a thousand books each process would hold many copies."""
+    for table in tables:
+        step = _rows_in(chunk_bytes, table.nbytes, len(table))
+        yield from (table.slice(row, step) for row in range(0, len(table), step))
+
+
+def _rows_in(chunk_bytes: int, nbytes: int, rows: int) -> int:
+    return min(ROWS, max(chunk_bytes * rows // max(nbytes, 1), 1))
+
+
+def _open_parquet(path: str, key: str | None, chunk_bytes: int) -> tuple[Iterator[Any], int]:
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -409,13 +424,14 @@ def _open_parquet(path: str, key: str | None) -> tuple[Iterator[list[Any]], int]
         file = parquet.ParquetFile(path, page_checksum_verification=True)  # of pages that have one
     except (pa.ArrowInvalid, OSError) as error:
         raise CptError(f"{path} is not a whole Parquet file: {error}.") from error
-    if key is None:
-        batches = file.iter_batches(batch_size=ROWS, use_threads=False)
-        return (batch.to_pylist() for batch in batches), file.metadata.num_rows
-    if key not in file.schema_arrow.names:
+    if key is not None and key not in file.schema_arrow.names:
         raise CptError(f"{path} has no column {key!r}; it has {', '.join(file.schema_arrow.names)}.")
-    batches = file.iter_batches(batch_size=ROWS, columns=[key], use_threads=False)
-    return (batch.column(0).to_pylist() for batch in batches), file.metadata.num_rows
+    groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+    columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+    wanted = [column for column in columns if key is None or column.path_in_schema.split(".")[0] == key]
+    nbytes, total = sum(column.total_uncompressed_size for column in wanted), file.metadata.num_rows
+    size = _rows_in(chunk_bytes, nbytes, total)
+    return file.iter_batches(size, columns=None if key is None else [key], use_threads=False), total
 
 
 def _open_dataset(source: Source) -> Any:

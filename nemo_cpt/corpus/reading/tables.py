@@ -3,7 +3,6 @@
 import csv
 import sys
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
 from nemo_cpt.errors import CptError
@@ -25,7 +24,7 @@ def open_text(path: str, key: str | None) -> tuple[Iterator[list[Any]], int]:
     return rows(), 1
 
 
-def open_csv(path: str, key: str | None) -> tuple[Iterator[list[Any]], int]:
+def open_csv(path: str, key: str | None, chunk_bytes: int) -> tuple[Iterator[list[Any]], int]:
     """Return batches of a column's values, or of objects of all columns, and about how many rows there are.
 
     The first line names the columns; what of comma, semicolon and tab stands most often in it parts them. A batch that
@@ -41,7 +40,7 @@ def open_csv(path: str, key: str | None) -> tuple[Iterator[list[Any]], int]:
         raise CptError(f"{path} has no column {key!r}; it has {', '.join(columns)}. --json-key takes another.")
     with open(path, "rb") as file:
         lines = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
-    return _batches(path, columns, delimiter, key), lines
+    return _batches(path, columns, delimiter, key, chunk_bytes), lines
 
 
 def _header(path: str) -> tuple[list[str], str]:
@@ -54,19 +53,31 @@ def _header(path: str) -> tuple[list[str], str]:
     return next(csv.reader([line], delimiter=delimiter), []), delimiter
 
 
-def _batches(path: str, columns: list[str], delimiter: str, key: str | None) -> Iterator[list[Any]]:
+def _batches(path: str, columns: list[str], delimiter: str, key: str | None, chunk_bytes: int) -> Iterator[list[Any]]:
     csv.field_size_limit(sys.maxsize)  # 128 KiB by default, which documents exceed
     with open(path, encoding=_UTF8, newline="") as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         # The header, through the same reader: a quoted name may hold a line break.
         next(reader)
         try:
-            while rows := [row for row in islice(reader, ROWS) if row]:
+            while rows := _next_rows(reader, chunk_bytes):
                 for row in rows:
                     _check_width(row, columns, reader.line_num)
                 yield [dict(zip(columns, row, strict=True)) if key is None else row[columns.index(key)] for row in rows]
         except csv.Error as error:
             raise ValueError(f"{error} (line {reader.line_num})") from error
+
+
+def _next_rows(reader: Iterator[list[str]], chunk_bytes: int) -> list[list[str]]:
+    """Return the next rows that are not blank: `ROWS` of them at most, and of long ones about so many characters."""
+    rows, size = list[list[str]](), 0
+    for row in reader:
+        if row:
+            rows.append(row)
+            size += sum(map(len, row))
+        if len(rows) == ROWS or size >= chunk_bytes:
+            break
+    return rows
 
 
 def _check_width(row: list[str], columns: list[str], line: int) -> None:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,11 +33,12 @@ from nemo_cpt.corpus.reading.sources import (
     Inputs,
     Source,
     check_elsewhere,
+    identity,
     list_sources,
 )
 from nemo_cpt.corpus.reading.tally import Policy, Tally
 from nemo_cpt.corpus.splitting.asked import AskedUnder
-from nemo_cpt.corpus.splitting.duplicates import HeldOut, check_similarity, fingerprint, sketch
+from nemo_cpt.corpus.splitting.duplicates import HeldOut, check_similarity, fingerprint, plain_codes, sketches
 from nemo_cpt.errors import CptError
 from nemo_cpt.records import restored
 
@@ -219,10 +221,12 @@ class _Split:
                 self.shares[name] = float(value)
             else:
                 self.given[name] = list_sources(value)
-        held = {source.path for sources in self.given.values() for source in sources}
+        held = {identity(source): name for name, sources in self.given.items() for source in sources}
+        if len(held) < sum(map(len, self.given.values())):
+            raise CptError("The validation and the test set have a file in common; each needs its own.")
         # `split data/ --validation data/dev.jsonl` is how people say it: what is held out is not trained on, without a
         # word.
-        self.sources = [source for source in list_sources(inputs) if source.path not in held]
+        self.sources = [source for source in list_sources(inputs) if identity(source) not in held]
         if not self.sources:
             raise CptError("All inputs are held out; there is nothing to train on.")
         self.held_out = HeldOut(similarity)
@@ -300,6 +304,7 @@ class _Split:
             tallies = [self._pass(sources, self.take_all, workers, files, None) for sources in self.given.values()]
             if drawn:
                 self._pass(self.sources, self.take_held_out, workers, files, bar)
+            self.held_out.complete()
             bar = stack.enter_context(ProgressBar("splitting", _size(self.sources), quiet))
             tallies.append(self._pass(self.sources, self.take_training, workers, files, bar))
             for tally in tallies:
@@ -308,6 +313,8 @@ class _Split:
             for file in files.values():
                 file.flush()
                 os.fsync(file.fileno())
+        if not any(tally.texts for tally in tallies):
+            raise CptError(f"The inputs hold no document (first input: {self.sources[0].path}).")
         for name in drawn:
             if not self.report.documents.get(name):
                 raise CptError(
@@ -330,6 +337,7 @@ class _Split:
             CptError: A line gives no text and is not to be skipped, too many give none, or an input changes.
         """
         tally, passed = Tally(), sum(self.report.documents.values())
+        before = list(accumulate((source.size for source in sources), initial=0))  # bytes of the inputs before each
         for task, portion in in_order(take, Feed(sources, None, CHUNK), workers):  # documents keep all their fields
             source = sources[task.source]
             if task.last:
@@ -340,8 +348,7 @@ class _Split:
             tally.add(task, portion.reading, source, self.policy)
             self._note(portion, files)
             if bar is not None:
-                before = _size(sources[: task.source])
-                bar.update(before + task.done, sum(self.report.documents.values()) - passed)
+                bar.update(before[task.source] + task.done, sum(self.report.documents.values()) - passed)
         tally.check(sources, self.policy.max_skipped)
         self.skipped_share = max(self.skipped_share, tally.skipped_share(sources))
         return tally
@@ -380,33 +387,42 @@ class _Split:
         # By path: the same worker serves all the sets that were given.
         name = next(n for n, sources in self.given.items() if any(source.path == task.path for source in sources))
         portion = _Portion()
-        for _, text, _ in read_records(task, self.text_of, portion.reading):
-            portion.held_out.append(_HeldOutDocument(name, fingerprint(text), sketch(text), b""))
+        texts = [text for _, text, _ in read_records(task, self.text_of, portion.reading)]
+        for text, row in zip(texts, sketches([plain_codes(text) for text in texts]), strict=True):
+            portion.held_out.append(_HeldOutDocument(name, fingerprint(text), row, b""))
         return portion
 
     def take_held_out(self, task: Task) -> _Portion:
         """Take the documents that the hash holds out."""
-        portion = _Portion()
+        portion, plains = _Portion(), list[Any]()
+        found = list[tuple[str, int, bytes]]()
         for line, text, _ in read_records(task, self.text_of, portion.reading):
             name, text_print = self.side(text)
             if name != "train":
-                portion.held_out.append(_HeldOutDocument(name, text_print, sketch(text), line + b"\n"))
+                plains.append(plain_codes(text))
+                found.append((name, text_print, line + b"\n"))
+        for (name, text_print, line), row in zip(found, sketches(plains), strict=True):
+            portion.held_out.append(_HeldOutDocument(name, text_print, row, line))
         return portion
 
     def take_training(self, task: Task) -> _Portion:
         """Take the other documents and compare them with those held out."""
         portion = _Portion(lines={"train": []})
+        lines, prints, texts = list[bytes](), list[int](), list[str]()
         for line, text, _ in read_records(task, self.text_of, portion.reading):
             # Computed again rather than remembered: a fingerprint is cheaper than a set of all documents held out.
-            if self.side(text)[0] != "train":
-                continue
-            duplicate = self.held_out.duplicate(text)
+            name, text_print = self.side(text)
+            if name == "train":
+                lines.append(line + b"\n")
+                prints.append(text_print)
+                texts.append(text)
+        for line, duplicate in zip(lines, self.held_out.duplicates(prints, texts), strict=True):
             if duplicate:
                 portion.duplicates[duplicate] = portion.duplicates.get(duplicate, 0) + 1
             if duplicate and (self.drop == "near" or self.drop == duplicate):  # "near" drops the exact ones, too
                 portion.dropped += 1
             else:
-                portion.lines["train"].append(line + b"\n")
+                portion.lines["train"].append(line)
         return portion
 
     def write_report(self, work: Path, folder: Path) -> None:

@@ -21,9 +21,18 @@ def symbols(values: Any) -> Any:
 
 
 def window_hashes(mixed: Any, size: int) -> Any:
-    """Return a number for each run of `size` symbols; none where there are fewer."""
+    """Return a number for each run of `size` symbols, as `segment_hashes` does; none where there are fewer."""
     count = max(len(mixed) - size + 1, 0)
-    return segment_hashes(mixed, np.arange(count), np.arange(size, size + count))
+    found, done = np.zeros(count, np.uint64), 0
+    # By doubling: whatever the size, a few passes, and no power of the base for each place of a long text.
+    runs, length = mixed, 1
+    while done < size:
+        if size & length:
+            found += runs[done : done + count] * _power(done)
+            done += length
+        runs = runs[:-length] + runs[length:] * _power(length)
+        length *= 2
+    return _finished(found)
 
 
 def segment_hashes(mixed: Any, starts: Any, ends: Any) -> Any:
@@ -31,8 +40,15 @@ def segment_hashes(mixed: Any, starts: Any, ends: Any) -> Any:
     powers, inverses = _powers(len(mixed))
     # A polynomial's sums up to each place; their difference is the stretch's, and the inverse power moves it to 0.
     sums = np.concatenate((np.zeros(1, np.uint64), np.cumsum(mixed * powers[: len(mixed)], dtype=np.uint64)))
-    found = (sums[ends] - sums[starts]) * inverses[starts]
+    return _finished((sums[ends] - sums[starts]) * inverses[starts])
+
+
+def _finished(found: Any) -> Any:
     return (found ^ (found >> _SHIFT)) * np.uint64(_ODD)
+
+
+def _power(exponent: int) -> Any:
+    return np.uint64(pow(_BASE, exponent, 1 << 64))
 
 
 def _powers(count: int) -> tuple[Any, Any]:
