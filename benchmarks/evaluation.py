@@ -8,13 +8,13 @@ other work on the machine adds little; on one thread that is the time of an idle
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 
 import torch
+from contestants import Times, compare, show
 
 from nemo_cpt.evaluation.bits_per_byte import documents_loss, rolling_windows
 from nemo_cpt.inference import Sampling
@@ -36,7 +36,7 @@ def main() -> None:
     print(f"bits per byte of {size / 1e3:.0f} kB, windows of {WINDOW}; kB/s")
     passes = forward_passes(engine, texts)
     show(
-        compare(
+        seconds_of(
             {
                 "forward passes alone": passes,
                 "documents_loss": lambda: documents_loss(engine, texts, window=WINDOW),
@@ -50,7 +50,7 @@ def main() -> None:
     sampling = Sampling(max_tokens=TOKENS)
     print(f"{len(prompts)} prompts of 3 to 43 words, replies of {TOKENS} tokens; tokens/s")
     show(
-        compare(
+        seconds_of(
             {
                 "transformers generate, one batch": lambda: generate(engine, prompts),
                 "evaluation's replies": lambda: list(engine.generate(prompts, sampling)),
@@ -61,24 +61,8 @@ def main() -> None:
     )
 
 
-def compare(contestants: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Seconds of each, over ROUNDS rounds behind one that warms up."""
-    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for number in range(ROUNDS + 1):
-        for name, run in contestants.items():
-            start = clock()
-            run()
-            if number:
-                times[name].append(clock() - start)
-    return times
-
-
-def show(times: dict[str, list[float]], amount: float) -> None:
-    first = statistics.median(next(iter(times.values())))
-    for name, seconds in times.items():
-        median = statistics.median(seconds)
-        print(f"  {name:34} {amount / median:8.1f}   {first / median:5.2f} x", flush=True)
+def seconds_of(contestants: dict[str, Callable[[], object]]) -> Times:
+    return compare(contestants, ROUNDS, time.perf_counter if torch.cuda.is_available() else time.process_time)
 
 
 def forward_passes(engine: TransformersEngine, texts: list[str]) -> Callable[[], None]:

@@ -26,6 +26,7 @@ from typing import Any
 
 import nemo_run as run
 from curves_apart import table
+from llama31_8b import CONFIG
 from loss_curves import built_data, make_recipe, series, sets_of, train_by_recipe
 
 from nemo_cpt.checkpoint import import_hf
@@ -66,11 +67,11 @@ def make_wide(folder: Path, tokenizer: Path, layers: int) -> None:
 
     known = AutoTokenizer.from_pretrained(tokenizer)
     config = LlamaConfig(
-        vocab_size=len(known), hidden_size=4096, intermediate_size=14_336, num_hidden_layers=layers,
-        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192, rope_theta=500_000.0,
-        rms_norm_eps=1e-5, bos_token_id=known.bos_token_id, eos_token_id=known.eos_token_id,
-        tie_word_embeddings=False, dtype=torch.bfloat16,
-    )  # fmt: skip
+        **CONFIG | {"vocab_size": len(known), "num_hidden_layers": layers, "max_position_embeddings": 8192},
+        bos_token_id=known.bos_token_id,
+        eos_token_id=known.eos_token_id,
+        dtype=torch.bfloat16,
+    )
     torch.manual_seed(0)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "hf")
     known.save_pretrained(folder / "hf")

@@ -12,13 +12,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
 import torch
 import uvicorn
+from contestants import compare, show
 
 from nemo_cpt.inference import Sampling
 from nemo_cpt.inference.server import make_app
@@ -43,7 +43,8 @@ def main() -> None:
             "transformers generate, one batch": lambda: generate(engine, prompts),
             "engine": lambda: list(engine.generate(prompts, sampling)),
             "engine, one prompt at a time": lambda: [list(engine.generate([each], sampling)) for each in prompts],
-        }
+        },
+        ROUNDS,
     )
     show(times, 16 * TOKENS)
     loaded = first_token(engine)
@@ -54,25 +55,6 @@ def main() -> None:
     print(f"  a first token of a loaded model         {loaded:8.3f} s    at most 0.3")
     print(f"  the server's time beside the engine's   {overhead:+8.1%}      at most +5 %")
     print(f"  tokens/s of eight clients beside one's  {gain:8.2f} x    at least 3")
-
-
-def compare(contestants: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Seconds of each, over ROUNDS rounds behind one that warms up."""
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for number in range(ROUNDS + 1):
-        for name, run in contestants.items():
-            start = time.perf_counter()
-            run()
-            if number:
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
-def show(times: dict[str, list[float]], tokens: int) -> None:
-    first = statistics.median(next(iter(times.values())))
-    for name, seconds in times.items():
-        median = statistics.median(seconds)
-        print(f"  {name:34} {tokens / median:8.1f}   {first / median:5.2f} x", flush=True)
 
 
 def generate(engine: TransformersEngine, prompts: list[str]) -> None:
@@ -122,7 +104,8 @@ def with_server(engine: TransformersEngine, sampling: Sampling) -> tuple[float, 
                 "engine, one prompt at a time": lambda: [list(engine.generate([each], sampling)) for each in prompts],
                 "server, one client": lambda: [ask(each) for each in prompts],
                 "server, eight clients": lambda: list(pool.map(ask, prompts)),
-            }
+            },
+            ROUNDS,
         )
     show(times, 8 * TOKENS)
     server.should_exit = True

@@ -15,12 +15,9 @@ from collections.abc import Callable
 from importlib.metadata import version
 
 import torch
+from llama31_8b import CONFIG
 
-LLAMA_31_8B = {
-    "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131_072, "rope_theta": 500_000.0,
-    "attn_implementation": "sdpa",
-}  # fmt: skip
+LLAMA_31_8B = CONFIG | {"attn_implementation": "sdpa"}
 QWEN_25_7B = {
     "vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
     "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 131_072, "rope_theta": 1_000_000.0,

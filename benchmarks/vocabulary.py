@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from llama31_8b import CONFIG
 
 from nemo_cpt.checkpoint import grow_model
 from nemo_cpt.checkpoint.architecture import parse_config
@@ -43,18 +44,7 @@ from nemo_cpt.corpus.tokenization.tokenizer import Encoder, FastEncoder, load_to
 from nemo_cpt.vocabulary import grow, train
 from nemo_cpt.vocabulary.samples import documents, draw
 
-LLAMA31_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "rope_theta": 500000.0,
-    "rms_norm_eps": 1e-5,
-    "torch_dtype": "bfloat16",
-}
+LLAMA31_8B = CONFIG | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16"}
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from llama31_8b import CONFIG, ROPE_SCALING
 
 from nemo_cpt.doctor import nvidia
 from nemo_cpt.training.metrics import read_metrics
@@ -108,15 +109,12 @@ def make_base(folder: Path, tokenizer: Path, layers: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=layers,
-        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=131_072, rms_norm_eps=1e-5,
-        rope_theta=500_000.0, bos_token_id=128_000, eos_token_id=128_001, tie_word_embeddings=False,
+        **CONFIG | {"num_hidden_layers": layers},
+        rope_scaling=ROPE_SCALING,
+        bos_token_id=128_000,
+        eos_token_id=128_001,
         torch_dtype=torch.bfloat16,
-        rope_scaling={
-            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):

@@ -40,7 +40,12 @@ class CodeSnapshot(run.Packager):
     refuse_uncommitted: bool = False
 
     def package(self, path: Path, job_dir: str, name: str) -> str:
-        """Write `job_dir/name.tar.gz` and return its path; `path` is the folder the job is submitted from."""
+        """Write `job_dir/name.tar.gz` and return its path; `path` is the folder the job is submitted from.
+
+        Raises:
+            CptError: where what is not committed is refused, there is such, or no repository; the code is too large; a
+                file cannot be read, or the archive not be written.
+        """
         root, files = _files(Path(path), self.refuse_uncommitted)
         _check_sizes(root, files)
         archive = Path(job_dir) / f"{name}.tar.gz"

@@ -39,6 +39,17 @@ def check_form(executor: str, form: str, words: str, **values: Any) -> None:
             raise CptError(f"{executor}({name}={value!r}): {words}")
 
 
+def cores_of_task(given: Mapping[str, Any]) -> int | None:
+    """The cores of each task, by arguments or fields of a job with a GPU a task; None where none are named."""
+    count = given.get("cpus_per_task") or given.get("cpus_per_gpu")
+    return int(count) if count else None
+
+
+def asks_for_memory(given: Mapping[str, Any]) -> bool:
+    """Whether arguments or fields of a job tell Slurm how much of a node's memory it takes."""
+    return any(given.get(name) is not None for name in ("mem", "mem_per_cpu", "mem_per_gpu"))  # 0 is the whole
+
+
 def asks_for_cores(given: Mapping[str, Any]) -> bool:
     """Whether arguments or fields of a job tell Slurm how many cores its tasks take."""
     return any(given.get(name) for name in ("cpus_per_task", "cpus_per_gpu", "exclusive"))

@@ -6,6 +6,7 @@ the trainer comes too late: without a GPU the trainer is not even built.
 """
 
 import ast
+import contextlib
 import inspect
 import os
 import re
@@ -185,11 +186,10 @@ def examine_task(task: Any, place: "Place", comes_first: bool = True, dryrun: bo
 
 def place_of(executor: Any) -> "Place":
     """Where an executor of NeMo-Run's runs a job; None stands for this process."""
-    from nemo_run import DockerExecutor, LocalExecutor, LocalTunnel, SkypilotExecutor
-    from nemo_run.core.execution.kubeflow import KubeflowExecutor
+    from nemo_run import DockerExecutor, LocalExecutor, LocalTunnel
 
     from nemo_cpt.doctor import Place
-    from nemo_cpt.executors.counts import asks_for_cores
+    from nemo_cpt.executors.counts import asks_for_cores, asks_for_memory, cores_of_task
     from nemo_cpt.executors.slurm_job import SlurmJob
 
     if executor is None:
@@ -212,10 +212,13 @@ def place_of(executor: Any) -> "Place":
         )
     if not isinstance(executor, SlurmJob) or not isinstance(executor.tunnel, LocalTunnel):
         elsewhere = Place(type(executor).__name__, here=False, same_packages=False, same_files=False, environ=variables)
-        if isinstance(executor, KubeflowExecutor | SkypilotExecutor):
+        if isinstance(executor, SlurmJob):  # over SSH
+            return replace(elsewhere, nodes=executor.nodes, processes=executor.tasks, tells_nodes=True)
+        with contextlib.suppress(NotImplementedError):  # an executor of the user's own need not know
             return replace(elsewhere, nodes=executor.nnodes(), processes=executor.nproc_per_node())
         return elsewhere
     in_container = bool(executor.container_image)
+    given = vars(executor) | (executor.additional_parameters or {})
     return Place(
         "slurm",
         here=False,
@@ -224,9 +227,13 @@ def place_of(executor: Any) -> "Place":
         slurm=True,
         partition=executor.partition,
         nodes=executor.nodes,
+        processes=executor.tasks,
+        tells_nodes=True,
         limit_seconds=window.seconds_of(executor.time),
         preempt_seconds=executor.preempt_seconds,
-        asks_for_cores=asks_for_cores(vars(executor) | (executor.additional_parameters or {})),
+        asks_for_cores=asks_for_cores(given),
+        cores_of_task=cores_of_task(given),
+        asks_for_memory=asks_for_memory(given),
         environ=variables,
     )
 

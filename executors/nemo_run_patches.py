@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from enum import EnumType
+from enum import Enum, EnumType
 from functools import cache, wraps
 from pathlib import Path
 from types import SimpleNamespace
@@ -301,6 +301,16 @@ def parse_what_fields_hold() -> None:
 
     TypeParser.parse_union, TypeParser.parse_list, TypeParser.parse_unknown = parse_union, parse_list, parse_unknown
     type_parser.parsers[UnionType] = type_parser.parse_union
+
+
+def write_what_fields_hold() -> None:
+    """Let NeMo-Run's YAML hold an enum's member, by the name that `parse_what_fields_hold` reads.
+
+    NeMo-Run ends with "cannot represent an object" at `model.config.attention_backend`.
+    """
+    import yaml
+
+    yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_str(member.name))
 
 
 @cache

@@ -65,6 +65,7 @@ def quote_variables() -> None:
     @wraps(write)
     def write_quoted(executor: Any, *args: Any, **kwargs: Any) -> None:
         given = executor.env_vars
+        # For the script alone: the pod's own specification has them as they are.
         executor.env_vars = {name: shlex.quote(value) for name, value in given.items()}
         try:
             write(executor, *args, **kwargs)

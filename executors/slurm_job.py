@@ -102,16 +102,29 @@ class SlurmJob(SlurmExecutor):
             return
         # The executor decides: it is what Slurm is asked for.
         trainer.num_nodes = self.nodes
-        size: Any = self  # NeMo-Run's fields have no types for mypy
-        if self.takes_recipes_size and size.ntasks_per_node == 1:
-            # GPUs that were set on the executor stand.
-            gpus = size.gpus_per_node or (trainer.devices if trainer.accelerator == "gpu" else None)
-            size.ntasks_per_node, size.gpus_per_node = size.gpus_per_node or trainer.devices, gpus
+        self.take_size(trainer.devices, trainer.accelerator == "gpu")
         if trainer.devices != self.ntasks_per_node:
             raise CptError(
                 f"the recipe's trainer has devices={trainer.devices}, and the job {self.ntasks_per_node} tasks on each "
                 "node: give the recipe's gpus_per_node and slurm(gpus_per_node=...) the same number"
             )
+
+    def take_size(self, processes: int, on_gpus: bool) -> None:
+        """Take a recipe's processes on a node, with a GPU each, where this job was given neither GPUs nor tasks."""
+        size: Any = self  # NeMo-Run's fields have no types for mypy
+        if self.takes_recipes_size and size.ntasks_per_node == 1:
+            # GPUs that were set on the executor stand, also by another directive.
+            otherwise = {"gpus", "gpus_per_task", "gpus_per_socket"} & set(self.additional_parameters or ())
+            gpus = size.gpus_per_node or (processes if on_gpus and not otherwise else None)
+            size.ntasks_per_node, size.gpus_per_node = size.gpus_per_node or processes, gpus
+
+    @property
+    def tasks(self) -> int | None:
+        """Tasks on a node; None where they are yet to be the recipe's."""
+        size: Any = self
+        if self.takes_recipes_size and size.ntasks_per_node == 1:
+            return size.gpus_per_node or None
+        return int(size.ntasks_per_node)
 
     def give_time_to_save(self, needed: int | None) -> None:
         """Have Slurm signal the tasks so many seconds ahead of the limit as they need, if that is known."""

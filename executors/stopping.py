@@ -135,6 +135,7 @@ def pass_signals_on() -> None:
     """
 
     def listen_within(experiment: Any) -> None:
+        # Python refuses handlers elsewhere: an experiment in another thread leaves signals to its caller.
         if threading.current_thread() is threading.main_thread():
             experiment._handlers_before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
             given = Given()

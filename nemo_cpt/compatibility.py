@@ -27,6 +27,7 @@ from nemo_cpt.checkpoint.model_config import (
 )
 from nemo_cpt.checkpoint.weights_digest import base_weights_of, samples, sums_of, weights_digest
 from nemo_cpt.errors import CptError
+from nemo_cpt.rounding import rounded_up
 
 ROWS = "vocab_size"
 TILE = 16  # rows of a weight that the GPU's matrix products take at once, in bf16 as in fp8
@@ -251,18 +252,13 @@ def rows_to_build(base: Base, model: Any, tensor_model_parallel_size: int) -> in
     rows = given(model, ROWS)
     # Rows that were given are built as given, or refused.
     multiple = 1 if rows else given(model, "make_vocab_size_divisible_by") or TILE
-    padded = padded_to(rows or embedding_rows(base.folder) or base.rows, multiple * tensor_model_parallel_size)
+    padded = rounded_up(rows or embedding_rows(base.folder) or base.rows, multiple * tensor_model_parallel_size)
     if rows and rows != padded:
         raise CptError(
             f"model.config.vocab_size {rows} cannot be cut into {tensor_model_parallel_size} equal parts "
             f"(tensor_model_parallel_size): leave it away, or make it {padded}"
         )
     return padded
-
-
-def padded_to(rows: int, multiple: int) -> int:
-    """The next multiple."""
-    return -(-rows // multiple) * multiple
 
 
 def given(model: Any, name: str) -> Any:
@@ -473,6 +469,7 @@ def check_largest_id(largest: int, rows: int, where: str) -> None:
 
 def _check_end(base: Base, prefix: str, manifest: Mapping[str, Any]) -> list[str]:
     """Refuse documents that end with a token at which the base's texts do not end; warn where they end with none."""
+    # Conversations have none: how their answers end is for the template to say.
     if "markers" not in manifest:
         return []
     if manifest["markers"]["eod"] is None:

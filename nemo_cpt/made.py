@@ -1,12 +1,12 @@
 """What a folder was made of, noted in it: a rerun of the same finds it done, and reads nothing large for that."""
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_cpt.checksums import hash_of
 from nemo_cpt.errors import CptError
 
 RECORD = ".made.json"  # no part of what was made: it holds times, and another one each time
@@ -52,7 +52,7 @@ class Making:
             "inputs": self.inputs,
             "options": self.options,
             "sizes": sizes,
-            "sums": {name: _sum(folder / name) for name, size in sizes.items() if size <= _SMALL},
+            "sums": {name: hash_of(folder / name) for name, size in sizes.items() if size <= _SMALL},
             "report": report,
         }
         (folder / RECORD).write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
@@ -106,11 +106,6 @@ def _unsaid(dest: Path, recorded: Mapping[str, Any]) -> str:
     return f"it holds {', '.join(names[:4]) or 'nothing'}, and does not say what it was made of"
 
 
-def _sum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _changed(dest: Path, recorded: Mapping[str, Any]) -> str:
     """Which of the files that were made is not there, or is another one; empty where all are as they were."""
     for name, size in recorded["sizes"].items():
@@ -118,5 +113,5 @@ def _changed(dest: Path, recorded: Mapping[str, Any]) -> str:
         if there != size:
             return f"its {name} " + ("is gone" if there is None else f"has {there:,} bytes, and had {size:,}")
     # A token's id for another is as many bytes.
-    changed = (name for name, known in recorded.get("sums", {}).items() if _sum(dest / name) != known)
+    changed = (name for name, known in recorded.get("sums", {}).items() if hash_of(dest / name) != known)
     return f"its {name} was changed since" if (name := next(changed, "")) else ""

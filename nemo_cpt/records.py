@@ -1,10 +1,19 @@
-"""What was written to disk as a dataclass, read back by another version of the library."""
+"""Dataclasses as JSON, and back: what was written to disk may be read by another version of the library."""
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class AsDict:
+    """What commands print with `--json`: a dataclass of plain values."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as a JSON-serialisable dict."""
+        return asdict(self)
 
 
 def restored(kind: type[T], recorded: Mapping[str, Any], **instead: Any) -> T:

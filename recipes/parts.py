@@ -78,7 +78,25 @@ def trainer(
     unlike_base: Sequence[str] = (),
     untrained_base: bool = False,
 ) -> run.Config[nl.Trainer]:
-    """A trainer with Megatron's distributed optimizer; validates before the first step and then at an interval."""
+    """A trainer with Megatron's distributed optimizer; validates before the first step and then at an interval.
+
+    Args:
+        max_steps: where the run ends.
+        val_check_interval: steps from one validation to the next.
+        num_nodes: nodes.
+        gpus_per_node: GPUs of each, a process for each.
+        tensor_model_parallel_size: GPUs that share each layer.
+        pipeline_model_parallel_size: GPUs, or groups of them, that the layers are dealt to.
+        context_parallel_size: GPUs that share each sequence.
+        sequence_parallel: whether those that share a layer share its activations too.
+        precision: see `mixed_precision`.
+        bf16_layers: see `mixed_precision`.
+        unlike_base: see `callbacks`.
+        untrained_base: see `callbacks`.
+
+    Raises:
+        CptError: see `read_precision` and `check_unlike_base`.
+    """
     strategy = run.Config(
         nl.MegatronStrategy,
         tensor_model_parallel_size=tensor_model_parallel_size,
@@ -231,6 +249,10 @@ def mixed_precision(precision: str, bf16_layers: int = 0) -> run.Config[nl.Megat
 def callbacks(unlike_base: Sequence[str] = (), untrained_base: bool = False) -> list[run.Config]:
     """What every run carries: guards, losses by validation set, metrics, alarm, timing, saving when stopped.
 
+    Args:
+        unlike_base: fields in which the model is meant to differ from its base.
+        untrained_base: the base is meant to know nothing of the data, as one of random weights.
+
     Raises:
         CptError: see `check_unlike_base`.
     """
@@ -332,7 +354,11 @@ def default_warmup(max_steps: int) -> int:
 def data(
     blend: Blend, *, tokenizer: str, seq_length: int, global_batch_size: int, micro_batch_size: int
 ) -> run.Config[BlendDataModule]:
-    """The blend's data module, with the tokenizer of a folder or a hub name."""
+    """The blend's data module, with the tokenizer of a folder or a hub name.
+
+    Raises:
+        CptError: it is no blend, of no usable form, or has test sets, which a training does not read.
+    """
     if not isinstance(blend, Blend):
         raise CptError(f"data is {blend!r}: give a Blend, such as Blend(train={{'ds/ja': 0.75, 'ds/en': 0.25}})")
     blend.check_form()  # the form alone: the files may be on another machine

@@ -9,7 +9,8 @@ CHECKOUT = Path(__file__).parents[1]
 
 # From the bottom up: a room imports rooms of the lines above it alone.
 LAYERS = (
-    ("constants", "importing", "installed", "moved", "output", "page", "quiet", "records", "signals", "urls"),
+    ("checksums", "constants", "moved", "records", "rounding", "urls"),
+    ("importing", "installed", "output", "page", "quiet", "signals"),
     ("errors", "cpu_stack"),
     ("arguments", "cache", "hub", "made", "python_files", "recipe_models", "strict_yaml"),
     ("corpus",),

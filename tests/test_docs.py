@@ -1,6 +1,7 @@
 """What the pages of docs/ tell to type exists: commands, options, recipes, their parameters, imported names."""
 
 import ast
+import builtins
 import importlib
 import re
 from collections.abc import Iterator
@@ -15,9 +16,12 @@ from nemo_cpt.launching.config_file import read_config
 from nemo_cpt.launching.description import describe
 
 CHECKOUT = Path(__file__).parents[1]
-PAGES = {path.stem: path.read_text("utf-8") for path in sorted((CHECKOUT / "docs").glob("*.md"))}
+PAGES = {
+    path.stem: path.read_text("utf-8") for path in (CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").glob("*.md")))
+}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 NOT_OF_THE_RECIPE = ("key", "executor", "name", "NAME")  # "key=value" stands for any
+OF_THE_READER = {"MyCallback"}
 OF_TYPER = {"--help", "-h", "--version", "--install-completion", "--show-completion"}
 
 
@@ -39,6 +43,34 @@ def told(text: str) -> Iterator[list[str]]:
             words = re.sub(r"['\"\[\]]", " ", part).split()
             if words[:1] == ["nemo-cpt"] and len(words) > 1:
                 yield words[1:]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_its_links_and_the_files_that_it_names_lead_somewhere(page: str) -> None:
+    folder, text = CHECKOUT / ("" if page == "README" else "docs"), BLOCK.sub("", PAGES[page])
+    wrong = []
+    for file, anchor in re.findall(r"\]\((?!https?:)([^)\s#]*)#?([^)\s]*)\)", text):
+        if not (folder / file).exists() or anchor not in {"", *anchors(PAGES.get(Path(file or page).stem, ""))}:
+            wrong.append(f"{file}#{anchor}")
+    if page != "guarantees":  # which names tests from the folder of tests, and has a test of its own
+        named = re.findall(r"\b(?:tests|nemo_cpt|executors|recipes|benchmarks|examples)/[\w./*]+\.\w+\b", PAGES[page])
+        wrong += [file for file in named if not list(CHECKOUT.glob(file))]
+    assert not wrong
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_options_of_its_scripts_exist(page: str) -> None:
+    text = re.sub(r"\\\n\s*", "", PAGES[page]).replace("\n    --", " --")
+    for file, rest in re.findall(r"python ((?:benchmarks|examples)/\w+\.py)([^`\n#]*)", text):
+        options = re.findall(r"[\"'](--[a-z][\w-]*)[\"']", (CHECKOUT / file).read_text("utf-8"))
+        unknown = set(re.findall(r"--[a-z][\w-]*", rest)) - set(options)
+        assert not unknown, f"{file} has no {unknown}"
+
+
+def anchors(text: str) -> set[str]:
+    """Of a page's headings, as GitHub and MkDocs make them."""
+    headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", text), re.MULTILINE)
+    return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip()) for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -105,6 +137,21 @@ def test_its_python_is_python_and_imports_what_there_is(page: str) -> None:
             if isinstance(node, ast.ImportFrom) and str(node.module).startswith("nemo_cpt"):
                 missing = {alias.name for alias in node.names} - names_in(str(node.module))
                 assert not missing, f"{node.module} has no {missing}"
+
+
+@pytest.mark.parametrize("page", [name for name, text in PAGES.items() if "```python" in text])
+def test_its_python_says_where_each_name_comes_from(page: str) -> None:
+    for block in (block for kind, block in BLOCK.findall(PAGES[page]) if kind == "python"):
+        known = {*dir(builtins), *OF_THE_READER}
+        for node in ast.walk(tree := ast.parse(block)):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                known |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+                known.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                known.add(node.id)
+        unknown = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - known
+        assert not unknown, f"imported nowhere: {unknown}, in\n{block}"
 
 
 def names_in(module: str) -> set[str]:

@@ -10,7 +10,7 @@ from nemo_cpt.catalog import source
 from nemo_cpt.errors import CptError, nearest
 from nemo_cpt.importing import uncollected
 from nemo_cpt.training import settings
-from nemo_cpt.training.fields import fields_of, parts_of
+from nemo_cpt.training.fields import check_fields, fields_of, parts_of
 
 
 def build_recipe(recipe: str, arguments: Mapping[str, Any], overrides: Sequence[str] = ()) -> Any:
@@ -37,6 +37,7 @@ def build_recipe(recipe: str, arguments: Mapping[str, Any], overrides: Sequence[
     partial = getattr(recipes, function)(**given)
     for override in overrides:
         _override(partial, override, parameters)
+    check_fields(partial)
     # Once more: the fields that were changed may have made numbers with which no job could run.
     settings.check(settings.settings_in(partial))
     return partial

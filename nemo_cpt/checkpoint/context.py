@@ -180,6 +180,7 @@ _GPT2_ARGUMENTS: dict[str, Any] = {
 
 
 def _largest_power_of_two(vocab_size: int) -> int:
+    # 128 at most, as Megatron has it by itself.
     return next(base for base in (128, 64, 32, 16, 8, 4, 2, 1) if vocab_size % base == 0)
 
 

@@ -109,6 +109,7 @@ class DistributedReader:
 
     def pieces(self, key: str, axis: int) -> int:
         """Into how many a tensor is cut along an axis, as by tensor-parallel ranks."""
+        # By where they begin: pieces that lie beside each other along other axes begin at one place along this.
         return len({chunk.offsets[axis] for chunk in self._chunks[key]})
 
     def read(

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from nemo_cpt.checkpoint.download_record import DownloadRecord, FileRecord, read
 from nemo_cpt.corpus.atomic_files import locked, make_folder
 from nemo_cpt.errors import CptError
 from nemo_cpt.hub import content_of, explained, git_prefix, progress_bars, retries_told_once
+from nemo_cpt.records import AsDict
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
@@ -30,7 +31,7 @@ _PATIENCE_SECONDS = 2.0  # for another process to end
 
 
 @dataclass(frozen=True)
-class DownloadReport:
+class DownloadReport(AsDict):
     """What a download did: `commit` is the revision's full hash; `already_there` says that nothing was fetched."""
 
     repo_id: str
@@ -41,10 +42,6 @@ class DownloadReport:
     left_out: tuple[str, ...]
     already_there: bool
     seconds: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report as a JSON-serialisable dict."""
-        return asdict(self)
 
 
 @checked

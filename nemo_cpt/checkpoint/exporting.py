@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,17 @@ from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import read_json
 from nemo_cpt.checkpoint.arrays import DTYPES, check_finite
 from nemo_cpt.checkpoint.base import model_files, nemo_folder, unchanged
-from nemo_cpt.checkpoint.folders import new_folder
 from nemo_cpt.checkpoint.provenance import hand_on, read_provenance, trainings_of
 from nemo_cpt.checkpoint.safetensors_files import SHARD_BYTES, TensorPlan, write_weights
 from nemo_cpt.checkpoint.trained import Description, Trained, describe, open_trained
+from nemo_cpt.corpus.atomic_folders import new_folder
 from nemo_cpt.errors import CptError
 from nemo_cpt.made import Making, Stamps, stamps
-from nemo_cpt.records import restored
+from nemo_cpt.records import AsDict, restored
 
 
 @dataclass(frozen=True)
-class ExportReport:
+class ExportReport(AsDict):
     """What an export did.
 
     Attributes:
@@ -63,10 +63,6 @@ class ExportReport:
     warnings: tuple[str, ...]
     seconds: float
     status: str = "written"
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report as a JSON-serialisable dict."""
-        return asdict(self)
 
 
 @checked
@@ -136,8 +132,7 @@ def export_hf(
             size = sum(plan.nbytes for plan in plans)
             load = _counted(trained, plans, progress)
             write = partial(_write_model, trained, described, plans, load, shard_bytes)
-        # 64 MiB beside the weights: tokenizer, index and configuration.
-        with new_folder(dest, size + 64 * 2**20) as folder:
+        with new_folder(dest, size) as folder:
             report = ExportReport(
                 source=str(source),
                 dest=str(dest),

@@ -7,10 +7,9 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,20 +21,21 @@ from nemo_cpt.checkpoint.base import model_files, nemo_folder, unchanged
 from nemo_cpt.checkpoint.chat_template import InstructionTemplate, write_template
 from nemo_cpt.checkpoint.context import HF_FOLDER
 from nemo_cpt.checkpoint.exporting import inputs_of
-from nemo_cpt.checkpoint.folders import copy_small_files, new_folder, require_tokenizer
+from nemo_cpt.checkpoint.folders import copy_small_files, require_tokenizer
 from nemo_cpt.checkpoint.importing import check_tensors
 from nemo_cpt.checkpoint.nemo_writer import Tensors, write_nemo
 from nemo_cpt.checkpoint.provenance import hand_on
 from nemo_cpt.checkpoint.safetensors_files import SHARD_BYTES, HFWeights, TensorPlan, write_weights
 from nemo_cpt.checkpoint.trained import describe, open_trained
 from nemo_cpt.conversations.templates import own_template
+from nemo_cpt.corpus.atomic_folders import new_folder
 from nemo_cpt.corpus.reading.chunks import stamps_of
 from nemo_cpt.corpus.reading.sources import Inputs
 from nemo_cpt.corpus.tokenization.tokenizer import Tokenizer
 from nemo_cpt.corpus.tokenization.tokenizer_files import FILES, read_object
 from nemo_cpt.errors import CptError
 from nemo_cpt.made import Making, stamps
-from nemo_cpt.records import restored
+from nemo_cpt.records import AsDict, restored
 from nemo_cpt.vocabulary.byte_level import FIRST_ROW, RECORD, ByteLevelBPE, grew_from, read_byte_level
 from nemo_cpt.vocabulary.similarity import Likeness, similar_tokens
 
@@ -49,7 +49,7 @@ _NOISE = 0.05
 
 
 @dataclass(frozen=True)
-class GrowModelReport:
+class GrowModelReport(AsDict):
     """What growing a model did.
 
     Attributes:
@@ -83,10 +83,6 @@ class GrowModelReport:
     bytes_written: int
     seconds: float
     status: str = "written"
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report as a JSON-serialisable dict."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -207,7 +203,7 @@ def grow_model(
         rows = tuple(slot.name for slot in layout.slots(grown) if slot.part == "vocab")
         plans = [TensorPlan(slot.name, model.dtype_of(slot.name), slot.shape) for slot in layout.slots(grown)]
         size = sum(plan.nbytes for plan in plans)
-        with new_folder(dest, size + 64 * 2**20) as folder:
+        with new_folder(dest, size) as folder:
             small_files = folder if model.is_hf else folder / HF_FOLDER
             model.write_files(small_files)
             _replace_tokenizer(small_files, tokenizer, growth)
@@ -331,6 +327,7 @@ def _open_hf(source: Path, base: str | Path | None, ignore_fields: Collection[st
         where=source,
         read=weights.read,
         blocks=weights.blocks,
+        # Each its own: a folder may hold norms in fp32 beside matrices in bf16, and all old bits stay.
         dtype_of=lambda name: weights.infos[name].dtype,
         write_files=lambda folder: _copy_files(source, folder),
     )
@@ -404,12 +401,14 @@ def _other_settings(files: Path, tokenizer: Path, old: Tokenizer, new: Tokenizer
     template = own_template(files)
     if template is not None and template != own_template(tokenizer):
         return "chat template"
+    # One that the model's own lacks may come with the grown one; one that it has must not change.
     kinds = [kind for kind in ("bos", "eos", "pad") if getattr(old, kind) not in (None, getattr(new, kind))]
     return next((f"{kind}_token {getattr(old, kind)[0]!r}" for kind in kinds), None)
 
 
 def _old_tokens(old: ByteLevelBPE, new: ByteLevelBPE) -> list[Likeness]:
     """The old ids of each new token's text, by new id, all of one weight."""
+    # A new token is spelled in bytes' characters, and the old model's merges cut that spelling as they cut the text.
     names = {number: token for token, number in new.ids.items()}
     words = [names.get(number, "") for number in range(old.size, new.size)]
     encodings = old.model_alone().encode_batch_fast(words, add_special_tokens=False)

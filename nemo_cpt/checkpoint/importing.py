@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,18 +16,19 @@ from nemo_cpt.checkpoint.architecture import Architecture, read_architecture
 from nemo_cpt.checkpoint.arrays import bits
 from nemo_cpt.checkpoint.base import model_files
 from nemo_cpt.checkpoint.context import HF_FOLDER
-from nemo_cpt.checkpoint.folders import copy_small_files, new_folder, require_tokenizer
+from nemo_cpt.checkpoint.folders import copy_small_files, require_tokenizer
 from nemo_cpt.checkpoint.nemo_writer import Tensors, write_nemo
 from nemo_cpt.checkpoint.provenance import hand_on
 from nemo_cpt.checkpoint.safetensors_files import HFWeights
 from nemo_cpt.checkpoint.tokenizer_ids import count_token_ids
+from nemo_cpt.corpus.atomic_folders import new_folder
 from nemo_cpt.errors import CptError
 from nemo_cpt.made import Making, stamps
-from nemo_cpt.records import restored
+from nemo_cpt.records import AsDict, restored
 
 
 @dataclass(frozen=True)
-class ImportReport:
+class ImportReport(AsDict):
     """What an import did.
 
     Attributes:
@@ -56,10 +56,6 @@ class ImportReport:
     warnings: tuple[str, ...]
     seconds: float
     status: str = "written"
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report as a JSON-serialisable dict."""
-        return asdict(self)
 
 
 @checked
@@ -108,8 +104,7 @@ def import_hf(
     tensors = Tensors(
         weights.read, weights.blocks, path=lambda name: infos[name].path, nbytes=lambda name: infos[name].nbytes
     )
-    # 64 MiB beside the weights: tokenizer, context and metadata.
-    with new_folder(dest, sum(sizes) + 64 * 2**20) as folder:
+    with new_folder(dest, sum(sizes)) as folder:
         copy_small_files(source, folder / HF_FOLDER)
         hand_on(source, folder / HF_FOLDER)
         write_nemo(folder, tensors, arch, progress)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,17 +16,17 @@ from nemo_cpt.checkpoint.arrays import DTYPES, cast
 from nemo_cpt.checkpoint.base import nemo_folder, unchanged
 from nemo_cpt.checkpoint.context import HF_FOLDER
 from nemo_cpt.checkpoint.exporting import checked_dtype, inputs_of
-from nemo_cpt.checkpoint.folders import new_folder
 from nemo_cpt.checkpoint.lora import base_of, holds_adapters
 from nemo_cpt.checkpoint.nemo_writer import Tensors, write_nemo
 from nemo_cpt.checkpoint.trained import Trained, describe, open_trained
+from nemo_cpt.corpus.atomic_folders import new_folder
 from nemo_cpt.errors import CptError
 from nemo_cpt.made import Making
-from nemo_cpt.records import restored
+from nemo_cpt.records import AsDict, restored
 
 
 @dataclass(frozen=True)
-class MergeReport:
+class MergeReport(AsDict):
     """What a merge did.
 
     Attributes:
@@ -57,10 +56,6 @@ class MergeReport:
     warnings: tuple[str, ...]
     seconds: float
     status: str = "written"
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report as a JSON-serialisable dict."""
-        return asdict(self)
 
 
 @checked
@@ -106,7 +101,7 @@ def merge(
         shapes = {slot.name: slot.shape for slot in layout.slots(arch)}
         tensors = _in_dtype(trained, dtype, shapes)
         size = sum(map(tensors.nbytes, shapes))
-        with new_folder(dest, size + 64 * 2**20) as folder:
+        with new_folder(dest, size) as folder:
             described.write(folder / HF_FOLDER, dtype)
             write_nemo(folder, tensors, arch, progress)
             report = MergeReport(

@@ -273,6 +273,7 @@ def _leaves_scaling_open(config: Any) -> bool:
 
 def _rope_scaling(get: Get) -> RopeScaling | None:
     factor, low, high, old, interpolation = (get(name) for name in _ROPE_SCALING)
+    # Megatron's two ways of scaling are two sets of fields; a factor that is None or 0 scales nothing.
     llama3 = _unless_one(RopeScaling("llama3", factor, low, high, old) if factor else None)
     linear = _unless_one(RopeScaling("linear", interpolation) if interpolation else None)
     if llama3 and linear:  # Megatron applies one after the other; config.json has room for one

@@ -120,7 +120,11 @@ def _read(reader: DistributedReader, parameter: str) -> np.ndarray:
 
 @contextlib.contextmanager
 def one_process(backend: str = "gloo") -> Iterator[None]:
-    """Megatron's process groups for one process; torn down again unless they were there before."""
+    """Megatron's process groups for one process, torn down again at the end.
+
+    Raises:
+        CptError: there are process groups already: they are somebody's.
+    """
     import torch.distributed as dist
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed

@@ -128,6 +128,7 @@ class HFWeights:
 
 def _parse_header(path: Path) -> tuple[dict[str, Any], int]:
     with path.open("rb") as file:
+        # The format: the header's length, the header as JSON, then the data, which offsets are counted from.
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
     # The only entry that is no tensor.

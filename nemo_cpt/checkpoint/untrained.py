@@ -6,7 +6,7 @@ import json
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import Architecture, parse_config
 from nemo_cpt.checkpoint.arrays import BLOCK_BYTES, DTYPES
 from nemo_cpt.checkpoint.context import HF_FOLDER
-from nemo_cpt.checkpoint.folders import copy_small_files, new_folder, require_tokenizer, small_files
+from nemo_cpt.checkpoint.folders import copy_small_files, require_tokenizer, small_files
 from nemo_cpt.checkpoint.nemo_writer import Tensors, write_nemo
 from nemo_cpt.checkpoint.provenance import Provenance, write_provenance
 from nemo_cpt.checkpoint.tokenizer_ids import count_token_ids
+from nemo_cpt.corpus.atomic_folders import new_folder
 from nemo_cpt.errors import CptError, near_paths
 from nemo_cpt.made import Making, stamps
-from nemo_cpt.records import restored
+from nemo_cpt.records import AsDict, restored
 
 # GPT-3's sizes (arXiv 2005.14165, table 2.1; its 1.3B with 16 heads of 128), with Llama's layers: a gated MLP two
 # thirds as wide, to a multiple of 256 (arXiv 2302.13971). `tiny` is for a CPU.
@@ -40,7 +41,7 @@ _RESIDUAL = ("o_proj.weight", "down_proj.weight", "c_proj.weight")
 
 
 @dataclass(frozen=True)
-class UntrainedReport:
+class UntrainedReport(AsDict):
     """What was made.
 
     Attributes:
@@ -64,10 +65,6 @@ class UntrainedReport:
     bytes_written: int
     seconds: float
     status: str = "written"
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report as a JSON-serialisable dict."""
-        return asdict(self)
 
 
 @checked
@@ -112,9 +109,9 @@ def make_untrained(
     arch = parse_config(config, "the model's config.json")
     weights = _Weights(arch, seed)
     size = sum(map(weights.nbytes, weights.shapes))
+    # There is no file that they are read from: messages name the place where they go.
     tensors = Tensors(weights.read, weights.blocks, path=lambda name: Path(dest), nbytes=weights.nbytes)
-    # Beside the weights: the tokenizer's files and the checkpoint's own.
-    with new_folder(dest, size + 64 * 2**20) as folder:
+    with new_folder(dest, size) as folder:
         _write_small_files(folder / HF_FOLDER, tokenizer, config)
         write_nemo(folder, tensors, arch, progress)
         report = UntrainedReport(

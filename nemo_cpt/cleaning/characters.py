@@ -72,6 +72,7 @@ def folded() -> Any:
 
     table = np.arange(sys.maxunicode + 1, dtype=np.uint32)
     for code in range(0x20000):
+        # NFKC undoes width and makes one of all kinds of spaces; beyond these planes is neither width nor case.
         plain = unicodedata.normalize("NFKC", chr(code)).lower()
         if not plain or plain.isspace():
             table[code] = 0

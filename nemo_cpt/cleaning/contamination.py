@@ -124,6 +124,7 @@ class Index:
         mixed, found = self._symbols(document), set[int]()
         for size in self.sizes:
             windows = window_hashes(mixed, size)
+            # By their upper bits: nearly all windows are out after one look, and few are searched for.
             likely = windows[self._table[windows >> np.uint64(64 - _TABLE_BITS)]]
             if len(likely):
                 # A number above all of them would be looked up behind the end.

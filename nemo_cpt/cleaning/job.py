@@ -198,6 +198,7 @@ class Cleaning:
 
     def _other_options(self, recorded: dict[str, Any]) -> str | None:
         """Return what differs between the options and those of a manifest; of evaluation sets the content counts."""
+        # As JSON gives them back, which the recorded ones are: lists for tuples.
         ours = orjson.loads(_dumps(self.options))
         sets, before = (
             {each.get("hash", ""): each["path"] for each in options["evaluation_sets"]} for options in (ours, recorded)

@@ -165,6 +165,7 @@ def clean_part(folder: str | os.PathLike[str], number: int) -> None:
         begin, cleaning = time.monotonic(), _cleaning(Cleaning, settings, share)
         cleaning.rules.load()
         part, work = Path(plan.part(number)), Path(plan.part(number) + ".unfinished")
+        # The part, too: what is there is not this job's, or `_is_done` would have said so.
         for leftover in (work, part):
             shutil.rmtree(leftover, ignore_errors=True)
         work.mkdir()
@@ -216,6 +217,7 @@ class _Joined(Cleaning):
             for name in (KEPT, DROPPED, SKETCHES):
                 with (work / name).open("wb") as file:
                     for part, _ in self.parts:
+                        # The end anew each time: `copy_to` writes at an offset, and moves no position.
                         copy_to(part / name, file.fileno(), file.seek(0, os.SEEK_END))
                         bar.update(sum(each.stat().st_size for each in work.iterdir()))
                     os.fsync(file.fileno())

@@ -68,6 +68,7 @@ def word_ngrams(words: Words, longest: int) -> Iterator[WordNGrams]:
         if sizes.max() < 2:
             yield WordNGrams(n, 0.0, 0.0)
             continue
+        # Of several that are as frequent, the one with most characters.
         most = places[firsts[sizes == sizes.max()]]
         top = int(sizes.max()) * int((ends[most + n] - ends[most]).max())
         again = np.delete(places, firsts)

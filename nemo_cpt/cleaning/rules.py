@@ -94,6 +94,7 @@ class Rules:
         """Return these rules with further evaluation sets, of which no document may hold a part."""
         if not files:
             return self
+        # Widened where it stands: its place among the rules decides what the others have changed of the text by then.
         known = next((rule for rule in self.rules if isinstance(rule, Contamination)), None)
         if known is None:
             rules = (*self.rules, Contamination.of(self.language, files))
@@ -114,6 +115,7 @@ class Rules:
 
     def as_dict(self) -> dict[str, Any]:
         """Return them as plain data."""
+        # The name is a class variable, which `asdict` leaves out.
         rules = [{"rule": rule.name} | _plain(asdict(rule)) for rule in self.rules]
         return {"language": self.language, "rules": rules, "duplicates": asdict(self.duplicates)}
 

@@ -22,7 +22,12 @@ def evaluate_command(
     ] = Path("evaluation"),
     against: Annotated[str | None, typer.Option(help="The model to compare with, of the same forms.")] = None,
     checkpoints: Annotated[Path | None, typer.Option(help="A run's folder: all of its checkpoints.")] = None,
-    loss: Annotated[list[str] | None, typer.Option(help="NAME=PATH: a Megatron prefix, or a file of texts.")] = None,
+    loss: Annotated[
+        list[str] | None, typer.Option(help="NAME=PATH: a Megatron prefix, or a file; of texts or of conversations.")
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(help="Of a file's conversations, as in `prepare`; default: the model's own.")
+    ] = None,
     prompts: Annotated[list[str] | None, typer.Option(help="[NAME=]FILE, or ja, zh-tw, ko, en: what ships.")] = None,
     tasks: Annotated[
         list[str] | None, typer.Option(help="lm-evaluation-harness' tasks, or ja, zh-tw, en-forgetting.")
@@ -52,9 +57,9 @@ def evaluate_command(
             "measuring every default set whole; --limit 20 takes 20 of each, --loss, --prompts and --tasks choose sets"
         )
     found = evaluate(
-        model, output, against=against, checkpoints_of=checkpoints, losses=loss or (), prompts=prompts or (),
-        tasks=tasks or (), judge=judge, wrappers=wrapper or (), language=language, max_tokens=max_tokens, limit=limit,
-        seed=seed, base=base, device=device, api_key=key_of_variable(api_key_env),
+        model, output, against=against, checkpoints_of=checkpoints, losses=loss or (), template=template,
+        prompts=prompts or (), tasks=tasks or (), judge=judge, wrappers=wrapper or (), language=language,
+        max_tokens=max_tokens, limit=limit, seed=seed, base=base, device=device, api_key=key_of_variable(api_key_env),
         judge_key=key_of_variable(judge_key_env), say=print_note, quiet=quiet,
     )  # fmt: skip
     # Written before anything is printed: a reader of stdout that has gone must not cost the report.

@@ -53,6 +53,7 @@ def chat_command(
 
     from nemo_cpt.inference import Sampling
     from nemo_cpt.inference.chat import Chat, typed_lines
+    from nemo_cpt.inference.models import takes_base
 
     if against_key_env and not against:
         raise CptError("--against-key-env names the key of --against, which is not given")
@@ -64,6 +65,8 @@ def chat_command(
     asked = [(model, api_key_env), *([(against, against_key_env)] if against else [])]
     for each in asked:
         _check_side(*each)
+    if base and not any(takes_base(each) for each, _ in asked):
+        raise CptError(f"--base {base}: {model} is whole, and takes no base: leave it away")
     # Endpoints first: whether one answers is known sooner than a model is loaded.
     order = sorted(range(len(asked)), key=lambda number: not is_address(asked[number][0]))
     opened = {number: _side(*asked[number], options, plain) for number in order}
@@ -95,10 +98,13 @@ def _side(model: str, key_variable: str | None, options: dict[str, Any], plain: 
 
     from nemo_cpt.inference import open_engine
     from nemo_cpt.inference.chat import Side
+    from nemo_cpt.inference.models import takes_base
 
     key = key_of_variable(key_variable)
+    # What is set holds for the model beside it where this one takes none of it.
+    options = {} if is_address(model) else options if takes_base(model) else options | {"base": None}
     with Console(stderr=True).status(f"loading {model}"):
-        engine = open_engine(model, api_key=key, say=print_note, **({} if is_address(model) else options))
+        engine = open_engine(model, api_key=key, say=print_note, **options)
     # An endpoint's engine says nothing of it: the template is its server's.
     if not plain and not getattr(engine, "has_chat_template", True):
         print_note(f"{model} has no chat template: it continues your text (--chat-template alpaca-en gives it one)")

@@ -76,6 +76,9 @@ def show(
     partial = build_recipe(function.name, arguments, fields)
     from nemo_run.core.serialization.yaml import YamlSerializer
 
+    from nemo_cpt.executors import nemo_run_patches
+
+    nemo_run_patches.write_what_fields_hold()
     print(YamlSerializer().serialize(partial))
 
 
@@ -129,9 +132,9 @@ def run(
     from nemo_cpt.catalog.build import build_recipe
     from nemo_cpt.doctor.preflight import preflight
     from nemo_cpt.launching import dry_run, jobs
-    from nemo_cpt.launching.description import describe
+    from nemo_cpt.launching.description import describe, moves_its_folder
     from nemo_cpt.launching.executor import make_executor
-    from nemo_cpt.launching.task import moves_its_folder, nothing_to_train
+    from nemo_cpt.launching.task import nothing_to_train
     from nemo_cpt.watching.launch_view import launch_view
     from nemo_cpt.watching.terminal import shows_views
 
@@ -149,9 +152,10 @@ def run(
         errors = preflight(job, force=force or dryrun, how_to_force="--force", speaker="nemo-cpt")
         if check or (fields and executor != "local"):
             build_recipe(function.name, arguments, fields)
-        where = make_executor(executor, options, job.settings.gpus_per_node or 1, job.num_nodes)
+        on_gpus = bool(function.gpus(arguments))
+        where = make_executor(executor, options, job.settings.gpus_per_node or 1, job.num_nodes, on_gpus)
         # A CPU recipe saves in seconds: its plan would cost NeMo's import for nothing.
-        if function.gpus(arguments):
+        if on_gpus:
             jobs.give_time_to_save(where, function, arguments, fields)
         if dryrun:
             result = dict(dry_run.rows(job, function, arguments, fields, options, where))

@@ -75,6 +75,7 @@ def _register_executors() -> None:
     from nemo_cpt.executors import nemo_run_patches
 
     nemo_run_patches.parse_what_fields_hold()
+    nemo_run_patches.write_what_fields_hold()
     nemo_run_patches.say_which_argument_is_wrong()
     for name in executors.__all__:
         function = getattr(executors, name)

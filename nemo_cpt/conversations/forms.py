@@ -75,6 +75,14 @@ def read_conversation(value: Any, form: str = AUTO, system: str | None = None) -
     return Conversation(messages, trained, name)
 
 
+def is_conversation(value: Any) -> bool:
+    """Say whether an object has the keys of a conversation, of one form or of several."""
+    try:
+        return isinstance(value, dict) and bool(_recognise(frozenset(value)))
+    except UnusableError as error:
+        return error.reason == "ambiguous_form"
+
+
 # A million lines have a handful of sets of keys.
 @lru_cache(maxsize=1024)
 def _recognise(keys: frozenset[str]) -> str:

@@ -323,6 +323,19 @@ class TrainingSequences:
         return start + np.concatenate(parts)
 
 
+def check_any_fits(fit: Fit, prefix: str) -> None:
+    """Refuse a set of which nothing is left in sequences of some length.
+
+    Raises:
+        CptError: It is so.
+    """
+    if not fit.positions.any():
+        raise CptError(
+            f"None of the {len(fit.positions)} conversations of {prefix} fits into {fit.seq_length} positions: there "
+            "is nothing to measure."
+        )
+
+
 def sequences_of(chats: ConversationSet, seq_length: int, too_long: str = "drop") -> tuple[Packing, Fit]:
     """Return a whole set's packing, always the same: what a validation goes through once."""
     fit = chats.fit(seq_length, too_long)

@@ -218,6 +218,7 @@ class ConversationWork:
             batch: list[Reading] = found.texts[i : i + BATCH]
             result = encode_pieces([reading.pieces for reading in batch], self._pieces)
             tokens.append(result.tokens.astype(self._dtype, copy=False).tobytes())
+            # A byte a token, beside the tokens: `files` of the output has their order.
             masks.append(result.mask.tobytes())
             lengths.append(result.lengths)
             encoded.largest = max(encoded.largest, int(result.tokens.max(initial=0)))

@@ -1,7 +1,6 @@
 """Writing files so that they are complete or absent, by one process at a time."""
 
 import fcntl
-import hashlib
 import os
 import shutil
 import time
@@ -245,9 +244,3 @@ def write_whole(path: Path, data: bytes) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise CptError(f"Cannot write {path}: {error.strerror}.") from error
-
-
-def hash_of(path: Path, algorithm: str = "sha256") -> str:
-    """Return a file's checksum in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest()

@@ -120,6 +120,7 @@ class Plan:
         ours, theirs = self._described(), there._described()
         differing = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
         shown = [key for key in differing if key not in ("inputs", "ranges")]
+        # Lists of inputs and ranges would fill a screen: what became of them is said in words.
         words = [f"{key} is {theirs.get(key)!r}, not {ours.get(key)!r}" for key in shown]
         changed = self._changed_since(there)
         if "inputs" in differing or not shown:
@@ -154,6 +155,7 @@ class Plan:
             "job": self.job,
             "settings": self.settings,
             "sources": [asdict(source) for source in self.sources],
+            # By the inputs' numbers: thousands of tasks would each repeat the paths.
             "shares": [[[numbers[each.path], each.start, each.stop] for each in share] for share in self.shares],
             "overwrite": self.overwrite,
         }
@@ -212,6 +214,7 @@ def left_over(folder: Path) -> list[str]:
 
 def remove_parts(folder: Path) -> None:
     """Remove parts and plan, the plan last; the folder too, unless somebody else put something into it."""
+    # Files of ours alone: the folder is beside the user's output, and may hold what somebody put there.
     for path in folder.glob("part-[0-9][0-9][0-9][0-9][0-9]*"):
         if path.is_dir():
             shutil.rmtree(path)

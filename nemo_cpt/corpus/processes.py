@@ -43,6 +43,7 @@ def in_order(work: Callable[[Task], Result], tasks: Iterable[Task], workers: int
         except BrokenProcessPool:
             raise CptError("A worker process died; the system may have run out of memory: use fewer workers.") from None
         finally:
+            # Else the pool would work through all that was given to it before it ends.
             for _, future in ahead:
                 future.cancel()
 

@@ -28,6 +28,7 @@ def continually_pretrain(
     """
     import nemo_run as run
 
+    from nemo_cpt.checkpoint import verify
     from nemo_cpt.corpus import Blend
     from nemo_cpt.recipes import tiny
     from nemo_cpt.training import guards
@@ -47,7 +48,9 @@ def continually_pretrain(
     run.run(recipe, direct=True)
     if export:
         # Here, in the job's process, which has NeMo: its logits are compared with the export's.
-        _export(Path(folder), name)
+        report = verify(_export(Path(folder), name), Path(folder, f"{name}_hf"), logits=True)
+        verified = {"max_logit_difference": report.logits_difference}
+        Path(folder, f"{name}_verified.json").write_text(json.dumps(verified))
 
 
 def instruction_tune(
@@ -74,7 +77,6 @@ def instruction_tune(
     """
     import nemo_run as run
 
-    from nemo_cpt.checkpoint import export_hf
     from nemo_cpt.conversations import Conversations
     from nemo_cpt.recipes import tiny
     from nemo_cpt.training import guards
@@ -90,16 +92,14 @@ def instruction_tune(
     )
     guards.check(recipe)
     run.run(recipe, direct=True)
-    checkpoint = newest_whole(Path(folder, "runs", name, "checkpoints"))
-    assert checkpoint is not None, "a run that ended well has a checkpoint"
-    export_hf(checkpoint.path, Path(folder, f"{name}_hf"), base=Path(folder, "base_hf"))
+    _export(Path(folder), name)
 
 
-def _export(folder: Path, name: str) -> None:
-    from nemo_cpt.checkpoint import export_hf, verify
+def _export(folder: Path, name: str) -> Path:
+    """Write `NAME_hf` of the run's newest checkpoint, and return the checkpoint."""
+    from nemo_cpt.checkpoint import export_hf
 
     checkpoint = newest_whole(folder / "runs" / name / "checkpoints")
     assert checkpoint is not None, "a run that ended well has a checkpoint"
     export_hf(checkpoint.path, folder / f"{name}_hf", base=folder / "base_hf")
-    report = verify(checkpoint.path, folder / f"{name}_hf", logits=True)
-    (folder / f"{name}_verified.json").write_text(json.dumps({"max_logit_difference": report.logits_difference}))
+    return checkpoint.path

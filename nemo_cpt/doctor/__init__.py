@@ -35,7 +35,7 @@ PREFLIGHT: tuple[Check, ...] = (
 )
 """Quick ones: no process is started but sinfo and scontrol."""
 
-FITTING: tuple[Check, ...] = (gpus.fit, slurm.saving_in_time)
+FITTING: tuple[Check, ...] = (gpus.fit, slurm.saving_in_time, slurm.memory)
 """Looked at before a launch where nothing else is red: the first time it takes as long as NeMo's import."""
 
 CHECKS: tuple[Check, ...] = (
@@ -70,6 +70,7 @@ JOB_CHECKS: tuple[Check, ...] = (
     gpus.fit,
     slurm.cores,
     slurm.saving_in_time,
+    slurm.memory,
     access.mlflow,
     containers.docker,
     mounts.mounts,

@@ -3,10 +3,14 @@
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from nemo_cpt.doctor.job import Job, Place, checkpoints_at_once, exports_kept
+from nemo_cpt.arguments import parameters_of
+from nemo_cpt.doctor.job import FOLDER_FIELDS, Job, Place, checkpoints_at_once, exports_kept
+from nemo_cpt.training.changes import trained_on
 from nemo_cpt.training.fields import check_fields
+from nemo_cpt.training.run_folder import Checkpoint
 from nemo_cpt.training.settings import settings_in
 
 if TYPE_CHECKING:
@@ -41,6 +45,7 @@ def job_of(recipe: Any, place: Place) -> Job | None:
     callbacks = getattr(trainer, "callbacks", None) or []
     tokenizer = getattr(getattr(data, "tokenizer", None), "pretrained_model_name", None)
     read, replay = _mixtures(data)
+    resume = getattr(recipe, "resume", None)
     # Of other loggers than ours, which has one owner a job, Lightning may start the processes that are missing.
     if place.processes == 1 and _kind(log) != "RunLogger":
         place = replace(place, processes=None)
@@ -77,7 +82,50 @@ def job_of(recipe: Any, place: Place) -> Job | None:
         attention_backend=str(getattr(config, "attention_backend", None) or "auto").rpartition(".")[2],
         logs_to_wandb=bool(wandb) and not getattr(wandb, "offline", False),
         logs_to_mlflow=any("MLFlow" in _kind(each) for each in log.__arguments__.get("extra_loggers") or ()),
+        extend=getattr(resume, "extend", None),
+        # Not for another resumption than ours, which compares nothing in the job.
+        deciding=partial(_deciding, recipe, read, replay)
+        if hasattr(resume, "extend") and not _moves_its_folder(log)
+        else None,
     )
+
+
+def _deciding(
+    recipe: Any, read: "Blend | Conversations | None", replay: "Blend | None", checkpoint: Checkpoint
+) -> dict[str, dict[str, Any]]:
+    """What decides a run's weights, as its job will write it down; the same whatever the checkpoint."""
+    import fiddle as fdl
+
+    from nemo_cpt.training.record import deciding_settings
+
+    # A part that is no config would be built with a warning.
+    optim, peft = (
+        fdl.build(part) if isinstance(part, fdl.Buildable) else part
+        for part in (recipe.optim, getattr(recipe, "peft", None))
+    )
+    module = SimpleNamespace(optim=optim, model_transform=peft)
+    given = {} if read is None else _given(recipe.data)
+    found = deciding_settings(module, SimpleNamespace(**given), recipe.trainer.max_steps)
+    data = found.pop("data")
+    if read is None:  # a data module of the user's own need not keep what it is given
+        return found
+    del data["train"]  # which our modules know once they are built
+    return found | {"data": data | trained_on(read, replay)}
+
+
+def _given(config: Any) -> dict[str, Any]:
+    """What a config's class will be given, its own defaults too."""
+    defaults = {name: each.default for name, each in parameters_of(config.__fn_or_cls__).items()}
+    return defaults | config.__arguments__
+
+
+def _moves_its_folder(log: Any) -> bool:
+    values = log.__arguments__ | {f"ckpt.{name}": value for name, value in _arguments(log, "ckpt").items()}
+    return any(values.get(path.removeprefix("log.")) for path in FOLDER_FIELDS)
+
+
+def _arguments(config: Any, name: str) -> dict[str, Any]:
+    return getattr(getattr(config, name, None), "__arguments__", {})
 
 
 def _kind(config: Any) -> str:

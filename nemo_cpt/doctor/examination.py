@@ -5,18 +5,19 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from nemo_cpt.doctor.job import Job, Place
 from nemo_cpt.doctor.nvidia import Gpu, Nvidia, read, visible
 from nemo_cpt.errors import CptError
+from nemo_cpt.records import AsDict
 
 State = Literal["ok", "warning", "error", "skipped"]
 
 
 @dataclass(frozen=True)
-class Finding:
+class Finding(AsDict):
     """One line of the doctor's report.
 
     Attributes:
@@ -33,10 +34,6 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.name}: {self.found}" + (f"; {self.cure}" if self.cure else "")
-
-    def as_dict(self) -> dict[str, Any]:
-        """The finding as a JSON-serialisable dict."""
-        return asdict(self)
 
 
 def from_error(name: str, problem: Exception) -> Finding:
@@ -79,6 +76,7 @@ class Examination:
         self.job, self.ranks, self.nodes, self.hub = job, ranks, nodes, hub
         self.place = job.place if job else Place()
         self.environ = dict(os.environ if environ is None else environ) | dict(self.place.environ)
+        self.answers: dict[tuple[str, ...], str] = {}  # of commands that several checks ask, such as scontrol
         self._lock = threading.Lock()
         self._nvidia: Nvidia | None = None
 

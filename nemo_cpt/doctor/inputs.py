@@ -14,6 +14,7 @@ from nemo_cpt.doctor.job import BESIDE_THE_BEST, Job
 from nemo_cpt.errors import CptError
 from nemo_cpt.planning import checkpoint_size
 from nemo_cpt.planning.from_scratch import size_warning
+from nemo_cpt.training.changes import check_started_again
 from nemo_cpt.training.preconditions import check_base
 from nemo_cpt.training.run_folder import Checkpoint, finished, newest_whole, to_resume
 from nemo_cpt.training.run_lock import check_free
@@ -44,7 +45,7 @@ def _check_counts(job: Job) -> None:
     counts = [
         ("processes on each machine (gpus_per_node or processes)", job.settings.gpus_per_node, job.place.processes)
     ]
-    if job.place.executor != "slurm":  # whose job tells the trainer how many nodes it has
+    if not job.place.tells_nodes:
         counts.append(("machines (num_nodes)", job.num_nodes, job.place.nodes))
     for what, wanted, started in counts:
         if wanted and started and wanted != started:
@@ -84,7 +85,7 @@ def base(examination: Examination) -> Finding:
 
 
 def run_folder(examination: Examination) -> Finding:
-    """Whether no other job holds the run's folder, and the checkpoint that it would go on from is this recipe's."""
+    """Whether no other job holds the run's folder, and its checkpoint is one that this recipe would go on from."""
     job, name = examination.job, "run folder"
     if job is None or not _sees_files(examination):
         return Finding(name, "skipped", _why_not(examination))
@@ -93,12 +94,18 @@ def run_folder(examination: Examination) -> Finding:
     except CptError as error:
         # A job that is queued finds it free, perhaps.
         return replace(from_error(name, error), state="error" if examination.place.here else "warning")
-    if said := finished(job.directory / "checkpoints", job.max_steps, exporting=bool(job.exports)):
-        return Finding(name, "warning", *_sentences([said]))
     newest = to_resume(job.directory / "checkpoints")
     if newest is None:
         return Finding(name, "ok", f"{job.directory} holds no checkpoint yet: the run starts from its base")
-    compatibility.check_resumed(newest.path, job.base, job.model or None)
+    said = finished(job.directory / "checkpoints", job.max_steps, exporting=bool(job.exports))
+    if not said:
+        compatibility.check_resumed(newest.path, job.base, job.model or None)
+    try:
+        check_started_again(newest, job.deciding_settings(newest), job.extend, finished=bool(said))
+    except CptError as error:
+        return Finding(name, "error", *_sentences([error.message]))
+    if said:
+        return Finding(name, "warning", *_sentences([said]))
     return Finding(name, "ok", f"goes on from {newest.path}, step {newest.step}")
 
 
@@ -110,6 +117,7 @@ def data(examination: Examination) -> Finding:
     if job.data is None:
         return Finding("data", "skipped", f"{job.recipe}'s default data cannot be read from its source")
     try:
+        # Where nobody knows it: the tokens and shares of texts are the same at any length; conversations have to fit.
         length = job.seq_length or (1 if isinstance(job.data, corpus.Blend) else _LONG)
         report = job.data.report(job.global_batch_size or 1, length, max(job.max_steps, 1))
         if job.replay is not None:

@@ -12,7 +12,11 @@ if TYPE_CHECKING:
     from nemo_cpt.conversations import Conversations
     from nemo_cpt.corpus import Blend
     from nemo_cpt.planning import Workload
+    from nemo_cpt.training.run_folder import Checkpoint
 
+
+FOLDER_FIELDS = ("log.explicit_log_dir", "log.version", "log.use_datetime_version", "log.ckpt.dirpath")
+"""Fields of a recipe's config that put a run elsewhere than into its recipe's `directory/name`."""
 
 BESIDE_THE_BEST = 2  # checkpoints: the last one, and the one that is written before that is removed
 
@@ -32,9 +36,12 @@ class Place:
         partition: Slurm's; None for the default one.
         nodes: machines; None for what the recipe says.
         processes: that are started on each; None likewise.
+        tells_nodes: its job tells the trainer how many machines it has, whatever the recipe says.
         limit_seconds: Slurm's time limit; None where it was not given.
         preempt_seconds: how long before it the job is told to stop; None for what its plan needs.
         asks_for_cores: Slurm is told how many cores the job's tasks take.
+        cores_of_task: how many, where that was a number.
+        asks_for_memory: Slurm is told how much of a node's memory the job takes.
         environ: variables the executor adds.
     """
 
@@ -48,9 +55,12 @@ class Place:
     partition: str | None = None
     nodes: int | None = None
     processes: int | None = None
+    tells_nodes: bool = False
     limit_seconds: int | None = None
     preempt_seconds: int | None = None
     asks_for_cores: bool = False
+    cores_of_task: int | None = None
+    asks_for_memory: bool = False
     environ: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -83,6 +93,9 @@ class Job:
         checkpoints: how many checkpoints lie on the disk at once, at most; 0 where the trainer writes none.
         exports: how many of them are exported beside the training and kept.
         attention_backend: Megatron's.
+        extend: what becomes of the learning rate of a run that goes on with another schedule.
+        deciding: reads what decides its weights, by the groups of `training.changes`, as far as it is known, for the
+            comparison with a checkpoint; None where nothing does.
         logs_to_wandb: whether it has a logger for W&B that is not offline.
         logs_to_mlflow: whether it has one for MLflow.
     """
@@ -111,6 +124,8 @@ class Job:
     checkpoints: int = 5
     exports: int = 0
     attention_backend: str = "auto"
+    extend: str | None = None
+    deciding: "Callable[[Checkpoint], Mapping[str, Mapping[str, Any]]] | None" = None
     logs_to_wandb: bool = False
     logs_to_mlflow: bool = False
 
@@ -123,6 +138,10 @@ class Job:
         if self.planned is None:
             raise CptError(f"{self.recipe} says nothing that the planner could read")
         return self.planned()
+
+    def deciding_settings(self, checkpoint: "Checkpoint") -> "Mapping[str, Mapping[str, Any]]":
+        """What decides its weights, to compare with a checkpoint of its run; see `deciding`."""
+        return self.deciding(checkpoint) if self.deciding else {}
 
     @property
     def gpus_here(self) -> int:
@@ -159,5 +178,6 @@ def exports_kept(max_steps: int, every: int | None, keep: int | None) -> int:
     """
     if not every:
         return 0
+    # Rounded up: the end of a run is exported, too.
     written = max(-(-max_steps // every), 1)
     return min(written, keep + 1) if keep else written

@@ -1,5 +1,6 @@
 """Whether Slurm answers, its partition can run the job, and the job can save before Slurm ends it."""
 
+import math
 import os
 import re
 import shutil
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 
 from nemo_cpt.doctor.examination import Examination, Finding
 from nemo_cpt.errors import CptError
+from nemo_cpt.planning.memory import host_memory
 from nemo_cpt.planning.save_window import saving, window_within
 
 COMMANDS = ("sbatch", "squeue", "sinfo", "scontrol")
@@ -53,8 +55,8 @@ def cores(examination: Examination) -> Finding:
     if place.asks_for_cores:
         return Finding("cores", "ok", "as the job asks for them")
     try:
-        whole_nodes = re.search(r"SelectType += select/linear", _said("scontrol", "show", "config"))
-        shares = [line for line in _chosen_lines(place.partition) if not _GIVES_CORES.search(line)]
+        whole_nodes = re.search(r"SelectType += select/linear", _config(examination))
+        shares = [line for line in _chosen_lines(examination) if not _GIVES_CORES.search(line)]
     except (OSError, subprocess.SubprocessError):
         return Finding("cores", "skipped", "scontrol does not answer")
     if whole_nodes or not shares:
@@ -84,7 +86,7 @@ def saving_in_time(examination: Examination) -> Finding:
     window = place.preempt_seconds
     if window is None:
         window = window_within(place.limit_seconds, needed.window)
-    kill_wait, grace = _grace(place.partition)
+    kill_wait, grace = _grace(examination)
     leaves = [f"{window} s ahead of the limit"]
     leaves += [f"{grace + kill_wait} s when the job is preempted"] if grace is not None else []
     leaves += [f"{kill_wait} s when it is cancelled or requeued"]
@@ -98,18 +100,82 @@ def saving_in_time(examination: Examination) -> Finding:
     return Finding("saving", "ok", found)
 
 
-def _grace(partition: str | None) -> tuple[int, int | None]:
+def memory(examination: Examination) -> Finding:
+    """Whether Slurm's default leaves a job that asks for no memory what its plan takes of a node's.
+
+    The first time, this builds the recipe, in a process that imports NeMo.
+    """
+    job, place = examination.job, examination.place
+    if job is None or not place.slurm or not job.gpus_per_node or not shutil.which("scontrol"):
+        return Finding("memory", "skipped", "no job for GPUs that is submitted from here")
+    if place.asks_for_memory:
+        return Finding("memory", "ok", "as the job asks for it")
+    try:
+        # Where memory is not shared out, nothing is held to it.
+        shared = re.search(r"SelectTypeParameters += \S*MEMORY", _config(examination), re.IGNORECASE)
+        defaults = [_default_memory(line, examination) for line in _chosen_lines(examination)] if shared else []
+    except (OSError, subprocess.SubprocessError):
+        return Finding("memory", "skipped", "scontrol does not answer")
+    least = min((each for each in defaults if each is not None), default=None)
+    if least is None:
+        return Finding("memory", "ok", "Slurm has no default for it, or gives whole nodes")
+    try:
+        needed = host_memory(job.workload()).total / 2**30
+    except CptError as error:  # what the planner cannot read may run all the same
+        return Finding("memory", "warning", f"the recipe cannot be planned: {error}", "compare the default by hand")
+    found = f"of a node's memory Slurm gives the job {least:.0f} GiB by default, and its plan takes {needed:.0f} GiB"
+    if least >= needed:
+        return Finding("memory", "ok", found)
+    return Finding(
+        "memory", "warning", found, f"give executor.mem={math.ceil(needed / 0.9)}G, or 0 for the node's whole"
+    )
+
+
+def _default_memory(partition: str, examination: Examination) -> float | None:
+    """GiB of each node that a job gets in a partition where it asks for none; None where that is not limited or known.
+
+    Args:
+        partition: what scontrol shows of it, in one line.
+        examination: of the job.
+    """
+    job, place = examination.job, examination.place
+    gpus = job.gpus_per_node if job else 0
+
+    def default(name: str) -> int:
+        # The partition's own before the cluster's; UNLIMITED is the word for neither.
+        said = re.search(rf"\b{name}=(\d+)", partition) or re.search(rf"\b{name} *= *(\d+)", _config(examination))
+        return int(said[1]) if said else 0
+
+    megabytes = default("DefMemPerGPU") * gpus or default("DefMemPerNode")
+    if not megabytes and (place.cores_of_task or not place.asks_for_cores) and "=EXCLUSIVE" not in partition:
+        cores = (place.cores_of_task or default("DefCpuPerGPU") or 1) * (place.processes or gpus)
+        megabytes = default("DefMemPerCPU") * cores  # of a whole node's cores it would be another number
+    return megabytes / 1024 or None
+
+
+def _grace(examination: Examination) -> tuple[int, int | None]:
     """Seconds between SIGTERM and SIGKILL, and the partition's grace period, None where no job is preempted."""
-    kill_wait = re.search(r"KillWait += (\d+)", _said("scontrol", "show", "config"))
-    chosen = [line for line in _chosen_lines(partition) if not re.search(r" PreemptMode=(OFF|N/A)", line)]
+    kill_wait = re.search(r"KillWait += (\d+)", _config(examination))
+    chosen = [line for line in _chosen_lines(examination) if not re.search(r" PreemptMode=(OFF|N/A)", line)]
     periods = [int(found[1]) for line in chosen if (found := re.search(r" GraceTime=(\d+)", line))]
     return int(kill_wait[1]) if kill_wait else 30, min(periods, default=None)  # 30 is Slurm's default
 
 
-def _chosen_lines(partition: str | None) -> list[str]:
-    """What scontrol shows of a partition, of each where several are named."""
-    shown = _said("scontrol", "--oneliner", "show", "partition").splitlines()
-    return [line for line in shown if _is_chosen(line, partition)]
+def _config(examination: Examination) -> str:
+    """What scontrol shows of the cluster."""
+    return _said_once(examination, "scontrol", "show", "config")
+
+
+def _chosen_lines(examination: Examination) -> list[str]:
+    """What scontrol shows of the job's partition, of each where several are named."""
+    shown = _said_once(examination, "scontrol", "--oneliner", "show", "partition").splitlines()
+    return [line for line in shown if _is_chosen(line, examination.place.partition)]
+
+
+def _said_once(examination: Examination, *command: str) -> str:
+    if command not in examination.answers:
+        examination.answers[command] = _said(*command)
+    return examination.answers[command]
 
 
 def _is_chosen(line: str, partition: str | None) -> bool:

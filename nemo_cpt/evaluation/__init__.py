@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING
 from nemo_cpt.importing import on_first_use
 
 if TYPE_CHECKING:
-    from nemo_cpt.evaluation.bits_per_byte import TextLoss, documents_loss, sequences_loss
+    from nemo_cpt.evaluation.bits_per_byte import TextLoss, conversations_loss, documents_loss, sequences_loss
     from nemo_cpt.evaluation.comparison import Report, evaluate
 
 _HOMES = {
     "Report": "comparison",
     "TextLoss": "bits_per_byte",
+    "conversations_loss": "bits_per_byte",
     "documents_loss": "bits_per_byte",
     "evaluate": "comparison",
     "sequences_loss": "bits_per_byte",
 }
-__all__ = ["Report", "TextLoss", "documents_loss", "evaluate", "sequences_loss"]
+__all__ = ["Report", "TextLoss", "conversations_loss", "documents_loss", "evaluate", "sequences_loss"]
 __getattr__, __dir__ = on_first_use(__name__, _HOMES)

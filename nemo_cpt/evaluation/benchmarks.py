@@ -230,6 +230,7 @@ def command(candidate: Candidate, tasks: Sequence[Task], folder: Path, limit: in
         arguments = {"pretrained": str(candidate.folder), "dtype": dtype}
         words += ["--model", "hf", "--model_args", json.dumps(arguments, ensure_ascii=False)]
         words += ["--device", device, "--batch_size", batch]
+    # The cache answers for what a killed run had asked already: it goes on, where the results come at the end alone.
     words += ["--output_path", str(folder), "--use_cache", str(folder / "cache")]
     if tasks[0].shots is not None:
         words += ["--num_fewshot", str(tasks[0].shots)]

@@ -17,7 +17,8 @@ from torch.nn.functional import cross_entropy
 
 from nemo_cpt.arguments import checked
 from nemo_cpt.compatibility import END_OF_TEXT, check_data, check_largest_id, read_base
-from nemo_cpt.conversations.mixture import SEED
+from nemo_cpt.conversations.dataset import open_conversations
+from nemo_cpt.conversations.mixture import SEED, check_any_fits, sequences_of
 from nemo_cpt.corpus import full_prefix, read_index, read_manifest
 from nemo_cpt.corpus.dataset.manifest import manifest_path
 from nemo_cpt.errors import CptError
@@ -32,14 +33,15 @@ SORTED_WINDOWS = 512  # windows that are sorted by length before they are batche
 WINDOW = 2048  # tokens
 UNCOUNTED = -100  # as a label: cross_entropy's own
 Tell = Callable[[int], None]
+Window = tuple[int, list[int], list[int]]  # its unit's number, the tokens that are read, a label for each
 
 
 @dataclass(frozen=True)
 class TextLoss:
-    """The loss on a set of texts, by unit: a sequence that a run validates on, or a document.
+    """The loss on a set of texts, by unit: a sequence that a run validates on, a document, or a conversation's answers.
 
     Attributes:
-        unit: "sequence" or "document"; what is resampled for an interval.
+        unit: "sequence", "document" or "conversation"; what is resampled for an interval.
         nats: summed cross-entropy of each unit.
         tokens: tokens predicted in each.
         bytes: bytes in UTF-8 of the text of those tokens; special tokens have none.
@@ -178,9 +180,9 @@ def documents_loss(
     if not 1 <= overlap <= window:
         raise CptError(f"overlap is {overlap}; it must be between 1 and the window, {window}")
     first, name = _first_token(engine)
-    nats, tokens, sizes = [], [], []
+    nats, tokens, sizes = list[float](), list[int](), list[int]()
 
-    def windows() -> Iterator[tuple[int, list[int], list[int]]]:
+    def windows() -> Iterator[Window]:
         for number, text in enumerate(texts):
             ids = engine.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
             # Refused and not dropped: the document's bytes would no longer be those that the tokens stand for.
@@ -193,21 +195,71 @@ def documents_loss(
             tokens.append(len(ids))
             sizes.append(len(text.encode()))
             for given, predicted in rolling_windows(ids, first, window, overlap):
-                yield number, given, predicted
+                yield number, given, [*[UNCOUNTED] * (len(given) - len(predicted)), *predicted]
             tell(number + 1)
 
-    waiting = windows()
-    # A window of windows: sorting all would hold the corpus in memory.
-    while taken := sorted(islice(waiting, SORTED_WINDOWS), key=lambda each: len(each[1])):
-        while taken:
-            # From the longest on: a batch that does not fit shows at once, not in the end.
-            batch = [taken.pop() for _ in range(min(len(taken), _batch_rows(engine, len(taken[-1][1]))))]
-            for (number, *_), value in zip(batch, _window_nats(engine, batch), strict=True):
-                nats[number] += value
+    _add_nats(engine, windows(), nats)
     if not sum(tokens):
         raise CptError(f"there is no text to measure: {len(tokens)} documents, none with a token")
     _refuse_nan(engine, nats)
     return TextLoss("document", nats, tokens, sizes, f"{name} ({first}), once before each document")
+
+
+@checked
+def conversations_loss(
+    engine: TransformersEngine,
+    prefix: str | Path,
+    *,
+    seq_length: int,
+    too_long: str = "drop",
+    sequences: int | None = None,
+    limit: int | None = None,
+    tell: Tell = lambda done: None,
+) -> TextLoss:
+    """The loss on the answers of conversations, each read by itself: what a run that validates on them measures.
+
+    Counted is what `prepare` marked as trained on: an answer's tokens, and the one that ends it, which has no bytes.
+
+    Args:
+        engine: the model, in this process.
+        prefix: of the set, as `prepare --template` wrote it.
+        seq_length: of a training's sequences, in which a conversation has to fit.
+        too_long: what becomes of a longer one: `drop` or `cut`, after the last answer that fits.
+        sequences: of packed conversations that a run validates on, where these are not all.
+        limit: conversations to stop after.
+        tell: called with the conversations that were read.
+
+    Raises:
+        CptError: the set was tokenized for another model, no conversation fits, or a number is not positive.
+    """
+    if any(each is not None and each < 1 for each in (seq_length, sequences, limit)):
+        raise CptError(f"seq_length {seq_length}, sequences {sequences} and limit {limit} have to be 1 or more")
+    _check_window(engine, seq_length)
+    chats = open_conversations(prefix)
+    check_data(read_base(engine.name), [chats.prefix], unlike_base=[END_OF_TEXT])
+    packing, fit = sequences_of(chats, seq_length, too_long)
+    check_any_fits(fit, chats.prefix)
+    # In their own order, whatever the packing's, so that a limit takes the first of the file.
+    end = packing.starts[min(len(packing), sequences or len(packing))]
+    numbers = sorted(packing.members[:end].tolist())[:limit]
+    bytes_of = ByteCounter(engine.tokenizer)
+    nats, tokens, sizes = list[float](), list[int](), list[int]()
+
+    def windows() -> Iterator[Window]:
+        for at, number in enumerate(numbers):
+            ids, trained = (torch.as_tensor(each[: fit.positions[number] + 1].astype("int64"))
+                            for each in chats.read(number))  # fmt: skip
+            given, labels, counted = ids[:-1], ids[1:], trained[1:].bool()
+            nats.append(0.0)
+            tokens.append(int(counted.sum()))
+            sizes.extend(bytes_of(given[None], labels[None], counted[None]))
+            tell(at + 1)
+            yield at, given.tolist(), labels.masked_fill(~counted, UNCOUNTED).tolist()
+
+    _add_nats(engine, windows(), nats)
+    _refuse_nan(engine, nats)
+    template = Path(chats.manifest["template"]["name"]).name
+    return TextLoss("conversation", nats, tokens, sizes, f"an answer's, after its question in the template {template}")
 
 
 def rolling_windows(
@@ -265,14 +317,25 @@ def _nats(
     return torch.cat(losses).view(labels.shape).double()
 
 
-def _window_nats(engine: TransformersEngine, batch: Sequence[tuple[int, list[int], list[int]]]) -> list[float]:
-    """The nats of each window's predicted tokens. Padding stands on the right, where causal attention never looks."""
+def _add_nats(engine: TransformersEngine, windows: Iterator[Window], nats: list[float]) -> None:
+    """Add the nats of each window to those of its unit, which has its place once the window is drawn."""
+    # A window of windows: sorting all would hold the corpus in memory.
+    while taken := sorted(islice(windows, SORTED_WINDOWS), key=lambda each: len(each[1])):
+        while taken:
+            # From the longest on: a batch that does not fit shows at once, not in the end.
+            batch = [taken.pop() for _ in range(min(len(taken), _batch_rows(engine, len(taken[-1][1]))))]
+            for (unit, *_), value in zip(batch, _window_nats(engine, batch), strict=True):
+                nats[unit] += value
+
+
+def _window_nats(engine: TransformersEngine, batch: Sequence[Window]) -> list[float]:
+    """The nats of each window's labels. Padding stands on the right, where causal attention never looks."""
     width = max(len(given) for _, given, _ in batch)
     tokens = torch.zeros(len(batch), width, dtype=torch.long)
     labels = torch.full_like(tokens, UNCOUNTED)
-    for row, (_, given, predicted) in enumerate(batch):
+    for row, (_, given, wanted) in enumerate(batch):
         tokens[row, : len(given)] = torch.tensor(given)
-        labels[row, len(given) - len(predicted) : len(given)] = torch.tensor(predicted)
+        labels[row, : len(given)] = torch.tensor(wanted)
     return _nats(engine, tokens, labels).sum(1).tolist()
 
 
@@ -371,6 +434,7 @@ class ByteCounter:
         special = {number for number, each in tokenizer.added_tokens_decoder.items() if each.special}
         self.special = torch.tensor([number in special for number in range(size)])
         self.sizes = torch.tensor([0 if number in special else len(bytes_of(number)) for number in range(size)])
+        # A single letter: what its tokens hold beyond it is what the tokenizer puts before every text.
         ids = tokenizer("a", add_special_tokens=False).input_ids
         self.dummy = int(self.sizes[ids].sum()) - 1  # the blank that sentencepiece puts before a text
         self._check(tokenizer)

@@ -11,6 +11,7 @@ from nemo.utils import AppState
 
 from nemo_cpt.compatibility import read_base
 from nemo_cpt.errors import CptError
+from nemo_cpt.rounding import rounded_up
 from nemo_cpt.training.metrics import REPLIES_FILE, append_metrics
 from nemo_cpt.training.record import template_of
 
@@ -129,7 +130,7 @@ class EvaluateReplies(pl.Callback):
 
     def _next_tokens(self, pl_module: Any, vocabulary: int, rows: list[list[int]]) -> list[int]:
         """The most probable successor of each row. Padding stands on the right, where causal attention never looks."""
-        width = -(-max(map(len, rows)) // MULTIPLE) * MULTIPLE
+        width = rounded_up(max(map(len, rows)), MULTIPLE)
         tokens = torch.zeros(len(rows), width, dtype=torch.long)
         for at, row in enumerate(rows):
             tokens[at, : len(row)] = torch.tensor(row)

@@ -12,7 +12,7 @@ from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation.journal import key_of
 from nemo_cpt.inference import Engine, open_engine
 from nemo_cpt.inference.asked_as import end_ids, has_chat_template, reply_warnings
-from nemo_cpt.inference.models import Found, check_model, find_model
+from nemo_cpt.inference.models import Found, check_model, find_model, takes_base
 from nemo_cpt.made import RECORD
 from nemo_cpt.training.run_folder import checkpoints
 from nemo_cpt.urls import is_address
@@ -45,7 +45,8 @@ class Candidate:
     @cached_property
     def found(self) -> Found:
         """Its Hugging Face folder; a NeMo checkpoint is exported into the cache first."""
-        return find_model(self.model, base=self.options.get("base"), say=self.say)
+        base = self.options.get("base") if takes_base(self.model) else None
+        return find_model(self.model, base=base, say=self.say)
 
     @property
     def folder(self) -> Path:

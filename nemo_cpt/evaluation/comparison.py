@@ -10,9 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 from nemo_cpt.arguments import checked
+from nemo_cpt.conversations.templates import check_there
+from nemo_cpt.corpus.dataset.index import fingerprint
 from nemo_cpt.corpus.progress import ProgressBar
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation import benchmarks
@@ -24,6 +27,7 @@ from nemo_cpt.evaluation.loss_sets import (
     LossSet,
     check_names,
     find_loss_sets,
+    left_out,
     mask_warnings,
     training_record,
     validated_on,
@@ -31,6 +35,7 @@ from nemo_cpt.evaluation.loss_sets import (
 from nemo_cpt.evaluation.questions import SHIPPED
 from nemo_cpt.evaluation.reading import Asked, PromptSet, check_language, prompt_set, read_documents
 from nemo_cpt.inference import Prompt, Reply, Sampling
+from nemo_cpt.inference.models import takes_base
 from nemo_cpt.installed import installed_versions
 from nemo_cpt.records import restored
 from nemo_cpt.urls import hide_credentials
@@ -92,6 +97,7 @@ def evaluate(
     against: str | Path | None = None,
     checkpoints_of: str | Path | None = None,
     losses: Sequence[str] = (),
+    template: str | None = None,
     prompts: Sequence[str] = (),
     tasks: Sequence[str] = (),
     judge: str | None = None,
@@ -118,7 +124,9 @@ def evaluate(
         output: folder of the journal and the report.
         against: the model to compare with, of the same forms.
         checkpoints_of: a run's folder, all of whose whole checkpoints are measured.
-        losses: `NAME=PATH` of texts, each a Megatron prefix or a file of documents.
+        losses: `NAME=PATH` of texts, each a Megatron prefix or a file of documents; or of conversations, of which the
+            answers count: what `prepare` made of them, or a file of them.
+        template: that a file's conversations are given, as in `prepare`; the model's own when None.
         prompts: `[NAME=]FILE` or names of shipped sets; see `reading.prompt_set`.
         tasks: lm-evaluation-harness' tasks or presets; see `benchmarks`.
         judge: the address of a judge that scores answers to the shipped questions in eight categories.
@@ -138,7 +146,7 @@ def evaluate(
     Raises:
         CptError: something cannot be found, read, or asked for; what was measured before is kept.
     """
-    check_options(tasks, wrappers, language, max_tokens, limit, seed)
+    check_options(template, tasks, wrappers, language, max_tokens, limit, seed)
     found_tasks = benchmarks.find_tasks(tasks) if tasks else []
     options = {"base": base, "device": device, "api_key": api_key}
     # From here to the journal everything is looked at that can be refused: no model is loaded yet.
@@ -151,6 +159,7 @@ def evaluate(
             "wrapper": (wrappers, asks),
             "language": (language, asks or judge),
             "judge_key": (judge_key, judge),
+            "base": (base, any(takes_base(each.model) for each in candidates)),
             "device": (device, any(not each.is_endpoint for each in candidates)),
             "api_key": (api_key, judge or any(each.is_endpoint for each in candidates)),
         }
@@ -158,27 +167,31 @@ def evaluate(
     trained = checkpoints_of or model
     run = training_record(trained)
     own = validated_on(run, trained, say) if everything else []
-    texts = find_loss_sets(losses or own, candidates, run, limit, say)
-    sets = [_limited(prompt_set(each, language), limit) for each in prompts or (_shipped(texts) if everything else [])]
-    check_names([each.name for each in sets])
-    # One way for all models: replies to prompts in other words could not be compared.
-    wrappers = wrappers or (["chat"] if all(each.has_chat_template for each in candidates) else ["none"])
-    _check_conversations(candidates, sets, wrappers)
-    questions = _judge_questions(judge, candidates, language or "ja", limit, say) if judge else []
-    # The same for all models: with more context a loss is lower, whatever was learned.
-    window = min([WINDOW, *(each.context_length for each in candidates if each.context_length)])
-    sampling = Sampling(max_tokens=max_tokens)
-    output = Path(output)
-    with Journal(output / JOURNAL) as journal:
-        found = []
-        for candidate in candidates:
-            work = _Work(candidate, journal, sampling, window, limit, quiet)
-            found.append(work.measure(texts, sets, wrappers))
-            # One model in memory at a time.
-            candidate.close()
-        rows = list(_rows(found, sets, seed))
-        if found_tasks:
-            rows += benchmarks.rows(candidates, found_tasks, output, journal, limit=limit, say=say)
+    with TemporaryDirectory(prefix="nemo_cpt-conversations-") as scratch:
+        texts = find_loss_sets(losses or own, candidates, run, limit, say, template=template, scratch=scratch)
+        _refuse_unused({"template": (template, any(each.template for each in texts))})
+        sets = [
+            _limited(prompt_set(each, language), limit) for each in prompts or (_shipped(texts) if everything else [])
+        ]
+        check_names([each.name for each in sets])
+        # One way for all models: replies to prompts in other words could not be compared.
+        wrappers = wrappers or (["chat"] if all(each.has_chat_template for each in candidates) else ["none"])
+        _check_conversations(candidates, sets, wrappers)
+        questions = _judge_questions(judge, candidates, language or "ja", limit, say) if judge else []
+        # The same for all models: with more context a loss is lower, whatever was learned.
+        window = min([WINDOW, *(each.context_length for each in candidates if each.context_length)])
+        sampling = Sampling(max_tokens=max_tokens)
+        output = Path(output)
+        with Journal(output / JOURNAL) as journal:
+            found = []
+            for candidate in candidates:
+                work = _Work(candidate, journal, sampling, window, limit, quiet)
+                found.append(work.measure(texts, sets, wrappers))
+                # One model in memory at a time.
+                candidate.close()
+            rows = list(_rows(found, sets, seed))
+            if found_tasks:
+                rows += benchmarks.rows(candidates, found_tasks, output, journal, limit=limit, say=say)
     judged = None
     if judge:
         judged = _judged(judge, questions, candidates, output, judge_key or api_key, say)
@@ -190,7 +203,7 @@ def evaluate(
         series=_series(candidates, found, sets) if len(candidates) > 2 else [],
         sets=_described_sets(texts, sets, found[-1]),
         replies=list(_shown_replies(candidates, found, sets, wrappers)),
-        warnings=warnings_of(candidates) + mask_warnings(candidates, texts),
+        warnings=[*warnings_of(candidates), *mask_warnings(candidates, texts), *left_out(texts)],
         settings={
             "seed": seed,
             "sampling": asdict(sampling),
@@ -205,13 +218,21 @@ def evaluate(
 
 
 def check_options(
-    tasks: Sequence[str], wrappers: Sequence[str], language: str | None, max_tokens: int, limit: int | None, seed: int
+    template: str | None,
+    tasks: Sequence[str],
+    wrappers: Sequence[str],
+    language: str | None,
+    max_tokens: int,
+    limit: int | None,
+    seed: int,
 ) -> None:
     """Check the options of `evaluate` that need neither a model nor a file.
 
     Raises:
         CptError: one is unusable.
     """
+    if template is not None:
+        check_there(template)
     benchmarks.read_tasks(tasks)
     if unknown := [each for each in wrappers if each not in WRAPPERS]:
         raise CptError(f"there is no wrapper {unknown[0]!r}; there are {', '.join(WRAPPERS)}")
@@ -278,10 +299,7 @@ class _Work:
         from nemo_cpt.evaluation.bits_per_byte import TextLoss
 
         # All that the number depends on is in the key: what was measured otherwise is measured again.
-        shape = (
-            (text.seq_length, text.samples, text.seed, *text.masks) if text.seq_length else (self.window, self.limit)
-        )
-        key = key_of("loss", FORMAT, self.candidate.key, text.hash, shape)
+        key = key_of("loss", FORMAT, self.candidate.key, text.hash, self._read_as(text))
         record = self.journal.get(key)
         if record is None:
             record = asdict(self._measured_loss(text))
@@ -289,21 +307,38 @@ class _Work:
             return TextLoss(**record)
         return restored(TextLoss, record["loss"])
 
+    def _read_as(self, text: LossSet) -> tuple[Any, ...]:
+        if text.unit == "document":
+            return self.window, self.limit
+        if text.unit == "sequence":
+            return text.seq_length, text.samples, text.seed, *text.masks
+        # The tokens too: those of a file may be another model's in the evaluation.
+        tokens = fingerprint(self._prefix(text))
+        return text.seq_length, text.samples, text.too_long, self.limit, tokens
+
+    def _prefix(self, text: LossSet) -> str:
+        return text.prefixes.get(self.candidate.label, text.path)
+
     def _measured_loss(self, text: LossSet) -> "TextLoss":
-        from nemo_cpt.evaluation.bits_per_byte import documents_loss, sequences_loss
+        from nemo_cpt.evaluation.bits_per_byte import conversations_loss, documents_loss, sequences_loss
 
         engine: Any = self.candidate.engine
         title = f"{self.candidate.label}, loss on {text.name}"
-        unit, total = ("sequences", text.samples or 0) if text.seq_length else ("documents", self.limit or 0)
-        with ProgressBar(title, total, self.quiet, unit=unit) as bar:
-            if text.seq_length:
+        total = (text.samples if text.unit == "sequence" else self.limit) or 0
+        with ProgressBar(title, total, self.quiet, unit=f"{text.unit}s") as bar:
+            if text.seq_length is None:
+                return documents_loss(
+                    engine, islice(read_documents(text.path), self.limit), window=self.window, tell=bar.update
+                )
+            if text.too_long is None:
                 return sequences_loss(
                     engine, text.path, seq_length=text.seq_length, samples=text.samples, seed=text.seed,
                     tell=bar.update, **dict.fromkeys(text.masks, True),
                 )  # fmt: skip
-            return documents_loss(
-                engine, islice(read_documents(text.path), self.limit), window=self.window, tell=bar.update
-            )
+            return conversations_loss(
+                engine, self._prefix(text), seq_length=text.seq_length, too_long=text.too_long,
+                sequences=text.samples, limit=self.limit, tell=bar.update,
+            )  # fmt: skip
 
     def _replies(self, prompts: PromptSet, wrapper: str) -> list[Reply]:
         asked = [_wrapped(each, wrapper, self.candidate.has_chat_template) for each in prompts.prompts]
@@ -426,7 +461,7 @@ def _series(
 
 def _described_sets(texts: Sequence[LossSet], sets: Sequence[PromptSet], found: Measured) -> list[dict[str, Any]]:
     losses = [
-        asdict(text)
+        {name: value for name, value in asdict(text).items() if name != "prefixes"}
         | {
             "hash": text.hash,
             "unit": found.losses[text.name].unit,

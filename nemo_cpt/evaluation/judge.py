@@ -91,7 +91,19 @@ def expected_cost(
     answer_tokens: int = 1024,
     verdict_tokens: int = 1024,
 ) -> Cost:
-    """Count what `run_judge` with the same arguments asks for from its beginning, if all answers are of full length."""
+    """Count what `run_judge` with the same arguments asks for from its beginning, if all answers are of full length.
+
+    Args:
+        questions: as for `run_judge`.
+        models: how many are judged.
+        compare: as for `run_judge`.
+        repeats: as for `run_judge`.
+        answer_tokens: as for `run_judge`.
+        verdict_tokens: as for `run_judge`.
+
+    Raises:
+        CptError: it is neither one model nor two, there is nothing to compare or to ask, or `repeats` is below 1.
+    """
     names = [str(number) for number in range(models)]
     _check(names, questions, compare, repeats)
     # Answers of the greatest length, so that the cost is an upper bound.
@@ -237,6 +249,7 @@ class _Asker:
                 yield question, record["text"]
             else:
                 missing.append((question, prompt, key))
+        # In the order in which they end: each is kept at once, so that a killed run has it.
         for index, reply in self._engine.generate((prompt for _, prompt, _ in missing), sampling):
             question, _, key = missing[index]
             record = {"kind": "answer", "model": self._identity, "question": question.id, "turn": turn}

@@ -377,6 +377,7 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tu
         )
     if trials == 0:
         return 0.0, 1.0
+    # As if z² further trials had succeeded half the time: no interval of 0 of 5 or 5 of 5 has a width of 0.
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     share, spread = successes / trials, z * z / trials
     middle = (share + spread / 2) / (1 + spread)

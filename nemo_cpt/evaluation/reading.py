@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nemo_cpt.conversations.forms import is_conversation
 from nemo_cpt.corpus.reading.chunks import Feed, take_from
 from nemo_cpt.corpus.reading.lines import Take, TextUnder, UnusableError, refuse_surrogates
 from nemo_cpt.corpus.reading.sources import list_sources
@@ -50,6 +51,21 @@ def read_documents(path: str | Path, json_key: str = "text") -> Iterator[str]:
         CptError: a line has no text, or the file has none.
     """
     yield from _read(path, TextUnder(json_key))
+
+
+def holds_conversations(path: str | Path, rather_than_texts: bool, json_key: str = "text") -> bool:
+    """Say by its first line whether a file is one of conversations.
+
+    Args:
+        path: of JSONL or Parquet.
+        rather_than_texts: what a line is that has both.
+        json_key: of a text.
+
+    Raises:
+        CptError: the file is empty, or its first line is not JSON.
+    """
+    first = next(_read(path, lambda value: value))
+    return is_conversation(first) and (rather_than_texts or json_key not in first)
 
 
 def prompt_set(spec: str, language: str | None = None) -> PromptSet:

@@ -268,6 +268,7 @@ class _Detokenizer:
         if self.fast is not None:
             return self._streamed(token)
         self.ids.append(token)
+        # All of them each time: a slow tokenizer's text of a token depends on those before it.
         text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
         # Bytes of a character that the next token will complete.
         if text.endswith("\ufffd"):

@@ -130,7 +130,11 @@ def find_model(
     check_model(model)
     path = Path(model)
     # In this order: an imported base holds `hf/config.json`, not one of its own.
-    if (path / "config.json").is_file():
+    if not takes_base(path):
+        if base is not None:
+            raise CptError(
+                f"{path} is a Hugging Face folder, and has no base to be merged into: leave base={base} away"
+            )
         return Found(path, str(path))
     if (path / "weights").is_dir():
         return Found(_exported(path, base, say), str(path))
@@ -156,6 +160,11 @@ def check_model(model: str | Path) -> None:
         f"{path} is neither a Hugging Face folder (config.json) nor a NeMo checkpoint (weights/) nor a run's folder "
         f"(checkpoints/); it holds {found or 'nothing'}"
     )
+
+
+def takes_base(model: str | Path) -> bool:
+    """Say whether a model is exported first, perhaps merged into its base: no Hugging Face folder, and no endpoint."""
+    return not is_address(str(model)) and not (Path(model) / "config.json").is_file()
 
 
 def _of_run(run: Path, base: str | Path | None, say: Callable[[str], None]) -> Found:

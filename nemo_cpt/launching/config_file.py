@@ -66,7 +66,7 @@ def load_config(path: str | Path, *overrides: str) -> tuple[Any, Any]:
     config = read_config(path)
     function, arguments, fields, options = catalog.split(config.recipe, [*config.pairs, *overrides])
     processes, nodes = function.processes(arguments), function.nodes(arguments)
-    executor = make_executor(config.executor or "local", options, processes, nodes)
+    executor = make_executor(config.executor or "local", options, processes, nodes, bool(function.gpus(arguments)))
     return build_recipe(function.name, arguments, fields), executor
 
 
@@ -148,6 +148,7 @@ def _in_one_line(node: yaml.Node) -> str:
     """A mapping's or a list's YAML as the command line has it, {a: b} and [a, b]."""
     for each in _below(node):
         each.flow_style = True
+    # Wider than any value: YAML would break a long line, and the command line has but one.
     return yaml.serialize(node, width=10**9, allow_unicode=True).strip()
 
 
@@ -155,6 +156,7 @@ def _below(node: Any) -> Iterator[yaml.CollectionNode]:
     if isinstance(node, yaml.CollectionNode):
         yield node
         for item in node.value:
+            # A mapping's items are pairs of nodes, a list's are nodes.
             for each in item if isinstance(item, tuple) else (item,):
                 yield from _below(each)
 
@@ -218,6 +220,7 @@ def _plain(value: Any) -> Any:
 
 def _flow(value: Any) -> str:
     text = yaml.safe_dump(value, default_flow_style=True, width=10**9, sort_keys=False, allow_unicode=True)
+    # PyYAML ends the document behind a scalar that stands alone.
     return text.removesuffix("...\n").strip()
 
 

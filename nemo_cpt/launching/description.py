@@ -8,6 +8,7 @@ builds the recipe in a process of its own (`planned`).
 
 import ast
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from nemo_cpt.compatibility import check_unlike_base, positions, read_base
 from nemo_cpt.conversations import Conversations, mixture
 from nemo_cpt.corpus import Blend
 from nemo_cpt.doctor import Job, Place
-from nemo_cpt.doctor.job import checkpoints_at_once, exports_kept
+from nemo_cpt.doctor.job import FOLDER_FIELDS, checkpoints_at_once, exports_kept
 from nemo_cpt.doctor.mounts import with_files
 from nemo_cpt.errors import CptError
 from nemo_cpt.launching.executor import make_executor
@@ -29,6 +30,8 @@ from nemo_cpt.monitoring import forgetting
 from nemo_cpt.planning import from_scratch
 from nemo_cpt.recipe_models import LIKE_BASE, like_base, model_config, module_named
 from nemo_cpt.training import options as training_options
+from nemo_cpt.training.changes import trained_on
+from nemo_cpt.training.run_folder import Checkpoint
 from nemo_cpt.training.settings import OF_A_BUILT_RECIPE, UNEVEN_STAGES, Settings, check, check_name, default_min_lr
 
 MODEL = "model.config."
@@ -57,6 +60,7 @@ FIELDS = {
     "optim.lr_scheduler.min_lr": ("min_lr", "float"),
     "optim.lr_scheduler.warmup_steps": ("warmup_steps", "int"),
     "peft.dim": ("rank", "int"),
+    "resume.extend": ("extend", "str | None"),
     "model.config.attention_backend": ("attention_backend", "str | None"),
 }
 
@@ -116,8 +120,36 @@ def describe(
         attention_backend=str(given.get("attention_backend") or "auto").rpartition(".")[2],
         logs_to_wandb=logger.kind == "wandb" and not logger.offline,
         logs_to_mlflow=logger.kind == "mlflow",
+        extend=given.get("extend"),
     )
-    return with_files(job)
+    if moves_its_folder(fields):  # where its checkpoints are is not known here
+        return with_files(job)
+    return replace(with_files(job), deciding=partial(_deciding, job, arguments, fields))
+
+
+def _deciding(
+    job: Job, arguments: Mapping[str, Any], fields: Sequence[str], checkpoint: Checkpoint
+) -> dict[str, dict[str, Any]]:
+    """What decides a run's weights, as far as that shows without NeMo, to compare with a checkpoint of it."""
+    launched = checkpoint.record.get("launched") or {}
+    paths = {field.partition("=")[0] for field in (*fields, *launched.get("fields", ()))}
+    # What neither start was given has the recipe's own value, which its source need not show.
+    named = {*arguments, *launched.get("arguments", ()), *(FIELDS[path][0] for path in paths & FIELDS.keys())}
+
+    def given(*names: str) -> dict[str, Any]:
+        values = {name: getattr(job.settings, name) for name in names if name in named}
+        return {name: value for name, value in values.items() if value is not None}
+
+    steps = {"max_steps": job.max_steps} if job.max_steps else {}  # 0 where epochs cannot be counted here
+    return {
+        "schedule": steps | given("lr", "min_lr", "warmup_steps", "embeddings_lr"),
+        "data": given("global_batch_size", "seq_length", "seed") | trained_on(job.data, job.replay),
+    }
+
+
+def moves_its_folder(overrides: Sequence[str]) -> bool:
+    """Whether fields of the config put a run elsewhere than into its recipe's `directory/name`."""
+    return any(override.partition("=")[0] in FOLDER_FIELDS for override in overrides)
 
 
 def _checkpoints(given: Mapping[str, Any]) -> int:
@@ -235,14 +267,15 @@ def place(executor: str, options: Sequence[str]) -> Place:
     Raises:
         CptError: there is no such executor, or an option is wrong.
     """
-    from nemo_cpt.executors.counts import asks_for_cores
+    from nemo_cpt.executors.counts import asks_for_cores, asks_for_memory, cores_of_task
     from nemo_cpt.executors.docker import volumes_of
     from nemo_cpt.executors.environment import job_env
+    from nemo_cpt.executors.examination import place_of
     from nemo_cpt.executors.local import visible_gpus
     from nemo_cpt.executors.window import seconds_of
 
-    if executor.partition(":")[0].endswith(".py"):  # the user's own: nothing is known of where it runs a job
-        return Place(executor, here=False, same_packages=False, same_files=False)
+    if executor.partition(":")[0].endswith(".py"):  # the user's own, which alone knows what it makes
+        return replace(place_of(make_executor(executor, options, 1)), executor=executor)
     described = catalog.executor(executor)
     given = catalog.parse(described, options, prefix="executor.")
     if set(given) - set(described.parameters):
@@ -261,9 +294,12 @@ def place(executor: str, options: Sequence[str]) -> Place:
         # Of those that have no such option, this machine.
         nodes=given.get("nodes", 1 if executor in ("local", "docker") else None),
         processes=_processes(executor, given),
+        tells_nodes=executor == "slurm",
         limit_seconds=seconds_of(str(given.get("time"))),
         preempt_seconds=given.get("preempt_seconds"),
         asks_for_cores=asks_for_cores(given),
+        cores_of_task=cores_of_task(given),
+        asks_for_memory=asks_for_memory(given),
         environ=visible_gpus(given.get("gpus") if executor == "local" else None) | job_env(given.get("env")),
     )
 

@@ -10,16 +10,18 @@ from nemo_cpt.errors import CptError
 from nemo_cpt.python_files import import_file
 
 
-def make_executor(name: str, options: Sequence[str], processes: int, nodes: int = 1) -> Any:
+def make_executor(name: str, options: Sequence[str], processes: int, nodes: int = 1, on_gpus: bool = False) -> Any:
     """Return what `executor_maker` makes.
 
     Raises:
         CptError: there is no such executor, file or function, or an option is wrong.
     """
-    return executor_maker(name, options, processes, nodes)()
+    return executor_maker(name, options, processes, nodes, on_gpus)()
 
 
-def executor_maker(name: str, options: Sequence[str], processes: int, nodes: int = 1) -> Callable[[], Any]:
+def executor_maker(
+    name: str, options: Sequence[str], processes: int, nodes: int = 1, on_gpus: bool = False
+) -> Callable[[], Any]:
     """Return what makes an executor by name, with `key=value` options, or the one a function of the user's makes.
 
     Name and options are looked at now; NeMo-Run, which takes seconds to import, is needed by what is returned.
@@ -29,6 +31,7 @@ def executor_maker(name: str, options: Sequence[str], processes: int, nodes: int
         options: for an executor by name, its arguments.
         processes: processes on a node that the recipe needs; the default of the executor's own count.
         nodes: machines that it needs; likewise.
+        on_gpus: each of the processes takes a GPU.
 
     Raises:
         CptError: there is no such executor, file or function, or an option is wrong.
@@ -36,16 +39,26 @@ def executor_maker(name: str, options: Sequence[str], processes: int, nodes: int
     file, _, function = name.partition(":")
     # Before the catalog: a user's file needs no name there.
     if file.endswith(".py"):
-        return partial(_from_file, Path(file), function)
+        if options:
+            raise CptError(f"{', '.join(options)}: {name} takes no options; write them into {file}")
+        return partial(_sized, partial(_from_file, Path(file), function), processes, on_gpus)
     described = catalog.executor(name)
     given = catalog.parse(described, options, prefix="executor.")
     count = next((each for each in ("processes", "tasks_per_node") if each in described.parameters), None)
-    # Only where the user says nothing: a number that is given is meant.
-    if count and not {count, "gpus_per_node", "gpus"} & set(given):
+    # Only where the user says nothing: a number that is given is meant. Slurm's jobs take it with their GPUs, below.
+    if count and not {count, "gpus_per_node", "gpus"} & set(given) and (name != "slurm" or "gres" in given):
         given[count] = processes
     if nodes > 1 and "nodes" in described.parameters and name != "local":  # which somebody starts on each machine
         given.setdefault("nodes", nodes)
-    return partial(_by_name, name, given)
+    return partial(_sized, partial(_by_name, name, given), processes, on_gpus)
+
+
+def _sized(make: Callable[[], Any], processes: int, on_gpus: bool) -> Any:
+    """An executor that takes the recipe's size, where it was given none."""
+    executor = make()
+    if take_size := getattr(executor, "take_size", None):
+        take_size(processes, on_gpus)
+    return executor
 
 
 def _by_name(name: str, given: Mapping[str, Any]) -> Any:

@@ -123,6 +123,7 @@ def clean_in_tasks(
 
     if executor is not None and not callable(executor):
         check_executor(executor, detach)
+    # What only makes an executor is not called yet: to import NeMo-Run for an output that is there takes seconds.
     plan = cleaned.make_plan(inputs, output, rules, tasks, **options)
     if (report := cleaned.existing(plan)) is not None:
         remove_parts(plan.folder)
@@ -231,6 +232,7 @@ def _workers(given: int | None, executor: Any, tasks: int) -> int | None:
 
 
 def _cpus_per_task(executor: Any) -> int:
+    # Where `slurm(cpus_per_task=...)` puts it, like every directive; else NeMo-Run's own field.
     asked = executor.additional_parameters.get("cpus_per_task") or executor.cpus_per_task
     return int(asked or 1)
 

@@ -1,21 +1,13 @@
 """What `nemo-cpt run` submits: the recipe's name and arguments, so that the launcher itself need not import NeMo."""
 
-import contextlib
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nemo_cpt import catalog
 from nemo_cpt.catalog.build import build_recipe
-from nemo_cpt.errors import CptError
 from nemo_cpt.executors.tracking import EXPERIMENT
-from nemo_cpt.launching.description import describe
-
-if TYPE_CHECKING:
-    from nemo_cpt.doctor import Job
-    from nemo_cpt.training.run_folder import Checkpoint
-
-_FOLDER_FIELDS = ("log.explicit_log_dir", "log.version", "log.use_datetime_version", "log.ckpt.dirpath")
+from nemo_cpt.launching.description import describe, moves_its_folder
 
 
 def run_recipe(recipe: str, arguments: dict[str, Any], overrides: list[str]) -> None:
@@ -46,11 +38,6 @@ def run_recipe(recipe: str, arguments: dict[str, Any], overrides: list[str]) -> 
     fdl.build(partial)()
 
 
-def moves_its_folder(overrides: Sequence[str]) -> bool:
-    """Whether fields of the config put a run elsewhere than into its recipe's `directory/name`."""
-    return any(override.partition("=")[0] in _FOLDER_FIELDS for override in overrides)
-
-
 def nodes_of_its_job() -> int | None:
     """The nodes of the Slurm job that this process is a task of.
 
@@ -74,7 +61,7 @@ def nothing_to_train(recipe: str, arguments: Mapping[str, Any], overrides: Seque
             cannot go on like this; another job holds the run's folder, and it is to start now.
     """
     from nemo_cpt.compatibility import check_resumed
-    from nemo_cpt.training.changes import changes, check_finished, check_goes_on
+    from nemo_cpt.training.changes import check_started_again
     from nemo_cpt.training.run_folder import EXPORTS, finished, newest_whole
     from nemo_cpt.training.run_lock import check_free
 
@@ -84,14 +71,10 @@ def nothing_to_train(recipe: str, arguments: Mapping[str, Any], overrides: Seque
     job = describe(catalog.recipe(recipe), arguments, overrides, "local", ())
     said = finished(job.directory / "checkpoints", job.max_steps, exporting=bool(job.exports))
     if newest := newest_whole(job.directory / "checkpoints"):
-        now = _shown_settings(newest, job, arguments, overrides)
         if said:
             check_resumed(newest.path, job.base, job.model or None)
-            check_finished(newest, now)
-        else:  # in the job it would be refused as well, behind a queue perhaps
-            fields = dict(each.partition("=")[::2] for each in overrides)
-            extend = fields.get("resume.extend", arguments.get("extend"))
-            check_goes_on(newest, changes(newest.record.get("settings", {}), now), extend)
+        # In the job it would be refused as well, behind a queue perhaps.
+        check_started_again(newest, job.deciding_settings(newest), job.extend, finished=bool(said))
     if said and arguments.get("export_every") and not (job.directory / EXPORTS).is_dir():
         said += "; it exported nothing while it trained: `nemo-cpt export` makes its checkpoints' exports now"
     if said and overrides:  # misspelt ones are an error also where nothing is left to do
@@ -99,42 +82,3 @@ def nothing_to_train(recipe: str, arguments: Mapping[str, Any], overrides: Seque
     if here and not said:
         check_free(job.directory)
     return said or ""
-
-
-def _shown_settings(
-    newest: "Checkpoint", job: "Job", arguments: Mapping[str, Any], overrides: Sequence[str]
-) -> dict[str, dict[str, Any]]:
-    """What decides a run's weights by this command, as far as that shows without NeMo, to compare with a checkpoint."""
-    from nemo_cpt.launching.description import FIELDS
-
-    launched = newest.record.get("launched") or {}
-    paths = {field.partition("=")[0] for field in (*overrides, *launched.get("fields", ()))}
-    # What neither start was given has the recipe's own value, which its source need not show.
-    named = {*arguments, *launched.get("arguments", ()), *(FIELDS[path][0] for path in paths & FIELDS.keys())}
-
-    def given(*names: str) -> dict[str, Any]:
-        values = {name: getattr(job.settings, name) for name in names if name in named}
-        return {name: value for name, value in values.items() if value is not None}
-
-    steps = {"max_steps": job.max_steps} if job.max_steps else {}  # 0 where epochs cannot be counted here
-    return {
-        "schedule": steps | given("lr", "min_lr", "warmup_steps", "embeddings_lr"),
-        "data": given("global_batch_size", "seq_length", "seed") | _trained_on(job),
-    }
-
-
-def _trained_on(job: "Job") -> dict[str, Any]:
-    """What a job would train on; nothing where that is not here any more, or mixed with replay."""
-    from nemo_cpt.conversations import Conversations
-    from nemo_cpt.conversations.dataset import conversations_prefix
-    from nemo_cpt.corpus import Blend
-    from nemo_cpt.training.changes import sets_of
-
-    weights: dict[str, float] = {}
-    with contextlib.suppress(CptError, OSError):
-        if isinstance(job.data, Conversations) and job.replay is None:
-            weights = {conversations_prefix(prefix): float(weight) for prefix, weight in job.data.train.items()}
-        elif isinstance(job.data, Blend):
-            weights = job.data.shares()
-        return {"train": sets_of(weights)} if weights else {}
-    return {}

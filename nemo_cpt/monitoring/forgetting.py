@@ -220,6 +220,7 @@ def _between_batches(first: Sequence[float], last: Sequence[float]) -> float | N
 
 
 def _widening(degrees_of_freedom: int) -> float:
+    # Of the table's next lower number, whose value is the larger: rather too wide than too narrow.
     smaller = [number for number in STUDENT if number <= degrees_of_freedom]
     return STUDENT[smaller[-1]] / SURE
 

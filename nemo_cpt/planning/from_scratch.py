@@ -73,6 +73,7 @@ def of_another_size(params: str, base: str | Path) -> str:
     """How a base is not of the size that a schedule is for, in words; empty for one that is, or is not here."""
     architecture = read_base(base).architecture if Path(base).is_dir() else None
     wanted = schedule_of(params).parameters
+    # A base on another machine cannot be looked at, and is taken for what was asked.
     there = checkpoint_size.parameters(architecture) if architecture else wanted
     if 1 / OF_A_SIZE <= there / wanted <= OF_A_SIZE:
         return ""

@@ -13,6 +13,7 @@ from math import inf, lcm
 from nemo_cpt.constants import ADAM_SLICE_ELEMENTS
 from nemo_cpt.planning.hardware import GIB
 from nemo_cpt.planning.workload import Workload
+from nemo_cpt.rounding import rounded_up
 
 WORKSPACES = 99 * 2**20  # of cuBLAS, PyTorch's and Transformer Engine's, on one H200
 CONTEXT = int(2.055 * GIB)  # CUDA's context and the kernels loaded, beside what PyTorch reserves
@@ -161,11 +162,7 @@ def buffer_elements(work: Workload, stage: int) -> int:
         return sum(sizes)
     # Each rank gets an equal part of a bucket.
     divisor = lcm(128, work.optimizer_shards)
-    return _up(sum(_up(size, ALIGNMENT) for size in sizes), divisor)
-
-
-def _up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
+    return rounded_up(sum(rounded_up(size, ALIGNMENT) for size in sizes), divisor)
 
 
 def adapter_parameters(work: Workload, stage: int) -> int:
@@ -426,9 +423,8 @@ def _pinned_bytes(work: Workload) -> int:
     """Adam's states of one GPU in pinned host memory."""
     if work.lora_rank is not None:
         return 0
-    a_parameter = (
-        work.host_state_bytes + 16 * work.optimizer_offload_fraction
-    )  # fp32 weights, gradients and two moments
+    # Offloaded: weight, gradient and two moments, each in fp32.
+    a_parameter = work.host_state_bytes + 16 * work.optimizer_offload_fraction
     return int(max(stage_parameters(work, s) for s in range(work.pipeline_model_parallel_size)) * a_parameter)
 
 
@@ -501,11 +497,11 @@ def _saved_pieces(work: Workload, stage: int) -> list[int]:
     bucket: list[tuple[int, int]] = []
     end = 0
     for number, size in enumerate(reversed(sizes), start=1):
-        start = _up(end, ALIGNMENT)
+        start = rounded_up(end, ALIGNMENT)
         end = start + size
         bucket.append((start, end))
         if end >= full or number == len(sizes):
-            part = _up(end, lcm(128, ranks)) // ranks
+            part = rounded_up(end, lcm(128, ranks)) // ranks
             pieces += itertools.chain.from_iterable(_cut(*parameter, part) for parameter in bucket)
             bucket, end = [], 0
     return pieces
@@ -513,7 +509,7 @@ def _saved_pieces(work: Workload, stage: int) -> list[int]:
 
 def _cut(start: int, end: int, part: int) -> list[int]:
     """The lengths of what multiples of `part` make of a range."""
-    edges = [start, *range(_up(start + 1, part), end, part), end]
+    edges = [start, *range(rounded_up(start + 1, part), end, part), end]
     return [after - before for before, after in itertools.pairwise(edges)]
 
 

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nemo_cpt.compatibility import TILE, given, padded_to
+from nemo_cpt.compatibility import TILE, given
 from nemo_cpt.errors import CptError
 from nemo_cpt.planning.workload import LINEAR, Workload
+from nemo_cpt.rounding import rounded_up
 
 LLAMA3_VOCABULARY = 128_256
 MODELLED_CALLBACKS = {
@@ -78,7 +79,7 @@ def _model(recipe: Any, config: Any, strategy: Any) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_query_groups": _get(config, "num_query_groups", heads),
         "kv_channels": _get(config, "kv_channels", hidden // heads),
-        "vocab_size": padded_to(_vocabulary(recipe, config), multiple),
+        "vocab_size": rounded_up(_vocabulary(recipe, config), multiple),
         # Megatron's defaults where a config is silent, not Llama's.
         "tied": _get(config, "share_embeddings_and_output_weights", True),
         "gated": _get(config, "gated_linear_unit", False),

@@ -294,6 +294,7 @@ def _states(work: Workload, allow: Collection[str]) -> list[dict[str, Any]]:
 def _layouts(work: Workload, allow: Collection[str]) -> list[dict[str, Any]]:
     if "layout" not in allow or work.gpus == 1:
         return [{}]
+    # Tensor parallelism within a node, over its fast links, and no key-value head cut in two.
     tensor = [size for size in (1, 2, 4, 8) if size <= work.gpus_per_node and work.num_query_groups % size == 0]
     pipeline = [size for size in (1, 2, 4, 8, 16) if size <= work.gpus and work.num_layers % size == 0]
     return [
@@ -309,10 +310,8 @@ def _least_recompute(work: Workload, budget: float) -> Workload:
     # Without recomputation first: block's 0 layers would still keep the embedding's output for the adapters.
     if _peak(plain, budget) <= budget:
         return plain
-    low, high = (
-        0,
-        work.stage_layers,
-    )  # `low` layers are too few (0 was tried above); `high` are enough, or all there are
+    # `low` layers are too few (0 was tried above); `high` are enough, or all there are.
+    low, high = 0, work.stage_layers
     while high - low > 1:
         middle = (low + high) // 2
         if _peak(work.replace(recompute="block", recompute_num_layers=middle), budget) <= budget:

@@ -40,6 +40,8 @@ ERRORS = {
     4: "mean error 4 %, worst 13 % on four H200",
 }
 NOT_MEASURED = "scaled from an H200, not measured"
+# Their GPUs wait for the host most of the time, whose speed is another machine's: docs/from-scratch.md has the 124M's.
+SMALL, SMALL_ERROR = 800_000_000, "below 1B steps are bound by the host: the 124M's were a quarter shorter on one H200"
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,8 @@ def speed(work: Workload, gpu: Gpu = DEFAULT) -> Speed:
     step = sum(seconds.values())
     tflops = work.tokens_per_step * model_flops_per_token(work) / step / work.gpus / 1e12
     error = ERRORS.get(work.gpus, f"{work.gpus} GPUs were not measured")
+    if work.parameters < SMALL:
+        error = SMALL_ERROR
     return Speed(seconds, work.tokens_per_step, work.gpus, tflops, error if gpu.measured else NOT_MEASURED)
 
 
@@ -111,6 +115,8 @@ def model_flops_per_token(work: Workload) -> float:
     """
     layers = (4 if work.lora_rank else 6) * work.num_layers * work.linear_parameters
     head = (6 if work.trains_head else 4) * work.vocab_size * work.hidden_size
+    # Two products, of queries with keys and of weights with values, 2 operations a value, over half the square; three
+    # times that with the backward pass, which has two for each.
     attention = 3 * 2 * work.num_layers * work.seq_length * work.query_size
     return layers + head + attention + 6 * work.adapter_parameters
 
@@ -142,6 +148,7 @@ def _operations(work: Workload) -> tuple[float, float, float]:
     # Forward and the inputs' gradients; the weights' own where they are trained.
     again, passes = work.recomputed(layers), 2 if work.lora_rank else 3
     tokens = work.tokens / work.tensor_model_parallel_size
+    # A multiplication and an addition for each weight and token.
     products = 2 * work.linear_parameters * tokens * (layers * passes + again)
     adapters = work.adapter_parameters / work.num_layers * 2 * tokens * (3 * layers + again)
     if work.dora:  # the norm of weight + product of the adapter's matrices, each time

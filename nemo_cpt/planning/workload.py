@@ -124,6 +124,7 @@ class Workload:
     def _check_fp8(self) -> None:
         """Refuse what Transformer Engine's fp8 products do not take: a side that is no multiple of 16."""
         cut = self.tensor_model_parallel_size
+        # As one GPU multiplies them: tensor parallelism cuts the widths, and tokens with sequence parallelism alone.
         whole = {"seq_length x micro_batch_size": self.tokens // (cut if self.sequence_parallel else 1)}
         whole |= {"hidden_size": self.hidden_size, "ffn_hidden_size": self.ffn_hidden_size // cut}
         whole |= {"the width of queries": self.query_size // cut}

@@ -163,6 +163,7 @@ def _losses(found: Sequence[Mapping[str, float | None]]) -> Iterator[str]:
         return
     first, last = found[0], found[-1]
     columns = ("held-out loss (nats per token)", f"at step {first['step']}", f"at step {last['step']}")
+    # Sets of both ends alone: one that a resumed run added has nothing to be compared with.
     names = [name for name in last if name != "step" and name in first]
     yield from _table(columns, ((name, _loss(first[name]), _loss(last[name])) for name in names))
 

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from nemo_cpt.errors import CptError, near_paths
 from nemo_cpt.hub import SET_A_TOKEN, TOKEN_PAGE, explained, progress_bars
 from nemo_cpt.publishing.card import LANGUAGE, TAG, Subject, languages_of, model_card
 from nemo_cpt.publishing.licences import Licence, breaches, licence, licence_of_card, licence_of_texts
+from nemo_cpt.records import AsDict
 
 CARD = "README.md"
 _KINDS = (".json", ".safetensors", ".model", ".jinja", ".txt", ".tiktoken")
@@ -32,7 +33,7 @@ _SHORT = 4  # a folder's path of so many characters, such as `/` or `/tmp`, give
 
 
 @dataclass(frozen=True)
-class PushReport:
+class PushReport(AsDict):
     """What a push did, or would do.
 
     Attributes:
@@ -58,10 +59,6 @@ class PushReport:
     card: str
     warnings: tuple[str, ...]
     seconds: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report as a JSON-serialisable dict."""
-        return asdict(self)
 
 
 @checked
@@ -122,6 +119,7 @@ def push(
     _refuse_private(folder, contents, api)
     url, private = f"{api.endpoint}/{repo_id}", not public
     size = sum(len(each) if isinstance(each, bytes) else each.stat().st_size for each in contents.values())
+    # All that can be refused has been by now: what is sent stays in the repository's history.
     if not dry_run:
         visible = "public" if public else "private"
         say(f"{len(contents)} files, {size / 1e9:.2f} GB, to {url}, {visible}")

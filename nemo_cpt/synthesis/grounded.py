@@ -186,6 +186,7 @@ class Model:
         texts = {place: known["text"] for place, key in enumerate(keys) if (known := self._replies.get(key))}
         missing = [place for place in range(len(wave)) if place not in texts]
         try:
+            # In the order in which they end: each is kept at once, so that a killed run has it.
             for index, reply in self._engine.generate([prompts[place] for place in missing], self._sampling):
                 place = missing[index]
                 record = {"model": self._engine.model, "document": wave[place].number, "text": reply.text}

@@ -20,7 +20,7 @@ from nemo_cpt.arguments import checked
 from nemo_cpt.corpus.atomic_files import locked, make_folder, write_whole
 from nemo_cpt.corpus.dataset.manifest import changed_input, describe_inputs
 from nemo_cpt.corpus.reading.chunks import Feed, hash_file, texts_of
-from nemo_cpt.corpus.reading.sources import Inputs, Source, list_sources
+from nemo_cpt.corpus.reading.sources import REPLIES, SYNTHESIS, Inputs, Source, list_sources
 from nemo_cpt.corpus.reading.tally import NO_SKIPPING, Tally
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation.journal import Journal
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from nemo_cpt.synthesis.grounded import Model
 
 SETS = ("validation", "train")  # in the order in which they are made
-MANIFEST, REPLIES, LOCK = "synthesis.json", "replies.jsonl", ".synthesis.lock"
+LOCK = ".synthesis.lock"
 SPARE = 4  # documents taken for each one needed: some give no question
 RULES = "rules"
 LICENCES = {
@@ -193,7 +193,7 @@ def _generator(endpoint: str | None, model: str | None, licence: str | None) -> 
     if not model or not licence:
         raise CptError(
             "An endpoint needs the model's name (--model) and the licence of its outputs (--licence), by which whoever "
-            f"trains on them is bound; it goes into {MANIFEST}."
+            f"trains on them is bound; it goes into {SYNTHESIS}."
         )
     return {"name": model, "endpoint": hide_credentials(endpoint), "licence": licence}
 
@@ -254,17 +254,19 @@ def _make_sets(
     maker: "Rules | Model", documents: list[Document], wanted: Mapping[str, int]
 ) -> dict[str, list[Question]]:
     """Make the sets of questions, each about its own share of the documents."""
+    # Rounded up: a small validation set must not be left without a document.
     held = math.ceil(len(documents) * wanted["validation"] / sum(wanted.values()))
     # By document, so that no text gives questions to both sets.
     parts = {"validation": documents[:held], "train": documents[held:]}
     sets = {name: maker.make(parts[name], wanted[name]) for name in SETS}
     for name, questions in sets.items():
         if len(questions) < wanted[name]:
+            source = f"{len(parts[name])} documents" if documents else "the slots' values"
             rejected = ", ".join(f"{count} {reason}" for reason, count in maker.rejected.items())
             raise CptError(
-                f"There are only {len(questions)} of the {wanted[name]} questions for {name}, out of "
-                f"{len(parts[name])} documents{f' (left out: {rejected})' if rejected else ''}. Ask for fewer, or give "
-                "more texts, kinds or values."
+                f"There are only {len(questions)} of the {wanted[name]} questions for {name}, out of {source}"
+                f"{f' (left out: {rejected})' if rejected else ''}. Ask for fewer ({name}=..., --{name}), or give more "
+                "texts, kinds or values."
             )
     return sets
 
@@ -287,7 +289,7 @@ class _Folder:
 
     def __init__(self, path: Path, options: dict[str, Any]) -> None:
         self.path, self._options = path, options
-        self._manifest = path / MANIFEST
+        self._manifest = path / SYNTHESIS
 
     def is_done(self, sources: list[Source], overwrite: bool) -> bool:
         """Say whether the sets of this very job are there.

@@ -1,5 +1,6 @@
 """What is different when a run is started again. Apart from `record`, so that it can be told without importing NeMo."""
 
+import contextlib
 import hashlib
 import math
 import re
@@ -8,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_cpt.conversations import Conversations
+from nemo_cpt.conversations.dataset import conversations_prefix
+from nemo_cpt.corpus import Blend
 from nemo_cpt.corpus.dataset.index import full_prefix
 from nemo_cpt.errors import CptError
 from nemo_cpt.training.options import EXTENSIONS
@@ -79,6 +83,26 @@ def check_goes_on(checkpoint: Checkpoint, changed: Collection[Change], extend: s
         raise CptError(f"{where}: {listed(schedule)}. Say what becomes of the learning rate: {choices}")
 
 
+def check_started_again(
+    checkpoint: Checkpoint, now: Mapping[str, Mapping[str, Any]], extend: str | None, finished: bool
+) -> None:
+    """Refuse, before a job, what it would refuse of a run that has this checkpoint.
+
+    Args:
+        checkpoint: the run's newest.
+        now: settings by group, as far as they are known.
+        extend: see `ResumeOrStartFromBase`.
+        finished: whether it has all the steps that are asked for.
+
+    Raises:
+        CptError: as `check_finished` or `check_goes_on`.
+    """
+    if finished:
+        check_finished(checkpoint, now)
+    else:
+        check_goes_on(checkpoint, changes(checkpoint.record.get("settings", {}), now), extend)
+
+
 def check_finished(checkpoint: Checkpoint, now: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuse to call a run finished that was trained otherwise than it is asked for.
 
@@ -111,8 +135,21 @@ def sets_of(weights: Mapping[str, float]) -> list[list[Any]]:
     return [[weight, content_of(prefix)] for prefix, weight in weights.items()]
 
 
+def trained_on(data: Blend | Conversations | None, replay: Blend | None) -> dict[str, Any]:
+    """The sets that are trained on, as the setting they are; nothing where they are not here, or mixed with replay."""
+    weights: dict[str, float] = {}
+    with contextlib.suppress(CptError, OSError):
+        if isinstance(data, Conversations) and replay is None:
+            weights = {conversations_prefix(prefix): float(weight) for prefix, weight in data.train.items()}
+        elif isinstance(data, Blend):
+            weights = data.shares()
+        return {"train": sets_of(weights)} if weights else {}
+    return {}
+
+
 def content_of(prefix: str) -> str:
     """A dataset's name, and a hash of its files' sizes, beginnings and ends: the same wherever it was copied to."""
+    # Not `index.fingerprint`, which is like it: this hash stands in checkpoints, and is compared with theirs for good.
     digest = hashlib.blake2b(digest_size=8)
     full = full_prefix(prefix)
     for suffix in (".idx", ".bin", *([".mask"] if Path(full + ".mask").exists() else [])):  # conversations have one

@@ -185,6 +185,7 @@ def weights_of(paths: Any) -> dict[str, float]:
             f"data.paths is {paths!r}: give weights and prefixes in turn, such as [0.75, 'ds/ja', 0.25, 'ds/en'], or "
             "give the recipe data=Blend(train={'ds/ja': 0.75, 'ds/en': 0.25})"
         )
+    # Before the dict below, where the second of two equal prefixes would silently replace the first.
     check_distinct(map(str, paths[1::2]))
     try:
         return {str(prefix): float(weight) for weight, prefix in zip(paths[::2], paths[1::2], strict=True)}

@@ -72,6 +72,7 @@ class ExportCheckpoints(pl.Callback):
     def _set_aside(self, trainer: pl.Trainer) -> None:
         """Move what a training exported that this start goes back behind: of the same steps, and another model."""
         checkpoint = resumed_from(trainer.ckpt_path)
+        # -1 of a checkpoint whose step nobody knows: then nothing is taken for later than it.
         reached = checkpoint.step if checkpoint else 0
         for step in self._steps(EXPORTED):
             if step > reached >= 0:

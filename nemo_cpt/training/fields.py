@@ -17,21 +17,48 @@ CHECKED = (  # the parts of a recipe that are ours or NeMo's; a callback of the 
 
 KNOWN = ("nemo_cpt", "nemo", "megatron", "lightning", "torch")  # whose **kwargs go to the classes that they extend
 
-NOT_LIGHTNINGS = {  # fields of Lightning's trainer that mislead: the value that is harmless, and what does it
+NOT_LIGHTNINGS: dict[str, tuple[tuple[Any, ...], str]] = {
+    # Fields of Lightning's trainer that mislead: the values that are harmless, beside None, and what does it.
     "accumulate_grad_batches": (
-        1,
+        (1,),
         "would be passed over: micro batches are added up until they are data.global_batch_size sequences",
     ),
-    "gradient_clip_val": (None, "would be passed over: Megatron's optimizer clips, at optim.config.clip_grad"),
+    "check_val_every_n_epoch": (
+        (1,),
+        "would leave the run without validations: it is one epoch, of max_steps steps. Those between validations are "
+        "trainer.val_check_interval",
+    ),
+    "gradient_clip_val": ((), "would be passed over: Megatron's optimizer clips, at optim.config.clip_grad"),
+    "limit_train_batches": (
+        (1.0,),
+        "would train on the first batches over and over, with a share of them on none, and a resumption would go on "
+        "elsewhere: a shorter run is max_steps=, fewer data are a smaller dataset",
+    ),
     "max_epochs": (
-        -1,
+        (-1,),
         "would be passed over: a run has max_steps steps, over as many passes as they take; "
         "Blend(...).report(global_batch_size, seq_length) has those of a pass",
     ),
     "max_time": (
-        None,
+        (),
         "would end the run with exit code 0, as if it were finished: Slurm's limit is executor.time, and elsewhere "
         "`timeout --preserve-status 4h` before the command has it save, and end with 75",
+    ),
+    "min_epochs": ((0, 1), "would be passed over: a run has max_steps steps, over as many passes as they take"),
+    "num_sanity_val_steps": (
+        (-1, 0, 1),
+        "would be passed over: the validation ahead of the first step is a whole one, as those that follow. Give 1, or "
+        "0 for none",
+    ),
+    "overfit_batches": (
+        (0,),
+        "would train on the first batches over and over, validate on others, and go on elsewhere when it is resumed: "
+        "prepare a small dataset, and train and validate on that",
+    ),
+    "reload_dataloaders_every_n_epochs": ((0,), "would be passed over: a run is one epoch, of max_steps steps"),
+    "use_distributed_sampler": (
+        (False,),
+        "would have Lightning share the data out, which Megatron's sampler does: set it to False",
     ),
 }
 
@@ -68,9 +95,23 @@ def _complaints(recipe: Any) -> Iterator[str]:
             "metrics and patches. Add to them instead: recipe.trainer.callbacks.append(run.Config(...))"
         )
     trainer = recipe.trainer
-    for name, (default, instead) in NOT_LIGHTNINGS.items():
-        if (value := getattr(trainer, name, None)) not in (None, default):
+    for name, (harmless, instead) in NOT_LIGHTNINGS.items():
+        # As it was set: Lightning's own defaults are nobody's wish.
+        if (value := trainer.__arguments__.get(name)) is not None and not _is_one_of(value, harmless):
             yield f"trainer.{name}={value} {instead}"
+    steps, least, interval = (getattr(trainer, name, None) for name in ("max_steps", "min_steps", "val_check_interval"))
+    if isinstance(steps, int) and isinstance(least, int) and least > steps:
+        yield f"trainer.min_steps={least} would be passed over: the run ends at max_steps {steps}"
+    if isinstance(interval, float):
+        yield (
+            f"trainer.val_check_interval={interval} would be a share of the micro batches, and not of the steps: give "
+            "a number of steps"
+        )
+    if getattr(trainer, "enable_checkpointing", None) is False and getattr(recipe.log, "ckpt", None) is not None:
+        yield (
+            "trainer.enable_checkpointing=False would be passed over: log.ckpt writes checkpoints. For a run that "
+            "keeps nothing set log.ckpt to None as well"
+        )
     # A trainer of the user's own need not have these fields.
     if (precision := getattr(trainer, "precision", None)) is not None and getattr(trainer, "plugins", None):
         yield f"trainer.precision={precision}: trainer.plugins has it, which the recipe's precision= sets"
@@ -81,6 +122,11 @@ def _complaints(recipe: Any) -> Iterator[str]:
         for name in config.__arguments__:
             if name not in known:
                 yield f"{path}.{name}: {_class(config).__name__} has no field {name}; {nearest(name, known)}"
+
+
+def _is_one_of(value: Any, harmless: tuple[Any, ...]) -> bool:
+    # 1 is one batch, and 1.0 all of them; 0 and 0.0 are the same.
+    return any(value == each and (not each or isinstance(value, float) == isinstance(each, float)) for each in harmless)
 
 
 def _is_guards(callback: Any) -> bool:

@@ -24,7 +24,7 @@ from nemo_cpt.training.resume import check_start
 from nemo_cpt.training.run_folder import newest_whole
 from nemo_cpt.training.settings import Settings, settings_in
 
-MARGIN_TO_UNIFORM = 0.5
+MARGIN_TO_UNIFORM = 0.5  # nats per token: a base that knows its data is some nats below
 
 
 class Guards(pl.Callback):
@@ -309,6 +309,7 @@ def check_fp8(compute_capability: tuple[int, int] | None, scaling: str = "tensor
     """
     if compute_capability is None:
         raise CptError("fp8 needs a GPU, and there is none here. Train with precision=bf16")
+    # Transformer Engine's own bounds: fp8 products begin with Ada, those scaled in blocks with Hopper.
     least = (9, 0) if scaling == "blockwise" else (8, 9)
     if compute_capability < least:
         major, minor = compute_capability

@@ -77,6 +77,7 @@ class MetricsReader:
         if line is None:
             return
         if (start := line.get(RESUMED_FROM)) is not None:
+            # What a killed job measured behind its checkpoint is done again, and comes again.
             self._by_step = {step: values for step, values in self._by_step.items() if step <= start}
             for name in line.get(VALIDATED_OTHERWISE, ()):
                 for values in self._by_step.values():

@@ -169,6 +169,7 @@ def _drop_norm(linear: torch.nn.Module) -> None:
     def multiply(x: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         with _noting() as norms:
             output, bias = forward(x, *args, **kwargs)
+        # Behind the layer: its own product has read them by now.
         for normed, again in norms:
             _drop(normed, again, output)
         return output, bias

@@ -38,7 +38,8 @@ def record_of(trainer: pl.Trainer) -> dict[str, Any]:
 def _validated_on(trainer: pl.Trainer) -> dict[str, Any]:
     """Where the validation texts are, and how they are read: not compared when a run is resumed elsewhere."""
     data, config = trainer.datamodule, trainer.lightning_module.config
-    texts = {name: prefix for name, prefix in _validation_sets(data).items() if not is_conversations(prefix)}
+    sets = _validation_sets(data)
+    texts = {name: prefix for name, prefix in sets.items() if not is_conversations(prefix)}
     batches = next((len(getattr(data, "validation_weights", {}).get(name, [])) for name in texts), None)
     # What comes of the settings: rotary embeddings read no positions (megatron-core, GPTModel.forward).
     heeded = {
@@ -47,6 +48,7 @@ def _validated_on(trainer: pl.Trainer) -> dict[str, Any]:
     }
     return {
         "sets": {name: str(Path(full_prefix(prefix)).absolute()) for name, prefix in texts.items()},
+        "conversations": {name: str(Path(prefix).absolute()) for name, prefix in sets.items() if name not in texts},
         "samples": batches and batches * data.global_batch_size,
         "seq_length": getattr(data, "seq_length", None),
         **{name: bool(heeded[name] and getattr(data, name, False)) for name in RESETS},

@@ -150,7 +150,7 @@ def check(settings: Settings) -> None:
     Raises:
         CptError: the message has the values, and what to give instead, as the command line writes it.
     """
-    for complaint in _complaints(settings):
+    if complaint := next(_complaints(settings), None):
         raise CptError(complaint)
 
 
@@ -181,6 +181,7 @@ def _schedule(each: Settings) -> Iterator[str]:
         rate = getattr(each, name)
         if rate is not None and not 0 < rate < math.inf:
             yield f"{name}={rate:g}: a peak learning rate is above 0, such as {name}=2.5e-5"
+    # Not `min_lr < 0`, which NaN passes.
     if each.min_lr is not None and not each.min_lr >= 0:
         yield f"min_lr={each.min_lr:g}: a learning rate is not negative: give min_lr=0 or more, below lr"
     if each.lr is not None and each.min_lr is not None and each.min_lr >= each.lr:
@@ -231,6 +232,7 @@ def _cuts_of_the_model(each: Settings) -> Iterator[str]:
             f"{max(length // pieces, 1) * pieces} could be"
         )
     if each.sequence_parallel and length % (tensor * context):
+        # What is proposed has to pass the check above, too.
         multiple = tensor * pieces
         yield (
             f"seq_length {length} cannot be cut over tensor_model_parallel_size {tensor}, which share it "
@@ -241,6 +243,7 @@ def _cuts_of_the_model(each: Settings) -> Iterator[str]:
 def _batches(each: Settings) -> Iterator[str]:
     if not each.global_batch_size or not each.micro_batch_size or each.processes is None:
         return
+    # Without a remainder, and above 0: `_cuts_of_the_model` complains first, and the first complaint is the one raised.
     data_parallel = each.processes // each.model_parallel
     step = each.micro_batch_size * data_parallel
     if each.global_batch_size % step:

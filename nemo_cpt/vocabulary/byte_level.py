@@ -152,6 +152,7 @@ def grew_from(grown: ByteLevelBPE, base: ByteLevelBPE) -> str | None:
 @cache
 def byte_of_character() -> dict[str, int]:
     """The byte that each character of a byte-level token stands for, as GPT-2 has chosen them."""
+    # Printable in Latin-1, without the soft hyphen (0xAD): they stand for themselves, the others for U+0100 and on.
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}

@@ -6,7 +6,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,15 @@ from typing import Any
 import orjson
 
 from nemo_cpt.arguments import checked
+from nemo_cpt.corpus.atomic_folders import check_place, new_folder
 from nemo_cpt.corpus.reading.chunks import stamps_of
 from nemo_cpt.corpus.reading.sources import Inputs
 from nemo_cpt.corpus.tokenization.tokenizer import load_tokenizer
 from nemo_cpt.corpus.tokenization.tokenizer_files import ADDED, CONFIG, DEFINITION, SPECIAL_MAP, read_object
 from nemo_cpt.errors import CptError
 from nemo_cpt.made import Making, files_of, stamps
-from nemo_cpt.records import restored
+from nemo_cpt.records import AsDict, restored
 from nemo_cpt.vocabulary.byte_level import RECORD, ByteLevelBPE, grew_from, read_byte_level
-from nemo_cpt.vocabulary.folders import check_place, new_folder
 from nemo_cpt.vocabulary.merging import MAX_CHARACTERS, MIN_COUNT, Learner, Merge
 from nemo_cpt.vocabulary.samples import SAMPLE_BYTES, documents, draw
 from nemo_cpt.vocabulary.words import Words, count_words, of_own_scripts, text_of
@@ -36,7 +36,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class GrowReport:
+class GrowReport(AsDict):
     """What growing a tokenizer did, and what it buys.
 
     Attributes:
@@ -72,10 +72,6 @@ class GrowReport:
     tokens_saved: float | None
     seconds: float
     status: str = "written"
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report as a JSON-serialisable dict."""
-        return asdict(self)
 
 
 @checked

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from nemo_cpt.arguments import checked
 from nemo_cpt.corpus.reading.sources import Inputs
 from nemo_cpt.corpus.tokenization.tokenizer import load_tokenizer
 from nemo_cpt.errors import CptError
+from nemo_cpt.records import AsDict
 from nemo_cpt.vocabulary.byte_level import grew_from, read_byte_level
 from nemo_cpt.vocabulary.comparison import SAMPLE_BYTES
 from nemo_cpt.vocabulary.growing import few_at_a_time
@@ -22,7 +23,7 @@ SELDOM = 1000  # times that a row is seen in the training, below which it is har
 
 
 @dataclass(frozen=True)
-class Worth:
+class Worth(AsDict):
     """What a grown tokenizer buys and costs.
 
     Attributes:
@@ -57,10 +58,6 @@ class Worth:
     break_even_tokens: int
     pays_back_each: int
     seldom: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """The figures as a JSON-serialisable dict."""
-        return asdict(self)
 
 
 @checked

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from nemo_cpt.arguments import checked
+from nemo_cpt.corpus.atomic_folders import check_place, new_folder
 from nemo_cpt.corpus.reading.chunks import stamps_of
 from nemo_cpt.corpus.reading.sources import Inputs
 from nemo_cpt.corpus.tokenization.tokenizer_files import CONFIG, DEFINITION
 from nemo_cpt.errors import CptError
 from nemo_cpt.made import Making
-from nemo_cpt.records import restored
+from nemo_cpt.records import AsDict, restored
+from nemo_cpt.rounding import rounded_up
 from nemo_cpt.vocabulary.byte_level import byte_of_character
-from nemo_cpt.vocabulary.folders import check_place, new_folder
 from nemo_cpt.vocabulary.growing import MULTIPLE_OF, count_tokens
 from nemo_cpt.vocabulary.learning import learn
 from nemo_cpt.vocabulary.samples import Sample, draw
@@ -32,7 +33,7 @@ _NEVER = -1e6  # a special token's score: its name in a text that is to be taken
 
 
 @dataclass(frozen=True)
-class TrainReport:
+class TrainReport(AsDict):
     """What training a tokenizer did.
 
     Attributes:
@@ -56,10 +57,6 @@ class TrainReport:
     round_trip_failures: int
     seconds: float
     status: str = "written"
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report as a JSON-serialisable dict."""
-        return asdict(self)
 
 
 @checked
@@ -100,7 +97,7 @@ def train(
     """
     start = time.monotonic()
     check_options(corpora, vocabulary_size, kind, special, multiple_of, sample_bytes)
-    output, tokens, size = Path(output), _special(special), _rounded_up(vocabulary_size, multiple_of)
+    output, tokens, size = Path(output), _special(special), rounded_up(vocabulary_size, multiple_of)
     check_place(output)
     options = {"vocabulary_size": size, "kind": kind, "special": list(special), "json_key": json_key}
     weights = list(corpora.values()) if isinstance(corpora, Mapping) else None
@@ -155,10 +152,6 @@ def _special(further: Sequence[str]) -> list[str]:
     return [BOS, EOS, PAD, *CHAT, *further, *(f"<|reserved_special_token_{number}|>" for number in range(RESERVED))]
 
 
-def _rounded_up(size: int, multiple_of: int) -> int:
-    return -(-size // multiple_of) * multiple_of
-
-
 def check_options(
     corpora: Inputs | Mapping[str, float],
     vocabulary_size: int,
@@ -187,7 +180,7 @@ def check_options(
         raise CptError(f"the special token {twice[0]} is there twice")
     if one_byte := [token for token in special if token in byte_of_character()]:
         raise CptError(f"the special token {one_byte[0]!r} is that of a byte, too: give it a longer name")
-    if _rounded_up(vocabulary_size, multiple_of) <= len(tokens) + 256:
+    if rounded_up(vocabulary_size, multiple_of) <= len(tokens) + 256:
         raise CptError(
             f"a vocabulary of {vocabulary_size:,} has no room for tokens beside 256 bytes and "
             f"{len(tokens)} special ones: give a larger vocabulary_size (--vocabulary-size)"

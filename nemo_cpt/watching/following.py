@@ -171,6 +171,7 @@ def follow(follower: Follower, live: bool) -> Snapshot:
     Raises:
         KeyboardInterrupt: the view was left, by Ctrl-C or by its key.
     """
+    # Lines for a log: nothing is drawn, and no key is listened to.
     if not live:
         return _until_the_end(follower, _print_new, time.sleep)
     with screen_on(sys.stdout, sys.stdin, may_leave=True) as screen:

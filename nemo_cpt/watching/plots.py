@@ -127,4 +127,5 @@ def running_mean(values: Sequence[float]) -> list[float]:
 
 
 def _window(values: Sequence[float]) -> int:
+    # Of a run's own length: a fixed window would flatten a short run and leave a long one its noise.
     return max(len(values) // 20, 1)

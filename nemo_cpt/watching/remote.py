@@ -26,9 +26,8 @@ from nemo_cpt.cache import cache_folder
 from nemo_cpt.constants import PLAINLY
 from nemo_cpt.errors import CptError
 from nemo_cpt.executors.supervisor import REACHED_FILE
-from nemo_cpt.launching.description import describe
+from nemo_cpt.launching.description import describe, moves_its_folder
 from nemo_cpt.launching.experiments import Experiment, experiments
-from nemo_cpt.launching.task import moves_its_folder
 from nemo_cpt.watching.following import QUIET_SECONDS, RANK_0_LOG, Follower
 from nemo_cpt.watching.view import Snapshot
 
@@ -277,6 +276,7 @@ def not_begun(chosen: str | None, directory: Path) -> Experiment | None:
         directory: where runs are kept; of no chosen run, those alone that would be kept there.
     """
     for experiment, _, folder in _submitted(chosen):
+        # The newest alone: an older one whose folder is gone was removed, and does not wait.
         if chosen or folder.absolute().parent == directory.absolute():
             return None if folder.exists() else experiment
     return None

@@ -152,6 +152,7 @@ def _folded(warnings: Sequence[str]) -> Iterator[tuple[str, str]]:
         # Taken out and put in again: the last entry is then what was said last.
         counts[warning] = counts.pop(warning, 0) + 1
     shown = list(counts.items())[-WARNINGS_SHOWN:]
+    # The newest stay in sight: of the others only how many there are.
     if more := len(counts) - len(shown):
         yield f"! {more} more warnings in the log", ""
     for warning, count in shown:

@@ -107,8 +107,9 @@ def _tasks(
     recipe, arguments, fields, own = recipes.split(step.name, step.parameters, step.folder)
     named = str(step.parameters.get(EXECUTOR, executor))
     shared = options if named == executor else []
-    where = make_executor(named, [*shared, *own], recipe.processes(arguments), recipe.nodes(arguments))
-    if recipe.gpus(arguments):
+    processes, nodes, on_gpus = recipe.processes(arguments), recipe.nodes(arguments), bool(recipe.gpus(arguments))
+    where = make_executor(named, [*shared, *own], processes, nodes, on_gpus)
+    if on_gpus:
         give_time_to_save(where, recipe, arguments, fields)
     # As plain data: mixtures are made of it in the job.
     plain = {name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value

@@ -71,6 +71,7 @@ def _contents(looked_at: Mapping[str, Any]) -> dict[str, str]:
 def _content(files: Mapping[str, Mapping[str, Any]]) -> str:
     """What lies behind a path in a few words: a checkpoint has dozens of files, some of random names."""
     hashes = content(files)
+    # Of a single file, its hash as the record has it.
     if len(hashes) == 1:
         return next(iter(hashes.values()))
     digest = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()

@@ -127,10 +127,10 @@ KINDS = {
     ),
     "evaluate": Kind(
         "evaluation.comparison:evaluate",
-        ("model", "against", "checkpoints_of", "base", "losses", "prompts"),
+        ("model", "against", "checkpoints_of", "base", "losses", "template", "prompts"),
         "{output}",
-        ("model", "against", "prompts"),
-        ("prompts",),
+        ("model", "against", "template", "prompts"),
+        ("template", "prompts"),
         goes_on=True,
         by_version=True,
         action="evaluate",

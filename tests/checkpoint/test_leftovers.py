@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nemo_cpt.checkpoint import export_hf, import_hf, merge
-from nemo_cpt.checkpoint.folders import new_folder
+from nemo_cpt.corpus.atomic_folders import new_folder
 from nemo_cpt.errors import CptError
 from nemo_cpt.made import RECORD
 from tests.support import small_models as models
@@ -59,7 +59,7 @@ def test_of_an_import_and_of_an_export(hf: Path, tmp_path: Path, capsys: pytest.
         assert _partials(tmp_path) == [partial]
         (import_hf if function == "import_hf" else export_hf)(source, tmp_path / name)
         assert _partials(tmp_path) == []
-        assert f"Removing {partial}, which a killed import, export or merge left" in capsys.readouterr().err
+        assert f"Removing {partial}, which a killed command left" in capsys.readouterr().err
         assert [path.name for path in (tmp_path / name).glob(".*")] == [RECORD]
 
 
@@ -101,7 +101,7 @@ def test_room_is_made_before_it_is_measured(tmp_path: Path, monkeypatch: pytest.
     (left / ".owner").write_text(socket.gethostname())
     (left / "weights").write_bytes(bytes(1000))
     seen: list[bool] = []
-    monkeypatch.setattr("nemo_cpt.checkpoint.folders._check_free_space", lambda *args: seen.append(left.exists()))
+    monkeypatch.setattr("nemo_cpt.corpus.atomic_folders._check_free_space", lambda *args: seen.append(left.exists()))
     with new_folder(tmp_path / "new", 1) as folder:
         (folder / "file").touch()
     assert seen == [False]

@@ -1,13 +1,16 @@
 """Slurm's commands and partitions: a real cluster where one can be started, scripts in sinfo's place elsewhere."""
 
+import math
+
 import pytest
 
 from nemo_cpt import CptError, executors
 from nemo_cpt.doctor import Examination, Job, Place
-from nemo_cpt.doctor.slurm import COMMANDS, cores, saving_in_time, slurm
+from nemo_cpt.doctor.slurm import COMMANDS, cores, memory, saving_in_time, slurm
 from nemo_cpt.executors.examination import place_of
 from nemo_cpt.launching.description import place
 from nemo_cpt.planning import Workload
+from nemo_cpt.planning.memory import host_memory
 from tests.support.slurm_cluster import SlurmCluster, missing
 
 GPU_LINES = "gpu*|up|4|gpu:h100:8\\ncpu|up|9|(null)\\nold|down|2|gpu:v100:4\\n"
@@ -121,6 +124,51 @@ def test_a_rank_has_more_than_one_core(sinfo, tmp_path):
     job = executors.slurm()
     job.cpus_per_task = 4
     assert place_of(job).asks_for_cores
+
+
+def test_a_default_of_memory_is_compared_with_the_plan(sinfo, tmp_path):
+    sinfo()
+    (tmp_path / "scontrol").write_text(
+        "#!/bin/sh\n"
+        f'echo "$*" >> {tmp_path}/asked\n'
+        f'case "$*" in *config) /bin/cat {tmp_path}/config ;; *)\n'
+        'echo "PartitionName=gpu Default=YES JobDefaults=(null) OverSubscribe=NO DefMemPerCPU=4096 MaxMemPerNode=0"\n'
+        'echo "PartitionName=kind Default=NO JobDefaults=DefCpuPerGPU=16 OverSubscribe=NO DefMemPerCPU=4096"\n'
+        'echo "PartitionName=cards Default=NO JobDefaults=DefMemPerGPU=65536 DefMemPerNode=UNLIMITED"\n'
+        'echo "PartitionName=whole Default=NO JobDefaults=(null) OverSubscribe=EXCLUSIVE DefMemPerCPU=4096"\n'
+        'echo "PartitionName=plain Default=NO JobDefaults=(null) OverSubscribe=NO DefMemPerNode=UNLIMITED"\n'
+        "esac\n"
+    )
+
+    def found(partition=None, gpus=8, config="DefMemPerNode           = UNLIMITED", shared="CR_CORE_MEMORY", **place):
+        (tmp_path / "config").write_text(f"{config}\nSelectTypeParameters    = {shared}\n")
+        where = Place("slurm", here=False, **{"slurm": True, "partition": partition} | place)
+        examination = Examination(Job("r", gpus_per_node=gpus, place=where, planned=lambda: EIGHT_B))
+        return memory(examination), examination
+
+    short, examination = found()
+    needed = host_memory(EIGHT_B).total / 2**30
+    assert (short.state, short.found) == (
+        "warning",
+        f"of a node's memory Slurm gives the job 32 GiB by default, and its plan takes {needed:.0f} GiB",
+    )
+    assert short.cure == f"give executor.mem={math.ceil(needed / 0.9)}G, or 0 for the node's whole"
+    for partition, more in (("kind", {}), ("cards", {}), ("whole", {}), ("plain", {}), ("gpu", {"cores_of_task": 8})):
+        assert found(partition, **more)[0].state == "ok", partition
+    assert found("plain", config="DefMemPerNode           = 8192")[0].found.startswith(
+        "of a node's memory Slurm gives the job 8"
+    )
+    assert found(shared="CR_CORE")[0].state == found(asks_for_memory=True)[0].state == "ok"
+    assert found(gpus=0)[0].state == found(slurm=False)[0].state == "skipped"
+    # What several checks want to know is asked once.
+    (tmp_path / "asked").unlink()
+    for check in (cores, memory, saving_in_time):
+        check(examination)
+    assert not (tmp_path / "asked").exists()
+    for given in ({"mem": "64G"}, {"mem": "0"}, {"mem_per_gpu": "8G"}, {}):
+        assert place_of(executors.slurm(**given)).asks_for_memory is bool(given)
+        assert place("slurm", [f"{name}={value}" for name, value in given.items()]).asks_for_memory is bool(given)
+    assert place("slurm", ["cpus_per_task=4"]).cores_of_task == 4
 
 
 def test_a_recipe_that_cannot_be_planned_does_not_stop_a_launch(sinfo):

@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 
 from nemo_cpt.checkpoint.provenance import Provenance, write_provenance
-from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation.candidates import Candidate
-from nemo_cpt.evaluation.loss_sets import LossSet, find_loss_sets, mask_warnings, training_record, validated_on
+from nemo_cpt.evaluation.loss_sets import LossSet, mask_warnings, training_record, validated_on
 from nemo_cpt.inference.models import Found
 from nemo_cpt.training.changes import content_of
 from nemo_cpt.training.masks import masks_of
@@ -43,15 +42,15 @@ def test_of_a_project_that_was_moved_they_are_found_by_their_content(tmp_path: P
     assert told == [f"the run validated on {run['validated_on']['sets']['en']}, which is not there any more"]
 
 
-def test_conversations_have_no_loss_of_texts(tmp_path: Path) -> None:
+def test_conversations_of_a_run_are_found_where_its_record_says_so(tmp_path: Path) -> None:
     prefix = write_set(tmp_path / "chats_conversations", b"chats")
     run = {"settings": {"validation": {"sets": {"chats": content_of(prefix)}}}, "validated_on": {"sets": {}}}
     told: list[str] = []
     assert validated_on(run, tmp_path, told.append) == []
-    assert told == ["the run validated on conversations (chats): `nemo-cpt report` has the losses on answers"]
-    for path in (prefix, prefix.removesuffix("_conversations")):
-        with pytest.raises(CptError, match="holds conversations, whose loss is of their answers alone"):
-            find_loss_sets([f"chats={path}"], [], {}, None, told.append)
+    assert told == ["the run validated on conversations (chats): --loss chats=PREFIX measures the answers"]
+    run["validated_on"] = {"sets": {}, "conversations": {"chats": prefix}}
+    assert validated_on(run, tmp_path, told.append) == [f"chats={prefix}"]
+    assert len(told) == 1
 
 
 def test_masks_are_the_runs_also_of_its_export_and_those_of_others_are_named(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import nemo_run as run
@@ -275,6 +276,44 @@ def test_recipe_and_executor_are_of_one_size(executor, options, says):
     assert re.search(says, str(found).replace(";", ":"))
 
 
+MINE = """
+import nemo_run as run
+from nemo_cpt.executors import local, slurm, ssh
+
+def sized(): return slurm("llm", "gpu", gpus_per_node=4)
+def unsized(): return slurm("llm", "gpu")
+def nodes(): return slurm("llm", "gpu", nodes=2, gpus_per_node=8)
+def far(): return slurm("llm", "gpu", gpus_per_node=4, tunnel=ssh("login1", "me", "/jobs"))
+def here(): return local(processes=2)
+def nemo_runs(): return run.SlurmExecutor(account="llm", nodes=2, ntasks_per_node=8)
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "says"),
+    [
+        ("sized", "for 8 processes on each machine .*, and mine.py:sized starts 4"),
+        ("unsized", ""),
+        ("nodes", ""),
+        ("far", "mine.py:far starts 4"),
+        ("here", "mine.py:here starts 2"),
+        ("nemo_runs", r"for 1 machines \(num_nodes\), and mine.py:nemo_runs starts 2"),
+    ],
+)
+def test_an_executor_of_the_users_own_is_compared_as_one_by_name_and_from_python(function, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(MINE)
+    name = f"mine.py:{function}"
+    job = describe(catalog.recipe("llama31_8b"), EIGHT, [], name, [])
+    found = inputs.settings(Examination(job))
+    assert (found.state, bool(re.search(says, found.found))) == ("error" if says else "ok", True)
+    # From Python the same numbers are compared, by the executor's own name.
+    of_python = replace(job, place=examination.place_of(make_executor(name, [], 1)))
+    assert inputs.settings(Examination(of_python)).state == found.state
+    with pytest.raises(CptError, match=f"executor.nodes=3: {name} takes no options; write them into mine.py"):
+        describe(catalog.recipe("llama31_8b"), EIGHT, [], name, ["executor.nodes=3"])
+
+
 @pytest.mark.parametrize("executor", ["local", "docker"])
 def test_one_machine_is_not_two(executor):
     job = describe(catalog.recipe("llama31_8b"), EIGHT | {"num_nodes": 2}, [], executor, [])
@@ -287,13 +326,28 @@ def test_from_python_too(given, monkeypatch):
         found = inputs.settings(Examination(job_of(recipe, examination.place_of(executor))))
         assert found.state == "error"
         assert "the recipe is for 2 processes on each machine" in found.found
-    for ours in (local(processes=2), slurm()):
+    there = slurm(tasks_per_node=4)
+    assert "and slurm starts 4" in inputs.settings(Examination(job_of(recipe, examination.place_of(there)))).found
+    for ours in (local(processes=2), slurm(), slurm(tasks_per_node=2, nodes=2)):
         assert inputs.settings(Examination(job_of(recipe, examination.place_of(ours)))).state == "ok"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert inputs.settings(Examination(job_of(recipe, examination.place_of(None)))).state == "ok"
 
 
-def test_an_executor_takes_the_recipes_size():
+def test_an_executor_takes_the_recipes_size(tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    unsized, sized = (f"{tmp_path}/mine.py:{name}" for name in ("unsized", "sized"))
+    for name, options, on_gpus, tasks, gpus in (
+        ("slurm", [], True, 8, 8),  # as `run.run` has it
+        (unsized, [], True, 8, 8),
+        (unsized, [], False, 8, None),
+        (sized, [], True, 4, 4),  # and refused: see above
+        ("slurm", ["gres=gpu:8"], True, 8, None),
+        ("slurm", ["gpus=8"], True, 8, None),
+        ("slurm", ["tasks_per_node=2"], True, 2, None),
+    ):
+        executor = make_executor(name, options, 8, on_gpus=on_gpus)
+        assert (executor.ntasks_per_node, executor.gpus_per_node) == (tasks, gpus), (name, options)
     executor = make_executor("slurm", [], 8, 4)
     assert (executor.nodes, executor.ntasks_per_node) == (4, 8)
     assert make_executor("slurm", ["nodes=2"], 8, 4).nodes == 2

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 
 from nemo_cpt.cli import app
 from nemo_cpt.errors import CptError
+from nemo_cpt.evaluation import evaluate
 from nemo_cpt.inference import Piece, Prompt, Sampling
 from nemo_cpt.inference.chat import Chat, Side, titles, typed_lines
 from nemo_cpt.inference.transformers_engine import TransformersEngine
@@ -164,6 +166,15 @@ def test_a_reply_cannot_steer_the_terminal(engine: TransformersEngine, monkeypat
 def test_chat_refuses_what_it_would_not_use(arguments: list[str], says: str) -> None:
     assert says in str(command("chat", "http://127.0.0.1:1", *arguments).exception)
     assert "is no endpoint" in str(command("chat", "nowhere", "--api-key-env", "HOME").exception)
+
+
+def test_a_base_is_refused_where_no_model_is_merged_into_one(make_model: Callable[[str], Path], tmp_path: Path) -> None:
+    whole = str(make_model("llama"))
+    for words in (["chat", whole, "--against", whole], ["serve", whole, "--port", "0"]):
+        refused = str(command(*words, "--base", "nowhere").exception)
+        assert re.search("base.*leave (it|base=nowhere) away", refused), refused
+    with pytest.raises(CptError, match="base is set, and nothing that is to be evaluated uses it"):
+        evaluate(whole, tmp_path, base="nowhere")
 
 
 def test_chat_in_a_pipe(make_model: Callable[[str], Path]) -> None:

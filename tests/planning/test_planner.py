@@ -350,6 +350,12 @@ def test_what_a_run_measures_is_planned_of_the_same_gpu() -> None:
     assert found.as_dict()["reserved_gib"] == pytest.approx(reserved / GIB, abs=1e-3)
 
 
+def test_a_plan_says_how_far_to_trust_its_speed() -> None:
+    assert "mean error 3 %" in plan_workload(llama()).speed.error
+    assert "bound by the host" in plan_workload(llama(hidden_size=768, num_layers=12)).speed.error  # as the 124M is
+    assert "not measured" in plan_workload(llama(), gpu="H100").speed.error
+
+
 def test_fp8_is_refused_on_a_card_without_it() -> None:
     assert plan_workload(llama(fp8=True), gpu="H100").speed.tokens_per_second
     for planned in (plan_workload, fit_workload):

@@ -336,6 +336,17 @@ def test_plain_values_reach_the_config(tmp_path: Path) -> None:
         ("trainer.max_epochs", 2, "a run has max_steps steps"),
         ("trainer.max_time", "00:04:00:00", "as if it were finished: Slurm's limit is executor.time"),
         ("trainer.precision", "bf16", "trainer.plugins has it"),
+        ("trainer.limit_train_batches", 0.5, "would train on the first batches over and over"),
+        ("trainer.limit_train_batches", 1, "a shorter run is max_steps="),  # one batch, where 1.0 is all of them
+        ("trainer.overfit_batches", 2, "prepare a small dataset, and train and validate on that"),
+        ("trainer.check_val_every_n_epoch", 2, "Those between validations are trainer.val_check_interval"),
+        ("trainer.val_check_interval", 0.5, "give a number of steps"),
+        ("trainer.num_sanity_val_steps", 5, "Give 1, or 0 for none"),
+        ("trainer.min_steps", 10**6, "trainer.min_steps=1000000 would be passed over: the run ends at max_steps 300"),
+        ("trainer.min_epochs", 2, "a run has max_steps steps"),
+        ("trainer.reload_dataloaders_every_n_epochs", 1, "a run is one epoch"),
+        ("trainer.use_distributed_sampler", True, "which Megatron's sampler does: set it to False"),
+        ("trainer.enable_checkpointing", False, "set log.ckpt to None as well"),
     ],
 )
 def test_a_field_changed_into_what_no_job_runs_with_is_refused_before_the_launch(path, value, says) -> None:
@@ -349,6 +360,18 @@ def test_a_field_changed_into_what_no_job_runs_with_is_refused_before_the_launch
         with pytest.raises(CptError) as refused:
             guards.check(recipe)
         assert says in refused.value.message
+
+
+def test_what_lightning_does_as_it_says_is_left_alone() -> None:
+    recipe = smollm2.continual_pretrain(data=Blend({"ds/ja": 1.0}))
+    for name, value in {
+        "fast_dev_run": 3, "detect_anomaly": True, "profiler": "simple", "min_steps": 2, "min_epochs": 1,
+        "limit_train_batches": 1.0, "overfit_batches": 0, "check_val_every_n_epoch": None, "num_sanity_val_steps": -1,
+        "reload_dataloaders_every_n_epochs": 0,
+    }.items():  # fmt: skip
+        setattr(recipe.trainer, name, value)
+    recipe.trainer.enable_checkpointing, recipe.log.ckpt = False, None
+    fields.check_fields(recipe)
 
 
 class Collected:

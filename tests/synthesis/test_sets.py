@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from nemo_cpt.conversations.forms import read_conversation
+from nemo_cpt.corpus.reading.sources import list_sources
 from nemo_cpt.errors import CptError
 from nemo_cpt.synthesis.grounded import Filter, pairs_of
 from nemo_cpt.synthesis.questions import Question
@@ -43,6 +44,14 @@ class TestRules:
             "train.jsonl",
             "validation.jsonl",
         ]
+
+    def test_the_folder_is_no_corpus_as_one_of_its_sets_is_held_out(self, tmp_path: Path) -> None:
+        synthesize(CORPUS, tmp_path, train=3, validation=1)
+        with pytest.raises(CptError, match=r"holds the sets of a synthesis.* Name the one that you mean"):
+            list_sources(tmp_path)
+        (tmp_path / "validation.jsonl").unlink()
+        (tmp_path / "replies.jsonl").write_text('{"key": "1"}\n')  # as a model's are kept
+        assert [Path(source.path).name for source in list_sources(tmp_path)] == ["train.jsonl"]
 
     def test_a_seed_makes_one_set_and_another_seed_another(self, tmp_path: Path) -> None:
         for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -99,7 +108,7 @@ class TestRules:
         train, validation = both_sets(tmp_path / "chats")
         assert report.kinds == {"slots": 30}
         assert not {line["query"] for line in train} & {line["query"] for line in validation}
-        with pytest.raises(CptError, match="only 23 of the 25 questions for train"):
+        with pytest.raises(CptError, match="only 23 of the 25 questions for train, out of the slots' values"):
             synthesize(None, tmp_path / "more", slots=slots, train=25, validation=7)
         assert not (tmp_path / "more" / "train.jsonl").exists()
 

@@ -20,6 +20,7 @@ from nemo_cpt.checkpoint import export_hf, import_hf, verify
 from nemo_cpt.conversations import Conversations, prepare
 from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
+from nemo_cpt.evaluation import evaluate
 from nemo_cpt.evaluation.callback import EvaluateReplies
 from nemo_cpt.inference import Sampling, open_engine
 from nemo_cpt.recipes import continual, smollm2, tiny
@@ -171,6 +172,26 @@ def test_the_first_validation_is_the_bases_loss_on_the_answers(world: Path, chat
         each = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
         total, count = total + float((each * mask[1:]).sum()), count + int(mask[1:].sum())
     assert losses(world, "unbroken", "val_loss_chats")[0] == pytest.approx(total / count, abs=1e-4)
+
+
+def test_an_evaluation_reads_the_held_out_answers_as_the_run_did(
+    world: Path, chats: Conversations, tuned: Path, tmp_path: Path
+) -> None:
+    """Named nothing: its own validation set; the file that this was made of, in the template of the tuned model."""
+    given = {"against": world / "base_hf", "device": "cpu", "quiet": True}
+    default = evaluate(tuned, tmp_path / "default", **given, max_tokens=2, limit=2)
+    assert [each["unit"] for each in default.sets if "unit" in each] == ["conversation"]
+    sets = [f"set={chats.validation['chats']}", f"file={world / 'chats_validation.jsonl'}"]
+    found = evaluate(tuned, tmp_path / "named", **given, losses=sets)
+    validation = losses(world, "unbroken", "val_loss_chats")
+    rows = {row.group: row for row in found.rows if row.measure == "loss, nats per token"}
+    for row in (rows["set"], rows["file"]):
+        assert row.before == pytest.approx(validation[0], abs=1e-4)
+        assert row.after == pytest.approx(validation[max(validation)], abs=1e-4)
+        assert row.verdict == "better"
+    answers = [json.loads(line)["answer"] for line in (world / "chats_validation.jsonl").read_text().splitlines()]
+    assert [each["bytes"] for each in found.sets] == [len("".join(answers).encode())] * 2
+    assert [each["units"] for each in found.sets] == [len(answers)] * 2
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
+from nemo_cpt.catalog.build import build_recipe
 from nemo_cpt.checkpoint.weights_digest import BASE_WEIGHTS, weights_digest
 from nemo_cpt.corpus import Blend
+from nemo_cpt.doctor import Examination, Place, inputs
+from nemo_cpt.doctor.built import job_of
 from nemo_cpt.errors import CptError
 from nemo_cpt.launching.task import nothing_to_train
 from nemo_cpt.training.checkpoints import RunCheckpoint
@@ -238,6 +241,31 @@ def test_a_run_that_cannot_go_on_so_is_refused_before_it_is_launched(folder: Pat
     for fine in ({"extend": "rewarm", "lr": 5e-3}, {"extend": "keep", "micro_batch_size": 2, "val_check_interval": 5}):
         assert nothing_to_train("tiny.continual_pretrain", given | fine, []) == ""
     assert nothing_to_train("tiny.continual_pretrain", given, ["resume.extend=stretch"]) == ""
+
+
+def test_python_hears_so_before_it_launches(folder: Path, world: Path, blend: Any) -> None:
+    given = {"base": str(world / "base"), "data": blend, "max_steps": 8, "val_check_interval": 3, "seq_length": 64}
+    given |= {"directory": str(folder.parent.parent), "name": folder.parent.name, "global_batch_size": 8}
+
+    def look(**changes: Any) -> Any:
+        recipe = build_recipe("tiny.continual_pretrain", given | changes)
+        return inputs.run_folder(Examination(job_of(recipe, Place())))
+
+    # Of a real run's record nothing is different, also of what only the built recipe knows.
+    assert look().found.startswith("the run is finished: ")
+    assert look(max_steps=12, extend="keep", micro_batch_size=2).state == "ok"
+    adam = build_recipe("tiny.continual_pretrain", given | {"max_steps": 12, "extend": "keep"})
+    adam.optim.config.adam_beta2 = 0.9
+    for found, words in (
+        (look(lr=5e-3), "was trained otherwise than this asks for: lr 0.001 -> 0.005, min_lr"),
+        (look(max_steps=12), "at step 8: max_steps 8 -> 12, warmup_steps 0 -> 1; Say what becomes of"),
+        (look(max_steps=12, extend="keep", seed=7), "at step 8: seed 1234 -> 7; Its checkpoints hold"),
+        (inputs.run_folder(Examination(job_of(adam, Place()))), "at step 8: adam_beta2 "),
+    ):
+        assert (found.state, words in str(found)) == ("error", True), str(found)
+    moved = build_recipe("tiny.continual_pretrain", given | {"lr": 5e-3})
+    moved.log.ckpt.dirpath = "elsewhere"
+    assert job_of(moved, Place()).deciding is None
 
 
 def test_a_run_goes_on_from_the_newest_whole_one_and_says_so(runs: Runs) -> None:

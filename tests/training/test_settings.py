@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from megatron.core.transformer.enums import AttnBackend
 
 from nemo_cpt import catalog
 from nemo_cpt.catalog.build import build_recipe
+from nemo_cpt.cli.launch import show
 from nemo_cpt.errors import CptError
 from nemo_cpt.training.settings import Settings, check
 
@@ -95,6 +97,11 @@ def test_a_field_takes_what_its_annotation_says_also_where_nemo_run_does_not_kno
     for field, says in (("model.config.attention_backend=fusd", "one of flash, fused"), ("peft.alpha=x", "int")):
         with pytest.raises(CptError, match=says):
             build_recipe("llama31_8b.continual_pretrain_single_gpu", {}, [field])
+
+
+def test_a_config_with_an_enums_member_is_shown_as_it_would_be_given(capsys: pytest.CaptureFixture[str]) -> None:
+    show("llama31_8b.continual_pretrain", ["model.config.attention_backend=fused"])
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["config"]["attention_backend"] == "fused"
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 from nemo_cpt.checkpoint import make_untrained
 from nemo_cpt.compatibility import check_data, read_base
 from nemo_cpt.corpus import prepare
+from nemo_cpt.corpus.atomic_folders import new_folder
 from nemo_cpt.corpus.tokenization.tokenizer import FastEncoder, load_tokenizer
 from nemo_cpt.errors import CptError
 from nemo_cpt.vocabulary import byte_level, grow, train
@@ -143,6 +144,18 @@ def test_it_is_the_same_each_time_and_in_any_order_of_the_files(tmp_path: Path) 
 def test_a_large_corpus_is_sampled(tmp_path: Path) -> None:
     report = train(JA, tmp_path / "t", 640, sample_bytes=40_000)
     assert 20_000 <= report.learnt_from["text"] <= 40_000
+
+
+def test_another_that_writes_the_same_tokenizer_keeps_its_files(tmp_path: Path) -> None:
+    def write_meanwhile() -> None:
+        with new_folder(tmp_path / "t") as folder:
+            (folder / "tokenizer.json").touch()
+            train(EN, tmp_path / "t", 512)
+            assert (folder / "tokenizer.json").exists()
+
+    with pytest.raises(CptError, match="made by another process meanwhile"):
+        write_meanwhile()
+    assert [path.name for path in tmp_path.iterdir()] == ["t"]
 
 
 def test_it_can_be_grown(trained: Path, tmp_path: Path) -> None:

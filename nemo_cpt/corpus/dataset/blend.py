@@ -151,6 +151,7 @@ class Blend:
             train_tokens: steps * global_batch_size * seq_length.
         """
         tokens = self.tokens()
+        # Both by the full prefix: what was given may be the output prefix of `prepare`.
         return {prefix: train_tokens * share / tokens[prefix] for prefix, share in self.shares().items()}
 
     @checked

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from nemo_cpt.corpus.atomic_files import hash_of, locked, sync, write_whole
+from nemo_cpt.checksums import hash_of
+from nemo_cpt.corpus.atomic_files import locked, sync, write_whole
 from nemo_cpt.corpus.progress import ProgressBar
 from nemo_cpt.errors import CptError
 from nemo_cpt.hub import check_certificates
@@ -92,6 +93,7 @@ def patiently(
         for number in range(ATTEMPTS):
             try:
                 return attempt(session)
+            # The first of these clauses: it is a RequestException as well, and would be tried again in vain.
             except exceptions.SSLError as error:
                 raise CptError(
                     f"The certificate of {urlsplit(url).hostname} cannot be verified: {error}. Behind a proxy "
@@ -119,6 +121,7 @@ def read_page(url: str, patience: float) -> bytes | None:
 
     def attempt(session: Any) -> bytes | None:
         answer = session.get(url, timeout=TIMEOUT)
+        # Broken or busy: `patiently` asks again. Any other refusal would be the same the next time.
         if answer.status_code >= 500 or answer.status_code == 429:
             raise _BrokenError(f"the server answers {answer.status_code} {answer.reason}")
         if answer.status_code in (404, 410):

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from nemo_cpt.arguments import checked
-from nemo_cpt.corpus.atomic_files import folder_to_fill, hash_of, locked
+from nemo_cpt.checksums import hash_of
+from nemo_cpt.corpus.atomic_files import folder_to_fill, locked
 from nemo_cpt.corpus.fetching.download import (
     CHECKSUMS,
     LOCAL,

@@ -59,6 +59,7 @@ def make_plan(
     loaded = load_tokenizer(tokenizer)
     meant = TextOutput(prefix, sources, loaded, settings).options
     job = meant | {"fast": settings.fast, "compared": settings.verify != 0}
+    # A folder by its whole path, since a task may start in another one; a name on the hub as it is.
     where = os.path.abspath(tokenizer) if os.path.exists(tokenizer) else str(tokenizer)
     told = {"tokenizer": where, "tokenizer_name": loaded.name, "options": asdict(settings)}
     return Plan(Path(prefix + PARTS), job, told, sources, shares, overwrite), loaded

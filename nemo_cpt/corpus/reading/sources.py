@@ -25,6 +25,7 @@ PLAN = "plan.json"  # of several tasks that make one output, beside the parts th
 PARTS = ".parts"  # in a folder whose name ends so
 DATASET_DICT = "dataset_dict.json"
 SETS, SPLIT_REPORT = ("train", "validation", "test"), "split.json"  # what `split` writes
+SYNTHESIS, REPLIES = "synthesis.json", "replies.jsonl"  # what `synthesize` writes beside such sets
 EXTRACTED = ".wikipedia.json"  # the manifest beside a dump's text
 Inputs = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -127,7 +128,7 @@ def list_sources(inputs: Inputs) -> list[Source]:
 
     Raises:
         CptError: An input does not exist, stands for no file, or is listed twice; there is none; or a folder holds
-            datasets saved by `datasets`, or the sets of a split, of which one must be named.
+            datasets saved by `datasets`, or the sets of a split or a synthesis, of which one must be named.
     """
     given = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
     sources = [source for item in given for source in _expand(str(item))]
@@ -186,10 +187,10 @@ def _in_folder(folder: Path) -> list[str]:
     Plain text and CSV are data where there are no JSON lines or Parquet, beside which they only tell of those.
 
     Raises:
-        CptError: The folder is, or holds, a dataset saved by `datasets` or the sets of a split.
+        CptError: The folder is, or holds, a dataset saved by `datasets`, or the sets of `split` or `synthesize`.
     """
     paths = sorted(folder.rglob("*"))
-    _refuse_sets_of_a_split(paths)
+    _refuse_held_out_sets(paths)
     # Before the files are listed: `datasets` writes JSON beside its Arrow files, which would pass for the data.
     _refuse_saved_datasets(folder, paths)
     files = [p for p in paths if _NAME.search(p.name) and p.is_file()]
@@ -205,14 +206,15 @@ def _refuse_saved_datasets(folder: Path, paths: list[Path]) -> None:
         raise CptError(f"{folder} {what}; name the one that you mean, or a list: {', '.join(splits)}.")
 
 
-def _refuse_sets_of_a_split(paths: list[Path]) -> None:
-    """Raise where a folder holds what `split` took apart: all of it together would train on what is held out."""
-    for report in (path for path in paths if path.name == SPLIT_REPORT):
+def _refuse_held_out_sets(paths: list[Path]) -> None:
+    """Raise where a folder holds sets of which one is held out: all together would train on that."""
+    made_by = {SPLIT_REPORT: "a split", SYNTHESIS: "a synthesis"}
+    for report in (path for path in paths if path.name in made_by):
         sets = [str(path) for name in SETS if (path := report.with_name(f"{name}.jsonl")).exists()]
         if len(sets) > 1:
             raise CptError(
-                f"{report.parent} holds the sets of a split, and together they are no corpus: what is held out would "
-                f"be trained on. Name the one that you mean: {', '.join(sets)}."
+                f"{report.parent} holds the sets of {made_by[report.name]}, and together they are no corpus: what is "
+                f"held out would be trained on. Name the one that you mean: {', '.join(sets)}."
             )
 
 
@@ -222,8 +224,10 @@ def _is_bookkeeping(path: Path) -> bool:
     # By name and neighbours: a user's own file of that name, alone, is data.
     if path.parent.name.endswith(PARTS) and (path.parent / PLAN).exists():
         return True
-    if name == SPLIT_REPORT:
+    if name in (SPLIT_REPORT, SYNTHESIS):
         neighbours = ["train.jsonl"]
+    elif name == REPLIES:
+        neighbours = [SYNTHESIS]
     elif name in ("cleaning.json", "dropped.jsonl"):
         return path.with_name("kept.jsonl").exists() and path.with_name("cleaning.json").exists()
     elif name.endswith(".part.json"):

@@ -47,6 +47,7 @@ PROBED_TOKENS = 1000  # added tokens that are tried, of tokenizers with very man
 
 def probes_of(tokenizer: Tokenizer) -> list[str]:
     """Return the probes, and texts in which the tokenizer's added tokens stand between words and blanks."""
+    # Spread over all of them: those of one kind stand side by side.
     tokens = tokenizer.added[:: len(tokenizer.added) // PROBED_TOKENS + 1]
     return [*PROBES, *tokens, *(f"x{token}y {token} z  {token}\n{token}{token}{token.upper()}" for token in tokens)]
 

@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from nemo_cpt.corpus.atomic_files import folder_to_fill, hash_of, locked, sync, write_whole
+from nemo_cpt.checksums import hash_of
+from nemo_cpt.corpus.atomic_files import folder_to_fill, locked, sync, write_whole
 from nemo_cpt.corpus.preparing.workers import count_processes
 from nemo_cpt.corpus.processes import in_order
 from nemo_cpt.corpus.progress import ProgressBar

@@ -17,6 +17,7 @@ from nemo_cpt.corpus.wikipedia.templates import PIPE, rendered, subscript, super
 _HELD = "\x02{}\x03"
 _HELD_MARK = re.compile("\x02(\\d+)\x03")
 _GONE = "\x04"  # a template without a text: it may leave empty brackets or a comma behind
+_GONE_LAST = "\x05"  # one or more of them before a closing bracket, with the separators between
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _FILE, _CATEGORY = 6, 14
 _DEPTH = 100  # constructs within each other; MediaWiki stops at 40, what goes on is broken
@@ -54,7 +55,7 @@ _CELLS = ("|", "{|", PIPE)
 _LEAD = ",;:、，；：/・"
 _BRACKETS = re.compile(f"([(（])[ {_LEAD}]*+{_GONE}[ {_LEAD}{_GONE}]*+([)）]?)")
 _LAST_IN_BRACKETS = re.compile(f"{_GONE}[ ,;{_GONE}、，；]{{0,30}}+(?=[)）])")
-_BEFORE_LAST = re.compile("(?:[,;、，；] ?)?\x05")
+_BEFORE_LAST = re.compile(f"(?:[,;、，；] ?)?{_GONE_LAST}")
 _BEFORE_STOP = re.compile(f" {_GONE}(?=[.,;:!?])")
 _GONE_ROW = re.compile(f"{_GONE}(?: ?{_GONE})++")
 _BLANKS = re.compile(r"[ \t]{2,}+")
@@ -338,8 +339,8 @@ def _characters(text: str) -> str:
         text = _SWITCH.sub("", text)
     if _GONE in text:
         text = _BRACKETS.sub(_brackets, _GONE_ROW.sub(_GONE, text))
-        text = _LAST_IN_BRACKETS.sub("\x05", text)
-        if "\x05" in text:
+        text = _LAST_IN_BRACKETS.sub(_GONE_LAST, text)
+        if _GONE_LAST in text:
             text = _BEFORE_LAST.sub("", text)
         text = _BEFORE_STOP.sub("", text).replace(_GONE, "")
     return text
@@ -409,11 +410,7 @@ def _plain(line: str) -> str:
 
 
 def _unquoted(line: str) -> str:
-    """Undo italic and bold as MediaWiki does: what is more than five quotes is text, and so is the first of four.
-
-    Where neither ends, one bold was an apostrophe before an italic: the first after a word of one letter, else after a
-    longer one: l'''Iliade''.
-    """
+    """Undo italic and bold as MediaWiki does: what is more than five quotes is text, and so is the first of four."""
     runs = list(_QUOTES.finditer(line))
     counts = [5 if (size := len(run[0])) > 5 else 3 if size == 4 else size for run in runs]
     # As MediaWiki's doQuotes: where both are odd in number, one of the bolds is an apostrophe before an italic. It is
