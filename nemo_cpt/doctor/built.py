@@ -83,34 +83,47 @@ def job_of(recipe: Any, place: Place) -> Job | None:
         logs_to_wandb=bool(wandb) and not getattr(wandb, "offline", False),
         logs_to_mlflow=any("MLFlow" in _kind(each) for each in log.__arguments__.get("extra_loggers") or ()),
         extend=getattr(resume, "extend", None),
-        # Not for another resumption than ours, which compares nothing in the job.
-        deciding=partial(_deciding, recipe, read, replay)
-        if hasattr(resume, "extend") and not _moves_its_folder(log)
-        else None,
+        deciding=partial(_deciding, recipe, read, replay) if _compares(recipe) and not _moves_its_folder(log) else None,
     )
+
+
+def _compares(recipe: Any) -> bool:
+    """Whether its job compares what decides its weights with a checkpoint's, and that can be told from the config."""
+    # Another resumption than ours compares nothing; another function than NeMo's may change what it is given.
+    return hasattr(getattr(recipe, "resume", None), "extend") and recipe.__fn_or_cls__.__module__.startswith("nemo.")
 
 
 def _deciding(
     recipe: Any, read: "Blend | Conversations | None", replay: "Blend | None", checkpoint: Checkpoint
 ) -> dict[str, dict[str, Any]]:
     """What decides a run's weights, as its job will write it down; the same whatever the checkpoint."""
-    import fiddle as fdl
-
     from nemo_cpt.training.record import deciding_settings
 
-    # A part that is no config would be built with a warning.
-    optim, peft = (
-        fdl.build(part) if isinstance(part, fdl.Buildable) else part
-        for part in (recipe.optim, getattr(recipe, "peft", None))
-    )
-    module = SimpleNamespace(optim=optim, model_transform=peft)
+    try:
+        optim, transform = _part(recipe, "optim"), _part(recipe, "peft", "model_transform")
+    except Exception:  # Megatron asks for Transformer Engine, which a machine that only launches lacks
+        return {}
+    module = SimpleNamespace(optim=optim, model_transform=transform)
     given = {} if read is None else _given(recipe.data)
     found = deciding_settings(module, SimpleNamespace(**given), recipe.trainer.max_steps)
+    if not hasattr(optim, "config"):  # the model's class makes one of its own, or it is none of Megatron's
+        del found["optimizer"]
+        found["schedule"] = {"max_steps": recipe.trainer.max_steps}
     data = found.pop("data")
     if read is None:  # a data module of the user's own need not keep what it is given
         return found
     del data["train"]  # which our modules know once they are built
     return found | {"data": data | trained_on(read, replay)}
+
+
+def _part(recipe: Any, *names: str) -> Any:
+    """A part of a recipe as its job will have it; without one NeMo takes the model's."""
+    import fiddle as fdl
+
+    found = (getattr(owner, name, None) for owner in (recipe, recipe.model) for name in names)
+    part = next((each for each in found if each is not None), None)
+    # What is no config would be built with a warning.
+    return fdl.build(part) if isinstance(part, fdl.Buildable) else part
 
 
 def _given(config: Any) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def test_nothing_to_do_is_an_error(tmp_path: Path, small: Path) -> None:
     assert leftovers(tmp_path) == []
 
 
-def test_an_input_named_twice_is_refused(tmp_path: Path, jsonl: Path, small: Path) -> None:
+def test_an_input_named_twice_is_refused(tmp_path: Path, jsonl: Path, texts: list[str], small: Path) -> None:
     with pytest.raises(CptError, match="twice"):
         prepare([jsonl, tmp_path / "*.jsonl"], tmp_path / "out", small, quiet=True)
     (tmp_path / "link.jsonl").symlink_to(jsonl)
@@ -144,6 +144,13 @@ def test_an_input_named_twice_is_refused(tmp_path: Path, jsonl: Path, small: Pat
     for name in ("link.jsonl", "hard.jsonl"):
         with pytest.raises(CptError, match=f"{name} is among the inputs twice, by a link: it is {jsonl}, too"):
             prepare([jsonl, tmp_path / name], tmp_path / "out", small, quiet=True)
+    # A store by content, such as the hub's cache, has one file for all that are empty.
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "other.jsonl").symlink_to(tmp_path / "empty.jsonl")
+    inputs = [jsonl, tmp_path / "empty.jsonl", tmp_path / "other.jsonl"]
+    assert prepare(inputs, tmp_path / "out", small, quiet=True, on_error="skip").documents == len(texts)
+    with pytest.raises(CptError, match=r"empty\.jsonl is among the inputs twice; its"):
+        prepare(inputs[1:2] * 2, tmp_path / "out", small, quiet=True)
 
 
 def test_a_missing_column_names_the_others(tmp_path: Path, small: Path) -> None:

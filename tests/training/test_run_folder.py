@@ -7,7 +7,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import nemo_run as run
 import pytest
+from nemo.collections.llm.peft import LoRA
 
 from nemo_cpt.catalog.build import build_recipe
 from nemo_cpt.checkpoint.weights_digest import BASE_WEIGHTS, weights_digest
@@ -243,6 +245,14 @@ def test_a_run_that_cannot_go_on_so_is_refused_before_it_is_launched(folder: Pat
     assert nothing_to_train("tiny.continual_pretrain", given, ["resume.extend=stretch"]) == ""
 
 
+def _of_another_machine() -> None:
+    raise TypeError("'>=' not supported between instances of 'NoneType' and 'Version'")
+
+
+def _of_the_users_own(model: Any, data: Any, trainer: Any, log: Any, resume: Any) -> None:
+    """A training that may change what it is given before it trains."""
+
+
 def test_python_hears_so_before_it_launches(folder: Path, world: Path, blend: Any) -> None:
     given = {"base": str(world / "base"), "data": blend, "max_steps": 8, "val_check_interval": 3, "seq_length": 64}
     given |= {"directory": str(folder.parent.parent), "name": folder.parent.name, "global_batch_size": 8}
@@ -263,6 +273,19 @@ def test_python_hears_so_before_it_launches(folder: Path, world: Path, blend: An
         (inputs.run_folder(Examination(job_of(adam, Place()))), "at step 8: adam_beta2 "),
     ):
         assert (found.state, words in str(found)) == ("error", True), str(found)
+    # The model's own optimizer and adapters are compared as the job records them, or not at all.
+    of_model = build_recipe("tiny.continual_pretrain", given)
+    of_model.model.optim, of_model.optim = of_model.optim, None
+    assert inputs.run_folder(Examination(job_of(of_model, Place()))).found.startswith("the run is finished: ")
+    del of_model.model.optim
+    assert inputs.run_folder(Examination(job_of(of_model, Place()))).found.startswith("the run is finished: ")
+    of_model.model.model_transform = run.Config(LoRA, dim=8)
+    assert "peft None -> LoRA" in str(inputs.run_folder(Examination(job_of(of_model, Place()))))
+    elsewhere = build_recipe("tiny.continual_pretrain", given | {"lr": 5e-3})
+    elsewhere.optim = run.Config(_of_another_machine)
+    assert inputs.run_folder(Examination(job_of(elsewhere, Place()))).found.startswith("the run is finished: ")
+    parts = {name: getattr(adam, name) for name in ("model", "data", "trainer", "log", "resume")}
+    assert job_of(run.Partial(_of_the_users_own, **parts), Place()).deciding is None
     moved = build_recipe("tiny.continual_pretrain", given | {"lr": 5e-3})
     moved.log.ckpt.dirpath = "elsewhere"
     assert job_of(moved, Place()).deciding is None

@@ -136,7 +136,8 @@ def list_sources(inputs: Inputs) -> list[Source]:
         raise CptError("There is no input: name at least one file, folder, glob or dataset.")
     seen = dict[tuple[Any, ...], str]()
     for source in sources:
-        if first := seen.get(identity(source)):
+        # Stores that keep one file for each content (the hub's cache, git-annex) have one for all that are empty.
+        if (first := seen.get(identity(source))) and (source.size or source.path == first):
             link = "" if first == source.path else f", by a link: it is {first}, too"
             raise CptError(f"{source.path} is among the inputs twice{link}; its documents would be written twice.")
         seen[identity(source)] = source.path

@@ -221,8 +221,9 @@ class _Split:
                 self.shares[name] = float(value)
             else:
                 self.given[name] = list_sources(value)
-        held = {identity(source): name for name, sources in self.given.items() for source in sources}
-        if len(held) < sum(map(len, self.given.values())):
+        named = {(identity(source), name) for name, sources in self.given.items() for source in sources}
+        held = {file for file, _ in named}
+        if len(held) < len(named):
             raise CptError("The validation and the test set have a file in common; each needs its own.")
         # `split data/ --validation data/dev.jsonl` is how people say it: what is held out is not trained on, without a
         # word.
