@@ -337,6 +337,32 @@ def say_which_argument_is_wrong() -> None:
     CLIException.__init__, ParseError.__init__ = make, make_again
 
 
+@cache
+def examine_dry_runs() -> None:
+    """Let `nemo llm ... --dryrun` say what would refuse the launch; NeMo-Run prints the config, and ends."""
+    import nemo_run
+    from nemo_run.cli.api import RunContext
+
+    execute: Callable[..., None] = RunContext._execute_task
+    show: Callable[..., None] = nemo_run.dryrun_fn
+
+    @wraps(execute)
+    def execute_and_examine(context: Any, *args: Any) -> None:
+        def show_and_examine(task: Any, executor: Any = None, build: bool = False) -> None:
+            show(task, executor, build)
+            if context.dryrun:  # a launch, which begins with the same, is examined when it starts
+                examination.examine_task(task, examination.place_of(executor), dryrun=True)
+
+        # There alone is the task known, after its arguments were read.
+        nemo_run.dryrun_fn = show_and_examine
+        try:
+            execute(context, *args)
+        finally:
+            nemo_run.dryrun_fn = show
+
+    RunContext._execute_task = execute_and_examine
+
+
 def raise_for_states(experiment: Any) -> None:
     """Raise CptError for the tasks of a finished experiment that did not succeed, with their logs' last lines.
 

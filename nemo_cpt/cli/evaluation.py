@@ -26,7 +26,12 @@ def evaluate_command(
         list[str] | None, typer.Option(help="NAME=PATH: a Megatron prefix, or a file; of texts or of conversations.")
     ] = None,
     template: Annotated[
-        str | None, typer.Option(help="Of a file's conversations, as in `prepare`; default: the model's own.")
+        str | None,
+        typer.Option(
+            "--template",
+            "--chat-template",
+            help="Of a file's conversations, as in `prepare`; default: the model's own.",
+        ),
     ] = None,
     prompts: Annotated[list[str] | None, typer.Option(help="[NAME=]FILE, or ja, zh-tw, ko, en: what ships.")] = None,
     tasks: Annotated[

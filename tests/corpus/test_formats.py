@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_cpt.corpus import prepare, split
+from nemo_cpt.corpus.preparing.job import SAMPLE_BYTES, first_texts
 from nemo_cpt.corpus.reading.chunks import Feed, texts_of
 from nemo_cpt.corpus.reading.formats import BOM, resemblance
 from nemo_cpt.corpus.reading.sources import list_sources
@@ -444,6 +445,12 @@ def test_tasks_of_long_rows_are_as_small_as_those_of_lines(tmp_path: Path, key: 
         assert rows == texts, name
         assert len(tasks) > 10, name
         assert [task.start for task in tasks[1:]] == [task.stop for task in tasks[:-1]], name
+
+
+def test_of_a_file_that_is_one_document_tokenizers_are_tried_on_its_beginning(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("word " * 200_000)
+    texts = first_texts(list_sources(tmp_path / "book.txt"), "text")
+    assert [len(text) for text in texts] == [SAMPLE_BYTES]
 
 
 def test_blank_lines_end_no_csv(tmp_path: Path) -> None:

@@ -11,13 +11,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import nemo_run as run
 import pytest
+from nemo_run.cli.api import RunContext
 
 from nemo_cpt import CptError, catalog
 from nemo_cpt.catalog.build import build_recipe
 from nemo_cpt.corpus import Blend
 from nemo_cpt.doctor import Examination, Place, containers, inputs
 from nemo_cpt.doctor.built import job_of
-from nemo_cpt.executors import docker, examination, local, slurm
+from nemo_cpt.executors import docker, examination, local, nemo_run_patches, slurm
 from nemo_cpt.launching.description import describe
 from nemo_cpt.launching.executor import make_executor
 from tests.support.commands import python
@@ -134,6 +135,23 @@ def test_a_dry_run_says_what_would_refuse_it_and_prints_the_batch_script_as_it_i
     assert "#SBATCH --job-name=cpt.nemo.collections.llm.api.pretrain" in capsys.readouterr().out
     with pytest.raises(CptError, match="base: the base nowhere is not there"):  # in this process, which would build it
         run.run(recipe, dryrun=True)
+
+
+def test_a_dry_run_of_nemos_command_says_what_would_refuse_it(given, project, tmp_path, monkeypatch, capsys):
+    recipe = build_recipe("tiny.continual_pretrain", given | {"base": "nowhere", "model": "tiny"})
+    # As `nemo_cpt.cli.plugin` has it in `nemo`, whose own process ends with it.
+    monkeypatch.setattr(run, "dryrun_fn", run.dryrun_fn)
+    monkeypatch.setattr(RunContext, "_execute_task", RunContext._execute_task)
+    nemo_run_patches.examine_dry_runs.__wrapped__()
+    monkeypatch.setattr(RunContext, "parse_fn", lambda *_: recipe)
+    before = set(tmp_path.rglob("*"))
+    context = RunContext(name="pretrain", dryrun=True)
+    context.executor = slurm("llm", "cpu")
+    context._execute_task(None, [])
+    said = capsys.readouterr()
+    assert "nemo_cpt: error: base: the base nowhere is not there; import it first" in said.err
+    assert "Dry run for pretrain" in said.out
+    assert set(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(("executor", "says"), [("local", "is 'local'"), (local, "is local, not called")])

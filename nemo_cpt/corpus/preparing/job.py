@@ -22,7 +22,7 @@ SAMPLE_TEXTS, SAMPLE_BYTES = 100, 300_000
 
 
 def first_texts(sources: list[Source], json_key: str) -> list[str]:
-    """Return the corpus' first documents, to try tokenizers on: at most 100, 300 kB of them or a single one."""
+    """Return the corpus' first documents, to try tokenizers on: at most 100, 300 kB of them or one's beginning."""
     texts: list[str] = []
     size = 0
     # Small chunks: only the first few hundred kilobytes are wanted, of a file that may have terabytes.
@@ -31,7 +31,7 @@ def first_texts(sources: list[Source], json_key: str) -> list[str]:
             size += len(text.encode())
             if texts and (size > SAMPLE_BYTES or len(texts) == SAMPLE_TEXTS):
                 return texts
-            texts.append(text)
+            texts.append(text[:SAMPLE_BYTES])  # a whole file may be one document, and the reference encodes slowly
     return texts
 
 
