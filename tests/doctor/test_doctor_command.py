@@ -234,7 +234,12 @@ def test_where_a_job_runs(monkeypatch, tmp_path):
     assert not place("slurm", ["container_image=nvcr.io/nvidia/nemo:25.07"]).same_files
     over_ssh = place("slurm", ["tunnel=ssh(host='h', user='u', job_dir='/j')"])
     assert (over_ssh.slurm, over_ssh.same_files, over_ssh.same_packages) == (False, False, False)
-    assert not place("mine.py:cluster", []).here
+    mine = tmp_path / "mine.py"
+    mine.write_text("from nemo_cpt.executors import slurm\ndef cluster(): return slurm(partition='gpu', nodes=2)\n")
+    slurm = place(f"{mine}:cluster", [])
+    assert (slurm.here, slurm.slurm, slurm.partition, slurm.nodes) == (False, True, "gpu", 2)
+    with pytest.raises(CptError, match="there is no such file"):
+        place("not_there.py:cluster", [])
     with pytest.raises(CptError, match="no executor"):
         place("slrum", [])
 

@@ -1,4 +1,7 @@
-"""Exact and near duplicates of a few held-out documents, looked for in many."""
+"""Exact and near duplicates of a few held-out documents, looked for in many.
+
+NumPy is imported where it is needed: `nemo_cpt.corpus` offers `split`, and is imported by what splits nothing.
+"""
 
 import re
 import unicodedata
@@ -8,9 +11,6 @@ from functools import cache
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
-
-from nemo_cpt.corpus.hashing import symbols, window_hashes
 from nemo_cpt.errors import CptError
 
 SHINGLE = 5  # characters, so that it also works for languages written without spaces
@@ -76,6 +76,8 @@ def _unstable() -> re.Pattern[str]:
 
 def plain_codes(text: str) -> Any:
     """Return a text's code points without case and spacing, uint32."""
+    import numpy as np
+
     return np.frombuffer("".join(text.split()).lower().encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
@@ -85,7 +87,10 @@ def sketches(plains: Sequence[Any]) -> Any:
     Args:
         plains: The texts' code points, uint32.
     """
+    import numpy as np
     from rensa import RMinHash
+
+    from nemo_cpt.corpus.hashing import symbols, window_hashes
 
     if not plains:
         return np.zeros((0, PERMUTATIONS), np.uint32)
@@ -110,6 +115,10 @@ def sketches(plains: Sequence[Any]) -> Any:
 
 def band_keys(bands: Any) -> Any:
     """Return a number for each band of four MinHashes, the last axis: equal where they are, else hardly ever."""
+    import numpy as np
+
+    from nemo_cpt.corpus.hashing import symbols
+
     halves = np.ascontiguousarray(bands).view(np.uint64)
     return symbols(symbols(halves[..., 0]) + halves[..., 1])
 
@@ -138,6 +147,8 @@ class HeldOut:
 
     def complete(self) -> None:
         """Sort what was added, for look-ups; processes that are forked from here on share it."""
+        import numpy as np
+
         self._rows = np.array(self._rows, np.uint32).reshape(-1, PERMUTATIONS)
         keys = self._keys(self._rows)
         order = np.argsort(keys, kind="stable")
@@ -159,6 +170,8 @@ class HeldOut:
 
     def _near(self, rows: Any) -> list[int]:
         """Return the numbers of those sketches that are similar enough to a held-out document's."""
+        import numpy as np
+
         alike, wanted = defaultdict[int, list[Any]](list), self._keys(rows)  # by number, documents with an equal band
         begins: Any = np.searchsorted(self._sorted, wanted)
         ends: Any = np.searchsorted(self._sorted, wanted, "right")
