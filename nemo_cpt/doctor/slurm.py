@@ -8,6 +8,7 @@ import subprocess
 from dataclasses import dataclass
 
 from nemo_cpt.doctor.examination import Examination, Finding
+from nemo_cpt.doctor.job import Job
 from nemo_cpt.errors import CptError
 from nemo_cpt.planning.memory import host_memory
 from nemo_cpt.planning.save_window import saving, window_within
@@ -47,12 +48,17 @@ def slurm(examination: Examination) -> Finding:
     return _compared(examination, partitions) if submits else Finding("Slurm", "ok", _listed(partitions))
 
 
+def _submitted_job(examination: Examination) -> Job | None:
+    """The job, where it takes GPUs of a Slurm that it is submitted to from here: of others nothing can be asked."""
+    job = examination.job
+    return job if job and job.place.slurm and job.gpus_per_node and shutil.which("scontrol") else None
+
+
 def cores(examination: Examination) -> Finding:
     """Whether a rank has more than the one core that Slurm gives to a task for which none are asked."""
-    job, place = examination.job, examination.place
-    if job is None or not place.slurm or not job.gpus_per_node or not shutil.which("scontrol"):
+    if _submitted_job(examination) is None:
         return Finding("cores", "skipped", "no job for GPUs that is submitted from here")
-    if place.asks_for_cores:
+    if examination.place.asks_for_cores:
         return Finding("cores", "ok", "as the job asks for them")
     try:
         whole_nodes = re.search(r"SelectType += select/linear", _config(examination))
@@ -75,8 +81,8 @@ def saving_in_time(examination: Examination) -> Finding:
 
     The first time, this builds the recipe, in a process that imports NeMo.
     """
-    job, place = examination.job, examination.place
-    if job is None or not place.slurm or not job.gpus_per_node or not shutil.which("scontrol"):
+    job, place = _submitted_job(examination), examination.place
+    if job is None:
         return Finding("saving", "skipped", "no job for GPUs that a Slurm of this machine would end")
     try:
         needed = saving(job.workload())
@@ -105,15 +111,15 @@ def memory(examination: Examination) -> Finding:
 
     The first time, this builds the recipe, in a process that imports NeMo.
     """
-    job, place = examination.job, examination.place
-    if job is None or not place.slurm or not job.gpus_per_node or not shutil.which("scontrol"):
+    job, place = _submitted_job(examination), examination.place
+    if job is None:
         return Finding("memory", "skipped", "no job for GPUs that is submitted from here")
     if place.asks_for_memory:
         return Finding("memory", "ok", "as the job asks for it")
     try:
         # Where memory is not shared out, nothing is held to it.
         shared = re.search(r"SelectTypeParameters += \S*MEMORY", _config(examination), re.IGNORECASE)
-        defaults = [_default_memory(line, examination) for line in _chosen_lines(examination)] if shared else []
+        defaults = [_default_memory(line, job, examination) for line in _chosen_lines(examination)] if shared else []
     except (OSError, subprocess.SubprocessError):
         return Finding("memory", "skipped", "scontrol does not answer")
     least = min((each for each in defaults if each is not None), default=None)
@@ -131,15 +137,15 @@ def memory(examination: Examination) -> Finding:
     )
 
 
-def _default_memory(partition: str, examination: Examination) -> float | None:
+def _default_memory(partition: str, job: Job, examination: Examination) -> float | None:
     """GiB of each node that a job gets in a partition where it asks for none; None where that is not limited or known.
 
     Args:
         partition: what scontrol shows of it, in one line.
+        job: for GPUs.
         examination: of the job.
     """
-    job, place = examination.job, examination.place
-    gpus = job.gpus_per_node if job else 0
+    place, gpus = job.place, job.gpus_per_node
 
     def default(name: str) -> int:
         # The partition's own before the cluster's; UNLIMITED is the word for neither.

@@ -73,7 +73,7 @@ def check_fields(recipe: Any) -> None:
         CptError: a field does not exist, with the nearest ones; its data are no data module; the recipe's own callbacks
             were replaced; a field of Lightning's was set that Megatron would pass over.
     """
-    for complaint in _complaints(recipe) if _is_ours(recipe) else ():
+    if _is_ours(recipe) and (complaint := next(_complaints(recipe), None)):
         raise CptError(complaint)
 
 
@@ -95,9 +95,10 @@ def _complaints(recipe: Any) -> Iterator[str]:
             "metrics and patches. Add to them instead: recipe.trainer.callbacks.append(run.Config(...))"
         )
     trainer = recipe.trainer
+    # As they were set, which a trainer that is built already keeps too: Lightning's own defaults are nobody's wish.
+    arguments = getattr(getattr(trainer, "__io__", trainer), "__arguments__", {})
     for name, (harmless, instead) in NOT_LIGHTNINGS.items():
-        # As it was set: Lightning's own defaults are nobody's wish.
-        if (value := trainer.__arguments__.get(name)) is not None and not _is_one_of(value, harmless):
+        if (value := arguments.get(name)) is not None and not _is_one_of(value, harmless):
             yield f"trainer.{name}={value} {instead}"
     steps, least, interval = (getattr(trainer, name, None) for name in ("max_steps", "min_steps", "val_check_interval"))
     if isinstance(steps, int) and isinstance(least, int) and least > steps:

@@ -374,6 +374,17 @@ def test_what_lightning_does_as_it_says_is_left_alone() -> None:
     fields.check_fields(recipe)
 
 
+def test_a_trainer_that_is_built_already_is_read_as_its_config() -> None:
+    recipe = tiny.continual_pretrain("base", Blend({"ds/ja": 1.0}))
+    recipe.trainer = fiddle.build(recipe.trainer)
+    fields.check_fields(recipe)
+    recipe = tiny.continual_pretrain("base", Blend({"ds/ja": 1.0}))
+    recipe.trainer.limit_train_batches = 5
+    recipe.trainer = fiddle.build(recipe.trainer)
+    with pytest.raises(CptError, match=r"trainer\.limit_train_batches=5 would train on the first batches"):
+        fields.check_fields(recipe)
+
+
 class Collected:
     """What a user's class or function may do with **kwargs: it alone knows their names."""
 
