@@ -213,3 +213,4 @@ def slurm_here(cluster, project, monkeypatch):
     yield cluster
     for job in cluster.jobs():
         cluster.run("scancel", job, check=False)
+    wait_until(lambda: cluster.jobs() == [])  # a job that is still ending would be one of the next test's

@@ -97,7 +97,7 @@ def test_a_killed_task_alone_is_done_again_and_the_bytes_are_one_runs(slurm_here
     ):
         command()
     killer.join()
-    assert slurm_here.jobs() == []  # the join does not wait for what will never be
+    wait_until(lambda: slurm_here.jobs() == [])  # the join does not wait for what will never be
     before = starts(watched)
     assert sorted(before) == ["0", "1", "2", "3"]
     assert {node for nodes in before.values() for node in nodes} == {"cpt1", "cpt2"}

@@ -115,7 +115,7 @@ class SlurmCluster:
         return state
 
     def jobs(self) -> list[str]:
-        """Return the ids of the jobs that are queued or running."""
+        """Return the ids of the jobs that are queued, running or ending: cancelled, they stay until their tasks are gone."""
         return self.run("squeue", "-h", "-o", "%i").split()
 
     def _write_config(self) -> None:
