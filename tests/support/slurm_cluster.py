@@ -115,7 +115,7 @@ class SlurmCluster:
         return state
 
     def jobs(self) -> list[str]:
-        """Return the ids of the jobs that are queued, running or ending: cancelled, they stay until their tasks are gone."""
+        """Return the ids of the jobs that are queued, running or ending; a cancelled one ends with its tasks."""
         return self.run("squeue", "-h", "-o", "%i").split()
 
     def _write_config(self) -> None:
