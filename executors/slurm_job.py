@@ -128,7 +128,7 @@ class SlurmJob(SlurmExecutor):
             gpu: keep one.
         """
         size: Any = self
-        others = dict(self.additional_parameters or {})
+        others: dict[str, Any] = dict(size.additional_parameters or {})
         gres = (size.gres or "").split(",")
         of_gpus = [each for each in gres if re.match(r"gpu(:|$)", each)]
         kept = [re.sub(r":\d+$", "", each) + ":1" for each in of_gpus if gpu]
@@ -145,7 +145,7 @@ class SlurmJob(SlurmExecutor):
                 setattr(size, by_gpu, None)
                 if brought and plain not in others and getattr(size, plain) is None:
                     setattr(size, plain, brought)
-        self.additional_parameters = others
+        size.additional_parameters = others
 
     @property
     def tasks(self) -> int | None:
