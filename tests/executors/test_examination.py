@@ -164,6 +164,18 @@ def test_what_is_no_executor_is_told(given, executor, says, project):
         run.run(run.Partial(tasks.fail, message="never"), executor=executor, name="t")
 
 
+def test_a_group_of_tasks_is_refused_where_it_would_be_no_job_of_their_size(given, project):
+    import tasks
+
+    both = [build_recipe("tiny.continual_pretrain", given), run.Partial(tasks.fail, message="never")]
+    with run.Experiment("t") as experiment:
+        for executor in (slurm("llm", "cpu"), [slurm("llm", "cpu"), local()]):
+            with pytest.raises(CptError, match="which SlurmJob does not make: add each by its own"):
+                experiment.add(both, executor=executor, name="both")
+        assert experiment.add(both, executor=local(), name="both") == "both"
+        assert [experiment.add(each, executor=slurm("llm", "cpu"), name="one") for each in both] == ["one", "one_1"]
+
+
 def test_docker_without_an_engine_is_one_sentence(project, monkeypatch):
     import tasks
 
