@@ -173,7 +173,8 @@ def test_a_group_of_tasks_is_refused_where_it_would_be_no_job_of_their_size(give
             with pytest.raises(CptError, match="which SlurmJob does not make: add each by its own"):
                 experiment.add(both, executor=executor, name="both")
         assert experiment.add(both, executor=local(), name="both") == "both"
-        assert [experiment.add(each, executor=slurm("llm", "cpu"), name="one") for each in both] == ["one", "one_1"]
+        for name, each in zip("ab", both, strict=True):
+            assert experiment.add(each, executor=slurm("llm", "cpu"), name=name) == name
 
 
 def test_docker_without_an_engine_is_one_sentence(project, monkeypatch):
