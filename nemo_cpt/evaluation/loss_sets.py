@@ -16,6 +16,8 @@ from nemo_cpt.conversations.inspection import SEQ_LENGTH as CONVERSATION_LENGTH
 from nemo_cpt.conversations.mixture import SEED, check_any_fits
 from nemo_cpt.corpus.dataset.index import fingerprint, full_prefix, read_index, sample_digest
 from nemo_cpt.corpus.reading.chunks import hash_file
+from nemo_cpt.corpus.reading.long_texts import long_texts
+from nemo_cpt.corpus.reading.sources import list_sources
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation.candidates import Candidate, Say
 from nemo_cpt.evaluation.reading import holds_conversations
@@ -181,6 +183,8 @@ def find_loss_sets(
             found.append(_file_of_conversations(name, path, candidates, template, Path(scratch, str(len(found)))))
         else:
             found.append(LossSet(name, path))
+            if note := long_texts(list_sources(path)):
+                say(f"note: {note}")
     tokenized = [each.path for each in found if each.seq_length and not each.template]
     for candidate in candidates if tokenized else ():
         for warning in check_data(read_base(candidate.folder), tokenized, unlike_base=[END_OF_TEXT]):

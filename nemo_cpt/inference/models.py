@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_cpt.arguments import checked
 from nemo_cpt.cache import cache_folder
 from nemo_cpt.checkpoint import export_hf
-from nemo_cpt.checkpoint.context import RUN_JSON
+from nemo_cpt.checkpoint.base import model_files
 from nemo_cpt.checkpoint.folders import refuse_adapter
 from nemo_cpt.errors import CptError, near_paths
 from nemo_cpt.inference.asked_as import check_template_choice, reply_warnings, template_text
@@ -121,8 +121,9 @@ def find_model(
     """Return the Hugging Face folder of a model; a NeMo checkpoint is exported into the cache first.
 
     The export is kept under `$XDG_CACHE_HOME/nemo_cpt/exports` (`~/.cache` by default), named by the checkpoint's
-    content: the size of every weights file and 64 KiB at sixteen places of it, and what it records of its run. A run
-    may go on meanwhile: where it replaces the newest checkpoint while that is read, the then newest is taken.
+    content: the size of every file and 64 KiB at sixteen places of it (smaller ones whole), of the checkpoint and of
+    `base`. A run may go on meanwhile: where it replaces the newest checkpoint while that is read, the then newest is
+    taken.
 
     Raises:
         CptError: there is no model at `model`, or it cannot be exported.
@@ -219,12 +220,14 @@ def _advice(model: str) -> str:
 
 
 def _content_key(checkpoint: Path, base: str | Path | None) -> str:
-    files = [path for path in (checkpoint / "weights").rglob("*") if path.is_file()]
     digest = hashlib.sha256(str(Path(base).resolve() if base else "").encode())
-    records = [path for path in (checkpoint / "context" / "io.json", checkpoint / RUN_JSON) if path.is_file()]
-    for path in sorted([*files, *records]):
+    # The small files too, of which the export's tokenizer, template and ends are made.
+    for path in [*model_files(checkpoint), *(model_files(base) if base else [])]:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
+        if size <= SAMPLES * SAMPLED_BYTES:
+            digest.update(path.read_bytes())
+            continue
         with path.open("rb") as file:
             # Sampled: reading 16 GB to find a cached export would take longer than making one.
             for place in sorted({max(0, size - SAMPLED_BYTES) * sample // (SAMPLES - 1) for sample in range(SAMPLES)}):

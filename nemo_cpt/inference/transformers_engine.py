@@ -18,6 +18,7 @@ with patch.object(transformers_utils, "is_sklearn_available", lambda: False):
 from nemo_cpt.arguments import checked
 from nemo_cpt.checkpoint.transformers_config import transformers_config
 from nemo_cpt.errors import CptError
+from nemo_cpt.inference.arithmetic import Arithmetic, default_device, device_kind, precision_on
 from nemo_cpt.inference.decoding import Decoder, Request
 from nemo_cpt.inference.engine import Message, Piece, Prompt, Reply, Sampling, check_messages
 
@@ -47,15 +48,16 @@ class TransformersEngine:
     ) -> None:  # fmt: skip
         self.name = name or str(folder)
         self.chat_stop: tuple[str, ...] = ()  # ends the reply to messages, beside what a request names
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        _check_device(device)
-        wanted = "float32" if dtype == "auto" and device == "cpu" else dtype
+        device = device or default_device()
+        kind = _check_device(device)
+        wanted = precision_on(kind) or dtype if dtype == "auto" else dtype
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
             config = transformers_config(folder)
             self.network = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=wanted).to(device).eval()
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise CptError(f"{folder} cannot be loaded by transformers: {error}") from error
+        self.arithmetic = Arithmetic(kind, str(self.network.dtype).removeprefix("torch."))
         # Llama-3's configuration asks `decode` to take blanks before punctuation away: the model's words would change,
         # and a text that grows token by token would lose others.
         self.tokenizer.clean_up_tokenization_spaces = False
@@ -182,18 +184,16 @@ def _beginning(prompt: Prompt) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
-def _check_device(device: str) -> None:
-    """Refuse a device that PyTorch does not know, or that is not here.
+def _check_device(device: str) -> str:
+    """The kind of a device that is here.
 
     Raises:
-        CptError: it is so.
+        CptError: PyTorch does not know it, or sees none.
     """
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise CptError(f"device is {device!r}: give cpu, cuda, cuda:1 or another of PyTorch's") from None
+    kind = device_kind(device)
     if kind == "cuda" and not torch.cuda.is_available():
         raise CptError(f"device is {device!r}, and PyTorch sees no GPU here: leave it away, or give cpu")
+    return kind
 
 
 def _seeded(request: Request, seed: int) -> Request:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from nemo_cpt.errors import CptError
 from nemo_cpt.inference import Sampling, hugging_face_folder, open_engine
+from nemo_cpt.inference.asked_as import end_ids
 from nemo_cpt.inference.decoding import Request, _Detokenizer, _until_stop
 from nemo_cpt.inference.transformers_engine import TransformersEngine
 from tests.inference.conftest import SHAPES
@@ -290,6 +291,24 @@ def test_a_nemo_checkpoint_is_exported_into_the_cache_once(
     assert replies[0] == replies[1]
     import_hf(make_model("qwen2_tied"), tmp_path / "other")
     assert hugging_face_folder(tmp_path / "other") != folder
+
+
+def test_an_export_in_the_cache_is_made_again_where_a_small_file_changed(
+    make_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a warning says to add an end to generation_config.json, which is no weight."""
+    from nemo_cpt.checkpoint import import_hf
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    import_hf(make_model("llama"), tmp_path / "nemo")
+    before = hugging_face_folder(tmp_path / "nemo")
+    for name in ("context/nemo_tokenizer", "hf"):
+        (tmp_path / "nemo" / name / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    after = hugging_face_folder(tmp_path / "nemo")
+    assert after != before
+    assert end_ids(after) == [2, 7]
+    shutil.move(tmp_path / "nemo", tmp_path / "moved")
+    assert hugging_face_folder(tmp_path / "moved") == after
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:x"])
