@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from reprlib import Repr
 from typing import Any
 from unittest.mock import patch
 
@@ -16,15 +17,17 @@ with patch.object(transformers_utils, "is_sklearn_available", lambda: False):
     from transformers.generation import candidate_generator  # noqa: F401
 
 from nemo_cpt.arguments import checked
+from nemo_cpt.checkpoint.folders import require_tokenizer
 from nemo_cpt.checkpoint.transformers_config import transformers_config
 from nemo_cpt.errors import CptError
 from nemo_cpt.inference.arithmetic import Arithmetic, default_device, device_kind, precision_on
 from nemo_cpt.inference.decoding import Decoder, Request
-from nemo_cpt.inference.engine import Message, Piece, Prompt, Reply, Sampling, check_messages
+from nemo_cpt.inference.engine import Message, Piece, Prompt, Reply, Sampling, check_prompt
 
 BATCH_TOKENS = 32_768  # of prompt and reply that a batch may take: 4 GiB of keys and values for Llama-3.1-8B in bf16
 MOST_ROWS = 64
 SHOWN = 40  # characters of a prompt in messages
+_SHORT = Repr()
 
 
 class TransformersEngine:
@@ -38,7 +41,7 @@ class TransformersEngine:
         name: what messages call the model; the folder's path when None.
 
     Raises:
-        CptError: the folder cannot be loaded.
+        CptError: the folder cannot be loaded, or lacks weights.
     """
 
     @checked
@@ -54,16 +57,25 @@ class TransformersEngine:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
             config = transformers_config(folder)
-            self.network = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=wanted).to(device).eval()
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            network, report = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=wanted, output_loading_info=True
+            )
+            self.network = network.to(device).eval()
+        except CptError:
+            raise
+        except Exception as error:  # safetensors' and tokenizers' are of this class, or of their own
+            require_tokenizer(folder)
             raise CptError(f"{folder} cannot be loaded by transformers: {error}") from error
+        if missing := sorted(report["missing_keys"]):  # which transformers draws at random
+            named = ", ".join([*missing[:3], *["..."] * (len(missing) > 3)])
+            raise CptError(f"{folder} lacks {len(missing)} of its model's tensors ({named}): make or fetch it again")
         self.arithmetic = Arithmetic(kind, str(self.network.dtype).removeprefix("torch."))
         # Llama-3's configuration asks `decode` to take blanks before punctuation away: the model's words would change,
         # and a text that grows token by token would lose others.
         self.tokenizer.clean_up_tokenization_spaces = False
         if chat_template is not None:
             self.tokenizer.chat_template = chat_template
-        self.context_length: int = self.network.config.max_position_embeddings
+        self.context_length = _context_length(self.network.config, folder)
         self.end_ids = _end_ids(self.network, self.tokenizer)
 
     @property
@@ -75,13 +87,13 @@ class TransformersEngine:
         """The tokens that the model reads: BOS once where the tokenizer has one, a conversation through its template.
 
         Raises:
-            CptError: messages without a chat template, or messages that it refuses.
+            CptError: no prompt, messages without a chat template, or messages that it refuses.
         """
+        check_prompt(prompt)
         if isinstance(prompt, str):
             bos = self.tokenizer.bos_token
             # A text that brings its BOS along gets no second one.
             return self.tokenizer(prompt, add_special_tokens=not (bos and prompt.startswith(bos))).input_ids
-        check_messages(prompt)
         return self._render(prompt)
 
     def _render(self, messages: Sequence[Message]) -> list[int]:
@@ -98,11 +110,17 @@ class TransformersEngine:
         except Exception as error:  # jinja2's, and whatever a template raises for roles that it does not take
             raise CptError(f"the chat template of {self.name} refuses these messages: {error}") from error
 
-    def request(self, prompt: Prompt, sampling: Sampling) -> Request:
-        """A request to a decoder of this engine's; refuses what `encode` does."""
+    def request(self, prompt: Prompt, sampling: Sampling, ids: list[int] | None = None) -> Request:
+        """A request to a decoder of this engine's; refuses what `encode` does.
+
+        Args:
+            prompt: what is asked.
+            sampling: how it is answered.
+            ids: the prompt's tokens, where they are known.
+        """
         if not isinstance(prompt, str) and self.chat_stop:
             sampling = replace(sampling, stop=(*sampling.stop, *self.chat_stop))
-        return Request(self.encode(prompt), sampling)
+        return Request(self.encode(prompt) if ids is None else ids, sampling)
 
     def end_at_next_turn(self) -> None:
         """End replies to messages where the model goes on with the next question's heading.
@@ -144,16 +162,16 @@ class TransformersEngine:
         """
         requests, decoder = list[Request](), self.decoder()
         for number, prompt in enumerate(prompts, 1):  # all of them, before the first one costs time
-            requests.append(self.request(prompt, sampling))
             try:
+                requests.append(self.request(prompt, sampling))
                 decoder.check(requests[-1])
             except CptError as error:
-                raise type(error)(f"prompt {number}, {_beginning(prompt)!r}: {error}") from None
+                raise type(error)(f"prompt {number}, {_beginning(prompt)}: {error}") from None
         # Taken from the end, that is the longest first.
         waiting = sorted(range(len(requests)), key=lambda index: len(requests[index].ids))
         index_of: dict[Request, int] = {}
         while waiting or decoder.rows:
-            room = self._room(decoder, len(requests[waiting[-1]].ids) + sampling.max_tokens) if waiting else 0
+            room = self._room(decoder, requests[waiting[-1]].longest) if waiting else 0
             # Joining copies every key and value: wait until a quarter of the batch is free.
             if room and (not decoder.rows or room >= len(decoder.rows) / 3 or room >= len(waiting)):
                 taken = [waiting.pop() for _ in range(min(room, len(waiting)))]
@@ -168,8 +186,9 @@ class TransformersEngine:
                     yield index_of.pop(request), request.reply()
 
     def _room(self, decoder: Decoder, tokens: int) -> int:
-        """How many requests of up to `tokens` tokens may join."""
-        return max(min(MOST_ROWS, max(BATCH_TOKENS // tokens, 1)) - len(decoder.rows), 0)
+        """How many requests of up to `tokens` tokens may join; every row takes the longest one's room."""
+        longest = max([tokens, *(each.longest for each in decoder.rows)])
+        return max(min(MOST_ROWS, max(BATCH_TOKENS // longest, 1)) - len(decoder.rows), 0)
 
     def close(self) -> None:
         """Let go of the weights."""
@@ -180,8 +199,11 @@ class TransformersEngine:
 
 def _beginning(prompt: Prompt) -> str:
     """By which a prompt among many is found."""
-    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    try:
+        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        return repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")
+    except (LookupError, TypeError):  # it is none, which the message goes on to say
+        return _SHORT.repr(prompt)
 
 
 def _check_device(device: str) -> str:
@@ -194,6 +216,12 @@ def _check_device(device: str) -> str:
     if kind == "cuda" and not torch.cuda.is_available():
         raise CptError(f"device is {device!r}, and PyTorch sees no GPU here: leave it away, or give cpu")
     return kind
+
+
+def _context_length(config: Any, folder: str | Path) -> int:
+    if (length := getattr(config, "max_position_embeddings", None)) is None:
+        raise CptError(f"config.json of {folder} names no max_position_embeddings, the most tokens of prompt and reply")
+    return int(length)
 
 
 def _seeded(request: Request, seed: int) -> Request:
