@@ -43,6 +43,7 @@ class Request:
     detokenizer: Any = None
     generator: torch.Generator | None = None
     stop_ids: Collection[int] = ()  # special tokens that are stop strings of this request
+    error: BrokenModelError | None = None  # why it was cancelled
 
     @property
     def longest(self) -> int:
@@ -100,11 +101,7 @@ class Decoder:
         """
         if not request.ids:
             raise CptError("the prompt is empty: it has no token")
-        # Else the whole batch would fail with it, on a GPU the process.
-        if beyond := [each for each in request.ids if not 0 <= each < self.vocabulary]:
-            raise CptError(
-                f"the prompt holds the token {beyond[0]}, outside of 0 to {self.vocabulary - 1}: the model has no other"
-            )
+        check_ids(request.ids, self.vocabulary, "the prompt")
         if request.longest > self.context_length:
             raise ContextError(
                 f"the prompt has {len(request.ids):,} tokens and the reply up to {request.sampling.max_tokens:,}; the "
@@ -130,7 +127,9 @@ class Decoder:
         # Padding counts as position 0: the mask hides it, and a negative one would index out of the table.
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         cache = DynamicCache()
-        logits = self._logits(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+        logits = self._logits(
+            requests, input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache
+        )
         tokens = [self._draw(request, row) for request, row in zip(requests, logits, strict=True)]
         self._join(list(requests), cache, mask, torch.tensor(tokens, device=device)[:, None])
         return self._take(list(requests), tokens)
@@ -143,10 +142,10 @@ class Decoder:
         # Every row gets its newest token in one more column.
         self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
         positions = self._mask.sum(-1, keepdim=True) - 1
-        logits = self._logits(
-            input_ids=self._newest, attention_mask=self._mask, position_ids=positions, past_key_values=self._cache
-        )
         rows = list(self.rows)
+        logits = self._logits(
+            rows, input_ids=self._newest, attention_mask=self._mask, position_ids=positions, past_key_values=self._cache
+        )
         tokens = self._draw_all(rows, logits)
         self._newest = torch.tensor(tokens, device=self._newest.device)[:, None]
         return self._take(rows, tokens)
@@ -157,15 +156,19 @@ class Decoder:
             request.finish_reason = "cancelled"
             self._keep([row for row, each in enumerate(self.rows) if each is not request])
 
-    def _logits(self, **inputs: Any) -> torch.Tensor:
-        """Of the last column, [rows, vocabulary]."""
+    def _logits(self, rows: Sequence[Request], **inputs: Any) -> torch.Tensor:
+        """Of the last column, [rows, vocabulary]; a request of which they are no numbers gets its error."""
         logits = self.network(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
-        if bool(logits.isnan().any()):  # of which argmax would take the first, without a word
-            raise BrokenModelError(
+        broken = ~logits.amax(-1).isfinite()  # by NaN too, of which argmax would take the first, without a word
+        if not bool(broken.any()):
+            return logits
+        for row in broken.nonzero().flatten().tolist():
+            rows[row].error = BrokenModelError(
                 f"the model computes NaN: its weights hold NaN or infinity, as after a training that diverged, or "
                 f"overflow in {logits.dtype}"
             )
-        return logits
+        # The others go on; what is drawn for these is not looked at.
+        return logits.masked_fill(broken[:, None], 0)
 
     def _draw_all(self, rows: list[Request], logits: torch.Tensor) -> list[int]:
         if all(_is_plainly_greedy(request.sampling) for request in rows):
@@ -220,6 +223,9 @@ class Decoder:
         return pieces
 
     def _piece(self, request: Request, token: int) -> Piece:
+        if request.error is not None:
+            request.finish_reason = "cancelled"
+            return Piece("", "cancelled")
         request.first_token = request.first_token or time.monotonic()
         request.reply_ids.append(token)
         new = request.held_back
@@ -267,6 +273,21 @@ class Decoder:
         self._mask = mask[:, first:]
         for layer in self._cache.layers:
             layer.keys, layer.values = layer.keys[kept][:, :, first:], layer.values[kept][:, :, first:]
+
+
+def check_ids(ids: Sequence[int], rows: int, name: str) -> None:
+    """Refuse tokens that a model has no row for: its whole batch would fail with them, on a GPU the process.
+
+    Args:
+        ids: the tokens.
+        rows: of the model's embedding.
+        name: what a message calls the text.
+
+    Raises:
+        CptError: there is such a token.
+    """
+    if beyond := [each for each in ids if not 0 <= each < rows]:
+        raise CptError(f"{name} holds the token {beyond[0]}, outside of 0 to {rows - 1}: the model has no other")
 
 
 class _Detokenizer:

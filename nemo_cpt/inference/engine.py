@@ -167,7 +167,7 @@ def check_prompt(prompt: object) -> None:
         CptError: it is of another type, it holds a lone surrogate, or it is what `check_messages` refuses.
     """
     if isinstance(prompt, str):
-        _check_characters(prompt, "the prompt")
+        check_characters(prompt, "the prompt")
     elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
         check_messages(prompt)
     else:
@@ -193,12 +193,21 @@ def check_messages(messages: Sequence[Message]) -> None:
             raise CptError(f"messages[{number}] has the role {role!r}; known are {', '.join(ROLES)}")
         if not isinstance(content, str):
             raise CptError(f"messages[{number}] has content of type {type(content).__name__}; it must be a string")
-        _check_characters(content, f"messages[{number}]")
+        check_characters(content, f"messages[{number}]")
     # Chat templates would put an assistant's header behind an answer, and the model answer itself.
     if messages[-1]["role"] != "user":
         raise CptError(f"the last message is the {messages[-1]['role']}'s; a reply answers the user's")
 
 
-def _check_characters(text: str, name: str) -> None:
+def check_characters(text: str, name: str) -> None:
+    """Refuse a text that no tokenizer takes.
+
+    Args:
+        text: the text.
+        name: what a message calls it.
+
+    Raises:
+        CptError: it holds half of a surrogate pair.
+    """
     if half := _SURROGATE.search(text):
         raise CptError(f"{name} holds the lone surrogate U+{ord(half[0]):04X}, which is no character")

@@ -162,7 +162,7 @@ class Scheduler:
             if piece.finish_reason:
                 del self._running[request]
                 self._ended(request)
-            ticket.give(piece)
+            ticket.give(request.error or piece)
 
     def _fail(self, error: Exception) -> None:
         for request, ticket in self._running.items():

@@ -17,7 +17,7 @@ with patch.object(transformers_utils, "is_sklearn_available", lambda: False):
     from transformers.generation import candidate_generator  # noqa: F401
 
 from nemo_cpt.arguments import checked
-from nemo_cpt.checkpoint.folders import require_tokenizer
+from nemo_cpt.checkpoint.folders import has_tokenizer
 from nemo_cpt.checkpoint.transformers_config import transformers_config
 from nemo_cpt.errors import CptError
 from nemo_cpt.inference.arithmetic import Arithmetic, default_device, device_kind, precision_on
@@ -64,8 +64,8 @@ class TransformersEngine:
         except CptError:
             raise
         except Exception as error:  # safetensors' and tokenizers' are of this class, or of their own
-            require_tokenizer(folder)
-            raise CptError(f"{folder} cannot be loaded by transformers: {error}") from error
+            lacks = "" if has_tokenizer(folder) else ", and holds no tokenizer"
+            raise CptError(f"{folder} cannot be loaded by transformers{lacks}: {error}") from error
         if missing := sorted(report["missing_keys"]):  # which transformers draws at random
             named = ", ".join([*missing[:3], *["..."] * (len(missing) > 3)])
             raise CptError(f"{folder} lacks {len(missing)} of its model's tensors ({named}): make or fetch it again")
@@ -149,6 +149,8 @@ class TransformersEngine:
         decoder, request = self.decoder(), self.request(prompt, sampling)
         pieces = decoder.add([request])
         while True:
+            if request.error is not None:
+                raise request.error
             yield from (piece for _, piece in pieces)
             if request.finish_reason:
                 return
@@ -182,6 +184,8 @@ class TransformersEngine:
             else:
                 pieces = decoder.step()
             for request, _ in pieces:
+                if request.error is not None:
+                    raise request.error
                 if request.finish_reason:
                     yield index_of.pop(request), request.reply()
 

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from nemo_cpt.errors import CptError
+from nemo_cpt.evaluation.bits_per_byte import documents_loss
 from nemo_cpt.inference import Sampling, hugging_face_folder, open_engine, transformers_engine
 from nemo_cpt.inference.asked_as import end_ids
 from nemo_cpt.inference.decoding import Decoder, Request, _Detokenizer, _until_stop
@@ -213,6 +214,29 @@ def test_a_model_that_computes_nan_says_so(temperature: float, make_model: Calla
         list(engine.generate(["a"], Sampling(4, temperature=temperature)))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_prompt_of_which_the_model_computes_nan_ends_no_other_reply(
+    value: float, make_model: Callable[[str], Path]
+) -> None:
+    engine = TransformersEngine(make_model("llama"))
+    alone = dict(engine.generate(["a"], Sampling(max_tokens=9)))[0]
+    (token,) = set(engine.encode("Z")) - set(engine.encode(""))
+    assert token not in engine.tokenizer(alone.text).input_ids
+    engine.network.get_input_embeddings().weight.data[token] = value
+    sound, broken = (Request(engine.encode(text), Sampling(max_tokens=9, temperature=each)) for text, each in
+                     (("a", 0), ("Z", 1)))  # fmt: skip
+    decoder = engine.decoder()
+    pieces = decoder.add([sound, broken])
+    assert (broken.finish_reason, pieces[1][1].text, "the model computes NaN" in str(broken.error)) == (
+        "cancelled", "", True,
+    )  # fmt: skip
+    while decoder.rows:
+        decoder.step()
+    assert (sound.reply().text, sound.error) == (alone.text, None)
+    with pytest.raises(CptError, match="the model computes NaN"):
+        list(engine.stream("Z", Sampling(max_tokens=9)))
+
+
 def test_repetition_penalty_and_min_tokens_are_transformers_own(engine: TransformersEngine) -> None:
     ids = torch.tensor([engine.encode(PROMPTS[1])])
     sampling = Sampling(max_tokens=30, repetition_penalty=1.7, min_tokens=25)
@@ -377,6 +401,10 @@ def test_a_prompt_with_a_token_that_the_model_has_no_row_for(make_model: Callabl
     text = next(each for each in PROMPTS if max(engine.encode(each)) >= 300)
     with pytest.raises(CptError, match=r"^prompt 2, .*: the prompt holds the token \d+, outside of 0 to 299"):
         list(engine.generate(["a", text], Sampling(max_tokens=4)))
+    with pytest.raises(CptError, match=r"^document 2 holds the token \d+, outside of 0 to 299"):
+        documents_loss(engine, ["a", text])
+    with pytest.raises(CptError, match=r"^document 1 holds the lone surrogate U\+D800"):
+        documents_loss(engine, ["\ud800"])
 
 
 def test_a_model_that_lacks_weights_is_not_filled_with_random_ones(
