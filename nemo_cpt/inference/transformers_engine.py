@@ -1,5 +1,6 @@
 """A Hugging Face folder, asked through transformers in this process: on the GPU where there is one, else on the CPU."""
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from nemo_cpt.checkpoint.transformers_config import transformers_config
 from nemo_cpt.errors import CptError
 from nemo_cpt.inference.decoding import Decoder, Request
 from nemo_cpt.inference.engine import Message, Piece, Prompt, Reply, Sampling, check_messages
+from nemo_cpt.quiet import bars_of_transformers
 
 BATCH_TOKENS = 32_768  # of prompt and reply that a batch may take: 4 GiB of keys and values for Llama-3.1-8B in bf16
 MOST_ROWS = 64
@@ -53,7 +55,9 @@ class TransformersEngine:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
             config = transformers_config(folder)
-            self.network = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=wanted).to(device).eval()
+            with bars_of_transformers(sys.stderr.isatty()):
+                network = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=wanted)
+            self.network = network.to(device).eval()
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise CptError(f"{folder} cannot be loaded by transformers: {error}") from error
         # Llama-3's configuration asks `decode` to take blanks before punctuation away: the model's words would change,
