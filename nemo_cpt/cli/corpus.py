@@ -2,6 +2,7 @@
 
 import re
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,7 @@ from nemo_cpt.cli.recipe_arguments import Executor
 from nemo_cpt.cli.tables import note_long_texts, print_json, print_plain, print_report
 from nemo_cpt.errors import CptError
 from nemo_cpt.output import size_of, span
+from nemo_cpt.signals import STOPPED_DOWNLOAD, ctrl_c_ends
 
 if TYPE_CHECKING:
     from nemo_cpt.corpus import PrepareReport
@@ -394,7 +396,10 @@ def fetch(
         return print_json(known) if json else print_report({name: entry.note for name, entry in CORPORA.items()}, [])
     from nemo_cpt.corpus import fetch as run
 
-    files = run(corpus, output, workers=workers)
+    # The hub's client waits for the files that are under way; whatever else is fetched ends at once by itself.
+    of_the_hub = corpus.startswith("hf:")
+    with ctrl_c_ends(STOPPED_DOWNLOAD) if of_the_hub else nullcontext():
+        files = run(corpus, output, workers=workers)
     if json:
         return print_json({"files": [asdict(file) for file in files]})
     rows = {file.path: f"{file.size:,} bytes, {file.status} {file.sha256[:16]}" for file in files}

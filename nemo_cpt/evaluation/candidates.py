@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_cpt.checkpoint.architecture import context_length, read_json
 from nemo_cpt.corpus.reading.chunks import hash_file
-from nemo_cpt.errors import CptError
+from nemo_cpt.errors import CptError, near_paths
 from nemo_cpt.evaluation.journal import Journal, key_of
 from nemo_cpt.inference import Engine, open_engine
 from nemo_cpt.inference.arithmetic import Arithmetic, arithmetic_of
@@ -114,6 +114,16 @@ class Candidate:
         return None if self.is_endpoint else end_ids(self.folder)
 
 
+def _check_run(run: Path) -> None:
+    if not run.exists():
+        raise CptError(f"there is no run {run}{near_paths(run) or '; `nemo-cpt ls` lists runs'}")
+    if not (run / "checkpoints").is_dir():
+        raise CptError(
+            f"{run} is no run's folder: it has no folder checkpoints, all of which --checkpoints measures. One model "
+            "is named without it"
+        )
+
+
 def find_candidates(
     model: str | Path | None, against: str | Path | None, run: str | Path | None, options: Mapping[str, Any], say: Say
 ) -> list[Candidate]:
@@ -131,6 +141,7 @@ def find_candidates(
     before = [Candidate("before", str(against), options, 0, say)] if against is not None else []
     if run is None:
         return [*before, Candidate("after", str(model), options, None, say)]
+    _check_run(Path(run))
     whole = [each for each in reversed(checkpoints(Path(run, "checkpoints"))) if each.fault is None]
     by_step = {each.step: each for each in whole}  # the last checkpoint of a run and the best may be one step's
     if not by_step:

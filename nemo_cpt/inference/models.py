@@ -1,7 +1,6 @@
 """From what users have to an engine: a Hugging Face folder as it is, NeMo checkpoints through a cache of exports."""
 
 import hashlib
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from nemo_cpt.checkpoint import export_hf
 from nemo_cpt.checkpoint.base import model_files
 from nemo_cpt.checkpoint.folders import refuse_adapter
 from nemo_cpt.errors import CptError, near_paths
+from nemo_cpt.hub import download_advice
 from nemo_cpt.inference.asked_as import check_template_choice, reply_warnings, template_text
 from nemo_cpt.inference.engine import Engine
 from nemo_cpt.training.run_folder import Checkpoint, newest_whole
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 SAMPLED_BYTES = 64 * 1024  # read at each of SAMPLES places of a file, to tell its content from another's
 SAMPLES = 16
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 MOST_TRIES = 5  # at the newest checkpoint of a run that replaces it meanwhile
 
 
@@ -152,7 +151,7 @@ def check_model(model: str | Path) -> None:
         return
     path = Path(model)
     if not path.exists():
-        raise CptError(f"there is no model at {model}{near_paths(path) or _advice(str(model))}")
+        raise CptError(f"there is no model at {model}{near_paths(path) or download_advice(str(model))}")
     if (path / "config.json").is_file() or (path / "weights").is_dir() or (path / "checkpoints").is_dir():
         return
     refuse_adapter(path)
@@ -210,13 +209,6 @@ def _exported(checkpoint: Path, base: str | Path | None, say: Callable[[str], No
             return export
         raise
     return export
-
-
-def _advice(model: str) -> str:
-    # Not of a path in a folder of this machine, in which something is missing.
-    if HUB_NAME.fullmatch(model) and not Path(model).parent.exists():
-        return f"; if it is on the hub: nemo-cpt download {model} models/{model.partition('/')[2]}"
-    return ""
 
 
 def _content_key(checkpoint: Path, base: str | Path | None) -> str:

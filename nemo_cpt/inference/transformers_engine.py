@@ -1,5 +1,6 @@
 """A Hugging Face folder, asked through transformers in this process: on the GPU where there is one, else on the CPU."""
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from nemo_cpt.errors import CptError
 from nemo_cpt.inference.arithmetic import Arithmetic, default_device, device_kind, precision_on
 from nemo_cpt.inference.decoding import Decoder, Request
 from nemo_cpt.inference.engine import Message, Piece, Prompt, Reply, Sampling, check_prompt
+from nemo_cpt.quiet import bars_of_transformers
 
 BATCH_TOKENS = 32_768  # of prompt and reply that a batch may take: 4 GiB of keys and values for Llama-3.1-8B in bf16
 MOST_ROWS = 64
@@ -57,9 +59,10 @@ class TransformersEngine:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
             config = transformers_config(folder)
-            network, report = AutoModelForCausalLM.from_pretrained(
-                folder, config=config, dtype=wanted, output_loading_info=True
-            )
+            with bars_of_transformers(sys.stderr.isatty()):
+                network, report = AutoModelForCausalLM.from_pretrained(
+                    folder, config=config, dtype=wanted, output_loading_info=True
+                )
             self.network = network.to(device).eval()
         except CptError:
             raise

@@ -426,6 +426,15 @@ def test_refused_before_anything_is_loaded(
             evaluated(models, world, prompts, tmp_path / "out", **options)
 
 
+def test_what_is_no_run_has_no_checkpoints_to_evaluate(models: tuple[Path, Path], tmp_path: Path) -> None:
+    for place, message in (
+        (tmp_path / "nowhere", r"there is no run .*nowhere; `nemo-cpt ls` lists runs"),
+        (models[0], r"is no run's folder: it has no folder checkpoints"),
+    ):
+        with pytest.raises(CptError, match=message):
+            evaluate(None, tmp_path / "out", checkpoints_of=place)
+
+
 def test_a_set_of_another_tokenizer_is_refused(
     models: tuple[Path, Path], world: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
