@@ -240,7 +240,9 @@ async def _explain_path(request: Request, error: Exception) -> Response:
 async def _explain_fields(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     where = ("the body (a JSON object, sent with Content-Type: application/json)",)
-    found = [f"{'.'.join(map(str, each['loc'][1:] or where))}: {each['msg']}" for each in error.errors()]
+    # Without pydantic's names of the kinds that a list may be of.
+    places = [[str(part) for part in each["loc"][1:] if "[" not in str(part)] for each in error.errors()]
+    found = [f"{'.'.join(place or where)}: {each['msg']}" for place, each in zip(places, error.errors(), strict=True)]
     return ApiError(400, "; ".join(found[:5])).answer()
 
 

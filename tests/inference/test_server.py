@@ -218,6 +218,7 @@ def test_nemos_own_request_of_2023(url: str, engine: TransformersEngine) -> None
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "\udfff"}]}, 400, "a lone surrogate"),
         ("/v1/completions", {"prompt": "a", "seed": 10**30}, 400, "exceeds 64-bit range"),
         ("/v1/completions", {"prompt": []}, 400, "at least 1 item"),
+        ("/v1/completions", {"prompt": {}}, 400, "prompt.str: Input should be a valid string; prompt: Input should be"),
         ("/v1/completions", {"prompt": [1, 999]}, 400, "outside of 0 to 399"),
         ("/v1/completions", {"prompt": "a", "max_tokens": "many"}, 400, "max_tokens"),
         ("/v1/completions", {"prompt": "a" * (MOST_BYTES + 1)}, 413, "at most 1048576 bytes"),
