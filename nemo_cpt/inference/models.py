@@ -152,9 +152,9 @@ def check_model(model: str | Path) -> None:
     path = Path(model)
     if not path.exists():
         raise CptError(f"there is no model at {model}{near_paths(path) or download_advice(str(model))}")
+    refuse_adapter(path)
     if (path / "config.json").is_file() or (path / "weights").is_dir() or (path / "checkpoints").is_dir():
         return
-    refuse_adapter(path)
     found = ", ".join(sorted(each.name for each in path.iterdir())[:6]) if path.is_dir() else "a file"
     raise CptError(
         f"{path} is neither a Hugging Face folder (config.json) nor a NeMo checkpoint (weights/) nor a run's folder "
