@@ -414,10 +414,12 @@ def loss_measures(loss: "TextLoss", comparable: bool = True) -> Iterator[Measure
     note = "" if comparable else "the models cut the text into other tokens: compare bits per byte"
     nats = ratio("loss", loss.nats, loss.tokens, better=better, unit="nats per token", note=note)
     yield nats
-    # e to 700 is still a float; a model that is worse has no number worth printing.
-    yield Measure(
-        "perplexity", nats.units, lambda chosen: math.exp(min(nats.value(chosen), 700)), better, "of a token", note
-    )
+
+    def perplexity(chosen: Any) -> float:
+        # e to 700 is still a float; a model that is worse has no number worth printing.
+        return math.exp(min(nats.value(chosen), 700))
+
+    yield replace(nats, name="perplexity", unit="of a token", value=perplexity)
 
 
 def prompt_measures(prompts: Sequence[Asked], replies: Sequence[Reply]) -> Iterator[Measure]:
