@@ -76,6 +76,6 @@ def nearest(key: str, known: Collection[str]) -> str:
 
 def near_paths(path: Path) -> str:
     """What to say behind the name of a path that is not there: those beside it with names like it; perhaps nothing."""
-    beside = [each.name for each in path.parent.glob("[!.]*")]
+    beside = [each.name for each in path.parent.glob("[!.]*") if each.name != path.name]
     near = difflib.get_close_matches(path.name, beside, n=3)
     return f"; near: {', '.join(str(path.with_name(each)) for each in near)}" if near else ""

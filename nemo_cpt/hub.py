@@ -1,14 +1,28 @@
 """What models and datasets from the Hugging Face hub share: its errors explained, its names of bytes, its bars."""
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from nemo_cpt.errors import CptError
 
 TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 SET_A_TOKEN = f"set the environment variable HF_TOKEN to a token from {TOKEN_PAGE}"
+_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def is_name(model: str) -> bool:
+    """Whether a model that is not here is named as the hub names it, and not by a path in a folder of this machine."""
+    return bool(_NAME.fullmatch(model)) and not Path(model).parent.exists()
+
+
+def download_advice(model: str) -> str:
+    """What to say behind the path of a model that is not there and may be on the hub; perhaps nothing."""
+    name = model.rpartition("/")[2]
+    return f"; if it is on the hub: nemo-cpt download {model} models/{name}" if is_name(model) else ""
 
 
 @contextmanager

@@ -6,9 +6,16 @@ its nv-one-logger.
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 
-_OF_WARNINGS = "The pynvml package is deprecated"
+# The doctor says where Transformer Engine is missing and wanted.
+_OF_WARNINGS = (
+    "The pynvml package is deprecated",
+    "Transformer Engine and Apex are not installed",
+    "Failed to create unified memory mempool",
+)
 _OF_LOGGERS = {
     "megatron.core.utils": "has reached end of life",
     "nemo.collections.llm.gpt.model.megatron.hyena.hyena_mixer": "Using default recipe",
@@ -21,9 +28,26 @@ _OF_LOGGERS = {
 @cache
 def quiet_imports() -> None:
     """Leave these messages out, and no others; call it before torch and NeMo are imported."""
-    warnings.filterwarnings("ignore", message=_OF_WARNINGS)
+    for message in _OF_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
     for name, phrase in _OF_LOGGERS.items():
         logging.getLogger(name).addFilter(partial(_is_other, phrase))
+
+
+@contextmanager
+def bars_of_transformers(shown: bool) -> Iterator[None]:
+    """Keep its bars over the files of a model's weights off for a while where they are not `shown`."""
+    from transformers.utils import logging as bars
+
+    # Bars that the user has switched off are not switched on again at the end.
+    if shown or not bars.is_progress_bar_enabled():
+        yield
+        return
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        bars.enable_progress_bar()
 
 
 def _is_other(phrase: str, record: logging.LogRecord) -> bool:

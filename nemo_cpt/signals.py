@@ -19,6 +19,7 @@ from typing import Any
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 training_began = False  # in this process: from then on there may be something to save
 ECHO_SECONDS = 1.0
+STOPPED_DOWNLOAD = "nemo-cpt: stopped; what arrived is kept, and the same command goes on"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LIBC = ctypes.CDLL(None)
 
@@ -64,6 +65,27 @@ def held(numbers: Iterable[int]) -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def ctrl_c_ends(told: str) -> Iterator[None]:
+    """Let Ctrl-C end this process at once, with a line on stderr, while threads run that Python would wait for.
+
+    For commands, whose process is theirs; a Ctrl-C that is handled otherwise, or ignored, stays so.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+
+    def end(*_: object) -> None:
+        os.write(2, f"\n{told}\n".encode())
+        os._exit(128 + signal.SIGINT)
+
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def end_with_parent(number: int) -> None:

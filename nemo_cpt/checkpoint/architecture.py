@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nemo_cpt.checkpoint.folders import refuse_adapter
+from nemo_cpt.checkpoint.folders import require_model
 from nemo_cpt.checkpoint.rope import Rope, RopeScaling, read_rope
 from nemo_cpt.errors import CptError
 
@@ -165,10 +165,11 @@ def read_architecture(folder: str | Path, ignore_fields: Collection[str] = ()) -
         ignore_fields: names of config fields to accept although they are unknown here.
 
     Raises:
-        CptError: the folder holds adapters alone, an unsupported `model_type`, a missing or impossible value, or a
-            field that may change the forward pass in a way that NeMo's model would not follow.
+        CptError: there is no such folder, it holds adapters alone or a NeMo checkpoint, an unsupported `model_type`, a
+            missing or impossible value, or a field that may change the forward pass in a way that NeMo's model would
+            not follow.
     """
-    refuse_adapter(folder)
+    require_model(folder)
     path = Path(folder) / "config.json"
     return parse_config(read_json(path), str(path), ignore_fields)
 

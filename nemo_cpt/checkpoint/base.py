@@ -36,6 +36,10 @@ def nemo_folder(path: str | Path) -> Path:
     if not folder.exists():
         raise CptError(f"there is no folder {folder}{near_paths(folder) or '; `nemo-cpt ls` lists runs'}")
     refuse_adapter(folder)
+    if (folder / "config.json").is_file() and not (folder / "weights").is_dir():
+        raise CptError(
+            f"{path} is a Hugging Face folder, and a NeMo checkpoint is asked for: `nemo-cpt import` makes one of it."
+        )
     if not (folder / "weights").is_dir():
         newest = next(folder.glob("checkpoints/*-last"), "<run>/checkpoints/<name>-last")
         raise CptError(
@@ -118,8 +122,10 @@ def base_files(nemo: Path, base: str | Path | None) -> Path:
             tokenizer folder carries the files when the base was imported with `import_hf`.
 
     Raises:
-        CptError: there is no config.json or no tokenizer.
+        CptError: there is no such base, no config.json or no tokenizer.
     """
+    if base and not Path(base).exists():
+        raise CptError(f"there is no base {base}{near_paths(Path(base))}")
     places = [Path(base), *carried_places(Path(base))] if base else carried_places(nemo)
     for place in places:
         if (place / "config.json").is_file():

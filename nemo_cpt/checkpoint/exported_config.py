@@ -109,9 +109,14 @@ def _warnings(nemo: Path, base: Path, recorded: Mapping[str, Any]) -> Iterator[s
     if not recorded:
         yield f"{nemo} has no context: whether it was trained as config.json says is not known"
     for place in carried_places(nemo):
-        if other := [name for name in VOCABULARIES if _differ(place / name, base / name)]:
-            yield f"{base}/{other[0]} is exported, and is not the one that the run trained with, {place}/{other[0]}"
+        if other := differing_vocabulary(place, base):
+            yield f"{base}/{other} is exported, and is not the one that the run trained with, {place}/{other}"
             return
+
+
+def differing_vocabulary(one: Path, other: Path) -> str | None:
+    """The name of a tokenizer's vocabulary that two folders have, and not the same one; None where there is none."""
+    return next((name for name in VOCABULARIES if _differ(one / name, other / name)), None)
 
 
 def _differ(one: Path, other: Path) -> bool:

@@ -34,7 +34,7 @@ class ExportReport(AsDict):
         dest: the Hugging Face folder.
         model_type: as config.json names it.
         dtype: of the written weights.
-        cast_from: the checkpoint's dtype where it was not the written one.
+        cast_from: the checkpoint's dtypes that were not the written one; None where there are none.
         tensors: how many were written.
         padding_removed: rows of Megatron's padding that were left out of the embedding.
         bytes_written: of the weights.
@@ -179,7 +179,7 @@ def _write_model(
     names += write_weights(folder, plans, load, shard_bytes)
     return {
         "dtype": dtype,
-        "cast_from": trained.dtype if trained.dtype != dtype else None,
+        "cast_from": ", ".join(each for each in trained.dtypes if each != dtype) or None,
         "tensors": len(plans),
         # Rows beyond config.json's, which no token has: `_refuse_to_cut_tokens` has looked.
         "padding_removed": trained.rows - config.arch.vocab_size,

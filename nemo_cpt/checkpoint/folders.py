@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from nemo_cpt.checkpoint.tokenizer_ids import check_tokenizer_class
-from nemo_cpt.errors import CptError
+from nemo_cpt.errors import CptError, near_paths
+from nemo_cpt.hub import download_advice
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz", ".index.json")
-_LEFT_BEHIND = ("README.md", ".gitattributes", ".gitignore")  # a model card describes the base, not what it became
-_PIECE_BYTES = 128 * 2**10
 ADAPTER = "adapter_config.json"  # peft's
+# A model card describes the base, not what it became; beside an adapter's, transformers loads another model.
+_LEFT_BEHIND = ("README.md", ".gitattributes", ".gitignore", ADAPTER)
+_PIECE_BYTES = 128 * 2**10
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")  # one of them a tokenizer has
 
 
@@ -55,20 +57,50 @@ def has_tokenizer(folder: str | Path) -> bool:
 
 
 def refuse_adapter(folder: str | Path) -> None:
-    """Raise CptError for a folder that holds peft's adapters and no model, wherever a model is asked for."""
+    """Raise CptError for a folder that holds peft's adapters, wherever a model is asked for.
+
+    Beside a model too: where peft is installed, transformers loads another one.
+    """
     folder = Path(folder)
-    if not (folder / ADAPTER).is_file() or (folder / "config.json").is_file():
+    if not (folder / ADAPTER).is_file():
         return
-    try:
-        base = json.loads((folder / ADAPTER).read_bytes())["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
-        base = None
+    holds = f"{folder} holds adapters for peft ({ADAPTER})"
+    if any(folder.glob("model*.safetensors")) or any(folder.glob("pytorch_model*.bin")):
+        raise CptError(
+            f"{holds} beside a model: with peft, transformers loads {_base_of_adapter(folder)} with them, and not the "
+            f"weights that lie here. Where these have the adapters in them already, move {ADAPTER} and "
+            "adapter_model.safetensors away; else merge them first, by peft's merge_and_unload()."
+        )
     raise CptError(
-        f"{folder} holds adapters for peft ({ADAPTER}), to be added to {base or 'their base'}, and no model. Of a "
+        f"{holds}, to be added to {_base_of_adapter(folder)}, and no model. Of a "
         "run's, `nemo-cpt export CHECKPOINT FOLDER`, without --adapter, writes the model with them in it. Of others, "
         f"peft does, PeftModel.from_pretrained(BASE, {str(folder)!r}).merge_and_unload().save_pretrained(FOLDER), and "
         "the base's tokenizer goes beside it."
     )
+
+
+def _base_of_adapter(folder: Path) -> str:
+    try:
+        base = json.loads((folder / ADAPTER).read_bytes())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = None
+    return str(base or "their base")
+
+
+def require_model(folder: str | Path) -> None:
+    """Raise CptError for a path that is something else than a Hugging Face folder, saying what."""
+    folder = Path(folder)
+    refuse_adapter(folder)
+    if (folder / "config.json").is_file():
+        return
+    if not folder.exists():
+        raise CptError(f"there is no folder {folder}{near_paths(folder) or download_advice(str(folder))}")
+    if not folder.is_dir():
+        raise CptError(f"{folder} is a file. Give the folder of a Hugging Face model, which holds config.json.")
+    if (folder / "weights").is_dir():
+        raise CptError(
+            f"{folder} is a NeMo checkpoint, and a Hugging Face folder is asked for: `nemo-cpt export` makes one of it."
+        )
 
 
 def require_tokenizer(folder: str | Path) -> None:

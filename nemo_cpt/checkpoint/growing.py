@@ -317,8 +317,9 @@ def _is_hf(source: Path) -> bool:
 def _open_hf(source: Path, base: str | Path | None, ignore_fields: Collection[str]) -> _Model:
     if base is not None:
         raise CptError(f"{source} is a Hugging Face model, which needs no base: leave base= (--base) away")
+    arch = read_architecture(source, ignore_fields)
     require_tokenizer(source)
-    arch, weights = read_architecture(source, ignore_fields), HFWeights(source)
+    weights = HFWeights(source)
     check_tensors(weights, layout.slots(arch), arch)
     return _Model(
         is_hf=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -13,7 +14,7 @@ import numpy as np
 from nemo_cpt.arguments import checked
 from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import Architecture, read_architecture
-from nemo_cpt.checkpoint.arrays import bits
+from nemo_cpt.checkpoint.arrays import DTYPES, bits, cast
 from nemo_cpt.checkpoint.base import model_files
 from nemo_cpt.checkpoint.context import HF_FOLDER
 from nemo_cpt.checkpoint.folders import copy_small_files, require_tokenizer
@@ -99,12 +100,9 @@ def import_hf(
     dropped = check_tensors(weights, slots, arch)
     # The weights' own dtype where config.json does not say: nothing is cast.
     arch = arch.with_dtype(arch.dtype or weights.infos[slots[0].name].dtype)
-    infos = weights.infos
-    sizes = [infos[slot.name].nbytes for slot in slots]
-    tensors = Tensors(
-        weights.read, weights.blocks, path=lambda name: infos[name].path, nbytes=lambda name: infos[name].nbytes
-    )
-    with new_folder(dest, sum(sizes)) as folder:
+    tensors, widened = _for_megatron(weights, slots)
+    size = sum(tensors.nbytes(slot.name) for slot in slots)
+    with new_folder(dest, size) as folder:
         copy_small_files(source, folder / HF_FOLDER)
         hand_on(source, folder / HF_FOLDER)
         write_nemo(folder, tensors, arch, progress)
@@ -115,13 +113,40 @@ def import_hf(
             dtype=str(arch.dtype),
             tensors=len(slots),
             parameters=sum(prod(slot.shape) for slot in slots),
-            bytes_written=sum(sizes),
+            bytes_written=size,
             dropped=tuple(dropped),
-            warnings=tuple(_tokens_without_rows(source, arch)),
+            warnings=(*weights.warnings, *_told(widened), *_tokens_without_rows(source, arch)),
             seconds=round(time.monotonic() - start, 3),
         )
         making.note(folder, report.as_dict())
     return report
+
+
+def _for_megatron(weights: HFWeights, slots: Sequence[layout.Slot]) -> tuple[Tensors, list[str]]:
+    """The tensors as they are written, and the names of those that are widened to fp32.
+
+    Megatron keeps all layers of a kind, and what it joins, as one tensor, which has one dtype.
+    """
+    infos, dtypes = weights.infos, defaultdict(set)
+    for slot in slots:
+        dtypes[slot.key].add(infos[slot.name].dtype)
+    mixed = {slot.name for slot in slots if len(dtypes[slot.key]) > 1}
+    dtype = {slot.name: "float32" if slot.name in mixed else infos[slot.name].dtype for slot in slots}
+    tensors = Tensors(
+        read=lambda name: cast(weights.read(name), name, dtype[name]),
+        blocks=lambda name: (cast(block, name, dtype[name]) for block in weights.blocks(name)),
+        path=lambda name: infos[name].path,
+        nbytes=lambda name: prod(infos[name].shape) * DTYPES[dtype[name]].itemsize,
+    )
+    return tensors, [name for name in dtype if dtype[name] != infos[name].dtype]
+
+
+def _told(widened: Sequence[str]) -> Iterator[str]:
+    if widened:
+        yield (
+            f"tensors that are float32 in the checkpoint, {widened[0]} first ({len(widened)} in all): what Megatron "
+            "keeps as one has several dtypes in the source"
+        )
 
 
 def _tokens_without_rows(source: Path, arch: Architecture) -> Iterator[str]:

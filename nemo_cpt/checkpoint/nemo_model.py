@@ -43,7 +43,7 @@ def nemo_logits(nemo: str | Path, prompts: list[list[int]], rounded_to: str | No
 
     from nemo_cpt.cpu_stack import cpu_stack
 
-    with cpu_stack(), one_process(), torch.no_grad():
+    with cpu_stack(), one_process(), torch.no_grad(), _warnings_alone():
         model = _build(Path(nemo), max(map(len, prompts)), rounded_to)
         return [_forward(model, torch.tensor([prompt])) for prompt in prompts]
 
@@ -116,6 +116,19 @@ def _read(reader: DistributedReader, parameter: str) -> np.ndarray:
     if full not in reader.shapes:
         raise CptError(f"{reader.folder} lacks {full}: it is not a checkpoint of the model in its context.")
     return reader.read(full, layer)
+
+
+@contextlib.contextmanager
+def _warnings_alone() -> Iterator[None]:
+    """Keep what NeMo tells of its model, such as its rotary scaling, from stdout, where a report goes."""
+    from nemo.utils import logging
+
+    before = logging.getEffectiveLevel()
+    logging.setLevel(max(before, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.setLevel(before)
 
 
 @contextlib.contextmanager

@@ -46,6 +46,12 @@ class NemoWeights:
         return self.reader.dtypes[self.prefix + layout.EMBEDDING].name
 
     @property
+    def all_dtypes(self) -> list[str]:
+        """The dtypes of all tensors, each once."""
+        keys = {self.locate(slot.key, slot.layer)[0] for slot in self._slots.values() if self.has(slot.name)}
+        return sorted({self.reader.dtypes[key].name for key in keys})
+
+    @property
     def vocab_rows(self) -> int:
         """Rows of the embedding, Megatron's padding included."""
         return self.reader.shapes[self.prefix + layout.EMBEDDING][0]

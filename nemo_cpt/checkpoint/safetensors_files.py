@@ -50,6 +50,9 @@ class HFWeights:
     Raises:
         CptError: no safetensors files, a shard that is missing, truncated, unreadable or not what was downloaded, a
             tensor that the index names and the shard lacks, or a dtype other than bfloat16, float16 and float32.
+
+    Attributes:
+        warnings: what else lies there and is not read.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -60,6 +63,8 @@ class HFWeights:
         record = read_record(self.folder)
         self._unchecked = {self.folder / name: file for name, file in record.files.items()} if record else {}
         expected = _weight_map(self.folder)
+        both = (self.folder / _SINGLE).is_file() and (self.folder / _INDEX).is_file()
+        self.warnings = (f"{folder} holds {_SINGLE}, which is read, as by transformers, and {_INDEX}",) if both else ()
         # Headers alone: a few kB of each shard, from which every size and place is known.
         for path in sorted(set(expected.values())):
             self._read_header(path)
@@ -85,6 +90,11 @@ class HFWeights:
     def dtype(self) -> str:
         """The dtype of the embedding."""
         return self._embedding.dtype
+
+    @property
+    def all_dtypes(self) -> list[str]:
+        """The dtypes of all tensors, each once."""
+        return sorted({info.dtype for info in self.infos.values()})
 
     @property
     def vocab_rows(self) -> int:
@@ -146,13 +156,14 @@ def _dtype(code: str, name: str, path: Path) -> str:
 
 
 def _weight_map(folder: Path) -> dict[str, Path]:
+    # Before the index, as transformers looks for them: a folder that was saved into twice holds two models.
+    if (folder / _SINGLE).is_file():
+        return {"": folder / _SINGLE}  # a single file lists its tensors itself
     if (folder / _INDEX).is_file():
         weight_map = read_json(folder / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or any("/" in str(name) for name in weight_map.values()):
             raise CptError(f"{folder / _INDEX} has no usable weight_map. Download it again.")
         return {name: folder / str(file) for name, file in weight_map.items()}
-    if (folder / _SINGLE).is_file():
-        return {"": folder / _SINGLE}  # a single file lists its tensors itself
     if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
         raise CptError(
             f"{folder} holds pickled weights only (.bin or .pth), which can run code when read. "

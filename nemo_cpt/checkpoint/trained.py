@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -83,7 +83,8 @@ class Trained:
         where: the checkpoint.
         read: gives a tensor whole.
         blocks: gives it in blocks of rows; a block is overwritten by the next one.
-        dtype: of most of them; those that adapters were merged into are in fp32.
+        dtype: of the embedding.
+        dtypes: of all of them as they are stored; those that adapters were merged into are in fp32 here.
         rows: of the embedding, Megatron's padding included.
         warnings: what could not be looked at.
     """
@@ -92,6 +93,7 @@ class Trained:
     read: Callable[[str], np.ndarray]
     blocks: Callable[[str], Iterable[np.ndarray]]
     dtype: str
+    dtypes: Sequence[str]
     rows: int
     warnings: tuple[str, ...] = ()
 
@@ -115,7 +117,7 @@ def _open_whole(nemo: Path, arch: Architecture) -> Trained:
     from nemo_cpt.checkpoint.nemo_weights import NemoWeights
 
     weights = NemoWeights(nemo, arch)
-    return Trained(nemo, weights.read, weights.blocks, weights.dtype, weights.vocab_rows)
+    return Trained(nemo, weights.read, weights.blocks, weights.dtype, weights.all_dtypes, weights.vocab_rows)
 
 
 def open_adapted(nemo: Path, arch: Architecture, base: str | Path | None) -> Trained:
@@ -131,7 +133,7 @@ def open_adapted(nemo: Path, arch: Architecture, base: str | Path | None) -> Tra
     read, blocks = partial(adapters.read_merged, base=weights), partial(adapters.merged, base=weights)
     # An embedding that was trained whole is in the run's checkpoint, padded as its layout asked.
     rows = adapters.trained_rows or weights.vocab_rows
-    return Trained(nemo, read, blocks, weights.dtype, rows, warnings)
+    return Trained(nemo, read, blocks, weights.dtype, weights.all_dtypes, rows, warnings)
 
 
 def _refuse_to_cut_tokens(model: Trained, arch: Architecture, tokenizers: Iterable[Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,12 +18,15 @@ from nemo_cpt.checkpoint.architecture import Architecture, read_architecture
 from nemo_cpt.checkpoint.arrays import DTYPES, bits, cast
 from nemo_cpt.checkpoint.base import carried_places, nemo_folder, unchanged
 from nemo_cpt.checkpoint.chat_template import InstructionTemplate, instruction_template, template_differences
+from nemo_cpt.checkpoint.exported_config import differing_vocabulary
+from nemo_cpt.checkpoint.importing import check_tensors
 from nemo_cpt.checkpoint.model_config import context_differences, read_model_config
 from nemo_cpt.checkpoint.nemo_weights import NemoWeights
 from nemo_cpt.checkpoint.safetensors_files import HFWeights
 from nemo_cpt.checkpoint.trained import open_adapted
 from nemo_cpt.conversations.templates import own_template
 from nemo_cpt.errors import CptError
+from nemo_cpt.quiet import bars_of_transformers
 
 PROMPTS = ("The capital of France is", "def add(a, b):\n    return", "日本の首都は")
 _LOGITS_TOLERANCE = 1e-5  # fp32, relative to the largest logit
@@ -140,6 +144,7 @@ def verify(
     if lora and logits:
         raise CptError(f"{folder} holds adapters only; their logits are not compared. Leave --logits away.")
     slots = layout.slots(arch)
+    check_tensors(theirs, slots, arch)
     # Around all that is read of the checkpoint: a run may replace it, and the comparison would be of two.
     with unchanged(folder):
         read, warnings = _merged(folder, arch, theirs, base) if lora else (NemoWeights(folder, arch).read, ())
@@ -167,7 +172,12 @@ def verify(
         logits_difference=gap,
         largest_logit=largest,
         longest_prompt=longest,
-        warnings=(*warnings, *_cast_away(folder, hf, casts), *_unseen(folder, hf, arch, recorded, template, longest)),
+        warnings=(
+            *warnings,
+            *theirs.warnings,
+            *_cast_away(folder, hf, casts),
+            *_unseen(folder, hf, arch, recorded, template, longest),
+        ),
         seconds=round(time.monotonic() - start, 3),
     )
 
@@ -196,6 +206,10 @@ def _unseen(
             f"{hf} has another chat template than the base of {nemo}, which has no record of a tuning: it was chosen "
             "with --chat-template, or put there since"
         )
+    for place in carried_places(nemo):
+        if other := differing_vocabulary(place, hf):
+            yield f"{hf}/{other} is not the one that {nemo} carries, {place}/{other}: texts become other tokens"
+            break
     if not recorded:
         yield f"{nemo} has no context: constants such as the rotary base were not compared"
     if longest and arch.sliding_window and longest <= arch.sliding_window:
@@ -215,11 +229,7 @@ def _merged(nemo: Path, arch: Architecture, theirs: HFWeights, base: str | Path 
 
 def _compare(slot: layout.Slot, read: Read, theirs: HFWeights, casts: dict[tuple[str, str], None]) -> Difference | None:
     """How a tensor differs, if it does; a cast that it took is noted in `casts`."""
-    if slot.name not in theirs.infos:
-        raise CptError(f"{theirs.folder} lacks {slot.name}: config.json and the weights belong to different models.")
     mine, other = read(slot.name), theirs.read(slot.name)
-    if mine.shape != other.shape:
-        raise CptError(f"{slot.name} has shape {other.shape}, config.json asks for {slot.shape}.")
     if mine.dtype != other.dtype:
         casts[mine.dtype.name, other.dtype.name] = None
         with np.errstate(over="ignore"):  # beyond float16: infinite, and so different
@@ -279,9 +289,10 @@ def _compare_logits(
     # One model after the other: both at once in fp32 would need twice the memory.
     ours = nemo_logits(nemo, ids, rounded_to)
     config = transformers_config(hf, ignore_fields)
-    model = AutoModelForCausalLM.from_pretrained(
-        hf, config=config, dtype=torch.float32, attn_implementation="eager", use_safetensors=True
-    ).eval()
+    with bars_of_transformers(sys.stderr.isatty()):
+        model = AutoModelForCausalLM.from_pretrained(
+            hf, config=config, dtype=torch.float32, attn_implementation="eager", use_safetensors=True
+        ).eval()
     gap = largest = 0.0
     with torch.no_grad():
         for prompt, mine in zip(ids, ours, strict=True):

@@ -14,6 +14,7 @@ import typer
 
 from nemo_cpt.cli import app
 from nemo_cpt.cli.tables import print_pairs
+from nemo_cpt.signals import STOPPED_DOWNLOAD, ctrl_c_ends
 
 SHOWN = 5  # tensors that differ
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
@@ -183,7 +184,10 @@ def download_command(
     """Fetch a model from the Hugging Face hub, without the formats that nothing here uses; resumable."""
     from nemo_cpt.checkpoint import download
 
-    _print(download(repo_id, dest, revision).as_dict(), as_json)
+    # The hub's client waits for the files that are under way, of gigabytes each.
+    with ctrl_c_ends(STOPPED_DOWNLOAD):
+        report = download(repo_id, dest, revision)
+    _print(report.as_dict(), as_json)
 
 
 def _of_run(source: Path) -> Path:

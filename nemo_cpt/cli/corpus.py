@@ -2,6 +2,7 @@
 
 import re
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,9 +13,10 @@ from nemo_cpt.cli import app
 from nemo_cpt.cli.conversations import inspect_conversations, prepare_conversations
 from nemo_cpt.cli.launch import only_json_on_stdout
 from nemo_cpt.cli.recipe_arguments import Executor
-from nemo_cpt.cli.tables import print_json, print_plain, print_report
+from nemo_cpt.cli.tables import note_long_texts, print_json, print_plain, print_report
 from nemo_cpt.errors import CptError
 from nemo_cpt.output import size_of, span
+from nemo_cpt.signals import STOPPED_DOWNLOAD, ctrl_c_ends
 
 if TYPE_CHECKING:
     from nemo_cpt.corpus import PrepareReport
@@ -110,6 +112,7 @@ def prepare(
     last job joins them; the same command again makes the parts that are missing.
     """
     inputs, of_executor = without_executors(inputs)
+    note_long_texts(inputs)
     # The one sign of conversations: texts have none.
     if template is not None:
         _refuse(context, OF_TEXTS, "belongs to texts, and --template makes this a preparation of conversations")
@@ -340,6 +343,7 @@ def split(
     """Hold out validation and test documents by their hash; count duplicates between the sets."""
     from nemo_cpt.corpus import split as run
 
+    note_long_texts(inputs)
     report = run(
         inputs,
         output,
@@ -392,7 +396,10 @@ def fetch(
         return print_json(known) if json else print_report({name: entry.note for name, entry in CORPORA.items()}, [])
     from nemo_cpt.corpus import fetch as run
 
-    files = run(corpus, output, workers=workers)
+    # The hub's client waits for the files that are under way; whatever else is fetched ends at once by itself.
+    of_the_hub = corpus.startswith("hf:")
+    with ctrl_c_ends(STOPPED_DOWNLOAD) if of_the_hub else nullcontext():
+        files = run(corpus, output, workers=workers)
     if json:
         return print_json({"files": [asdict(file) for file in files]})
     rows = {file.path: f"{file.size:,} bytes, {file.status} {file.sha256[:16]}" for file in files}

@@ -1,7 +1,6 @@
 """From what users have to an engine: a Hugging Face folder as it is, NeMo checkpoints through a cache of exports."""
 
 import hashlib
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from nemo_cpt.arguments import checked
 from nemo_cpt.cache import cache_folder
 from nemo_cpt.checkpoint import export_hf
-from nemo_cpt.checkpoint.context import RUN_JSON
+from nemo_cpt.checkpoint.base import model_files
 from nemo_cpt.checkpoint.folders import refuse_adapter
 from nemo_cpt.errors import CptError, near_paths
+from nemo_cpt.hub import download_advice
 from nemo_cpt.inference.asked_as import check_template_choice, reply_warnings, template_text
 from nemo_cpt.inference.engine import Engine
 from nemo_cpt.training.run_folder import Checkpoint, newest_whole
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 SAMPLED_BYTES = 64 * 1024  # read at each of SAMPLES places of a file, to tell its content from another's
 SAMPLES = 16
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 MOST_TRIES = 5  # at the newest checkpoint of a run that replaces it meanwhile
 
 
@@ -121,8 +120,9 @@ def find_model(
     """Return the Hugging Face folder of a model; a NeMo checkpoint is exported into the cache first.
 
     The export is kept under `$XDG_CACHE_HOME/nemo_cpt/exports` (`~/.cache` by default), named by the checkpoint's
-    content: the size of every weights file and 64 KiB at sixteen places of it, and what it records of its run. A run
-    may go on meanwhile: where it replaces the newest checkpoint while that is read, the then newest is taken.
+    content: the size of every file and 64 KiB at sixteen places of it (smaller ones whole), of the checkpoint and of
+    `base`. A run may go on meanwhile: where it replaces the newest checkpoint while that is read, the then newest is
+    taken.
 
     Raises:
         CptError: there is no model at `model`, or it cannot be exported.
@@ -151,10 +151,10 @@ def check_model(model: str | Path) -> None:
         return
     path = Path(model)
     if not path.exists():
-        raise CptError(f"there is no model at {model}{near_paths(path) or _advice(str(model))}")
+        raise CptError(f"there is no model at {model}{near_paths(path) or download_advice(str(model))}")
+    refuse_adapter(path)
     if (path / "config.json").is_file() or (path / "weights").is_dir() or (path / "checkpoints").is_dir():
         return
-    refuse_adapter(path)
     found = ", ".join(sorted(each.name for each in path.iterdir())[:6]) if path.is_dir() else "a file"
     raise CptError(
         f"{path} is neither a Hugging Face folder (config.json) nor a NeMo checkpoint (weights/) nor a run's folder "
@@ -211,20 +211,15 @@ def _exported(checkpoint: Path, base: str | Path | None, say: Callable[[str], No
     return export
 
 
-def _advice(model: str) -> str:
-    # Not of a path in a folder of this machine, in which something is missing.
-    if HUB_NAME.fullmatch(model) and not Path(model).parent.exists():
-        return f"; if it is on the hub: nemo-cpt download {model} models/{model.partition('/')[2]}"
-    return ""
-
-
 def _content_key(checkpoint: Path, base: str | Path | None) -> str:
-    files = [path for path in (checkpoint / "weights").rglob("*") if path.is_file()]
     digest = hashlib.sha256(str(Path(base).resolve() if base else "").encode())
-    records = [path for path in (checkpoint / "context" / "io.json", checkpoint / RUN_JSON) if path.is_file()]
-    for path in sorted([*files, *records]):
+    # The small files too, of which the export's tokenizer, template and ends are made.
+    for path in [*model_files(checkpoint), *(model_files(base) if base else [])]:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
+        if size <= SAMPLES * SAMPLED_BYTES:
+            digest.update(path.read_bytes())
+            continue
         with path.open("rb") as file:
             # Sampled: reading 16 GB to find a cached export would take longer than making one.
             for place in sorted({max(0, size - SAMPLED_BYTES) * sample // (SAMPLES - 1) for sample in range(SAMPLES)}):

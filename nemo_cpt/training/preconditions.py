@@ -1,6 +1,5 @@
 """What a run needs before it starts, checked without importing torch or NeMo: the guards and the doctor share it."""
 
-import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,9 +7,9 @@ from typing import Any
 
 from nemo_cpt.checkpoint.folders import refuse_adapter
 from nemo_cpt.errors import CptError
+from nemo_cpt.hub import is_name
 from nemo_cpt.training.run_folder import newest_whole
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 NVTE_OF_BACKEND = {  # what Megatron Core sets for each attention_backend, and refuses to find otherwise
     "flash": {"NVTE_FLASH_ATTN": "1", "NVTE_FUSED_ATTN": "0", "NVTE_UNFUSED_ATTN": "0"},
     "fused": {"NVTE_FLASH_ATTN": "0", "NVTE_FUSED_ATTN": "1", "NVTE_UNFUSED_ATTN": "0"},
@@ -30,7 +29,7 @@ def check_base(base: str | Path | None) -> None:
     base = Path(base)
     if not base.exists():
         # `org/name`, and no folder `org` here: a hub name is meant, not a path mistyped, nor a recipe's own default.
-        if _HUB_NAME.fullmatch(str(base)) and not base.parent.exists() and base.parts[0] != "checkpoints":
+        if is_name(str(base)) and base.parts[0] != "checkpoints":
             raise CptError(
                 f"the base {base} is not there: for a model of the Hugging Face hub, run "
                 f"`nemo-cpt download {base} models/{base.name}`, "

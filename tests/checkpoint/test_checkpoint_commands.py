@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from nemo_cpt.checkpoint import import_hf
 from tests.support import small_models as models
 
 
@@ -33,6 +34,16 @@ def test_import_export_verify(tmp_path: Path) -> None:
     table = _run("verify", tmp_path / "nemo", other, "--no-logits")
     assert table.returncode == 1
     assert "identical\tno\n" in table.stdout
+
+
+def test_verify_prints_its_report_alone(tmp_path: Path) -> None:
+    """NeMo tells of Llama 3.1's rotary scaling on stdout, packages warn of what they lack, transformers draws a bar."""
+    hf = models.make("llama31", tmp_path / "hf")
+    import_hf(hf, tmp_path / "nemo")
+    command = [sys.executable, "-m", "nemo_cpt.cli", "verify", tmp_path / "nemo", hf, "--json"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    report = json.loads(done.stdout)
+    assert (report["identical"], report["longest_prompt"], done.stderr) == (True, 256, "")
 
 
 def test_help_and_the_package_need_neither_torch_nor_nemo() -> None:

@@ -2,7 +2,12 @@
 
 import hashlib
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -277,6 +282,40 @@ def test_a_broken_transfer_leaves_nothing_finished_and_resumes(hub: _Hub, tmp_pa
     assert hub.fetched == [SHARD]
     half = (hub.folder / SHARD).stat().st_size // 2
     assert hub.ranges == [f"bytes={half}-"]
+    models.assert_same_weights(hub.folder, tmp_path / "model")
+
+
+def test_ctrl_c_ends_it_at_once_and_it_goes_on(hub: _Hub, tmp_path: Path) -> None:
+    """While a file is on its way, for which the hub's client would wait."""
+    asked, released = threading.Event(), threading.Event()
+    hub.meanwhile = lambda: (asked.set(), released.wait(300))
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "nemo_cpt.cli",
+        "download",
+        REPO,
+        str(tmp_path / "model"),
+        "--json",
+    ]
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert asked.wait(120)
+            process.send_signal(signal.SIGINT)
+            output, errors = process.communicate(timeout=120)
+        finally:
+            process.kill()
+            released.set()
+    assert (process.returncode, output) == (130, "")
+    assert "nemo-cpt: stopped; what arrived is kept, and the same command goes on" in errors
+    assert not (tmp_path / "model").exists()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert json.loads(done.stdout)["already_there"] is False, done.stderr
     models.assert_same_weights(hub.folder, tmp_path / "model")
 
 
