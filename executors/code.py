@@ -10,6 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import nemo_run as run
+from nemo_run.config import get_nemorun_home
 
 from nemo_cpt.errors import CptError
 
@@ -30,8 +31,9 @@ class CodeSnapshot(run.Packager):
     """Packs the git repository of the current folder: tracked files as they are on disk, and untracked ones.
 
     NeMo-Run's GitArchivePackager packs the last commit and leaves out what is not committed without a word. Submodules
-    are packed in the same way; ignored files are not packed, nor are untracked ones whose names are those of secrets.
-    (What is tracked was published on purpose.) Outside a repository the Python files under the current folder are.
+    are packed in the same way. Not packed are ignored files, the folder that NeMo-Run keeps its jobs in, and untracked
+    files whose names are those of secrets. (What is tracked was published on purpose.) Outside a repository the Python
+    files under the current folder are packed.
 
     Attributes:
         refuse_uncommitted: raise CptError while there are changes that are not committed.
@@ -96,7 +98,13 @@ def _files(folder: Path, refuse_uncommitted: bool) -> tuple[Path, list[str]]:
         raise CptError(
             f"{root} has changes that are not committed; commit them or use code='ship':\n{changes.rstrip()}"
         )
-    tracked = {str(file.relative_to(root)): is_tracked for file, is_tracked in _listed(root)}
+    # Within the repository NeMo-Run's own folder would hold the code of every job before this one.
+    home = Path(get_nemorun_home()).resolve()
+    tracked = {
+        str(file.relative_to(root)): is_tracked
+        for file, is_tracked in _listed(root)
+        if is_tracked or not file.is_relative_to(home)
+    }
     # By name alone: looking into files would be slow, and still miss most.
     secrets = [name for name, is_tracked in tracked.items() if not is_tracked and _looks_like_a_secret(Path(name))]
     if secrets:

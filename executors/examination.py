@@ -52,6 +52,8 @@ def examine_before_launch() -> None:
     def check_and_add(experiment: Any, task: Any, executor: Any = None, *args: Any, **kwargs: Any) -> str:
         for each in executor if isinstance(executor, list) else [executor or experiment.executor]:
             check_executor(each)
+            if isinstance(task, list):
+                check_takes_groups(each)
         return add(experiment, task, executor, *args, **kwargs)
 
     @wraps(launch)
@@ -106,6 +108,19 @@ def check_executor(executor: Any) -> None:
     if not isinstance(executor, Executor):
         shown = f"{executor.__name__}, not called" if callable(executor) else repr(executor)
         raise CptError(f"the executor is {shown}: give what a function of nemo_cpt.executors returns, such as local()")
+
+
+def check_takes_groups(executor: Any) -> None:
+    """Raise CptError for an executor that makes no groups of tasks: NeMo-Run's AssertionError says nothing of them."""
+    from nemo_run.run.job import JobGroup
+
+    # By their exact classes, as NeMo-Run has it: what extends its Slurm starts one training a job.
+    if type(executor) not in JobGroup.SUPPORTED_EXECUTORS:
+        raise CptError(
+            f"a list of tasks is one job of all of them, which {type(executor).__name__} does not make: add each by "
+            "its own, experiment.add(task, executor=...); they run side by side, or with dependencies=[...] one behind "
+            "the other"
+        )
 
 
 def check_guarded() -> None:

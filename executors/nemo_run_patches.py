@@ -19,6 +19,7 @@ from nemo_cpt.errors import CptError, StoppedEarlyError, exit_with_the_message
 from nemo_cpt.executors import examination, pods, stopping, window
 from nemo_cpt.executors.environment import check_for_shells
 from nemo_cpt.executors.supervisor import MARKER_PREFIX, TIME_TO_SAVE
+from nemo_cpt.output import say
 from nemo_cpt.planning.save_window import window_within
 
 LOG_LINES = 25
@@ -339,7 +340,7 @@ def say_which_argument_is_wrong() -> None:
 
 @cache
 def examine_dry_runs() -> None:
-    """Let `nemo llm ... --dryrun` say what would refuse the launch; NeMo-Run prints the config, and ends."""
+    """Let `nemo llm ... --dryrun` end with what would refuse the launch; NeMo-Run prints the config, and ends well."""
     import nemo_run
     from nemo_run.cli.api import RunContext
 
@@ -348,19 +349,40 @@ def examine_dry_runs() -> None:
 
     @wraps(execute)
     def execute_and_examine(context: Any, *args: Any) -> None:
-        def show_and_examine(task: Any, executor: Any = None, build: bool = False) -> None:
+        shown: list[tuple[Any, Any]] = []
+
+        def show_and_note(task: Any, executor: Any = None, build: bool = False) -> None:
             show(task, executor, build)
-            if context.dryrun:  # a launch, which begins with the same, is examined when it starts
-                examination.examine_task(task, examination.place_of(executor), dryrun=True)
+            shown.append((task, executor))
 
         # There alone is the task known, after its arguments were read.
-        nemo_run.dryrun_fn = show_and_examine
+        nemo_run.dryrun_fn = show_and_note
         try:
             execute(context, *args)
         finally:
             nemo_run.dryrun_fn = show
+        for task, executor in shown if context.dryrun else ():  # a launch is examined when it starts
+            examination.examine_task(task, examination.place_of(executor))
 
     RunContext._execute_task = execute_and_examine
+
+
+@cache
+def end_with_our_exit_codes() -> None:
+    """Let `nemo ...` end with a CptError's words and its exit code; NeMo-Run calls it unexpected, and ends with 1."""
+    from nemo_run.cli.api import RunContext
+
+    execute: Callable[..., None] = RunContext.cli_execute
+
+    @wraps(execute)
+    def execute_and_end(*args: Any, **named: Any) -> None:
+        try:
+            execute(*args, **named)
+        except CptError as error:
+            say(f"nemo_cpt: {error.message}", sys.stderr)
+            sys.exit(error.exit_code)  # no Exception, which NeMo-Run would catch
+
+    RunContext.cli_execute = execute_and_end
 
 
 def raise_for_states(experiment: Any) -> None:

@@ -49,6 +49,7 @@ address=$(scontrol show node -o "$head_node" 2>/dev/null | sed 's/.* NodeAddr=//
 export MASTER_ADDR=${MASTER_ADDR:-${address:-$head_node}}"""
 """Where the tasks meet: of the head node's addresses, as the template has them, the first that other nodes can reach;
 where its own name leads to itself alone (127.0.1.1 in /etc/hosts), the one that Slurm reaches it by."""
+_NEED_GPUS = ("gpu_bind", "gpu_freq", "gpus_per_socket", "ntasks_per_gpu")  # directives of jobs on GPUs
 _RUNDIR = re.compile(rf"(?<![\w./~}}-])/{RUNDIR_NAME}(?![\w.-])")
 """NeMo-Run's name of the job's folder; the end of `/scratch/nemo_run` and the beginning of `/nemo_runs` are none."""
 
@@ -117,6 +118,34 @@ class SlurmJob(SlurmExecutor):
             otherwise = {"gpus", "gpus_per_task", "gpus_per_socket"} & set(self.additional_parameters or ())
             gpus = size.gpus_per_node or (processes if on_gpus and not otherwise else None)
             size.ntasks_per_node, size.gpus_per_node = size.gpus_per_node or processes, gpus
+
+    def become_one_process(self, gpu: bool) -> None:
+        """Take one task on one node, without the GPUs that were asked for, or with one of them.
+
+        Further directives of sbatch stand, `gpus` and `gpus_per_task` too: a partition may take no job without a GPU.
+
+        Args:
+            gpu: keep one.
+        """
+        size: Any = self
+        others: dict[str, Any] = dict(size.additional_parameters or {})
+        gres = (size.gres or "").split(",")
+        of_gpus = [each for each in gres if re.match(r"gpu(:|$)", each)]
+        kept = [re.sub(r":\d+$", "", each) + ":1" for each in of_gpus if gpu]
+        size.gres = ",".join([*(each for each in gres if each not in of_gpus), *kept]) or None
+        size.nodes = size.ntasks_per_node = 1
+        size.gpus_per_node = 1 if gpu and size.gpus_per_node else None
+        size.takes_recipes_size = False
+        if not (size.gpus_per_node or kept or size.gpus_per_task or {"gpus", "gpus_per_task"} & others.keys()):
+            for name in _NEED_GPUS:
+                others.pop(name, None)
+            # What came with each GPU: Slurm counts nothing by GPUs that are not there.
+            for by_gpu, plain in (("cpus_per_gpu", "cpus_per_task"), ("mem_per_gpu", "mem")):
+                brought = others.pop(by_gpu, None) or getattr(size, by_gpu)
+                setattr(size, by_gpu, None)
+                if brought and plain not in others and getattr(size, plain) is None:
+                    setattr(size, plain, brought)
+        size.additional_parameters = others
 
     @property
     def tasks(self) -> int | None:

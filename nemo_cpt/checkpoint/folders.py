@@ -57,27 +57,26 @@ def has_tokenizer(folder: str | Path) -> bool:
 
 
 def refuse_adapter(folder: str | Path) -> None:
-    """Raise CptError for a folder that holds peft's adapters and no model, wherever a model is asked for."""
+    """Raise CptError for a folder that holds peft's adapters, wherever a model is asked for.
+
+    Beside a model too: where peft is installed, transformers loads another one.
+    """
     folder = Path(folder)
-    if not (folder / ADAPTER).is_file() or (folder / "config.json").is_file():
+    if not (folder / ADAPTER).is_file():
         return
+    holds = f"{folder} holds adapters for peft ({ADAPTER})"
+    if any(folder.glob("model*.safetensors")) or any(folder.glob("pytorch_model*.bin")):
+        raise CptError(
+            f"{holds} beside a model: with peft, transformers loads {_base_of_adapter(folder)} with them, and not the "
+            f"weights that lie here. Where these have the adapters in them already, move {ADAPTER} and "
+            "adapter_model.safetensors away; else merge them first, by peft's merge_and_unload()."
+        )
     raise CptError(
-        f"{folder} holds adapters for peft ({ADAPTER}), to be added to {_base_of_adapter(folder)}, and no model. Of a "
+        f"{holds}, to be added to {_base_of_adapter(folder)}, and no model. Of a "
         "run's, `nemo-cpt export CHECKPOINT FOLDER`, without --adapter, writes the model with them in it. Of others, "
         f"peft does, PeftModel.from_pretrained(BASE, {str(folder)!r}).merge_and_unload().save_pretrained(FOLDER), and "
         "the base's tokenizer goes beside it."
     )
-
-
-def refuse_adapter_beside_a_model(folder: Path) -> None:
-    """Raise CptError for a folder of which transformers, where peft is installed, does not load the weights."""
-    if (folder / ADAPTER).is_file():
-        raise CptError(
-            f"{folder} holds adapters for peft ({ADAPTER}) beside a model: with peft, transformers loads "
-            f"{_base_of_adapter(folder)} with them, and not the weights that lie here. Where these have the adapters "
-            f"in them already, move {ADAPTER} and adapter_model.safetensors away; else merge them first, by peft's "
-            "merge_and_unload()."
-        )
 
 
 def _base_of_adapter(folder: Path) -> str:
@@ -91,13 +90,13 @@ def _base_of_adapter(folder: Path) -> str:
 def require_model(folder: str | Path) -> None:
     """Raise CptError for a path that is something else than a Hugging Face folder, saying what."""
     folder = Path(folder)
+    refuse_adapter(folder)
     if (folder / "config.json").is_file():
         return
     if not folder.exists():
         raise CptError(f"there is no folder {folder}{near_paths(folder) or download_advice(str(folder))}")
     if not folder.is_dir():
         raise CptError(f"{folder} is a file. Give the folder of a Hugging Face model, which holds config.json.")
-    refuse_adapter(folder)
     if (folder / "weights").is_dir():
         raise CptError(
             f"{folder} is a NeMo checkpoint, and a Hugging Face folder is asked for: `nemo-cpt export` makes one of it."

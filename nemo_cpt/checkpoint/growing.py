@@ -21,7 +21,7 @@ from nemo_cpt.checkpoint.base import model_files, nemo_folder, unchanged
 from nemo_cpt.checkpoint.chat_template import InstructionTemplate, write_template
 from nemo_cpt.checkpoint.context import HF_FOLDER
 from nemo_cpt.checkpoint.exporting import inputs_of
-from nemo_cpt.checkpoint.folders import copy_small_files, refuse_adapter_beside_a_model, require_tokenizer
+from nemo_cpt.checkpoint.folders import copy_small_files, require_tokenizer
 from nemo_cpt.checkpoint.importing import check_tensors
 from nemo_cpt.checkpoint.nemo_writer import Tensors, write_nemo
 from nemo_cpt.checkpoint.provenance import hand_on
@@ -317,9 +317,9 @@ def _is_hf(source: Path) -> bool:
 def _open_hf(source: Path, base: str | Path | None, ignore_fields: Collection[str]) -> _Model:
     if base is not None:
         raise CptError(f"{source} is a Hugging Face model, which needs no base: leave base= (--base) away")
-    refuse_adapter_beside_a_model(source)
+    arch = read_architecture(source, ignore_fields)
     require_tokenizer(source)
-    arch, weights = read_architecture(source, ignore_fields), HFWeights(source)
+    weights = HFWeights(source)
     check_tensors(weights, layout.slots(arch), arch)
     return _Model(
         is_hf=True,

@@ -17,7 +17,7 @@ from nemo_cpt.checkpoint.architecture import Architecture, read_architecture
 from nemo_cpt.checkpoint.arrays import DTYPES, bits, cast
 from nemo_cpt.checkpoint.base import model_files
 from nemo_cpt.checkpoint.context import HF_FOLDER
-from nemo_cpt.checkpoint.folders import copy_small_files, refuse_adapter_beside_a_model, require_tokenizer
+from nemo_cpt.checkpoint.folders import copy_small_files, require_tokenizer
 from nemo_cpt.checkpoint.nemo_writer import Tensors, write_nemo
 from nemo_cpt.checkpoint.provenance import hand_on
 from nemo_cpt.checkpoint.safetensors_files import HFWeights
@@ -91,7 +91,6 @@ def import_hf(
         raise CptError(f"{source} is a NeMo checkpoint already: give it to a recipe as it is, base={source}")
     # The cheap refusals first: gigabytes are read only when nothing speaks against it.
     arch = read_architecture(source, ignore_fields)
-    refuse_adapter_beside_a_model(source)
     require_tokenizer(source)
     making = Making("import", {"source": stamps(model_files(source))}, {"ignore_fields": sorted(ignore_fields)})
     if found := making.done(Path(dest)):

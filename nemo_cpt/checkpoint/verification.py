@@ -19,7 +19,6 @@ from nemo_cpt.checkpoint.arrays import DTYPES, bits, cast
 from nemo_cpt.checkpoint.base import carried_places, nemo_folder, unchanged
 from nemo_cpt.checkpoint.chat_template import InstructionTemplate, instruction_template, template_differences
 from nemo_cpt.checkpoint.exported_config import differing_vocabulary
-from nemo_cpt.checkpoint.folders import refuse_adapter_beside_a_model
 from nemo_cpt.checkpoint.importing import check_tensors
 from nemo_cpt.checkpoint.model_config import context_differences, read_model_config
 from nemo_cpt.checkpoint.nemo_weights import NemoWeights
@@ -141,7 +140,6 @@ def verify(
     start = time.monotonic()
     folder, hf = nemo_folder(nemo), Path(hf)
     arch = read_architecture(hf, ignore_fields)
-    refuse_adapter_beside_a_model(hf)
     lora, theirs = holds_adapters(folder), HFWeights(hf)
     if lora and logits:
         raise CptError(f"{folder} holds adapters only; their logits are not compared. Leave --logits away.")

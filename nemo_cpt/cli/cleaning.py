@@ -23,7 +23,7 @@ from nemo_cpt.cli.corpus import (
 )
 from nemo_cpt.cli.launch import only_json_on_stdout
 from nemo_cpt.cli.recipe_arguments import Executor
-from nemo_cpt.cli.tables import print_json, print_report, print_table
+from nemo_cpt.cli.tables import note_long_texts, print_json, print_report, print_table
 from nemo_cpt.errors import CptError
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def clean(
     inputs, of_executor = without_executors(inputs or [])
     if not inputs or output is None:
         raise CptError("clean: name inputs and --output FOLDER, or --explain FILE:LINE, or --show-config.")
+    note_long_texts(inputs)
     options: dict[str, Any] = {
         "decontaminate": decontaminate or (),
         "json_key": json_key,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nemo_cpt.cli import app
-from nemo_cpt.cli.tables import print_json, print_report
+from nemo_cpt.cli.tables import note_long_texts, print_json, print_report
 
 if TYPE_CHECKING:
     from nemo_cpt.conversations.inspection import ConversationInspection, Fitting
@@ -119,6 +119,7 @@ def synthesize(
     """Make questions with answers from a corpus: by rules, from templates with slots, or with a model."""
     from nemo_cpt.synthesis import synthesize as run
 
+    note_long_texts(inputs or [])
     report = run(
         inputs or None,
         output,

@@ -13,7 +13,7 @@ from nemo_cpt.cli import app
 from nemo_cpt.cli.conversations import inspect_conversations, prepare_conversations
 from nemo_cpt.cli.launch import only_json_on_stdout
 from nemo_cpt.cli.recipe_arguments import Executor
-from nemo_cpt.cli.tables import print_json, print_plain, print_report
+from nemo_cpt.cli.tables import note_long_texts, print_json, print_plain, print_report
 from nemo_cpt.errors import CptError
 from nemo_cpt.output import size_of, span
 from nemo_cpt.signals import STOPPED_DOWNLOAD, ctrl_c_ends
@@ -112,6 +112,7 @@ def prepare(
     last job joins them; the same command again makes the parts that are missing.
     """
     inputs, of_executor = without_executors(inputs)
+    note_long_texts(inputs)
     # The one sign of conversations: texts have none.
     if template is not None:
         _refuse(context, OF_TEXTS, "belongs to texts, and --template makes this a preparation of conversations")
@@ -342,6 +343,7 @@ def split(
     """Hold out validation and test documents by their hash; count duplicates between the sets."""
     from nemo_cpt.corpus import split as run
 
+    note_long_texts(inputs)
     report = run(
         inputs,
         output,

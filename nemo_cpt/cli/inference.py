@@ -185,8 +185,9 @@ def serve_command(
     limits = _given(most_waiting=max_waiting, batch_tokens=batch_tokens)
     names = names_to_answer(host, allowed_host or ())
     application = make_app(loaded, served_as=name, api_key=key, nemo_api=nemo_api, hosts=names, **limits)
-    print_note(f"{name} at http://{host}:{listener.getsockname()[1]}/v1")
-    serve(application, listener, log_requests=log_requests)
+    place = f"[{host}]" if ":" in host else host
+    address = f"http://{place}:{listener.getsockname()[1]}/v1"
+    serve(application, listener, log_requests=log_requests, ready=lambda: print_note(f"{name} at {address}"))
 
 
 def _become_vllm(
@@ -217,12 +218,16 @@ def _given(**options: Any) -> dict[str, Any]:
 
 
 def key_of_variable(variable: str | None) -> str | None:
-    """The key that a variable of the environment holds; CptError where it is named and not set."""
+    """The key that a variable of the environment holds; CptError where it is named and not set, or no key."""
     if variable is None:
         return None
-    if not os.environ.get(variable):
+    # A file's last line break often comes along, and no header can carry one.
+    key = os.environ.get(variable, "").strip()
+    if not key:
         raise CptError(f"the variable {variable}, which is to hold the key, is not set")
-    return os.environ[variable]
+    if not (key.isascii() and key.isprintable()):
+        raise CptError(f"the key in {variable} holds characters that no HTTP header carries: use ASCII alone")
+    return key
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -232,6 +237,7 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen()  # of two that are only bound, the second would not know until it has loaded its model
     except OSError as error:
         raise CptError(f"cannot listen on {host}:{port} ({error.strerror}): choose another --port") from None
     return listener

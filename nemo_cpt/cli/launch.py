@@ -133,7 +133,7 @@ def run(
     from nemo_cpt.doctor.preflight import preflight
     from nemo_cpt.launching import dry_run, jobs
     from nemo_cpt.launching.description import describe, moves_its_folder
-    from nemo_cpt.launching.executor import make_executor
+    from nemo_cpt.launching.executor import make_executor, own_executor, sized
     from nemo_cpt.launching.task import nothing_to_train
     from nemo_cpt.watching.launch_view import launch_view
     from nemo_cpt.watching.terminal import shows_views
@@ -142,7 +142,9 @@ def run(
     recipe, pairs, executor = from_file(recipe, overrides, executor)
     function, arguments, fields, options = catalog.split(recipe, pairs)
     with only_json_on_stdout(json):
-        job = describe(function, arguments, fields, executor, options)
+        # Called once: it may do more than to return one.
+        own = own_executor(executor, options)
+        job = describe(function, arguments, fields, executor, options, own)
         # Not for a cluster's files, which this machine does not see.
         if job.place.same_files and (said := nothing_to_train(function.name, arguments, fields, job.place.here)):
             # sys.stdout leads to stderr in this block.
@@ -153,7 +155,12 @@ def run(
         if check or (fields and executor != "local"):
             build_recipe(function.name, arguments, fields)
         on_gpus = bool(function.gpus(arguments))
-        where = make_executor(executor, options, job.settings.gpus_per_node or 1, job.num_nodes, on_gpus)
+        processes = job.settings.gpus_per_node or 1
+        where = (
+            sized(own, processes, on_gpus)
+            if own
+            else make_executor(executor, options, processes, job.num_nodes, on_gpus)
+        )
         # A CPU recipe saves in seconds: its plan would cost NeMo's import for nothing.
         if on_gpus:
             jobs.give_time_to_save(where, function, arguments, fields)

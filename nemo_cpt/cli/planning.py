@@ -51,7 +51,7 @@ def plan(
     else:
         if gpu_memory is not None:
             print(f"the speed is that of {_a_card(planned, gpu_memory, bool(assumed))}")
-        if _is_for_the_cpu(recipe):
+        if _is_for_the_cpu(recipe, overrides):
             print("the recipe runs on the CPU: this is what it would take on a GPU; its own time is not planned")
         picture.print_plan(planned, tokens)
         print_nearest(planned, nearest)
@@ -65,10 +65,10 @@ def _a_card(planned: "Plan", gpu_memory: float, assumed: bool) -> str:
     return f"{planned.gpu.name}, not of a card of {gpu_memory:g} GiB: --gpu names another"
 
 
-def _is_for_the_cpu(recipe: str) -> bool:
+def _is_for_the_cpu(recipe: str, overrides: list[str] | None) -> bool:
     from nemo_cpt import catalog
 
-    return catalog.recipe(from_file(recipe, None)[0]).gpus({}) == 0
+    return catalog.recipe(from_file(recipe, overrides)[0]).gpus({}) == 0
 
 
 def read(recipe: str, overrides: list[str] | None, gpus: int | None) -> "Workload":

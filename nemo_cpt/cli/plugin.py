@@ -78,6 +78,7 @@ def _register_executors() -> None:
     nemo_run_patches.write_what_fields_hold()
     nemo_run_patches.say_which_argument_is_wrong()
     nemo_run_patches.examine_dry_runs()
+    nemo_run_patches.end_with_our_exit_codes()
     for name in executors.__all__:
         function = getattr(executors, name)
         # `ssh` is a class, and no executor.

@@ -55,7 +55,8 @@ def from_file(recipe: str, pairs: list[str] | None, executor: str | None = None)
     catalog.check_distinct(pairs or ())
     if not recipe.endswith(ENDINGS):
         return recipe, pairs or [], executor or "local"
-    config = read_config(recipe)
+    given = [pair.partition("=")[0] for pair in pairs or ()]
+    config = read_config(recipe, [*given, "executor"] if executor else given)
     of_its_executor = [pair for pair in config.pairs if pair.startswith("executor.")]
     # Another executor has other options: the file's would be refused, or mean something else.
     if executor and executor != (config.executor or "local") and of_its_executor:

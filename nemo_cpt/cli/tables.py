@@ -3,7 +3,10 @@
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
+
+from nemo_cpt.errors import CptError
 
 WORD = 8  # characters of a column that still can be read; longer words may be broken
 
@@ -77,3 +80,14 @@ def print_report(rows: Mapping[str, object], warnings: Iterable[str]) -> None:
 def print_note(line: str) -> None:
     """Print a line of the command's own on stderr, at once: what takes time is told while it does."""
     print(f"nemo-cpt: {line}", file=sys.stderr, flush=True)
+
+
+def note_long_texts(inputs: Sequence[str]) -> None:
+    """Say, ahead of hours of work, which text files are one document each and seem to hold many."""
+    from nemo_cpt.corpus.reading.long_texts import long_texts
+    from nemo_cpt.corpus.reading.sources import list_sources
+
+    # What cannot be read the command itself refuses, in its own order.
+    with suppress(CptError, OSError):
+        if note := long_texts(list_sources(inputs)):
+            print_note(f"note: {note}")

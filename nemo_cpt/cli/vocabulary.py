@@ -8,7 +8,7 @@ import typer
 
 from nemo_cpt.cli import app
 from nemo_cpt.cli.corpus import Inputs, Json, Key
-from nemo_cpt.cli.tables import print_json, print_report, print_table
+from nemo_cpt.cli.tables import note_long_texts, print_json, print_report, print_table
 from nemo_cpt.errors import CptError
 
 Multiple = Annotated[
@@ -47,6 +47,7 @@ def train_command(
         raise CptError(
             f"{len(weight)} weights for {len(set(inputs))} inputs: give one --weight for each input, or none"
         )
+    note_long_texts(inputs)
     report = train(
         dict(zip(inputs, weight, strict=True)) if weight else inputs,
         output,
@@ -92,6 +93,7 @@ def grow_command(
     """Grow a model's tokenizer by tokens of another language; ids, special tokens and other languages stay."""
     from nemo_cpt.vocabulary import grow
 
+    note_long_texts(inputs)
     report = grow(
         tokenizer,
         inputs,

@@ -18,8 +18,9 @@ from typing import Any
 from nemo_cpt.corpus.atomic_files import make_folder
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation.bootstrap import Row
-from nemo_cpt.evaluation.candidates import Candidate, first_and_last
+from nemo_cpt.evaluation.candidates import Candidate, Kept, first_and_last
 from nemo_cpt.evaluation.journal import Journal, key_of
+from nemo_cpt.inference.arithmetic import default_device, device_kind, precision_on
 from nemo_cpt.installed import extra
 
 HARNESS = "lm_eval"
@@ -162,10 +163,11 @@ def _results(
     candidate: Candidate, tasks: Sequence[Task], output: Path, journal: Journal, limit: int | None, say: Any
 ) -> list[dict[str, Any]]:
     """Each task's results, of the journal or of a run; tasks of as many shots and of one folder share a process."""
-    keys = {task: _key(candidate, task, limit) for task in tasks}
+    kept = Kept(candidate, journal)
+    keys = {task: kept.key(*_asked(candidate, task, limit)) for task in tasks}
     groups: dict[tuple[int | None, str], list[Task]] = {}
     for task, key in keys.items():
-        if journal.get(key) is None:
+        if kept.get(key) is None:
             groups.setdefault((task.shots, task.folder), []).append(task)
     for (shots, _), group in groups.items():
         names = ", ".join(task.name for task in group)
@@ -173,16 +175,16 @@ def _results(
         merged = run(candidate, group, output, limit)
         # Kept at once: what the next group of tasks does with the machine must not cost these results.
         for task in group:
-            journal.keep(keys[task], {"model": candidate.label, "result": result_of(merged, task)})
-    return [journal.get(keys[task])["result"] for task in tasks]  # type: ignore[index]
+            kept.keep(keys[task], {"result": result_of(merged, task)})
+    return [kept.get(keys[task])["result"] for task in tasks]  # type: ignore[index]
 
 
-def _key(candidate: Candidate, task: Task, limit: int | None) -> str:
+def _asked(candidate: Candidate, task: Task, limit: int | None) -> tuple[Any, ...]:
     from importlib.metadata import version
 
     # What is the user's own may be edited between two runs.
     files = [(str(path), *_state(path)) for path in sorted(Path(task.folder).rglob("*"))] if task.folder else []
-    return key_of(HARNESS, version(HARNESS), candidate.key, asdict(task), limit, files)
+    return HARNESS, version(HARNESS), candidate.key, asdict(task), limit, files
 
 
 def _state(path: Path) -> tuple[int, int]:
@@ -196,8 +198,10 @@ def run(candidate: Candidate, tasks: Sequence[Task], output: Path, limit: int | 
     Raises:
         CptError: it failed.
     """
-    # By content: another model of that name must not go on from this one's cache.
-    folder = output / HARNESS / f"{candidate.key[:12]}-{key_of([asdict(task) for task in tasks], limit)[:12]}"
+    # By content: another model of that name, or in another precision, must not go on from this one's cache.
+    computed = [candidate.arithmetic] if candidate.arithmetic else []
+    asked = key_of([asdict(task) for task in tasks], limit, *computed)
+    folder = output / HARNESS / f"{candidate.key[:12]}-{asked[:12]}"
     make_folder(folder)
     # Appended to: an earlier attempt's words may say more than the last one's.
     log = folder / "log.txt"
@@ -223,11 +227,11 @@ def command(candidate: Candidate, tasks: Sequence[Task], folder: Path, limit: in
         arguments = {"model": served.model, "base_url": f"{served.url}/chat/completions", "num_concurrent": 8}
         words += ["--model", "local-chat-completions", "--model_args", json.dumps(arguments), "--apply_chat_template"]
     else:
-        device = candidate.options.get("device") or _device()
-        # As `TransformersEngine`: on a CPU bf16 is several times slower.
-        dtype, batch = ("float32", "8") if device == "cpu" else ("auto", "auto")
+        device = candidate.options.get("device") or default_device()
+        kind = device_kind(device)
+        batch = "8" if kind == "cpu" else "auto"
         # As JSON: a comma or an equals sign of a path would end NAME=VALUE.
-        arguments = {"pretrained": str(candidate.folder), "dtype": dtype}
+        arguments = {"pretrained": str(candidate.folder), "dtype": precision_on(kind) or "auto"}
         words += ["--model", "hf", "--model_args", json.dumps(arguments, ensure_ascii=False)]
         words += ["--device", device, "--batch_size", batch]
     # The cache answers for what a killed run had asked already: it goes on, where the results come at the end alone.
@@ -237,12 +241,6 @@ def command(candidate: Candidate, tasks: Sequence[Task], folder: Path, limit: in
     if tasks[0].folder:
         words += ["--include_path", tasks[0].folder]
     return words + (["--limit", str(limit)] if limit else [])
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _failure(code: int, log: Path, tasks: Sequence[Task]) -> str:

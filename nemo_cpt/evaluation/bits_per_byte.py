@@ -22,6 +22,8 @@ from nemo_cpt.conversations.mixture import SEED, check_any_fits, sequences_of
 from nemo_cpt.corpus import full_prefix, read_index, read_manifest
 from nemo_cpt.corpus.dataset.manifest import manifest_path
 from nemo_cpt.errors import CptError
+from nemo_cpt.inference.decoding import check_ids
+from nemo_cpt.inference.engine import check_characters
 from nemo_cpt.inference.token_bytes import TokenBytes
 from nemo_cpt.inference.transformers_engine import TransformersEngine
 from nemo_cpt.training.masks import MASKS
@@ -173,7 +175,8 @@ def documents_loss(
         tell: called with the documents that were read.
 
     Raises:
-        CptError: a document begins with the BOS token already, none has any text, or the window does not fit.
+        CptError: a document begins with the BOS token already, or holds what tokenizer or model do not have; none has
+            any text; or the window does not fit.
     """
     window = min(WINDOW, engine.context_length) if window is None else window
     _check_window(engine, window)
@@ -184,7 +187,9 @@ def documents_loss(
 
     def windows() -> Iterator[Window]:
         for number, text in enumerate(texts):
+            check_characters(text, f"document {number + 1}")
             ids = engine.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+            check_ids(ids, _rows(engine), f"document {number + 1}")
             # Refused and not dropped: the document's bytes would no longer be those that the tokens stand for.
             if ids[:1] == [first]:
                 raise CptError(

@@ -24,6 +24,7 @@ class Measure:
         unit: what it counts.
         note: how it was computed, such as sacrebleu's signature.
         resampled: whether the units are independent, so that resamples of them tell how sure the number is.
+        counted: units that add to the number, where these are not all: an empty document has no bytes.
     """
 
     name: str
@@ -33,6 +34,12 @@ class Measure:
     unit: str = ""
     note: str = ""
     resampled: bool = True
+    counted: int | None = None
+
+    @property
+    def can_be_resampled(self) -> bool:
+        """Whether resamples can tell anything: those of a single unit are all alike, which is no certainty."""
+        return self.resampled and (self.units if self.counted is None else self.counted) > 1
 
     @property
     def whole(self) -> float | None:
@@ -97,7 +104,8 @@ def compare(group: str, before: Measure | None, after: Measure, seed: int = 0, r
     """
     if before is not None and before.units != after.units:
         raise CptError(f"{group}, {after.name}: {before.units} units before and {after.units} after cannot be paired")
-    low, high = _interval(before, after, seed, resamples) if after.units > 1 and after.resampled else (None, None)
+    sure = after.can_be_resampled and (before is None or before.can_be_resampled)
+    low, high = _interval(before, after, seed, resamples) if sure else (None, None)
     name = f"{after.name}, {after.unit}" if after.unit else after.name
     return Row(group, name, before.whole if before else None, after.whole, low, high, after.better, after.note)
 
@@ -135,7 +143,7 @@ def ratio(name: str, numerators: Any, denominators: Any, **kwargs: Any) -> Measu
         # A ratio of sums, not the mean of ratios: long units count by their length.
         return float(above[chosen].sum() / total) if total else float("nan")
 
-    return Measure(name, len(above), value, **kwargs)
+    return Measure(name, len(above), value, counted=int(np.count_nonzero(below)), **kwargs)
 
 
 def percentile(name: str, values: Any, percent: float, **kwargs: Any) -> Measure:

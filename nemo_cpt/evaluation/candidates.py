@@ -9,8 +9,9 @@ from typing import Any
 from nemo_cpt.checkpoint.architecture import context_length, read_json
 from nemo_cpt.corpus.reading.chunks import hash_file
 from nemo_cpt.errors import CptError, near_paths
-from nemo_cpt.evaluation.journal import key_of
+from nemo_cpt.evaluation.journal import Journal, key_of
 from nemo_cpt.inference import Engine, open_engine
+from nemo_cpt.inference.arithmetic import Arithmetic, arithmetic_of
 from nemo_cpt.inference.asked_as import end_ids, has_chat_template, reply_warnings
 from nemo_cpt.inference.models import Found, check_model, find_model, takes_base
 from nemo_cpt.made import RECORD
@@ -66,6 +67,16 @@ class Candidate:
         # Every byte: a training of a few rows or layers leaves most of them as they were.
         files = (path for path in sorted(self.folder.iterdir()) if path.is_file() and path.name != RECORD)
         return key_of([(path.name, hash_file(str(path))) for path in files])
+
+    @cached_property
+    def arithmetic(self) -> Arithmetic | None:
+        """In what it computes; None for an endpoint, which does not tell."""
+        return None if self.is_endpoint else arithmetic_of(self.folder, self.options.get("device"))
+
+    @property
+    def identity(self) -> str:
+        """What tells its answers from others': its key, and in what it computes."""
+        return f"{self.key}, {self.arithmetic}" if self.arithmetic else self.key
 
     @property
     def engine(self) -> Engine:
@@ -138,6 +149,60 @@ def find_candidates(
     return before + [Candidate(f"step {step}", str(each.path), options, step, say) for step, each in by_step.items()]
 
 
+@dataclass
+class Kept:
+    """What a journal has of a model: what it computed itself under its arithmetic too, which changes every number."""
+
+    candidate: Candidate
+    journal: Journal
+    _questions: dict[str, str] = field(default_factory=dict)
+    _said: set[str] = field(default_factory=set)
+
+    def key(self, *asked: Any) -> str:
+        """The key of what was asked; says where the journal has it computed otherwise alone."""
+        question, arithmetic = key_of(*asked), self.candidate.arithmetic
+        if arithmetic is None:
+            if self.get(question) is not None:
+                self._say(
+                    f"{self.candidate.label}: {self.candidate.name} is known by its name and address alone, and what "
+                    "the journal has of it is taken; if another model answers there now, take another --output"
+                )
+            return question
+        key = key_of(*asked, arithmetic)
+        self._questions[key] = question
+        if self.get(key) is None:
+            self._tell(question, arithmetic)
+        return key
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """As the journal's."""
+        return self.journal.get(key)
+
+    def keep(self, key: str, record: Mapping[str, Any]) -> None:
+        """As the journal's, of a key that this gave."""
+        own = {"model": self.candidate.label, **record}
+        if self.candidate.arithmetic is not None:
+            own |= {"asked": self._questions[key], "computed": str(self.candidate.arithmetic)}
+        self.journal.keep(key, own)
+
+    def _tell(self, question: str, arithmetic: Arithmetic) -> None:
+        """Say, once, in what the journal has a question's answer."""
+        # Older versions kept it under the question alone.
+        unknown = [""] if self.journal.get(question) is not None else []
+        for other in [*(each["computed"] for each in self.journal.asked(question)), *unknown]:
+            label, device = self.candidate.label, other.rpartition(" ")[2]
+            known = f"{label} was measured in {other}" if other else (
+                f"an earlier version measured {label}, and did not keep in which precision"
+            )  # fmt: skip
+            takes = f" (--device {device} takes what is there)" if device not in ("", arithmetic.device) else ""
+            self._say(f"{known}: it is measured again, in {arithmetic}{takes}")
+
+    def _say(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            self.candidate.say(line)
+
+
 def first_and_last(candidates: Sequence[Candidate]) -> list[Candidate]:
     """The two that are compared, or the only one."""
     return [candidates[0], candidates[-1]] if len(candidates) > 1 else [candidates[0]]
@@ -149,6 +214,8 @@ def described(candidate: Candidate) -> dict[str, Any]:
         "label": candidate.label,
         "model": candidate.name,
         "folder": None if candidate.is_endpoint else str(candidate.folder),
+        "device": candidate.arithmetic and candidate.arithmetic.device,
+        "precision": candidate.arithmetic and candidate.arithmetic.precision,
         "key": candidate.key,
         "step": candidate.step,
         "chat_template": candidate.has_chat_template,
@@ -172,6 +239,10 @@ def warnings_of(candidates: Sequence[Candidate]) -> list[str]:
     # None is an endpoint's, which does not tell.
     if first.ends != last.ends and None not in (first.ends, last.ends):
         found.append(f"replies of {first.name} end with the ids {first.ends}, those of {last.name} with {last.ends}")
+    computed = {each.name: each.arithmetic for each in candidates if each.arithmetic}
+    if len(set(computed.values())) > 1:
+        listed = ", ".join(f"{name} in {arithmetic}" for name, arithmetic in computed.items())
+        found.append(f"the models are computed in other precisions ({listed}): that may be all of a small difference")
     if first.key == last.key and first is not last:
         found.append(f"{first.name} and {last.name} hold the same bytes: there is no difference to find")
     return found

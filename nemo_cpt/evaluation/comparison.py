@@ -17,10 +17,11 @@ from nemo_cpt.arguments import checked
 from nemo_cpt.conversations.templates import check_there
 from nemo_cpt.corpus.dataset.index import fingerprint
 from nemo_cpt.corpus.progress import ProgressBar
+from nemo_cpt.corpus.reading.sources import list_sources
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation import benchmarks
 from nemo_cpt.evaluation.bootstrap import Measure, Row, compare, mean, ratio
-from nemo_cpt.evaluation.candidates import Candidate, Say, described, find_candidates, first_and_last, warnings_of
+from nemo_cpt.evaluation.candidates import Candidate, Kept, Say, described, find_candidates, first_and_last, warnings_of
 from nemo_cpt.evaluation.journal import Journal, key_of
 from nemo_cpt.evaluation.language import UNDECIDED, WRAPPERS, judge_language, language_share, wrap
 from nemo_cpt.evaluation.loss_sets import (
@@ -185,7 +186,7 @@ def evaluate(
         with Journal(output / JOURNAL) as journal:
             found = []
             for candidate in candidates:
-                work = _Work(candidate, journal, sampling, window, limit, quiet)
+                work = _Work(candidate, Kept(candidate, journal), sampling, window, limit, quiet)
                 found.append(work.measure(texts, sets, wrappers))
                 # One model in memory at a time.
                 candidate.close()
@@ -279,7 +280,7 @@ class _Work:
     """The measuring of one model, through the journal."""
 
     candidate: Candidate
-    journal: Journal
+    kept: Kept
     sampling: Sampling
     window: int
     limit: int | None
@@ -299,17 +300,18 @@ class _Work:
         from nemo_cpt.evaluation.bits_per_byte import TextLoss
 
         # All that the number depends on is in the key: what was measured otherwise is measured again.
-        key = key_of("loss", FORMAT, self.candidate.key, text.hash, self._read_as(text))
-        record = self.journal.get(key)
+        key = self.kept.key("loss", FORMAT, self.candidate.key, text.hash, self._read_as(text))
+        record = self.kept.get(key)
         if record is None:
             record = asdict(self._measured_loss(text))
-            self.journal.keep(key, {"model": self.candidate.label, "set": text.name, "loss": record})
+            self.kept.keep(key, {"set": text.name, "loss": record})
             return TextLoss(**record)
         return restored(TextLoss, record["loss"])
 
     def _read_as(self, text: LossSet) -> tuple[Any, ...]:
         if text.unit == "document":
-            return self.window, self.limit
+            # The file's kind too: under another name the same bytes may be other documents.
+            return self.window, self.limit, list_sources(text.path)[0].kind
         if text.unit == "sequence":
             return text.seq_length, text.samples, text.seed, *text.masks
         # The tokens too: those of a file may be another model's in the evaluation.
@@ -342,12 +344,12 @@ class _Work:
 
     def _replies(self, prompts: PromptSet, wrapper: str) -> list[Reply]:
         asked = [_wrapped(each, wrapper, self.candidate.has_chat_template) for each in prompts.prompts]
-        keys = [key_of("reply", FORMAT, self.candidate.key, each, self.sampling) for each in asked]
+        keys = [self.kept.key("reply", FORMAT, self.candidate.key, each, self.sampling) for each in asked]
         # By key: a prompt that stands in two sets is asked once.
-        missing = {key: prompt for key, prompt in zip(keys, asked, strict=True) if self.journal.get(key) is None}
+        missing = {key: prompt for key, prompt in zip(keys, asked, strict=True) if self.kept.get(key) is None}
         if missing:
             self._ask(missing, f"{self.candidate.label}, replies to {prompts.name} ({wrapper})")
-        return [_reply(self.journal.get(key)) for key in keys]
+        return [_reply(self.kept.get(key)) for key in keys]
 
     def _ask(self, missing: Mapping[str, Prompt], title: str) -> None:
         waiting, done = list(missing.items()), 0
@@ -358,7 +360,7 @@ class _Work:
                 for index, reply in self.candidate.engine.generate([prompt for _, prompt in part], self.sampling):
                     key, prompt = part[index]
                     record = {name: value for name, value in asdict(reply).items() if name != "logprobs"}
-                    self.journal.keep(key, {"model": self.candidate.label, "prompt": prompt, "reply": record})
+                    self.kept.keep(key, {"prompt": prompt, "reply": record})
                     bar.update(done := done + 1)
 
 
@@ -412,10 +414,12 @@ def loss_measures(loss: "TextLoss", comparable: bool = True) -> Iterator[Measure
     note = "" if comparable else "the models cut the text into other tokens: compare bits per byte"
     nats = ratio("loss", loss.nats, loss.tokens, better=better, unit="nats per token", note=note)
     yield nats
-    # e to 700 is still a float; a model that is worse has no number worth printing.
-    yield Measure(
-        "perplexity", nats.units, lambda chosen: math.exp(min(nats.value(chosen), 700)), better, "of a token", note
-    )
+
+    def perplexity(chosen: Any) -> float:
+        # e to 700 is still a float; a model that is worse has no number worth printing.
+        return math.exp(min(nats.value(chosen), 700))
+
+    yield replace(nats, name="perplexity", unit="of a token", value=perplexity)
 
 
 def prompt_measures(prompts: Sequence[Asked], replies: Sequence[Reply]) -> Iterator[Measure]:
@@ -527,7 +531,7 @@ def _judged(
             judge,
             questions,
             output,
-            identities={each.label: each.key for each in asked},
+            identities={each.label: each.identity for each in asked},
             say=say,
         )
     finally:

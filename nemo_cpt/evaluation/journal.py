@@ -1,6 +1,7 @@
 """What models were asked and answered, kept as it comes: a killed job goes on where it was."""
 
 import os
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from threading import Lock
@@ -32,6 +33,7 @@ class Journal:
         self.path = Path(path)
         make_folder(self.path.parent)
         self._lock, self._records = Lock(), dict[str, dict[str, Any]]()
+        self._by_question: dict[str, list[dict[str, Any]]] = {}
         # No patience: who holds it is another job in this folder, which takes long.
         self._file = open_locked(self.path, patience=0)
         try:
@@ -49,7 +51,7 @@ class Journal:
                 break
             try:
                 record = orjson.loads(line)
-                self._records[record.pop("key")] = record
+                self._add(record.pop("key"), record)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise CptError(
                     f"{self.path}, line {number} is not a record of answers: {line[:80]!r}. Mend or remove that "
@@ -57,12 +59,21 @@ class Journal:
                 ) from error
             sound += len(line)
 
+    def _add(self, key: str, record: dict[str, Any]) -> None:
+        self._records[key] = record
+        if "asked" in record:
+            self._by_question.setdefault(record["asked"], []).append(record)
+
     def __len__(self) -> int:
         return len(self._records)
 
     def get(self, key: str) -> dict[str, Any] | None:
         """Return the record under a key, None where there is none yet."""
         return self._records.get(key)
+
+    def asked(self, question: str) -> Sequence[dict[str, Any]]:
+        """Return the records that have a question as their `asked`, whatever their keys hold beside it."""
+        return self._by_question.get(question, ())
 
     def keep(self, key: str, record: dict[str, Any]) -> None:
         """Add a record; it is on the disk when this returns.
@@ -84,7 +95,7 @@ class Journal:
                 os.ftruncate(descriptor, size)
                 raise CptError(f"cannot write {self.path}: {error.strerror}. Make room and run it again.") from error
             # After the fsync: what is not on the disk has not been answered.
-            self._records[key] = record
+            self._add(key, record)
 
     def close(self) -> None:
         """Let go of the file and its lock."""

@@ -16,7 +16,9 @@ from nemo_cpt.conversations.inspection import SEQ_LENGTH as CONVERSATION_LENGTH
 from nemo_cpt.conversations.mixture import SEED, check_any_fits
 from nemo_cpt.corpus.dataset.index import fingerprint, full_prefix, read_index, sample_digest
 from nemo_cpt.corpus.reading.chunks import hash_file
-from nemo_cpt.errors import CptError
+from nemo_cpt.corpus.reading.long_texts import long_texts
+from nemo_cpt.corpus.reading.sources import HUB, list_sources
+from nemo_cpt.errors import CptError, near_paths
 from nemo_cpt.evaluation.candidates import Candidate, Say
 from nemo_cpt.evaluation.reading import holds_conversations
 from nemo_cpt.moved import places
@@ -181,6 +183,8 @@ def find_loss_sets(
             found.append(_file_of_conversations(name, path, candidates, template, Path(scratch, str(len(found)))))
         else:
             found.append(LossSet(name, path))
+            if note := long_texts(list_sources(path)):
+                say(f"note: {note}")
     tokenized = [each.path for each in found if each.seq_length and not each.template]
     for candidate in candidates if tokenized else ():
         for warning in check_data(read_base(candidate.folder), tokenized, unlike_base=[END_OF_TEXT]):
@@ -200,9 +204,8 @@ def _tokenized_set(
 ) -> LossSet:
     if is_conversations(path):
         return _set_of_conversations(name, conversations_prefix(path), candidates, run)
-    # A mistyped file would be looked for as a Megatron prefix, and its message mislead.
-    if re.search(r"\.(jsonl|json|parquet|gz|zst)$", path):
-        raise CptError(f"there is no file {path}")
+    if not Path(f"{full_prefix(path)}.idx").exists():
+        _refuse_no_prefix(path)
     tokens = read_index(path).tokens
     validated = run.get("validated_on", {})
     same_place = str(Path(full_prefix(path)).absolute()) in validated.get("sets", {}).values()
@@ -217,6 +220,16 @@ def _tokenized_set(
         samples, seed = min(SAMPLES, max((tokens - 1) // seq_length, 1)), SEED
     # The run's on any set: what its loss left out it has not learnt.
     return LossSet(name, path, seq_length, min(samples, limit or samples), seed, masks_of(run))
+
+
+def _refuse_no_prefix(path: str) -> None:
+    """Refuse what is no prefix by its looks: it would be looked for as one, and the message mislead."""
+    if Path(path).is_dir():
+        raise CptError(f"{path} is a folder: name one file of it, or the Megatron prefix of a dataset")
+    if path.startswith(HUB):
+        raise CptError(f"{path} is a dataset of the hub: name a file of it (`nemo-cpt fetch` or `split` makes some)")
+    if re.search(r"\.(jsonl|json|ndjson|parquet|gz|zst|txt|text|md|markdown|csv|tsv)$", path, re.IGNORECASE):
+        raise CptError(f"there is no file {path}{near_paths(Path(path))}")
 
 
 def _set_of_conversations(name: str, prefix: str, candidates: Sequence[Candidate], run: Mapping[str, Any]) -> LossSet:

@@ -5,7 +5,7 @@ and go between any two steps (continuous batching, Orca, OSDI 2022), each with s
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ from nemo_cpt.inference.engine import BrokenModelError, ContextError, FinishReas
 from nemo_cpt.inference.token_bytes import TokenBytes
 
 GREEDY_BELOW = 1e-5  # of temperatures, as vLLM's: logits divided by less overflow
+UNIFORM_ABOVE = 1e30  # of temperatures: by more than fp32 holds, the -inf of a token that is left out becomes NaN
 
 
 @dataclass(eq=False)
@@ -41,6 +42,13 @@ class Request:
     held_back: str = ""  # text that may turn out to be the beginning of a stop string
     detokenizer: Any = None
     generator: torch.Generator | None = None
+    stop_ids: Collection[int] = ()  # special tokens that are stop strings of this request
+    error: BrokenModelError | None = None  # why it was cancelled
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of prompt and reply together."""
+        return len(self.ids) + self.sampling.max_tokens
 
     @property
     def tokens(self) -> int:
@@ -73,7 +81,10 @@ class Decoder:
 
     def __init__(self, network: Any, tokenizer: Any, end_ids: Sequence[int], context_length: int) -> None:
         self.network, self.tokenizer = network, tokenizer
-        self.end_ids, self.context_length = frozenset(end_ids), context_length
+        self.vocabulary: int = network.get_input_embeddings().weight.shape[0]
+        # A tokenizer may have grown beyond the model's rows, its end token among what came.
+        self.end_ids = frozenset(each for each in end_ids if each < self.vocabulary)
+        self.context_length = context_length
         self.rows: list[Request] = []
         self._mask = torch.empty(0, 0, dtype=torch.long, device=network.device)  # [rows, columns], 0 at padding
         self._newest = torch.empty(0, 1, dtype=torch.long, device=network.device)  # [rows, 1], not in the cache yet
@@ -86,12 +97,12 @@ class Decoder:
 
         Raises:
             ContextError: prompt and reply are longer than the model's context.
-            CptError: the prompt is empty.
+            CptError: the prompt is empty, or holds a token that the model does not have.
         """
-        wanted = len(request.ids) + request.sampling.max_tokens
         if not request.ids:
             raise CptError("the prompt is empty: it has no token")
-        if wanted > self.context_length:
+        check_ids(request.ids, self.vocabulary, "the prompt")
+        if request.longest > self.context_length:
             raise ContextError(
                 f"the prompt has {len(request.ids):,} tokens and the reply up to {request.sampling.max_tokens:,}; the "
                 f"model's context is {self.context_length:,}. Shorten the prompt, or ask for fewer tokens (max_tokens)"
@@ -104,6 +115,7 @@ class Decoder:
             self.check(request)
             request.detokenizer = _Detokenizer(self.tokenizer, request.ids)
             request.generator = torch.Generator().manual_seed(request.sampling.seed)
+            request.stop_ids = [self._special[each] for each in request.sampling.stop if each in self._special]
         longest = max(len(request.ids) for request in requests)
         device = self.network.device
         ids = torch.zeros(len(requests), longest, dtype=torch.long)
@@ -115,7 +127,9 @@ class Decoder:
         # Padding counts as position 0: the mask hides it, and a negative one would index out of the table.
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         cache = DynamicCache()
-        logits = self._logits(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+        logits = self._logits(
+            requests, input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache
+        )
         tokens = [self._draw(request, row) for request, row in zip(requests, logits, strict=True)]
         self._join(list(requests), cache, mask, torch.tensor(tokens, device=device)[:, None])
         return self._take(list(requests), tokens)
@@ -128,10 +142,10 @@ class Decoder:
         # Every row gets its newest token in one more column.
         self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
         positions = self._mask.sum(-1, keepdim=True) - 1
-        logits = self._logits(
-            input_ids=self._newest, attention_mask=self._mask, position_ids=positions, past_key_values=self._cache
-        )
         rows = list(self.rows)
+        logits = self._logits(
+            rows, input_ids=self._newest, attention_mask=self._mask, position_ids=positions, past_key_values=self._cache
+        )
         tokens = self._draw_all(rows, logits)
         self._newest = torch.tensor(tokens, device=self._newest.device)[:, None]
         return self._take(rows, tokens)
@@ -142,15 +156,19 @@ class Decoder:
             request.finish_reason = "cancelled"
             self._keep([row for row, each in enumerate(self.rows) if each is not request])
 
-    def _logits(self, **inputs: Any) -> torch.Tensor:
-        """Of the last column, [rows, vocabulary]."""
+    def _logits(self, rows: Sequence[Request], **inputs: Any) -> torch.Tensor:
+        """Of the last column, [rows, vocabulary]; a request of which they are no numbers gets its error."""
         logits = self.network(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
-        if bool(logits.isnan().any()):  # of which argmax would take the first, without a word
-            raise BrokenModelError(
+        broken = ~logits.amax(-1).isfinite()  # by NaN too, of which argmax would take the first, without a word
+        if not bool(broken.any()):
+            return logits
+        for row in broken.nonzero().flatten().tolist():
+            rows[row].error = BrokenModelError(
                 f"the model computes NaN: its weights hold NaN or infinity, as after a training that diverged, or "
                 f"overflow in {logits.dtype}"
             )
-        return logits
+        # The others go on; what is drawn for these is not looked at.
+        return logits.masked_fill(broken[:, None], 0)
 
     def _draw_all(self, rows: list[Request], logits: torch.Tensor) -> list[int]:
         if all(_is_plainly_greedy(request.sampling) for request in rows):
@@ -167,12 +185,14 @@ class Decoder:
             penalized = torch.where(chosen < 0, chosen * penalty, chosen / penalty)
             given = given.scatter(0, seen, penalized)
         if request.tokens < sampling.min_tokens:
-            given = given.index_fill(0, torch.tensor(sorted(self.end_ids), device=given.device), -torch.inf)
+            given = given.index_fill(
+                0, torch.tensor(sorted(self.end_ids), device=given.device, dtype=torch.long), -torch.inf
+            )
         if sampling.temperature < GREEDY_BELOW:
             token = int(given.argmax())
         else:
             # On the CPU, where a generator's numbers are the same on every machine.
-            scaled = given.cpu() / sampling.temperature
+            scaled = given.cpu() / min(sampling.temperature, UNIFORM_ABOVE)
             token = int(torch.multinomial(_truncated(scaled, sampling).softmax(-1), 1, generator=request.generator))
         if sampling.logprobs is not None:
             request.logprobs.append(self._logprob(token, logits.float().log_softmax(-1), sampling.logprobs))
@@ -190,6 +210,11 @@ class Decoder:
     def _token_bytes(self) -> TokenBytes:
         return TokenBytes(self.tokenizer)
 
+    @cached_property
+    def _special(self) -> dict[str, int]:
+        """Tokens that are left out of a reply's text."""
+        return {each.content: number for number, each in self.tokenizer.added_tokens_decoder.items() if each.special}
+
     def _take(self, rows: list[Request], tokens: list[int]) -> list[tuple[Request, Piece]]:
         """Give each request its token; drop from the batch those that end with it."""
         pieces = [(request, self._piece(request, token)) for request, token in zip(rows, tokens, strict=True)]
@@ -198,11 +223,14 @@ class Decoder:
         return pieces
 
     def _piece(self, request: Request, token: int) -> Piece:
+        if request.error is not None:
+            request.finish_reason = "cancelled"
+            return Piece("", "cancelled")
         request.first_token = request.first_token or time.monotonic()
         request.reply_ids.append(token)
         new = request.held_back
-        # An end token is no text, and is not decoded.
-        if token in self.end_ids:
+        # An end token is no text, and is not decoded. Nor is any special one: as a stop string it is known by its id.
+        if token in self.end_ids or token in request.stop_ids:
             request.finish_reason = "stop"
         else:
             new += request.detokenizer.step(token)
@@ -245,6 +273,21 @@ class Decoder:
         self._mask = mask[:, first:]
         for layer in self._cache.layers:
             layer.keys, layer.values = layer.keys[kept][:, :, first:], layer.values[kept][:, :, first:]
+
+
+def check_ids(ids: Sequence[int], rows: int, name: str) -> None:
+    """Refuse tokens that a model has no row for: its whole batch would fail with them, on a GPU the process.
+
+    Args:
+        ids: the tokens.
+        rows: of the model's embedding.
+        name: what a message calls the text.
+
+    Raises:
+        CptError: there is such a token.
+    """
+    if beyond := [each for each in ids if not 0 <= each < rows]:
+        raise CptError(f"{name} holds the token {beyond[0]}, outside of 0 to {rows - 1}: the model has no other")
 
 
 class _Detokenizer:

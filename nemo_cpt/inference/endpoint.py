@@ -13,7 +13,7 @@ import openai
 
 from nemo_cpt.arguments import checked
 from nemo_cpt.errors import CptError
-from nemo_cpt.inference.engine import FinishReason, Message, Piece, Prompt, Reply, Sampling, check_messages
+from nemo_cpt.inference.engine import FinishReason, Message, Piece, Prompt, Reply, Sampling, check_prompt
 from nemo_cpt.urls import public_url
 
 NO_KEY = "none"  # the client wants one; servers without keys do not look at it
@@ -177,9 +177,11 @@ class EndpointEngine:
         settings["extra_body"] = {name: value for name, value in extra.items() if value}
         if sampling.repetition_penalty != 1:
             settings["extra_body"]["repetition_penalty"] = sampling.repetition_penalty
+        check_prompt(prompt)
+        if sampling.logprobs is not None:
+            raise CptError("logprobs is set, and an endpoint's log probabilities are not read: leave it away")
         if isinstance(prompt, str):
             return self._answer_of(lambda client: client.completions.create(prompt=prompt, **settings))
-        check_messages(prompt)
         messages = cast(Any, list(cast(Sequence[Message], prompt)))
         return self._answer_of(lambda client: client.chat.completions.create(messages=messages, **settings))
 

@@ -1,6 +1,7 @@
 """What an engine takes and gives: prompts or messages and sampling settings; pieces of text, counts and times."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypedDict, runtime_checkable
 
@@ -9,6 +10,7 @@ from nemo_cpt.errors import CptError
 
 FinishReason = Literal["stop", "length", "cancelled"]
 ROLES = ("system", "user", "assistant")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair: JSON and a command line may hold one, a text may not
 
 
 class Message(TypedDict):
@@ -60,7 +62,8 @@ class Sampling:
             ("min_tokens", self.min_tokens, 0 <= self.min_tokens <= self.max_tokens, "between 0 and max_tokens"),
             # Beyond these, logits overflow.
             ("repetition_penalty", self.repetition_penalty, 1e-2 <= self.repetition_penalty <= 1e2, "0.01 to 100"),
-            ("stop", self.stop, all(self.stop), "strings that are not empty"),
+            ("stop", self.stop, "" not in self.stop, "strings that are not empty"),
+            ("stop", self.stop, not _SURROGATE.search("".join(self.stop)), "text, without lone surrogates"),
             ("seed", self.seed, -(2**63) <= self.seed < 2**64, "a number of 64 bits"),
             ("logprobs", self.logprobs, self.logprobs is None or 0 <= self.logprobs <= 20, "between 0 and 20"),
         ):
@@ -157,20 +160,54 @@ class Engine(Protocol):
         ...
 
 
+def check_prompt(prompt: object) -> None:
+    """Refuse what is neither text nor a conversation, or what no tokenizer could read.
+
+    Raises:
+        CptError: it is of another type, it holds a lone surrogate, or it is what `check_messages` refuses.
+    """
+    if isinstance(prompt, str):
+        check_characters(prompt, "the prompt")
+    elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
+        check_messages(prompt)
+    else:
+        raise CptError(f"a prompt is of type {type(prompt).__name__}: give text, or a list of messages")
+
+
 def check_messages(messages: Sequence[Message]) -> None:
     """Refuse a conversation that no chat template could mean.
 
     Raises:
-        CptError: no messages, an unknown role, content that is no text, or a last turn that is not the user's.
+        CptError: no messages, one that is none, an unknown role, content that is no text, or a last turn that is not
+            the user's.
     """
     if not messages:
         raise CptError("messages is empty: give at least one, with role and content")
     for number, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise CptError(
+                f"messages[{number}] is of type {type(message).__name__}; it must be a dict of role and content"
+            )
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise CptError(f"messages[{number}] has the role {role!r}; known are {', '.join(ROLES)}")
         if not isinstance(content, str):
             raise CptError(f"messages[{number}] has content of type {type(content).__name__}; it must be a string")
+        check_characters(content, f"messages[{number}]")
     # Chat templates would put an assistant's header behind an answer, and the model answer itself.
     if messages[-1]["role"] != "user":
         raise CptError(f"the last message is the {messages[-1]['role']}'s; a reply answers the user's")
+
+
+def check_characters(text: str, name: str) -> None:
+    """Refuse a text that no tokenizer takes.
+
+    Args:
+        text: the text.
+        name: what a message calls it.
+
+    Raises:
+        CptError: it holds half of a surrogate pair.
+    """
+    if half := _SURROGATE.search(text):
+        raise CptError(f"{name} holds the lone surrogate U+{ord(half[0]):04X}, which is no character")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_cpt.arguments import checked
 from nemo_cpt.cache import cache_folder
 from nemo_cpt.checkpoint import export_hf
-from nemo_cpt.checkpoint.context import RUN_JSON
+from nemo_cpt.checkpoint.base import model_files
 from nemo_cpt.checkpoint.folders import refuse_adapter
 from nemo_cpt.errors import CptError, near_paths
 from nemo_cpt.hub import download_advice
@@ -120,8 +120,9 @@ def find_model(
     """Return the Hugging Face folder of a model; a NeMo checkpoint is exported into the cache first.
 
     The export is kept under `$XDG_CACHE_HOME/nemo_cpt/exports` (`~/.cache` by default), named by the checkpoint's
-    content: the size of every weights file and 64 KiB at sixteen places of it, and what it records of its run. A run
-    may go on meanwhile: where it replaces the newest checkpoint while that is read, the then newest is taken.
+    content: the size of every file and 64 KiB at sixteen places of it (smaller ones whole), of the checkpoint and of
+    `base`. A run may go on meanwhile: where it replaces the newest checkpoint while that is read, the then newest is
+    taken.
 
     Raises:
         CptError: there is no model at `model`, or it cannot be exported.
@@ -151,9 +152,9 @@ def check_model(model: str | Path) -> None:
     path = Path(model)
     if not path.exists():
         raise CptError(f"there is no model at {model}{near_paths(path) or download_advice(str(model))}")
+    refuse_adapter(path)
     if (path / "config.json").is_file() or (path / "weights").is_dir() or (path / "checkpoints").is_dir():
         return
-    refuse_adapter(path)
     found = ", ".join(sorted(each.name for each in path.iterdir())[:6]) if path.is_dir() else "a file"
     raise CptError(
         f"{path} is neither a Hugging Face folder (config.json) nor a NeMo checkpoint (weights/) nor a run's folder "
@@ -211,12 +212,14 @@ def _exported(checkpoint: Path, base: str | Path | None, say: Callable[[str], No
 
 
 def _content_key(checkpoint: Path, base: str | Path | None) -> str:
-    files = [path for path in (checkpoint / "weights").rglob("*") if path.is_file()]
     digest = hashlib.sha256(str(Path(base).resolve() if base else "").encode())
-    records = [path for path in (checkpoint / "context" / "io.json", checkpoint / RUN_JSON) if path.is_file()]
-    for path in sorted([*files, *records]):
+    # The small files too, of which the export's tokenizer, template and ends are made.
+    for path in [*model_files(checkpoint), *(model_files(base) if base else [])]:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
+        if size <= SAMPLES * SAMPLED_BYTES:
+            digest.update(path.read_bytes())
+            continue
         with path.open("rb") as file:
             # Sampled: reading 16 GB to find a cached export would take longer than making one.
             for place in sorted({max(0, size - SAMPLED_BYTES) * sample // (SAMPLES - 1) for sample in range(SAMPLES)}):

@@ -342,8 +342,10 @@ class TextForm(Form):
         logprobs = {
             "tokens": [_spelled(each.content, "bytes:") for each in tokens],
             "token_logprobs": [each.logprob for each in tokens],
+            # With the token itself, as OpenAI's, also where it was drawn from below the most probable ones.
             "top_logprobs": [
-                {_spelled(content, "bytes:"): logprob for content, logprob in each.top} for each in tokens
+                {_spelled(content, "bytes:"): logprob for content, logprob in (*each.top, (each.content, each.logprob))}
+                for each in tokens
             ],
         }
         return {"index": number, "text": text, "finish_reason": reason, "logprobs": logprobs if tokens else None}

@@ -97,14 +97,20 @@ class Scheduler:
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
-        """Let the next step go without this request."""
+        """Let the next step go without this request; in the queue its place is free at once."""
         ticket.gone = True
+        with self._waiting.mutex, contextlib.suppress(ValueError):
+            self._waiting.queue.remove(ticket)
 
-    def close(self) -> None:
-        """End the thread after its current step; requests that are not answered yet get an error."""
+    def stop(self) -> None:
+        """Have the thread end after its current step; requests that are not answered yet get an error."""
         self._closing = True
         with contextlib.suppress(queue.Full):  # which does as well: the thread is to wake up
             self._waiting.put_nowait(None)
+
+    def close(self) -> None:
+        """Stop, and wait for the end."""
+        self.stop()
         self._thread.join()
 
     def _work(self) -> None:
@@ -144,7 +150,7 @@ class Scheduler:
 
     def _fits(self, request: Request) -> bool:
         """Whether the batch's keys and values stay within `batch_tokens`, however long its replies become."""
-        lengths = [len(each.ids) + each.sampling.max_tokens for each in (*self._running, request)]
+        lengths = [each.longest for each in (*self._running, request)]
         # One alone is always taken: it was checked against the model's context.
         return len(lengths) == 1 or (
             len(lengths) <= self.most_rows and max(lengths) * len(lengths) <= self.batch_tokens
@@ -156,7 +162,7 @@ class Scheduler:
             if piece.finish_reason:
                 del self._running[request]
                 self._ended(request)
-            ticket.give(piece)
+            ticket.give(request.error or piece)
 
     def _fail(self, error: Exception) -> None:
         for request, ticket in self._running.items():

@@ -42,6 +42,7 @@ from nemo_cpt.inference.transformers_engine import BATCH_TOKENS, MOST_ROWS, Tran
 MOST_BYTES = 2**20  # of a request
 OPEN_PATHS = ("/health",)  # answered without a key, for probes
 SECONDS_TO_FINISH = 30  # replies that have begun when the server is told to stop
+SECONDS_TO_HEAR = 5  # clients whose replies have not come to their end by then
 
 
 def make_app(
@@ -74,6 +75,7 @@ def make_app(
 
     # No docs pages: they load scripts from another host.
     app = FastAPI(title="nemo-cpt serve", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.stop = scheduler.stop
     app.add_middleware(_Guard, api_key=api_key, hosts=hosts, answers=metrics.answers)
     for kind, explain in _EXPLANATIONS.items():
         app.exception_handler(kind)(explain)
@@ -88,12 +90,41 @@ def make_app(
     return app
 
 
-def serve(app: FastAPI, listener: socket.socket, *, log_requests: bool = False) -> None:
-    """Answer on a bound socket until SIGINT or SIGTERM; replies that have begun are given time to end."""
-    # uvicorn raises the signal once more when it is done, with these: to be told to stop is no failure.
+def serve(
+    app: FastAPI, listener: socket.socket, *, log_requests: bool = False, ready: Callable[[], None] = lambda: None
+) -> None:
+    """Answer on a listening socket until SIGINT or SIGTERM; replies that have begun are given time to end.
+
+    Args:
+        app: the application.
+        listener: the socket.
+        log_requests: print each request's address, path and status.
+        ready: called once requests and signals are waited for.
+    """
+    server = Server(configuration(app, log_requests))
+
+    def stop(number: int, frame: Any) -> None:
+        # Until uvicorn heeds signals itself. When it is done it raises them once more, with this: to be told to stop is
+        # no failure.
+        server.should_exit = True
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    uvicorn.Server(configuration(app, log_requests)).run([listener])
+        signal.signal(number, stop)
+    ready()
+    server.run([listener])
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which would break off without a word what does not end in time."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Wait for the replies that have begun; those that take too long end with an error that says so."""
+        app: Any = self.config.app
+        late = asyncio.get_running_loop().call_later(SECONDS_TO_FINISH, app.state.stop)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            late.cancel()
 
 
 def configuration(app: FastAPI, log_requests: bool = False) -> uvicorn.Config:
@@ -104,8 +135,9 @@ def configuration(app: FastAPI, log_requests: bool = False) -> uvicorn.Config:
         log_requests: print each request's address, path and status.
     """
     config = uvicorn.Config(
-        app, log_level="warning", access_log=log_requests, timeout_graceful_shutdown=SECONDS_TO_FINISH
-    )
+        app, log_level="warning", access_log=log_requests,
+        timeout_graceful_shutdown=SECONDS_TO_FINISH + SECONDS_TO_HEAR,
+    )  # fmt: skip
     if log_requests:  # `log_level` holds for this logger too, and it speaks below it
         logging.getLogger("uvicorn.access").setLevel(logging.INFO)
     return config
@@ -208,7 +240,9 @@ async def _explain_path(request: Request, error: Exception) -> Response:
 async def _explain_fields(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     where = ("the body (a JSON object, sent with Content-Type: application/json)",)
-    found = [f"{'.'.join(map(str, each['loc'][1:] or where))}: {each['msg']}" for each in error.errors()]
+    # Without pydantic's names of the kinds that a list may be of.
+    places = [[str(part) for part in each["loc"][1:] if "[" not in str(part)] for each in error.errors()]
+    found = [f"{'.'.join(place or where)}: {each['msg']}" for place, each in zip(places, error.errors(), strict=True)]
     return ApiError(400, "; ".join(found[:5])).answer()
 
 
@@ -284,8 +318,10 @@ class _Service:
         conversation = body.conversation()
 
         def requests() -> list[decoding.Request]:
-            most = body.most_tokens(self.engine.room(conversation))
-            return [self.engine.request(conversation, each) for each in body.sampling([most], body.most_probable())]
+            ids = self.engine.encode(conversation)
+            most = body.most_tokens(self.engine.context_length - len(ids))
+            samplings = body.sampling([most], body.most_probable())
+            return [self.engine.request(conversation, each, ids) for each in samplings]
 
         return await self._respond(await asyncio.to_thread(requests), ChatForm(self.served_as), body, request)
 
@@ -294,7 +330,7 @@ class _Service:
         self._check(body.model, body.n * len(body.prompts()))
 
         def requests() -> list[decoding.Request]:
-            encoded = list(map(self._encoded, body.prompts()))
+            encoded = [self.engine.encode(each) if isinstance(each, str) else each for each in body.prompts()]
             most = [body.most_tokens(self.engine.context_length - len(ids)) for ids in encoded]
             samplings = body.sampling(most, body.logprobs)
             return list(map(decoding.Request, [ids for ids in encoded for _ in range(body.n)], samplings))
@@ -325,14 +361,6 @@ class _Service:
             raise ApiError(404, f"there is no model {asked!r} here; it is {self.served_as!r}", code="model_not_found")
         if replies > self.scheduler.most_waiting:
             raise ApiError(400, f"a request may ask for {self.scheduler.most_waiting} replies, and not {replies}")
-
-    def _encoded(self, prompt: str | list[int]) -> list[int]:
-        if isinstance(prompt, str):
-            return self.engine.encode(prompt)
-        vocabulary = self.engine.network.config.vocab_size
-        if not all(0 <= token < vocabulary for token in prompt):
-            raise ApiError(400, f"the prompt holds a token outside of 0 to {vocabulary - 1}")
-        return prompt
 
     async def _respond(
         self, requests: list[decoding.Request], form: Form, body: ChatRequest | CompletionRequest, request: Request

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from reprlib import Repr
 from typing import Any
 from unittest.mock import patch
 
@@ -17,15 +18,18 @@ with patch.object(transformers_utils, "is_sklearn_available", lambda: False):
     from transformers.generation import candidate_generator  # noqa: F401
 
 from nemo_cpt.arguments import checked
+from nemo_cpt.checkpoint.folders import has_tokenizer
 from nemo_cpt.checkpoint.transformers_config import transformers_config
 from nemo_cpt.errors import CptError
+from nemo_cpt.inference.arithmetic import Arithmetic, default_device, device_kind, precision_on
 from nemo_cpt.inference.decoding import Decoder, Request
-from nemo_cpt.inference.engine import Message, Piece, Prompt, Reply, Sampling, check_messages
+from nemo_cpt.inference.engine import Message, Piece, Prompt, Reply, Sampling, check_prompt
 from nemo_cpt.quiet import bars_of_transformers
 
 BATCH_TOKENS = 32_768  # of prompt and reply that a batch may take: 4 GiB of keys and values for Llama-3.1-8B in bf16
 MOST_ROWS = 64
 SHOWN = 40  # characters of a prompt in messages
+_SHORT = Repr()
 
 
 class TransformersEngine:
@@ -39,7 +43,7 @@ class TransformersEngine:
         name: what messages call the model; the folder's path when None.
 
     Raises:
-        CptError: the folder cannot be loaded.
+        CptError: the folder cannot be loaded, or lacks weights.
     """
 
     @checked
@@ -49,23 +53,32 @@ class TransformersEngine:
     ) -> None:  # fmt: skip
         self.name = name or str(folder)
         self.chat_stop: tuple[str, ...] = ()  # ends the reply to messages, beside what a request names
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        _check_device(device)
-        wanted = "float32" if dtype == "auto" and device == "cpu" else dtype
+        device = device or default_device()
+        kind = _check_device(device)
+        wanted = precision_on(kind) or dtype if dtype == "auto" else dtype
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
             config = transformers_config(folder)
             with bars_of_transformers(sys.stderr.isatty()):
-                network = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=wanted)
+                network, report = AutoModelForCausalLM.from_pretrained(
+                    folder, config=config, dtype=wanted, output_loading_info=True
+                )
             self.network = network.to(device).eval()
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise CptError(f"{folder} cannot be loaded by transformers: {error}") from error
+        except CptError:
+            raise
+        except Exception as error:  # safetensors' and tokenizers' are of this class, or of their own
+            lacks = "" if has_tokenizer(folder) else ", and holds no tokenizer"
+            raise CptError(f"{folder} cannot be loaded by transformers{lacks}: {error}") from error
+        if missing := sorted(report["missing_keys"]):  # which transformers draws at random
+            named = ", ".join([*missing[:3], *["..."] * (len(missing) > 3)])
+            raise CptError(f"{folder} lacks {len(missing)} of its model's tensors ({named}): make or fetch it again")
+        self.arithmetic = Arithmetic(kind, str(self.network.dtype).removeprefix("torch."))
         # Llama-3's configuration asks `decode` to take blanks before punctuation away: the model's words would change,
         # and a text that grows token by token would lose others.
         self.tokenizer.clean_up_tokenization_spaces = False
         if chat_template is not None:
             self.tokenizer.chat_template = chat_template
-        self.context_length: int = self.network.config.max_position_embeddings
+        self.context_length = _context_length(self.network.config, folder)
         self.end_ids = _end_ids(self.network, self.tokenizer)
 
     @property
@@ -77,13 +90,13 @@ class TransformersEngine:
         """The tokens that the model reads: BOS once where the tokenizer has one, a conversation through its template.
 
         Raises:
-            CptError: messages without a chat template, or messages that it refuses.
+            CptError: no prompt, messages without a chat template, or messages that it refuses.
         """
+        check_prompt(prompt)
         if isinstance(prompt, str):
             bos = self.tokenizer.bos_token
             # A text that brings its BOS along gets no second one.
             return self.tokenizer(prompt, add_special_tokens=not (bos and prompt.startswith(bos))).input_ids
-        check_messages(prompt)
         return self._render(prompt)
 
     def _render(self, messages: Sequence[Message]) -> list[int]:
@@ -100,11 +113,17 @@ class TransformersEngine:
         except Exception as error:  # jinja2's, and whatever a template raises for roles that it does not take
             raise CptError(f"the chat template of {self.name} refuses these messages: {error}") from error
 
-    def request(self, prompt: Prompt, sampling: Sampling) -> Request:
-        """A request to a decoder of this engine's; refuses what `encode` does."""
+    def request(self, prompt: Prompt, sampling: Sampling, ids: list[int] | None = None) -> Request:
+        """A request to a decoder of this engine's; refuses what `encode` does.
+
+        Args:
+            prompt: what is asked.
+            sampling: how it is answered.
+            ids: the prompt's tokens, where they are known.
+        """
         if not isinstance(prompt, str) and self.chat_stop:
             sampling = replace(sampling, stop=(*sampling.stop, *self.chat_stop))
-        return Request(self.encode(prompt), sampling)
+        return Request(self.encode(prompt) if ids is None else ids, sampling)
 
     def end_at_next_turn(self) -> None:
         """End replies to messages where the model goes on with the next question's heading.
@@ -133,6 +152,8 @@ class TransformersEngine:
         decoder, request = self.decoder(), self.request(prompt, sampling)
         pieces = decoder.add([request])
         while True:
+            if request.error is not None:
+                raise request.error
             yield from (piece for _, piece in pieces)
             if request.finish_reason:
                 return
@@ -146,16 +167,16 @@ class TransformersEngine:
         """
         requests, decoder = list[Request](), self.decoder()
         for number, prompt in enumerate(prompts, 1):  # all of them, before the first one costs time
-            requests.append(self.request(prompt, sampling))
             try:
+                requests.append(self.request(prompt, sampling))
                 decoder.check(requests[-1])
             except CptError as error:
-                raise type(error)(f"prompt {number}, {_beginning(prompt)!r}: {error}") from None
+                raise type(error)(f"prompt {number}, {_beginning(prompt)}: {error}") from None
         # Taken from the end, that is the longest first.
         waiting = sorted(range(len(requests)), key=lambda index: len(requests[index].ids))
         index_of: dict[Request, int] = {}
         while waiting or decoder.rows:
-            room = self._room(decoder, len(requests[waiting[-1]].ids) + sampling.max_tokens) if waiting else 0
+            room = self._room(decoder, requests[waiting[-1]].longest) if waiting else 0
             # Joining copies every key and value: wait until a quarter of the batch is free.
             if room and (not decoder.rows or room >= len(decoder.rows) / 3 or room >= len(waiting)):
                 taken = [waiting.pop() for _ in range(min(room, len(waiting)))]
@@ -166,12 +187,15 @@ class TransformersEngine:
             else:
                 pieces = decoder.step()
             for request, _ in pieces:
+                if request.error is not None:
+                    raise request.error
                 if request.finish_reason:
                     yield index_of.pop(request), request.reply()
 
     def _room(self, decoder: Decoder, tokens: int) -> int:
-        """How many requests of up to `tokens` tokens may join."""
-        return max(min(MOST_ROWS, max(BATCH_TOKENS // tokens, 1)) - len(decoder.rows), 0)
+        """How many requests of up to `tokens` tokens may join; every row takes the longest one's room."""
+        longest = max([tokens, *(each.longest for each in decoder.rows)])
+        return max(min(MOST_ROWS, max(BATCH_TOKENS // longest, 1)) - len(decoder.rows), 0)
 
     def close(self) -> None:
         """Let go of the weights."""
@@ -182,22 +206,29 @@ class TransformersEngine:
 
 def _beginning(prompt: Prompt) -> str:
     """By which a prompt among many is found."""
-    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    try:
+        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        return repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")
+    except (LookupError, TypeError):  # it is none, which the message goes on to say
+        return _SHORT.repr(prompt)
 
 
-def _check_device(device: str) -> None:
-    """Refuse a device that PyTorch does not know, or that is not here.
+def _check_device(device: str) -> str:
+    """The kind of a device that is here.
 
     Raises:
-        CptError: it is so.
+        CptError: PyTorch does not know it, or sees none.
     """
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise CptError(f"device is {device!r}: give cpu, cuda, cuda:1 or another of PyTorch's") from None
+    kind = device_kind(device)
     if kind == "cuda" and not torch.cuda.is_available():
         raise CptError(f"device is {device!r}, and PyTorch sees no GPU here: leave it away, or give cpu")
+    return kind
+
+
+def _context_length(config: Any, folder: str | Path) -> int:
+    if (length := getattr(config, "max_position_embeddings", None)) is None:
+        raise CptError(f"config.json of {folder} names no max_position_embeddings, the most tokens of prompt and reply")
+    return int(length)
 
 
 def _seeded(request: Request, seed: int) -> Request:

@@ -15,7 +15,7 @@ Each line is what the command line would have, with a colon for the equals sign:
 
 import ast
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -63,30 +63,35 @@ def load_config(path: str | Path, *overrides: str) -> tuple[Any, Any]:
         CptError: there is no such file, recipe, parameter, field or executor, or a value has the wrong type.
     """
     catalog.check_distinct(overrides)
-    config = read_config(path)
+    config = read_config(path, [pair.partition("=")[0] for pair in overrides])
     function, arguments, fields, options = catalog.split(config.recipe, [*config.pairs, *overrides])
     processes, nodes = function.processes(arguments), function.nodes(arguments)
     executor = make_executor(config.executor or "local", options, processes, nodes, bool(function.gpus(arguments)))
     return build_recipe(function.name, arguments, fields), executor
 
 
-def read_config(path: str | Path) -> ConfigFile:
+def read_config(path: str | Path, given: Collection[str] = ()) -> ConfigFile:
     """Read a configuration file, without building anything.
+
+    Args:
+        path: the YAML file.
+        given: keys that the command line has: a line of the file may leave their values to it.
 
     Raises:
         CptError: there is no such file, it is no YAML of lines `key: value`, a key stands twice, or none is `recipe`;
             or as `catalog.parse` of its lines. Each names the file.
     """
-    values: dict[str, str] = {}
+    found: dict[str, str | None] = {}
     mappings: list[tuple[str, str]] = []
     # Nodes, not values: a key that stands twice, and 4:00:00 as it was written, are lost in values.
     for key, node in _lines(path):
-        if key in values:
+        if key in found:
             raise CptError(f"{path}: {key} stands twice")
-        values[key] = _text(path, key, node)
+        found[key] = None if key in given and _is_empty(node) else _text(path, key, node)
         if isinstance(node, yaml.MappingNode) and node.value:
             inner, value = node.value[0]
             mappings.append((key, f"{inner.value}: {value.value if isinstance(value, yaml.ScalarNode) else '...'}"))
+    values = {key: text for key, text in found.items() if text is not None}
     if "_target_" in values:
         raise CptError(
             f"{path} is a whole recipe's config (_target_): `nemo llm pretrain --yaml {path}` runs it; "
@@ -139,9 +144,14 @@ def _text(path: str | Path, key: str, node: yaml.Node) -> str:
         return _in_one_line(node)
     if node.value and node.tag == NULL:
         return "None"  # the command line's word for it
-    if node.value or node.style:
-        return str(node.value)
-    raise CptError(f"{path}: {key} has no value: give one, or leave the line away")
+    if _is_empty(node):
+        raise CptError(f"{path}: {key} has no value: give one, there or behind the file, or leave the line away")
+    return str(node.value)
+
+
+def _is_empty(node: yaml.Node) -> bool:
+    """Whether nothing stands behind a key's colon."""
+    return isinstance(node, yaml.ScalarNode) and not node.value and not node.style
 
 
 def _in_one_line(node: yaml.Node) -> str:

@@ -25,7 +25,7 @@ from nemo_cpt.doctor import Job, Place
 from nemo_cpt.doctor.job import FOLDER_FIELDS, checkpoints_at_once, exports_kept
 from nemo_cpt.doctor.mounts import with_files
 from nemo_cpt.errors import CptError
-from nemo_cpt.launching.executor import make_executor
+from nemo_cpt.launching.executor import make_executor, own_executor
 from nemo_cpt.monitoring import forgetting
 from nemo_cpt.planning import from_scratch
 from nemo_cpt.recipe_models import LIKE_BASE, like_base, model_config, module_named
@@ -66,7 +66,12 @@ FIELDS = {
 
 
 def describe(
-    function: Function, arguments: Mapping[str, Any], fields: Sequence[str], executor: str, options: Sequence[str]
+    function: Function,
+    arguments: Mapping[str, Any],
+    fields: Sequence[str],
+    executor: str,
+    options: Sequence[str],
+    own: Any = None,
 ) -> Job:
     """What a recipe's source and its arguments say of the job, without importing NeMo.
 
@@ -76,6 +81,7 @@ def describe(
         fields: `path.to.field=value` on its config.
         executor: its name, or FILE.py:FUNCTION.
         options: `key=value` of the executor.
+        own: what FILE.py:FUNCTION made, where that was asked already.
 
     Raises:
         CptError: there is no such executor, an option of it or of the recipe is wrong, or a field has the wrong type.
@@ -89,7 +95,7 @@ def describe(
         check_name(str(given["name"]), str(given.get("directory", "results")))
     if "params" in given:
         given |= _of_its_size(given)
-    where = place(executor, options)
+    where = place(executor, options, own)
     _check_options(given, data, where)
     given["max_steps"], asked = _max_steps(given, data), given.get("max_steps")
     model, logger = _model(function, given, fields), training_options.read_logger(given.get("logger"))
@@ -261,8 +267,8 @@ def _literal(text: str) -> Any:
         return text
 
 
-def place(executor: str, options: Sequence[str]) -> Place:
-    """Where an executor runs a job, from its name and options alone.
+def place(executor: str, options: Sequence[str], own: Any = None) -> Place:
+    """Where an executor runs a job, from its name and options alone, or by what a function of the user's makes, `own`.
 
     Raises:
         CptError: there is no such executor, or an option is wrong.
@@ -274,8 +280,8 @@ def place(executor: str, options: Sequence[str]) -> Place:
     from nemo_cpt.executors.local import visible_gpus
     from nemo_cpt.executors.window import seconds_of
 
-    if executor.partition(":")[0].endswith(".py"):  # the user's own, which alone knows what it makes
-        return replace(place_of(make_executor(executor, options, 1)), executor=executor)
+    if (own := own or own_executor(executor, options)) is not None:  # which alone knows what it is
+        return replace(place_of(own), executor=executor)
     described = catalog.executor(executor)
     given = catalog.parse(described, options, prefix="executor.")
     if set(given) - set(described.parameters):

@@ -1,13 +1,21 @@
 """An executor by its name and `key=value` options, or from a file of the user's."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nemo_cpt import catalog
 from nemo_cpt.errors import CptError
 from nemo_cpt.python_files import import_file
+
+
+def own_executor(name: str, options: Sequence[str]) -> Any:
+    """Return the executor that a function of the user's makes, without a recipe's size; None for one by name.
+
+    Raises:
+        CptError: there is no such file or function, it makes no executor, or options are given.
+    """
+    return _from_file(name) if _is_own(name, options) else None
 
 
 def make_executor(name: str, options: Sequence[str], processes: int, nodes: int = 1, on_gpus: bool = False) -> Any:
@@ -36,12 +44,9 @@ def executor_maker(
     Raises:
         CptError: there is no such executor, file or function, or an option is wrong.
     """
-    file, _, function = name.partition(":")
     # Before the catalog: a user's file needs no name there.
-    if file.endswith(".py"):
-        if options:
-            raise CptError(f"{', '.join(options)}: {name} takes no options; write them into {file}")
-        return partial(_sized, partial(_from_file, Path(file), function), processes, on_gpus)
+    if _is_own(name, options):
+        return lambda: sized(_from_file(name), processes, on_gpus)
     described = catalog.executor(name)
     given = catalog.parse(described, options, prefix="executor.")
     count = next((each for each in ("processes", "tasks_per_node") if each in described.parameters), None)
@@ -50,15 +55,28 @@ def executor_maker(
         given[count] = processes
     if nodes > 1 and "nodes" in described.parameters and name != "local":  # which somebody starts on each machine
         given.setdefault("nodes", nodes)
-    return partial(_sized, partial(_by_name, name, given), processes, on_gpus)
+    return lambda: sized(_by_name(name, given), processes, on_gpus)
 
 
-def _sized(make: Callable[[], Any], processes: int, on_gpus: bool) -> Any:
-    """An executor that takes the recipe's size, where it was given none."""
-    executor = make()
+def sized(executor: Any, processes: int, on_gpus: bool) -> Any:
+    """An executor that takes the recipe's size, where it was given none.
+
+    Args:
+        executor: NeMo-Run's.
+        processes: as for `executor_maker`.
+        on_gpus: likewise.
+    """
     if take_size := getattr(executor, "take_size", None):
         take_size(processes, on_gpus)
     return executor
+
+
+def _is_own(name: str, options: Sequence[str]) -> bool:
+    """Whether an executor is one of a file of the user's, which alone says what it is."""
+    file = name.partition(":")[0]
+    if file.endswith(".py") and options:
+        raise CptError(f"{', '.join(options)}: {name} takes no options; write them into {file}")
+    return file.endswith(".py")
 
 
 def _by_name(name: str, given: Mapping[str, Any]) -> Any:
@@ -67,9 +85,11 @@ def _by_name(name: str, given: Mapping[str, Any]) -> Any:
     return getattr(executors, name)(**given)
 
 
-def _from_file(file: Path, function: str) -> Any:
+def _from_file(name: str) -> Any:
     from nemo_cpt.executors.examination import check_executor
 
+    path, _, function = name.partition(":")
+    file = Path(path)
     if not file.is_file():
         raise CptError(f"executor {file}: there is no such file; give FILE.py:FUNCTION")
     if not function:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -24,8 +23,8 @@ from nemo_cpt.made import Making, files_of, stamps
 from nemo_cpt.records import AsDict, restored
 from nemo_cpt.vocabulary.byte_level import RECORD, ByteLevelBPE, grew_from, read_byte_level
 from nemo_cpt.vocabulary.merging import MAX_CHARACTERS, MIN_COUNT, Learner, Merge
-from nemo_cpt.vocabulary.samples import SAMPLE_BYTES, documents, draw
-from nemo_cpt.vocabulary.words import Words, count_words, of_own_scripts, text_of
+from nemo_cpt.vocabulary.samples import SAMPLE_BYTES, documents, draw, parts
+from nemo_cpt.vocabulary.words import Words, count_words, of_own_scripts, text_of, words_of
 
 MULTIPLE_OF = 128  # ids: Megatron's embedding is a multiple of it for each tensor-parallel rank
 UNTIL_AT_MOST = 65_536  # tokens that `until` may take
@@ -135,8 +134,7 @@ def grow(
     if not words.scripts:
         raise CptError(f"{inputs} has no letters beyond ASCII: there is nothing to learn that leaves English as it is")
     say(f"{len(words.counts):,} words of {', '.join(words.scripts)}")
-    fixed = count_words(backend, documents(list(keep), json_key)) if keep else Counter[str]()
-    learner = Learner(base, words.counts, fixed, max_characters, min_count)
+    learner = Learner(base, words.counts, _words_to_keep(backend, keep, json_key), max_characters, min_count)
     if until is None:
         merges = _learn(learner, base.size, tokens or 0, multiple_of)
     else:
@@ -188,6 +186,13 @@ def check_options(
             raise CptError(f"{name} is {value}; it must be 1 or more")
 
 
+def _words_to_keep(backend: Any, keep: Collection[str], json_key: str) -> Iterator[Collection[str]]:
+    """All the words of texts, the words of some texts at once."""
+    texts = (part for text in documents(list(keep), json_key) for part in parts(text)) if keep else iter(())
+    while some := list(islice(texts, _AT_ONCE)):
+        yield {word for text in some for word in words_of(backend, text)}
+
+
 def _learn(learner: Learner, size: int, tokens: int, multiple_of: int) -> list[Merge]:
     """Learn so many tokens, and those that fill the vocabulary up to a multiple."""
     wanted = tokens + -(size + tokens) % multiple_of  # what is missing to the next multiple
@@ -206,25 +211,31 @@ def _learn_until(
     """Learn until the held-out documents have so many characters a token."""
     if not held_out:
         raise CptError("the corpus is one document, and none is left to measure on: give tokens= (--tokens) instead")
-    characters, merges, measured_at = sum(map(len, held_out)), list[Merge](), 0
-    rate = characters / count_tokens(base.backend(), held_out)
+    characters, merges, measured_at, full = sum(map(len, held_out)), list[Merge](), 0, 0
+
+    def rate_of(count: int) -> float:
+        grown = ByteLevelBPE(base.described, grown_definition(base, merges[:count]))
+        return characters / count_tokens(grown.backend(), held_out)
+
+    rate = rate_of(0)
     if rate >= until:
         raise CptError(f"the base has {rate:.3f} characters a token already: give a larger until than {until:g}")
-    for merge in learner:
+    for merge in islice(learner, UNTIL_AT_MOST):
         merges.append(merge)
+        if (base.size + len(merges)) % multiple_of == 0:
+            full = len(merges)
         # Each measurement encodes every held-out document: only sizes that may be the last are worth one.
-        full = (base.size + len(merges)) % multiple_of == 0
-        if full and len(merges) >= measured_at + _CHECK_EVERY:
-            measured_at = len(merges)
-            grown = ByteLevelBPE(base.described, grown_definition(base, merges))
-            rate = characters / count_tokens(grown.backend(), held_out)
+        if full >= measured_at + _CHECK_EVERY:
+            measured_at, rate = full, rate_of(full)
             if rate >= until:
                 return merges
-        if len(merges) >= UNTIL_AT_MOST:
-            break
+    if full > measured_at:  # the corpus gave no more before the next measurement
+        measured_at, rate = full, rate_of(full)
+        if rate >= until:
+            return merges[:full]
     raise CptError(
-        f"{len(merges):,} tokens give {rate:.3f} characters a token on held-out documents, not {until:g}: give more "
-        "text or a smaller until (--until)"
+        f"{measured_at:,} tokens give {rate:.3f} characters a token on held-out documents, not {until:g}, and of more "
+        f"than {len(merges):,} none is learnt: give more text, a smaller until (--until) or multiple_of (--multiple-of)"
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from nemo_cpt.vocabulary.byte_level import ByteLevelBPE, Pair, bytes_of
+from nemo_cpt.vocabulary.words import text_of
 
 MAX_CHARACTERS = 8
 MIN_COUNT = 5
@@ -43,7 +44,7 @@ class Learner:
     Args:
         base: the tokenizer whose merges go before.
         words: counts by word, in bytes' characters.
-        fixed: words that must stay as they are.
+        fixed: words that must stay as they are, some at once; no more of them are in memory.
         max_characters: of a new token.
         min_count: of a pair.
     """
@@ -52,18 +53,16 @@ class Learner:
         self,
         base: ByteLevelBPE,
         words: Counter[str],
-        fixed: Collection[str] = (),
+        fixed: Iterable[Collection[str]] = (),
         max_characters: int = MAX_CHARACTERS,
         min_count: int = MIN_COUNT,
     ) -> None:
         self._max_characters, self._min_count = max_characters, min_count
         self._names = {number: token for token, number in base.vocabulary.items()}
         # A vocabulary is a dict by text: a second token of the same text would take the id of the first away.
-        self._taken = {*base.ids, *fixed}
+        self._taken = {*base.ids}
         self._next = base.size
         model = base.model_alone()
-        # No merge of two tokens that stand side by side in one of these words, or the word would change.
-        self._fixed = {pair for ids in _encode(model, fixed) for pair in pairwise(ids)}
         self._counts_of_words = list(words.values())
         self._words = [list(ids) for ids in _encode(model, words)]
         self.tokens = sum(len(ids) * n for ids, n in zip(self._words, self._counts_of_words, strict=True))
@@ -73,6 +72,13 @@ class Learner:
             for pair in pairwise(ids):
                 self._counts[pair] += count
                 self._places[pair].append(place)
+        # No merge of two tokens that stand side by side in one of these words, or the word would change.
+        self._fixed = set[_Ids]()
+        whole = base.content["model"].get("ignore_merges")  # a word that is a token is that one, however it is merged
+        for some in fixed:
+            self._fixed.update(pair for ids in _encode(model, some) for pair in pairwise(ids) if pair in self._counts)
+            if whole:
+                self._taken.update(word for word in some if len(text_of(word)) <= max_characters)
 
     def __iter__(self) -> Iterator[Merge]:
         """Yield merges until no pair is left that stands side by side often enough; `tokens` is what is left then."""

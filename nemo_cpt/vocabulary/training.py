@@ -196,20 +196,8 @@ def _weighted(corpora: Mapping[str, float], json_key: str, limit: float) -> dict
     # The corpus that has the least text for its weight sets the scale; the others are cut to it.
     unit = min(samples[name].nbytes / weight for name, weight in corpora.items())
     for name, weight in corpora.items():
-        _cut(samples[name], unit * weight)
+        samples[name].cut(unit * weight)
     return samples
-
-
-def _cut(sample: Sample, nbytes: float) -> None:
-    """Leave the first documents, by their hashes, of so many bytes; at least one."""
-    kept, total = list[str](), 0
-    for text in sample.texts:
-        size = len(text.encode())
-        if kept and total + size > nbytes:
-            break
-        kept.append(text)
-        total += size
-    sample.texts, sample.nbytes = kept, total
 
 
 def _train(texts: Sequence[str], special: Sequence[str], size: int, kind: str) -> Any:
@@ -232,7 +220,7 @@ def settled(pieces: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
     The library sums in another order each time, which shows in the last digits and in the order of equals, and draws
     the order of the bytes that it adds below all others.
     """
-    lowest = min(score for token, score in pieces if len(token) > 1)
+    lowest = min((score for token, score in pieces if len(token) > 1), default=float("-inf"))
     # No longer token is below the lowest of them: only bytes are lifted.
     scores = [(token, round(max(score, lowest), 6)) for token, score in pieces]
     return sorted(scores, key=lambda each: (-each[1], each[0]))

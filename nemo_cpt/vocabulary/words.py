@@ -43,14 +43,19 @@ def count_words(backend: Any, texts: Iterable[str]) -> Counter[str]:
         backend: a `tokenizers.Tokenizer` with a byte-level pre-tokenizer.
         texts: any number.
     """
-    cut, normalize = backend.pre_tokenizer.pre_tokenize_str, getattr(backend.normalizer, "normalize_str", None)
     counts, floor = Counter[str](), 1
     for text in texts:
-        counts.update([word for word, _ in cut(normalize(text) if normalize else text)])
+        counts.update(words_of(backend, text))
         # Words seen once go first, at the next time those seen twice: what is learnt from is frequent, and stays.
         while len(counts) > _TRIM_AT:
             counts, floor = Counter({word: count for word, count in counts.items() if count > floor}), floor + 1
     return counts
+
+
+def words_of(backend: Any, text: str) -> list[str]:
+    """The words that a tokenizer's normalizer and pre-tokenizer make of a text, in bytes' characters."""
+    normalized = backend.normalizer.normalize_str(text) if backend.normalizer else text
+    return [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(normalized)]
 
 
 def of_own_scripts(counts: Counter[str], characters: int, known: Collection[str]) -> Words:

@@ -88,8 +88,9 @@ def serve(model: str, host: str = "127.0.0.1", port: int = 8000, served_as: str 
         raise CptError(f"cannot listen on {host}:{port} ({error.strerror}): give the step another port") from None
     name = served_as or Path(model).resolve().name
     loaded = open_transformers(model, say=lambda line: print(line, flush=True))
-    print(f"{name} at http://{host}:{listener.getsockname()[1]}/v1", flush=True)
-    run_server(make_app(loaded, served_as=name), listener)
+    address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/v1"
+    app = make_app(loaded, served_as=name)
+    run_server(app, listener, ready=lambda: print(f"{name} at {address}", flush=True))
 
 
 def check_address(host: str, port: int) -> None:

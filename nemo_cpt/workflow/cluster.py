@@ -1,7 +1,8 @@
 """A workflow on an executor: a job a step, each behind those that it needs, through NeMo-Run's Experiment.
 
 A training is three jobs: one that notes its beginning and clears its way, the recipe's own on its own executor, and one
-that notes what it has made.
+that notes what it has made. The size of the command's executor, nodes and GPUs, is that of trainings: every other job
+is one process, and holds no GPU that it does not use.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from nemo_cpt.launching.results import checkpoint_folder
 from nemo_cpt.workflow import recipes
 from nemo_cpt.workflow.dry_run import dry_run, refuse_red
 from nemo_cpt.workflow.files import load
-from nemo_cpt.workflow.kinds import EXECUTOR, TASKS
+from nemo_cpt.workflow.kinds import EXECUTOR, OWN, TASKS
 from nemo_cpt.workflow.page import write_up
 from nemo_cpt.workflow.running import Runner
 from nemo_cpt.workflow.showing import Shown
@@ -71,7 +73,11 @@ def submit(file: Path, chosen: Chosen, executor: str, options: Sequence[str], de
         if not steps:
             return {"experiment": None, "jobs": {}}
         # Before the experiment: the first executor mends NeMo-Run's, whose end is looked up when it begins.
-        jobs = {step.name: list(_tasks(file.absolute(), step, step.name in again, executor, options)) for step in steps}
+        trains = any(_trains_there(step) for step in workflow.steps.values())
+        jobs = {
+            step.name: list(_tasks(file.absolute(), step, step.name in again, executor, options, trains))
+            for step in steps
+        }
         import nemo_run as run
 
         with run.Experiment(f"workflow-{workflow.name}", enable_goodbye_message=False) as experiment:
@@ -86,8 +92,30 @@ def submit(file: Path, chosen: Chosen, executor: str, options: Sequence[str], de
         return {"experiment": experiment._id, "jobs": {job.id: job.handle for job in experiment.jobs}}
 
 
+def _trains_there(step: Step) -> bool:
+    """Whether a step trains on GPUs by the command's executor and options alone: where its jobs go there are some."""
+    if not step.kind.recipe or EXECUTOR in step.parameters:
+        return False
+    recipe, arguments, _, own = recipes.split(step.name, step.parameters, step.folder)
+    return not own and bool(recipe.gpus(arguments))
+
+
+def _light(step: Step, executor: str, options: Sequence[str], trains: bool) -> Any:
+    """The executor of a job that trains nothing: one process, with one GPU at most."""
+    import nemo_run as run
+
+    uses = step.kind.on_gpu and step.parameters.get("device") != "cpu"
+    where = make_executor(executor, options, 1, on_gpus=uses and trains)
+    if isinstance(where, run.LocalExecutor):
+        where.nodes = where.ntasks_per_node = 1
+        where.launcher = None
+    else:
+        where.become_one_process(gpu=uses or step.kind is OWN)  # what the user's function uses nobody else knows
+    return where
+
+
 def _tasks(
-    file: Path, step: Step, again: bool, executor: str, options: Sequence[str]
+    file: Path, step: Step, again: bool, executor: str, options: Sequence[str], trains: bool
 ) -> Iterator[tuple[str, Any, Any]]:
     """A step's jobs: name, task and executor."""
     import nemo_run as run
@@ -97,9 +125,7 @@ def _tasks(
     def ours(part: str) -> Any:
         return run.Partial(run_part, file=str(file), step=step.name, part=part, again=again)
 
-    def light() -> Any:
-        return make_executor(executor, options, 1)
-
+    light = partial(_light, step, executor, options, trains)
     if not step.kind.recipe:
         yield step.name, ours(WHOLE), light()
         return

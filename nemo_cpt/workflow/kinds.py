@@ -43,6 +43,7 @@ class Kind:
         goes_on: what is left of a killed one is gone on from, and not cleared away.
         kept: what it made is worth days: it is set aside, never removed, when the step is made again.
         by_version: another version of the library may measure otherwise: it is made again.
+        on_gpu: it runs a model, on a GPU where there is one.
         forever: it goes on until it is stopped, and is never done.
         action: name in `actions` of what is called in the function's place, with the same parameters.
         labelled: those of `reads` where NAME= may stand before a path.
@@ -61,6 +62,7 @@ class Kind:
     goes_on: bool = False
     kept: bool = False
     by_version: bool = False
+    on_gpu: bool = False
     forever: bool = False
     action: str = ""
     labelled: tuple[str, ...] = ()
@@ -133,6 +135,7 @@ KINDS = {
         ("template", "prompts"),
         goes_on=True,
         by_version=True,
+        on_gpu=True,
         action="evaluate",
         labelled=("losses", "prompts"),
     ),

@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from nemo_cpt.catalog.matching import recipes_for
 from nemo_cpt.checkpoint import export_hf, grow_model, import_hf, verify
 from nemo_cpt.errors import CptError
+from nemo_cpt.inference import open_engine
 from tests.support import small_models as models
 
 FP16, FP32 = torch.float16, torch.float32
@@ -49,7 +51,7 @@ def _adapter_beside(hf: Path) -> None:
     (hf / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "someone/base"}))
 
 
-@pytest.mark.parametrize("taker", ["import", "grow", "verify"])
+@pytest.mark.parametrize("taker", ["import", "grow", "verify", "ask", "recipes"])
 def test_adapters_beside_a_model_are_not_passed_over(taker: str, tmp_path: Path) -> None:
     hf = models.make("smollm2", tmp_path / "hf")
     import_hf(hf, tmp_path / "nemo")
@@ -58,8 +60,14 @@ def test_adapters_beside_a_model_are_not_passed_over(taker: str, tmp_path: Path)
         "import": lambda: import_hf(hf, tmp_path / "out"),
         "grow": lambda: grow_model(hf, tmp_path / "out", hf),
         "verify": lambda: verify(tmp_path / "nemo", hf),
+        "ask": lambda: open_engine(hf),
+        "recipes": lambda: recipes_for(hf),
     }
     with pytest.raises(CptError, match=r"beside a model: with peft, transformers loads someone/base with them"):
+        takers[taker]()
+    for path in hf.glob("model*"):
+        path.unlink()
+    with pytest.raises(CptError, match=r"to be added to someone/base, and no model\. Of a run's, `nemo-cpt export"):
         takers[taker]()
     assert not (tmp_path / "out").exists()
 

@@ -88,6 +88,28 @@ def test_the_command_line_wins(file: Path, capsys: pytest.CaptureFixture[str]) -
     assert "left away for local: executor.partition=gpu, executor.time=4:00:00" in capsys.readouterr().err
 
 
+def test_what_a_file_leaves_open_the_command_line_fills_in(file: Path) -> None:
+    recipe = next(name for name, each in catalog.recipes().items() if each.parameters["data"].default is None)
+    required = [name for name, each in catalog.recipe(recipe).parameters.items() if each.default is None]
+    file.write_text(written(catalog.recipe(recipe), []) + "executor.partition:\n", "utf-8")
+    pairs = [*(f"{name}=there" for name in required), "executor.partition=gpu"]
+    with pytest.raises(CptError, match="has no value"):
+        from_file(str(file), pairs[1:])
+    # As without a file.
+    found = from_file(str(file), pairs, "slurm")
+    assert found == (recipe, pairs, "slurm")
+    assert (
+        nemo_cpt.load_config(written_without(file, "executor"), *pairs[:-1])[0].data
+        == build_recipe(recipe, catalog.split(recipe, pairs)[1], []).data
+    )
+
+
+def written_without(file: Path, key: str) -> Path:
+    lines = file.read_text("utf-8").splitlines(keepends=True)
+    file.write_text("".join(line for line in lines if not line.startswith(key)), "utf-8")
+    return file
+
+
 def test_yamls_null_is_none_and_the_word_in_quotes_is_a_word(file: Path) -> None:
     file.write_text("recipe: smollm2\nbase: b\ntokenizer: null\nname: 'null'\nmodel: ~\n")
     assert read_config(file).pairs == ["base=b", "tokenizer=None", "name=null", "model=None"]

@@ -144,6 +144,17 @@ def test_bad_input_ends_with_2_and_says_why(arguments, says, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_a_function_that_makes_the_executor_is_called_once_a_launch(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from nemo_cpt.executors import local\n\n\ndef mine():\n"
+        "    open('called', 'a').write('x')\n    return local(processes=2)\n"
+    )
+    given = ["run", "tiny", "base=b", "data=d", "processes=2", "-e", "mine.py:mine", "--dry-run", "--force", "--json"]
+    done = nemo_cpt(*given, cwd=tmp_path, NEMORUN_HOME=str(tmp_path / "home"))
+    assert (done.returncode, json.loads(done.stdout)["runs on"]) == (0, "mine.py:mine: 2 CPU processes")
+    assert (tmp_path / "called").read_text() == "x"
+
+
 def test_copy_writes_a_script_that_is_python_and_does_not_overwrite(tmp_path):
     script = tmp_path / "mine.py"
     write_script(catalog.recipe("tiny"), script)

@@ -501,5 +501,12 @@ def test_bad_csv(tmp_path: Path, content: bytes, says: str) -> None:
         read([tmp_path / "a.csv"])
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.csv"])
+def test_text_in_another_encoding_is_told_the_cure(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(("text\n" + "a\n" * 9000 + "café\n").encode("latin-1"))
+    with pytest.raises(CptError, match=r"can't decode byte 0xe9 .* in another encoding, convert it with iconv"):
+        read([tmp_path / name])
+
+
 def test_an_empty_input_resembles_nothing() -> None:
     assert resemblance(b"") == resemblance(b"\xef\xbb\xbf\n") == ""

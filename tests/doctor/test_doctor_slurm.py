@@ -171,6 +171,40 @@ def test_a_default_of_memory_is_compared_with_the_plan(sinfo, tmp_path):
     assert place("slurm", ["cpus_per_task=4"]).cores_of_task == 4
 
 
+@pytest.mark.skipif(bool(missing()), reason=missing() or "-")
+def test_the_default_of_memory_is_what_a_real_slurm_gives(tmp_path, monkeypatch):
+    cluster = SlurmCluster(tmp_path, shares="CR_Core_Memory", memory=400 << 10)
+    defaults = {
+        "by_core": ["DefMemPerCPU=10240"],
+        "by_gpu": ["JobDefaults=DefMemPerGPU=30720"],
+        "more_cores": ["DefMemPerCPU=10240", "JobDefaults=DefCpuPerGPU=2"],
+        "by_node": ["DefMemPerNode=71680"],
+        "none": [],
+    }
+    sizes = (([], {}), (["--cpus-per-task=3"], {"cores_of_task": 3, "asks_for_cores": True}))
+    try:
+        cluster.start()
+        for name, value in cluster.environ.items():
+            monkeypatch.setenv(name, value)
+        given, said = [], []
+        for partition, own in defaults.items():
+            cluster.run("scontrol", "create", f"PartitionName={partition}", "Nodes=ALL", "MaxTime=60", *own)
+            for size, asked in sizes:
+                job = [f"--partition={partition}", "--gpus-per-node=2", "--ntasks-per-node=2", *size, "--time=1"]
+                number = cluster.run("sbatch", "--wait", "--parsable", "--output=/dev/null", *job, "--wrap=true")
+                shown = cluster.run("scontrol", "show", "job", "-o", number)
+                given.append(int(shown.partition(",mem=")[2].partition("G")[0]))
+                where = Place("slurm", here=False, slurm=True, partition=partition, **asked)
+                found = memory(Examination(Job("r", gpus_per_node=2, place=where, planned=lambda: EIGHT_B)))
+                said.append(found.found)
+    finally:
+        cluster.stop()
+    assert given == [20, 60, 60, 60, 40, 60, 70, 70, 400, 400]
+    assert [each for each in said if "no default" in each] == said[-2:]
+    for gib, each in zip(given[:-2], said, strict=False):
+        assert f"Slurm gives the job {gib} GiB by default" in each
+
+
 def test_a_recipe_that_cannot_be_planned_does_not_stop_a_launch(sinfo):
     def unreadable():
         raise CptError("no such layer")

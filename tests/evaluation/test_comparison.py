@@ -19,7 +19,7 @@ from nemo_cpt import page
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation import comparison, evaluate, report
 from nemo_cpt.evaluation.bits_per_byte import TextLoss
-from nemo_cpt.evaluation.candidates import Candidate, described
+from nemo_cpt.evaluation.candidates import Candidate, described, warnings_of
 from nemo_cpt.evaluation.journal import Journal
 from nemo_cpt.evaluation.reading import prompt_set
 from nemo_cpt.inference.endpoint import EndpointEngine
@@ -230,6 +230,71 @@ def test_what_changed_is_asked_again(
     kept.clear()
     evaluated(models, world, changed, tmp_path, max_tokens=9)
     assert len(kept) == 2 * len(QUESTIONS)
+
+
+def old_journal(path: Path) -> None:
+    """As it was before records held in what they were computed."""
+    records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    lines = [{**each, "key": each["asked"], "asked": None, "computed": None} for each in records]
+    kept = [{name: value for name, value in line.items() if value is not None} for line in lines]
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), "utf-8")
+
+
+def test_what_was_computed_otherwise_is_measured_again_and_said(
+    models: tuple[Path, Path], world: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = list[str]()
+    given = {"losses": [f"ja={world / 'ja_validation.jsonl'}"], "limit": 2, "max_tokens": 2, "say": said.append}
+    first = evaluated(models, world, prompts, tmp_path, **given)
+    assert {(each["device"], each["precision"]) for each in first.models} == {("cpu", "float32")}
+    assert not any("measured again" in line for line in said)
+    with monkeypatch.context() as patched:
+        patched.setattr("nemo_cpt.evaluation.candidates.open_engine", None)
+        assert evaluated(models, world, prompts, tmp_path, **given).rows == first.rows
+        with pytest.raises(TypeError, match="not callable"):  # nothing of the CPU's is taken for a GPU's
+            evaluated(models, world, prompts, tmp_path, **given | {"device": "cuda:0"})
+    precision = json.loads((models[0] / "config.json").read_text())["dtype"]
+    assert said[-2:] == [
+        f"before was measured in float32 on cpu: it is measured again, in {precision} on cuda (--device cpu takes what "
+        "is there)",
+        f"opening before: {models[0]}",
+    ]
+    old_journal(tmp_path / comparison.JOURNAL)
+    said.clear()
+    again = evaluated(models, world, prompts, tmp_path, **given)
+    assert texts(again) == texts(first)
+    told = [
+        line
+        for line in said
+        if line.endswith("did not keep in which precision: it is measured again, in float32 on cpu")
+    ]
+    assert [line.split(",")[0] for line in told] == [
+        f"an earlier version measured {each}" for each in ("before", "after")
+    ]
+
+
+def test_models_of_other_precisions_are_told(models: tuple[Path, Path], tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(models[1], half)
+    config = json.loads((half / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (half / "config.json").write_text(json.dumps(config))
+    for device, wanted in (("cuda:1", 1), ("cpu", 0)):
+        candidates = [Candidate(each.name, str(each), {"device": device}) for each in (models[0], half)]
+        found = [line for line in warnings_of(candidates) if "other precisions" in line]
+        assert len(found) == wanted
+        assert all(f"{models[0]} in float32 on cuda, {half} in bfloat16 on cuda" in line for line in found)
+    assert str(TransformersEngine(half, device="cpu").arithmetic) == "float32 on cpu"
+    with pytest.raises(CptError, match="device is 'gpu': give cpu, cuda"):
+        Candidate("after", str(half), {"device": "gpu"}).arithmetic  # noqa: B018
+
+
+def test_an_endpoint_is_asked_nothing_twice_and_that_is_said(prompts: Path, tmp_path: Path) -> None:
+    said = list[str]()
+    with ChatServer(answering("")) as server:
+        for _ in range(2):
+            evaluate(server.url, tmp_path, prompts=[str(prompts)], quiet=True, say=said.append)
+        assert len(server.asked) == len(QUESTIONS)
+    assert [line for line in said if "known by its name and address alone" in line] == [said[-1]]
 
 
 def test_a_model_that_differs_in_one_number_is_another(tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from nemo_cpt.checkpoint.provenance import Provenance, write_provenance
+from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation.candidates import Candidate
-from nemo_cpt.evaluation.loss_sets import LossSet, mask_warnings, training_record, validated_on
+from nemo_cpt.evaluation.loss_sets import LossSet, find_loss_sets, mask_warnings, training_record, validated_on
 from nemo_cpt.inference.models import Found
 from nemo_cpt.training.changes import content_of
 from nemo_cpt.training.masks import masks_of
@@ -51,6 +52,23 @@ def test_conversations_of_a_run_are_found_where_its_record_says_so(tmp_path: Pat
     run["validated_on"] = {"sets": {}, "conversations": {"chats": prefix}}
     assert validated_on(run, tmp_path, told.append) == [f"chats={prefix}"]
     assert len(told) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("texts", "texts is a folder: name one file of it, or the Megatron prefix of a dataset"),
+        ("ja.txt", r"there is no file .*ja\.txt; near: .*jaa\.txt"),
+        ("ja.CSV", r"there is no file .*ja\.CSV"),
+        ("hf:a/b", "hf:a/b is a dataset of the hub: name a file of it"),
+        ("ja", r"There is no .*ja_text_document\.idx"),
+    ],
+)
+def test_what_is_no_prefix_is_told_from_one(path: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "jaa.txt").write_text("some")
+    with pytest.raises(CptError, match=message):
+        find_loss_sets([f"ja={path if path.startswith('hf:') else tmp_path / path}"], [], {}, None, print)
 
 
 def test_masks_are_the_runs_also_of_its_export_and_those_of_others_are_named(tmp_path: Path) -> None:

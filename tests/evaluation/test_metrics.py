@@ -156,7 +156,16 @@ def test_what_is_not_defined_has_no_verdict() -> None:
         row = compare("ja", before, after)
         assert (row.difference, row.low, row.high, row.verdict) == (None, None, None, "")
     alone = compare("ja", None, some)
-    assert (alone.low, alone.after, alone.high) == (1, 1, 1)
+    assert (alone.low, alone.after, alone.high) == (None, 1, None)
+
+
+def test_units_that_add_nothing_make_nothing_sure() -> None:
+    """Of a text and an empty document every resample gives the same number, which is no certainty."""
+    before, after = (ratio("bits", [nats, 0], [9, 0], better="lower") for nats in (5, 4))
+    row = compare("ja", before, after)
+    assert (row.low, row.high, row.verdict) == (None, None, "")
+    two = compare("ja", *(ratio("bits", [nats, 0, nats], [9, 0, 8], better="lower") for nats in (5, 4)))
+    assert two.verdict == "better"
 
 
 def test_ratios_and_percentiles() -> None:

@@ -208,6 +208,8 @@ def cluster(tmp_path_factory):
 @pytest.fixture
 def slurm_here(cluster, project, monkeypatch):
     """The cluster as seen from its login node; no job is left behind by a test."""
+    from tests.support.executor_jobs import wait_until
+
     for name, value in cluster.environ.items():
         monkeypatch.setenv(name, value)
     yield cluster

@@ -147,10 +147,12 @@ def test_a_dry_run_of_nemos_command_says_what_would_refuse_it(given, project, tm
     before = set(tmp_path.rglob("*"))
     context = RunContext(name="pretrain", dryrun=True)
     context.executor = slurm("llm", "cpu")
+    with pytest.raises(CptError, match="base: the base nowhere is not there; import it first"):
+        context._execute_task(None, [])
+    assert "Dry run for pretrain" in capsys.readouterr().out
+    monkeypatch.setenv("NEMO_CPT_FORCE", "1")
     context._execute_task(None, [])
-    said = capsys.readouterr()
-    assert "nemo_cpt: error: base: the base nowhere is not there; import it first" in said.err
-    assert "Dry run for pretrain" in said.out
+    assert "nemo_cpt: error: base: the base nowhere is not there" in capsys.readouterr().err
     assert set(tmp_path.rglob("*")) == before
 
 
@@ -160,6 +162,18 @@ def test_what_is_no_executor_is_told(given, executor, says, project):
 
     with pytest.raises(CptError, match=f"the executor {says}: give what a function of nemo_cpt.executors returns"):
         run.run(run.Partial(tasks.fail, message="never"), executor=executor, name="t")
+
+
+def test_a_group_of_tasks_is_refused_where_it_would_be_no_job_of_their_size(given, project):
+    import tasks
+
+    both = [build_recipe("tiny.continual_pretrain", given), run.Partial(tasks.fail, message="never")]
+    with run.Experiment("t") as experiment:
+        for executor in (slurm("llm", "cpu"), [slurm("llm", "cpu"), local()]):
+            with pytest.raises(CptError, match="which SlurmJob does not make: add each by its own"):
+                experiment.add(both, executor=executor, name="both")
+        assert experiment.add(both, executor=local(), name="both") == "both"
+        assert [experiment.add(each, executor=slurm("llm", "cpu"), name="one") for each in both] == ["one", "one_1"]
 
 
 def test_docker_without_an_engine_is_one_sentence(project, monkeypatch):

@@ -571,6 +571,20 @@ def test_large_untracked_files_are_not_shipped_unseen(project):
         prepared(slurm(tasks_per_node=1))
 
 
+def test_nemo_runs_own_folder_is_not_shipped(project, monkeypatch):
+    """In a project: the code of every job would hold that of the jobs before."""
+    import nemo_run.config
+
+    monkeypatch.setattr(nemo_run.config, "_NEMORUN_HOME", str(project / "jobs"))
+    folder = project / "jobs/experiments/t"
+    folder.mkdir(parents=True)
+    (project / "beside.txt").touch()
+    with (folder / "data.tar.gz").open("wb") as file:
+        file.truncate(60 * 2**20)
+    with tarfile.open(CodeSnapshot().package(project, str(folder), "code")) as packed:
+        assert set(packed.getnames()) == {"beside.txt", "tasks.py", "waiting.py"}
+
+
 def test_outside_git_a_folder_of_many_python_files_is_refused(project, tmp_path, monkeypatch):
     many = tmp_path / "many"
     many.mkdir()

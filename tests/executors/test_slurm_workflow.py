@@ -10,8 +10,8 @@ import pytest
 from nemo_cpt import CptError
 from nemo_cpt.checkpoint import make_untrained
 from nemo_cpt.vocabulary import train as train_tokenizer
-from nemo_cpt.workflow import Chosen, Workflow, as_yaml, run, train
-from nemo_cpt.workflow.cluster import submit
+from nemo_cpt.workflow import Chosen, Step, Workflow, as_yaml, evaluate, run, split, train
+from nemo_cpt.workflow.cluster import _light, submit
 from nemo_cpt.workflow.dry_run import dry_run
 from nemo_cpt.workflow.files import load
 from nemo_cpt.workflow.standing import inputs_of
@@ -46,6 +46,52 @@ def test_steps_are_jobs_behind_those_that_they_need(slurm_here, project: Path) -
     assert not (project / "four.txt").exists()
     left = {each.step.name: each.why for each in dry_run(load(project / "w.yaml"), Chosen()).standings if not each.done}
     assert left == {"three": "failed", "four": "new"}
+
+
+def test_what_trains_nothing_is_one_process_and_holds_no_gpu_that_it_does_not_use(slurm_here, project: Path) -> None:
+    make_folder(project)
+    text = split("text", inputs=CORPUS, output_folder="text", validation=0.1)
+    report = evaluate("report", model="nowhere", output="report", losses=["en=text/validation.jsonl"])
+    workflow = Workflow("light", [text, own("one", "join", ["a.txt"], "one.txt"), report], project)
+    size = ["nodes=2", "gpus_per_node=2", "cpus_per_gpu=3", "mem_per_gpu=100"]
+    found = submit(write(workflow), Chosen(until="text"), "slurm", [*OPTIONS, *size])
+    found["jobs"] |= submit(write(workflow), Chosen(until="one"), "slurm", [*OPTIONS, *size])["jobs"]
+    assert states(project) == {"text": "done", "one": "done"}
+
+    def holds(name: str) -> dict[str, str]:
+        shown = slurm_here.run("scontrol", "show", "job", "-o", found["jobs"][name].rpartition("/")[2])
+        return {key: value for key, value in (pair.partition("=")[::2] for pair in shown.split())
+                if key in ("NumNodes", "NumTasks", "NumCPUs", "TresPerNode", "MinMemoryNode")}  # fmt: skip
+
+    # With what its GPU would have brought: cores, and memory.
+    assert holds("text") == {"NumNodes": "1", "NumTasks": "1", "NumCPUs": "3", "MinMemoryNode": "100M"}
+    # Of a function of the user's nobody knows that it takes none.
+    one = {"NumNodes": "1", "NumTasks": "1", "NumCPUs": "3", "MinMemoryNode": "0", "TresPerNode": "gres:gpu:1"}
+    assert holds("one") == one
+
+    def gpus(step: Step, trains: bool, *options: str) -> tuple[int | None, str | None]:
+        light = _light(step, "slurm", [*OPTIONS, *options], trains)
+        assert (light.nodes, light.ntasks_per_node) == (1, 1)
+        return light.gpus_per_node, light.gres
+
+    steps = workflow.steps
+    # A model is asked on a GPU, where trainings by the same options take theirs, or where GPUs are asked for.
+    assert gpus(steps["report"], True) == gpus(steps["report"], False, "gpus_per_node=8") == (1, None)
+    assert gpus(steps["report"], False) == gpus(steps["report"], True, "tasks_per_node=8") == (None, None)
+    assert gpus(steps["report"], False, "gres=gpu:h100:8,lscratch:4") == (None, "lscratch:4,gpu:h100:1")
+    assert gpus(steps["text"], True, "gres=gpu:h100:8,lscratch:4") == (None, "lscratch:4")
+    assert gpus(steps["text"], True) == gpus(steps["one"], True) == (None, None)
+    # Where a partition takes no job without one.
+    assert _light(steps["text"], "slurm", ["gpus=1", "cpus_per_gpu=8"], True).additional_parameters.items() >= {
+        ("gpus", 1), ("cpus_per_gpu", 8)
+    }  # fmt: skip
+    on_cpu = evaluate("report", model="nowhere", output="report", device="cpu")
+    assert gpus(on_cpu, True, "gpus_per_node=8") == (None, None)
+    (project / "mine.py").write_text(
+        "from nemo_cpt.executors import local\n\n\ndef eight():\n    return local(processes=8, gpus=0)\n"
+    )
+    here = _light(steps["text"], f"{project}/mine.py:eight", [], True)
+    assert (here.ntasks_per_node, here.launcher) == (1, None)
 
 
 def test_jobs_that_were_left_to_themselves_are_not_started_twice(slurm_here, project: Path) -> None:

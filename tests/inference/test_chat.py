@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -20,7 +21,7 @@ from typer.testing import CliRunner
 from nemo_cpt.cli import app
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation import evaluate
-from nemo_cpt.inference import Piece, Prompt, Sampling
+from nemo_cpt.inference import Piece, Prompt, Sampling, models
 from nemo_cpt.inference.chat import Chat, Side, titles, typed_lines
 from nemo_cpt.inference.transformers_engine import TransformersEngine
 
@@ -242,6 +243,48 @@ def test_serve_answers_and_ends_in_good_order(make_model: Callable[[str], Path])
     assert "secret-key" not in logged
     assert "diary" not in logged
     assert "completions" not in logged
+
+
+def test_serve_can_be_asked_and_stopped_once_it_says_its_address(make_model: Callable[[str], Path]) -> None:
+    arguments = [*COMMAND, "serve", str(make_model("llama")), "--port", "0"]
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        address = next(line for line in server.stderr if "http://" in line).split()[-1]
+        with socket.create_connection(("127.0.0.1", urlsplit(address).port or 0)):
+            server.terminate()
+        assert server.wait(60) == 0
+
+
+def test_a_port_of_a_server_that_is_still_loading_is_taken(
+    make_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        arguments = ["serve", str(make_model("llama")), "--port", str(free.getsockname()[1])]
+    said = list[str]()
+
+    def load(*_: object, **options: object) -> None:
+        if said:
+            raise CptError("both have come here")
+        said.append("the model is loaded")
+        said.append(str(command(*arguments).exception))
+        raise CptError("enough")
+
+    monkeypatch.setattr(models, "open_transformers", load)
+    assert str(command(*arguments).exception) == "enough"
+    assert said[0] == "the model is loaded"
+    assert "choose another --port" in said[1]
+
+
+def test_a_key_that_no_header_could_carry(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemo_cpt.cli.inference import key_of_variable
+
+    for value, says in (("ключ", "that no HTTP header carries"), ("a\nb", "no HTTP header"), (" \n", "is not set")):
+        monkeypatch.setenv("TINY_KEY", value)
+        with pytest.raises(CptError, match=says):
+            key_of_variable("TINY_KEY")
+    monkeypatch.setenv("TINY_KEY", "secret-key\n")
+    assert key_of_variable("TINY_KEY") == "secret-key"
 
 
 @pytest.mark.parametrize("words", [["serve", "nowhere"], ["chat", "{model}", "--against", "nowhere"]])

@@ -16,13 +16,15 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import uvicorn
 
 from nemo_cpt.errors import CptError
 from nemo_cpt.inference import Sampling, open_engine
+from nemo_cpt.inference import server as server_module
+from nemo_cpt.inference.decoding import Request
 from nemo_cpt.inference.endpoint import EndpointEngine
 from nemo_cpt.inference.hosts import LOCAL_HOSTS, names_to_answer
-from nemo_cpt.inference.server import MOST_BYTES, configuration, make_app
+from nemo_cpt.inference.scheduler import QueueFullError, Scheduler, Ticket
+from nemo_cpt.inference.server import MOST_BYTES, Server, configuration, make_app
 from nemo_cpt.inference.transformers_engine import TransformersEngine
 
 HELLO = [{"role": "user", "content": "The old town of Kyoto"}]
@@ -51,7 +53,7 @@ def serving(engine: TransformersEngine, log_requests: bool = False, **options: A
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(256)  # connections wait from here on, whenever the server begins to take them
-        server = uvicorn.Server(configuration(make_app(engine, served_as="tiny", **options), log_requests))
+        server = Server(configuration(make_app(engine, served_as="tiny", **options), log_requests))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
@@ -142,6 +144,9 @@ def test_logprobs_of_tokens_that_are_parts_of_characters(client: openai.OpenAI) 
     text = client.completions.create(prompt="京都", logprobs=20, **asked).choices[0].logprobs
     assert any(each.startswith("bytes:\\x") for each in text.tokens)
     assert {len(each) for each in text.top_logprobs} == {20}
+    drawn = client.completions.create(prompt="京都", logprobs=1, **asked | {"temperature": 2}).choices[0].logprobs
+    assert [top[token] for top, token in zip(drawn.top_logprobs, drawn.tokens, strict=True)] == drawn.token_logprobs
+    assert max(map(len, drawn.top_logprobs)) == 2
 
 
 def test_equal_prompts_of_a_request_are_drawn_apart(client: openai.OpenAI) -> None:
@@ -153,6 +158,8 @@ def test_a_setting_that_breaks_arithmetic_harms_nobody_else(client: openai.OpenA
     asked: dict[str, Any] = {"model": "tiny", "prompt": "a", "max_tokens": 8}
     cold = client.completions.create(temperature=1e-45, **asked).choices[0].text
     assert cold == client.completions.create(temperature=0, **asked).choices[0].text
+    hot = client.completions.create(temperature=1e39, extra_body={"min_tokens": 8}, **asked)
+    assert hot.usage and hot.usage.completion_tokens == 8  # type: ignore[union-attr]  # noqa: PT018
     answer = httpx.post(f"{url}/v1/completions", json=asked | {"repetition_penalty": 1e-45})
     assert (answer.status_code, "it must be 0.01 to 100" in answer.text) == (400, True)
 
@@ -211,6 +218,7 @@ def test_nemos_own_request_of_2023(url: str, engine: TransformersEngine) -> None
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "\udfff"}]}, 400, "a lone surrogate"),
         ("/v1/completions", {"prompt": "a", "seed": 10**30}, 400, "exceeds 64-bit range"),
         ("/v1/completions", {"prompt": []}, 400, "at least 1 item"),
+        ("/v1/completions", {"prompt": {}}, 400, "prompt.str: Input should be a valid string; prompt: Input should be"),
         ("/v1/completions", {"prompt": [1, 999]}, 400, "outside of 0 to 399"),
         ("/v1/completions", {"prompt": "a", "max_tokens": "many"}, 400, "max_tokens"),
         ("/v1/completions", {"prompt": "a" * (MOST_BYTES + 1)}, 413, "at most 1048576 bytes"),
@@ -363,6 +371,31 @@ def test_a_full_queue_refuses_and_loses_nothing(engine: TransformersEngine, monk
         assert [each.result() for each in (first, *others) if each not in refused] == [200, 200, 200]
 
 
+def test_who_leaves_the_queue_makes_room(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(engine, monkeypatch)
+    scheduler = Scheduler(engine.decoder(), 1, 1000, most_waiting=2, ended=lambda request: None)
+
+    def ask() -> Ticket:
+        return scheduler.submit(Request(engine.encode("a"), Sampling(max_tokens=3, min_tokens=3)))
+
+    async def come_and_go() -> None:
+        first = ask()
+        await asyncio.to_thread(gate.reached.wait)
+        gone = [ask() for _ in range(2)]
+        with pytest.raises(QueueFullError):
+            ask()
+        for ticket in gone:
+            scheduler.cancel(ticket)
+        assert scheduler.waiting == 0
+        others = [ask() for _ in range(2)]
+        gate.open.set()
+        for ticket in (first, *others):
+            assert [piece.finish_reason async for piece in ticket][-1] == "length"
+        await asyncio.to_thread(scheduler.close)
+
+    asyncio.run(come_and_go())
+
+
 def test_a_client_that_hangs_up_leaves_the_batch(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     cancelled = threading.Event()
     from nemo_cpt.inference.decoding import Decoder
@@ -421,8 +454,6 @@ def test_a_client_that_left_before_its_stream_began_leaves_the_batch(engine: Tra
     async def send(message: Any) -> None:
         pass
 
-    from nemo_cpt.inference.scheduler import Scheduler
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Scheduler, "cancel", lambda scheduler, ticket: cancelled.set())
         asyncio.run(app(scope, receive, send))
@@ -463,6 +494,24 @@ def test_a_server_that_is_told_to_stop_finishes_what_it_has_begun(
         assert reply.result().json()["choices"][0]["text"] == replied(engine, "a", max_tokens=9)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_reply_that_does_not_end_in_time_is_told_so(
+    stream: bool, engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    gate, stop = Gate(engine, monkeypatch), Scheduler.stop
+    monkeypatch.setattr(server_module, "SECONDS_TO_FINISH", 0)
+    monkeypatch.setattr(Scheduler, "stop", lambda scheduler: (stop(scheduler), gate.open.set()))
+    body = {"prompt": "a", "max_tokens": 200, "min_tokens": 200, "stream": stream}
+    with ThreadPoolExecutor(1) as pool:
+        with serving(engine) as url:
+            reply = pool.submit(lambda: httpx.post(f"{url}/v1/completions", json=body, timeout=60))
+            gate.reached.wait()
+        answer = reply.result()
+    assert answer.status_code == (200 if stream else 503)
+    assert "the server is shutting down" in answer.text
+    assert "Traceback" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("asked_for", [False, True])
 def test_a_request_is_logged_where_that_is_asked_for(
     engine: TransformersEngine, capfd: pytest.CaptureFixture, asked_for: bool
@@ -492,6 +541,12 @@ def test_the_endpoint_engine_is_the_engine(url: str, engine: TransformersEngine)
         assert "".join(piece.text for piece in endpoint.stream(prompt, sampling)) == "".join(
             piece.text for piece in engine.stream(prompt, sampling)
         )
+    for prompt, sampling, says in (
+        ("\ud800", Sampling(), "lone surrogate"),
+        ("a", Sampling(logprobs=1), "are not read"),
+    ):
+        with pytest.raises(CptError, match=says):
+            list(endpoint.generate([prompt], sampling))
     ((_, reply),) = endpoint.generate(["a"], Sampling(max_tokens=5))
     assert reply.completion_tokens >= 1
     assert 0 < reply.first_token_seconds <= reply.seconds

@@ -9,12 +9,15 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from nemo_cpt.errors import CptError
-from nemo_cpt.inference import Sampling, hugging_face_folder, open_engine
-from nemo_cpt.inference.decoding import Request, _Detokenizer, _until_stop
+from nemo_cpt.evaluation.bits_per_byte import documents_loss
+from nemo_cpt.inference import Sampling, hugging_face_folder, open_engine, transformers_engine
+from nemo_cpt.inference.asked_as import end_ids
+from nemo_cpt.inference.decoding import Decoder, Request, _Detokenizer, _until_stop
 from nemo_cpt.inference.transformers_engine import TransformersEngine
 from tests.inference.conftest import SHAPES
 
@@ -154,12 +157,84 @@ def test_a_temperature_next_to_nothing_is_greedy(engine: TransformersEngine) -> 
     assert [greedy[at].text for at in range(2)] == [cold[at].text for at in range(2)]
 
 
+@pytest.mark.parametrize("temperature", [1e39, 10**400])
+def test_a_temperature_beyond_fp32_draws_among_all_tokens_that_may_be(
+    temperature: float, engine: TransformersEngine
+) -> None:
+    sampling = Sampling(12, temperature=temperature, min_tokens=12, top_k=399)
+    assert [reply.completion_tokens for _, reply in engine.generate(PROMPTS, sampling)] == [12] * len(PROMPTS)
+
+
+@pytest.mark.parametrize("end_ids", [[], [400]])
+def test_min_tokens_of_a_model_without_an_end(end_ids: list[int], engine: TransformersEngine) -> None:
+    """None is named, or one that the model has no row for."""
+    decoder, request = Decoder(engine.network, engine.tokenizer, end_ids, 256), Request([5], Sampling(3, min_tokens=2))
+    decoder.add([request])
+    while decoder.rows:
+        decoder.step()
+    assert (request.tokens, request.finish_reason) == (3, "length")
+
+
+def test_a_special_token_as_a_stop_string_ends_the_reply(engine: TransformersEngine) -> None:
+    """Such tokens are no part of a reply's text, in which the string is looked for."""
+    ((_, whole),) = engine.generate(["a"], Sampling(max_tokens=40, logprobs=0))
+    said = [each.text for each in whole.logprobs]
+    stop = next(each for each in said if each in ("<|user|>", "<|assistant|>", "<|system|>"))
+    ((_, cut),) = engine.generate(["a"], Sampling(max_tokens=40, stop=("never said", stop)))
+    assert (cut.finish_reason, cut.completion_tokens) == ("stop", said.index(stop) + 1)
+    assert whole.text.startswith(cut.text)
+
+
+def test_a_long_prompt_and_many_short_ones_stay_within_the_batch(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every row of a batch takes the columns of its longest one."""
+    monkeypatch.setattr(transformers_engine, "BATCH_TOKENS", 400)
+    step, taken = Decoder.step, list[tuple[int, int]]()
+
+    def counted(decoder: Decoder) -> object:
+        pieces = step(decoder)
+        taken.append((len(decoder.rows), decoder._mask.shape[1]))
+        return pieces
+
+    monkeypatch.setattr(Decoder, "step", counted)
+    sampling = Sampling(max_tokens=20, min_tokens=20)
+    prompts = ["鴨川は京都市を流れる。" * 4, *["a"] * 30]
+    replies = dict(engine.generate(prompts, sampling))
+    assert max(rows * columns for rows, columns in taken) <= 400
+    assert max(rows for rows, _ in taken) > 10
+    assert {reply.completion_tokens for reply in replies.values()} == {20}
+
+
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_a_model_that_computes_nan_says_so(temperature: float, make_model: Callable[[str], Path]) -> None:
     engine = TransformersEngine(make_model("gpt2"))
     engine.network.lm_head.weight.data[3] = float("nan")
     with pytest.raises(CptError, match=r"the model computes NaN: its weights hold NaN .* overflow in torch.float32"):
         list(engine.generate(["a"], Sampling(4, temperature=temperature)))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_prompt_of_which_the_model_computes_nan_ends_no_other_reply(
+    value: float, make_model: Callable[[str], Path]
+) -> None:
+    engine = TransformersEngine(make_model("llama"))
+    alone = dict(engine.generate(["a"], Sampling(max_tokens=9)))[0]
+    (token,) = set(engine.encode("Z")) - set(engine.encode(""))
+    assert token not in engine.tokenizer(alone.text).input_ids
+    engine.network.get_input_embeddings().weight.data[token] = value
+    sound, broken = (Request(engine.encode(text), Sampling(max_tokens=9, temperature=each)) for text, each in
+                     (("a", 0), ("Z", 1)))  # fmt: skip
+    decoder = engine.decoder()
+    pieces = decoder.add([sound, broken])
+    assert (broken.finish_reason, pieces[1][1].text, "the model computes NaN" in str(broken.error)) == (
+        "cancelled", "", True,
+    )  # fmt: skip
+    while decoder.rows:
+        decoder.step()
+    assert (sound.reply().text, sound.error) == (alone.text, None)
+    with pytest.raises(CptError, match="the model computes NaN"):
+        list(engine.stream("Z", Sampling(max_tokens=9)))
 
 
 def test_repetition_penalty_and_min_tokens_are_transformers_own(engine: TransformersEngine) -> None:
@@ -225,6 +300,12 @@ def test_bos_stands_once(engine: TransformersEngine) -> None:
         ([{"role": "robot", "content": "a"}], Sampling(), r"messages\[0\] has the role 'robot'"),
         ([{"role": "user", "content": ["a"]}], Sampling(), r"messages\[0\] has content of type list"),
         ([{"role": "assistant", "content": "a"}], Sampling(), "the last message is the assistant's"),
+        ("a\ud800", Sampling(), r"^prompt 1, 'a\\ud800': the prompt holds the lone surrogate U\+D800"),
+        ([{"role": "user", "content": "\udcff"}], Sampling(), r"messages\[0\] holds the lone surrogate U\+DCFF"),
+        ([1, 2], Sampling(), r"^prompt 1, \[1, 2\]: messages\[0\] is of type int; it must be a dict"),
+        ({"role": "user", "content": "a"}, Sampling(), "a prompt is of type dict: give text, or a list of messages"),
+        (b"a", Sampling(), "a prompt is of type bytes"),
+        (5, Sampling(), "^prompt 1, 5: a prompt is of type int"),
     ],
 )
 def test_what_cannot_be_answered(engine: TransformersEngine, prompt: object, sampling: Sampling, says: str) -> None:
@@ -240,6 +321,7 @@ def test_what_cannot_be_answered(engine: TransformersEngine, prompt: object, sam
         {"top_p": 0},
         {"top_k": -2},
         {"stop": ("",)},
+        {"stop": ("a", "\udc00")},
         {"logprobs": 21},
         {"repetition_penalty": 1e-45},
     ],
@@ -290,6 +372,66 @@ def test_a_nemo_checkpoint_is_exported_into_the_cache_once(
     assert replies[0] == replies[1]
     import_hf(make_model("qwen2_tied"), tmp_path / "other")
     assert hugging_face_folder(tmp_path / "other") != folder
+
+
+def test_an_export_in_the_cache_is_made_again_where_a_small_file_changed(
+    make_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a warning says to add an end to generation_config.json, which is no weight."""
+    from nemo_cpt.checkpoint import import_hf
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    import_hf(make_model("llama"), tmp_path / "nemo")
+    before = hugging_face_folder(tmp_path / "nemo")
+    for name in ("context/nemo_tokenizer", "hf"):
+        (tmp_path / "nemo" / name / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    after = hugging_face_folder(tmp_path / "nemo")
+    assert after != before
+    assert end_ids(after) == [2, 7]
+    shutil.move(tmp_path / "nemo", tmp_path / "moved")
+    assert hugging_face_folder(tmp_path / "moved") == after
+
+
+def test_a_prompt_with_a_token_that_the_model_has_no_row_for(make_model: Callable[[str], Path], tmp_path: Path) -> None:
+    shutil.copytree(make_model("llama"), tmp_path / "small")
+    network = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    network.resize_token_embeddings(300)
+    network.save_pretrained(tmp_path / "small")
+    engine = TransformersEngine(tmp_path / "small")
+    text = next(each for each in PROMPTS if max(engine.encode(each)) >= 300)
+    with pytest.raises(CptError, match=r"^prompt 2, .*: the prompt holds the token \d+, outside of 0 to 299"):
+        list(engine.generate(["a", text], Sampling(max_tokens=4)))
+    with pytest.raises(CptError, match=r"^document 2 holds the token \d+, outside of 0 to 299"):
+        documents_loss(engine, ["a", text])
+    with pytest.raises(CptError, match=r"^document 1 holds the lone surrogate U\+D800"):
+        documents_loss(engine, ["\ud800"])
+
+
+def test_a_model_that_lacks_weights_is_not_filled_with_random_ones(
+    make_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(make_model("llama"), tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "layers.1.mlp" not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    says = r"lacks 3 of its model's tensors \(model\.layers\.1\.mlp\.down_proj\.weight, .*\): make or fetch it again"
+    with pytest.raises(CptError, match=says):
+        open_engine(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_file_that_is_cut_short(name: str, make_model: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(make_model("llama"), tmp_path / "model"))
+    (folder / name).write_bytes((folder / name).read_bytes()[:9000])
+    with pytest.raises(CptError, match="cannot be loaded by transformers"):
+        open_engine(folder)
+
+
+def test_a_model_without_its_tokenizer(make_model: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(make_model("llama"), tmp_path / "model"))
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(CptError, match="holds no tokenizer"):
+        open_engine(folder)
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:x"])

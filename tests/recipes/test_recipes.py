@@ -529,5 +529,13 @@ def test_nemo_llm_finds_the_factory_of_instruction_tuning(tmp_path: Path) -> Non
     assert "max_steps: 77" in (tmp_path / "sft.yaml").read_text()
 
 
+@pytest.mark.parametrize("launch", [["--dryrun"], ["--yes"]], ids=lambda words: words[0])
+def test_nemo_llm_ends_with_two_where_a_launch_is_refused(launch: list[str]) -> None:
+    done = nemo("llm", "pretrain", "--factory", "smollm2_cpt", *launch, "resume.base=nowhere")
+    assert done.returncode == 2
+    assert "nemo_cpt: smollm2_cpt is not launched (NEMO_CPT_FORCE=1 launches it all the same)" in done.stderr
+    assert "base: the base nowhere is not there" in done.stderr
+
+
 def _check(done: subprocess.CompletedProcess[str]) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

@@ -33,7 +33,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
 SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
+SelectTypeParameters={shares}
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SchedulerType=sched/backfill
@@ -68,10 +68,16 @@ def free_port() -> int:
 
 
 class SlurmCluster:
-    """The daemons and their folder; `environ` is what clients need to reach them."""
+    """The daemons and their folder; `environ` is what clients need to reach them.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        folder: where all of it lies.
+        shares: Slurm's SelectTypeParameters, what of a node jobs share out.
+        memory: MB that each node says it has.
+    """
+
+    def __init__(self, folder: Path, shares: str = "CR_Core", memory: int = 4000) -> None:
+        self.folder, self.shares, self.memory = folder, shares, memory
         self.daemons: list[subprocess.Popen[bytes]] = []
         self.environ = {"SLURM_CONF": str(folder / "slurm.conf")}
 
@@ -115,18 +121,19 @@ class SlurmCluster:
         return state
 
     def jobs(self) -> list[str]:
-        """Return the ids of the jobs that are queued, running or ending: cancelled, they stay until their tasks are gone."""
+        """Return the ids of the jobs that are queued, running or ending; a cancelled one ends with its tasks."""
         return self.run("squeue", "-h", "-o", "%i").split()
 
     def _write_config(self) -> None:
         nodes = [
             f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={free_port()} "
-            "CPUs=8 RealMemory=4000 Gres=gpu:2 State=UNKNOWN"
+            f"CPUs=8 RealMemory={self.memory} Gres=gpu:2 State=UNKNOWN"
             for name in NODES
         ]
         config = CONFIG.format(
-            folder=self.folder, host=socket.gethostname(), controller_port=free_port(), nodes="\n".join(nodes)
-        )
+            folder=self.folder, host=socket.gethostname(), controller_port=free_port(), nodes="\n".join(nodes),
+            shares=self.shares,
+        )  # fmt: skip
         (self.folder / "slurm.conf").write_text(config)
         stand_ins = [f"NodeName={','.join(NODES)} Name=gpu File={device}\n" for device in ("/dev/null", "/dev/zero")]
         (self.folder / "gres.conf").write_text("".join(stand_ins))

@@ -109,6 +109,22 @@ def test_what_is_kept_stays_token_for_token(base: Path, tmp_path: Path) -> None:
     assert sum(map(len, _encode(base, texts("ja")))) > sum(map(len, _encode(tmp_path / "t", texts("ja"))))
 
 
+@pytest.mark.parametrize("ignore_merges", [True, False])
+def test_of_texts_to_keep_every_word_is_kept_however_many_there_are(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ignore_merges: bool
+) -> None:
+    monkeypatch.setattr("nemo_cpt.vocabulary.words._TRIM_AT", 400)
+    changed = shutil.copytree(base, tmp_path / "base")
+    content = json.loads((changed / "tokenizer.json").read_text())
+    content["model"]["ignore_merges"] = ignore_merges
+    (changed / "tokenizer.json").write_text(json.dumps(content))
+    kept = texts("ja")[:40]
+    (tmp_path / "keep.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in kept))
+    keep = [str(tmp_path / "keep.jsonl")]
+    grow(str(changed), JA, tmp_path / "t", tokens=30, min_count=2, multiple_of=1, keep=keep)
+    assert _encode(changed, kept) == _encode(tmp_path / "t", kept)
+
+
 def test_characters_that_the_corpus_holds_little_of_are_not_learnt(base: Path, tmp_path: Path) -> None:
     documents = [*texts("ja"), *["“naïve café” – 100 €"] * 20]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
@@ -123,6 +139,17 @@ def test_until_a_rate_on_held_out_documents(base: Path, tmp_path: Path) -> None:
     assert report.characters_per_token is not None
     assert report.characters_per_token >= 0.6
     assert report.vocabulary_size % 128 == 0
+
+
+def test_until_a_rate_that_the_corpus_gives_with_few_tokens(base: Path, tmp_path: Path) -> None:
+    """The last size before the corpus gives no more is measured, too."""
+    full = grow(str(base), JA, tmp_path / "full", tokens=60, min_count=40)
+    rate = full.characters_per_token
+    assert rate is not None
+    report = grow(str(base), JA, tmp_path / "t", until=rate - 1e-4, min_count=40)
+    assert (report.tokens, report.characters_per_token) == (full.tokens, rate)
+    with pytest.raises(CptError, match=rf"^{full.tokens:,} tokens give {rate:.3f} characters a token .*, not 5,"):
+        grow(str(base), JA, tmp_path / "more", until=5.0, min_count=40)
 
 
 def test_a_tokenizer_with_a_normalizer(normalizing_base: Path, tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nemo_cpt.checkpoint import make_untrained
 from nemo_cpt.compatibility import check_data, read_base
@@ -17,12 +19,14 @@ from nemo_cpt.corpus.atomic_folders import new_folder
 from nemo_cpt.corpus.tokenization.tokenizer import FastEncoder, load_tokenizer
 from nemo_cpt.errors import CptError
 from nemo_cpt.vocabulary import byte_level, grow, train
-from nemo_cpt.vocabulary.learning import MAX_BYTES
+from nemo_cpt.vocabulary.learning import MAX_BYTES, _untrained
+from nemo_cpt.vocabulary.samples import Sample, draw, parts
 from nemo_cpt.vocabulary.training import BOS, CHAT, EOS, PAD, settled
 from nemo_cpt.vocabulary.words import script_of
 from tests.vocabulary.conftest import CORPUS, texts
 
 SCRIPTS = {"CJK", "HIRAGANA"}
+LETTERS = "letters.jsonl"  # of which no two stand together
 JA, EN = (str(CORPUS / f"{language}.jsonl") for language in ("ja", "en"))
 
 
@@ -143,7 +147,59 @@ def test_it_is_the_same_each_time_and_in_any_order_of_the_files(tmp_path: Path) 
 
 def test_a_large_corpus_is_sampled(tmp_path: Path) -> None:
     report = train(JA, tmp_path / "t", 640, sample_bytes=40_000)
-    assert 20_000 <= report.learnt_from["text"] <= 40_000
+    assert 40_000 - 3 <= report.learnt_from["text"] <= 40_000
+
+
+def test_a_book_in_one_file_is_learnt_from_and_judged_by(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("\n".join(texts("ja") * 30))
+    report = train(str(tmp_path / "book.txt"), tmp_path / "t", 640)
+    assert report.learnt_from["text"] > 2**20
+    assert report.characters_per_token["text"] > 0.5
+    part = train(str(tmp_path / "book.txt"), tmp_path / "part", 640, sample_bytes=40_000)
+    assert 40_000 - 3 <= part.learnt_from["text"] <= 40_000
+
+
+def test_weights_hold_where_a_corpus_is_one_document(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("\n".join(texts("en")))
+    report = train({JA: 3, str(tmp_path / "book.txt"): 1}, tmp_path / "t", 640)
+    shares = list(report.learnt_from.values())
+    assert shares[0] == pytest.approx(3 * shares[1], rel=0.01)
+    tiny = train({JA: 1, EN: 1e-12}, tmp_path / "tiny", 640, sample_bytes=40_000)
+    assert tiny.learnt_from[EN] == 1
+
+
+def test_a_part_of_a_corpus_is_the_same_in_any_order_of_its_documents(tmp_path: Path) -> None:
+    documents, chance, found = [*texts("ja"), *texts("en")[:20] * 3], random.Random(0), set()
+    for _ in range(20):
+        chance.shuffle(documents)
+        (tmp_path / "c.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+        sample = draw(str(tmp_path / "c.jsonl"), limit=30_000)
+        found.add((tuple(sample.texts), tuple(sample.held_out)))
+        assert sample.nbytes == sum(len(text.encode()) for text in sample.texts) <= 30_000
+    assert len(found) == 1
+
+
+def test_a_corpus_whose_only_document_would_be_held_out_is_learnt_from(tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_text(json.dumps({"text": "京都"}) + "\n")
+    sets = [(text, draw_one(tmp_path / "one.jsonl", text)) for text in texts("ja") + texts("en")]
+    assert all(sample.texts == [text] and not sample.held_out for text, sample in sets)
+
+
+def draw_one(path: Path, text: str) -> Sample:
+    path.write_text(json.dumps({"text": text}) + "\n")
+    return draw(str(path))
+
+
+@given(st.text("a \n\r\u3042.", max_size=60))
+def test_parts_of_a_text_have_its_words(text: str) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("nemo_cpt.vocabulary.samples.PART", 7)
+        cut = list(parts(text))
+    assert "".join(cut) == text
+    behind_lines = [part for part in cut[:-1] if part.endswith(("\n", "\r"))]
+    if len(behind_lines) == max(len(cut) - 1, 0):
+        words = _untrained("bpe").pre_tokenizer.pre_tokenize_str
+        assert [word for part in cut for word, _ in words(part)] == [word for word, _ in words(text)]
 
 
 def test_another_that_writes_the_same_tokenizer_keeps_its_files(tmp_path: Path) -> None:
@@ -181,9 +237,16 @@ def test_it_can_be_grown(trained: Path, tmp_path: Path) -> None:
         ({"multiple_of": 0}, "multiple_of is 0"),
         ({"kind": "wordpiece"}, "it can be bpe, unigram"),
         ({"kind": "unigram", "vocabulary_size": 100_000}, "the corpora give"),
+        ({"kind": "unigram", "vocabulary_size": 384, "corpora": LETTERS}, "the corpora give"),
     ],
 )
-def test_what_cannot_be_is_refused_and_leaves_nothing(changes: dict, message: str, tmp_path: Path) -> None:
+def test_what_cannot_be_is_refused_and_leaves_nothing(
+    changes: dict, message: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    if changes.get("corpora") == LETTERS:
+        path = tmp_path_factory.mktemp("letters") / LETTERS
+        path.write_text("".join(json.dumps({"text": f"a b c d e f g {number}"}) + "\n" for number in range(100)))
+        changes = changes | {"corpora": str(path)}
     with pytest.raises(CptError, match=message):
         train(**{"corpora": JA, "output": tmp_path / "t", "vocabulary_size": 1000} | changes)
     assert not list(tmp_path.iterdir())

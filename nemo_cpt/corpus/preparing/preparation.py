@@ -355,8 +355,10 @@ def _warnings(prefix: str, manifest: dict[str, Any]) -> list[str]:
             "Megatron's scripts. split_special_tokens=True (--split-special-tokens) makes them ordinary text."
         )
     if manifest["longest"] > LONG:
+        of_text = any(each["kind"] == "text" for each in manifest["inputs"])
         warnings.append(
             f"The longest document has {manifest['longest']:,} tokens. It stays whole: Megatron cuts at seq_length "
             f"itself, and the tokenizer's warnings about {LONG:,} tokens do not matter here."
+            + (" A file of plain text is one document." if of_text else "")
         )
     return warnings

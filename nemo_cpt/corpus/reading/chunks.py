@@ -382,7 +382,8 @@ def _sound(batches: Iterator[list[Any]], kind: str) -> Iterator[list[Any]]:
             row += len(values)
     except (OSError, ValueError, pa.ArrowException) as error:
         what = {"parquet": "Parquet file", "csv": "CSV file", "text": "text file"}.get(kind, "dataset")
-        raise DamagedError(f"the {what} breaks near its row {row}: {error}") from error
+        cure = ". If it is in another encoding, convert it with iconv" if isinstance(error, UnicodeDecodeError) else ""
+        raise DamagedError(f"the {what} breaks near its row {row}: {error}{cure}") from error
 
 
 def _open_rows(source: Source, key: str | None, chunk_bytes: int) -> tuple[Iterator[list[Any]], int]:
