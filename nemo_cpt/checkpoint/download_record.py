@@ -55,4 +55,7 @@ def check_file(path: Path, recorded: FileRecord) -> None:
         while piece := file.read(_READ_AT_ONCE):
             found = crc32(piece, found)
     if found != recorded.crc32:
-        raise CptError(f"{path} is not what was downloaded: its bytes changed since. Download it again.")
+        raise CptError(
+            f"{path} is not what was downloaded: its bytes changed since. Download it again; if you saved another "
+            f"model there yourself, remove {path.with_name(_RECORD)}."
+        )

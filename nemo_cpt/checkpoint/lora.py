@@ -35,6 +35,8 @@ LAST = "-last"  # how a run names its newest checkpoint
 # Of nemo.collections.llm.peft's LoRA and DoRA: a context records only what differs from the defaults.
 _DEFAULT_ALPHAS = {"LoRA": 32, "DoRA": 64}
 _MAGNITUDE = "weight_magnitude"
+_PARTS = ("linear_in.weight", "linear_out.weight", _MAGNITUDE)
+_HEAD = layout.HEAD.removesuffix(".weight")
 _PEFT_PARTS = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_magnitude_vector": "magnitude"}  # of an `Update`
 
 
@@ -143,7 +145,7 @@ class Adapters:
         self.adapted = [name for name in self._slots if self._has(name)]
         # A LoRA run's checkpoint holds what was trained: adapters, and whole the tensors that were trained beside them.
         self.trained_whole = [name for name in self._slots if self._weights.has(name)]
-        _refuse_others(self._weights, nemo)
+        self._refuse_others()
         _refuse_unpatched(self._weights, nemo)
         if not self.adapted:
             raise CptError(f"{nemo} holds no adapters on linear_qkv, linear_proj, linear_fc1 or linear_fc2.")
@@ -182,6 +184,18 @@ class Adapters:
         if not slot.key.endswith(".weight"):
             return False
         return self._weights.reader.has(*self._weights.locate(_adapter_key(slot, part), slot.layer))
+
+    def _refuse_others(self) -> None:
+        """Refuse an adapter that no tensor of the model would be merged with."""
+        slots, weights = [self._slots[name] for name in self.adapted], self._weights
+        known = {weights.locate(_adapter_key(slot, part), slot.layer)[0] for slot in slots for part in _PARTS}
+        for key in weights.reader.shapes:
+            # The optimizer's states repeat the names behind their own.
+            if ".adapter." in key and key.startswith(weights.prefix) and "optimizer" not in key and key not in known:
+                raise CptError(
+                    f"{self.nemo}: {key} belongs to another method than LoRA and DoRA (canonical LoRA, experts), or to "
+                    "the head of a model whose embedding it is, which cannot be exported."
+                )
 
     @property
     def rank(self) -> int:
@@ -251,19 +265,6 @@ class Adapters:
 
 def _adapter_key(slot: layout.Slot, part: str) -> str:
     return f"{slot.key.removesuffix('.weight')}.adapter.{part}"
-
-
-def _refuse_others(weights: NemoWeights, nemo: Path) -> None:
-    modules = (layout.QKV, layout.PROJ, layout.FC1, layout.FC2)
-    for key in weights.reader.shapes:
-        if ".adapter." not in key or not key.startswith(weights.prefix + layout.LAYERS):
-            continue
-        module, _, side = key.partition(".adapter.")
-        if not module.endswith(modules) or side not in ("linear_in.weight", "linear_out.weight", _MAGNITUDE):
-            raise CptError(
-                f"{nemo}: {key} belongs to another method than LoRA and DoRA (canonical LoRA, experts), which cannot "
-                "be exported."
-            )
 
 
 def _refuse_unpatched(weights: NemoWeights, nemo: Path) -> None:
@@ -347,11 +348,12 @@ def write_peft_adapter(folder: Path, adapters: Adapters, base_name: str, dtype: 
 
 def _peft_config(adapters: Adapters, base_name: str) -> dict[str, Any]:
     paths = [name.removesuffix(".weight").removeprefix("model.layers.") for name in adapters.adapted]
-    layers = sorted({int(path.partition(".")[0]) for path in paths})
+    layers = sorted({int(path.partition(".")[0]) for path in paths if path != _HEAD})
     modules = sorted({path.rpartition(".")[2] for path in paths})
     # Not the same modules in each layer: layer by layer, in full.
     if len(paths) != len(layers) * len(modules):
-        modules = sorted("layers." + path for path in paths)  # peft matches these as the ends of module names
+        # peft matches these as the ends of module names.
+        modules = sorted(path if path == _HEAD else f"layers.{path}" for path in paths)
     # None means all layers to peft, which is what a recipe usually adapts.
     everywhere = len(layers) == adapters.arch.num_hidden_layers
     return {
@@ -361,7 +363,7 @@ def _peft_config(adapters: Adapters, base_name: str) -> dict[str, Any]:
         "r": adapters.rank,
         "lora_alpha": adapters.alpha,
         "target_modules": modules,
-        "layers_to_transform": None if everywhere or "layers." in modules[0] else layers,
+        "layers_to_transform": None if everywhere or any("layers." in each for each in modules) else layers,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,

@@ -23,8 +23,10 @@ LAYERS, RANK, ALPHA = 4, 4, 8
 SIZES = {"self_attention.linear_qkv": (96, 48), "mlp.linear_fc1": (160, 48), "mlp.linear_fc2": (48, 80)}
 
 
-def _lora_checkpoint(folder: Path, adapted: list[tuple[int, str]], base: Path, method: str = "adapter") -> Path:
-    """What NeMo leaves of a LoRA run: adapters of the layers and modules in `adapted`."""
+def _lora_checkpoint(
+    folder: Path, adapted: list[tuple[int, str]], base: Path, method: str = "adapter", head_rows: int | None = None
+) -> Path:
+    """What NeMo leaves of a LoRA run: adapters of the layers and modules in `adapted`, and of a padded head."""
     torch.manual_seed(3)
     with DistributedWriter(folder / "weights") as writer:
         for layer, module in adapted:
@@ -32,6 +34,10 @@ def _lora_checkpoint(folder: Path, adapted: list[tuple[int, str]], base: Path, m
             for side, shape in (("linear_in", (RANK, into)), ("linear_out", (out, RANK))):
                 key = f"module.decoder.layers.{module}.{method}.{side}.weight"
                 writer.add(key, torch.randn(shape).numpy() * 0.1, (LAYERS, *shape), (layer, 0, 0))
+        if head_rows:
+            for side, shape in (("linear_in", (RANK, 48)), ("linear_out", (head_rows, RANK))):
+                key = f"module.output_layer.{method}.{side}.weight"
+                writer.add(key, torch.randn(shape).numpy() * 0.1, shape, (0, 0))
     (folder / "weights" / "adapter_metadata.json").write_text(json.dumps({"model_ckpt_path": str(base)}))
     (folder / "context").mkdir()
     (folder / "context" / "io.json").write_text(json.dumps(transform_context("LoRA", {"alpha": ALPHA})))
@@ -165,6 +171,26 @@ def test_the_base_of_adapters_is_found_wherever_the_project_is(
     assert recorded_base(lora) in (None, Path("runs/full/checkpoints/steps=4"))  # which an export refuses
     with pytest.raises(CptError, match=r"its base is gone|is not what the adapters"):
         export_hf(lora, tmp_path / "out")
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_adapters_on_the_head(everywhere: bool, tmp_path: Path) -> None:
+    hf = models.make("llama31", tmp_path / "hf")
+    adapted = [(layer, "mlp.linear_fc1") for layer in range(LAYERS if everywhere else 2)]
+    lora = _lora_checkpoint(tmp_path / "lora", adapted, hf, head_rows=256)
+    export_hf(lora, tmp_path / "merged", base=hf, dtype="float32")
+    export_hf(lora, tmp_path / "adapter", base=hf, adapter=True)
+    merged, before = models.tensors(tmp_path / "merged"), models.tensors(hf)
+    assert not torch.equal(merged["lm_head.weight"], before["lm_head.weight"].float())
+    adapted_model = PeftModel.from_pretrained(_load(hf), tmp_path / "adapter")
+    assert torch.allclose(_logits(_load(tmp_path / "merged")), _logits(adapted_model), atol=1e-5)
+
+
+def test_adapters_on_a_head_that_is_the_embedding_are_not_passed_over(tmp_path: Path) -> None:
+    hf = models.make("llama32", tmp_path / "hf")
+    lora = _lora_checkpoint(tmp_path / "lora", [(0, "mlp.linear_fc1")], hf, head_rows=256)
+    with pytest.raises(CptError, match=r"module\.output_layer\.adapter\.linear_\S+ belongs to .* the head of a model"):
+        export_hf(lora, tmp_path / "out", base=hf)
 
 
 def test_another_method_is_refused(tmp_path: Path) -> None:
