@@ -31,19 +31,20 @@ _MESSAGE = re.compile(r"(\[default\d+\]:)?nemo_cpt: ")  # how a CptError ends a 
 
 @cache
 def apply() -> None:
-    """Put every patch in place, once a process."""
-    # The order matters once: what surrounds experiments is put around what is there, so that the first stands
-    # innermost.
+    """Put every patch in place, once a process.
+
+    Raises:
+        CptError: within a `with run.Experiment(...)` block that began without them.
+    """
+    surround_experiments()
+    _check_that_none_began_before()
     exit_with_the_message()
     examination.examine_before_launch()
     stopping.supervise_local_jobs()
     stopping.supervise_containers()
     stopping.supervise_cloud_jobs()
-    stopping.pass_signals_on()
-    stopping.print_on_without_readers()
     stopping.wait_until_saved()
     stopping.let_containers_save()
-    raise_when_a_task_failed()
     admit_slurm_job()
     say_why_ssh_fails()
     say_why_nothing_is_written()
@@ -56,6 +57,28 @@ def apply() -> None:
     pods.quote_variables()
     pods.supervise_jobs()
     pods.show_manifests()
+
+
+@cache
+def surround_experiments() -> None:
+    """Put in place what begins and ends with an experiment: Python looks both up when its block begins."""
+    # Each is put around what is there, so that the first stands innermost.
+    stopping.pass_signals_on()
+    stopping.print_on_without_readers()
+    raise_when_a_task_failed()
+
+
+def _check_that_none_began_before() -> None:
+    from nemo_run.run.experiment import _current_experiment
+
+    began = _current_experiment.get(None)
+    # Without a token it did not begin, but was asked for its status.
+    if began is not None and began._current_experiment_token and not stopping.is_surrounded(began):
+        raise CptError(
+            f"the experiment {began._title} began before an executor of nemo_cpt was made or a recipe imported, and "
+            "would end well although a task fails: make one ahead of the block, executor = local(), then "
+            "`with run.Experiment(...)`"
+        )
 
 
 def give_time_to_save(executor: Any, needed: Callable[[], int | None]) -> None:
@@ -81,7 +104,6 @@ def give_time_to_save(executor: Any, needed: Callable[[], int | None]) -> None:
         executor.pod_spec_overrides = executor.pod_spec_overrides | {stopping.GRACE: window_within(None, needed())}
 
 
-@cache
 def raise_when_a_task_failed() -> None:
     """Make an experiment whose task failed raise CptError on exit.
 

@@ -210,6 +210,11 @@ def print_on_without_readers() -> None:
     _around_experiments(guard, restore)
 
 
+def is_surrounded(experiment: Any) -> bool:
+    """Whether an experiment that has begun did so behind `print_on_without_readers`."""
+    return hasattr(experiment, "_streams_before")
+
+
 def _tell_jobs(experiment: Any) -> bool:
     """Signal the supervisors of an experiment's jobs on this machine; return whether there are any."""
     schedulers = experiment._runner._scheduler_instances

@@ -24,7 +24,7 @@ from nemo_cpt.conversations.mixture import SEED, check_replay
 from nemo_cpt.corpus import Blend
 from nemo_cpt.errors import CptError
 from nemo_cpt.executors.examination import examine_before_launch
-from nemo_cpt.executors.nemo_run_patches import raise_when_a_task_failed
+from nemo_cpt.executors.nemo_run_patches import surround_experiments
 from nemo_cpt.monitoring.alarm import ForgettingAlarm
 from nemo_cpt.monitoring.description import DescribeRun
 from nemo_cpt.monitoring.forgetting import limits
@@ -60,7 +60,7 @@ from nemo_cpt.training.settings import Settings, check, check_name, default_min_
 
 # Of every recipe, whatever executor it is given, NeMo-Run's own too.
 examine_before_launch()
-raise_when_a_task_failed()
+surround_experiments()
 
 
 def trainer(

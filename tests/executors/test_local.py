@@ -375,6 +375,36 @@ def test_a_failed_task_raises_with_its_last_lines_and_path(project):
     assert "planted failure" in Path(path).read_text()
 
 
+WITHIN = """
+import nemo_run as run
+from nemo_cpt.executors import local
+{imports}
+if __name__ == "__main__":
+    {ahead}
+    with run.Experiment("t", enable_goodbye_message=False) as experiment:
+        experiment.add(run.Script(inline="exit 3"), executor=local())
+        experiment.run()
+"""
+
+
+@pytest.mark.parametrize(
+    ("imports", "ahead", "says"),
+    [
+        ("", "pass", "the experiment t began before an executor of nemo_cpt was made or a recipe imported"),
+        ("", "executor = local()", "task exit_3 ended as FAILED"),
+        ("from nemo_cpt.recipes import tiny", "pass", "task exit_3 ended as FAILED"),
+    ],
+)
+def test_no_script_ends_well_although_a_task_failed(imports, ahead, says, tmp_path):
+    """Wherever the first executor is made: Python looks up what ends a block when the block begins."""
+    script = tmp_path / "launch.py"
+    script.write_text(WITHIN.format(imports=imports, ahead=ahead))
+    environment = os.environ | {"NEMORUN_HOME": str(tmp_path / "home")}
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert says in done.stderr
+
+
 def test_upstream_still_ends_quietly_after_a_failure(project, monkeypatch):
     """The patch `raise_when_a_task_failed` can go once this fails."""
     import tasks
