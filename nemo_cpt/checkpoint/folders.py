@@ -19,6 +19,8 @@ ADAPTER = "adapter_config.json"  # peft's
 # A model card describes the base, not what it became; beside an adapter's, transformers loads another model.
 _LEFT_BEHIND = ("README.md", ".gitattributes", ".gitignore", ADAPTER)
 _PIECE_BYTES = 128 * 2**10
+_CARRIED_JSON = ("tokenizer.json", "vocab.json", "tokenizer_config.json", "special_tokens_map.json",
+                 "added_tokens.json", "generation_config.json")  # fmt: skip
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")  # one of them a tokenizer has
 
 
@@ -104,12 +106,17 @@ def require_model(folder: str | Path) -> None:
 
 
 def require_tokenizer(folder: str | Path) -> None:
-    """Raise CptError unless the folder holds a tokenizer that the installed transformers has a class for."""
+    """Raise CptError unless the folder holds a tokenizer, whole, that the installed transformers has a class for."""
     if not has_tokenizer(folder):
         raise CptError(
             f"{folder} holds no tokenizer (looked for {', '.join(VOCABULARIES)}). "
             "Put the model's tokenizer files there; training and inference need them."
         )
+    for path in (Path(folder) / name for name in _CARRIED_JSON):
+        try:
+            json.loads(path.read_bytes() if path.is_file() else b"{}")
+        except ValueError as error:
+            raise CptError(f"{path} is no JSON ({error}), as a file that was cut short: download it again.") from error
     check_tokenizer_class(folder)
 
 

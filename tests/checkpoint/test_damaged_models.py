@@ -209,6 +209,13 @@ def test_no_tokenizer(hf: Path) -> None:
     _refuse_import(hf, "holds no tokenizer")
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_a_small_file_that_was_cut_short(hf: Path, name: str) -> None:
+    content = (hf / name).read_bytes()
+    (hf / name).write_bytes(content[: len(content) // 2])
+    _refuse_import(hf, rf"{name} is no JSON \(.*\), as a file that was cut short: download it again")
+
+
 class _Bomb:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.system, ("touch /tmp/nemo_cpt_pickle_ran",)
