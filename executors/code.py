@@ -98,18 +98,24 @@ def _files(folder: Path, refuse_uncommitted: bool) -> tuple[Path, list[str]]:
         raise CptError(
             f"{root} has changes that are not committed; commit them or use code='ship':\n{changes.rstrip()}"
         )
-    # Within the repository NeMo-Run's own folder would hold the code of every job before this one.
-    home = Path(get_nemorun_home()).resolve()
+    left_out = _of_nemo_run(root)
     tracked = {
         str(file.relative_to(root)): is_tracked
         for file, is_tracked in _listed(root)
-        if is_tracked or not file.is_relative_to(home)
+        if is_tracked or not any(file.is_relative_to(each) for each in left_out)
     }
     # By name alone: looking into files would be slow, and still miss most.
     secrets = [name for name, is_tracked in tracked.items() if not is_tracked and _looks_like_a_secret(Path(name))]
     if secrets:
         print(f"nemo_cpt: not shipped with the code, secrets by their names: {', '.join(secrets)}", file=sys.stderr)
     return root, [name for name in tracked if name not in secrets]
+
+
+def _of_nemo_run(root: Path) -> list[Path]:
+    """What NeMo-Run keeps its jobs in, within a repository: the code of a job would hold that of all before it."""
+    home = Path(get_nemorun_home()).resolve()
+    # A home that the repository is, or lies in, holds the code itself.
+    return [home] if root != home and home.is_relative_to(root) else [home / "experiments", home / "secrets"]
 
 
 def _listed(repository: Path) -> Iterator[tuple[Path, bool]]:

@@ -63,8 +63,7 @@ class HFWeights:
         record = read_record(self.folder)
         self._unchecked = {self.folder / name: file for name, file in record.files.items()} if record else {}
         expected = _weight_map(self.folder)
-        both = (self.folder / _SINGLE).is_file() and (self.folder / _INDEX).is_file()
-        self.warnings = (f"{folder} holds {_SINGLE}, which is read, as by transformers, and {_INDEX}",) if both else ()
+        self.warnings = tuple(_passed_over(self.folder))
         # Headers alone: a few kB of each shard, from which every size and place is known.
         for path in sorted(set(expected.values())):
             self._read_header(path)
@@ -170,6 +169,17 @@ def _weight_map(folder: Path) -> dict[str, Path]:
             "Get the model's safetensors files."
         )
     raise CptError(f"{folder} holds neither {_INDEX} nor {_SINGLE}. Give the folder of a Hugging Face model.")
+
+
+def _passed_over(folder: Path) -> Iterator[str]:
+    if not ((folder / _SINGLE).is_file() and (folder / _INDEX).is_file()):
+        return
+    try:
+        files = set(read_json(folder / _INDEX)["weight_map"].values())
+    except (CptError, KeyError, AttributeError, TypeError):
+        files = set()
+    if files != {_SINGLE}:  # of a single file there may be an index, too
+        yield f"{folder} holds {_SINGLE}, which is read, as by transformers, and {_INDEX}"
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,15 @@ def test_of_one_file_and_shards_that_is_read_which_transformers_loads(tmp_path: 
     assert (report.identical, report.warnings) == (True, (warning,))
 
 
+def test_an_index_of_the_one_file_is_no_other_model(tmp_path: Path) -> None:
+    hf = _made_single("llama3", tmp_path / "hf", lambda _, tensor: tensor)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(models.tensors(hf), "model.safetensors")}
+    (hf / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert import_hf(hf, tmp_path / "nemo").warnings == ()
+    (hf / "model.safetensors.index.json").write_text("{}")
+    assert "and model.safetensors.index.json" in import_hf(hf, tmp_path / "other").warnings[0]
+
+
 def _adapter_beside(hf: Path) -> None:
     (hf / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "someone/base"}))
 

@@ -585,6 +585,20 @@ def test_nemo_runs_own_folder_is_not_shipped(project, monkeypatch):
         assert set(packed.getnames()) == {"beside.txt", "tasks.py", "waiting.py"}
 
 
+@pytest.mark.parametrize("home", [".", ".."])
+def test_code_within_nemo_runs_own_folder_is_shipped(home, project, monkeypatch):
+    import nemo_run.config
+
+    monkeypatch.setattr(nemo_run.config, "_NEMORUN_HOME", str(project / home))
+    folder = project / "experiments/t"
+    folder.mkdir(parents=True)
+    (folder / "old.tar.gz").touch()
+    (project / "beside.txt").touch()
+    with tarfile.open(CodeSnapshot().package(project, str(project.parent), "code")) as packed:
+        theirs = {"experiments/t/old.tar.gz"} if home == ".." else set()  # a folder of the user's own
+        assert set(packed.getnames()) == {"beside.txt", "tasks.py", "waiting.py"} | theirs
+
+
 def test_outside_git_a_folder_of_many_python_files_is_refused(project, tmp_path, monkeypatch):
     many = tmp_path / "many"
     many.mkdir()
