@@ -310,8 +310,9 @@ class _Work:
 
     def _read_as(self, text: LossSet) -> tuple[Any, ...]:
         if text.unit == "document":
-            # The file's kind too: under another name the same bytes may be other documents.
-            return self.window, self.limit, list_sources(text.path)[0].kind
+            # The file's kind too: under another name the same bytes may be other documents than lines of JSON.
+            kind = list_sources(text.path)[0].kind
+            return (self.window, self.limit) if kind == "plain" else (self.window, self.limit, kind)
         if text.unit == "sequence":
             return text.seq_length, text.samples, text.seed, *text.masks
         # The tokens too: those of a file may be another model's in the evaluation.

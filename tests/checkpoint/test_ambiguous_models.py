@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from nemo_cpt.catalog.matching import recipes_for
 from nemo_cpt.checkpoint import export_hf, grow_model, import_hf, verify
+from nemo_cpt.compatibility import read_base
+from nemo_cpt.doctor.inputs import base_architecture
 from nemo_cpt.errors import CptError
 from nemo_cpt.inference import open_engine
 from tests.support import small_models as models
@@ -79,6 +81,16 @@ def test_adapters_beside_a_model_are_not_passed_over(taker: str, tmp_path: Path)
     with pytest.raises(CptError, match=r"to be added to someone/base, and no model\. Of a run's, `nemo-cpt export"):
         takers[taker]()
     assert not (tmp_path / "out").exists()
+
+
+def test_an_older_import_beside_adapters_is_compared_as_any_other(tmp_path: Path) -> None:
+    hf = models.make("llama3", tmp_path / "hf")
+    import_hf(hf, tmp_path / "nemo")
+    before = read_base(tmp_path / "nemo").architecture, base_architecture(tmp_path / "nemo")
+    for folder in (tmp_path / "nemo" / "hf", tmp_path / "nemo" / "context" / "nemo_tokenizer"):
+        _adapter_beside(folder)
+    assert None not in before
+    assert (read_base(tmp_path / "nemo").architecture, base_architecture(tmp_path / "nemo")) == before
 
 
 def test_an_export_has_no_adapters_of_its_base(tmp_path: Path) -> None:

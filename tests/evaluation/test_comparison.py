@@ -16,11 +16,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_cpt import page
+from nemo_cpt.corpus.reading.chunks import hash_file
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation import comparison, evaluate, report
 from nemo_cpt.evaluation.bits_per_byte import TextLoss
 from nemo_cpt.evaluation.candidates import Candidate, described, warnings_of
-from nemo_cpt.evaluation.journal import Journal
+from nemo_cpt.evaluation.journal import Journal, key_of
 from nemo_cpt.evaluation.reading import prompt_set
 from nemo_cpt.inference.endpoint import EndpointEngine
 from nemo_cpt.inference.transformers_engine import TransformersEngine
@@ -260,6 +261,10 @@ def test_what_was_computed_otherwise_is_measured_again_and_said(
         f"opening before: {models[0]}",
     ]
     old_journal(tmp_path / comparison.JOURNAL)
+    held_out, window = hash_file(str(world / "ja_validation.jsonl")), first.settings["window"]
+    older = {key_of("loss", comparison.FORMAT, each["key"], held_out, (window, 2)) for each in first.models}
+    lines = (tmp_path / comparison.JOURNAL).read_text("utf-8").splitlines()
+    assert older <= {json.loads(line)["key"] for line in lines}
     said.clear()
     again = evaluated(models, world, prompts, tmp_path, **given)
     assert texts(again) == texts(first)
