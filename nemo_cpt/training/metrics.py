@@ -83,9 +83,9 @@ class MetricsReader:
                 for values in self._by_step.values():
                     values.pop(f"{LOSS}{name}", None)
                     values.pop(f"{BATCHES}{name}", None)
-        else:
+        elif isinstance(step := line.get("step"), int | float):  # else the rest of a line that was cut
             # Training and validation write lines of their own for one step.
-            self._by_step.setdefault(line["step"], {}).update(line)
+            self._by_step.setdefault(step, {}).update(line)
 
 
 def read_lines(run_folder: str | Path, file: str) -> list[dict[str, Any]]:

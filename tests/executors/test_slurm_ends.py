@@ -48,8 +48,8 @@ def test_jobs_come_back_whatever_slurm_ends_them_for_unless_they_are_cancelled(s
         "dies": (("die", "crash", "end"), graceful | {"max_restarts": 1}),
         "dies without grace": (("die", "end"), preempted),
         "is killed without grace": (("stay", "crash", "end"), preempted | {"max_restarts": 1}),
-        "is told of its limit": (("save", "end"), others | {"time": "2", "preempt_seconds": 60}),
-        "is killed at its limit": (("stay", "end"), others | {"time": "1", "preempt_seconds": 0}),
+        "is told of its limit": (("save", "end"), others | {"time": "30", "preempt_seconds": 60}),
+        "is killed at its limit": (("stay", "end"), others | {"time": "30", "preempt_seconds": 0}),
         "is requeued": (("die", "end"), others),
         "is cancelled": (("stay", "end"), others),
     }
@@ -59,6 +59,8 @@ def test_jobs_come_back_whatever_slurm_ends_them_for_unless_they_are_cancelled(s
     wait_until((tmp_path / "importing").exists)
     for name, (names, _) in plan.items():
         started(tmp_path / name, 0, names[0])
+    for name in ("is told of its limit", "is killed at its limit"):
+        slurm_here.set_minutes_left(found[name][1], 1)
     slurm_here.run("scontrol", "requeue", found["is requeued"][1])
     slurm_here.run("scancel", found["is cancelled"][1])
     slurm_here.run(

@@ -21,7 +21,7 @@ class Job:
 
         self.cluster, self.directory = cluster, directory
         directory.mkdir(exist_ok=True)
-        self.executor = slurm(time="10", preempt_seconds=60, **options)
+        self.executor = slurm(time="30", preempt_seconds=60, **options)
         arguments = recipe_arguments(material, directory, self.executor.ntasks_per_node)
         arguments |= {"max_steps": STEPS, "val_check_interval": INTERVAL}
         self.task = run.Partial(
@@ -94,9 +94,9 @@ def test_stopped_in_every_way_it_ends_as_the_run_that_nothing_stopped(slurm_here
     two.stop(7, 1, "scontrol", "requeue", two.id)
     one.stop(8, 2, "scancel", "--signal=TERM", one.id)  # as Slurm does ahead of the limit
     two.wait_at(13)
-    two.cluster.run("scontrol", "update", f"JobId={two.id}", "TimeLimit=2")
+    slurm_here.set_minutes_left(two.id, 1)  # told 60 s ahead
     two.told(2)
-    slurm_here.run("scontrol", "update", f"JobId={two.id}", "TimeLimit=10")
+    slurm_here.set_minutes_left(two.id, 20)
     two.go_on(13)
     slurm_here.run("scontrol", "update", "PartitionName=training", "GraceTime=0")
     one.stop(18, 3, *urgent)

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from nemo_cpt.executors import window
+
 NODES = ("cpt1", "cpt2")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 
@@ -123,6 +125,11 @@ class SlurmCluster:
     def jobs(self) -> list[str]:
         """Return the ids of the jobs that are queued, running or ending; a cancelled one ends with its tasks."""
         return self.run("squeue", "-h", "-o", "%i").split()
+
+    def set_minutes_left(self, job: str, minutes: int) -> None:
+        """Change a running job's time limit so that it has so many minutes left, and up to one more."""
+        ran = window.seconds_of(self.run("squeue", "-h", "-j", job, "-o", "%M")) or 0
+        self.run("scontrol", "update", f"JobId={job}", f"TimeLimit={ran // 60 + 1 + minutes}")
 
     def _write_config(self) -> None:
         nodes = [
