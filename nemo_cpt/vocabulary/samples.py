@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ from nemo_cpt.errors import CptError
 SAMPLE_BYTES = 256 * 2**20
 HELD_OUT_DOCUMENTS = 2000
 PART = 2**18  # characters; the library takes a hundred times the bytes of a text while it cuts it into words
+_BLANK_LINES = re.compile(r"\s*[\r\n]")
 _ONE_IN = 50  # documents that are held out
 _HASHES = 2**64
 _CHUNK_BYTES = 2 << 20
@@ -75,9 +77,9 @@ def parts(text: str) -> Iterator[str]:
     start = 0
     while len(text) - start > PART:
         end = text.rfind("\n", start, start + PART) + 1 or start + PART
-        # A run of line ends is one word.
-        while end < len(text) and text[end] in "\r\n":
-            end += 1
+        # A run of blanks is one word up to its last line end.
+        if more := _BLANK_LINES.match(text, end):
+            end = more.end()
         yield text[start:end]
         start = end
     if start < len(text):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nemo_cpt.checkpoint import make_untrained
@@ -190,6 +190,7 @@ def draw_one(path: Path, text: str) -> Sample:
     return draw(str(path))
 
 
+@example("aaa\n \raa")
 @given(st.text("a \n\r\u3042.", max_size=60))
 def test_parts_of_a_text_have_its_words(text: str) -> None:
     with pytest.MonkeyPatch.context() as patched:
