@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from nemo_cpt.monitoring.forgetting import changes
@@ -70,6 +70,7 @@ def test_text_that_is_no_unicode_or_would_break_lines_comes_back(tmp_path: Path)
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.integers(0, 200), st.binary(max_size=20))
+@example(0, b"{}")
 def test_whatever_was_cut_or_written_between_whole_lines_are_read(tmp_path: Path, cut: int, junk: bytes) -> None:
     path = tmp_path / METRICS_FILE
     path.unlink(missing_ok=True)
