@@ -4,6 +4,8 @@ Seen in nemo_run 0.11.1. Each has a test that fails when NeMo-Run no longer need
 """
 
 import contextlib
+import fcntl
+import json
 import os
 import re
 import subprocess
@@ -46,6 +48,7 @@ def apply() -> None:
     stopping.wait_until_saved()
     stopping.let_containers_save()
     admit_slurm_job()
+    keep_the_list_of_local_jobs_whole()
     say_why_ssh_fails()
     say_why_nothing_is_written()
     say_why_a_job_is_not_taken()
@@ -122,6 +125,28 @@ def raise_when_a_task_failed() -> None:
             raise_for_states(experiment)
 
     Experiment.__exit__ = leave_and_raise
+
+
+def keep_the_list_of_local_jobs_whole() -> None:
+    """Let a launcher that is killed leave NeMo-Run's list of all local jobs, which it empties before it writes it."""
+    from nemo_run.run.torchx_backend.schedulers import local
+
+    def save(apps: dict[str, Any]) -> None:
+        path = Path(local.LOCAL_JOB_DIRS)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A file of its own: the list is replaced, and a lock on the old one would keep nobody out.
+        with open(f"{path}.lock", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                known = json.loads(path.read_bytes())
+            except (OSError, ValueError):
+                known = {}
+            own = {key: (app.state.name, app.id, app.log_dir, list(app.role_replicas)) for key, app in apps.items()}
+            part = Path(f"{path}.part")
+            part.write_text(json.dumps(known | own))
+            os.replace(part, path)
+
+    local._save_job_dir = save
 
 
 def admit_slurm_job() -> None:

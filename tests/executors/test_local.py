@@ -405,6 +405,21 @@ def test_no_script_ends_well_although_a_task_failed(imports, ahead, says, tmp_pa
     assert says in done.stderr
 
 
+def test_a_launcher_that_is_killed_leaves_the_list_of_jobs_whole(project, monkeypatch):
+    from nemo_run.run.torchx_backend.schedulers import local as scheduler
+
+    local()
+    first, second = (scheduler._LocalAppDef(id=name, log_dir=f"/{name}") for name in ("first", "second"))
+    scheduler._save_job_dir({"first": first})
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", lambda *paths: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            scheduler._save_job_dir({"second": second})
+    assert list(scheduler._get_job_dirs()) == ["first"]
+    scheduler._save_job_dir({"second": second})
+    assert list(scheduler._get_job_dirs()) == ["first", "second"]
+
+
 def test_upstream_still_ends_quietly_after_a_failure(project, monkeypatch):
     """The patch `raise_when_a_task_failed` can go once this fails."""
     import tasks
