@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
+from nemo_cpt.corpus.atomic_files import write_whole
 from nemo_cpt.errors import CptError, StoppedEarlyError, exit_with_the_message
 from nemo_cpt.executors import examination, pods, stopping, window
 from nemo_cpt.executors.environment import check_for_shells
@@ -142,9 +143,7 @@ def keep_the_list_of_local_jobs_whole() -> None:
             except (OSError, ValueError):
                 known = {}
             own = {key: (app.state.name, app.id, app.log_dir, list(app.role_replicas)) for key, app in apps.items()}
-            part = Path(f"{path}.part")
-            part.write_text(json.dumps(known | own))
-            os.replace(part, path)
+            write_whole(path, json.dumps(known | own).encode())
 
     local._save_job_dir = save
 

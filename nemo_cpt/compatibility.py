@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_cpt import corpus
-from nemo_cpt.checkpoint.architecture import Architecture, parse_config, read_json
+from nemo_cpt.checkpoint.architecture import Architecture, read_carried, read_json
 from nemo_cpt.checkpoint.context import HF_FOLDER
 from nemo_cpt.checkpoint.exported_config import can_be_written
 from nemo_cpt.checkpoint.folders import has_tokenizer
@@ -164,8 +164,7 @@ def read_base(folder: str | os.PathLike[str]) -> Base:
 
 def _architecture(home: Path | None) -> Architecture | None:
     try:
-        # Whatever lies beside it: an import of an older version carries its source's adapter_config.json.
-        return parse_config(read_json(home / "config.json"), str(home / "config.json")) if home else None
+        return read_carried(home) if home else None
     except CptError:  # a model that is not translated here can be trained all the same, and its context compared
         return None
 

@@ -26,22 +26,6 @@ def download_advice(model: str) -> str:
 
 
 @contextmanager
-def progress_bars(shown: bool) -> Iterator[None]:
-    """Keep the hub's bars off for a while where they are not `shown`, and leave them as they were."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    # Bars that the user has switched off are not switched on again at the end.
-    if shown or are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
-
-
-@contextmanager
 def retries_told_once() -> Iterator[None]:
     """Make one line of what the hub's client says of its attempts, of which each takes three and a stack of errors."""
     told: list[logging.LogRecord] = []

@@ -1,4 +1,4 @@
-"""What packages print while they are imported, to which no user can do anything.
+"""What packages print while they are imported, to which no user can do anything; and their bars.
 
 Ten lines of it stood before the one that matters. Seen in torch 2.13.0, megatron-core 0.15.3, nemo_toolkit 2.7.3 and
 its nv-one-logger.
@@ -6,8 +6,8 @@ its nv-one-logger.
 
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
 
 # The doctor says where Transformer Engine is missing and wanted.
@@ -34,20 +34,33 @@ def quiet_imports() -> None:
         logging.getLogger(name).addFilter(partial(_is_other, phrase))
 
 
-@contextmanager
-def bars_of_transformers(shown: bool) -> Iterator[None]:
+def bars_of_transformers(shown: bool) -> AbstractContextManager[None]:
     """Keep its bars over the files of a model's weights off for a while where they are not `shown`."""
     from transformers.utils import logging as bars
 
-    # Bars that the user has switched off are not switched on again at the end.
-    if shown or not bars.is_progress_bar_enabled():
+    return _off_for_a_while(
+        shown or not bars.is_progress_bar_enabled(), bars.disable_progress_bar, bars.enable_progress_bar
+    )
+
+
+def bars_of_the_hub(shown: bool) -> AbstractContextManager[None]:
+    """Keep huggingface_hub's bars off for a while where they are not `shown`."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    return _off_for_a_while(shown or are_progress_bars_disabled(), disable_progress_bars, enable_progress_bars)
+
+
+@contextmanager
+def _off_for_a_while(left: bool, off: Callable[[], None], on: Callable[[], None]) -> Iterator[None]:
+    # Bars that the user has switched off are left so, and not switched on again at the end.
+    if left:
         yield
         return
-    bars.disable_progress_bar()
+    off()
     try:
         yield
     finally:
-        bars.enable_progress_bar()
+        on()
 
 
 def _is_other(phrase: str, record: logging.LogRecord) -> bool:

@@ -170,6 +170,17 @@ def read_architecture(folder: str | Path, ignore_fields: Collection[str] = ()) -
             not follow.
     """
     require_model(folder)
+    return read_carried(folder, ignore_fields)
+
+
+def read_carried(folder: str | Path, ignore_fields: Collection[str] = ()) -> Architecture:
+    """Like `read_architecture`, of the small files that a checkpoint carries, whatever lies beside config.json.
+
+    An import of an older version carries its source's adapter_config.json.
+
+    Raises:
+        CptError: as `parse_config`, or there is no config.json.
+    """
     path = Path(folder) / "config.json"
     return parse_config(read_json(path), str(path), ignore_fields)
 

@@ -19,7 +19,8 @@ from nemo_cpt.arguments import checked
 from nemo_cpt.checkpoint.download_record import DownloadRecord, FileRecord, read_record
 from nemo_cpt.corpus.atomic_files import locked, make_folder
 from nemo_cpt.errors import CptError
-from nemo_cpt.hub import content_of, explained, git_prefix, progress_bars, retries_told_once
+from nemo_cpt.hub import content_of, explained, git_prefix, retries_told_once
+from nemo_cpt.quiet import bars_of_the_hub
 from nemo_cpt.records import AsDict
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def _fetch(api: Any, repo_id: str, commit: str, dest: Path, wanted: list[RepoSib
         _check_space(partial, wanted, repo_id)
         with (
             explained("model", repo_id, f"{api.endpoint}/{repo_id}", commit),
-            progress_bars(sys.stderr.isatty()),
+            bars_of_the_hub(sys.stderr.isatty()),
             retries_told_once(),
         ):
             snapshot_download(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +13,7 @@ import typer
 from nemo_cpt.cli import app
 from nemo_cpt.cli.tables import print_note
 from nemo_cpt.errors import CptError
-from nemo_cpt.inference.hosts import LOCAL_HOSTS, names_to_answer
+from nemo_cpt.inference.hosts import LOCAL_HOSTS, listen, names_to_answer, url_of
 from nemo_cpt.urls import is_address
 
 if TYPE_CHECKING:
@@ -177,7 +176,7 @@ def serve_command(
     from nemo_cpt.inference.models import check_model, open_transformers
 
     # Before torch is imported and the model loaded: a port in use, and a path that is no model's, are known at once.
-    listener = _listen(host, port)
+    listener = listen(host, port, "choose another --port")
     check_model(model)
     from nemo_cpt.inference.server import make_app, serve
 
@@ -185,8 +184,7 @@ def serve_command(
     limits = _given(most_waiting=max_waiting, batch_tokens=batch_tokens)
     names = names_to_answer(host, allowed_host or ())
     application = make_app(loaded, served_as=name, api_key=key, nemo_api=nemo_api, hosts=names, **limits)
-    place = f"[{host}]" if ":" in host else host
-    address = f"http://{place}:{listener.getsockname()[1]}/v1"
+    address = url_of(host, listener)
     serve(application, listener, log_requests=log_requests, ready=lambda: print_note(f"{name} at {address}"))
 
 
@@ -228,16 +226,3 @@ def key_of_variable(variable: str | None) -> str | None:
     if not (key.isascii() and key.isprintable()):
         raise CptError(f"the key in {variable} holds characters that no HTTP header carries: use ASCII alone")
     return key
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    # Else a server that was just ended keeps its port busy for a minute.
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen()  # of two that are only bound, the second would not know until it has loaded its model
-    except OSError as error:
-        raise CptError(f"cannot listen on {host}:{port} ({error.strerror}): choose another --port") from None
-    return listener

@@ -178,15 +178,14 @@ def worth_command(
     """Say what a grown tokenizer saves in a training on such text, and what it costs."""
     from math import prod
 
-    from nemo_cpt.checkpoint.architecture import parse_config, read_architecture, read_json
+    from nemo_cpt.checkpoint.architecture import read_architecture, read_carried
     from nemo_cpt.checkpoint.base import base_files, nemo_folder
     from nemo_cpt.checkpoint.layout import slots
     from nemo_cpt.vocabulary import worth
 
     if (base / "weights").is_dir():
         files = base_files(nemo_folder(base), None)
-        # Whatever lies beside it: an import of an older version carries its source's adapter_config.json.
-        arch = parse_config(read_json(files / "config.json"), str(files / "config.json"))
+        arch = read_carried(files)
     else:
         files, arch = base, read_architecture(base)
     found = worth(

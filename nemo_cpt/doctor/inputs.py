@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nemo_cpt import compatibility, corpus
-from nemo_cpt.checkpoint.architecture import Architecture, parse_config, read_json
+from nemo_cpt.checkpoint.architecture import Architecture, read_carried
 from nemo_cpt.checkpoint.base import carried_tokenizer
 from nemo_cpt.checkpoint.context import UNFINISHED
 from nemo_cpt.doctor.examination import Examination, Finding, from_error
@@ -193,9 +193,9 @@ def disk(examination: Examination) -> Finding:
 def base_architecture(folder: Path) -> Architecture | None:
     """The shape of a base's model, out of the config.json that an import leaves in it; None where there is none."""
     for place in (folder / "hf", *sorted(folder.glob("context/*/"))):
-        if (config := place / "config.json").is_file():
+        if (place / "config.json").is_file():
             try:
-                return parse_config(read_json(config), str(config))
+                return read_carried(place)
             except CptError:  # a shape that this project does not translate can still be trained
                 return None
     return None

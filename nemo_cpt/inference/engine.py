@@ -1,16 +1,15 @@
 """What an engine takes and gives: prompts or messages and sampling settings; pieces of text, counts and times."""
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypedDict, runtime_checkable
 
 from nemo_cpt.arguments import checked
+from nemo_cpt.corpus.reading.lines import lone_surrogate
 from nemo_cpt.errors import CptError
 
 FinishReason = Literal["stop", "length", "cancelled"]
 ROLES = ("system", "user", "assistant")
-_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair: JSON and a command line may hold one, a text may not
 
 
 class Message(TypedDict):
@@ -63,7 +62,7 @@ class Sampling:
             # Beyond these, logits overflow.
             ("repetition_penalty", self.repetition_penalty, 1e-2 <= self.repetition_penalty <= 1e2, "0.01 to 100"),
             ("stop", self.stop, "" not in self.stop, "strings that are not empty"),
-            ("stop", self.stop, not _SURROGATE.search("".join(self.stop)), "text, without lone surrogates"),
+            ("stop", self.stop, not lone_surrogate("".join(self.stop)), "text, without lone surrogates"),
             ("seed", self.seed, -(2**63) <= self.seed < 2**64, "a number of 64 bits"),
             ("logprobs", self.logprobs, self.logprobs is None or 0 <= self.logprobs <= 20, "between 0 and 20"),
         ):
@@ -209,5 +208,5 @@ def check_characters(text: str, name: str) -> None:
     Raises:
         CptError: it holds half of a surrogate pair.
     """
-    if half := _SURROGATE.search(text):
-        raise CptError(f"{name} holds the lone surrogate U+{ord(half[0]):04X}, which is no character")
+    if said := lone_surrogate(text):
+        raise CptError(f"{name} {said}")

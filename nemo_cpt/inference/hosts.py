@@ -1,10 +1,13 @@
-"""By which names a server may be asked.
+"""Where a server listens, and by which names it may be asked.
 
 A page of anybody's can let its own name lead to 127.0.0.1 (DNS rebinding), and its script then asks a server there as
 one of its own origin, which CORS does not forbid. The Host header tells: it has the name that the page was opened by.
 """
 
+import socket
 from collections.abc import Collection
+
+from nemo_cpt.errors import CptError
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 ALL_ADDRESSES = ("0.0.0.0", "::")
@@ -32,3 +35,30 @@ def name_of(host: str) -> str:
     else:
         name = host if host.count(":") > 1 else host.partition(":")[0]  # an address of IPv6 without brackets
     return name.lower().removesuffix(".")
+
+
+def listen(host: str, port: int, cure: str) -> socket.socket:
+    """A socket that listens, before a model is loaded: a port in use is known at once.
+
+    Args:
+        host: an address or a name.
+        port: 0 takes a free one.
+        cure: what a message says to do where that cannot be had.
+
+    Raises:
+        CptError: it cannot.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    # Else a server that was just ended keeps its port busy for a minute.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen()  # of two that are only bound, the second would not know until it has loaded its model
+    except OSError as error:
+        raise CptError(f"cannot listen on {host}:{port} ({error.strerror}): {cure}") from None
+    return listener
+
+
+def url_of(host: str, listener: socket.socket) -> str:
+    """The base URL of the API behind a socket."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/v1"

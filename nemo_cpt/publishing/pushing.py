@@ -18,9 +18,10 @@ from nemo_cpt.checkpoint.folders import ADAPTER, has_tokenizer
 from nemo_cpt.checkpoint.provenance import Provenance, read_provenance
 from nemo_cpt.checkpoint.safetensors_files import HFWeights
 from nemo_cpt.errors import CptError, near_paths
-from nemo_cpt.hub import SET_A_TOKEN, TOKEN_PAGE, explained, progress_bars
+from nemo_cpt.hub import SET_A_TOKEN, TOKEN_PAGE, explained
 from nemo_cpt.publishing.card import LANGUAGE, TAG, Subject, languages_of, model_card
 from nemo_cpt.publishing.licences import Licence, breaches, licence, licence_of_card, licence_of_texts
+from nemo_cpt.quiet import bars_of_the_hub
 from nemo_cpt.records import AsDict
 
 CARD = "README.md"
@@ -124,7 +125,7 @@ def push(
         visible = "public" if public else "private"
         say(f"{len(contents)} files, {size / 1e9:.2f} GB, to {url}, {visible}")
         # `_refusals` within: what only a push meets is said before `explained` says it of any request.
-        with explained("model", repo_id, url), _refusals(repo_id, url), progress_bars(sys.stderr.isatty()):
+        with explained("model", repo_id, url), _refusals(repo_id, url), bars_of_the_hub(sys.stderr.isatty()):
             url = _send(api, repo_id, contents, private=private, replace=replace)
     return PushReport(
         repo_id, url, private, tuple(sorted(contents)), left_out, size, terms.name or terms.id,

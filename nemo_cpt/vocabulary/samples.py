@@ -132,7 +132,7 @@ def draw(inputs: Inputs, json_key: str = "text", limit: float = SAMPLE_BYTES, ho
     kept.sort(key=lambda each: -each[0])
     if hold_out and not held_out and len(kept) > 1:
         held_out = dict([kept.pop()])
-        sample.nbytes = sum(len(text.encode()) for _, text in kept)
+        sample.nbytes -= sum(len(text.encode()) for text in held_out.values())
     sample.texts, sample.held_out = [text for _, text in kept], list(_first(held_out).values())
     if sample.nbytes > limit:
         sample.cut(limit)

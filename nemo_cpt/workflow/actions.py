@@ -1,6 +1,5 @@
 """What steps call where it is a little more than one function of the library: what its command does around that."""
 
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,18 +76,15 @@ def serve(model: str, host: str = "127.0.0.1", port: int = 8000, served_as: str 
         CptError: the port is taken, or the model cannot be opened.
     """
     check_address(host, port)
+    from nemo_cpt.inference.hosts import listen, url_of
     from nemo_cpt.inference.models import open_transformers
     from nemo_cpt.inference.server import make_app
     from nemo_cpt.inference.server import serve as run_server
 
-    try:
-        # Before the model is loaded: a port in use is known at once.
-        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        raise CptError(f"cannot listen on {host}:{port} ({error.strerror}): give the step another port") from None
+    listener = listen(host, port, "give the step another port")
     name = served_as or Path(model).resolve().name
     loaded = open_transformers(model, say=lambda line: print(line, flush=True))
-    address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/v1"
+    address = url_of(host, listener)
     app = make_app(loaded, served_as=name)
     run_server(app, listener, ready=lambda: print(f"{name} at {address}", flush=True))
 

@@ -412,7 +412,7 @@ def test_a_launcher_that_is_killed_leaves_the_list_of_jobs_whole(project, monkey
     first, second = (scheduler._LocalAppDef(id=name, log_dir=f"/{name}") for name in ("first", "second"))
     scheduler._save_job_dir({"first": first})
     with monkeypatch.context() as patched:
-        patched.setattr(os, "replace", lambda *paths: signal.raise_signal(signal.SIGINT))
+        patched.setattr(os, "rename", lambda *paths: signal.raise_signal(signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             scheduler._save_job_dir({"second": second})
     assert list(scheduler._get_job_dirs()) == ["first"]

@@ -31,7 +31,8 @@ from nemo_cpt.corpus.preparing.workers import count_processes
 from nemo_cpt.corpus.reading.sources import HUB
 from nemo_cpt.corpus.wikipedia.extraction import Extraction, existing, extract
 from nemo_cpt.errors import CptError
-from nemo_cpt.hub import content_of, explained, git_prefix, progress_bars, retries_told_once
+from nemo_cpt.hub import content_of, explained, git_prefix, retries_told_once
+from nemo_cpt.quiet import bars_of_the_hub
 from nemo_cpt.urls import public_url
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def _fetch_dataset(url: str, folder: Path, quiet: bool) -> list[Fetched]:
 
     name, known = url.removeprefix(HUB), read_checksums(folder)
     page, shown = f"{constants.ENDPOINT}/datasets/{name}", not quiet and sys.stderr.isatty()
-    with _writing(folder), explained("dataset", name, page), progress_bars(shown), retries_told_once():
+    with _writing(folder), explained("dataset", name, page), bars_of_the_hub(shown), retries_told_once():
         # The commit is asked for first and then named: files of two revisions must not end up in one folder.
         info = HfApi().dataset_info(name, files_metadata=True)
         files = {file.rfilename: file for file in info.siblings or [] if not file.rfilename.startswith(".")}

@@ -193,14 +193,19 @@ def refuse_surrogates(text: str, name: str) -> None:
     Raises:
         UnusableError: It does.
     """
+    if said := lone_surrogate(text):
+        raise UnusableError("lone_surrogate", f"{name} {said}")
+
+
+def lone_surrogate(text: str) -> str:
+    """What is wrong with a text that holds half of a surrogate pair; "" where it holds none."""
     if text.isascii():
-        return
+        return ""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        detail = f"{name} holds the lone surrogate U+{code:04X}, which is no character"
-        raise UnusableError("lone_surrogate", detail) from None
+        return f"holds the lone surrogate U+{ord(text[error.start]):04X}, which is no character"
+    return ""
 
 
 def parse_rows(values: list[Any], row: int, take: Take) -> Texts:
