@@ -259,7 +259,7 @@ class _Nesting:
     def _close_brackets(self, brackets: int) -> int:
         """Close a link, or first the external one that ends within it; return how many brackets that took."""
         if not self._unwound_to("["):
-            return 2
+            return brackets // 2 * 2  # all pairs at once: each would look through the run again
         content = "".join(self.stack[-1].pieces)
         if brackets % 2 and content.count("[") > content.count("]"):
             self._add("]")
