@@ -31,7 +31,6 @@ def test_a_failed_experiment_is_found_again(project):
         jobs.logs("t_1", 2)
 
 
-@pytest.mark.timeout(400)
 def test_json_alone_is_on_stdout(material, tmp_path):
     """A dry run's holds what NeMo-Run says, a job's log is on stderr; of a run, its state and its cancellation too."""
 

@@ -5,8 +5,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from nemo_cpt.executors.stopping import STOPPING
 from nemo_cpt.training.metrics import END_FILE, read_file
 from nemo_cpt.watching.launch_view import _Said
@@ -14,7 +12,6 @@ from tests.support.executor_jobs import recipe_arguments
 from tests.support.terminals import Terminal, screen
 
 
-@pytest.mark.timeout(400)
 def test_the_view_instead_of_the_log_and_ctrl_c_saves(material: Path, tmp_path: Path) -> None:
     given: dict[str, Any] = recipe_arguments(material, tmp_path / "results", 1) | {"max_steps": 10_000}
     command = [sys.executable, "-m", "nemo_cpt.cli", "run", "tiny", *(f"{key}={value}" for key, value in given.items())]

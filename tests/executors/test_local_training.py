@@ -15,7 +15,6 @@ from nemo_cpt.launching import jobs
 from tests.support.executor_jobs import losses, recipe_arguments, wait_until
 
 
-@pytest.mark.timeout(400)
 def test_stopped_it_goes_on_at_its_step_and_in_its_wandb_run(project, material, tmp_path, monkeypatch):
     from lightning.pytorch.loggers import WandbLogger
     from waiting import Wait

@@ -36,7 +36,6 @@ def secret(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "planted-secret")
 
 
-@pytest.mark.timeout(400)
 def test_jobs_come_back_whatever_slurm_ends_them_for_unless_they_are_cancelled(slurm_here, project, tmp_path, secret):
     """All at once: on one node they are preempted, with and without a grace period, on the other time is up or ends."""
     import tasks

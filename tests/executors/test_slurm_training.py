@@ -74,7 +74,7 @@ def checkpoints(job):
     )
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 def test_stopped_in_every_way_it_ends_as_the_run_that_nothing_stopped(slurm_here, project, material, tmp_path):
     """Before and after the first checkpoint; by signals that reach every process of the job, also what it started."""
     unbroken = Job(slurm_here, material, tmp_path / "unbroken", tasks_per_node=1, nodelist="cpt1")

@@ -30,7 +30,7 @@ def assert_no_secret(folder, secret, allowed):
         assert secret not in content, file
 
 
-def wait_until(true, timeout=240, every=0.1):
+def wait_until(true, timeout=600, every=0.1):
     """Wait for what is sure to come, on however busy a machine; asks `every` so many seconds."""
     deadline = time.monotonic() + timeout
     while not true():

@@ -1,6 +1,7 @@
 """A real Slurm cluster of two nodes on this machine: munged, slurmctld and two slurmd, out of a temporary folder.
 
-Debian's packages have all it needs: slurm-wlm, munge. It starts as root and is gone after `stop`.
+Debian's packages have all it needs: slurm-wlm, munge. It starts as root and is gone after `stop`. It forgets no job
+(MinJobAge=0): a test may ask for the end of one long after it.
 """
 
 import os
@@ -45,7 +46,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
 KillWait=20
-MinJobAge=300
+MinJobAge=0
 GresTypes=gpu
 {nodes}
 PartitionName=cpu Nodes=ALL Default=YES MaxTime=60 PriorityTier=1 State=UP
@@ -113,7 +114,7 @@ class SlurmCluster:
         shown = self.run("scontrol", "show", "job", "-o", job, check=False)
         return shown.partition("JobState=")[2].partition(" ")[0]
 
-    def wait_for(self, job: str, *states: str, timeout: float = 300) -> str:
+    def wait_for(self, job: str, *states: str, timeout: float = 600) -> str:
         """Wait until a job is in one of `states`; returns the state."""
         deadline = time.monotonic() + timeout
         while (state := self.state(job)) not in states:
@@ -168,7 +169,7 @@ class SlurmCluster:
         states = self.run("sinfo", "-h", "-N", "-p", "cpu", "-o", "%T", check=False).split()
         return states == ["idle"] * len(NODES)
 
-    def _wait_until(self, true: Callable[[], bool], timeout: float = 180) -> None:
+    def _wait_until(self, true: Callable[[], bool], timeout: float = 600) -> None:
         deadline = time.monotonic() + timeout
         while not true():
             if time.monotonic() > deadline:

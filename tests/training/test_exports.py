@@ -138,7 +138,7 @@ def test_an_export_ends_with_its_killed_job(tmp_path: Path, monkeypatch: pytest.
     job.kill()
     job.join()
     with (waiting / "held").open() as held:
-        wait_until(lambda: _locked(held), timeout=30)
+        wait_until(lambda: _locked(held))
 
 
 def test_an_export_whose_end_a_killed_job_did_not_see_is_not_made_again(tmp_path: Path) -> None:

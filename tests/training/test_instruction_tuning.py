@@ -311,7 +311,7 @@ class TestSmolLM2:
         for name, chosen in (("train", lines[10:70]), ("validation", lines[:10])):
             (folder / f"{name}.jsonl").write_text("\n".join(chosen) + "\n")
             prepare(folder / f"{name}.jsonl", folder / name, folder / "hf", template="alpaca-en", workers=1, quiet=True)
-        assert jobs.run(functools.partial(_tune_smollm2, folder), log=folder / "log", timeout=580) == 0, (
+        assert jobs.run(functools.partial(_tune_smollm2, folder), log=folder / "log", timeout=1100) == 0, (
             folder / "log"
         ).read_text()[-3000:]
         return folder
