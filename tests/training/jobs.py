@@ -42,12 +42,12 @@ def launch(job: Callable[[], Any], processes: int = 1, log: Path | None = None) 
     return started
 
 
-def run(job: Callable[[], Any], processes: int = 1, log: Path | None = None, timeout: float = 240) -> int:
+def run(job: Callable[[], Any], processes: int = 1, log: Path | None = None, timeout: float = 900) -> int:
     """Run `job` to its end and return the first exit code that is not 0."""
     return wait(launch(job, processes, log), log, timeout)
 
 
-def wait(started: list[Any], log: Path | None = None, timeout: float = 240) -> int:
+def wait(started: list[Any], log: Path | None = None, timeout: float = 900) -> int:
     """Wait for a job's end and return the first exit code that is not 0."""
     end = time.monotonic() + timeout
     for process in started:

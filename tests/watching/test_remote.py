@@ -73,10 +73,12 @@ def test_a_job_is_gone_when_the_queue_has_missed_it_twice_and_its_files_are_here
     assert [*known, connection.job] == [None, runs, runs, runs, runs, runs, Queued("")]
 
 
-def test_how_old_it_is_is_said_with_the_reason(tmp_path: Path) -> None:
+def test_how_old_it_is_is_said_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     connection = Connection(Reached("title_1", tmp_path, ["7"], "host", "user", 22, None), tmp_path)
-    connection.trouble, connection.heard = "Connection refused", time.monotonic() - 90.4
-    assert RemoteFollower(connection).snapshot().trouble == "not heard of for 90 s (Connection refused)"
+    connection.trouble = "Connection refused"
+    follower = RemoteFollower(connection)
+    monkeypatch.setattr(time, "monotonic", lambda: connection.heard + 90.4)
+    assert follower.snapshot().trouble == "not heard of for 90 s (Connection refused)"
 
 
 def test_a_run_whose_job_waits_is_no_misspelt_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
