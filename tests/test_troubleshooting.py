@@ -21,7 +21,7 @@ OF_OTHERS = {  # torch's, NeMo's, Megatron's, the hub's, Slurm's, the kernel's
     "NVTE_FLASH_ATTN set to 0, but expected 1 for attention backend type auto",
     "apply_rope_fusion is not available. Please install TE", "Transformer Engine",
     "CUDA driver version is insufficient", "no kernel image is available", "NCCL error", "Timeout at NCCL",
-    "unhandled system error", "libcuda.so", "megatron.core.utils ... end of life", "The pynvml package is deprecated",
+    "unhandled system error", "libcuda.so", "from nemo.collections import llm", "megatron.core.utils ... end of life", "The pynvml package is deprecated",
     "STOPPED", "Invalid account or account/partition combination", "Requested node configuration is not available",
     "Dataset scripts are no longer supported", "Couldn't reach",
     "Failed to establish a new connection", "wandb: ERROR", "api_key not configured",

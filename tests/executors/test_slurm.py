@@ -252,11 +252,11 @@ def test_upstream_still_needs_an_accounting_database(slurm_here, project):
 
 
 @pytest.fixture
-def forgetful(tmp_path, project, monkeypatch):
+def forgetful(tmp_path_factory, project, monkeypatch):
     """A cluster that forgets a job two seconds after its end, as others do some minutes after it."""
     if reason := missing():
         pytest.skip(reason)
-    cluster = SlurmCluster(tmp_path / "cluster", remembers=2)
+    cluster = SlurmCluster(tmp_path_factory.mktemp("slurm"), remembers=2)  # sockets' paths must be short
     for name, value in cluster.environ.items():
         monkeypatch.setenv(name, value)
     try:
