@@ -49,6 +49,8 @@ address=$(scontrol show node -o "$head_node" 2>/dev/null | sed 's/.* NodeAddr=//
 export MASTER_ADDR=${MASTER_ADDR:-${address:-$head_node}}"""
 """Where the tasks meet: of the head node's addresses, as the template has them, the first that other nodes can reach;
 where its own name leads to itself alone (127.0.1.1 in /etc/hosts), the one that Slurm reaches it by."""
+_END = r"^job exited with code [0-9]+$|\(cancelled\)|CANCELLED AT [^ ]+ \*\*\*"
+"""What a job's log has of its end: the template's line, the reason that slurm_job.sh gives, or Slurm's own words."""
 _NEED_GPUS = ("gpu_bind", "gpu_freq", "gpus_per_socket", "ntasks_per_gpu")  # directives of jobs on GPUs
 _RUNDIR = re.compile(rf"(?<![\w./~}}-])/{RUNDIR_NAME}(?![\w.-])")
 """NeMo-Run's name of the job's folder; the end of `/scratch/nemo_run` and the beginning of `/nemo_runs` are none."""
@@ -223,9 +225,10 @@ class SlurmJob(SlurmExecutor):
     def _chain_lines(self) -> list[str]:
         if self.chain == 1:
             return []
+        ended = 'echo "job exited with code {0}"; exit {0}'  # as the template says it: `_from_log` reads it
         return [
-            '[ -e "$job/finished" ] && { echo "an earlier job of the chain finished the run"; exit 0; }',
-            '[ -e "$job/failed" ] && { echo "an earlier job of the chain failed"; exit 1; }',
+            f'[ -e "$job/finished" ] && {{ echo "an earlier job of the chain finished the run"; {ended.format(0)}; }}',
+            f'[ -e "$job/failed" ] && {{ echo "an earlier job of the chain failed"; {ended.format(1)}; }}',
         ]
 
 
@@ -486,12 +489,20 @@ def _app_state(slurm_state: str) -> AppState:
 
 
 def _from_log(tunnel: Tunnel, folder: str, app_id: str) -> tuple[AppState, str, int]:
-    """What the batch script said last; Slurm forgets a job some minutes after its end."""
+    """What the log says last of a job's end; Slurm forgets a job some minutes after it (MinJobAge)."""
     # A log for each task of an array, of which one that failed counts; the last line of each, over its starts.
     logs = f"{shlex.quote(folder)}/sbatch_*_{app_id}.out {shlex.quote(folder)}/sbatch_*_{app_id}_*.out"
-    last = f"for log in {logs}; do grep -h 'job exited with code' \"$log\" | tail -1; done"
-    codes = [int(line.split()[-1]) for line in tunnel.run(last, warn=True).stdout.splitlines()]
-    if not codes:
+    last = f"""{{ echo "no end"; grep -hE {shlex.quote(_END)} "$log"; }} | tail -1"""
+    known = f"[ -d {shlex.quote(folder)} ] && command -v scontrol >/dev/null && echo forgotten"
+    said = tunnel.run(f'for log in {logs}; do [ ! -e "$log" ] || {last}; done; {known}', warn=True).stdout.splitlines()
+    forgotten = "forgotten" in said  # else nobody asked Slurm, and a job without an end may be under way
+    ends = [line for line in said if line != "forgotten"]
+    codes = [int(line.split()[-1]) for line in ends if line.startswith("job exited")]
+    if any(codes):
+        return AppState.FAILED, "", max(codes)
+    if ends and len(ends) == len(codes):
+        return AppState.SUCCEEDED, "", 0
+    if not forgotten:
         return AppState.UNKNOWN, "", 0
-    code = max(codes)
-    return (AppState.FAILED if code else AppState.SUCCEEDED), "", code
+    # A cancelled job that had not begun has no log; one that was killed with its script has one without an end.
+    return (AppState.FAILED if "no end" in ends else AppState.CANCELLED), "", 0

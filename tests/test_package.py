@@ -47,6 +47,15 @@ def test_the_package_imports_in_under_0_3_s() -> None:
 RAISES = "from nemo_cpt.errors import CptError, StoppedEarlyError\nraise {}('lr is 0')"
 
 
+def test_nemo_is_imported_without_a_build_for_which_a_killed_one_would_leave_all_others_waiting(tmp_path: Path) -> None:
+    """torch's lock of an extension is a file that is made and removed: nobody removes that of a process that died."""
+    environ = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    code = "import nemo_cpt, megatron.core.inference.contexts.dynamic_context as used; print(used.has_unified_memory)"
+    done = subprocess.run([sys.executable, "-c", code], env=environ, check=True, stdout=subprocess.PIPE)
+    assert done.stdout.endswith(b"False\n")
+    assert list(tmp_path.iterdir()) == []
+
+
 def ended(code: str, *options: str, **how: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *options, "-c", code], stderr=subprocess.PIPE, text=True, **how)  # type: ignore[call-overload, no-any-return]
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -326,7 +327,7 @@ def test_a_controller_that_does_not_answer_says_nothing_of_a_jobs_end():
     )
 
 
-def test_the_state_of_an_array_that_slurm_has_forgotten(tmp_path):
+def test_the_state_of_an_array_that_slurm_has_forgotten(tmp_path, project):
     for number, codes in enumerate(([75, 0], [0], [3])):
         lines = "".join(f"job exited with code {code}\n" for code in codes)
         (tmp_path / f"sbatch_cpt.t_7_{number}.out").write_text(lines)
@@ -334,6 +335,40 @@ def test_the_state_of_an_array_that_slurm_has_forgotten(tmp_path):
     assert slurm_job._from_log(here, str(tmp_path), "7")[::2] == (slurm_job.AppState.FAILED, 3)
     (tmp_path / "sbatch_cpt.t_7_2.out").unlink()
     assert slurm_job._from_log(here, str(tmp_path), "7")[::2] == (slurm_job.AppState.SUCCEEDED, 0)
+
+
+@pytest.mark.parametrize(
+    ("logs", "state"),
+    [
+        ([], "CANCELLED"),  # before it began
+        (["begun"], "FAILED"),  # killed with its script
+        (["job exited with code 75\nnemo_cpt: stopped ahead of the end (cancelled), saved"], "CANCELLED"),
+        (["slurmstepd: error: *** JOB 7 ON cpt1 CANCELLED AT 2026-01-01T00:00:00 ***"], "CANCELLED"),
+        (["slurmstepd: error: *** JOB 7 ON cpt1 CANCELLED AT 2026-01-01T00:00:00 DUE TO TIME LIMIT ***"], "FAILED"),
+        (["nemo_cpt: told to stop (cancelled)\njob exited with code 0"], "SUCCEEDED"),
+        (["job exited with code 0", "begun"], "FAILED"),
+    ],
+)
+def test_a_job_that_slurm_has_forgotten_has_ended(tmp_path, project, monkeypatch, logs, state):
+    """A launcher would wait for ever for one whose state is unknown; where there is no Slurm to ask it stays so."""
+    path, job = os.environ["PATH"], tmp_path / "job's"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/scontrol").touch(0o755)
+    job.mkdir()
+    for number, text in enumerate(logs):
+        (job / f"sbatch_cpt.t_7_{number}.out").write_text(text + "\n")
+    here = run.LocalTunnel(job_dir="")
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{path}")
+    assert slurm_job._from_log(here, str(job), "7")[0].name == state
+    assert slurm_job._from_log(here, str(tmp_path / "gone"), "7")[0].name == "UNKNOWN"
+    only = [folder for folder in path.split(":") if not Path(folder, "scontrol").exists()]
+    tools = tmp_path / "tools"  # scontrol lies beside grep and tail
+    tools.mkdir()
+    for name in ("bash", "sh", "grep", "tail"):
+        (tools / name).symlink_to(shutil.which(name))
+    monkeypatch.setenv("PATH", ":".join([str(tools), *only]))
+    unasked = slurm_job._from_log(here, str(job), "7")[0].name
+    assert unasked == ("SUCCEEDED" if state == "SUCCEEDED" else "UNKNOWN")
 
 
 def test_paths_of_this_machine_are_made_whole(project):

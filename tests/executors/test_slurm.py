@@ -15,6 +15,7 @@ from nemo_cpt.errors import StoppedEarlyError
 from nemo_cpt.executors import slurm
 from nemo_cpt.launching import jobs
 from tests.support.executor_jobs import assert_no_secret, wait_until
+from tests.support.slurm_cluster import SlurmCluster, missing
 
 
 def submit(task, executor):
@@ -248,3 +249,37 @@ def test_upstream_still_needs_an_accounting_database(slurm_here, project):
     from nemo_run.run.torchx_backend.schedulers.slurm import SlurmTunnelScheduler
 
     assert "scontrol" not in inspect.getsource(SlurmTunnelScheduler.describe)
+
+
+@pytest.fixture
+def forgetful(tmp_path_factory, project, monkeypatch):
+    """A cluster that forgets a job two seconds after its end, as others do some minutes after it."""
+    if reason := missing():
+        pytest.skip(reason)
+    cluster = SlurmCluster(tmp_path_factory.mktemp("slurm"), remembers=2)  # sockets' paths must be short
+    for name, value in cluster.environ.items():
+        monkeypatch.setenv(name, value)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+def test_a_launcher_ends_although_slurm_has_forgotten_its_job(forgetful, tmp_path):
+    """A chain that failed, a job that was cancelled before it began, one that was cancelled while it ran."""
+    import tasks
+
+    held = forgetful.run("sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true")
+    counted = {"path": str(tmp_path / "counter"), "until": 100000}
+    given = {
+        "fails": (run.Partial(tasks.fail, message="planted failure"), slurm(tasks_per_node=1, time="5", chain=2)),
+        "waits": (run.Partial(tasks.count, **counted), slurm(tasks_per_node=1, time="5", dependency=f"after:{held}")),
+        "runs": (run.Partial(tasks.count, **counted), slurm(tasks_per_node=1, time="5")),
+    }
+    started = {name: submit(*each) for name, each in given.items()}
+    wait_until(lambda: Path(counted["path"]).exists(), every=0.5)
+    forgetful.run("scancel", started["waits"][1], started["runs"][1])
+    wait_until(lambda: not any(forgetful.state(job) for _, job in started.values()), every=0.5)
+    for name, state in (("fails", "FAILED"), ("waits", "CANCELLED"), ("runs", "CANCELLED")):
+        assert jobs.status(started[name][0]._id)["tasks"][0]["status"] == state, name

@@ -1,7 +1,6 @@
 """A real Slurm cluster of two nodes on this machine: munged, slurmctld and two slurmd, out of a temporary folder.
 
-Debian's packages have all it needs: slurm-wlm, munge. It starts as root and is gone after `stop`. It forgets no job
-(MinJobAge=0): a test may ask for the end of one long after it.
+Debian's packages have all it needs: slurm-wlm, munge. It starts as root and is gone after `stop`.
 """
 
 import os
@@ -46,7 +45,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
 KillWait=20
-MinJobAge=0
+MinJobAge={remembers}
 GresTypes=gpu
 {nodes}
 PartitionName=cpu Nodes=ALL Default=YES MaxTime=60 PriorityTier=1 State=UP
@@ -77,10 +76,11 @@ class SlurmCluster:
         folder: where all of it lies.
         shares: Slurm's SelectTypeParameters, what of a node jobs share out.
         memory: MB that each node says it has.
+        remembers: seconds after which it forgets a job that has ended; no test takes as long. Slurm makes 2 of 0.
     """
 
-    def __init__(self, folder: Path, shares: str = "CR_Core", memory: int = 4000) -> None:
-        self.folder, self.shares, self.memory = folder, shares, memory
+    def __init__(self, folder: Path, shares: str = "CR_Core", memory: int = 4000, remembers: int = 36000) -> None:
+        self.folder, self.shares, self.memory, self.remembers = folder, shares, memory, remembers
         self.daemons: list[subprocess.Popen[bytes]] = []
         self.environ = {"SLURM_CONF": str(folder / "slurm.conf")}
 
@@ -140,7 +140,7 @@ class SlurmCluster:
         ]
         config = CONFIG.format(
             folder=self.folder, host=socket.gethostname(), controller_port=free_port(), nodes="\n".join(nodes),
-            shares=self.shares,
+            shares=self.shares, remembers=self.remembers,
         )  # fmt: skip
         (self.folder / "slurm.conf").write_text(config)
         stand_ins = [f"NodeName={','.join(NODES)} Name=gpu File={device}\n" for device in ("/dev/null", "/dev/zero")]
