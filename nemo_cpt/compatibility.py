@@ -25,6 +25,7 @@ from nemo_cpt.checkpoint.model_config import (
     differences,
     read_model_config,
 )
+from nemo_cpt.checkpoint.tokenizer_ids import end_ids
 from nemo_cpt.checkpoint.weights_digest import base_weights_of, samples, sums_of, weights_digest
 from nemo_cpt.errors import CptError
 from nemo_cpt.rounding import rounded_up
@@ -177,8 +178,7 @@ def _in_context(folder: Path) -> Constants:
 def _ends(home: Path | None) -> Iterator[int]:
     for name in ("config.json", "generation_config.json"):
         if home and (home / name).is_file():
-            ids = read_json(home / name).get(END_OF_TEXT)
-            yield from ids if isinstance(ids, list) else [] if ids is None else [ids]
+            yield from end_ids(read_json(home / name), str(home / name))
 
 
 def unlike(base: Base, model: Any) -> list[Difference]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from nemo_cpt.checkpoint.folders import require_model
 from nemo_cpt.checkpoint.rope import Rope, RopeScaling, read_rope
+from nemo_cpt.checkpoint.tokenizer_ids import end_ids
 from nemo_cpt.errors import CptError
 
 # Read below, and thereby carried into NeMo's config.
@@ -249,9 +250,18 @@ def own_name(name: str, model_type: str) -> str:
     return own.get(name, name)
 
 
-def context_length(config: Mapping[str, Any]) -> int | None:
-    """The longest sequence by a config.json's fields; None where it does not say."""
-    return config.get("max_position_embeddings", config.get("n_positions"))
+def context_length(folder: str | Path) -> int | None:
+    """The longest sequence by a folder's config.json; None where it does not say.
+
+    Raises:
+        CptError: it is no whole number above 0.
+    """
+    path = Path(folder) / "config.json"
+    config = read_json(path)
+    length = config.get("max_position_embeddings", config.get("n_positions"))
+    if length is not None and (type(length) is not int or length < 1):
+        raise CptError(f"{path}: max_position_embeddings cannot be {length!r}. Download the file again.")
+    return length
 
 
 def _uniform_layers(value: Any, config: Mapping[str, Any]) -> bool:
@@ -297,6 +307,7 @@ def _check_values(config: Mapping[str, Any], where: str) -> None:
     for name, types in (("tie_word_embeddings", bool), ("initializer_range", (int, float))):
         if config[name] is not None and not isinstance(config[name], types):
             raise CptError(f"{where}: {name} cannot be {config[name]!r}. Download the file again.")
+    end_ids(config, where)  # of no effect on the forward pass, but an export may have to add one
 
 
 def _translate(config: Mapping[str, Any], rope: Rope) -> Architecture:

@@ -49,6 +49,26 @@ def nemo_folder(path: str | Path) -> Path:
     return folder
 
 
+def check_dest(dest: str | Path, *read: str | Path | None) -> None:
+    """Refuse a place within a checkpoint that is read: what is made would be taken for a part of it.
+
+    Args:
+        dest: the folder to make.
+        *read: the folders that it is made of; those that are no NeMo checkpoint may hold it.
+
+    Raises:
+        CptError: it lies within one of them.
+    """
+    place = Path(dest).resolve()
+    for folder in (Path(each) for each in read if each is not None):
+        folder = folder.parent if folder.name == "weights" else folder
+        if (folder / "weights").is_dir() and folder.resolve() in place.parents:
+            raise CptError(
+                f"{dest} lies within {folder}, a checkpoint that is read for it, and would go with that: give a "
+                "folder outside of it."
+            )
+
+
 @contextmanager
 def unchanged(nemo: Path) -> Iterator[Callable[[], None]]:
     """Raise CptError if a run replaces or removes the checkpoint while the block reads it.

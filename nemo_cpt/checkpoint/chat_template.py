@@ -15,6 +15,7 @@ from typing import Any
 
 from nemo_cpt.checkpoint.architecture import read_json
 from nemo_cpt.checkpoint.context import RUN_JSON
+from nemo_cpt.checkpoint.folders import remove_additional_templates
 from nemo_cpt.errors import CptError
 
 NONE = "none"  # as a choice: the base's files as they are
@@ -104,6 +105,8 @@ def write_template(folder: Path, template: InstructionTemplate) -> list[str]:
     # In both places: newer readers take the file, older ones the field.
     (folder / _JINJA).write_text(template.text, encoding="utf-8")
     (folder / _STALE).unlink(missing_ok=True)
+    # Neither those that were not trained on: transformers takes one of them where a request has tools.
+    remove_additional_templates(folder)
     _update(folder / _TOKENIZER, {"chat_template": template.text})
     # What a template writes with `eos_token` would become another text.
     if "eos_token" not in template.text:

@@ -53,7 +53,7 @@ def write_context(folder: Path, arch: Architecture, hf_folder: Path) -> None:
     import yaml
 
     # Into the tokenizer's folder: of a context, it is the only one that NeMo hands on to a training's checkpoints.
-    copy_small_files(hf_folder, folder / TOKENIZER_FOLDER)
+    copy_small_files(hf_folder, folder / TOKENIZER_FOLDER, in_checkpoint=True)
     has_generation_config = (hf_folder / "generation_config.json").is_file()
     if has_generation_config:
         (folder / "artifacts").mkdir()

@@ -17,6 +17,7 @@ from isal.isal_zlib import crc32
 
 from nemo_cpt.arguments import checked
 from nemo_cpt.checkpoint.download_record import DownloadRecord, FileRecord, read_record
+from nemo_cpt.checkpoint.folders import TEMPLATES
 from nemo_cpt.corpus.atomic_files import locked, make_folder
 from nemo_cpt.errors import CptError
 from nemo_cpt.hub import content_of, explained, git_prefix, retries_told_once
@@ -51,10 +52,10 @@ def download(
 ) -> DownloadReport:
     """Fetch a model from the hub into a folder that `import_hf` reads.
 
-    Only the top folder's safetensors, configs and tokenizer files are fetched: not `original/*`, pickles or other
-    formats. An interrupted download goes on where it stopped. Sizes and checksums are compared with the hub's, and
-    noted in the folder with the revision's commit. The token is huggingface_hub's own (the variable HF_TOKEN, or
-    `hf auth login`).
+    Only the top folder's safetensors, configs and tokenizer files are fetched, and additional chat templates: not
+    `original/*`, pickles or other formats. An interrupted download goes on where it stopped. Sizes and checksums are
+    compared with the hub's, and noted in the folder with the revision's commit. The token is huggingface_hub's own (the
+    variable HF_TOKEN, or `hf auth login`).
 
     Args:
         repo_id: such as "meta-llama/Llama-3.1-8B".
@@ -118,7 +119,8 @@ def _choose(siblings: list[RepoSibling], repo_id: str) -> tuple[list[RepoSibling
     wanted, left_out = [], []
     for file in siblings:
         path = Path(file.rfilename)
-        unused = len(path.parts) > 1 or path.suffix in _UNUSED_SUFFIXES or path.name.startswith(".")
+        elsewhere = str(path.parent) not in (".", TEMPLATES)
+        unused = elsewhere or path.suffix in _UNUSED_SUFFIXES or path.name.startswith(".")
         # Mistral repositories hold the same weights twice: sharded, and as consolidated.safetensors.
         if unused or path.name.startswith("consolidated"):
             left_out.append(file.rfilename)
@@ -140,6 +142,8 @@ def _check_present(dest: Path, repo_id: str, revision: str, commit: str, wanted:
     problem = ""
     for file in wanted:
         name, path = file.rfilename, dest / file.rfilename
+        if name.startswith(TEMPLATES) and not path.exists():  # which an older version did not fetch
+            continue
         if not path.is_file() or (file.size is not None and path.stat().st_size != file.size):
             problem = f"{name} is missing or has another size than the hub's"
             break
@@ -148,7 +152,7 @@ def _check_present(dest: Path, repo_id: str, revision: str, commit: str, wanted:
         if content_of(file) not in (None, files[name].content):
             problem = f"{name} has other bytes than the hub's"
             break
-    names = [file.rfilename for file in wanted]
+    names = [file.rfilename for file in wanted if file.rfilename in files]
     others = sorted(path.name for path in dest.glob("*") if is_weights(path.name) and path.name not in names)
     if problem or others:
         holds = f"{dest} holds {recorded.repo_id} at {recorded.commit}" if recorded else f"{dest} exists"

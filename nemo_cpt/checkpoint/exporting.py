@@ -15,7 +15,7 @@ from nemo_cpt.arguments import checked
 from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import read_json
 from nemo_cpt.checkpoint.arrays import DTYPES, check_finite
-from nemo_cpt.checkpoint.base import model_files, nemo_folder, unchanged
+from nemo_cpt.checkpoint.base import check_dest, model_files, nemo_folder, unchanged
 from nemo_cpt.checkpoint.provenance import hand_on, read_provenance, trainings_of
 from nemo_cpt.checkpoint.safetensors_files import SHARD_BYTES, TensorPlan, write_weights
 from nemo_cpt.checkpoint.trained import Description, Trained, describe, open_trained
@@ -110,6 +110,7 @@ def export_hf(
     start = time.monotonic()
     check_options(adapter, dtype, chat_template)
     nemo = nemo_folder(source)
+    check_dest(dest, nemo, base)
     if adapter and not holds_adapters(nemo):
         raise CptError(f"{nemo} is no LoRA checkpoint (no weights/adapter_metadata.json): leave adapter=True away.")
     options = {"adapter": adapter, "dtype": dtype, "chat_template": chat_template, "shard_bytes": shard_bytes}
@@ -224,7 +225,8 @@ def _write_adapter(nemo: Path, described: Description, base_name: str, dtype: st
 
 
 def _base_name(nemo: Path, files: Path, base: str | Path | None) -> str:
-    """What an adapter names as its base: the repository that config.json remembers, else the folder of the files.
+    """What an adapter names as its base: the repository that config.json remembers, or where it was downloaded from,
+    else the folder of the files.
 
     Raises:
         CptError: the base was trained before, and `base` is not the Hugging Face folder of that.
@@ -237,7 +239,11 @@ def _base_name(nemo: Path, files: Path, base: str | Path | None) -> str:
                 "Face folder of that (`nemo-cpt export` makes it of a checkpoint), which the adapters will name"
             )
         return str(Path(base).resolve())
-    return str(read_json(files / "config.json").get("_name_or_path") or files.resolve())
+    named = read_json(files / "config.json").get("_name_or_path")
+    # A checkpoint carries the small files alone: with its folder nobody could load the base.
+    if not named and not any(files.glob("*.safetensors")):
+        named = read_provenance(files).repo_id
+    return str(named or files.resolve())
 
 
 def check_options(adapter: bool, dtype: str | None, chat_template: str | None) -> None:

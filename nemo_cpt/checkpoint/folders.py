@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from nemo_cpt.checkpoint.tokenizer_ids import check_tokenizer_class
+from nemo_cpt.checkpoint.tokenizer_ids import check_tokenizer_class, end_ids
 from nemo_cpt.errors import CptError, near_paths
 from nemo_cpt.hub import download_advice
 
@@ -16,8 +16,13 @@ if TYPE_CHECKING:
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz", ".index.json")
 ADAPTER = "adapter_config.json"  # peft's
-# A model card describes the base, not what it became; beside an adapter's, transformers loads another model.
-_LEFT_BEHIND = ("README.md", ".gitattributes", ".gitignore", ADAPTER)
+# A model card and the notes of transformers' Trainer describe the base, not what it became; beside an adapter's,
+# transformers loads another model.
+_LEFT_BEHIND = (
+    "README.md", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json", ADAPTER,
+)  # fmt: skip
+TEMPLATES = "additional_chat_templates"  # transformers' folder of templates beside the one that is used by default
+_IN_ONE_FILE = f".{TEMPLATES}.json"  # in a checkpoint: NeMo copies a tokenizer's folder file by file
 _PIECE_BYTES = 128 * 2**10
 _CARRIED_JSON = ("tokenizer.json", "vocab.json", "tokenizer_config.json", "special_tokens_map.json",
                  "added_tokens.json", "generation_config.json")  # fmt: skip
@@ -43,7 +48,7 @@ def small_files(folder: str | Path) -> list[Path]:
     config.json, generation_config.json, all of the tokenizer's, chat templates, licences; not the weights, the model
     card or hidden files.
     """
-    return [
+    files = [
         path
         for path in sorted(Path(folder).iterdir())
         if path.is_file()
@@ -51,6 +56,7 @@ def small_files(folder: str | Path) -> list[Path]:
         and not path.name.endswith(_WEIGHTS)
         and path.name not in _LEFT_BEHIND
     ]
+    return [*files, *sorted(Path(folder, TEMPLATES).glob("*.jinja"))]
 
 
 def has_tokenizer(folder: str | Path) -> bool:
@@ -114,17 +120,64 @@ def require_tokenizer(folder: str | Path) -> None:
         )
     for path in (Path(folder) / name for name in _CARRIED_JSON):
         try:
-            json.loads(path.read_bytes() if path.is_file() else b"{}")
+            content = json.loads(path.read_bytes() if path.is_file() else b"{}")
         except ValueError as error:
             raise CptError(f"{path} is no JSON ({error}), as a file that was cut short: download it again.") from error
+        if not isinstance(content, dict):
+            raise CptError(f"{path} holds a {type(content).__name__}, not a JSON object: download it again.")
+        if path.name == "generation_config.json":
+            end_ids(content, str(path))
     check_tokenizer_class(folder)
 
 
-def copy_small_files(source: str | Path, dest: Path) -> list[str]:
-    """Copy `small_files(source)` to `dest` (created if need be) and return their names."""
+def copy_small_files(source: str | Path, dest: Path, *, in_checkpoint: bool = False) -> list[str]:
+    """Copy `small_files(source)` to `dest` (created if need be).
+
+    Args:
+        source: a Hugging Face folder, or one of a checkpoint's that carries such files.
+        dest: where they go.
+        in_checkpoint: into a folder that NeMo may copy on, which then has no folder in it.
+
+    Returns:
+        Their names; of the additional chat templates, with their folder's.
+    """
+    source = Path(source)
     dest.mkdir(parents=True, exist_ok=True)
-    names = []
-    for path in small_files(source):
-        shutil.copyfile(path, dest / path.name)
-        names.append(path.name)
-    return names
+    names = [path.name for path in small_files(source) if path.parent == source]
+    for name in names:
+        shutil.copyfile(source / name, dest / name)
+    return names + copy_additional_templates(source, dest, in_checkpoint=in_checkpoint)
+
+
+def copy_additional_templates(source: Path, dest: Path, *, in_checkpoint: bool = False) -> list[str]:
+    """Copy the chat templates that a tokenizer has beside its default one; see `copy_small_files`.
+
+    Raises:
+        CptError: one cannot be read.
+    """
+    templates = _additional_templates(source)
+    if in_checkpoint:
+        if templates:
+            (dest / _IN_ONE_FILE).write_text(json.dumps(templates, indent=1) + "\n", encoding="utf-8")
+        return []
+    for name, text in templates.items():
+        (dest / TEMPLATES).mkdir(exist_ok=True)
+        (dest / TEMPLATES / name).write_bytes(text.encode())
+    return [f"{TEMPLATES}/{name}" for name in templates]
+
+
+def remove_additional_templates(folder: Path) -> None:
+    """Leave a folder with the chat template alone that is used by default."""
+    shutil.rmtree(folder / TEMPLATES, ignore_errors=True)
+    (folder / _IN_ONE_FILE).unlink(missing_ok=True)
+
+
+def _additional_templates(folder: Path) -> dict[str, str]:
+    """The texts of the additional chat templates that a folder has, or carries in one file, by their files' names."""
+    carried = folder / _IN_ONE_FILE
+    try:
+        found = dict(json.loads(carried.read_bytes())) if carried.is_file() else {}
+        files = {path.name: path.read_bytes().decode() for path in sorted(folder.glob(f"{TEMPLATES}/*.jinja"))}
+        return {Path(name).name: str(text) for name, text in found.items()} | files
+    except (OSError, ValueError, TypeError) as error:
+        raise CptError(f"the chat templates of {folder} cannot be read ({error}). Copy it again.") from error

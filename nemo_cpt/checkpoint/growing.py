@@ -17,7 +17,7 @@ from nemo_cpt.arguments import checked
 from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.architecture import Architecture, read_architecture, read_json
 from nemo_cpt.checkpoint.arrays import BLOCK_BYTES, cast, check_finite
-from nemo_cpt.checkpoint.base import model_files, nemo_folder, unchanged
+from nemo_cpt.checkpoint.base import check_dest, model_files, nemo_folder, unchanged
 from nemo_cpt.checkpoint.chat_template import InstructionTemplate, write_template
 from nemo_cpt.checkpoint.context import HF_FOLDER
 from nemo_cpt.checkpoint.exporting import inputs_of
@@ -194,6 +194,7 @@ def grow_model(
     start = time.monotonic()
     source, tokenizer = Path(source), Path(tokenizer)
     check_options(initialisation, corpus)
+    check_dest(dest, source, base)
     making = _making(source, tokenizer, base, initialisation, corpus, json_key, shard_bytes, ignore_fields)
     if found := making.done(Path(dest)):
         return restored(GrowModelReport, found, source=str(source), dest=str(dest), status="unchanged")
@@ -304,7 +305,7 @@ def _opened(source: Path, base: str | Path | None, ignore_fields: Collection[str
             read=trained.read,
             blocks=trained.blocks,
             dtype_of=lambda name: dtype,
-            write_files=lambda folder: described.write(folder, dtype),
+            write_files=lambda folder: described.write(folder, dtype, in_checkpoint=True),
             template=described.template,
             check_unchanged=check_unchanged,
         )

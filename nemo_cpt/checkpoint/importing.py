@@ -103,7 +103,7 @@ def import_hf(
     tensors, widened = _for_megatron(weights, slots)
     size = sum(tensors.nbytes(slot.name) for slot in slots)
     with new_folder(dest, size) as folder:
-        copy_small_files(source, folder / HF_FOLDER)
+        copy_small_files(source, folder / HF_FOLDER, in_checkpoint=True)
         hand_on(source, folder / HF_FOLDER)
         write_nemo(folder, tensors, arch, progress)
         report = ImportReport(

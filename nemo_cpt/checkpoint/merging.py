@@ -13,7 +13,7 @@ import numpy as np
 from nemo_cpt.arguments import checked
 from nemo_cpt.checkpoint import layout
 from nemo_cpt.checkpoint.arrays import DTYPES, cast
-from nemo_cpt.checkpoint.base import nemo_folder, unchanged
+from nemo_cpt.checkpoint.base import check_dest, nemo_folder, unchanged
 from nemo_cpt.checkpoint.context import HF_FOLDER
 from nemo_cpt.checkpoint.exporting import checked_dtype, inputs_of
 from nemo_cpt.checkpoint.lora import base_of, holds_adapters
@@ -87,6 +87,7 @@ def merge(
     start = time.monotonic()
     check_options(dtype)
     nemo = nemo_folder(source)
+    check_dest(dest, nemo, base)
     if not holds_adapters(nemo):
         raise CptError(f"{nemo} holds the whole model, not adapters: give it as the base of a training as it is.")
     making = Making("merge", inputs_of(nemo, base), {"dtype": dtype, "ignore_fields": sorted(ignore_fields)})
@@ -102,7 +103,7 @@ def merge(
         tensors = _in_dtype(trained, dtype, shapes)
         size = sum(map(tensors.nbytes, shapes))
         with new_folder(dest, size) as folder:
-            described.write(folder / HF_FOLDER, dtype)
+            described.write(folder / HF_FOLDER, dtype, in_checkpoint=True)
             write_nemo(folder, tensors, arch, progress)
             report = MergeReport(
                 source=str(source),

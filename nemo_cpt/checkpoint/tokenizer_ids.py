@@ -11,6 +11,7 @@ from nemo_cpt.errors import CptError
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
             "additional_special_tokens")  # fmt: skip
+END = "eos_token_id"  # of config.json and generation_config.json
 
 
 def count_token_ids(folder: str | Path) -> int | None:
@@ -41,6 +42,21 @@ def count_token_ids(folder: str | Path) -> int | None:
         return None  # whoever loads the tokenizer says what is wrong with it
 
 
+def end_ids(fields: Mapping[str, Any], where: str) -> list[int]:
+    """The ids at which texts or replies end, by the fields of a config.json or generation_config.json.
+
+    Raises:
+        CptError: something else stands there; `where` names it.
+    """
+    found = fields.get(END)
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(each) is int for each in ids):  # true is an int in Python
+        raise CptError(
+            f"{where}: {END} cannot be {found!r}; it is a token's id, or a list of them. Download the file again."
+        )
+    return ids
+
+
 def check_tokenizer_class(folder: str | Path) -> None:
     """Refuse a tokenizer whose class only transformers 5 has, with the cure.
 
@@ -50,7 +66,7 @@ def check_tokenizer_class(folder: str | Path) -> None:
     path = Path(folder) / "tokenizer_config.json"
     try:
         config = _json(path)
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         return
     if config.get("tokenizer_class") == "TokenizersBackend":
         raise CptError(

@@ -36,10 +36,15 @@ class Description:
     config: ExportedConfig
     template: InstructionTemplate | None
 
-    def write(self, folder: Path, dtype: str) -> list[str]:
+    def write(self, folder: Path, dtype: str, *, in_checkpoint: bool = False) -> list[str]:
         """Write the files for weights of a dtype into a folder, which is made where it is not there.
 
         With them goes, hidden, where the model comes from.
+
+        Args:
+            folder: where they go.
+            dtype: of the weights.
+            in_checkpoint: see `copy_small_files`.
 
         Returns:
             Their names.
@@ -48,7 +53,8 @@ class Description:
             CptError: the tokenizer is not the one that the template was used with.
         """
         # Copied first, so that what did not change stays the base's byte for byte.
-        names, config = copy_small_files(self.files, folder), self.config.with_dtype(dtype)
+        names = copy_small_files(self.files, folder, in_checkpoint=in_checkpoint)
+        config = self.config.with_dtype(dtype)
         hand_on(self.files, folder, self.nemo)
         if config.changes:
             (folder / "config.json").write_text(json.dumps(config.fields, indent=2) + "\n", encoding="utf-8")

@@ -180,7 +180,7 @@ def shape_fields(params: str, shape: str, max_position_embeddings: int | None, v
 
 def _write_small_files(folder: Path, tokenizer: Path, config: Mapping[str, Any]) -> None:
     """The Hugging Face side of the checkpoint: what an export will copy."""
-    copy_small_files(tokenizer, folder)
+    copy_small_files(tokenizer, folder, in_checkpoint=True)
     special = {name: value for name, value in config.items() if name.endswith("_token_id")}
     for name, content in (("config.json", config), ("generation_config.json", special)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -23,6 +23,7 @@ from nemo_cpt.conversations.encode import definition_of
 from nemo_cpt.conversations.forms import Conversation
 from nemo_cpt.corpus.reading.lines import UnusableError
 from nemo_cpt.corpus.tokenization.tokenizer import Tokenizer
+from nemo_cpt.corpus.tokenization.tokenizer_files import CONFIG, SPECIAL_MAP, read_object
 from nemo_cpt.errors import CptError
 
 SHIPPED = ("alpaca-en", "alpaca-ja", "alpaca-zh", "chatml", "llama3", "mistral")
@@ -245,9 +246,12 @@ def _find(template: str, tokenizer: Tokenizer) -> tuple[str, str]:
     if template == OWN:
         return OWN, _own_template(tokenizer)
     check_there(template)
-    path = Path(template)
+    return str(Path(template)), _read(Path(template))
+
+
+def _read(path: Path) -> str:
     try:
-        return str(path), path.read_text("utf-8")
+        return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CptError(f"Cannot read the template {path}: {error}.") from error
 
@@ -264,23 +268,26 @@ def _own_template(tokenizer: Tokenizer) -> str:
 
 
 def own_template(folder: str | Path) -> str | None:
-    """Return the template in a tokenizer's folder, from where transformers looks for it; None where it has none."""
+    """Return the template in a tokenizer's folder, from where transformers looks for it; None where it has none.
+
+    Raises:
+        CptError: Its configuration is none, or has something else in the template's place.
+    """
     if (path := Path(folder) / "chat_template.jinja").is_file():
-        return path.read_text("utf-8")
-    found = _config(folder, "tokenizer_config.json").get("chat_template")
-    if isinstance(found, list):  # several under names
-        found = {entry.get("name"): entry.get("template") for entry in found}.get("default")
-    return found if isinstance(found, str) else None
-
-
-def _config(folder: str | Path, name: str) -> dict[str, Any]:
-    path = Path(folder) / name
-    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        return _read(path)
+    found = read_object(Path(folder) / CONFIG).get("chat_template")
+    if isinstance(found, list) and all(isinstance(entry, dict) for entry in found):  # several under names
+        found = {str(entry.get("name")): entry.get("template") for entry in found}
+    if isinstance(found, dict):
+        found = found.get("default")
+    if not isinstance(found, str | None):
+        raise CptError(f"{Path(folder) / CONFIG}: chat_template cannot be {found!r}: download the file again.")
+    return found
 
 
 def _special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
     """Return `bos_token` and so on by name, those that there are."""
-    merged = _config(tokenizer.folder, "special_tokens_map.json") | _config(tokenizer.folder, "tokenizer_config.json")
+    merged = read_object(Path(tokenizer.folder) / SPECIAL_MAP) | read_object(Path(tokenizer.folder) / CONFIG)
     named = {key: value for key, value in merged.items() if key.endswith("_token") and value}
     texts = {key: value["content"] if isinstance(value, dict) else value for key, value in named.items()}
     texts = {key: text for key, text in texts.items() if isinstance(text, str)}

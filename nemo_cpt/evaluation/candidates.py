@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nemo_cpt.checkpoint.architecture import context_length, read_json
+from nemo_cpt.checkpoint.architecture import context_length
 from nemo_cpt.corpus.reading.chunks import hash_file
 from nemo_cpt.errors import CptError, near_paths
 from nemo_cpt.evaluation.journal import Journal, key_of
@@ -101,7 +101,7 @@ class Candidate:
     @cached_property
     def context_length(self) -> int | None:
         """Tokens of its context; None for an endpoint."""
-        return None if self.is_endpoint else context_length(read_json(self.folder / "config.json"))
+        return None if self.is_endpoint else context_length(self.folder)
 
     @cached_property
     def has_chat_template(self) -> bool:

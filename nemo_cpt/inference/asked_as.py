@@ -1,8 +1,8 @@
 """How a model is asked: the chat template that the user names, and what is wrong with the one in its folder."""
 
 from pathlib import Path
-from typing import Any
 
+from nemo_cpt.checkpoint import tokenizer_ids
 from nemo_cpt.checkpoint.architecture import read_json
 from nemo_cpt.errors import CptError
 
@@ -51,11 +51,15 @@ def has_chat_template(folder: Path) -> bool:
 
 
 def end_ids(folder: Path) -> list[int]:
-    """The ids that end replies, by generation_config.json, else config.json, as transformers and vLLM read them."""
+    """The ids that end replies, by generation_config.json, else config.json, as transformers and vLLM read them.
+
+    Raises:
+        CptError: a file names something else.
+    """
     for name in ("generation_config.json", "config.json"):
-        found: Any = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
-        if found is not None:
-            return sorted(found) if isinstance(found, list) else [found]
+        path = folder / name
+        if path.is_file() and (ids := tokenizer_ids.end_ids(read_json(path), str(path))):
+            return sorted(ids)
     return []
 
 

@@ -14,7 +14,16 @@ import torch
 from transformers import DynamicCache
 
 from nemo_cpt.errors import CptError
-from nemo_cpt.inference.engine import BrokenModelError, ContextError, FinishReason, Piece, Reply, Sampling, TokenLogprob
+from nemo_cpt.inference.engine import (
+    BrokenModelError,
+    ContextError,
+    FinishReason,
+    NoMemoryError,
+    Piece,
+    Reply,
+    Sampling,
+    TokenLogprob,
+)
 from nemo_cpt.inference.token_bytes import TokenBytes
 
 GREEDY_BELOW = 1e-5  # of temperatures, as vLLM's: logits divided by less overflow
@@ -43,7 +52,7 @@ class Request:
     detokenizer: Any = None
     generator: torch.Generator | None = None
     stop_ids: Collection[int] = ()  # special tokens that are stop strings of this request
-    error: BrokenModelError | None = None  # why it was cancelled
+    error: BrokenModelError | NoMemoryError | None = None  # why it was cancelled
 
     @property
     def longest(self) -> int:
@@ -110,9 +119,27 @@ class Decoder:
 
     @torch.inference_mode()
     def add(self, requests: Sequence[Request]) -> list[tuple[Request, Piece]]:
-        """Take requests into the batch; returns each one's first piece."""
+        """Take requests into the batch; returns each one's first piece.
+
+        One that there is no memory for gets its error, and the batch goes on without it.
+        """
         for request in requests:
             self.check(request)
+        try:
+            return self._add(requests)
+        except Exception as error:
+            if not _is_of_memory(error):
+                raise
+        # Here, where the error no longer holds what it was computing.
+        _let_go()
+        if len(requests) == 1:
+            return [_without_memory(requests[0])]
+        return [piece for request in requests for piece in self.add([request])]
+
+    def _add(self, requests: Sequence[Request]) -> list[tuple[Request, Piece]]:
+        """`add`; where it fails, the batch is as it was."""
+        for request in requests:
+            request.logprobs, request.error = [], None  # of an attempt that failed
             request.detokenizer = _Detokenizer(self.tokenizer, request.ids)
             request.generator = torch.Generator().manual_seed(request.sampling.seed)
             request.stop_ids = [self._special[each] for each in request.sampling.stop if each in self._special]
@@ -136,19 +163,50 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Request, Piece]]:
-        """Let every request in the batch have one token more; those that end leave it."""
-        if not self.rows:
-            return []
-        # Every row gets its newest token in one more column.
-        self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
-        positions = self._mask.sum(-1, keepdim=True) - 1
+        """Let every request in the batch have one token more; those that end leave it.
+
+        Where there is no memory for all of them, the newest leave with an error until there is.
+        """
+        pieces: list[tuple[Request, Piece]] = []
+        while self.rows:
+            try:
+                logits = self._column()
+                break
+            except Exception as error:
+                if not _is_of_memory(error):
+                    raise
+            pieces.append(_without_memory(self.rows[-1]))
+            self._keep(list(range(len(self.rows) - 1)))
+            _let_go()
+        else:
+            return pieces
         rows = list(self.rows)
-        logits = self._logits(
-            rows, input_ids=self._newest, attention_mask=self._mask, position_ids=positions, past_key_values=self._cache
-        )
         tokens = self._draw_all(rows, logits)
         self._newest = torch.tensor(tokens, device=self._newest.device)[:, None]
-        return self._take(rows, tokens)
+        return pieces + self._take(rows, tokens)
+
+    def _column(self) -> torch.Tensor:
+        """Put every row's newest token into the cache; the logits behind it. Where it fails, the batch is as it was."""
+        mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
+        positions = mask.sum(-1, keepdim=True) - 1
+        try:
+            logits = self._logits(
+                self.rows, input_ids=self._newest, attention_mask=mask, position_ids=positions,
+                past_key_values=self._cache,
+            )  # fmt: skip
+        except BaseException:
+            columns = self._mask.shape[1]
+            for layer in self._cache.layers:  # of which the first have one column more by now
+                layer.keys, layer.values = layer.keys[:, :, :columns], layer.values[:, :, :columns]
+            raise
+        self._mask = mask
+        return logits
+
+    def clear(self) -> None:
+        """Take every request out of the batch; copies nothing, as memory may have run out."""
+        for request in self.rows:
+            request.finish_reason = "cancelled"
+        self._keep([])
 
     def cancel(self, request: Request) -> None:
         """Take a request out of the batch, wherever it is."""
@@ -251,10 +309,18 @@ class Decoder:
             self.rows, self._cache, self._mask, self._newest = requests, cache, mask, newest
             return
         # On the left: the newest position is then the last column of every row.
-        columns = max(self._mask.shape[1], mask.shape[1])
-        for ours, theirs in zip(self._cache.layers, cache.layers, strict=True):
-            ours.keys = torch.cat([_left_padded(ours.keys, columns), _left_padded(theirs.keys, columns)])
-            ours.values = torch.cat([_left_padded(ours.values, columns), _left_padded(theirs.values, columns)])
+        rows, before = self._mask.shape
+        columns = max(before, mask.shape[1])
+        try:
+            for ours, theirs in zip(self._cache.layers, cache.layers, strict=True):
+                ours.keys = torch.cat([_left_padded(ours.keys, columns), _left_padded(theirs.keys, columns)])
+                ours.values = torch.cat([_left_padded(ours.values, columns), _left_padded(theirs.values, columns)])
+        except BaseException:
+            for layer in self._cache.layers:  # of which the first have all rows by now
+                layer.keys, layer.values = (
+                    each[:rows, :, each.shape[2] - before :] for each in (layer.keys, layer.values)
+                )
+            raise
         masks = [torch.nn.functional.pad(each, (columns - each.shape[1], 0)) for each in (self._mask, mask)]
         self._mask = torch.cat(masks)
         self._newest = torch.cat([self._newest, newest])
@@ -266,13 +332,37 @@ class Decoder:
         if not rows:
             self._cache = DynamicCache()
             return
-        kept = torch.tensor(rows, device=self._mask.device)
+        first_ones = rows == list(range(len(rows)))  # of which nothing need be copied
+        kept: Any = slice(len(rows)) if first_ones else torch.tensor(rows, device=self._mask.device)
         self._newest, mask = self._newest[kept], self._mask[kept]
         # The first column that any row uses.
         first = int(mask.any(0).int().argmax())
         self._mask = mask[:, first:]
         for layer in self._cache.layers:
             layer.keys, layer.values = layer.keys[kept][:, :, first:], layer.values[kept][:, :, first:]
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """Whether an error says that there was no memory; PyTorch has a class of it for GPUs alone."""
+    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(each in str(error) for each in words)
+    )
+
+
+def _let_go() -> None:
+    """Give back what was allocated in pieces that nothing fits into."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _without_memory(request: Request) -> tuple[Request, Piece]:
+    request.finish_reason = "cancelled"
+    request.error = NoMemoryError(
+        f"there is no memory for a prompt of {len(request.ids):,} tokens and its reply beside those that are being "
+        "answered: shorten it, ask for fewer tokens, or serve with a smaller --batch-tokens"
+    )
+    return request, Piece("", "cancelled")
 
 
 def check_ids(ids: Sequence[int], rows: int, name: str) -> None:

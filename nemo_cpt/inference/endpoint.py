@@ -147,12 +147,16 @@ class EndpointEngine:
         )
 
     def _parts(self, prompt: Prompt, sampling: Sampling) -> Iterator["_Part"]:
-        begun = False
+        begun = ended = False
         try:
             with self._ask(prompt, sampling) as chunks:
                 begun = True
-                for chunk in chunks:
-                    yield _part(chunk)
+                for part in map(_part, chunks):
+                    ended = ended or part.reason is not None
+                    yield part
+            # A proxy in between may end the stream in good order though its server is gone.
+            if not ended:
+                raise BrokenOffError(f"{self.url} broke a reply off (its last chunk names no finish_reason)")
         except (openai.APIConnectionError, httpx.HTTPError) as error:
             # What broke off may be asked for again; what never began the client has tried often enough.
             if begun:

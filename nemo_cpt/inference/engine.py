@@ -136,6 +136,10 @@ class BrokenModelError(CptError):
     """A model computes NaN."""
 
 
+class NoMemoryError(CptError):
+    """There is no memory left for a reply."""
+
+
 @runtime_checkable
 class Engine(Protocol):
     """Something that replies. Not safe for several threads at once, unless it says so."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_cpt import __version__
 from nemo_cpt.arguments import checked
 from nemo_cpt.cache import cache_folder
 from nemo_cpt.checkpoint import export_hf
@@ -119,10 +120,10 @@ def find_model(
 ) -> Found:
     """Return the Hugging Face folder of a model; a NeMo checkpoint is exported into the cache first.
 
-    The export is kept under `$XDG_CACHE_HOME/nemo_cpt/exports` (`~/.cache` by default), named by the checkpoint's
-    content: the size of every file and 64 KiB at sixteen places of it (smaller ones whole), of the checkpoint and of
-    `base`. A run may go on meanwhile: where it replaces the newest checkpoint while that is read, the then newest is
-    taken.
+    The export is kept under `$XDG_CACHE_HOME/nemo_cpt/exports` (`~/.cache` by default), named by this library's version
+    and the checkpoint's content: the size of every file and 64 KiB at sixteen places of it (smaller ones whole), of the
+    checkpoint and of `base`. A run may go on meanwhile: where it replaces the newest checkpoint while that is read, the
+    then newest is taken.
 
     Raises:
         CptError: there is no model at `model`, or it cannot be exported.
@@ -212,7 +213,8 @@ def _exported(checkpoint: Path, base: str | Path | None, say: Callable[[str], No
 
 
 def _content_key(checkpoint: Path, base: str | Path | None) -> str:
-    digest = hashlib.sha256(str(Path(base).resolve() if base else "").encode())
+    # The version: another one may export otherwise.
+    digest = hashlib.sha256(f"{__version__} {Path(base).resolve() if base else ''}".encode())
     # The small files too, of which the export's tokenizer, template and ends are made.
     for path in [*model_files(checkpoint), *(model_files(base) if base else [])]:
         size = path.stat().st_size

@@ -115,18 +115,28 @@ class Scheduler:
 
     def _work(self) -> None:
         while not self._closing:
-            # Here alone are rows taken out: only this thread may touch the batch.
-            for ticket in [each for each in self._running.values() if each.gone]:
-                self.decoder.cancel(ticket.request)
-                del self._running[ticket.request]
-                self._ended(ticket.request)
             try:
-                joining = self._joining()
-                self._hand_out(self.decoder.add([ticket.request for ticket in joining]) if joining else [])
+                # Here alone are rows taken out: only this thread may touch the batch.
+                for ticket in [each for each in self._running.values() if each.gone]:
+                    self.decoder.cancel(ticket.request)
+                    del self._running[ticket.request]
+                    self._ended(ticket.request)
+                self._join(self._joining())
                 self._hand_out(self.decoder.step())
-            except Exception as error:  # out of memory, say: these clients are told, the next ones are served
+            except Exception as error:  # these clients are told, the next ones are served
                 self._fail(error)
         self._fail(StoppedError("the server is shutting down"))
+
+    def _join(self, joining: list[Ticket]) -> None:
+        """Take requests into the batch; where that fails, those in it go on."""
+        try:
+            pieces = self.decoder.add([ticket.request for ticket in joining]) if joining else []
+        except Exception as error:
+            for ticket in joining:
+                self.decoder.cancel(ticket.request)
+                self._end(ticket, error)
+        else:
+            self._hand_out(pieces)
 
     def _joining(self) -> list[Ticket]:
         """Those that join now, in the order of the queue; waits for one where the batch is empty."""
@@ -160,16 +170,19 @@ class Scheduler:
         for request, piece in pieces:
             ticket = self._running[request]
             if piece.finish_reason:
-                del self._running[request]
-                self._ended(request)
-            ticket.give(request.error or piece)
+                self._end(ticket, request.error or piece)
+            else:
+                ticket.give(piece)
+
+    def _end(self, ticket: Ticket, last: Piece | Exception) -> None:
+        del self._running[ticket.request]
+        self._ended(ticket.request)
+        ticket.give(last)
 
     def _fail(self, error: Exception) -> None:
-        for request, ticket in self._running.items():
-            self.decoder.cancel(request)
-            self._ended(request)
-            ticket.give(error)
-        self._running.clear()
+        self.decoder.clear()
+        for ticket in list(self._running.values()):
+            self._end(ticket, error)
         if self._closing and self._next is not None:
             self._next.give(error)
         # Nobody takes from the queue any more: whoever waits there would wait for ever.

@@ -11,6 +11,7 @@ import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
+from types import FrameType
 from typing import Any
 
 import prometheus_client as prometheus
@@ -23,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nemo_cpt.errors import CptError
 from nemo_cpt.inference import decoding
-from nemo_cpt.inference.engine import BrokenModelError, ContextError, Piece
+from nemo_cpt.inference.engine import BrokenModelError, ContextError, NoMemoryError, Piece
 from nemo_cpt.inference.hosts import LOCAL_HOSTS, name_of
 from nemo_cpt.inference.protocol import (
     ApiError,
@@ -115,7 +116,29 @@ def serve(
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which would break off without a word what does not end in time."""
+    """uvicorn, which would break off without a word what does not end in time, or on a second Ctrl-C."""
+
+    _hurried = False
+    _loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to answer."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Let the replies end; on a second Ctrl-C end them with an error at once, on a third wait for nobody."""
+        if not self.should_exit or sig != signal.SIGINT:
+            super().handle_exit(sig, frame)
+        elif not self._hurried:
+            app: Any = self.config.app
+            self._hurried = True
+            # By the loop: a signal may come while this thread holds what it takes to stop.
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(app.state.stop)
+        else:
+            logging.getLogger("uvicorn.error").disabled = True  # it would show where each request stood
+            self.force_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Wait for the replies that have begun; those that take too long end with an error that says so."""
@@ -257,7 +280,7 @@ _EXPLANATIONS = {
 def _as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, CptError) and not isinstance(error, BrokenModelError):
+    if isinstance(error, CptError) and not isinstance(error, BrokenModelError | NoMemoryError):
         return ApiError(400, str(error), code="context_length_exceeded" if isinstance(error, ContextError) else None)
     if isinstance(error, StoppedError):
         return ApiError(503, str(error), "server_error")

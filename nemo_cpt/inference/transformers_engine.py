@@ -18,10 +18,12 @@ with patch.object(transformers_utils, "is_sklearn_available", lambda: False):
     from transformers.generation import candidate_generator  # noqa: F401
 
 from nemo_cpt.arguments import checked
+from nemo_cpt.checkpoint.architecture import context_length
 from nemo_cpt.checkpoint.folders import has_tokenizer
 from nemo_cpt.checkpoint.transformers_config import transformers_config
 from nemo_cpt.errors import CptError
 from nemo_cpt.inference.arithmetic import Arithmetic, default_device, device_kind, precision_on
+from nemo_cpt.inference.asked_as import end_ids as named_ends
 from nemo_cpt.inference.decoding import Decoder, Request
 from nemo_cpt.inference.engine import Message, Piece, Prompt, Reply, Sampling, check_prompt
 from nemo_cpt.quiet import bars_of_transformers
@@ -56,6 +58,10 @@ class TransformersEngine:
         device = device or default_device()
         kind = _check_device(device)
         wanted = precision_on(kind) or dtype if dtype == "auto" else dtype
+        if Path(folder, "config.json").is_file():
+            # What transformers takes as it stands, and what fails only in the middle of a reply.
+            context_length(folder)
+            named_ends(Path(folder))
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
             config = transformers_config(folder)

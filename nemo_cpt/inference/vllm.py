@@ -53,14 +53,15 @@ class VllmServer:
             "--served-model-name": self.served_as,
             "--host": self.host,
             "--port": self.port,
-            "--max-model-len": context_length(config),
+            "--max-model-len": context_length(folder),
             # Its own choice for weights in fp32 is fp16, in which models that were trained in bf16 overflow.
             "--dtype": config.get("dtype") or config.get("torch_dtype") or "bfloat16",
             "--generation-config": folder,  # every token that ends a reply
         }
         if self.template is not None:
             words["--chat-template"] = self._template_file()
-        return ["vllm", "serve", str(folder), *(str(word) for pair in words.items() for word in pair)]
+        given = ((name, str(value)) for name, value in words.items() if value is not None)
+        return ["vllm", "serve", str(folder), *(word for pair in given for word in pair)]
 
     def _template_file(self) -> Path:
         """The named template as a file: one that ships has its BOS settled by the folder's tokenizer."""

@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from nemo_cpt.arguments import checked
+from nemo_cpt.checkpoint.architecture import read_json
 from nemo_cpt.checkpoint.downloading import is_weights
-from nemo_cpt.checkpoint.folders import ADAPTER, has_tokenizer
+from nemo_cpt.checkpoint.folders import ADAPTER, TEMPLATES, has_tokenizer
 from nemo_cpt.checkpoint.provenance import Provenance, read_provenance
 from nemo_cpt.checkpoint.safetensors_files import HFWeights
+from nemo_cpt.conversations.templates import own_template
+from nemo_cpt.corpus.tokenization.tokenizer_files import FILES
 from nemo_cpt.errors import CptError, near_paths
 from nemo_cpt.hub import SET_A_TOKEN, TOKEN_PAGE, explained
 from nemo_cpt.publishing.card import LANGUAGE, TAG, Subject, languages_of, model_card
@@ -28,6 +31,10 @@ CARD = "README.md"
 _KINDS = (".json", ".safetensors", ".model", ".jinja", ".txt", ".tiktoken")
 _TEXTS = ("LICEN", "NOTICE", "USE_POLICY")  # how the names of files begin that go with them, whatever their kind
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# What a model is loaded from beside its weights: what an earlier push left of these would be a part of this one.
+_OF_A_MODEL = {
+    *FILES, "config.json", "generation_config.json", "chat_template.jinja", "chat_template.json", ADAPTER,
+}  # fmt: skip
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt")  # some have `/root` or `/home` among their tokens
 _OF_NO_COUNTRY = ("multilingual", "code")  # what the hub knows beside codes
 _SHORT = 4  # a folder's path of so many characters, such as `/` or `/tmp`, gives nothing away
@@ -114,7 +121,7 @@ def push(
         raise CptError(f"{'; '.join(broken)}. Nothing was sent")
     subject = Subject(
         repo_id, origin, terms, list(languages) or languages_of(origin) or card_languages,
-        is_adapter=ADAPTER in files, has_template="chat_template.jinja" in files,
+        is_adapter=ADAPTER in files, has_template=own_template(folder) is not None,
     )  # fmt: skip
     contents = _contents(folder, files, subject)
     _refuse_private(folder, contents, api)
@@ -160,6 +167,7 @@ def _files(folder: Path) -> tuple[list[str], tuple[str, ...]]:
         )
     found = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     files = [name for name in found if name.endswith(_KINDS) or name.upper().startswith(_TEXTS) or name == CARD]
+    files += [f"{TEMPLATES}/{path.name}" for path in sorted(folder.glob(f"{TEMPLATES}/*.jinja"))]
     if ADAPTER in files:
         whole = "adapter_model.safetensors" in files
     else:
@@ -167,7 +175,7 @@ def _files(folder: Path) -> tuple[list[str], tuple[str, ...]]:
         HFWeights(folder)  # every shard of the index is there, with all of its bytes
     if not whole:
         raise CptError(f"{folder} holds no whole model or adapter. Give what `nemo-cpt export` made")
-    others = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - set(files)
+    others = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - set(files) - {TEMPLATES}
     return files, tuple(sorted(others))
 
 
@@ -219,7 +227,7 @@ def _contents(folder: Path, files: Sequence[str], subject: Subject) -> dict[str,
         if subject.origin.repo_id is None:
             raise CptError(f"{folder} is an adapter, which is of no use without its base: give --base-model OWNER/NAME")
         # The export has the base's folder there, which is nobody else's.
-        config = json.loads((folder / ADAPTER).read_bytes()) | {"base_model_name_or_path": subject.origin.repo_id}
+        config = read_json(folder / ADAPTER) | {"base_model_name_or_path": subject.origin.repo_id}
         contents[ADAPTER] = json.dumps(config, indent=2).encode() + b"\n"
     return contents
 
@@ -259,13 +267,17 @@ def _send(api: Any, repo_id: str, contents: dict[str, Path | bytes], *, private:
     else:
         there = {file.rfilename for file in info.siblings or []}
         _check_repository(api, info, private=private, replace=replace)
-    # Weights alone are removed: other files there may be the user's own.
-    weights = set(filter(is_weights, there))
     # In one commit what comes and what goes: at no moment are two models' weights there.
     operations: list[Any] = [CommitOperationAdd(name, content) for name, content in contents.items()]
-    # Of an earlier push: transformers takes a model.safetensors before the shards of an index.
-    operations += [CommitOperationDelete(name) for name in sorted(weights - set(contents))]
+    # Of an earlier push: transformers takes a model.safetensors before the shards of an index, and a template that the
+    # model has no more. Other files there may be the user's own, in an adapter's repository also a tokenizer.
+    old = {name for name in there - set(contents) if is_weights(name) or (ADAPTER not in contents and _is_read(name))}
+    operations += [CommitOperationDelete(name) for name in sorted(old)]
     return str(api.create_commit(repo_id, operations, commit_message="Push with nemo-cpt").commit_url)
+
+
+def _is_read(name: str) -> bool:
+    return name in _OF_A_MODEL or name.startswith(f"{TEMPLATES}/")
 
 
 def _check_repository(api: Any, info: Any, *, private: bool, replace: bool) -> None:

@@ -11,6 +11,7 @@ from nemo import lightning as nl
 from nemo.utils import AppState
 from torch.optim.lr_scheduler import _enable_get_lr_call
 
+from nemo_cpt.checkpoint.folders import copy_small_files
 from nemo_cpt.checkpoint.lora import recorded_base
 from nemo_cpt.checkpoint.weights_digest import base_weights_of
 from nemo_cpt.compatibility import check_resumed
@@ -217,7 +218,10 @@ def _keep_tokenizer(trainer: pl.Trainer, kept: Path) -> None:
         partial = kept.with_name(f"{kept.name}.part")
         for left_before in (partial, kept):
             shutil.rmtree(left_before, ignore_errors=True)
-        shutil.copytree(source, partial)
+        # Of a model's folder not the weights, and no folder: NeMo copies file by file, and would end at it.
+        copy_small_files(source, partial, in_checkpoint=True)
+        for note in (path for path in Path(source).glob(".*") if path.is_file()):  # where its model comes from, sums
+            shutil.copyfile(note, partial / note.name)
         partial.rename(kept)
     tokenizer.pretrained_model_name = str(kept)
 

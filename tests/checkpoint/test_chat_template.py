@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from nemo_cpt.checkpoint import export_hf, import_hf, verify
 from nemo_cpt.checkpoint.chat_template import instruction_template
+from nemo_cpt.checkpoint.folders import TEMPLATES
 from nemo_cpt.conversations import open_conversations, prepare
 from nemo_cpt.errors import CptError
 from nemo_cpt.inference import Sampling, open_engine
@@ -102,6 +103,15 @@ def test_a_tuned_model_answers_and_stops_by_itself(tuned: Path, checkpoint: Path
     export_hf(checkpoint, tmp_path / "untold", chat_template="none")
     shutil.copy(tmp_path / "out" / "chat_template.jinja", tmp_path / "untold")
     assert len(_reply(tmp_path / "untold", "What is 2 + 3?")) == 30
+
+
+def test_templates_that_it_was_not_tuned_on_stay_behind(checkpoint: Path, tmp_path: Path) -> None:
+    nemo = Path(shutil.copytree(checkpoint, tmp_path / "nemo"))
+    for folder in (nemo / "hf", nemo / "context" / "nemo_tokenizer"):
+        (folder / f".{TEMPLATES}.json").write_text(json.dumps({"tool_use.jinja": "{{ tools }}"}))
+    assert TEMPLATES not in "".join(export_hf(nemo, tmp_path / "out").files)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == instruction_template(nemo).text
+    assert f"{TEMPLATES}/tool_use.jinja" in export_hf(nemo, tmp_path / "base_s", chat_template="none").files
 
 
 def test_the_files_say_it_wherever_a_reader_looks(tuned: Path, checkpoint: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemo_cpt.checkpoint import export_hf, import_hf
+from nemo_cpt.checkpoint import export_hf, grow_model, import_hf
 from nemo_cpt.errors import CptError
 from tests.support import small_models as models
 
@@ -167,6 +167,10 @@ def test_a_field_that_changes_the_forward_pass(hf: Path, field: str, value: obje
         ("rms_norm_eps", float("nan")),
         ("rms_norm_eps", None),
         ("max_position_embeddings", 0.5),
+        ("eos_token_id", "</s>"),
+        ("eos_token_id", [2, "</s>"]),
+        ("eos_token_id", {"id": 2}),
+        ("eos_token_id", True),
     ],
 )
 def test_a_field_of_another_type(hf: Path, field: str, value: object) -> None:
@@ -216,6 +220,18 @@ def test_a_small_file_that_was_cut_short(hf: Path, name: str) -> None:
     _refuse_import(hf, rf"{name} is no JSON \(.*\), as a file that was cut short: download it again")
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("content", ["[1]", "null", '"text"'])
+def test_a_small_file_that_holds_something_else(hf: Path, name: str, content: str) -> None:
+    (hf / name).write_text(content)
+    _refuse_import(hf, rf"{name} holds a (list|NoneType|str), not a JSON object: download it again")
+
+
+def test_generation_settings_that_end_replies_with_no_id(hf: Path) -> None:
+    (hf / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    _refuse_import(hf, r"generation_config.json: eos_token_id cannot be '</s>'; it is a token's id, or a list of them")
+
+
 class _Bomb:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.system, ("touch /tmp/nemo_cpt_pickle_ran",)
@@ -248,6 +264,23 @@ def test_existing_destination(hf: Path, tmp_path: Path) -> None:
 def imported(hf: Path, tmp_path: Path) -> Path:
     import_hf(hf, tmp_path / "nemo")
     return tmp_path / "nemo"
+
+
+@pytest.mark.parametrize("place", ["weights/out", "context/out", "hf/out", "out", "weights/../out"])
+def test_what_is_made_of_a_checkpoint_has_no_place_within_it(imported: Path, tmp_path: Path, place: str) -> None:
+    """It would be read as a part of it, and go with it when the run thins its checkpoints."""
+    before = sorted(tmp_path.rglob("*"))
+    (link := tmp_path / "link").symlink_to(imported)
+    for source in (imported, imported / "weights", link):
+        with pytest.raises(CptError, match=r"lies within .*a checkpoint that is read for it"):
+            export_hf(source, imported / place)
+    with pytest.raises(CptError, match="lies within"):
+        export_hf(imported, link / place)
+    with pytest.raises(CptError, match="lies within"):
+        grow_model(imported, imported / place, tmp_path / "hf")
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, link])
+    # A model's folder may hold what is made of it.
+    import_hf(tmp_path / "hf", tmp_path / "hf" / "nemo")
 
 
 def test_unfinished_checkpoint(imported: Path, tmp_path: Path) -> None:

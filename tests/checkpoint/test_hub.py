@@ -150,6 +150,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[_Hub]:
     (folder / "original" / "consolidated.00.pth").write_bytes(b"pickle")
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
     (folder / "LICENSE").write_text("terms")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # other tests go offline in this process
@@ -173,13 +175,17 @@ def test_a_model_arrives_without_what_nothing_uses(hub: _Hub, tmp_path: Path) ->
     models.assert_same_weights(hub.folder, tmp_path / "model")
     assert report.commit == COMMIT
     assert set(report.left_out) == {"original/consolidated.00.pth", "pytorch_model.bin"}
-    arrived = [path for path in (tmp_path / "model").iterdir() if path.name != ".download.json"]
-    assert sorted(path.name for path in arrived) == sorted(report.files)
+    model = tmp_path / "model"
+    arrived = [path for path in model.rglob("*") if path.is_file() and path.name != ".download.json"]
+    assert sorted(str(path.relative_to(model)) for path in arrived) == sorted(report.files)
+    assert "additional_chat_templates/tool_use.jinja" in report.files
     assert report.bytes_total == sum(path.stat().st_size for path in arrived)
     import_hf(tmp_path / "model", tmp_path / "nemo")
     assert not (tmp_path / "nemo" / "hf" / ".download.json").exists()
 
     hub.fetched.clear()
+    assert download(REPO, tmp_path / "model", endpoint=hub.url).already_there
+    shutil.rmtree(model / "additional_chat_templates")  # as an older version left it
     assert download(REPO, tmp_path / "model", endpoint=hub.url).already_there
     assert hub.fetched == []
 

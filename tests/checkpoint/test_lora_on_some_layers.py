@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from nemo_cpt.checkpoint import export_hf, import_hf, merge, verify
 from nemo_cpt.checkpoint.distributed_writer import DistributedWriter
+from nemo_cpt.checkpoint.download_record import DownloadRecord
 from nemo_cpt.checkpoint.lora import recorded_base
 from nemo_cpt.checkpoint.provenance import trainings_of
 from nemo_cpt.checkpoint.weights_digest import BASE_WEIGHTS, weights_digest
@@ -145,6 +146,18 @@ def test_an_adapter_for_peft_names_the_model_that_it_belongs_to(tuned: Path, tmp
     export_hf(lora, tmp_path / "adapter", tuned / "trained", adapter=True)
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tuned / "trained")
+
+
+def test_an_adapter_names_the_repository_that_its_base_was_downloaded_from(tmp_path: Path) -> None:
+    """Of the base's own files a checkpoint carries the small ones: its folder is no model."""
+    hf = models.make("llama31", tmp_path / "hf")
+    DownloadRecord("someone/base", "c" * 40, {}).write(hf)
+    import_hf(hf, tmp_path / "base")
+    lora = _lora_checkpoint(tmp_path / "lora", [(1, "mlp.linear_fc2")], tmp_path / "base")
+    for name, base, named in (("of_nemo", tmp_path / "base", "someone/base"), ("of_hf", hf, str(hf))):
+        export_hf(lora, tmp_path / name, base, adapter=True)
+        config = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == named
 
 
 @pytest.mark.parametrize(

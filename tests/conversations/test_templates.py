@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nemo_cpt.conversations.forms import Conversation, read_conversation
-from nemo_cpt.conversations.templates import OWN, SHIPPED, load_template
+from nemo_cpt.conversations.templates import OWN, SHIPPED, load_template, own_template
 from nemo_cpt.corpus.reading.lines import UnusableError
 from nemo_cpt.corpus.tokenization.tokenizer import load_tokenizer
 from nemo_cpt.errors import CptError
@@ -316,3 +316,34 @@ def test_a_tokenizer_without_the_templates_tokens_is_told_of_plain_text(llama3: 
         CptError, match=r"uses <\|end_header_id\|>, <\|eot_id\|>, .* Take a template of plain text \(alpa"
     ):
         load_template("llama3", load_tokenizer(qwen25))
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        (None, None),
+        ("{{ a }}", "{{ a }}"),
+        ([{"name": "tool_use", "template": "{{ b }}"}, {"name": "default", "template": "{{ a }}"}], "{{ a }}"),
+        ({"default": "{{ a }}", "rag": "{{ b }}"}, "{{ a }}"),
+        ([{"name": "tool_use", "template": "{{ b }}"}], None),
+    ],
+)
+def test_where_a_tokenizer_has_its_template(given: object, found: str | None, tmp_path: Path) -> None:
+    """In all forms that transformers reads."""
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": given}))
+    assert own_template(tmp_path) == found
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("tokenizer_config.json", b'{"chat_template": 5}', "chat_template cannot be 5"),
+        ("tokenizer_config.json", b'{"chat_template": ["a"]}', r"chat_template cannot be \['a'\]"),
+        ("tokenizer_config.json", b"[]", "it holds no JSON object"),
+        ("chat_template.jinja", b"\xff", "Cannot read the template"),
+    ],
+)
+def test_what_is_no_template_of_a_tokenizer_is_named(name: str, content: bytes, says: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CptError, match=says):
+        own_template(tmp_path)

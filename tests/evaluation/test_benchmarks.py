@@ -1,9 +1,11 @@
 """lm-evaluation-harness' command line and results; a small local task where it is installed."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation import benchmarks, evaluate
@@ -69,6 +71,27 @@ def test_the_command_line(world: Path, tmp_path: Path) -> None:
     own = command(candidate, [Task("sums", None, folder="mine")], tmp_path, None)
     assert own[-2:] == ["--include_path", "mine"]
     assert "--num_fewshot" not in own
+
+
+@pytest.mark.usefixtures("real_harness")
+def test_the_rotary_embedding_of_a_model_that_transformers_5_has_written(world: Path, tmp_path: Path) -> None:
+    """transformers 4 passes over `rope_parameters`, and the harness would measure another model."""
+    from lm_eval.models.huggingface import HFLM
+
+    model = Path(shutil.copytree(world / "base_hf", tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    theta = config.pop("rope_theta")
+    scaling = config.pop("rope_scaling", None) or {"rope_type": "default"}
+    (model / "config.json").write_text(json.dumps(config | {"rope_parameters": {"rope_theta": theta, **scaling}}))
+    words = command(Candidate("after", str(model), {"device": "cpu"}), [Task("sums")], tmp_path, None)
+    given = json.loads(words[words.index("--model_args") + 1])
+    tokens = torch.arange(5, 45)[None]
+    found, expected = (
+        HFLM(**{"device": "cpu", **arguments}).model(tokens).logits
+        for arguments in (given, {"pretrained": str(world / "base_hf"), "dtype": "float32"})
+    )
+    assert theta != 10_000
+    assert torch.equal(found, expected)
 
 
 def test_the_command_line_for_an_endpoint(tmp_path: Path) -> None:

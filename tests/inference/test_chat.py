@@ -255,6 +255,34 @@ def test_serve_can_be_asked_and_stopped_once_it_says_its_address(make_model: Cal
         assert server.wait(60) == 0
 
 
+def test_a_second_ctrl_c_ends_the_replies_with_an_error_and_no_traceback(make_model: Callable[[str], Path]) -> None:
+    arguments = [*COMMAND, "serve", str(make_model("long_context")), "--port", "0"]
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        address = next(line for line in server.stderr if "http://" in line).split()[-1]
+        # Longer than anybody waits.
+        asked = {"prompt": "Kyoto", "max_tokens": 60_000, "min_tokens": 60_000, "temperature": 0, "stream": True}
+        with httpx.stream("POST", f"{address}/completions", json=asked, timeout=60) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            server.send_signal(signal.SIGINT)
+            while not _is_closed(address):
+                next(lines)  # the reply goes on
+            server.send_signal(signal.SIGINT)
+            (last,) = [line for line in lines if "error" in line]
+        assert "the server is shutting down" in last
+        assert server.wait(60) == 0
+        assert "Traceback" not in server.stderr.read()
+
+
+def _is_closed(address: str) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", urlsplit(address).port or 0)).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
 def test_a_port_of_a_server_that_is_still_loading_is_taken(
     make_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

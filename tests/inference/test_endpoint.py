@@ -63,6 +63,7 @@ def test_where_nobody_listens_the_first_contact_is_the_last(monkeypatch: pytest.
     ("fault", "requests", "message"),
     [
         ("broken stream", 2, "broke a reply off .*peer closed connection"),
+        ("cut stream", 2, "broke a reply off .*names no finish_reason"),
         ("503", 2, "answered 503: .*try later"),
         ("hang up", 2, "does not answer .*disconnected"),
         ("400", 1, "answered 400: .*bad"),
@@ -76,7 +77,7 @@ def test_what_does_not_pass_is_said(fault: Fault, requests: int, message: str) -
     assert len(server.asked) == requests
 
 
-@pytest.mark.parametrize("fault", ["broken stream", "no json", "no chunk"])
+@pytest.mark.parametrize("fault", ["broken stream", "cut stream", "no json", "no chunk"])
 def test_a_stream_that_fails_is_said_too(fault: Fault) -> None:
     with always(fault) as server, pytest.raises(CptError, match=r"broke a reply off|no answer of an OpenAI"):
         list(EndpointEngine(server.url).stream(HELLO, Sampling()))

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 
 from nemo_cpt.errors import CptError
 from nemo_cpt.inference import Sampling, open_engine
@@ -245,6 +246,39 @@ def test_errors_are_openais(url: str, path: str, body: dict, status: int, says: 
     assert says in answer.json()["error"]["message"]
     if says.startswith("the model's context"):
         assert answer.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_a_request_that_there_is_no_memory_for_ends_alone(
+    make_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = TransformersEngine(make_model("llama"))
+    expected, long = replied(engine, "a", max_tokens=40), "The old town of Kyoto " * 6
+    attention = engine.network.model.layers[1].self_attn
+    forward = attention.forward
+
+    def limited(hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        if hidden_states.shape[1] > 50:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(attention, "forward", limited)
+    gate = Gate(engine, monkeypatch)
+    with serving(engine) as url, ThreadPoolExecutor(3) as pool:
+        asked = {"max_tokens": 40, "temperature": 0}
+
+        def ask(prompt: str) -> httpx.Response:
+            return httpx.post(f"{url}/v1/completions", json=asked | {"prompt": prompt}, timeout=60)
+
+        first = pool.submit(ask, "a")
+        gate.reached.wait()
+        others = [pool.submit(ask, prompt) for prompt in (long, "a")]
+        gate.open.set()
+        refused, beside = (each.result() for each in others)
+        assert first.result().json()["choices"][0]["text"] == expected
+        assert beside.json()["choices"][0]["text"] == expected
+        assert refused.status_code == 500
+        assert "there is no memory for a prompt of" in refused.json()["error"]["message"]
+        assert ask("a").json()["choices"][0]["text"] == expected
 
 
 def test_messages_as_clients_write_them(url: str, engine: TransformersEngine) -> None:

@@ -392,6 +392,37 @@ def test_an_export_in_the_cache_is_made_again_where_a_small_file_changed(
     assert hugging_face_folder(tmp_path / "moved") == after
 
 
+def test_an_export_of_another_version_is_made_again(
+    make_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nemo_cpt.checkpoint import import_hf
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    import_hf(make_model("llama"), tmp_path / "nemo")
+    before = hugging_face_folder(tmp_path / "nemo")
+    monkeypatch.setattr("nemo_cpt.inference.models.__version__", "99")
+    assert hugging_face_folder(tmp_path / "nemo") != before
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("config.json", "max_position_embeddings", "256"),
+        ("config.json", "eos_token_id", "<eos>"),
+        ("generation_config.json", "eos_token_id", [1, "<eos>"]),
+    ],
+)
+def test_a_field_of_another_type_is_named(
+    name: str, field: str, value: object, make_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(make_model("llama"), tmp_path / "model"))
+    if name == "config.json":
+        (folder / "generation_config.json").unlink()
+    (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | {field: value}))
+    with pytest.raises(CptError, match=rf"{name}: {field} cannot be "):
+        TransformersEngine(folder)
+
+
 def test_a_prompt_with_a_token_that_the_model_has_no_row_for(make_model: Callable[[str], Path], tmp_path: Path) -> None:
     shutil.copytree(make_model("llama"), tmp_path / "small")
     network = AutoModelForCausalLM.from_pretrained(tmp_path / "small")

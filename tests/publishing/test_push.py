@@ -126,6 +126,30 @@ def test_weights_of_an_earlier_push_do_not_stay(out: Path, exported: Path, hub: 
     assert "notes.pdf" in hub.repositories[REPO]
 
 
+def test_what_an_earlier_push_had_beside_its_weights_is_no_part_of_this_model(
+    out: Path, exported: Path, hub: UploadHub
+) -> None:
+    """An adapter's configuration is another model to transformers; a template is how people ask it."""
+    (out / "chat_template.jinja").write_text("{{ bos_token }}")
+    (out / "additional_chat_templates").mkdir()
+    (out / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    report = push(out, REPO)
+    assert "additional_chat_templates/tool_use.jinja" in report.files
+    assert report.left_out == ()
+    assert hub.repositories[REPO]["additional_chat_templates/tool_use.jinja"] == b"{{ tools }}"
+    hub.repositories[REPO] |= {"adapter_config.json": b"{}", "results.json": b"{}"}
+    push(exported, REPO)
+    sent = {path.name for path in exported.iterdir() if path.name[0] != "."}
+    assert set(hub.repositories[REPO]) == sent | {"README.md", "NOTICE", ".gitattributes", "results.json"}
+
+
+def test_a_template_within_the_tokenizer_s_configuration_is_one_to_the_card(out: Path, hub: UploadHub) -> None:
+    assert "apply_chat_template" not in push(out, REPO, dry_run=True).card
+    config = json.loads((out / "tokenizer_config.json").read_text())
+    (out / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "{{ bos_token }}"}))
+    assert "apply_chat_template" in push(out, REPO, dry_run=True).card
+
+
 def test_the_card_says_what_the_model_was_made_of(exported: Path, hub: UploadHub) -> None:
     card = push(exported, REPO, dry_run=True).card
     assert metadata(card) == {

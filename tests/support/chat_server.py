@@ -9,7 +9,7 @@ from typing import Any, Literal
 from tests.support.servers import serving
 
 Body = dict[str, Any]
-Fault = Literal["broken stream", "no json", "no chunk", "503", "429", "403", "400", "hang up"]
+Fault = Literal["broken stream", "cut stream", "no json", "no chunk", "503", "429", "403", "400", "hang up"]
 NAME = "known-judge"
 
 
@@ -44,7 +44,7 @@ class ChatServer:
             def do_GET(self) -> None:
                 self._send(200, json.dumps({"object": "list", "data": [{"id": NAME, "object": "model"}]}))
 
-            def _stream(self, text: str, whole: bool = True) -> None:
+            def _stream(self, text: str, whole: bool = True, missing: int = 0) -> None:
                 pieces = [{"delta": {"content": piece}} for piece in (text[:5], text[5:])] if text else []
                 ends = [{"delta": {}, "finish_reason": "stop"}]
                 chunks: list[Body] = [{"choices": [{"index": 0} | each]} for each in (*pieces, *ends)]
@@ -53,12 +53,14 @@ class ChatServer:
                 content = "".join([*lines, "data: [DONE]\n\n"] if whole else lines[:1])
                 self.send_response(200)
                 self.send_header("Content-Type", "text/event-stream")
-                self.send_header("Content-Length", str(len(content.encode()) + (0 if whole else 1000)))
+                self.send_header("Content-Length", str(len(content.encode()) + missing))
                 self.end_headers()
                 self.wfile.write(content.encode())
 
             def _fail(self, fault: Fault) -> None:
                 if fault == "broken stream":
+                    self._stream("This answer breaks off", whole=False, missing=1000)
+                elif fault == "cut stream":
                     self._stream("This answer breaks off", whole=False)
                 elif fault == "no json":
                     self._send(200, "data: <html>It works!</html>\n\n", "text/event-stream")

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from nemo_cpt.checkpoint import export_hf
+from nemo_cpt.checkpoint.folders import TEMPLATES
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation.bits_per_byte import sequences_loss
 from nemo_cpt.inference.transformers_engine import TransformersEngine
@@ -106,12 +108,25 @@ def test_a_new_run_from_a_training_checkpoint_starts_a_fresh_schedule(world: Pat
     assert metrics(world, "fresh", "lr") == metrics(world, reference, "lr")
     trained = metrics(world, reference, "val_loss_ja")[STEPS]
     assert metrics(world, "fresh", "val_loss_ja")[0] == pytest.approx(trained, abs=1e-5)
+    # Of the model that was named for its tokenizer, they hold neither weights nor a folder, which NeMo cannot copy.
+    newest = newest_whole(world / "runs/fresh/checkpoints")
+    assert newest is not None
+    carried = {path.name for path in (newest.path / "context/hf").iterdir()}
+    assert {"tokenizer.json", "config.json"} < carried
+    assert not {"model.safetensors", "original"} & carried
+    export_hf(newest.path, world / "fresh_hf")
+    assert (world / "fresh_hf" / TEMPLATES / "tool_use.jinja").read_text() == "{{ tools }}"
 
 
 def continue_from(world: Path, blend: Any, checkpoint: Path) -> None:
+    model = Path(shutil.copytree(world / "base_hf", world / "with_folders"))
+    (model / "original").mkdir()
+    (model / "original" / "params.json").write_text("{}")
+    (model / TEMPLATES).mkdir()
+    (model / TEMPLATES / "tool_use.jinja").write_text("{{ tools }}")
     recipe = tiny.continual_pretrain(
-        str(checkpoint), blend, tokenizer=str(world / "base/hf"), name="fresh", directory=str(world / "runs"),
-        seq_length=64, global_batch_size=8, max_steps=STEPS, val_check_interval=2,
+        str(checkpoint), blend, tokenizer=str(model), name="fresh", directory=str(world / "runs"), seq_length=64,
+        global_batch_size=8, max_steps=STEPS, val_check_interval=2,
     )  # fmt: skip
     run.run(recipe, direct=True)
 
