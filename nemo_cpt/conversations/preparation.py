@@ -17,6 +17,7 @@ from nemo_cpt.corpus.dataset.index import dtype_for
 from nemo_cpt.corpus.preparing import preparation
 from nemo_cpt.corpus.preparing.encode import BATCH, COMPARED_TASKS, Encoded, Work, choose_passages, count_lengths
 from nemo_cpt.corpus.preparing.job import SAMPLE_BYTES, SAMPLE_TEXTS
+from nemo_cpt.corpus.preparing.journal import Journal
 from nemo_cpt.corpus.preparing.output import HeadStart, Output, Run
 from nemo_cpt.corpus.preparing.workers import count_processes
 from nemo_cpt.corpus.reading.chunks import Feed, Task, take_from
@@ -250,16 +251,24 @@ class _ConversationOutput(Output):
             "train_on": reader.train_on,
         }
         dtype = dtype_for(max(tokenizer.vocabulary_size, tokenizer.highest + 1))
-        super().__init__(prefix, sources, tokenizer, dtype, options, json_key=None, files=("bin", "mask"))
+        files = ("bin", "mask")
+        super().__init__(prefix, sources, tokenizer, dtype, options, json_key=None, files=files)
         self.reader = reader
+        # Neither the template's text nor the vocabulary tells which of its tokens the settings call eos_token.
+        template = reader.template
+        self.tokens = {"stop": list(template.stop), "tokens": template.tokens}
+        self.journal = Journal(prefix, options | self.tokens, files)
 
     def is_there(self, policy: Policy, overwrite: bool) -> bool:
         """Say whether the finished set of this very job exists, whole; see `Output`."""
+        if not super().is_there(policy, overwrite):
+            return False
         # The parent looks at `.bin` and `.idx`; the mask is ours to look at.
-        there = super().is_there(policy, overwrite)
-        if there:
-            open_conversations(self.prefix)
-        return there
+        template = open_conversations(self.prefix).manifest["template"]
+        for key, value in self.tokens.items():
+            if template[key] != value:
+                raise CptError(self.refusal(f"its template's {key} is {template[key]!r}, not {value!r}"))
+        return True
 
     def samples(self) -> list[str]:
         """Return the pieces of the first conversations, and of such of awkward texts; see `Output`."""
