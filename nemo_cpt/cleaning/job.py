@@ -315,7 +315,8 @@ class Cleaning:
         # As it came, to the byte: to write it anew could change numbers and escapes.
         if document.text == record.text:
             return record.line + b"\n"
-        return to_json(record.value | {self.json_key: document.text}) + b"\n"
+        # Read anew, by Python's json: orjson has made floats of integers beyond 64 bits.
+        return to_json(json.loads(record.line) | {self.json_key: document.text}) + b"\n"
 
     def _leave_out(self, duplicates: list[Duplicate], work: Path) -> None:
         """Move duplicates from the kept documents to the dropped ones."""

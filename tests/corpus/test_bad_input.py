@@ -15,6 +15,7 @@ import zstandard
 import nemo_cpt.corpus
 from nemo_cpt.cleaning import Rules, clean
 from nemo_cpt.cleaning.duplicates import Duplicates
+from nemo_cpt.conversations import prepare as prepare_chats
 from nemo_cpt.corpus import prepare, split
 from nemo_cpt.corpus.reading.sources import list_sources
 from nemo_cpt.errors import CptError
@@ -311,8 +312,34 @@ def test_a_folder_is_listed_without_what_commands_wrote_there(tmp_path: Path, te
     (folder / "x.jsonl.part").touch()
     (folder / "x.jsonl.part.json").write_text("{}")
     (folder / "notes_document.json").write_text('{"text": "a corpus of the user"}\n')
+    (folder / "chats.jsonl").write_text('{"query": "Who?", "answer": "You."}\n')
+    prepare_chats(folder / "chats.jsonl", folder / "sft", small, template="alpaca-en", quiet=True)
+    (folder / "chats.jsonl").unlink()
+    # Of many tasks of a `clean`, of which one was killed.
+    (folder / "cleaning.parts" / "part-00001.unfinished").mkdir(parents=True)
+    (folder / "cleaning.parts" / "plan.json").write_text("{}")
+    for name in ("kept.jsonl", "dropped.jsonl"):
+        write_jsonl(folder / "cleaning.parts" / "part-00001.unfinished" / name, texts)
     names = [Path(source.path).name for source in list_sources(folder)]
     assert names == ["more.jsonl", "notes_document.json", "train.jsonl"]
+
+
+def test_folders_behind_links_are_read_once_and_what_is_hidden_is_not(tmp_path: Path) -> None:
+    for name in ("data/a.jsonl", "data/in/b.jsonl", "out/c.jsonl", "out/deep/d.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"text": "a"}\n')
+    data = tmp_path / "data"
+    # Jupyter's copies, and what macOS puts beside files on other disks.
+    for name in (".ipynb_checkpoints/a-checkpoint.jsonl", "in/._b.jsonl"):
+        (data / name).parent.mkdir(exist_ok=True)
+        (data / name).write_text('{"text": "an earlier version"}\n')
+    for name, target in (("aside", "../out"), ("deep", "../out/deep"), ("here", "in"), ("loop", "."), ("up", "..")):
+        (data / name).symlink_to(target)
+    found = [source.path.removeprefix(f"{data}/") for source in list_sources(data)]
+    assert found == ["a.jsonl", "aside/c.jsonl", "deep/d.jsonl", "in/b.jsonl"]
+    (data / "lost.jsonl").symlink_to("nowhere")
+    with pytest.raises(CptError, match=r"Cannot read the input .*lost\.jsonl: No such file"):
+        list_sources(data)
 
 
 def test_bad_tokenizers(tmp_path: Path, jsonl: Path) -> None:
