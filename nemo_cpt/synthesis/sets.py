@@ -99,7 +99,8 @@ def synthesize(
         output: Folder for the sets.
         train: Questions to train on.
         validation: Questions to validate on.
-        kinds: Which questions rules make: `title`, `continuation`, `cloze`, `summary`; see `questions.ask`.
+        kinds: Which questions rules make: `title`, `continuation`, `cloze`, `summary`; see `questions.ask`. Not with an
+            endpoint, nor are slots.
         slots: A JSON file with `templates`, each a `query` and an `answer` in which `{city}` stands for a value, and
             `slots`, each one's values; see `questions.fill`.
         language: Of the questions' words, `ja`, `en` or `zh`; by default each document's own.
@@ -121,7 +122,7 @@ def synthesize(
     if endpoint:  # not before: rules need not wait for OpenAI's client
         from nemo_cpt.synthesis import grounded
 
-    check_options(train, validation, kinds, language, pairs, concurrency, endpoint, model, licence)
+    check_options(train, validation, kinds, slots, language, pairs, concurrency, endpoint, model, licence)
     wanted = {"validation": validation, "train": train}
     # With the endpoint's address, less its credentials: it is kept in the manifest.
     generator = _generator(endpoint, model, licence)
@@ -160,6 +161,7 @@ def check_options(
     train: int,
     validation: int,
     kinds: Sequence[str],
+    slots: str | os.PathLike[str] | None,
     language: str | None,
     pairs: int,
     concurrency: int,
@@ -182,6 +184,11 @@ def check_options(
         raise CptError(f"language is {language!r}; it can be {', '.join(LANGUAGES)}.")
     if not kinds or not set(kinds) <= set(KINDS):
         raise CptError(f"kinds are {', '.join(kinds) or 'none'}; they can be {', '.join(KINDS)}.")
+    if endpoint and (slots is not None or set(kinds) != set(KINDS)):
+        raise CptError(
+            f"{'slots' if slots is not None else 'kinds'} are for questions that rules make, and with an endpoint a "
+            "model makes all of them: make two sets, each in a folder of its own."
+        )
     _generator(endpoint, model, licence)
 
 

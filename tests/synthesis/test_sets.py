@@ -28,6 +28,9 @@ def both_sets(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
     return lines(folder / "train.jsonl"), lines(folder / "validation.jsonl")
 
 
+MODEL = {"endpoint": "http://localhost:1/v1", "model": "m", "licence": "x"}
+
+
 class TestRules:
     def test_150_and_50_in_one_call(self, tmp_path: Path) -> None:
         report = synthesize(CORPUS, tmp_path / "chats")
@@ -122,6 +125,8 @@ class TestRules:
             ({"train": 10_000}, "There are only .* out of 2 documents. Ask for fewer"),
             ({"model": "m"}, "no endpoint to ask"),
             ({"endpoint": "http://localhost:1/v1"}, "needs the model's name .* and the licence"),
+            (MODEL | {"slots": "no.json"}, "slots are for questions that rules make, .* make two sets"),
+            (MODEL | {"kinds": ["title"]}, "kinds are for questions that rules make, .* make two sets"),
             ({"slots": "no.json"}, "Cannot read no.json: No such file"),
             ({"json_key": "body"}, "no key 'body'"),
         ],
