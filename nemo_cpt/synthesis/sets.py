@@ -22,6 +22,7 @@ from nemo_cpt.corpus.dataset.manifest import changed_input, describe_inputs
 from nemo_cpt.corpus.reading.chunks import Feed, hash_file, texts_of
 from nemo_cpt.corpus.reading.sources import REPLIES, SYNTHESIS, Inputs, Source, list_sources
 from nemo_cpt.corpus.reading.tally import NO_SKIPPING, Tally
+from nemo_cpt.corpus.splitting.duplicates import fingerprint
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation.journal import Journal
 from nemo_cpt.synthesis.questions import KINDS, LANGUAGES, SHORTEST, Document, Question, Rules, fill, untitled
@@ -233,7 +234,7 @@ def _sample(sources: list[Source], json_key: str, count: int, seed: int) -> tupl
     """Choose documents at random, each as likely as any other, in one pass over the inputs.
 
     Returns:
-        The documents in a random order, and the inputs' hashes.
+        The documents in a random order, of equal ones the first, and the inputs' hashes.
     """
     chance, chosen, hashes, seen, number = random.Random(seed), list[Document](), {}, 0, 0
     tally = Tally()
@@ -254,7 +255,11 @@ def _sample(sources: list[Source], json_key: str, count: int, seed: int) -> tupl
             hashes[str(task.source)] = task.hash
     # The reservoir keeps early documents in early places.
     chance.shuffle(chosen)
-    return chosen, hashes
+    # A copy of a document would give questions to the set that the other one is held out from.
+    different = dict[int, Document]()
+    for document in chosen:
+        different.setdefault(fingerprint(document.text), document)
+    return list(different.values()), hashes
 
 
 def _make_sets(
