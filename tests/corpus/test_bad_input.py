@@ -336,7 +336,7 @@ def test_folders_behind_links_are_read_once_and_what_is_hidden_is_not(tmp_path: 
     for name, target in (("aside", "../out"), ("deep", "../out/deep"), ("here", "in"), ("loop", "."), ("up", "..")):
         (data / name).symlink_to(target)
     found = [source.path.removeprefix(f"{data}/") for source in list_sources(data)]
-    assert found == ["a.jsonl", "aside/c.jsonl", "deep/d.jsonl", "in/b.jsonl"]
+    assert found == ["a.jsonl", "aside/c.jsonl", "aside/deep/d.jsonl", "in/b.jsonl"]
     (data / "lost.jsonl").symlink_to("nowhere")
     with pytest.raises(CptError, match=r"Cannot read the input .*lost\.jsonl: No such file"):
         list_sources(data)
