@@ -194,7 +194,7 @@ class Cleaning:
                 f"{folder} holds another cleaning: {reason}. Take another folder, or overwrite=True (--overwrite)."
             )
         check_sizes(folder, recorded.get("sizes", {}))
-        return restored(CleaningReport, recorded["report"], status="unchanged")
+        return restored(CleaningReport, recorded["report"], files=paths_in(folder), status="unchanged")
 
     def _other_options(self, recorded: dict[str, Any]) -> str | None:
         """Return what differs between the options and those of a manifest; of evaluation sets the content counts."""
@@ -374,7 +374,7 @@ class Cleaning:
             dropped.setdefault(rule, {})[measure] = {"documents": found.documents, "nbytes": found.nbytes}
         order = [rule.name for rule in self.rules.rules] + ["duplicates"]
         report = CleaningReport(
-            files={file.partition(".")[0]: str(folder / file) for file in FILES},
+            files=paths_in(folder),
             documents=counts.documents,
             nbytes=counts.nbytes,
             kept=counts.kept,
@@ -390,6 +390,11 @@ class Cleaning:
                 "train on them."
             )
         return report
+
+
+def paths_in(folder: Path) -> dict[str, str]:
+    """Return the paths of a cleaning's files, by name."""
+    return {file.partition(".")[0]: str(folder / file) for file in FILES}
 
 
 @checked

@@ -220,7 +220,10 @@ def test_again_is_nothing_to_do_and_another_is_refused(tmp_path: Path, corpus: P
     first = clean(corpus, tmp_path / "out", "ja", quiet=True)
     before = without_times(tmp_path / "out")
     again = clean(corpus, tmp_path / "out", "ja", quiet=True)
-    assert (again.status, again.kept) == ("unchanged", first.kept)
+    assert (again.status, again.kept, again.files) == ("unchanged", first.kept, first.files)
+    (tmp_path / "out").rename(tmp_path / "moved")
+    assert clean(corpus, tmp_path / "moved", "ja", quiet=True).files["kept"] == str(tmp_path / "moved" / "kept.jsonl")
+    (tmp_path / "moved").rename(tmp_path / "out")
     for changed, found in ((b"{}", "has 2 bytes, and had"), (None, "is not there any more")):
         kept = tmp_path / "out" / "kept.jsonl"
         kept.unlink() if changed is None else kept.write_bytes(changed)

@@ -179,6 +179,10 @@ def test_a_finished_split_is_not_repeated(tmp_path: Path, documents: list[str]) 
     first = split(source, tmp_path / "out", validation=0.1, quiet=True)
     again = split(source, tmp_path / "out", validation=0.1, quiet=True)
     assert (again.status, again.documents, again.files) == ("unchanged", first.documents, first.files)
+    (tmp_path / "out").rename(tmp_path / "moved")
+    moved = split(source, tmp_path / "moved", validation=0.1, quiet=True)
+    assert moved.files == {name: str(tmp_path / "moved" / f"{name}.jsonl") for name in first.files}
+    (tmp_path / "moved").rename(tmp_path / "out")
     (tmp_path / "out" / "train.jsonl").rename(tmp_path / "gone")
     with pytest.raises(CptError, match=r"train\.jsonl is not there any more"):
         split(source, tmp_path / "out", validation=0.1, quiet=True)

@@ -274,7 +274,9 @@ class _Split:
                 f"{folder} holds another split: {reason}. Take another folder, or overwrite=True (--overwrite)."
             )
         check_sizes(folder, recorded.get("sizes", {}))
-        return restored(SplitReport, recorded["report"], status="unchanged")
+        # Where they are now: the folder may have been moved, or named from another one.
+        files = {name: str(folder / f"{name}.jsonl") for name in recorded["report"]["files"]}
+        return restored(SplitReport, recorded["report"], files=files, status="unchanged")
 
     def make(self, folder: Path, workers: int, overwrite: bool, quiet: bool) -> SplitReport:
         """Write the sets beside, then move them into their folder; the folder must be locked.
