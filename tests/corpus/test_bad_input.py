@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -152,6 +153,20 @@ def test_an_input_named_twice_is_refused(tmp_path: Path, jsonl: Path, texts: lis
     assert prepare(inputs, tmp_path / "out", small, quiet=True, on_error="skip").documents == len(texts)
     with pytest.raises(CptError, match=r"empty\.jsonl is among the inputs twice; its"):
         prepare(inputs[1:2] * 2, tmp_path / "out", small, quiet=True)
+
+
+@pytest.mark.parametrize(("ending", "pack"), [("gz", gzip.compress), ("zst", zstandard.ZstdCompressor().compress)])
+def test_a_file_beside_what_it_was_unpacked_to_is_refused(
+    tmp_path: Path, texts: list[str], ending: str, pack: Callable[[bytes], bytes]
+) -> None:
+    content = write_jsonl(tmp_path / "a.jsonl", texts).read_bytes()
+    for packed in (pack(content), pack(content[:100]) + pack(content[100:])):
+        (tmp_path / f"a.jsonl.{ending}").write_bytes(packed)
+        with pytest.raises(CptError, match=rf"a\.jsonl\.{ending} is among the inputs beside .*a\.jsonl, which begins"):
+            list_sources(tmp_path)
+    # Others of such names are two files.
+    (tmp_path / f"a.jsonl.{ending}").write_bytes(pack(b"\n".join(reversed(content.splitlines()))))
+    assert len(list_sources(tmp_path)) == 2
 
 
 def test_a_missing_column_names_the_others(tmp_path: Path, small: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nemo_cpt.corpus.reading.formats import recognise
+from nemo_cpt.corpus.reading.formats import first_bytes, recognise
 from nemo_cpt.errors import CptError, near_paths
 
 # In a folder: also what is packed in a way that is not read, so that it is named and not left out
@@ -128,8 +128,9 @@ def list_sources(inputs: Inputs) -> list[Source]:
             `hf:NAME[@CONFIG][:SPLIT]`, or a list of them.
 
     Raises:
-        CptError: An input does not exist, stands for no file, or is listed twice; there is none; or a folder holds
-            datasets saved by `datasets`, or the sets of a split or a synthesis, of which one must be named.
+        CptError: An input does not exist, stands for no file, or is listed twice, be it packed once; there is none; or
+            a folder holds datasets saved by `datasets`, or the sets of a split or a synthesis, of which one must be
+            named.
     """
     given = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
     sources = [source for item in given for source in _expand(str(item))]
@@ -142,7 +143,23 @@ def list_sources(inputs: Inputs) -> list[Source]:
             link = "" if first == source.path else f", by a link: it is {first}, too"
             raise CptError(f"{source.path} is among the inputs twice{link}; its documents would be written twice.")
         seen[identity(source)] = source.path
+    _refuse_packed_twice(sources)
     return sources
+
+
+def _refuse_packed_twice(sources: list[Source]) -> None:
+    """Raise where a packed file lies beside what it was unpacked to: `zstd -d` and `gunzip -k` leave both."""
+    plain = {source.path for source in sources if source.kind == "plain"}
+    for source in sources:
+        unpacked = os.path.splitext(source.path)[0]
+        if source.kind not in ("gzip", "zstd") or unpacked not in plain:
+            continue
+        # By their beginnings: the lengths of a packed file's content are not always noted in it.
+        if (head := first_bytes(source.path, source.kind)) and head == first_bytes(unpacked, "plain"):
+            raise CptError(
+                f"{source.path} is among the inputs beside {unpacked}, which begins with the same bytes: what it was "
+                "unpacked to. Its documents would be written twice: name one of them, or remove one."
+            )
 
 
 def identity(source: Source) -> tuple[Any, ...]:
