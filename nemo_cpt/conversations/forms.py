@@ -186,7 +186,7 @@ def _read_alpaca(value: Mapping[str, Any]) -> tuple[list[dict[str, str]], list[b
 
 
 def _history(history: Any) -> list[dict[str, str]]:
-    """Return the earlier turns of LLaMA-Factory's alpaca form, a list of [question, answer]."""
+    """Return the earlier turns of LLaMA-Factory's alpaca form and of ChatGLM's pairs, a list of [question, answer]."""
     if not history:
         return []
     messages = []
@@ -205,8 +205,12 @@ def _read_pair(value: Mapping[str, Any], question: str, answer: str) -> tuple[li
         first = len(messages) - len(value[answer])
         # TRL's form: the answers in the prompt's history are context, and not trained on.
         return messages, [flag and number >= first for number, flag in enumerate(trained)]
+    # ChatGLM's form; what is no list, such as an article's subject, is no history of a conversation.
+    history = value.get("history")
+    earlier = _history(history) if isinstance(history, list) else []
     content = _text(value.get(question), repr(question), "user")
-    return [{"role": "user", "content": content}, _answer(value, answer)], [False, True]
+    messages = [*earlier, {"role": "user", "content": content}, _answer(value, answer)]
+    return messages, [message["role"] == "assistant" for message in messages]
 
 
 def _answer(value: Mapping[str, Any], key: str) -> dict[str, str]:
