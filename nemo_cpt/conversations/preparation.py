@@ -14,6 +14,7 @@ from nemo_cpt.conversations.forms import AUTO, Conversation, check_form, read_co
 from nemo_cpt.conversations.inspection import SEQ_LENGTH, Fitting, fit_and_pack, warnings_of
 from nemo_cpt.conversations.templates import TRAIN_ON, ChatTemplate, check_there, load_template
 from nemo_cpt.corpus.dataset.index import dtype_for
+from nemo_cpt.corpus.dataset.manifest import copies_of_inputs
 from nemo_cpt.corpus.preparing import preparation
 from nemo_cpt.corpus.preparing.encode import BATCH, COMPARED_TASKS, Encoded, Work, choose_passages, count_lengths
 from nemo_cpt.corpus.preparing.job import SAMPLE_BYTES, SAMPLE_TEXTS
@@ -332,7 +333,8 @@ def _report(prefix: str, status: str, rates: dict[str, float], seq_length: int, 
     manifest = chats.manifest
     fitting = fit_and_pack(chats, seq_length, too_long)
     # Made anew each time: they depend on the sequence length asked for, which the set does not.
-    warnings = warnings_of(manifest["trained"], manifest["tokens"], fitting, too_long)
+    warnings = copies_of_inputs(manifest["inputs"])
+    warnings += warnings_of(manifest["trained"], manifest["tokens"], fitting, too_long)
     if skipped := sum(manifest["skipped"].values()):
         warnings.insert(0, f"{skipped} lines were left out; {prefix}.skipped.jsonl lists them.")
     same = ("answers", "tokens", "trained", "longest", "forms", "skipped", "dtype", "encoder", "compared")

@@ -169,6 +169,16 @@ def test_a_file_beside_what_it_was_unpacked_to_is_refused(
     assert len(list_sources(tmp_path)) == 2
 
 
+def test_copies_among_the_inputs_are_told(tmp_path: Path, texts: list[str], small: Path) -> None:
+    for name in ("a", "b", "c"):
+        write_jsonl(tmp_path / f"{name}.jsonl", texts[:5] if name != "b" else texts[5:10])
+    assert prepare([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], tmp_path / "two", small, quiet=True).warnings == []
+    report = prepare(str(tmp_path / "*.jsonl"), tmp_path / "three", small, quiet=True)
+    assert report.documents == 15
+    copy, of = tmp_path / "c.jsonl", tmp_path / "a.jsonl"
+    assert report.warnings == [f"{copy} has the same bytes as {of}: the dataset has what is in them more than once."]
+
+
 def test_a_missing_column_names_the_others(tmp_path: Path, small: Path) -> None:
     import pyarrow as pa
     from pyarrow import parquet
