@@ -14,6 +14,7 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 TOOL_ROLES = ("tool", "function", "ipython", "function_call", "observation")
 TOOL_KEYS = frozenset(("tools", "functions", "tool_calls", "function_call"))
 SYSTEM_KEYS = ("system", "system_prompt")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # as servers give them, beside an answer's content
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +26,13 @@ class Conversation:
             `instruction` and `input`, which its content joins.
         trained: Of each message, whether its tokens are trained on; True for answers alone.
         form: The form that it had.
+        unread: Which of `THOUGHTS` its messages had, which are not read.
     """
 
     messages: list[dict[str, str]]
     trained: list[bool]
     form: str
+    unread: tuple[str, ...] = ()
 
 
 def check_form(form: str) -> None:
@@ -72,7 +75,13 @@ def read_conversation(value: Any, form: str = AUTO, system: str | None = None) -
         messages.insert(0, {"role": "system", "content": prompt})
         trained.insert(0, False)
     _check_order(messages)
-    return Conversation(messages, trained, name)
+    return Conversation(messages, trained, name, _unread(value))
+
+
+def _unread(value: Mapping[str, Any]) -> tuple[str, ...]:
+    lists = (turns for turns in value.values() if isinstance(turns, list))
+    found = {key for turns in lists for turn in turns if isinstance(turn, dict) for key in turn if turn[key]}
+    return tuple(key for key in THOUGHTS if key in found)
 
 
 def is_conversation(value: Any) -> bool:

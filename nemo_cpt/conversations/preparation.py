@@ -178,10 +178,11 @@ def check_options(
 
 @dataclass(frozen=True)
 class Reading:
-    """A conversation as it was read: its pieces and the form that it had."""
+    """A conversation as it was read: its pieces, the form that it had, and what was not read of it."""
 
     pieces: Pieces
     form: str
+    unread: tuple[str, ...]
 
 
 class Reader:
@@ -197,7 +198,7 @@ class Reader:
             UnusableError: The object cannot be used.
         """
         conversation = read_conversation(value, self.form, self.system)
-        return Reading(self.template.pieces(conversation, self.train_on), conversation.form)
+        return Reading(self.template.pieces(conversation, self.train_on), conversation.form, conversation.unread)
 
 
 class ConversationWork:
@@ -230,6 +231,7 @@ class ConversationWork:
                 encoded.passages += choose_passages(texts, result.tokens, offsets, self.encoder, self._lookout, first)
             # Under a word of their own, since all counts share one mapping in the journal.
             counts.update(f"form {reading.form}" for reading in batch)
+            counts.update(f"unread {key}" for reading in batch for key in reading.unread)
             counts["trained"] += int(result.mask.sum())
             # Each second piece is an answer; of train_on="all" those between them are trained on, too.
             counts["answers"] += sum(trained for reading in batch for _, trained in reading.pieces[1::2])
@@ -325,6 +327,7 @@ class _ConversationOutput(Output):
             "answers": counts["answers"],
             "trained": counts["trained"],
             "forms": {name.removeprefix("form "): n for name, n in counts.items() if name.startswith("form ")},
+            "unread": {name.removeprefix("unread "): n for name, n in counts.items() if name.startswith("unread ")},
         }
 
 
@@ -334,6 +337,11 @@ def _report(prefix: str, status: str, rates: dict[str, float], seq_length: int, 
     fitting = fit_and_pack(chats, seq_length, too_long)
     # Made anew each time: they depend on the sequence length asked for, which the set does not.
     warnings = copies_of_inputs(manifest["inputs"])
+    warnings += [
+        f"{count:,} conversations have {key!r} beside the content of an answer, which is not read: where it is to be "
+        "trained on, write it into the content."
+        for key, count in manifest.get("unread", {}).items()  # sets that older versions made have none
+    ]
     warnings += warnings_of(manifest["trained"], manifest["tokens"], fitting, too_long)
     if skipped := sum(manifest["skipped"].values()):
         warnings.insert(0, f"{skipped} lines were left out; {prefix}.skipped.jsonl lists them.")

@@ -269,6 +269,13 @@ class TestNothingStale:
             make(chats, tmp_path, small)
 
 
+def test_thoughts_beside_the_content_are_warned_of(tmp_path: Path, small: Path) -> None:
+    thought = [turns("q")[0], {"role": "assistant", "content": "a", "reasoning_content": "Hm."}]
+    chats = as_plain(tmp_path, [{"messages": each} for each in (thought, turns("q", "b"), turns("q", "c"))])
+    for report in (make(chats, tmp_path, small), make(chats, tmp_path, small)):  # written, and there already
+        assert [warning[:48] for warning in report.warnings] == ["1 conversations have 'reasoning_content' beside "]
+
+
 def test_training_on_everything_is_warned_about(tmp_path: Path, small: Path) -> None:
     report = make(as_plain(tmp_path, pairs(5)), tmp_path, small, train_on="all")
     assert report.trained == report.tokens
