@@ -1,5 +1,6 @@
 """Documents that hold a part of an evaluation set, which a model must not have learnt by heart."""
 
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -134,6 +135,9 @@ class Index:
 
     def _symbols(self, document: Document) -> Any:
         """Return a number for each character or word, marks left out."""
+        # Sets are as they were written, on a Mac in decomposed characters; documents as the rules have left them.
+        if not unicodedata.is_normalized("NFC", document.text):
+            document = Document(unicodedata.normalize("NFC", document.text))
         # Spaces are 0 here, and no text.
         codes = folded()[document.codes]
         text = _is_text(kinds()[codes])

@@ -194,7 +194,7 @@ class Cleaning:
                 f"{folder} holds another cleaning: {reason}. Take another folder, or overwrite=True (--overwrite)."
             )
         check_sizes(folder, recorded.get("sizes", {}))
-        return restored(CleaningReport, recorded["report"], status="unchanged")
+        return restored(CleaningReport, recorded["report"], files=paths_in(folder), status="unchanged")
 
     def _other_options(self, recorded: dict[str, Any]) -> str | None:
         """Return what differs between the options and those of a manifest; of evaluation sets the content counts."""
@@ -315,7 +315,8 @@ class Cleaning:
         # As it came, to the byte: to write it anew could change numbers and escapes.
         if document.text == record.text:
             return record.line + b"\n"
-        return to_json(record.value | {self.json_key: document.text}) + b"\n"
+        # Read anew, by Python's json: orjson has made floats of integers beyond 64 bits.
+        return to_json(json.loads(record.line) | {self.json_key: document.text}) + b"\n"
 
     def _leave_out(self, duplicates: list[Duplicate], work: Path) -> None:
         """Move duplicates from the kept documents to the dropped ones."""
@@ -373,7 +374,7 @@ class Cleaning:
             dropped.setdefault(rule, {})[measure] = {"documents": found.documents, "nbytes": found.nbytes}
         order = [rule.name for rule in self.rules.rules] + ["duplicates"]
         report = CleaningReport(
-            files={file.partition(".")[0]: str(folder / file) for file in FILES},
+            files=paths_in(folder),
             documents=counts.documents,
             nbytes=counts.nbytes,
             kept=counts.kept,
@@ -389,6 +390,11 @@ class Cleaning:
                 "train on them."
             )
         return report
+
+
+def paths_in(folder: Path) -> dict[str, str]:
+    """Return the paths of a cleaning's files, by name."""
+    return {file.partition(".")[0]: str(folder / file) for file in FILES}
 
 
 @checked

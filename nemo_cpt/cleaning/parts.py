@@ -26,6 +26,7 @@ from nemo_cpt.cleaning.job import (
     SKETCHES,
     Cleaning,
     check_options,
+    paths_in,
     read_cleaning,
 )
 from nemo_cpt.cleaning.rule import Check
@@ -246,7 +247,8 @@ def join(folder: str | os.PathLike[str]) -> CleaningReport:
     folder = Path(folder)
     # The plan goes last: without it a cleaning that is there was joined.
     if not (folder / PLAN).exists() and (folder.parent / MANIFEST).exists():
-        return restored(CleaningReport, read_cleaning(folder.parent)["report"], status="unchanged")
+        recorded = read_cleaning(folder.parent)["report"]
+        return restored(CleaningReport, recorded, files=paths_in(folder.parent), status="unchanged")
     plan = Plan.read(folder)
     output, settings = plan.folder.parent, plan.settings
     if (report := existing(plan)) is None:

@@ -361,6 +361,8 @@ def split(
         return print_json(asdict(report))
     rows = {name: f"{count:,} documents, {report.files.get(name, 'given')}" for name, count in report.documents.items()}
     rows["duplicates"] = f"{report.exact:,} exact, {report.near:,} near; {report.dropped:,} dropped"
+    if report.repeated:
+        rows["repeated"] = f"{report.repeated:,} held-out copies of others, of which a drawn set has one"
     rows["status"] = report.status
     print_report(rows, report.warnings)
 

@@ -14,6 +14,7 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 TOOL_ROLES = ("tool", "function", "ipython", "function_call", "observation")
 TOOL_KEYS = frozenset(("tools", "functions", "tool_calls", "function_call"))
 SYSTEM_KEYS = ("system", "system_prompt")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # as servers give them, beside an answer's content
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +26,13 @@ class Conversation:
             `instruction` and `input`, which its content joins.
         trained: Of each message, whether its tokens are trained on; True for answers alone.
         form: The form that it had.
+        unread: Which of `THOUGHTS` its messages had, which are not read.
     """
 
     messages: list[dict[str, str]]
     trained: list[bool]
     form: str
+    unread: tuple[str, ...] = ()
 
 
 def check_form(form: str) -> None:
@@ -72,7 +75,13 @@ def read_conversation(value: Any, form: str = AUTO, system: str | None = None) -
         messages.insert(0, {"role": "system", "content": prompt})
         trained.insert(0, False)
     _check_order(messages)
-    return Conversation(messages, trained, name)
+    return Conversation(messages, trained, name, _unread(value))
+
+
+def _unread(value: Mapping[str, Any]) -> tuple[str, ...]:
+    lists = (turns for turns in value.values() if isinstance(turns, list))
+    found = {key for turns in lists for turn in turns if isinstance(turn, dict) for key in turn if turn[key]}
+    return tuple(key for key in THOUGHTS if key in found)
 
 
 def is_conversation(value: Any) -> bool:
@@ -186,7 +195,7 @@ def _read_alpaca(value: Mapping[str, Any]) -> tuple[list[dict[str, str]], list[b
 
 
 def _history(history: Any) -> list[dict[str, str]]:
-    """Return the earlier turns of LLaMA-Factory's alpaca form, a list of [question, answer]."""
+    """Return the earlier turns of LLaMA-Factory's alpaca form and of ChatGLM's pairs, a list of [question, answer]."""
     if not history:
         return []
     messages = []
@@ -205,8 +214,12 @@ def _read_pair(value: Mapping[str, Any], question: str, answer: str) -> tuple[li
         first = len(messages) - len(value[answer])
         # TRL's form: the answers in the prompt's history are context, and not trained on.
         return messages, [flag and number >= first for number, flag in enumerate(trained)]
+    # ChatGLM's form; what is no list, such as an article's subject, is no history of a conversation.
+    history = value.get("history")
+    earlier = _history(history) if isinstance(history, list) else []
     content = _text(value.get(question), repr(question), "user")
-    return [{"role": "user", "content": content}, _answer(value, answer)], [False, True]
+    messages = [*earlier, {"role": "user", "content": content}, _answer(value, answer)]
+    return messages, [message["role"] == "assistant" for message in messages]
 
 
 def _answer(value: Mapping[str, Any], key: str) -> dict[str, str]:

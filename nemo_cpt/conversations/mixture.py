@@ -161,14 +161,17 @@ class Conversations:
             for chats, weight, positions in zip(sequences.sets, weights, filled, strict=True)
         ]
         validation = {name: open_conversations(prefix).index.tokens for name, prefix in self.validation.items()}
-        warnings = _warnings(self, sequences, epochs)
+        warnings = _warnings(self, sequences, sets)
         return BlendReport(steps, seen * seq_length, sets, validation, warnings, note="")
 
 
-def _warnings(data: Conversations, sequences: "TrainingSequences", epochs: float) -> list[str]:
+def _warnings(data: Conversations, sequences: "TrainingSequences", sets: list[dict[str, Any]]) -> list[str]:
     warnings = sequences.left_out(MANY_LEFT_OUT)
-    if epochs > MANY_EPOCHS:
-        warnings.append(f"The conversations are gone through {epochs:.1f} times: they may be learnt by heart.")
+    warnings += [
+        f"{each['prefix']} is gone through {each['epochs']:.1f} times: its conversations may be learnt by heart."
+        for each in sets
+        if each["epochs"] > MANY_EPOCHS
+    ]
     if not data.validation:
         warnings.append("There is no validation set: nothing will show overfitting.")
     return warnings

@@ -14,9 +14,11 @@ from nemo_cpt.conversations.forms import AUTO, Conversation, check_form, read_co
 from nemo_cpt.conversations.inspection import SEQ_LENGTH, Fitting, fit_and_pack, warnings_of
 from nemo_cpt.conversations.templates import TRAIN_ON, ChatTemplate, check_there, load_template
 from nemo_cpt.corpus.dataset.index import dtype_for
+from nemo_cpt.corpus.dataset.manifest import copies_of_inputs
 from nemo_cpt.corpus.preparing import preparation
 from nemo_cpt.corpus.preparing.encode import BATCH, COMPARED_TASKS, Encoded, Work, choose_passages, count_lengths
 from nemo_cpt.corpus.preparing.job import SAMPLE_BYTES, SAMPLE_TEXTS
+from nemo_cpt.corpus.preparing.journal import Journal
 from nemo_cpt.corpus.preparing.output import HeadStart, Output, Run
 from nemo_cpt.corpus.preparing.workers import count_processes
 from nemo_cpt.corpus.reading.chunks import Feed, Task, take_from
@@ -176,10 +178,11 @@ def check_options(
 
 @dataclass(frozen=True)
 class Reading:
-    """A conversation as it was read: its pieces and the form that it had."""
+    """A conversation as it was read: its pieces, the form that it had, and what was not read of it."""
 
     pieces: Pieces
     form: str
+    unread: tuple[str, ...]
 
 
 class Reader:
@@ -195,7 +198,7 @@ class Reader:
             UnusableError: The object cannot be used.
         """
         conversation = read_conversation(value, self.form, self.system)
-        return Reading(self.template.pieces(conversation, self.train_on), conversation.form)
+        return Reading(self.template.pieces(conversation, self.train_on), conversation.form, conversation.unread)
 
 
 class ConversationWork:
@@ -228,6 +231,7 @@ class ConversationWork:
                 encoded.passages += choose_passages(texts, result.tokens, offsets, self.encoder, self._lookout, first)
             # Under a word of their own, since all counts share one mapping in the journal.
             counts.update(f"form {reading.form}" for reading in batch)
+            counts.update(f"unread {key}" for reading in batch for key in reading.unread)
             counts["trained"] += int(result.mask.sum())
             # Each second piece is an answer; of train_on="all" those between them are trained on, too.
             counts["answers"] += sum(trained for reading in batch for _, trained in reading.pieces[1::2])
@@ -250,16 +254,24 @@ class _ConversationOutput(Output):
             "train_on": reader.train_on,
         }
         dtype = dtype_for(max(tokenizer.vocabulary_size, tokenizer.highest + 1))
-        super().__init__(prefix, sources, tokenizer, dtype, options, json_key=None, files=("bin", "mask"))
+        files = ("bin", "mask")
+        super().__init__(prefix, sources, tokenizer, dtype, options, json_key=None, files=files)
         self.reader = reader
+        # Neither the template's text nor the vocabulary tells which of its tokens the settings call eos_token.
+        template = reader.template
+        self.tokens = {"stop": list(template.stop), "tokens": template.tokens}
+        self.journal = Journal(prefix, options | self.tokens, files)
 
     def is_there(self, policy: Policy, overwrite: bool) -> bool:
         """Say whether the finished set of this very job exists, whole; see `Output`."""
+        if not super().is_there(policy, overwrite):
+            return False
         # The parent looks at `.bin` and `.idx`; the mask is ours to look at.
-        there = super().is_there(policy, overwrite)
-        if there:
-            open_conversations(self.prefix)
-        return there
+        template = open_conversations(self.prefix).manifest["template"]
+        for key, value in self.tokens.items():
+            if template[key] != value:
+                raise CptError(self.refusal(f"its template's {key} is {template[key]!r}, not {value!r}"))
+        return True
 
     def samples(self) -> list[str]:
         """Return the pieces of the first conversations, and of such of awkward texts; see `Output`."""
@@ -315,6 +327,7 @@ class _ConversationOutput(Output):
             "answers": counts["answers"],
             "trained": counts["trained"],
             "forms": {name.removeprefix("form "): n for name, n in counts.items() if name.startswith("form ")},
+            "unread": {name.removeprefix("unread "): n for name, n in counts.items() if name.startswith("unread ")},
         }
 
 
@@ -323,7 +336,13 @@ def _report(prefix: str, status: str, rates: dict[str, float], seq_length: int, 
     manifest = chats.manifest
     fitting = fit_and_pack(chats, seq_length, too_long)
     # Made anew each time: they depend on the sequence length asked for, which the set does not.
-    warnings = warnings_of(manifest["trained"], manifest["tokens"], fitting, too_long)
+    warnings = copies_of_inputs(manifest["inputs"])
+    warnings += [
+        f"{count:,} conversations have {key!r} beside the content of an answer, which is not read: where it is to be "
+        "trained on, write it into the content."
+        for key, count in manifest.get("unread", {}).items()  # sets that older versions made have none
+    ]
+    warnings += warnings_of(manifest["trained"], manifest["tokens"], fitting, too_long)
     if skipped := sum(manifest["skipped"].values()):
         warnings.insert(0, f"{skipped} lines were left out; {prefix}.skipped.jsonl lists them.")
     same = ("answers", "tokens", "trained", "longest", "forms", "skipped", "dtype", "encoder", "compared")

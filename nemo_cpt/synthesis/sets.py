@@ -22,6 +22,7 @@ from nemo_cpt.corpus.dataset.manifest import changed_input, describe_inputs
 from nemo_cpt.corpus.reading.chunks import Feed, hash_file, texts_of
 from nemo_cpt.corpus.reading.sources import REPLIES, SYNTHESIS, Inputs, Source, list_sources
 from nemo_cpt.corpus.reading.tally import NO_SKIPPING, Tally
+from nemo_cpt.corpus.splitting.duplicates import fingerprint
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation.journal import Journal
 from nemo_cpt.synthesis.questions import KINDS, LANGUAGES, SHORTEST, Document, Question, Rules, fill, untitled
@@ -99,7 +100,8 @@ def synthesize(
         output: Folder for the sets.
         train: Questions to train on.
         validation: Questions to validate on.
-        kinds: Which questions rules make: `title`, `continuation`, `cloze`, `summary`; see `questions.ask`.
+        kinds: Which questions rules make: `title`, `continuation`, `cloze`, `summary`; see `questions.ask`. Not with an
+            endpoint, nor are slots.
         slots: A JSON file with `templates`, each a `query` and an `answer` in which `{city}` stands for a value, and
             `slots`, each one's values; see `questions.fill`.
         language: Of the questions' words, `ja`, `en` or `zh`; by default each document's own.
@@ -121,7 +123,7 @@ def synthesize(
     if endpoint:  # not before: rules need not wait for OpenAI's client
         from nemo_cpt.synthesis import grounded
 
-    check_options(train, validation, kinds, language, pairs, concurrency, endpoint, model, licence)
+    check_options(train, validation, kinds, slots, language, pairs, concurrency, endpoint, model, licence)
     wanted = {"validation": validation, "train": train}
     # With the endpoint's address, less its credentials: it is kept in the manifest.
     generator = _generator(endpoint, model, licence)
@@ -160,6 +162,7 @@ def check_options(
     train: int,
     validation: int,
     kinds: Sequence[str],
+    slots: str | os.PathLike[str] | None,
     language: str | None,
     pairs: int,
     concurrency: int,
@@ -182,6 +185,11 @@ def check_options(
         raise CptError(f"language is {language!r}; it can be {', '.join(LANGUAGES)}.")
     if not kinds or not set(kinds) <= set(KINDS):
         raise CptError(f"kinds are {', '.join(kinds) or 'none'}; they can be {', '.join(KINDS)}.")
+    if endpoint and (slots is not None or set(kinds) != set(KINDS)):
+        raise CptError(
+            f"{'slots' if slots is not None else 'kinds'} are for questions that rules make, and with an endpoint a "
+            "model makes all of them: make two sets, each in a folder of its own."
+        )
     _generator(endpoint, model, licence)
 
 
@@ -226,7 +234,7 @@ def _sample(sources: list[Source], json_key: str, count: int, seed: int) -> tupl
     """Choose documents at random, each as likely as any other, in one pass over the inputs.
 
     Returns:
-        The documents in a random order, and the inputs' hashes.
+        The documents in a random order, of equal ones the first, and the inputs' hashes.
     """
     chance, chosen, hashes, seen, number = random.Random(seed), list[Document](), {}, 0, 0
     tally = Tally()
@@ -247,7 +255,11 @@ def _sample(sources: list[Source], json_key: str, count: int, seed: int) -> tupl
             hashes[str(task.source)] = task.hash
     # The reservoir keeps early documents in early places.
     chance.shuffle(chosen)
-    return chosen, hashes
+    # A copy of a document would give questions to the set that the other one is held out from.
+    different = dict[int, Document]()
+    for document in chosen:
+        different.setdefault(fingerprint(document.text), document)
+    return list(different.values()), hashes
 
 
 def _make_sets(

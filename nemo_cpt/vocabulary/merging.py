@@ -112,8 +112,9 @@ class Learner:
         try:
             return len(data.decode()) <= self._max_characters
         except UnicodeDecodeError:
-            # Some bytes of one character, on the way to it; beside a whole character they would be neither.
-            return len(data) < 4 and not data.decode(errors="ignore")
+            # Some bytes of one character, on the way to it; beside those of another they would be neither.
+            part = len(data) < 4 and all(byte & 0xC0 == 0x80 for byte in data[1:])
+            return part and not data.decode(errors="ignore")
 
     def _merge(self, pair: _Ids, new: int) -> list[_Ids]:
         """Put the new id where the pair stands; return the pairs that became more frequent."""

@@ -172,7 +172,7 @@ class Estimates:
         return None if not known or any(each is None for each in known) else sum(filter(None, known))
 
     def _size_of(self, path: str) -> float | None:
-        files = outputs.files_of(self.workflow.folder / path)
+        files = outputs.files_of(self.workflow.folder / path, linked=True)
         if files:
             on_disk = float(sum(file.stat().st_size for file in files))
             # The largest stands for all: to sample each of a folder of dumps would take long.

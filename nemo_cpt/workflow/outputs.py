@@ -10,6 +10,7 @@ from typing import Any
 
 from nemo_cpt.corpus.dataset.index import full_prefix
 from nemo_cpt.corpus.reading.chunks import hash_file
+from nemo_cpt.corpus.reading.sources import files_below
 from nemo_cpt.made import RECORD
 from nemo_cpt.training.run_folder import newest_whole
 
@@ -45,8 +46,13 @@ def _without_magic(path: str) -> str:
     return str(PurePath(*parts[:plain]))
 
 
-def files_of(path: Path) -> list[Path]:
-    """The files that a path stands for, in a fixed order; none where there is nothing."""
+def files_of(path: Path, linked: bool = False) -> list[Path]:
+    """The files that a path stands for, in a fixed order; none where there is nothing.
+
+    Args:
+        path: what a step names.
+        linked: of a folder also the files behind links to folders, as who reads a corpus takes them.
+    """
     if path.is_file():
         return [path]
     # Before folders: Megatron keeps the indices that a training made of a dataset in a folder of the prefix's name.
@@ -58,7 +64,7 @@ def files_of(path: Path) -> list[Path]:
         newest = newest_whole(path / "checkpoints")
         return _below(newest.path) if newest else []
     if path.is_dir():
-        return _below(path)
+        return sorted({*_below(path), *filter(Path.is_file, files_below(path))}) if linked else _below(path)
     found = sorted(glob.glob(str(path), recursive=True)) if glob.has_magic(str(path)) else []
     return [Path(each) for each in found if os.path.isfile(each)]
 
@@ -68,15 +74,16 @@ def _below(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
 
 
-def look(path: Path, known: Mapping[str, Mapping[str, Any]] | None = None) -> Files:
+def look(path: Path, known: Mapping[str, Mapping[str, Any]] | None = None, linked: bool = False) -> Files:
     """The files of a path by their names in it, with size, time of change and a hash of the content.
 
     Args:
         path: what a step names.
         known: as it was looked at before: a file whose size and time are the same is not read again.
+        linked: see `files_of`.
     """
     found: Files = {}
-    for file in files_of(path):
+    for file in files_of(path, linked):
         stat = file.stat()
         name = os.path.relpath(file, path.parent)
         before = (known or {}).get(name, {})

@@ -311,7 +311,7 @@ def _poll(child: "subprocess.Popen[bytes]") -> int | None:
 
 
 def _stamps(path: Path) -> list[tuple[str, int, int]]:
-    stats = [(str(file), file.stat()) for file in outputs.files_of(path)]
+    stats = [(str(file), file.stat()) for file in outputs.files_of(path, linked=True)]
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
 

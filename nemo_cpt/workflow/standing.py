@@ -231,14 +231,15 @@ def goes_on(found: Standing) -> bool:
 def _other_input(step: Step, record: Record, paths: Sequence[str]) -> str:
     """The first of the paths that a step reads that is not as its record has it."""
     for path in paths:
-        if outputs.changed(_known(record, path), outputs.look(_full(step, path), _known(record, path))):
+        known = _known(record, path)
+        if outputs.changed(known, outputs.look(_full(step, path), known, linked=True)):
             return path  # and not the file: of a checkpoint that would be one of random name
     return ""
 
 
 def inputs_of(step: Step, record: Record | None = None) -> dict[str, outputs.Files]:
     """What a step reads, looked at."""
-    return {path: outputs.look(_full(step, path), _known(record, path)) for path in step.reads}
+    return {path: outputs.look(_full(step, path), _known(record, path), linked=True) for path in step.reads}
 
 
 def outputs_of(step: Step, record: Record | None = None) -> dict[str, outputs.Files]:

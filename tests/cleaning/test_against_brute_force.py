@@ -1,12 +1,14 @@
 """What is computed for all places at once is what a loop over them finds."""
 
 import random
+import unicodedata
 from collections import Counter
-from itertools import combinations
+from itertools import combinations, permutations
 from pathlib import Path
 from string import ascii_lowercase
 from types import SimpleNamespace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -95,3 +97,13 @@ def test_words_are_compared_without_case_and_marks() -> None:
     index = Index(["Don't stop: the well-known “Quick Brown” fox JUMPED (over) it"], 8, by_characters=False)
     assert index.count(Document("So dont stop the wellknown quick brown fox jumped over it.")) == 3
     assert index.count(Document("So do not stop the known quick brown fox leaping over it.")) == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["ガソリンでバイクが動く。", "한국에서 온 학생이고", "Zürich wäre für müde Gäste schön"]
+)
+def test_composed_and_decomposed_characters_are_the_same(text: str) -> None:
+    by_characters = not text.startswith("Z")
+    shared = Index([text], 6, by_characters).count(Document(text))
+    for one, other in permutations(unicodedata.normalize(form, text) for form in ("NFC", "NFD")):
+        assert Index([one], 6, by_characters).count(Document(other)) == shared > 0

@@ -70,15 +70,19 @@ def test_every_document_is_kept_or_dropped_with_its_reason(tmp_path: Path, corpu
 
 
 def test_only_the_text_changes(tmp_path: Path, japanese: list[str]) -> None:
-    line = '{"id":1e400,"n":123456789012345678901234567890,"price":1.10,"text":%s, "none":null}'
-    texts = [japanese[0], japanese[1] + "\\n連絡はa@example.comまで。"]
-    (tmp_path / "a.jsonl").write_text("".join(line % f'"{text}"'.replace("\n", "\\n") + "\n" for text in texts))
+    line = '{"id":%s,"n":123456789012345678901234567890,"price":1.10,"text":%s, "none":null}'
+    masked = "\\n連絡はa@example.comまで。"
+    # 1e400 is no number to orjson: Python's json reads that line from the beginning.
+    given = [("1e400", japanese[0]), ("1e400", japanese[1] + masked), ("18446744073709551616", japanese[2] + masked)]
+    lines = [line % (number, f'"{text}"'.replace("\n", "\\n")) for number, text in given]
+    (tmp_path / "a.jsonl").write_text("".join(each + "\n" for each in lines))
     report = clean(tmp_path / "a.jsonl", tmp_path / "out", "ja", workers=1, quiet=True)
-    lines = Path(report.files["kept"]).read_text("utf-8").splitlines()
-    assert lines[0] == (tmp_path / "a.jsonl").read_text("utf-8").splitlines()[0]  # untouched, to the byte
-    assert "123456789012345678901234567890" in lines[1]
-    assert "連絡は<EMAIL>まで" in lines[1]
-    assert report.changes == {"masked email": 1}
+    kept = Path(report.files["kept"]).read_text("utf-8").splitlines()
+    assert kept[0] == lines[0]  # untouched, to the byte
+    assert all('"n": 123456789012345678901234567890,' in each for each in kept[1:])
+    assert '"id": 18446744073709551616,' in kept[2]
+    assert all("連絡は<EMAIL>まで" in each for each in kept[1:])
+    assert report.changes == {"masked email": 2}
 
 
 def test_empty_texts_and_fields_that_are_no_json_numbers(tmp_path: Path) -> None:
@@ -216,7 +220,10 @@ def test_again_is_nothing_to_do_and_another_is_refused(tmp_path: Path, corpus: P
     first = clean(corpus, tmp_path / "out", "ja", quiet=True)
     before = without_times(tmp_path / "out")
     again = clean(corpus, tmp_path / "out", "ja", quiet=True)
-    assert (again.status, again.kept) == ("unchanged", first.kept)
+    assert (again.status, again.kept, again.files) == ("unchanged", first.kept, first.files)
+    (tmp_path / "out").rename(tmp_path / "moved")
+    assert clean(corpus, tmp_path / "moved", "ja", quiet=True).files["kept"] == str(tmp_path / "moved" / "kept.jsonl")
+    (tmp_path / "moved").rename(tmp_path / "out")
     for changed, found in ((b"{}", "has 2 bytes, and had"), (None, "is not there any more")):
         kept = tmp_path / "out" / "kept.jsonl"
         kept.unlink() if changed is None else kept.write_bytes(changed)

@@ -36,6 +36,7 @@ def masked(text: str) -> tuple[str, dict[str, int]]:
         ("か\u3099き\u3099", "がぎ"),
         ("a &amp; b", "a & b"),
         ("\ufeffゼロ\u200b幅\u00ad文字\x00", "ゼロ幅文字"),
+        ("左\u206aから\u206f右", "左から右"),
         ("一\r\n二\r三", "一\n二\n三"),
         ("一\n\n \n\n二", "一\n\n二"),
     ],

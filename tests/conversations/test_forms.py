@@ -52,9 +52,18 @@ def test_alpaca_keeps_the_input_beside_the_instruction() -> None:
     assert question == {"role": "user", "content": "要約して\n\n長い文", "instruction": "要約して", "input": "長い文"}
 
 
-def test_alpaca_has_a_history_and_dolly_a_context() -> None:
-    value = {"instruction": "q2", "output": "a2", "history": [["q", "a"]]}
+@pytest.mark.parametrize(("question", "answer"), [("instruction", "output"), ("prompt", "response")])
+def test_earlier_turns_stand_in_a_history(question: str, answer: str) -> None:
+    value = {question: "q2", answer: "a2", "history": [["q", "a"]]}
     assert plain(read_conversation(value)) == turns("q", "a", "q2", "a2")
+    assert read_conversation(value).trained == [False, True, False, True]
+    assert plain(read_conversation(value | {"history": []})) == turns("q2", "a2")
+    with pytest.raises(UnusableError, match=r"history\[0\] is not a list of a question and an answer"):
+        read_conversation(value | {"history": ["q", "a"]})
+
+
+def test_what_is_no_list_is_no_history_of_a_pair_and_dolly_has_a_context() -> None:
+    assert plain(read_conversation({"question": "q", "answer": "a", "history": "of Rome"})) == turns("q", "a")
     assert read_conversation({"instruction": "q", "context": "c", "response": "a"}).messages[0]["input"] == "c"
 
 

@@ -88,6 +88,9 @@ def test_the_report_counts_epochs_and_what_is_left_out(sets: Path) -> None:
     assert [each["epochs"] for each in report.sets] == [pytest.approx(2, abs=0.4), pytest.approx(4, abs=0.8)]
     assert sum(each["share"] for each in report.sets) == pytest.approx(1)
     assert report.warnings == []
+    often = Conversations({str(sets / "a"): 1.0, str(sets / "b"): 6.0}, data.validation)
+    (warning,) = often.report(4, LENGTH, often.steps(2, 4, LENGTH)).warnings
+    assert f"{sets / 'b'}_conversations is gone through 1" in warning
     middle = int(np.median(sequences(sets, {"a": 1.0}).fit.positions))
     short = Conversations({str(sets / "a"): 1.0}).report(4, middle, 1000)
     assert [word in " ".join(short.warnings) for word in ("left out", "by heart", "no validation")] == [True] * 3

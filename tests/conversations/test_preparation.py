@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from nemo_cpt.conversations import inspect_conversations, open_conversations, pr
 from nemo_cpt.corpus import read_manifest
 from nemo_cpt.errors import CptError
 from tests.conversations.helpers import pairs, same_sets, turns, write_lines
+from tests.support.tokenizers import write_config
 
 
 def make(inputs: Any, folder: Path, tokenizer: Path, **options: Any) -> Any:
@@ -237,6 +239,26 @@ class TestNothingStale:
         with pytest.raises(CptError, match=r"chats.jsonl"):
             make(chats, tmp_path, small, template=str(template))
 
+    def test_another_end_of_answers_in_the_tokenizers_settings_is_noticed(self, tmp_path: Path, small: Path) -> None:
+        tokenizer = shutil.copytree(small, tmp_path / "tokenizer")
+        chats, broken = as_plain(tmp_path, pairs(20)), tmp_path / "broken.jsonl"
+        make(chats, tmp_path, tokenizer, template="alpaca-ja")
+        broken.write_text(chats.read_text("utf-8") + "no JSON\n", "utf-8")
+        for _ in range(2):  # the second run goes on with what the first one began
+            with pytest.raises(CptError, match=r"line 21, .*The next run goes on after"):
+                make(broken, tmp_path / "begun", tokenizer, template="alpaca-ja", chunk_bytes=500)
+        write_config(tokenizer, eos_token="<|im_end|>")
+        with pytest.raises(CptError, match="is not what this job would write: its template's stop is"):
+            make(chats, tmp_path, tokenizer, template="alpaca-ja")
+        with pytest.raises(CptError, match="belongs to an unfinished job that differs in stop, tokens"):
+            make(broken, tmp_path / "begun", tokenizer, template="alpaca-ja", chunk_bytes=500)
+        # A template that does not use it gives the same tokens as before.
+        write_config(tokenizer, eos_token="<|endoftext|>")
+        (tmp_path / "other").mkdir()
+        make(chats, tmp_path / "other", tokenizer)
+        write_config(tokenizer, eos_token="<|im_end|>")
+        assert make(chats, tmp_path / "other", tokenizer).status == "unchanged"
+
     def test_a_mask_that_is_gone_is_noticed(self, tmp_path: Path, small: Path) -> None:
         chats = as_plain(tmp_path, pairs(5))
         make(chats, tmp_path, small)
@@ -245,6 +267,13 @@ class TestNothingStale:
             CptError, match=r"There is no .*\.mask\. Restore it; or `nemo-cpt prepare` with --overwrite"
         ):
             make(chats, tmp_path, small)
+
+
+def test_thoughts_beside_the_content_are_warned_of(tmp_path: Path, small: Path) -> None:
+    thought = [turns("q")[0], {"role": "assistant", "content": "a", "reasoning_content": "Hm."}]
+    chats = as_plain(tmp_path, [{"messages": each} for each in (thought, turns("q", "b"), turns("q", "c"))])
+    for report in (make(chats, tmp_path, small), make(chats, tmp_path, small)):  # written, and there already
+        assert [warning[:48] for warning in report.warnings] == ["1 conversations have 'reasoning_content' beside "]
 
 
 def test_training_on_everything_is_warned_about(tmp_path: Path, small: Path) -> None:

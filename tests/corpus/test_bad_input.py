@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import zstandard
 import nemo_cpt.corpus
 from nemo_cpt.cleaning import Rules, clean
 from nemo_cpt.cleaning.duplicates import Duplicates
+from nemo_cpt.conversations import prepare as prepare_chats
 from nemo_cpt.corpus import prepare, split
 from nemo_cpt.corpus.reading.sources import list_sources
 from nemo_cpt.errors import CptError
@@ -151,6 +153,30 @@ def test_an_input_named_twice_is_refused(tmp_path: Path, jsonl: Path, texts: lis
     assert prepare(inputs, tmp_path / "out", small, quiet=True, on_error="skip").documents == len(texts)
     with pytest.raises(CptError, match=r"empty\.jsonl is among the inputs twice; its"):
         prepare(inputs[1:2] * 2, tmp_path / "out", small, quiet=True)
+
+
+@pytest.mark.parametrize(("ending", "pack"), [("gz", gzip.compress), ("zst", zstandard.ZstdCompressor().compress)])
+def test_a_file_beside_what_it_was_unpacked_to_is_refused(
+    tmp_path: Path, texts: list[str], ending: str, pack: Callable[[bytes], bytes]
+) -> None:
+    content = write_jsonl(tmp_path / "a.jsonl", texts).read_bytes()
+    for packed in (pack(content), pack(content[:100]) + pack(content[100:])):
+        (tmp_path / f"a.jsonl.{ending}").write_bytes(packed)
+        with pytest.raises(CptError, match=rf"a\.jsonl\.{ending} is among the inputs beside .*a\.jsonl, which begins"):
+            list_sources(tmp_path)
+    # Others of such names are two files.
+    (tmp_path / f"a.jsonl.{ending}").write_bytes(pack(b"\n".join(reversed(content.splitlines()))))
+    assert len(list_sources(tmp_path)) == 2
+
+
+def test_copies_among_the_inputs_are_told(tmp_path: Path, texts: list[str], small: Path) -> None:
+    for name in ("a", "b", "c"):
+        write_jsonl(tmp_path / f"{name}.jsonl", texts[:5] if name != "b" else texts[5:10])
+    assert prepare([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], tmp_path / "two", small, quiet=True).warnings == []
+    report = prepare(str(tmp_path / "*.jsonl"), tmp_path / "three", small, quiet=True)
+    assert report.documents == 15
+    copy, of = tmp_path / "c.jsonl", tmp_path / "a.jsonl"
+    assert report.warnings == [f"{copy} has the same bytes as {of}: the dataset has what is in them more than once."]
 
 
 def test_a_missing_column_names_the_others(tmp_path: Path, small: Path) -> None:
@@ -311,8 +337,34 @@ def test_a_folder_is_listed_without_what_commands_wrote_there(tmp_path: Path, te
     (folder / "x.jsonl.part").touch()
     (folder / "x.jsonl.part.json").write_text("{}")
     (folder / "notes_document.json").write_text('{"text": "a corpus of the user"}\n')
+    (folder / "chats.jsonl").write_text('{"query": "Who?", "answer": "You."}\n')
+    prepare_chats(folder / "chats.jsonl", folder / "sft", small, template="alpaca-en", quiet=True)
+    (folder / "chats.jsonl").unlink()
+    # Of many tasks of a `clean`, of which one was killed.
+    (folder / "cleaning.parts" / "part-00001.unfinished").mkdir(parents=True)
+    (folder / "cleaning.parts" / "plan.json").write_text("{}")
+    for name in ("kept.jsonl", "dropped.jsonl"):
+        write_jsonl(folder / "cleaning.parts" / "part-00001.unfinished" / name, texts)
     names = [Path(source.path).name for source in list_sources(folder)]
     assert names == ["more.jsonl", "notes_document.json", "train.jsonl"]
+
+
+def test_folders_behind_links_are_read_once_and_what_is_hidden_is_not(tmp_path: Path) -> None:
+    for name in ("data/a.jsonl", "data/in/b.jsonl", "out/c.jsonl", "out/deep/d.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"text": "a"}\n')
+    data = tmp_path / "data"
+    # Jupyter's copies, and what macOS puts beside files on other disks.
+    for name in (".ipynb_checkpoints/a-checkpoint.jsonl", "in/._b.jsonl"):
+        (data / name).parent.mkdir(exist_ok=True)
+        (data / name).write_text('{"text": "an earlier version"}\n')
+    for name, target in (("aside", "../out"), ("deep", "../out/deep"), ("here", "in"), ("loop", "."), ("up", "..")):
+        (data / name).symlink_to(target)
+    found = [source.path.removeprefix(f"{data}/") for source in list_sources(data)]
+    assert found == ["a.jsonl", "aside/c.jsonl", "aside/deep/d.jsonl", "in/b.jsonl"]
+    (data / "lost.jsonl").symlink_to("nowhere")
+    with pytest.raises(CptError, match=r"Cannot read the input .*lost\.jsonl: No such file"):
+        list_sources(data)
 
 
 def test_bad_tokenizers(tmp_path: Path, jsonl: Path) -> None:

@@ -149,6 +149,12 @@ def test_a_held_out_set_of_a_file_that_is_trained_on(tmp_path: Path, small: Path
         ):
             Blend({f"{tmp_path}/all": 1.0}, validation={"held": f"{tmp_path}/{name}"}).check()
     Blend({f"{tmp_path}/a": 1.0}, validation={"held": f"{tmp_path}/b"}).check()
+    # Each with an empty shard, which says nothing of the others.
+    for name in ("a", "b"):
+        (tmp_path / f"empty_{name}.jsonl").touch()
+        files = [tmp_path / f"{name}.jsonl", tmp_path / f"empty_{name}.jsonl"]
+        prepare(files, tmp_path / f"with_empty_{name}", small, on_error="skip", quiet=True)
+    Blend({f"{tmp_path}/with_empty_a": 1.0}, validation={"held": f"{tmp_path}/with_empty_b"}).check()
 
 
 def test_an_unfinished_dataset_is_not_replaced_by_its_validation_set(sets: dict[str, str], tmp_path: Path) -> None:

@@ -35,6 +35,16 @@ def test_split_prepare_and_inspect(tmp_path: Path, jsonl: Path, small: Path, tex
     assert as_json["tokens"] == again["tokens"]
 
 
+def test_a_split_says_what_it_leaves_out(tmp_path: Path) -> None:
+    asked = [{"instruction": f"Question {number % 40}", "output": f"Answer {number}"} for number in range(120)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(each) + "\n" for each in asked))
+    options = ("--json-key", "instruction", "--validation", "0.3")
+    shown = nemo_cpt("split", tmp_path / "a.jsonl", "-o", tmp_path / "sets", *options).stdout
+    held_out = len((tmp_path / "sets" / "validation.jsonl").read_text().splitlines())
+    assert held_out > 1
+    assert f"repeated\t{2 * held_out} held-out copies of others, of which a drawn set has one" in shown.splitlines()
+
+
 def on_a_terminal(*arguments: object) -> str:
     """Run a command on a terminal of 60 columns and return what it shows there."""
     ours, theirs = pty.openpty()

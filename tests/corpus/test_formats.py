@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from nemo_cpt.corpus import prepare, split
 from nemo_cpt.corpus.preparing.job import SAMPLE_BYTES, first_texts
 from nemo_cpt.corpus.reading.chunks import Feed, texts_of
+from nemo_cpt.corpus.reading.decompression import PIECE, unpack
 from nemo_cpt.corpus.reading.formats import BOM, resemblance
 from nemo_cpt.corpus.reading.sources import list_sources
 from nemo_cpt.corpus.reading.tally import Policy, Tally
@@ -359,6 +360,15 @@ def test_a_packed_file_in_a_folder_is_not_left_out(tmp_path: Path, texts: list[s
     (tmp_path / "D.JSONL.GZ").write_bytes(gzip.compress(b'{"text": "d"}\n'))
     (tmp_path / "e.ndjson.gz").write_bytes(gzip.compress(b'{"text": "e"}\n'))
     assert prepare(tmp_path, tmp_path / "out", small, quiet=True).documents == len(texts) + 2
+
+
+@pytest.mark.parametrize("piece_bytes", [7, 64, PIECE])
+def test_padding_around_gzip_members_is_passed_over_wherever_it_is_read(piece_bytes: int) -> None:
+    one, other = (gzip.compress(line) for line in (b"one\n", b"other\n"))
+    # Also of such a length that a piece begins within it.
+    for padding in (1, 512, PIECE - len(one), PIECE):
+        content = io.BytesIO(one + bytes(padding) + other + bytes(padding))
+        assert b"".join(unpack(content, "gzip", piece_bytes)) == b"one\nother\n"
 
 
 def test_pipes_unfinished_downloads_and_addresses_are_refused(tmp_path: Path) -> None:

@@ -149,6 +149,25 @@ def test_a_set_that_lies_among_the_inputs_by_another_name_is_not_trained_on(
         split(tmp_path / "data", tmp_path / "both", validation=held, test=tmp_path / "link" / "b.jsonl", quiet=True)
 
 
+def test_the_same_files_of_which_others_are_held_out_are_another_split(tmp_path: Path, documents: list[str]) -> None:
+    a, b, c = (
+        write_jsonl(tmp_path / f"{name}.jsonl", documents[at : at + 50])
+        for at, name in ((0, "a"), (50, "b"), (100, "c"))
+    )
+    split([a, b], tmp_path / "out", validation=c, quiet=True)
+    assert split([a, b], tmp_path / "out", validation=c, quiet=True).status == "unchanged"
+    with pytest.raises(CptError, match="holds another split: of these inputs"):
+        split(a, tmp_path / "out", validation=[str(b), str(c)], quiet=True)
+    split(a, tmp_path / "both", validation=b, test=c, quiet=True)
+    assert split(a, tmp_path / "both", validation=b, test=c, quiet=True).status == "unchanged"
+    # Of a split of before, nobody knows which were which.
+    report = tmp_path / "out" / "split.json"
+    recorded = json.loads(report.read_bytes())
+    del recorded["given"]
+    report.write_text(json.dumps(recorded))
+    assert split([a, b], tmp_path / "out", validation=c, quiet=True).status == "unchanged"
+
+
 def test_inputs_without_a_document_are_called_that(tmp_path: Path) -> None:
     (tmp_path / "blank.jsonl").write_text("\n\n")
     with pytest.raises(CptError, match="The inputs hold no document"):
@@ -160,6 +179,10 @@ def test_a_finished_split_is_not_repeated(tmp_path: Path, documents: list[str]) 
     first = split(source, tmp_path / "out", validation=0.1, quiet=True)
     again = split(source, tmp_path / "out", validation=0.1, quiet=True)
     assert (again.status, again.documents, again.files) == ("unchanged", first.documents, first.files)
+    (tmp_path / "out").rename(tmp_path / "moved")
+    moved = split(source, tmp_path / "moved", validation=0.1, quiet=True)
+    assert moved.files == {name: str(tmp_path / "moved" / f"{name}.jsonl") for name in first.files}
+    (tmp_path / "moved").rename(tmp_path / "out")
     (tmp_path / "out" / "train.jsonl").rename(tmp_path / "gone")
     with pytest.raises(CptError, match=r"train\.jsonl is not there any more"):
         split(source, tmp_path / "out", validation=0.1, quiet=True)

@@ -16,6 +16,7 @@ from nemo_cpt.synthesis.grounded import Filter, pairs_of
 from nemo_cpt.synthesis.questions import Question
 from nemo_cpt.synthesis.sets import synthesize
 from tests.support.chat_server import Body, ChatServer, FaultError
+from tests.support.corpus_helpers import write_jsonl
 
 CORPUS = [str(files("nemo_cpt.demo") / "corpus" / f"{name}.jsonl") for name in ("ja", "en")]
 
@@ -26,6 +27,9 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def both_sets(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return lines(folder / "train.jsonl"), lines(folder / "validation.jsonl")
+
+
+MODEL = {"endpoint": "http://localhost:1/v1", "model": "m", "licence": "x"}
 
 
 class TestRules:
@@ -52,6 +56,14 @@ class TestRules:
         (tmp_path / "validation.jsonl").unlink()
         (tmp_path / "replies.jsonl").write_text('{"key": "1"}\n')  # as a model's are kept
         assert [Path(source.path).name for source in list_sources(tmp_path)] == ["train.jsonl"]
+
+    def test_copies_of_a_document_give_questions_to_one_set(self, tmp_path: Path) -> None:
+        texts = [line["text"] for line in lines(Path(CORPUS[0]))[:60]]
+        texts += [text.replace("、", "､ ") for text in texts]
+        corpus = write_jsonl(tmp_path / "twice.jsonl", texts)
+        synthesize(corpus, tmp_path / "chats", train=40, validation=20)
+        train, validation = both_sets(tmp_path / "chats")
+        assert not {line["document"] % 60 for line in train} & {line["document"] % 60 for line in validation}
 
     def test_a_seed_makes_one_set_and_another_seed_another(self, tmp_path: Path) -> None:
         for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -122,6 +134,8 @@ class TestRules:
             ({"train": 10_000}, "There are only .* out of 2 documents. Ask for fewer"),
             ({"model": "m"}, "no endpoint to ask"),
             ({"endpoint": "http://localhost:1/v1"}, "needs the model's name .* and the licence"),
+            (MODEL | {"slots": "no.json"}, "slots are for questions that rules make, .* make two sets"),
+            (MODEL | {"kinds": ["title"]}, "kinds are for questions that rules make, .* make two sets"),
             ({"slots": "no.json"}, "Cannot read no.json: No such file"),
             ({"json_key": "body"}, "no key 'body'"),
         ],

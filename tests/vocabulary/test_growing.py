@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from nemo_cpt.corpus.tokenization.tokenizer import load_tokenizer
 from nemo_cpt.errors import CptError
 from nemo_cpt.vocabulary import grow
-from nemo_cpt.vocabulary.byte_level import RECORD, ByteLevelBPE, ancestor, bytes_of, grew_from, read_byte_level
+from nemo_cpt.vocabulary.byte_level import (
+    RECORD,
+    ByteLevelBPE,
+    ancestor,
+    byte_of_character,
+    bytes_of,
+    grew_from,
+    read_byte_level,
+)
 from nemo_cpt.vocabulary.growing import count_tokens, grown_definition
 from nemo_cpt.vocabulary.merging import Learner
 from nemo_cpt.vocabulary.words import count_words, of_own_scripts, script_of
@@ -89,6 +97,27 @@ def test_new_tokens_are_whole_characters_of_the_script_or_a_part_of_one(base: Pa
     assert max(map(len, whole)) <= 8
     scripts = {script_of(character) for text in whole for character in text if character > "\x7f"}
     assert scripts <= {"CJK", "HIRAGANA", "KATAKANA", "U+30xx", "U+FFxx"}
+
+
+def test_no_new_token_has_the_end_of_one_character_and_the_beginning_of_another(base: Path) -> None:
+    # Ideographs whose last byte is the same before hiragana, whose first two are: these stand side by side most often.
+    ideographs = [character for character in map(chr, range(0x4E00, 0xA000)) if character.encode()[2] == 0xAE][:30]
+    writing = {byte: character for character, byte in byte_of_character().items()}
+    words = {
+        "".join(writing[byte] for byte in f"{one}{chr(other)}".encode())
+        for one in ideographs
+        for other in range(0x3041, 0x3060)
+    }
+    learnt = [
+        bytes_of(merge.token) or b""
+        for merge in islice(Learner(read_byte_level(str(base)), Counter(dict.fromkeys(words, 5))), 60)
+    ]
+    assert len(learnt) == 60
+    begins = [[number for number, byte in enumerate(data) if byte & 0xC0 != 0x80] for data in learnt]
+    # A character begins at the token's first byte, or it is whole.
+    assert all(
+        data.decode(errors="ignore") or max(places, default=0) == 0 for data, places in zip(learnt, begins, strict=True)
+    )
 
 
 def test_it_is_the_same_each_time_and_in_any_order_of_the_inputs(base: Path, tmp_path: Path) -> None:

@@ -202,6 +202,18 @@ def test_an_input_that_changes_between_two_steps_is_seen(folder: Path) -> None:
     assert ran(Workflow("w", [early, late], folder)) == ["late"]
 
 
+def test_what_lies_behind_a_linked_folder_of_an_input_is_read_and_seen_to_change(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "aside").mkdir()
+    (folder / "texts").mkdir()
+    (folder / "texts" / "more").symlink_to(tmp_path / "aside")
+    write_jsonl(tmp_path / "aside" / "a.jsonl", [f"text {number}" for number in range(40)])
+    workflow = Workflow("w", [split("split", inputs="texts", output_folder="sets", validation=0.5)], folder)
+    assert ran(workflow) == ["split"]
+    assert why(workflow) == {}
+    write_jsonl(tmp_path / "aside" / "a.jsonl", [f"another {number}" for number in range(40)])
+    assert why(workflow) == {"split": "input changed: texts"}
+
+
 def test_a_step_whose_input_comes_out_the_same_is_left_alone(folder: Path) -> None:
     steps = [own("first", "constant", ["a.txt"], "c.txt"), own("second", "join", ["c.txt", "c.txt"], "d.txt")]
     assert ran(Workflow("w", steps, folder)) == ["first", "second"]

@@ -333,7 +333,11 @@ def _inputs_of(prefix: str) -> dict[tuple[str, str], str]:
         return {}
     # Two fields of one file, as of a parallel corpus, are two texts.
     field_name = str(manifest.get("options", {}).get("json_key", ""))
-    return {(entry["hash"], field_name): entry["path"] for entry in manifest.get("inputs", ()) if entry.get("hash")}
+    # Of what has bytes, or is on the hub: empty files are all alike, and hold no text that could be in two sets.
+    known = (
+        each for each in manifest.get("inputs", ()) if each.get("hash") and (each["size"] or each["kind"] == "hub")
+    )
+    return {(entry["hash"], field_name): entry["path"] for entry in known}
 
 
 def plain_mapping(value: Any) -> Any:

@@ -79,6 +79,18 @@ def describe_inputs(sources: list[Source], hashes: dict[str, str]) -> list[dict[
     ]
 
 
+def copies_of_inputs(recorded: list[dict[str, Any]]) -> list[str]:
+    """Return a sentence about inputs of a manifest with the same bytes as an earlier one; none where all differ."""
+    first = dict[str, str]()
+    hashed = [entry for entry in recorded if entry["size"] and entry["hash"]]  # empty files are all alike
+    of = {entry["path"]: first.setdefault(entry["hash"], entry["path"]) for entry in hashed}
+    copies = [path for path, original in of.items() if path != original]
+    if not copies:
+        return []
+    more = f", and {len(copies) - 1:,} more inputs are such copies" if len(copies) > 1 else ""
+    return [f"{copies[0]} has the same bytes as {of[copies[0]]}{more}: the dataset has what is in them more than once."]
+
+
 def changed_input(sources: list[Source], recorded: list[dict[str, Any]]) -> str | None:
     """Return what differs between the inputs and those of a manifest, None if they hold the same bytes.
 

@@ -135,20 +135,21 @@ class Output(ABC):
         if overwrite or self.journal.is_finished() or not (self.bin.exists() or self.idx.exists()):
             return False
         if not manifest_path(self.prefix).exists():
-            raise CptError(self._refusal("it has no manifest, so that nobody knows what it was made of"))
+            raise CptError(self.refusal("it has no manifest, so that nobody knows what it was made of"))
         manifest = read_manifest(self.prefix)
         for key, value in self.options.items():
             if manifest["options"].get(key) != value:
-                raise CptError(self._refusal(f"its {key} is {manifest['options'].get(key)!r}, not {value!r}"))
+                raise CptError(self.refusal(f"its {key} is {manifest['options'].get(key)!r}, not {value!r}"))
         if (change := changed_input(self.sources, manifest["inputs"])) is not None:
-            raise CptError(self._refusal(change))
+            raise CptError(self.refusal(change))
         if (reason := policy.against(manifest["skipped"], manifest.get("skipped_share", 0.0))) is not None:
-            raise CptError(self._refusal(reason))
+            raise CptError(self.refusal(reason))
         # The manifest is written before the `.idx`: it alone does not prove that the dataset is whole.
         read_index(self.prefix)
         return True
 
-    def _refusal(self, reason: str) -> str:
+    def refusal(self, reason: str) -> str:
+        """Return the message that refuses what is there."""
         return (
             f"{self.prefix}.bin or .idx exists and is not what this job would write: {reason}. "
             f"Take another output prefix, or replace it with overwrite=True (--overwrite)."

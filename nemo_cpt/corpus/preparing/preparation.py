@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_cpt.arguments import checked
 from nemo_cpt.corpus.dataset.index import dtype_for
-from nemo_cpt.corpus.dataset.manifest import read_manifest
+from nemo_cpt.corpus.dataset.manifest import copies_of_inputs, read_manifest
 from nemo_cpt.corpus.plan import left_over
 from nemo_cpt.corpus.preparing.encode import Layout, TextWork, Work
 from nemo_cpt.corpus.preparing.job import first_texts
@@ -348,6 +348,7 @@ def _warnings(prefix: str, manifest: dict[str, Any]) -> list[str]:
     warnings = []
     if skipped := sum(manifest["skipped"].values()):
         warnings.append(f"{skipped} lines were left out; {prefix}.skipped.jsonl lists them.")
+    warnings += copies_of_inputs(manifest["inputs"])
     if special := manifest["special_tokens"]:
         found = ", ".join(f"{text} {count} times" for text, count in special.items())
         warnings.append(

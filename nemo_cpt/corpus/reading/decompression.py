@@ -48,13 +48,15 @@ def unpack(file: Readable, kind: str, piece_bytes: int = PIECE) -> Iterator[byte
     rest, begun = b"", False  # `begun`: a member is open, and the file must not end here
     try:
         while piece := rest or file.read(piece_bytes):
+            if kind == "gzip" and not begun and not (piece := piece.lstrip(b"\0")):
+                rest = b""  # padding between members, or behind the last, which tapes had
+                continue
             begun = True
             # One piece in, all of its bytes out: `PIECE` bounds what a bomb of zeros may take of the memory.
             yield stream.decompress(piece)
             # What follows a member or frame in the same piece is the beginning of the next one.
             rest = stream.unused_data
             if stream.eof:
-                rest = rest.lstrip(b"\0") if kind == "gzip" else rest  # gzip allows padding, which tapes had
                 stream, begun = _decompressor(kind), False
     except (zlib.error, igzip_lib.IsalError, zstandard.ZstdError) as error:  # type: ignore[misc]
         raise DamagedError(f"the {kind} file breaks near its byte {file.tell()}: {error}") from error

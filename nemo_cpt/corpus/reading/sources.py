@@ -4,12 +4,12 @@ import glob
 import os
 import re
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nemo_cpt.corpus.reading.formats import recognise
+from nemo_cpt.corpus.reading.formats import first_bytes, recognise
 from nemo_cpt.errors import CptError, near_paths
 
 # In a folder: also what is packed in a way that is not read, so that it is named and not left out
@@ -27,6 +27,7 @@ DATASET_DICT = "dataset_dict.json"
 SETS, SPLIT_REPORT = ("train", "validation", "test"), "split.json"  # what `split` writes
 SYNTHESIS, REPLIES = "synthesis.json", "replies.jsonl"  # what `synthesize` writes beside such sets
 EXTRACTED = ".wikipedia.json"  # the manifest beside a dump's text
+_OF_DATASETS = tuple(f"_{kind}.{end}" for kind in ("document", "conversations") for end in ("json", "skipped.jsonl"))
 Inputs = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
@@ -127,8 +128,9 @@ def list_sources(inputs: Inputs) -> list[Source]:
             `hf:NAME[@CONFIG][:SPLIT]`, or a list of them.
 
     Raises:
-        CptError: An input does not exist, stands for no file, or is listed twice; there is none; or a folder holds
-            datasets saved by `datasets`, or the sets of a split or a synthesis, of which one must be named.
+        CptError: An input does not exist, stands for no file, or is listed twice, be it packed once; there is none; or
+            a folder holds datasets saved by `datasets`, or the sets of a split or a synthesis, of which one must be
+            named.
     """
     given = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
     sources = [source for item in given for source in _expand(str(item))]
@@ -141,7 +143,23 @@ def list_sources(inputs: Inputs) -> list[Source]:
             link = "" if first == source.path else f", by a link: it is {first}, too"
             raise CptError(f"{source.path} is among the inputs twice{link}; its documents would be written twice.")
         seen[identity(source)] = source.path
+    _refuse_packed_twice(sources)
     return sources
+
+
+def _refuse_packed_twice(sources: list[Source]) -> None:
+    """Raise where a packed file lies beside what it was unpacked to: `zstd -d` and `gunzip -k` leave both."""
+    plain = {source.path for source in sources if source.kind == "plain"}
+    for source in sources:
+        unpacked = os.path.splitext(source.path)[0]
+        if source.kind not in ("gzip", "zstd") or unpacked not in plain:
+            continue
+        # By their beginnings: the lengths of a packed file's content are not always noted in it.
+        if (head := first_bytes(source.path, source.kind)) and head == first_bytes(unpacked, "plain"):
+            raise CptError(
+                f"{source.path} is among the inputs beside {unpacked}, which begins with the same bytes: what it was "
+                "unpacked to. Its documents would be written twice: name one of them, or remove one."
+            )
 
 
 def identity(source: Source) -> tuple[Any, ...]:
@@ -185,19 +203,49 @@ def _files(item: str, names: Iterable[str]) -> list[Source]:
 def _in_folder(folder: Path) -> list[str]:
     """List a folder's data files; the Arrow files of a saved dataset are none, so that it must be named itself.
 
-    Plain text and CSV are data where there are no JSON lines or Parquet, beside which they only tell of those.
+    Plain text and CSV are data where there are no JSON lines or Parquet, beside which they only tell of those. What is
+    hidden is none: editors and file systems keep earlier versions there.
 
     Raises:
         CptError: The folder is, or holds, a dataset saved by `datasets`, or the sets of `split` or `synthesize`.
     """
-    paths = sorted(folder.rglob("*"))
+    paths = sorted(files_below(folder))
     _refuse_held_out_sets(paths)
     # Before the files are listed: `datasets` writes JSON beside its Arrow files, which would pass for the data.
     _refuse_saved_datasets(folder, paths)
-    files = [p for p in paths if _NAME.search(p.name) and p.is_file()]
+    files = [p for p in paths if _NAME.search(p.name)]
     # Only where there is nothing else: README.md beside a corpus is no document of it.
-    files = files or [p for p in paths if _TEXT_NAME.search(p.name) and p.is_file() and not _ABOUT.match(p.name)]
-    return sorted(str(p) for p in files if not (_is_bookkeeping(p) or UNFINISHED in p.relative_to(folder).parts))
+    files = files or [p for p in paths if _TEXT_NAME.search(p.name) and not _ABOUT.match(p.name)]
+    return sorted(str(p) for p in files if not _is_bookkeeping(p))
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Yield the files in a folder and below it, but for what is hidden; of folders behind links too, each one once.
+
+    Raises:
+        CptError: A folder cannot be read.
+    """
+    home, seen, tops = os.path.realpath(folder), set[str](), [str(folder)]
+    while tops:
+        links = list[str]()
+        for top in tops:
+            for place, folders, files in os.walk(top, onerror=_refuse_unread):
+                real = os.path.realpath(place)
+                # A link to where all began, or to a folder above that, leads nowhere else.
+                if real in seen or (seen and Path(home).is_relative_to(real)):
+                    folders.clear()
+                    continue
+                seen.add(real)
+                folders[:] = [name for name in folders if not name.startswith(".")]
+                paths = [os.path.join(place, name) for name in folders]
+                links += filter(os.path.islink, paths)  # which `walk` does not follow
+                yield from (Path(place, name) for name in files if not name.startswith("."))
+        # Last: a folder that is there by itself has its own name.
+        tops = sorted(links)
+
+
+def _refuse_unread(error: OSError) -> None:
+    raise CptError(f"Cannot read the folder {error.filename}: {error.strerror}.") from error
 
 
 def _refuse_saved_datasets(folder: Path, paths: list[Path]) -> None:
@@ -223,7 +271,7 @@ def _is_bookkeeping(path: Path) -> bool:
     """Say whether this library's commands wrote a file beside data; only its neighbours tell it from data."""
     name = path.name
     # By name and neighbours: a user's own file of that name, alone, is data.
-    if path.parent.name.endswith(PARTS) and (path.parent / PLAN).exists():
+    if any(above.name.endswith(PARTS) and (above / PLAN).exists() for above in path.parents):
         return True
     if name in (SPLIT_REPORT, SYNTHESIS):
         neighbours = ["train.jsonl"]
@@ -235,7 +283,7 @@ def _is_bookkeeping(path: Path) -> bool:
         neighbours = [name.removesuffix(".json"), name.removesuffix(".part.json")]
     elif name.endswith(EXTRACTED):
         neighbours = [name.removesuffix(EXTRACTED) + ".jsonl"]
-    elif name.endswith(("_document.json", "_document.skipped.jsonl")):
+    elif name.endswith(_OF_DATASETS):
         prefix = name.removesuffix(".json").removesuffix(".skipped.jsonl")
         neighbours = [prefix + ".idx", prefix + ".journal"]
     else:

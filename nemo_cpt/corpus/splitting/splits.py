@@ -240,6 +240,11 @@ class _Split:
         """All inputs, the held-out ones last."""
         return self.sources + [source for sources in self.given.values() for source in sources]
 
+    @property
+    def given_inputs(self) -> dict[str, int]:
+        """How many of all inputs are each set that was given; the last ones, in this order."""
+        return {name: len(sources) for name, sources in self.given.items()}
+
     def check_targets(self, folder: Path) -> None:
         """Check that no input lies where this split writes or deletes.
 
@@ -259,6 +264,9 @@ class _Split:
             return None
         recorded = _read_report(path)
         change = changed_input(self.all_sources, recorded["inputs"])
+        # The same files, of which others were held out; splits of before this was noted are taken at their word.
+        if not change and recorded.get("given", self.given_inputs) != self.given_inputs:
+            change = f"of these inputs it held out {recorded['given']}, not {self.given_inputs}"
         change = change or self.policy.against(recorded["report"]["skipped"], recorded.get("skipped_share", 0.0))
         if recorded["options"] != self.options or change:
             reason = change or f"its options are {recorded['options']}, not {self.options}"
@@ -266,7 +274,9 @@ class _Split:
                 f"{folder} holds another split: {reason}. Take another folder, or overwrite=True (--overwrite)."
             )
         check_sizes(folder, recorded.get("sizes", {}))
-        return restored(SplitReport, recorded["report"], status="unchanged")
+        # Where they are now: the folder may have been moved, or named from another one.
+        files = {name: str(folder / f"{name}.jsonl") for name in recorded["report"]["files"]}
+        return restored(SplitReport, recorded["report"], files=files, status="unchanged")
 
     def make(self, folder: Path, workers: int, overwrite: bool, quiet: bool) -> SplitReport:
         """Write the sets beside, then move them into their folder; the folder must be locked.
@@ -442,6 +452,7 @@ class _Split:
         record = {
             "options": self.options,
             "inputs": inputs,
+            "given": self.given_inputs,
             "report": asdict(report),
             "skipped_share": self.skipped_share,  # of the given sets and of the others, the larger one
             "sizes": sizes,
