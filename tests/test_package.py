@@ -44,6 +44,17 @@ def test_the_package_imports_in_under_0_3_s() -> None:
     assert min(seconds("import nemo_cpt") for _ in range(3)) - min(seconds("pass") for _ in range(3)) < 0.3
 
 
+def test_a_process_that_was_killed_in_megatrons_import_keeps_no_later_one_waiting(tmp_path: Path) -> None:
+    """PyTorch's lock for what Megatron compiles there outlives the process that holds it."""
+    (tmp_path / "managed_alloc_runtime").mkdir()
+    (tmp_path / "managed_alloc_runtime/lock").touch()
+    of_megatron = "megatron.core.inference.contexts.dynamic_context"
+    code = f"import nemo_cpt, {of_megatron} as context; print(context.has_unified_memory)"
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, timeout=600)
+    assert done.stdout.split() == [b"False"]
+
+
 RAISES = "from nemo_cpt.errors import CptError, StoppedEarlyError\nraise {}('lr is 0')"
 
 
