@@ -53,6 +53,7 @@ def apply() -> None:
     say_why_ssh_fails()
     say_why_nothing_is_written()
     say_why_a_job_is_not_taken()
+    say_why_a_job_is_not_cancelled()
     copy_links_over_ssh()
     leave_stdin_alone()
     print_dry_runs_as_they_are()
@@ -69,6 +70,8 @@ def surround_experiments() -> None:
     # Each is put around what is there, so that the first stands innermost.
     stopping.pass_signals_on()
     stopping.print_on_without_readers()
+    start_nothing_behind_a_failure()
+    count_every_task_of_a_group()
     raise_when_a_task_failed()
 
 
@@ -126,6 +129,60 @@ def raise_when_a_task_failed() -> None:
             raise_for_states(experiment)
 
     Experiment.__exit__ = leave_and_raise
+
+
+def start_nothing_behind_a_failure() -> None:
+    """Leave alone what depends on a task that did not succeed; NeMo-Run starts it on whatever that one has left.
+
+    Slurm itself has such jobs end; elsewhere NeMo-Run waits for a task's end, however that was, and starts the next.
+    """
+    from nemo_run.run.experiment import Experiment
+
+    run_in_order: Callable[..., None] = Experiment._run_dag
+
+    @wraps(run_in_order)
+    def run_what_may_start(experiment: Any, detach: bool, tail_logs: bool, executors: set[Any]) -> None:
+        if not executors <= set(experiment._DEPENDENCY_SUPPORTED_EXECUTORS):
+            for job in experiment.jobs:
+                needed = [each for each in experiment.jobs if each.id in job.dependencies]
+                job.launch = _unless_one_failed(job, needed, job.launch)
+        run_in_order(experiment, detach, tail_logs, executors)
+
+    Experiment._run_dag = run_what_may_start
+
+
+def _unless_one_failed(job: Any, needed: list[Any], launch: Callable[..., None]) -> Callable[..., None]:
+    def launch_behind(*args: Any, **kwargs: Any) -> None:
+        # By now each of them has ended, or was left alone itself.
+        if failed := [each.id for each in needed if each.state.name != "SUCCEEDED"]:
+            return print(f"nemo_cpt: task {job.id} is not started: it waits for {', '.join(failed)}", flush=True)
+        launch(*args, **kwargs)
+
+    return launch_behind
+
+
+def count_every_task_of_a_group() -> None:
+    """Let a group that one task of failed have failed.
+
+    NeMo-Run takes the first one's state for the group's, and of a local group the last one's for everybody's.
+    """
+    from nemo_run.run.job import JobGroup
+    from nemo_run.run.torchx_backend.schedulers.local import PersistentLocalScheduler
+    from torchx.schedulers.local_scheduler import LocalScheduler
+
+    describe: Callable[..., Any] = PersistentLocalScheduler.describe
+    of_the_first: Any = JobGroup.state
+
+    def state(group: Any) -> Any:
+        first = of_the_first.fget(group)
+        return next((each for each in group.states if each.name != "SUCCEEDED"), first) if group.handles else first
+
+    @wraps(describe)
+    def describe_itself(scheduler: Any, app_id: str) -> Any:
+        found = describe(scheduler, app_id)  # which ends a group with the first task that ends
+        return LocalScheduler.describe(scheduler, app_id) or found
+
+    JobGroup.state, PersistentLocalScheduler.describe = property(state), describe_itself
 
 
 def keep_the_list_of_local_jobs_whole() -> None:
@@ -252,6 +309,36 @@ def say_why_a_job_is_not_taken() -> None:
     schedulers: tuple[Any, ...] = (PersistentDockerScheduler, KubeflowScheduler, SkypilotScheduler)
     for scheduler, engine in zip(schedulers, ("Docker", "Kubernetes", "SkyPilot"), strict=True):
         scheduler.schedule = saying(engine, scheduler.schedule)
+
+
+def say_why_a_job_is_not_cancelled() -> None:
+    """Raise CptError where a job could not be cancelled, of which NeMo-Run prints a traceback, and ends well."""
+    from nemo_run.run.experiment import Experiment
+
+    cancel: Callable[..., None] = Experiment.cancel
+
+    def noting(refusals: list[Exception], cancel_job: Callable[..., None]) -> Callable[..., None]:
+        @wraps(cancel_job)
+        def cancel_or_note(*args: Any, **kwargs: Any) -> None:
+            try:
+                cancel_job(*args, **kwargs)
+            except Exception as error:
+                refusals.append(error)
+
+        return cancel_or_note
+
+    @wraps(cancel)
+    def cancel_or_say(experiment: Any, job_id: str) -> None:
+        refusals: list[Exception] = []
+        for job in experiment.jobs:
+            if job.id == job_id:
+                job.cancel = noting(refusals, job.cancel)
+        cancel(experiment, job_id)
+        for error in refusals:
+            said = error.message if isinstance(error, CptError) else f"{type(error).__name__}: {error}"
+            raise CptError(f"{job_id} was not cancelled: {said}") from error
+
+    Experiment.cancel = cancel_or_say
 
 
 def copy_links_over_ssh() -> None:
@@ -434,14 +521,17 @@ def end_with_our_exit_codes() -> None:
 def raise_for_states(experiment: Any) -> None:
     """Raise CptError for the tasks of a finished experiment that did not succeed, with their logs' last lines.
 
-    StoppedEarlyError where all of them were told to stop, and saved.
+    StoppedEarlyError where all that were started were told to stop, and saved.
     """
-    failed = [job for job in experiment.jobs if job.state.name != "SUCCEEDED"]
+    unfinished = [job for job in experiment.jobs if job.state.name != "SUCCEEDED"]
+    failed = [job for job in unfinished if job.launched]
+    behind = [f"task {job.id} was not started" for job in unfinished if not job.launched]
     if failed and all(stopped_early(job.executor.job_dir) for job in failed):
-        raise StoppedEarlyError("\n".join(f"task {job.id}: {last_word(job.executor.job_dir)}" for job in failed))
+        said = [f"task {job.id}: {last_word(job.executor.job_dir)}" for job in failed]
+        raise StoppedEarlyError("\n".join(said + behind))
     if failed:
-        report = (f"task {job.id} ended as {job.state.name}. {log_tail(job.executor.job_dir)}" for job in failed)
-        raise CptError("\n".join(report))
+        said = [f"task {job.id} ended as {job.state.name}. {log_tail(job.executor.job_dir)}" for job in failed]
+        raise CptError("\n".join(behind + said))
 
 
 def stopped_early(job_dir: str) -> bool:

@@ -52,6 +52,7 @@ where its own name leads to itself alone (127.0.1.1 in /etc/hosts), the one that
 _END = r"^job exited with code [0-9]+$|\(cancelled\)|CANCELLED AT [^ ]+ \*\*\*"
 """What a job's log has of its end: the template's line, the reason that slurm_job.sh gives, or Slurm's own words."""
 _NEED_GPUS = ("gpu_bind", "gpu_freq", "gpus_per_socket", "ntasks_per_gpu")  # directives of jobs on GPUs
+_OVER = re.compile("Invalid job id|already complet")  # in what scancel says of a job that has ended
 _RUNDIR = re.compile(rf"(?<![\w./~}}-])/{RUNDIR_NAME}(?![\w.-])")
 """NeMo-Run's name of the job's folder; the end of `/scratch/nemo_run` and the beginning of `/nemo_runs` are none."""
 
@@ -297,7 +298,9 @@ class SlurmJobScheduler(SlurmTunnelScheduler):
             return
         folder, tunnel, _ = known
         self._initialize_tunnel(tunnel)
-        self.tunnel.run(f"scancel {' '.join(_jobs_of_chain(folder, app_id))}", warn=True)
+        done = self.tunnel.run(f"scancel {' '.join(_jobs_of_chain(folder, app_id))}", warn=True)
+        if not done.ok and (refused := [line for line in done.stderr.splitlines() if line and not _OVER.search(line)]):
+            raise CptError(f"Slurm did not cancel it. {refused[-1]}")
         _remove_secrets(self.tunnel, _folder_there(tunnel, folder))  # a job that has started has read them
 
     def describe(self, app_id: str) -> DescribeAppResponse | None:

@@ -61,6 +61,7 @@ def supervise_local_jobs() -> None:
     def request_supervised(scheduler: Any, app: Any, cfg: Any) -> Any:
         for role in app.roles:
             supervise(role, sys.executable, cfg["log_dir"], cfg["retries"], launcher=os.getpid())
+            role.env = as_literals(role.env)
         return request(scheduler, app, cfg)
 
     @wraps(start)

@@ -1,18 +1,23 @@
 """Continual pretraining of Llama-3.1-8B and its kin with NeMo 2.0, composed in Python."""
 
+import os
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from nemo_cpt.errors import CptError, exit_with_the_message
 
-# megatron-core 0.15 builds a CUDA extension at its import, for its inference engine's unified memory, under a lock
-# that is a mere file: once a process was killed at that, every later import of NeMo by that user waits for ever.
-# Without it Megatron says that unified memory is not available, and takes the GPU's own.
-_NO_UNIFIED_MEMORY = ModuleType("megatron.core.inference.unified_memory")
-_NO_UNIFIED_MEMORY.has_unified_memory = False  # type: ignore[attr-defined]
-_NO_UNIFIED_MEMORY.create_unified_mempool = None  # type: ignore[attr-defined]
-sys.modules.setdefault(_NO_UNIFIED_MEMORY.__name__, _NO_UNIFIED_MEMORY)
+# megatron-core 0.15 compiles a CUDA extension when it is imported, for an inference that nothing here asks for. A
+# process that is killed meanwhile leaves PyTorch's lock, for which every later import waits, for ever and without a
+# word. As where the compilation fails, there is none.
+_unified_memory = ModuleType("megatron.core.inference.unified_memory")
+vars(_unified_memory).update(has_unified_memory=False, create_unified_mempool=None)
+sys.modules.setdefault(_unified_memory.__name__, _unified_memory)
+# For processes started from here that import Megatron first: with nvcc on the PATH but no GPU, PyTorch finds no
+# architecture to build for and ends the import with an IndexError; a failed build would only be a warning.
+if not any(Path("/dev").glob("nvidia[0-9]*")):
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")
 
 exit_with_the_message()
 

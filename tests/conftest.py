@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+import nemo_cpt  # noqa: F401  ahead of Megatron, which it keeps from compiling
+
 TESTS = Path(__file__).parent
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -43,7 +43,7 @@ def workload(recipe: str, arguments: Mapping[str, Any], fields: Sequence[str] = 
     """
     request = json.dumps([recipe, {name: _plain(value) for name, value in arguments.items()}, list(fields)])
     # Named by all that decides the workload: another version, an edited recipe or other data ask anew.
-    name = f"{_key(request + _counted(recipe, arguments))}.json"
+    name = f"{_key(request + _counted(recipe, arguments) + _shape(recipe, arguments))}.json"
     remembered = _remembered(name)
     # The base may be imported, or another one put in its place, after it was planned.
     if remembered and remembered["digest"] == _digest(remembered["configuration"]):
@@ -76,11 +76,9 @@ def _remember(name: str, text: str) -> None:
 
 def _check_its_shape_is_here(recipe: source.Function, arguments: Mapping[str, Any]) -> None:
     """Refuse at once, and not when NeMo is imported, a recipe of its base's shape whose base is not there."""
-    base = recipe.parameters.get("base")
-    if base and (arguments.get("model") == LIKE_BASE or like_base(recipe.path)):
-        folder = arguments["base"] if "base" in arguments else ast.literal_eval(str(base.default))
-        if not Path(str(folder)).exists():
-            check_base(folder)
+    base, of_its_shape = _base(recipe, arguments), arguments.get("model") == LIKE_BASE or like_base(recipe.path)
+    if "base" in recipe.parameters and of_its_shape and not Path(str(base)).exists():
+        check_base(base)
 
 
 def _workload(fields: Mapping[str, Any]) -> Workload:
@@ -101,6 +99,19 @@ def _counted(recipe: str, arguments: Mapping[str, Any]) -> str:
     indices = [Path(prefix + ".idx").absolute() for prefix in data.prefixes()] if data else []
     stats = [(str(path), path.stat()) for path in indices if path.is_file()]
     return json.dumps([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats])
+
+
+def _shape(recipe: str, arguments: Mapping[str, Any]) -> str:
+    """What tells the base from another of its name, of whose shape the model may be."""
+    folder = Path(str(_base(source.recipe(recipe), arguments)))
+    carried = [folder / "hf/config.json", *sorted(folder.glob("context/*/config.json"))]
+    return "".join(_digest(str(path)) for path in carried)
+
+
+def _base(recipe: source.Function, arguments: Mapping[str, Any]) -> Any:
+    """The base that is given, else the recipe's own; None where it has none."""
+    parameter = recipe.parameters.get("base")
+    return arguments.get("base", ast.literal_eval(str(parameter.default))) if parameter else None
 
 
 def _described(request: str) -> str:

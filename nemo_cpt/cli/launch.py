@@ -109,7 +109,7 @@ def run(
     recipe: Recipe,
     overrides: Pairs = None,
     executor: Executor = None,
-    detach: Annotated[bool, typer.Option("--detach", help="Return once the job is submitted.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Return once a scheduler has the job.")] = False,
     dryrun: Annotated[
         bool, typer.Option("--dry-run", "--dryrun", help="Print what would be run where, and run nothing.")
     ] = False,
@@ -161,6 +161,8 @@ def run(
             if own
             else make_executor(executor, options, processes, job.num_nodes, on_gpus)
         )
+        if detach:
+            jobs.check_detaches(where)
         # A CPU recipe saves in seconds: its plan would cost NeMo's import for nothing.
         if on_gpus:
             jobs.give_time_to_save(where, function, arguments, fields)

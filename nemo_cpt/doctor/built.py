@@ -105,7 +105,8 @@ def _deciding(
         return {}
     module = SimpleNamespace(optim=optim, model_transform=transform)
     given = {} if read is None else _given(recipe.data)
-    found = deciding_settings(module, SimpleNamespace(**given), recipe.trainer.max_steps)
+    callbacks = getattr(recipe.trainer, "callbacks", None) or ()
+    found = deciding_settings(module, SimpleNamespace(**given), recipe.trainer.max_steps, callbacks)
     if not hasattr(optim, "config"):  # the model's class makes one of its own, or it is none of Megatron's
         del found["optimizer"]
         found["schedule"] = {"max_steps": recipe.trainer.max_steps}

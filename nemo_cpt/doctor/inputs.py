@@ -21,7 +21,6 @@ from nemo_cpt.training.run_lock import check_free
 from nemo_cpt.training.settings import check
 
 _LONG = 4096  # a length to look at conversations with, where the recipe's source does not say its own
-BYTES_OF_DTYPE = {"float32": 4}  # bf16 and fp16 have 2
 
 
 def settings(examination: Examination) -> Finding:
@@ -205,16 +204,10 @@ def _check_whole(folder: Path) -> None:
     """Raise CptError for a base that is being written, or of which a copy is short."""
     if Path(f"{folder}{UNFINISHED}").exists():
         raise CptError(f"{folder}{UNFINISHED} marks the base as not written to its end: take an older checkpoint")
-    architecture = base_architecture(folder)
-    if architecture is None:
-        return
-    there = sum(path.stat().st_size for path in (folder / "weights").glob("*.distcp"))
-    wanted = checkpoint_size.parameters(architecture) * BYTES_OF_DTYPE.get(architecture.dtype or "", 2)
-    # No .distcp at all is another format, which `check_base` has judged.
-    if 0 < there < wanted:
-        raise CptError(
-            f"{folder}/weights holds {there / 1e9:.3g} GB, its model has {wanted / 1e9:.3g} GB: copy or import it again"
-        )
+    weights = folder / "weights"
+    # Neither of them is another format, which `check_base` has judged.
+    if ((weights / ".metadata").exists() or any(weights.glob("*.distcp"))) and (fault := Checkpoint(folder).fault):
+        raise CptError(f"{fault}: copy or import it again")
 
 
 def _resumed(job: Job) -> Checkpoint | None:

@@ -30,7 +30,7 @@ from nemo_cpt.monitoring import forgetting
 from nemo_cpt.planning import from_scratch
 from nemo_cpt.recipe_models import LIKE_BASE, like_base, model_config, module_named
 from nemo_cpt.training import options as training_options
-from nemo_cpt.training.changes import trained_on
+from nemo_cpt.training.changes import GROWN_ROWS_FIRST, trained_on
 from nemo_cpt.training.run_folder import Checkpoint
 from nemo_cpt.training.settings import OF_A_BUILT_RECIPE, UNEVEN_STAGES, Settings, check, check_name, default_min_lr
 
@@ -147,7 +147,9 @@ def _deciding(
         return {name: value for name, value in values.items() if value is not None}
 
     steps = {"max_steps": job.max_steps} if job.max_steps else {}  # 0 where epochs cannot be counted here
+    grown = {GROWN_ROWS_FIRST: arguments.get(GROWN_ROWS_FIRST)} if GROWN_ROWS_FIRST in named else {}
     return {
+        "optimizer": grown,
         "schedule": steps | given("lr", "min_lr", "warmup_steps", "embeddings_lr"),
         "data": given("global_batch_size", "seq_length", "seed") | trained_on(job.data, job.replay),
     }

@@ -130,7 +130,9 @@ def follow(experiment: Experiment) -> Iterator[str]:
 
 
 def _ended(experiment: Experiment) -> bool:
-    return _ENDED.issuperset(experiment.job(task)[0] for task in experiment.tasks)
+    # Behind a task that failed nothing is started, and NeMo-Run's mark says that nothing will be.
+    over = _ENDED | ({"UNSUBMITTED"} if (experiment.folder / "_DONE").exists() else set())
+    return over.issuperset(experiment.job(task)[0] for task in experiment.tasks)
 
 
 def _after(log: Path, offset: int) -> bytes:

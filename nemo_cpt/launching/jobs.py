@@ -41,6 +41,17 @@ def give_time_to_save(
     nemo_run_patches.give_time_to_save(executor, needed)
 
 
+def check_detaches(executor: Any) -> None:
+    """Raise CptError for an executor whose jobs NeMo-Run waits for, also where it is asked to leave them alone."""
+    import nemo_run as run
+
+    if type(executor) not in run.Experiment._DETACH_SUPPORTED_EXECUTORS:
+        raise CptError(
+            f"--detach is for a scheduler's jobs, and NeMo-Run waits for those of {type(executor).__name__}: leave it "
+            "away; in the background a command goes on as `nohup nemo-cpt ... &`"
+        )
+
+
 def submit(
     recipe: catalog.Function,
     arguments: Mapping[str, Any],
@@ -200,6 +211,9 @@ def cancel(experiment_id: str | None) -> dict[str, Any]:
     Returns:
         The experiment's id and those of its tasks that were cancelled; `killed` names the local ones that did not save
         in time, `ended` has the state of each that had ended before.
+
+    Raises:
+        CptError: there is no such experiment; a scheduler refused to cancel a task, and the others were.
     """
     chosen = experiments.experiment(experiment_id)
     result: dict[str, Any] = {"experiment": chosen.id, "tasks": [], "killed": [], "ended": {}}
@@ -210,6 +224,7 @@ def cancel(experiment_id: str | None) -> dict[str, Any]:
             result["killed"] += [] if _end_processes(str(task)) else [task.name]
         else:
             result["ended"][task.name] = chosen.job(task)[0]
+    refused = []
     # As `status` does: without NeMo-Run where the disk knows all.
     if len(local) < len(chosen.tasks):
         with _opened(chosen.id) as experiment:
@@ -218,11 +233,18 @@ def cancel(experiment_id: str | None) -> dict[str, Any]:
                 if job.handle.startswith("local"):
                     continue
                 # In any case: of a chain an earlier job may be left, and to cancel what has ended does nothing.
-                experiment.cancel(job.id)
+                try:
+                    experiment.cancel(job.id)
+                except CptError as error:
+                    refused.append(error.message)
+                    continue
                 if (state := states.get(job.id, "UNKNOWN")) in _ENDED:
                     result["ended"][job.id] = state
                 else:
                     result["tasks"].append(job.id)
+    if refused:
+        done = f"; cancelled: {', '.join(result['tasks'])}" if result["tasks"] else ""
+        raise CptError(f"{chosen.id}: {'; '.join(refused)}{done}")
     return result
 
 

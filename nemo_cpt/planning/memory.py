@@ -24,7 +24,7 @@ PINNED_SHARE = 0.0016  # of pinned host memory, for the GPU's page tables
 FRAGMENTATION = 0.02  # of what is allocated; measured 0.1 to 1 % without, 0.5 to 5 % with recomputation
 ALIGNMENT = 64  # elements: where Megatron's buffers let a parameter start
 PROCESS_HOST = int(2.5 * GIB)  # of a training process on the host (measured peak: 2.3 to 2.5 GiB)
-WORKER_HOST = int(0.8 * GIB)  # of each of its two data workers
+WORKER_HOST = int(0.8 * GIB)  # of each of its data workers
 RESULTS_HOST = int(0.25 * GIB)  # of the process that holds what its checkpoint's writers report
 LAUNCHER_HOST = int(0.5 * GIB)  # of the command and the supervisor that started them
 
@@ -439,9 +439,10 @@ def host_memory(work: Workload) -> HostMemory:
     """
     # A job on part of a node has fewer processes there.
     processes = min(work.gpus, work.gpus_per_node)
+    a_process = PROCESS_HOST + work.data_workers * WORKER_HOST + RESULTS_HOST
     return HostMemory(
         {
-            "processes": LAUNCHER_HOST + (PROCESS_HOST + 2 * WORKER_HOST + RESULTS_HOST) * processes,
+            "processes": LAUNCHER_HOST + a_process * processes,
             "optimizer states": _pinned_bytes(work) * processes // work.optimizer_shards,
             "checkpoint being written": _checkpoint_copy(work) * processes // work.gpus,
         }

@@ -103,12 +103,13 @@ def configuration_of(recipe: Any) -> Path:
 
 
 def _batches(recipe: Any, strategy: Any) -> dict[str, Any]:
-    devices = _get(recipe.trainer, "devices", 1)
+    devices = _devices(recipe.trainer)
     return {
         "seq_length": _get(recipe.data, "seq_length", _get(recipe.model.config, "seq_length", 0)),
         "micro_batch_size": _get(recipe.data, "micro_batch_size", 1),
         "global_batch_size": _get(recipe.data, "global_batch_size", 1),
         "max_steps": _get(recipe.trainer, "max_steps", 0),
+        "data_workers": _get(recipe.data, "num_workers", 2),
         # `devices` are a node's, in Lightning's words.
         "gpus": devices * _get(recipe.trainer, "num_nodes", 1),
         "gpus_per_node": devices,
@@ -118,6 +119,22 @@ def _batches(recipe: Any, strategy: Any) -> dict[str, Any]:
         "context_parallel_size": _get(strategy, "context_parallel_size", 1),
         "sequence_parallel": _get(strategy, "sequence_parallel", False),
     }
+
+
+def _devices(trainer: Any) -> int:
+    """How many devices a trainer takes of a machine, in any of Lightning's ways to say it."""
+    given = _get(trainer, "devices", 1)
+    if isinstance(given, str) and "," in given:
+        given = [each for each in given.split(",") if each.strip()]
+    if isinstance(given, list | tuple):
+        return len(given)
+    try:
+        count = int(given)
+    except (TypeError, ValueError):
+        count = -1
+    if count < 1:  # "auto" and -1 are whatever the job's machine has
+        raise CptError(f"the planner reads recipes that say how many GPUs they take, and trainer.devices is {given!r}")
+    return count
 
 
 def _recompute(config: Any) -> dict[str, Any]:

@@ -41,6 +41,7 @@ class Workload:
         fp8: whether linear layers multiply in fp8, with cached fp8 copies of the weights.
         fp8_param: whether their weights are kept in fp8 alone.
         fused_gradients: `gradient_accumulation_fusion`.
+        data_workers: processes that read each rank's data, `data.num_workers`.
         loss: "te" (in place), "native" (fused, fp32 logits) or "plain".
         unmodelled: what the recipe holds that the planner leaves out, in words.
     """
@@ -91,6 +92,7 @@ class Workload:
     fp8: bool = False
     fp8_param: bool = False
     fused_gradients: bool = False
+    data_workers: int = 2
     unmodelled: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -21,6 +21,7 @@ FIXED = ("optimizer", "data", "adapters")  # groups of settings that a checkpoin
 # Besides, how they are written: of master weights the whole, or what the weights lack of them. Megatron reads the one
 # as the other without a word, and trains on with numbers that are no weights; a finished run reads none.
 READ = (*FIXED, "states")
+GROWN_ROWS_FIRST = "grown_rows_first"
 _SAMPLE_BYTES = 2**16
 _CONTENT = re.compile(r".*:([0-9a-f]{16})", re.DOTALL)  # as `content_of` writes it
 
@@ -68,7 +69,7 @@ def check_goes_on(checkpoint: Checkpoint, changed: Collection[Change], extend: s
         CptError: there is such a setting.
     """
     where = f"this run was started otherwise than it is resumed at step {checkpoint.step}"
-    if fixed := [each for each in changed if each.group in READ]:
+    if fixed := [each for each in changed if each.group in READ and not _is_over(each, checkpoint.step)]:
         why = ""
         if any(each.group == "states" for each in fixed):
             why = " (as state_precision=bf16 does, and gpu_memory_gib= where it keeps Adam's states on the host)"
@@ -81,6 +82,11 @@ def check_goes_on(checkpoint: Checkpoint, changed: Collection[Change], extend: s
     if schedule and extend is None:
         choices = "; ".join(f"extend={name}: {meaning}" for name, meaning in EXTENSIONS.items())
         raise CptError(f"{where}: {listed(schedule)}. Say what becomes of the learning rate: {choices}")
+
+
+def _is_over(change: Change, step: int) -> bool:
+    """Whether a run is past the steps that a setting is for."""
+    return change.name == GROWN_ROWS_FIRST and step >= max(change.was or 0, change.now or 0)
 
 
 def check_started_again(

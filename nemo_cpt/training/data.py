@@ -150,7 +150,14 @@ class BlendDataModule(NamedSetsDataModule):
     ) -> None:
         """Build the training blend for `max_steps` global batches, and every validation set for one validation."""
         del trainer_val_check_interval, trainer_limit_test_batches
-        samples = self.num_train_samples or trainer_max_steps * self.global_batch_size
+        needed = trainer_max_steps * self.global_batch_size
+        samples = needed if self.num_train_samples is None else self.num_train_samples
+        # Behind the last one Lightning would begin again with the first.
+        if samples < needed:
+            raise CptError(
+                f"data.num_train_samples is {samples}, and {trainer_max_steps} steps of {self.global_batch_size} "
+                f"sequences take {needed}: give so many or more, whose order is drawn at once, or leave it away"
+            )
         self._train_ds = self._text(self.training_sets, samples, TRAIN)
         self._validation_ds = self._build_validation(whole_batches(trainer_limit_val_batches))
         self._test_ds = None

@@ -4,7 +4,7 @@ A run.Config takes any value for a field, and any field where its class passes *
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nemo_cpt.arguments import parameters_of, plain_scalar
@@ -62,6 +62,35 @@ NOT_LIGHTNINGS: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
 }
 
+NOT_OURS: dict[str, tuple[tuple[Any, ...], str]] = {
+    # Fields of NeMo's data module that ours passes over, or that make losses or the order of the data others; as above.
+    "rampup_batch_size": (
+        (),
+        "would end the run where the batch grows, as if it were finished, and cut its validations short: a run has one "
+        "batch size; for a larger one begin another, with base= this one's checkpoint",
+    ),
+    "dataloader_type": (
+        ("single",),
+        "would mix the validation sets, whose losses are told by their order: the texts are shuffled by data.seed",
+    ),
+    "init_consumed_samples": ((0,), "would go through the rest twice: a run goes on by itself where it stopped"),
+    "init_global_step": ((0,), "would be passed over: a run goes on by itself where it stopped"),
+    "split": (
+        ("900,50,50",),
+        "would be passed over: all of data.paths is trained on, and data.validation names what is held out, which "
+        "`nemo-cpt split` makes",
+    ),
+    "num_val_samples": (
+        (),
+        "would be passed over: of each validation set trainer.limit_val_batches global batches are validated on",
+    ),
+    "num_test_samples": ((), "would be passed over: a training reads no test set; `nemo-cpt evaluate` does"),
+    "dataset_cls": ((), "would be passed over: texts are read by Megatron's GPTDataset"),
+    "mmap_bin_files": ((True,), "would be passed over: datasets are mapped into memory"),
+    "object_storage_cache_path": ((), "would be passed over: datasets lie on a file system"),
+}
+OF_CONVERSATIONS = {"num_train_samples": ((), "would be passed over: give the recipe epochs= or max_steps=")}
+
 
 def check_fields(recipe: Any) -> None:
     """Refuse a recipe of ours whose config was changed into what no job could run, or not as it was meant.
@@ -71,7 +100,7 @@ def check_fields(recipe: Any) -> None:
 
     Raises:
         CptError: a field does not exist, with the nearest ones; its data are no data module; the recipe's own callbacks
-            were replaced; a field of Lightning's was set that Megatron would pass over.
+            were replaced; a field of Lightning's or NeMo's was set that would be passed over, or mislead.
     """
     if _is_ours(recipe) and (complaint := next(_complaints(recipe), None)):
         raise CptError(complaint)
@@ -97,9 +126,13 @@ def _complaints(recipe: Any) -> Iterator[str]:
     trainer = recipe.trainer
     # As they were set, which a trainer that is built already keeps too: Lightning's own defaults are nobody's wish.
     arguments = getattr(getattr(trainer, "__io__", trainer), "__arguments__", {})
-    for name, (harmless, instead) in NOT_LIGHTNINGS.items():
-        if (value := arguments.get(name)) is not None and not _is_one_of(value, harmless):
-            yield f"trainer.{name}={value} {instead}"
+    yield from _misleading("trainer", arguments, NOT_LIGHTNINGS)
+    # Of a data module of the user's, or of NeMo's own, they are what their class makes of them.
+    if str(getattr(_class(recipe.data), "__module__", "")).startswith("nemo_cpt."):
+        counts_itself = _class(recipe.data).__name__ == "ConversationDataModule"
+        yield from _misleading(
+            "data", recipe.data.__arguments__, NOT_OURS | (OF_CONVERSATIONS if counts_itself else {})
+        )
     steps, least, interval = (getattr(trainer, name, None) for name in ("max_steps", "min_steps", "val_check_interval"))
     if isinstance(steps, int) and isinstance(least, int) and least > steps:
         yield f"trainer.min_steps={least} would be passed over: the run ends at max_steps {steps}"
@@ -123,6 +156,14 @@ def _complaints(recipe: Any) -> Iterator[str]:
         for name in config.__arguments__:
             if name not in known:
                 yield f"{path}.{name}: {_class(config).__name__} has no field {name}; {nearest(name, known)}"
+
+
+def _misleading(
+    path: str, given: Mapping[str, Any], fields: Mapping[str, tuple[tuple[Any, ...], str]]
+) -> Iterator[str]:
+    for name, (harmless, instead) in fields.items():
+        if (value := given.get(name)) is not None and not _is_one_of(value, harmless):
+            yield f"{path}.{name}={value} {instead}"
 
 
 def _is_one_of(value: Any, harmless: tuple[Any, ...]) -> bool:

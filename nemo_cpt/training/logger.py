@@ -92,7 +92,7 @@ def _leave_alone(trainer: nl.Trainer, folder: Path, checkpoints: Path, said: str
     def compare(model: Any, datamodule: Any = None, **kwargs: Any) -> None:
         newest = newest_whole(checkpoints)
         if newest is not None:
-            check_finished(newest, deciding_settings(model, datamodule, trainer.max_steps))
+            check_finished(newest, deciding_settings(model, datamodule, trainer.max_steps, trainer.callbacks))
         if is_global_rank_zero():
             print(f"nemo_cpt: {said}", flush=True)
 

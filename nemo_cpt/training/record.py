@@ -1,7 +1,7 @@
 """How a run was started, written down with each checkpoint."""
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from nemo_cpt.checkpoint.provenance import BEFORE, trainings_of
 from nemo_cpt.checkpoint.weights_digest import BASE_WEIGHTS, base_weights_of, weights_digest
 from nemo_cpt.conversations.dataset import is_conversations
 from nemo_cpt.corpus.dataset.index import full_prefix
-from nemo_cpt.training.changes import content_of, same, sets_of
+from nemo_cpt.training.changes import GROWN_ROWS_FIRST, content_of, same, sets_of
 from nemo_cpt.training.masks import RESETS
 from nemo_cpt.training.run_folder import resumed_from
 
@@ -91,7 +91,7 @@ def _start(trainer: pl.Trainer) -> dict[str, Any]:
     # Once, at the start: what changes while the run goes on is not how it was started.
     if trainer not in _known:
         data = trainer.datamodule
-        settings = deciding_settings(trainer.lightning_module, data, trainer.max_steps) | {
+        settings = deciding_settings(trainer.lightning_module, data, trainer.max_steps, trainer.callbacks) | {
             "states": {name: getattr(_optimizer(trainer.lightning_module), name, None) for name in _STATES},
             "layout": _layout(trainer),
             "validation": {
@@ -108,17 +108,21 @@ def _start(trainer: pl.Trainer) -> dict[str, Any]:
     return _known[trainer]
 
 
-def deciding_settings(module: Any, data: Any, max_steps: int) -> dict[str, dict[str, Any]]:
+def deciding_settings(
+    module: Any, data: Any, max_steps: int, callbacks: Iterable[Any] = ()
+) -> dict[str, dict[str, Any]]:
     """The settings, by group, that decide what weights a run ends with.
 
     Args:
         module: NeMo's model, with its optimizer and PEFT.
         data: the data module.
         max_steps: the run's length.
+        callbacks: the trainer's, or their configs.
     """
+    optimizer = {name: getattr(_optimizer(module), name, None) for name in _OPTIMIZER}
     return {
         "schedule": _schedule(module, max_steps),
-        "optimizer": {name: getattr(_optimizer(module), name, None) for name in _OPTIMIZER},
+        "optimizer": optimizer | {GROWN_ROWS_FIRST: _grown_rows_first(callbacks)},
         "data": {name: getattr(data, name, None) for name in _DATA} | {"train": _training_sets(data)},
         "adapters": _adapters(module),
     }
@@ -167,6 +171,12 @@ def _schedule(module: Any, max_steps: int) -> dict[str, Any]:
 
 def _optimizer(module: Any) -> Any:
     return getattr(getattr(module, "optim", None), "config", None)
+
+
+def _grown_rows_first(callbacks: Iterable[Any]) -> int | None:
+    # By its name: `grown_rows` imports this module.
+    kinds = {getattr(each, "__fn_or_cls__", type(each)).__name__: each for each in callbacks}
+    return getattr(kinds.get("GrownRowsFirst"), "steps", None)
 
 
 def _adapters(module: Any) -> dict[str, Any]:

@@ -11,12 +11,14 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, is_dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from nemo_cpt.errors import CptError
 from nemo_cpt.launching.description import place
 from nemo_cpt.launching.executor import make_executor
+from nemo_cpt.launching.jobs import check_detaches, give_time_to_save
 from nemo_cpt.launching.results import checkpoint_folder
 from nemo_cpt.workflow import recipes
 from nemo_cpt.workflow.dry_run import dry_run, refuse_red
@@ -78,6 +80,8 @@ def submit(file: Path, chosen: Chosen, executor: str, options: Sequence[str], de
             step.name: list(_tasks(file.absolute(), step, step.name in again, executor, options, trains))
             for step in steps
         }
+        for _, _, where in chain.from_iterable(jobs.values()) if detach else ():
+            check_detaches(where)
         import nemo_run as run
 
         with run.Experiment(f"workflow-{workflow.name}", enable_goodbye_message=False) as experiment:
@@ -106,6 +110,11 @@ def _light(step: Step, executor: str, options: Sequence[str], trains: bool) -> A
 
     uses = step.kind.on_gpu and step.parameters.get("device") != "cpu"
     where = make_executor(executor, options, 1, on_gpus=uses and trains)
+    if array := getattr(where, "array", None):
+        raise CptError(
+            f"executor.array={array}: every task of it would do the whole of each step: leave it away; jobs one behind "
+            "the other, for a training that is longer than the limit, are executor.chain at its step"
+        )
     if isinstance(where, run.LocalExecutor):
         where.nodes = where.ntasks_per_node = 1
         where.launcher = None
@@ -119,8 +128,6 @@ def _tasks(
 ) -> Iterator[tuple[str, Any, Any]]:
     """A step's jobs: name, task and executor."""
     import nemo_run as run
-
-    from nemo_cpt.launching.jobs import give_time_to_save
 
     def ours(part: str) -> Any:
         return run.Partial(run_part, file=str(file), step=step.name, part=part, again=again)

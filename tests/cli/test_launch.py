@@ -112,6 +112,7 @@ def test_types_are_whole_in_a_terminals_table():
         (["run", "tiny", "max_steps"], "write key=value"),
         (["run", "tiny"], "needs base=..., data=..."),
         (["run", "tiny", "base=b", "data={train: {ds/none: 1}}"], "ds/none"),
+        (["run", "tiny", "base=b", "data=ds/none", "--force", "--detach"], "waits for those of LocalExecutor: leave"),
         (["run", "tiny", "base=b", "data={trian: {}}"], "Blend has no field trian; near: train"),
         (["run", "llama31_8b", "--executor", "slrum"], "no executor 'slrum'"),
         (["run", "llama31_8b", "--executor", "slurm", "executor.partitoin=gpu"], "near: partition"),

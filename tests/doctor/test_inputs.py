@@ -85,6 +85,8 @@ def test_a_base_that_is_short_unfinished_or_without_tokenizer(world, tmp_path):
     os.truncate(weights, weights.stat().st_size // 2)
     short = inputs.base(Examination(job(world, base=str(copy))))
     assert (short.state, short.cure) == ("error", "copy or import it again")
+    weights.unlink()
+    assert inputs.base(Examination(job(world, base=str(copy)))).cure == "copy or import it again"
     shutil.rmtree(copy / "weights")
     shutil.copytree(world / "base" / "weights", copy / "weights")
     (copy / "hf" / "tokenizer.json").unlink()
@@ -102,6 +104,14 @@ def resumed(world, tmp_path):
     checkpoint = tmp_path / "run" / "checkpoints" / "steps=5"
     shutil.copytree(world / "base", checkpoint)
     return checkpoint
+
+
+def test_a_base_is_whole_whatever_dtype_its_configuration_says(world, tmp_path):
+    """Weights of two bytes under `dtype: float32`, as some models of the hub have them: an import casts nothing."""
+    copy = Path(shutil.copytree(world / "base", tmp_path / "base"))
+    configuration = copy / "hf" / "config.json"
+    configuration.write_text(json.dumps(json.loads(configuration.read_text()) | {"dtype": "float32"}))
+    assert inputs.base(Examination(job(world, base=str(copy)))).state == "ok"
 
 
 def test_a_checkpoint_that_is_not_the_recipes(world, resumed):

@@ -29,11 +29,14 @@ def test_one_process_inherits_the_secret_and_the_interpreter(project, tmp_path, 
 
     monkeypatch.setenv("HF_TOKEN", "planted-secret")
     run.run(
-        run.Partial(tasks.report, path=str(tmp_path / "seen")), executor=local(env={"COLOUR": "dark red"}), name="t"
+        run.Partial(tasks.report, path=str(tmp_path / "seen")),
+        executor=local(env={"COLOUR": "dark red", "PRICE": "$$5 ${app_id} $HOME"}),
+        name="t",
     )
     seen = json.loads((tmp_path / "seen.0").read_text())
     assert seen["env"]["HF_TOKEN"] == "planted-secret"
     assert seen["env"]["COLOUR"] == "dark red"
+    assert seen["env"]["PRICE"] == "$$5 ${app_id} $HOME"  # of which TorchX would make something
     assert seen["env"]["PATH"].startswith(str(Path(sys.executable).parent))
     assert "LOCAL_RANK" not in seen["env"]
     assert seen["collects"]  # which NeMo's import does without
@@ -403,6 +406,38 @@ def test_no_script_ends_well_although_a_task_failed(imports, ahead, says, tmp_pa
     done = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert says in done.stderr
+
+
+@pytest.mark.parametrize(("first", "kind"), [("exit 3", CptError), ('touch "$NEMO_CPT_PREEMPTED"', StoppedEarlyError)])
+def test_nothing_is_started_behind_a_task_that_did_not_succeed(project, tmp_path, first, kind, capsys):
+    """NeMo-Run alone starts it, on whatever the other has left."""
+
+    def launch() -> None:
+        with run.Experiment("t", executor=local()) as experiment:
+            before = experiment.add(run.Script(inline=first), name="before")
+            beside = experiment.add(run.Script(inline=f"touch {tmp_path}/beside"), name="beside")
+            for name, needed in (("behind", [before]), ("further", ["behind"]), ("after", [beside])):
+                experiment.add(run.Script(inline=f"touch {tmp_path}/{name}"), name=name, dependencies=needed)
+            experiment.run()
+
+    with pytest.raises(kind, match="task behind was not started") as raised:
+        launch()
+    assert type(raised.value) is kind
+    assert {path.name for path in tmp_path.iterdir()} & {"behind", "further", "after", "beside"} == {"after", "beside"}
+    assert "task further is not started: it waits for behind" in capsys.readouterr().out
+    assert list(experiments.follow(experiments.experiment(None))) == []  # which ends
+
+
+def test_a_group_of_which_one_task_failed_is_no_success(project):
+    scripts = [run.Script(inline=each) for each in ("true", "exit 3", "true")]
+
+    def launch() -> None:
+        with run.Experiment("t", executor=local()) as experiment:
+            experiment.add(scripts, executor=local(), name="t")
+            experiment.run()
+
+    with pytest.raises(CptError, match="task t ended as FAILED"):
+        launch()
 
 
 def test_a_launcher_that_is_killed_leaves_the_list_of_jobs_whole(project, monkeypatch):

@@ -165,6 +165,15 @@ def test_cancel_ends_every_job_of_a_chain(slurm_here, project, tmp_path, monkeyp
     task = run.Partial(tasks.count, path=str(tmp_path / "counter"), until=1000)
     experiment, _ = submit(task, slurm(tasks_per_node=1, time="5", chain=3))
     (file,) = Path(experiment._exp_dir).rglob("secrets.env")
+    with monkeypatch.context() as elsewhere:  # a controller that does not answer
+        silent = re.sub("(SlurmctldPort)=.*", r"\1=1", (slurm_here.folder / "slurm.conf").read_text())
+        (tmp_path / "slurm.conf").write_text(silent)
+        elsewhere.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
+        with pytest.raises(
+            CptError, match=r"t was not cancelled: Slurm did not cancel it\. scancel: error: .* contact"
+        ):
+            jobs.cancel(experiment._id)
+    assert file.exists()
     assert jobs.cancel(experiment._id)["tasks"] == ["t"]
     wait_until(lambda: slurm_here.jobs() == [])
     assert not file.exists()

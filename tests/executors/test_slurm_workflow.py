@@ -94,6 +94,17 @@ def test_what_trains_nothing_is_one_process_and_holds_no_gpu_that_it_does_not_us
     assert (here.ntasks_per_node, here.launcher) == (1, None)
 
 
+def test_an_array_would_do_each_step_as_often_as_it_has_tasks(project: Path) -> None:
+    make_folder(project)
+    file, chosen = write(chain(project)), Chosen(until="two")
+    with pytest.raises(CptError, match=r"executor\.array=0-1: every task of it would do the whole of each step"):
+        submit(file, chosen, "slurm", [*OPTIONS, "array=0-1"])
+    (project / "mine.py").write_text("from nemo_cpt.executors import local\n\ndef here():\n    return local()\n")
+    with pytest.raises(CptError, match="NeMo-Run waits for those of LocalExecutor"):
+        submit(file, chosen, f"{project}/mine.py:here", [], detach=True)
+    assert not (project / "out").exists()
+
+
 def test_jobs_that_were_left_to_themselves_are_not_started_twice(slurm_here, project: Path) -> None:
     make_folder(project)
     file = write(Workflow("light", [own("one", "wait", ["a.txt"], "one.txt", until="go")], project))

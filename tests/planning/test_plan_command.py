@@ -61,6 +61,20 @@ def test_a_base_that_came_or_changed_is_read_again(plan, tmp_path) -> None:
         assert before - bytes_of_weights() == 2 * 2 * 4096 * (128_256 - vocabulary)
 
 
+def test_another_base_of_the_same_name_is_planned_anew(tmp_path, monkeypatch) -> None:
+    """Also where the configuration that gives the vocabulary's size, of a tokenizer that was named, is the same."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    planned = {"workload": asdict(llama()), "configuration": "", "digest": ""}
+    built = []
+    monkeypatch.setattr(workloads, "_described_elsewhere", lambda request: built.append(1) or json.dumps(planned))
+    monkeypatch.setattr(workloads, "_described_here", workloads._described_elsewhere)
+    (tmp_path / "base/hf").mkdir(parents=True)
+    for layers in (4, 4, 5):
+        (tmp_path / "base/hf/config.json").write_text(json.dumps({"num_hidden_layers": layers}))
+        workloads.workload("gpt.pretrain", {"base": str(tmp_path / "base"), "tokenizer": "gpt2"})
+    assert len(built) == 2
+
+
 @pytest.mark.parametrize("home", ["", "file/below"])
 def test_what_cannot_be_remembered_is_planned_all_the_same(home, tmp_path, monkeypatch) -> None:
     (tmp_path / "file").touch()

@@ -20,14 +20,16 @@ from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 
 from nemo_cpt import catalog
 from nemo_cpt.constants import ADAM_STATES
+from nemo_cpt.conversations import Conversations
 from nemo_cpt.corpus import Blend
 from nemo_cpt.doctor import Place
 from nemo_cpt.errors import CptError
+from nemo_cpt.executors import window
 from nemo_cpt.executors.examination import examine_task
 from nemo_cpt.launching import yaml_file
 from nemo_cpt.launching.description import describe
 from nemo_cpt.launching.scripts import write_script
-from nemo_cpt.planning import plan
+from nemo_cpt.planning import memory, plan
 from nemo_cpt.planning.recipe_reader import read
 from nemo_cpt.recipes import gpt, instruction, llama31_8b, mistral_7b, parts, smollm2, tiny
 from nemo_cpt.training import fields, guards
@@ -51,6 +53,22 @@ def test_every_recipe_carries_the_guards_and_a_base(recipe) -> None:
     assert {"Guards", "EveryTrainableParameterHasGradient", "ValidationLossBySet"} <= carried
     assert made.resume.base == llama31_8b.DEFAULT_BASE
     assert made.data.seq_length == made.model.config.seq_length
+
+
+def test_the_planner_counts_devices_and_workers_as_the_trainer_takes_them() -> None:
+    recipe = smollm2.continual_pretrain()
+    before = plan(recipe).host.total
+    recipe.data.num_workers = 4
+    assert plan(recipe).host.total - before == 2 * memory.WORKER_HOST
+    recipe.trainer.num_nodes, recipe.data.global_batch_size = 2, 64
+    for devices in (4, "4", [0, 2, 4, 6], "0,1,2,3", "0,1,2,3,"):
+        recipe.trainer.devices = devices
+        assert (read(recipe).gpus, read(recipe).gpus_per_node) == (8, 4)
+    for devices in ("auto", -1):  # whatever the job's machine has
+        recipe.trainer.devices = devices
+        with pytest.raises(CptError, match=r"say how many GPUs they take, and trainer\.devices is"):
+            read(recipe)
+        assert window.seconds_to_save(recipe) is None
 
 
 def test_the_defaults_are_the_recorded_runs() -> None:
@@ -347,6 +365,11 @@ def test_plain_values_reach_the_config(tmp_path: Path) -> None:
         ("trainer.reload_dataloaders_every_n_epochs", 1, "a run is one epoch"),
         ("trainer.use_distributed_sampler", True, "which Megatron's sampler does: set it to False"),
         ("trainer.enable_checkpointing", False, "set log.ckpt to None as well"),
+        ("data.rampup_batch_size", [4, 4, 100], "would end the run where the batch grows, as if it were finished"),
+        ("data.dataloader_type", "cyclic", "would mix the validation sets, whose losses are told by their order"),
+        ("data.init_consumed_samples", 64, "a run goes on by itself where it stopped"),
+        ("data.split", "98,1,1", "data.validation names what is held out"),
+        ("data.num_val_samples", 64, "trainer.limit_val_batches global batches are validated on"),
     ],
 )
 def test_a_field_changed_into_what_no_job_runs_with_is_refused_before_the_launch(path, value, says) -> None:
@@ -371,7 +394,16 @@ def test_what_lightning_does_as_it_says_is_left_alone() -> None:
     }.items():  # fmt: skip
         setattr(recipe.trainer, name, value)
     recipe.trainer.enable_checkpointing, recipe.log.ckpt = False, None
+    recipe.data.dataloader_type, recipe.data.split, recipe.data.num_train_samples = "single", "900,50,50", 10**6
     fields.check_fields(recipe)
+    of_nemo = smollm2.continual_pretrain(data=Blend({"ds/ja": 1.0}))
+    of_nemo.data = run.Config(llm.PreTrainingDataModule, paths=["ds/ja"], split="98,1,1", num_val_samples=8)
+    fields.check_fields(of_nemo)
+    tuning = smollm2.instruction_tune(data=Conversations({"sft/ja": 1.0}), max_steps=10)
+    fields.check_fields(tuning)
+    tuning.data.num_train_samples = 64
+    with pytest.raises(CptError, match="would be passed over: give the recipe epochs= or max_steps="):
+        fields.check_fields(tuning)
 
 
 def test_a_trainer_that_is_built_already_is_read_as_its_config() -> None:

@@ -53,6 +53,14 @@ def test_a_fraction_of_batches_is_refused(world: Path, blend: Any) -> None:
         data_module(world, blend).build(10, 5, 1.0, 0)
 
 
+def test_a_run_goes_through_no_sequence_twice_for_want_of_samples(world: Path, blend: Any) -> None:
+    with pytest.raises(CptError, match=r"num_train_samples is 39, and 10 steps of 4 sequences take 40"):
+        data_module(world, blend, num_train_samples=39).build(10, 5, 1, 0)
+    module = data_module(world, blend, num_train_samples=80)
+    module.build(10, 5, 1, 0)
+    assert len(module._train_ds) >= 80
+
+
 @pytest.mark.parametrize("pad", [None, EOS, ORDINARY])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_every_sample_is_what_the_file_holds(tmp_path: Path, pad: int | None, workers: int) -> None:

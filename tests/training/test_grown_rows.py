@@ -1,9 +1,14 @@
 """A grown model's first steps change the new rows alone, and the following ones everything."""
 
+import contextlib
 import functools
+import itertools
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import nemo_run as run
 import numpy as np
 import pytest
 
@@ -12,6 +17,11 @@ from nemo_cpt.checkpoint.architecture import read_architecture
 from nemo_cpt.checkpoint.layout import slots
 from nemo_cpt.checkpoint.nemo_weights import NemoWeights
 from nemo_cpt.corpus import Blend, prepare
+from nemo_cpt.errors import CptError
+from nemo_cpt.training.changes import changes, check_started_again
+from nemo_cpt.training.grown_rows import GrownRowsFirst
+from nemo_cpt.training.record import deciding_settings
+from nemo_cpt.training.run_folder import Checkpoint
 from nemo_cpt.vocabulary import grow
 from nemo_cpt.vocabulary.byte_level import read_byte_level
 from tests.checkpoint.test_growing import make
@@ -93,3 +103,17 @@ def test_what_has_not_grown_or_is_frozen_is_refused(work: Path) -> None:
     code, log = train(work, "frozen", rank=4)
     assert code == 2, log
     assert "layer are frozen: train them beside the adapters" in log
+
+
+def test_a_run_goes_on_with_as_many_steps_as_it_began_with(tmp_path: Path) -> None:
+    def settings(*callbacks: Any) -> dict[str, dict[str, Any]]:
+        return deciding_settings(SimpleNamespace(), SimpleNamespace(), 8, callbacks)
+
+    began, others = settings(GrownRowsFirst(5)), (settings(), settings(run.Config(GrownRowsFirst, steps=3)))
+    assert changes(began, settings(run.Config(GrownRowsFirst, steps=5))) == []
+    for step, other in itertools.product((3, 5), others):
+        (tmp_path / "run.json").write_text(json.dumps({"step": step, "settings": began}))
+        with contextlib.nullcontext() if step == 5 else pytest.raises(CptError, match="step 3: grown_rows_first 5 -> "):
+            check_started_again(Checkpoint(tmp_path), other, None, finished=False)
+        with pytest.raises(CptError, match="was trained otherwise than this asks for: grown_rows_first 5 -> "):
+            check_started_again(Checkpoint(tmp_path), other, None, finished=True)
