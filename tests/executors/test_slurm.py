@@ -41,7 +41,7 @@ def test_two_nodes_run_the_code_on_disk_and_the_log_is_followed(slurm_here, proj
     # Slurm lets these win over what stands in a script.
     for name, value in {"PARTITION": "urgent", "TIMELIMIT": "1", "SIGNAL": "B:KILL@10", "OUTPUT": "/dev/null"}.items():
         monkeypatch.setenv(f"SBATCH_{name}", value)
-    executor = slurm(partition="cpu", nodes=2, tasks_per_node=1, time="5", env={"COLOUR": "dark red"})
+    executor = slurm(partition="cpu", nodes=2, tasks_per_node=1, time="30", env={"COLOUR": "dark red"})
     run.run(run.Partial(tasks.report, path=str(tmp_path / "seen")), executor=executor, name="t")
     seen = [json.loads((tmp_path / f"seen.{rank}").read_text()) for rank in (0, 1)]
     assert {each["env"]["SLURMD_NODENAME"] for each in seen} == {"cpt1", "cpt2"}
@@ -51,7 +51,7 @@ def test_two_nodes_run_the_code_on_disk_and_the_log_is_followed(slurm_here, proj
     assert {each["env"]["SLURM_JOB_PARTITION"] for each in seen} == {"cpu"}
     job = seen[0]["env"]["SLURM_JOB_ID"]
     shown = slurm_here.run("scontrol", "show", "job", job)
-    assert "TimeLimit=00:05:00" in shown
+    assert "TimeLimit=00:30:00" in shown
     assert f"StdOut={tmp_path}" in shown
     assert all(each["file"].endswith("/t/code/tasks.py") for each in seen)
     assert seen[0]["env"]["WANDB_RUN_ID"].startswith("t_")
@@ -65,7 +65,7 @@ def test_secret_stands_in_one_file_of_mode_600_while_the_job_runs(slurm_here, pr
     monkeypatch.setenv("MY_KEY", "planted 'secret'")
     counter = tmp_path / "counter"
     experiment, job = submit(
-        run.Partial(tasks.count, path=str(counter), until=1000), slurm(tasks_per_node=1, time="5", secrets=["MY_KEY"])
+        run.Partial(tasks.count, path=str(counter), until=1000), slurm(tasks_per_node=1, time="30", secrets=["MY_KEY"])
     )
     wait_until(counter.exists)
     (file,) = Path(experiment._exp_dir).rglob("secrets.env")
@@ -83,7 +83,7 @@ def test_a_preempted_job_comes_back_and_goes_on(slurm_here, project, tmp_path):
 
     counter, go = tmp_path / "counter", tmp_path / "go"
     task = run.Partial(tasks.count, path=str(counter), until=30, go=str(go))
-    experiment, job = submit(task, slurm(tasks_per_node=1, time="5", preempt_seconds=60))
+    experiment, job = submit(task, slurm(tasks_per_node=1, time="30", preempt_seconds=60))
     wait_until(lambda: counter.exists() and int(counter.read_text() or 0) > 3)
     slurm_here.run("scancel", "--signal=TERM", job)
     wait_until(lambda: "stopped at" in log_of(experiment) and log_of(experiment).count("starting at") == 2)
@@ -108,7 +108,7 @@ def test_stopped_without_requeueing_it_is_neither_finished_nor_failed(slurm_here
     with pytest.raises(StoppedEarlyError, match="task t: told to stop, saved"):
         run.run(
             run.Partial(tasks.count, path=str(counter), until=1000),
-            executor=slurm(tasks_per_node=1, time="5", requeue=False),
+            executor=slurm(tasks_per_node=1, time="30", requeue=False),
             name="t",
         )
     stop.join()
@@ -128,7 +128,7 @@ def test_a_failed_task_raises_and_ends_its_chain(slurm_here, project, monkeypatc
     monkeypatch.setenv("HF_TOKEN", "planted-secret")
     task = run.Partial(tasks.fail, message="planted failure")
     with pytest.raises(CptError, match=r"ended as FAILED(.|\n)*planted failure") as raised:
-        run.run(task, executor=slurm(tasks_per_node=1, time="5", chain=2), name="t")
+        run.run(task, executor=slurm(tasks_per_node=1, time="30", chain=2), name="t")
     path = str(raised.value).partition("last lines of ")[2].partition(":\n")[0]
     assert Path(path).read_text().count("planted failure") <= 3  # in one traceback, once started
     assert "an earlier job of the chain failed" in "".join(
@@ -142,7 +142,7 @@ def test_a_chain_goes_on_where_the_first_job_stopped(slurm_here, project, tmp_pa
     import tasks
 
     counter, go = tmp_path / "counter", tmp_path / "go"
-    executor = slurm(tasks_per_node=1, time="5", chain=3)
+    executor = slurm(tasks_per_node=1, time="30", chain=3)
     experiment, last = submit(run.Partial(tasks.count, path=str(counter), until=25, go=str(go)), executor)
     first = json.loads(Path(experiment._exp_dir, "t", "slurm_jobs.json").read_text())[0]
     assert len(slurm_here.jobs()) == 3
@@ -163,7 +163,7 @@ def test_cancel_ends_every_job_of_a_chain(slurm_here, project, tmp_path, monkeyp
 
     monkeypatch.setenv("HF_TOKEN", "planted-secret")
     task = run.Partial(tasks.count, path=str(tmp_path / "counter"), until=1000)
-    experiment, _ = submit(task, slurm(tasks_per_node=1, time="5", chain=3))
+    experiment, _ = submit(task, slurm(tasks_per_node=1, time="30", chain=3))
     (file,) = Path(experiment._exp_dir).rglob("secrets.env")
     with monkeypatch.context() as elsewhere:  # a controller that does not answer
         silent = re.sub("(SlurmctldPort)=.*", r"\1=1", (slurm_here.folder / "slurm.conf").read_text())
@@ -185,8 +185,8 @@ def test_a_crash_is_restarted_and_a_dependent_task_waits(slurm_here, project, tm
     import tasks
 
     held = slurm_here.run("sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true")
-    executor = slurm(tasks_per_node=1, time="5", max_restarts=1)
-    waits = slurm(tasks_per_node=1, time="5", dependency=f"afterany:{held}")
+    executor = slurm(tasks_per_node=1, time="30", max_restarts=1)
+    waits = slurm(tasks_per_node=1, time="30", dependency=f"afterany:{held}")
     with run.Experiment("t", executor=executor, enable_goodbye_message=False) as experiment:
         first = experiment.add(run.Partial(tasks.crash_once, path=str(tmp_path / "mark")), name="first")
         report = run.Partial(tasks.report, path=str(tmp_path / "seen"))
@@ -206,7 +206,7 @@ def test_what_the_user_must_change_is_not_tried_again(slurm_here, project):
     import tasks
 
     task = run.Partial(tasks.refuse, message="planted refusal")
-    experiment, job = submit(task, slurm(tasks_per_node=2, time="5", max_restarts=2))
+    experiment, job = submit(task, slurm(tasks_per_node=2, time="30", max_restarts=2))
     assert slurm_here.wait_for(job, "FAILED") == "FAILED"
     assert "Restarts=0" in slurm_here.run("scontrol", "show", "job", job)
     assert log_of(experiment).count("nemo_cpt: planted refusal") <= 2  # once a task
@@ -225,7 +225,7 @@ def test_slurms_own_words_and_no_job_left_behind(slurm_here, project, arguments,
 
     monkeypatch.setenv("HF_TOKEN", "planted-secret")
     with pytest.raises(CptError, match=says):
-        submit(run.Partial(tasks.report, path="seen"), slurm(time="5", **arguments))
+        submit(run.Partial(tasks.report, path="seen"), slurm(time="30", **arguments))
     assert slurm_here.jobs() == []
     assert not list(tmp_path.rglob("secrets.env"))
 
@@ -238,7 +238,7 @@ def test_a_job_that_could_not_be_noted_is_not_left_behind(slurm_here, project, m
 
     monkeypatch.setattr("nemo_cpt.executors.slurm_job._save_job_dir", full)
     with pytest.raises(OSError, match="No space left"):
-        submit(run.Partial(tasks.count, path="counter", until=1000), slurm(tasks_per_node=1, time="5"))
+        submit(run.Partial(tasks.count, path="counter", until=1000), slurm(tasks_per_node=1, time="30"))
     wait_until(lambda: slurm_here.jobs() == [])  # it may have started before it was cancelled
 
 
@@ -282,9 +282,9 @@ def test_a_launcher_ends_although_slurm_has_forgotten_its_job(forgetful, tmp_pat
     held = forgetful.run("sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true")
     counted = {"path": str(tmp_path / "counter"), "until": 100000}
     given = {
-        "fails": (run.Partial(tasks.fail, message="planted failure"), slurm(tasks_per_node=1, time="5", chain=2)),
-        "waits": (run.Partial(tasks.count, **counted), slurm(tasks_per_node=1, time="5", dependency=f"after:{held}")),
-        "runs": (run.Partial(tasks.count, **counted), slurm(tasks_per_node=1, time="5")),
+        "fails": (run.Partial(tasks.fail, message="planted failure"), slurm(tasks_per_node=1, time="30", chain=2)),
+        "waits": (run.Partial(tasks.count, **counted), slurm(tasks_per_node=1, time="30", dependency=f"after:{held}")),
+        "runs": (run.Partial(tasks.count, **counted), slurm(tasks_per_node=1, time="30")),
     }
     started = {name: submit(*each) for name, each in given.items()}
     wait_until(lambda: Path(counted["path"]).exists(), every=0.5)

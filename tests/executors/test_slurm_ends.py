@@ -40,15 +40,15 @@ def test_jobs_come_back_whatever_slurm_ends_them_for_unless_they_are_cancelled(s
     """All at once: on one node they are preempted, with and without a grace period, on the other time is up or ends."""
     import tasks
 
-    preempted, others = {"nodelist": "cpt2", "time": "5"}, {"nodelist": "cpt1", "time": "5"}
+    preempted, others = {"nodelist": "cpt2", "time": "30"}, {"nodelist": "cpt1", "time": "30"}
     graceful = preempted | {"partition": "patient"}
     plan = {
         "saves": (("save", "end"), graceful),
         "dies": (("die", "crash", "end"), graceful | {"max_restarts": 1}),
         "dies without grace": (("die", "end"), preempted),
         "is killed without grace": (("stay", "crash", "end"), preempted | {"max_restarts": 1}),
-        "is told of its limit": (("save", "end"), others | {"time": "30", "preempt_seconds": 60}),
-        "is killed at its limit": (("stay", "end"), others | {"time": "30", "preempt_seconds": 0}),
+        "is told of its limit": (("save", "end"), others | {"preempt_seconds": 60}),
+        "is killed at its limit": (("stay", "end"), others | {"preempt_seconds": 0}),
         "is requeued": (("die", "end"), others),
         "is cancelled": (("stay", "end"), others),
     }
@@ -58,13 +58,17 @@ def test_jobs_come_back_whatever_slurm_ends_them_for_unless_they_are_cancelled(s
     wait_until((tmp_path / "importing").exists)
     for name, (names, _) in plan.items():
         started(tmp_path / name, 0, names[0])
-    for name in ("is told of its limit", "is killed at its limit"):
-        slurm_here.set_minutes_left(found[name][1], 1)
+    limited = [found[name][1] for name in ("is told of its limit", "is killed at its limit")]
+    for job in limited:
+        slurm_here.set_minutes_left(job, 1)
     slurm_here.run("scontrol", "requeue", found["is requeued"][1])
     slurm_here.run("scancel", found["is cancelled"][1])
     slurm_here.run(
         "sbatch", "--partition=urgent", "--nodelist=cpt2", "--exclusive", "--output=/dev/null", "--wrap=true"
     )
+    for job in limited:
+        wait_until(lambda job=job: slurm_here.starts(job) > 1, every=0.5)
+        slurm_here.set_minutes_left(job, 20)  # it was of one start; the next one must not depend on a minute
     for name, (_, job) in found.items():
         ended = slurm_here.wait_for(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
         assert ended == ("CANCELLED" if name == "is cancelled" else "COMPLETED"), name

@@ -119,8 +119,15 @@ class SlurmCluster:
 
     def state(self, job: str) -> str:
         """Return a job's state, for example RUNNING; an empty string once Slurm has forgotten it."""
+        return self._fact(job, "JobState")
+
+    def starts(self, job: str) -> int:
+        """Return how often a job was started, the start included that Slurm is about to make."""
+        return 1 + int(self._fact(job, "Restarts") or 0)
+
+    def _fact(self, job: str, name: str) -> str:
         shown = self.run("scontrol", "show", "job", "-o", job, check=False)
-        return shown.partition("JobState=")[2].partition(" ")[0]
+        return shown.partition(f" {name}=")[2].partition(" ")[0]
 
     def wait_for(self, job: str, *states: str, timeout: float = 600) -> str:
         """Wait until a job is in one of `states`; returns the state."""
