@@ -13,6 +13,7 @@ from typing import Any
 
 from nemo_cpt import corpus
 from nemo_cpt.checkpoint.architecture import Architecture, read_carried, read_json
+from nemo_cpt.checkpoint.base import base_weights, carried_places
 from nemo_cpt.checkpoint.context import HF_FOLDER
 from nemo_cpt.checkpoint.exported_config import can_be_written
 from nemo_cpt.checkpoint.folders import has_tokenizer
@@ -25,14 +26,13 @@ from nemo_cpt.checkpoint.model_config import (
     differences,
     read_model_config,
 )
-from nemo_cpt.checkpoint.tokenizer_ids import end_ids
+from nemo_cpt.checkpoint.tokenizer_ids import END_OF_TEXT, end_ids
 from nemo_cpt.checkpoint.weights_digest import base_weights_of, samples, sums_of, weights_digest
 from nemo_cpt.errors import CptError
 from nemo_cpt.rounding import rounded_up
 
 ROWS = "vocab_size"
 TILE = 16  # rows of a weight that the GPU's matrix products take at once, in bf16 as in fp8
-END_OF_TEXT = "eos_token_id"
 # What a training may change on purpose, such as to a longer context: no tensor's shape depends on it, and an export
 # writes it. The last one is the data's.
 CHANGEABLE = ("rope_theta", "rope_scaling", "sliding_window", "rms_norm_eps", END_OF_TEXT)
@@ -138,8 +138,8 @@ def read_base(folder: str | os.PathLike[str]) -> Base:
         CptError: a file is damaged, or an import's context and its config.json tell of two models.
     """
     folder = Path(folder)
-    # A Hugging Face folder, an import, a training's checkpoint: each carries config.json in one of them.
-    places = [folder, folder / HF_FOLDER, *sorted(folder.glob("context/*/"))]
+    # A Hugging Face folder, an import, a training's checkpoint: each has config.json in one of them.
+    places = [folder, *carried_places(folder)]
     home = next((place for place in places if (place / "config.json").is_file()), None)
     # The config's neighbour first: it is the tokenizer that this config.json was published with.
     tokenizers = (place for place in ([home] if home else []) + places if has_tokenizer(place))
@@ -348,7 +348,6 @@ def check_template(base: Base, prefixes: Iterable[str]) -> list[str]:
     Raises:
         CptError: rows of the template's special tokens are as nothing has trained them.
     """
-    from nemo_cpt.checkpoint.base import base_weights
     from nemo_cpt.checkpoint.layout import slots
     from nemo_cpt.conversations.special_rows import measure_rows
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from nemo_cpt.cache import cache_folder
 from nemo_cpt.catalog import source
+from nemo_cpt.checkpoint.base import carried_places
 from nemo_cpt.errors import CptError
 from nemo_cpt.output import say_that_nemo_loads
 from nemo_cpt.planning.workload import Workload
@@ -104,8 +105,7 @@ def _counted(recipe: str, arguments: Mapping[str, Any]) -> str:
 def _shape(recipe: str, arguments: Mapping[str, Any]) -> str:
     """What tells the base from another of its name, of whose shape the model may be."""
     folder = Path(str(_base(source.recipe(recipe), arguments)))
-    carried = [folder / "hf/config.json", *sorted(folder.glob("context/*/config.json"))]
-    return "".join(_digest(str(path)) for path in carried)
+    return "".join(_digest(str(place / "config.json")) for place in carried_places(folder))
 
 
 def _base(recipe: source.Function, arguments: Mapping[str, Any]) -> Any:

@@ -16,13 +16,13 @@ from typing import Any
 from nemo_cpt.checkpoint.architecture import read_json
 from nemo_cpt.checkpoint.context import RUN_JSON
 from nemo_cpt.checkpoint.folders import remove_additional_templates
+from nemo_cpt.checkpoint.tokenizer_ids import END_OF_TEXT
 from nemo_cpt.errors import CptError
 
 NONE = "none"  # as a choice: the base's files as they are
 RECORD = "template"  # in run.json
 _JINJA, _TOKENIZER, _GENERATION = "chat_template.jinja", "tokenizer_config.json", "generation_config.json"
 _STALE = "chat_template.json"  # an older place, which some readers still look into
-_END = "eos_token_id"
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,11 @@ def write_template(folder: Path, template: InstructionTemplate) -> list[str]:
         for name in (_TOKENIZER, "special_tokens_map.json"):
             _set_eos_token(folder / name, template.stop[0])
     settings = _read(folder / _GENERATION) or {
-        name: value for name, value in read_json(folder / "config.json").items() if name in ("bos_token_id", _END)
+        name: value
+        for name, value in read_json(folder / "config.json").items()
+        if name in ("bos_token_id", END_OF_TEXT)
     }
-    _update(folder / _GENERATION, {_END: with_end(settings.get(_END), template.stop[1])})
+    _update(folder / _GENERATION, {END_OF_TEXT: with_end(settings.get(END_OF_TEXT), template.stop[1])})
     # Read back through the tokenizer: that the files say so does not mean that transformers does it.
     if found := list(template_differences(folder, template)):
         raise CptError(
@@ -154,9 +156,9 @@ def template_differences(folder: Path, template: InstructionTemplate) -> Iterato
         )
     # transformers and vLLM take generation_config.json's, and config.json's where there is none.
     for name in ("config.json", _GENERATION):
-        ends = _read(folder / name).get(_END)
+        ends = _read(folder / name).get(END_OF_TEXT)
         if (folder / name).is_file() and with_end(ends, template.stop[1]) != ends:
-            yield f"{name} does not end replies at {template.stop[0]} ({template.stop[1]}): {_END} is {ends}"
+            yield f"{name} does not end replies at {template.stop[0]} ({template.stop[1]}): {END_OF_TEXT} is {ends}"
 
 
 def _listed(tokens: Mapping[str, int]) -> str:

@@ -93,6 +93,24 @@ def older_spelling_differs(config: Mapping[str, Any], rope: Rope, ignore_fields:
     return read_rope({**config, "rope_parameters": None}, "config.json", ignore_fields) != rope
 
 
+def in_older_spelling(
+    config: Mapping[str, Any], where: str, ignore_fields: Collection[str] = ()
+) -> dict[str, Any] | None:
+    """A config.json's fields as transformers 4 has to be handed them; None where it reads them rightly as they are.
+
+    Raises:
+        CptError: as `read_rope`.
+    """
+    if config.get("rope_parameters") is None:
+        return None
+    rope = read_rope(config, where, ignore_fields)
+    if not older_spelling_differs(config, rope, ignore_fields):
+        return None
+    spelled = dict(config)
+    set_rope(spelled, rope)
+    return spelled
+
+
 def _read_scaling(given: Any, field: str, where: str, ignore_fields: Collection[str]) -> RopeScaling | None:
     if not isinstance(given, Mapping):
         raise CptError(f"{where}: {field} cannot be {given!r}. Download the file again.")

@@ -11,7 +11,7 @@ from nemo_cpt.errors import CptError
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
             "additional_special_tokens")  # fmt: skip
-END = "eos_token_id"  # of config.json and generation_config.json
+END_OF_TEXT = "eos_token_id"  # of config.json and generation_config.json
 
 
 def count_token_ids(folder: str | Path) -> int | None:
@@ -48,11 +48,12 @@ def end_ids(fields: Mapping[str, Any], where: str) -> list[int]:
     Raises:
         CptError: something else stands there; `where` names it.
     """
-    found = fields.get(END)
+    found = fields.get(END_OF_TEXT)
     ids = found if isinstance(found, list) else [] if found is None else [found]
     if not all(type(each) is int for each in ids):  # true is an int in Python
         raise CptError(
-            f"{where}: {END} cannot be {found!r}; it is a token's id, or a list of them. Download the file again."
+            f"{where}: {END_OF_TEXT} cannot be {found!r}; it is a token's id, or a list of them. Download the file "
+            "again."
         )
     return ids
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nemo_cpt import compatibility, corpus
 from nemo_cpt.checkpoint.architecture import Architecture, read_carried
-from nemo_cpt.checkpoint.base import carried_tokenizer
+from nemo_cpt.checkpoint.base import carried_places, carried_tokenizer
 from nemo_cpt.checkpoint.context import UNFINISHED
 from nemo_cpt.doctor.examination import Examination, Finding, from_error
 from nemo_cpt.doctor.job import BESIDE_THE_BEST, Job
@@ -191,7 +191,7 @@ def disk(examination: Examination) -> Finding:
 
 def base_architecture(folder: Path) -> Architecture | None:
     """The shape of a base's model, out of the config.json that an import leaves in it; None where there is none."""
-    for place in (folder / "hf", *sorted(folder.glob("context/*/"))):
+    for place in carried_places(folder):
         if (place / "config.json").is_file():
             try:
                 return read_carried(place)

@@ -184,14 +184,7 @@ def _asked(candidate: Candidate, task: Task, limit: int | None) -> tuple[Any, ..
 
     # What is the user's own may be edited between two runs.
     files = [(str(path), *_state(path)) for path in sorted(Path(task.folder).rglob("*"))] if task.folder else []
-    return HARNESS, version(HARNESS), candidate.key, asdict(task), limit, files, *filter(None, [_rope(candidate)])
-
-
-def _rope(candidate: Candidate) -> dict[str, Any]:
-    """What the harness' transformers would pass over where a transformers 5 has written it: another model."""
-    from nemo_cpt.checkpoint.transformers_config import rope_arguments
-
-    return {} if candidate.is_endpoint else rope_arguments(candidate.folder)
+    return HARNESS, version(HARNESS), candidate.key, asdict(task), limit, files, *filter(None, [candidate.rope])
 
 
 def _state(path: Path) -> tuple[int, int]:
@@ -206,7 +199,7 @@ def run(candidate: Candidate, tasks: Sequence[Task], output: Path, limit: int | 
         CptError: it failed.
     """
     # By content: another model of that name, or in another precision, must not go on from this one's cache.
-    computed = filter(None, [candidate.arithmetic, _rope(candidate)])
+    computed = filter(None, [candidate.arithmetic, candidate.rope])
     asked = key_of([asdict(task) for task in tasks], limit, *computed)
     folder = output / HARNESS / f"{candidate.key[:12]}-{asked[:12]}"
     make_folder(folder)
@@ -239,7 +232,7 @@ def command(candidate: Candidate, tasks: Sequence[Task], folder: Path, limit: in
         batch = "8" if kind == "cpu" else "auto"
         # As JSON: a comma or an equals sign of a path would end NAME=VALUE.
         arguments = {"pretrained": str(candidate.folder), "dtype": precision_on(kind) or "auto"}
-        arguments |= _rope(candidate)
+        arguments |= candidate.rope
         words += ["--model", "hf", "--model_args", json.dumps(arguments, ensure_ascii=False)]
         words += ["--device", device, "--batch_size", batch]
     # The cache answers for what a killed run had asked already: it goes on, where the results come at the end alone.

@@ -16,7 +16,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from nemo_cpt.arguments import checked
-from nemo_cpt.compatibility import END_OF_TEXT, check_data, check_largest_id, read_base
+from nemo_cpt.checkpoint.tokenizer_ids import END_OF_TEXT
+from nemo_cpt.compatibility import check_data, check_largest_id, read_base
 from nemo_cpt.conversations.dataset import open_conversations
 from nemo_cpt.conversations.mixture import SEED, check_any_fits, sequences_of
 from nemo_cpt.corpus import full_prefix, read_index, read_manifest

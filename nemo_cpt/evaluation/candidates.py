@@ -6,7 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nemo_cpt.checkpoint.architecture import context_length
+from nemo_cpt.checkpoint.architecture import context_length, read_json
+from nemo_cpt.checkpoint.rope import in_older_spelling
 from nemo_cpt.corpus.reading.chunks import hash_file
 from nemo_cpt.errors import CptError, near_paths
 from nemo_cpt.evaluation.journal import Journal, key_of
@@ -102,6 +103,13 @@ class Candidate:
     def context_length(self) -> int | None:
         """Tokens of its context; None for an endpoint."""
         return None if self.is_endpoint else context_length(self.folder)
+
+    @cached_property
+    def rope(self) -> dict[str, Any]:
+        """What transformers 4 has to be told of its rotary embedding, which transformers 5 wrote; else nothing."""
+        path = self.folder / "config.json"
+        spelled = None if self.is_endpoint else in_older_spelling(read_json(path), str(path))
+        return {name: spelled[name] for name in ("rope_theta", "rope_scaling")} if spelled else {}
 
     @cached_property
     def has_chat_template(self) -> bool:

@@ -10,7 +10,8 @@ from typing import Any
 from nemo_cpt.checkpoint.architecture import read_json
 from nemo_cpt.checkpoint.context import RUN_JSON
 from nemo_cpt.checkpoint.provenance import read_provenance
-from nemo_cpt.compatibility import END_OF_TEXT, check_data, read_base
+from nemo_cpt.checkpoint.tokenizer_ids import END_OF_TEXT
+from nemo_cpt.compatibility import check_data, read_base
 from nemo_cpt.conversations.dataset import Fit, conversations_prefix, is_conversations, open_conversations
 from nemo_cpt.conversations.inspection import SEQ_LENGTH as CONVERSATION_LENGTH
 from nemo_cpt.conversations.mixture import SEED, check_any_fits

@@ -173,7 +173,6 @@ def test_a_default_of_memory_is_compared_with_the_plan(sinfo, tmp_path):
 
 @pytest.mark.skipif(bool(missing()), reason=missing() or "-")
 def test_the_default_of_memory_is_what_a_real_slurm_gives(tmp_path, monkeypatch):
-    cluster = SlurmCluster(tmp_path, shares="CR_Core_Memory", memory=400 << 10)
     defaults = {
         "by_core": ["DefMemPerCPU=10240"],
         "by_gpu": ["JobDefaults=DefMemPerGPU=30720"],
@@ -182,8 +181,7 @@ def test_the_default_of_memory_is_what_a_real_slurm_gives(tmp_path, monkeypatch)
         "none": [],
     }
     sizes = (([], {}), (["--cpus-per-task=3"], {"cores_of_task": 3, "asks_for_cores": True}))
-    try:
-        cluster.start()
+    with SlurmCluster(tmp_path, shares="CR_Core_Memory", memory=400 << 10) as cluster:
         for name, value in cluster.environ.items():
             monkeypatch.setenv(name, value)
         given, said = [], []
@@ -197,8 +195,6 @@ def test_the_default_of_memory_is_what_a_real_slurm_gives(tmp_path, monkeypatch)
                 where = Place("slurm", here=False, slurm=True, partition=partition, **asked)
                 found = memory(Examination(Job("r", gpus_per_node=2, place=where, planned=lambda: EIGHT_B)))
                 said.append(found.found)
-    finally:
-        cluster.stop()
     assert given == [20, 60, 60, 60, 40, 60, 70, 70, 400, 400]
     assert [each for each in said if "no default" in each] == said[-2:]
     for gib, each in zip(given[:-2], said, strict=False):
@@ -216,9 +212,7 @@ def test_a_recipe_that_cannot_be_planned_does_not_stop_a_launch(sinfo):
 
 @pytest.mark.skipif(bool(missing()), reason=missing() or "-")
 def test_a_real_cluster(tmp_path_factory, monkeypatch):
-    cluster = SlurmCluster(tmp_path_factory.mktemp("slurm"))
-    try:
-        cluster.start()
+    with SlurmCluster(tmp_path_factory.mktemp("slurm")) as cluster:
         for name, value in cluster.environ.items():
             monkeypatch.setenv(name, value)
         assert submitted().found == "partition cpu: up, 2 nodes, gres gpu:2"
@@ -227,5 +221,3 @@ def test_a_real_cluster(tmp_path_factory, monkeypatch):
         assert submitted(num_nodes=3).state == "error"
         found = saved(slurm=True, partition="patient").found
         assert found.endswith("50 s when the job is preempted, 20 s when it is cancelled or requeued")
-    finally:
-        cluster.stop()

@@ -265,14 +265,10 @@ def forgetful(tmp_path_factory, project, monkeypatch):
     """A cluster that forgets a job two seconds after its end, as others do some minutes after it."""
     if reason := missing():
         pytest.skip(reason)
-    cluster = SlurmCluster(tmp_path_factory.mktemp("slurm"), remembers=2)  # sockets' paths must be short
-    for name, value in cluster.environ.items():
-        monkeypatch.setenv(name, value)
-    try:
-        cluster.start()
+    with SlurmCluster(tmp_path_factory.mktemp("slurm"), remembers=2) as cluster:  # sockets' paths must be short
+        for name, value in cluster.environ.items():
+            monkeypatch.setenv(name, value)
         yield cluster
-    finally:
-        cluster.stop()
 
 
 def test_a_launcher_ends_although_slurm_has_forgotten_its_job(forgetful, tmp_path):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from nemo_cpt.checkpoint import import_hf
 from nemo_cpt.errors import CptError
 from nemo_cpt.evaluation.bits_per_byte import documents_loss
 from nemo_cpt.inference import Sampling, hugging_face_folder, open_engine, transformers_engine
@@ -354,16 +355,20 @@ def test_models_that_are_none(tmp_path: Path) -> None:
         open_engine(tmp_path)
 
 
-def test_a_nemo_checkpoint_is_exported_into_the_cache_once(
-    make_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from nemo_cpt.checkpoint import import_hf
-
+@pytest.fixture
+def checkpoint(make_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A NeMo checkpoint, whose exports go into a cache of the test's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     import_hf(make_model("llama"), tmp_path / "nemo")
+    return tmp_path / "nemo"
+
+
+def test_a_nemo_checkpoint_is_exported_into_the_cache_once(
+    make_model: Callable[[str], Path], checkpoint: Path, tmp_path: Path
+) -> None:
     said: list[str] = []
-    folder = hugging_face_folder(tmp_path / "nemo", say=said.append)
-    assert hugging_face_folder(tmp_path / "nemo", say=said.append) == folder
+    folder = hugging_face_folder(checkpoint, say=said.append)
+    assert hugging_face_folder(checkpoint, say=said.append) == folder
     assert [line.split()[0] for line in said] == ["exporting", "its"]
     replies = [
         [reply.text for _, reply in TransformersEngine(each).generate(PROMPTS[:1], Sampling(max_tokens=9))]
@@ -374,34 +379,22 @@ def test_a_nemo_checkpoint_is_exported_into_the_cache_once(
     assert hugging_face_folder(tmp_path / "other") != folder
 
 
-def test_an_export_in_the_cache_is_made_again_where_a_small_file_changed(
-    make_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_export_in_the_cache_is_made_again_where_a_small_file_changed(checkpoint: Path, tmp_path: Path) -> None:
     """As where a warning says to add an end to generation_config.json, which is no weight."""
-    from nemo_cpt.checkpoint import import_hf
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    import_hf(make_model("llama"), tmp_path / "nemo")
-    before = hugging_face_folder(tmp_path / "nemo")
+    before = hugging_face_folder(checkpoint)
     for name in ("context/nemo_tokenizer", "hf"):
-        (tmp_path / "nemo" / name / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
-    after = hugging_face_folder(tmp_path / "nemo")
+        (checkpoint / name / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    after = hugging_face_folder(checkpoint)
     assert after != before
     assert end_ids(after) == [2, 7]
-    shutil.move(tmp_path / "nemo", tmp_path / "moved")
+    shutil.move(checkpoint, tmp_path / "moved")
     assert hugging_face_folder(tmp_path / "moved") == after
 
 
-def test_an_export_of_another_version_is_made_again(
-    make_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from nemo_cpt.checkpoint import import_hf
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    import_hf(make_model("llama"), tmp_path / "nemo")
-    before = hugging_face_folder(tmp_path / "nemo")
+def test_an_export_of_another_version_is_made_again(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = hugging_face_folder(checkpoint)
     monkeypatch.setattr("nemo_cpt.inference.models.__version__", "99")
-    assert hugging_face_folder(tmp_path / "nemo") != before
+    assert hugging_face_folder(checkpoint) != before
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,17 @@ class SlurmCluster:
         self.daemons: list[subprocess.Popen[bytes]] = []
         self.environ = {"SLURM_CONF": str(folder / "slurm.conf")}
 
+    def __enter__(self) -> "SlurmCluster":
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
     def start(self) -> None:
         for name in ("munge", "state", *(f"spool-{node}" for node in NODES)):
             (self.folder / name).mkdir(parents=True)
